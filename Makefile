@@ -1,0 +1,60 @@
+# make demo | test | check | bench: each needs only Python 3.11+ and make, and builds .venv when it is missing or out of date.
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN   := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.stamp
+PIP   := $(BIN)/python -m pip -qq --disable-pip-version-check
+
+# nats-server comes as a wheel and is found like redis-server and memcached: on the PATH.
+export PATH := $(BIN):$(PATH)
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench format venv servers clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@echo "  PYTHON=python3.12 chooses the interpreter, ARGS='-k lease' is handed on"
+
+demo: $(STAMP)-demo ## a cache at work, in the terminal
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(STAMP)-dev servers ## the whole test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)-dev ## lint, format, types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+bench: $(STAMP)-bench servers ## cachebus beside its peers
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+format: $(STAMP)-dev ## let ruff mend what it can
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+venv: $(STAMP)-dev ## .venv with everything for development
+	@echo "source $(VENV)/bin/activate"
+
+servers:
+	@sh tests/install-servers.sh
+
+clean: ## remove .venv, caches and build results
+	@rm -rf $(VENV) build dist .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find cachebus tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is as new as its last successful install: a second run asks pip nothing.
+$(STAMP)-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "cachebus needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "== $(VENV): $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: on Debian, apt-get install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(STAMP)-%: pyproject.toml | $(STAMP)-python
+	@echo "== $(VENV): pip install -e '.[$*]'"
+	@$(PIP) install --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,88 @@
+"""cachebus: a cache whose every part is an actor and whose every call is a message."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cachebus.bus import Subscription
+from cachebus.messages import (
+    ActorFailed,
+    AddressInUse,
+    BadMessage,
+    CacheBackendError,
+    CacheCapacityError,
+    CacheClosed,
+    CacheConfigurationError,
+    CacheConnectionError,
+    CacheError,
+    CacheInvalidationError,
+    CacheKeyError,
+    CacheSerializationError,
+    CacheStampedeError,
+    CacheTimeoutError,
+    CapabilityError,
+    CircuitOpen,
+    Event,
+    Found,
+    Missing,
+    NoSuchActor,
+    Overloaded,
+    RemovalCause,
+    Snapshot,
+    WrongType,
+)
+
+from .cache import Cache, Health
+from .checks import escape_pattern
+from .node import Node
+from .opening import open_cache, open_sync_cache
+from .sync_cache import SyncCache
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActorFailed",
+    "AddressInUse",
+    "BadMessage",
+    "Cache",
+    "CacheBackendError",
+    "CacheCapacityError",
+    "CacheClosed",
+    "CacheConfigurationError",
+    "CacheConnectionError",
+    "CacheError",
+    "CacheInvalidationError",
+    "CacheKeyError",
+    "CacheSerializationError",
+    "CacheStampedeError",
+    "CacheTimeoutError",
+    "CapabilityError",
+    "CircuitOpen",
+    "Event",
+    "Found",
+    "Health",
+    "Missing",
+    "NoSuchActor",
+    "Node",
+    "Overloaded",
+    "RemovalCause",
+    "Settings",
+    "Snapshot",
+    "Subscription",
+    "SyncCache",
+    "WrongType",
+    "escape_pattern",
+    "open_cache",
+    "open_sync_cache",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Settings bring pydantic with them, which takes longer to import than the rest of cachebus together.
+    if name == "Settings":
+        return importlib.import_module("cachebus.settings").Settings
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

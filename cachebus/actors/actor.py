@@ -1,0 +1,120 @@
+"""What an actor is: state, and handlers that are found by the type of their parameter."""
+
+from __future__ import annotations
+
+import collections.abc
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cachebus.bus import Deferred
+from cachebus.messages import Message, Reply
+
+from .context import Context
+
+PlainHandler = Callable[[Any], "Reply | Deferred | None"]
+AsyncHandler = Callable[[Any], Awaitable["Reply | Deferred | None"]]
+BatchHandler = Callable[[Sequence[Any]], Awaitable[Sequence["Reply | Deferred"]]]
+
+
+@dataclass(slots=True)
+class Handlers:
+    """An actor's handlers by the kind of message that they take.
+
+    `plain` ones (`def`) cannot wait and may run on the stack of whoever sends. `waiting` ones (`async def`) run in
+    the actor's own task. `batch` ones take everything that has come in meanwhile.
+    """
+
+    plain: dict[type[Message], PlainHandler] = field(default_factory=dict)
+    waiting: dict[type[Message], AsyncHandler] = field(default_factory=dict)
+    batch: dict[type[Message], BatchHandler] = field(default_factory=dict)
+
+    def kinds(self) -> set[type[Message]]:
+        """Every kind of message that is taken."""
+        return {*self.plain, *self.waiting, *self.batch}
+
+
+class Actor:
+    """State with handlers. It sees messages and its `ctx`, never a bus, a subject or bytes, and has one turn at a time.
+
+    Every public method whose one parameter is annotated with a message class (or several, `A | B`) is the handler of
+    these messages and returns the reply, or a `Deferred` from `ctx.defer()`. A parameter `Sequence[A | B]` of an
+    `async def` makes it a batch handler, which returns one reply a message, in order. A `CacheError` raised is an
+    answer; any other exception is a crash, and the supervisor begins a new life with a new actor.
+    """
+
+    ctx: Context
+
+    max_batch: int = 512
+    """The most messages of one batch turn."""
+
+    max_batch_bytes: int = 1 << 20
+    """The size at which a batch turn takes no more messages, counting the values that are `bytes`."""
+
+    async def on_start(self) -> None:
+        """Called once before the first turn of this life. Raising is a failed start."""
+
+    async def on_stop(self) -> None:
+        """Called once after the last turn of this life, a crashed one included."""
+
+    def handlers(self) -> Handlers:
+        """The handlers of this actor, bound to it."""
+        table = Handlers()
+        for name, kinds, shape in _signatures(type(self)):  # type: ignore[arg-type]  # mypy 2.4 takes type[Actor] for unhashable
+            into: dict[type[Message], Any] = getattr(table, shape)
+            for kind in kinds:
+                into[kind] = getattr(self, name)
+        return table
+
+
+@functools.lru_cache(maxsize=None)
+def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...], str], ...]:
+    """The handlers of a class: name, kinds of message, and which table of `Handlers` they belong in."""
+    found: list[tuple[str, tuple[type[Message], ...], str]] = []
+    taken: dict[type[Message], str] = {}
+    for name, function in inspect.getmembers(cls, inspect.isfunction):
+        if name.startswith("_") or name in vars(Actor):
+            continue
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        if len(parameters) != 1:
+            continue
+        batch, kinds = _message_kinds(cls, function, parameters[0].annotation)
+        if not kinds:
+            continue
+        waits = inspect.iscoroutinefunction(function)
+        if batch and not waits:
+            raise TypeError(f"{cls.__name__}.{name} takes a batch, so it must be async def")
+        for kind in kinds:
+            if kind in taken:
+                raise TypeError(f"{cls.__name__} has two handlers of {kind.__name__}: {taken[kind]} and {name}")
+            taken[kind] = name
+        found.append((name, kinds, "batch" if batch else "waiting" if waits else "plain"))
+    return tuple(found)
+
+
+def _message_kinds(
+    cls: type[Actor], function: Callable[..., Any], annotation: object
+) -> tuple[bool, tuple[type[Message], ...]]:
+    if isinstance(annotation, str):
+        namespace: Mapping[str, Any] = {**vars(typing), **vars(collections.abc), **function.__globals__}
+        try:
+            annotation = eval(annotation, dict(namespace))
+        except NameError as error:
+            raise TypeError(
+                f"{cls.__name__}.{function.__name__}: the type of its parameter, {annotation}, must be importable at "
+                f"run time, because handlers are found by it ({error})"
+            ) from None
+    batch = typing.get_origin(annotation) is collections.abc.Sequence
+    if batch:
+        (annotation,) = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = typing.get_args(annotation)
+    else:
+        members = (annotation,)
+    if not all(isinstance(each, type) and issubclass(each, Message) for each in members):
+        return batch, ()
+    return batch, members

@@ -1,0 +1,425 @@
+"""The permanent part of an actor: its address, its mailbox and its turn. Lives of the actor come and go in it.
+
+One turn at a time, by a token. `list.pop` and `list.append` are atomic and take 30 ns where a `threading.Lock` takes
+140 ns, and nobody ever blocks for the token: who does not get it posts to the mailbox. Whoever gives it back looks
+into the mailbox *afterwards*, and whoever posts tries the token *afterwards*, so one of the two sees the message:
+
+    holder                          poster
+    ------                          ------
+    give(token)                     mailbox.append(envelope)
+    if mailbox: take the token      if the token is free: take it
+      and serve, or wake the task     and serve, or wake the task
+
+The message is then served on the stack of whoever holds the token ("flat combining": Hendler et al., SPAA 2010) or,
+if its handler can wait, by the actor's task.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from asyncio import AbstractEventLoop, _get_running_loop
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from anyio.lowlevel import checkpoint
+
+from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, open_port
+from cachebus.messages import (
+    ActorFailed,
+    BadMessage,
+    CacheClosed,
+    CacheError,
+    CacheTimeoutError,
+    DeadLetter,
+    Failed,
+    Message,
+    Overloaded,
+    Reply,
+    Request,
+)
+
+from .actor import Actor, BatchHandler, Handlers, PlainHandler
+from .alarm import Alarm
+
+logger = logging.getLogger("cachebus.actors")
+
+_TOKEN = object()
+_STOP: Any = object()  # In the place of a message: what was posted before it is served, and then the life ends.
+_COMBINE = 64  # Turns that one caller takes for others before the actor's task goes on with them.
+_TURNS_PER_CHECKPOINT = 128  # Turns of the actor's task without letting other tasks run.
+
+
+class Cell:
+    """The mailbox and the turn of one actor; it outlives the actor's crashes. A `Recipient` for the bus.
+
+    `capacity` bounds the mailbox; beyond it requests are answered `Overloaded`, except those that invalidate, whose
+    number is bounded by the callers who wait for them. With `inline_turns=False` every turn is the task's.
+    """
+
+    def __init__(
+        self, address: Address, emitter: Emitter, clock: Clock, *, capacity: int = 10_000, inline_turns: bool = True
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity of a mailbox must be at least 1, not {capacity!r}")
+        self.address = address
+        self.capacity = capacity
+        self.overloaded = 0
+        self.restarts = 0
+        self.emitter = emitter
+        self.clock = clock
+        self.audience = emitter.audience
+        self.deadline: float | None = None
+        self.alarm = Alarm(clock)
+        self._inline_turns = inline_turns
+        self._token = [_TOKEN]
+        self._mailbox: deque[Envelope] = deque()
+        self._inline: dict[type[Message], PlainHandler] = {}
+        self._handlers = Handlers()
+        self._actor: Actor | None = None
+        self._deferred: set[Deferred] = set()
+        self._wake: Port | None = None
+        self._loop: AbstractEventLoop | None = None
+        self._crash: BaseException | None = None
+        self._stopping = False
+        self._stopped = False
+        self._ended: CacheError | None = None
+
+    def __repr__(self) -> str:
+        state = "ended" if self._ended else "stopping" if self._stopping else "up" if self._actor else "down"
+        return f"<Cell {self.address} {state}, {len(self._mailbox)}/{self.capacity} in the mailbox>"
+
+    def __len__(self) -> int:
+        return len(self._mailbox)
+
+    # For the bus
+
+    def turn(self, kind: type[Message]) -> Turn:
+        # A closure over everything it needs: this is the hot path of a cache, and each lookup on self costs 10-20 ns.
+        inline, mailbox, take, give = self._inline, self._mailbox, self._token.pop, self._token.append
+
+        def take_turn(message: Message) -> Reply | Deferred | None:
+            if mailbox:
+                return None
+            try:
+                token = take()
+            except IndexError:
+                return None
+            try:
+                handler = inline.get(kind)
+                if handler is None:
+                    return None
+                reply = handler(message)
+                if reply is None:
+                    raise TypeError(f"the handler of {kind.__name__} returned None, not a reply")
+                return reply
+            except CacheError as error:
+                return Failed.of(error)
+            except Exception as error:
+                return self._crashed_inline(message, error)
+            except BaseException as error:
+                self._crashed(error)
+                raise
+            finally:
+                give(token)
+                if mailbox:
+                    self._serve_mail()
+
+        return take_turn
+
+    def post(self, envelope: Envelope) -> None:
+        if self._ended is not None or self._stopping:
+            self._refuse(envelope, self._ended or CacheClosed(f"{self.address} is being stopped"))
+            return
+        if len(self._mailbox) >= self.capacity and not getattr(envelope.message, "INVALIDATES", False):
+            self.overloaded += 1
+            self._refuse(envelope, Overloaded(address=self.address, capacity=self.capacity))
+            return
+        self._mailbox.append(envelope)
+        self._serve_mail()
+        if self._ended is not None:
+            self._refuse_mail(self._ended)
+
+    def obstacle_to_blocking(self) -> str | None:
+        if self._in_turn_here():
+            return "it was called from inside a turn of this very actor, by a weigher, a finalizer or the like"
+        if self._handlers.waiting or self._handlers.batch or not self._inline:
+            here = _get_running_loop()
+            if here is not None:
+                return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
+        return None
+
+    # For the actor: the context
+
+    def emit(self, event: Any) -> None:
+        self.emitter.emit(event)
+
+    def defer(self) -> Deferred:
+        deferred = Deferred(self._deferred.discard)
+        self._deferred.add(deferred)
+        return deferred
+
+    def send_after(self, delay: float, message: Message) -> Callable[[], None]:
+        return self.alarm.set(delay, lambda: self.post(Envelope(message)))
+
+    # For the supervisor
+
+    async def live(self, actor: Actor) -> None:
+        """Take turns with `actor` until `stop`; then finish what is in the mailbox. Raises what crashed the actor."""
+        self._loop = _get_running_loop()
+        self._crash = None
+        self._actor = actor
+        self._handlers = actor.handlers()
+        if self._inline_turns and not self._stopping:
+            self._inline.update(self._handlers.plain)
+        try:
+            while True:
+                # Opened before looking, so that a wake-up between the look and the wait is not lost.
+                self._wake = wake = open_port()
+                took = await self._take_turns()
+                if self._crash is not None:
+                    raise self._crash
+                if self._stopped:
+                    return
+                if not took or not self._mailbox:
+                    await wake.wait()
+        finally:
+            self._inline.clear()
+            self._wake = None
+            self._actor = None
+
+    def stop(self) -> None:
+        """Take nothing in from now on, serve what is in the mailbox, then let the current life end."""
+        if not self._stopping:
+            self._stopping = True
+            self._inline.clear()
+            self._mailbox.append(Envelope(_STOP))
+            self._wake_up()
+
+    def end(self, error: CacheError) -> None:
+        """Answer everything that is open, and everything that comes, with `error`."""
+        self._ended = error
+        self._inline.clear()
+        self.alarm.clear()
+        self._refuse_mail(error)
+        for deferred in tuple(self._deferred):
+            deferred.answer(Failed.of(error))
+
+    def forked(self) -> None:
+        """Become unusable in the child of a fork: its loop, its task and the holder of its turn stayed behind."""
+        self._token[:] = [_TOKEN]
+        self._mailbox.clear()
+        self._deferred.clear()
+        self.end(CacheClosed("this process was forked after the cache was opened; open it again in the child"))
+
+    # Turns
+
+    def _serve_mail(self) -> None:
+        """Serve the mailbox on this stack as far as plain handlers go, and leave the rest to the task."""
+        for _ in range(_COMBINE):
+            if not self._mailbox or not self._inline:
+                break
+            try:
+                token = self._token.pop()
+            except IndexError:
+                return  # Whoever holds it comes by here when it is given back.
+            try:
+                if not self._serve_one():
+                    break
+            finally:
+                self._token.append(token)
+        if self._mailbox:
+            self._wake_up()
+
+    def _serve_one(self) -> bool:
+        """Take the first message's turn if its handler is plain. Holds the token."""
+        if not self._mailbox:
+            return True
+        handler = self._inline.get(type(self._mailbox[0].message))
+        if handler is None:
+            return False
+        envelope = self._mailbox.popleft()
+        if self._worthwhile(envelope):
+            self._plain_turn(handler, envelope)
+        return True
+
+    async def _take_turns(self) -> bool:
+        """Serve the mailbox as the actor's task. `False` if somebody else has the turn."""
+        try:
+            token = self._token.pop()
+        except IndexError:
+            return False
+        turns = 0
+        try:
+            while self._mailbox and self._crash is None:
+                envelope = self._mailbox.popleft()
+                if envelope.message is _STOP:
+                    self._stopped = True
+                    break
+                kind = type(envelope.message)
+                if not self._worthwhile(envelope):
+                    continue
+                if (plain := self._handlers.plain.get(kind)) is not None:
+                    self._plain_turn(plain, envelope)
+                elif (batch := self._handlers.batch.get(kind)) is not None:
+                    await self._batch_turn(batch, [envelope, *self._more_for(batch, envelope)])
+                elif kind in self._handlers.waiting:
+                    await self._waiting_turn(envelope)
+                else:
+                    name = type(self._actor).__name__
+                    self._refuse(envelope, BadMessage(f"{name} at {self.address} has no handler of {kind.__name__}"))
+                turns += 1
+                if turns % _TURNS_PER_CHECKPOINT == 0:
+                    await checkpoint()
+        finally:
+            self._token.append(token)
+        return True
+
+    def _plain_turn(self, handler: PlainHandler, envelope: Envelope) -> None:
+        try:
+            self._settle(envelope, handler(envelope.message))
+        except CacheError as error:
+            self._answer(envelope, Failed.of(error))
+        except Exception as error:
+            self._crashed(error, envelope)
+        except BaseException as error:
+            self._answer(envelope, Failed.of(ActorFailed(address=self.address, reason=type(error).__name__)))
+            self._crashed(error)
+            raise
+
+    async def _waiting_turn(self, envelope: Envelope) -> None:
+        self.deadline = envelope.deadline
+        try:
+            self._settle(envelope, await self._handlers.waiting[type(envelope.message)](envelope.message))
+        except CacheError as error:
+            self._answer(envelope, Failed.of(error))
+        except Exception as error:
+            self._crashed(error, envelope)
+        except BaseException:
+            self._answer(envelope, Failed.of(CacheClosed(f"{self.address} was stopped during the request")))
+            raise
+        finally:
+            self.deadline = None
+
+    async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope]) -> None:
+        self.deadline = min((each.deadline for each in envelopes if each.deadline is not None), default=None)
+        try:
+            replies = await handler([each.message for each in envelopes])
+            if len(replies) != len(envelopes):
+                raise TypeError(f"a batch of {len(envelopes)} messages got {len(replies)} replies")
+            for envelope, reply in zip(envelopes, replies, strict=True):
+                self._settle(envelope, reply)
+        except CacheError as error:
+            for envelope in envelopes:
+                self._answer(envelope, Failed.of(error))
+        except Exception as error:
+            for envelope in reversed(envelopes):
+                self._crashed(error, envelope)
+        except BaseException:
+            for envelope in envelopes:
+                self._answer(envelope, Failed.of(CacheClosed(f"{self.address} was stopped during the request")))
+            raise
+        finally:
+            self.deadline = None
+
+    def _more_for(self, handler: BatchHandler, first: Envelope) -> list[Envelope]:
+        """What stands behind `first` for the same handler, up to the actor's bounds, in order."""
+        actor = self._actor
+        assert actor is not None
+        more: list[Envelope] = []
+        size = _size(first.message)
+        while self._mailbox and len(more) + 1 < actor.max_batch and size < actor.max_batch_bytes:
+            following = self._mailbox[0]
+            if self._handlers.batch.get(type(following.message)) != handler:
+                break
+            self._mailbox.popleft()
+            if self._worthwhile(following):
+                more.append(following)
+                size += _size(following.message)
+        return more
+
+    # Answers
+
+    def _settle(self, envelope: Envelope, reply: Reply | Deferred | None) -> None:
+        if isinstance(reply, Deferred):
+            if envelope.port is not None:
+                reply.attach(envelope.port)
+        elif reply is not None:
+            self._answer(envelope, reply)
+        elif envelope.port is not None:
+            raise TypeError(f"the handler of {type(envelope.message).__name__} returned None, not a reply")
+
+    def _answer(self, envelope: Envelope, reply: Reply) -> None:
+        if envelope.port is not None:
+            envelope.port.answer(reply)
+        elif isinstance(reply, Failed):
+            wire_name = envelope.message.WIRE_NAME
+            self.emit(DeadLetter(address=self.address, wire_name=wire_name, reason=reply.detail))
+
+    def _refuse(self, envelope: Envelope, error: CacheError) -> None:
+        self._answer(envelope, Failed.of(error))
+
+    def _refuse_mail(self, error: CacheError) -> None:
+        while True:
+            try:
+                envelope = self._mailbox.popleft()
+            except IndexError:
+                return
+            if envelope.message is not _STOP:
+                self._refuse(envelope, error)
+
+    def _worthwhile(self, envelope: Envelope) -> bool:
+        """Whether to work on a message: not if its budget is spent, nor if the caller has gone, unless it invalidates."""
+        if envelope.deadline is not None and self.clock.monotonic() >= envelope.deadline:
+            self._refuse(envelope, CacheTimeoutError("no turn was free", self.address, 0.0))
+            return False
+        return envelope.port is None or envelope.port.waiting or getattr(envelope.message, "INVALIDATES", False)
+
+    # Crashes
+
+    def _crashed_inline(self, message: Message, error: Exception) -> Reply | Deferred:
+        deferred = Deferred()
+        self._crashed(error, Envelope(message, deferred))
+        return deferred
+
+    def _crashed(self, error: BaseException, envelope: Envelope | None = None) -> None:
+        """End this life. The message goes to the next one if it may be done twice and was not tried before."""
+        self._crash = error
+        self._inline.clear()
+        if envelope is not None:
+            message = envelope.message
+            if isinstance(message, Request) and message.IDEMPOTENT and not envelope.attempts:
+                envelope.attempts += 1
+                self._mailbox.appendleft(envelope)
+            else:
+                self._refuse(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        if (wake := self._wake) is not None:
+            wake.answer(None)
+
+    def _in_turn_here(self) -> bool:
+        """Whether a turn of this cell is on this thread's stack. Only asked before blocking, so it may take a walk."""
+        if self._token:
+            return False
+        frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 (the stack is the one record that a turn need not pay for)
+        while frame is not None:
+            if frame.f_code in _TURN_CODES and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
+        return False
+
+
+_TURN_CODES = {
+    Cell._serve_mail.__code__,
+    Cell._take_turns.__code__,
+    *(each for each in Cell.turn.__code__.co_consts if hasattr(each, "co_code")),
+}
+
+
+def _size(message: Message) -> int:
+    value = getattr(message, "value", None)
+    return len(value) if isinstance(value, bytes) else 0

@@ -1,0 +1,37 @@
+"""What an actor sees of the world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from cachebus.bus import Address, Audience, Clock, Deferred
+from cachebus.messages import Event, Message
+
+
+class Context(Protocol):
+    """An actor's surroundings: its name, the time, and ways to speak and to be called back.
+
+    `deadline` is until when the request of the current turn is worth working on, on `clock.monotonic`; `None` where no
+    one waits, and in plain handlers, which do not wait either. `audience.kinds` holds the kinds of events that
+    somebody listens to: look before you build one. `restarts` counts the actor's lives after the first, `overloaded` the
+    requests that its full mailbox turned away.
+    """
+
+    address: Address
+    clock: Clock
+    audience: Audience
+    deadline: float | None
+    restarts: int
+    overloaded: int
+
+    def emit(self, event: Event) -> None:
+        """Publish an event."""
+
+    def defer(self) -> Deferred:
+        """Promise a reply: return it from the handler, and answer it when you know. On stop it is answered for you."""
+        ...
+
+    def send_after(self, delay: float, message: Message) -> Callable[[], None]:
+        """Send `message` to this actor after `delay` seconds. Returns a function that calls it off."""
+        ...

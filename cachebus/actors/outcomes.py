@@ -1,0 +1,99 @@
+"""What a request and its reply say happened: counters and events of a store that does not keep its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cachebus.messages import (
+    CacheCleared,
+    CacheDeleted,
+    CacheHit,
+    CacheMiss,
+    CacheSet,
+    Cleared,
+    Counted,
+    Delete,
+    Deleted,
+    DeleteMany,
+    Event,
+    Found,
+    FoundMany,
+    Get,
+    GetMany,
+    Increment,
+    Invalidated,
+    InvalidateTags,
+    Missing,
+    RemovalCause,
+    Reply,
+    Request,
+    SetMany,
+    Stored,
+    StoredMany,
+    TagsInvalidated,
+)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counters of a batch store, counted by its actor from the replies.
+
+    A server evicts and expires by itself and says nothing, so the removals are the explicit ones.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    sets: int = 0
+    removals: dict[RemovalCause, int] = field(default_factory=lambda: dict.fromkeys(RemovalCause, 0))
+
+    def count(self, request: Request[Any], reply: Reply) -> None:
+        """Count one request by its reply."""
+        if isinstance(reply, Found):
+            self.hits += 1
+        elif isinstance(reply, Missing):
+            self.misses += isinstance(request, Get)
+        elif isinstance(reply, FoundMany) and isinstance(request, GetMany):
+            self.hits += len(reply.entries)
+            self.misses += len(set(request.keys)) - len(reply.entries)
+        elif isinstance(reply, Stored):
+            self.sets += 1
+        elif isinstance(reply, StoredMany):
+            self.sets += reply.count
+        elif isinstance(reply, Deleted):
+            self.removals[RemovalCause.EXPLICIT] += reply.count
+
+
+def facts(request: Request[Any], reply: Reply) -> Iterator[Event]:
+    """The events that a request and its reply amount to."""
+    if isinstance(request, Get) and isinstance(reply, Found):
+        yield CacheHit(key=request.key)
+    elif isinstance(request, Get) and isinstance(reply, Missing):
+        yield CacheMiss(key=request.key)
+    elif isinstance(request, GetMany) and isinstance(reply, FoundMany):
+        for key in dict.fromkeys(request.keys):
+            yield CacheHit(key=key) if key in reply.entries else CacheMiss(key=key)
+    elif isinstance(reply, Stored):
+        ttl = getattr(request, "ttl", None)
+        yield CacheSet(
+            key=getattr(request, "key", ""),
+            version=reply.version,
+            ttl=None if ttl == "default" else ttl,
+            tags=getattr(request, "tags", ()),
+        )
+    elif isinstance(request, SetMany) and isinstance(reply, StoredMany):
+        for key in request.items:
+            yield CacheSet(key=key, ttl=None if request.ttl == "default" else request.ttl, tags=request.tags)
+    elif isinstance(request, Increment) and isinstance(reply, Counted):
+        yield CacheSet(key=request.key)
+    elif isinstance(request, Delete) and isinstance(reply, Deleted):
+        if reply.count:
+            yield CacheDeleted(key=request.key)
+    elif isinstance(request, DeleteMany) and isinstance(reply, Deleted):
+        for key in dict.fromkeys(request.keys):
+            yield CacheDeleted(key=key)
+    elif isinstance(request, InvalidateTags) and isinstance(reply, Invalidated):
+        yield TagsInvalidated(tags=request.tags)
+    elif isinstance(reply, Cleared):
+        yield CacheCleared()

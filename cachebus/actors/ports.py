@@ -1,0 +1,114 @@
+"""The ports that adapters implement: what a store must do to stand behind a `BackendActor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, runtime_checkable
+
+from cachebus.bus.clock import SYSTEM_CLOCK as SYSTEM_CLOCK
+from cachebus.bus.clock import Clock as Clock
+from cachebus.messages import RemovalCause, Reply, Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a store can do. What it cannot is answered with `CapabilityError`, never with a quiet 0 or False.
+
+    `max_key_bytes` and `max_value_bytes` are `None` where the store sets no limit.
+    """
+
+    patterns: bool = False
+    tags: bool = False
+    compare_and_set: bool = False
+    counters: bool = False
+    max_key_bytes: int | None = None
+    max_value_bytes: int | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """The capabilities that the store has, by name."""
+        return tuple(each.name for each in fields(self) if getattr(self, each.name) is True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """How full a store is, and what it did since it was made. Bounds are `None` where there is none; weights are bytes.
+
+    An inline store counts its hits, misses, sets and removals itself, in its turns; of a batch store the actor counts
+    them from the replies.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    sets: int = 0
+    entries: int = 0
+    max_entries: int | None = None
+    weight: int = 0
+    max_bytes: int | None = None
+    removals: dict[RemovalCause, int] = field(default_factory=dict)
+
+
+ReadListener = Callable[[str, bool], None]
+"""Told of each key that is read, and whether it had a live value."""
+
+WriteListener = Callable[[str, int, float | None, tuple[str, ...]], None]
+"""Told of each value that is stored: key, version, seconds to live, tags."""
+
+RemovalListener = Callable[[str, RemovalCause], None]
+"""Told of each value that a store removes by itself or on request, except by `Clear`, which is one fact."""
+
+
+class Store(Protocol):
+    """A technology that keeps values, as the actor in front of it sees it.
+
+    `name` is the technology's (`memory`, `redis`), `capabilities` what it can do.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    async def open(self) -> None:
+        """Make ready, connections included. Raises `CacheConnectionError` when the store cannot be reached."""
+
+    async def close(self) -> None:
+        """Give back what `open` took. Safe to call twice."""
+
+    def gauges(self) -> Gauges:
+        """How full the store is, without asking a server."""
+        ...
+
+
+@runtime_checkable
+class BatchStore(Store, Protocol):
+    """A store that must wait for its answers, and likes many questions at once."""
+
+    async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        """Carry out a batch and return one reply an operation, in order.
+
+        What goes wrong with one operation is its own `Failed`; what goes wrong with all of them is raised.
+        """
+        ...
+
+
+@runtime_checkable
+class InlineStore(Store, Protocol):
+    """A store that never waits, so that its operations run on the stack of whoever asks.
+
+    The four listeners are `None` while nobody wants to know, which costs a reader one comparison. `on_due` is told when
+    the store's next expiry has become an earlier one.
+    """
+
+    on_read: ReadListener | None
+    on_write: WriteListener | None
+    on_removal: RemovalListener | None
+    on_due: Callable[[float], None] | None
+
+    def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Reply] | None:
+        """The function that carries out requests of one kind, or `None` if there is none. It raises `CacheError`s."""
+
+    def next_expiry(self) -> float | None:
+        """When the next entry may be due, on the store's monotonic clock; `None` while nothing expires."""
+
+    def sweep(self, limit: int) -> int:
+        """Remove up to `limit` entries whose time is up, and say how many."""
+        ...

@@ -1,0 +1,225 @@
+"""Supervision: actors are started, begun anew after a crash, and stopped with nothing left unanswered."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio.abc import TaskGroup, TaskStatus
+
+from cachebus.bus import Address, Bus, Emitter, Envelope
+from cachebus.messages import (
+    ActorFailed,
+    ActorGaveUp,
+    ActorRestarted,
+    ActorStarted,
+    ActorStopped,
+    CacheClosed,
+    CacheError,
+    Message,
+)
+
+from .actor import Actor
+from .cell import Cell
+
+logger = logging.getLogger("cachebus.actors")
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """How an actor that crashed is begun anew.
+
+    More than `max_restarts` crashes within `window` seconds, and it stays down. Before the n-th restart of a window
+    there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of `backoff` * 2^(n-1)
+    seconds, at most `backoff_max`; the first restart of a window is at once.
+    """
+
+    max_restarts: int = 5
+    window: float = 30.0
+    backoff: float = 0.05
+    backoff_max: float = 5.0
+
+    def pause(self, crashes: int, chance: random.Random) -> float:
+        """Seconds to wait before restarting after the `crashes`-th crash of a window."""
+        if crashes <= 1:
+            return 0.0
+        return chance.uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** (crashes - 2)))
+
+
+@dataclass(slots=True)
+class _Charge:
+    """One actor under supervision."""
+
+    cell: Cell
+    factory: Callable[[], Actor]
+    done: anyio.Event = field(default_factory=anyio.Event)
+    alarm_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+
+
+class Supervisor:
+    """Runs actors, one for one: a crash of one is no concern of the others.
+
+    An asynchronous context manager. Leaving it stops every actor, the last started first: each finishes its turn
+    and answers its mailbox, up to `grace` seconds in all; what is still open then is answered with `CacheClosed`.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        policy: RestartPolicy | None = None,
+        capacity: int = 10_000,
+        inline_turns: bool = True,
+        grace: float = 5.0,
+        seed: int | None = None,
+    ) -> None:
+        self.bus = bus
+        self.policy = policy or RestartPolicy()
+        self.grace = grace
+        self._capacity = capacity
+        self._inline_turns = inline_turns
+        self._chance = random.Random(seed)
+        self._charges: dict[Address, _Charge] = {}
+        self._tasks: TaskGroup | None = None
+
+    def __repr__(self) -> str:
+        return f"<Supervisor of {', '.join(self._charges) or 'nobody'}>"
+
+    async def __aenter__(self) -> Self:
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        assert self._tasks is not None
+        try:
+            # Shielded, because a cancelled application still owes answers to its callers.
+            with anyio.CancelScope(shield=True):
+                await self.stop()
+        finally:
+            self._tasks.cancel_scope.cancel()
+            # The tasks are all ours, and their errors were dealt with: nothing of the caller's passes through here.
+            await self._tasks.__aexit__(None, None, None)
+            self._tasks = None
+
+    async def start(self, address: Address, factory: Callable[[], Actor], *, backend: str = "") -> Cell:
+        """Start the actor that `factory` makes, and serve it at `address`. Returns once it takes turns.
+
+        `factory` is called again for every new life. `backend` is the name that the actor's events carry. Raises
+        `AddressInUse`, and whatever the actor's `on_start` raises in its first life.
+        """
+        if self._tasks is None:
+            raise CacheClosed("the supervisor is not open: use `async with`")
+        cell = Cell(
+            address,
+            Emitter(self.bus, backend),
+            self.bus.clock,
+            capacity=self._capacity,
+            inline_turns=self._inline_turns,
+        )
+        self.bus.serve(address, cell)
+        charge = _Charge(cell, factory)
+        self._charges[address] = charge
+        try:
+            await self._tasks.start(self._supervise, charge)
+        except BaseException:
+            self._discard(charge)
+            raise
+        return cell
+
+    async def stop(self, address: Address | None = None) -> None:
+        """Stop one actor, or all of them, the last started first."""
+        charges = [self._charges[address]] if address is not None else list(reversed(self._charges.values()))
+        with anyio.move_on_after(self.grace):
+            for charge in charges:
+                charge.cell.stop()
+                await charge.done.wait()
+        for charge in charges:
+            self._discard(charge)
+
+    def forked(self) -> None:
+        """Make every actor unusable in the child of a fork."""
+        for charge in self._charges.values():
+            charge.cell.forked()
+
+    def tell(self, address: Address, message: Message) -> None:
+        """Put a message into an actor's mailbox, without an answer."""
+        self._charges[address].cell.post(Envelope(message))
+
+    def _discard(self, charge: _Charge) -> None:
+        self.bus.withdraw(charge.cell.address)
+        self._charges.pop(charge.cell.address, None)
+        charge.cell.end(CacheClosed(f"{charge.cell.address} was stopped"))
+
+    async def _supervise(self, charge: _Charge, *, task_status: TaskStatus[None]) -> None:
+        assert self._tasks is not None
+        self._tasks.start_soon(self._ring, charge)
+        try:
+            await self._lives(charge, task_status)
+        finally:
+            charge.alarm_scope.cancel()
+            charge.done.set()
+
+    async def _ring(self, charge: _Charge) -> None:
+        with charge.alarm_scope:
+            await charge.cell.alarm.run()
+
+    async def _lives(self, charge: _Charge, task_status: TaskStatus[None]) -> None:
+        cell = charge.cell
+        clock = self.bus.clock
+        crashes: deque[float] = deque()
+        reason = ""
+        started = False
+        while True:
+            actor: Actor | None = None
+            try:
+                actor = charge.factory()
+                actor.ctx = cell
+                await actor.on_start()
+                if not started:
+                    started = True
+                    task_status.started()
+                    cell.emit(ActorStarted(address=cell.address))
+                else:
+                    cell.emit(ActorRestarted(address=cell.address, reason=reason, restarts=cell.restarts))
+                await cell.live(actor)
+                cell.emit(ActorStopped(address=cell.address))
+                return
+            except Exception as error:
+                if not started:
+                    raise
+                reason = type(error).__name__
+                logger.exception("actor %s crashed", cell.address)
+            finally:
+                if actor is not None:
+                    await self._farewell(cell, actor)
+            now = clock.monotonic()
+            crashes.append(now)
+            while crashes[0] <= now - self.policy.window:
+                crashes.popleft()
+            cell.restarts += 1
+            if len(crashes) > self.policy.max_restarts:
+                cell.end(ActorFailed(address=cell.address, reason=f"{reason}, {len(crashes)} crashes in a row"))
+                cell.emit(ActorGaveUp(address=cell.address, reason=reason, restarts=cell.restarts - 1))
+                return
+            if pause := self.policy.pause(len(crashes), self._chance):
+                await clock.sleep_until(now + pause)
+            cell.emitter.renew()
+
+    async def _farewell(self, cell: Cell, actor: Actor) -> None:
+        # Shielded and bounded: an actor gives back its connections even when everything is being cancelled.
+        with anyio.move_on_after(self.grace, shield=True):
+            try:
+                await actor.on_stop()
+            except CacheError as error:
+                logger.warning("actor %s did not stop cleanly: %s", cell.address, error)
+            except Exception:
+                logger.exception("actor %s did not stop cleanly", cell.address)

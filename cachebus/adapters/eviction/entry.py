@@ -1,0 +1,99 @@
+"""What the memory store keeps for one key, and the ring that eviction policies order entries with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NEVER = float("inf")
+"""The `expires_at` of an entry that does not expire."""
+
+
+class Entry:
+    """One key of a memory store: the value, its validity, and a policy's bookkeeping.
+
+    An entry costs 104 bytes, which is why it has these slots and no others: `prev` and `next` link it
+    into a policy's `Ring` with no node object in between, `visits` and `queue` are small integers that
+    CPython shares.
+
+    `visits` counts the hits since the policy last looked, up to `VISITS_MAX`; the store counts them itself,
+    so that a hit under a lazy policy is one comparison. `queue` belongs to the policy alone.
+    """
+
+    __slots__ = ("expires_at", "key", "next", "prev", "queue", "tags", "value", "version", "visits")
+
+    key: str
+    value: Any
+    version: int
+    expires_at: float
+    tags: tuple[str, ...]
+    visits: int
+    queue: int
+    prev: Entry
+    next: Entry
+
+    def __init__(
+        self, key: str, value: Any, version: int, expires_at: float = NEVER, tags: tuple[str, ...] = ()
+    ) -> None:
+        self.key = key
+        self.value = value
+        self.version = version
+        self.expires_at = expires_at
+        self.tags = tags
+        self.visits = 0
+        self.queue = 0
+
+
+VISITS_MAX = 3
+"""Where `Entry.visits` stops counting: two bits, as in S3-FIFO (Yang et al., SOSP 2023)."""
+
+
+class WeighedEntry(Entry):
+    """An entry of a store that is bounded by bytes: it remembers what the weigher said."""
+
+    __slots__ = ("weight",)
+
+    weight: int
+
+
+class Ring:
+    """A doubly linked ring of entries, oldest first, in which every operation is O(1).
+
+    The links are slots of the entries themselves, so an entry is in one ring at a time.
+    """
+
+    __slots__ = ("_root", "size")
+
+    def __init__(self) -> None:
+        self._root = Entry("", None, 0)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every entry. Entries keep their links: drop them too, or link them again."""
+        self._root.prev = self._root.next = self._root
+        self.size = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def append(self, entry: Entry) -> None:
+        """Link `entry` in as the youngest."""
+        root = self._root
+        last = root.prev
+        entry.prev = last
+        entry.next = root
+        last.next = root.prev = entry
+        self.size += 1
+
+    def remove(self, entry: Entry) -> None:
+        """Unlink `entry`, which must be in this ring."""
+        before, after = entry.prev, entry.next
+        before.next = after
+        after.prev = before
+        del entry.prev, entry.next
+        self.size -= 1
+
+    def oldest(self) -> Entry:
+        """The entry that was appended first. Raises `IndexError` when the ring is empty."""
+        if not self.size:
+            raise IndexError("oldest() of an empty ring")
+        return self._root.next

@@ -1,0 +1,96 @@
+"""Proactive expiry: which entries are due, without looking at the others and without a timer for each.
+
+A hierarchical timing wheel (Varghese and Lauck, SOSP 1987). A level's slots are 64 times as wide as those of the
+level below; an entry waits in a slot as wide as its remaining time allows and moves down when that slot comes up, so
+it is touched a handful of times whatever its TTL. Slots exist while they hold something.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+
+from .eviction import NEVER, Entry
+
+RESOLUTION = 0.1
+"""Width of the lowest slots, in seconds: how long an expired entry may linger. It is unreadable all the same."""
+
+GONE = float("-inf")
+"""The `expires_at` of an entry that the store has dropped."""
+
+_SLOTS = 64
+_WIDTHS = tuple(RESOLUTION * _SLOTS**level for level in range(6))
+
+
+class ExpiryWheel:
+    """The entries of one store that expire, by when they are due.
+
+    An entry is never taken out when it is dropped or prolonged, because that would need its place in a slot: dropped
+    entries are passed over and prolonged ones put back when their slot comes up. The store asks `crowded` and calls
+    `rebuild`, so that at most as many such leftovers are kept as there are entries. Instants are on the store's
+    monotonic clock.
+    """
+
+    __slots__ = ("_heap", "_on_due", "_references", "_slots")
+
+    def __init__(self, on_due: Callable[[float], None]) -> None:
+        self._on_due = on_due
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every entry."""
+        self._slots: dict[float, list[Entry]] = {}
+        self._heap: list[float] = []
+        self._references = 0
+
+    def schedule(self, entry: Entry, now: float) -> None:
+        """Take in an entry that expires."""
+        expires_at = entry.expires_at
+        left = expires_at - now
+        width = RESOLUTION
+        if left < width * _SLOTS:
+            due = (expires_at // width + 1) * width
+        else:
+            for width in _WIDTHS[1:]:
+                if left < width * _SLOTS:
+                    break
+            due = expires_at // width * width
+        slot = self._slots.get(due)
+        if slot is None:
+            slot = self._slots[due] = []
+            heapq.heappush(self._heap, due)
+            if self._heap[0] == due:
+                self._on_due(due)
+        slot.append(entry)
+        self._references += 1
+
+    def due(self) -> float | None:
+        """When the next slot comes up; `None` while there is none."""
+        return self._heap[0] if self._heap else None
+
+    def take_expired(self, now: float) -> Iterator[Entry]:
+        """The entries whose time is up, each once. The caller drops each before asking for the next."""
+        while self._heap and self._heap[0] <= now:
+            slot = self._slots[self._heap[0]]
+            while slot:
+                entry = slot.pop()
+                self._references -= 1
+                expires_at = entry.expires_at
+                if expires_at == GONE or expires_at == NEVER:
+                    continue
+                if expires_at <= now:
+                    yield entry
+                else:
+                    self.schedule(entry, now)
+            del self._slots[heapq.heappop(self._heap)]
+
+    def crowded(self, entries: int) -> bool:
+        """Whether more than half of what is kept here must be leftovers, in a store of `entries`."""
+        return self._references > 2 * entries + _SLOTS
+
+    def rebuild(self, entries: Iterable[Entry], now: float) -> None:
+        """Begin anew with `entries`, without leftovers."""
+        self.clear()
+        for entry in entries:
+            if entry.expires_at != NEVER:
+                self.schedule(entry, now)

@@ -1,0 +1,290 @@
+"""The memory store: values of this process by reference, bounded, expiring, and never waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Gauges
+from cachebus.messages import (
+    Add,
+    Clear,
+    Cleared,
+    CompareAndSet,
+    Counted,
+    Delete,
+    Deleted,
+    DeleteMany,
+    DeletePattern,
+    Exists,
+    Found,
+    FoundMany,
+    Get,
+    GetMany,
+    Increment,
+    Invalidated,
+    InvalidateTags,
+    Missing,
+    NotStored,
+    Present,
+    RemovalCause,
+    Reply,
+    Request,
+    Scan,
+    Scanned,
+    Set,
+    SetMany,
+    Stored,
+    StoredMany,
+    Touch,
+    Ttl,
+    WrongType,
+)
+
+from .eviction import NEVER, VISITS_MAX, Entry
+from .glob import compile_glob
+from .table import EntryTable
+from .weigh import estimate_size
+
+_MISSING = Missing()
+_new = object.__new__
+
+
+class MemoryStore(EntryTable):
+    """An `InlineStore` in this process's memory.
+
+    Bounded by `max_entries`, and by `max_bytes` of what `weigher` says of the values plus an overhead for each entry;
+    `None` is no bound. `default_ttl` is in seconds, `None` for no expiry. `policy` names what is given up first when a
+    bound is reached. Values are kept by reference: who changes one changes it for everybody.
+
+    Not safe for concurrent use by itself: its actor's turn makes it so.
+    """
+
+    name = "memory"
+    capabilities = Capabilities(patterns=True, tags=True, compare_and_set=True, counters=True)
+
+    def __init__(
+        self,
+        *,
+        max_entries: int | None = 10_000,
+        max_bytes: int | None = None,
+        default_ttl: float | None = None,
+        policy: str = "s3fifo",
+        weigher: Callable[[Any], int] = estimate_size,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        super().__init__(
+            max_entries=max_entries,
+            max_bytes=max_bytes,
+            default_ttl=default_ttl,
+            policy=policy,
+            weigher=weigher,
+            clock=clock,
+        )
+        self._verbs: Mapping[type[Request[Any]], Callable[[Any], Reply]] = {
+            Get: self.get,
+            GetMany: self.get_many,
+            Exists: self.exists,
+            Set: self.set,
+            SetMany: self.set_many,
+            Add: self.add,
+            CompareAndSet: self.compare_and_set,
+            Touch: self.touch,
+            Increment: self.increment,
+            Delete: self.delete,
+            DeleteMany: self.delete_many,
+            DeletePattern: self.delete_pattern,
+            Scan: self.scan,
+            InvalidateTags: self.invalidate_tags,
+            Clear: self.clear,
+        }
+
+    def __repr__(self) -> str:
+        bounds = f"{len(self._entries)}/{self._max_entries or 'unbounded'} entries"
+        return f"<MemoryStore {bounds}{f', {self._weight}/{self._max_bytes} bytes' if self._max_bytes else ''}>"
+
+    async def open(self) -> None:
+        """Nothing to make ready."""
+
+    async def close(self) -> None:
+        """Let go of every value."""
+        self._drop_all()
+
+    def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Reply] | None:
+        return self._verbs.get(kind)
+
+    def gauges(self) -> Gauges:
+        return Gauges(
+            hits=self.hits,
+            misses=self.misses,
+            sets=self.sets,
+            removals=dict(self._removals),
+            entries=len(self._entries),
+            max_entries=self._max_entries,
+            weight=self._weight,
+            max_bytes=self._max_bytes,
+        )
+
+    # Reading
+
+    def get(self, request: Get) -> Found | Missing:
+        # The hot path of the whole library. What is written out here instead of called saves 40 ns a call.
+        entry = self._entries.get(request.key)
+        if entry is not None:
+            left = entry.expires_at - self._now()
+            if left > 0 and (not entry.tags or self._tags.valid(entry)):
+                if self._on_hit is not None:
+                    self._on_hit(entry)
+                elif entry.visits < VISITS_MAX:
+                    entry.visits += 1
+                self.hits += 1
+                if self.on_read is not None:
+                    self._tell_read(request.key, hit=True)
+                # Filling the slots of a bare object takes two thirds of the time of Found(...).
+                found = _new(Found)
+                found.value = entry.value  # type: ignore[misc]
+                found.version = version = entry.version  # type: ignore[misc]
+                found.ttl = left if left < NEVER else None  # type: ignore[misc]
+                found.tags = entry.tags  # type: ignore[misc]
+                found.stored_at = version * 1e-9  # type: ignore[misc]
+                return found
+            self._drop(entry, RemovalCause.EXPIRED if left <= 0 else RemovalCause.EXPLICIT)
+        self.misses += 1
+        if self.on_read is not None:
+            self._tell_read(request.key, hit=False)
+        return _MISSING
+
+    def get_many(self, request: GetMany) -> FoundMany:
+        entries: dict[str, Found] = {}
+        for key in request.keys:
+            if key not in entries and isinstance(reply := self.get(Get(key)), Found):
+                entries[key] = reply
+        return FoundMany(entries)
+
+    def exists(self, request: Exists) -> Present | Missing:
+        entry = self._live(request.key, self._now())
+        return _MISSING if entry is None else self._present(entry)
+
+    def scan(self, request: Scan) -> Scanned:
+        """Every matching key in one page, whatever the cursor: nothing is kept between two calls."""
+        return Scanned(tuple(entry.key for entry in self._matching(request.pattern)))
+
+    # Writing
+
+    def set(self, request: Set) -> Stored | NotStored:
+        now = self._now()
+        if request.only_if is None:
+            return self._stored(request.key, request.value, request.ttl, request.tags, now)
+        entry = self._live(request.key, now)
+        if (entry is None) != (request.only_if == "absent"):
+            return NotStored(0 if entry is None else entry.version)
+        return self._stored(request.key, request.value, request.ttl, request.tags, now)
+
+    def set_many(self, request: SetMany) -> StoredMany:
+        now = self._now()
+        for value in request.items.values():
+            self._weigh(value)  # Refused before anything is stored, so that it is all or nothing.
+        for key, value in request.items.items():
+            self._store(key, value, request.ttl, request.tags, now)
+        return StoredMany(len(request.items))
+
+    def add(self, request: Add) -> Stored | NotStored:
+        now = self._now()
+        entry = self._live(request.key, now)
+        if entry is not None:
+            return NotStored(entry.version)
+        return self._stored(request.key, request.value, request.ttl, request.tags, now)
+
+    def compare_and_set(self, request: CompareAndSet) -> Stored | NotStored:
+        now = self._now()
+        entry = self._live(request.key, now)
+        if entry is None or entry.version != request.version:
+            return NotStored(0 if entry is None else entry.version)
+        return self._stored(request.key, request.value, request.ttl, request.tags, now)
+
+    def touch(self, request: Touch) -> Present | Missing:
+        now = self._now()
+        expires_at = self._expiry(request.ttl, now)
+        entry = self._live(request.key, now)
+        if entry is None:
+            return _MISSING
+        self._expire_at(entry, expires_at, now)
+        self._hit(entry)
+        return self._present(entry)
+
+    def increment(self, request: Increment) -> Counted | Missing:
+        now = self._now()
+        entry = self._live(request.key, now)
+        if entry is None:
+            if request.initial is None:
+                return _MISSING
+            value = _counter(request.initial + request.delta)
+            self._store(request.key, value, request.ttl, (), now)
+            return Counted(value)
+        if type(entry.value) is not int:
+            raise WrongType(f"increment needs an int under the key, not {type(entry.value).__name__}")
+        value = _counter(entry.value + request.delta)
+        weight = self._weigh(value)
+        self._removals[RemovalCause.REPLACED] += 1
+        self._assign(entry, value, weight)
+        self._hit(entry)
+        self._tell_write(entry, now)
+        return Counted(value)
+
+    # Removing
+
+    def delete(self, request: Delete) -> Deleted:
+        return Deleted(self._delete((request.key,)))
+
+    def delete_many(self, request: DeleteMany) -> Deleted:
+        return Deleted(self._delete(request.keys))
+
+    def delete_pattern(self, request: DeletePattern) -> Deleted:
+        matching = self._matching(request.pattern)
+        for entry in matching:
+            self._drop(entry, RemovalCause.EXPLICIT)
+        return Deleted(len(matching))
+
+    def invalidate_tags(self, request: InvalidateTags) -> Invalidated:
+        version = self._next_version(self._now())
+        for tag in request.tags:
+            self._tags.invalidate(tag, version)
+        return Invalidated()
+
+    def clear(self, request: Clear) -> Cleared:
+        self._removals[RemovalCause.EXPLICIT] += len(self._entries)
+        self._drop_all()
+        return Cleared()
+
+    def next_expiry(self) -> float | None:
+        return self._wheel.due()
+
+    def sweep(self, limit: int) -> int:
+        swept = 0
+        for entry in self._wheel.take_expired(self._now()):
+            self._drop(entry, RemovalCause.EXPIRED)
+            swept += 1
+            if swept >= limit:
+                break
+        return swept
+
+    # Helpers
+
+    def _stored(self, key: str, value: Any, ttl: Ttl, tags: tuple[str, ...], now: float) -> Stored:
+        return Stored(self._store(key, value, ttl, tags, now).version)
+
+    def _matching(self, pattern: str) -> list[Entry]:
+        matches = compile_glob(pattern).fullmatch
+        now = self._now()
+        found = [entry for key, entry in self._entries.items() if matches(key)]
+        return [entry for entry in found if self._live(entry.key, now) is entry]
+
+    def _present(self, entry: Entry) -> Present:
+        left = entry.expires_at - self._now()
+        return Present(entry.version, left if left < NEVER else None)
+
+
+def _counter(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise WrongType("increment leaves the range of a signed 64-bit integer; the value is unchanged")
+    return value

@@ -1,0 +1,243 @@
+"""The entries of a memory store: bounded, expiring, tagged, and every removal accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cachebus.actors.ports import Clock, ReadListener, RemovalListener, WriteListener
+from cachebus.messages import (
+    BadMessage,
+    CacheCapacityError,
+    CacheSerializationError,
+    RemovalCause,
+    Ttl,
+)
+
+from .eviction import NEVER, VISITS_MAX, Entry, WeighedEntry, make_policy
+from .expiry import GONE, ExpiryWheel
+from .tags import TagTable
+from .weigh import ENTRY_OVERHEAD
+
+
+class EntryTable:
+    """What `MemoryStore` keeps, and the order it keeps it in. Parameters are those of `MemoryStore`.
+
+    An entry is in the dictionary, in the policy and, if it expires, in the wheel, and it counts for its tags and
+    towards the weight; the methods here are the only ones that change any of these.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_entries: int | None,
+        max_bytes: int | None,
+        default_ttl: float | None,
+        policy: str,
+        weigher: Callable[[Any], int],
+        clock: Clock,
+    ) -> None:
+        for name, bound in (("max_entries", max_entries), ("max_bytes", max_bytes)):
+            if bound is not None and bound < 1:
+                raise ValueError(f"{name} must be at least 1, or None for no bound, not {bound!r}")
+        if default_ttl is not None and not 0 < default_ttl < NEVER:
+            raise ValueError(f"default_ttl must be a positive number of seconds, or None, not {default_ttl!r}")
+        self.on_read: ReadListener | None = None
+        self.on_write: WriteListener | None = None
+        self.on_removal: RemovalListener | None = None
+        self.on_due: Callable[[float], None] | None = None
+        self.hits = 0
+        self.misses = 0
+        self.sets = 0
+        self._removals = dict.fromkeys(RemovalCause, 0)
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._default_ttl = default_ttl
+        self._weigher = weigher
+        self._now = clock.monotonic
+        self._weight = 0
+        self._entries: dict[str, Entry] = {}
+        self._policy = make_policy(policy, max_entries)
+        self._on_hit = self._policy.on_hit
+        self._wheel = ExpiryWheel(self._announce_due)
+        self._tags = TagTable()
+        # Versions are nanoseconds of Unix time as of the start plus monotonic time since, pushed up where two would be
+        # equal: one integer is both the version and the time of storing, and no restart brings a version back.
+        self._epoch = int((clock.wall() - clock.monotonic()) * 1e9)
+        self._version = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _live(self, key: str, now: float) -> Entry | None:
+        """The entry of a key, if it may still be read."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        if entry.expires_at <= now:
+            self._drop(entry, RemovalCause.EXPIRED)
+            return None
+        if entry.tags and not self._tags.valid(entry):
+            self._drop(entry, RemovalCause.EXPLICIT)
+            return None
+        return entry
+
+    def _store(self, key: str, value: Any, ttl: Ttl, tags: tuple[str, ...], now: float) -> Entry:
+        expires_at = self._expiry(ttl, now)
+        weight = 0 if self._max_bytes is None else self._weigh(value)
+        entry = self._entries.get(key)
+        if entry is None:
+            version = self._next_version(now)
+            self._make_room(1, weight)
+            entry = self._admit(key, value, version, expires_at, tags, weight, now)
+        else:
+            self._removals[RemovalCause.EXPIRED if entry.expires_at <= now else RemovalCause.REPLACED] += 1
+            if tags or entry.tags:
+                self._tags.attach(tags)
+                self._tags.detach(entry.tags)
+                entry.tags = tags
+            self._assign(entry, value, weight)
+            if entry.expires_at != expires_at:
+                self._expire_at(entry, expires_at, now)
+            self._hit(entry)
+        self.sets += 1
+        if self.on_write is not None:
+            self._tell_write(entry, now)
+        return entry
+
+    def _admit(
+        self, key: str, value: Any, version: int, expires_at: float, tags: tuple[str, ...], weight: int, now: float
+    ) -> Entry:
+        if self._max_bytes is None:
+            entry = Entry(key, value, version, expires_at, tags)
+        else:
+            entry = WeighedEntry(key, value, version, expires_at, tags)
+            entry.weight = weight
+            self._weight += weight
+        self._entries[key] = entry
+        self._policy.admit(entry)
+        if tags:
+            self._tags.attach(tags)
+        if expires_at != NEVER:
+            self._wheel.schedule(entry, now)
+            if self._wheel.crowded(len(self._entries)):
+                self._wheel.rebuild(self._entries.values(), now)
+        return entry
+
+    def _assign(self, entry: Entry, value: Any, weight: int) -> None:
+        """Give an entry a new value and version, and make room if it grew."""
+        entry.version = self._next_version(self._now())
+        entry.value = value
+        if isinstance(entry, WeighedEntry):
+            self._weight += weight - entry.weight
+            entry.weight = weight
+            if self._max_bytes is not None and self._weight > self._max_bytes:
+                # Out of the policy while room is made, so that it is not the victim of its own growth.
+                self._policy.forget(entry)
+                self._make_room(0, 0)
+                self._policy.admit(entry)
+
+    def _make_room(self, entries: int, weight: int) -> None:
+        """Give up entries until so many more, and so much more weight, fit in."""
+        if self._max_entries is not None:
+            while len(self._entries) + entries > self._max_entries:
+                self._evict()
+        if self._max_bytes is not None:
+            while self._weight + weight > self._max_bytes and len(self._policy):
+                self._evict()
+
+    def _evict(self) -> None:
+        entry = self._policy.evict()
+        self._unlist(entry, RemovalCause.SIZE)
+
+    def _drop(self, entry: Entry, cause: RemovalCause) -> None:
+        self._policy.forget(entry)
+        self._unlist(entry, cause)
+
+    def _unlist(self, entry: Entry, cause: RemovalCause) -> None:
+        del self._entries[entry.key]
+        self._removals[cause] += 1
+        if entry.tags:
+            self._tags.detach(entry.tags)
+        if isinstance(entry, WeighedEntry):
+            self._weight -= entry.weight
+        if entry.expires_at != NEVER:
+            entry.expires_at = GONE
+        entry.value = None  # The wheel may keep the entry for a while, never the value.
+        if (hook := self.on_removal) is not None:
+            hook(entry.key, cause)
+
+    def _drop_all(self) -> None:
+        self._entries.clear()
+        self._policy.clear()
+        self._wheel.clear()
+        self._tags.clear()
+        self._weight = 0
+
+    def _delete(self, keys: tuple[str, ...]) -> int:
+        now = self._now()
+        deleted = 0
+        for key in keys:
+            if (entry := self._live(key, now)) is not None:
+                self._drop(entry, RemovalCause.EXPLICIT)
+                deleted += 1
+        return deleted
+
+    def _hit(self, entry: Entry) -> None:
+        if self._on_hit is not None:
+            self._on_hit(entry)
+        elif entry.visits < VISITS_MAX:
+            entry.visits += 1
+
+    def _expire_at(self, entry: Entry, expires_at: float, now: float) -> None:
+        # The wheel looks again when the entry's present slot comes up, so only an earlier end needs a new place.
+        sooner = expires_at < entry.expires_at
+        entry.expires_at = expires_at
+        if sooner:
+            self._wheel.schedule(entry, now)
+            if self._wheel.crowded(len(self._entries)):
+                self._wheel.rebuild(self._entries.values(), now)
+
+    def _expiry(self, ttl: Ttl, now: float) -> float:
+        if ttl == "default":
+            ttl = self._default_ttl
+        if ttl is None:
+            return NEVER
+        if not ttl > 0:
+            raise BadMessage(f"ttl must be a positive number of seconds, not {ttl!r}")
+        return now + ttl
+
+    def _next_version(self, now: float) -> int:
+        version = int(now * 1e9) + self._epoch
+        if version <= self._version:
+            version = self._version + 1
+        self._version = version
+        return version
+
+    def _weigh(self, value: Any) -> int:
+        if self._max_bytes is None:
+            return 0
+        try:
+            weight = self._weigher(value) + ENTRY_OVERHEAD
+        except Exception as error:
+            raise CacheSerializationError(
+                f"the weigher failed on a value of type {type(value).__name__}: {type(error).__name__}"
+            ) from error
+        if weight > self._max_bytes:
+            raise CacheCapacityError("value is larger than the whole memory store", weight, self._max_bytes)
+        return weight
+
+    # Telling
+
+    def _announce_due(self, when: float) -> None:
+        if (hook := self.on_due) is not None:
+            hook(when)
+
+    def _tell_read(self, key: str, *, hit: bool) -> None:
+        if (hook := self.on_read) is not None:
+            hook(key, hit)
+
+    def _tell_write(self, entry: Entry, now: float) -> None:
+        if (hook := self.on_write) is not None:
+            left = entry.expires_at - now
+            hook(entry.key, entry.version, left if left < NEVER else None, entry.tags)

@@ -1,0 +1,53 @@
+"""Tags of a store in this process: invalidation in O(1), by version."""
+
+from __future__ import annotations
+
+from .eviction import Entry
+
+
+class TagTable:
+    """When each tag was last invalidated, for as long as an entry carries it.
+
+    An entry is valid while its version is newer than the last invalidation of each of its tags. A tag that no entry
+    carries is forgotten, so the table is bounded by the entries.
+    """
+
+    __slots__ = ("_tags",)
+
+    def __init__(self) -> None:
+        # tag -> [entries that carry it, version at which it was last invalidated]
+        self._tags: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._tags)
+
+    def clear(self) -> None:
+        """Forget every tag."""
+        self._tags.clear()
+
+    def attach(self, tags: tuple[str, ...]) -> None:
+        """Note that one more entry carries `tags`."""
+        for tag in tags:
+            record = self._tags.get(tag)
+            if record is None:
+                self._tags[tag] = [1, 0]
+            else:
+                record[0] += 1
+
+    def detach(self, tags: tuple[str, ...]) -> None:
+        """Note that one entry fewer carries `tags`."""
+        for tag in tags:
+            record = self._tags[tag]
+            record[0] -= 1
+            if not record[0]:
+                del self._tags[tag]
+
+    def invalidate(self, tag: str, version: int) -> None:
+        """Make every entry that carries `tag` and is not newer than `version` invalid."""
+        if (record := self._tags.get(tag)) is not None:
+            record[1] = version
+
+    def valid(self, entry: Entry) -> bool:
+        """Whether none of the entry's tags was invalidated since it was written."""
+        tags = self._tags
+        return all(tags[tag][1] < entry.version for tag in entry.tags)

@@ -1,0 +1,90 @@
+"""The one event loop of this process for callers that have none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Background:
+    """An asyncio loop in a daemon thread, started when first needed.
+
+    The thread is a daemon and nobody joins it, so that an interpreter exits at once whatever was left open; a child of
+    a fork starts its own.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
+
+    def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run a coroutine function in the loop and block for its result."""
+        future = asyncio.run_coroutine_threadsafe(_call(function, *args), self._running())
+        return future.result()
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._guard:
+            if self._loop is None:
+                ready: queue.SimpleQueue[asyncio.AbstractEventLoop] = queue.SimpleQueue()
+                threading.Thread(target=_serve, args=(ready,), name="cachebus", daemon=True).start()
+                self._loop = ready.get()
+            return self._loop
+
+    def _forget(self) -> None:
+        self._guard = threading.Lock()
+        self._loop = None
+
+
+class Hosted:
+    """An asynchronous context manager that is open in the background loop, in a task of its own."""
+
+    def __init__(self, manager: AbstractAsyncContextManager[Any]) -> None:
+        self._manager = manager
+        self._leave = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Enter it. Raises what entering raises."""
+        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._live(opened))
+        await opened
+
+    async def close(self) -> None:
+        """Leave it, and wait until that is done."""
+        self._leave.set()
+        if self._task is not None:
+            await self._task
+
+    async def _live(self, opened: asyncio.Future[None]) -> None:
+        try:
+            async with self._manager:
+                opened.set_result(None)
+                await self._leave.wait()
+        except Exception as error:
+            if opened.done():
+                raise
+            opened.set_exception(error)
+
+
+async def _call(function: Callable[..., Awaitable[T]], *args: Any) -> T:
+    return await function(*args)
+
+
+def _serve(ready: queue.SimpleQueue[asyncio.AbstractEventLoop]) -> None:
+    loop = asyncio.new_event_loop()
+    loop.call_soon(ready.put, loop)
+    with contextlib.suppress(RuntimeError):  # Interpreter shutdown may take the loop's pipes away under it.
+        loop.run_forever()
+
+
+BACKGROUND = Background()

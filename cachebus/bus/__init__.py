@@ -1,0 +1,34 @@
+"""Delivery: the in-process bus and the codec of messages. Imports `messages` only."""
+
+from .address import Address, check_word
+from .api import Bus, Envelope, Recipient, Turn
+from .clock import SYSTEM_CLOCK, Clock, SystemClock
+from .emitter import Emitter
+from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
+from .ports import Deferred, Port, ThreadPort, open_port, too_late
+from .subscription import Audience, Subscription, event_kinds
+
+__all__ = [
+    "SYSTEM_CLOCK",
+    "TURNS_PER_CHECKPOINT",
+    "Address",
+    "Audience",
+    "Bus",
+    "Clock",
+    "Deferred",
+    "Emitter",
+    "Envelope",
+    "LocalBus",
+    "Port",
+    "Recipient",
+    "Subscription",
+    "SystemClock",
+    "ThreadPort",
+    "Turn",
+    "check_budget",
+    "check_word",
+    "event_kinds",
+    "open_port",
+    "settled",
+    "too_late",
+]

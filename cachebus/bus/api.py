@@ -1,0 +1,96 @@
+"""What a bus is, and what it delivers to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from cachebus.messages import Event, Message, Reply, Request
+
+from .address import Address
+from .clock import Clock
+from .ports import Deferred, Port
+from .subscription import Audience, Subscription
+
+R = TypeVar("R")
+
+Turn = Callable[[Any], "Reply | Deferred | None"]
+"""Takes a message's turn on the caller's own stack. `None`: it must be posted; `Deferred`: the reply comes later."""
+
+
+class Envelope:
+    """A message in a mailbox: where the answer goes, until when it is worth working on, and how often it was tried.
+
+    `deadline` is on the bus's monotonic clock, `None` where nobody waits.
+    """
+
+    __slots__ = ("attempts", "deadline", "message", "port")
+
+    def __init__(self, message: Message, port: Port | None = None, deadline: float | None = None) -> None:
+        self.message = message
+        self.port = port
+        self.deadline = deadline
+        self.attempts = 0
+
+
+class Recipient(Protocol):
+    """What stands at an address: an actor of this process, or the way to one."""
+
+    def turn(self, kind: type[Message]) -> Turn:
+        """A function that takes turns for messages of one kind inline, for hot paths to keep."""
+        ...
+
+    def post(self, envelope: Envelope) -> None:
+        """Put a message into the mailbox. Never waits; what cannot be taken is answered at once."""
+
+    def obstacle_to_blocking(self) -> str | None:
+        """Why this thread must not block for an answer from here, because it would wait for itself; else `None`."""
+        ...
+
+
+class Bus(Protocol):
+    """Delivery of messages to addresses and of events to listeners.
+
+    Every request is answered exactly once. Messages from one sender to one address are handled in the order they
+    were sent. Events never slow whoever publishes them.
+    """
+
+    namespace: str
+    clock: Clock
+    audience: Audience
+
+    def serve(self, address: Address, recipient: Recipient) -> None:
+        """Deliver to `recipient` what is sent to `address`. Raises `AddressInUse`."""
+
+    def withdraw(self, address: Address) -> None:
+        """Stop delivering to `address`. Harmless if nobody serves it."""
+
+    def recipient(self, address: Address) -> Recipient:
+        """Whoever serves `address`. Raises `NoSuchActor`."""
+        ...
+
+    async def request(self, address: Address, message: Request[R], timeout: float) -> R:
+        """Ask, and wait up to `timeout` seconds for the reply. A `Failed` reply is raised as its error."""
+        ...
+
+    def request_blocking(self, address: Address, message: Request[R], timeout: float) -> R:
+        """As `request`, from a thread: blocks it."""
+        ...
+
+    async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
+        """Come to the reply from what a turn of the recipient's has returned: `request` less its first step."""
+        ...
+
+    def finish_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
+        """As `finish`, from a thread: blocks it."""
+        ...
+
+    def send(self, address: Address, message: Message) -> None:
+        """Tell, without waiting and without an answer. What cannot be delivered is a `DeadLetter` event."""
+
+    def publish(self, event: Event) -> None:
+        """Hand an event to every listener that wants it. Never waits; a full listener loses it and counts that."""
+
+    def subscribe(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
+        """Listen to kinds of events, or to a glob over their wire names such as `"cache_*"`; to all if none is named."""
+        ...

@@ -1,0 +1,151 @@
+"""What a value may be on the wire, and how JSON says what it has no word for.
+
+A value is `None`, `bool`, `int` of 64 bits (signed or unsigned), `float`, `str`, `bytes`, and `list` and `dict` with
+`str` keys of these, at most `MAX_DEPTH` levels of them. Types are compared exactly: an enum that is an `int` would come
+back as a plain `int`, so it is refused here instead of changed on the way.
+
+JSON has no bytes: they are `{"$base64": "AAEC"}`. A dict of the user's that looks like that, one whose only key is
+`base64` after one or more `$`, gets one more `$` before its key, and loses it on arrival. So `{"$base64": 1}` travels as
+`{"$$base64": 1}`, and `{"$$base64": 1}` as `{"$$$base64": 1}`. NaN and the infinities have no JSON form.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+MAX_DEPTH = 100
+MIN_INT, MAX_INT = -(2**63), 2**64 - 1
+
+_LEAVES: frozenset[type[Any]] = frozenset({type(None), bool, int, float, str, bytes})
+_BYTES_TAG = "$base64"
+
+_type: Callable[[object], type[Any]] = type  # the same, but a type checker knows what comes of Any
+
+
+class Unfit(ValueError):
+    """Raised when a value has no form on the wire. It says why with names of types, never with what the value holds.
+
+    `placed` says that the sentence names the field already.
+    """
+
+    def __init__(self, problem: str, *, placed: bool = False) -> None:
+        super().__init__(problem)
+        self.placed = placed
+
+
+def type_name(cls: type[Any]) -> str:
+    """How a sentence calls a type: builtins by name, others with their module."""
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def name_of_type(value: object) -> str:
+    """`type_name` of the value's own type."""
+    return type_name(type(value))
+
+
+def check(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """The value itself. Raises `Unfit` where msgpack would change it or fail; the range of ints is left to msgpack."""
+    kind = _type(value)
+    if kind in _LEAVES:
+        return value
+    _check_container(value, kind, depth)
+    inside = value.values() if kind is dict else value
+    if not _LEAVES.issuperset(map(type, inside)):
+        for each in inside:
+            if type(each) not in _LEAVES:
+                check(each, depth - 1)
+    return value
+
+
+def to_json(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """The value as JSON can say it. Raises `Unfit` where it cannot."""
+    kind = _type(value)
+    if value is None or kind is str or kind is bool:
+        return value
+    if kind is bytes:
+        return {_BYTES_TAG: binascii.b2a_base64(value, newline=False).decode("ascii")}
+    if kind is int:
+        if not MIN_INT <= value <= MAX_INT:
+            raise Unfit("holds an int of more than 64 bits")
+        return value
+    if kind is float:
+        if not math.isfinite(value):
+            raise Unfit("holds a NaN or an infinity, which JSON cannot say; msgpack can")
+        return value
+    _check_container(value, kind, depth)
+    if kind is list:
+        return [to_json(each, depth - 1) for each in value]
+    tree = {name: to_json(each, depth - 1) for name, each in value.items()}
+    if _is_tag(tree):
+        ((name, each),) = tree.items()
+        return {f"${name}": each}
+    return tree
+
+
+def from_json(tree: Any, depth: int = MAX_DEPTH) -> Any:
+    """The value that `to_json` was given. Raises `Unfit`."""
+    kind = _type(tree)
+    if kind in _LEAVES:
+        return tree
+    if kind is dict and _is_tag(tree):
+        ((name, each),) = tree.items()
+        if name == _BYTES_TAG:
+            return _from_base64(each)
+        _check_container(tree, kind, depth)
+        return {name[1:]: from_json(each, depth - 1)}
+    _check_container(tree, kind, depth)
+    if kind is list:
+        return [from_json(each, depth - 1) for each in tree]
+    return {name: from_json(each, depth - 1) for name, each in tree.items()}
+
+
+def _check_container(value: Any, kind: type[Any], depth: int) -> None:
+    if kind is dict:
+        for name in value:
+            if type(name) is not str:
+                raise Unfit(f"holds a dict with a key of type {name_of_type(name)}, and only str will do")
+    elif kind is not list:
+        _refuse(kind)
+    if depth <= 0:
+        raise Unfit(f"is nested deeper than {MAX_DEPTH} levels")
+
+
+def _refuse(kind: type[Any]) -> NoReturn:
+    raise Unfit(
+        f"holds a {type_name(kind)}; a value off the memory backend is made of None, bool, int, float, str, bytes, list "
+        "and dict, for anything else choose a serializer"
+    )
+
+
+def _is_tag(tree: dict[str, Any]) -> bool:
+    if len(tree) != 1:
+        return False
+    (name,) = tree
+    return name.endswith(_BYTES_TAG) and not name.removesuffix("base64").strip("$")
+
+
+def _from_base64(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise Unfit(f"holds a {_BYTES_TAG} of type {name_of_type(text)}, and only str will do")
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        problem = f"holds a {_BYTES_TAG} that is not base64"
+    raise Unfit(problem)
+
+
+class ValueForm(NamedTuple):
+    """How one content type says values."""
+
+    plain: frozenset[type[Any]]
+    """Types that need no second look: they are written as they are."""
+
+    write: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+
+
+MSGPACK_VALUES = ValueForm(_LEAVES, check, check)
+JSON_VALUES = ValueForm(frozenset({type(None), bool, str}), to_json, from_json)

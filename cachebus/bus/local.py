@@ -1,0 +1,139 @@
+"""The in-process bus: it hands objects over and encodes nothing."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, TypeVar, cast
+
+from anyio.lowlevel import checkpoint
+
+from cachebus.messages import (
+    AddressInUse,
+    CacheClosed,
+    CacheError,
+    CacheTimeoutError,
+    DeadLetter,
+    Event,
+    Failed,
+    Message,
+    NoSuchActor,
+    Request,
+)
+
+from .address import Address, check_word
+from .api import Envelope, Recipient
+from .clock import SYSTEM_CLOCK, Clock
+from .emitter import Emitter
+from .ports import Deferred, Port, ThreadPort, open_port, too_late
+from .subscription import Audience, Subscription
+
+R = TypeVar("R")
+
+TURNS_PER_CHECKPOINT = 512
+"""Inline turns that callers on event loops may take before one of them lets other tasks run."""
+
+
+class LocalBus:
+    """A `Bus` within one process, on asyncio, on trio and from threads."""
+
+    def __init__(self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.namespace = check_word(namespace, "namespace")
+        self.clock = clock
+        self.audience = Audience()
+        self._recipients: dict[str, Recipient] = {}
+        self._emitter = Emitter(self)
+        self._guard = threading.Lock()
+        self._turns_left = TURNS_PER_CHECKPOINT
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<LocalBus {self.namespace!r} serving {', '.join(sorted(self._recipients)) or 'nobody'}>"
+
+    def serve(self, address: Address, recipient: Recipient) -> None:
+        with self._guard:
+            if self._closed:
+                raise CacheClosed("the bus is closed")
+            if (holder := self._recipients.get(address)) is not None:
+                raise AddressInUse(address=address, holder=repr(holder))
+            self._recipients[address] = recipient
+
+    def withdraw(self, address: Address) -> None:
+        with self._guard:
+            self._recipients.pop(address, None)
+
+    def recipient(self, address: Address) -> Recipient:
+        found = self._recipients.get(address)
+        if found is None:
+            if self._closed:
+                raise CacheClosed("the bus is closed")
+            raise NoSuchActor(address=address)
+        return found
+
+    async def request(self, address: Address, message: Request[R], timeout: float) -> R:
+        check_budget(address, timeout)
+        reply = self.recipient(address).turn(type(message))(message)
+        self._turns_left -= 1
+        if self._turns_left <= 0:
+            self._turns_left = TURNS_PER_CHECKPOINT
+            await checkpoint()
+        return await self.finish(address, message, reply, timeout)
+
+    async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
+        if reply is None or type(reply) is Deferred:
+            port = open_port()
+            self._hand_over(self.recipient(address), message, timeout, reply, port)
+            reply = await port.wait(timeout, too_late(address, timeout))
+        return cast("R", settled(reply))
+
+    def request_blocking(self, address: Address, message: Request[R], timeout: float) -> R:
+        check_budget(address, timeout)
+        reply = self.recipient(address).turn(type(message))(message)
+        return self.finish_blocking(address, message, reply, timeout)
+
+    def finish_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
+        if reply is None or type(reply) is Deferred:
+            recipient = self.recipient(address)
+            if (obstacle := recipient.obstacle_to_blocking()) is not None:
+                raise CacheError(f"a blocking call to {address} would wait for itself: {obstacle}")
+            port = ThreadPort()
+            self._hand_over(recipient, message, timeout, reply, port)
+            reply = port.wait(timeout, too_late(address, timeout))
+        return cast("R", settled(reply))
+
+    def send(self, address: Address, message: Message) -> None:
+        try:
+            self.recipient(address).post(Envelope(message))
+        except CacheError as error:
+            self._emitter.emit(DeadLetter(address=address, wire_name=message.WIRE_NAME, reason=str(error)))
+
+    def publish(self, event: Event) -> None:
+        self.audience.hear(event)
+
+    def subscribe(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
+        return self.audience.subscribe(what, capacity)
+
+    def close(self) -> None:
+        """End every subscription and refuse what comes. Whoever served an address stops by itself."""
+        with self._guard:
+            self._closed = True
+            self._recipients.clear()
+        self.audience.close()
+
+    def _hand_over(self, recipient: Recipient, message: Message, timeout: float, reply: Any, port: Port) -> None:
+        if reply is None:
+            recipient.post(Envelope(message, port, self.clock.monotonic() + timeout))
+        else:
+            cast("Deferred", reply).attach(port)
+
+
+def check_budget(address: str, timeout: float) -> None:
+    """Raise `CacheTimeoutError` if nothing is left of a call's budget."""
+    if not timeout > 0:
+        raise CacheTimeoutError("the call had no time left", address, timeout)
+
+
+def settled(reply: Any) -> Any:
+    """The reply, or the error that it says, raised."""
+    if type(reply) is Failed:
+        raise reply.error()
+    return reply

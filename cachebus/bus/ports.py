@@ -1,0 +1,188 @@
+"""Reply ports: where one answer goes, once. One kind for each way of waiting: a task of asyncio, of trio, a thread.
+
+A port may be answered from any thread. The first answer counts and later ones are dropped, because an answer that
+meets a deadline on its way is normal.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from asyncio import AbstractEventLoop, _get_running_loop
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import anyio
+
+from cachebus.messages import CacheTimeoutError, Failed, Reply
+
+from .deadlines import deadlines_of
+
+
+class Port(Protocol):
+    """Where an answer goes."""
+
+    def answer(self, reply: Any) -> None:
+        """Give the answer. Does not wait, may be called from any thread, and only the first call counts."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody still waits; `False` once answered, timed out or cancelled."""
+        ...
+
+
+class AsyncioPort:
+    """A port on which a task of an asyncio loop waits. Cheap: a bare future, and a place in a shared timer."""
+
+    __slots__ = ("_future", "_loop")
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        self._loop = loop
+        self._future = loop.create_future()
+
+    @property
+    def waiting(self) -> bool:
+        return not self._future.done()
+
+    def answer(self, reply: Any) -> None:
+        if _get_running_loop() is self._loop:
+            if not self._future.done():
+                self._future.set_result(reply)
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._settle, reply)
+        except RuntimeError:
+            pass  # The loop is closed, and whoever waited on it is gone.
+
+    def _settle(self, reply: Any) -> None:
+        if not self._future.done():
+            self._future.set_result(reply)
+
+    async def wait(self, timeout: float | None = None, late: Callable[[], Any] = lambda: None) -> Any:
+        """Wait for the answer; after `timeout` seconds the answer is `late()`."""
+        if timeout is None:
+            return await self._future
+        deadlines = deadlines_of(self._loop)
+        bucket = deadlines.watch(self, timeout, late)
+        try:
+            return await self._future
+        finally:
+            bucket.pop(self, None)
+
+
+class TrioPort:
+    """A port on which a task of a trio run waits."""
+
+    __slots__ = ("_event", "_reply", "_token")
+
+    def __init__(self) -> None:
+        # Trio is no dependency: it is here if its loop is running.
+        import trio
+
+        self._token = trio.lowlevel.current_trio_token()
+        self._event = anyio.Event()
+        self._reply: Any = None
+
+    @property
+    def waiting(self) -> bool:
+        return not self._event.is_set()
+
+    def answer(self, reply: Any) -> None:
+        import trio
+
+        try:
+            self._token.run_sync_soon(self._settle, reply)
+        except trio.RunFinishedError:
+            pass  # The run is over, and whoever waited in it is gone.
+
+    def _settle(self, reply: Any) -> None:
+        if not self._event.is_set():
+            self._reply = reply
+            self._event.set()
+
+    async def wait(self, timeout: float | None = None, late: Callable[[], Any] = lambda: None) -> Any:
+        """Wait for the answer; after `timeout` seconds the answer is `late()`."""
+        with anyio.move_on_after(timeout):
+            await self._event.wait()
+        if self._event.is_set():
+            return self._reply
+        self._event.set()
+        return late()
+
+
+class ThreadPort:
+    """A port on which a thread waits, with no event loop in it."""
+
+    __slots__ = ("_answers", "_open")
+
+    def __init__(self) -> None:
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._open = True
+
+    @property
+    def waiting(self) -> bool:
+        return self._open
+
+    def answer(self, reply: Any) -> None:
+        if self._open:
+            self._answers.put(reply)
+
+    def wait(self, timeout: float | None = None, late: Callable[[], Any] = lambda: None) -> Any:
+        """Wait for the answer; after `timeout` seconds the answer is `late()`."""
+        try:
+            return self._answers.get(timeout=timeout)
+        except queue.Empty:
+            return late()
+        finally:
+            self._open = False
+
+
+class Deferred:
+    """The promise of a reply that an actor gives later: its handler returns it, and the turn ends.
+
+    The actor calls `answer` when it knows; the bus attaches the port of whoever asked. Either may come first.
+    """
+
+    __slots__ = ("_guard", "_port", "_reply", "on_answer")
+
+    def __init__(self, on_answer: Callable[[Deferred], None] | None = None) -> None:
+        self._guard = threading.Lock()
+        self._port: Port | None = None
+        self._reply: Reply | None = None
+        self.on_answer = on_answer
+
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody may still wait for the answer."""
+        return self._reply is None and (self._port is None or self._port.waiting)
+
+    def answer(self, reply: Reply) -> None:
+        """Give the answer, from any thread. Only the first call counts."""
+        with self._guard:
+            if self._reply is not None:
+                return
+            self._reply = reply
+            port = self._port
+        if port is not None:
+            port.answer(reply)
+        if self.on_answer is not None:
+            self.on_answer(self)
+
+    def attach(self, port: Port) -> None:
+        """Name the port that the answer goes to."""
+        with self._guard:
+            self._port = port
+            reply = self._reply
+        if reply is not None:
+            port.answer(reply)
+
+
+def open_port() -> AsyncioPort | TrioPort:
+    """A port on which the running task waits."""
+    loop = _get_running_loop()
+    return TrioPort() if loop is None else AsyncioPort(loop)
+
+
+def too_late(address: str, timeout: float) -> Callable[[], Failed]:
+    """What to answer when `address` has not answered within `timeout` seconds."""
+    return lambda: Failed.of(CacheTimeoutError("no answer", address, timeout))

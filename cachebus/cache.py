@@ -1,0 +1,313 @@
+"""The asynchronous facade: calls become requests, replies become values."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from anyio.lowlevel import checkpoint
+
+from cachebus.bus import TURNS_PER_CHECKPOINT, Subscription
+from cachebus.messages import (
+    Add,
+    CacheClosed,
+    CacheError,
+    CacheKeyError,
+    Clear,
+    CompareAndSet,
+    Delete,
+    DeleteMany,
+    DeletePattern,
+    Event,
+    Exists,
+    Found,
+    Get,
+    GetMany,
+    Increment,
+    InvalidateTags,
+    Missing,
+    Ping,
+    Present,
+    Request,
+    Scan,
+    Scanned,
+    Set,
+    SetMany,
+    Snapshot,
+    Stored,
+    TakeSnapshot,
+    Touch,
+)
+
+from .cached import Decorator, Loads
+from .checks import TimeToLive, check_key, check_keys, check_tags, check_ttl
+from .link import Link, NoLink
+from .node import Node
+
+R = TypeVar("R")
+Asking = Callable[[Request[Any]], Awaitable[Any]]
+Finishing = Callable[[Request[Any], Any], Awaitable[Any]]
+
+_new = object.__new__
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether a backend answers. `latency` is the seconds that the answer took, `detail` what went wrong otherwise."""
+
+    ok: bool
+    backend: str
+    latency: float
+    detail: str = ""
+
+
+class Cache:
+    """A cache over one backend, on asyncio or trio. Made by `open_cache`; used within `async with`.
+
+    Keys are non-empty `str`; anything else is a `CacheKeyError`. Times to live are seconds or a `timedelta`; left out,
+    the backend's default counts, `None` is no expiry, and what is not positive is a `ValueError`. Every call ends within
+    the cache's `timeout`, at worst with a `CacheTimeoutError`. Before `async with` and after `close` every call raises
+    `CacheClosed`.
+    """
+
+    def __init__(self, make_node: Callable[[], Node], name: str | None = None) -> None:
+        self._make_node = make_node
+        self._name = name
+        self._node: Node | None = None
+        self._loads = Loads(self)
+        self._unlink("the cache is not open: use it within `async with`")
+
+    def __repr__(self) -> str:
+        where = "closed" if isinstance(self._link, NoLink) else str(self._link.address)
+        return f"<{type(self).__name__} {where}>"
+
+    async def __aenter__(self) -> Self:
+        if self._node is not None:
+            raise CacheClosed("the cache is open already, or was closed; make another one")
+        node = self._make_node()
+        await node.__aenter__()
+        self._node = node
+        self.attach(node.link(self._name))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._unlink("the cache is closed")
+        if self._node is not None:
+            await self._node.__aexit__(kind, error, tb)
+
+    async def close(self) -> None:
+        """Answer what is under way and refuse what comes. Safe to call twice; leaving `async with` does it too."""
+        self._unlink("the cache is closed")
+        if self._node is not None:
+            await self._node.stop()
+
+    def attach(self, link: Link, *, blocking: bool = False) -> Self:
+        """Use `link` from now on; `blocking` makes every call a coroutine that never suspends, for `SyncCache`."""
+        self._link = link
+        self._turn_get = link.turn_get
+        self._turn_set = link.turn_set
+        self._ask: Asking = link.request_blocking if blocking else link.request
+        self._finish: Finishing = link.finish_blocking if blocking else link.finish
+        self._turns_left = TURNS_PER_CHECKPOINT
+        return self
+
+    def _unlink(self, why: str) -> None:
+        self.attach(NoLink(why))
+
+    @property
+    def link(self) -> Link:
+        """The way to the backend."""
+        return self._link
+
+    # Reading
+
+    async def get(self, key: str, default: Any = None) -> Any:
+        """The value under `key`, or `default`. A cached `None` is a value: tell it from a miss by the default."""
+        # The hot path. Filling the slot of a bare object takes two thirds of the time of Get(key), and the turn is
+        # taken here rather than in the bus, which saves a coroutine.
+        if type(key) is not str or not key:
+            check_key(key)
+        request = _new(Get)
+        request.key = key  # type: ignore[misc]
+        reply = self._turn_get(request)
+        self._turns_left -= 1
+        if type(reply) is Found and self._turns_left > 0:
+            return reply.value
+        found = await self._finish_get(request, reply)
+        return default if type(found) is Missing else found.value
+
+    async def lookup(self, key: str) -> Found | Missing:
+        """What is under `key`: `Found` with value, version, seconds left, tags and time of storing, or `Missing`."""
+        request = Get(check_key(key))
+        return await self._finish_get(request, self._turn_get(request))
+
+    async def _finish_get(self, request: Get, reply: Any) -> Any:
+        if self._turns_left <= 0:
+            self._turns_left = TURNS_PER_CHECKPOINT
+            await checkpoint()
+        if type(reply) is Found:
+            return reply
+        check_key(request.key)
+        return reply if type(reply) is Missing else await self._finish(request, reply)
+
+    async def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The values under those of `keys` that have one."""
+        reply = await self._ask(GetMany(check_keys(keys)))
+        return {key: found.value for key, found in reply.entries.items()}
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is a value under `key`. Counts neither as hit nor as miss."""
+        return isinstance(await self._ask(Exists(check_key(key))), Present)
+
+    async def ttl(self, key: str) -> float | None:
+        """Seconds that the value under `key` has left: `None` without expiry, 0.0 where there is no value."""
+        reply = await self._ask(Exists(check_key(key)))
+        return reply.ttl if isinstance(reply, Present) else 0.0
+
+    async def scan(self, pattern: str = "*") -> AsyncIterator[str]:
+        """The keys that match a glob (see `delete_pattern`). Keys that come or go meanwhile may be listed or not."""
+        cursor = ""
+        while True:
+            page = await self._scan_page(pattern, cursor)
+            for key in page.keys:
+                yield key
+            if not (cursor := page.cursor):
+                return
+
+    async def _scan_page(self, pattern: str, cursor: str) -> Scanned:
+        page: Scanned = await self._ask(Scan(_check_pattern(pattern), cursor))
+        return page
+
+    # Writing
+
+    async def set(
+        self,
+        key: str,
+        value: Any,
+        *,
+        ttl: TimeToLive = "default",
+        tags: Iterable[str] = (),
+        only_if: Literal["absent", "present"] | None = None,
+    ) -> bool:
+        """Store `value`, by default whatever is there; says whether it did."""
+        if only_if is not None and only_if not in ("absent", "present"):
+            raise ValueError(f"only_if must be 'absent', 'present' or None, not {only_if!r}")
+        request = Set(check_key(key), value, check_ttl(ttl), check_tags(tags), only_if)
+        reply = self._turn_set(request)
+        self._turns_left -= 1
+        if type(reply) is Stored and self._turns_left > 0:
+            return True
+        if self._turns_left <= 0:
+            self._turns_left = TURNS_PER_CHECKPOINT
+            await checkpoint()
+        return isinstance(await self._finish(request, reply), Stored)
+
+    async def set_many(
+        self, items: Mapping[str, Any], *, ttl: TimeToLive = "default", tags: Iterable[str] = ()
+    ) -> None:
+        """Store several values with one TTL and the same tags."""
+        check_keys(items)
+        await self._ask(SetMany(dict(items), check_ttl(ttl), check_tags(tags)))
+
+    async def add(
+        self, key: str, value: Any, *, ttl: TimeToLive = "default", tags: Iterable[str] = ()
+    ) -> bool:
+        """Store `value` if there is none under `key`; says whether it did."""
+        return isinstance(await self._ask(Add(check_key(key), value, check_ttl(ttl), check_tags(tags))), Stored)
+
+    async def compare_and_set(
+        self, key: str, value: Any, *, version: int, ttl: TimeToLive = "default", tags: Iterable[str] = ()
+    ) -> bool:
+        """Store `value` if the one under `key` is still at `version`, as `lookup` told it; says whether it did."""
+        request = CompareAndSet(check_key(key), value, version, check_ttl(ttl), check_tags(tags))
+        return isinstance(await self._ask(request), Stored)
+
+    async def touch(self, key: str, *, ttl: TimeToLive = "default") -> bool:
+        """Give the value under `key` a new time to live, counted from now; says whether there is one."""
+        return isinstance(await self._ask(Touch(check_key(key), check_ttl(ttl))), Present)
+
+    async def increment(
+        self, key: str, delta: int = 1, *, initial: int | None = 0, ttl: TimeToLive = "default"
+    ) -> int:
+        """Add `delta` to the integer under `key` and return the sum, in one step.
+
+        A missing key starts at `initial`, with `ttl`; an existing one keeps its time to live. With `initial=None` a
+        missing key is a `CacheKeyError`. Raises `WrongType` where the value is not an integer of 64 bits.
+        """
+        for name, number in (("delta", delta), ("initial", initial)):
+            if type(number) is not int and not (name == "initial" and number is None):
+                raise TypeError(f"{name} must be an int, not {number!r}")
+        reply = await self._ask(Increment(check_key(key), delta, initial, check_ttl(ttl)))
+        if isinstance(reply, Missing):
+            raise CacheKeyError("there is no counter to increment under the key, and initial is None")
+        return int(reply.value)
+
+    # Removing
+
+    async def delete(self, key: str) -> bool:
+        """Remove the value under `key`; says whether there was one."""
+        return bool((await self._ask(Delete(check_key(key)))).count)
+
+    async def delete_many(self, keys: Iterable[str]) -> int:
+        """Remove the values under `keys`; says how many there were."""
+        return int((await self._ask(DeleteMany(check_keys(keys)))).count)
+
+    async def delete_pattern(self, pattern: str) -> int:
+        r"""Remove every key that a glob matches; says how many there were.
+
+        `*` is any run of characters, `?` any one, `[abc]` one of a set, and `\` takes the next character as it stands.
+        Put foreign text through `escape_pattern`.
+        """
+        return int((await self._ask(DeletePattern(_check_pattern(pattern)))).count)
+
+    async def invalidate_tags(self, *tags: str) -> None:
+        """Make every value unreadable that was stored with one of `tags` before now."""
+        if checked := check_tags(tags):
+            await self._ask(InvalidateTags(checked))
+
+    async def clear(self) -> None:
+        """Remove every value of this cache's namespace."""
+        await self._ask(Clear())
+
+    # Decorating and watching
+
+    def cached(
+        self, *, key: str | Callable[..., str], ttl: TimeToLive = "default", tags: Iterable[str] = ()
+    ) -> Decorator:
+        """Cache what a function returns; see `Loads.cached`."""
+        return self._loads.cached(key=key, ttl=ttl, tags=tags)
+
+    def events(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
+        """Listen to events: to kinds of them, to globs over their names such as `"cache_*"`, or to all.
+
+        Iterate with `async for` within `async with`. At most `capacity` wait; a slower listener loses events, and its
+        `dropped` counts them.
+        """
+        return self._link.subscribe(*what, capacity=capacity)
+
+    async def statistics(self) -> Snapshot:
+        """Counters since the backend's actor started, and how full its store is."""
+        snapshot: Snapshot = await self._ask(TakeSnapshot())
+        return snapshot
+
+    async def health(self) -> Health:
+        """Whether the backend answers, and how fast. Raises `CacheClosed` only."""
+        clock = self._link.bus.clock
+        started = clock.monotonic()
+        try:
+            await self._ask(Ping())
+        except CacheClosed:
+            raise
+        except CacheError as error:
+            return Health(False, self._link.address, clock.monotonic() - started, str(error))
+        return Health(True, self._link.address, clock.monotonic() - started)
+
+
+def _check_pattern(pattern: object) -> str:
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"a pattern must be a non-empty str, not {pattern!r}")
+    return pattern

@@ -1,0 +1,72 @@
+"""What callers may pass: keys, times to live and tags, checked at the door."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Literal
+
+from cachebus.messages import CacheKeyError, Ttl
+
+TimeToLive = float | timedelta | Literal["default"] | None
+"""Seconds (or a `timedelta`) that a value lives; `"default"` is the backend's, `None` is for ever."""
+
+
+def check_key(key: object) -> str:
+    """Return `key` if it is a non-empty `str` that can be written as UTF-8, else raise `CacheKeyError`."""
+    if not isinstance(key, str):
+        raise CacheKeyError(f"a cache key must be a str, not {type(key).__name__}", "")
+    if not key:
+        raise CacheKeyError("a cache key must not be empty")
+    if not key.isascii():
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise CacheKeyError("a cache key must be valid Unicode", reprlib.repr(key)) from None
+    return key
+
+
+def check_keys(keys: Iterable[str]) -> tuple[str, ...]:
+    """Return `keys` as a tuple of checked keys. One `str` is not an iterable of keys here."""
+    if isinstance(keys, str):
+        raise CacheKeyError("several cache keys must be given as a list or another iterable", reprlib.repr(keys))
+    return tuple(check_key(key) for key in keys)
+
+
+def check_ttl(ttl: TimeToLive) -> Ttl:
+    """Return `ttl` in seconds, `"default"` or `None`. Raises `TypeError` for what is no duration, `ValueError` for one
+    that is not positive and finite."""
+    if ttl is None or ttl == "default":
+        return ttl  # type: ignore[return-value]  # mypy does not narrow timedelta away
+    if isinstance(ttl, timedelta):
+        seconds = ttl.total_seconds()
+    elif isinstance(ttl, (int, float)) and not isinstance(ttl, bool):
+        seconds = float(ttl)
+    else:
+        raise TypeError(f"ttl must be seconds, a timedelta, None or 'default', not {ttl!r}")
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"ttl must be a positive, finite time, not {ttl!r}; None means no expiry")
+    return seconds
+
+
+def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """Return `tags` as a tuple without repetitions. Raises `TypeError` or `ValueError` for anything but non-empty
+    strings, and for one bare `str`."""
+    if not tags:
+        return ()
+    if isinstance(tags, str):
+        raise TypeError(f"tags must be a list or another iterable of str, not the str {tags!r}")
+    unique = tuple(dict.fromkeys(tags))
+    for tag in unique:
+        if not isinstance(tag, str):
+            raise TypeError(f"a tag must be a str, not {tag!r}")
+        if not tag:
+            raise ValueError("a tag must not be empty")
+    return unique
+
+
+def escape_pattern(text: str) -> str:
+    r"""Make `text` stand for itself in a pattern: `delete_pattern(f"user:{escape_pattern(name)}:*")`."""
+    return "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in text)

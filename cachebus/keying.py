@@ -1,0 +1,71 @@
+"""Keys of calls: templates such as `"user:{user_id}"`, compiled to a function with the decorated one's parameters."""
+
+from __future__ import annotations
+
+import inspect
+import string
+from collections.abc import Callable
+from typing import Any
+
+from cachebus.messages import CacheConfigurationError
+
+_EMPTY = inspect.Parameter.empty
+
+
+def compile_template(function: Callable[..., Any], template: str, what: str) -> Callable[..., str]:
+    """A function that takes the arguments of `function` and fills them into `template`.
+
+    Fields are names of parameters, with attributes and indices as in `str.format` (`{user.id}`, `{args[0]}`). Arguments
+    that the caller left out have their defaults, and `f(1)` and `f(user_id=1)` give the same text. Raises
+    `CacheConfigurationError` for a field that is no parameter; `what` says what the template is for.
+    """
+    parameters = inspect.signature(function).parameters
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise CacheConfigurationError(f"{what} {template!r} is not a valid template: {error}") from None
+    for _, field, _, _ in pieces:
+        name = None if field is None else _first_name(field)
+        if name is not None and name not in parameters:
+            raise CacheConfigurationError(
+                f"{what} {template!r} has the field {{{field}}}, but {_name_of(function)}"
+                f" takes {', '.join(parameters) or 'no arguments'}"
+            )
+    # Compiled, because binding arguments through inspect.Signature.bind takes longer than the whole cache hit: the
+    # interpreter binds them to a lambda's parameters in no time. Only names of parameters enter the source.
+    defaults = {f"_default_{name}": each.default for name, each in parameters.items() if each.default is not _EMPTY}
+    arguments = ", ".join(f"{name}={name}" for name in parameters)
+    source = f"lambda {_parameter_list(parameters)}: _fill({arguments})"
+    return eval(source, {**defaults, "_fill": template.format})  # type: ignore[no-any-return]
+
+
+def _first_name(field: str) -> str:
+    for position, character in enumerate(field):
+        if character in ".[":
+            return field[:position]
+    return field
+
+
+def _parameter_list(parameters: Any) -> str:
+    """The parameters in Python's own syntax, with their defaults by name."""
+    kinds = inspect.Parameter
+    out: list[str] = []
+    star = False
+    previous = None
+    for name, each in parameters.items():
+        if previous is kinds.POSITIONAL_ONLY and each.kind is not kinds.POSITIONAL_ONLY:
+            out.append("/")
+        if each.kind is kinds.KEYWORD_ONLY and not star:
+            out.append("*")
+            star = True
+        prefix = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}.get(each.kind, "")
+        star = star or prefix == "*"
+        out.append(f"{prefix}{name}" + (f"=_default_{name}" if each.default is not _EMPTY else ""))
+        previous = each.kind
+    if previous is kinds.POSITIONAL_ONLY:
+        out.append("/")
+    return ", ".join(out)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))

@@ -1,0 +1,242 @@
+"""The error tree: one class per thing that can go wrong, each with a wire code and fields of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+E = TypeVar("E", bound="CacheError")
+_codes: dict[str, type[CacheError]] = {}
+
+
+@dataclass(eq=False, slots=False)
+class CacheError(Exception):
+    """The root of every error that cachebus raises. `detail` is the sentence for people.
+
+    A subclass has fields instead, builds its sentence from them, and crosses the bus under its `code`.
+    """
+
+    detail: str
+
+    code: ClassVar[str] = "error"
+
+    def __str__(self) -> str:
+        return self.sentence()
+
+    def sentence(self) -> str:
+        """What went wrong, in one sentence that names the value and what was expected."""
+        return self.detail
+
+    def wire_fields(self) -> dict[str, Any]:
+        """The fields, as the codec sends them."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebuild, (self.code, str(self), self.wire_fields())
+
+
+def rebuild(code: str, detail: str, values: dict[str, Any]) -> CacheError:
+    """The error that `code` names. An unknown code, or fields that a newer or older sender chose otherwise, still
+    give a `CacheError` with the sender's sentence."""
+    cls = _codes.get(code, CacheError)
+    known = {each.name for each in fields(cls)}
+    try:
+        return cls(**{name: value for name, value in values.items() if name in known})
+    except TypeError:
+        return CacheError(detail)
+
+
+@dataclass_transform(eq_default=False)
+def error(cls: type[E]) -> type[E]:
+    """Make a class of the tree: its fields become the constructor, its `code` its name on the wire."""
+    made = dataclass(eq=False)(cls)
+    if made.code in _codes:
+        raise ValueError(f"error code {made.code!r} of {made.__name__} belongs to {_codes[made.code].__name__}")
+    _codes[made.code] = made
+    return made
+
+
+_codes["error"] = CacheError
+
+
+@error
+class CacheBackendError(CacheError):
+    """Raised when a store failed for a reason of its own."""
+
+    backend: str = ""
+    code: ClassVar[str] = "backend"
+
+    def sentence(self) -> str:
+        return f"backend {self.backend!r}: {self.detail}" if self.backend else self.detail
+
+
+@error
+class CacheConnectionError(CacheBackendError, ConnectionError):
+    """Raised when a store or a bus cannot be reached, or its connection was lost."""
+
+    code: ClassVar[str] = "connection"
+
+
+@error
+class CacheCapacityError(CacheError, ValueError):
+    """Raised when a value is larger than the place where it should go. Sizes are bytes."""
+
+    detail: str
+    size: int = 0
+    limit: int = 0
+    code: ClassVar[str] = "capacity"
+
+    def sentence(self) -> str:
+        return f"{self.detail}: {self.size:,} bytes, the limit is {self.limit:,} bytes"
+
+
+@error
+class CacheTimeoutError(CacheError, TimeoutError):
+    """Raised when an answer did not come within the call's time budget."""
+
+    detail: str = "no answer"
+    address: str = ""
+    timeout: float = 0.0
+    code: ClassVar[str] = "timeout"
+
+    def sentence(self) -> str:
+        return f"{self.address or 'cache'}: {self.detail} within {self.timeout:g} s"
+
+
+@error
+class CacheConfigurationError(CacheError, ValueError):
+    """Raised when a setting, a URL or an option is wrong. Names it, and what is allowed."""
+
+    code: ClassVar[str] = "configuration"
+
+
+@error
+class CacheKeyError(CacheError, ValueError):
+    """Raised when a key is empty, not a `str`, or cannot be written as UTF-8. `key` is its `repr`, shortened."""
+
+    detail: str
+    key: str = ""
+    code: ClassVar[str] = "key"
+
+    def sentence(self) -> str:
+        return f"{self.detail}, not {self.key}" if self.key else self.detail
+
+
+@error
+class CacheSerializationError(CacheError, ValueError):
+    """Raised when a value cannot be turned into bytes, or bytes cannot be turned into the value they claim to be."""
+
+    code: ClassVar[str] = "serialization"
+
+
+@error
+class CacheInvalidationError(CacheError):
+    """Raised when an invalidation could not be carried out, so that stale values may still be read."""
+
+    code: ClassVar[str] = "invalidation"
+
+
+@error
+class CacheStampedeError(CacheError):
+    """Raised when a caller that waited for somebody else's load may neither load nor be served a stale value."""
+
+    code: ClassVar[str] = "stampede"
+
+
+@error
+class WrongType(CacheError, TypeError):
+    """Raised when an operation meets a stored value of a type it cannot work on, such as a `str` for `increment`."""
+
+    code: ClassVar[str] = "wrong_type"
+
+
+@error
+class CapabilityError(CacheError):
+    """Raised when a store is asked for what it cannot do."""
+
+    detail: str = ""
+    store: str = ""
+    capability: str = ""
+    code: ClassVar[str] = "capability"
+
+    def sentence(self) -> str:
+        return self.detail or f"store {self.store!r} cannot do {self.capability}"
+
+
+@error
+class CircuitOpen(CacheError):
+    """Raised when a backend has failed so often that it is left alone for a while. `retry_after` is in seconds."""
+
+    detail: str = ""
+    address: str = ""
+    retry_after: float = 0.0
+    code: ClassVar[str] = "circuit_open"
+
+    def sentence(self) -> str:
+        return self.detail or f"circuit of {self.address} is open, next attempt in {self.retry_after:.3g} s"
+
+
+@error
+class Overloaded(CacheError):
+    """Raised when a mailbox is full. Nothing was done; try later, or send less."""
+
+    detail: str = ""
+    address: str = ""
+    capacity: int = 0
+    code: ClassVar[str] = "overloaded"
+
+    def sentence(self) -> str:
+        return self.detail or f"mailbox of {self.address} is full ({self.capacity} messages)"
+
+
+@error
+class NoSuchActor(CacheError, LookupError):
+    """Raised when nobody serves the address that a request was sent to."""
+
+    detail: str = ""
+    address: str = ""
+    code: ClassVar[str] = "no_such_actor"
+
+    def sentence(self) -> str:
+        return self.detail or f"no actor serves the address {self.address!r}"
+
+
+@error
+class AddressInUse(CacheError):
+    """Raised when an address is already served, by `holder`."""
+
+    detail: str = ""
+    address: str = ""
+    holder: str = ""
+    code: ClassVar[str] = "address_in_use"
+
+    def sentence(self) -> str:
+        return self.detail or f"the address {self.address!r} is already served by {self.holder}"
+
+
+@error
+class ActorFailed(CacheError):
+    """Raised when an actor crashed while it handled the request. Whether the request took effect is not known."""
+
+    detail: str = ""
+    address: str = ""
+    reason: str = ""
+    code: ClassVar[str] = "actor_failed"
+
+    def sentence(self) -> str:
+        return self.detail or f"actor {self.address} failed: {self.reason}"
+
+
+@error
+class BadMessage(CacheError, ValueError):
+    """Raised when a message is not one: undecodable, unknown, of a newer version, or sent to an actor without a
+    handler for it."""
+
+    code: ClassVar[str] = "bad_message"
+
+
+@error
+class CacheClosed(CacheError):
+    """Raised when a cache is used before it is open or after it was closed."""
+
+    code: ClassVar[str] = "closed"

@@ -1,0 +1,140 @@
+"""Events: what happened, in the words that users know. The common fields are those of `Event`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from .base import Event, message
+
+
+class RemovalCause(StrEnum):
+    """Why a value went: `EXPLICIT` somebody asked, `REPLACED` by a newer one, `EXPIRED` its time was up, `SIZE` the
+    store was full."""
+
+    EXPLICIT = "explicit"
+    REPLACED = "replaced"
+    EXPIRED = "expired"
+    SIZE = "size"
+
+
+@message("event.cache_hit")
+class CacheHit(Event):
+    """A key was read and had a live value."""
+
+    key: str
+
+
+@message("event.cache_miss")
+class CacheMiss(Event):
+    """A key was read and had none."""
+
+    key: str
+
+
+@message("event.cache_set")
+class CacheSet(Event):
+    """A value was stored. `ttl` is in seconds."""
+
+    key: str
+    version: int = 0
+    ttl: float | None = None
+    tags: tuple[str, ...] = ()
+
+
+@message("event.cache_deleted")
+class CacheDeleted(Event):
+    """A key was removed because somebody asked."""
+
+    key: str
+
+
+@message("event.cache_evicted")
+class CacheEvicted(Event):
+    """A value was given up for its `cause`: always `SIZE` so far."""
+
+    key: str
+    cause: RemovalCause = RemovalCause.SIZE
+
+
+@message("event.cache_expired")
+class CacheExpired(Event):
+    """A value was removed because its time was up. It was unreadable from that moment, whenever this is said."""
+
+    key: str
+
+
+@message("event.cache_cleared")
+class CacheCleared(Event):
+    """Every key of the namespace was removed."""
+
+
+@message("event.tags_invalidated")
+class TagsInvalidated(Event):
+    """Every entry with one of the tags became unreadable."""
+
+    tags: tuple[str, ...]
+
+
+@message("event.load_started")
+class LoadStarted(Event):
+    """A loader was called for a key."""
+
+    key: str
+
+
+@message("event.load_succeeded")
+class LoadSucceeded(Event):
+    """A loader returned, after `duration` seconds."""
+
+    key: str
+    duration: float = 0.0
+
+
+@message("event.load_failed")
+class LoadFailed(Event):
+    """A loader raised `error` (its type's name), after `duration` seconds."""
+
+    key: str
+    error: str
+    duration: float = 0.0
+
+
+@message("event.actor_started")
+class ActorStarted(Event):
+    """An actor takes turns."""
+
+    address: str
+
+
+@message("event.actor_restarted")
+class ActorRestarted(Event):
+    """An actor crashed for `reason` (the exception's type) and has a new life, its `restarts`-th."""
+
+    address: str
+    reason: str
+    restarts: int
+
+
+@message("event.actor_gave_up")
+class ActorGaveUp(Event):
+    """An actor crashed too often and stays down; its mail is answered with `ActorFailed`."""
+
+    address: str
+    reason: str
+    restarts: int
+
+
+@message("event.actor_stopped")
+class ActorStopped(Event):
+    """An actor answered what it had been sent and takes no more."""
+
+    address: str
+
+
+@message("event.dead_letter")
+class DeadLetter(Event):
+    """A message that nobody waits for could not be delivered. `wire_name` says what kind it was."""
+
+    address: str
+    wire_name: str
+    reason: str

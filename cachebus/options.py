@@ -1,0 +1,187 @@
+"""What settings are made of: types that refuse what they do not mean, and errors that a person can act on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from cachebus.messages import CacheConfigurationError
+
+from .urls import Text, did_you_mean, redact_url
+
+Path: TypeAlias = tuple[str | int, ...]
+Problem: TypeAlias = tuple[Path, str]
+"""Where something is wrong, and what."""
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_FLOAT = re.compile(r"-?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?")
+_WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_SECRET = re.compile(r"(?i)pass|pwd|secret|token|key|credential|auth")
+_SHOWN = 80
+
+# A validator here raises a ValueError that says what it expects: "expected seconds above 0". A rule with a sentence
+# of its own raises a CacheConfigurationError. `refusal` makes whole sentences of both.
+
+
+def _number(value: object) -> object:
+    if isinstance(value, Text):
+        if _INTEGER.fullmatch(value):
+            return int(value)
+        if _FLOAT.fullmatch(value):
+            return float(value)
+    return value
+
+
+def _seconds(value: object) -> float:
+    value = _number(value)
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            seconds = float(value)
+        except OverflowError:
+            seconds = math.inf
+        if 0 < seconds < math.inf:
+            return seconds
+    raise ValueError("expected seconds above 0, as a number or a timedelta")
+
+
+def _integer(least: int) -> Callable[[object], int]:
+    def read(value: object) -> int:
+        value = _number(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        raise ValueError(f"expected a whole number, {least} or more")
+
+    return read
+
+
+def _optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
+    def read_or_none(value: object) -> Any:
+        # TOML, URLs and the environment have no null.
+        if value is None or (isinstance(value, str) and value == "none"):
+            return None
+        try:
+            return read(value)
+        except ValueError as error:
+            expected = f"{error}, or none"
+        raise ValueError(expected)
+
+    return read_or_none
+
+
+def _word(value: object) -> str:
+    if isinstance(value, str) and _WORD.fullmatch(value):
+        return str(value)
+    raise ValueError("expected one word of 1 to 64 letters, digits, _ and -")
+
+
+def _switch(value: object) -> bool:
+    if isinstance(value, Text):
+        value = _SWITCHES.get(value.lower(), value)
+    if isinstance(value, bool):
+        return value
+    raise ValueError("expected true or false")
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+MaybeSeconds = Annotated[float | None, BeforeValidator(_optional(_seconds))]
+AtLeastOne = Annotated[int, BeforeValidator(_integer(1))]
+MaybeAtLeastOne = Annotated[int | None, BeforeValidator(_optional(_integer(1)))]
+NotNegative = Annotated[int, BeforeValidator(_integer(0))]
+Word = Annotated[str, BeforeValidator(_word)]
+Switch = Annotated[bool, BeforeValidator(_switch)]
+
+
+class Options(BaseModel):
+    """A frozen group of options that refuses unknown ones. Raises `CacheConfigurationError` where pydantic would
+    raise its own error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+            return
+        except ValidationError as error:
+            refused = refusal(error, type(self))
+        # Outside the `except`, so that pydantic's error, which holds every value, is not kept as the context.
+        raise refused
+
+
+def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfigurationError:
+    """The error that says in one sentence all that pydantic found wrong with the values of a model.
+
+    The sentence does not show what may be secret. `args` holds the `Problem`s one by one, for the model around this
+    one, whose error gives them longer paths.
+    """
+    found: list[Problem] = []
+    for each in error.errors(include_url=False):
+        path: Path = each["loc"]
+        # pydantic writes the tag of a discriminated union into the path: backends, 0, memory.
+        if len(path) > 2 and path[0] == "backends":
+            path = path[:2] + path[3:]
+        inner = each.get("ctx", {}).get("error")
+        if isinstance(inner, CacheConfigurationError) and isinstance(inner.args[0], tuple):
+            found.extend((path + deeper, text) for deeper, text in inner.args)
+        elif isinstance(inner, CacheConfigurationError):
+            found.append((path, str(inner)))
+        elif each["type"] == "extra_forbidden":
+            found.append((path, unknown_option(str(each["loc"][-1]), list(model.model_fields))))
+        elif each["type"] == "missing":
+            found.append((path, "is needed"))
+        else:
+            expected = str(inner) if inner else _expected(each["type"], each["msg"], each.get("ctx", {}))
+            found.append((path, f"{expected}, not {_shown(path, each['input'])}"))
+    refused = CacheConfigurationError("; ".join(_sentence(path, text) for path, text in found))
+    refused.args = tuple(found)
+    return refused
+
+
+def unknown_option(name: str, known: list[str]) -> str:
+    """What to say of an option that nobody knows: the nearest known one, and all of them."""
+    return f"unknown option{did_you_mean(name, known)}, known are {', '.join(known)}"
+
+
+def _expected(kind: str, message: str, context: Mapping[str, Any]) -> str:
+    match kind:
+        case "literal_error":
+            return f"expected {context['expected']}"
+        case "union_tag_invalid":
+            return f"expected a type among {context['expected_tags']}"
+        case "union_tag_not_found":
+            return "expected a URL, or options with a type"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return "expected named options"
+        case "string_type":
+            return "expected text"
+        case _:
+            return message[:1].lower() + message[1:]
+
+
+def _shown(path: Path, value: object) -> str:
+    if any(_SECRET.search(str(part)) for part in path):
+        return "what was given"
+    if isinstance(value, str):
+        shown = redact_url(value)
+        return repr(shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}...")
+    if value is None or isinstance(value, bool | int | float | timedelta):
+        return repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "such a large number"
+    # What is in it may be secret.
+    return f"a {type(value).__name__}"
+
+
+def _sentence(path: Path, text: str) -> str:
+    where = ""
+    for part in path:
+        if isinstance(part, str) and part.isidentifier():
+            where += f".{part}" if where else part
+        else:
+            where += f"[{redact_url(part)!r}]" if isinstance(part, str) else f"[{part}]"
+    return f"{where}: {text}" if where else text

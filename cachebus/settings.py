@@ -1,0 +1,268 @@
+"""Settings: every option there is, where options come from, and which source wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from cachebus.messages import CacheConfigurationError
+
+from .options import (
+    AtLeastOne,
+    MaybeAtLeastOne,
+    MaybeSeconds,
+    NotNegative,
+    Options,
+    Seconds,
+    Switch,
+    Word,
+    refusal,
+    unknown_option,
+)
+from .sources import PREFIX, Environment, read_file
+from .urls import did_you_mean, is_url, parse_url, redact_url
+
+Policy: TypeAlias = Literal["s3fifo", "lru", "lfu", "sieve"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+class MemorySettings(Options):
+    """A store in the memory of this process."""
+
+    type: Literal["memory"] = "memory"
+    name: Word = "primary"
+    default: Switch = False
+    """Whether calls that name no backend go here. A single backend is the default by itself."""
+    default_ttl: MaybeSeconds = None
+    """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
+    max_entries: MaybeAtLeastOne = 10_000
+    max_bytes: MaybeAtLeastOne = None
+    policy: Policy = "s3fifo"
+    """Chooses what goes when the store is full."""
+
+
+class NullSettings(Options):
+    """A store that keeps nothing: the application runs as if it had no cache."""
+
+    type: Literal["null"] = "null"
+    name: Word = "primary"
+    default: Switch = False
+
+
+class PluginSettings(Options):
+    """A store from another package, which reads its own URL. The scheme is an entry point of `cachebus.stores`.
+
+    The URL may hold a password: `repr` and JSON show it masked.
+    """
+
+    type: Literal["plugin"] = "plugin"
+    name: Word = "primary"
+    default: Switch = False
+    url: str
+
+    @field_validator("url")
+    @classmethod
+    def _of_another_package(cls, url: str) -> str:
+        if parse_url(url)[0] != "plugin":
+            raise CacheConfigurationError(f"{redact_url(url)!r} is built in: give the URL itself, or its type")
+        return str(url)
+
+    @field_serializer("url", when_used="json")
+    def _masked(self, url: str) -> str:
+        return redact_url(url)
+
+    def __repr_args__(self) -> Any:
+        return [(name, redact_url(value) if name == "url" else value) for name, value in super().__repr_args__()]
+
+
+BackendSettings: TypeAlias = MemorySettings | NullSettings | PluginSettings
+
+
+class ActorSettings(Options):
+    """How actors run. Durations are seconds."""
+
+    mailbox_capacity: AtLeastOne = 10_000
+    """How many messages may wait for one actor before it answers `Overloaded`."""
+    inline_turns: Switch = True
+    """Whether a caller may run a turn that cannot wait on its own stack."""
+    max_restarts: NotNegative = 5
+    """How many restarts within `restart_window` are tried before an actor is given up."""
+    restart_window: Seconds = 30.0
+    restart_backoff: Seconds = 0.05
+    """The upper end of the first back-off. It doubles with each restart; the pause is drawn below it (full jitter)."""
+    restart_backoff_max: Seconds = 5.0
+
+    @model_validator(mode="after")
+    def _longest_is_not_shorter_than_first(self) -> ActorSettings:
+        if self.restart_backoff_max < self.restart_backoff:
+            raise CacheConfigurationError(
+                f"restart_backoff_max {self.restart_backoff_max:g} is less than restart_backoff {self.restart_backoff:g}"
+            )
+        return self
+
+
+def backend_from_url(url: str) -> BackendSettings:
+    """The settings of the backend that a URL describes. Raises `CacheConfigurationError`."""
+    kind, options = parse_url(url)
+    try:
+        return _BACKENDS[kind](**options)
+    except CacheConfigurationError as error:
+        raise CacheConfigurationError(f"{redact_url(url)!r}: {error}") from None
+
+
+_BACKENDS: dict[str, type[BackendSettings]] = {
+    "memory": MemorySettings,
+    "null": NullSettings,
+    "plugin": PluginSettings,
+}
+
+
+def _read_entry(value: object) -> object:
+    return backend_from_url(value) if isinstance(value, str) else value
+
+
+def _read_entries(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return tuple(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    raise ValueError("expected a list of backends, each a URL or options with a type")
+
+
+_Entry = Annotated[BackendSettings, Field(discriminator="type"), BeforeValidator(_read_entry)]
+
+
+class _Root(BaseSettings):
+    # Apart from Settings, so that type checkers still see a constructor with its fields.
+    def __init__(self, /, **values: Any) -> None:
+        known = type(self).model_fields
+        for name in values:
+            # pydantic-settings would read _env_file and its like, and `Timeout` as `timeout`.
+            if name not in known:
+                raise CacheConfigurationError(f"{name}: {unknown_option(name, list(known))}")
+        try:
+            super().__init__(**values)
+            return
+        except ValidationError as error:
+            refused = refusal(error, type(self))
+        raise refused
+
+
+class Settings(_Root):
+    """Every setting of a cache. A keyword wins over the environment (`CACHEBUS_TIMEOUT`,
+    `CACHEBUS_ACTORS__MAX_RESTARTS`), that over the default. `load_settings` also reads files and URLs.
+
+    Raises `CacheConfigurationError` that names the option, the value and what is allowed; never a password.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, env_prefix=PREFIX, env_nested_delimiter="__"
+    )
+
+    namespace: Word = "default"
+    """Keeps the keys of several applications in one store apart."""
+    timeout: Seconds = 5.0
+    """The time budget of one call, in seconds: the only deadline there is."""
+    backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
+    actors: ActorSettings = ActorSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What the values are taken from, best first."""
+        return init_settings, Environment(settings_cls)
+
+    @field_validator("backends")
+    @classmethod
+    def _one_default(cls, backends: tuple[BackendSettings, ...]) -> tuple[BackendSettings, ...]:
+        if not backends:
+            raise CacheConfigurationError("there must be at least one")
+        names = [each.name for each in backends]
+        for name in names:
+            if names.count(name) > 1:
+                raise CacheConfigurationError(f"the name {name!r} is taken twice: give each backend its own")
+        if len(backends) == 1:
+            return (backends[0].model_copy(update={"default": True}),)
+        defaults = [each.name for each in backends if each.default]
+        if not defaults:
+            raise CacheConfigurationError(f"one of {', '.join(names)} must be the default: say default: true there")
+        if len(defaults) > 1:
+            raise CacheConfigurationError(f"only one can be the default, not all of {', '.join(defaults)}")
+        return backends
+
+    @property
+    def default_backend(self) -> BackendSettings:
+        """The backend for calls that name none."""
+        return next(each for each in self.backends if each.default)
+
+    def backend(self, name: str) -> BackendSettings:
+        """The backend of that name. Raises `CacheConfigurationError` that names those there are."""
+        for each in self.backends:
+            if each.name == name:
+                return each
+        known = [each.name for each in self.backends]
+        raise CacheConfigurationError(f"no backend {name!r}{did_you_mean(name, known)}, known are {', '.join(known)}")
+
+
+def load_settings(source: object = None, /, **overrides: Any) -> Settings:
+    """Settings from a `Settings`, a mapping, a file (.yaml .yml .toml .json), a URL, a list with one URL, or from the
+    environment alone. `overrides` win over the source, that over the environment, that over the defaults.
+
+    Groups of options are merged, lists are replaced. Reads files, so it blocks: call it before the loop runs.
+
+    Raises `CacheConfigurationError` that names the option, the value and what is allowed; never a password.
+    """
+    return (
+        source
+        if isinstance(source, Settings) and not overrides
+        else Settings(**_merged(_merged({}, _read(source)), overrides))
+    )
+
+
+def _read(source: object) -> Mapping[str, Any]:
+    match source:
+        case None:
+            return {}
+        case Settings():
+            return dict(source)
+        case Mapping():
+            return source  # pyright: ignore[reportUnknownVariableType]
+        case Path():
+            return read_file(source)
+        case str() if is_url(source):
+            return {"backends": [backend_from_url(source)]}
+        case str():
+            return read_file(source)
+        case list() | tuple():
+            urls: Sequence[Any] = source
+            if len(urls) > 1:
+                raise CacheConfigurationError("tiers of backends are not available yet: give one URL")
+            if urls and isinstance(urls[0], str) and is_url(urls[0]):
+                return _read(urls[0])
+            what = "a list without a URL"
+        case _:
+            what = f"a {type(source).__name__}"
+    raise CacheConfigurationError(f"settings are read from a mapping, a file or a URL, not from {what}")
+
+
+def _merged(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        if not isinstance(name, str):
+            raise CacheConfigurationError(f"the name of an option is text, not {name!r}")
+        if isinstance(value, Mapping):
+            under: Any = merged.get(name)
+            value = _merged(dict(under) if isinstance(under, Mapping | BaseModel) else {}, value)
+        merged[name] = value
+    return merged

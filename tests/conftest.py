@@ -1,0 +1,34 @@
+"""What every test gets: both event loops, a guard against blocking calls, and one hypothesis profile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from blockbuster import blockbuster_ctx
+from hypothesis import settings
+
+settings.register_profile("house", deadline=None)
+# Hypothesis's own "ci" profile: no deadline, the same examples on every run, nothing kept between runs.
+settings.load_profile("ci" if os.environ.get("CI") else "house")
+
+
+@pytest.fixture(scope="module", params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """Runs each async test on both loops; a module about asyncio alone overrides it and returns "asyncio"."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_the_loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Makes a blocking call on the asyncio loop raise ``BlockingError`` if code of cachebus is on the stack.
+
+    Sync tests are left alone, and so is what pytest and the test itself do (reading a golden file, say).
+    """
+    if "anyio_backend" in request.fixturenames and request.getfixturevalue("anyio_backend_name") == "asyncio":
+        with blockbuster_ctx("cachebus"):
+            yield
+    else:
+        yield

@@ -1,0 +1,289 @@
+"""Reads imports with ``ast`` and says which of them break the rules of the house.
+
+Every function takes the folder of the package to judge, so that the tests can also show it small packages with a fault.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+FLOORS: Mapping[str, int] = {"messages": 1, "bus": 2, "actors": 3, "adapters": 4, "facade": 5}
+
+ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "messages": (),
+    "bus": ("messages",),
+    "actors": ("messages", "bus"),
+    "adapters": ("messages", "actors.ports"),  # the ports, and nothing else of the actors
+    "facade": ("messages", "bus", "actors", "adapters"),
+}
+
+THIRD_PARTIES: Mapping[str, frozenset[str]] = {
+    "messages": frozenset(),
+    "bus": frozenset({"anyio", "msgpack", "pydantic"}),
+    "bus/nats*": frozenset({"nats"}),
+    "actors": frozenset({"anyio", "tenacity"}),
+    "adapters": frozenset({"anyio"}),  # worker threads for blocking drivers
+    "adapters/redis*": frozenset({"redis", "hiredis"}),
+    "adapters/memcached*": frozenset({"pymemcache"}),
+    "adapters/faiss*": frozenset({"faiss", "numpy"}),
+    "adapters/embed*": frozenset({"numpy"}),
+    "adapters/prometheus*": frozenset({"prometheus_client"}),
+    "adapters/opentelemetry*": frozenset({"opentelemetry"}),
+    "facade": frozenset({"anyio", "pydantic", "pydantic_settings", "yaml"}),
+    "testing*": frozenset({"pytest"}),  # the suites that ship; `import cachebus` does not load them
+}
+"""Who may touch what: a floor, and on top of it the modules whose path in the package matches a pattern."""
+
+INSIDE_FUNCTIONS_ONLY: Mapping[str, frozenset[str]] = {"bus": frozenset({"trio"})}
+"""Allowed too, but only where a function asks for it when it runs."""
+
+DRIVERS = frozenset({"redis", "hiredis", "pymemcache", "nats", "faiss", "numpy"})
+"""Never loaded by ``import cachebus``, only when a URL that needs one is used."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of one thing, as it stands in a file."""
+
+    module: str
+    """The dotted name of the importing module."""
+    file: Path
+    """Relative to the package's folder."""
+    line: int
+    target: str
+    """The dotted name of the imported module."""
+    relative: bool
+    in_function: bool
+    type_checking: bool
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.target}"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk: its modules, and every import in them."""
+
+    name: str
+    modules: Mapping[str, Path]
+    """Dotted name to path, relative to the package's folder."""
+    imports: tuple[Import, ...]
+
+
+class _Reader(ast.NodeVisitor):
+    def __init__(self) -> None:
+        self.found: list[tuple[ast.Import | ast.ImportFrom | ast.Call, bool, bool]] = []
+        self._in_function = False
+        self._type_checking = False
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found.append((node, self._in_function, self._type_checking))
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        self.found.append((node, self._in_function, self._type_checking))
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name in {"import_module", "__import__"} and _literal(node):
+            self.found.append((node, self._in_function, self._type_checking))
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        if _is_type_checking(node.test):
+            before, self._type_checking = self._type_checking, True
+            for child in node.body:
+                self.visit(child)
+            self._type_checking = before
+            for child in node.orelse:
+                self.visit(child)
+        else:
+            self.generic_visit(node)
+
+    def _visit_function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> None:
+        before, self._in_function = self._in_function, True
+        self.generic_visit(node)
+        self._in_function = before
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self._visit_function(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+        self._visit_function(node)
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        self._visit_function(node)
+
+
+def _literal(call: ast.Call) -> str:
+    argument = call.args[0] if call.args else None
+    return argument.value if isinstance(argument, ast.Constant) and isinstance(argument.value, str) else ""
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", "")
+    return name == "TYPE_CHECKING"
+
+
+def read_package(folder: Path) -> Package:
+    """Reads all of a package. Raises ``AssertionError`` when there is nothing to read: that is no success."""
+    files = sorted(folder.rglob("*.py"))
+    assert files, f"no Python file under {folder}"
+    modules: dict[str, Path] = {}
+    for file in files:
+        relative = file.relative_to(folder)
+        parts = [folder.name, *relative.with_suffix("").parts]
+        if parts[-1] == "__init__":
+            parts.pop()
+        modules[".".join(parts)] = relative
+    imports = [found for module, file in modules.items() for found in _read_module(folder, module, file, modules)]
+    return Package(folder.name, modules, tuple(imports))
+
+
+def _read_module(folder: Path, module: str, file: Path, modules: Mapping[str, Path]) -> Iterator[Import]:
+    reader = _Reader()
+    reader.visit(ast.parse((folder / file).read_text(encoding="utf-8"), filename=str(file)))
+    parents = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for node, in_function, type_checking in reader.found:
+        relative = isinstance(node, ast.ImportFrom) and node.level > 0
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call):
+            targets = [_literal(node)]
+        else:
+            base = parents[: len(parents) - node.level + 1] if relative else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            targets = _targets_of_from(origin, node, folder, modules)
+        for target in dict.fromkeys(targets):
+            yield Import(module, file, node.lineno, target, relative, in_function, type_checking)
+
+
+def _targets_of_from(origin: str, node: ast.ImportFrom, folder: Path, modules: Mapping[str, Path]) -> list[str]:
+    """``from a import b`` names the module ``a.b`` where there is one (or a folder of ours), else the module ``a``."""
+
+    def is_module(name: str) -> bool:
+        inside = name.split(".")[1:]
+        return name in modules or (name.startswith(f"{folder.name}.") and folder.joinpath(*inside).is_dir())
+
+    joined = [f"{origin}.{alias.name}" for alias in node.names]
+    return [name if is_module(name) else origin for name in joined]
+
+
+def floor_of(module: str, package: Package) -> str:
+    """Says on which floor a module lives: the room's name, or ``facade``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "facade"
+
+
+def unknown_folders(package: Package) -> list[str]:
+    """Names folders that are no room: a new one must first be given a floor."""
+    folders = {file.parts[0] for file in package.modules.values() if len(file.parts) > 1}
+    return sorted(folders - set(FLOORS) - {"testing"})
+
+
+def floor_faults(package: Package) -> list[str]:
+    """Finds imports of our own that go up or sideways, or that are written in the wrong form."""
+    faults: list[str] = []
+    for found in package.imports:
+        if found.target.split(".")[0] != package.name:
+            continue
+        here, there = floor_of(found.module, package), floor_of(found.target, package)
+        inside = found.target.partition(".")[2]
+        if here == there:
+            if not found.relative:
+                faults.append(f"{found}: inside a room imports are relative")
+        elif found.relative:
+            faults.append(f"{found}: between floors imports are absolute")
+        elif not any(inside == room or inside.startswith(f"{room}.") for room in ALLOWED[here]):
+            faults.append(f"{found}: {here} may import {' and '.join(ALLOWED[here]) or 'nothing of ours'}")
+        if inside.split(".")[0] == "testing" and not found.module.startswith(f"{package.name}.testing"):
+            faults.append(f"{found}: what ships for tests is not for use")
+    return faults
+
+
+def third_party_faults(package: Package) -> list[str]:
+    """Finds imports of third parties that the table does not grant."""
+    faults: list[str] = []
+    for found in package.imports:
+        top = found.target.split(".")[0]
+        if top == package.name or top in sys.stdlib_module_names:
+            continue
+        floor = floor_of(found.module, package)
+        granted: set[str] = set(THIRD_PARTIES[floor])
+        for pattern, names in THIRD_PARTIES.items():
+            if fnmatchcase(found.file.as_posix(), pattern):
+                granted |= names
+        if found.in_function:
+            granted |= INSIDE_FUNCTIONS_ONLY.get(floor, frozenset())
+        if top not in granted:
+            faults.append(f"{found}: not for {floor}")
+    return faults
+
+
+def _loads(found: Import, package: Package) -> Iterator[str]:
+    """Names the modules of ours that an import runs: the target, and the packages it lies in, but not those we are in."""
+    parts = found.target.split(".")
+    if parts[0] != package.name:
+        return
+    for length in range(1, len(parts) + 1):
+        name = ".".join(parts[:length])
+        ours = found.module == name or found.module.startswith(f"{name}.")
+        if name in package.modules and (name == found.target or not ours):
+            yield name
+
+
+def loaded_by(package: Package, module: str) -> set[str]:
+    """Follows the imports that run when ``module`` is imported: those outside functions and ``TYPE_CHECKING``."""
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for found in package.imports:
+            if found.module == current and not found.in_function and not found.type_checking:
+                waiting.extend(_loads(found, package))
+    return seen
+
+
+def driver_faults(package: Package) -> list[str]:
+    """Finds drivers that ``import cachebus`` would load. Raises ``AssertionError`` when there is nothing to import."""
+    assert package.name in package.modules, f"{package.name}/__init__.py is missing"
+    loaded = loaded_by(package, package.name)
+    return [
+        f"{found}: loaded by `import {package.name}`"
+        for found in package.imports
+        if found.module in loaded
+        and found.target.split(".")[0] in DRIVERS
+        and not found.in_function
+        and not found.type_checking
+    ]
+
+
+def cycles(package: Package) -> list[list[str]]:
+    """Finds groups of modules that import each other at their top level, ``TYPE_CHECKING`` blocks included."""
+    graph: dict[str, set[str]] = {module: set() for module in package.modules}
+    for found in package.imports:
+        if not found.in_function:
+            graph[found.module].update(_loads(found, package))
+    reach = {module: _reachable(graph, graph[module]) for module in graph}
+    groups = {
+        frozenset({m for m in reach[module] if module in reach[m]}) for module in graph if module in reach[module]
+    }
+    return sorted(sorted(group) for group in groups)
+
+
+def _reachable(graph: Mapping[str, Iterable[str]], start: Iterable[str]) -> set[str]:
+    seen: set[str] = set()
+    waiting = list(start)
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting.extend(graph[current])
+    return seen
