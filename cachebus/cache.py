@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -33,7 +34,6 @@ from cachebus.messages import (
     Request,
     Scan,
     Scanned,
-    Set,
     SetMany,
     Snapshot,
     Stored,
@@ -42,7 +42,7 @@ from cachebus.messages import (
 )
 
 from .cached import Decorator, Loads
-from .checks import TimeToLive, check_key, check_keys, check_tags, check_ttl
+from .checks import TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
 from .link import Link, NoLink
 from .node import Node
 
@@ -112,7 +112,8 @@ class Cache:
         self._turn_set = link.turn_set
         self._ask: Asking = link.request_blocking if blocking else link.request
         self._finish: Finishing = link.finish_blocking if blocking else link.finish
-        self._turns_left = TURNS_PER_CHECKPOINT
+        # A blocking caller has no event loop to let go of.
+        self._turns_left = sys.maxsize if blocking else TURNS_PER_CHECKPOINT
         return self
 
     def _unlink(self, why: str) -> None:
@@ -129,7 +130,7 @@ class Cache:
         """The value under `key`, or `default`. A cached `None` is a value: tell it from a miss by the default."""
         # The hot path. Filling the slot of a bare object takes two thirds of the time of Get(key), and the turn is
         # taken here rather than in the bus, which saves a coroutine.
-        if type(key) is not str or not key:
+        if type(key) is not str:
             check_key(key)
         request = _new(Get)
         request.key = key  # type: ignore[misc]
@@ -194,9 +195,7 @@ class Cache:
         only_if: Literal["absent", "present"] | None = None,
     ) -> bool:
         """Store `value`, by default whatever is there; says whether it did."""
-        if only_if is not None and only_if not in ("absent", "present"):
-            raise ValueError(f"only_if must be 'absent', 'present' or None, not {only_if!r}")
-        request = Set(check_key(key), value, check_ttl(ttl), check_tags(tags), only_if)
+        request = set_request(key, value, ttl, tags, only_if)
         reply = self._turn_set(request)
         self._turns_left -= 1
         if type(reply) is Stored and self._turns_left > 0:
@@ -213,14 +212,12 @@ class Cache:
         check_keys(items)
         await self._ask(SetMany(dict(items), check_ttl(ttl), check_tags(tags)))
 
-    async def add(
-        self, key: str, value: Any, *, ttl: TimeToLive = "default", tags: Iterable[str] = ()
-    ) -> bool:
+    async def add(self, key: str, value: Any, *, ttl: TimeToLive = "default", tags: Iterable[str] = ()) -> bool:
         """Store `value` if there is none under `key`; says whether it did."""
         return isinstance(await self._ask(Add(check_key(key), value, check_ttl(ttl), check_tags(tags))), Stored)
 
     async def compare_and_set(
-        self, key: str, value: Any, *, version: int, ttl: TimeToLive = "default", tags: Iterable[str] = ()
+        self, key: str, value: Any, *, version: float, ttl: TimeToLive = "default", tags: Iterable[str] = ()
     ) -> bool:
         """Store `value` if the one under `key` is still at `version`, as `lookup` told it; says whether it did."""
         request = CompareAndSet(check_key(key), value, version, check_ttl(ttl), check_tags(tags))
@@ -230,9 +227,7 @@ class Cache:
         """Give the value under `key` a new time to live, counted from now; says whether there is one."""
         return isinstance(await self._ask(Touch(check_key(key), check_ttl(ttl))), Present)
 
-    async def increment(
-        self, key: str, delta: int = 1, *, initial: int | None = 0, ttl: TimeToLive = "default"
-    ) -> int:
+    async def increment(self, key: str, delta: int = 1, *, initial: int | None = 0, ttl: TimeToLive = "default") -> int:
         """Add `delta` to the integer under `key` and return the sum, in one step.
 
         A missing key starts at `initial`, with `ttl`; an existing one keeps its time to live. With `initial=None` a

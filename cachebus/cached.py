@@ -9,7 +9,19 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
-from cachebus.messages import CacheClosed, CacheError, Found, Get, LoadFailed, LoadStarted, LoadSucceeded, Missing, Set
+from cachebus.messages import (
+    CacheClosed,
+    CacheError,
+    Exists,
+    Found,
+    Get,
+    LoadFailed,
+    LoadStarted,
+    LoadSucceeded,
+    Missing,
+    Present,
+    Set,
+)
 
 from .checks import TimeToLive, check_key, check_tags, check_ttl
 from .flight import ABANDONED, Flight, Leading, Raised
@@ -22,7 +34,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _new = object.__new__
-_ON_EVENT = (LoadStarted, LoadSucceeded, LoadFailed)
 
 
 class Decorator(Protocol):
@@ -98,11 +109,12 @@ class Loads:
                 outcome: Any = ABANDONED
                 try:
                     with Leading(flight):
-                        # Looked up again: another flight may have landed between the miss and this one's start.
-                        again = await link.request(Get(key))
-                        if isinstance(again, Found):
-                            outcome = again.value
-                        else:
+                        # Looked up again: another flight may have landed between the miss and this one's start. Asked
+                        # whether it exists first, which counts neither as hit nor as miss.
+                        if isinstance(await link.request(Exists(key)), Present):
+                            again = await link.request(Get(key))
+                            outcome = again.value if isinstance(again, Found) else ABANDONED
+                        if outcome is ABANDONED:
                             with _Report(link, key):
                                 outcome = await function(*args, **kwargs)
                             with _StoringIsOptional():
@@ -140,10 +152,10 @@ class Loads:
                 outcome: Any = ABANDONED
                 try:
                     with Leading(flight):
-                        again = run(link.request_blocking(Get(key)))
-                        if isinstance(again, Found):
-                            outcome = again.value
-                        else:
+                        if isinstance(run(link.request_blocking(Exists(key))), Present):
+                            again = run(link.request_blocking(Get(key)))
+                            outcome = again.value if isinstance(again, Found) else ABANDONED
+                        if outcome is ABANDONED:
                             with _Report(link, key):
                                 outcome = function(*args, **kwargs)
                             with _StoringIsOptional():

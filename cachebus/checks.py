@@ -6,9 +6,9 @@ import math
 import reprlib
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
-from cachebus.messages import CacheKeyError, Ttl
+from cachebus.messages import CacheKeyError, Set, Ttl
 
 TimeToLive = float | timedelta | Literal["default"] | None
 """Seconds (or a `timedelta`) that a value lives; `"default"` is the backend's, `None` is for ever."""
@@ -38,12 +38,14 @@ def check_keys(keys: Iterable[str]) -> tuple[str, ...]:
 def check_ttl(ttl: TimeToLive) -> Ttl:
     """Return `ttl` in seconds, `"default"` or `None`. Raises `TypeError` for what is no duration, `ValueError` for one
     that is not positive and finite."""
+    if type(ttl) is float and 0.0 < ttl < math.inf:
+        return ttl  # Most calls end here.
     if ttl is None or ttl == "default":
         return ttl  # type: ignore[return-value]  # mypy does not narrow timedelta away
     if isinstance(ttl, timedelta):
         seconds = ttl.total_seconds()
-    elif isinstance(ttl, (int, float)) and not isinstance(ttl, bool):
-        seconds = float(ttl)
+    elif type(ttl) in (int, float):
+        seconds = float(ttl)  # type: ignore[arg-type]  # mypy does not narrow by `in`
     else:
         raise TypeError(f"ttl must be seconds, a timedelta, None or 'default', not {ttl!r}")
     if not (seconds > 0 and math.isfinite(seconds)):
@@ -65,6 +67,17 @@ def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
         if not tag:
             raise ValueError("a tag must not be empty")
     return unique
+
+
+def set_request(
+    key: str, value: Any, ttl: TimeToLive, tags: Iterable[str], only_if: Literal["absent", "present"] | None
+) -> Set:
+    """The request of a facade's `set`, checked."""
+    if type(key) is not str or not key or not key.isascii():
+        check_key(key)
+    if only_if is not None and only_if not in ("absent", "present"):
+        raise ValueError(f"only_if must be 'absent', 'present' or None, not {only_if!r}")
+    return Set(key, value, check_ttl(ttl), check_tags(tags) if tags else (), only_if)
 
 
 def escape_pattern(text: str) -> str:

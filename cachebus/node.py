@@ -28,9 +28,7 @@ class Node:
     stores are made as the settings say. `clock` is the source of time for everything in the node.
     """
 
-    def __init__(
-        self, settings: Settings, *, stores: StoreFactory | None = None, clock: Clock = SYSTEM_CLOCK
-    ) -> None:
+    def __init__(self, settings: Settings, *, stores: StoreFactory | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         self.settings = settings
         self.clock = clock
         self.bus = LocalBus(settings.namespace, clock=clock)

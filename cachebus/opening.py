@@ -15,6 +15,7 @@ from .sync_cache import SyncCache
 if TYPE_CHECKING:
     from .settings import Settings
 
+
 def open_cache(
     source: str | PathLike[str] | Mapping[str, Any] | Sequence[str] | Settings | None = None,
     *,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -14,6 +14,7 @@ from cachebus.messages import CacheConfigurationError
 
 from .urls import Text, did_you_mean, redact_url
 
+T = TypeVar("T")
 Path: TypeAlias = tuple[str | int, ...]
 Problem: TypeAlias = tuple[Path, str]
 """Where something is wrong, and what."""
@@ -76,6 +77,14 @@ def _optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
     return read_or_none
 
 
+def named(value: T) -> T:
+    """Let through what is no mapping, and a mapping whose names are text. What else is wrong the model says."""
+    names: Iterable[Any] = value if isinstance(value, Mapping) else ()
+    if not all(isinstance(name, str) for name in names):
+        raise CacheConfigurationError("the name of an option is text: put it in quotes")
+    return value
+
+
 def _word(value: object) -> str:
     if isinstance(value, str) and _WORD.fullmatch(value):
         return str(value)
@@ -127,18 +136,23 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
         # pydantic writes the tag of a discriminated union into the path: backends, 0, memory.
         if len(path) > 2 and path[0] == "backends":
             path = path[:2] + path[3:]
-        inner = each.get("ctx", {}).get("error")
+        context = each.get("ctx", {})
+        inner = context.get("error")
         if isinstance(inner, CacheConfigurationError) and isinstance(inner.args[0], tuple):
             found.extend((path + deeper, text) for deeper, text in inner.args)
         elif isinstance(inner, CacheConfigurationError):
             found.append((path, str(inner)))
         elif each["type"] == "extra_forbidden":
-            found.append((path, unknown_option(str(each["loc"][-1]), list(model.model_fields))))
+            known = [name for name in model.model_fields if name != "type"]
+            found.append((path, unknown_option(str(each["loc"][-1]), known)))
+        elif each["type"] == "union_tag_invalid":
+            tags = context["expected_tags"]
+            found.append(((*path, "type"), f"expected one of {tags}, not {shown(context['tag'], path)}"))
         elif each["type"] == "missing":
             found.append((path, "is needed"))
         else:
-            expected = str(inner) if inner else _expected(each["type"], each["msg"], each.get("ctx", {}))
-            found.append((path, f"{expected}, not {_shown(path, each['input'])}"))
+            expected = str(inner) if inner else _expected(each["type"], each["msg"], context)
+            found.append((path, f"{expected}, not {shown(each['input'], path)}"))
     refused = CacheConfigurationError("; ".join(_sentence(path, text) for path, text in found))
     refused.args = tuple(found)
     return refused
@@ -153,8 +167,6 @@ def _expected(kind: str, message: str, context: Mapping[str, Any]) -> str:
     match kind:
         case "literal_error":
             return f"expected {context['expected']}"
-        case "union_tag_invalid":
-            return f"expected a type among {context['expected_tags']}"
         case "union_tag_not_found":
             return "expected a URL, or options with a type"
         case "model_type" | "model_attributes_type" | "dict_type":
@@ -165,16 +177,17 @@ def _expected(kind: str, message: str, context: Mapping[str, Any]) -> str:
             return message[:1].lower() + message[1:]
 
 
-def _shown(path: Path, value: object) -> str:
+def shown(value: object, path: Path = ()) -> str:
+    """A value as an error shows it: short, and without what is or may be secret."""
     if any(_SECRET.search(str(part)) for part in path):
         return "what was given"
     if isinstance(value, str):
-        shown = redact_url(value)
-        return repr(shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}...")
+        text = redact_url(value)
+        return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
     if value is None or isinstance(value, bool | int | float | timedelta):
         return repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "such a large number"
     # What is in it may be secret.
-    return f"a {type(value).__name__}"
+    return f"a value of type {type(value).__name__}"
 
 
 def _sentence(path: Path, text: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -28,7 +28,9 @@ from .options import (
     Seconds,
     Switch,
     Word,
+    named,
     refusal,
+    shown,
     unknown_option,
 )
 from .sources import PREFIX, Environment, read_file
@@ -130,7 +132,7 @@ _BACKENDS: dict[str, type[BackendSettings]] = {
 
 
 def _read_entry(value: object) -> object:
-    return backend_from_url(value) if isinstance(value, str) else value
+    return backend_from_url(value) if isinstance(value, str) else named(value)
 
 
 def _read_entries(value: object) -> object:
@@ -174,7 +176,7 @@ class Settings(_Root):
     timeout: Seconds = 5.0
     """The time budget of one call, in seconds: the only deadline there is."""
     backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
-    actors: ActorSettings = ActorSettings()
+    actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -223,46 +225,38 @@ def load_settings(source: object = None, /, **overrides: Any) -> Settings:
 
     Raises `CacheConfigurationError` that names the option, the value and what is allowed; never a password.
     """
-    return (
-        source
-        if isinstance(source, Settings) and not overrides
-        else Settings(**_merged(_merged({}, _read(source)), overrides))
-    )
+    if isinstance(source, Settings) and not overrides:
+        return source
+    values = _read(source)
+    for name, value in overrides.items():
+        below = values.get(name)
+        if isinstance(value, Mapping) and isinstance(below, Mapping | BaseModel):
+            group: dict[str, Any] = dict(below)  # pyright: ignore[reportUnknownArgumentType]
+            values[name] = {**group, **value}
+        else:
+            values[name] = value
+    return Settings(**values)
 
 
-def _read(source: object) -> Mapping[str, Any]:
+def _read(source: object) -> dict[str, Any]:
     match source:
         case None:
             return {}
         case Settings():
             return dict(source)
         case Mapping():
-            return source  # pyright: ignore[reportUnknownVariableType]
+            return dict(named(cast("Mapping[str, Any]", source)))
         case Path():
-            return read_file(source)
+            return named(read_file(source))
         case str() if is_url(source):
             return {"backends": [backend_from_url(source)]}
         case str():
-            return read_file(source)
-        case list() | tuple():
-            urls: Sequence[Any] = source
-            if len(urls) > 1:
-                raise CacheConfigurationError("tiers of backends are not available yet: give one URL")
-            if urls and isinstance(urls[0], str) and is_url(urls[0]):
-                return _read(urls[0])
-            what = "a list without a URL"
+            return named(read_file(source))
+        case [str() as url] if is_url(url):
+            return _read(url)
+        case [_, _, *_]:  # pyright: ignore[reportUnknownVariableType]
+            raise CacheConfigurationError("tiers of backends are not available yet: give one URL")
         case _:
-            what = f"a {type(source).__name__}"
-    raise CacheConfigurationError(f"settings are read from a mapping, a file or a URL, not from {what}")
-
-
-def _merged(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        if not isinstance(name, str):
-            raise CacheConfigurationError(f"the name of an option is text, not {name!r}")
-        if isinstance(value, Mapping):
-            under: Any = merged.get(name)
-            value = _merged(dict(under) if isinstance(under, Mapping | BaseModel) else {}, value)
-        merged[name] = value
-    return merged
+            raise CacheConfigurationError(
+                f"settings are read from a mapping, a file or a URL, not from {shown(source)}"
+            )

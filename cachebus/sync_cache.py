@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from cachebus.bus import Subscription, Turn
-from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot
+from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot, Stored
 
 from .background import BACKGROUND, Hosted
 from .cache import Cache, Health
 from .cached import Decorator, Loads
-from .checks import TimeToLive, check_key
+from .checks import TimeToLive, check_key, set_request
 from .link import Link, run
 from .node import Node
 
@@ -46,7 +46,8 @@ class SyncCache:
         self._guard = threading.Lock()
         self._hosted: Hosted | None = None
         self._cache: Cache | None = None
-        self._turn_get: Turn = self._open_and_turn
+        self._turn_get: Turn = self._open_and_get
+        self._turn_set: Turn = self._open_and_set
 
     def __repr__(self) -> str:
         where = "closed" if self._closed else "unopened" if self._cache is None else str(self._cache.link.address)
@@ -69,7 +70,7 @@ class SyncCache:
         with self._guard:
             self._closed = True
             self._cache = None
-            self._turn_get = self._open_and_turn
+            self._turn_get, self._turn_set = self._open_and_get, self._open_and_set
             hosted, self._hosted = self._hosted, None
         if hosted is not None:
             BACKGROUND.run(hosted.close)
@@ -86,18 +87,21 @@ class SyncCache:
                 self._hosted = BACKGROUND.run(_host, node)
                 link = node.link(self._name)
                 self._cache = Cache(self._make_node, self._name).attach(link, blocking=True)
-                self._turn_get = link.turn_get
+                self._turn_get, self._turn_set = link.turn_get, link.turn_set
             return self._cache
 
-    def _open_and_turn(self, message: Any) -> Any:
+    def _open_and_get(self, message: Any) -> Any:
         return self._opened().link.turn_get(message)
+
+    def _open_and_set(self, message: Any) -> Any:
+        return self._opened().link.turn_set(message)
 
     # Reading
 
     def get(self, key: str, default: Any = None) -> Any:
         """As `Cache.get`."""
         # The hot path, written out for the reasons given there.
-        if type(key) is not str or not key:
+        if type(key) is not str:
             check_key(key)
         request = _new(Get)
         request.key = key  # type: ignore[misc]
@@ -144,11 +148,11 @@ class SyncCache:
         only_if: Literal["absent", "present"] | None = None,
     ) -> bool:
         """As `Cache.set`."""
-        return run(self._opened().set(key, value, ttl=ttl, tags=tags, only_if=only_if))
+        request = set_request(key, value, ttl, tags, only_if)
+        reply = self._turn_set(request)
+        return isinstance(reply if type(reply) is Stored else run(self.link.finish_blocking(request, reply)), Stored)
 
-    def set_many(
-        self, items: Mapping[str, Any], *, ttl: TimeToLive = "default", tags: Iterable[str] = ()
-    ) -> None:
+    def set_many(self, items: Mapping[str, Any], *, ttl: TimeToLive = "default", tags: Iterable[str] = ()) -> None:
         """As `Cache.set_many`."""
         run(self._opened().set_many(items, ttl=ttl, tags=tags))
 
@@ -157,7 +161,7 @@ class SyncCache:
         return run(self._opened().add(key, value, ttl=ttl, tags=tags))
 
     def compare_and_set(
-        self, key: str, value: Any, *, version: int, ttl: TimeToLive = "default", tags: Iterable[str] = ()
+        self, key: str, value: Any, *, version: float, ttl: TimeToLive = "default", tags: Iterable[str] = ()
     ) -> bool:
         """As `Cache.compare_and_set`."""
         return run(self._opened().compare_and_set(key, value, version=version, ttl=ttl, tags=tags))
@@ -166,9 +170,7 @@ class SyncCache:
         """As `Cache.touch`."""
         return run(self._opened().touch(key, ttl=ttl))
 
-    def increment(
-        self, key: str, delta: int = 1, *, initial: int | None = 0, ttl: TimeToLive = "default"
-    ) -> int:
+    def increment(self, key: str, delta: int = 1, *, initial: int | None = 0, ttl: TimeToLive = "default") -> int:
         """As `Cache.increment`."""
         return run(self._opened().increment(key, delta, initial=initial, ttl=ttl))
 

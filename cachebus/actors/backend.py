@@ -187,7 +187,7 @@ class BackendActor(Actor):
     def _tell_read(self, key: str, hit: bool) -> None:
         self.ctx.emit(CacheHit(key=key) if hit else CacheMiss(key=key))
 
-    def _tell_write(self, key: str, version: int, ttl: float | None, tags: tuple[str, ...]) -> None:
+    def _tell_write(self, key: str, version: float, ttl: float | None, tags: tuple[str, ...]) -> None:
         self.ctx.emit(CacheSet(key=key, version=version, ttl=ttl, tags=tags))
 
     def _tell_removal(self, key: str, cause: RemovalCause) -> None:

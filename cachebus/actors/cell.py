@@ -16,12 +16,9 @@ if its handler can wait, by the actor's task.
 
 from __future__ import annotations
 
-import logging
-import sys
 from asyncio import AbstractEventLoop, _get_running_loop
 from collections import deque
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 from anyio.lowlevel import checkpoint
@@ -43,8 +40,7 @@ from cachebus.messages import (
 
 from .actor import Actor, BatchHandler, Handlers, PlainHandler
 from .alarm import Alarm
-
-logger = logging.getLogger("cachebus.actors")
+from .reentrancy import on_this_stack
 
 _TOKEN = object()
 _STOP: Any = object()  # In the place of a message: what was posted before it is served, and then the life ends.
@@ -91,14 +87,11 @@ class Cell:
         state = "ended" if self._ended else "stopping" if self._stopping else "up" if self._actor else "down"
         return f"<Cell {self.address} {state}, {len(self._mailbox)}/{self.capacity} in the mailbox>"
 
-    def __len__(self) -> int:
-        return len(self._mailbox)
-
     # For the bus
 
     def turn(self, kind: type[Message]) -> Turn:
         # A closure over everything it needs: this is the hot path of a cache, and each lookup on self costs 10-20 ns.
-        inline, mailbox, take, give = self._inline, self._mailbox, self._token.pop, self._token.append
+        mailbox, take, give, handler_of = self._mailbox, self._token.pop, self._token.append, self._inline.get
 
         def take_turn(message: Message) -> Reply | Deferred | None:
             if mailbox:
@@ -108,7 +101,7 @@ class Cell:
             except IndexError:
                 return None
             try:
-                handler = inline.get(kind)
+                handler = handler_of(kind)
                 if handler is None:
                     return None
                 reply = handler(message)
@@ -118,7 +111,9 @@ class Cell:
             except CacheError as error:
                 return Failed.of(error)
             except Exception as error:
-                return self._crashed_inline(message, error)
+                deferred = Deferred()
+                self._crashed(error, Envelope(message, deferred))
+                return deferred
             except BaseException as error:
                 self._crashed(error)
                 raise
@@ -131,11 +126,11 @@ class Cell:
 
     def post(self, envelope: Envelope) -> None:
         if self._ended is not None or self._stopping:
-            self._refuse(envelope, self._ended or CacheClosed(f"{self.address} is being stopped"))
+            self._answer(envelope, self._ended or CacheClosed(f"{self.address} is being stopped"))
             return
         if len(self._mailbox) >= self.capacity and not getattr(envelope.message, "INVALIDATES", False):
             self.overloaded += 1
-            self._refuse(envelope, Overloaded(address=self.address, capacity=self.capacity))
+            self._answer(envelope, Overloaded(address=self.address, capacity=self.capacity))
             return
         self._mailbox.append(envelope)
         self._serve_mail()
@@ -143,7 +138,7 @@ class Cell:
             self._refuse_mail(self._ended)
 
     def obstacle_to_blocking(self) -> str | None:
-        if self._in_turn_here():
+        if not self._token and on_this_stack(_TURN_CODES, self):
             return "it was called from inside a turn of this very actor, by a weigher, a finalizer or the like"
         if self._handlers.waiting or self._handlers.batch or not self._inline:
             here = _get_running_loop()
@@ -264,12 +259,12 @@ class Cell:
                 if (plain := self._handlers.plain.get(kind)) is not None:
                     self._plain_turn(plain, envelope)
                 elif (batch := self._handlers.batch.get(kind)) is not None:
-                    await self._batch_turn(batch, [envelope, *self._more_for(batch, envelope)])
+                    await self._batch_turn(batch, self._collect(batch, envelope))
                 elif kind in self._handlers.waiting:
                     await self._waiting_turn(envelope)
                 else:
                     name = type(self._actor).__name__
-                    self._refuse(envelope, BadMessage(f"{name} at {self.address} has no handler of {kind.__name__}"))
+                    self._answer(envelope, BadMessage(f"{name} at {self.address} has no handler of {kind.__name__}"))
                 turns += 1
                 if turns % _TURNS_PER_CHECKPOINT == 0:
                     await checkpoint()
@@ -281,11 +276,11 @@ class Cell:
         try:
             self._settle(envelope, handler(envelope.message))
         except CacheError as error:
-            self._answer(envelope, Failed.of(error))
+            self._answer(envelope, error)
         except Exception as error:
             self._crashed(error, envelope)
         except BaseException as error:
-            self._answer(envelope, Failed.of(ActorFailed(address=self.address, reason=type(error).__name__)))
+            self._answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
             self._crashed(error)
             raise
 
@@ -294,11 +289,11 @@ class Cell:
         try:
             self._settle(envelope, await self._handlers.waiting[type(envelope.message)](envelope.message))
         except CacheError as error:
-            self._answer(envelope, Failed.of(error))
+            self._answer(envelope, error)
         except Exception as error:
             self._crashed(error, envelope)
         except BaseException:
-            self._answer(envelope, Failed.of(CacheClosed(f"{self.address} was stopped during the request")))
+            self._answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
             raise
         finally:
             self.deadline = None
@@ -313,32 +308,32 @@ class Cell:
                 self._settle(envelope, reply)
         except CacheError as error:
             for envelope in envelopes:
-                self._answer(envelope, Failed.of(error))
+                self._answer(envelope, error)
         except Exception as error:
             for envelope in reversed(envelopes):
                 self._crashed(error, envelope)
         except BaseException:
             for envelope in envelopes:
-                self._answer(envelope, Failed.of(CacheClosed(f"{self.address} was stopped during the request")))
+                self._answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
             raise
         finally:
             self.deadline = None
 
-    def _more_for(self, handler: BatchHandler, first: Envelope) -> list[Envelope]:
-        """What stands behind `first` for the same handler, up to the actor's bounds, in order."""
+    def _collect(self, handler: BatchHandler, first: Envelope) -> list[Envelope]:
+        """`first` and what stands behind it for the same handler, in order, up to the actor's bounds."""
         actor = self._actor
         assert actor is not None
-        more: list[Envelope] = []
-        size = _size(first.message)
-        while self._mailbox and len(more) + 1 < actor.max_batch and size < actor.max_batch_bytes:
+        envelopes = [first]
+        size = first.size
+        while self._mailbox and len(envelopes) < actor.max_batch and size < actor.max_batch_bytes:
             following = self._mailbox[0]
             if self._handlers.batch.get(type(following.message)) != handler:
                 break
             self._mailbox.popleft()
             if self._worthwhile(following):
-                more.append(following)
-                size += _size(following.message)
-        return more
+                envelopes.append(following)
+                size += following.size
+        return envelopes
 
     # Answers
 
@@ -351,15 +346,14 @@ class Cell:
         elif envelope.port is not None:
             raise TypeError(f"the handler of {type(envelope.message).__name__} returned None, not a reply")
 
-    def _answer(self, envelope: Envelope, reply: Reply) -> None:
+    def _answer(self, envelope: Envelope, reply: Reply | CacheError) -> None:
+        if isinstance(reply, CacheError):
+            reply = Failed.of(reply)
         if envelope.port is not None:
             envelope.port.answer(reply)
         elif isinstance(reply, Failed):
             wire_name = envelope.message.WIRE_NAME
             self.emit(DeadLetter(address=self.address, wire_name=wire_name, reason=reply.detail))
-
-    def _refuse(self, envelope: Envelope, error: CacheError) -> None:
-        self._answer(envelope, Failed.of(error))
 
     def _refuse_mail(self, error: CacheError) -> None:
         while True:
@@ -368,21 +362,16 @@ class Cell:
             except IndexError:
                 return
             if envelope.message is not _STOP:
-                self._refuse(envelope, error)
+                self._answer(envelope, error)
 
     def _worthwhile(self, envelope: Envelope) -> bool:
         """Whether to work on a message: not if its budget is spent, nor if the caller has gone, unless it invalidates."""
         if envelope.deadline is not None and self.clock.monotonic() >= envelope.deadline:
-            self._refuse(envelope, CacheTimeoutError("no turn was free", self.address, 0.0))
+            self._answer(envelope, CacheTimeoutError("no turn was free", self.address, 0.0))
             return False
         return envelope.port is None or envelope.port.waiting or getattr(envelope.message, "INVALIDATES", False)
 
     # Crashes
-
-    def _crashed_inline(self, message: Message, error: Exception) -> Reply | Deferred:
-        deferred = Deferred()
-        self._crashed(error, Envelope(message, deferred))
-        return deferred
 
     def _crashed(self, error: BaseException, envelope: Envelope | None = None) -> None:
         """End this life. The message goes to the next one if it may be done twice and was not tried before."""
@@ -394,23 +383,12 @@ class Cell:
                 envelope.attempts += 1
                 self._mailbox.appendleft(envelope)
             else:
-                self._refuse(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
+                self._answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
         self._wake_up()
 
     def _wake_up(self) -> None:
         if (wake := self._wake) is not None:
             wake.answer(None)
-
-    def _in_turn_here(self) -> bool:
-        """Whether a turn of this cell is on this thread's stack. Only asked before blocking, so it may take a walk."""
-        if self._token:
-            return False
-        frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 (the stack is the one record that a turn need not pay for)
-        while frame is not None:
-            if frame.f_code in _TURN_CODES and frame.f_locals.get("self") is self:
-                return True
-            frame = frame.f_back
-        return False
 
 
 _TURN_CODES = {
@@ -418,8 +396,3 @@ _TURN_CODES = {
     Cell._take_turns.__code__,
     *(each for each in Cell.turn.__code__.co_consts if hasattr(each, "co_code")),
 }
-
-
-def _size(message: Message) -> int:
-    value = getattr(message, "value", None)
-    return len(value) if isinstance(value, bytes) else 0

@@ -51,7 +51,7 @@ class Gauges:
 ReadListener = Callable[[str, bool], None]
 """Told of each key that is read, and whether it had a live value."""
 
-WriteListener = Callable[[str, int, float | None, tuple[str, ...]], None]
+WriteListener = Callable[[str, float, float | None, tuple[str, ...]], None]
 """Told of each value that is stored: key, version, seconds to live, tags."""
 
 RemovalListener = Callable[[str, RemovalCause], None]

@@ -55,6 +55,8 @@ class ExpiryWheel:
                 if left < width * _SLOTS:
                     break
             due = expires_at // width * width
+            if due <= now:  # By rounding. A slot that has come up already would be looked at over and over.
+                due += width
         slot = self._slots.get(due)
         if slot is None:
             slot = self._slots[due] = []

@@ -14,25 +14,32 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     as it stands, inside a set too. These are the globs of Redis. A set that is not closed, and a `\` at the end, stand
     for themselves.
     """
-    out: list[str] = []
+    # What stands between two stars, of which each matches as many characters as it has elements.
+    runs: list[str] = [""]
     position = 0
     while position < len(pattern):
         character = pattern[position]
         position += 1
         if character == "*":
-            if out[-1:] != [".*"]:  # Two stars in a row match the same and cost the square.
-                out.append(".*")
+            if len(runs) == 1 or runs[-1]:
+                runs.append("")
         elif character == "?":
-            out.append(".")
+            runs[-1] += "."
         elif character == "[" and (end := _set_end(pattern, position)) is not None:
-            out.append(_set(pattern[position:end]))
+            runs[-1] += _set(pattern[position:end])
             position = end + 1
         elif character == "\\" and position < len(pattern):
-            out.append(re.escape(pattern[position]))
+            runs[-1] += re.escape(pattern[position])
             position += 1
         else:
-            out.append(re.escape(character))
-    return re.compile("".join(out), re.DOTALL)
+            runs[-1] += re.escape(character)
+    first, *between = runs
+    if not between:
+        return re.compile(first, re.DOTALL)
+    # The leftmost place for each run is as good as any other, so none is looked for again: an atomic group. Without it
+    # a pattern of n stars takes time in the n-th power of the key's length.
+    atomic = "".join(f"(?>.*?{each})" for each in between[:-1])
+    return re.compile(f"{first}{atomic}.*{between[-1]}", re.DOTALL)
 
 
 def _set_end(pattern: str, start: int) -> int | None:

@@ -47,8 +47,6 @@ from .table import EntryTable
 from .weigh import estimate_size
 
 _MISSING = Missing()
-_new = object.__new__
-
 
 class MemoryStore(EntryTable):
     """An `InlineStore` in this process's memory.
@@ -81,6 +79,7 @@ class MemoryStore(EntryTable):
             weigher=weigher,
             clock=clock,
         )
+        self.get = self._reader()
         self._verbs: Mapping[type[Request[Any]], Callable[[Any], Reply]] = {
             Get: self.get,
             GetMany: self.get_many,
@@ -127,32 +126,37 @@ class MemoryStore(EntryTable):
 
     # Reading
 
-    def get(self, request: Get) -> Found | Missing:
-        # The hot path of the whole library. What is written out here instead of called saves 40 ns a call.
-        entry = self._entries.get(request.key)
-        if entry is not None:
-            left = entry.expires_at - self._now()
-            if left > 0 and (not entry.tags or self._tags.valid(entry)):
-                if self._on_hit is not None:
-                    self._on_hit(entry)
-                elif entry.visits < VISITS_MAX:
-                    entry.visits += 1
-                self.hits += 1
-                if self.on_read is not None:
-                    self._tell_read(request.key, hit=True)
-                # Filling the slots of a bare object takes two thirds of the time of Found(...).
-                found = _new(Found)
-                found.value = entry.value  # type: ignore[misc]
-                found.version = version = entry.version  # type: ignore[misc]
-                found.ttl = left if left < NEVER else None  # type: ignore[misc]
-                found.tags = entry.tags  # type: ignore[misc]
-                found.stored_at = version * 1e-9  # type: ignore[misc]
-                return found
-            self._drop(entry, RemovalCause.EXPIRED if left <= 0 else RemovalCause.EXPLICIT)
-        self.misses += 1
-        if self.on_read is not None:
-            self._tell_read(request.key, hit=False)
-        return _MISSING
+    def _reader(self) -> Callable[[Get], Found | Missing]:
+        """The verb of `Get`."""
+        # The hot path of the whole library. As a closure it looks nothing up that does not change, which saves 50 ns of
+        # 470, and filling the slots of a bare object takes two thirds of the time of Found(...).
+        find, now, valid, new = self._find, self._now, self._tags.valid, object.__new__
+
+        def get(request: Get) -> Found | Missing:
+            entry = find(request.key)
+            if entry is not None:
+                left = entry.expires_at - now()
+                if left > 0 and (not entry.tags or valid(entry)):
+                    if self._on_hit is not None:
+                        self._on_hit(entry)
+                    elif entry.visits < VISITS_MAX:
+                        entry.visits += 1
+                    self.hits += 1
+                    if self.on_read is not None:
+                        self._tell_read(request.key, hit=True)
+                    found = new(Found)
+                    found.value = entry.value  # type: ignore[misc]
+                    found.version = found.stored_at = entry.version  # type: ignore[misc]
+                    found.ttl = left if left < NEVER else None  # type: ignore[misc]
+                    found.tags = entry.tags  # type: ignore[misc]
+                    return found
+                self._drop(entry, RemovalCause.EXPIRED if left <= 0 else RemovalCause.EXPLICIT)
+            self.misses += 1
+            if self.on_read is not None:
+                self._tell_read(request.key, hit=False)
+            return _MISSING
+
+        return get
 
     def get_many(self, request: GetMany) -> FoundMany:
         entries: dict[str, Found] = {}
@@ -177,7 +181,7 @@ class MemoryStore(EntryTable):
             return self._stored(request.key, request.value, request.ttl, request.tags, now)
         entry = self._live(request.key, now)
         if (entry is None) != (request.only_if == "absent"):
-            return NotStored(0 if entry is None else entry.version)
+            return NotStored(0.0 if entry is None else entry.version)
         return self._stored(request.key, request.value, request.ttl, request.tags, now)
 
     def set_many(self, request: SetMany) -> StoredMany:
@@ -199,7 +203,7 @@ class MemoryStore(EntryTable):
         now = self._now()
         entry = self._live(request.key, now)
         if entry is None or entry.version != request.version:
-            return NotStored(0 if entry is None else entry.version)
+            return NotStored(0.0 if entry is None else entry.version)
         return self._stored(request.key, request.value, request.ttl, request.tags, now)
 
     def touch(self, request: Touch) -> Present | Missing:
@@ -226,7 +230,10 @@ class MemoryStore(EntryTable):
         value = _counter(entry.value + request.delta)
         weight = self._weigh(value)
         self._removals[RemovalCause.REPLACED] += 1
-        self._assign(entry, value, weight)
+        entry.value = value
+        entry.version = self._next_version(now)
+        if self._max_bytes is not None:
+            self._reweigh(entry, weight)
         self._hit(entry)
         self._tell_write(entry, now)
         return Counted(value)

@@ -16,7 +16,7 @@ class TagTable:
 
     def __init__(self) -> None:
         # tag -> [entries that carry it, version at which it was last invalidated]
-        self._tags: dict[str, list[int]] = {}
+        self._tags: dict[str, list[float]] = {}
 
     def __len__(self) -> int:
         return len(self._tags)
@@ -42,7 +42,7 @@ class TagTable:
             if not record[0]:
                 del self._tags[tag]
 
-    def invalidate(self, tag: str, version: int) -> None:
+    def invalidate(self, tag: str, version: float) -> None:
         """Make every entry that carries `tag` and is not newer than `version` invalid."""
         if (record := self._tags.get(tag)) is not None:
             record[1] = version

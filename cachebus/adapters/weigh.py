@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,13 +27,14 @@ def estimate_size(value: Any) -> int:
         if id(current) in seen:
             continue
         seen.add(id(current))
-        total += sys.getsizeof(current, 64)
+        size = sys.getsizeof(current, 64)
         if not isinstance(current, (str, bytes, bytearray, int, float, complex, type, type(None))):
             nbytes = getattr(current, "nbytes", None)
             if isinstance(nbytes, int):
-                total += nbytes
+                size = max(size, nbytes)  # An array that owns its data counts them in its size already.
             else:
                 stack.extend(_parts(current))
+        total += size
         if len(seen) >= _MAX_OBJECTS:
             return total + total * len(stack) // len(seen)
     return total
@@ -42,12 +44,11 @@ def _parts(current: Any) -> Iterable[Any]:
     if isinstance(current, dict):
         yield from current.keys()
         yield from current.values()
-    elif isinstance(current, (list, tuple, set, frozenset)):
+    elif isinstance(current, (list, tuple, set, frozenset, deque)):
         yield from current
-    else:
-        yield from getattr(current, "__dict__", {}).values()
-        for cls in type(current).__mro__:
-            slots = cls.__dict__.get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                if hasattr(current, name):
-                    yield getattr(current, name)
+    yield from getattr(current, "__dict__", {}).values()
+    for cls in type(current).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(current, name):
+                yield getattr(current, name)

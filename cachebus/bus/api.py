@@ -32,6 +32,12 @@ class Envelope:
         self.deadline = deadline
         self.attempts = 0
 
+    @property
+    def size(self) -> int:
+        """Bytes of the value that the message carries; 0 if it carries none, or an object."""
+        value = getattr(self.message, "value", None)
+        return len(value) if isinstance(value, bytes) else 0
+
 
 class Recipient(Protocol):
     """What stands at an address: an actor of this process, or the way to one."""

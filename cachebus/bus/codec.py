@@ -14,14 +14,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn
 
 import msgpack  # type: ignore[import-untyped]
 
 from cachebus.messages import BadMessage, CacheSerializationError, Message
 
 from .codec_fields import Plans
-from .codec_values import JSON_VALUES, MAX_INT, MIN_INT, MSGPACK_VALUES, Unfit, name_of_type
+from .codec_values import JSON_VALUES, MAX_INT, MIN_INT, MSGPACK_VALUES, Unfit, name_of_type, type_of
 
 VERSION = 1
 MSGPACK = "application/msgpack"
@@ -73,11 +73,10 @@ def decode(data: bytes, content_type: str = MSGPACK) -> Message | list[Message]:
     place = ""
     try:
         tree = form.unpack(data)
-        if type(tree) is not list:
+        if type_of(tree) is not list:
             return _message(tree, form.plans)
-        bodies: list[Any] = tree
-        for each in bodies:
-            place = f"message {len(done) + 1} of {len(bodies)}: "
+        for each in tree:
+            place = f"message {len(done) + 1} of {len(tree)}: "
             done.append(_message(each, form.plans))
         if done:
             return done
@@ -94,10 +93,9 @@ def _tree(message: Message, plans: Plans) -> dict[str, Any]:
     return plan.write(message, {"v": VERSION, "kind": plan.kind})
 
 
-def _message(body: Any, plans: Plans) -> Message:
-    if type(body) is not dict:
-        raise Unfit(f"a message is a map, not this {name_of_type(body)}")
-    tree = cast(dict[str, Any], body)
+def _message(tree: Any, plans: Plans) -> Message:
+    if type_of(tree) is not dict:
+        raise Unfit(f"a message is a map, not this {name_of_type(tree)}")
     version, kind = tree.get("v"), tree.get("kind")
     if version != VERSION or type(version) is not int:
         _refuse_version(tree)

@@ -22,7 +22,7 @@ MIN_INT, MAX_INT = -(2**63), 2**64 - 1
 _LEAVES: frozenset[type[Any]] = frozenset({type(None), bool, int, float, str, bytes})
 _BYTES_TAG = "$base64"
 
-_type: Callable[[object], type[Any]] = type  # the same, but a type checker knows what comes of Any
+type_of: Callable[[object], type[Any]] = type  # to a type checker, type() of Any is not fully known
 
 
 class Unfit(ValueError):
@@ -48,7 +48,7 @@ def name_of_type(value: object) -> str:
 
 def check(value: Any, depth: int = MAX_DEPTH) -> Any:
     """The value itself. Raises `Unfit` where msgpack would change it or fail; the range of ints is left to msgpack."""
-    kind = _type(value)
+    kind = type_of(value)
     if kind in _LEAVES:
         return value
     _check_container(value, kind, depth)
@@ -62,7 +62,7 @@ def check(value: Any, depth: int = MAX_DEPTH) -> Any:
 
 def to_json(value: Any, depth: int = MAX_DEPTH) -> Any:
     """The value as JSON can say it. Raises `Unfit` where it cannot."""
-    kind = _type(value)
+    kind = type_of(value)
     if value is None or kind is str or kind is bool:
         return value
     if kind is bytes:
@@ -87,7 +87,7 @@ def to_json(value: Any, depth: int = MAX_DEPTH) -> Any:
 
 def from_json(tree: Any, depth: int = MAX_DEPTH) -> Any:
     """The value that `to_json` was given. Raises `Unfit`."""
-    kind = _type(tree)
+    kind = type_of(tree)
     if kind in _LEAVES:
         return tree
     if kind is dict and _is_tag(tree):

@@ -189,9 +189,7 @@ class Audience:
 def event_kinds(what: tuple[EventKind | str, ...]) -> frozenset[EventKind]:
     """The kinds of events that `what` names: classes, or globs over the part of the wire name after `event.`; all if
     `what` is empty. Raises `ValueError` for a glob that matches none."""
-    known = {
-        name.removeprefix("event."): kind for name, kind in WIRE_NAMES.items() if issubclass(kind, Event)
-    }
+    known = {name.removeprefix("event."): kind for name, kind in WIRE_NAMES.items() if issubclass(kind, Event)}
     chosen: set[EventKind] = set()
     for each in what or ("*",):
         if not isinstance(each, str):

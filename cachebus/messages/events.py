@@ -11,6 +11,9 @@ class RemovalCause(StrEnum):
     """Why a value went: `EXPLICIT` somebody asked, `REPLACED` by a newer one, `EXPIRED` its time was up, `SIZE` the
     store was full."""
 
+    # Enum's own hash is written in Python, and these are keys of counters on hot paths.
+    __hash__ = str.__hash__
+
     EXPLICIT = "explicit"
     REPLACED = "replaced"
     EXPIRED = "expired"
@@ -36,7 +39,7 @@ class CacheSet(Event):
     """A value was stored. `ttl` is in seconds."""
 
     key: str
-    version: int = 0
+    version: float = 0.0
     ttl: float | None = None
     tags: tuple[str, ...] = ()
 

@@ -11,11 +11,11 @@ from .errors import CacheError, rebuild
 
 @message("reply.found")
 class Found(Reply):
-    """A live value. `version` changes with every write; `ttl` is the seconds left, `None` without expiry;
+    """A live value. `version` is a number that grows with every write of the key, exact in 64-bit floats; `ttl` is the seconds left, `None` without expiry;
     `stored_at` is Unix time in seconds."""
 
     value: Any
-    version: int = 0
+    version: float = 0.0
     ttl: float | None = None
     tags: tuple[str, ...] = ()
     stored_at: float = 0.0
@@ -37,7 +37,7 @@ class FoundMany(Reply):
 class Present(Reply):
     """There is a live value; this is all of it but the value. `ttl` as in `Found`."""
 
-    version: int = 0
+    version: float = 0.0
     ttl: float | None = None
 
 
@@ -45,7 +45,7 @@ class Present(Reply):
 class Stored(Reply):
     """The value was stored, and is now at `version`."""
 
-    version: int = 0
+    version: float = 0.0
 
 
 @message("reply.stored_many")
@@ -60,7 +60,7 @@ class NotStored(Reply):
     """The condition of the write did not hold and nothing changed. `version` is that of the value in the way, 0
     where there is none."""
 
-    version: int = 0
+    version: float = 0.0
 
 
 @message("reply.deleted")

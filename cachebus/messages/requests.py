@@ -88,7 +88,7 @@ class CompareAndSet(Request[Stored | NotStored]):
 
     key: str
     value: Any
-    version: int
+    version: float
     ttl: Ttl = "default"
     tags: tuple[str, ...] = ()
 

@@ -23,7 +23,7 @@ class Entry:
 
     key: str
     value: Any
-    version: int
+    version: float
     expires_at: float
     tags: tuple[str, ...]
     visits: int
@@ -32,7 +32,7 @@ class Entry:
     next: Entry
 
     def __init__(
-        self, key: str, value: Any, version: int, expires_at: float = NEVER, tags: tuple[str, ...] = ()
+        self, key: str, value: Any, version: float, expires_at: float = NEVER, tags: tuple[str, ...] = ()
     ) -> None:
         self.key = key
         self.value = value
@@ -64,7 +64,7 @@ class Ring:
     __slots__ = ("_root", "size")
 
     def __init__(self) -> None:
-        self._root = Entry("", None, 0)
+        self._root = Entry("", None, 0.0)
         self.clear()
 
     def clear(self) -> None:
@@ -97,3 +97,23 @@ class Ring:
         if not self.size:
             raise IndexError("oldest() of an empty ring")
         return self._root.next
+
+    def rotate(self) -> None:
+        """Make the oldest entry the youngest. The ring must not be empty."""
+        root = self._root
+        moved = root.next
+        after = moved.next
+        last = root.prev
+        if moved is last:
+            return
+        root.next = after
+        after.prev = root
+        last.next = moved
+        moved.prev = last
+        moved.next = root
+        root.prev = moved
+
+    def younger(self, entry: Entry) -> Entry | None:
+        """The entry that was appended next after `entry`, which must be in this ring; `None` for the youngest."""
+        after = entry.next
+        return None if after is self._root else after

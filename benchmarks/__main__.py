@@ -1,0 +1,70 @@
+"""`python -m benchmarks`: every benchmark beside its peers in one run, as ratios. Exits 1 if a bar is missed."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from . import footprint, memory
+from .timing import Row
+
+console = Console(width=120)
+
+
+def show(rows: list[Row]) -> bool:
+    """Print the rows; says whether every bar was reached."""
+    table = Table("work", "ours", "peer", "its time", "ratio", "bar", title="time of one operation, median of rounds")
+    good = True
+    for row in rows:
+        bars = {bar.peer: bar.at_most for bar in row.bars}
+        for number, peer in enumerate(row.peers):
+            ratio, bar = row.ratio(peer), bars.get(peer.name)
+            verdict = "" if bar is None else f"<= {bar:g} {'ok' if ratio <= bar else 'MISSED'}"
+            good = good and (bar is None or ratio <= bar)
+            first = (row.title, f"{row.ours.seconds * 1e6:.2f} us") if not number else ("", "")
+            table.add_row(*first, peer.name, f"{peer.seconds * 1e6:.2f} us", f"{ratio:.2f}x", verdict)
+        table.add_section()
+    console.print(table)
+    return good
+
+
+def show_footprint(entries: int) -> bool:
+    """Print memory, import time and the cost of eviction; says whether every bar was reached."""
+    sizes = footprint.bytes_per_entry(entries)
+    imports = footprint.import_seconds()
+    ratio = sizes["cachebus"] / sizes["cachetools TTLCache"]
+    ours = imports["import cachebus"]
+    table = Table("what", "figure", "bar", title="footprint")
+    for name, size in sizes.items():
+        table.add_row(f"bytes per entry, {entries:,} entries with a TTL: {name}", f"{size:.0f}", "")
+    table.add_row("... ours over cachetools", f"{ratio:.2f}x", f"<= 1 {'ok' if ratio <= 1 else 'MISSED'}")
+    for name, seconds in imports.items():
+        table.add_row(name, f"{seconds * 1e3:.0f} ms", f"< 150 ms {'ok' if seconds < 0.15 else 'MISSED'}")
+    for size, seconds in footprint.evicting_set_seconds().items():
+        table.add_row(f"set that evicts, store of {size:,}", f"{seconds * 1e6:.2f} us", "O(1)")
+    console.print(table)
+    return ratio <= 1 and ours < 0.15
+
+
+def main() -> int:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--entries", type=int, default=1_000_000, help="entries of the memory benchmark")
+    parser.add_argument("what", nargs="*", choices=["memory", "footprint", []], help="parts to run; all if none is named")
+    options = parser.parse_args()
+    what = options.what or ["memory", "footprint"]
+    console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    good = True
+    if "memory" in what:
+        good &= show(memory.rows())
+    if "footprint" in what:
+        good &= show_footprint(options.entries)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

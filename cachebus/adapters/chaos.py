@@ -1,0 +1,141 @@
+"""The chaos store: any other store, with delays and failures put in front of it by a seeded generator."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cachebus.actors.ports import SYSTEM_CLOCK, BatchStore, Clock, Gauges, InlineStore
+from cachebus.messages import (
+    CacheConfigurationError,
+    CacheConnectionError,
+    CacheError,
+    CacheTimeoutError,
+    CapabilityError,
+    Failed,
+    Reply,
+    Request,
+)
+
+
+@dataclass(slots=True)
+class ChaosCounts:
+    """What a chaos store was asked for, and what it did about it."""
+
+    batches: int = 0
+    operations: int = 0
+    delays: int = 0
+    failed_batches: int = 0
+    failed_operations: int = 0
+    lost_replies: int = 0
+
+
+class ChaosStore:
+    """A `BatchStore` around another store, for tests and for seeing how an application takes an outage.
+
+    Each rate is a probability from 0 to 1, and may be changed at any time: `failure_rate = 1.0` is an outage.
+
+    * `failure_rate`, of a batch: nothing of it is done, and `error` is raised.
+    * `operation_failure_rate`, of one operation: it is not done, and its reply is `Failed` with `error`. The others of
+      its batch are done.
+    * `lost_reply_rate`, of a batch: it is done, and then `CacheTimeoutError` is raised, as when a connection breaks
+      while the answer is on its way.
+    * `delay`, the shortest and longest pause before each batch, in seconds.
+
+    `error` makes an error out of a sentence; a class of the error tree does. The same `seed` does the same things to
+    the same sequence of batches, on every platform, and changing one rate changes nothing about the others' draws.
+    `counts` says what was done. Expiry and eviction inside an inline store are not told to anybody.
+    """
+
+    def __init__(
+        self,
+        inner: InlineStore | BatchStore,
+        *,
+        seed: int,
+        failure_rate: float = 0.0,
+        operation_failure_rate: float = 0.0,
+        lost_reply_rate: float = 0.0,
+        error: Callable[[str], CacheError] = CacheConnectionError,
+        delay: tuple[float, float] = (0.0, 0.0),
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        rates = {
+            "failure_rate": failure_rate,
+            "operation_failure_rate": operation_failure_rate,
+            "lost_reply_rate": lost_reply_rate,
+        }
+        for option, rate in rates.items():
+            if not 0 <= rate <= 1:
+                raise CacheConfigurationError(f"{option}: expected a probability from 0 to 1, not {rate!r}")
+        if not 0 <= delay[0] <= delay[1] < float("inf"):
+            raise CacheConfigurationError(f"delay: expected 0 <= shortest <= longest, in seconds, not {delay!r}")
+        self.inner = inner
+        self.name = f"chaos+{inner.name}"
+        self.capabilities = inner.capabilities
+        self.failure_rate = failure_rate
+        self.operation_failure_rate = operation_failure_rate
+        self.lost_reply_rate = lost_reply_rate
+        self.error = error
+        self.delay = delay
+        self.counts = ChaosCounts()
+        self._random = random.Random(seed)
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"<ChaosStore around {self.inner!r}, {self.counts}>"
+
+    async def open(self) -> None:
+        await self.inner.open()
+
+    async def close(self) -> None:
+        await self.inner.close()
+
+    def gauges(self) -> Gauges:
+        return self.inner.gauges()
+
+    async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        # Drawn before the first wait and always in the same number: batches under way at the same time, and rates
+        # that are 0, leave the sequence as it is.
+        draw = self._random.random
+        pause = self.delay[0] + (self.delay[1] - self.delay[0]) * draw()
+        fails = draw() < self.failure_rate
+        loses_reply = draw() < self.lost_reply_rate
+        spoiled = [draw() < self.operation_failure_rate for _ in batch]
+        self.counts.batches += 1
+        self.counts.operations += len(batch)
+        if pause > 0:
+            self.counts.delays += 1
+            await self._clock.sleep_until(self._clock.monotonic() + pause)
+        if fails:
+            self.counts.failed_batches += 1
+            raise self.error("chaos: the batch failed and nothing was done")
+        done = iter(
+            await self._carry_out([request for request, spoil in zip(batch, spoiled, strict=True) if not spoil])
+        )
+        self.counts.failed_operations += sum(spoiled)
+        if loses_reply:
+            self.counts.lost_replies += 1
+            raise CacheTimeoutError("no reply, though all was done,", self.name, pause)
+        return [self._failed() if spoil else next(done) for spoil in spoiled]
+
+    def _failed(self) -> Failed:
+        return Failed.of(self.error("chaos: the operation failed and was not done"))
+
+    async def _carry_out(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        if not batch:
+            return ()
+        if isinstance(self.inner, InlineStore):
+            return [_run(self.inner, request) for request in batch]
+        return await self.inner.execute(batch)
+
+
+def _run(store: InlineStore, request: Request[Any]) -> Reply:
+    verb = store.verb(type(request))
+    try:
+        if verb is None:
+            raise CapabilityError(store=store.name, capability=type(request).__name__)
+        return verb(request)
+    except CacheError as error:
+        return Failed.of(error)

@@ -1,0 +1,146 @@
+"""The default policy: S3-FIFO with gates that learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from .duels import Duels, Gate
+from .entry import Entry, Ring
+
+SMALL, MAIN, RETURNED, CHANCE = range(4)
+"""Where an entry is (`Entry.queue`): in the small queue; in the main one; there and on trial, let in by a gate."""
+
+SMALL_SHARE = 1 / 20
+GHOST_SHARE = 3 / 2
+DUEL_SHARE = 1 / 2
+
+
+class S3FifoPolicy:
+    """Sifts newcomers in a small queue and keeps the proven in a main one, as much as that proves right.
+
+    From S3-FIFO (Yang et al., SOSP 2023): a small and a main FIFO, lazy hits, and a ghost, the memory of keys that the
+    small queue gave up; a key that returns while the ghost knows it goes straight to the main queue.
+
+    Three things are our own, and docs/decisions/0003-default-eviction-policy.md says what each is worth:
+
+    * The main queue is filled first, so that a loop larger than the cache finds a set that stays.
+    * A returned key passes a `Gate` on its way to the main queue. In a loop that is a little too large each would
+      take the place of one that is due sooner, and the gate closes; where popularity moves it stays open.
+    * Now and then an unproven key takes the place of a main entry without a hit: otherwise nothing would
+      push a dead main queue out. That, too, passes a gate. What the gates learn from are `Duels`.
+
+    `evict` is amortised O(1): it passes an entry only by taking a visit from it, or by moving it once from small to main.
+    The ghosts together hold at most twice as many keys as there are entries, and none before the first eviction.
+    """
+
+    __slots__ = ("_capacity", "_chance", "_duels", "_full", "_ghost", "_main", "_newest", "_return", "_small", "on_hit")
+
+    on_hit: Callable[[Entry], None] | None
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.on_hit = None
+        self._small = Ring()
+        self._main = Ring()
+        self._ghost: dict[str, None] = {}
+        self._return = Gate(1 / 16, 1.0)
+        self._chance = Gate(1 / 64, 1 / 8)
+        self._duels = Duels({RETURNED: self._return, CHANCE: self._chance}, MAIN)
+        self._newest: Entry | None = None
+        """The last returned key let in, whose defender has not been chosen yet."""
+        self._capacity: float = math.inf if capacity is None else capacity
+        self._full = self._capacity
+        """How many entries fill the store: given, or seen at the last eviction."""
+
+    def admit(self, entry: Entry) -> None:
+        key = entry.key
+        entry.visits = 0
+        small, main = self._small, self._main
+        residents = small.size + main.size
+        known = self._duels.returned(key)
+        if key in self._ghost:
+            del self._ghost[key]
+            known = True
+        if known and self._return.passes():
+            entry.queue = MAIN
+            main.append(entry)
+            self._newest = entry
+        elif residents < self._full - max(1.0, self._full * SMALL_SHARE // 1) or self._full == math.inf:
+            entry.queue = MAIN
+            main.append(entry)
+        else:
+            entry.queue = SMALL
+            small.append(entry)
+
+    def forget(self, entry: Entry) -> None:
+        if entry.queue == SMALL:
+            self._small.remove(entry)
+            return
+        self._leave_main(entry)
+
+    def evict(self) -> Entry:
+        small, main = self._small, self._main
+        residents = self._full = small.size + main.size
+        target = max(1, int(residents * SMALL_SHARE))
+        while small.size >= target or not main.size:
+            entry = small.oldest()
+            if entry.visits or main.size < residents - target:
+                small.remove(entry)
+                entry.visits = 0
+                entry.queue = MAIN
+                main.append(entry)
+            elif main.size and self._chance.passes() and not self._spared(defender := main.oldest()):
+                small.remove(entry)
+                self._leave_main(defender)
+                main.append(entry)
+                self._duels.begin(entry, defender, CHANCE, int(residents * DUEL_SHARE) + 1)
+                return defender
+            else:
+                small.remove(entry)
+                self._remember(entry.key, residents)
+                return entry
+        while self._spared(defender := main.oldest()):
+            pass
+        newest = self._newest
+        self._leave_main(defender)
+        if newest is not None and newest is not defender:
+            self._newest = None
+            self._duels.begin(newest, defender, RETURNED, int(residents * DUEL_SHARE) + 1)
+        return defender
+
+    def _spared(self, entry: Entry) -> bool:
+        """Whether the oldest main entry was hit: that costs it a visit and makes it the youngest."""
+        if not entry.visits:
+            return False
+        if entry.queue != MAIN:
+            self._duels.won(entry)
+        entry.visits -= 1
+        self._main.rotate()
+        return True
+
+    def _leave_main(self, entry: Entry) -> None:
+        self._main.remove(entry)
+        if entry.queue != MAIN:
+            self._duels.end(entry)
+        if entry is self._newest:
+            self._newest = None
+
+    def _remember(self, key: str, residents: int) -> None:
+        ghost = self._ghost
+        ghost[key] = None
+        bound = int(residents * GHOST_SHARE)
+        while len(ghost) > bound:
+            del ghost[next(iter(ghost))]
+
+    def clear(self) -> None:
+        self._small.clear()
+        self._main.clear()
+        self._ghost.clear()
+        self._duels.clear()
+        self._return.clear()
+        self._chance.clear()
+        self._newest = None
+        self._full = self._capacity
+
+    def __len__(self) -> int:
+        return self._small.size + self._main.size

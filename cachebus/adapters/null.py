@@ -1,0 +1,113 @@
+"""The null store: accepts everything and keeps nothing, so that an application runs as if it had no cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from cachebus.actors.ports import Capabilities, Gauges, ReadListener, RemovalListener, WriteListener
+from cachebus.messages import (
+    Add,
+    Clear,
+    Cleared,
+    CompareAndSet,
+    Counted,
+    Delete,
+    Deleted,
+    DeleteMany,
+    DeletePattern,
+    Exists,
+    FoundMany,
+    Get,
+    GetMany,
+    Increment,
+    Invalidated,
+    InvalidateTags,
+    Missing,
+    NotStored,
+    Reply,
+    Request,
+    Scan,
+    Scanned,
+    Set,
+    SetMany,
+    Stored,
+    StoredMany,
+    Sweep,
+    Touch,
+)
+
+
+class NullStore:
+    """An `InlineStore` in which every key is missing, always.
+
+    Writes are accepted, as a memory store of no size would, and forgotten: they say `Stored` at version 0 where the
+    condition of the write holds for a missing key. Reads count as misses and are told to `on_read`; no write is told
+    to `on_write` or counted, because nothing was kept.
+    """
+
+    name = "null"
+    capabilities = Capabilities(patterns=True, tags=True, compare_and_set=True, counters=True)
+
+    def __init__(self) -> None:
+        self.on_read: ReadListener | None = None
+        self.on_write: WriteListener | None = None
+        self.on_removal: RemovalListener | None = None
+        self.on_due: Callable[[float], None] | None = None
+        self._misses = 0
+        self._verbs: Mapping[type[Request[Any]], Callable[[Any], Reply]] = {
+            Get: self._get,
+            GetMany: self._get_many,
+            Exists: lambda _: Missing(),
+            Set: lambda request: NotStored() if request.only_if == "present" else Stored(),
+            SetMany: lambda request: StoredMany(len(request.items)),
+            Add: lambda _: Stored(),
+            CompareAndSet: lambda _: NotStored(),
+            Touch: lambda _: Missing(),
+            Increment: self._increment,
+            Delete: lambda _: Deleted(0),
+            DeleteMany: lambda _: Deleted(0),
+            DeletePattern: lambda _: Deleted(0),
+            Scan: lambda _: Scanned(()),
+            InvalidateTags: lambda _: Invalidated(),
+            Clear: lambda _: Cleared(),
+            Sweep: lambda _: Deleted(0),
+        }
+
+    def __repr__(self) -> str:
+        return f"<NullStore {self._misses} misses>"
+
+    async def open(self) -> None:
+        """Nothing to make ready."""
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+    def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Reply] | None:
+        return self._verbs.get(kind)
+
+    def gauges(self) -> Gauges:
+        return Gauges(misses=self._misses, max_entries=0, max_bytes=0)
+
+    def next_expiry(self) -> float | None:
+        return None
+
+    def sweep(self, limit: int) -> int:
+        return 0
+
+    def _get(self, request: Get) -> Missing:
+        self._missed((request.key,))
+        return Missing()
+
+    def _get_many(self, request: GetMany) -> FoundMany:
+        self._missed(dict.fromkeys(request.keys))
+        return FoundMany({})
+
+    def _missed(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._misses += 1
+            if self.on_read is not None:
+                self.on_read(key, False)
+
+    def _increment(self, request: Increment) -> Counted | Missing:
+        return Missing() if request.initial is None else Counted(request.initial + request.delta)

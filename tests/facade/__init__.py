@@ -1,0 +1,1 @@
+"""Tests of the facade: settings, URLs, the cache and the command line."""

@@ -1,0 +1,26 @@
+"""Writes the golden files that are missing, and touches no other: `python -m tests.golden.write`, then commit them."""
+
+from __future__ import annotations
+
+from cachebus.bus.codec import encode
+from cachebus.messages import WIRE_NAMES
+
+from .examples import FOLDER, SUFFIXES, example
+
+
+def write() -> list[str]:
+    """The names of the files that were missing and now are there."""
+    FOLDER.mkdir(exist_ok=True)
+    written: list[str] = []
+    for kind, cls in WIRE_NAMES.items():
+        for content_type, suffix in SUFFIXES.items():
+            file = FOLDER / f"{kind}{suffix}"
+            if not file.exists():
+                file.write_bytes(encode(example(cls), content_type))
+                written.append(file.name)
+    return written
+
+
+if __name__ == "__main__":
+    for name in write():
+        print(f"wrote {name}")
