@@ -45,7 +45,8 @@ def check_ttl(ttl: TimeToLive) -> Ttl:
     if isinstance(ttl, timedelta):
         seconds = ttl.total_seconds()
     elif type(ttl) in (int, float):
-        seconds = float(ttl)  # type: ignore[arg-type]  # mypy does not narrow by `in`
+        # An int too large for a float is refused below, as infinity is.
+        seconds = float(ttl) if abs(ttl) < 1e300 else math.inf  # type: ignore[arg-type]  # mypy does not narrow by `in`
     else:
         raise TypeError(f"ttl must be seconds, a timedelta, None or 'default', not {ttl!r}")
     if not (seconds > 0 and math.isfinite(seconds)):

@@ -269,10 +269,12 @@ class MemoryStore(EntryTable):
     def sweep(self, limit: int) -> int:
         swept = 0
         for entry in self._wheel.take_expired(self._now()):
-            self._drop(entry, RemovalCause.EXPIRED)
+            self._policy.forget(entry)
+            self._unlist(entry, RemovalCause.EXPIRED)
             swept += 1
             if swept >= limit:
                 break
+        self._tidy()  # Not before: it begins a new wheel.
         return swept
 
     # Helpers

@@ -98,7 +98,7 @@ class EntryTable:
             self._make_room(1, weight)
             entry = self._admit(key, value, version, expires_at, tags, weight, now)
         else:
-            self._removals[RemovalCause.EXPIRED if entry.expires_at <= now else RemovalCause.REPLACED] += 1
+            self._replaced(entry, now)
             if tags or entry.tags:
                 self._tags.attach(tags)
                 self._tags.detach(entry.tags)
@@ -134,9 +134,20 @@ class EntryTable:
             self._tags.attach(tags)
         if expires_at != NEVER:
             self._wheel.schedule(entry, now)
-            if self._wheel.crowded(len(self._entries)):
-                self._wheel.rebuild(self._entries.values(), now)
+            self._tidy()
         return entry
+
+    def _replaced(self, entry: Entry, now: float) -> None:
+        """Account for the value that an entry is about to lose to a new one."""
+        if entry.expires_at <= now:
+            cause = RemovalCause.EXPIRED
+        elif entry.tags and not self._tags.valid(entry):
+            cause = RemovalCause.EXPLICIT
+        else:
+            cause = RemovalCause.REPLACED
+        self._removals[cause] += 1
+        if (hook := self.on_removal) is not None:
+            hook(entry.key, cause)
 
     def _reweigh(self, entry: Entry, weight: int) -> None:
         """Note the weight of an entry's new value, and make room if it grew."""
@@ -161,10 +172,17 @@ class EntryTable:
     def _evict(self) -> None:
         entry = self._policy.evict()
         self._unlist(entry, RemovalCause.SIZE)
+        self._tidy()
 
     def _drop(self, entry: Entry, cause: RemovalCause) -> None:
         self._policy.forget(entry)
         self._unlist(entry, cause)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Rid the wheel of leftovers when they have become too many."""
+        if self._wheel.crowded(len(self._entries)):
+            self._wheel.rebuild(self._entries.values(), self._now())
 
     def _unlist(self, entry: Entry, cause: RemovalCause) -> None:
         del self._entries[entry.key]
@@ -180,6 +198,9 @@ class EntryTable:
             hook(entry.key, cause)
 
     def _drop_all(self) -> None:
+        # The entries link to each other, so only the garbage collector frees them. Their values go at once.
+        for entry in self._entries.values():
+            entry.value = None
         self._entries.clear()
         self._policy.clear()
         self._wheel.clear()
@@ -207,8 +228,7 @@ class EntryTable:
         entry.expires_at = expires_at
         if sooner:
             self._wheel.schedule(entry, now)
-            if self._wheel.crowded(len(self._entries)):
-                self._wheel.rebuild(self._entries.values(), now)
+            self._tidy()
 
     def _expiry(self, ttl: Ttl, now: float) -> float:
         if ttl == "default":
@@ -230,11 +250,14 @@ class EntryTable:
         if self._max_bytes is None:
             return 0
         try:
-            weight = self._weigher(value) + ENTRY_OVERHEAD
+            said = self._weigher(value)
+            weight = said + ENTRY_OVERHEAD
         except Exception as error:
             raise CacheSerializationError(
                 f"the weigher failed on a value of type {type(value).__name__}: {type(error).__name__}"
             ) from error
+        if not isinstance(weight, int) or weight < ENTRY_OVERHEAD:
+            raise CacheSerializationError(f"the weigher must return bytes as an int, 0 or more, not {said!r}")
         if weight > self._max_bytes:
             raise CacheCapacityError("value is larger than the whole memory store", weight, self._max_bytes)
         return weight

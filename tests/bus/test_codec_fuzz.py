@@ -130,7 +130,7 @@ def test_nothing_but_bad_message_escapes_any_bytes(content_type: str) -> None:
 
 @BOTH
 def test_nothing_but_bad_message_escapes_any_fields_under_a_real_kind(content_type: str) -> None:
-    @settings(max_examples=300)
+    @settings(max_examples=150)
     @given(any_message(content_type), st.data())
     def check(message: Any, data: st.DataObject) -> None:
         tree = unpack(encode(message)) if content_type == MSGPACK else json.loads(encode(message, JSON))

@@ -58,14 +58,16 @@ def test_numbers_of_a_url_are_read(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1_000", "%201", "0x10", "1,5", "ten", "", "1e3", "5.0", "0", "-5", "true", "9" * 5000, "%D9%A3", "++1"]
+    "text", ["1_000", "%201", "0x10", "1,5", "ten", "", "1e3", "5.0", "0", "-5", "true", "%D9%A3", "++1"]
 )
 def test_a_malformed_count_is_refused(text: str) -> None:
     with pytest.raises(CacheConfigurationError, match=r"max_entries: expected a whole number, 1 or more, or none, not"):
-        if text:
-            backend_from_url(f"memory://?max_entries={text}")
-        else:
-            MemorySettings(max_entries=Text(""))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+        backend_from_url(f"memory://?max_entries={text}")
+
+
+def test_a_very_long_number_is_refused_and_shortened() -> None:
+    with pytest.raises(CacheConfigurationError, match=r"whole number, 1 or more, or none, not '9{80}\.\.\.'$"):
+        MemorySettings(max_entries=Text("9" * 5000))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "0", "-1", "0.0", "1_0", "1s", "true", "%2B1"])
@@ -91,7 +93,6 @@ def test_a_malformed_duration_is_refused(text: str) -> None:
         ),
         ("null://?max_entries=5", "max_entries: unknown option, known are name, default"),
         ("memory://?max_entries", "option 1 is not written as name=value"),
-        ("memory://?max_entries=", "option 1 is not written as name=value"),
         ("memory://?=5", "option 1 is not written as name=value"),
         ("memory://?max_entries=5&", "option 2 is not written as name=value"),
         ("memory://?type=null", "'type' is no option of a URL"),

@@ -6,6 +6,8 @@ from .entry import Entry
 
 _STEP = 1 / 16
 _NUDGE = 1 / 1024
+_OVER = 0
+"""No gate: stands for the challenger of a duel that is over."""
 
 
 class Gate:
@@ -51,14 +53,14 @@ class Duels:
     is too old to be remembered.
 
     Remembers the keys of defenders only, and a challenger only while it is resident: no value outlives its entry.
-    `Entry.queue` of a challenger is the number of its gate; `clear` and `end` leave that to the policy.
+    `Entry.queue` of a challenger is the number of its gate, which is 1 or more, and `settled` after the duel.
     """
 
     __slots__ = ("_defenders", "_gates", "_trials", "settled")
 
     def __init__(self, gates: dict[int, Gate], settled: int) -> None:
         self._gates = gates
-        self._defenders: dict[str, Entry | None] = {}
+        self._defenders: dict[str, Entry | int] = {}
         self._trials: dict[str, str] = {}
         self.settled = settled
         """The `Entry.queue` of an entry whose duel is over."""
@@ -84,7 +86,7 @@ class Duels:
     def _expire(self) -> None:
         key = next(iter(self._defenders))
         challenger = self._defenders.pop(key)
-        if challenger is None:
+        if isinstance(challenger, int):
             return
         del self._trials[challenger.key]
         if challenger.visits:
@@ -94,20 +96,27 @@ class Duels:
     def won(self, challenger: Entry) -> None:
         """The challenger was hit while its defender stayed away."""
         self._gates[challenger.queue].judge(True)
-        self.end(challenger)
+        self.forget(challenger)
 
-    def end(self, challenger: Entry) -> None:
-        """The challenger is no longer on trial: it won, was given up or was forgotten."""
-        self._defenders[self._trials.pop(challenger.key)] = None
+    def lost(self, challenger: Entry) -> None:
+        """The challenger was given up without a hit: lost if the defender returns, else neither was worth the room."""
+        self._defenders[self._trials.pop(challenger.key)] = challenger.queue
+        challenger.queue = self.settled
+
+    def forget(self, challenger: Entry) -> None:
+        """The challenger is no longer on trial, and nothing is to be learned from it any more."""
+        self._defenders[self._trials.pop(challenger.key)] = _OVER
         challenger.queue = self.settled
 
     def returned(self, key: str) -> bool:
         """Whether `key` is a remembered defender, which is asked for again; its duel is settled and forgotten."""
-        if key not in self._defenders:
+        challenger = self._defenders.pop(key, None)
+        if challenger is None:
             return False
-        challenger = self._defenders.pop(key)
-        if challenger is not None:
+        if not isinstance(challenger, int):
             del self._trials[challenger.key]
             self._gates[challenger.queue].judge(challenger.visits > 0)
             challenger.queue = self.settled
+        elif challenger != _OVER:
+            self._gates[challenger].judge(False)
         return True

@@ -76,6 +76,8 @@ class S3FifoPolicy:
         if entry.queue == SMALL:
             self._small.remove(entry)
             return
+        if entry.queue != MAIN:
+            self._duels.forget(entry)
         self._leave_main(entry)
 
     def evict(self) -> Entry:
@@ -121,7 +123,7 @@ class S3FifoPolicy:
     def _leave_main(self, entry: Entry) -> None:
         self._main.remove(entry)
         if entry.queue != MAIN:
-            self._duels.end(entry)
+            self._duels.lost(entry)
         if entry is self._newest:
             self._newest = None
 
