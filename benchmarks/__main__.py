@@ -54,7 +54,9 @@ def main() -> int:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--entries", type=int, default=1_000_000, help="entries of the memory benchmark")
-    parser.add_argument("what", nargs="*", choices=["memory", "footprint", []], help="parts to run; all if none is named")
+    parser.add_argument(
+        "what", nargs="*", choices=["memory", "footprint", []], help="parts to run; all if none is named"
+    )
     options = parser.parse_args()
     what = options.what or ["memory", "footprint"]
     console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")

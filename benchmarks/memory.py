@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
+import datetime as dt
 import random
 import warnings
-from collections.abc import Awaitable, Callable
 from threading import RLock
 from typing import Any
 
@@ -127,7 +126,7 @@ def plain_rows() -> list[Row]:
     ours = open_sync_cache(f"memory://?max_entries={2 * ENTRIES}")
     resilience = pyresilience.ResultCache(pyresilience.CacheConfig(max_size=2 * ENTRIES, ttl=TTL))
     tiny: Any = theine.Cache(2 * ENTRIES)
-    lifetime = datetime.timedelta(seconds=TTL)
+    lifetime = dt.timedelta(seconds=TTL)
     for key in all_keys():
         ours.set(key, key, ttl=TTL)
         resilience.put(key, key)
@@ -165,7 +164,10 @@ def plain_rows() -> list[Row]:
         Row(
             "decorated plain function, hit",
             Contender("cachebus", calls(decorated, keys)),
-            [Contender("pyresilience", calls(resilient, keys)), Contender("cachetools.cached(TTL)", calls(tooled, keys))],
+            [
+                Contender("pyresilience", calls(resilient, keys)),
+                Contender("cachetools.cached(TTL)", calls(tooled, keys)),
+            ],
             [Bar("pyresilience", 1.0), Bar("cachetools.cached(TTL)", 1.7)],
         )
     )
@@ -202,5 +204,3 @@ def event_row() -> Row:
 def rows() -> list[Row]:
     """Every row of this module."""
     return [*plain_rows(), *asyncio.run(awaited_rows()), event_row()]
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from cachebus.bus import Subscription
@@ -84,5 +83,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Settings bring pydantic with them, which takes longer to import than the rest of cachebus together.
     if name == "Settings":
-        return importlib.import_module("cachebus.settings").Settings
+        from .settings import Settings
+
+        return Settings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

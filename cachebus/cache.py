@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -39,6 +41,7 @@ from cachebus.messages import (
     Stored,
     TakeSnapshot,
     Touch,
+    bare,
 )
 
 from .cached import Decorator, Loads
@@ -49,8 +52,6 @@ from .node import Node
 R = TypeVar("R")
 Asking = Callable[[Request[Any]], Awaitable[Any]]
 Finishing = Callable[[Request[Any], Any], Awaitable[Any]]
-
-_new = object.__new__
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Cache:
         await node.__aenter__()
         self._node = node
         self.attach(node.link(self._name))
+        _open_caches.add(self)
         return self
 
     async def __aexit__(
@@ -132,28 +134,30 @@ class Cache:
         # taken here rather than in the bus, which saves a coroutine.
         if type(key) is not str:
             check_key(key)
-        request = _new(Get)
-        request.key = key  # type: ignore[misc]
+        request = bare(Get)
+        request.key = key
         reply = self._turn_get(request)
-        self._turns_left -= 1
-        if type(reply) is Found and self._turns_left > 0:
+        self._turns_left = left = self._turns_left - 1
+        if type(reply) is Found and left > 0:
             return reply.value
-        found = await self._finish_get(request, reply)
-        return default if type(found) is Missing else found.value
+        found = await self.finish_get(request, reply)
+        return found.value if isinstance(found, Found) else default
 
     async def lookup(self, key: str) -> Found | Missing:
         """What is under `key`: `Found` with value, version, seconds left, tags and time of storing, or `Missing`."""
         request = Get(check_key(key))
-        return await self._finish_get(request, self._turn_get(request))
+        return await self.finish_get(request, self._turn_get(request))
 
-    async def _finish_get(self, request: Get, reply: Any) -> Any:
+    async def finish_get(self, request: Get, reply: Any) -> Found | Missing:
+        """Come to the answer from what the turn of a `Get` has returned. For the facades."""
         if self._turns_left <= 0:
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
-        if type(reply) is Found:
+        if isinstance(reply, Found):
             return reply
         check_key(request.key)
-        return reply if type(reply) is Missing else await self._finish(request, reply)
+        found: Found | Missing = reply if isinstance(reply, Missing) else await self._finish(request, reply)
+        return found
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values under those of `keys` that have one."""
@@ -173,13 +177,14 @@ class Cache:
         """The keys that match a glob (see `delete_pattern`). Keys that come or go meanwhile may be listed or not."""
         cursor = ""
         while True:
-            page = await self._scan_page(pattern, cursor)
+            page = await self.scan_page(pattern, cursor)
             for key in page.keys:
                 yield key
             if not (cursor := page.cursor):
                 return
 
-    async def _scan_page(self, pattern: str, cursor: str) -> Scanned:
+    async def scan_page(self, pattern: str, cursor: str) -> Scanned:
+        """One page of `scan`. For the facades."""
         page: Scanned = await self._ask(Scan(_check_pattern(pattern), cursor))
         return page
 
@@ -197,8 +202,8 @@ class Cache:
         """Store `value`, by default whatever is there; says whether it did."""
         request = set_request(key, value, ttl, tags, only_if)
         reply = self._turn_set(request)
-        self._turns_left -= 1
-        if type(reply) is Stored and self._turns_left > 0:
+        self._turns_left = left = self._turns_left - 1
+        if type(reply) is Stored and left > 0:
             return True
         if self._turns_left <= 0:
             self._turns_left = TURNS_PER_CHECKPOINT
@@ -306,3 +311,16 @@ def _check_pattern(pattern: object) -> str:
     if not isinstance(pattern, str) or not pattern:
         raise ValueError(f"a pattern must be a non-empty str, not {pattern!r}")
     return pattern
+
+
+_open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for cache in list(_open_caches):
+        cache._unlink("this process was forked after the cache was opened; open another one in the child")
+    _open_caches.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
+from anyio.lowlevel import checkpoint
+
+from cachebus.bus import TURNS_PER_CHECKPOINT
 from cachebus.messages import (
     CacheClosed,
     CacheError,
@@ -21,6 +23,7 @@ from cachebus.messages import (
     Missing,
     Present,
     Set,
+    bare,
 )
 
 from .checks import TimeToLive, check_key, check_tags, check_ttl
@@ -32,8 +35,6 @@ logger = logging.getLogger("cachebus")
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_new = object.__new__
 
 
 class Decorator(Protocol):
@@ -54,6 +55,10 @@ class Loads:
         self._cache = cache
         self._flights: dict[str, Flight] = {}
 
+    def forked(self) -> None:
+        """Forget the loads that stayed behind in the parent, with whoever was to land them."""
+        self._flights.clear()
+
     def cached(self, *, key: str | Callable[..., str], ttl: TimeToLive, tags: Iterable[str]) -> Decorator:
         """Cache what a function returns, under a key made of its arguments.
 
@@ -69,14 +74,18 @@ class Loads:
         def decorate(function: Callable[P, T]) -> Callable[P, T]:
             if not callable(function):
                 raise TypeError(f"cached() decorates a function, not {function!r}")
-            key_of = compile_template(function, key, "key") if isinstance(key, str) else key
+            if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+                raise TypeError(f"cached() cannot keep what a generator yields, and {function!r} makes one")
+            key_of = compile_template(function, key, "key") if isinstance(key, str) else _checked(key)
             tag_templates = [compile_template(function, tag, "tag") for tag in checked_tags]
 
             def request_to_store(at: str, value: Any, args: Any, kwargs: Any) -> Set:
                 return Set(at, value, checked_ttl, tuple(each(*args, **kwargs) for each in tag_templates))
 
-            if inspect.iscoroutinefunction(function):
-                wrapped: Any = self._coroutine(function, key_of, request_to_store)
+            call: Any = function
+            # The second is a callable object whose class has `async def __call__`.
+            if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__):
+                wrapped: Any = self._coroutine(call, key_of, request_to_store)
             else:
                 wrapped = self._plain(function, key_of, request_to_store)
             return cast("Callable[P, T]", functools.wraps(function)(wrapped))
@@ -89,12 +98,21 @@ class Loads:
         key_of: Callable[..., str],
         request_to_store: Callable[..., Set],
     ) -> Callable[..., Awaitable[Any]]:
+        turns_left = TURNS_PER_CHECKPOINT
+
         async def cached(*args: Any, **kwargs: Any) -> Any:
+            nonlocal turns_left
             key = key_of(*args, **kwargs)
             link = self._cache.link
-            request = _new(Get)
-            request.key = key  # type: ignore[misc]
+            request = bare(Get)
+            request.key = key
             reply = link.turn_get(request)
+            turns_left -= 1
+            if type(reply) is Found and turns_left > 0:
+                return reply.value
+            if turns_left <= 0:
+                turns_left = TURNS_PER_CHECKPOINT
+                await checkpoint()
             if type(reply) is Found:
                 return reply.value
             check_key(key)
@@ -124,7 +142,7 @@ class Loads:
                     outcome = Raised(error)
                     raise
                 finally:
-                    del self._flights[key]
+                    self._flights.pop(key, None)  # It is not there in the child of a fork.
                     flight.land(outcome)
 
         return cached
@@ -135,8 +153,8 @@ class Loads:
         def cached(*args: Any, **kwargs: Any) -> Any:
             key = key_of(*args, **kwargs)
             link = self._cache.link
-            request = _new(Get)
-            request.key = key  # type: ignore[misc]
+            request = bare(Get)
+            request.key = key
             reply = link.turn_get(request)
             if type(reply) is Found:
                 return reply.value
@@ -157,7 +175,7 @@ class Loads:
                             outcome = again.value if isinstance(again, Found) else ABANDONED
                         if outcome is ABANDONED:
                             with _Report(link, key):
-                                outcome = function(*args, **kwargs)
+                                outcome = _no_coroutine(function(*args, **kwargs), function)
                             with _StoringIsOptional():
                                 run(link.request_blocking(request_to_store(key, outcome, args, kwargs)))
                     return outcome
@@ -165,28 +183,44 @@ class Loads:
                     outcome = Raised(error)
                     raise
                 finally:
-                    del self._flights[key]
+                    self._flights.pop(key, None)  # It is not there in the child of a fork.
                     flight.land(outcome)
 
         return cached
 
 
+def _checked(key_of: object) -> Callable[..., str]:
+    """A function of the user's that makes keys, with what it returns checked."""
+    if not callable(key_of):
+        raise TypeError(f"key must be a template or a function that returns the key, not {key_of!r}")
+    return lambda *args, **kwargs: check_key(key_of(*args, **kwargs))
+
+
+def _no_coroutine(outcome: Any, function: object) -> Any:
+    """Refuse what could be awaited only once, by one of those who share it."""
+    if inspect.iscoroutine(outcome):
+        outcome.close()
+        raise TypeError(f"{function!r} returned a coroutine, which cannot be cached; decorate an async def")
+    return outcome
+
+
 class _Report:
     """The events of one load."""
 
-    __slots__ = ("_emitter", "_key", "_started")
+    __slots__ = ("_emitter", "_key", "_now", "_started")
 
     def __init__(self, link: Link, key: str) -> None:
         self._emitter = link.emitter
+        self._now = link.bus.clock.monotonic
         self._key = key
 
     def __enter__(self) -> None:
-        self._started = time.perf_counter()
+        self._started = self._now()
         if LoadStarted in self._emitter.audience.kinds:
             self._emitter.emit(LoadStarted(key=self._key))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
-        duration = time.perf_counter() - self._started
+        duration = self._now() - self._started
         if kind is None:
             if LoadSucceeded in self._emitter.audience.kinds:
                 self._emitter.emit(LoadSucceeded(key=self._key, duration=duration))

@@ -6,7 +6,7 @@ import math
 import reprlib
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from cachebus.messages import CacheKeyError, Set, Ttl
 
@@ -41,12 +41,12 @@ def check_ttl(ttl: TimeToLive) -> Ttl:
     if type(ttl) is float and 0.0 < ttl < math.inf:
         return ttl  # Most calls end here.
     if ttl is None or ttl == "default":
-        return ttl  # type: ignore[return-value]  # mypy does not narrow timedelta away
+        return cast("Ttl", ttl)
     if isinstance(ttl, timedelta):
         seconds = ttl.total_seconds()
     elif type(ttl) in (int, float):
         # An int too large for a float is refused below, as infinity is.
-        seconds = float(ttl) if abs(ttl) < 1e300 else math.inf  # type: ignore[arg-type]  # mypy does not narrow by `in`
+        seconds = float(ttl) if abs(ttl) < 1e300 else math.inf
     else:
         raise TypeError(f"ttl must be seconds, a timedelta, None or 'default', not {ttl!r}")
     if not (seconds > 0 and math.isfinite(seconds)):

@@ -22,9 +22,10 @@ ABANDONED: Final = _Abandoned()
 class Flight:
     """One load under way: its leader lands it, everybody else waits. Tasks of any event loop and threads may wait."""
 
-    __slots__ = ("_guard", "_landed", "_outcome", "_ports")
+    __slots__ = ("_guard", "_landed", "_outcome", "_ports", "_thread")
 
     def __init__(self) -> None:
+        self._thread = threading.get_ident()
         self._guard = threading.Lock()
         self._ports: list[Port] = []
         self._landed = False
@@ -36,7 +37,12 @@ class Flight:
         return _unpack(await port.wait() if self._board(port) else self._outcome)
 
     def wait_in_thread(self) -> Any:
-        """As `wait`, blocking this thread."""
+        """As `wait`, blocking this thread. Raises `CacheError` if it is the thread that loads."""
+        if self._thread == threading.get_ident() and not self._landed and self not in _loading.get():
+            raise CacheError(
+                "the key is being loaded by a task of this very thread, which a blocking call would stop;"
+                " await a coroutine function, or call from another thread"
+            )
         port = ThreadPort()
         return _unpack(port.wait() if self._board(port) else self._outcome)
 

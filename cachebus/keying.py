@@ -24,19 +24,43 @@ def compile_template(function: Callable[..., Any], template: str, what: str) -> 
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
         raise CacheConfigurationError(f"{what} {template!r} is not a valid template: {error}") from None
-    for _, field, _, _ in pieces:
-        name = None if field is None else _first_name(field)
-        if name is not None and name not in parameters:
-            raise CacheConfigurationError(
-                f"{what} {template!r} has the field {{{field}}}, but {_name_of(function)}"
-                f" takes {', '.join(parameters) or 'no arguments'}"
-            )
+    fields = [field for _, field, _, _ in pieces if field is not None and _first_name(field) not in parameters]
+    try:
+        if not fields:
+            # A dry run, for what else can be wrong: conversions, and fields within format specifications.
+            template.format(**dict.fromkeys(parameters, _Anything()))
+    except (KeyError, IndexError) as error:
+        fields = [str(error.args[0]) if isinstance(error, KeyError) else ""]
+    except ValueError as error:
+        raise CacheConfigurationError(f"{what} {template!r} is not a valid template: {error}") from None
+    if fields:
+        raise CacheConfigurationError(
+            f"{what} {template!r} has the field {{{fields[0]}}}, but {_name_of(function)}"
+            f" takes {', '.join(parameters) or 'no arguments'}"
+        )
     # Compiled, because binding arguments through inspect.Signature.bind takes longer than the whole cache hit: the
     # interpreter binds them to a lambda's parameters in no time. Only names of parameters enter the source.
     defaults = {f"_default_{name}": each.default for name, each in parameters.items() if each.default is not _EMPTY}
     arguments = ", ".join(f"{name}={name}" for name in parameters)
-    source = f"lambda {_parameter_list(parameters)}: _fill({arguments})"
-    return eval(source, {**defaults, "_fill": template.format})  # type: ignore[no-any-return]
+    fill = "_fill"
+    while fill in parameters:
+        fill += "_"
+    source = f"lambda {_parameter_list(parameters)}: {fill}({arguments})"
+    compiled: Callable[..., str] = eval(source, {**defaults, fill: template.format})  # noqa: S307
+    return compiled
+
+
+class _Anything:
+    """Stands for every argument: it has all attributes and items, and takes any format specification."""
+
+    def __getattr__(self, name: str) -> _Anything:
+        return self
+
+    def __getitem__(self, key: object) -> _Anything:
+        return self
+
+    def __format__(self, specification: str) -> str:
+        return ""
 
 
 def _first_name(field: str) -> str:

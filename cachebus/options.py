@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -79,8 +79,8 @@ def _optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
 
 def named(value: T) -> T:
     """Let through what is no mapping, and a mapping whose names are text. What else is wrong the model says."""
-    names: Iterable[Any] = value if isinstance(value, Mapping) else ()
-    if not all(isinstance(name, str) for name in names):
+    options: Any = value
+    if isinstance(options, Mapping) and not all(isinstance(name, str) for name in cast("Iterable[Any]", options)):
         raise CacheConfigurationError("the name of an option is text: put it in quotes")
     return value
 
@@ -132,7 +132,7 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
     """
     found: list[Problem] = []
     for each in error.errors(include_url=False):
-        path: Path = each["loc"]
+        path: Path = tuple(redact_url(part) if isinstance(part, str) else part for part in each["loc"])
         # pydantic writes the tag of a discriminated union into the path: backends, 0, memory.
         if len(path) > 2 and path[0] == "backends":
             path = path[:2] + path[3:]
@@ -153,7 +153,7 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
         else:
             expected = str(inner) if inner else _expected(each["type"], each["msg"], context)
             found.append((path, f"{expected}, not {shown(each['input'], path)}"))
-    refused = CacheConfigurationError("; ".join(_sentence(path, text) for path, text in found))
+    refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))
     refused.args = tuple(found)
     return refused
 
@@ -190,11 +190,12 @@ def shown(value: object, path: Path = ()) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _sentence(path: Path, text: str) -> str:
+def sentence(path: Path, text: str) -> str:
+    """What is wrong, with the place where it is: `backends[0].name: ...`."""
     where = ""
     for part in path:
         if isinstance(part, str) and part.isidentifier():
             where += f".{part}" if where else part
         else:
-            where += f"[{redact_url(part)!r}]" if isinstance(part, str) else f"[{part}]"
+            where += f"[{part!r}]"
     return f"{where}: {text}" if where else text

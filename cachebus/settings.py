@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike, fsdecode
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
 
@@ -30,6 +31,7 @@ from .options import (
     Word,
     named,
     refusal,
+    sentence,
     shown,
     unknown_option,
 )
@@ -151,7 +153,7 @@ class _Root(BaseSettings):
         for name in values:
             # pydantic-settings would read _env_file and its like, and `Timeout` as `timeout`.
             if name not in known:
-                raise CacheConfigurationError(f"{name}: {unknown_option(name, list(known))}")
+                raise CacheConfigurationError(sentence((redact_url(name),), unknown_option(name, list(known))))
         try:
             super().__init__(**values)
             return
@@ -246,8 +248,8 @@ def _read(source: object) -> dict[str, Any]:
             return dict(source)
         case Mapping():
             return dict(named(cast("Mapping[str, Any]", source)))
-        case Path():
-            return named(read_file(source))
+        case PathLike():
+            return named(read_file(Path(fsdecode(cast("PathLike[str]", source)))))
         case str() if is_url(source):
             return {"backends": [backend_from_url(source)]}
         case str():

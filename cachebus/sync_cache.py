@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from cachebus.bus import Subscription, Turn
-from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot, Stored
+from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot, Stored, bare
 
 from .background import BACKGROUND, Hosted
 from .cache import Cache, Health
@@ -21,8 +21,6 @@ from .cached import Decorator, Loads
 from .checks import TimeToLive, check_key, set_request
 from .link import Link, run
 from .node import Node
-
-_new = object.__new__
 
 
 class SyncCache:
@@ -38,11 +36,12 @@ class SyncCache:
         self._name = name
         self._loads = Loads(self)
         self._closed = False
-        self._begin()
+        self.begin()
         _caches.add(self)
 
-    def _begin(self) -> None:
-        """Be unopened."""
+    def begin(self) -> None:
+        """Be unopened, as a new cache and one in the child of a fork are."""
+        self._loads.forked()
         self._guard = threading.Lock()
         self._hosted: Hosted | None = None
         self._cache: Cache | None = None
@@ -103,13 +102,13 @@ class SyncCache:
         # The hot path, written out for the reasons given there.
         if type(key) is not str:
             check_key(key)
-        request = _new(Get)
-        request.key = key  # type: ignore[misc]
+        request = bare(Get)
+        request.key = key
         reply = self._turn_get(request)
         if type(reply) is Found:
             return reply.value
-        found = run(self._opened()._finish_get(request, reply))
-        return default if type(found) is Missing else found.value
+        found = run(self._opened().finish_get(request, reply))
+        return found.value if isinstance(found, Found) else default
 
     def lookup(self, key: str) -> Found | Missing:
         """As `Cache.lookup`."""
@@ -131,7 +130,7 @@ class SyncCache:
         """As `Cache.scan`."""
         cache, cursor = self._opened(), ""
         while True:
-            page = run(cache._scan_page(pattern, cursor))
+            page = run(cache.scan_page(pattern, cursor))
             yield from page.keys
             if not (cursor := page.cursor):
                 return
@@ -228,7 +227,7 @@ _caches: weakref.WeakSet[SyncCache] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for cache in list(_caches):
-        cache._begin()
+        cache.begin()
 
 
 if hasattr(os, "register_at_fork"):

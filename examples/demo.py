@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 from rich.console import Console
 from rich.live import Live
@@ -155,7 +156,7 @@ async def work(cache: Cache, run: Run, popularity: Popularity, tasks: int, secon
             run.uncached_seconds += run.load_seconds.get(path, 0.0)
             if len(run.latencies) % 50 == 0:
                 progress.update(bar, completed=elapsed, requests=len(run.latencies), loads=run.loads)
-                await anyio.sleep(0)
+                await anyio.lowlevel.checkpoint()
 
     async with anyio.create_task_group() as group:
         for _ in range(tasks):
@@ -177,7 +178,10 @@ async def main(seconds: float, entries: int, tasks: int) -> None:
         console=console,
     )
     async with open_cache(f"memory://?max_entries={entries}") as cache:
-        with cache.events(CacheHit, CacheMiss, CacheEvicted, capacity=10_000) as events, Live(progress, console=console):
+        with (
+            cache.events(CacheHit, CacheMiss, CacheEvicted, capacity=10_000) as events,
+            Live(progress, console=console),
+        ):
             async with anyio.create_task_group() as group:
                 group.start_soon(show_events, events, console, run, started)
                 await work(cache, run, Popularity(paths), tasks, seconds, progress)

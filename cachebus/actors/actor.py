@@ -71,7 +71,7 @@ class Actor:
         return table
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=None)  # noqa: UP033 (functools.cache, mypy 2.4 says, takes no class for hashable)
 def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...], str], ...]:
     """The handlers of a class: name, kinds of message, and which table of `Handlers` they belong in."""
     found: list[tuple[str, tuple[type[Message], ...], str]] = []
@@ -102,7 +102,7 @@ def _message_kinds(
     if isinstance(annotation, str):
         namespace: Mapping[str, Any] = {**vars(typing), **vars(collections.abc), **function.__globals__}
         try:
-            annotation = eval(annotation, dict(namespace))
+            annotation = eval(annotation, dict(namespace))  # noqa: S307 (the source is the class's own annotation)
         except NameError as error:
             raise TypeError(
                 f"{cls.__name__}.{function.__name__}: the type of its parameter, {annotation}, must be importable at "

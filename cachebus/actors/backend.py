@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cachebus.bus import Deferred
-
 from cachebus.messages import (
     Add,
     CacheCleared,
@@ -211,7 +210,7 @@ class BackendActor(Actor):
         return invalidate_tags
 
 
-_REMOVALS: dict[RemovalCause, type[CacheDeleted] | type[CacheEvicted] | type[CacheExpired]] = {
+_REMOVALS: dict[RemovalCause, type[CacheDeleted | CacheEvicted | CacheExpired]] = {
     RemovalCause.EXPLICIT: CacheDeleted,
     RemovalCause.SIZE: CacheEvicted,
     RemovalCause.EXPIRED: CacheExpired,

@@ -6,9 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
-from cachebus.bus.clock import SYSTEM_CLOCK as SYSTEM_CLOCK
-from cachebus.bus.clock import Clock as Clock
+from cachebus.bus import SYSTEM_CLOCK, Clock
 from cachebus.messages import RemovalCause, Reply, Request
+
+__all__ = [
+    "SYSTEM_CLOCK",
+    "BatchStore",
+    "Capabilities",
+    "Clock",
+    "Gauges",
+    "InlineStore",
+    "ReadListener",
+    "RemovalListener",
+    "Store",
+    "WriteListener",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,7 +78,7 @@ class ExpiryWheel:
                 entry = slot.pop()
                 self._references -= 1
                 expires_at = entry.expires_at
-                if expires_at == GONE or expires_at == NEVER:
+                if expires_at in (GONE, NEVER):
                     continue
                 if expires_at <= now:
                     yield entry

@@ -250,7 +250,7 @@ class EntryTable:
         if self._max_bytes is None:
             return 0
         try:
-            said = self._weigher(value)
+            said: Any = self._weigher(value)
             weight = said + ENTRY_OVERHEAD
         except Exception as error:
             raise CacheSerializationError(
@@ -260,7 +260,7 @@ class EntryTable:
             raise CacheSerializationError(f"the weigher must return bytes as an int, 0 or more, not {said!r}")
         if weight > self._max_bytes:
             raise CacheCapacityError("value is larger than the whole memory store", weight, self._max_bytes)
-        return weight
+        return int(weight)
 
     # Telling
 

@@ -40,8 +40,9 @@ def estimate_size(value: Any) -> int:
     return total
 
 
-def _parts(current: Any) -> Iterable[Any]:
-    if isinstance(current, dict):
+def _parts(whole: Any) -> Iterable[Any]:
+    current: Any = whole
+    if isinstance(whole, dict):
         yield from current.keys()
         yield from current.values()
     elif isinstance(current, (list, tuple, set, frozenset, deque)):

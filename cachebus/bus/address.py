@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Self
 
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -26,7 +27,7 @@ class Address(str):
 
     __slots__ = ()
 
-    def __new__(cls, text: str) -> Address:
+    def __new__(cls, text: str) -> Self:
         if isinstance(text, cls):
             return text
         if not isinstance(text, str):

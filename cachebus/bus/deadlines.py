@@ -27,19 +27,19 @@ Bucket = dict[Watched, Callable[[], Any]]
 class Deadlines:
     """The deadlines of one event loop. Used by the loop's own thread only, so it needs no lock."""
 
-    __slots__ = ("_buckets", "_loop")
+    __slots__ = ("_buckets", "loop")
 
     def __init__(self, loop: AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._buckets: dict[int, Bucket] = {}
 
     def watch(self, port: Watched, timeout: float, late: Callable[[], Any]) -> Bucket:
         """Answer `port` with `late()` after `timeout` seconds, unless it is taken out of the bucket returned."""
-        tick = int((self._loop.time() + timeout) / TICK) + 1
+        tick = int((self.loop.time() + timeout) / TICK) + 1
         bucket = self._buckets.get(tick)
         if bucket is None:
             bucket = self._buckets[tick] = {}
-            self._loop.call_at(tick * TICK, self._fire, tick)
+            self.loop.call_at(tick * TICK, self._fire, tick)
         bucket[port] = late
         return bucket
 
@@ -58,6 +58,6 @@ _current = _Current()
 def deadlines_of(loop: AbstractEventLoop) -> Deadlines:
     """The deadlines of the loop that runs in this thread."""
     deadlines = _current.deadlines
-    if deadlines is None or deadlines._loop is not loop:  # noqa: SLF001 (one class and its own accessor)
+    if deadlines is None or deadlines.loop is not loop:
         deadlines = _current.deadlines = Deadlines(loop)
     return deadlines

@@ -6,6 +6,7 @@ meets a deadline on its way is normal.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from asyncio import AbstractEventLoop, _get_running_loop
@@ -49,10 +50,8 @@ class AsyncioPort:
             if not self._future.done():
                 self._future.set_result(reply)
             return
-        try:
+        with contextlib.suppress(RuntimeError):  # The loop is closed, and whoever waited on it is gone.
             self._loop.call_soon_threadsafe(self._settle, reply)
-        except RuntimeError:
-            pass  # The loop is closed, and whoever waited on it is gone.
 
     def _settle(self, reply: Any) -> None:
         if not self._future.done():
@@ -90,10 +89,8 @@ class TrioPort:
     def answer(self, reply: Any) -> None:
         import trio
 
-        try:
+        with contextlib.suppress(trio.RunFinishedError):  # The run is over, and whoever waited in it is gone.
             self._token.run_sync_soon(self._settle, reply)
-        except trio.RunFinishedError:
-            pass  # The run is over, and whoever waited in it is gone.
 
     def _settle(self, reply: Any) -> None:
         if not self._event.is_set():

@@ -6,6 +6,7 @@ from .base import (
     Message,
     Reply,
     Request,
+    bare,
     message,
     reply_types,
 )
@@ -92,6 +93,7 @@ from .requests import (
 )
 
 __all__ = [
+    "WIRE_NAMES",
     "ActorFailed",
     "ActorGaveUp",
     "ActorRestarted",
@@ -167,8 +169,8 @@ __all__ = [
     "TakeSnapshot",
     "Touch",
     "Ttl",
-    "WIRE_NAMES",
     "WrongType",
+    "bare",
     "message",
     "rebuild",
     "reply_types",

@@ -109,6 +109,11 @@ class WireNames(Mapping[str, type[Message]]):
         return len(_registry)
 
 
+bare: Callable[[type[Message]], Any] = object.__new__
+"""Make a message with empty slots, for the hot paths that fill them by hand: two thirds of the time of calling the
+class. Every slot must be filled."""
+
+
 WIRE_NAMES: Mapping[str, type[Message]] = WireNames()
 
 

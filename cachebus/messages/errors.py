@@ -41,9 +41,11 @@ def rebuild(code: str, detail: str, values: dict[str, Any]) -> CacheError:
     cls = _codes.get(code, CacheError)
     known = {each.name for each in fields(cls)}
     try:
-        return cls(**{name: value for name, value in values.items() if name in known})
-    except TypeError:
+        made = cls(**{name: value for name, value in values.items() if name in known})
+        str(made)  # Fields of the wrong type show when the sentence is built.
+    except (TypeError, ValueError):
         return CacheError(detail)
+    return made
 
 
 @dataclass_transform(eq_default=False)

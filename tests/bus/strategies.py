@@ -60,7 +60,8 @@ def _field(hint: Any, content_type: str) -> st.SearchStrategy[Any]:
     if origin is Literal:
         return st.sampled_from(args)
     if origin in (tuple, list):
-        return st.lists(_field(args[0], content_type), max_size=3).map(origin)
+        sequence: Any = origin
+        return st.lists(_field(args[0], content_type), max_size=3).map(sequence)
     if origin is dict:
         return st.dictionaries(NAMES, _field(args[1], content_type), max_size=3)
     if origin in (typing.Union, types.UnionType):

@@ -30,8 +30,7 @@ def survives(data: bytes, content_type: str) -> bool:
     """Whether the bytes were a message after all. Anything but `BadMessage` goes through to the test."""
     try:
         decoded = decode(data, content_type)
-    except BadMessage as error:
-        assert len(str(error)) < 400
+    except BadMessage:
         return False
     encode(decoded, content_type)
     return True
@@ -90,18 +89,39 @@ class Spoiler:
         if self.random.random() < 0.08:
             return self.thing()
         if isinstance(tree, dict):
-            spoilt: dict[Any, Any] = {name: self.spoil(each) for name, each in tree.items()}
+            fields: dict[Any, Any] = tree  # pyright: ignore[reportUnknownVariableType]
+            spoilt = {name: self.spoil(each) for name, each in fields.items()}
             if self.random.random() < 0.2:
                 spoilt.pop(self.random.choice(["key", "v", "kind", "value", "tags"]), None)
             if self.random.random() < 0.1:
-                spoilt[self.random.choice([1, None, "", "$base64", "more", b"v", b"\xff"][: 5 if self.content_type == JSON else 7])] = self.thing()  # fmt: skip
+                names: list[Any] = [1, None, "", "$base64", "more"]
+                names += [] if self.content_type == JSON else [b"v", b"\xff"]
+                spoilt[self.random.choice(names)] = self.thing()
             return spoilt
         if isinstance(tree, list):
-            return [self.spoil(each) for each in tree]
+            elements: list[Any] = tree  # pyright: ignore[reportUnknownVariableType]
+            return [self.spoil(each) for each in elements]
         return tree
 
     def thing(self) -> Any:
-        things = [None, True, 0, -1, 2, 2**63, 2**64 - 1, 1.5, 1e308, "", "default", "size", "\x00", [], {}, [[]]]
+        things: list[Any] = [
+            None,
+            True,
+            0,
+            -1,
+            2,
+            2**63,
+            2**64 - 1,
+            1.5,
+            1e308,
+            "",
+            "default",
+            "size",
+            "\x00",
+            [],
+            {},
+            [[]],
+        ]
         things += [{"$base64": "AA"}, {"$base64": {}}, {"": None}, ["a", 1], {"a": {"value": 1}}, "backend.get"]
         if self.content_type == JSON:
             things += [2**64, 10**30, float("nan"), float("inf"), "\ud800", {"$$base64": {"$base64": 5}}]

@@ -32,9 +32,11 @@ def read(data: bytes, content_type: str) -> Any:
 def without_what_was_added(tree: Any, older: Any) -> Any:
     """The tree, less the fields that the older one lacks, at every depth."""
     if isinstance(older, dict):
-        return {name: without_what_was_added(tree[name], each) for name, each in older.items()}
+        fields: dict[str, Any] = older  # pyright: ignore[reportUnknownVariableType]
+        return {name: without_what_was_added(tree[name], each) for name, each in fields.items()}
     if isinstance(older, list):
-        return [without_what_was_added(*both) for both in zip(tree, older, strict=True)]
+        elements: list[Any] = older  # pyright: ignore[reportUnknownVariableType]
+        return [without_what_was_added(*both) for both in zip(tree, elements, strict=True)]
     return tree
 
 

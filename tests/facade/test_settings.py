@@ -199,13 +199,17 @@ def test_a_policy_is_one_of_four() -> None:
         ({"_env_file": ".env"}, "_env_file: unknown option, known are namespace, timeout, backends, actors"),
         (
             {"actors": {"mailbox": 5}},
-            "actors.mailbox: unknown option (did you mean 'mailbox_capacity'?), known are mailbox_capacity,"
-            " inline_turns, max_restarts, restart_window, restart_backoff, restart_backoff_max",
+            (
+                "actors.mailbox: unknown option (did you mean 'mailbox_capacity'?), known are mailbox_capacity, "
+                "inline_turns, max_restarts, restart_window, restart_backoff, restart_backoff_max"
+            ),
         ),
         (
             {"backends": ["memory://?name=a", {"type": "memory", "max_entres": 5}]},
-            "backends[1].max_entres: unknown option (did you mean 'max_entries'?), known are name, default,"
-            " default_ttl, max_entries, max_bytes, policy",
+            (
+                "backends[1].max_entres: unknown option (did you mean 'max_entries'?), known are name, default, "
+                "default_ttl, max_entries, max_bytes, policy"
+            ),
         ),
         (
             {"backends": [{"type": "null", "max_entries": 5}]},
@@ -464,7 +468,7 @@ def test_an_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
         ("a.yaml", "5: 5", "the name of an option is text: put it in quotes"),
         ("a.yaml", "timout: 5", "timout: unknown option (did you mean 'timeout'?)"),
         ("a.yaml", "timeout: '5'", "timeout: expected seconds above 0, as a number or a timedelta, not '5'"),
-        ("a.toml", "timeout = 5\ntimeout = 6", "is not valid TOML: line 2, column 12"),
+        ("a.toml", "timeout = 5\ntimeout = 6", "is not valid TOML: "),
         ("a.toml", "timeout =", "is not valid TOML: "),
         ("a.json", '{"timeout": 5,}', "is not valid JSON: line 1, column "),
         ("a.json", "", "is not valid JSON: line 1, column 1"),
@@ -570,6 +574,8 @@ def everything_said_by(error: BaseException) -> str:
         {"backends": [{"type": "plugin", "url": "shelf://", "password": SECRET}]},
         {"backends": {"password": SECRET}},
         {f"redis://user:{SECRET}@localhost": 5},
+        {"actors": {f"redis://user:{SECRET}@localhost": 5}},
+        {"backends": [{"type": "null", f"redis://user:{SECRET}@localhost": 5}]},
         {"password": SECRET, "timeout": 0},
     ],
     ids=lambda source: repr(source).replace(SECRET, "***"),

@@ -19,7 +19,7 @@ from cachebus.messages import Message
 FOLDER = Path(__file__).parent / f"v{VERSION}"
 SUFFIXES = {MSGPACK: ".msgpack", JSON: ".json"}
 
-VALUE = {
+VALUE: dict[str, Any] = {
     "nothing": None,
     "bools": [True, False],
     "ints": [0, -1, 300, -(2**63), 2**64 - 1],
@@ -63,7 +63,8 @@ def _of(hint: Any, name: str, older: Any) -> Any:
     if origin is Literal:
         return args[0]
     if origin in (tuple, list):
-        return origin(_of(args[0], each, older and older[0]) for each in ("one", "two"))
+        sequence: Any = origin
+        return sequence(_of(args[0], each, older and older[0]) for each in ("one", "two"))
     if origin is dict:
         return {each: _of(args[1], each, older and older[each]) for each in ("one", "two")}
     if origin in (typing.Union, types.UnionType):
