@@ -28,6 +28,12 @@ def seconds(name: str, size: int) -> tuple[float, float]:
     residents = [Entry(f"resident:{number}", None, 0) for number in range(size)]
     for entry in residents:
         policy.admit(entry)
+    for number in range(2 * size):  # until the ghosts are full, if there are any
+        policy.evict()
+        policy.admit(Entry(f"before:{number}", None, 0))
+    residents = [policy.evict() for _ in range(size)]
+    for entry in residents:
+        policy.admit(entry)
     serial = 0
     best = [float("inf"), float("inf")]
     for _ in range(ROUNDS):

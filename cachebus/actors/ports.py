@@ -122,5 +122,5 @@ class InlineStore(Store, Protocol):
         """When the next entry may be due, on the store's monotonic clock; `None` while nothing expires."""
 
     def sweep(self, limit: int) -> int:
-        """Remove up to `limit` entries whose time is up, and say how many."""
+        """Remove entries whose time is up, looking at no more than `limit` of them, and say how many went."""
         ...

@@ -8,6 +8,7 @@ it is touched a handful of times whatever its TTL. Slots exist while they hold s
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 from .eviction import NEVER, Entry
@@ -70,11 +71,18 @@ class ExpiryWheel:
         """When the next slot comes up; `None` while there is none."""
         return self._heap[0] if self._heap else None
 
-    def take_expired(self, now: float) -> Iterator[Entry]:
-        """The entries whose time is up, each once. The caller drops each before asking for the next."""
+    def take_expired(self, now: float, budget: int = sys.maxsize) -> Iterator[Entry]:
+        """The entries whose time is up, each once. The caller drops each before asking for the next.
+
+        Looks at no more than `budget` entries, those that only move down a level included; when that is not enough,
+        `due` still says a time that has passed.
+        """
         while self._heap and self._heap[0] <= now:
             slot = self._slots[self._heap[0]]
             while slot:
+                if budget <= 0:
+                    return
+                budget -= 1
                 entry = slot.pop()
                 self._references -= 1
                 expires_at = entry.expires_at

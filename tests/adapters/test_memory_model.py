@@ -155,7 +155,7 @@ class MemoryStoreMachine(RuleBasedStateMachine):
                 assert key in self.pending
             case RemovalCause.SIZE:
                 assert self.max_entries or self.max_bytes
-                assert key not in self.pending, "the value being written is not the victim"
+                assert self.pending.keys() != {key}, "the value being written is not the victim"
 
     # The model
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from cachebus.messages import CacheConfigurationError, CacheError
+from cachebus.options import AtLeastOne, Options
 from cachebus.settings import ActorSettings, MemorySettings, NullSettings, PluginSettings, Settings, load_settings
 
 from .plugins import announce
@@ -454,6 +455,15 @@ def test_every_kind_of_file_says_the_same(suffix: str, tmp_path: Path) -> None:
     assert load_settings(path, timeout=9).timeout == 9.0
 
 
+def test_a_path_need_not_be_a_pathlib_path(tmp_path: Path) -> None:
+    class Place:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "settings.json")
+
+    (tmp_path / "settings.json").write_text('{"timeout": 7}', encoding="utf-8")
+    assert load_settings(Place()).timeout == 7.0
+
+
 def test_an_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("# nothing yet\n", encoding="utf-8")
     assert load_settings(tmp_path / "empty.yaml") == load_settings()
@@ -623,6 +633,16 @@ def test_no_broken_variable_shows_a_password(variable: str, text: str, monkeypat
     with pytest.raises(CacheConfigurationError) as caught:
         load_settings()
     assert SECRET not in everything_said_by(caught.value)
+
+
+def test_an_error_does_not_show_the_value_of_an_option_with_a_secret_name() -> None:
+    class Login(Options):
+        password: AtLeastOne = 1
+        attempts: AtLeastOne = 1
+
+    login: Any = Login
+    assert refused(login, password=SECRET) == "password: expected a whole number, 1 or more, not what was given"
+    assert refused(login, attempts=SECRET).endswith(f"not {SECRET!r}")
 
 
 def test_settings_that_hold_a_password_do_not_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from .entry import Entry
 
 _STEP = 1 / 16
@@ -60,7 +62,8 @@ class Duels:
 
     def __init__(self, gates: dict[int, Gate], settled: int) -> None:
         self._gates = gates
-        self._defenders: dict[str, Entry | int] = {}
+        # Not a dict: finding the oldest key of a dict is O(n) in the keys that were deleted before it.
+        self._defenders: OrderedDict[str, Entry | int] = OrderedDict()
         self._trials: dict[str, str] = {}
         self.settled = settled
         """The `Entry.queue` of an entry whose duel is over."""
@@ -84,8 +87,7 @@ class Duels:
             self._expire()
 
     def _expire(self) -> None:
-        key = next(iter(self._defenders))
-        challenger = self._defenders.pop(key)
+        _, challenger = self._defenders.popitem(last=False)
         if isinstance(challenger, int):
             return
         del self._trials[challenger.key]

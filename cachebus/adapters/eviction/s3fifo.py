@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 from .duels import Duels, Gate
@@ -11,7 +12,7 @@ from .entry import Entry, Ring
 SMALL, MAIN, RETURNED, CHANCE = range(4)
 """Where an entry is (`Entry.queue`): in the small queue; in the main one; there and on trial, let in by a gate."""
 
-SMALL_SHARE = 1 / 20
+SMALL_SHARE = 1 / 25
 GHOST_SHARE = 3 / 2
 DUEL_SHARE = 1 / 2
 
@@ -42,7 +43,7 @@ class S3FifoPolicy:
         self.on_hit = None
         self._small = Ring()
         self._main = Ring()
-        self._ghost: dict[str, None] = {}
+        self._ghost: OrderedDict[str, None] = OrderedDict()
         self._return = Gate(1 / 16, 1.0)
         self._chance = Gate(1 / 64, 1 / 8)
         self._duels = Duels({RETURNED: self._return, CHANCE: self._chance}, MAIN)
@@ -132,7 +133,7 @@ class S3FifoPolicy:
         ghost[key] = None
         bound = int(residents * GHOST_SHARE)
         while len(ghost) > bound:
-            del ghost[next(iter(ghost))]
+            ghost.popitem(last=False)
 
     def clear(self) -> None:
         self._small.clear()
