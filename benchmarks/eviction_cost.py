@@ -25,15 +25,15 @@ ROUNDS = 5
 def seconds(name: str, size: int) -> tuple[float, float]:
     """Seconds for one evicting insert with nothing but cold keys, and when a third of the residents were hit before."""
     policy = make_policy(name, size)
-    residents = [Entry(f"resident:{number}", None, 0) for number in range(size)]
-    for entry in residents:
+    held = {f"resident:{number}": Entry(f"resident:{number}", None, 0) for number in range(size)}
+    for entry in held.values():
         policy.admit(entry)
     for number in range(2 * size):  # until the ghosts are full, if there are any
-        policy.evict()
-        policy.admit(Entry(f"before:{number}", None, 0))
-    residents = [policy.evict() for _ in range(size)]
-    for entry in residents:
+        del held[policy.evict().key]
+        entry = held[f"before:{number}"] = Entry(f"before:{number}", None, 0)
         policy.admit(entry)
+    residents = list(held.values())
+    del held
     serial = 0
     best = [float("inf"), float("inf")]
     for _ in range(ROUNDS):

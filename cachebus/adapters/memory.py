@@ -270,12 +270,10 @@ class MemoryStore(EntryTable):
 
     def sweep(self, limit: int) -> int:
         swept = 0
-        for entry in self._wheel.take_expired(self._now()):
+        for entry in self._wheel.take_expired(self._now(), limit):
             self._policy.forget(entry)
             self._unlist(entry, RemovalCause.EXPIRED)
             swept += 1
-            if swept >= limit:
-                break
         self._tidy()  # Not before: it begins a new wheel.
         return swept
 

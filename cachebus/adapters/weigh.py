@@ -22,6 +22,7 @@ def estimate_size(value: Any) -> int:
     seen: set[int] = set()
     stack = [value]
     total = 0
+    largest = 0
     while stack:
         current = stack.pop()
         if id(current) in seen:
@@ -34,9 +35,11 @@ def estimate_size(value: Any) -> int:
                 size = max(size, nbytes)  # An array that owns its data counts them in its size already.
             else:
                 stack.extend(_parts(current))
+                largest = max(largest, size)
         total += size
         if len(seen) >= _MAX_OBJECTS:
-            return total + total * len(stack) // len(seen)
+            # Less the largest container: its size is that of places for all its parts, and counted whole.
+            return total + (total - largest) * len(stack) // len(seen)
     return total
 
 

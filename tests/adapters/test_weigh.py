@@ -99,7 +99,7 @@ def test_a_megabyte_is_found_wherever_it_is(wrap: Any) -> None:
     ids=["bytearray", "memoryview", "array", "str", "an array with its data", "a view of an array", "in a list"],
 )
 def test_buffers_are_counted_once(value: Any) -> None:
-    assert MEGABYTE <= estimate_size(value) < MEGABYTE + 3_000
+    assert MEGABYTE <= estimate_size(value) < 1.1 * MEGABYTE
 
 
 def test_what_is_reached_by_two_ways_is_counted_once() -> None:
@@ -126,8 +126,9 @@ def test_a_class_weighs_as_itself_and_not_as_the_program() -> None:
 
 
 @pytest.mark.parametrize("items", [20_000, 200_000])
-def test_a_value_of_very_many_objects_is_extrapolated(items: int) -> None:
-    value = [f"item number {number:08}" for number in range(items)]
+@pytest.mark.parametrize("container", [list, tuple, dict.fromkeys])
+def test_a_value_of_very_many_objects_is_extrapolated(items: int, container: Any) -> None:
+    value = container([f"item number {number:08}" for number in range(items)])
     true = sys.getsizeof(value) + sum(map(sys.getsizeof, value))
     assert 0.5 * true < estimate_size(value) < 2 * true
 
