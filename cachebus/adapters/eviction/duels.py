@@ -8,8 +8,6 @@ from .entry import Entry
 
 _STEP = 1 / 16
 _NUDGE = 1 / 1024
-_OVER = 0
-"""No gate: stands for the challenger of a duel that is over."""
 
 
 class Gate:
@@ -55,18 +53,16 @@ class Duels:
     is too old to be remembered.
 
     Remembers the keys of defenders only, and a challenger only while it is resident: no value outlives its entry.
-    `Entry.queue` of a challenger is the number of its gate, which is 1 or more, and `settled` after the duel.
     """
 
-    __slots__ = ("_defenders", "_gates", "_trials", "settled")
+    __slots__ = ("_defenders", "_trials")
 
-    def __init__(self, gates: dict[int, Gate], settled: int) -> None:
-        self._gates = gates
-        # Not a dict: finding the oldest key of a dict is O(n) in the keys that were deleted before it.
-        self._defenders: OrderedDict[str, Entry | int] = OrderedDict()
+    def __init__(self) -> None:
+        # By the defender's key: the challenger and the gate it came through; the gate alone when the challenger was given
+        # up without a hit; `None` when the duel is over. Not a dict: finding the oldest key of a dict is O(n) in the keys
+        # that were deleted before it.
+        self._defenders: OrderedDict[str, tuple[Entry, Gate] | Gate | None] = OrderedDict()
         self._trials: dict[str, str] = {}
-        self.settled = settled
-        """The `Entry.queue` of an entry whose duel is over."""
 
     def __len__(self) -> int:
         """How many defenders are remembered."""
@@ -77,48 +73,56 @@ class Duels:
         self._defenders.clear()
         self._trials.clear()
 
-    def begin(self, challenger: Entry, defender: Entry, gate: int, bound: int) -> None:
+    def begin(self, challenger: Entry, defender: Entry, gate: Gate, bound: int) -> None:
         """Remember that `defender` went for `challenger`, and at most `bound` such pairs."""
-        challenger.queue = gate
         defenders = self._defenders
-        defenders[defender.key] = challenger
+        defenders[defender.key] = (challenger, gate)
         self._trials[challenger.key] = defender.key
         while len(defenders) > bound:
             self._expire()
 
+    def on_trial(self, entry: Entry) -> bool:
+        """Whether `entry` is a challenger whose duel is not over."""
+        return entry.key in self._trials
+
     def _expire(self) -> None:
-        _, challenger = self._defenders.popitem(last=False)
-        if isinstance(challenger, int):
-            return
-        del self._trials[challenger.key]
-        if challenger.visits:
-            self._gates[challenger.queue].judge(True)
-        challenger.queue = self.settled
+        _, duel = self._defenders.popitem(last=False)
+        if isinstance(duel, tuple):
+            challenger, gate = duel
+            del self._trials[challenger.key]
+            if challenger.visits:
+                gate.judge(True)
 
     def won(self, challenger: Entry) -> None:
         """The challenger was hit while its defender stayed away."""
-        self._gates[challenger.queue].judge(True)
-        self.forget(challenger)
+        self._end(challenger).judge(True)
 
     def lost(self, challenger: Entry) -> None:
         """The challenger was given up without a hit: lost if the defender returns, else neither was worth the room."""
-        self._defenders[self._trials.pop(challenger.key)] = challenger.queue
-        challenger.queue = self.settled
+        defender = self._trials[challenger.key]
+        self._defenders[defender] = self._end(challenger)
 
     def forget(self, challenger: Entry) -> None:
         """The challenger is no longer on trial, and nothing is to be learned from it any more."""
-        self._defenders[self._trials.pop(challenger.key)] = _OVER
-        challenger.queue = self.settled
+        self._end(challenger)
 
     def returned(self, key: str) -> bool:
         """Whether `key` is a remembered defender, which is asked for again; its duel is settled and forgotten."""
-        challenger = self._defenders.pop(key, None)
-        if challenger is None:
+        if key not in self._defenders:
             return False
-        if not isinstance(challenger, int):
+        duel = self._defenders.pop(key)
+        if isinstance(duel, tuple):
+            challenger, gate = duel
             del self._trials[challenger.key]
-            self._gates[challenger.queue].judge(challenger.visits > 0)
-            challenger.queue = self.settled
-        elif challenger != _OVER:
-            self._gates[challenger].judge(False)
+            gate.judge(challenger.visits > 0)
+        elif duel is not None:
+            duel.judge(False)
         return True
+
+    def _end(self, challenger: Entry) -> Gate:
+        """Take the challenger off trial; its defender stays remembered, with nothing to learn. Returns the gate."""
+        defender = self._trials.pop(challenger.key)
+        duel = self._defenders[defender]
+        assert isinstance(duel, tuple)
+        self._defenders[defender] = None
+        return duel[1]

@@ -11,15 +11,14 @@ NEVER = float("inf")
 class Entry:
     """One key of a memory store: the value, its validity, and a policy's bookkeeping.
 
-    An entry costs 104 bytes, which is why it has these slots and no others: `prev` and `next` link it
-    into a policy's `Ring` with no node object in between, `visits` and `queue` are small integers that
-    CPython shares.
+    An entry costs 96 bytes, which is why it has these slots and no others: one more makes it 112. `prev` and `next` link
+    it into a policy's `Ring` with no node object in between; `visits` is a small integer that CPython shares.
 
-    `visits` counts the hits since the policy last looked, up to `VISITS_MAX`; the store counts them itself,
-    so that a hit under a lazy policy is one comparison. `queue` belongs to the policy alone.
+    `visits` counts the hits since the policy last looked, up to `VISITS_MAX`; the store counts them itself, so that a hit
+    under a lazy policy is one comparison. Under a policy with an `on_hit` it is the policy's own.
     """
 
-    __slots__ = ("expires_at", "key", "next", "prev", "queue", "tags", "value", "version", "visits")
+    __slots__ = ("expires_at", "key", "next", "prev", "tags", "value", "version", "visits")
 
     key: str
     value: Any
@@ -27,7 +26,6 @@ class Entry:
     expires_at: float
     tags: tuple[str, ...]
     visits: int
-    queue: int
     prev: Entry
     next: Entry
 
@@ -40,7 +38,6 @@ class Entry:
         self.expires_at = expires_at
         self.tags = tags
         self.visits = 0
-        self.queue = 0
 
 
 VISITS_MAX = 3

@@ -29,7 +29,7 @@ class LfuPolicy:
     Of entries with equally many hits, the one that reached that number first goes first; a newcomer counts as
     one use. Counts do not age: once popular is for ever popular, so it suits only a popularity that stands still.
 
-    `Entry.queue` is the number of uses. The bucket list is what keeps `forget` O(1): when the lowest bucket
+    `Entry.visits` is the number of uses. The bucket list is what keeps `forget` O(1): when the lowest bucket
     becomes empty, the next one is a link away and not a search.
     """
 
@@ -71,19 +71,19 @@ class LfuPolicy:
             bucket.higher.lower = bucket.lower
 
     def _touch(self, entry: Entry) -> None:
-        bucket = self._buckets[entry.queue]
-        entry.queue += 1
-        target = self._after(bucket, entry.queue)
+        bucket = self._buckets[entry.visits]
+        entry.visits += 1
+        target = self._after(bucket, entry.visits)
         self._leave(bucket, entry)
         target.append(entry)
 
     def admit(self, entry: Entry) -> None:
-        entry.queue = 1
+        entry.visits = 1
         self._after(None, 1).append(entry)
         self._size += 1
 
     def forget(self, entry: Entry) -> None:
-        self._leave(self._buckets[entry.queue], entry)
+        self._leave(self._buckets[entry.visits], entry)
         self._size -= 1
 
     def evict(self) -> Entry:

@@ -9,9 +9,6 @@ from collections.abc import Callable
 from .duels import Duels, Gate
 from .entry import Entry, Ring
 
-SMALL, MAIN, RETURNED, CHANCE = range(4)
-"""Where an entry is (`Entry.queue`): in the small queue; in the main one; there and on trial, let in by a gate."""
-
 SMALL_SHARE = 1 / 25
 GHOST_SHARE = 3 / 2
 DUEL_SHARE = 1 / 2
@@ -35,72 +32,88 @@ class S3FifoPolicy:
     The ghosts together hold at most twice as many keys as there are entries, and none before the first eviction.
     """
 
-    __slots__ = ("_capacity", "_chance", "_duels", "_full", "_ghost", "_main", "_newest", "_return", "_small", "on_hit")
+    __slots__ = (
+        "_capacity",
+        "_chance",
+        "_duel_bound",
+        "_duels",
+        "_full",
+        "_ghost",
+        "_ghost_bound",
+        "_main",
+        "_main_share",
+        "_newest",
+        "_return",
+        "_small",
+        "_small_share",
+        "on_hit",
+    )
 
     on_hit: Callable[[Entry], None] | None
 
     def __init__(self, capacity: int | None = None) -> None:
         self.on_hit = None
-        self._small = Ring()
+        # By key, because that says where an entry is, which has no slot for it. Few: a 25th of the residents.
+        self._small: OrderedDict[str, Entry] = OrderedDict()
         self._main = Ring()
         self._ghost: OrderedDict[str, None] = OrderedDict()
         self._return = Gate(1 / 16, 1.0)
         self._chance = Gate(1 / 64, 1 / 8)
-        self._duels = Duels({RETURNED: self._return, CHANCE: self._chance}, MAIN)
+        self._duels = Duels()
         self._newest: Entry | None = None
         """The last returned key let in, whose defender has not been chosen yet."""
-        self._capacity: float = math.inf if capacity is None else capacity
-        self._full = self._capacity
-        """How many entries fill the store: given, or seen at the last eviction."""
+        self._capacity = capacity
+        self._measure(capacity)
+
+    def _measure(self, full: int | None) -> None:
+        """Set the bounds for a store that `full` entries fill: given, or seen at an eviction; `None` while unknown."""
+        self._full = full
+        size = full or 0
+        self._small_share = max(1, int(size * SMALL_SHARE))
+        self._main_share = math.inf if full is None else size - self._small_share
+        self._ghost_bound = int(size * GHOST_SHARE)
+        self._duel_bound = int(size * DUEL_SHARE) + 1
 
     def admit(self, entry: Entry) -> None:
         key = entry.key
         entry.visits = 0
         small, main = self._small, self._main
-        residents = small.size + main.size
         known = self._duels.returned(key)
         if key in self._ghost:
             del self._ghost[key]
             known = True
         if known and self._return.passes():
-            entry.queue = MAIN
             main.append(entry)
             self._newest = entry
-        elif residents < self._full - max(1.0, self._full * SMALL_SHARE // 1) or self._full == math.inf:
-            entry.queue = MAIN
+        elif len(small) + main.size < self._main_share:
             main.append(entry)
         else:
-            entry.queue = SMALL
-            small.append(entry)
+            small[key] = entry
 
     def forget(self, entry: Entry) -> None:
-        if entry.queue == SMALL:
-            self._small.remove(entry)
+        if self._small.pop(entry.key, None) is not None:
             return
-        if entry.queue != MAIN:
+        if self._duels.on_trial(entry):
             self._duels.forget(entry)
         self._leave_main(entry)
 
     def evict(self) -> Entry:
         small, main = self._small, self._main
-        residents = self._full = small.size + main.size
-        target = max(1, int(residents * SMALL_SHARE))
-        while small.size >= target or not main.size:
-            entry = small.oldest()
-            if entry.visits or main.size < residents - target:
-                small.remove(entry)
+        residents = len(small) + main.size
+        if residents != self._full:
+            self._measure(residents)
+        while len(small) >= self._small_share or not main.size:
+            key, entry = small.popitem(last=False)
+            if entry.visits or main.size < self._main_share:
                 entry.visits = 0
-                entry.queue = MAIN
                 main.append(entry)
             elif main.size and self._chance.passes() and not self._spared(defender := main.oldest()):
-                small.remove(entry)
                 self._leave_main(defender)
                 main.append(entry)
-                self._duels.begin(entry, defender, CHANCE, int(residents * DUEL_SHARE) + 1)
+                self._duels.begin(entry, defender, self._chance, self._duel_bound)
                 return defender
             else:
-                small.remove(entry)
-                self._remember(entry.key, residents)
+                self._remember(key)
                 return entry
         while self._spared(defender := main.oldest()):
             pass
@@ -108,14 +121,14 @@ class S3FifoPolicy:
         self._leave_main(defender)
         if newest is not None and newest is not defender:
             self._newest = None
-            self._duels.begin(newest, defender, RETURNED, int(residents * DUEL_SHARE) + 1)
+            self._duels.begin(newest, defender, self._return, self._duel_bound)
         return defender
 
     def _spared(self, entry: Entry) -> bool:
         """Whether the oldest main entry was hit: that costs it a visit and makes it the youngest."""
         if not entry.visits:
             return False
-        if entry.queue != MAIN:
+        if self._duels.on_trial(entry):
             self._duels.won(entry)
         entry.visits -= 1
         self._main.rotate()
@@ -123,16 +136,15 @@ class S3FifoPolicy:
 
     def _leave_main(self, entry: Entry) -> None:
         self._main.remove(entry)
-        if entry.queue != MAIN:
+        if self._duels.on_trial(entry):
             self._duels.lost(entry)
         if entry is self._newest:
             self._newest = None
 
-    def _remember(self, key: str, residents: int) -> None:
+    def _remember(self, key: str) -> None:
         ghost = self._ghost
         ghost[key] = None
-        bound = int(residents * GHOST_SHARE)
-        while len(ghost) > bound:
+        while len(ghost) > self._ghost_bound:
             ghost.popitem(last=False)
 
     def clear(self) -> None:
@@ -143,7 +155,7 @@ class S3FifoPolicy:
         self._return.clear()
         self._chance.clear()
         self._newest = None
-        self._full = self._capacity
+        self._measure(self._capacity)
 
     def __len__(self) -> int:
-        return self._small.size + self._main.size
+        return len(self._small) + self._main.size
