@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import queue
 import threading
@@ -29,7 +30,9 @@ class Background:
 
     def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run a coroutine function in the loop and block for its result."""
-        future = asyncio.run_coroutine_threadsafe(_call(function, *args), self._running())
+        # In a context of its own: that of a caller under trio would make anyio take this loop for trio's.
+        context = contextvars.Context()
+        future = context.run(asyncio.run_coroutine_threadsafe, _call(function, *args), self._running())
         return future.result()
 
     def _running(self) -> asyncio.AbstractEventLoop:

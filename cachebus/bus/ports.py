@@ -99,12 +99,14 @@ class TrioPort:
 
     async def wait(self, timeout: float | None = None, late: Callable[[], Any] = lambda: None) -> Any:
         """Wait for the answer; after `timeout` seconds the answer is `late()`."""
-        with anyio.move_on_after(timeout):
-            await self._event.wait()
-        if self._event.is_set():
-            return self._reply
-        self._event.set()
-        return late()
+        answered = False
+        try:
+            with anyio.move_on_after(timeout):
+                await self._event.wait()
+            answered = self._event.is_set()
+        finally:
+            self._event.set()  # Late or cancelled, nobody waits any more.
+        return self._reply if answered else late()
 
 
 class ThreadPort:

@@ -58,7 +58,8 @@ def test_an_empty_wheel_is_due_never(watched: Watched) -> None:
 def test_an_entry_is_taken_soon_after_its_time_and_never_before(watched: Watched, start: float, span: float) -> None:
     expires_at = start + span
     watched.put("key", expires_at, start)
-    now, taken, looks = start, [], 0
+    now, looks = start, 0
+    taken: list[str] = []
     while not taken:
         now, taken = watched.take_by_the_clock(now)
         looks += 1

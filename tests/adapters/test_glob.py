@@ -43,10 +43,9 @@ def closing(rest: str) -> int | None:
 
 def one_of(body: str, character: str) -> bool:
     negated = body.startswith("^")
-    members: list[tuple[str, bool]] = []  # a character, and whether a backslash stood before it
     rest = iter(body[negated:])
-    for each in rest:
-        members.append((next(rest), True) if each == "\\" else (each, False))
+    # Characters, each with whether a backslash stood before it.
+    members = [(next(rest), True) if each == "\\" else (each, False) for each in rest]
     found = False
     position = 0
     while position < len(members):

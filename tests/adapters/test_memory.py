@@ -700,7 +700,7 @@ def test_a_default_ttl_that_is_no_time_is_refused(ttl: float) -> None:
 
 
 def test_an_unknown_policy_is_refused_and_the_known_ones_are_named() -> None:
-    with pytest.raises(ValueError, match="s3fifo.*lru.*lfu.*sieve") as caught:
+    with pytest.raises(ValueError, match=r"s3fifo.*lru.*lfu.*sieve") as caught:
         MemoryStore(policy="fifo")
     assert "fifo" in str(caught.value)
 

@@ -8,7 +8,7 @@ from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,9 +92,9 @@ def test_a_megabyte_is_found_wherever_it_is(wrap: Any) -> None:
         memoryview(bytes(MEGABYTE)),
         array("b", bytes(MEGABYTE)),
         "x" * MEGABYTE,
-        numpy.zeros(MEGABYTE, dtype=numpy.uint8),
-        numpy.zeros(MEGABYTE, dtype=numpy.uint8)[:],
-        [numpy.zeros(MEGABYTE // 8), "and a little more"],
+        np.zeros(MEGABYTE, dtype=np.uint8),
+        np.zeros(MEGABYTE, dtype=np.uint8)[:],
+        [np.zeros(MEGABYTE // 8), "and a little more"],
     ],
     ids=["bytearray", "memoryview", "array", "str", "an array with its data", "a view of an array", "in a list"],
 )

@@ -1,0 +1,182 @@
+"""Small actors for tests, with messages of their own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import ClassVar
+
+import anyio
+
+from cachebus.actors import Actor
+from cachebus.bus import Deferred
+from cachebus.messages import CacheKeyError, Reply, Request, message
+
+
+@message("test.number")
+class Number(Reply):
+    value: int
+
+
+@message("test.plain")
+class Plain(Request[Number]):
+    value: int = 0
+
+
+@message("test.again")
+class Again(Request[Number]):
+    """Idempotent."""
+
+    value: int = 0
+    IDEMPOTENT: ClassVar[bool] = True
+
+
+@message("test.slow")
+class Slow(Request[Number]):
+    value: int = 0
+
+
+@message("test.drop")
+class Drop(Request[Number]):
+    """Invalidates."""
+
+    value: int = 0
+    INVALIDATES: ClassVar[bool] = True
+
+
+@message("test.park")
+class Park(Request[Number]):
+    value: int = 0
+
+
+@message("test.release")
+class Unpark(Request[Number]):
+    pass
+
+
+@message("test.refuse")
+class Refuse(Request[Number]):
+    pass
+
+
+@message("test.crash")
+class Crash(Request[Number]):
+    pass
+
+
+@message("test.shrug")
+class Shrug(Request[Number]):
+    pass
+
+
+@message("test.batched")
+class Batched(Request[Number]):
+    number: int = 0
+    value: bytes = b""
+
+
+@message("test.strange")
+class Strange(Request[Number]):
+    """Nobody handles it."""
+
+
+class Desk:
+    """What a test and the lives of its actor share."""
+
+    def __init__(self) -> None:
+        self.lives = 0
+        self.handled: list[int] = []
+        self.batches: list[int] = []
+        self.gate = anyio.Event()
+        self.crashes_left = 0
+        self.overlaps = 0
+        self.stopped = 0
+        self._inside = threading.Lock()
+
+    def turn(self) -> threading.Lock:
+        """Held during a turn; a turn that finds it held overlaps another."""
+        if not self._inside.acquire(blocking=False):
+            self.overlaps += 1
+            raise AssertionError("two turns at once")
+        return self._inside
+
+
+class Clerk(Actor):
+    """Does a bit of everything."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        desk.lives += 1
+        self.parked: list[Deferred] = []
+
+    async def on_stop(self) -> None:
+        self.desk.stopped += 1
+
+    def on_plain(self, request: Plain | Drop) -> Number:
+        turn = self.desk.turn()
+        try:
+            self.desk.handled.append(request.value)
+            return Number(request.value)
+        finally:
+            turn.release()
+
+    def on_again(self, request: Again) -> Number:
+        if self.desk.crashes_left:
+            self.desk.crashes_left -= 1
+            raise RuntimeError("a bug")
+        self.desk.handled.append(request.value)
+        return Number(request.value)
+
+    async def on_slow(self, request: Slow) -> Number:
+        turn = self.desk.turn()
+        try:
+            await self.desk.gate.wait()
+            self.desk.handled.append(request.value)
+            return Number(request.value)
+        finally:
+            turn.release()
+
+    def on_park(self, request: Park) -> Deferred:
+        self.parked.append(deferred := self.ctx.defer())
+        return deferred
+
+    def on_unpark(self, request: Unpark) -> Number:
+        for value, deferred in enumerate(self.parked):
+            deferred.answer(Number(value))
+            deferred.answer(Number(-1))  # Only the first answer counts.
+        return Number(len(self.parked))
+
+    def on_refuse(self, request: Refuse) -> Number:
+        raise CacheKeyError("the key is refused")
+
+    def on_crash(self, request: Crash) -> Number:
+        raise RuntimeError("a bug")
+
+    def on_shrug(self, request: Shrug) -> Number:
+        return None  # type: ignore[return-value]
+
+
+class Porter(Actor):
+    """Takes batches."""
+
+    max_batch = 4
+    max_batch_bytes = 1000
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        desk.lives += 1
+
+    async def on_batch(self, batch: Sequence[Batched]) -> Sequence[Number]:
+        self.desk.batches.append(len(batch))
+        await self.desk.gate.wait()
+        self.desk.handled.extend(each.number for each in batch)
+        if self.desk.crashes_left:
+            self.desk.crashes_left -= 1
+            return []
+        if any(each.number < 0 for each in batch):
+            raise CacheKeyError("a negative one")
+        return [Number(each.number) for each in batch]
+
+    def on_plain(self, request: Plain) -> Number:
+        self.desk.handled.append(request.value)
+        return Number(request.value)
