@@ -146,7 +146,9 @@ class Cache:
     async def lookup(self, key: str) -> Found | Missing:
         """What is under `key`: `Found` with value, version, seconds left, tags and time of storing, or `Missing`."""
         request = Get(check_key(key))
-        return await self.finish_get(request, self._turn_get(request))
+        reply = self._turn_get(request)
+        self._turns_left -= 1
+        return await self.finish_get(request, reply)
 
     async def finish_get(self, request: Get, reply: Any) -> Found | Missing:
         """Come to the answer from what the turn of a `Get` has returned. For the facades."""
