@@ -80,7 +80,8 @@ class Loads:
             tag_templates = [compile_template(function, tag, "tag") for tag in checked_tags]
 
             def request_to_store(at: str, value: Any, args: Any, kwargs: Any) -> Set:
-                return Set(at, value, checked_ttl, tuple(each(*args, **kwargs) for each in tag_templates))
+                # Checked again: two templates may give the same tag, or none.
+                return Set(at, value, checked_ttl, check_tags([each(*args, **kwargs) for each in tag_templates]))
 
             call: Any = function
             # The second is a callable object whose class has `async def __call__`.

@@ -79,12 +79,12 @@ class Cell:
         self._wake: Port | None = None
         self._loop: AbstractEventLoop | None = None
         self._crash: BaseException | None = None
-        self._stopping = False
+        self.stopping = False
         self._stopped = False
         self._ended: CacheError | None = None
 
     def __repr__(self) -> str:
-        state = "ended" if self._ended else "stopping" if self._stopping else "up" if self._actor else "down"
+        state = "ended" if self._ended else "stopping" if self.stopping else "up" if self._actor else "down"
         return f"<Cell {self.address} {state}, {len(self._mailbox)}/{self.capacity} in the mailbox>"
 
     # For the bus
@@ -125,7 +125,7 @@ class Cell:
         return take_turn
 
     def post(self, envelope: Envelope) -> None:
-        if self._ended is not None or self._stopping:
+        if self._ended is not None or self.stopping:
             self._answer(envelope, self._ended or CacheClosed(f"{self.address} is being stopped"))
             return
         if len(self._mailbox) >= self.capacity and not getattr(envelope.message, "INVALIDATES", False):
@@ -167,7 +167,7 @@ class Cell:
         self._crash = None
         self._actor = actor
         self._handlers = actor.handlers()
-        if self._inline_turns and not self._stopping:
+        if self._inline_turns and not self.stopping:
             self._inline.update(self._handlers.plain)
         try:
             while True:
@@ -187,8 +187,8 @@ class Cell:
 
     def stop(self) -> None:
         """Take nothing in from now on, serve what is in the mailbox, then let the current life end."""
-        if not self._stopping:
-            self._stopping = True
+        if not self.stopping:
+            self.stopping = True
             self._inline.clear()
             self._mailbox.append(Envelope(_STOP))
             self._wake_up()

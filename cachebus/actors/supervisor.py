@@ -60,6 +60,7 @@ class _Charge:
     factory: Callable[[], Actor]
     done: anyio.Event = field(default_factory=anyio.Event)
     alarm_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    pause_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
 
 
 class Supervisor:
@@ -141,6 +142,7 @@ class Supervisor:
         with anyio.move_on_after(self.grace):
             for charge in charges:
                 charge.cell.stop()
+                charge.pause_scope.cancel()
                 await charge.done.wait()
         for charge in charges:
             self._discard(charge)
@@ -210,8 +212,12 @@ class Supervisor:
                 cell.end(ActorFailed(address=cell.address, reason=f"{reason}, {len(crashes)} crashes in a row"))
                 cell.emit(ActorGaveUp(address=cell.address, reason=reason, restarts=cell.restarts - 1))
                 return
-            if pause := self.policy.pause(len(crashes), self._chance):
-                await clock.sleep_until(now + pause)
+            # Stopping cuts the pause short, and nothing is begun anew that is to end.
+            with charge.pause_scope:
+                await clock.sleep_until(now + self.policy.pause(len(crashes), self._chance))
+            if cell.stopping:
+                return
+            charge.pause_scope = anyio.CancelScope()
             cell.emitter.renew()
 
     async def _farewell(self, cell: Cell, actor: Actor) -> None:

@@ -103,6 +103,7 @@ async def test_crashes_that_lie_apart_are_no_reason_to_give_up(
         cell = await supervisor.start(CLERK, lambda: Clerk(desk))
         for _ in range(5):
             await crash(bus)
+            await wait_all_tasks_blocked()
             clock.advance(11.0)
         assert await bus.request(CLERK, Plain(1), T) == Number(1)
         assert desk.lives == 6
@@ -214,6 +215,17 @@ async def test_an_actor_that_fails_to_stop_is_logged_and_left(
         async with Supervisor(bus) as supervisor:
             await supervisor.start(CLERK, lambda: Clumsy(desk))
     assert "did not stop cleanly" in caplog.text
+
+
+async def test_stopping_does_not_wait_for_the_pause_before_a_restart(bus: LocalBus, desk: Desk) -> None:
+    with anyio.fail_after(T):
+        async with Supervisor(bus, policy=RestartPolicy(backoff=1e6, backoff_max=1e6), grace=T * 2) as supervisor:
+            await supervisor.start(CLERK, lambda: Clerk(desk))
+            await crash(bus)
+            await bus.request(CLERK, Plain(1), T)
+            await crash(bus)
+            await wait_all_tasks_blocked()
+    assert desk.lives == 2
 
 
 async def test_one_address_has_one_actor(bus: LocalBus, desk: Desk) -> None:
