@@ -130,11 +130,11 @@ def test_tasks_and_threads_share_one_load(leader: str) -> None:
             with ThreadPoolExecutor(20) as pool:
                 loop = asyncio.get_running_loop()
                 if leader == "a task":
-                    first = asyncio.ensure_future(load("x"))
+                    first: asyncio.Future[str] = asyncio.ensure_future(load("x"))
                 else:
                     first = loop.run_in_executor(pool, load_plain, "x")
                 await loop.run_in_executor(pool, begun.wait)
-                others = [asyncio.ensure_future(load("x")) for _ in range(20)]
+                others: list[asyncio.Future[str]] = [asyncio.ensure_future(load("x")) for _ in range(20)]
                 others += [loop.run_in_executor(pool, load_plain, "x") for _ in range(8)]
                 others += [loop.run_in_executor(pool, in_another_loop) for _ in range(4)]
                 # Whether each waits already or comes after the load: there is one load.
@@ -890,7 +890,7 @@ async def test_a_cached_hit_needs_no_other_task() -> None:
         await load()
         coroutine = load()
         with pytest.raises(StopIteration):
-            coroutine.send(None)  # type: ignore[attr-defined]
+            coroutine.send(None)
 
 
 def test_a_cache_is_made_of_the_same_decorator_on_both_sides() -> None:

@@ -75,19 +75,19 @@ def test_threads_and_a_loop_on_one_store_lose_no_update(inline: bool) -> None:
         except BaseException as error:
             failures.append(error)
 
-    async def hammer_on_the_loop() -> None:
-        chance = random.Random(-1)
+    async def hammer_on_the_loop(number: int) -> None:
+        chance = random.Random(number)
         cache = Cache(lambda: node).attach(node.link())
         for round_ in range(rounds):
             await cache.increment("counter")
-            await mixed(cache, chance, -1, round_)
+            await mixed(cache, chance, number, round_)
 
     async def main() -> None:
         async with node:
             threads = [threading.Thread(target=hammer, args=(number,)) for number in range(THREADS)]
             for thread in threads:
                 thread.start()
-            await asyncio.gather(*[hammer_on_the_loop() for _ in range(4)])
+            await asyncio.gather(*[hammer_on_the_loop(THREADS + number) for number in range(4)])
             for thread in threads:
                 await asyncio.to_thread(thread.join)
             assert await Cache(lambda: node).attach(node.link()).get("counter") == (THREADS + 4) * rounds

@@ -1,0 +1,216 @@
+"""The in-process bus: who answers, what is refused, and that nobody starves."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from cachebus.actors import Actor, Supervisor
+from cachebus.bus import TURNS_PER_CHECKPOINT, Address, LocalBus
+from cachebus.messages import (
+    AddressInUse,
+    CacheClosed,
+    CacheError,
+    DeadLetter,
+    Found,
+    Get,
+    Missing,
+    NoSuchActor,
+    Reply,
+    TakeSnapshot,
+)
+
+pytestmark = pytest.mark.anyio
+PLACE = Address("test.place")
+T = 20.0
+
+
+class Echo(Actor):
+    """Answers `Get` with its key; calls `nested` within the turn, if there is one."""
+
+    nested: Any = None
+
+    def on_get(self, request: Get) -> Found | Missing:
+        if self.nested is not None:
+            self.nested()
+        return Found(request.key)
+
+
+class Patient(Actor):
+    """Answers in its own task."""
+
+    async def on_get(self, request: Get) -> Reply:
+        await anyio.lowlevel.checkpoint()
+        return Found(request.key)
+
+
+@pytest.fixture
+async def bus() -> AsyncIterator[LocalBus]:
+    bus = LocalBus("test")
+    yield bus
+    bus.close()
+
+
+@pytest.fixture
+async def supervisor(bus: LocalBus) -> AsyncIterator[Supervisor]:
+    async with Supervisor(bus) as supervisor:
+        yield supervisor
+
+
+async def test_a_request_to_nobody_says_so(bus: LocalBus) -> None:
+    with pytest.raises(NoSuchActor, match=r"no actor serves the address 'test\.place'") as caught:
+        await bus.request(PLACE, Get("k"), T)
+    assert isinstance(caught.value, LookupError)
+    with pytest.raises(NoSuchActor):
+        bus.request_blocking(PLACE, Get("k"), T)
+
+
+async def test_a_withdrawn_address_is_free_again(bus: LocalBus, supervisor: Supervisor) -> None:
+    await supervisor.start(PLACE, Echo)
+    await supervisor.stop(PLACE)
+    with pytest.raises(NoSuchActor):
+        await bus.request(PLACE, Get("k"), T)
+    bus.withdraw(PLACE)
+    await supervisor.start(PLACE, Echo)
+    assert await bus.request(PLACE, Get("k"), T) == Found("k")
+
+
+async def test_an_address_is_served_by_one(bus: LocalBus, supervisor: Supervisor) -> None:
+    cell = await supervisor.start(PLACE, Echo)
+    with pytest.raises(AddressInUse) as caught:
+        bus.serve(PLACE, cell)
+    assert caught.value.address == PLACE
+    assert "Cell test.place" in str(caught.value)
+
+
+async def test_what_is_sent_to_nobody_is_a_dead_letter(bus: LocalBus) -> None:
+    with bus.subscribe(DeadLetter) as letters:
+        bus.send(PLACE, Get("k"))
+        letter = await anext(letters)
+    assert isinstance(letter, DeadLetter)
+    assert (letter.address, letter.wire_name) == (PLACE, "backend.get")
+    assert "no actor serves" in letter.reason
+
+
+async def test_what_is_sent_and_cannot_be_handled_is_a_dead_letter(bus: LocalBus, supervisor: Supervisor) -> None:
+    await supervisor.start(PLACE, Echo)
+    with bus.subscribe(DeadLetter) as letters:
+        bus.send(PLACE, TakeSnapshot())
+        letter = await anext(letters)
+    assert isinstance(letter, DeadLetter)
+    assert "has no handler of TakeSnapshot" in letter.reason
+
+
+@pytest.mark.parametrize(
+    "text", ["", ".", "a.", ".a", "a..b", "a b", "a.*", "a.>", "a\r\nb", "ü", "a/b", "x" * 65, "$SYS.x"]
+)
+def test_an_address_that_is_not_words_joined_by_dots_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not 1 to 64 letters"):
+        Address(text)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"a"])
+def test_an_address_that_is_no_text_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match="is not words joined by dots"):
+        Address(text)
+
+
+@pytest.mark.parametrize("text", ["", "a.b", "*", ">", "a b", "a\n", None, "x" * 65])
+def test_a_namespace_that_is_not_one_word_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match="namespace"):
+        LocalBus(text)
+
+
+async def test_inline_turns_let_other_tasks_run_now_and_then(bus: LocalBus, supervisor: Supervisor) -> None:
+    await supervisor.start(PLACE, Echo)
+    others = 0
+    done = False
+
+    async def count() -> None:
+        nonlocal others
+        while not done:
+            others += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(count)
+        for _ in range(TURNS_PER_CHECKPOINT * 3 + 1):
+            await bus.request(PLACE, Get("k"), T)
+        done = True
+    assert others >= 3
+
+
+async def test_a_thread_asks_an_actor_that_waits(bus: LocalBus, supervisor: Supervisor) -> None:
+    await supervisor.start(PLACE, Patient)
+    assert await anyio.to_thread.run_sync(lambda: bus.request_blocking(PLACE, Get("k"), T)) == Found("k")
+
+
+async def test_blocking_the_loop_for_an_actor_that_waits_is_refused(bus: LocalBus, supervisor: Supervisor) -> None:
+    await supervisor.start(PLACE, Patient)
+    if _on_asyncio():
+        with pytest.raises(CacheError, match="would stop the event loop of this thread"):
+            bus.request_blocking(PLACE, Get("k"), T)
+    assert await bus.request(PLACE, Get("k"), T) == Found("k")
+
+
+def _on_asyncio() -> bool:
+    return asyncio._get_running_loop() is not None
+
+
+async def test_a_blocking_call_from_inside_a_turn_is_refused_and_does_not_hang(
+    bus: LocalBus, supervisor: Supervisor
+) -> None:
+    refusals: list[str] = []
+    echo = Echo()
+
+    def nested() -> None:
+        try:
+            bus.request_blocking(PLACE, Get("inner"), T)
+        except CacheError as error:
+            refusals.append(str(error))
+
+    echo.nested = nested
+    await supervisor.start(PLACE, lambda: echo)
+    assert await bus.request(PLACE, Get("outer"), T) == Found("outer")
+    assert await anyio.to_thread.run_sync(lambda: bus.request_blocking(PLACE, Get("outer"), T)) == Found("outer")
+    assert len(refusals) == 2
+    assert all("from inside a turn of this very actor" in refusal for refusal in refusals)
+
+
+async def test_tasks_of_another_event_loop_are_answered_there(bus: LocalBus, supervisor: Supervisor) -> None:
+    await supervisor.start(PLACE, Patient)
+    replies: list[Any] = []
+
+    async def ask() -> None:
+        replies.extend(await asyncio.gather(*(bus.request(PLACE, Get(str(n)), T) for n in range(20))))
+
+    def elsewhere() -> None:
+        asyncio.run(ask())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    await anyio.to_thread.run_sync(thread.join)
+    assert replies == [Found(str(number)) for number in range(20)]
+
+
+async def test_a_closed_bus_refuses_everything(bus: LocalBus, supervisor: Supervisor) -> None:
+    cell = await supervisor.start(PLACE, Echo)
+    bus.close()
+    with pytest.raises(CacheClosed):
+        await bus.request(PLACE, Get("k"), T)
+    with pytest.raises(CacheClosed):
+        bus.serve(PLACE, cell)
+    with pytest.raises(CacheClosed):
+        bus.subscribe()
+
+
+async def test_a_bus_says_in_its_repr_whom_it_serves(bus: LocalBus, supervisor: Supervisor) -> None:
+    assert repr(bus) == "<LocalBus 'test' serving nobody>"
+    await supervisor.start(PLACE, Echo)
+    assert repr(bus) == "<LocalBus 'test' serving test.place>"
