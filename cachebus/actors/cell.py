@@ -16,14 +16,13 @@ if its handler can wait, by the actor's task.
 
 from __future__ import annotations
 
-from asyncio import AbstractEventLoop, _get_running_loop
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, open_port
+from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port
 from cachebus.messages import (
     ActorFailed,
     BadMessage,
@@ -77,7 +76,6 @@ class Cell:
         self._actor: Actor | None = None
         self._deferred: set[Deferred] = set()
         self._wake: Port | None = None
-        self._loop: AbstractEventLoop | None = None
         self._crash: BaseException | None = None
         self.stopping = False
         self._stopped = False
@@ -140,10 +138,8 @@ class Cell:
     def obstacle_to_blocking(self) -> str | None:
         if not self._token and on_this_stack(_TURN_CODES, self):
             return "it was called from inside a turn of this very actor, by a weigher, a finalizer or the like"
-        if self._handlers.waiting or self._handlers.batch or not self._inline:
-            here = _get_running_loop()
-            if here is not None:
-                return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
+        if (self._handlers.waiting or self._handlers.batch or not self._inline) and in_event_loop():
+            return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
         return None
 
     # For the actor: the context
@@ -163,7 +159,6 @@ class Cell:
 
     async def live(self, actor: Actor) -> None:
         """Take turns with `actor` until `stop`; then finish what is in the mailbox. Raises what crashed the actor."""
-        self._loop = _get_running_loop()
         self._crash = None
         self._actor = actor
         self._handlers = actor.handlers()

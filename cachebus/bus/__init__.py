@@ -5,7 +5,7 @@ from .api import Bus, Envelope, Recipient, Turn
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
 from .emitter import Emitter
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
-from .ports import Deferred, Port, ThreadPort, open_port, too_late
+from .ports import Deferred, Port, ThreadPort, in_event_loop, open_port, too_late
 from .subscription import Audience, Subscription, event_kinds
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "check_budget",
     "check_word",
     "event_kinds",
+    "in_event_loop",
     "open_port",
     "settled",
     "too_late",

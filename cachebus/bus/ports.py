@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 import threading
 from asyncio import AbstractEventLoop, _get_running_loop
 from collections.abc import Callable
@@ -180,6 +181,19 @@ def open_port() -> AsyncioPort | TrioPort:
     """A port on which the running task waits."""
     loop = _get_running_loop()
     return TrioPort() if loop is None else AsyncioPort(loop)
+
+
+def in_event_loop() -> bool:
+    """Whether this thread runs an event loop, which a blocking call would stop."""
+    if _get_running_loop() is not None:
+        return True
+    if (trio := sys.modules.get("trio")) is None:
+        return False
+    try:
+        trio.lowlevel.current_trio_token()
+    except RuntimeError:
+        return False
+    return True
 
 
 def too_late(address: str, timeout: float) -> Callable[[], Failed]:

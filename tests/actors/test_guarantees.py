@@ -116,9 +116,7 @@ async def test_an_actor_has_one_turn_at_a_time(bus: LocalBus, supervisor: Superv
     assert len(desk.handled) == 4 * 200 + 4 * 200
 
 
-async def test_a_plain_request_waits_for_the_turn_under_way(
-    bus: LocalBus, supervisor: Supervisor, desk: Desk
-) -> None:
+async def test_a_plain_request_waits_for_the_turn_under_way(bus: LocalBus, supervisor: Supervisor, desk: Desk) -> None:
     await supervisor.start(CLERK, lambda: Clerk(desk))
     answers: list[Any] = []
     async with anyio.create_task_group() as group:
@@ -404,9 +402,7 @@ async def test_cancelling_a_caller_at_any_await_leaves_the_actor_usable(
 # Batches
 
 
-async def test_what_arrives_during_a_turn_is_the_next_batch(
-    bus: LocalBus, supervisor: Supervisor, desk: Desk
-) -> None:
+async def test_what_arrives_during_a_turn_is_the_next_batch(bus: LocalBus, supervisor: Supervisor, desk: Desk) -> None:
     await supervisor.start(CLERK, lambda: Porter(desk))
     answers: list[Any] = []
     async with anyio.create_task_group() as group:
@@ -434,9 +430,7 @@ async def test_a_batch_is_bounded_by_bytes(bus: LocalBus, supervisor: Supervisor
     assert desk.handled == [0, 1, 2, 3, 4]
 
 
-async def test_a_batch_keeps_its_place_among_plain_messages(
-    bus: LocalBus, supervisor: Supervisor, desk: Desk
-) -> None:
+async def test_a_batch_keeps_its_place_among_plain_messages(bus: LocalBus, supervisor: Supervisor, desk: Desk) -> None:
     await supervisor.start(CLERK, lambda: Porter(desk))
     async with anyio.create_task_group() as group:
         for number, kind in enumerate((Batched, Batched, Plain, Batched)):

@@ -96,9 +96,7 @@ async def test_an_actor_that_crashes_too_often_stays_down_and_its_mail_is_answer
     assert desk.stopped == 3
 
 
-async def test_crashes_that_lie_apart_are_no_reason_to_give_up(
-    bus: LocalBus, clock: ManualClock, desk: Desk
-) -> None:
+async def test_crashes_that_lie_apart_are_no_reason_to_give_up(bus: LocalBus, clock: ManualClock, desk: Desk) -> None:
     async with Supervisor(bus, policy=RestartPolicy(max_restarts=1, window=10.0)) as supervisor:
         cell = await supervisor.start(CLERK, lambda: Clerk(desk))
         for _ in range(5):
@@ -130,9 +128,7 @@ async def test_each_life_is_told_and_has_an_epoch_of_its_own(bus: LocalBus, desk
     assert (restarted.reason, restarted.restarts) == ("RuntimeError", 1)
 
 
-async def test_a_first_start_that_fails_is_the_callers_error_and_frees_the_address(
-    bus: LocalBus, desk: Desk
-) -> None:
+async def test_a_first_start_that_fails_is_the_callers_error_and_frees_the_address(bus: LocalBus, desk: Desk) -> None:
     class Unreachable(Clerk):
         async def on_start(self) -> None:
             raise CacheConnectionError("refused", "primary")
@@ -260,5 +256,3 @@ async def test_a_crash_is_logged_with_its_traceback(
         await bus.request(CLERK, Plain(1), T)
     assert "actor test.clerk crashed" in caplog.text
     assert "on_crash" in caplog.text
-
-

@@ -143,7 +143,7 @@ async def test_inline_turns_let_other_tasks_run_now_and_then(bus: LocalBus, supe
         for _ in range(TURNS_PER_CHECKPOINT * 3 + 1):
             await bus.request(PLACE, Get("k"), T)
         done = True
-    assert others >= 3
+    assert others >= 2
 
 
 async def test_a_thread_asks_an_actor_that_waits(bus: LocalBus, supervisor: Supervisor) -> None:
@@ -153,14 +153,9 @@ async def test_a_thread_asks_an_actor_that_waits(bus: LocalBus, supervisor: Supe
 
 async def test_blocking_the_loop_for_an_actor_that_waits_is_refused(bus: LocalBus, supervisor: Supervisor) -> None:
     await supervisor.start(PLACE, Patient)
-    if _on_asyncio():
-        with pytest.raises(CacheError, match="would stop the event loop of this thread"):
-            bus.request_blocking(PLACE, Get("k"), T)
+    with pytest.raises(CacheError, match="would stop the event loop of this thread"):
+        bus.request_blocking(PLACE, Get("k"), T)
     assert await bus.request(PLACE, Get("k"), T) == Found("k")
-
-
-def _on_asyncio() -> bool:
-    return asyncio._get_running_loop() is not None
 
 
 async def test_a_blocking_call_from_inside_a_turn_is_refused_and_does_not_hang(

@@ -1,0 +1,89 @@
+"""Messages to oneself, later."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import anyio
+import anyio.to_thread
+import pytest
+from anyio import wait_all_tasks_blocked
+
+from cachebus.actors import Alarm
+from tests.clock import ManualClock
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def alarm(clock: ManualClock) -> AsyncIterator[Alarm]:
+    alarm = Alarm(clock)
+    async with anyio.create_task_group() as group:
+        group.start_soon(alarm.run)
+        await wait_all_tasks_blocked()
+        yield alarm
+        group.cancel_scope.cancel()
+
+
+async def test_alarms_ring_in_the_order_of_their_times(alarm: Alarm, clock: ManualClock) -> None:
+    rung: list[str] = []
+    alarm.set(3.0, lambda: rung.append("third"))
+    alarm.set(1.0, lambda: rung.append("first"))
+    alarm.set(2.0, lambda: rung.append("second"))
+    for expected in (["first"], ["first", "second"], ["first", "second", "third"]):
+        clock.advance(1.0)
+        await wait_all_tasks_blocked()
+        assert rung == expected
+    assert len(alarm) == 0
+
+
+async def test_an_alarm_does_not_ring_early(alarm: Alarm, clock: ManualClock) -> None:
+    rung: list[int] = []
+    alarm.set(1.0, lambda: rung.append(1))
+    await wait_all_tasks_blocked()
+    clock.advance(0.999)
+    await wait_all_tasks_blocked()
+    assert rung == []
+
+
+async def test_a_sooner_alarm_wakes_the_sleeper(alarm: Alarm, clock: ManualClock) -> None:
+    rung: list[str] = []
+    alarm.set(100.0, lambda: rung.append("late"))
+    await wait_all_tasks_blocked()
+    alarm.set(1.0, lambda: rung.append("soon"))
+    await wait_all_tasks_blocked()
+    clock.advance(1.0)
+    await wait_all_tasks_blocked()
+    assert rung == ["soon"]
+
+
+async def test_an_alarm_is_called_off(alarm: Alarm, clock: ManualClock) -> None:
+    rung: list[int] = []
+    call_off = alarm.set(1.0, lambda: rung.append(1))
+    alarm.set(2.0, lambda: rung.append(2))
+    call_off()
+    call_off()
+    clock.advance(5.0)
+    await wait_all_tasks_blocked()
+    assert rung == [2]
+
+
+async def test_an_alarm_is_set_from_any_thread_and_for_now(alarm: Alarm, clock: ManualClock) -> None:
+    rung = anyio.Event()
+    await anyio.to_thread.run_sync(lambda: alarm.set(-5.0, rung.set))
+    with anyio.fail_after(20):
+        await rung.wait()
+
+
+async def test_clearing_calls_everything_off(alarm: Alarm, clock: ManualClock) -> None:
+    rung: list[int] = []
+    alarm.set(1.0, lambda: rung.append(1))
+    alarm.clear()
+    clock.advance(5.0)
+    await wait_all_tasks_blocked()
+    assert rung == []
