@@ -78,7 +78,7 @@ class Cache:
         self._name = name
         self._node: Node | None = None
         self._loads = Loads(self)
-        self._unlink("the cache is not open: use it within `async with`")
+        self.detach("the cache is not open: use it within `async with`")
 
     def __repr__(self) -> str:
         where = "closed" if isinstance(self._link, NoLink) else str(self._link.address)
@@ -97,13 +97,13 @@ class Cache:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._unlink("the cache is closed")
+        self.detach("the cache is closed")
         if self._node is not None:
             await self._node.__aexit__(kind, error, tb)
 
     async def close(self) -> None:
         """Answer what is under way and refuse what comes. Safe to call twice; leaving `async with` does it too."""
-        self._unlink("the cache is closed")
+        self.detach("the cache is closed")
         if self._node is not None:
             await self._node.stop()
 
@@ -118,7 +118,8 @@ class Cache:
         self._turns_left = sys.maxsize if blocking else TURNS_PER_CHECKPOINT
         return self
 
-    def _unlink(self, why: str) -> None:
+    def detach(self, why: str) -> None:
+        """Refuse every call from now on, with `why` as the reason."""
         self.attach(NoLink(why))
 
     @property
@@ -320,7 +321,7 @@ _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for cache in list(_open_caches):
-        cache._unlink("this process was forked after the cache was opened; open another one in the child")
+        cache.detach("this process was forked after the cache was opened; open another one in the child")
     _open_caches.clear()
 
 

@@ -13,16 +13,13 @@ from cachebus.bus import Port, open_port
 class ManualClock:
     """A `Clock` whose time passes only by `advance`. Usable from any thread, on asyncio and on trio."""
 
-    monotonic: Callable[[], float]
-    wall: Callable[[], float]
-
     def __init__(self, monotonic: float = 1000.0, wall: float = 1_700_000_000.0) -> None:
         self._guard = threading.Lock()
         self._now = monotonic
         self._offset = wall - monotonic
         self._sleepers: dict[Port, float] = {}
-        self.monotonic = lambda: self._now
-        self.wall = lambda: self._now + self._offset
+        self.monotonic: Callable[[], float] = lambda: self._now
+        self.wall: Callable[[], float] = lambda: self._now + self._offset
 
     def __repr__(self) -> str:
         return f"<ManualClock at {self._now:g} s, {len(self._sleepers)} asleep>"

@@ -112,7 +112,7 @@ def _message_kinds(
     if batch:
         (annotation,) = typing.get_args(annotation)
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        members = typing.get_args(annotation)
+        members: tuple[typing.Any, ...] = typing.get_args(annotation)
     else:
         members = (annotation,)
     if not all(isinstance(each, type) and issubclass(each, Message) for each in members):

@@ -387,7 +387,6 @@ class Cell:
 
 
 _TURN_CODES = {
-    Cell._serve_mail.__code__,
-    Cell._take_turns.__code__,
+    *(each.__code__ for name, each in vars(Cell).items() if name in ("_serve_mail", "_take_turns")),
     *(each for each in Cell.turn.__code__.co_consts if hasattr(each, "co_code")),
 }

@@ -13,7 +13,7 @@ from types import CodeType, FrameType
 
 def on_this_stack(codes: Collection[CodeType], owner: object) -> bool:
     """Whether one of `codes` is running on this thread's stack with `owner` as its `self`."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         if frame.f_code in codes and frame.f_locals.get("self") is owner:
             return True

@@ -151,7 +151,7 @@ class MemoryStore(EntryTable):
                     found.version = found.stored_at = entry.version
                     found.ttl = left if left < NEVER else None
                     found.tags = entry.tags
-                    return found
+                    return found  # type: ignore[no-any-return]  # a cast would be a call on the hot path
                 self._drop(entry, RemovalCause.EXPIRED if left <= 0 else RemovalCause.EXPLICIT)
             self.misses += 1
             if self.on_read is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 ENTRY_OVERHEAD = 250
 """Bytes that a store spends on an entry besides the value: the entry, its key, its places in dict and wheel."""
@@ -43,15 +43,15 @@ def estimate_size(value: Any) -> int:
     return total
 
 
-def _parts(whole: Any) -> Iterable[Any]:
-    current: Any = whole
-    if isinstance(whole, dict):
+def _parts(current: Any) -> Iterable[Any]:
+    kind = cast("type[Any]", type(current))
+    if issubclass(kind, dict):
         yield from current.keys()
         yield from current.values()
-    elif isinstance(current, (list, tuple, set, frozenset, deque)):
+    elif issubclass(kind, (list, tuple, set, frozenset, deque)):
         yield from current
     yield from getattr(current, "__dict__", {}).values()
-    for cls in type(current).__mro__:
+    for cls in kind.__mro__:
         slots = cls.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if hasattr(current, name):

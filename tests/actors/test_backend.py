@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from cachebus.actors import STORE_REQUESTS, BackendActor, Capabilities, Gauges
+from cachebus.actors import STORE_REQUESTS, BackendActor, Capabilities, Context, Gauges
 from cachebus.actors.backend import SWEEP_BATCH
 from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import Address, Audience, Deferred
@@ -112,7 +112,7 @@ class ScriptedStore:
 
 async def started(store: Any, context: RecordingContext) -> BackendActor:
     actor = BackendActor(store)
-    actor.ctx = context
+    actor.ctx = cast("Context", context)
     await actor.on_start()
     return actor
 

@@ -183,7 +183,7 @@ async def test_a_thread_gets_its_deferred_reply(bus: LocalBus, supervisor: Super
 
     async with anyio.create_task_group() as group:
         group.start_soon(anyio.to_thread.run_sync, park)
-        while not cell._deferred:  # noqa: ASYNC110 (a thread gets there, which no event tells)
+        while not cell._deferred:
             await anyio.lowlevel.checkpoint()
         await bus.request(CLERK, Unpark(), T)
     assert answers == [Number(0)]
@@ -326,11 +326,13 @@ async def test_what_does_not_end_within_the_grace_is_answered_all_the_same(
     bus: LocalBus, desk: Desk, inline_turns: bool
 ) -> None:
     answers: list[Any] = []
-    async with anyio.create_task_group() as outer:
-        async with Supervisor(bus, inline_turns=inline_turns, grace=0.05) as supervisor:
-            await supervisor.start(CLERK, lambda: Clerk(desk))
-            outer.start_soon(outcome, bus.request(CLERK, Slow(1), T), answers)
-            await wait_all_tasks_blocked()
+    async with (
+        anyio.create_task_group() as outer,
+        Supervisor(bus, inline_turns=inline_turns, grace=0.05) as supervisor,
+    ):
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+        outer.start_soon(outcome, bus.request(CLERK, Slow(1), T), answers)
+        await wait_all_tasks_blocked()
     assert [type(answer) for answer in answers] == [CacheClosed]
 
 

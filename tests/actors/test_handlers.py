@@ -76,7 +76,7 @@ class Hasty(Actor):
 
 
 class Lost(Actor):
-    def on_plain(self, request: Unheard) -> Number:  # type: ignore[name-defined]  # noqa: F821  # pyright: ignore
+    def on_plain(self, request: Unheard) -> Number:  # type: ignore[name-defined]  # noqa: F821
         raise AssertionError
 
 

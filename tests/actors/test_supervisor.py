@@ -167,7 +167,7 @@ async def test_a_restart_that_fails_counts_as_a_crash(bus: LocalBus, clock: Manu
         assert cell.restarts == 3
 
 
-async def test_a_factory_that_fails_is_a_crash_like_any_other(bus: LocalBus, desk: Desk) -> None:
+async def test_a_factory_that_fails_is_a_crash_like_any_other(bus: LocalBus, clock: ManualClock, desk: Desk) -> None:
     def make() -> Actor:
         if desk.lives == 1:
             desk.lives += 1
@@ -178,7 +178,7 @@ async def test_a_factory_that_fails_is_a_crash_like_any_other(bus: LocalBus, des
         await supervisor.start(CLERK, make)
         await crash(bus)
         async with anyio.create_task_group() as group:
-            group.start_soon(_pass_time, bus.clock)
+            group.start_soon(_pass_time, clock)
             assert await bus.request(CLERK, Plain(1), T) == Number(1)
             group.cancel_scope.cancel()
 

@@ -7,7 +7,7 @@ import pytest
 from cachebus.adapters.eviction import Entry
 from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.tags import TagTable
-from cachebus.messages import Clear, Delete, Found, Get, Increment, InvalidateTags, Missing, Set
+from cachebus.messages import Clear, Counted, Delete, Found, Get, Increment, InvalidateTags, Missing, Set
 from tests.clock import ManualClock
 
 
@@ -109,9 +109,11 @@ def test_an_entry_set_anew_with_the_same_tag_is_valid_again_at_the_same_instant(
 def test_an_increment_keeps_the_tags_and_does_not_revive_what_was_invalidated(store: MemoryStore) -> None:
     store.set(Set("n", 5, tags=("tag",)))
     store.increment(Increment("n"))
-    assert store.get(Get("n")).tags == ("tag",)  # type: ignore[union-attr]
+    found = store.get(Get("n"))
+    assert isinstance(found, Found)
+    assert found.tags == ("tag",)
     store.invalidate_tags(InvalidateTags(("tag",)))
-    assert store.increment(Increment("n")).value == 1  # type: ignore[union-attr]
+    assert store.increment(Increment("n")) == Counted(1)
 
 
 def test_the_table_is_bounded_by_the_entries(store: MemoryStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -115,7 +116,7 @@ def test_a_deferred_reply_may_come_before_or_after_its_port(answered_first: bool
     deferred = Deferred(told.append)
     port = ThreadPort()
     assert deferred.waiting
-    steps = [lambda: deferred.answer(Pong("a")), lambda: deferred.attach(port)]
+    steps: list[Callable[[], None]] = [lambda: deferred.answer(Pong("a")), lambda: deferred.attach(port)]
     for step in steps if answered_first else reversed(steps):
         step()
     deferred.answer(Missing())

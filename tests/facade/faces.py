@@ -10,11 +10,12 @@ from cachebus.actors.ports import Capabilities, Gauges
 from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import SYSTEM_CLOCK, Clock, Port, open_port
 from cachebus.messages import Missing, Reply, Request
-from cachebus.settings import Settings
+from cachebus.settings import ActorSettings, Settings
 
 
-def settings(*, inline: bool = True, timeout: float = 5.0, **actors: Any) -> Settings:
-    return Settings(timeout=timeout, actors={"inline_turns": inline, **actors})  # type: ignore[arg-type]  # read by pydantic
+def settings(*, inline: bool = True, timeout: float = 5.0) -> Settings:
+    """Those of one memory backend."""
+    return Settings(timeout=timeout, actors=ActorSettings(inline_turns=inline))
 
 
 def a_cache(*, clock: Clock = SYSTEM_CLOCK, inline: bool = True, **store: Any) -> Cache:

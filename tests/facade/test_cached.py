@@ -15,7 +15,16 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from cachebus import Cache, CacheClosed, CacheConfigurationError, CacheError, CacheKeyError, SyncCache, open_sync_cache
+from cachebus import (
+    Cache,
+    CacheClosed,
+    CacheConfigurationError,
+    CacheError,
+    CacheKeyError,
+    Found,
+    SyncCache,
+    open_sync_cache,
+)
 from cachebus.adapters.memory import MemoryStore
 from cachebus.messages import CacheSet, LoadFailed, LoadStarted, LoadSucceeded, Set
 from tests.clock import ManualClock
@@ -284,7 +293,8 @@ async def test_the_time_to_live_and_the_tags_go_with_the_value(clock: ManualCloc
 
         assert await load(1, team=1) == 1
         found = await cache.lookup("user:1")
-        assert (found.ttl, found.tags) == (60.0, ("users", "team:1"))  # type: ignore[union-attr]
+        assert isinstance(found, Found)
+        assert (found.ttl, found.tags) == (60.0, ("users", "team:1"))
         await cache.invalidate_tags("team:2")
         assert await load(1, team=1) == 1
         await cache.invalidate_tags("team:1")
@@ -315,17 +325,15 @@ async def test_a_load_is_told_in_events() -> None:
             await load("good")
             with pytest.raises(LookupError):
                 await load("bad")
-            said = heard(events)
-        assert [(type(event), event.key) for event in said] == [  # type: ignore[attr-defined]
+            said: list[Any] = [*heard(events)]
+        assert [(type(event), event.key) for event in said] == [
             (LoadStarted, "good"),
             (LoadSucceeded, "good"),
             (CacheSet, "good"),
             (LoadStarted, "bad"),
             (LoadFailed, "bad"),
         ]
-        failed = said[-1]
-        assert isinstance(failed, LoadFailed)
-        assert failed.error == "LookupError"
+        assert said[-1].error == "LookupError"
         assert {event.backend for event in said} == {"primary"}
 
 
@@ -341,7 +349,8 @@ def test_a_load_is_timed_by_the_clock_of_the_node(sync_cache: SyncCache, clock: 
         load("good")
         with pytest.raises(LookupError):
             load("bad")
-        assert [event.duration for event in heard(events)] == [2.5, 2.5]  # type: ignore[attr-defined]
+        said: list[Any] = [*heard(events)]
+        assert [event.duration for event in said] == [2.5, 2.5]
 
 
 # What goes wrong
@@ -406,6 +415,7 @@ async def test_cancelling_some_does_not_cancel_the_load_for_the_others(cancelled
     loader = Loader()
     values: dict[int, str] = {}
     scopes = [anyio.CancelScope() for _ in range(5)]
+    gone = {"the leader": [0], "a waiter": [2], "all but the last": [0, 1, 2, 3]}[cancelled]
     async with a_cache() as cache:
 
         @cache.cached(key="key")
@@ -422,7 +432,6 @@ async def test_cancelling_some_does_not_cancel_the_load_for_the_others(cancelled
             for number in range(1, 5):
                 tasks.start_soon(call, number)
             await anyio.wait_all_tasks_blocked()
-            gone = {"the leader": [0], "a waiter": [2], "all but the last": [0, 1, 2, 3]}[cancelled]
             for number in gone:
                 scopes[number].cancel()
                 await anyio.wait_all_tasks_blocked()
@@ -601,7 +610,8 @@ def test_the_decorated_function_looks_like_the_original(sync_cache: SyncCache) -
         """Documented, too."""
         return [a]
 
-    for original in (plain, coroutine):
+    originals: list[Callable[..., Any]] = [plain, coroutine]
+    for original in originals:
         decorated = sync_cache.cached(key="{a}")(original)
         assert decorated.__name__ == original.__name__
         assert decorated.__qualname__ == original.__qualname__
@@ -699,9 +709,9 @@ def test_wrong_arguments_are_a_type_error_as_without_the_decorator(sync_cache: S
         return a
 
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'a'"):
-        load()  # type: ignore[call-arg]
+        load()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="unexpected keyword argument 'b'"):
-        load(1, b=2)  # type: ignore[call-arg]
+        load(1, b=2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 async def test_methods_are_decorated_like_functions() -> None:
@@ -838,7 +848,7 @@ def test_a_plain_function_that_returns_a_coroutine_is_told_so(sync_cache: SyncCa
 
     call: Callable[[], Awaitable[int]] = lambda: load()  # noqa: E731, PLW0108 (a plain function is the point)
     with pytest.raises(TypeError, match="returned a coroutine, which cannot be cached; decorate an async def"):
-        sync_cache.cached(key="k")(call)()
+        _ = sync_cache.cached(key="k")(call)()
     assert sync_cache.exists("k") is False
 
 

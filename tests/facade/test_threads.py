@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import pytest
 
-from cachebus import Cache, CacheClosed, CacheError, Node, SyncCache, open_cache
+from cachebus import Cache, CacheClosed, CacheError, Found, Node, SyncCache, open_cache
 from cachebus.adapters.memory import MemoryStore
 from cachebus.link import run
 from tests.house.paths import ROOT
@@ -144,7 +144,8 @@ def test_no_compare_and_set_of_two_threads_wins_twice() -> None:
             won = 0
             for _ in range(300):
                 found = cache.lookup("balance")
-                won += cache.compare_and_set("balance", found.value + 1, version=found.version)  # type: ignore[union-attr]
+                assert isinstance(found, Found)
+                won += cache.compare_and_set("balance", found.value + 1, version=found.version)
             return won
 
         assert sum(in_threads(8, work)) == cache.get("balance")
