@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from . import footprint, memory
+from . import footprint, hit_ratio, memory
 from .timing import Row
 
 console = Console(width=120)
+PARTS = ["memory", "footprint", "hit-ratio"]
 
 
 def show(rows: list[Row]) -> bool:
@@ -50,6 +53,15 @@ def show_footprint(entries: int) -> bool:
     return ratio <= 1 and ours < 0.15
 
 
+def show_hit_ratios(folder: Path | None) -> bool:
+    """Print the hit ratios of the policies; says whether the default reaches its bar everywhere."""
+    table = hit_ratio.measure(folder)
+    hit_ratio.show(table)
+    good, lines = hit_ratio.verdict(table)
+    console.print("\n".join(lines), highlight=False)
+    return good
+
+
 def main() -> int:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -58,13 +70,16 @@ def main() -> int:
         "what", nargs="*", choices=["memory", "footprint", []], help="parts to run; all if none is named"
     )
     options = parser.parse_args()
-    what = options.what or ["memory", "footprint"]
+    what = options.what or PARTS
     console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     good = True
     if "memory" in what:
         good &= show(memory.rows())
     if "footprint" in what:
         good &= show_footprint(options.entries)
+    if "hit-ratio" in what:
+        traces = os.environ.get("CACHEBUS_TRACES")
+        good &= show_hit_ratios(Path(traces) if traces else None)
     return 0 if good else 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 ENTRY_OVERHEAD = 250
 """Bytes that a store spends on an entry besides the value: the entry, its key, its places in dict and wheel."""
@@ -44,7 +44,7 @@ def estimate_size(value: Any) -> int:
 
 
 def _parts(current: Any) -> Iterable[Any]:
-    kind = cast("type[Any]", type(current))
+    kind: Any = type(current)
     if issubclass(kind, dict):
         yield from current.keys()
         yield from current.values()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
 import time
 from typing import Protocol
 
@@ -31,7 +30,7 @@ class _Origin:
             os.register_at_fork(after_in_child=self.renew)
 
     def renew(self) -> None:
-        self.name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.name = f"{os.getpid()}-{os.urandom(4).hex()}"
 
 
 _origin = _Origin()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar, dataclass_transform
 
 M = TypeVar("M", bound="Message")
@@ -23,6 +23,20 @@ class Message:
 
     __slots__ = ()
     WIRE_NAME: ClassVar[str]
+
+    # Written once here, because dataclass compiles both anew for each of sixty classes: a fifth of the time of importing
+    # cachebus.
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(getattr(self, each.name) == getattr(other, each.name) for each in fields(self))  # type: ignore[arg-type]
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = (f"{each.name}={getattr(self, each.name)!r}" for each in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class Reply(Message):
@@ -45,7 +59,7 @@ class Request(Message, Generic[ReplyT_co]):
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def _header(cls: type[M]) -> type[M]:
-    return dataclass(slots=True, kw_only=True)(cls)
+    return dataclass(slots=True, kw_only=True, eq=False, repr=False)(cls)
 
 
 @_header
@@ -86,7 +100,7 @@ def message(wire_name: str) -> Callable[[type[M]], type[M]]:
 
     def make(cls: type[M]) -> type[M]:
         # Registered here and not in __init_subclass__, because slots=True builds a second class.
-        made = dataclass(slots=True)(cls)
+        made = dataclass(slots=True, eq=False, repr=False)(cls)
         if (holder := _registry.get(wire_name)) is not None:
             raise ValueError(f"wire name {wire_name!r} of {made.__name__} belongs to {holder.__name__}")
         made.WIRE_NAME = wire_name

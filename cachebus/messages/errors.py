@@ -9,7 +9,7 @@ E = TypeVar("E", bound="CacheError")
 _codes: dict[str, type[CacheError]] = {}
 
 
-@dataclass(eq=False, slots=False)
+@dataclass(eq=False, repr=False)
 class CacheError(Exception):
     """The root of every error that cachebus raises. `detail` is the sentence for people.
 
@@ -22,6 +22,9 @@ class CacheError(Exception):
 
     def __str__(self) -> str:
         return self.sentence()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.wire_fields().items())})"
 
     def sentence(self) -> str:
         """What went wrong, in one sentence that names the value and what was expected."""
@@ -51,7 +54,7 @@ def rebuild(code: str, detail: str, values: dict[str, Any]) -> CacheError:
 @dataclass_transform(eq_default=False)
 def error(cls: type[E]) -> type[E]:
     """Make a class of the tree: its fields become the constructor, its `code` its name on the wire."""
-    made = dataclass(eq=False)(cls)
+    made = dataclass(eq=False, repr=False)(cls)
     if made.code in _codes:
         raise ValueError(f"error code {made.code!r} of {made.__name__} belongs to {_codes[made.code].__name__}")
     _codes[made.code] = made

@@ -14,8 +14,7 @@ import msgpack  # type: ignore[import-untyped]
 import pytest
 
 from cachebus.bus.codec import JSON, MSGPACK, VERSION, decode, encode
-from cachebus.messages import WIRE_NAMES
-from tests.golden.examples import FOLDER, SUFFIXES, example
+from tests.golden.examples import FOLDER, KINDS, SUFFIXES, example
 from tests.golden.write import write
 
 TYPES = {suffix: content_type for content_type, suffix in SUFFIXES.items()}
@@ -40,7 +39,7 @@ def without_what_was_added(tree: Any, older: Any) -> Any:
     return tree
 
 
-@pytest.mark.parametrize("kind", sorted(WIRE_NAMES))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_kind_has_golden_files(kind: str) -> None:
     missing = [f"{kind}{suffix}" for suffix in SUFFIXES.values() if not (FOLDER / f"{kind}{suffix}").exists()]
     assert missing == [], "run python -m tests.golden.write and commit what it writes"
@@ -49,13 +48,13 @@ def test_every_kind_has_golden_files(kind: str) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_golden_file_says_what_it_always_said(file: Path) -> None:
     content_type, data = TYPES[file.suffix], file.read_bytes()
-    assert file.stem in WIRE_NAMES, f"the kind {file.stem} was on the wire once, and must stay readable"
+    assert file.stem in KINDS, f"the kind {file.stem} was on the wire once, and must stay readable"
     fields: dict[str, Any] = read(data, content_type)
     assert list(fields)[:2] == ["v", "kind"]
     assert fields.pop("v") == VERSION
     assert fields.pop("kind") == file.stem
 
-    expected = example(WIRE_NAMES[file.stem], fields)
+    expected = example(KINDS[file.stem], fields)
     decoded = decode(data, content_type)
     assert decoded == expected
     assert repr(decoded) == repr(expected)  # == does not tell 1 from True
@@ -79,7 +78,7 @@ def test_a_kind_reads_what_was_written_before_a_field_was_added() -> None:
     older = read((FOLDER / "event.load_failed.msgpack").read_bytes(), MSGPACK)
     del older["duration"]
     decoded = decode(pack(older))
-    assert decoded == example(WIRE_NAMES["event.load_failed"], older)
+    assert decoded == example(KINDS["event.load_failed"], older)
     assert without_what_was_added(read(encode(decoded), MSGPACK), older) == older
 
 
@@ -88,7 +87,7 @@ def test_the_script_writes_what_is_missing_and_nothing_else(golden_elsewhere: Pa
     kept.write_bytes(b"old")
     written = write()
     assert kept.read_bytes() == b"old"
-    assert sorted([*written, kept.name]) == sorted(f"{kind}{suffix}" for kind in WIRE_NAMES for suffix in TYPES)
+    assert sorted([*written, kept.name]) == sorted(f"{kind}{suffix}" for kind in KINDS for suffix in TYPES)
     assert write() == []
 
 
@@ -99,7 +98,7 @@ def golden_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_both_forms_of_a_kind_say_the_same() -> None:
-    for kind in WIRE_NAMES:
+    for kind in KINDS:
         both = [decode((FOLDER / f"{kind}{suffix}").read_bytes(), TYPES[suffix]) for suffix in TYPES]
         assert repr(both[0]) == repr(both[1])
         assert {MSGPACK, JSON} == set(SUFFIXES)

@@ -572,7 +572,7 @@ def public(cls: type) -> dict[str, Any]:
     return {name: value for name, value in inspect.getmembers(cls) if not name.startswith("_")}
 
 
-INSIDE = {"attach", "finish_get", "scan_page"}
+INSIDE = {"attach", "detach", "finish_get", "scan_page"}
 """What `Cache` offers to `SyncCache`, and to nobody else."""
 
 
@@ -607,7 +607,7 @@ async def first_key(cache: Cache) -> str:
 
 EVERY_CALL: dict[str, Call] = {
     **{name: partial(lambda call, cache: call(cache, "key"), call) for name, call in KEY_METHODS.items()},
-    "scan": lambda cache: first_key(cache),
+    "scan": first_key,
     "delete_pattern": lambda cache: cache.delete_pattern("*"),
     "invalidate_tags": lambda cache: cache.invalidate_tags("tag"),
     "clear": lambda cache: cache.clear(),

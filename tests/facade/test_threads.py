@@ -330,7 +330,7 @@ def python(code: str, timeout: float = 10.0) -> subprocess.CompletedProcess[str]
     """Run `code` in a new interpreter. It hangs no longer than `timeout` seconds, loosely."""
     header = "import asyncio, os, sys, threading\nfrom cachebus import *\n"
     return subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", header + code],
+        [sys.executable, "-W", "error", "-c", header + code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

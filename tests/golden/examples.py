@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from cachebus.bus.codec import JSON, MSGPACK, VERSION
-from cachebus.messages import Message
+from cachebus.messages import WIRE_NAMES, Message
 
 FOLDER = Path(__file__).parent / f"v{VERSION}"
 SUFFIXES = {MSGPACK: ".msgpack", JSON: ".json"}
+
+KINDS = {name: cls for name, cls in WIRE_NAMES.items() if cls.__module__.startswith("cachebus.")}
+"""Every kind of message that is on the wire: not those that tests make for themselves."""
 
 VALUE: dict[str, Any] = {
     "nothing": None,

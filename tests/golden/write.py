@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from cachebus.bus.codec import encode
-from cachebus.messages import WIRE_NAMES
 
-from .examples import FOLDER, SUFFIXES, example
+from .examples import FOLDER, KINDS, SUFFIXES, example
 
 
 def write() -> list[str]:
     """The names of the files that were missing and now are there."""
     FOLDER.mkdir(exist_ok=True)
     written: list[str] = []
-    for kind, cls in WIRE_NAMES.items():
+    for kind, cls in KINDS.items():
         for content_type, suffix in SUFFIXES.items():
             file = FOLDER / f"{kind}{suffix}"
             if not file.exists():
