@@ -76,7 +76,7 @@ class Cell:
         self._actor: Actor | None = None
         self._deferred: set[Deferred] = set()
         self._wake: Port | None = None
-        self._crash: BaseException | None = None
+        self._crash: Exception | None = None
         self.stopping = False
         self._stopped = False
         self._ended: CacheError | None = None
@@ -370,13 +370,16 @@ class Cell:
 
     def _crashed(self, error: BaseException, envelope: Envelope | None = None) -> None:
         """End this life. The message goes to the next one if it may be done twice and was not tried before."""
-        self._crash = error
+        # A KeyboardInterrupt is its thread's; to the actor, whose state may be torn, it is a crash like any other.
+        self._crash = error if isinstance(error, Exception) else RuntimeError(f"broken off by {type(error).__name__}")
         self._inline.clear()
         if envelope is not None:
             message = envelope.message
             if isinstance(message, Request) and message.IDEMPOTENT and not envelope.attempts:
                 envelope.attempts += 1
                 self._mailbox.appendleft(envelope)
+                if self._ended is not None:
+                    self._refuse_mail(self._ended)
             else:
                 self._answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
         self._wake_up()

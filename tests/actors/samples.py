@@ -64,6 +64,11 @@ class Crash(Request[Number]):
     pass
 
 
+@message("test.interrupt")
+class Interrupt(Request[Number]):
+    pass
+
+
 @message("test.shrug")
 class Shrug(Request[Number]):
     pass
@@ -151,6 +156,9 @@ class Clerk(Actor):
 
     def on_crash(self, request: Crash) -> Number:
         raise RuntimeError("a bug")
+
+    def on_interrupt(self, request: Interrupt) -> Number:
+        raise KeyboardInterrupt
 
     def on_shrug(self, request: Shrug) -> Number:
         return None  # type: ignore[return-value]

@@ -32,6 +32,7 @@ from .samples import (
     Crash,
     Desk,
     Drop,
+    Interrupt,
     Number,
     Park,
     Plain,
@@ -283,6 +284,15 @@ async def test_a_thread_whose_request_crashes_the_actor_is_answered_too(
     desk.crashes_left = 1
     reply = await anyio.to_thread.run_sync(lambda: bus.request_blocking(CLERK, Again(5), T))
     assert reply == Number(5)
+
+
+async def test_a_keyboard_interrupt_in_a_turn_is_its_callers_and_a_new_life_begins(bus: LocalBus, desk: Desk) -> None:
+    async with Supervisor(bus) as supervisor:
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+        with pytest.raises(KeyboardInterrupt):
+            await bus.request(CLERK, Interrupt(), T)
+        assert await bus.request(CLERK, Plain(1), T) == Number(1)
+    assert desk.lives == 2
 
 
 # Stopping
