@@ -90,7 +90,7 @@ class Node:
     def forked(self) -> None:
         """Become unusable in the child of a fork."""
         self.supervisor.forked()
-        self.bus.close()
+        self.bus.forked()
 
     def _build_store(self, backend: BackendSettings) -> InlineStore | BatchStore:
         from .stores import build_store  # Not before a node is opened: it brings pydantic with it.

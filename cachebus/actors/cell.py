@@ -202,6 +202,7 @@ class Cell:
         self._token[:] = [_TOKEN]
         self._mailbox.clear()
         self._deferred.clear()
+        self.alarm = Alarm(self.clock)  # Another thread may have held the lock of the old one.
         self.end(CacheClosed("this process was forked after the cache was opened; open it again in the child"))
 
     # Turns

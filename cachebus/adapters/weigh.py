@@ -44,7 +44,7 @@ def estimate_size(value: Any) -> int:
 
 
 def _parts(current: Any) -> Iterable[Any]:
-    kind: Any = type(current)
+    kind = current.__class__
     if issubclass(kind, dict):
         yield from current.keys()
         yield from current.values()

@@ -80,8 +80,9 @@ class LocalBus:
 
     async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
         if reply is None or type(reply) is Deferred:
+            recipient = self.recipient(address)
             port = open_port()
-            self._hand_over(self.recipient(address), message, timeout, reply, port)
+            self._hand_over(recipient, message, timeout, reply, port)
             reply = await port.wait(timeout, too_late(address, timeout))
         return cast("R", settled(reply))
 
@@ -118,6 +119,12 @@ class LocalBus:
             self._closed = True
             self._recipients.clear()
         self.audience.close()
+
+    def forked(self) -> None:
+        """Be closed in the child of a fork, whose other threads stayed behind, with the locks that they held."""
+        self._guard = threading.Lock()
+        self.audience.forked()
+        self.close()
 
     def _hand_over(self, recipient: Recipient, message: Message, timeout: float, reply: Any, port: Port) -> None:
         if reply is None:

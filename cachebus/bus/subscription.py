@@ -170,6 +170,11 @@ class Audience:
         for subscription in self._subscriptions:
             subscription.close()
 
+    def forked(self) -> None:
+        """Forget the listeners, and a lock that nobody in this process will release."""
+        self._guard = threading.Lock()
+        self._arrange(())
+
     def _drop(self, subscription: Subscription) -> None:
         with self._guard:
             self._arrange(tuple(each for each in self._subscriptions if each is not subscription))
