@@ -19,7 +19,8 @@ class Alarm:
         self._clock = clock
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self._guard = threading.Lock()
+        # Reentrant, because a finalizer that runs while it is held may write to the cache, and so set an alarm.
+        self._guard = threading.RLock()
         self._changed: Port | None = None
 
     def set(self, delay: float, ring: Callable[[], None]) -> Callable[[], None]:

@@ -138,7 +138,7 @@ class Cell:
     def obstacle_to_blocking(self) -> str | None:
         if not self._token and on_this_stack(_TURN_CODES, self):
             return "it was called from inside a turn of this very actor, by a weigher, a finalizer or the like"
-        if (self._handlers.waiting or self._handlers.batch or not self._inline) and in_event_loop():
+        if not self._ended and (self._handlers.waiting or self._handlers.batch or not self._inline) and in_event_loop():
             return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
         return None
 
@@ -170,6 +170,8 @@ class Cell:
                 self._wake = wake = open_port()
                 took = await self._take_turns()
                 if self._crash is not None:
+                    for deferred in tuple(self._deferred):  # What this life has parked, no other knows.
+                        deferred.answer(Failed.of(ActorFailed(address=self.address, reason=type(self._crash).__name__)))
                     raise self._crash
                 if self._stopped:
                     return
@@ -348,7 +350,7 @@ class Cell:
         if envelope.port is not None:
             envelope.port.answer(reply)
         elif isinstance(reply, Failed):
-            wire_name = envelope.message.WIRE_NAME
+            wire_name = getattr(envelope.message, "WIRE_NAME", type(envelope.message).__name__)
             self.emit(DeadLetter(address=self.address, wire_name=wire_name, reason=reply.detail))
 
     def _refuse_mail(self, error: CacheError) -> None:

@@ -49,7 +49,8 @@ class RestartPolicy:
         """Seconds to wait before restarting after the `crashes`-th crash of a window."""
         if crashes <= 1:
             return 0.0
-        return chance.uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** (crashes - 2)))
+        # The exponent has a bound, because 2.0 ** 1024 is an OverflowError.
+        return chance.uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(crashes - 2, 100)))
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class _Charge:
     done: anyio.Event = field(default_factory=anyio.Event)
     alarm_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     pause_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    lives_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
 
 
 class Supervisor:
@@ -157,15 +159,24 @@ class Supervisor:
         self._charges[address].cell.post(Envelope(message))
 
     def _discard(self, charge: _Charge) -> None:
-        self.bus.withdraw(charge.cell.address)
-        self._charges.pop(charge.cell.address, None)
+        # Who was discarded before may have a successor at the address by now.
+        if self._charges.get(charge.cell.address) is charge:
+            self.bus.withdraw(charge.cell.address)
+            del self._charges[charge.cell.address]
         charge.cell.end(CacheClosed(f"{charge.cell.address} was stopped"))
+        # What has outlasted the grace gives up its turn, and the request in it is answered too.
+        charge.lives_scope.cancel()
 
     async def _supervise(self, charge: _Charge, *, task_status: TaskStatus[None]) -> None:
         assert self._tasks is not None
         self._tasks.start_soon(self._ring, charge)
         try:
-            await self._lives(charge, task_status)
+            with charge.lives_scope:
+                await self._lives(charge, task_status)
+        except BaseException:
+            # Cancelled with what is around it: nobody will take a turn here, so nobody shall wait for one.
+            charge.cell.end(CacheClosed(f"{charge.cell.address} was stopped"))
+            raise
         finally:
             charge.alarm_scope.cancel()
             charge.done.set()
@@ -187,6 +198,7 @@ class Supervisor:
                 actor.ctx = cell
                 await actor.on_start()
                 if not started:
+                    actor.handlers()  # A class whose handlers are wrong is the starter's error, and no crash.
                     started = True
                     task_status.started()
                     cell.emit(ActorStarted(address=cell.address))
@@ -205,7 +217,7 @@ class Supervisor:
                     await self._farewell(cell, actor)
             now = clock.monotonic()
             crashes.append(now)
-            while crashes[0] <= now - self.policy.window:
+            while crashes[0] < now - self.policy.window:
                 crashes.popleft()
             cell.restarts += 1
             if len(crashes) > self.policy.max_restarts:

@@ -35,7 +35,7 @@ class Deadlines:
 
     def watch(self, port: Watched, timeout: float, late: Callable[[], Any]) -> Bucket:
         """Answer `port` with `late()` after `timeout` seconds, unless it is taken out of the bucket returned."""
-        tick = int((self.loop.time() + timeout) / TICK) + 1
+        tick = int((self.loop.time() + min(timeout, threading.TIMEOUT_MAX)) / TICK) + 1  # An infinite one has no tick.
         bucket = self._buckets.get(tick)
         if bucket is None:
             bucket = self._buckets[tick] = {}

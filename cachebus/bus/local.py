@@ -73,7 +73,8 @@ class LocalBus:
         check_budget(address, timeout)
         reply = self.recipient(address).turn(type(message))(message)
         self._turns_left -= 1
-        if self._turns_left <= 0:
+        # Not with something still to be handed over: cancelled here, it would be lost. That waits in any case.
+        if self._turns_left <= 0 and reply is not None and type(reply) is not Deferred:
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
         return await self.finish(address, message, reply, timeout)
@@ -94,7 +95,8 @@ class LocalBus:
     def finish_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
         if reply is None or type(reply) is Deferred:
             recipient = self.recipient(address)
-            if (obstacle := recipient.obstacle_to_blocking()) is not None:
+            # A reply that was given already, as after a crash, is nothing to wait for.
+            if (reply is None or reply.waiting) and (obstacle := recipient.obstacle_to_blocking()) is not None:
                 raise CacheError(f"a blocking call to {address} would wait for itself: {obstacle}")
             port = ThreadPort()
             self._hand_over(recipient, message, timeout, reply, port)

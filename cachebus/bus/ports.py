@@ -130,7 +130,7 @@ class ThreadPort:
     def wait(self, timeout: float | None = None, late: Callable[[], Any] = lambda: None) -> Any:
         """Wait for the answer; after `timeout` seconds the answer is `late()`."""
         try:
-            return self._answers.get(timeout=timeout)
+            return self._answers.get(timeout=None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         except queue.Empty:
             return late()
         finally:

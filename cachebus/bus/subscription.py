@@ -137,7 +137,7 @@ class Audience:
         """Call `watcher` now and whenever `kinds` changes."""
         with self._guard:
             self._watchers = (*self._watchers, watcher)
-        watcher()
+            watcher()  # With the lock, or what it saw may be older than what a subscriber tells it meanwhile.
 
     def unwatch(self, watcher: Callable[[], None]) -> None:
         """Call `watcher` no more. Harmless if it is not called."""
@@ -192,14 +192,16 @@ class Audience:
 
 
 def event_kinds(what: tuple[EventKind | str, ...]) -> frozenset[EventKind]:
-    """The kinds of events that `what` names: classes, or globs over the part of the wire name after `event.`; all if
-    `what` is empty. Raises `ValueError` for a glob that matches none."""
+    """The kinds of events that `what` names: classes, which stand for those that inherit from them too, or globs over
+    the part of the wire name after `event.`; all if `what` is empty. Raises `ValueError` for what names none."""
     known = {name.removeprefix("event."): kind for name, kind in WIRE_NAMES.items() if issubclass(kind, Event)}
     chosen: set[EventKind] = set()
     for each in what or ("*",):
         if not isinstance(each, str):
-            chosen.add(each)
-        elif found := [kind for name, kind in known.items() if fnmatch.fnmatchcase(name, each.removeprefix("event."))]:
+            found = [kind for kind in known.values() if issubclass(kind, each)]
+        else:
+            found = [kind for name, kind in known.items() if fnmatch.fnmatchcase(name, each.removeprefix("event."))]
+        if found:
             chosen.update(found)
         else:
             raise ValueError(f"no kind of event is called {each!r}; there are {', '.join(sorted(known))}")
