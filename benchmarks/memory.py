@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import itertools
 import random
 import warnings
 from threading import RLock
@@ -23,9 +24,12 @@ TTL = 1000.0
 
 
 def request_keys(count: int = 20_000) -> list[str]:
-    """Keys that are there, in a random order, as objects of their own as an application would have."""
+    """Keys that are there, with the popularity that caches meet (Zipf, exponent 0.99), each an object of its own as an
+    application would have it."""
     chance = random.Random(7)
-    return [f"user:{chance.randrange(ENTRIES)}" for _ in range(count)]
+    ranks = chance.sample(range(ENTRIES), ENTRIES)
+    weights = list(itertools.accumulate(1 / rank**0.99 for rank in range(1, ENTRIES + 1)))
+    return [f"user:{number}" for number in chance.choices(ranks, cum_weights=weights, k=count)]
 
 
 def all_keys() -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port
+from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, ThreadPort, Turn, in_event_loop, open_port
 from cachebus.messages import (
     ActorFailed,
     BadMessage,
@@ -64,6 +64,7 @@ class Cell:
         self.overloaded = 0
         self.restarts = 0
         self.emitter = emitter
+        self.emit = emitter.emit
         self.clock = clock
         self.audience = emitter.audience
         self.deadline: float | None = None
@@ -130,10 +131,7 @@ class Cell:
             self.overloaded += 1
             self._answer(envelope, Overloaded(address=self.address, capacity=self.capacity))
             return
-        self._mailbox.append(envelope)
-        self._serve_mail()
-        if self._ended is not None:
-            self._refuse_mail(self._ended)
+        self._take_in(envelope)
 
     def obstacle_to_blocking(self) -> str | None:
         if not self._token and on_this_stack(_TURN_CODES, self):
@@ -144,16 +142,14 @@ class Cell:
 
     # For the actor: the context
 
-    def emit(self, event: Any) -> None:
-        self.emitter.emit(event)
-
     def defer(self) -> Deferred:
         deferred = Deferred(self._deferred.discard)
         self._deferred.add(deferred)
         return deferred
 
     def send_after(self, delay: float, message: Message) -> Callable[[], None]:
-        return self.alarm.set(delay, lambda: self.post(Envelope(message)))
+        # Whatever the mailbox holds: an actor that is not told what it waits for waits for it for ever.
+        return self.alarm.set(delay, lambda: self._take_in(Envelope(message)))
 
     # For the supervisor
 
@@ -209,9 +205,16 @@ class Cell:
 
     # Turns
 
-    def _serve_mail(self) -> None:
+    def _take_in(self, envelope: Envelope) -> None:
+        self._mailbox.append(envelope)
+        # A thread that blocks goes on until its own is served: it may be the one whose loop the actor's task needs.
+        self._serve_mail(1 << 62 if isinstance(envelope.port, ThreadPort) else _COMBINE)
+        if self._ended is not None:
+            self._refuse_mail(self._ended)
+
+    def _serve_mail(self, most: int = _COMBINE) -> None:
         """Serve the mailbox on this stack as far as plain handlers go, and leave the rest to the task."""
-        for _ in range(_COMBINE):
+        for _ in range(most):
             if not self._mailbox or not self._inline:
                 break
             try:
@@ -392,7 +395,6 @@ class Cell:
             wake.answer(None)
 
 
-_TURN_CODES = {
-    *(each.__code__ for name, each in vars(Cell).items() if name in ("_serve_mail", "_take_turns")),
-    *(each for each in Cell.turn.__code__.co_consts if hasattr(each, "co_code")),
+_TURN_CODES = {vars(Cell)[name].__code__ for name in ("_serve_mail", "_take_turns")} | {
+    each for each in Cell.turn.__code__.co_consts if hasattr(each, "co_code")
 }

@@ -146,6 +146,14 @@ class Supervisor:
                 charge.cell.stop()
                 charge.pause_scope.cancel()
                 await charge.done.wait()
+        # Whoever outlasted the grace does not take it from the others: they have as long again, all at once.
+        others = [each for each in charges if not each.done.is_set()][1:]
+        for charge in others:
+            charge.cell.stop()
+            charge.pause_scope.cancel()
+        with anyio.move_on_after(self.grace):
+            for charge in others:
+                await charge.done.wait()
         for charge in charges:
             self._discard(charge)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import AsyncIterator
+from types import FrameType
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -87,3 +91,34 @@ async def test_clearing_calls_everything_off(alarm: Alarm, clock: ManualClock) -
     clock.advance(5.0)
     await wait_all_tasks_blocked()
     assert rung == []
+
+
+def test_a_finalizer_that_sets_an_alarm_while_one_is_being_set_does_not_wait_for_itself() -> None:
+    alarm = Alarm(ManualClock())
+    finalized = 0
+
+    def finalize(frame: FrameType, what: str, argument: Any) -> Any:
+        """Called before each line of `Alarm.set`, as a finalizer may be."""
+        nonlocal finalized
+        if frame.f_code is not Alarm.set.__code__:
+            return None
+        if what == "line":
+            sys.settrace(None)
+            finalized += 1
+            alarm.set(1.0, lambda: None)
+            sys.settrace(finalize)
+        return finalize
+
+    def set_one() -> None:
+        sys.settrace(finalize)
+        try:
+            alarm.set(1.0, lambda: None)
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=set_one, daemon=True)
+    thread.start()
+    thread.join(10.0)
+    assert not thread.is_alive()
+    assert finalized > 3
+    assert len(alarm) == finalized + 1

@@ -11,7 +11,7 @@ import anyio.to_thread
 import pytest
 from anyio import wait_all_tasks_blocked
 
-from cachebus.actors import Cell, Supervisor
+from cachebus.actors import Cell, RestartPolicy, Supervisor
 from cachebus.bus import Envelope, LocalBus, ThreadPort
 from cachebus.messages import (
     ActorFailed,
@@ -20,7 +20,10 @@ from cachebus.messages import (
     CacheError,
     CacheKeyError,
     CacheTimeoutError,
+    DeadLetter,
     Failed,
+    Missing,
+    NoSuchActor,
     Overloaded,
 )
 
@@ -500,3 +503,119 @@ def test_threads_without_a_loop_are_never_in_each_others_turn() -> None:
         thread.join()
     assert len(desk.handled) == 16 * 500
     assert desk.overlaps == 0
+
+
+# What is parked, what is garbage, and who asks at the wrong moment
+
+
+async def test_what_is_parked_when_the_actor_crashes_is_answered(
+    bus: LocalBus, supervisor: Supervisor, desk: Desk
+) -> None:
+    await supervisor.start(CLERK, lambda: Clerk(desk))
+    answers: list[Any] = []
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(outcome, bus.request(CLERK, Park(), T), answers)
+        await wait_all_tasks_blocked()
+        await outcome(bus.request(CLERK, Crash(), T), answers)
+    assert [type(answer) for answer in answers] == [ActorFailed] * 4
+    assert await bus.request(CLERK, Unpark(), T) == Number(0)
+
+
+@pytest.mark.parametrize("garbage", ["text", None, object(), Missing()], ids=lambda each: type(each).__name__)
+async def test_what_is_no_request_is_a_bad_message_and_no_crash(
+    bus: LocalBus, supervisor: Supervisor, desk: Desk, garbage: Any
+) -> None:
+    await supervisor.start(CLERK, lambda: Clerk(desk))
+    with pytest.raises(BadMessage, match=r"Clerk at test\.clerk has no handler of " + type(garbage).__name__):
+        await bus.request(CLERK, garbage, T)
+    with bus.subscribe(DeadLetter) as letters:
+        bus.send(CLERK, garbage)
+        with anyio.fail_after(T):
+            letter = await anext(letters)
+    assert isinstance(letter, DeadLetter)
+    assert "has no handler of" in letter.reason
+    assert await bus.request(CLERK, Plain(1), T) == Number(1)
+    assert desk.lives == 1
+
+
+async def test_who_asks_while_everything_is_cancelled_is_told_at_once(
+    bus: LocalBus, desk: Desk, inline_turns: bool
+) -> None:
+    answers: list[Any] = []
+    with anyio.CancelScope() as scope:
+        async with Supervisor(bus, inline_turns=inline_turns) as supervisor:
+            await supervisor.start(CLERK, lambda: Clerk(desk))
+            try:
+                scope.cancel()
+                await anyio.sleep_forever()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await wait_all_tasks_blocked()
+                    await outcome(bus.request(CLERK, Plain(1), T), answers)
+    assert [type(answer) for answer in answers] == [CacheClosed]
+
+
+async def test_threads_that_ask_while_the_actor_stops_are_all_answered(
+    bus: LocalBus, desk: Desk, inline_turns: bool
+) -> None:
+    outcomes: list[type[Any]] = []
+
+    def ask() -> None:
+        while True:
+            try:
+                outcomes.append(type(bus.request_blocking(CLERK, Plain(1), T)))
+            except CacheError as error:
+                outcomes.append(type(error))
+                return
+
+    async with anyio.create_task_group() as group, Supervisor(bus, inline_turns=inline_turns) as supervisor:
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+        for _ in range(8):
+            group.start_soon(anyio.to_thread.run_sync, ask)
+        while len(desk.handled) < 100:
+            await anyio.lowlevel.checkpoint()
+    assert set(outcomes) <= {Number, CacheClosed, NoSuchActor}
+    assert len(desk.handled) == outcomes.count(Number)
+    assert len(outcomes) - outcomes.count(Number) == 8
+
+
+async def test_threads_that_ask_while_the_actor_crashes_are_all_answered_once(
+    bus: LocalBus, desk: Desk, inline_turns: bool
+) -> None:
+    answers: list[Any] = []
+
+    def ask(base: int) -> None:
+        for number in range(base, base + 100):
+            try:
+                kind = Crash() if number % 50 == 7 else Again(number) if number % 2 else Plain(number)
+                answers.append(bus.request_blocking(CLERK, kind, T))
+            except ActorFailed as error:
+                answers.append(error)
+
+    patient = RestartPolicy(max_restarts=100, backoff=1e-9)
+    async with (
+        Supervisor(bus, inline_turns=inline_turns, policy=patient) as supervisor,
+        anyio.create_task_group() as group,
+    ):
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+        for base in range(0, 800, 100):
+            group.start_soon(anyio.to_thread.run_sync, ask, base)
+    assert len(answers) == 800
+    assert sum(isinstance(answer, ActorFailed) for answer in answers) == 16
+    assert sorted(desk.handled) == [number for number in range(800) if number % 50 != 7]
+    assert desk.overlaps == 0
+    assert (desk.lives, desk.stopped) == (17, 17)
+
+
+async def test_a_full_mailbox_takes_what_the_actor_sends_itself(bus: LocalBus, desk: Desk, inline_turns: bool) -> None:
+    async with Supervisor(bus, inline_turns=inline_turns, capacity=1) as supervisor:
+        cell = await supervisor.start(CLERK, lambda: Clerk(desk))
+        async with anyio.create_task_group() as group:
+            for message in (Slow(0), Plain(1)):
+                group.start_soon(bus.request, CLERK, message, T)
+                await wait_all_tasks_blocked()
+            cell.send_after(0.0, Plain(2))
+            await wait_all_tasks_blocked()
+            desk.gate.set()
+    assert desk.handled == [0, 1, 2]

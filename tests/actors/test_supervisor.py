@@ -27,7 +27,7 @@ from cachebus.messages import (
 from tests.clock import ManualClock
 
 from .conftest import CLERK
-from .samples import Again, Clerk, Crash, Desk, Number, Plain
+from .samples import Again, Clerk, Crash, Desk, Number, Plain, Slow
 
 pytestmark = pytest.mark.anyio
 T = 20.0
@@ -256,3 +256,117 @@ async def test_a_crash_is_logged_with_its_traceback(
         await bus.request(CLERK, Plain(1), T)
     assert "actor test.clerk crashed" in caplog.text
     assert "on_crash" in caplog.text
+
+
+async def test_a_class_whose_handlers_are_wrong_is_its_starters_error_and_no_crash(bus: LocalBus) -> None:
+    class Undecided(Actor):
+        def on_one(self, request: Plain) -> Number:
+            raise NotImplementedError
+
+        def on_two(self, request: Plain) -> Number:
+            raise NotImplementedError
+
+    with bus.subscribe("actor_*") as events:
+        async with Supervisor(bus) as supervisor:
+            with pytest.raises(TypeError, match="two handlers of Plain"):
+                await supervisor.start(CLERK, Undecided)
+            with pytest.raises(NoSuchActor):
+                bus.recipient(CLERK)
+        assert len(events) == 0
+
+
+@pytest.mark.parametrize("window", [0.0, 1e-9, 1e9])
+async def test_a_window_of_any_length_lets_an_actor_begin_anew(bus: LocalBus, desk: Desk, window: float) -> None:
+    async with Supervisor(bus, policy=RestartPolicy(window=window)) as supervisor:
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+        await crash(bus)
+        assert await bus.request(CLERK, Plain(1), T) == Number(1)
+
+
+async def test_a_crash_counts_until_the_window_has_passed(bus: LocalBus, clock: ManualClock, desk: Desk) -> None:
+    async with Supervisor(bus, policy=RestartPolicy(max_restarts=1, window=10.0)) as supervisor:
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+        await crash(bus)
+        assert await bus.request(CLERK, Plain(1), T) == Number(1)
+        clock.advance(9.999)
+        await crash(bus)
+        with pytest.raises(ActorFailed, match="2 crashes"):
+            await bus.request(CLERK, Plain(2), T)
+
+
+def test_the_pause_after_very_many_crashes_is_still_a_number() -> None:
+    assert 0.0 <= RestartPolicy().pause(10**6, random.Random(1)) <= 5.0
+
+
+async def test_an_actor_that_is_stopped_alone_and_does_not_end_is_left_and_its_request_answered(
+    bus: LocalBus, desk: Desk
+) -> None:
+    answers: list[object] = []
+    async with Supervisor(bus, grace=0.05) as supervisor, anyio.create_task_group() as group:
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+
+        async def ask() -> None:
+            with pytest.raises(CacheClosed) as caught:
+                await bus.request(CLERK, Slow(1), T)
+            answers.append(caught.value)
+
+        group.start_soon(ask)
+        await wait_all_tasks_blocked()
+        await supervisor.stop(CLERK)
+        await wait_all_tasks_blocked()
+        assert len(answers) == 1
+        assert desk.stopped == 1
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+        assert await bus.request(CLERK, Plain(2), T) == Number(2)
+    assert desk.handled == [2]
+    assert desk.stopped == 2
+
+
+async def test_two_who_stop_an_actor_leave_its_successor_alone(bus: LocalBus, desk: Desk) -> None:
+    async with Supervisor(bus) as supervisor:
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+
+        async def replace() -> None:
+            await supervisor.stop(CLERK)
+            await supervisor.start(CLERK, lambda: Clerk(desk))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(replace)
+            group.start_soon(supervisor.stop, CLERK)
+        assert await bus.request(CLERK, Plain(1), T) == Number(1)
+    assert desk.stopped == desk.lives == 2
+
+
+async def test_each_life_is_stopped_once_however_it_ended(bus: LocalBus, desk: Desk) -> None:
+    stopped: list[int] = []
+
+    class Numbered(Clerk):
+        def __init__(self, desk: Desk) -> None:
+            super().__init__(desk)
+            self.life = desk.lives
+
+        async def on_stop(self) -> None:
+            stopped.append(self.life)
+
+    async with Supervisor(bus) as supervisor:
+        await supervisor.start(CLERK, lambda: Numbered(desk))
+        await crash(bus)
+        assert await bus.request(CLERK, Plain(1), T) == Number(1)
+        assert stopped == [1]
+    assert stopped == [1, 2]
+
+
+async def test_one_that_hangs_does_not_keep_the_others_from_stopping_in_order(bus: LocalBus, desk: Desk) -> None:
+    hanging = Desk()
+    with bus.subscribe(ActorStopped) as events:
+        async with anyio.create_task_group() as group, Supervisor(bus, grace=0.05) as supervisor:
+            await supervisor.start(CLERK, lambda: Clerk(desk))
+            await supervisor.start(Address("test.hanging"), lambda: Clerk(hanging))
+            group.start_soon(_ask_in_vain, bus, Address("test.hanging"))
+            await wait_all_tasks_blocked()
+        assert [event.address for event in [events.next(0.0)] if isinstance(event, ActorStopped)] == [CLERK]
+
+
+async def _ask_in_vain(bus: LocalBus, address: Address) -> None:
+    with pytest.raises(CacheClosed):
+        await bus.request(address, Slow(1), T)

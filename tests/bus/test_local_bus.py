@@ -11,15 +11,20 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from cachebus.actors import Actor, Supervisor
+from cachebus.actors import Actor, RestartPolicy, Supervisor
 from cachebus.bus import TURNS_PER_CHECKPOINT, Address, LocalBus
 from cachebus.messages import (
+    ActorFailed,
     AddressInUse,
     CacheClosed,
     CacheError,
+    Counted,
     DeadLetter,
+    Delete,
+    Deleted,
     Found,
     Get,
+    Increment,
     Missing,
     NoSuchActor,
     Reply,
@@ -209,3 +214,65 @@ async def test_a_bus_says_in_its_repr_whom_it_serves(bus: LocalBus, supervisor: 
     assert repr(bus) == "<LocalBus 'test' serving nobody>"
     await supervisor.start(PLACE, Echo)
     assert repr(bus) == "<LocalBus 'test' serving test.place>"
+
+
+class Fragile(Echo):
+    """Plain handlers only, one of which crashes."""
+
+    def on_delete(self, request: Delete) -> Deleted:
+        raise RuntimeError("a bug")
+
+    def on_increment(self, request: Increment) -> Counted:
+        raise RuntimeError("a bug")
+
+
+async def test_a_blocking_caller_in_a_loop_whose_request_crashes_a_plain_actor_is_told_so(
+    bus: LocalBus, supervisor: Supervisor
+) -> None:
+    await supervisor.start(PLACE, Fragile)
+    with pytest.raises(ActorFailed, match="RuntimeError"):
+        bus.request_blocking(PLACE, Increment("k"), T)
+    assert await bus.request(PLACE, Get("k"), T) == Found("k")
+    # An idempotent one waits for the next life, which cannot begin while its loop is blocked.
+    with pytest.raises(CacheError, match="would stop the event loop"):
+        bus.request_blocking(PLACE, Delete("k"), T)
+    assert await bus.request(PLACE, Get("k"), T) == Found("k")
+
+
+async def test_a_blocking_caller_in_a_loop_is_told_that_an_actor_was_given_up(bus: LocalBus) -> None:
+    async with Supervisor(bus, policy=RestartPolicy(max_restarts=0)) as supervisor:
+        await supervisor.start(PLACE, Fragile)
+        with pytest.raises(ActorFailed):
+            await bus.request(PLACE, Increment("k"), T)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(ActorFailed, match="1 crashes"):
+            bus.request_blocking(PLACE, Get("k"), T)
+
+
+async def test_a_blocking_caller_in_a_loop_is_served_though_many_stand_before_it(
+    bus: LocalBus, supervisor: Supervisor
+) -> None:
+    echo, inside, go = Echo(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        echo.nested = None
+        inside.set()
+        go.wait(T)
+
+    echo.nested = hold
+    await supervisor.start(PLACE, lambda: echo)
+    thread = threading.Thread(target=bus.request_blocking, args=(PLACE, Get("long"), T))
+    thread.start()
+    inside.wait(T)
+    for number in range(300):
+        bus.send(PLACE, Get(str(number)))
+    go.set()
+    thread.join()
+    assert bus.request_blocking(PLACE, Get("k"), 0.2) == Found("k")
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+async def test_a_budget_may_be_as_large_as_one_likes(bus: LocalBus, supervisor: Supervisor, timeout: float) -> None:
+    await supervisor.start(PLACE, Patient)
+    assert await bus.request(PLACE, Get("k"), timeout) == Found("k")
+    assert await anyio.to_thread.run_sync(lambda: bus.request_blocking(PLACE, Get("k"), timeout)) == Found("k")

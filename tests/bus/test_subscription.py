@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import anyio.to_thread
 import pytest
 
 from cachebus.bus import Audience, Emitter, LocalBus
-from cachebus.messages import CacheDeleted, CacheHit, CacheMiss, CacheSet, Event
+from cachebus.messages import CacheDeleted, CacheHit, CacheMiss, CacheSet, Event, Get
 
 pytestmark = pytest.mark.anyio
 
@@ -185,3 +186,54 @@ def test_each_epoch_of_an_emitter_is_later_and_counts_anew() -> None:
         heard = [events.next() for _ in range(3)]
     assert [event.seq for event in heard if event] == [1, 2, 1]
     assert emitter.epoch > first
+
+
+def test_a_watcher_that_joins_while_somebody_subscribes_has_the_last_word_right() -> None:
+    audience = Audience()
+    wanted: list[frozenset[type[Event]]] = []
+    tried = threading.Event()
+
+    class Guard:
+        """The audience's lock, which tells when another thread comes to it."""
+
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if threading.current_thread() is subscriber:
+                tried.set()
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+            if threading.current_thread() is subscriber:
+                done.set()
+
+    done = threading.Event()
+    subscriber = threading.Thread(target=audience.subscribe, args=((CacheHit,), 10))
+    audience._guard = Guard()  # type: ignore[assignment]
+
+    def watch() -> None:
+        kinds = audience.kinds
+        if not wanted and subscriber.ident is None:
+            subscriber.start()
+            tried.wait(20.0)
+            if not audience._guard.lock.locked():  # type: ignore[attr-defined]
+                done.wait(20.0)
+        wanted.append(kinds)
+
+    audience.watch(watch)
+    subscriber.join()
+    assert wanted[-1] == {CacheHit}
+
+
+async def test_a_class_names_those_that_inherit_from_it(bus: LocalBus) -> None:
+    with bus.subscribe(Event) as everything, bus.subscribe() as named_nothing:
+        assert everything.kinds == named_nothing.kinds
+        bus.publish(CacheHit(key="k"))
+        assert len(everything) == 1
+
+
+async def test_a_class_that_no_event_is_of_is_refused(bus: LocalBus) -> None:
+    with pytest.raises(ValueError, match="no kind of event"):
+        bus.subscribe(Get)  # type: ignore[arg-type]
