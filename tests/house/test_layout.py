@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import subprocess
 import sys
@@ -185,3 +186,16 @@ def test_the_built_wheel_works_in_an_empty_environment(installed: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == version()
+
+
+def test_pytest_finds_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    """A pattern that keeps pytest out of the root's links must not keep it out of `tests/actors` too."""
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    hidden = [
+        str(folder)
+        for folder in folders
+        for pattern in pytestconfig.getini("norecursedirs")
+        if any(fnmatch.fnmatch(part, pattern) for part in folder.parts)
+    ]
+    assert len(folders) >= 6
+    assert hidden == []
