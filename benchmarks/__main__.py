@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from . import footprint, memory
+from . import footprint, memory, redis
 from .timing import Row
 
 console = Console(width=120)
@@ -55,14 +55,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--entries", type=int, default=1_000_000, help="entries of the memory benchmark")
     parser.add_argument(
-        "what", nargs="*", choices=["memory", "footprint", []], help="parts to run; all if none is named"
+        "what", nargs="*", choices=["memory", "footprint", "redis", []], help="parts to run; all if none is named"
     )
     options = parser.parse_args()
-    what = options.what or ["memory", "footprint"]
+    what = options.what or ["memory", "footprint", "redis"]
     console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     good = True
     if "memory" in what:
         good &= show(memory.rows())
+    if "redis" in what:
+        good &= show(redis.rows())
     if "footprint" in what:
         good &= show_footprint(options.entries)
     return 0 if good else 1

@@ -5,7 +5,7 @@ from .alarm import Alarm
 from .backend import STORE_REQUESTS, BackendActor
 from .cell import Cell
 from .context import Context
-from .ports import BatchStore, Capabilities, Gauges, InlineStore, Store
+from .ports import BatchStore, Capabilities, Gauges, InlineStore, PipelinedStore, Store
 from .supervisor import RestartPolicy, Supervisor
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Gauges",
     "Handlers",
     "InlineStore",
+    "PipelinedStore",
     "RestartPolicy",
     "Store",
     "Supervisor",

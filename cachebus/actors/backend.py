@@ -46,7 +46,7 @@ from cachebus.messages import (
 
 from .actor import Actor, Handlers, PlainHandler
 from .outcomes import Tally, facts
-from .ports import BatchStore, InlineStore, Store
+from .ports import BatchStore, InlineStore, PipelinedStore, Store
 
 STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
     Get,
@@ -75,7 +75,8 @@ class BackendActor(Actor):
     """Stands before a store and owns it: opens it, closes it, counts, and publishes what happened.
 
     Over an `InlineStore` every turn is plain, and the store's own verbs are the handlers: a read costs no call more
-    than the store's. Over a `BatchStore` everything that arrives during one round trip leaves with the next.
+    than the store's. Over a `BatchStore` everything that arrives during one round trip leaves with the next. Over a
+    `PipelinedStore` a turn ends when its batch is sent, and the next may be sent before its replies are there.
     """
 
     def __init__(self, store: InlineStore | BatchStore) -> None:
@@ -103,6 +104,10 @@ class BackendActor(Actor):
             table.plain[Clear] = self._clear(table.plain[Clear])
             table.plain[InvalidateTags] = self._invalidate_tags(table.plain[InvalidateTags])
             self._store.on_due = self._due
+        elif isinstance(self._store, PipelinedStore):
+            table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_pipelined))
+            # Another method is another batch.
+            table.batch.update(dict.fromkeys(self._store.apart, self._on_apart))
         else:
             table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_batch))
         return table
@@ -165,12 +170,35 @@ class BackendActor(Actor):
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert not isinstance(self._store, InlineStore)
         replies = await self._store.execute(batch)
+        self._account(batch, replies)
+        return replies
+
+    async def _on_pipelined(self, batch: Sequence[Request[Any]]) -> Deferred:
+        assert isinstance(self._store, PipelinedStore)
+        promise = self.ctx.defer()
+
+        def replied(replies: Sequence[Reply]) -> None:
+            self._account(batch, replies)
+            promise.answer(replies)
+
+        try:
+            await self._store.submit(batch, replied)
+        except BaseException:
+            promise.answer(())  # Nobody waits for it; the cell answers the batch.
+            raise
+        return promise
+
+    async def _on_apart(self, batch: Sequence[Request[Any]]) -> Deferred:
+        return await self._on_pipelined(batch)
+
+    def _account(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
+        """Count what came of a batch, and tell whoever listens."""
+        count, heard = self._tally.count, self.ctx.audience.kinds
         for request, reply in zip(batch, replies, strict=True):
-            self._tally.count(request, reply)
-            if self.ctx.audience.kinds:
+            count(request, reply)
+            if heard:
                 for event in facts(request, reply):
                     self.ctx.emit(event)
-        return replies
 
     # Events of an inline store
 

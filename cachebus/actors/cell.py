@@ -40,6 +40,7 @@ from cachebus.messages import (
 
 from .actor import Actor, BatchHandler, Handlers, PlainHandler
 from .alarm import Alarm
+from .batches import BatchPort, check_batch
 from .reentrancy import on_this_stack
 
 _TOKEN = object()
@@ -302,16 +303,17 @@ class Cell:
         self.deadline = min((each.deadline for each in envelopes if each.deadline is not None), default=None)
         try:
             replies = await handler([each.message for each in envelopes])
-            if len(replies) != len(envelopes):
-                raise TypeError(f"a batch of {len(envelopes)} messages got {len(replies)} replies")
-            for envelope, reply in zip(envelopes, replies, strict=True):
-                self._settle(envelope, reply)
+            if isinstance(replies, Deferred):
+                replies.attach(BatchPort(envelopes, self._answer, self._batch_crashed))
+            else:
+                check_batch(envelopes, replies)
+                for envelope, reply in zip(envelopes, replies, strict=True):
+                    self._settle(envelope, reply)
         except CacheError as error:
             for envelope in envelopes:
                 self._answer(envelope, error)
         except Exception as error:
-            for envelope in reversed(envelopes):
-                self._crashed(error, envelope)
+            self._batch_crashed(error, envelopes)
         except BaseException:
             for envelope in envelopes:
                 self._answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
@@ -385,6 +387,10 @@ class Cell:
             else:
                 self._answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
         self._wake_up()
+
+    def _batch_crashed(self, error: Exception, envelopes: list[Envelope]) -> None:
+        for envelope in reversed(envelopes):
+            self._crashed(error, envelope)
 
     def _wake_up(self) -> None:
         if (wake := self._wake) is not None:

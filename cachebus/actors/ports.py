@@ -16,8 +16,10 @@ __all__ = [
     "Clock",
     "Gauges",
     "InlineStore",
+    "PipelinedStore",
     "ReadListener",
     "RemovalListener",
+    "Replied",
     "Store",
     "WriteListener",
 ]
@@ -100,6 +102,28 @@ class BatchStore(Store, Protocol):
         What goes wrong with one operation is its own `Failed`; what goes wrong with all of them is raised.
         """
         ...
+
+
+Replied = Callable[[Sequence[Reply]], None]
+"""Told the replies of a batch, one an operation, in order; called once, on the store's event loop."""
+
+
+@runtime_checkable
+class PipelinedStore(BatchStore, Protocol):
+    """A batch store that can have several batches under way: the turn of its actor ends when a batch is sent.
+
+    `apart` are the kinds of requests that take many round trips: each goes in a batch of its own, so that nothing
+    else waits for it.
+    """
+
+    apart: frozenset[type[Request[Any]]]
+
+    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
+        """Send a batch, waiting while too many are under way. Batches take effect in the order of their submission.
+
+        Returns when it is sent, or answered already; then `replied` is called once, whatever happens, with what goes
+        wrong as `Failed`. Raises what goes wrong before anything was sent, and `replied` is not called.
+        """
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import contextlib
 import queue
 import threading
 from asyncio import AbstractEventLoop, _get_running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import anyio
@@ -137,7 +137,8 @@ class ThreadPort:
 class Deferred:
     """The promise of a reply that an actor gives later: its handler returns it, and the turn ends.
 
-    The actor calls `answer` when it knows; the bus attaches the port of whoever asked. Either may come first.
+    The actor calls `answer` when it knows; the bus attaches the port of whoever asked. Either may come first. The
+    promise of a batch is answered with a sequence of replies.
     """
 
     __slots__ = ("_guard", "_port", "_reply", "on_answer")
@@ -145,7 +146,7 @@ class Deferred:
     def __init__(self, on_answer: Callable[[Deferred], None] | None = None) -> None:
         self._guard = threading.Lock()
         self._port: Port | None = None
-        self._reply: Reply | None = None
+        self._reply: Reply | Sequence[Reply] | None = None
         self.on_answer = on_answer
 
     @property
@@ -153,7 +154,7 @@ class Deferred:
         """Whether somebody may still wait for the answer."""
         return self._reply is None and (self._port is None or self._port.waiting)
 
-    def answer(self, reply: Reply) -> None:
+    def answer(self, reply: Reply | Sequence[Reply]) -> None:
         """Give the answer, from any thread. Only the first call counts."""
         with self._guard:
             if self._reply is not None:

@@ -28,7 +28,7 @@ THIRD_PARTIES: Mapping[str, frozenset[str]] = {
     "bus/nats*": frozenset({"nats"}),
     "actors": frozenset({"anyio", "tenacity"}),
     "adapters": frozenset({"anyio"}),  # worker threads for blocking drivers
-    "adapters/redis*": frozenset({"redis", "hiredis"}),
+    "adapters/redis*": frozenset({"redis", "hiredis", "msgpack"}),
     "adapters/memcached*": frozenset({"pymemcache"}),
     "adapters/faiss*": frozenset({"faiss", "numpy"}),
     "adapters/embed*": frozenset({"numpy"}),
