@@ -15,6 +15,7 @@ from cachebus.testing.servers import run_redis
 from .timing import Bar, Contender, Row, measure_async
 
 KEYS = [f"user:{number}" for number in range(2_000)]
+ROUND = random.Random(7).choices(KEYS, k=5_000)
 SMALL, LARGE = 100, 10_000
 CALLERS = {1: 1_000, 10: 3_000, 100: 10_000, 1000: 20_000}
 """How many callers there are, and how many operations they share in a round."""
@@ -33,12 +34,12 @@ def by(callers: int, operation: Callable[[str], Awaitable[Any]]) -> Callable[[in
     """Work that `callers` tasks share, each waiting for one answer before it asks again."""
 
     async def work(operations: int) -> None:
-        async def caller(seed: int) -> None:
-            chance = random.Random(seed)
-            for key in chance.choices(KEYS, k=operations // callers):
+        async def caller(number: int) -> None:
+            first = number * 37 % len(KEYS)
+            for key in ROUND[first : first + operations // callers]:
                 await operation(key)
 
-        await asyncio.gather(*(caller(seed) for seed in range(callers)))
+        await asyncio.gather(*(caller(number) for number in range(callers)))
 
     return work
 

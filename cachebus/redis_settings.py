@@ -59,7 +59,7 @@ class RedisSettings(Options):
     """Our own certificate, as a PEM file, where the server asks for one."""
     tls_key_file: str | None = None
     """The key to our certificate, unencrypted, where it is not in the same file."""
-    window: AtLeastOne = 4
+    window: AtLeastOne = 8
     """How many batches may be under way on a connection."""
     max_connections: AtLeastOne = 2
     """How many connections there may be to one server: one takes all requests, the others walk over keys for `clear` and

@@ -84,6 +84,8 @@ class BackendActor(Actor):
         self._sweep_at = float("inf")
         self._call_off: Callable[[], None] | None = None
         self._tally = Tally()
+        if isinstance(store, PipelinedStore):
+            self.max_batch = store.max_batch
 
     def __repr__(self) -> str:
         return f"<BackendActor before {self._store!r}>"
@@ -193,10 +195,9 @@ class BackendActor(Actor):
 
     def _account(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
         """Count what came of a batch, and tell whoever listens."""
-        count, heard = self._tally.count, self.ctx.audience.kinds
-        for request, reply in zip(batch, replies, strict=True):
-            count(request, reply)
-            if heard:
+        self._tally.count_all(batch, replies)
+        if self.ctx.audience.kinds:
+            for request, reply in zip(batch, replies, strict=True):
                 for event in facts(request, reply):
                     self.ctx.emit(event)
 

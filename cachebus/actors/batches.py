@@ -48,4 +48,7 @@ class BatchPort:
             self._crashed(error, self._envelopes)
             return
         for envelope, reply in zip(self._envelopes, replies, strict=True):
-            self._answer_one(envelope, reply)
+            if envelope.port is not None:
+                envelope.port.answer(reply)
+            else:
+                self._answer_one(envelope, reply)

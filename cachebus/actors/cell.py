@@ -134,7 +134,9 @@ class Cell:
             self._answer(envelope, Overloaded(address=self.address, capacity=self.capacity))
             return
         self._mailbox.append(envelope)
-        self._serve_mail()
+        # With a message before this one, whoever posted that one serves or has woken the task, and sees this one after.
+        if len(self._mailbox) == 1:
+            self._serve_mail()
         if self._ended is not None:
             self._refuse_mail(self._ended)
 
@@ -325,14 +327,16 @@ class Cell:
         """`first` and what stands behind it for the same handler, in order, up to the actor's bounds."""
         actor = self._actor
         assert actor is not None
+        mailbox, handler_of = self._mailbox, self._handlers.batch.get
         envelopes = [first]
-        size = first.size
-        while self._mailbox and len(envelopes) < actor.max_batch and size < actor.max_batch_bytes:
-            following = self._mailbox[0]
-            if self._handlers.batch.get(type(following.message)) != handler:
+        size, now = first.size, self.clock.monotonic()
+        while mailbox and len(envelopes) < actor.max_batch and size < actor.max_batch_bytes:
+            following = mailbox[0]
+            found = handler_of(type(following.message))
+            if found is not handler and found != handler:
                 break
-            self._mailbox.popleft()
-            if self._worthwhile(following):
+            mailbox.popleft()
+            if self._worthwhile(following, now):
                 envelopes.append(following)
                 size += following.size
         return envelopes
@@ -366,9 +370,9 @@ class Cell:
             if envelope.message is not _STOP:
                 self._answer(envelope, error)
 
-    def _worthwhile(self, envelope: Envelope) -> bool:
+    def _worthwhile(self, envelope: Envelope, now: float | None = None) -> bool:
         """Whether to work on a message: not if its budget is spent, nor if the caller has gone, unless it invalidates."""
-        if envelope.deadline is not None and self.clock.monotonic() >= envelope.deadline:
+        if envelope.deadline is not None and (now or self.clock.monotonic()) >= envelope.deadline:
             self._answer(envelope, CacheTimeoutError("no turn was free", self.address, 0.0))
             return False
         return envelope.port is None or envelope.port.waiting or getattr(envelope.message, "INVALIDATES", False)

@@ -48,6 +48,7 @@ class RedisStore:
 
     name = BACKEND
     capabilities = Capabilities(patterns=True, compare_and_set=True, counters=True, max_value_bytes=VALUE_MAX)
+    max_batch = 64
     apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern})
 
     def __init__(
@@ -61,7 +62,7 @@ class RedisStore:
         service: str | None = None,
         sentinel_identity: Identity | None = None,
         default_ttl: float | None = None,
-        window: int = 4,
+        window: int = 8,
         max_connections: int = 2,
         connect_timeout: float = 1.0,
         health_check_interval: float | None = 2.0,
@@ -136,13 +137,20 @@ class RedisStore:
             self._walks.add(task)
             task.add_done_callback(self._walks.discard)
             return
+        connection = pool.up()
+        if connection is None or not connection.has_room:
+            connection = await self._ready(pool)
+        # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
         plan = Plan(batch, self._prefix, self._default_ttl)
-        if not plan.commands:
+        try:
+            data = plan.packed()
+        except UnicodeEncodeError:
+            plan = Plan(batch, self._prefix, self._default_ttl, careful=True)
+            data = plan.packed()
+        commands = plan.commands
+        if not commands:
             replied(plan.done())
             return
-        connection = await self._ready(pool)
-        commands = plan.commands
-        data = commands[0].packed() if len(commands) == 1 else b"".join([each.packed() for each in commands])
 
         def answered(replies: list[Any] | CacheError) -> None:
             if self._settle(connection, commands, replies, lambda: replied(plan.done())):

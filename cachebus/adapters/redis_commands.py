@@ -12,7 +12,7 @@ from cachebus.messages import CacheError, Failed, Found, FoundMany, Missing, Not
 from .redis_connection import Argument, pack_words
 from .redis_errors import in_doubt, translate
 from .redis_scripts import WRITE, Script
-from .redis_values import read
+from .redis_values import read_or_fail
 
 MISSING = Missing()
 
@@ -90,10 +90,7 @@ class Reads:
                 answer = MISSING
             else:
                 # Taken apart for each, so that no two callers share a list or a dict.
-                try:
-                    answer = read(raw, now)
-                except CacheError as error:
-                    answer = Failed.of(error)
+                answer = read_or_fail(raw, now)
             whole = replies[position]
             if whole is None:
                 replies[position] = answer
@@ -106,6 +103,31 @@ class Reads:
     def fail(self, error: CacheError) -> None:
         for position, _, _ in self._wants:
             self._replies[position] = Failed.of(error)
+
+
+class Gets:
+    """One `MGET` for a run of `Get`s that begins at `first`: `places` says which of its keys each wants."""
+
+    __slots__ = ("_first", "_keys", "_places", "_replies")
+
+    def __init__(self, replies: list[Any], first: int, keys: dict[str, int], places: list[int]) -> None:
+        self._replies = replies
+        self._first = first
+        self._keys = keys
+        self._places = places
+
+    def command(self) -> Command:
+        return Command(["MGET", *self._keys], next(iter(self._keys)), self.settle, self.fail)
+
+    def settle(self, reply: Any, now: float) -> None:
+        raws = reply if len(reply) == len(self._places) else [reply[place] for place in self._places]
+        self._replies[self._first : self._first + len(raws)] = [
+            MISSING if raw is None else read_or_fail(raw, now) for raw in raws
+        ]
+
+    def fail(self, error: CacheError) -> None:
+        count = len(self._places)
+        self._replies[self._first : self._first + count] = [Failed.of(error)] * count
 
 
 class Writes:

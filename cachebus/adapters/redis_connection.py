@@ -78,9 +78,14 @@ class RedisConnection(asyncio.Protocol):
 
     # For whoever sends
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another batch may be sent now."""
+        return len(self._in_flight) < self._window and not self._paused and self.lost is None
+
     async def room(self) -> None:
         """Wait until another batch may be sent. Raises `CacheConnectionError` once the connection is lost."""
-        while self.lost is None and (len(self._in_flight) >= self._window or self._paused):
+        while self.lost is None and not self.has_room:
             await self._change()
         if self.lost is not None:
             raise self.lost

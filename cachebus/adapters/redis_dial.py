@@ -57,7 +57,7 @@ class Dial:
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     timeout: float = 1.0
     silence: float | None = 2.0
-    window: int = 4
+    window: int = 8
 
     async def connect(self, place: Place, *, master: bool = False) -> RedisConnection:
         """A connection that is ready. With `master`, a server that is none is refused.

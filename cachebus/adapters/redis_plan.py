@@ -41,7 +41,7 @@ from cachebus.messages import (
     Ttl,
 )
 
-from .redis_commands import MISSING, Command, Reads, Writes
+from .redis_commands import MISSING, Command, Gets, Reads, Writes
 from .redis_connection import Argument
 from .redis_errors import translate
 from .redis_scripts import INCREMENT, TOUCH, Script
@@ -56,6 +56,7 @@ COMMAND_BYTES = 8 << 20
 class Plan:
     """A batch under way. `replies` fills up as `commands` are answered; what is refused outright is there at once.
 
+    Keys that are no valid Unicode show when the commands are packed; a `careful` plan finds them, one by one.
     `slot_of` is the cluster's rule of which keys go together; `None` outside of a cluster.
     """
 
@@ -65,6 +66,8 @@ class Plan:
         prefix: str,
         default_ttl: float | None,
         slot_of: Callable[[str], int] | None = None,
+        *,
+        careful: bool = False,
     ) -> None:
         self.replies: list[Any] = [None] * len(batch)
         self.commands: list[Command] = []
@@ -72,11 +75,17 @@ class Plan:
         self._prefix = prefix
         self._default_px = _milliseconds(default_ttl)
         self._slot_of = slot_of
+        self._careful = careful
         self._build()
 
     def done(self) -> Sequence[Reply]:
         """The replies, in the order of the requests."""
         return self.replies
+
+    def packed(self) -> bytes:
+        """The commands as bytes. Raises `UnicodeEncodeError` for a key that is no valid Unicode."""
+        commands = self.commands
+        return commands[0].packed() if len(commands) == 1 else b"".join([each.packed() for each in commands])
 
     def _build(self) -> None:
         batch, at, end = self._batch, 0, len(self._batch)
@@ -95,7 +104,7 @@ class Plan:
             (self._reads if family == "read" else self._writes)(first, at)
 
     def _key(self, key: str) -> str:
-        if not key.isascii():
+        if self._careful:
             try:
                 key.encode()
             except UnicodeEncodeError:
@@ -108,6 +117,8 @@ class Plan:
     # Runs of reads
 
     def _reads(self, first: int, end: int) -> None:
+        if self._slot_of is None and not self._careful and self._only_gets(first, end):
+            return
         groups: dict[int, Reads] = {}
         for position in range(first, end):
             request: Any = self._batch[position]
@@ -127,6 +138,20 @@ class Plan:
                     reads = groups[group] = Reads(self.replies, len(self._prefix))
                 reads.want(position, key)
         self.commands += (reads.command() for reads in groups.values())
+
+    def _only_gets(self, first: int, end: int) -> bool:
+        """The commonest run in its simplest form, which takes a third of the time; `False` if it is not that."""
+        prefix, batch = self._prefix, self._batch
+        keys: dict[str, int] = {}
+        places: list[int] = []
+        for position in range(first, end):
+            request = batch[position]
+            if type(request) is not Get:
+                return False
+            places.append(keys.setdefault(prefix + request.key, len(keys)))
+        gets = Gets(self.replies, first, keys, places)
+        self.commands.append(gets.command())
+        return True
 
     # Runs of writes
 

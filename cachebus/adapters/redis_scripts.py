@@ -46,18 +46,26 @@ class Script:
 WRITE = Script.of(
     """
 -- For each key: form and value, milliseconds to live or '', and the condition: '', 'absent', 'present' or a version.
--- The answer is the new version, or the old one negated where the condition did not hold.
+-- The answer is the new version, or the old one negated where the condition did not hold. This is the busiest script:
+-- it reads `head` out at length, which takes a fifth of its time away.
+local call, pcall, pack, unpack = redis.call, redis.pcall, struct.pack, struct.unpack
 local out = {}
 for i = 1, #KEYS do
-  local key, body, px, only_if = KEYS[i], ARGV[3 * i - 2], ARGV[3 * i - 1], ARGV[3 * i]
-  local old, _, exists = head(key)
+  local key, px, only_if = KEYS[i], ARGV[3 * i - 1], ARGV[3 * i]
+  local raw = pcall('GETRANGE', key, 0, 7)
+  local old, exists = 0, raw ~= ''
+  if exists and type(raw) == 'string' and #raw == 8 then
+    old = unpack('>d', raw)
+    if not (old >= 1 and old < 9007199254740992) or old % 1 ~= 0 then old = 0 end
+  end
   if only_if == '' or (only_if == 'absent' and not exists) or (only_if == 'present' and exists)
-      or (exists and old > 0 and tonumber(only_if) == old) then
-    local version = math.max(now, old + 1)
+      or (old > 0 and tonumber(only_if) == old) then
+    local version = now
+    if old >= now then version = old + 1 end
     if px == '' then
-      redis.call('SET', key, header(version, px) .. body)
+      call('SET', key, pack('>dd', version, 0) .. ARGV[3 * i - 2])
     else
-      redis.call('SET', key, header(version, px) .. body, 'PX', px)
+      call('SET', key, pack('>dd', version, now_ms + px) .. ARGV[3 * i - 2], 'PX', px)
     end
     out[i] = version
   else

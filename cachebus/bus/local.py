@@ -23,8 +23,9 @@ from cachebus.messages import (
 from .address import Address, check_word
 from .api import Envelope, Recipient
 from .clock import SYSTEM_CLOCK, Clock
+from .deadlines import deadlines_of
 from .emitter import Emitter
-from .ports import Deferred, Port, ThreadPort, open_port, too_late
+from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
 from .subscription import Audience, Subscription
 
 R = TypeVar("R")
@@ -81,9 +82,19 @@ class LocalBus:
     async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
         if reply is None or type(reply) is Deferred:
             port = open_port()
-            self._hand_over(self.recipient(address), message, timeout, reply, port)
-            reply = await port.wait(timeout, too_late(address, timeout))
-        return cast("R", settled(reply))
+            self._hand_over(self._recipients.get(address) or self.recipient(address), message, timeout, reply, port)
+            if type(port) is AsyncioPort:
+                # As its `wait` does, less a coroutine: every call that is not answered inline comes by here.
+                bucket = deadlines_of(port.loop).watch(port, timeout, too_late(address, timeout))
+                try:
+                    reply = await port
+                finally:
+                    bucket.pop(port, None)
+            else:
+                reply = await port.wait(timeout, too_late(address, timeout))
+        if type(reply) is Failed:
+            raise reply.error()
+        return cast("R", reply)
 
     def request_blocking(self, address: Address, message: Request[R], timeout: float) -> R:
         check_budget(address, timeout)

@@ -10,7 +10,7 @@ import contextlib
 import queue
 import threading
 from asyncio import AbstractEventLoop, _get_running_loop
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import anyio
@@ -35,23 +35,26 @@ class Port(Protocol):
 class AsyncioPort:
     """A port on which a task of an asyncio loop waits. Cheap: a bare future, and a place in a shared timer."""
 
-    __slots__ = ("_future", "_loop")
+    __slots__ = ("_future", "loop")
 
     def __init__(self, loop: AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._future = loop.create_future()
 
     @property
     def waiting(self) -> bool:
         return not self._future.done()
 
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._future.__await__()
+
     def answer(self, reply: Any) -> None:
-        if _get_running_loop() is self._loop:
+        if _get_running_loop() is self.loop:
             if not self._future.done():
                 self._future.set_result(reply)
             return
         with contextlib.suppress(RuntimeError):  # The loop is closed, and whoever waited on it is gone.
-            self._loop.call_soon_threadsafe(self._settle, reply)
+            self.loop.call_soon_threadsafe(self._settle, reply)
 
     def _settle(self, reply: Any) -> None:
         if not self._future.done():
@@ -61,7 +64,7 @@ class AsyncioPort:
         """Wait for the answer; after `timeout` seconds the answer is `late()`."""
         if timeout is None:
             return await self._future
-        deadlines = deadlines_of(self._loop)
+        deadlines = deadlines_of(self.loop)
         bucket = deadlines.watch(self, timeout, late)
         try:
             return await self._future
