@@ -237,7 +237,7 @@ class RedisStore:
             return await self._dial.connect(self._places[0])
         to_sentinels = dataclasses.replace(self._dial, identity=self._sentinel_identity, database=0)
         place = await find_master(to_sentinels, self._places, self._service)
-        return await self._dial.connect(place, master=True)
+        return await self._dial.connect(place, "master")
 
     def _opened(self) -> RedisPool:
         if self._pool is None:

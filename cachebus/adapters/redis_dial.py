@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import hiredis
 
@@ -16,6 +16,9 @@ from cachebus.messages import CacheConfigurationError, CacheConnectionError, Cac
 from .redis_connection import RedisConnection, pack
 from .redis_errors import BACKEND, translate_greeting, unreachable
 from .redis_scripts import SCRIPTS
+
+
+Role: TypeAlias = Literal["any", "master", "sentinel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,8 @@ class Dial:
     silence: float | None = 2.0
     window: int = 8
 
-    async def connect(self, place: Place, *, master: bool = False) -> RedisConnection:
-        """A connection that is ready. With `master`, a server that is none is refused.
+    async def connect(self, place: Place, role: Role = "any") -> RedisConnection:
+        """A connection that is ready. As a `master`, a server that is none is refused.
 
         Raises `CacheConnectionError`, or `CacheConfigurationError` for what another attempt will not mend.
         """
@@ -68,18 +71,19 @@ class Dial:
             async with asyncio.timeout(self.timeout):
                 connection = await self._open(place)
                 try:
-                    await self._greet(connection, master)
+                    await self._greet(connection, role)
                 except BaseException as error:
                     connection.drop(unreachable(error, str(place), self.timeout))
                     raise
         except (OSError, CacheError) as error:  # TimeoutError and SSLError are OSErrors.
             raise unreachable(error, str(place), self.timeout) from None
-        connection.watch()
+        if role != "sentinel":
+            connection.watch()
         return connection
 
     async def ask(self, place: Place, *arguments: str) -> Any:
-        """The reply to one command, over a connection of its own."""
-        connection = await self.connect(place)
+        """The reply of a sentinel to one command, over a connection of its own."""
+        connection = await self.connect(place, "sentinel")
         try:
             async with asyncio.timeout(self.timeout):
                 return await connection.call(*arguments)
@@ -102,22 +106,26 @@ class Dial:
             )
         return connection
 
-    async def _greet(self, connection: RedisConnection, master: bool) -> None:
-        commands = [self.identity.hello(), pack("TIME")]
-        if master:
+    async def _greet(self, connection: RedisConnection, role: Role) -> None:
+        commands = [self.identity.hello()]
+        if role != "sentinel":
+            commands.append(pack("TIME"))
+        if role == "master":
             commands.append(pack("ROLE"))
         if self.database:
             commands.append(pack("SELECT", self.database))
         needed = len(commands)
         # A user who may not load scripts may still send them whole: what comes of these is not asked.
-        commands.extend(pack("SCRIPT", "LOAD", script.text) for script in SCRIPTS)
+        if role != "sentinel":
+            commands.extend(pack("SCRIPT", "LOAD", script.text) for script in SCRIPTS)
         asked_at = self.clock.monotonic()
         replies = (await connection.ask(*commands))[:needed]
         for reply in replies:
             if isinstance(reply, hiredis.ReplyError):
                 raise translate_greeting(reply, connection.server)
-        connection.set_time(replies[1], asked_at)
-        if master and replies[2][0] != b"master":
+        if role != "sentinel":
+            connection.set_time(replies[1], asked_at)
+        if role == "master" and replies[2][0] != b"master":
             raise CacheConnectionError(f"{connection.server} is no master", BACKEND)
 
 
