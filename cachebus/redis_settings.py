@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, SecretStr, model_validator
 
@@ -17,8 +18,9 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 def _hosts(value: object) -> object:
     hosts = value.split(",") if isinstance(value, str) else value
     if isinstance(hosts, list | tuple):
-        found = [str(each) for each in hosts if isinstance(each, str) and _HOST.fullmatch(each)]
-        if found and len(found) == len(hosts):
+        given = cast("Sequence[Any]", hosts)
+        found = [str(each) for each in given if isinstance(each, str) and _HOST.fullmatch(each)]
+        if found and len(found) == len(given):
             return tuple(found)
     raise ValueError("expected hosts, each as name, name:port or [IPv6]:port")
 
@@ -27,7 +29,7 @@ class RedisSettings(Options):
     """A store in a Redis server, version 6.2 or newer. Durations are seconds.
 
     As a URL: `redis://user:password@host:6379/0?window=8`, `rediss://` for TLS, `unix:///path/of/socket`,
-    `redis+sentinel://host:26379,host2/service/0`, `redis+cluster://host,host2`. What is in a user or a password and not a
+    `redis+sentinel://host:26379,host2/service/0`. What is in a user or a password and not a
     letter or a digit is escaped with `%`.
     """
 
@@ -37,8 +39,8 @@ class RedisSettings(Options):
     """Whether calls that name no backend go here. A single backend is the default by itself."""
     default_ttl: MaybeSeconds = None
     """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
-    topology: Literal["single", "sentinel", "cluster"] = "single"
-    """`sentinel`: `hosts` are sentinels, and know the master of `service`. `cluster`: `hosts` are some of the nodes."""
+    topology: Literal["single", "sentinel"] = "single"
+    """`sentinel`: `hosts` are sentinels, and know the master of `service`."""
     hosts: Annotated[tuple[str, ...], BeforeValidator(_hosts)] = ("localhost",)
     """Names or addresses, each with or without a port: 6379 if left out, of a sentinel 26379."""
     socket: str | None = None
@@ -76,8 +78,7 @@ class RedisSettings(Options):
             (self.topology == "sentinel" and not self.service, "service: sentinels need the name of the master"),
             (self.topology != "sentinel" and self.service, "service: only sentinels know one"),
             (self.topology != "sentinel" and self.sentinel_password, "sentinel_password: there is no sentinel"),
-            (self.topology == "single" and len(self.hosts) > 1, "hosts: several need a topology, sentinel or cluster"),
-            (self.topology == "cluster" and self.database, "database: a cluster has only 0"),
+            (self.topology == "single" and len(self.hosts) > 1, "hosts: several need the topology sentinel"),
             (
                 self.socket and (self.tls or self.topology != "single"),
                 "socket: neither TLS nor a topology goes with it",

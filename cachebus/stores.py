@@ -54,20 +54,10 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock) -> Any:
         places = [redis.Place(path=settings.socket)]
     else:
         places = [redis.Place(*host_and_port(host, port)) for host in settings.hosts]
-    options: dict[str, Any] = {}
-    if settings.topology == "cluster":
-        make = import_module("cachebus.adapters.redis_cluster").RedisClusterStore
-    else:
-        make = redis.RedisStore
-        options = {
-            "database": settings.database,
-            "service": settings.service,
-            "sentinel_identity": _identity(redis, settings.sentinel_user, settings.sentinel_password),
-        }
     tls = None
     if settings.tls:
         tls = redis.TlsFiles(ca=settings.tls_ca_file, certificate=settings.tls_cert_file, key=settings.tls_key_file)
-    return make(
+    return redis.RedisStore(
         places,
         namespace=namespace,
         identity=_identity(redis, settings.user, settings.password),
@@ -78,7 +68,9 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock) -> Any:
         connect_timeout=settings.connect_timeout,
         health_check_interval=settings.health_check_interval,
         clock=clock,
-        **options,
+        database=settings.database,
+        service=settings.service,
+        sentinel_identity=_identity(redis, settings.sentinel_user, settings.sentinel_password),
     )
 
 

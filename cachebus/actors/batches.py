@@ -8,11 +8,22 @@ from typing import Any
 from cachebus.bus import Envelope
 from cachebus.messages import CacheError, Failed, Reply
 
+from .actor import AsyncHandler, BatchHandler
+
 
 def check_batch(envelopes: Sequence[Envelope], replies: Sequence[Any]) -> None:
     """Raise `TypeError` unless there is one reply for each message."""
     if len(replies) != len(envelopes):
         raise TypeError(f"a batch of {len(envelopes)} messages got {len(replies)} replies")
+
+
+def alone(handler: AsyncHandler) -> BatchHandler:
+    """A handler of one message as a handler of a batch of one."""
+
+    async def handle(batch: Sequence[Any]) -> Sequence[Any]:
+        return [await handler(batch[0])]
+
+    return handle
 
 
 class BatchPort:
@@ -27,7 +38,7 @@ class BatchPort:
         self,
         envelopes: list[Envelope],
         answer_one: Callable[[Envelope, Reply | CacheError], None],
-        crashed: Callable[[Exception, list[Envelope]], None],
+        crashed: Callable[[Exception, Envelope], None],
     ) -> None:
         self._envelopes = envelopes
         self._answer_one = answer_one
@@ -38,17 +49,17 @@ class BatchPort:
         """Whether anybody still waits."""
         return any(each.port is not None and each.port.waiting for each in self._envelopes)
 
-    def answer(self, replies: Sequence[Reply] | Failed) -> None:
-        """Give the answers. Does not wait."""
-        if isinstance(replies, Failed):
-            replies = [replies] * len(self._envelopes)
+    def answer(self, reply: Any) -> None:
+        """Give the answers: a sequence of replies, or a `Failed`. Does not wait."""
+        replies: Sequence[Reply] = [reply] * len(self._envelopes) if isinstance(reply, Failed) else reply
         try:
             check_batch(self._envelopes, replies)
         except TypeError as error:
-            self._crashed(error, self._envelopes)
+            for envelope in reversed(self._envelopes):
+                self._crashed(error, envelope)
             return
-        for envelope, reply in zip(self._envelopes, replies, strict=True):
+        for envelope, each in zip(self._envelopes, replies, strict=True):
             if envelope.port is not None:
-                envelope.port.answer(reply)
+                envelope.port.answer(each)
             else:
-                self._answer_one(envelope, reply)
+                self._answer_one(envelope, each)

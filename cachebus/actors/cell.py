@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from asyncio import AbstractEventLoop, _get_running_loop
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from anyio.lowlevel import checkpoint
@@ -40,7 +40,7 @@ from cachebus.messages import (
 
 from .actor import Actor, BatchHandler, Handlers, PlainHandler
 from .alarm import Alarm
-from .batches import BatchPort, check_batch
+from .batches import BatchPort, alone, check_batch
 from .reentrancy import on_this_stack
 
 _TOKEN = object()
@@ -70,6 +70,8 @@ class Cell:
         self.audience = emitter.audience
         self.deadline: float | None = None
         self.alarm = Alarm(clock)
+        self.call_after = self.alarm.set
+        self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]  # The supervisor's, who has the task group.
         self._inline_turns = inline_turns
         self._token = [_TOKEN]
         self._mailbox: deque[Envelope] = deque()
@@ -134,8 +136,7 @@ class Cell:
             self._answer(envelope, Overloaded(address=self.address, capacity=self.capacity))
             return
         self._mailbox.append(envelope)
-        # With a message before this one, whoever posted that one serves or has woken the task, and sees this one after.
-        if len(self._mailbox) == 1:
+        if len(self._mailbox) == 1:  # Else whoever posted the one before serves it or has woken the task.
             self._serve_mail()
         if self._ended is not None:
             self._refuse_mail(self._ended)
@@ -263,8 +264,8 @@ class Cell:
                     self._plain_turn(plain, envelope)
                 elif (batch := self._handlers.batch.get(kind)) is not None:
                     await self._batch_turn(batch, self._collect(batch, envelope))
-                elif kind in self._handlers.waiting:
-                    await self._waiting_turn(envelope)
+                elif (waiting := self._handlers.waiting.get(kind)) is not None:
+                    await self._batch_turn(alone(waiting), [envelope])
                 else:
                     name = type(self._actor).__name__
                     self._answer(envelope, BadMessage(f"{name} at {self.address} has no handler of {kind.__name__}"))
@@ -287,26 +288,12 @@ class Cell:
             self._crashed(error)
             raise
 
-    async def _waiting_turn(self, envelope: Envelope) -> None:
-        self.deadline = envelope.deadline
-        try:
-            self._settle(envelope, await self._handlers.waiting[type(envelope.message)](envelope.message))
-        except CacheError as error:
-            self._answer(envelope, error)
-        except Exception as error:
-            self._crashed(error, envelope)
-        except BaseException:
-            self._answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
-            raise
-        finally:
-            self.deadline = None
-
     async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope]) -> None:
         self.deadline = min((each.deadline for each in envelopes if each.deadline is not None), default=None)
         try:
             replies = await handler([each.message for each in envelopes])
             if isinstance(replies, Deferred):
-                replies.attach(BatchPort(envelopes, self._answer, self._batch_crashed))
+                replies.attach(BatchPort(envelopes, self._answer, self._crashed))
             else:
                 check_batch(envelopes, replies)
                 for envelope, reply in zip(envelopes, replies, strict=True):
@@ -315,7 +302,8 @@ class Cell:
             for envelope in envelopes:
                 self._answer(envelope, error)
         except Exception as error:
-            self._batch_crashed(error, envelopes)
+            for envelope in reversed(envelopes):
+                self._crashed(error, envelope)
         except BaseException:
             for envelope in envelopes:
                 self._answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
@@ -391,10 +379,6 @@ class Cell:
             else:
                 self._answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
         self._wake_up()
-
-    def _batch_crashed(self, error: Exception, envelopes: list[Envelope]) -> None:
-        for envelope in reversed(envelopes):
-            self._crashed(error, envelope)
 
     def _wake_up(self) -> None:
         if (wake := self._wake) is not None:

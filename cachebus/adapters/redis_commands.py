@@ -85,12 +85,8 @@ class Reads:
         replies = self._replies
         for position, place, key in self._wants:
             raw = reply[place]
-            answer: Any
-            if raw is None:
-                answer = MISSING
-            else:
-                # Taken apart for each, so that no two callers share a list or a dict.
-                answer = read_or_fail(raw, now)
+            # Taken apart for each, so that no two callers share a list or a dict.
+            answer: Any = MISSING if raw is None else read_or_fail(raw, now)
             whole = replies[position]
             if whole is None:
                 replies[position] = answer

@@ -17,7 +17,6 @@ from .redis_connection import RedisConnection, pack
 from .redis_errors import BACKEND, translate_greeting, unreachable
 from .redis_scripts import SCRIPTS
 
-
 Role: TypeAlias = Literal["any", "master", "sentinel"]
 
 

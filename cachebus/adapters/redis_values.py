@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import msgpack  # type: ignore[import-untyped]
 
@@ -33,7 +33,7 @@ _unpack_header: Callable[[bytes], tuple[float, float]] = HEADER.unpack_from
 def encode(value: Any) -> bytes:
     """The form byte and the value. Raises `CacheSerializationError` for a type that would not come back as it went,
     and `CacheCapacityError` for what Redis cannot hold."""
-    kind = type(value)
+    kind: type[Any] = type(value)
     if kind is bytes:
         body = b"B" + value
     elif kind is int and -(2**63) <= value < 2**63:
@@ -46,22 +46,22 @@ def encode(value: Any) -> bytes:
 
 
 def _pack(value: Any) -> bytes:
-    if isinstance(value, bytearray | memoryview):
-        raise CacheSerializationError(_unfit(type(value).__name__))
+    if type(value) in (bytearray, memoryview):
+        _refuse(value)
     try:
-        return _packb(value, strict_types=True, default=_refuse)
+        packed: bytes = _packb(value, strict_types=True, default=_refuse)
     except OverflowError:
         raise CacheSerializationError("an int of more than 64 bits cannot be stored") from None
     except (TypeError, ValueError) as error:
         raise CacheSerializationError(f"a {type(value).__name__} cannot be stored: {error}") from None
+    return packed
 
 
-def _refuse(value: Any) -> Any:
-    raise CacheSerializationError(_unfit(type(value).__name__))
-
-
-def _unfit(name: str) -> str:
-    return f"a {name} cannot be stored: only bytes, str, int, float, bool, None, and lists and dicts of these"
+def _refuse(value: Any) -> NoReturn:
+    raise CacheSerializationError(
+        f"a {type(value).__name__} cannot be stored:"
+        " only bytes, str, int, float, bool, None, and lists and dicts of these"
+    )
 
 
 def decode(raw: bytes) -> Any:

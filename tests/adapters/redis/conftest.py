@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, TypeAlias
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from cachebus.actors.ports import PipelinedStore
 from cachebus.bus import SYSTEM_CLOCK
+from cachebus.messages import Clear
 from cachebus.settings import backend_from_url
 from cachebus.stores import build_store
 from cachebus.testing.servers import Server, run_redis
-
-OpenStore: TypeAlias = Callable[..., AbstractAsyncContextManager[PipelinedStore]]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def server() -> Iterator[Server]:
 
 
 @asynccontextmanager
-async def opened(url: str, *, namespace: str = "tests") -> AsyncIterator[Any]:
+async def opened(url: str, *, namespace: str = "tests") -> AsyncGenerator[Any]:
     """A store at a URL, open."""
     store: Any = build_store(backend_from_url(url), namespace=namespace, clock=SYSTEM_CLOCK)
     await store.open()
@@ -42,13 +41,11 @@ async def opened(url: str, *, namespace: str = "tests") -> AsyncIterator[Any]:
 @pytest.fixture
 async def store(server: Server) -> AsyncIterator[PipelinedStore]:
     async with opened(server.url) as made:
-        await one(made, "CLEAR")
+        await one(made, Clear())
         yield made
 
 
 async def one(store: Any, request: Any) -> Any:
     """The reply to one request, sent alone."""
-    from cachebus.messages import Clear
-
-    (reply,) = await store.execute([Clear() if request == "CLEAR" else request])
+    (reply,) = await store.execute([request])
     return reply

@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import pytest
 import trio
+from pydantic import SecretStr
 
 from cachebus import CacheConnectionError, CacheError, open_cache, open_sync_cache
 from cachebus.adapters.redis import RedisStore
@@ -124,9 +125,10 @@ class Certificates:
 
     def _make(self, name: str, *options: str) -> Path:
         out = self.folder / f"{name}.crt"
+        command = ["openssl", "req", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
+        command += ["-keyout", str(self.key(name)), "-out", str(out), *options]
         subprocess.run(
-            ["openssl", "req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-days", "2"]
-            + ["-keyout", str(self.key(name)), "-out", str(out), *options],
+            command,
             check=True,
             capture_output=True,
         )
@@ -140,7 +142,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 async def test_tls_checks_the_server_and_shows_who_we_are(certificates: Certificates) -> None:
     port = free_port()
-    options = ("--tls-port", str(port), "--tls-ca-cert-file", str(certificates.ca))
+    options: tuple[str, ...] = ("--tls-port", str(port), "--tls-ca-cert-file", str(certificates.ca))
     options += ("--tls-cert-file", str(certificates.server), "--tls-key-file", str(certificates.key("server")))
     with run_redis(*options) as plain:
         ours = f"tls_cert_file={certificates.client}&tls_key_file={certificates.key('client')}"
@@ -207,7 +209,7 @@ def test_every_option_of_a_redis_url_is_read() -> None:
         default_ttl=5.0,
         hosts=("[::1]:7000",),
         user="me",
-        password=SECRET,  # type: ignore[arg-type]
+        password=SecretStr(SECRET),
         database=4,
         tls=True,
         tls_ca_file="a",
@@ -227,7 +229,7 @@ def test_a_url_of_sentinels_names_hosts_and_service() -> None:
         service="shop",
         database=2,
         sentinel_user="u",
-        sentinel_password="p",  # type: ignore[arg-type]
+        sentinel_password=SecretStr("p"),
     )
 
 
@@ -248,7 +250,7 @@ def test_a_host_has_a_port_of_its_own_or_the_usual_one() -> None:
         ("redis://ho st", "space"),
         ("redis://host/x", "database is a number"),
         ("redis://host/1/2", "too much in the path"),
-        ("redis://a,b", "several need a topology"),
+        ("redis://a,b", "several need the topology"),
         ("redis://:hunter2/x@host", "write : as %3A"),
         ("redis://:hun:ter2@host", "write : as %3A"),
         ("redis://:hunter2%zz@host", "write % as %25"),

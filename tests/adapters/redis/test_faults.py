@@ -4,27 +4,28 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import anyio
 import pytest
 
-from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, open_cache
+from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, CircuitOpen, Overloaded, open_cache
 from cachebus.messages import (
     CacheBackendError,
     CacheConfigurationError,
     Delete,
     DeletePattern,
     Failed,
+    Found,
     Get,
     Increment,
     Scan,
     Set,
 )
 from cachebus.testing.processes import free_port
-from cachebus.testing.servers import Server, redis_command, run_redis
+from cachebus.testing.servers import redis_command, run_redis
 
 from .conftest import one, opened
 
@@ -36,7 +37,7 @@ async def sync(function: Any, *arguments: Any) -> Any:
 async def test_a_server_killed_under_fifty_callers_is_used_again_when_it_is_back() -> None:
     with run_redis() as server:
         url = f"{server.url}?connect_timeout=0.5&health_check_interval=0.5"
-        async with open_cache(url, timeout=1.0) as cache:
+        async with opened(url) as store:
             stop = asyncio.Event()
             errors: set[type[BaseException]] = set()
             wrong: list[Any] = []
@@ -48,10 +49,11 @@ async def test_a_server_killed_under_fifty_callers_is_used_again_when_it_is_back
                 while not stop.is_set():
                     started = time.monotonic()
                     try:
-                        await cache.set(key, number)
-                        value = await cache.get(key)
-                        if value not in (number, None):
-                            wrong.append((key, value))
+                        for reply in await store.execute([Set(key, number), Get(key)]):
+                            if isinstance(reply, Failed):
+                                raise reply.error()
+                            if isinstance(reply, Found) and reply.value != number:
+                                wrong.append((key, reply))
                     except CacheError as error:
                         errors.add(type(error))
                     slowest = max(slowest, time.monotonic() - started)
@@ -68,15 +70,16 @@ async def test_a_server_killed_under_fifty_callers_is_used_again_when_it_is_back
                     back = time.monotonic()
                     while True:
                         try:
-                            await cache.set("sign", b"of life")
-                            break
+                            if not isinstance(await one(store, Set("sign", b"of life")), Failed):
+                                break
+                            assert time.monotonic() - back < 2.0
                         except CacheError:
                             assert time.monotonic() - back < 2.0
                             await asyncio.sleep(0.01)
                 stop.set()
         assert wrong == []
-        assert errors <= {CacheConnectionError, CacheTimeoutError}
-        assert slowest < 2.3  # Two calls, each within its deadline.
+        assert errors <= {CacheConnectionError}
+        assert slowest < 1.5
 
 
 async def test_what_was_in_flight_says_whether_it_may_have_been_done() -> None:
@@ -106,8 +109,9 @@ async def test_a_paused_server_costs_nobody_more_than_the_deadline() -> None:
             started = time.monotonic()
             results = await asyncio.gather(*(cache.get(f"k{n}") for n in range(500)), return_exceptions=True)
             assert time.monotonic() - started < 0.5
-            assert {type(each) for each in results} == {CacheTimeoutError}
+            assert all(isinstance(each, CacheTimeoutError | Overloaded | CircuitOpen) for each in results)
             await sync(server.resume)
+        async with open_cache(server.url) as cache:
             assert await cache.get("a") == 1
 
 
@@ -135,7 +139,7 @@ async def test_an_unreachable_server_is_said_at_opening() -> None:
 
 
 @contextmanager
-def impostor(answer: bytes) -> Iterator[str]:
+def impostor(answer: bytes) -> Generator[str]:
     """The URL of something on a port that says `answer` to whatever it is asked; nothing at all if it is empty."""
     listener = socket.create_server(("127.0.0.1", 0))
 

@@ -10,7 +10,7 @@ import pytest
 
 from cachebus import open_cache
 from cachebus.actors import BackendActor
-from cachebus.actors.ports import PipelinedStore
+from cachebus.actors.ports import SYSTEM_CLOCK, PipelinedStore
 from cachebus.adapters.chaos import ChaosStore
 from cachebus.adapters.redis import RedisStore
 from cachebus.messages import Clear, Delete, Get, GetMany, Set, Stored
@@ -28,7 +28,9 @@ async def told(server: Server, *words: str) -> str:
 async def calls(server: Server) -> dict[str, int]:
     """How often each command was called since the last `CONFIG RESETSTAT`."""
     lines = (await told(server, "INFO", "commandstats")).splitlines()
-    found = {line.partition(":")[0][8:]: int(line.split("calls=")[1].split(",")[0]) for line in lines if "calls=" in line}
+    found = {
+        line.partition(":")[0][8:]: int(line.split("calls=")[1].split(",")[0]) for line in lines if "calls=" in line
+    }
     return {name: count for name, count in found.items() if name not in {"info", "config|resetstat", "time"}}
 
 
@@ -199,7 +201,7 @@ async def test_the_actor_counts_and_tells_what_came_of_pipelined_batches(server:
 
 
 def test_a_redis_store_is_pipelined_and_its_actor_takes_batches_of_its_size() -> None:
-    store: Any = build_store(backend_from_url("redis://"), namespace="n", clock=None)  # type: ignore[arg-type]
+    store: Any = build_store(backend_from_url("redis://"), namespace="n", clock=SYSTEM_CLOCK)
     assert isinstance(store, RedisStore)
     assert isinstance(store, PipelinedStore)
     assert BackendActor(store).max_batch == store.max_batch

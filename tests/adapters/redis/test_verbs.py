@@ -20,7 +20,6 @@ from cachebus.messages import (
     DeletePattern,
     Exists,
     Failed,
-    Found,
     FoundMany,
     Get,
     GetMany,
@@ -241,9 +240,7 @@ async def test_the_default_time_to_live_is_the_settings(server: Server) -> None:
 
 
 async def test_tags_are_refused_and_the_rest_of_the_batch_is_done(store: Any) -> None:
-    tagged, plain, invalidated = await store.execute(
-        [Set("a", 1, tags=("t",)), Set("b", 1), InvalidateTags(("t",))]
-    )
+    tagged, plain, invalidated = await store.execute([Set("a", 1, tags=("t",)), Set("b", 1), InvalidateTags(("t",))])
     assert isinstance(tagged.error(), CapabilityError)
     assert isinstance(invalidated.error(), CapabilityError)
     assert isinstance(plain, Stored)
@@ -267,5 +264,3 @@ async def test_what_somebody_else_wrote_is_an_error_and_can_be_overwritten(store
 async def test_a_found_many_reports_a_damaged_value(store: Any, server: Server) -> None:
     await anyio.to_thread.run_sync(redis_command, server, "SET", "tests:a", "foreign")
     assert isinstance((await one(store, GetMany(("a", "b")))).error(), CacheSerializationError)
-
-
