@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from cachebus.bus import Deferred
@@ -45,8 +46,10 @@ from cachebus.messages import (
 )
 
 from .actor import Actor, Handlers, PlainHandler
+from .guard_policy import GuardPolicy
 from .outcomes import Tally, facts
 from .ports import BatchStore, InlineStore, PipelinedStore, Store
+from .resilience import Guard
 
 STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
     Get,
@@ -76,11 +79,14 @@ class BackendActor(Actor):
 
     Over an `InlineStore` every turn is plain, and the store's own verbs are the handlers: a read costs no call more
     than the store's. Over a `BatchStore` everything that arrives during one round trip leaves with the next. Over a
-    `PipelinedStore` a turn ends when its batch is sent, and the next may be sent before its replies are there.
+    `PipelinedStore` a turn ends when its batch is sent, and the next may be sent before its replies are there. Before
+    both stands a `Guard` that does as `guard` says.
     """
 
-    def __init__(self, store: InlineStore | BatchStore) -> None:
+    def __init__(self, store: InlineStore | BatchStore, guard: GuardPolicy | None = None) -> None:
         self._store = store
+        self._policy = guard or GuardPolicy()
+        self._guard: Guard | None = None
         self._sweep_at = float("inf")
         self._call_off: Callable[[], None] | None = None
         self._tally = Tally()
@@ -92,6 +98,9 @@ class BackendActor(Actor):
 
     async def on_start(self) -> None:
         await self._store.open()
+        if not isinstance(self._store, InlineStore):
+            self._guard = Guard(self._policy, self.ctx, self._store.name)
+            self._guard.connected()
         self.ctx.audience.watch(self._listen)
 
     async def on_stop(self) -> None:
@@ -146,6 +155,7 @@ class BackendActor(Actor):
             max_bytes=gauges.max_bytes,
             restarts=self.ctx.restarts,
             overloaded=self.ctx.overloaded,
+            guard=asdict(self._guard.statistics()) if self._guard is not None else {},
         )
 
     # Expiry
@@ -171,12 +181,14 @@ class BackendActor(Actor):
 
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert not isinstance(self._store, InlineStore)
-        replies = await self._store.execute(batch)
+        assert self._guard is not None
+        replies = await self._guard.execute(self._store, batch, self.ctx.deadline)
         self._account(batch, replies)
         return replies
 
     async def _on_pipelined(self, batch: Sequence[Request[Any]]) -> Deferred:
         assert isinstance(self._store, PipelinedStore)
+        assert self._guard is not None
         promise = self.ctx.defer()
 
         def replied(replies: Sequence[Reply]) -> None:
@@ -184,7 +196,7 @@ class BackendActor(Actor):
             promise.answer(replies)
 
         try:
-            await self._store.submit(batch, replied)
+            await self._guard.submit(self._store, batch, self.ctx.deadline, replied)
         except BaseException:
             promise.answer(())  # Nobody waits for it; the cell answers the batch.
             raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from cachebus.actors.ports import SYSTEM_CLOCK, BatchStore, Clock, Gauges, InlineStore
@@ -64,7 +65,8 @@ class RecordingContext:
     """A context for calling an actor's handlers without a bus. It remembers what the actor did with it.
 
     `emitted` are the events, `sent` the messages to itself with their delays, `called_off` how many of these it called
-    off, `deferred` the replies that it promised. It listens to `kinds` of events; to all if none is named.
+    off, `deferred` the replies that it promised, `calls` the functions that it wants called and when, `beside` its work
+    beside the turns. It listens to `kinds` of events; to all if none is named.
     """
 
     def __init__(self, *kinds: type[Event], address: str = "test", clock: Clock = SYSTEM_CLOCK) -> None:
@@ -77,6 +79,8 @@ class RecordingContext:
         self.emitted: list[Event] = []
         self.sent: list[tuple[float, Message]] = []
         self.called_off = 0
+        self.calls: list[tuple[float, Callable[[], None]]] = []
+        self.beside: list[Callable[[], Awaitable[None]]] = []
         self.deferred: list[Deferred] = []
         # Kept, because an audience forgets a listener that is gone.
         self._listening = self.audience.subscribe(kinds, 1)
@@ -100,3 +104,24 @@ class RecordingContext:
             self.called_off += 1
 
         return call_off
+
+    def call_after(self, delay: float, function: Callable[[], None]) -> Callable[[], None]:
+        """Remember a function that the actor wants called later; `ring` calls what is due."""
+        entry = (self.clock.monotonic() + delay, function)
+        self.calls.append(entry)
+
+        def call_off() -> None:
+            if entry in self.calls:
+                self.calls.remove(entry)
+
+        return call_off
+
+    def ring(self) -> None:
+        """Call what is due by the clock, in order, and what becomes due by that."""
+        while due := sorted((each for each in self.calls if each[0] <= self.clock.monotonic()), key=itemgetter(0)):
+            self.calls.remove(due[0])
+            due[0][1]()
+
+    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Remember work that the actor wants done beside its turns; the test awaits it."""
+        self.beside.append(function)
