@@ -33,6 +33,7 @@ _unpack_header: Callable[[bytes], tuple[float, float]] = HEADER.unpack_from
 def encode(value: Any) -> bytes:
     """The form byte and the value. Raises `CacheSerializationError` for a type that would not come back as it went,
     and `CacheCapacityError` for what Redis cannot hold."""
+    body: bytes
     kind: type[Any] = type(value)
     if kind is bytes:
         body = b"B" + value
