@@ -33,7 +33,7 @@ class Proxy:
     """A proxy in front of `host` and `port`, on a port of its own, run by a thread of its own.
 
     A context manager. It counts: `connections` accepted, `open_connections` now, `bytes_in` from clients, `bytes_out`
-    to clients. `switch` changes the mode while it runs and returns once the change holds.
+    to clients, each before it is handed on. `switch` changes the mode while it runs and returns once the change holds.
     """
 
     host = "127.0.0.1"
@@ -209,8 +209,8 @@ class Proxy:
             pair.reset()
         elif mode == "trickle":
             for place in range(len(data)):
-                writer.write(data[place : place + 1])
                 count(1)
+                writer.write(data[place : place + 1])
                 await writer.drain()
                 await asyncio.sleep(0)
         else:
