@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import footprint, hit_ratio, memory
+from . import footprint, hit_ratio, memory, redis
 from .timing import Row
 
 console = Console(width=120)
-PARTS = ["memory", "footprint", "hit-ratio"]
+PARTS = ["memory", "redis", "footprint", "hit-ratio"]
 
 
 def show(rows: list[Row]) -> bool:
@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--entries", type=int, default=1_000_000, help="entries of the memory benchmark")
     parser.add_argument(
-        "what", nargs="*", choices=["memory", "footprint", []], help="parts to run; all if none is named"
+        "what", nargs="*", choices=[*PARTS, []], help="parts to run; all if none is named"
     )
     options = parser.parse_args()
     what = options.what or PARTS
@@ -75,6 +75,8 @@ def main() -> int:
     good = True
     if "memory" in what:
         good &= show(memory.rows())
+    if "redis" in what:
+        good &= show(redis.rows())
     if "footprint" in what:
         good &= show_footprint(options.entries)
     if "hit-ratio" in what:
