@@ -66,9 +66,9 @@ def main() -> int:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--entries", type=int, default=1_000_000, help="entries of the memory benchmark")
-    parser.add_argument(
-        "what", nargs="*", choices=[*PARTS, []], help="parts to run; all if none is named"
-    )
+    # An empty list is a choice, because argparse checks the default of "*" against them.
+    said = f"{', '.join(PARTS)}; all if none is named"
+    parser.add_argument("what", nargs="*", choices=[*PARTS, []], metavar="PART", help=said)
     options = parser.parse_args()
     what = options.what or PARTS
     console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
