@@ -101,8 +101,9 @@ class Ways:
             expect(value, cls)
             return value.value
 
+        # Called through a function: from Python 3.12 on, pydantic takes the signature of an enum for no validator's.
         members = tuple(each.value for each in cls)
-        return Way(frozenset(), convert, _annotated[_literal[members], AfterValidator(cls)])
+        return Way(frozenset(), convert, _annotated[_literal[members], AfterValidator(lambda member: cls(member))])  # noqa: PLW0108
 
 
 def _sequence(cls: type[Any], inner: Way, check: Any) -> Way:

@@ -122,3 +122,13 @@ def test_a_finalizer_that_sets_an_alarm_while_one_is_being_set_does_not_wait_for
     assert not thread.is_alive()
     assert finalized > 3
     assert len(alarm) == finalized + 1
+
+
+async def test_calling_one_off_leaves_the_others_in_the_order_of_their_times(alarm: Alarm, clock: ManualClock) -> None:
+    rung: list[float] = []
+    calls_off = [alarm.set(delay, lambda delay=delay: rung.append(delay)) for delay in (1.0, 5.0, 2.0, 6.0, 7.0, 3.0)]  # type: ignore[misc]
+    calls_off[0]()
+    for _ in range(7):
+        clock.advance(1.0)
+        await wait_all_tasks_blocked()
+    assert rung == [2.0, 3.0, 5.0, 6.0, 7.0]

@@ -11,7 +11,7 @@ from anyio import wait_all_tasks_blocked
 
 from cachebus.actors import Actor, RestartPolicy, Supervisor
 from cachebus.bus import Deferred, Envelope, LocalBus, ThreadPort
-from cachebus.messages import ActorFailed, CacheKeyError, Get, GetMany, Missing, Reply
+from cachebus.messages import ActorFailed, CacheClosed, CacheKeyError, Get, GetMany, Missing, Reply
 
 from .conftest import CLERK
 from .samples import Batched, Desk, Number, Plain
@@ -241,3 +241,28 @@ async def test_a_batch_has_the_earliest_deadline_of_its_messages_and_a_waiting_t
     assert deadlines == [None, now + 100.0]
     assert await bus.request(CLERK, Plain(), 400.0) == Number(4000)
     assert cell.deadline is None
+
+
+async def test_a_batch_under_way_that_outlasts_the_grace_is_answered_message_by_message(
+    bus: LocalBus, desk: Desk, inline_turns: bool, seen: list[list[Any]]
+) -> None:
+    class Endless(Carrier):
+        async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | Deferred]:
+            replies = await super().on_batch(batch)
+            if len(batch) > 1:
+                await anyio.sleep_forever()
+            return replies
+
+    answers: list[Any] = []
+    async with (
+        anyio.create_task_group() as group,
+        Supervisor(bus, inline_turns=inline_turns, grace=0.05) as supervisor,
+    ):
+        await supervisor.start(CLERK, lambda: Endless(desk, seen))
+        for number in range(4):
+            group.start_soon(outcome, bus.request(CLERK, Batched(number), T), answers)
+            await wait_all_tasks_blocked()
+        desk.gate.set()
+        await wait_all_tasks_blocked()
+        assert [len(batch) for batch in seen] == [1, 3]
+    assert [type(answer) for answer in answers] == [Number, CacheClosed, CacheClosed, CacheClosed]

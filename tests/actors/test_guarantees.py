@@ -12,7 +12,7 @@ import pytest
 from anyio import wait_all_tasks_blocked
 
 from cachebus.actors import Cell, RestartPolicy, Supervisor
-from cachebus.bus import Envelope, LocalBus, ThreadPort
+from cachebus.bus import Envelope, LocalBus, ThreadPort, open_port
 from cachebus.messages import (
     ActorFailed,
     BadMessage,
@@ -554,6 +554,8 @@ async def test_who_asks_while_everything_is_cancelled_is_told_at_once(
                     await wait_all_tasks_blocked()
                     await outcome(bus.request(CLERK, Plain(1), T), answers)
     assert [type(answer) for answer in answers] == [CacheClosed]
+    with pytest.raises(NoSuchActor):
+        bus.recipient(CLERK)
 
 
 async def test_threads_that_ask_while_the_actor_stops_are_all_answered(
@@ -619,3 +621,62 @@ async def test_a_full_mailbox_takes_what_the_actor_sends_itself(bus: LocalBus, d
             await wait_all_tasks_blocked()
             desk.gate.set()
     assert desk.handled == [0, 1, 2]
+
+
+# What only a rare interleaving shows, made to happen
+
+
+async def test_a_plain_request_does_not_overtake_what_its_sender_told_a_handler_that_waits(
+    bus: LocalBus, supervisor: Supervisor, desk: Desk
+) -> None:
+    await supervisor.start(CLERK, lambda: Clerk(desk))
+    desk.gate.set()
+    for number in range(0, 20, 2):
+        bus.send(CLERK, Slow(number))  # The turn is free and this message waits for the actor's task.
+        assert await bus.request(CLERK, Plain(number + 1), T) == Number(number + 1)
+    assert desk.handled == list(range(20))
+
+
+class Turn(list[object]):
+    """A token that calls `meanwhile` just before it is given back, as another thread might."""
+
+    meanwhile: Callable[[], None] = staticmethod(lambda: None)
+
+    def append(self, token: object) -> None:
+        self.meanwhile()
+        super().append(token)
+
+
+@pytest.mark.parametrize("first", [Plain(1), Slow(1), Again(1)], ids=repr)
+@pytest.mark.parametrize("second", [Plain(2), Slow(2)], ids=repr)
+async def test_what_is_posted_as_the_turn_is_given_back_is_not_overlooked(
+    bus: LocalBus, supervisor: Supervisor, desk: Desk, first: Any, second: Any
+) -> None:
+    cell = await supervisor.start(CLERK, lambda: Clerk(desk))
+    await wait_all_tasks_blocked()
+    desk.gate.set()
+    cell._token = turn = Turn(cell._token)
+    posted: list[Envelope] = []
+
+    def post_the_second() -> None:
+        if desk.handled and not posted:
+            posted.append(Envelope(second, port))
+            cell.post(posted[0])
+
+    port = open_port()
+    turn.meanwhile = post_the_second
+    assert await bus.request(CLERK, first, T) == Number(1)
+    assert await port.wait(T, lambda: "overlooked") == Number(2)
+    assert desk.handled == [1, 2]
+
+
+async def test_an_actor_with_much_to_do_lets_other_tasks_run(bus: LocalBus, desk: Desk) -> None:
+    seen: set[int] = set()
+    async with Supervisor(bus, inline_turns=False) as supervisor:
+        await supervisor.start(CLERK, lambda: Clerk(desk))
+        for number in range(2000):
+            bus.send(CLERK, Plain(number))
+        while len(desk.handled) < 2000:
+            seen.add(len(desk.handled))
+            await anyio.lowlevel.checkpoint()
+    assert len(seen) >= 5

@@ -370,3 +370,29 @@ async def test_one_that_hangs_does_not_keep_the_others_from_stopping_in_order(bu
 async def _ask_in_vain(bus: LocalBus, address: Address) -> None:
     with pytest.raises(CacheClosed):
         await bus.request(address, Slow(1), T)
+
+
+async def test_the_last_started_is_stopped_first(bus: LocalBus, desk: Desk) -> None:
+    stopped: list[str] = []
+
+    class Noting(Clerk):
+        async def on_stop(self) -> None:
+            stopped.append(self.ctx.address)
+
+    async with Supervisor(bus) as supervisor:
+        for name in ("first", "second", "third"):
+            await supervisor.start(Address(f"test.{name}"), lambda: Noting(desk))
+    assert stopped == ["test.third", "test.second", "test.first"]
+
+
+async def test_stopping_an_actor_ends_its_alarms(bus: LocalBus, clock: ManualClock, desk: Desk) -> None:
+    async with Supervisor(bus) as supervisor:
+        cell = await supervisor.start(CLERK, lambda: Clerk(desk))
+        cell.send_after(100.0, Plain(1))
+        await wait_all_tasks_blocked()
+        assert clock.sleepers == 1
+        await supervisor.stop(CLERK)
+        await wait_all_tasks_blocked()
+        assert clock.sleepers == 0
+        clock.advance(200.0)
+    assert desk.handled == []
