@@ -34,7 +34,7 @@ def encode(value: Any) -> bytes:
     """The form byte and the value. Raises `CacheSerializationError` for a type that would not come back as it went,
     and `CacheCapacityError` for what Redis cannot hold."""
     body: bytes
-    kind: type[Any] = type(value)
+    kind = cast("type[object]", type(value))
     if kind is bytes:
         body = b"B" + value
     elif kind is int and -(2**63) <= value < 2**63:

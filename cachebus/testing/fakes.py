@@ -64,8 +64,8 @@ class CodecStore:
 class RecordingContext:
     """A context for calling an actor's handlers without a bus. It remembers what the actor did with it.
 
-    `emitted` are the events, `sent` the messages to itself with their delays, `called_off` how many of these it called
-    off, `deferred` the replies that it promised, `calls` the functions that it wants called and when, `beside` its work
+    `emitted` are the events, `sent` the messages to itself with their delays that it has not called
+    off, `called_off` how many it has, `deferred` the replies that it promised, `calls` the functions that it wants called and when, `beside` its work
     beside the turns. It listens to `kinds` of events; to all if none is named.
     """
 
@@ -98,10 +98,13 @@ class RecordingContext:
 
     def send_after(self, delay: float, message: Message) -> Callable[[], None]:
         """Remember a message that the actor wants back later; the test hands it over."""
-        self.sent.append((delay, message))
+        entry = (delay, message)
+        self.sent.append(entry)
 
         def call_off() -> None:
             self.called_off += 1
+            if entry in self.sent:
+                self.sent.remove(entry)
 
         return call_off
 

@@ -35,7 +35,8 @@ THIRD_PARTIES: Mapping[str, frozenset[str]] = {
     "adapters/prometheus*": frozenset({"prometheus_client"}),
     "adapters/opentelemetry*": frozenset({"opentelemetry"}),
     "facade": frozenset({"anyio", "pydantic", "pydantic_settings", "yaml"}),
-    "testing*": frozenset({"pytest", "testcontainers", "docker"}),  # the suites that ship; `import cachebus` does not load them
+    # The suites that ship; `import cachebus` does not load them.
+    "testing*": frozenset({"pytest", "testcontainers", "docker"}),
 }
 """Who may touch what: a floor, and on top of it the modules whose path in the package matches a pattern."""
 
