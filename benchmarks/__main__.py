@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import footprint, hit_ratio, memory
+from . import footprint, hit_ratio, memory, redis
 from .timing import Row
 
 console = Console(width=120)
-PARTS = ["memory", "footprint", "hit-ratio"]
+PARTS = ["memory", "redis", "footprint", "hit-ratio"]
 
 
 def show(rows: list[Row]) -> bool:
@@ -75,6 +75,8 @@ def main() -> int:
     good = True
     if "memory" in what:
         good &= show(memory.rows())
+    if "redis" in what:
+        good &= show(redis.rows())
     if "footprint" in what:
         good &= show_footprint(options.entries)
     if "hit-ratio" in what:

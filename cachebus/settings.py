@@ -35,6 +35,7 @@ from .options import (
     shown,
     unknown_option,
 )
+from .redis_settings import RedisSettings
 from .sources import PREFIX, Environment, read_file
 from .urls import did_you_mean, is_url, parse_url, redact_url
 
@@ -91,7 +92,7 @@ class PluginSettings(Options):
         return [(name, redact_url(value) if name == "url" else value) for name, value in super().__repr_args__()]
 
 
-BackendSettings: TypeAlias = MemorySettings | NullSettings | PluginSettings
+BackendSettings: TypeAlias = MemorySettings | NullSettings | RedisSettings | PluginSettings
 
 
 class ActorSettings(Options):
@@ -129,6 +130,7 @@ def backend_from_url(url: str) -> BackendSettings:
 _BACKENDS: dict[str, type[BackendSettings]] = {
     "memory": MemorySettings,
     "null": NullSettings,
+    "redis": RedisSettings,
     "plugin": PluginSettings,
 }
 

@@ -6,10 +6,13 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, assert_never
 
+from pydantic import SecretStr
+
 from cachebus.actors.ports import BatchStore, Clock, InlineStore
 from cachebus.messages import CacheConfigurationError
 
 from .options import shown
+from .redis_settings import RedisSettings, host_and_port
 from .settings import BackendSettings, MemorySettings, NullSettings, PluginSettings
 from .urls import STORES
 
@@ -32,11 +35,47 @@ def build_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> I
             )
         case NullSettings():
             store = import_module("cachebus.adapters.null").NullStore()
+        case RedisSettings():
+            store = _redis(settings, namespace, clock)
         case PluginSettings():
             store = _plugin(settings.url, namespace, clock)
         case _:
             assert_never(settings)
     return store  # type: ignore[no-any-return]
+
+
+def _redis(settings: RedisSettings, namespace: str, clock: Clock) -> Any:
+    try:
+        redis = import_module("cachebus.adapters.redis")
+    except ModuleNotFoundError as error:
+        raise CacheConfigurationError(f"redis needs {error.name}: pip install 'cachebus[redis]'") from error
+    port = 26379 if settings.topology == "sentinel" else 6379
+    if settings.socket is not None:
+        places = [redis.Place(path=settings.socket)]
+    else:
+        places = [redis.Place(*host_and_port(host, port)) for host in settings.hosts]
+    tls = None
+    if settings.tls:
+        tls = redis.TlsFiles(ca=settings.tls_ca_file, certificate=settings.tls_cert_file, key=settings.tls_key_file)
+    return redis.RedisStore(
+        places,
+        namespace=namespace,
+        identity=_identity(redis, settings.user, settings.password),
+        tls=tls,
+        default_ttl=settings.default_ttl,
+        window=settings.window,
+        max_connections=settings.max_connections,
+        connect_timeout=settings.connect_timeout,
+        health_check_interval=settings.health_check_interval,
+        clock=clock,
+        database=settings.database,
+        service=settings.service,
+        sentinel_identity=_identity(redis, settings.sentinel_user, settings.sentinel_password),
+    )
+
+
+def _identity(redis: Any, user: str, password: SecretStr | None) -> Any:
+    return redis.Identity(user=user, password=None if password is None else password.get_secret_value())
 
 
 def _plugin(url: str, namespace: str, clock: Clock) -> Any:

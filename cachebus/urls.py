@@ -11,7 +11,9 @@ from urllib.parse import parse_qsl
 
 from cachebus.messages import CacheConfigurationError
 
-BUILT_IN = ("memory", "null")
+from .server_urls import REDIS_SCHEMES, redis_options
+
+BUILT_IN = ("memory", "null", *REDIS_SCHEMES)
 """The schemes of the stores that come with cachebus."""
 
 STORES = "cachebus.stores"
@@ -83,6 +85,8 @@ def parse_url(url: str) -> tuple[str, dict[str, Any]]:
     place, _, query = rest.partition("?")
     if fragment:
         raise CacheConfigurationError(f"{shown}: a URL of a cache has no fragment: write # as %23")
+    if scheme in REDIS_SCHEMES:
+        return "redis", _joined(redis_options(scheme, place, shown), _options(query, shown), shown)
     if place:
         raise CacheConfigurationError(
             f"{shown}: a {scheme} store lives in this process and has no host or path: write {scheme}://?option=value"
@@ -101,4 +105,13 @@ def _options(query: str, shown: str) -> dict[str, Any]:
         if name == "type":
             raise CacheConfigurationError(f"{shown}: the scheme says the type, so 'type' is no option of a URL")
         options[name] = Text(value)
+    return options
+
+
+def _joined(place: dict[str, Any], query: dict[str, Any], shown: str) -> dict[str, Any]:
+    options = {name: Text(value) if isinstance(value, str) else value for name, value in place.items()}
+    for name, value in query.items():
+        if name in options:
+            raise CacheConfigurationError(f"{shown}: the option {name!r} is given twice")
+        options[name] = value
     return options

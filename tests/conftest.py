@@ -28,7 +28,7 @@ def nothing_blocks_the_loop(request: pytest.FixtureRequest) -> Iterator[None]:
     Sync tests are left alone, and so is what pytest and the test itself do (reading a golden file, say).
     """
     if "anyio_backend" in request.fixturenames and request.getfixturevalue("anyio_backend_name") == "asyncio":
-        with blockbuster_ctx("cachebus"):
+        with blockbuster_ctx("cachebus", excluded_modules=["cachebus.testing"]):
             yield
     else:
         yield

@@ -3,9 +3,13 @@
 from .actor import Actor, Handlers
 from .alarm import Alarm
 from .backend import STORE_REQUESTS, BackendActor
+from .breaker import BreakerPolicy, CircuitState
 from .cell import Cell
 from .context import Context
-from .ports import BatchStore, Capabilities, Gauges, InlineStore, Store
+from .guard_policy import GuardPolicy, GuardStatistics
+from .ports import BatchStore, Capabilities, Gauges, InlineStore, PipelinedStore, Store
+from .resilience import Guard
+from .retrying import RetryPolicy
 from .supervisor import RestartPolicy, Supervisor
 
 __all__ = [
@@ -14,13 +18,20 @@ __all__ = [
     "Alarm",
     "BackendActor",
     "BatchStore",
+    "BreakerPolicy",
     "Capabilities",
     "Cell",
+    "CircuitState",
     "Context",
     "Gauges",
+    "Guard",
+    "GuardPolicy",
+    "GuardStatistics",
     "Handlers",
     "InlineStore",
+    "PipelinedStore",
     "RestartPolicy",
+    "RetryPolicy",
     "Store",
     "Supervisor",
 ]

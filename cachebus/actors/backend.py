@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from cachebus.bus import Deferred
@@ -45,8 +46,10 @@ from cachebus.messages import (
 )
 
 from .actor import Actor, Handlers, PlainHandler
+from .guard_policy import GuardPolicy
 from .outcomes import Tally, facts
-from .ports import BatchStore, InlineStore, Store
+from .ports import BatchStore, InlineStore, PipelinedStore, Store
+from .resilience import Guard
 
 STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
     Get,
@@ -75,20 +78,29 @@ class BackendActor(Actor):
     """Stands before a store and owns it: opens it, closes it, counts, and publishes what happened.
 
     Over an `InlineStore` every turn is plain, and the store's own verbs are the handlers: a read costs no call more
-    than the store's. Over a `BatchStore` everything that arrives during one round trip leaves with the next.
+    than the store's. Over a `BatchStore` everything that arrives during one round trip leaves with the next. Over a
+    `PipelinedStore` a turn ends when its batch is sent, and the next may be sent before its replies are there. Before
+    both stands a `Guard` that does as `guard` says.
     """
 
-    def __init__(self, store: InlineStore | BatchStore) -> None:
+    def __init__(self, store: InlineStore | BatchStore, guard: GuardPolicy | None = None) -> None:
         self._store = store
+        self._policy = guard or GuardPolicy()
+        self._guard: Guard | None = None
         self._sweep_at = float("inf")
         self._call_off: Callable[[], None] | None = None
         self._tally = Tally()
+        if isinstance(store, PipelinedStore):
+            self.max_batch = store.max_batch
 
     def __repr__(self) -> str:
         return f"<BackendActor before {self._store!r}>"
 
     async def on_start(self) -> None:
         await self._store.open()
+        if not isinstance(self._store, InlineStore):
+            self._guard = Guard(self._policy, self.ctx, self._store.name)
+            self._guard.connected()
         self.ctx.audience.watch(self._listen)
 
     async def on_stop(self) -> None:
@@ -103,6 +115,10 @@ class BackendActor(Actor):
             table.plain[Clear] = self._clear(table.plain[Clear])
             table.plain[InvalidateTags] = self._invalidate_tags(table.plain[InvalidateTags])
             self._store.on_due = self._due
+        elif isinstance(self._store, PipelinedStore):
+            table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_pipelined))
+            # Another method is another batch.
+            table.batch.update(dict.fromkeys(self._store.apart, self._on_apart))
         else:
             table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_batch))
         return table
@@ -139,6 +155,7 @@ class BackendActor(Actor):
             max_bytes=gauges.max_bytes,
             restarts=self.ctx.restarts,
             overloaded=self.ctx.overloaded,
+            guard=asdict(self._guard.statistics()) if self._guard is not None else {},
         )
 
     # Expiry
@@ -164,13 +181,37 @@ class BackendActor(Actor):
 
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert not isinstance(self._store, InlineStore)
-        replies = await self._store.execute(batch)
-        for request, reply in zip(batch, replies, strict=True):
-            self._tally.count(request, reply)
-            if self.ctx.audience.kinds:
+        assert self._guard is not None
+        replies = await self._guard.execute(self._store, batch, self.ctx.deadline)
+        self._account(batch, replies)
+        return replies
+
+    async def _on_pipelined(self, batch: Sequence[Request[Any]]) -> Deferred:
+        assert isinstance(self._store, PipelinedStore)
+        assert self._guard is not None
+        promise = self.ctx.defer()
+
+        def replied(replies: Sequence[Reply]) -> None:
+            self._account(batch, replies)
+            promise.answer(replies)
+
+        try:
+            await self._guard.submit(self._store, batch, self.ctx.deadline, replied)
+        except BaseException:
+            promise.answer(())  # Nobody waits for it; the cell answers the batch.
+            raise
+        return promise
+
+    async def _on_apart(self, batch: Sequence[Request[Any]]) -> Deferred:
+        return await self._on_pipelined(batch)
+
+    def _account(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
+        """Count what came of a batch, and tell whoever listens."""
+        self._tally.count_all(batch, replies)
+        if self.ctx.audience.kinds:
+            for request, reply in zip(batch, replies, strict=True):
                 for event in facts(request, reply):
                     self.ctx.emit(event)
-        return replies
 
     # Events of an inline store
 

@@ -17,7 +17,7 @@ if its handler can wait, by the actor's task.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from anyio.lowlevel import checkpoint
@@ -39,6 +39,7 @@ from cachebus.messages import (
 
 from .actor import Actor, BatchHandler, Handlers, PlainHandler
 from .alarm import Alarm
+from .batches import BatchPort, alone, check_batch
 from .reentrancy import on_this_stack
 
 _TOKEN = object()
@@ -69,6 +70,8 @@ class Cell:
         self.audience = emitter.audience
         self.deadline: float | None = None
         self.alarm = Alarm(clock)
+        self.call_after = self.alarm.set
+        self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]  # The supervisor's, who has the task group.
         self._inline_turns = inline_turns
         self._token = [_TOKEN]
         self._mailbox: deque[Envelope] = deque()
@@ -207,15 +210,16 @@ class Cell:
 
     def _take_in(self, envelope: Envelope) -> None:
         self._mailbox.append(envelope)
-        # A thread that blocks goes on until its own is served: it may be the one whose loop the actor's task needs.
-        self._serve_mail(1 << 62 if isinstance(envelope.port, ThreadPort) else _COMBINE)
+        self._serve_mail()
         if self._ended is not None:
             self._refuse_mail(self._ended)
 
-    def _serve_mail(self, most: int = _COMBINE) -> None:
+    def _serve_mail(self) -> None:
         """Serve the mailbox on this stack as far as plain handlers go, and leave the rest to the task."""
-        for _ in range(most):
-            if not self._mailbox or not self._inline:
+        turns = 0
+        while self._mailbox and self._inline:
+            # Not while a thread blocks in there: it may be the one whose loop the actor's task needs.
+            if turns and turns % _COMBINE == 0 and not self._blocks_a_thread():
                 break
             try:
                 token = self._token.pop()
@@ -226,8 +230,13 @@ class Cell:
                     break
             finally:
                 self._token.append(token)
+            turns += 1
         if self._mailbox:
             self._wake_up()
+
+    def _blocks_a_thread(self) -> bool:
+        """Whether a thread stands still for something in the mailbox."""
+        return any(isinstance(each.port, ThreadPort) for each in self._mailbox.copy())
 
     def _serve_one(self) -> bool:
         """Take the first message's turn if its handler is plain. Holds the token."""
@@ -261,8 +270,8 @@ class Cell:
                     self._plain_turn(plain, envelope)
                 elif (batch := self._handlers.batch.get(kind)) is not None:
                     await self._batch_turn(batch, self._collect(batch, envelope))
-                elif kind in self._handlers.waiting:
-                    await self._waiting_turn(envelope)
+                elif (waiting := self._handlers.waiting.get(kind)) is not None:
+                    await self._batch_turn(alone(waiting), [envelope])
                 else:
                     name = type(self._actor).__name__
                     self._answer(envelope, BadMessage(f"{name} at {self.address} has no handler of {kind.__name__}"))
@@ -285,28 +294,16 @@ class Cell:
             self._crashed(error)
             raise
 
-    async def _waiting_turn(self, envelope: Envelope) -> None:
-        self.deadline = envelope.deadline
-        try:
-            self._settle(envelope, await self._handlers.waiting[type(envelope.message)](envelope.message))
-        except CacheError as error:
-            self._answer(envelope, error)
-        except Exception as error:
-            self._crashed(error, envelope)
-        except BaseException:
-            self._answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
-            raise
-        finally:
-            self.deadline = None
-
     async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope]) -> None:
         self.deadline = min((each.deadline for each in envelopes if each.deadline is not None), default=None)
         try:
             replies = await handler([each.message for each in envelopes])
-            if len(replies) != len(envelopes):
-                raise TypeError(f"a batch of {len(envelopes)} messages got {len(replies)} replies")
-            for envelope, reply in zip(envelopes, replies, strict=True):
-                self._settle(envelope, reply)
+            if isinstance(replies, Deferred):
+                replies.attach(BatchPort(envelopes, self._answer, self._crashed))
+            else:
+                check_batch(envelopes, replies)
+                for envelope, reply in zip(envelopes, replies, strict=True):
+                    self._settle(envelope, reply)
         except CacheError as error:
             for envelope in envelopes:
                 self._answer(envelope, error)
@@ -324,14 +321,16 @@ class Cell:
         """`first` and what stands behind it for the same handler, in order, up to the actor's bounds."""
         actor = self._actor
         assert actor is not None
+        mailbox, handler_of = self._mailbox, self._handlers.batch.get
         envelopes = [first]
-        size = first.size
-        while self._mailbox and len(envelopes) < actor.max_batch and size < actor.max_batch_bytes:
-            following = self._mailbox[0]
-            if self._handlers.batch.get(type(following.message)) != handler:
+        size, now = first.size, self.clock.monotonic()
+        while mailbox and len(envelopes) < actor.max_batch and size < actor.max_batch_bytes:
+            following = mailbox[0]
+            found = handler_of(type(following.message))
+            if found is not handler and found != handler:
                 break
-            self._mailbox.popleft()
-            if self._worthwhile(following):
+            mailbox.popleft()
+            if self._worthwhile(following, now):
                 envelopes.append(following)
                 size += following.size
         return envelopes
@@ -365,9 +364,9 @@ class Cell:
             if envelope.message is not _STOP:
                 self._answer(envelope, error)
 
-    def _worthwhile(self, envelope: Envelope) -> bool:
+    def _worthwhile(self, envelope: Envelope, now: float | None = None) -> bool:
         """Whether to work on a message: not if its budget is spent, nor if the caller has gone, unless it invalidates."""
-        if envelope.deadline is not None and self.clock.monotonic() >= envelope.deadline:
+        if envelope.deadline is not None and (now or self.clock.monotonic()) >= envelope.deadline:
             self._answer(envelope, CacheTimeoutError("no turn was free", self.address, 0.0))
             return False
         return envelope.port is None or envelope.port.waiting or getattr(envelope.message, "INVALIDATES", False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from cachebus.bus import Address, Audience, Clock, Deferred
@@ -35,3 +35,11 @@ class Context(Protocol):
     def send_after(self, delay: float, message: Message) -> Callable[[], None]:
         """Send `message` to this actor after `delay` seconds. Returns a function that calls it off."""
         ...
+
+    def call_after(self, delay: float, function: Callable[[], None], /) -> Callable[[], None]:
+        """Call `function`, which does not wait, after `delay` seconds, even during a turn. Returns one that calls it
+        off."""
+        ...
+
+    def start_soon(self, function: Callable[[], Awaitable[None]], /) -> None:
+        """Run `function` beside the turns. It ends with the actor's supervisor at the latest."""

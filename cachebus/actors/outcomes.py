@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,16 @@ class Tally:
     misses: int = 0
     sets: int = 0
     removals: dict[RemovalCause, int] = field(default_factory=lambda: dict.fromkeys(RemovalCause, 0))
+
+    def count_all(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
+        """Count a batch by its replies."""
+        hits = 0
+        for request, reply in zip(batch, replies, strict=True):
+            if type(reply) is Found:
+                hits += 1
+            else:
+                self.count(request, reply)
+        self.hits += hits
 
     def count(self, request: Request[Any], reply: Reply) -> None:
         """Count one request by its reply."""

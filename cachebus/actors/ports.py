@@ -16,8 +16,10 @@ __all__ = [
     "Clock",
     "Gauges",
     "InlineStore",
+    "PipelinedStore",
     "ReadListener",
     "RemovalListener",
+    "Replied",
     "Store",
     "WriteListener",
 ]
@@ -27,7 +29,8 @@ __all__ = [
 class Capabilities:
     """What a store can do. What it cannot is answered with `CapabilityError`, never with a quiet 0 or False.
 
-    `max_key_bytes` and `max_value_bytes` are `None` where the store sets no limit.
+    `max_key_bytes` and `max_value_bytes` are `None` where the store sets no limit. `ttl_resolution` is the step, in
+    seconds, to which the store rounds times to live up; 0 where it is a millisecond or less.
     """
 
     patterns: bool = False
@@ -36,6 +39,7 @@ class Capabilities:
     counters: bool = False
     max_key_bytes: int | None = None
     max_value_bytes: int | None = None
+    ttl_resolution: float = 0.0
 
     def names(self) -> tuple[str, ...]:
         """The capabilities that the store has, by name."""
@@ -100,6 +104,30 @@ class BatchStore(Store, Protocol):
         What goes wrong with one operation is its own `Failed`; what goes wrong with all of them is raised.
         """
         ...
+
+
+Replied = Callable[[Sequence[Reply]], None]
+"""Told the replies of a batch, one an operation, in order; called once, on the store's event loop."""
+
+
+@runtime_checkable
+class PipelinedStore(BatchStore, Protocol):
+    """A batch store that can have several batches under way: the turn of its actor ends when a batch is sent.
+
+    `max_batch` is the size from which a batch is better sent in two, one being prepared while the other is carried
+    out. `apart` are the kinds of requests that take many round trips: each goes in a batch of its own, so that nothing
+    else waits for it.
+    """
+
+    max_batch: int
+    apart: frozenset[type[Request[Any]]]
+
+    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
+        """Send a batch, waiting while too many are under way. Batches take effect in the order of their submission.
+
+        Returns when it is sent, or answered already; then `replied` is called once, whatever happens, with what goes
+        wrong as `Failed`. Raises what goes wrong before anything was sent, and `replied` is not called.
+        """
 
 
 @runtime_checkable

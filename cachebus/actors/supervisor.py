@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -128,6 +128,7 @@ class Supervisor:
             capacity=self._capacity,
             inline_turns=self._inline_turns,
         )
+        cell.start_soon = lambda function: self._beside(cell, function)
         self.bus.serve(address, cell)
         charge = _Charge(cell, factory)
         self._charges[address] = charge
@@ -188,6 +189,16 @@ class Supervisor:
         finally:
             charge.alarm_scope.cancel()
             charge.done.set()
+
+    def _beside(self, cell: Cell, function: Callable[[], Awaitable[None]]) -> None:
+        async def run() -> None:
+            try:
+                await function()
+            except Exception:
+                logger.exception("something beside the turns of actor %s failed", cell.address)
+
+        assert self._tasks is not None
+        self._tasks.start_soon(run)
 
     async def _ring(self, charge: _Charge) -> None:
         with charge.alarm_scope:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import re
 
+_STARS_MAX = 6
+_SPECIAL = "*?[]\\^-"
+
 
 @functools.lru_cache(maxsize=256)
 def compile_glob(pattern: str) -> re.Pattern[str]:
@@ -40,6 +43,30 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     # a pattern of n stars takes time in the n-th power of the key's length.
     atomic = "".join(f"(?>.*?{each})" for each in between[:-1])
     return re.compile(f"{first}{atomic}.*{between[-1]}", re.DOTALL)
+
+
+def widen(pattern: str) -> str:
+    r"""A glob of literal text and a few `*` only, that matches at least what `pattern` does: for a server that reads
+    globs in a way of its own, or slowly where there are many stars."""
+    pieces = [""]
+    position = 0
+    while position < len(pattern):
+        character = pattern[position]
+        position += 1
+        end = _set_end(pattern, position) if character == "[" else None
+        if character in "*?" or end is not None:
+            if len(pieces) > _STARS_MAX:
+                pieces[-1] = ""
+                break
+            if len(pieces) == 1 or pieces[-1]:
+                pieces.append("")
+            position = position if end is None else end + 1
+            continue
+        if character == "\\" and position < len(pattern):
+            character = pattern[position]
+            position += 1
+        pieces[-1] += f"\\{character}" if character in _SPECIAL else character
+    return "*".join(pieces)
 
 
 def _set_end(pattern: str, start: int) -> int | None:

@@ -23,8 +23,9 @@ from cachebus.messages import (
 from .address import Address, check_word
 from .api import Envelope, Recipient
 from .clock import SYSTEM_CLOCK, Clock
+from .deadlines import deadlines_of
 from .emitter import Emitter
-from .ports import Deferred, Port, ThreadPort, open_port, too_late
+from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
 from .subscription import Audience, Subscription
 
 R = TypeVar("R")
@@ -84,7 +85,15 @@ class LocalBus:
             recipient = self.recipient(address)
             port = open_port()
             self._hand_over(recipient, message, timeout, reply, port)
-            reply = await port.wait(timeout, too_late(address, timeout))
+            if type(port) is AsyncioPort:
+                # As its `wait` does, less a coroutine: every call that is not answered inline comes by here.
+                bucket = deadlines_of(port.loop).watch(port, timeout, too_late(address, timeout))
+                try:
+                    reply = await port
+                finally:
+                    bucket.pop(port, None)
+            else:
+                reply = await port.wait(timeout, too_late(address, timeout))
         return cast("R", settled(reply))
 
     def request_blocking(self, address: Address, message: Request[R], timeout: float) -> R:

@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 from asyncio import AbstractEventLoop, _get_running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import anyio
@@ -36,23 +36,26 @@ class Port(Protocol):
 class AsyncioPort:
     """A port on which a task of an asyncio loop waits. Cheap: a bare future, and a place in a shared timer."""
 
-    __slots__ = ("_future", "_loop")
+    __slots__ = ("_future", "loop")
 
     def __init__(self, loop: AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._future = loop.create_future()
 
     @property
     def waiting(self) -> bool:
         return not self._future.done()
 
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._future.__await__()
+
     def answer(self, reply: Any) -> None:
-        if _get_running_loop() is self._loop:
+        if _get_running_loop() is self.loop:
             if not self._future.done():
                 self._future.set_result(reply)
             return
         with contextlib.suppress(RuntimeError):  # The loop is closed, and whoever waited on it is gone.
-            self._loop.call_soon_threadsafe(self._settle, reply)
+            self.loop.call_soon_threadsafe(self._settle, reply)
 
     def _settle(self, reply: Any) -> None:
         if not self._future.done():
@@ -62,7 +65,7 @@ class AsyncioPort:
         """Wait for the answer; after `timeout` seconds the answer is `late()`."""
         if timeout is None:
             return await self._future
-        deadlines = deadlines_of(self._loop)
+        deadlines = deadlines_of(self.loop)
         bucket = deadlines.watch(self, timeout, late)
         try:
             return await self._future
@@ -140,7 +143,8 @@ class ThreadPort:
 class Deferred:
     """The promise of a reply that an actor gives later: its handler returns it, and the turn ends.
 
-    The actor calls `answer` when it knows; the bus attaches the port of whoever asked. Either may come first.
+    The actor calls `answer` when it knows; the bus attaches the port of whoever asked. Either may come first. The
+    promise of a batch is answered with a sequence of replies.
     """
 
     __slots__ = ("_guard", "_port", "_reply", "on_answer")
@@ -148,7 +152,7 @@ class Deferred:
     def __init__(self, on_answer: Callable[[Deferred], None] | None = None) -> None:
         self._guard = threading.Lock()
         self._port: Port | None = None
-        self._reply: Reply | None = None
+        self._reply: Reply | Sequence[Reply] | None = None
         self.on_answer = on_answer
 
     @property
@@ -156,7 +160,7 @@ class Deferred:
         """Whether somebody may still wait for the answer."""
         return self._reply is None and (self._port is None or self._port.waiting)
 
-    def answer(self, reply: Reply) -> None:
+    def answer(self, reply: Reply | Sequence[Reply]) -> None:
         """Give the answer, from any thread. Only the first call counts."""
         with self._guard:
             if self._reply is not None:

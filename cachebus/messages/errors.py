@@ -20,6 +20,9 @@ class CacheError(Exception):
 
     code: ClassVar[str] = "error"
 
+    transient: ClassVar[bool] = False
+    """Another attempt, a little later, may succeed; and many of these in a row mean that a backend is ill."""
+
     def __str__(self) -> str:
         return self.sentence()
 
@@ -38,10 +41,15 @@ class CacheError(Exception):
         return rebuild, (self.code, str(self), self.wire_fields())
 
 
+def error_class(code: str) -> type[CacheError]:
+    """The class that a code names; `CacheError` for an unknown one."""
+    return _codes.get(code, CacheError)
+
+
 def rebuild(code: str, detail: str, values: dict[str, Any]) -> CacheError:
     """The error that `code` names. An unknown code, or fields that a newer or older sender chose otherwise, still
     give a `CacheError` with the sender's sentence."""
-    cls = _codes.get(code, CacheError)
+    cls = error_class(code)
     known = {each.name for each in fields(cls)}
     try:
         made = cls(**{name: value for name, value in values.items() if name in known})
@@ -80,6 +88,7 @@ class CacheConnectionError(CacheBackendError, ConnectionError):
     """Raised when a store or a bus cannot be reached, or its connection was lost."""
 
     code: ClassVar[str] = "connection"
+    transient: ClassVar[bool] = True
 
 
 @error
@@ -103,6 +112,7 @@ class CacheTimeoutError(CacheError, TimeoutError):
     address: str = ""
     timeout: float = 0.0
     code: ClassVar[str] = "timeout"
+    transient: ClassVar[bool] = True
 
     def sentence(self) -> str:
         return f"{self.address or 'cache'}: {self.detail} within {self.timeout:g} s"
@@ -189,6 +199,7 @@ class Overloaded(CacheError):
     address: str = ""
     capacity: int = 0
     code: ClassVar[str] = "overloaded"
+    transient: ClassVar[bool] = True
 
     def sentence(self) -> str:
         return self.detail or f"mailbox of {self.address} is full ({self.capacity} messages)"

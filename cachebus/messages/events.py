@@ -102,6 +102,37 @@ class LoadFailed(Event):
     duration: float = 0.0
 
 
+@message("event.backend_connected")
+class BackendConnected(Event):
+    """A backend's store can be reached: for the first time, or again. `store` is the technology."""
+
+    store: str
+
+
+@message("event.backend_disconnected")
+class BackendDisconnected(Event):
+    """A backend's store could be reached and now cannot, for `reason`."""
+
+    store: str
+    reason: str
+
+
+@message("event.circuit_opened")
+class CircuitOpened(Event):
+    """A backend failed `failures` times in a row, and is left alone for `retry_after` seconds."""
+
+    address: str
+    failures: int
+    retry_after: float
+
+
+@message("event.circuit_closed")
+class CircuitClosed(Event):
+    """A backend that was left alone works again."""
+
+    address: str
+
+
 @message("event.actor_started")
 class ActorStarted(Event):
     """An actor takes turns."""

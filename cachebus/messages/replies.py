@@ -117,7 +117,8 @@ class Snapshot(Reply):
     """Counters of a backend since its actor started, and gauges of now. Whoever shows them says so.
 
     `removals` counts by `RemovalCause`. `weight` is in bytes where the store has a weigher, else 0. `overloaded`
-    counts the requests that a full mailbox turned away.
+    counts the requests that a full mailbox turned away. `guard` says how the backend has been doing, by the names of
+    `GuardStatistics`; it is empty where nothing needs a guard.
     """
 
     address: str
@@ -132,6 +133,7 @@ class Snapshot(Reply):
     max_bytes: int | None = None
     restarts: int = 0
     overloaded: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)
 
     @property
     def requests(self) -> int:

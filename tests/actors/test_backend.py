@@ -10,8 +10,8 @@ import pytest
 from cachebus.actors import STORE_REQUESTS, BackendActor, Capabilities, Context, Gauges
 from cachebus.actors.backend import SWEEP_BATCH
 from cachebus.adapters.memory import MemoryStore
-from cachebus.bus import Address, Audience, Deferred
 from cachebus.messages import (
+    BackendConnected,
     CacheCleared,
     CacheDeleted,
     CacheEvicted,
@@ -20,6 +20,7 @@ from cachebus.messages import (
     CacheMiss,
     CacheSet,
     CapabilityError,
+    CircuitOpened,
     Clear,
     Cleared,
     Counted,
@@ -35,7 +36,6 @@ from cachebus.messages import (
     Increment,
     Invalidated,
     InvalidateTags,
-    Message,
     Missing,
     Ping,
     Pong,
@@ -50,41 +50,21 @@ from cachebus.messages import (
     TagsInvalidated,
     TakeSnapshot,
 )
+from cachebus.testing.fakes import RecordingContext
 from tests.clock import ManualClock
 
 pytestmark = pytest.mark.anyio
 
 
-class RecordingContext:
-    """A context that keeps what the actor says and when it wants to be called."""
+class Recorder(RecordingContext):
+    """A recording context with a clock to move, of an actor that was restarted twice and turned three away."""
 
-    def __init__(self, *wanted: type[Event] | str) -> None:
-        self.address = Address("backend.test")
-        self.clock = ManualClock()
-        self.audience = Audience()
-        self.deadline: float | None = None
+    clock: ManualClock
+
+    def __init__(self, *kinds: type[Event]) -> None:
+        super().__init__(*kinds, address="backend.test", clock=ManualClock())
         self.restarts = 2
         self.overloaded = 3
-        self.said: list[Event] = []
-        self.alarms: list[tuple[float, Message]] = []
-        self.listener = self.audience.subscribe(wanted, 10) if wanted else None
-
-    def emit(self, event: Event) -> None:
-        if type(event) in self.audience.kinds:
-            self.said.append(event)
-
-    def defer(self) -> Deferred:
-        return Deferred()
-
-    def send_after(self, delay: float, message: Message) -> Callable[[], None]:
-        alarm = (delay, message)
-        self.alarms.append(alarm)
-
-        def call_off() -> None:
-            if alarm in self.alarms:
-                self.alarms.remove(alarm)
-
-        return call_off
 
 
 class ScriptedStore:
@@ -110,7 +90,7 @@ class ScriptedStore:
         return [self.replies.pop(0) for _ in batch]
 
 
-async def started(store: Any, context: RecordingContext) -> BackendActor:
+async def started(store: Any, context: Recorder) -> BackendActor:
     actor = BackendActor(store)
     actor.ctx = cast("Context", context)
     await actor.on_start()
@@ -119,7 +99,7 @@ async def started(store: Any, context: RecordingContext) -> BackendActor:
 
 async def test_over_an_inline_store_its_own_verbs_are_the_handlers() -> None:
     store = MemoryStore()
-    actor = await started(store, RecordingContext())
+    actor = await started(store, Recorder())
     table = actor.handlers()
     assert set(STORE_REQUESTS) <= set(table.plain)
     assert table.plain[Get] == store.get
@@ -127,14 +107,14 @@ async def test_over_an_inline_store_its_own_verbs_are_the_handlers() -> None:
 
 
 async def test_over_a_batch_store_every_request_goes_into_batches() -> None:
-    actor = await started(ScriptedStore(), RecordingContext())
+    actor = await started(ScriptedStore(), Recorder())
     table = actor.handlers()
     assert set(table.batch) == set(STORE_REQUESTS)
     assert {Ping, Describe, TakeSnapshot} <= set(table.plain)
 
 
 async def test_while_nobody_listens_a_store_has_nobody_to_tell() -> None:
-    store, context = MemoryStore(), RecordingContext()
+    store, context = MemoryStore(), Recorder(CircuitOpened)
     actor = await started(store, context)
     actor.handlers()
     assert (store.on_read, store.on_write, store.on_removal) == (None, None, None)
@@ -151,7 +131,7 @@ async def test_while_nobody_listens_a_store_has_nobody_to_tell() -> None:
 
 
 async def test_an_inline_store_is_told_about_event_by_event() -> None:
-    context = RecordingContext("*")
+    context = Recorder()
     store = MemoryStore(max_entries=2, policy="lru", clock=context.clock)
     actor = await started(store, context)
     plain = actor.handlers().plain
@@ -164,7 +144,7 @@ async def test_an_inline_store_is_told_about_event_by_event() -> None:
         plain[Set](Set(key, 1, None))
     plain[InvalidateTags](InvalidateTags(("t",)))
     plain[Clear](Clear())
-    kinds = [type(event) for event in context.said]
+    kinds = [type(event) for event in context.emitted]
     assert kinds == [
         CacheMiss,
         CacheSet,
@@ -177,7 +157,7 @@ async def test_an_inline_store_is_told_about_event_by_event() -> None:
         TagsInvalidated,
         CacheCleared,
     ]
-    first_set, evicted = context.said[1], context.said[6]
+    first_set, evicted = context.emitted[1], context.emitted[6]
     assert isinstance(first_set, CacheSet)
     assert (first_set.key, first_set.ttl, first_set.tags) == ("a", 5.0, ("t",))
     assert isinstance(evicted, CacheEvicted)
@@ -185,33 +165,33 @@ async def test_an_inline_store_is_told_about_event_by_event() -> None:
 
 
 async def test_expired_entries_are_swept_when_they_are_due_a_bounded_number_at_a_time() -> None:
-    context = RecordingContext(CacheExpired)
+    context = Recorder(CacheExpired)
     store = MemoryStore(max_entries=None, clock=context.clock)
     actor = await started(store, context)
     plain = actor.handlers().plain
     for number in range(SWEEP_BATCH + 5):
         plain[Set](Set(str(number), number, 1.0))
-    assert len(context.alarms) == 1
-    (delay, message) = context.alarms.pop()
+    assert len(context.sent) == 1
+    (delay, message) = context.sent.pop()
     assert isinstance(message, Sweep)
     assert 1.0 <= delay <= 1.2
     context.clock.advance(delay)
     assert actor.on_sweep(Sweep()) == Deleted(SWEEP_BATCH)
     assert len(store) == 5
-    (delay, _) = context.alarms.pop()
+    (delay, _) = context.sent.pop()
     assert delay <= 0.0
     assert actor.on_sweep(Sweep()) == Deleted(5)
-    assert context.alarms == []
-    assert len(context.said) == SWEEP_BATCH + 5
+    assert context.sent == []
+    assert len(context.emitted) == SWEEP_BATCH + 5
 
 
 async def test_an_earlier_expiry_moves_the_sweep() -> None:
-    context = RecordingContext()
+    context = Recorder()
     actor = await started(MemoryStore(clock=context.clock), context)
     plain = actor.handlers().plain
     plain[Set](Set("late", 1, 500.0))
     plain[Set](Set("soon", 1, 1.0))
-    assert [round(delay) for delay, _ in context.alarms] == [1]
+    assert [round(delay) for delay, _ in context.sent] == [1]
 
 
 @pytest.mark.parametrize(
@@ -234,17 +214,17 @@ async def test_an_earlier_expiry_moves_the_sweep() -> None:
 async def test_what_a_batch_store_did_is_told_from_its_replies(
     request_: Request[Any], reply: Reply, events: list[Event]
 ) -> None:
-    context = RecordingContext("*")
+    context = Recorder()
     actor = await started(ScriptedStore(reply), context)
     handler = actor.handlers().batch[type(request_)]
     assert await handler([request_]) == [reply]
-    assert context.said == events
+    assert [each for each in context.emitted if type(each) is not BackendConnected] == events
 
 
 async def test_what_a_batch_store_did_is_counted_from_its_replies() -> None:
     replies = [Found(1), Missing(), FoundMany({"a": Found(1)}), Stored(1.0), StoredMany(3), Deleted(2)]
     requests = [Get("a"), Get("b"), GetMany(("a", "b")), Set("a", 1), SetMany({}), DeleteMany(("a", "b"))]
-    actor = await started(ScriptedStore(*replies), RecordingContext())
+    actor = await started(ScriptedStore(*replies), Recorder())
     await actor.handlers().batch[Get](requests)
     snapshot = actor.on_take_snapshot(TakeSnapshot())
     assert (snapshot.hits, snapshot.misses, snapshot.sets) == (2, 2, 4)
@@ -259,13 +239,13 @@ async def test_what_a_store_cannot_do_is_a_capability_error() -> None:
         def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Reply] | None:
             return None if kind is Increment else super().verb(kind)
 
-    actor = await started(Limited(), RecordingContext())
+    actor = await started(Limited(), Recorder())
     with pytest.raises(CapabilityError, match="store 'memory' cannot do Increment"):
         actor.handlers().plain[Increment](Increment("k"))
 
 
 async def test_a_backend_says_what_it_is() -> None:
-    actor = await started(ScriptedStore(), RecordingContext())
+    actor = await started(ScriptedStore(), Recorder())
     assert actor.on_ping(Ping()) == Pong("backend.test")
     description = actor.on_describe(Describe())
     assert description.store == "scripted"
@@ -276,7 +256,7 @@ async def test_a_backend_says_what_it_is() -> None:
 
 async def test_a_store_is_opened_and_closed_with_its_actor() -> None:
     store = ScriptedStore()
-    actor = await started(store, RecordingContext())
+    actor = await started(store, Recorder())
     assert store.open_count == 1
     await actor.on_stop()
     assert store.open_count == 0

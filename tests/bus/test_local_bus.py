@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -276,3 +277,67 @@ async def test_a_budget_may_be_as_large_as_one_likes(bus: LocalBus, supervisor: 
     await supervisor.start(PLACE, Patient)
     assert await bus.request(PLACE, Get("k"), timeout) == Found("k")
     assert await anyio.to_thread.run_sync(lambda: bus.request_blocking(PLACE, Get("k"), timeout)) == Found("k")
+
+
+async def test_a_blocking_caller_serves_others_no_longer_than_until_its_own_turn(
+    bus: LocalBus, supervisor: Supervisor
+) -> None:
+    class Prolific(Actor):
+        """Each of its turns is followed by another one, sent meanwhile."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.turns_of: dict[int, int] = defaultdict(int)
+
+        def on_increment(self, request: Increment) -> Counted:
+            self.turns_of[threading.get_ident()] += 1
+            if request.delta < 5000:
+                bus.send(PLACE, Increment(request.key, request.delta + 1))
+            return Counted(request.delta)
+
+        def on_get(self, request: Get) -> Found | Missing:
+            return Found(request.key)
+
+    prolific = Prolific()
+    cell = await supervisor.start(PLACE, lambda: prolific)
+
+    def ask() -> int:
+        token = cell._token.pop()
+        bus.send(PLACE, Increment("k"))  # Waits in the mailbox, because somebody has the turn.
+        cell._token.append(token)
+        assert bus.request_blocking(PLACE, Get("k"), T) == Found("k")
+        return prolific.turns_of[threading.get_ident()]
+
+    assert 1 <= await anyio.to_thread.run_sync(ask) < 500
+
+
+async def test_a_blocking_caller_in_a_loop_is_served_though_another_thread_holds_the_turn(
+    bus: LocalBus, supervisor: Supervisor
+) -> None:
+    echo, inside, go = Echo(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        echo.nested = None
+        inside.set()
+        go.wait(T)
+
+    echo.nested = hold
+    cell = await supervisor.start(PLACE, lambda: echo)
+
+    def release() -> None:
+        while len(cell._mailbox) <= 300:
+            go.wait(0.001)
+        go.set()
+
+    holder = threading.Thread(target=bus.request_blocking, args=(PLACE, Get("long"), T))
+    holder.start()
+    inside.wait(T)
+    for number in range(300):
+        bus.send(PLACE, Get(str(number)))
+    releaser = threading.Thread(target=release)
+    releaser.start()
+    try:
+        assert bus.request_blocking(PLACE, Get("k"), 0.3) == Found("k")
+    finally:
+        releaser.join()
+        holder.join()

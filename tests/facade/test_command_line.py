@@ -15,6 +15,7 @@ import yaml
 import cachebus.__main__ as command_line
 from cachebus.__main__ import extras, main
 from cachebus.settings import load_settings
+from cachebus.urls import BUILT_IN
 
 from .plugins import announce
 
@@ -83,7 +84,7 @@ def test_info_says_what_can_be_used(
     expected = {
         "cachebus": "7.8.9",
         "python": platform.python_version(),
-        "schemes": ["memory", "null", "shelf"],
+        "schemes": [*BUILT_IN, "shelf"],
         "policies": ["s3fifo", "lru", "lfu", "sieve"],
         "extras": {"redis": True},
     }
@@ -133,7 +134,7 @@ def test_settings_are_shown_without_passwords(
     [
         ("memory://?max_entres=5", "did you mean 'max_entries'?"),
         ("absent.yaml", "'absent.yaml' cannot be read: "),
-        (f"redis://user:{SECRET}@localhost", "unknown scheme 'redis'"),
+        (f"mongodb://user:{SECRET}@localhost", "unknown scheme 'mongodb'"),
         ("memory://?name=a\nb", "control character"),
     ],
 )

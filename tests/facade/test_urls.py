@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from cachebus.messages import CacheConfigurationError
 from cachebus.settings import MemorySettings, NullSettings, PluginSettings, backend_from_url
-from cachebus.urls import Text, is_url, known_schemes, parse_url, redact_url
+from cachebus.urls import BUILT_IN, Text, is_url, known_schemes, parse_url, redact_url
 
 from .plugins import announce
 
@@ -111,7 +110,7 @@ def test_what_a_url_cannot_say_is_refused_and_explained(url: str, sentence: str)
     assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize("scheme", ["redis", "rediss", "unix", "memcached", "bus", "file", "http"])
+@pytest.mark.parametrize("scheme", ["valkey", "mongodb", "bus", "file", "http"])
 def test_a_scheme_without_a_store_is_unknown(scheme: str) -> None:
     with pytest.raises(CacheConfigurationError, match=rf"unknown scheme '{scheme}'.*known are memory, null"):
         parse_url(f"{scheme}://localhost:1/2?a=b")
@@ -120,8 +119,8 @@ def test_a_scheme_without_a_store_is_unknown(scheme: str) -> None:
 def test_the_scheme_of_an_installed_package_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "shelf" not in known_schemes()
     announce(tmp_path, monkeypatch)
-    assert known_schemes() == ("memory", "null", "shelf")
-    with pytest.raises(CacheConfigurationError, match=r"did you mean 'shelf'\?\), known are memory, null, shelf"):
+    assert known_schemes() == (*BUILT_IN, "shelf")
+    with pytest.raises(CacheConfigurationError, match=r"did you mean 'shelf'\?\), known are memory, null, .*, shelf"):
         parse_url("shelve://")
 
 
@@ -137,7 +136,7 @@ def test_the_url_of_a_plugin_is_left_whole(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_package_cannot_take_a_built_in_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     announce(tmp_path, monkeypatch, scheme="memory")
-    assert known_schemes() == ("memory", "null")
+    assert known_schemes() == BUILT_IN
     assert backend_from_url("memory://") == MemorySettings()
 
 
@@ -182,6 +181,9 @@ AWKWARD = st.text(st.sampled_from("@:/?#%&=;[] \\'\"\n") | st.characters(codec="
 def test_no_password_is_so_awkward_that_it_is_shown(before: str, after: str, tail: str) -> None:
     url = f"redis://user:{before}hunter2{after}@localhost{tail}"
     assert "hunter2" not in redact_url(url)
-    with pytest.raises(CacheConfigurationError) as caught:
+    said = ""
+    try:
         parse_url(url)
-    assert not re.search("hunter2", repr(caught.value) + str(caught.value))
+    except CacheConfigurationError as error:
+        said = repr(error) + str(error)
+    assert "hunter2" not in said

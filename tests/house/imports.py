@@ -28,14 +28,15 @@ THIRD_PARTIES: Mapping[str, frozenset[str]] = {
     "bus/nats*": frozenset({"nats"}),
     "actors": frozenset({"anyio", "tenacity"}),
     "adapters": frozenset({"anyio"}),  # worker threads for blocking drivers
-    "adapters/redis*": frozenset({"redis", "hiredis"}),
+    "adapters/redis*": frozenset({"redis", "hiredis", "msgpack"}),
     "adapters/memcached*": frozenset({"pymemcache"}),
     "adapters/faiss*": frozenset({"faiss", "numpy"}),
     "adapters/embed*": frozenset({"numpy"}),
     "adapters/prometheus*": frozenset({"prometheus_client"}),
     "adapters/opentelemetry*": frozenset({"opentelemetry"}),
     "facade": frozenset({"anyio", "pydantic", "pydantic_settings", "yaml"}),
-    "testing*": frozenset({"pytest"}),  # the suites that ship; `import cachebus` does not load them
+    # The suites that ship; `import cachebus` does not load them.
+    "testing*": frozenset({"pytest", "testcontainers", "docker"}),
 }
 """Who may touch what: a floor, and on top of it the modules whose path in the package matches a pattern."""
 

@@ -1,0 +1,127 @@
+"""The circuit breaker: a backend that fails again and again is left alone for a while (Nygard, Release It!, 2007)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cachebus.bus import Clock
+from cachebus.messages import CacheConfigurationError, CircuitOpen
+
+
+class CircuitState(StrEnum):
+    """`CLOSED`: everything passes. `OPEN`: nothing does. `HALF_OPEN`: a few may try whether it works again."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerPolicy:
+    """When a circuit opens and closes.
+
+    `failure_threshold` failures in a row open it. After `recovery` seconds at most `half_open_max` probes at a time are
+    let through; `success_threshold` of them that succeed close it, and one that fails opens it again.
+    """
+
+    failure_threshold: int = 5
+    success_threshold: int = 3
+    recovery: float = 30.0
+    half_open_max: int = 3
+
+    def __post_init__(self) -> None:
+        for option in ("failure_threshold", "success_threshold", "half_open_max"):
+            if getattr(self, option) < 1:
+                raise CacheConfigurationError(f"{option}: expected at least 1, not {getattr(self, option)!r}")
+        if not 0 < self.recovery < float("inf"):
+            raise CacheConfigurationError(f"recovery: expected a number of seconds over 0, not {self.recovery!r}")
+
+
+class CircuitBreaker:
+    """The state of one circuit. Not safe for use from several threads: its actor's loop makes it so.
+
+    `admit` gives a ticket, and every ticket is given back once, to `succeeded`, `failed` or `abandoned`. A ticket of an
+    earlier state says nothing about the present one: a straggler from before an outage neither closes the circuit nor
+    prolongs the outage. `changed` is told of every transition, with the state that it led to.
+    """
+
+    def __init__(
+        self, policy: BreakerPolicy, clock: Clock, address: str, changed: Callable[[CircuitState], None]
+    ) -> None:
+        self.failures = 0
+        self._policy = policy
+        self._clock = clock
+        self._address = address
+        self._changed = changed
+        self._state = CircuitState.CLOSED
+        self._period = 0
+        self._opened_at = 0.0
+        self._probes = 0
+        self._successes = 0
+
+    def __repr__(self) -> str:
+        return f"<CircuitBreaker of {self._address}, {self.state}>"
+
+    @property
+    def state(self) -> CircuitState:
+        """The state as of the last transition: an open circuit is half open only once somebody tries."""
+        return self._state
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until an open circuit lets a probe through; 0 if something may pass now."""
+        if self._state is not CircuitState.OPEN:
+            return 0.0
+        now = self._clock.monotonic()
+        if now < self._opened_at:
+            # A clock that went back, as after a suspended machine's restore, must not keep the circuit open for ever.
+            self._opened_at = now
+        return max(0.0, self._opened_at + self._policy.recovery - now)
+
+    def admit(self) -> int:
+        """The ticket of a call that may pass. Raises `CircuitOpen`."""
+        if self._state is CircuitState.CLOSED:
+            return self._period
+        if self._state is CircuitState.OPEN:
+            if (wait := self.retry_after) > 0:
+                raise CircuitOpen(address=self._address, retry_after=wait)
+            self._enter(CircuitState.HALF_OPEN)
+        if self._probes >= self._policy.half_open_max:
+            raise CircuitOpen(f"circuit of {self._address} is half open, and its probes are under way", self._address)
+        self._probes += 1
+        return self._period
+
+    def succeeded(self, ticket: int) -> None:
+        """Take back the ticket of a call that the backend answered."""
+        if ticket != self._period:
+            return
+        self.failures = 0
+        if self._state is CircuitState.HALF_OPEN:
+            self._probes -= 1
+            self._successes += 1
+            if self._successes >= self._policy.success_threshold:
+                self._enter(CircuitState.CLOSED)
+
+    def failed(self, ticket: int) -> None:
+        """Take back the ticket of a call that the backend failed."""
+        if ticket != self._period:
+            return
+        self.failures += 1
+        if self._state is CircuitState.HALF_OPEN or self.failures >= self._policy.failure_threshold:
+            self._opened_at = self._clock.monotonic()
+            self._enter(CircuitState.OPEN)
+
+    def abandoned(self, ticket: int) -> None:
+        """Take back the ticket of a call of which nobody knows what it would have been: it was cancelled, say."""
+        if ticket == self._period and self._state is CircuitState.HALF_OPEN:
+            self._probes -= 1
+
+    def _enter(self, state: CircuitState) -> None:
+        self._state = state
+        self._period += 1
+        self._probes = self._successes = 0
+        if state is CircuitState.CLOSED:
+            self.failures = 0
+        self._changed(state)

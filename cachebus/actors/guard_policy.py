@@ -1,0 +1,62 @@
+"""What a guard is told to do, and what it says it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cachebus.messages import CacheConfigurationError, CacheError
+
+from .breaker import BreakerPolicy
+from .retrying import RetryPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardPolicy:
+    """What a guard does. Times are seconds.
+
+    `timeout_min` and `timeout_max` bound the adaptive timeout, `timeout_initial` is the one before anything is known,
+    and `timeout_window` is how many durations it looks at. `max_concurrent` batches ask at a time, `max_waiting` more
+    wait. Errors of the classes in `excluded` are none for the circuit breaker.
+    """
+
+    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    timeout_min: float = 0.1
+    timeout_max: float = 10.0
+    timeout_initial: float = 1.0
+    timeout_window: int = 1000
+    max_concurrent: int = 100
+    max_waiting: int = 1000
+    excluded: tuple[type[CacheError], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_min <= self.timeout_max < float("inf"):
+            bounds = f"{self.timeout_min!r} and {self.timeout_max!r}"
+            raise CacheConfigurationError(f"expected 0 < timeout_min <= timeout_max, in seconds, not {bounds}")
+        if not 0 < self.timeout_initial < float("inf"):
+            raise CacheConfigurationError(f"timeout_initial: expected seconds over 0, not {self.timeout_initial!r}")
+        for option, least in (("timeout_window", 1), ("max_concurrent", 1), ("max_waiting", 0)):
+            if getattr(self, option) < least:
+                raise CacheConfigurationError(f"{option}: expected at least {least}, not {getattr(self, option)!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardStatistics:
+    """What a guard has seen. Counts are of batches since it was made; `last_failure_time` and `next_attempt` are Unix
+    time, `None` where there is none. `lock_timeout` and `lock_p95` are of lock operations, the others of all else.
+    `rejected` counts what was turned away without asking the store, because the circuit was open or the queue full.
+    """
+
+    state: str
+    failure_count: int
+    success_count: int
+    last_failure_time: float | None
+    next_attempt: float | None
+    current_timeout: float
+    p95: float
+    lock_timeout: float
+    lock_p95: float
+    in_flight: int
+    waiting: int
+    rejected: int
+    retries: int

@@ -1,0 +1,160 @@
+"""Redis commands under way: what is sent, and what becomes of the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import hiredis
+
+from cachebus.messages import CacheError, Failed, Found, FoundMany, Missing, NotStored, Stored
+
+from .redis_connection import Argument, pack_words
+from .redis_errors import in_doubt, translate
+from .redis_scripts import WRITE, Script
+from .redis_values import read_or_fail
+
+MISSING = Missing()
+
+Settle = Callable[[Any, float], None]
+"""Takes in a reply; told the server's Unix time in seconds."""
+
+
+class Command:
+    """One Redis command: its words, the key that says which node it goes to, and what to do with its reply.
+
+    `writes` is false where doing it twice does what doing it once does.
+    """
+
+    __slots__ = ("fail", "key", "script", "settle", "words", "writes")
+
+    def __init__(
+        self,
+        words: list[Argument],
+        key: str,
+        settle: Settle,
+        fail: Callable[[CacheError], None],
+        *,
+        script: Script | None = None,
+        writes: bool = False,
+    ) -> None:
+        self.words = words
+        self.key = key
+        self.settle = settle
+        self.fail = fail
+        self.script = script
+        self.writes = writes
+
+    def packed(self, *, whole: bool = False) -> bytes:
+        """The command as bytes; `whole` sends a script's text instead of its name."""
+        if self.script is None:
+            return pack_words(tuple(self.words))
+        name = ("EVAL", self.script.text) if whole else ("EVALSHA", self.script.sha)
+        return pack_words((*name, *self.words))
+
+    def take(self, reply: Any, now: float) -> None:
+        """Take in the reply. `now` is the server's Unix time in seconds."""
+        if isinstance(reply, hiredis.ReplyError):
+            self.fail(translate(reply))
+        else:
+            self.settle(reply, now)
+
+    def give_up(self, error: CacheError) -> None:
+        """Take in that the connection was lost after the command was sent."""
+        self.fail(in_doubt(error) if self.writes else error)
+
+
+class Reads:
+    """One `MGET`: who wants which of its keys."""
+
+    __slots__ = ("_prefix", "_replies", "_wants", "keys")
+
+    def __init__(self, replies: list[Any], prefix: int) -> None:
+        self.keys: dict[str, int] = {}
+        self._wants: list[tuple[int, int, str]] = []
+        self._replies = replies
+        self._prefix = prefix
+
+    def want(self, position: int, key: str) -> None:
+        self._wants.append((position, self.keys.setdefault(key, len(self.keys)), key))
+
+    def command(self) -> Command:
+        return Command(["MGET", *self.keys], next(iter(self.keys)), self.settle, self.fail)
+
+    def settle(self, reply: Any, now: float) -> None:
+        replies = self._replies
+        for position, place, key in self._wants:
+            raw = reply[place]
+            # Taken apart for each, so that no two callers share a list or a dict.
+            answer: Any = MISSING if raw is None else read_or_fail(raw, now)
+            whole = replies[position]
+            if whole is None:
+                replies[position] = answer
+            elif type(whole) is FoundMany:
+                if type(answer) is Found:
+                    whole.entries[key[self._prefix :]] = answer
+                elif answer is not MISSING:
+                    replies[position] = answer
+
+    def fail(self, error: CacheError) -> None:
+        for position, _, _ in self._wants:
+            self._replies[position] = Failed.of(error)
+
+
+class Gets:
+    """One `MGET` for a run of `Get`s that begins at `first`: `places` says which of its keys each wants."""
+
+    __slots__ = ("_first", "_keys", "_places", "_replies")
+
+    def __init__(self, replies: list[Any], first: int, keys: dict[str, int], places: list[int]) -> None:
+        self._replies = replies
+        self._first = first
+        self._keys = keys
+        self._places = places
+
+    def command(self) -> Command:
+        return Command(["MGET", *self._keys], next(iter(self._keys)), self.settle, self.fail)
+
+    def settle(self, reply: Any, now: float) -> None:
+        raws = reply if len(reply) == len(self._places) else [reply[place] for place in self._places]
+        self._replies[self._first : self._first + len(raws)] = [
+            MISSING if raw is None else read_or_fail(raw, now) for raw in raws
+        ]
+
+    def fail(self, error: CacheError) -> None:
+        count = len(self._places)
+        self._replies[self._first : self._first + count] = [Failed.of(error)] * count
+
+
+class Writes:
+    """One call of the script that writes. `size` is the bytes of its values."""
+
+    __slots__ = ("_arguments", "_keys", "_positions", "_replies", "size")
+
+    def __init__(self, replies: list[Any]) -> None:
+        self.size = 0
+        self._keys: list[str] = []
+        self._arguments: list[Argument] = []
+        self._positions: list[int] = []
+        self._replies = replies
+
+    def add(self, position: int, key: str, body: bytes, px: str, condition: str) -> None:
+        """A negative position is that of a `SetMany`, -1 for the first: its reply stands already."""
+        self._positions.append(position)
+        self._keys.append(key)
+        self._arguments += (body, px, condition)
+        self.size += len(body)
+
+    def command(self) -> Command:
+        words: list[Argument] = [len(self._keys), *self._keys, *self._arguments]
+        return Command(words, self._keys[0], self.settle, self.fail, script=WRITE, writes=True)
+
+    def settle(self, reply: Any, now: float) -> None:
+        replies = self._replies
+        for position, version in zip(self._positions, reply, strict=True):
+            if position >= 0:
+                replies[position] = Stored(float(version)) if version > 0 else NotStored(float(-version))
+
+    def fail(self, error: CacheError) -> None:
+        for position in self._positions:
+            self._replies[position if position >= 0 else -1 - position] = Failed.of(error)

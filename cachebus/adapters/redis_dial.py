@@ -1,0 +1,170 @@
+"""Making connections to Redis servers: where they are, who we are to them, and the greeting."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import hiredis
+
+from cachebus.actors.ports import Clock
+from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
+
+from .redis_connection import RedisConnection, pack
+from .redis_errors import BACKEND, translate_greeting, unreachable
+from .redis_scripts import SCRIPTS
+
+Role: TypeAlias = Literal["any", "master", "sentinel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a server listens: a host and a port, or the path of a unix socket."""
+
+    host: str = ""
+    port: int = 6379
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return self.path
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who connects: a user of the server's, `default` if only a password is given."""
+
+    user: str = ""
+    password: str | None = field(default=None, repr=False)
+
+    def hello(self) -> bytes:
+        """The command that begins RESP3, as this user."""
+        if self.password is None:
+            return pack("HELLO", 3)
+        return pack("HELLO", 3, "AUTH", self.user or "default", self.password)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dial:
+    """How connections are made. `timeout` is in seconds and holds for all of connecting; `silence` as in
+    `RedisConnection`."""
+
+    clock: Clock
+    identity: Identity = Identity()
+    database: int = 0
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    timeout: float = 1.0
+    silence: float | None = 2.0
+    window: int = 8
+
+    async def connect(self, place: Place, role: Role = "any") -> RedisConnection:
+        """A connection that is ready. As a `master`, a server that is none is refused.
+
+        Raises `CacheConnectionError`, or `CacheConfigurationError` for what another attempt will not mend.
+        """
+        try:
+            async with asyncio.timeout(self.timeout):
+                connection = await self._open(place)
+                try:
+                    await self._greet(connection, role)
+                except BaseException as error:
+                    connection.drop(unreachable(error, str(place), self.timeout))
+                    raise
+        except (OSError, CacheError) as error:  # TimeoutError and SSLError are OSErrors.
+            raise unreachable(error, str(place), self.timeout) from None
+        if role != "sentinel":
+            connection.watch()
+        return connection
+
+    async def ask(self, place: Place, *arguments: str) -> Any:
+        """The reply of a sentinel to one command, over a connection of its own."""
+        connection = await self.connect(place, "sentinel")
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await connection.call(*arguments)
+        except TimeoutError as error:
+            raise unreachable(error, str(place), self.timeout) from None
+        finally:
+            connection.drop(CacheConnectionError("done", BACKEND))
+
+    async def _open(self, place: Place) -> RedisConnection:
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> RedisConnection:
+            return RedisConnection(str(place), self.clock, window=self.window, silence=self.silence)
+
+        if place.path:
+            _, connection = await loop.create_unix_connection(protocol, place.path)
+        else:
+            _, connection = await loop.create_connection(
+                protocol, place.host, place.port, ssl=self.tls, server_hostname=place.host if self.tls else None
+            )
+        return connection
+
+    async def _greet(self, connection: RedisConnection, role: Role) -> None:
+        commands = [self.identity.hello()]
+        if role != "sentinel":
+            commands.append(pack("TIME"))
+        if role == "master":
+            commands.append(pack("ROLE"))
+        if self.database:
+            commands.append(pack("SELECT", self.database))
+        needed = len(commands)
+        # A user who may not load scripts may still send them whole: what comes of these is not asked.
+        if role != "sentinel":
+            commands.extend(pack("SCRIPT", "LOAD", script.text) for script in SCRIPTS)
+        asked_at = self.clock.monotonic()
+        replies = (await connection.ask(*commands))[:needed]
+        for reply in replies:
+            if isinstance(reply, hiredis.ReplyError):
+                raise translate_greeting(reply, connection.server)
+        if role != "sentinel":
+            connection.set_time(replies[1], asked_at)
+        if role == "master" and replies[2][0] != b"master":
+            raise CacheConnectionError(f"{connection.server} is no master", BACKEND)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """Paths of PEM files: whom we trust (the system's authorities if left out), and who we are."""
+
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """A context that checks certificates and host names. Reads the files, so it blocks."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key, password=_no_passphrase)
+        except (OSError, ValueError) as error:  # SSLError is an OSError
+            names = ", ".join(each for each in (self.ca, self.certificate, self.key) if each)
+            reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+            raise CacheConfigurationError(f"redis: the TLS files {names} cannot be used: {reason}") from None
+        return context
+
+
+def _no_passphrase() -> str:
+    # Without it OpenSSL asks at the terminal.
+    raise ValueError("the key is encrypted")
+
+
+async def find_master(dial: Dial, sentinels: Sequence[Place], service: str) -> Place:
+    """Where the master of a service is, by the first sentinel that knows. Raises `CacheConnectionError`."""
+    reasons: list[str] = []
+    for place in sentinels:
+        try:
+            found = await dial.ask(place, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+        except CacheConnectionError as error:
+            reasons.append(error.detail)
+            continue
+        if found:
+            host, port = found
+            return Place(host.decode(), int(port))
+        reasons.append(f"{place} does not know it")
+    raise CacheConnectionError(f"no sentinel knows the master of {service!r}: {'; '.join(reasons)}", BACKEND)

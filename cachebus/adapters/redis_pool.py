@@ -1,0 +1,90 @@
+"""The connections to one Redis server: one that carries the requests, and a few beside it for long walks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from cachebus.messages import CacheClosed, CacheConnectionError, CacheError
+
+from .redis_connection import RedisConnection
+from .redis_errors import BACKEND
+
+Connect = Callable[[], Awaitable[RedisConnection]]
+
+
+class RedisPool:
+    """Up to `most` connections, made when they are needed and made anew after they were lost.
+
+    One of them carries every request, because one that is always busy is the fastest, and because it keeps their order.
+    The others are for walks over many keys; with `most=1` these take turns with the requests.
+    """
+
+    def __init__(self, connect: Connect, most: int) -> None:
+        self._connect = connect
+        self._most = most
+        self._main: RedisConnection | None = None
+        self._sides: list[RedisConnection] = []
+        self._next = 0
+        # One connection is made at a time, so that their number is known.
+        self._connecting = asyncio.Lock()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<RedisPool of {len(self.connections)}/{self._most} connections>"
+
+    @property
+    def connections(self) -> list[RedisConnection]:
+        """Those that are up."""
+        return [each for each in (self._main, *self._sides) if each is not None and each.lost is None]
+
+    def up(self) -> RedisConnection | None:
+        """The connection for requests, if there is one now."""
+        main = self._main
+        return main if main is not None and main.lost is None else None
+
+    async def main(self) -> RedisConnection:
+        """The connection for requests. Raises `CacheConnectionError` when the server cannot be reached."""
+        async with self._connecting:
+            connection = self.up()
+            if connection is None:
+                connection = self._main = await self._make()
+            return connection
+
+    async def side(self) -> RedisConnection:
+        """A connection for a walk, each in turn. Raises `CacheConnectionError` when the server cannot be reached."""
+        if self._most == 1:
+            return await self.main()
+        async with self._connecting:
+            self._sides = [each for each in self._sides if each.lost is None]
+            idle = [each for each in self._sides if not each.in_flight]
+            if not idle and len(self._sides) < self._most - 1:
+                made = await self._make()
+                self._sides.append(made)
+                return made
+            self._next += 1
+            among = idle or self._sides
+            return among[self._next % len(among)]
+
+    async def close(self) -> None:
+        """Finish what is in flight, then close. Cancelled, it closes at once."""
+        self._closed = True
+        try:
+            for connection in self.connections:
+                await connection.drain()
+        finally:
+            self.drop(CacheClosed("the connection to redis was closed"))
+
+    def drop(self, error: CacheError | None = None) -> None:
+        """Give up every connection; the next request makes a new one."""
+        error = error or CacheConnectionError("the connection to redis was given up", BACKEND)
+        for connection in self.connections:
+            connection.drop(error)
+
+    async def _make(self) -> RedisConnection:
+        if self._closed:
+            raise CacheClosed("the connection to redis was closed")
+        connection = await self._connect()
+        if self._closed:
+            connection.drop(CacheClosed("the connection to redis was closed"))
+        return connection

@@ -1,0 +1,1 @@
+"""The tests of `cachebus.testing.stores.StoreConformance`, a module for each part of the store's port."""

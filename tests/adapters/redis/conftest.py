@@ -1,0 +1,51 @@
+"""A real server for the tests of a module, and stores in it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from cachebus.actors.ports import PipelinedStore
+from cachebus.bus import SYSTEM_CLOCK
+from cachebus.messages import Clear
+from cachebus.settings import backend_from_url
+from cachebus.stores import build_store
+from cachebus.testing.servers import Server, run_redis
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with run_redis() as running:
+        yield running
+
+
+@asynccontextmanager
+async def opened(url: str, *, namespace: str = "tests") -> AsyncGenerator[Any]:
+    """A store at a URL, open."""
+    store: Any = build_store(backend_from_url(url), namespace=namespace, clock=SYSTEM_CLOCK)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest.fixture
+async def store(server: Server) -> AsyncIterator[PipelinedStore]:
+    async with opened(server.url) as made:
+        await one(made, Clear())
+        yield made
+
+
+async def one(store: Any, request: Any) -> Any:
+    """The reply to one request, sent alone."""
+    (reply,) = await store.execute([request])
+    return reply

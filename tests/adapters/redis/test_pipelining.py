@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import pytest
+
+from cachebus import open_cache
+from cachebus.actors import BackendActor
+from cachebus.actors.ports import SYSTEM_CLOCK, PipelinedStore
+from cachebus.adapters.chaos import ChaosStore
+from cachebus.adapters.redis import RedisStore
+from cachebus.messages import Clear, Delete, Get, GetMany, Set, Stored
+from cachebus.settings import backend_from_url
+from cachebus.stores import build_store
+from cachebus.testing.servers import Server, redis_command
+
+from .conftest import one, opened
+
+
+async def told(server: Server, *words: str) -> str:
+    return (await anyio.to_thread.run_sync(redis_command, server, *words)).decode()
+
+
+async def calls(server: Server) -> dict[str, int]:
+    """How often each command was called since the last `CONFIG RESETSTAT`."""
+    lines = (await told(server, "INFO", "commandstats")).splitlines()
+    found = {
+        line.partition(":")[0][8:]: int(line.split("calls=")[1].split(",")[0]) for line in lines if "calls=" in line
+    }
+    return {name: count for name, count in found.items() if name not in {"info", "config|resetstat", "time"}}
+
+
+async def connections(server: Server) -> int:
+    """How many clients there are besides the one that asks."""
+    lines = (await told(server, "CLIENT", "LIST")).splitlines()
+    return sum("cmd=client" not in line for line in lines if line.startswith("id="))
+
+
+async def test_a_batch_of_gets_is_one_command_and_equal_keys_are_one_key(store: Any, server: Server) -> None:
+    await told(server, "CONFIG", "RESETSTAT")
+    await store.execute([Get(f"k{number % 50}") for number in range(100)])
+    await store.execute([Get("a"), GetMany(("b", "c")), Get("b")])
+    assert await calls(server) == {"mget": 2}
+    await told(server, "CONFIG", "RESETSTAT")
+    await store.execute([Set("a", 1), Set("b", 2)])
+    assert (await calls(server))["evalsha"] == 1
+
+
+async def test_what_many_callers_ask_at_once_leaves_in_a_few_commands(server: Server) -> None:
+    async with open_cache(server.url) as cache:
+        await told(server, "CONFIG", "RESETSTAT")
+        await asyncio.gather(*(cache.get(f"k{number}") for number in range(640)))
+        assert (await calls(server))["mget"] <= 11
+
+
+async def test_a_batch_is_sent_before_the_one_before_it_is_answered(server: Server) -> None:
+    async with opened(f"{server.url}?window=3&health_check_interval=none") as store:
+        await anyio.to_thread.run_sync(server.pause)
+        try:
+            done: list[Any] = []
+            for number in range(3):
+                await store.submit([Set("a", number), Get("a")], done.append)
+            with anyio.move_on_after(0.05) as late:
+                await store.submit([Get("a")], done.append)
+            assert late.cancelled_caught
+            assert done == []
+        finally:
+            await anyio.to_thread.run_sync(server.resume)
+        assert (await one(store, Get("a"))).value == 2
+        assert [replies[1].value for replies in done] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+async def test_there_are_never_more_connections_than_allowed(server: Server, most: int) -> None:
+    async with open_cache(f"{server.url}?max_connections={most}") as cache:
+        await cache.set_many({f"k{number}": number for number in range(500)})
+
+        async def use(number: int) -> None:
+            await cache.get(f"k{number}")
+            if number % 50 == 0:
+                await cache.delete_pattern(f"k{number}*")
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(1000):
+                group.create_task(use(number))
+            for _ in range(5):
+                assert await connections(server) <= most
+        assert await connections(server) == most
+    with anyio.fail_after(2):
+        while await connections(server):
+            await anyio.sleep(0.01)
+
+
+async def test_a_read_does_not_wait_for_a_clear(server: Server) -> None:
+    async with open_cache(server.url, timeout=20.0) as cache:
+        for start in range(0, 30_000, 5_000):
+            await cache.set_many(dict.fromkeys((f"k{number}" for number in range(start, start + 5_000)), 1))
+        await cache.set("mine", 1)
+        clear = asyncio.create_task(cache.clear())
+        await asyncio.sleep(0)
+        reads = 0
+        while not clear.done():
+            await cache.get("mine")
+            reads += 1
+        assert reads > 5
+        assert [key async for key in cache.scan()] == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_caller_who_goes_away_leaves_no_reply_to_the_next(server: Server, seed: int) -> None:
+    chance = random.Random(seed)
+    async with open_cache(f"{server.url}?window={chance.choice([1, 2, 8])}", timeout=10.0) as cache:
+        await cache.set_many({f"k{number}": f"v{number}" for number in range(200)})
+        wrong: list[Any] = []
+        answered = 0
+
+        async def ask(number: int) -> None:
+            nonlocal answered
+            if number % 7 == 0:
+                value = (await cache.get_many([f"k{number}"])).get(f"k{number}")
+            elif number % 11 == 0:
+                await cache.set(f"k{number}", f"v{number}")
+                value = await cache.get(f"k{number}")
+            else:
+                value = await cache.get(f"k{number}")
+            answered += 1
+            if value != f"v{number}":
+                wrong.append((number, value))
+
+        for _ in range(300):
+            tasks = [asyncio.create_task(ask(chance.randrange(200))) for _ in range(chance.randrange(1, 60))]
+            for _ in range(chance.randrange(4)):
+                await asyncio.sleep(0)
+            for task in chance.sample(tasks, len(tasks) // 3):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert wrong == []
+        assert answered > 2000
+
+
+async def test_a_cancelled_batch_is_read_to_its_end(store: Any) -> None:
+    await store.execute([Set(f"k{number}", number) for number in range(100)])
+    for number in range(100):
+        with anyio.move_on_after(0.0001 * (number % 5)):
+            await store.execute([Get(f"k{number}"), Get("none")])
+        assert (await one(store, Get(f"k{number}"))).value == number
+
+
+async def test_scripts_that_the_server_forgot_are_sent_again(store: Any, server: Server) -> None:
+    await one(store, Set("a", 1))
+    await told(server, "SCRIPT", "FLUSH")
+    replies = await store.execute([Set("a", 2), Get("b"), Set("c", 3)])
+    assert isinstance(replies[0], Stored)
+    assert isinstance(replies[2], Stored)
+    assert [found.value for found in await store.execute([Get("a"), Get("c")])] == [2, 3]
+    await told(server, "CONFIG", "RESETSTAT")
+    await one(store, Set("a", 1))
+    assert "eval" not in await calls(server)
+
+
+async def test_the_health_check_keeps_an_idle_connection_in_use(server: Server) -> None:
+    async with opened(f"{server.url}?health_check_interval=0.02"):
+        await told(server, "CONFIG", "RESETSTAT")
+        await anyio.sleep(0.2)
+        assert "cmdstat_time:calls=" in await told(server, "INFO", "commandstats")
+
+
+async def test_closing_finishes_what_is_under_way(server: Server) -> None:
+    done: list[Any] = []
+    async with opened(server.url) as store:
+        await store.execute([Set("a", 1)])
+        await store.submit([Get("a")], done.append)
+        await store.submit([Clear()], done.append)
+    assert len(done) == 2
+    assert done[0][0].value == 1
+    await store.close()
+
+
+async def test_a_chaos_store_in_front_still_works(server: Server) -> None:
+    async with opened(server.url) as store:
+        chaos = ChaosStore(store, seed=1)
+        assert isinstance((await chaos.execute([Set("a", 1), Get("a"), Delete("a")]))[0], Stored)
+
+
+async def test_the_actor_counts_and_tells_what_came_of_pipelined_batches(server: Server) -> None:
+    async with open_cache(server.url) as cache:
+        await cache.clear()
+        async with cache.events("cache_*") as events:
+            await cache.set("a", 1)
+            await cache.get("a")
+            await cache.get("b")
+            await cache.clear()
+            kinds = [type(await anext(events)).__name__ for _ in range(4)]
+        assert kinds == ["CacheSet", "CacheHit", "CacheMiss", "CacheCleared"]
+        counted = await cache.statistics()
+        assert (counted.hits, counted.misses, counted.sets) == (1, 1, 1)
+
+
+def test_a_redis_store_is_pipelined_and_its_actor_takes_batches_of_its_size() -> None:
+    store: Any = build_store(backend_from_url("redis://"), namespace="n", clock=SYSTEM_CLOCK)
+    assert isinstance(store, RedisStore)
+    assert isinstance(store, PipelinedStore)
+    assert BackendActor(store).max_batch == store.max_batch
+
+
+async def test_a_store_that_loses_count_crashes_its_actor_and_everybody_is_answered(server: Server) -> None:
+    class Miscounting(RedisStore):
+        async def submit(self, batch: Sequence[Any], replied: Any) -> None:
+            replied([])
+
+    settings: Any = backend_from_url(server.url)
+    from cachebus.adapters.redis import Place
+
+    host, _, port = settings.hosts[0].rpartition(":")
+
+    def stores(_: Any) -> Any:
+        return Miscounting([Place(host, int(port))], namespace="n")
+
+    async with open_cache(server.url, stores=stores, timeout=2.0) as cache:
+        results = await asyncio.gather(*(cache.set("a", 1) for _ in range(5)), return_exceptions=True)
+    assert {type(result).__name__ for result in results} <= {"ActorFailed", "CacheTimeoutError", "CacheClosed"}

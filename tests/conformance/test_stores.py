@@ -1,0 +1,103 @@
+"""The suite that every store must pass, run by every store that comes with cachebus."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+
+from cachebus.adapters.chaos import ChaosStore
+from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.redis import RedisStore
+from cachebus.adapters.redis_dial import Identity, Place
+from cachebus.bus.codec import JSON
+from cachebus.testing.fakes import CodecStore
+from cachebus.testing.servers import Server
+from cachebus.testing.stores import AnyStore, StoreConformance
+from tests.clock import ManualClock
+
+
+class OfMemory(StoreConformance):
+    """What the stores over memory have in common: their time is the test's."""
+
+    default_ttl = 120.0
+
+    @staticmethod
+    def wrap(memory: MemoryStore) -> AnyStore:
+        raise NotImplementedError
+
+    @pytest.fixture
+    async def store(self) -> AsyncIterator[AnyStore]:
+        self.clock: Any = ManualClock()
+        store: AnyStore = self.wrap(MemoryStore(default_ttl=self.default_ttl, clock=self.clock))
+        await store.open()
+        yield store
+        await store.close()
+
+    async def elapse(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    def now(self) -> float:
+        now: float = self.clock.monotonic()
+        return now
+
+
+class TestMemory(OfMemory):
+    @staticmethod
+    def wrap(memory: MemoryStore) -> AnyStore:
+        return memory
+
+
+class TestMemoryWithoutChaos(OfMemory):
+    @staticmethod
+    def wrap(memory: MemoryStore) -> AnyStore:
+        return ChaosStore(memory, seed=1)
+
+
+class TestMemoryBehindTheCodec(OfMemory):
+    @staticmethod
+    def wrap(memory: MemoryStore) -> AnyStore:
+        return CodecStore(memory)
+
+
+class TestMemoryBehindTheCodecAsJson(OfMemory):
+    @staticmethod
+    def wrap(memory: MemoryStore) -> AnyStore:
+        return CodecStore(memory, content_type=JSON)
+
+
+class TestRedis(StoreConformance):
+    """On a real server."""
+
+    default_ttl = 120.0
+    big_value = 64 * 2**20
+
+    @pytest.fixture
+    def anyio_backend(self) -> str:
+        return "asyncio"
+
+    @pytest.fixture
+    async def store(self, redis_server: Server) -> AsyncIterator[AnyStore]:
+        async with opened(redis_server, f"t{uuid4().hex}", self.default_ttl) as store:
+            yield store
+
+    @pytest.fixture
+    async def neighbour(self, redis_server: Server) -> AsyncIterator[AnyStore]:
+        async with opened(redis_server, "t", self.default_ttl) as store:
+            yield store
+
+
+@asynccontextmanager
+async def opened(server: Server, namespace: str, default_ttl: float | None) -> AsyncGenerator[AnyStore]:
+    parts = urlsplit(server.url)
+    identity = Identity(user=parts.username or "", password=parts.password)
+    store = RedisStore(
+        [Place(host=server.host, port=server.port)], namespace=namespace, identity=identity, default_ttl=default_ttl
+    )
+    await store.open()
+    yield store
+    await store.close()
