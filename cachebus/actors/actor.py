@@ -11,12 +11,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachebus.bus import Deferred
+from cachebus.bus import Deferred, TaskPort
 from cachebus.messages import Message, Reply
 
 from .context import Context
 
 PlainHandler = Callable[[Any], "Reply | Deferred | None"]
+EagerHandler = Callable[[Any], "Reply | Deferred | None"]
 AsyncHandler = Callable[[Any], Awaitable["Reply | Deferred | None"]]
 BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Deferred] | Deferred"]]
 
@@ -26,12 +27,15 @@ class Handlers:
     """An actor's handlers by the kind of message that they take.
 
     `plain` ones (`def`) cannot wait and may run on the stack of whoever sends. `waiting` ones (`async def`) run in
-    the actor's own task. `batch` ones take everything that has come in meanwhile.
+    the actor's own task. `batch` ones take everything that has come in meanwhile; an `eager` one stands beside them
+    and is asked first, on the stack of whoever sends, while nothing else is in the mailbox. It cannot wait either, and
+    declines with `None` what would have to.
     """
 
     plain: dict[type[Message], PlainHandler] = field(default_factory=dict)
     waiting: dict[type[Message], AsyncHandler] = field(default_factory=dict)
     batch: dict[type[Message], BatchHandler] = field(default_factory=dict)
+    eager: dict[type[Message], EagerHandler] = field(default_factory=dict)
 
     def kinds(self) -> set[type[Message]]:
         """Every kind of message that is taken."""
@@ -61,6 +65,13 @@ class Actor:
 
     async def on_stop(self) -> None:
         """Called once after the last turn of this life, a crashed one included."""
+
+    def pause(self, waiting: int) -> TaskPort | None:
+        """A port to wait on before the next turn of the task, so that more than `waiting` messages can gather; or `None`.
+
+        For actors whose batches cost about as much whatever is in them. The port must be answered soon, come what may.
+        """
+        return None
 
     def handlers(self) -> Handlers:
         """The handlers of this actor, bound to it."""

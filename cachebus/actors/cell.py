@@ -16,34 +16,30 @@ if its handler can wait, by the actor's task.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import suppress
 
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, ThreadPort, Turn, in_event_loop, open_port
+from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port
 from cachebus.messages import (
     ActorFailed,
     BadMessage,
     CacheClosed,
     CacheError,
-    CacheTimeoutError,
-    DeadLetter,
     Failed,
     Message,
-    Overloaded,
     Reply,
     Request,
 )
 
-from .actor import Actor, BatchHandler, Handlers, PlainHandler
+from .actor import Actor, BatchHandler, EagerHandler, Handlers, PlainHandler
 from .alarm import Alarm
 from .batches import BatchPort, alone, check_batch
+from .mailbox import STOP, Mailbox
 from .reentrancy import on_this_stack
 
 _TOKEN = object()
-_STOP: Any = object()  # In the place of a message: what was posted before it is served, and then the life ends.
 _COMBINE = 64  # Turns that one caller takes for others before the actor's task goes on with them.
 _TURNS_PER_CHECKPOINT = 128  # Turns of the actor's task without letting other tasks run.
 
@@ -58,11 +54,7 @@ class Cell:
     def __init__(
         self, address: Address, emitter: Emitter, clock: Clock, *, capacity: int = 10_000, inline_turns: bool = True
     ) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity of a mailbox must be at least 1, not {capacity!r}")
         self.address = address
-        self.capacity = capacity
-        self.overloaded = 0
         self.restarts = 0
         self.emitter = emitter
         self.emit = emitter.emit
@@ -74,12 +66,13 @@ class Cell:
         self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]  # The supervisor's, who has the task group.
         self._inline_turns = inline_turns
         self._token = [_TOKEN]
-        self._mailbox: deque[Envelope] = deque()
+        self._mailbox = Mailbox(address, emitter, clock, capacity)
         self._inline: dict[type[Message], PlainHandler] = {}
         self._handlers = Handlers()
         self._actor: Actor | None = None
         self._deferred: set[Deferred] = set()
-        self._wake: Port | None = None
+        self._eager: dict[type[Message], EagerHandler] = {}
+        self._wakes: list[Port] = []
         self._crash: Exception | None = None
         self.stopping = False
         self._stopped = False
@@ -87,13 +80,19 @@ class Cell:
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "stopping" if self.stopping else "up" if self._actor else "down"
-        return f"<Cell {self.address} {state}, {len(self._mailbox)}/{self.capacity} in the mailbox>"
+        return f"<Cell {self.address} {state}, {len(self._mailbox)}/{self._mailbox.capacity} in the mailbox>"
+
+    @property
+    def overloaded(self) -> int:
+        """How many messages the full mailbox has turned away."""
+        return self._mailbox.overloaded
 
     # For the bus
 
     def turn(self, kind: type[Message]) -> Turn:
         # A closure over everything it needs: this is the hot path of a cache, and each lookup on self costs 10-20 ns.
         mailbox, take, give, handler_of = self._mailbox, self._token.pop, self._token.append, self._inline.get
+        eager_of = self._eager.get
 
         def take_turn(message: Message) -> Reply | Deferred | None:
             if mailbox:
@@ -105,7 +104,7 @@ class Cell:
             try:
                 handler = handler_of(kind)
                 if handler is None:
-                    return None
+                    return None if (eager := eager_of(kind)) is None else eager(message)
                 reply = handler(message)
                 if reply is None:
                     raise TypeError(f"the handler of {kind.__name__} returned None, not a reply")
@@ -128,13 +127,10 @@ class Cell:
 
     def post(self, envelope: Envelope) -> None:
         if self._ended is not None or self.stopping:
-            self._answer(envelope, self._ended or CacheClosed(f"{self.address} is being stopped"))
+            self._mailbox.answer(envelope, self._ended or CacheClosed(f"{self.address} is being stopped"))
             return
-        if len(self._mailbox) >= self.capacity and not getattr(envelope.message, "INVALIDATES", False):
-            self.overloaded += 1
-            self._answer(envelope, Overloaded(address=self.address, capacity=self.capacity))
-            return
-        self._take_in(envelope)
+        if self._mailbox.has_room(envelope):
+            self._take_in(envelope)
 
     def obstacle_to_blocking(self) -> str | None:
         if not self._token and on_this_stack(_TURN_CODES, self):
@@ -163,10 +159,12 @@ class Cell:
         self._handlers = actor.handlers()
         if self._inline_turns and not self.stopping:
             self._inline.update(self._handlers.plain)
+            self._eager.update(self._handlers.eager)
         try:
             while True:
                 # Opened before looking, so that a wake-up between the look and the wait is not lost.
-                self._wake = wake = open_port()
+                wake = open_port()
+                self._wakes[:] = [wake]
                 took = await self._take_turns()
                 if self._crash is not None:
                     for deferred in tuple(self._deferred):  # What this life has parked, no other knows.
@@ -177,24 +175,24 @@ class Cell:
                 if not took or not self._mailbox:
                     await wake.wait()
         finally:
-            self._inline.clear()
-            self._wake = None
+            self._leave_to_the_task()
+            self._wakes.clear()
             self._actor = None
 
     def stop(self) -> None:
         """Take nothing in from now on, serve what is in the mailbox, then let the current life end."""
         if not self.stopping:
             self.stopping = True
-            self._inline.clear()
-            self._mailbox.append(Envelope(_STOP))
+            self._leave_to_the_task()
+            self._mailbox.append(Envelope(STOP))
             self._wake_up()
 
     def end(self, error: CacheError) -> None:
         """Answer everything that is open, and everything that comes, with `error`."""
         self._ended = error
-        self._inline.clear()
+        self._leave_to_the_task()
         self.alarm.clear()
-        self._refuse_mail(error)
+        self._mailbox.refuse_all(error)
         for deferred in tuple(self._deferred):
             deferred.answer(Failed.of(error))
 
@@ -210,16 +208,19 @@ class Cell:
 
     def _take_in(self, envelope: Envelope) -> None:
         self._mailbox.append(envelope)
-        self._serve_mail()
+        if type(envelope.message) in self._inline:
+            self._serve_mail()
+        else:
+            self._wake_up()
         if self._ended is not None:
-            self._refuse_mail(self._ended)
+            self._mailbox.refuse_all(self._ended)
 
     def _serve_mail(self) -> None:
         """Serve the mailbox on this stack as far as plain handlers go, and leave the rest to the task."""
         turns = 0
         while self._mailbox and self._inline:
             # Not while a thread blocks in there: it may be the one whose loop the actor's task needs.
-            if turns and turns % _COMBINE == 0 and not self._blocks_a_thread():
+            if turns and turns % _COMBINE == 0 and not self._mailbox.blocks_a_thread():
                 break
             try:
                 token = self._token.pop()
@@ -234,10 +235,6 @@ class Cell:
         if self._mailbox:
             self._wake_up()
 
-    def _blocks_a_thread(self) -> bool:
-        """Whether a thread stands still for something in the mailbox."""
-        return any(isinstance(each.port, ThreadPort) for each in self._mailbox.copy())
-
     def _serve_one(self) -> bool:
         """Take the first message's turn if its handler is plain. Holds the token."""
         if not self._mailbox:
@@ -246,7 +243,7 @@ class Cell:
         if handler is None:
             return False
         envelope = self._mailbox.popleft()
-        if self._worthwhile(envelope):
+        if self._mailbox.worthwhile(envelope, self.clock.monotonic()):
             self._plain_turn(handler, envelope)
         return True
 
@@ -257,14 +254,19 @@ class Cell:
         except IndexError:
             return False
         turns = 0
+        assert self._actor is not None
+        pause = self._actor.pause
         try:
             while self._mailbox and self._crash is None:
+                if (hold := pause(len(self._mailbox))) is not None:
+                    await hold.wait()
+                    continue
                 envelope = self._mailbox.popleft()
-                if envelope.message is _STOP:
+                if envelope.message is STOP:
                     self._stopped = True
                     break
                 kind = type(envelope.message)
-                if not self._worthwhile(envelope):
+                if not self._mailbox.worthwhile(envelope, self.clock.monotonic()):
                     continue
                 if (plain := self._handlers.plain.get(kind)) is not None:
                     self._plain_turn(plain, envelope)
@@ -274,7 +276,9 @@ class Cell:
                     await self._batch_turn(alone(waiting), [envelope])
                 else:
                     name = type(self._actor).__name__
-                    self._answer(envelope, BadMessage(f"{name} at {self.address} has no handler of {kind.__name__}"))
+                    self._mailbox.answer(
+                        envelope, BadMessage(f"{name} at {self.address} has no handler of {kind.__name__}")
+                    )
                 turns += 1
                 if turns % _TURNS_PER_CHECKPOINT == 0:
                     await checkpoint()
@@ -286,33 +290,34 @@ class Cell:
         try:
             self._settle(envelope, handler(envelope.message))
         except CacheError as error:
-            self._answer(envelope, error)
+            self._mailbox.answer(envelope, error)
         except Exception as error:
             self._crashed(error, envelope)
         except BaseException as error:
-            self._answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
+            self._mailbox.answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
             self._crashed(error)
             raise
 
     async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope]) -> None:
-        self.deadline = min((each.deadline for each in envelopes if each.deadline is not None), default=None)
+        deadlines = [each.deadline for each in envelopes if each.deadline is not None]
+        self.deadline = min(deadlines) if deadlines else None
         try:
             replies = await handler([each.message for each in envelopes])
             if isinstance(replies, Deferred):
-                replies.attach(BatchPort(envelopes, self._answer, self._crashed))
+                replies.attach(BatchPort(envelopes, self._mailbox.answer, self._crashed))
             else:
                 check_batch(envelopes, replies)
                 for envelope, reply in zip(envelopes, replies, strict=True):
                     self._settle(envelope, reply)
         except CacheError as error:
             for envelope in envelopes:
-                self._answer(envelope, error)
+                self._mailbox.answer(envelope, error)
         except Exception as error:
             for envelope in reversed(envelopes):
                 self._crashed(error, envelope)
         except BaseException:
             for envelope in envelopes:
-                self._answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
+                self._mailbox.answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
             raise
         finally:
             self.deadline = None
@@ -322,17 +327,22 @@ class Cell:
         actor = self._actor
         assert actor is not None
         mailbox, handler_of = self._mailbox, self._handlers.batch.get
+        most, most_bytes = actor.max_batch, actor.max_batch_bytes
         envelopes = [first]
         size, now = first.size, self.clock.monotonic()
-        while mailbox and len(envelopes) < actor.max_batch and size < actor.max_batch_bytes:
+        last, weighs = None, False
+        while mailbox and len(envelopes) < most and size < most_bytes:
             following = mailbox[0]
-            found = handler_of(type(following.message))
-            if found is not handler and found != handler:
-                break
+            kind = type(following.message)
+            if kind is not last:
+                if handler_of(kind) != handler:
+                    break
+                last, weighs = kind, hasattr(kind, "value")
             mailbox.popleft()
-            if self._worthwhile(following, now):
+            if mailbox.worthwhile(following, now):
                 envelopes.append(following)
-                size += following.size
+                if weighs:
+                    size += following.size
         return envelopes
 
     # Answers
@@ -342,34 +352,9 @@ class Cell:
             if envelope.port is not None:
                 reply.attach(envelope.port)
         elif reply is not None:
-            self._answer(envelope, reply)
+            self._mailbox.answer(envelope, reply)
         elif envelope.port is not None:
             raise TypeError(f"the handler of {type(envelope.message).__name__} returned None, not a reply")
-
-    def _answer(self, envelope: Envelope, reply: Reply | CacheError) -> None:
-        if isinstance(reply, CacheError):
-            reply = Failed.of(reply)
-        if envelope.port is not None:
-            envelope.port.answer(reply)
-        elif isinstance(reply, Failed):
-            wire_name = getattr(envelope.message, "WIRE_NAME", type(envelope.message).__name__)
-            self.emit(DeadLetter(address=self.address, wire_name=wire_name, reason=reply.detail))
-
-    def _refuse_mail(self, error: CacheError) -> None:
-        while True:
-            try:
-                envelope = self._mailbox.popleft()
-            except IndexError:
-                return
-            if envelope.message is not _STOP:
-                self._answer(envelope, error)
-
-    def _worthwhile(self, envelope: Envelope, now: float | None = None) -> bool:
-        """Whether to work on a message: not if its budget is spent, nor if the caller has gone, unless it invalidates."""
-        if envelope.deadline is not None and (now or self.clock.monotonic()) >= envelope.deadline:
-            self._answer(envelope, CacheTimeoutError("no turn was free", self.address, 0.0))
-            return False
-        return envelope.port is None or envelope.port.waiting or getattr(envelope.message, "INVALIDATES", False)
 
     # Crashes
 
@@ -377,21 +362,28 @@ class Cell:
         """End this life. The message goes to the next one if it may be done twice and was not tried before."""
         # A KeyboardInterrupt is its thread's; to the actor, whose state may be torn, it is a crash like any other.
         self._crash = error if isinstance(error, Exception) else RuntimeError(f"broken off by {type(error).__name__}")
-        self._inline.clear()
+        self._leave_to_the_task()
         if envelope is not None:
             message = envelope.message
             if isinstance(message, Request) and message.IDEMPOTENT and not envelope.attempts:
                 envelope.attempts += 1
                 self._mailbox.appendleft(envelope)
                 if self._ended is not None:
-                    self._refuse_mail(self._ended)
+                    self._mailbox.refuse_all(self._ended)
             else:
-                self._answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
+                self._mailbox.answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
         self._wake_up()
 
     def _wake_up(self) -> None:
-        if (wake := self._wake) is not None:
-            wake.answer(None)
+        # Each wake-up is taken out by one: asking an answered port again costs more than the rest of posting.
+        if self._wakes:
+            with suppress(IndexError):
+                self._wakes.pop().answer(None)
+
+    def _leave_to_the_task(self) -> None:
+        """Take no turns on the stacks of others from now on."""
+        self._inline.clear()
+        self._eager.clear()
 
 
 _TURN_CODES = {vars(Cell)[name].__code__ for name in ("_serve_mail", "_take_turns")} | {

@@ -23,7 +23,9 @@ class Context(Protocol):
     audience: Audience
     deadline: float | None
     restarts: int
-    overloaded: int
+
+    @property
+    def overloaded(self) -> int: ...
 
     def emit(self, event: Event) -> None:
         """Publish an event."""

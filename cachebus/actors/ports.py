@@ -129,6 +129,13 @@ class PipelinedStore(BatchStore, Protocol):
         wrong as `Failed`. Raises what goes wrong before anything was sent, and `replied` is not called.
         """
 
+    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
+        """As `submit`, if nothing is under way and nothing has to be waited for; else `False`, and nothing was done.
+
+        Called on the store's event loop, but not from its actor's task. It saves a lone caller the way to that task.
+        """
+        ...
+
 
 @runtime_checkable
 class InlineStore(Store, Protocol):

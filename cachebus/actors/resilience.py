@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from cachebus.bus import open_port
+from cachebus.bus import TaskPort, open_port
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
@@ -22,8 +22,6 @@ from cachebus.messages import (
     CircuitClosed,
     CircuitOpen,
     CircuitOpened,
-    Clear,
-    DeletePattern,
     Failed,
     Overloaded,
     Reply,
@@ -31,6 +29,7 @@ from cachebus.messages import (
     error_class,
 )
 
+from .attempts import Attempt, Attempts
 from .breaker import CircuitBreaker, CircuitState
 from .context import Context
 from .guard_policy import GuardPolicy, GuardStatistics
@@ -40,30 +39,9 @@ from .ports import BatchStore, PipelinedStore, Replied
 from .retrying import repeat, repeatable
 from .scopes import asyncio_scope
 
-LONG = frozenset[type[Request[Any]]]({Clear, DeletePattern})
-"""Requests whose duration grows with the number of keys: they have the longest timeout, and say nothing of others."""
-
-SLOWEST_LINE = 10e6
-"""Bytes a second below which a backend counts as not answering: what a batch's own values may take on top."""
-
-_NEVER = float("inf")
-
-
-class _Attempt:
-    """A batch that was handed to the store and not settled yet."""
-
-    __slots__ = ("batch", "due", "extended", "give_up", "started", "ticket", "timeout")
-
-    def __init__(
-        self, batch: Sequence[Request[Any]], ticket: int, timeout: AdaptiveTimeout, started: float, due: float
-    ) -> None:
-        self.batch = batch
-        self.ticket = ticket
-        self.timeout = timeout
-        self.started = started
-        self.due = due
-        self.extended = False
-        self.give_up: Callable[[], None] | None = None
+GOOD_BATCH = 16
+"""Requests that are sent though others are under way: fewer wait for those, because a system call costs as much as ten
+requests do."""
 
 
 class Guard:
@@ -83,11 +61,10 @@ class Guard:
         self._timeout = self._new_timeout()
         self._lock_timeout = self._new_timeout()
         self._chance = random.Random(seed)
-        self._outstanding: dict[_Attempt, None] = {}
+        self._attempts = Attempts(ctx, policy.timeout_max, self._give_up)
         self._places = Places(policy.max_concurrent, policy.max_waiting, ctx.address)
-        self._armed_for = _NEVER
-        self._disarm: Callable[[], None] | None = None
         self._connected: bool | None = None
+        self._pause: TaskPort | None = None
         self._failures = 0
         self._successes = 0
         self._rejected = 0
@@ -163,6 +140,12 @@ class Guard:
         self, store: PipelinedStore, batch: Sequence[Request[Any]], deadline: float | None, replied: Replied
     ) -> None:
         """Send a batch. `replied` is called once, when everything that is worth repeating was repeated."""
+        await self._send(store, batch, self._settled(store, batch, deadline, replied))
+
+    def _settled(
+        self, store: PipelinedStore, batch: Sequence[Request[Any]], deadline: float | None, replied: Replied
+    ) -> Replied:
+        """What takes in the replies of the first attempt, and repeats what is worth it before `replied` is called."""
 
         async def attempt(part: Sequence[Request[Any]]) -> Sequence[Reply]:
             port = open_port()
@@ -184,15 +167,43 @@ class Guard:
 
             self._ctx.start_soon(go_on)
 
-        await self._send(store, batch, settled)
+        return settled
+
+    def pause(self, waiting: int) -> TaskPort | None:
+        """A port answered when the next attempt ends, if one is under way and `waiting` requests make no good batch."""
+        if waiting >= GOOD_BATCH or not self._attempts.brisk:
+            return None
+        if self._pause is None or not self._pause.waiting:
+            self._pause = open_port()
+        return self._pause
+
+    def submit_at_once(self, store: PipelinedStore, batch: Sequence[Request[Any]], replied: Replied) -> bool:
+        """As `submit`, where nothing is under way and nothing has to be waited for; else `False`. Raises `CircuitOpen`."""
+        if self._attempts.brisk or not self._places.take_at_once():
+            return False
+        attempt = self._admitted(batch)
+        settled = self._settled(store, batch, None, replied)
+        attempt.give_up = lambda: settled(self._too_late(attempt))
+        try:
+            if store.submit_at_once(batch, self._told(attempt, settled)):
+                return True
+        except BaseException:
+            self._abandon(attempt)
+            raise
+        self._abandon(attempt)
+        return False
+
+    def _told(self, attempt: Attempt, settled: Replied) -> Replied:
+        def replied(replies: Sequence[Reply]) -> None:
+            if self._settle(attempt, replies):
+                settled(replies)  # First: who asks again at once comes into the batch that waited for this one.
+                self._resume()
+
+        return replied
 
     async def _send(self, store: PipelinedStore, batch: Sequence[Request[Any]], settled: Replied) -> None:
         attempt = await self._begin(batch)
-
-        def replied(replies: Sequence[Reply]) -> None:
-            if self._settle(attempt, replies):
-                settled(replies)
-
+        replied = self._told(attempt, settled)
         try:
             with asyncio_scope() as scope:
                 attempt.give_up = scope.cancel
@@ -236,13 +247,17 @@ class Guard:
 
     # Coming in
 
-    async def _begin(self, batch: Sequence[Request[Any]]) -> _Attempt:
+    async def _begin(self, batch: Sequence[Request[Any]]) -> Attempt:
         if not self._places.take_at_once():
             try:
                 await self._places.take()
             except Overloaded:
                 self._rejected += 1
                 raise
+        return self._admitted(batch)
+
+    def _admitted(self, batch: Sequence[Request[Any]]) -> Attempt:
+        """An attempt that the circuit lets through, with the place that was taken for it. Raises `CircuitOpen`."""
         try:
             ticket = self._breaker.admit()
         except CircuitOpen:
@@ -250,19 +265,15 @@ class Guard:
             self._places.leave()
             raise
         timeout = self._lock_timeout if batch and batch[0].WIRE_NAME.startswith("lock.") else self._timeout
-        started = self._now()
-        due = started + timeout.current
-        attempt = _Attempt(batch, ticket, timeout, started, due)
-        self._outstanding[attempt] = None
-        if due < self._armed_for:
-            self._arm(due, started)
+        attempt = Attempt(batch, ticket, timeout, self._now())
+        self._attempts.add(attempt)
         return attempt
 
     # Going out
 
-    def _settle(self, attempt: _Attempt, replies: Sequence[Reply]) -> bool:
+    def _settle(self, attempt: Attempt, replies: Sequence[Reply]) -> bool:
         """Take in the replies. `False` if the attempt was given up before they came."""
-        if not self._take(attempt):
+        if not self._attempts.take(attempt):
             return False
         duration = self._now() - attempt.started
         if Failed not in map(type, replies):
@@ -272,16 +283,18 @@ class Guard:
         self._places.leave()
         return True
 
-    def _take(self, attempt: _Attempt) -> bool:
-        """Whether nobody has settled an attempt before; now somebody has."""
-        return self._outstanding.pop(attempt, attempt) is None
+    def _resume(self) -> None:
+        if self._pause is not None:
+            self._pause.answer(None)
+            self._pause = None
 
-    def _abandon(self, attempt: _Attempt) -> None:
-        if self._take(attempt):
+    def _abandon(self, attempt: Attempt) -> None:
+        if self._attempts.take(attempt):
             self._breaker.abandoned(attempt.ticket)
             self._places.leave()
+            self._resume()
 
-    def _judge(self, attempt: _Attempt, duration: float, replies: Sequence[Reply]) -> None:
+    def _judge(self, attempt: Attempt, duration: float, replies: Sequence[Reply]) -> None:
         """A batch has failed if the backend answered none of it, and for a reason that may pass."""
         failures = [error_class(each.code) for each in replies if isinstance(each, Failed)]
         counting = [each for each in failures if each.transient and not issubclass(each, self.policy.excluded)]
@@ -294,15 +307,15 @@ class Guard:
         else:
             self._succeeded(attempt, duration)
 
-    def _succeeded(self, attempt: _Attempt, duration: float) -> None:
+    def _succeeded(self, attempt: Attempt, duration: float) -> None:
         self._successes += 1
         self._breaker.succeeded(attempt.ticket)
-        if duration <= self.policy.timeout_min or not self._allowance(attempt.batch):
+        if duration <= self.policy.timeout_min or not self._attempts.allowance(attempt.batch):
             attempt.timeout.answered(duration)
         if not self._connected:
             self.connected()
 
-    def _failed(self, attempt: _Attempt) -> None:
+    def _failed(self, attempt: Attempt) -> None:
         self._failures += 1
         self._last_failure = self._clock.wall()
         self._breaker.failed(attempt.ticket)
@@ -326,32 +339,8 @@ class Guard:
         elif state is CircuitState.CLOSED and CircuitClosed in kinds:
             self._ctx.emit(CircuitClosed(address=self._ctx.address))
 
-    # Giving up. One timer for all attempts, set anew only for one that is due earlier: mostly it rings when everything
-    # that it was set for has long been answered, and what is looked at per batch is one comparison.
-
-    def _arm(self, due: float, now: float) -> None:
-        if self._disarm is not None:
-            self._disarm()
-        self._armed_for = due
-        self._disarm = self._ctx.call_after(due - now, self._ring)
-
-    def _ring(self) -> None:
-        self._disarm = None
-        self._armed_for = _NEVER
-        now = self._now()
-        for attempt in [each for each in self._outstanding if each.due <= now]:
-            # Looked at only now, because nearly every batch is answered long before.
-            if not attempt.extended and (allowance := self._allowance(attempt.batch)):
-                attempt.extended = True
-                attempt.due += allowance
-            if attempt.due <= now:
-                self._give_up(attempt, now)
-        next_due = min((each.due for each in self._outstanding), default=_NEVER)
-        if next_due < self._armed_for:
-            self._arm(next_due, now)
-
-    def _give_up(self, attempt: _Attempt, now: float) -> None:
-        self._take(attempt)
+    def _give_up(self, attempt: Attempt, now: float) -> None:
+        self._attempts.take(attempt)
         attempt.timeout.struck(attempt.started, now)
         if issubclass(CacheTimeoutError, self.policy.excluded):
             self._breaker.abandoned(attempt.ticket)
@@ -360,16 +349,9 @@ class Guard:
         self._places.leave()
         assert attempt.give_up is not None
         attempt.give_up()
+        self._resume()
 
-    def _allowance(self, batch: Sequence[Request[Any]]) -> float:
-        """Seconds that a batch may take longer than others: for its size, or for what it asks."""
-        if not LONG.isdisjoint(map(type, batch)):
-            return self.policy.timeout_max
-        return sum(len(value) for each in batch if isinstance(value := getattr(each, "value", None), bytes | str)) / (
-            SLOWEST_LINE
-        )
-
-    def _too_late(self, attempt: _Attempt) -> Sequence[Reply]:
+    def _too_late(self, attempt: Attempt) -> Sequence[Reply]:
         waited = self._now() - attempt.started
         return [Failed.of(CacheTimeoutError(f"{self._store} gave no answer", self._ctx.address, waited))] * len(
             attempt.batch

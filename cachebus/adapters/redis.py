@@ -48,7 +48,7 @@ class RedisStore:
 
     name = BACKEND
     capabilities = Capabilities(patterns=True, compare_and_set=True, counters=True, max_value_bytes=VALUE_MAX)
-    max_batch = 64
+    max_batch = 128
     apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern})
 
     def __init__(
@@ -141,6 +141,18 @@ class RedisStore:
         if connection is None or not connection.has_room:
             connection = await self._ready(pool)
         # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
+        self._send(connection, batch, replied)
+
+    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
+        connection = None if self._pool is None else self._pool.up()
+        if connection is None or connection.in_flight or not connection.has_room:
+            return False
+        if not self.apart.isdisjoint(map(type, batch)):
+            return False
+        self._send(connection, batch, replied)
+        return True
+
+    def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], replied: Replied) -> None:
         plan = Plan(batch, self._prefix, self._default_ttl)
         try:
             data = plan.packed()

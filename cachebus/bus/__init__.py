@@ -5,7 +5,7 @@ from .api import Bus, Envelope, Recipient, Turn
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
 from .emitter import Emitter
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
-from .ports import Deferred, Port, ThreadPort, in_event_loop, open_port, too_late
+from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .subscription import Audience, Subscription, event_kinds
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Recipient",
     "Subscription",
     "SystemClock",
+    "TaskPort",
     "ThreadPort",
     "Turn",
     "check_budget",

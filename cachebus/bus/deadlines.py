@@ -7,12 +7,13 @@ entry, put in and taken out again (a timing wheel of one level: Varghese and Lau
 from __future__ import annotations
 
 import threading
-from asyncio import AbstractEventLoop
+from asyncio import AbstractEventLoop, _get_running_loop
 from collections.abc import Callable
+from threading import TIMEOUT_MAX, get_ident
 from typing import Any, Protocol
 
-TICK = 0.02
-"""Seconds by which an expiry may be late: far below the 100 ms that a deadline may be overrun by."""
+TICKS = 50.0
+"""Ticks a second. An expiry is late by one at most: far below the 100 ms that a deadline may be overrun by."""
 
 
 class Watched(Protocol):
@@ -27,19 +28,23 @@ Bucket = dict[Watched, Callable[[], Any]]
 class Deadlines:
     """The deadlines of one event loop. Used by the loop's own thread only, so it needs no lock."""
 
-    __slots__ = ("_buckets", "loop")
+    __slots__ = ("_buckets", "_time", "loop", "thread")
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
+        self.thread = get_ident()
+        self._time = loop.time
         self._buckets: dict[int, Bucket] = {}
 
     def watch(self, port: Watched, timeout: float, late: Callable[[], Any]) -> Bucket:
         """Answer `port` with `late()` after `timeout` seconds, unless it is taken out of the bucket returned."""
-        tick = int((self.loop.time() + min(timeout, threading.TIMEOUT_MAX)) / TICK) + 1  # An infinite one has no tick.
+        if timeout > TIMEOUT_MAX:  # An infinite one has no tick.
+            timeout = TIMEOUT_MAX
+        tick = int((self._time() + timeout) * TICKS) + 1
         bucket = self._buckets.get(tick)
         if bucket is None:
             bucket = self._buckets[tick] = {}
-            self.loop.call_at(tick * TICK, self._fire, tick)
+            self.loop.call_at(tick / TICKS, self._fire, tick)
         bucket[port] = late
         return bucket
 
@@ -55,9 +60,15 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def deadlines_of(loop: AbstractEventLoop) -> Deadlines:
-    """The deadlines of the loop that runs in this thread."""
+def running_deadlines() -> Deadlines | None:
+    """The deadlines of the asyncio loop that runs in this thread; `None` if none does."""
+    # Of the loop that this thread used last, if it still runs: asking for the running one costs Python 3.11 a system
+    # call. (Should another thread have taken that loop over and this one run a second, asyncio says so at the await.)
     deadlines = _current.deadlines
-    if deadlines is None or deadlines.loop is not loop:
-        deadlines = _current.deadlines = Deadlines(loop)
+    if deadlines is not None and deadlines.loop.is_running():
+        return deadlines
+    loop = _get_running_loop()
+    if loop is None:
+        return None
+    _current.deadlines = deadlines = Deadlines(loop)
     return deadlines

@@ -23,7 +23,7 @@ from cachebus.messages import (
 from .address import Address, check_word
 from .api import Envelope, Recipient
 from .clock import SYSTEM_CLOCK, Clock
-from .deadlines import deadlines_of
+from .deadlines import running_deadlines
 from .emitter import Emitter
 from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
 from .subscription import Audience, Subscription
@@ -83,17 +83,19 @@ class LocalBus:
     async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
         if reply is None or type(reply) is Deferred:
             recipient = self.recipient(address)
-            port = open_port()
-            self._hand_over(recipient, message, timeout, reply, port)
-            if type(port) is AsyncioPort:
-                # As its `wait` does, less a coroutine: every call that is not answered inline comes by here.
-                bucket = deadlines_of(port.loop).watch(port, timeout, too_late(address, timeout))
+            if (deadlines := running_deadlines()) is not None:
+                # As a port's `wait` does, less a coroutine: every call that is not answered inline comes by here.
+                port = AsyncioPort(deadlines)
+                self._hand_over(recipient, message, timeout, reply, port)
+                bucket = deadlines.watch(port, timeout, too_late(address, timeout))
                 try:
                     reply = await port
                 finally:
                     bucket.pop(port, None)
             else:
-                reply = await port.wait(timeout, too_late(address, timeout))
+                trio_port = open_port()
+                self._hand_over(recipient, message, timeout, reply, trio_port)
+                reply = await trio_port.wait(timeout, too_late(address, timeout))
         return cast("R", settled(reply))
 
     def request_blocking(self, address: Address, message: Request[R], timeout: float) -> R:

@@ -9,6 +9,7 @@ from anyio.lowlevel import checkpoint
 
 from cachebus.actors import BreakerPolicy, Guard, GuardPolicy, RetryPolicy
 from cachebus.actors.ports import Capabilities, Gauges, Replied
+from cachebus.actors.resilience import GOOD_BATCH
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
@@ -79,6 +80,11 @@ class ScriptedPipeline(ScriptedStore):
         self.asked.append(list(batch))
         await self.answer(batch)
         self.open_replies.append(replied)
+
+    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
+        self.asked.append(list(batch))
+        self.open_replies.append(replied)
+        return True
 
 
 async def works(batch: Sequence[Request[Any]]) -> Sequence[Reply]:
@@ -441,6 +447,56 @@ async def test_a_reply_that_comes_later_is_handed_on_once() -> None:
     store.open_replies.pop()([HIT])
     assert told == [[HIT]]
     assert stage.guard.statistics().success_count == 1
+
+
+async def test_a_lone_request_is_sent_at_once_and_others_wait_for_its_reply() -> None:
+    store = ScriptedPipeline()
+    stage = Stage(store=store)
+    told: list[Sequence[Reply]] = []
+    assert stage.guard.pause(1) is None
+    assert stage.guard.submit_at_once(store, [Get("a")], told.append)
+    assert not stage.guard.submit_at_once(store, [Get("b")], told.append)
+    assert stage.guard.pause(GOOD_BATCH) is None
+    pause = stage.guard.pause(1)
+    assert pause is not None
+    assert pause.waiting
+    store.open_replies.pop()([HIT])
+    assert told == [[HIT]]
+    await pause.wait()
+    assert stage.guard.pause(1) is None
+
+
+async def test_nobody_waits_for_the_end_of_a_request_that_takes_long() -> None:
+    store = ScriptedPipeline()
+    stage = Stage(store=store)
+    await stage.guard.submit(store, [Clear()], None, lambda replies: None)
+    assert stage.guard.pause(1) is None
+    assert stage.guard.submit_at_once(store, [Get("a")], lambda replies: None)
+
+
+async def test_who_waits_for_a_batch_goes_on_when_it_is_given_up() -> None:
+    store = ScriptedPipeline()
+    stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
+    assert stage.guard.submit_at_once(store, [Get("a")], lambda replies: None)
+    pause = stage.guard.pause(1)
+    assert pause is not None
+    stage.clock.advance(0.5)
+    stage.ctx.ring()
+    await pause.wait()
+    assert stage.guard.pause(1) is None
+
+
+async def test_what_our_own_loop_slept_through_is_not_the_stores_failure() -> None:
+    store = ScriptedPipeline()
+    stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
+    told: list[Sequence[Reply]] = []
+    assert stage.guard.submit_at_once(store, [Get("a")], told.append)
+    stage.clock.advance(3.0)
+    stage.ctx.ring()
+    assert told == []
+    store.open_replies.pop()([HIT])
+    assert told == [[HIT]]
+    assert stage.guard.statistics().failure_count == 0
 
 
 async def test_a_reply_that_comes_too_late_is_dropped() -> None:

@@ -12,7 +12,7 @@ import anyio.to_thread
 import pytest
 
 from cachebus.bus import Deferred, ThreadPort, open_port
-from cachebus.bus.deadlines import TICK, Deadlines
+from cachebus.bus.deadlines import TICKS, Deadlines
 from cachebus.messages import Missing, Pong
 
 pytestmark = pytest.mark.anyio
@@ -77,9 +77,9 @@ async def test_deadlines_share_timers(anyio_backend: str) -> None:
 
     deadlines = Deadlines(Loop())  # type: ignore[arg-type]
     for number in range(1000):
-        deadlines.watch(open_port(), 1.0 + number * TICK / 1000, lambda: None)
+        deadlines.watch(open_port(), 1.0 + number / TICKS / 1000, lambda: None)
     assert len(timers) <= 2
-    assert all(6.0 <= when <= 6.0 + 2 * TICK + 1e-9 for when in timers)
+    assert all(6.0 <= when <= 6.0 + 2 / TICKS + 1e-9 for when in timers)
     assert loop.is_running()
 
 

@@ -212,6 +212,9 @@ async def test_a_store_that_loses_count_crashes_its_actor_and_everybody_is_answe
         async def submit(self, batch: Sequence[Any], replied: Any) -> None:
             replied([])
 
+        def submit_at_once(self, batch: Sequence[Any], replied: Any) -> bool:
+            return False
+
     settings: Any = backend_from_url(server.url)
     from cachebus.adapters.redis import Place
 

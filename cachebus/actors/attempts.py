@@ -1,0 +1,104 @@
+"""Batches that a store was given and has not answered yet, and when to stop waiting for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cachebus.messages import Clear, DeletePattern, Request
+
+from .context import Context
+from .latency import AdaptiveTimeout
+
+LONG = frozenset[type[Request[Any]]]({Clear, DeletePattern})
+"""Requests whose duration grows with the number of keys: they have the longest timeout, and say nothing of others."""
+
+SLOWEST_LINE = 10e6
+"""Bytes a second below which a backend counts as not answering: what a batch's own values may take on top."""
+
+PUNCTUAL = 0.03
+"""Seconds by which a timer may ring late without anything to be said about the event loop."""
+
+_NEVER = float("inf")
+
+
+class Attempt:
+    """A batch that was handed to the store. `give_up` ends the wait for it."""
+
+    __slots__ = ("batch", "due", "extended", "give_up", "long", "started", "ticket", "timeout")
+
+    def __init__(self, batch: Sequence[Request[Any]], ticket: int, timeout: AdaptiveTimeout, started: float) -> None:
+        self.batch = batch
+        self.ticket = ticket
+        self.timeout = timeout
+        self.started = started
+        self.due = started + timeout.current
+        self.long = bool(batch) and type(batch[0]) in LONG  # Where it matters, they have batches of their own.
+        self.extended = False
+        self.give_up: Callable[[], None] | None = None
+
+
+class Attempts:
+    """The attempts under way. `overdue` is told of each whose time is up; it must take it.
+
+    One timer for all, set anew only for an attempt that is due earlier: mostly it rings when everything that it was set
+    for has long been answered, and what is looked at per batch is one comparison. `longest` is the time, in seconds,
+    that a request whose duration grows with the number of keys has on top; `brisk` are how many attempts hold none.
+    """
+
+    def __init__(self, ctx: Context, longest: float, overdue: Callable[[Attempt, float], None]) -> None:
+        self._ctx = ctx
+        self._now = ctx.clock.monotonic
+        self._longest = longest
+        self._overdue = overdue
+        self.brisk = 0
+        self._outstanding: dict[Attempt, None] = {}
+        self._armed_for = _NEVER
+        self._disarm: Callable[[], None] | None = None
+
+    def add(self, attempt: Attempt) -> None:
+        """Watch over an attempt that begins now."""
+        self._outstanding[attempt] = None
+        self.brisk += not attempt.long
+        if attempt.due < self._armed_for:
+            self._arm(attempt.due, attempt.started)
+
+    def take(self, attempt: Attempt) -> bool:
+        """Whether nobody has settled an attempt before; now somebody has."""
+        if self._outstanding.pop(attempt, attempt) is not None:
+            return False
+        self.brisk -= not attempt.long
+        return True
+
+    def allowance(self, batch: Sequence[Request[Any]]) -> float:
+        """Seconds that a batch may take longer than others: for its size, or for what it asks."""
+        if not LONG.isdisjoint(map(type, batch)):
+            return self._longest
+        values = (getattr(each, "value", None) for each in batch)
+        return sum(len(value) for value in values if isinstance(value, bytes | str)) / SLOWEST_LINE
+
+    def _arm(self, due: float, now: float) -> None:
+        if self._disarm is not None:
+            self._disarm()
+        self._armed_for = due
+        self._disarm = self._ctx.call_after(due - now, self._ring)
+
+    def _ring(self) -> None:
+        now = self._now()
+        # A timer that is late says that this loop stood still and heard nobody. The answers may be there by now, so they
+        # are heard first: what we slept through is nobody's failure.
+        if (deaf := now - self._armed_for) > PUNCTUAL:
+            for attempt in self._outstanding:
+                attempt.due += deaf + PUNCTUAL
+        self._disarm = None
+        self._armed_for = _NEVER
+        for attempt in [each for each in self._outstanding if each.due <= now]:
+            # Looked at only now, because nearly every batch is answered long before.
+            if not attempt.extended and (allowance := self.allowance(attempt.batch)):
+                attempt.extended = True
+                attempt.due += allowance
+            if attempt.due <= now:
+                self._overdue(attempt, now)
+        next_due = min((each.due for each in self._outstanding), default=_NEVER)
+        if next_due < self._armed_for:
+            self._arm(next_due, now)

@@ -1,0 +1,71 @@
+"""What waits for an actor's turn."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from cachebus.bus import Address, Clock, Emitter, Envelope, ThreadPort
+from cachebus.messages import CacheError, CacheTimeoutError, DeadLetter, Failed, Overloaded, Reply
+
+STOP: Any = object()
+"""In the place of a message: what was posted before it is served, and then the life ends."""
+
+
+class Mailbox(deque[Envelope]):
+    """The envelopes before an actor, in order. `overloaded` counts those that were turned away because it was full.
+
+    `capacity` bounds it, except for requests that invalidate, whose number is bounded by the callers who wait for them.
+    """
+
+    def __init__(self, address: Address, emitter: Emitter, clock: Clock, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity of a mailbox must be at least 1, not {capacity!r}")
+        super().__init__()
+        self.capacity = capacity
+        self.overloaded = 0
+        self._address = address
+        self._emit = emitter.emit
+        self._now = clock.monotonic
+
+    def __repr__(self) -> str:
+        return f"<Mailbox of {self._address}, {len(self)}/{self.capacity}>"
+
+    def has_room(self, envelope: Envelope) -> bool:
+        """Whether a message may come in. One that may not is answered `Overloaded`."""
+        if len(self) < self.capacity or getattr(envelope.message, "INVALIDATES", False):
+            return True
+        self.overloaded += 1
+        self.answer(envelope, Overloaded(address=self._address, capacity=self.capacity))
+        return False
+
+    def blocks_a_thread(self) -> bool:
+        """Whether a thread stands still for something in here."""
+        return any(isinstance(each.port, ThreadPort) for each in tuple(self))
+
+    def worthwhile(self, envelope: Envelope, now: float) -> bool:
+        """Whether to work on a message: not if its budget is spent, nor if the caller has gone, unless it invalidates."""
+        if envelope.deadline is not None and now >= envelope.deadline:
+            self.answer(envelope, CacheTimeoutError("no turn was free", self._address, 0.0))
+            return False
+        return envelope.port is None or envelope.port.waiting or getattr(envelope.message, "INVALIDATES", False)
+
+    def answer(self, envelope: Envelope, reply: Reply | CacheError) -> None:
+        """Give the reply to whoever waits for it. An error that nobody waits for is a `DeadLetter`."""
+        if isinstance(reply, CacheError):
+            reply = Failed.of(reply)
+        if envelope.port is not None:
+            envelope.port.answer(reply)
+        elif isinstance(reply, Failed):
+            wire_name = getattr(envelope.message, "WIRE_NAME", type(envelope.message).__name__)
+            self._emit(DeadLetter(address=self._address, wire_name=wire_name, reason=reply.detail))
+
+    def refuse_all(self, error: CacheError) -> None:
+        """Answer everything in here with `error`."""
+        while True:
+            try:
+                envelope = self.popleft()
+            except IndexError:
+                return
+            if envelope.message is not STOP:
+                self.answer(envelope, error)
