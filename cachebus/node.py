@@ -57,7 +57,7 @@ class Node:
             for backend in self.settings.backends:
                 await self.supervisor.start(
                     backend_address(backend.name),
-                    lambda backend=backend: BackendActor(self._stores(backend)),  # type: ignore[misc]
+                    lambda backend=backend: self._actor(backend),  # type: ignore[misc]
                     backend=backend.name,
                 )
         except BaseException:
@@ -91,6 +91,11 @@ class Node:
         """Become unusable in the child of a fork."""
         self.supervisor.forked()
         self.bus.forked()
+
+    def _actor(self, backend: BackendSettings) -> BackendActor:
+        from .guard_settings import guard_policy  # As in `_build_store`.
+
+        return BackendActor(self._stores(backend), guard_policy(backend))
 
     def _build_store(self, backend: BackendSettings) -> InlineStore | BatchStore:
         from .stores import build_store  # Not before a node is opened: it brings pydantic with it.

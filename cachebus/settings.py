@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from cachebus.messages import CacheConfigurationError
 
+from .guard_settings import GuardSettings
 from .options import (
     AtLeastOne,
     MaybeAtLeastOne,
@@ -66,7 +67,7 @@ class NullSettings(Options):
     default: Switch = False
 
 
-class PluginSettings(Options):
+class PluginSettings(GuardSettings):
     """A store from another package, which reads its own URL. The scheme is an entry point of `cachebus.stores`.
 
     The URL may hold a password: `repr` and JSON show it masked.

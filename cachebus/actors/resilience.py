@@ -16,7 +16,6 @@ from cachebus.bus import open_port
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
-    CacheConnectionError,
     CacheError,
     CacheTimeoutError,
     CircuitClosed,
@@ -28,7 +27,6 @@ from cachebus.messages import (
     Overloaded,
     Reply,
     Request,
-    error_class,
 )
 
 from .breaker import CircuitBreaker, CircuitState
@@ -37,8 +35,9 @@ from .guard_policy import GuardPolicy, GuardStatistics
 from .latency import AdaptiveTimeout
 from .places import Places
 from .ports import BatchStore, PipelinedStore, Replied
-from .retrying import repeat, repeatable
+from .retrying import RetryBudget, repeat, repeatable
 from .scopes import asyncio_scope
+from .verdict import Verdict, judge
 
 LONG = frozenset[type[Request[Any]]]({Clear, DeletePattern})
 """Requests whose duration grows with the number of keys: they have the longest timeout, and say nothing of others."""
@@ -82,6 +81,7 @@ class Guard:
         self._breaker = CircuitBreaker(policy.breaker, ctx.clock, ctx.address, self._circuit_changed)
         self._timeout = self._new_timeout()
         self._lock_timeout = self._new_timeout()
+        self._budget = RetryBudget(policy.retry.budget)
         self._chance = random.Random(seed)
         self._outstanding: dict[_Attempt, None] = {}
         self._places = Places(policy.max_concurrent, policy.max_waiting, ctx.address)
@@ -123,6 +123,13 @@ class Guard:
             self._connected = True
             if BackendConnected in self._ctx.audience.kinds:
                 self._ctx.emit(BackendConnected(store=self._store))
+
+    def disconnected(self, reason: str) -> None:
+        """Note that the store cannot be reached."""
+        if self._connected is not False:
+            self._connected = False
+            if BackendDisconnected in self._ctx.audience.kinds:
+                self._ctx.emit(BackendDisconnected(store=self._store, reason=reason))
 
     # A store that answers
 
@@ -211,7 +218,12 @@ class Guard:
             settled(self._too_late(attempt))
 
     def _worth_repeating(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
-        return Failed in map(type, replies) and self.policy.retry.attempts > 1 and bool(repeatable(batch, replies))
+        return (
+            Failed in map(type, replies)
+            and self.policy.retry.attempts > 1
+            and bool(repeatable(batch, replies))
+            and self._budget.allows(self._successes + self._failures)
+        )
 
     async def _repeated(
         self,
@@ -221,6 +233,9 @@ class Guard:
         deadline: float | None,
     ) -> Sequence[Reply]:
         async def counted(part: Sequence[Request[Any]]) -> Sequence[Reply]:
+            if not self._budget.allows(self._successes + self._failures):
+                raise Overloaded("the budget for repetitions is used up", self._ctx.address)
+            self._budget.take()
             self._retries += 1
             return await attempt(part)
 
@@ -238,17 +253,20 @@ class Guard:
 
     async def _begin(self, batch: Sequence[Request[Any]]) -> _Attempt:
         if not self._places.take_at_once():
+            # Nobody waits for a place behind an open circuit: all that a place would get there is the refusal.
+            if (refusal := self._breaker.refusal()) is not None:
+                self._rejected += 1
+                raise refusal
             try:
                 await self._places.take()
-            except Overloaded:
+            except CacheError:
                 self._rejected += 1
                 raise
-        try:
-            ticket = self._breaker.admit()
-        except CircuitOpen:
+        if (refusal := self._breaker.refusal()) is not None:
             self._rejected += 1
             self._places.leave()
-            raise
+            raise refusal
+        ticket = self._breaker.admit()
         timeout = self._lock_timeout if batch and batch[0].WIRE_NAME.startswith("lock.") else self._timeout
         started = self._now()
         due = started + timeout.current
@@ -282,15 +300,13 @@ class Guard:
             self._places.leave()
 
     def _judge(self, attempt: _Attempt, duration: float, replies: Sequence[Reply]) -> None:
-        """A batch has failed if the backend answered none of it, and for a reason that may pass."""
-        failures = [error_class(each.code) for each in replies if isinstance(each, Failed)]
-        counting = [each for each in failures if each.transient and not issubclass(each, self.policy.excluded)]
-        if any(issubclass(each, CacheConnectionError) for each in counting):
-            self._disconnected(next(each.detail for each in replies if isinstance(each, Failed)))
-        if counting and len(failures) == len(replies):
+        verdict, lost = judge(replies, self.policy.excluded)
+        if lost is not None:
+            self.disconnected(lost)
+        if verdict is Verdict.ILL:
             self._failed(attempt)
-        elif len(failures) == len(replies) and all(each.transient or _is_refusal(each) for each in failures):
-            self._breaker.abandoned(attempt.ticket)  # Excluded, or refused: it says nothing about the backend's health.
+        elif verdict is Verdict.UNKNOWN:
+            self._breaker.abandoned(attempt.ticket)
         else:
             self._succeeded(attempt, duration)
 
@@ -307,14 +323,11 @@ class Guard:
         self._last_failure = self._clock.wall()
         self._breaker.failed(attempt.ticket)
 
-    def _disconnected(self, reason: str) -> None:
-        if self._connected is not False:
-            self._connected = False
-            if BackendDisconnected in self._ctx.audience.kinds:
-                self._ctx.emit(BackendDisconnected(store=self._store, reason=reason))
-
     def _circuit_changed(self, state: CircuitState) -> None:
         kinds = self._ctx.audience.kinds
+        if state is CircuitState.OPEN:
+            # Told now, and not one by one as the places before them become free.
+            self._places.turn_away(lambda: self._breaker.refusal() or CircuitOpen(address=self._ctx.address))
         if state is CircuitState.OPEN and CircuitOpened in kinds:
             self._ctx.emit(
                 CircuitOpened(
@@ -371,9 +384,11 @@ class Guard:
 
     def _too_late(self, attempt: _Attempt) -> Sequence[Reply]:
         waited = self._now() - attempt.started
-        return [Failed.of(CacheTimeoutError(f"{self._store} gave no answer", self._ctx.address, waited))] * len(
-            attempt.batch
-        )
+        detail, address = f"{self._store} gave no answer", self._ctx.address
+        return [
+            Failed.of(CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT))
+            for each in attempt.batch
+        ]
 
     def _new_timeout(self) -> AdaptiveTimeout:
         policy = self.policy
@@ -383,8 +398,3 @@ class Guard:
             highest=policy.timeout_max,
             initial=policy.timeout_initial,
         )
-
-
-def _is_refusal(kind: type[CacheError]) -> bool:
-    """Whether an error says that the backend would not even look at the request."""
-    return kind.code in ("configuration", "closed")

@@ -31,6 +31,7 @@ from .errors import (
     Overloaded,
     WrongType,
     error_class,
+    error_codes,
     rebuild,
 )
 from .events import (
@@ -181,6 +182,7 @@ __all__ = [
     "WrongType",
     "bare",
     "error_class",
+    "error_codes",
     "message",
     "rebuild",
     "reply_types",
