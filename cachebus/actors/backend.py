@@ -11,6 +11,7 @@ from cachebus.messages import (
     Add,
     CacheCleared,
     CacheDeleted,
+    CacheError,
     CacheEvicted,
     CacheExpired,
     CacheHit,
@@ -47,6 +48,7 @@ from cachebus.messages import (
 
 from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
+from .late import LateStore
 from .outcomes import Tally, facts
 from .ports import BatchStore, InlineStore, PipelinedStore, Store
 from .resilience import Guard
@@ -81,10 +83,17 @@ class BackendActor(Actor):
     than the store's. Over a `BatchStore` everything that arrives during one round trip leaves with the next. Over a
     `PipelinedStore` a turn ends when its batch is sent, and the next may be sent before its replies are there. Before
     both stands a `Guard` that does as `guard` says.
+
+    A server that is not there when the actor begins fails its start, or, with `opens_later`, each request until it is
+    there. A life after the first always begins so: an outage shall not use up the restarts.
     """
 
-    def __init__(self, store: InlineStore | BatchStore, guard: GuardPolicy | None = None) -> None:
+    def __init__(
+        self, store: InlineStore | BatchStore, guard: GuardPolicy | None = None, *, opens_later: bool = False
+    ) -> None:
         self._store = store
+        self._asked: Any = store
+        self._opens_later = opens_later
         self._policy = guard or GuardPolicy()
         self._guard: Guard | None = None
         self._sweep_at = float("inf")
@@ -97,11 +106,27 @@ class BackendActor(Actor):
         return f"<BackendActor before {self._store!r}>"
 
     async def on_start(self) -> None:
-        await self._store.open()
-        if not isinstance(self._store, InlineStore):
+        if isinstance(self._store, InlineStore):
+            await self._store.open()
+        else:
             self._guard = Guard(self._policy, self.ctx, self._store.name)
-            self._guard.connected()
+            await self._open(self._store, self._guard)
         self.ctx.audience.watch(self._listen)
+
+    async def _open(self, store: BatchStore, guard: Guard) -> None:
+        try:
+            await store.open()
+        except CacheError as error:
+            if not error.transient or not (self._opens_later or self.ctx.restarts):
+                raise
+
+            def opened() -> None:
+                self._asked = store
+
+            self._asked = LateStore(store, opened)
+            guard.disconnected(str(error))
+        else:
+            guard.connected()
 
     async def on_stop(self) -> None:
         self.ctx.audience.unwatch(self._listen)
@@ -182,7 +207,7 @@ class BackendActor(Actor):
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert not isinstance(self._store, InlineStore)
         assert self._guard is not None
-        replies = await self._guard.execute(self._store, batch, self.ctx.deadline)
+        replies = await self._guard.execute(self._asked, batch, self.ctx.deadline)
         self._account(batch, replies)
         return replies
 
@@ -196,7 +221,7 @@ class BackendActor(Actor):
             promise.answer(replies)
 
         try:
-            await self._guard.submit(self._store, batch, self.ctx.deadline, replied)
+            await self._guard.submit(self._asked, batch, self.ctx.deadline, replied)
         except BaseException:
             promise.answer(())  # Nobody waits for it; the cell answers the batch.
             raise

@@ -21,14 +21,13 @@ from cachebus.messages import (
     CircuitClosed,
     CircuitOpen,
     CircuitOpened,
-    Clear,
-    DeletePattern,
     Failed,
     Overloaded,
     Reply,
     Request,
 )
 
+from .allowance import allowance
 from .breaker import CircuitBreaker, CircuitState
 from .context import Context
 from .guard_policy import GuardPolicy, GuardStatistics
@@ -38,12 +37,6 @@ from .ports import BatchStore, PipelinedStore, Replied
 from .retrying import RetryBudget, repeat, repeatable
 from .scopes import asyncio_scope
 from .verdict import Verdict, judge
-
-LONG = frozenset[type[Request[Any]]]({Clear, DeletePattern})
-"""Requests whose duration grows with the number of keys: they have the longest timeout, and say nothing of others."""
-
-SLOWEST_LINE = 10e6
-"""Bytes a second below which a backend counts as not answering: what a batch's own values may take on top."""
 
 _NEVER = float("inf")
 
@@ -262,11 +255,12 @@ class Guard:
             except CacheError:
                 self._rejected += 1
                 raise
-        if (refusal := self._breaker.refusal()) is not None:
+        try:
+            ticket = self._breaker.admit()
+        except CircuitOpen:
             self._rejected += 1
             self._places.leave()
-            raise refusal
-        ticket = self._breaker.admit()
+            raise
         timeout = self._lock_timeout if batch and batch[0].WIRE_NAME.startswith("lock.") else self._timeout
         started = self._now()
         due = started + timeout.current
@@ -313,7 +307,7 @@ class Guard:
     def _succeeded(self, attempt: _Attempt, duration: float) -> None:
         self._successes += 1
         self._breaker.succeeded(attempt.ticket)
-        if duration <= self.policy.timeout_min or not self._allowance(attempt.batch):
+        if duration <= self.policy.timeout_min or not allowance(attempt.batch, self.policy.timeout_max):
             attempt.timeout.answered(duration)
         if not self._connected:
             self.connected()
@@ -354,9 +348,9 @@ class Guard:
         now = self._now()
         for attempt in [each for each in self._outstanding if each.due <= now]:
             # Looked at only now, because nearly every batch is answered long before.
-            if not attempt.extended and (allowance := self._allowance(attempt.batch)):
+            if not attempt.extended and (more := allowance(attempt.batch, self.policy.timeout_max)):
                 attempt.extended = True
-                attempt.due += allowance
+                attempt.due += more
             if attempt.due <= now:
                 self._give_up(attempt, now)
         next_due = min((each.due for each in self._outstanding), default=_NEVER)
@@ -373,14 +367,6 @@ class Guard:
         self._places.leave()
         assert attempt.give_up is not None
         attempt.give_up()
-
-    def _allowance(self, batch: Sequence[Request[Any]]) -> float:
-        """Seconds that a batch may take longer than others: for its size, or for what it asks."""
-        if not LONG.isdisjoint(map(type, batch)):
-            return self.policy.timeout_max
-        return sum(len(value) for each in batch if isinstance(value := getattr(each, "value", None), bytes | str)) / (
-            SLOWEST_LINE
-        )
 
     def _too_late(self, attempt: _Attempt) -> Sequence[Reply]:
         waited = self._now() - attempt.started

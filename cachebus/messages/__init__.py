@@ -55,6 +55,7 @@ from .events import (
     LoadStarted,
     LoadSucceeded,
     RemovalCause,
+    RequestFailed,
     TagsInvalidated,
 )
 from .replies import (
@@ -167,6 +168,7 @@ __all__ = [
     "RemovalCause",
     "Reply",
     "Request",
+    "RequestFailed",
     "Scan",
     "Scanned",
     "Set",
