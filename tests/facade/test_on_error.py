@@ -210,7 +210,7 @@ async def test_what_the_backend_does_wrong_is_a_miss(error: CacheError) -> None:
 async def test_what_the_program_does_wrong_is_always_an_error(error: CacheError) -> None:
     async def work(cache: Cache, store: Outage) -> None:
         store.error = error
-        for call in (lambda: cache.get("k"), lambda: cache.set("k", 1), lambda: cache.clear()):
+        for call in (lambda: cache.get("k"), lambda: cache.set("k", 1), cache.clear):
             with pytest.raises(type(error)):
                 await call()
         assert (await cache.statistics()).errors == 0
@@ -222,7 +222,7 @@ async def test_a_lost_answer_to_what_may_not_be_done_twice_says_that_nobody_know
     async def work(cache: Cache, store: Outage) -> None:
         store.lose_replies()
         for call in (count_up, lambda cache: cache.add("k", 1)):
-            with pytest.raises(CacheTimeoutError, match="whether the request was done is not known$") as caught:
+            with pytest.raises(CacheTimeoutError, match=r"whether the request was done is not known$") as caught:
                 await call(cache)
             assert caught.value.in_doubt
         assert [len(batch) for batch in store.asked] == [1, 1], "and it was not done again"
@@ -296,21 +296,18 @@ def test_a_plain_decorated_function_runs_when_the_cache_fails() -> None:
 
 
 async def test_with_raise_a_decorated_function_is_not_run_when_the_cache_fails() -> None:
-    async def work(cache: Cache, store: Outage) -> None:
-        @cache.cached(key="k")
-        def never() -> int:
-            raise AssertionError("it ran")
+    async with a_cache("async", store := Outage(), on_error="raise") as cache:
 
         @cache.cached(key="k")
-        async def never_either() -> int:
+        async def never() -> int:
             raise AssertionError("it ran")
 
         store.error = down()
         with pytest.raises(CacheConnectionError):
-            await never_either()
+            await never()
 
-    async with a_cache("async", store := Outage(), on_error="raise") as cache:
-        await work(cache, store)
+
+def test_with_raise_a_plain_decorated_function_is_not_run_when_the_cache_fails() -> None:
     store = Outage()
     with open_sync_cache(URL, stores=lambda _: store, on_error="raise") as cache:
 
@@ -318,10 +315,9 @@ async def test_with_raise_a_decorated_function_is_not_run_when_the_cache_fails()
         def never() -> int:
             raise AssertionError("it ran")
 
-            store.error = down()
-
+        store.error = down()
         with pytest.raises(CacheConnectionError):
-            await to_thread.run_sync(never)
+            never()
 
 
 # Beginning while the server is down
