@@ -50,7 +50,7 @@ class SilentStore:
         return [Missing() for _ in batch]
 
 
-def settings(*, on_error: OnError = "miss", **actors: object) -> Settings:
+def settings(on_error: OnError = "miss", /, **actors: object) -> Settings:
     return Settings(on_error=on_error, actors=actors)  # type: ignore[arg-type]
 
 
@@ -87,7 +87,7 @@ async def test_a_mailbox_holds_as_many_messages_as_the_settings_say() -> None:
     store = SilentStore()
     outcomes: list[str] = []
 
-    async with open_cache(settings(on_error="raise", mailbox_capacity=2), stores=lambda backend: store) as cache:
+    async with open_cache(settings("raise", mailbox_capacity=2), stores=lambda backend: store) as cache:
 
         async def ask(key: str) -> None:
             try:
