@@ -6,6 +6,7 @@ import os
 import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -18,6 +19,7 @@ from cachebus.messages import (
     CacheClosed,
     CacheError,
     CacheKeyError,
+    CapabilityError,
     Clear,
     CompareAndSet,
     Delete,
@@ -31,7 +33,6 @@ from cachebus.messages import (
     Increment,
     InvalidateTags,
     Missing,
-    Ping,
     Present,
     Request,
     Scan,
@@ -46,22 +47,29 @@ from cachebus.messages import (
 
 from .cached import Decorator, Loads
 from .checks import TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
+from .failures import BACKEND_FAILURES
 from .link import Link, NoLink
 from .node import Node
 
 R = TypeVar("R")
 Asking = Callable[[Request[Any]], Awaitable[Any]]
+Probing = Callable[[Request[Any], float], Awaitable[Any]]
 Finishing = Callable[[Request[Any], Any], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether a backend answers. `latency` is the seconds that the answer took, `detail` what went wrong otherwise."""
+    """Whether a backend answers. `latency` is the seconds that the answer took, `detail` what went wrong otherwise.
+
+    `circuit` is that of the guard before the backend's server, as of the answer: `closed`, `open` (it is left alone) or
+    `half_open` (it is being tried); empty where there is no guard, or nobody who could say.
+    """
 
     ok: bool
     backend: str
     latency: float
     detail: str = ""
+    circuit: str = ""
 
 
 class Cache:
@@ -113,6 +121,7 @@ class Cache:
         self._turn_get = link.turn_get
         self._turn_set = link.turn_set
         self._ask: Asking = link.request_blocking if blocking else link.request
+        self._probe: Probing = link.probe_blocking if blocking else link.probe
         self._finish: Finishing = link.finish_blocking if blocking else link.finish
         # A blocking caller has no event loop to let go of.
         self._turns_left = sys.maxsize if blocking else TURNS_PER_CHECKPOINT
@@ -295,19 +304,35 @@ class Cache:
     async def statistics(self) -> Snapshot:
         """Counters since the backend's actor started, and how full its store is."""
         snapshot: Snapshot = await self._ask(TakeSnapshot())
-        return snapshot
+        failures = self._link.failures
+        return snapshot.with_failures(failures.errors, failures.dropped_writes)
 
     async def health(self) -> Health:
-        """Whether the backend answers, and how fast. Raises `CacheClosed` only."""
-        clock = self._link.bus.clock
-        started = clock.monotonic()
+        """Whether the backend answers, its server included, and how fast. Raises `CacheClosed` only.
+
+        It asks as any caller would, so that it is refused while the circuit is open. It counts as no error.
+        """
+        link = self._link
+        now = link.bus.clock.monotonic
+        started = now()
+        wrong: CacheError | None = None
         try:
-            await self._ask(Ping())
+            await self._probe(Exists(_PROBED_KEY), link.timeout)
         except CacheClosed:
             raise
+        except CapabilityError:
+            pass  # An answer, too.
         except CacheError as error:
-            return Health(False, self._link.address, clock.monotonic() - started, str(error))
-        return Health(True, self._link.address, clock.monotonic() - started)
+            wrong = error
+        latency, circuit = now() - started, ""
+        with suppress(*BACKEND_FAILURES):
+            snapshot = await self._probe(TakeSnapshot(), link.timeout - latency)
+            circuit = snapshot.guard.get("state", "")
+        return Health(wrong is None, link.address, latency, "" if wrong is None else str(wrong), circuit)
+
+
+_PROBED_KEY = "cachebus.health"
+"""Nobody stores it; asking for it takes the way that every request takes."""
 
 
 def _check_pattern(pattern: object) -> str:

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, NoReturn, TypeVar
 
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
 from cachebus.messages import CacheClosed, Event, Get, Request, Set
 
+from .failures import BACKEND_FAILURES, Failures, OnError
+
 R = TypeVar("R")
 
 
 class Link:
-    """A bus, an address on it, and the time that a call may take, in seconds.
+    """A bus, an address on it, the time that a call may take, in seconds, and what failures mean to the caller.
 
     `turn_get` and `turn_set` take a message's turn on the caller's stack where that is possible.
     """
 
-    __slots__ = ("address", "bus", "emitter", "timeout", "turn_get", "turn_set")
+    __slots__ = ("address", "bus", "emitter", "failures", "timeout", "turn_get", "turn_set")
 
-    def __init__(self, bus: Bus, address: Address, timeout: float, emitter: Emitter) -> None:
+    def __init__(
+        self, bus: Bus, address: Address, timeout: float, emitter: Emitter, on_error: OnError = "raise"
+    ) -> None:
         self.bus = bus
         self.address = address
         self.timeout = timeout
         self.emitter = emitter
+        self.failures = Failures(on_error, emitter)
         recipient = bus.recipient(address)
         self.turn_get: Turn = recipient.turn(Get)
         self.turn_set: Turn = recipient.turn(Set)
 
     async def request(self, message: Request[R]) -> R:
-        """Ask, awaiting the reply."""
-        return await self.bus.request(self.address, message, self.timeout)
+        """Ask, awaiting the reply, or what stands for it (see `Failures`)."""
+        try:
+            return await self.bus.request(self.address, message, self.timeout)
+        except BACKEND_FAILURES as error:
+            return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
     async def request_blocking(self, message: Request[R]) -> R:
         """Ask, blocking this thread; a coroutine that never suspends, so that the facades can share their code."""
-        return self.bus.request_blocking(self.address, message, self.timeout)
+        try:
+            return self.bus.request_blocking(self.address, message, self.timeout)
+        except BACKEND_FAILURES as error:
+            return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
-    def finish(self, message: Request[R], reply: Any) -> Awaitable[R]:
+    async def probe(self, message: Request[R], timeout: float) -> R:
+        """Ask within `timeout` seconds, for the reply or the error as it is: a failure counts nowhere."""
+        return await self.bus.request(self.address, message, timeout)
+
+    async def probe_blocking(self, message: Request[R], timeout: float) -> R:
+        """As `probe`, in the manner of `request_blocking`."""
+        return self.bus.request_blocking(self.address, message, timeout)
+
+    async def finish(self, message: Request[R], reply: Any) -> R:
         """Come to the reply from what a turn has returned."""
-        # The bus's own coroutine: one of ours around it would be one more to make and to resume.
-        return self.bus.finish(self.address, message, reply, self.timeout)
+        try:
+            return await self.bus.finish(self.address, message, reply, self.timeout)
+        except BACKEND_FAILURES as error:
+            return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
     async def finish_blocking(self, message: Request[R], reply: Any) -> R:
         """As `finish`, in the manner of `request_blocking`."""
-        return self.bus.finish_blocking(self.address, message, reply, self.timeout)
+        try:
+            return self.bus.finish_blocking(self.address, message, reply, self.timeout)
+        except BACKEND_FAILURES as error:
+            return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
     def subscribe(self, *what: type[Event] | str, capacity: int) -> Subscription:
         """Listen to the events of the bus."""

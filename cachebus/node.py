@@ -57,7 +57,7 @@ class Node:
             for backend in self.settings.backends:
                 await self.supervisor.start(
                     backend_address(backend.name),
-                    lambda backend=backend: BackendActor(self._stores(backend)),  # type: ignore[misc]
+                    lambda backend=backend: self._actor(backend),  # type: ignore[misc]
                     backend=backend.name,
                 )
         except BaseException:
@@ -81,7 +81,7 @@ class Node:
         settings = self.settings
         backend = settings.default_backend if name is None else settings.backend(name)
         emitter = Emitter(self.bus, backend.name)
-        return Link(self.bus, backend_address(backend.name), settings.timeout, emitter)
+        return Link(self.bus, backend_address(backend.name), settings.timeout, emitter, settings.on_error)
 
     async def stop(self) -> None:
         """Stop every actor: each answers what it was sent. The node is left where it was entered."""
@@ -91,6 +91,13 @@ class Node:
         """Become unusable in the child of a fork."""
         self.supervisor.forked()
         self.bus.forked()
+
+    def _actor(self, backend: BackendSettings) -> BackendActor:
+        from .guard_settings import guard_policy  # As in `_build_store`.
+
+        # Whoever takes failures for misses is served from the start; whoever wants to know of them is told at once.
+        opens_later = self.settings.on_error == "miss"
+        return BackendActor(self._stores(backend), guard_policy(backend), opens_later=opens_later)
 
     def _build_store(self, backend: BackendSettings) -> InlineStore | BatchStore:
         from .stores import build_store  # Not before a node is opened: it brings pydantic with it.

@@ -53,6 +53,13 @@ def _seconds(value: object) -> float:
     raise ValueError("expected seconds above 0, as a number or a timedelta")
 
 
+def _share(value: object) -> float:
+    value = _number(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError("expected a number from 0 to 1")
+
+
 def _integer(least: int) -> Callable[[object], int]:
     def read(value: object) -> int:
         value = _number(value)
@@ -104,6 +111,7 @@ MaybeSeconds = Annotated[float | None, BeforeValidator(_optional(_seconds))]
 AtLeastOne = Annotated[int, BeforeValidator(_integer(1))]
 MaybeAtLeastOne = Annotated[int | None, BeforeValidator(_optional(_integer(1)))]
 NotNegative = Annotated[int, BeforeValidator(_integer(0))]
+Share = Annotated[float, BeforeValidator(_share)]
 Word = Annotated[str, BeforeValidator(_word)]
 Switch = Annotated[bool, BeforeValidator(_switch)]
 

@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, SecretStr, model_validator
 
 from cachebus.messages import CacheConfigurationError
 
-from .options import AtLeastOne, MaybeSeconds, NotNegative, Options, Seconds, Switch, Word
+from .guard_settings import GuardSettings
+from .options import AtLeastOne, MaybeSeconds, NotNegative, Seconds, Switch, Word
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 
@@ -25,7 +26,7 @@ def _hosts(value: object) -> object:
     raise ValueError("expected hosts, each as name, name:port or [IPv6]:port")
 
 
-class RedisSettings(Options):
+class RedisSettings(GuardSettings):
     """A store in a Redis server, version 6.2 or newer. Durations are seconds.
 
     As a URL: `redis://user:password@host:6379/0?window=8`, `rediss://` for TLS, `unix:///path/of/socket`,

@@ -20,6 +20,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from cachebus.messages import CacheConfigurationError
 
+from .failures import OnError
+from .guard_settings import GuardSettings
 from .options import (
     AtLeastOne,
     MaybeAtLeastOne,
@@ -66,7 +68,7 @@ class NullSettings(Options):
     default: Switch = False
 
 
-class PluginSettings(Options):
+class PluginSettings(GuardSettings):
     """A store from another package, which reads its own URL. The scheme is an entry point of `cachebus.stores`.
 
     The URL may hold a password: `repr` and JSON show it masked.
@@ -179,6 +181,8 @@ class Settings(_Root):
     """Keeps the keys of several applications in one store apart."""
     timeout: Seconds = 5.0
     """The time budget of one call, in seconds: the only deadline there is."""
+    on_error: OnError = "miss"
+    """When the backend fails: `miss`, and the application goes on as if nothing were cached; or `raise`."""
     backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
 

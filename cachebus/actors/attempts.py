@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cachebus.messages import Clear, DeletePattern, Request
+from cachebus.messages import Request
 
+from .allowance import LONG, allowance
 from .context import Context
 from .latency import AdaptiveTimeout
-
-LONG = frozenset[type[Request[Any]]]({Clear, DeletePattern})
-"""Requests whose duration grows with the number of keys: they have the longest timeout, and say nothing of others."""
-
-SLOWEST_LINE = 10e6
-"""Bytes a second below which a backend counts as not answering: what a batch's own values may take on top."""
 
 PUNCTUAL = 0.03
 """Seconds by which a timer may ring late without anything to be said about the event loop."""
@@ -70,13 +65,6 @@ class Attempts:
         self.brisk -= not attempt.long
         return True
 
-    def allowance(self, batch: Sequence[Request[Any]]) -> float:
-        """Seconds that a batch may take longer than others: for its size, or for what it asks."""
-        if not LONG.isdisjoint(map(type, batch)):
-            return self._longest
-        values = (getattr(each, "value", None) for each in batch)
-        return sum(len(value) for value in values if isinstance(value, bytes | str)) / SLOWEST_LINE
-
     def _arm(self, due: float, now: float) -> None:
         if self._disarm is not None:
             self._disarm()
@@ -94,9 +82,9 @@ class Attempts:
         self._armed_for = _NEVER
         for attempt in [each for each in self._outstanding if each.due <= now]:
             # Looked at only now, because nearly every batch is answered long before.
-            if not attempt.extended and (allowance := self.allowance(attempt.batch)):
+            if not attempt.extended and (more := allowance(attempt.batch, self._longest)):
                 attempt.extended = True
-                attempt.due += allowance
+                attempt.due += more
             if attempt.due <= now:
                 self._overdue(attempt, now)
         next_due = min((each.due for each in self._outstanding), default=_NEVER)

@@ -12,6 +12,7 @@ from cachebus.messages import (
     Add,
     CacheCleared,
     CacheDeleted,
+    CacheError,
     CacheEvicted,
     CacheExpired,
     CacheHit,
@@ -48,6 +49,7 @@ from cachebus.messages import (
 
 from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
+from .late import LateStore
 from .outcomes import Tally, facts
 from .ports import BatchStore, InlineStore, PipelinedStore, Store
 from .resilience import Guard
@@ -82,10 +84,17 @@ class BackendActor(Actor):
     than the store's. Over a `BatchStore` everything that arrives during one round trip leaves with the next. Over a
     `PipelinedStore` a turn ends when its batch is sent, and the next may be sent before its replies are there. Before
     both stands a `Guard` that does as `guard` says.
+
+    A server that is not there when the actor begins fails its start, or, with `opens_later`, each request until it is
+    there. A life after the first always begins so: an outage shall not use up the restarts.
     """
 
-    def __init__(self, store: InlineStore | BatchStore, guard: GuardPolicy | None = None) -> None:
+    def __init__(
+        self, store: InlineStore | BatchStore, guard: GuardPolicy | None = None, *, opens_later: bool = False
+    ) -> None:
         self._store = store
+        self._asked: Any = store
+        self._opens_later = opens_later
         self._policy = guard or GuardPolicy()
         self._pipelined = store if isinstance(store, PipelinedStore) else None
         self._guard: Guard | None = None
@@ -102,11 +111,27 @@ class BackendActor(Actor):
 
     async def on_start(self) -> None:
         self._thread = get_ident()
-        await self._store.open()
-        if not isinstance(self._store, InlineStore):
+        if isinstance(self._store, InlineStore):
+            await self._store.open()
+        else:
             self._guard = Guard(self._policy, self.ctx, self._store.name)
-            self._guard.connected()
+            await self._open(self._store, self._guard)
         self.ctx.audience.watch(self._listen)
+
+    async def _open(self, store: BatchStore, guard: Guard) -> None:
+        try:
+            await store.open()
+        except CacheError as error:
+            if not error.transient or not (self._opens_later or self.ctx.restarts):
+                raise
+
+            def opened() -> None:
+                self._asked = store
+
+            self._asked = LateStore(store, opened)
+            guard.disconnected(str(error))
+        else:
+            guard.connected()
 
     async def on_stop(self) -> None:
         self.ctx.audience.unwatch(self._listen)
@@ -130,7 +155,9 @@ class BackendActor(Actor):
         return table
 
     def pause(self, waiting: int) -> TaskPort | None:
-        return self._guard.pause(waiting) if self._pipelined is not None and self._guard is not None else None
+        if self._pipelined is None or self._guard is None or waiting >= self.max_batch:
+            return None
+        return self._guard.pause(waiting)
 
     # What every actor answers
 
@@ -191,7 +218,7 @@ class BackendActor(Actor):
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert not isinstance(self._store, InlineStore)
         assert self._guard is not None
-        replies = await self._guard.execute(self._store, batch, self.ctx.deadline)
+        replies = await self._guard.execute(self._asked, batch, self.ctx.deadline)
         self._account(batch, replies)
         return replies
 
@@ -212,7 +239,7 @@ class BackendActor(Actor):
 
         sent = False
         try:
-            sent = self._guard.submit_at_once(self._pipelined, batch, replied)
+            sent = self._guard.submit_at_once(self._asked, batch, replied)
         finally:
             if not sent:
                 promise.answer(())  # Nobody waits for it.
@@ -229,7 +256,7 @@ class BackendActor(Actor):
             promise.answer(replies)
 
         try:
-            await self._guard.submit(self._pipelined, batch, self.ctx.deadline, replied)
+            await self._guard.submit(self._asked, batch, self.ctx.deadline, replied)
         except BaseException:
             promise.answer(())  # Nobody waits for it; the cell answers the batch.
             raise

@@ -23,9 +23,11 @@ class BreakerPolicy:
     """When a circuit opens and closes.
 
     `failure_threshold` failures in a row open it. After `recovery` seconds at most `half_open_max` probes at a time are
-    let through; `success_threshold` of them that succeed close it, and one that fails opens it again.
+    let through; `success_threshold` of them that succeed close it, and one that fails opens it again. One that
+    is not `enabled` stays closed.
     """
 
+    enabled: bool = True
     failure_threshold: int = 5
     success_threshold: int = 3
     recovery: float = 30.0
@@ -84,14 +86,20 @@ class CircuitBreaker:
         """The ticket of a call that may pass. Raises `CircuitOpen`."""
         if self._state is CircuitState.CLOSED:
             return self._period
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         if self._state is CircuitState.OPEN:
-            if (wait := self.retry_after) > 0:
-                raise CircuitOpen(address=self._address, retry_after=wait)
             self._enter(CircuitState.HALF_OPEN)
-        if self._probes >= self._policy.half_open_max:
-            raise CircuitOpen(f"circuit of {self._address} is half open, and its probes are under way", self._address)
         self._probes += 1
         return self._period
+
+    def refusal(self) -> CircuitOpen | None:
+        """Why a call may not pass now; `None` if it may. Changes nothing."""
+        if (wait := self.retry_after) > 0:
+            return CircuitOpen(address=self._address, retry_after=wait)
+        if self._state is CircuitState.HALF_OPEN and self._probes >= self._policy.half_open_max:
+            return CircuitOpen(f"circuit of {self._address} is half open, and its probes are under way", self._address)
+        return None
 
     def succeeded(self, ticket: int) -> None:
         """Take back the ticket of a call that the backend answered."""
@@ -109,6 +117,8 @@ class CircuitBreaker:
         if ticket != self._period:
             return
         self.failures += 1
+        if not self._policy.enabled:
+            return
         if self._state is CircuitState.HALF_OPEN or self.failures >= self._policy.failure_threshold:
             self._opened_at = self._clock.monotonic()
             self._enter(CircuitState.OPEN)

@@ -84,7 +84,8 @@ class Store(Protocol):
     capabilities: Capabilities
 
     async def open(self) -> None:
-        """Make ready, connections included. Raises `CacheConnectionError` when the store cannot be reached."""
+        """Make ready, connections included. Raises `CacheConnectionError` when the store cannot be reached; then it may
+        be called again."""
 
     async def close(self) -> None:
         """Give back what `open` took. Safe to call twice."""

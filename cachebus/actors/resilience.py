@@ -16,7 +16,6 @@ from cachebus.bus import TaskPort, open_port
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
-    CacheConnectionError,
     CacheError,
     CacheTimeoutError,
     CircuitClosed,
@@ -26,9 +25,9 @@ from cachebus.messages import (
     Overloaded,
     Reply,
     Request,
-    error_class,
 )
 
+from .allowance import allowance
 from .attempts import Attempt, Attempts
 from .breaker import CircuitBreaker, CircuitState
 from .context import Context
@@ -36,8 +35,9 @@ from .guard_policy import GuardPolicy, GuardStatistics
 from .latency import AdaptiveTimeout
 from .places import Places
 from .ports import BatchStore, PipelinedStore, Replied
-from .retrying import repeat, repeatable
+from .retrying import RetryBudget, repeat, repeatable
 from .scopes import asyncio_scope
+from .verdict import Verdict, judge
 
 GOOD_BATCH = 16
 """Requests that are sent though others are under way: fewer wait for those, because a system call costs as much as ten
@@ -60,6 +60,7 @@ class Guard:
         self._breaker = CircuitBreaker(policy.breaker, ctx.clock, ctx.address, self._circuit_changed)
         self._timeout = self._new_timeout()
         self._lock_timeout = self._new_timeout()
+        self._budget = RetryBudget(policy.retry.budget)
         self._chance = random.Random(seed)
         self._attempts = Attempts(ctx, policy.timeout_max, self._give_up)
         self._places = Places(policy.max_concurrent, policy.max_waiting, ctx.address)
@@ -100,6 +101,13 @@ class Guard:
             self._connected = True
             if BackendConnected in self._ctx.audience.kinds:
                 self._ctx.emit(BackendConnected(store=self._store))
+
+    def disconnected(self, reason: str) -> None:
+        """Note that the store cannot be reached."""
+        if self._connected is not False:
+            self._connected = False
+            if BackendDisconnected in self._ctx.audience.kinds:
+                self._ctx.emit(BackendDisconnected(store=self._store, reason=reason))
 
     # A store that answers
 
@@ -222,7 +230,12 @@ class Guard:
             settled(self._too_late(attempt))
 
     def _worth_repeating(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
-        return Failed in map(type, replies) and self.policy.retry.attempts > 1 and bool(repeatable(batch, replies))
+        return (
+            Failed in map(type, replies)
+            and self.policy.retry.attempts > 1
+            and bool(repeatable(batch, replies))
+            and self._budget.allows(self._successes + self._failures)
+        )
 
     async def _repeated(
         self,
@@ -232,6 +245,9 @@ class Guard:
         deadline: float | None,
     ) -> Sequence[Reply]:
         async def counted(part: Sequence[Request[Any]]) -> Sequence[Reply]:
+            if not self._budget.allows(self._successes + self._failures):
+                raise Overloaded("the budget for repetitions is used up", self._ctx.address)
+            self._budget.take()
             self._retries += 1
             return await attempt(part)
 
@@ -249,9 +265,13 @@ class Guard:
 
     async def _begin(self, batch: Sequence[Request[Any]]) -> Attempt:
         if not self._places.take_at_once():
+            # Nobody waits for a place behind an open circuit: all that a place would get there is the refusal.
+            if (refusal := self._breaker.refusal()) is not None:
+                self._rejected += 1
+                raise refusal
             try:
                 await self._places.take()
-            except Overloaded:
+            except CacheError:
                 self._rejected += 1
                 raise
         return self._admitted(batch)
@@ -295,22 +315,20 @@ class Guard:
             self._resume()
 
     def _judge(self, attempt: Attempt, duration: float, replies: Sequence[Reply]) -> None:
-        """A batch has failed if the backend answered none of it, and for a reason that may pass."""
-        failures = [error_class(each.code) for each in replies if isinstance(each, Failed)]
-        counting = [each for each in failures if each.transient and not issubclass(each, self.policy.excluded)]
-        if any(issubclass(each, CacheConnectionError) for each in counting):
-            self._disconnected(next(each.detail for each in replies if isinstance(each, Failed)))
-        if counting and len(failures) == len(replies):
+        verdict, lost = judge(replies, self.policy.excluded)
+        if lost is not None:
+            self.disconnected(lost)
+        if verdict is Verdict.ILL:
             self._failed(attempt)
-        elif len(failures) == len(replies) and all(each.transient or _is_refusal(each) for each in failures):
-            self._breaker.abandoned(attempt.ticket)  # Excluded, or refused: it says nothing about the backend's health.
+        elif verdict is Verdict.UNKNOWN:
+            self._breaker.abandoned(attempt.ticket)
         else:
             self._succeeded(attempt, duration)
 
     def _succeeded(self, attempt: Attempt, duration: float) -> None:
         self._successes += 1
         self._breaker.succeeded(attempt.ticket)
-        if duration <= self.policy.timeout_min or not self._attempts.allowance(attempt.batch):
+        if duration <= self.policy.timeout_min or not allowance(attempt.batch, self.policy.timeout_max):
             attempt.timeout.answered(duration)
         if not self._connected:
             self.connected()
@@ -320,14 +338,11 @@ class Guard:
         self._last_failure = self._clock.wall()
         self._breaker.failed(attempt.ticket)
 
-    def _disconnected(self, reason: str) -> None:
-        if self._connected is not False:
-            self._connected = False
-            if BackendDisconnected in self._ctx.audience.kinds:
-                self._ctx.emit(BackendDisconnected(store=self._store, reason=reason))
-
     def _circuit_changed(self, state: CircuitState) -> None:
         kinds = self._ctx.audience.kinds
+        if state is CircuitState.OPEN:
+            # Told now, and not one by one as the places before them become free.
+            self._places.turn_away(lambda: self._breaker.refusal() or CircuitOpen(address=self._ctx.address))
         if state is CircuitState.OPEN and CircuitOpened in kinds:
             self._ctx.emit(
                 CircuitOpened(
@@ -353,9 +368,11 @@ class Guard:
 
     def _too_late(self, attempt: Attempt) -> Sequence[Reply]:
         waited = self._now() - attempt.started
-        return [Failed.of(CacheTimeoutError(f"{self._store} gave no answer", self._ctx.address, waited))] * len(
-            attempt.batch
-        )
+        detail, address = f"{self._store} gave no answer", self._ctx.address
+        return [
+            Failed.of(CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT))
+            for each in attempt.batch
+        ]
 
     def _new_timeout(self) -> AdaptiveTimeout:
         policy = self.policy
@@ -365,8 +382,3 @@ class Guard:
             highest=policy.timeout_max,
             initial=policy.timeout_initial,
         )
-
-
-def _is_refusal(kind: type[CacheError]) -> bool:
-    """Whether an error says that the backend would not even look at the request."""
-    return kind.code in ("configuration", "closed")

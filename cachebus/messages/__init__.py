@@ -31,6 +31,7 @@ from .errors import (
     Overloaded,
     WrongType,
     error_class,
+    error_codes,
     rebuild,
 )
 from .events import (
@@ -54,6 +55,7 @@ from .events import (
     LoadStarted,
     LoadSucceeded,
     RemovalCause,
+    RequestFailed,
     TagsInvalidated,
 )
 from .replies import (
@@ -166,6 +168,7 @@ __all__ = [
     "RemovalCause",
     "Reply",
     "Request",
+    "RequestFailed",
     "Scan",
     "Scanned",
     "Set",
@@ -181,6 +184,7 @@ __all__ = [
     "WrongType",
     "bare",
     "error_class",
+    "error_codes",
     "message",
     "rebuild",
     "reply_types",

@@ -46,6 +46,11 @@ def error_class(code: str) -> type[CacheError]:
     return _codes.get(code, CacheError)
 
 
+def error_codes() -> tuple[str, ...]:
+    """Every code that names a class of the tree."""
+    return tuple(_codes)
+
+
 def rebuild(code: str, detail: str, values: dict[str, Any]) -> CacheError:
     """The error that `code` names. An unknown code, or fields that a newer or older sender chose otherwise, still
     give a `CacheError` with the sender's sentence."""
@@ -106,16 +111,19 @@ class CacheCapacityError(CacheError, ValueError):
 
 @error
 class CacheTimeoutError(CacheError, TimeoutError):
-    """Raised when an answer did not come within the call's time budget."""
+    """Raised when an answer did not come within the call's time budget. `in_doubt` says that the request may have been
+    done all the same, and that doing it again would not be the same."""
 
     detail: str = "no answer"
     address: str = ""
     timeout: float = 0.0
+    in_doubt: bool = False
     code: ClassVar[str] = "timeout"
     transient: ClassVar[bool] = True
 
     def sentence(self) -> str:
-        return f"{self.address or 'cache'}: {self.detail} within {self.timeout:g} s"
+        doubt = "; whether the request was done is not known" if self.in_doubt else ""
+        return f"{self.address or 'cache'}: {self.detail} within {self.timeout:g} s{doubt}"
 
 
 @error

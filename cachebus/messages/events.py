@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 from .base import Event, message
 
@@ -131,6 +132,18 @@ class CircuitClosed(Event):
     """A backend that was left alone works again."""
 
     address: str
+
+
+@message("event.request_failed")
+class RequestFailed(Event):
+    """A backend did not do what a caller asked, a request of the kind `request` (its wire name), for the reason `error`
+    (an error's code). A read was answered as a miss (`missed`), a write was not stored (`dropped`), or the caller got the
+    error (`raised`). `key` is empty where it was not about one."""
+
+    request: str
+    error: str
+    outcome: Literal["missed", "dropped", "raised"]
+    key: str = ""
 
 
 @message("event.actor_started")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any
 
 from .base import Reply, message
@@ -118,7 +118,9 @@ class Snapshot(Reply):
 
     `removals` counts by `RemovalCause`. `weight` is in bytes where the store has a weigher, else 0. `overloaded`
     counts the requests that a full mailbox turned away. `guard` says how the backend has been doing, by the names of
-    `GuardStatistics`; it is empty where nothing needs a guard.
+    `GuardStatistics`; it is empty where nothing needs a guard. `errors` and `dropped_writes` are counted by the cache that
+    asked and not by the backend: the calls of its own that the backend failed, and among these the writes that were
+    dropped.
     """
 
     address: str
@@ -134,6 +136,14 @@ class Snapshot(Reply):
     restarts: int = 0
     overloaded: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
+    errors: int = 0
+    dropped_writes: int = 0
+
+    def with_failures(self, errors: int, dropped_writes: int) -> Snapshot:
+        """The same, with what a cache has counted."""
+        whole: Any = self
+        seen: Snapshot = replace(whole, errors=errors, dropped_writes=dropped_writes)
+        return seen
 
     @property
     def requests(self) -> int:

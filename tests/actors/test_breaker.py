@@ -15,6 +15,9 @@ from tests.clock import ManualClock
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
 
 
+make: Any = BreakerPolicy
+
+
 class Circuit:
     """A breaker, its clock, and what it told."""
 
@@ -123,10 +126,31 @@ def test_a_clock_that_jumps_ahead_ends_the_wait_and_one_that_jumps_back_does_not
     assert other.breaker.state is HALF_OPEN
 
 
+def test_one_that_is_not_enabled_stays_closed() -> None:
+    circuit = Circuit(enabled=False)
+    circuit.fail(100)
+    assert circuit.breaker.state is CLOSED
+    assert circuit.told == []
+
+
+def test_whether_a_call_may_pass_can_be_asked_without_a_change() -> None:
+    circuit = Circuit(half_open_max=1)
+    assert circuit.breaker.refusal() is None
+    circuit.open()
+    refusal = circuit.breaker.refusal()
+    assert refusal is not None
+    assert refusal.retry_after == 30.0
+    circuit.clock.advance(30.0)
+    assert circuit.breaker.refusal() is None
+    assert circuit.breaker.state is OPEN, "it is half open only once somebody tries"
+    circuit.breaker.admit()
+    assert circuit.breaker.refusal() is not None, "its one probe is under way"
+
+
 @pytest.mark.parametrize("option", ["failure_threshold", "success_threshold", "half_open_max", "recovery"])
 def test_a_policy_that_makes_no_sense_is_refused_by_name(option: str) -> None:
     with pytest.raises(CacheConfigurationError, match=option):
-        BreakerPolicy(**{option: 0})
+        make(**{option: 0})
 
 
 class BreakerMachine(RuleBasedStateMachine):

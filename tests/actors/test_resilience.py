@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from cachebus.actors import BreakerPolicy, Guard, GuardPolicy, RetryPolicy
+from cachebus.actors.places import Places
 from cachebus.actors.ports import Capabilities, Gauges, Replied
 from cachebus.actors.resilience import GOOD_BATCH
 from cachebus.messages import (
@@ -211,6 +213,22 @@ async def test_a_circuit_that_opens_ends_the_repetitions_with_the_reason() -> No
     assert len(stage.store.asked) == 2
 
 
+async def test_repetitions_have_a_budget_that_success_and_failure_earn_alike() -> None:
+    async def spoiled(batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        return [Failed.of(DOWN) if request == Get("bad") else HIT for request in batch]
+
+    stage = Stage(spoiled, retry=RetryPolicy(attempts=2, budget=0.1), breaker=BreakerPolicy(enabled=False))
+    for _ in range(50):
+        await stage.while_time_passes(Get("bad"))
+    assert stage.guard.statistics().retries == pytest.approx(10 + 0.1 * 60, abs=1.0)
+    for _ in range(100):
+        await stage.ask(Get("good"))
+    before = stage.guard.statistics().retries
+    for _ in range(9):
+        await stage.while_time_passes(Get("bad"))
+    assert stage.guard.statistics().retries == before + 9
+
+
 # The circuit
 
 
@@ -280,6 +298,16 @@ async def test_a_cancelled_call_is_no_failure_and_gives_its_probe_back() -> None
     assert (statistics.state, statistics.failure_count, statistics.in_flight) == ("half_open", 5, 0)
 
 
+async def test_a_lost_connection_is_named_by_its_own_error() -> None:
+    async def two_reasons(batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        return [Failed.of(WrongType("no int")), Failed.of(DOWN)]
+
+    stage = Stage(two_reasons, retry=ONCE)
+    await stage.ask(Increment("a"), Increment("b"))
+    lost = next(each for each in stage.ctx.emitted if isinstance(each, BackendDisconnected))
+    assert lost.reason == "nobody is there"
+
+
 @pytest.mark.parametrize("error", [WrongType("no int"), CacheConfigurationError("wrong password")])
 async def test_what_no_patience_mends_neither_trips_the_circuit_nor_is_repeated(error: CacheError) -> None:
     async def refuses(batch: Sequence[Request[Any]]) -> Sequence[Reply]:
@@ -329,6 +357,10 @@ async def test_a_call_that_takes_too_long_is_given_up_and_counts_as_a_failure() 
     began = stage.clock.monotonic()
     replies = await stage.while_time_passes(Get("a"), Increment("b"))
     assert failures(replies) == [CacheTimeoutError] * 2
+    read, increment = (reply.error() for reply in replies if isinstance(reply, Failed))
+    assert str(read).startswith("backend.main: scripted gave no answer within 0.5")
+    assert not str(read).endswith("not known")
+    assert str(increment).endswith("; whether the request was done is not known")
     assert 0.5 <= stage.clock.monotonic() - began <= 0.52
     assert stage.guard.statistics().failure_count == 1
     assert stage.guard.statistics().in_flight == 0
@@ -433,6 +465,84 @@ async def test_who_is_cancelled_while_waiting_leaves_the_queue() -> None:
     assert (statistics.in_flight, statistics.waiting) == (0, 0)
     stage.store.answer = works
     assert await stage.ask(Get("a")) == [HIT]
+
+
+async def test_nobody_waits_behind_an_open_circuit() -> None:
+    stage = Stage(is_down, retry=ONCE, max_concurrent=1)
+    stuck = anyio.Event()
+
+    async def hang(batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        await stuck.wait()
+        return await works(batch)
+
+    async with anyio.create_task_group() as tasks:
+        stage.store.answer = hang
+        tasks.start_soon(stage.ask, Get("stuck"))
+        while not stage.store.asked:
+            await checkpoint()
+        waiting: list[CircuitOpen] = []
+
+        async def wait() -> None:
+            try:
+                await stage.ask(Get("waiting"))
+            except CircuitOpen as error:
+                waiting.append(error)
+
+        for _ in range(3):
+            tasks.start_soon(wait)
+        while stage.guard.statistics().waiting < 3:
+            await checkpoint()
+        # The circuit opens while they wait, by what a straggler of the same kind would report.
+        for _ in range(5):
+            stage.guard._breaker.failed(stage.guard._breaker.admit())  # pyright: ignore[reportPrivateUsage]
+        while len(waiting) < 3:
+            await checkpoint()
+        assert {error.retry_after for error in waiting} == {30.0}
+        assert len({id(error) for error in waiting}) == 3
+        with pytest.raises(CircuitOpen):
+            await stage.ask(Get("late"))
+        assert stage.guard.statistics().rejected == 4
+        assert stage.guard.statistics().in_flight == 1, "all that while the place was taken"
+        stuck.set()
+    statistics = stage.guard.statistics()
+    assert (statistics.in_flight, statistics.waiting) == (0, 0)
+
+
+async def test_who_is_cancelled_with_a_refusal_on_the_way_gives_no_place_away() -> None:
+    places = Places(1, 5, "backend.main")
+    assert places.take_at_once()
+
+    async def take() -> None:
+        with contextlib.suppress(CircuitOpen):  # Which of the two comes first, the loops see differently.
+            await places.take()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(take)
+        tasks.start_soon(take)
+        while places.waiting < 2:
+            await checkpoint()
+        assert places.turn_away(lambda: CircuitOpen("open")) == 2
+        tasks.cancel_scope.cancel()
+    assert (places.taken, places.waiting) == (1, 0)
+    places.leave()
+    assert places.taken == 0
+
+
+async def test_who_is_cancelled_with_a_place_on_the_way_hands_it_on() -> None:
+    places = Places(1, 5, "backend.main")
+    assert places.take_at_once()
+
+    async def take() -> None:
+        await places.take()
+        places.leave()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(take)
+        while not places.waiting:
+            await checkpoint()
+        places.leave()
+        tasks.cancel_scope.cancel()
+    assert places.taken == 0
 
 
 # Stores that answer later

@@ -9,13 +9,14 @@ from cachebus import Cache, Event, Subscription, SyncCache, open_cache, open_syn
 from cachebus.actors.ports import Capabilities, Gauges
 from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import SYSTEM_CLOCK, Clock, Port, open_port
+from cachebus.failures import OnError
 from cachebus.messages import Missing, Reply, Request
 from cachebus.settings import ActorSettings, Settings
 
 
-def settings(*, inline: bool = True, timeout: float = 5.0) -> Settings:
-    """Those of one memory backend."""
-    return Settings(timeout=timeout, actors=ActorSettings(inline_turns=inline))
+def settings(*, inline: bool = True, timeout: float = 5.0, on_error: OnError = "raise") -> Settings:
+    """Those of one memory backend, whose failures the tests want to see."""
+    return Settings(timeout=timeout, on_error=on_error, actors=ActorSettings(inline_turns=inline))
 
 
 def a_cache(*, clock: Clock = SYSTEM_CLOCK, inline: bool = True, **store: Any) -> Cache:

@@ -115,7 +115,9 @@ def test_settings_without_a_source_shows_the_environment(
 ) -> None:
     monkeypatch.setenv("CACHEBUS_NAMESPACE", "shop")
     assert main(["settings"]) == 0
-    assert capsys.readouterr().out.startswith("namespace: shop\ntimeout: 5.0\nbackends:\n- type: memory\n")
+    assert capsys.readouterr().out.startswith(
+        "namespace: shop\ntimeout: 5.0\non_error: miss\nbackends:\n- type: memory\n"
+    )
 
 
 def test_settings_are_shown_without_passwords(

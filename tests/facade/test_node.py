@@ -11,6 +11,7 @@ import pytest
 from cachebus import ActorFailed, CacheClosed, CacheTimeoutError, Node, Overloaded, Settings, open_cache
 from cachebus.actors import BatchStore, Capabilities, Gauges, InlineStore
 from cachebus.adapters.memory import MemoryStore
+from cachebus.failures import OnError
 from cachebus.messages import ActorGaveUp, CacheSet, Get, Missing, Reply, Request
 
 pytestmark = pytest.mark.anyio
@@ -49,8 +50,8 @@ class SilentStore:
         return [Missing() for _ in batch]
 
 
-def settings(**actors: object) -> Settings:
-    return Settings(actors=actors)  # type: ignore[arg-type]
+def settings(on_error: OnError = "miss", /, **actors: object) -> Settings:
+    return Settings(on_error=on_error, actors=actors)  # type: ignore[arg-type]
 
 
 async def crashes_until_it_stays_down(**actors: object) -> int:
@@ -86,7 +87,7 @@ async def test_a_mailbox_holds_as_many_messages_as_the_settings_say() -> None:
     store = SilentStore()
     outcomes: list[str] = []
 
-    async with open_cache(settings(mailbox_capacity=2), stores=lambda backend: store) as cache:
+    async with open_cache(settings("raise", mailbox_capacity=2), stores=lambda backend: store) as cache:
 
         async def ask(key: str) -> None:
             try:
@@ -116,7 +117,7 @@ async def test_turns_run_on_the_callers_stack_only_if_the_settings_say_so(inline
 
 
 async def test_a_call_ends_within_the_timeout_of_the_settings() -> None:
-    async with open_cache(Settings(timeout=0.05), stores=lambda backend: SilentStore()) as cache:
+    async with open_cache(Settings(timeout=0.05, on_error="raise"), stores=lambda backend: SilentStore()) as cache:
         with anyio.fail_after(5), pytest.raises(CacheTimeoutError) as caught:
             await cache.get("k")
     assert caught.value.timeout == 0.05

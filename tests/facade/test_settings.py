@@ -194,10 +194,10 @@ def test_a_policy_is_one_of_four() -> None:
     [
         (
             {"timout": 5},
-            "timout: unknown option (did you mean 'timeout'?), known are namespace, timeout, backends, actors",
+            "timout: unknown option (did you mean 'timeout'?), known are namespace, timeout, on_error, backends, actors",
         ),
-        ({"TIMEOUT": 5}, "TIMEOUT: unknown option, known are namespace, timeout, backends, actors"),
-        ({"_env_file": ".env"}, "_env_file: unknown option, known are namespace, timeout, backends, actors"),
+        ({"TIMEOUT": 5}, "TIMEOUT: unknown option, known are namespace, timeout, on_error, backends, actors"),
+        ({"_env_file": ".env"}, "_env_file: unknown option, known are namespace, timeout, on_error, backends, actors"),
         (
             {"actors": {"mailbox": 5}},
             (
@@ -371,7 +371,7 @@ def test_a_mistyped_variable_is_refused(variable: str, nearest: str, monkeypatch
     for sentence in (refused(load_settings), refused(Settings, timeout=1)):
         assert sentence.startswith(
             f"environment variable {variable.upper()}: unknown option (did you mean '{nearest}'?), known are "
-            "CACHEBUS_NAMESPACE, CACHEBUS_TIMEOUT, CACHEBUS_BACKENDS, CACHEBUS_ACTORS, CACHEBUS_ACTORS__MAILBOX_CAPACITY,"
+            "CACHEBUS_NAMESPACE, CACHEBUS_TIMEOUT, CACHEBUS_ON_ERROR, CACHEBUS_BACKENDS, CACHEBUS_ACTORS, CACHEBUS_ACTORS__MAILBOX_CAPACITY,"
         )
         assert SECRET not in sentence
 

@@ -1,0 +1,114 @@
+"""The options of the guard before a remote store, the same for every technology."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, cast
+
+from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from cachebus.actors import BreakerPolicy, GuardPolicy, RetryPolicy
+from cachebus.messages import CacheConfigurationError, error_class, error_codes
+
+from .options import AtLeastOne, NotNegative, Options, Seconds, Share, Switch, shown
+from .urls import did_you_mean
+
+
+def _errors(value: object) -> tuple[str, ...]:
+    given = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, list | tuple):
+        raise ValueError("expected errors by code or class, such as timeout or CacheTimeoutError")
+    codes = error_codes()
+    by_class = {error_class(code).__name__: code for code in codes}
+    found: list[str] = []
+    for name in cast("Sequence[Any]", given):
+        code = by_class.get(name, name) if isinstance(name, str) else name
+        if code == "":
+            continue  # What an empty option of a URL leaves.
+        if code not in codes:
+            hint = did_you_mean(code, (*codes, *by_class)) if isinstance(code, str) else ""
+            raise CacheConfigurationError(f"no error is called {shown(code)}{hint}")
+        found.append(code)
+    return tuple(dict.fromkeys(found))
+
+
+class GuardSettings(Options):
+    """How the guard before a remote store repeats, gives up, limits, and leaves a failing server alone.
+
+    Durations are seconds. A batch is what goes to the server at once, one request or many.
+    """
+
+    breaker: Switch = True
+    """Whether a server that fails again and again is left alone for a while."""
+    breaker_failure_threshold: AtLeastOne = 5
+    """Batches in a row that fail and open the circuit."""
+    breaker_success_threshold: AtLeastOne = 3
+    """Probes that succeed and close a half-open circuit."""
+    breaker_recovery: Seconds = 30.0
+    """How long an open circuit lets nothing through."""
+    breaker_half_open_max: AtLeastOne = 3
+    """How many probes of a half-open circuit are under way at a time."""
+    breaker_excluded: Annotated[tuple[str, ...], BeforeValidator(_errors)] = ()
+    """Errors that are no failures to the circuit, by code or class, those derived from them included."""
+    retry_attempts: AtLeastOne = 3
+    """How often a request that may be done twice is tried, the first time included."""
+    retry_backoff_base: Seconds = 0.05
+    """The upper end of the first pause. It doubles with each; the pause is drawn below it (full jitter)."""
+    retry_backoff_max: Seconds = 1.0
+    retry_budget: Share = 0.2
+    """How many repetitions a batch allows for, on the average: they never multiply the load of a server in trouble."""
+    timeout_initial: Seconds = 1.0
+    """How long an answer is waited for while nothing is known; then three times the 95th percentile."""
+    timeout_min: Seconds = 0.1
+    timeout_max: Seconds = 10.0
+    timeout_window: AtLeastOne = 1000
+    """Of how many last batches the percentile is."""
+    max_concurrent: AtLeastOne = 100
+    """How many batches the server may be asked at a time."""
+    max_waiting: NotNegative = 1000
+    """How many more may wait for that; the rest is `Overloaded`."""
+
+    @model_validator(mode="after")
+    def _highest_are_not_below_lowest(self) -> GuardSettings:
+        for low, high in (("retry_backoff_base", "retry_backoff_max"), ("timeout_min", "timeout_max")):
+            if getattr(self, high) < getattr(self, low):
+                raise CacheConfigurationError(
+                    f"{high} {getattr(self, high):g} is less than {low} {getattr(self, low):g}"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_it_is_comes_first(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        last = {name: values.pop(name) for name in GuardSettings.model_fields if name in values}
+        return values | last
+
+    def guard_policy(self) -> GuardPolicy:
+        """What the guard is told."""
+        return GuardPolicy(
+            breaker=BreakerPolicy(
+                enabled=self.breaker,
+                failure_threshold=self.breaker_failure_threshold,
+                success_threshold=self.breaker_success_threshold,
+                recovery=self.breaker_recovery,
+                half_open_max=self.breaker_half_open_max,
+            ),
+            retry=RetryPolicy(
+                attempts=self.retry_attempts,
+                backoff=self.retry_backoff_base,
+                backoff_max=self.retry_backoff_max,
+                budget=self.retry_budget,
+            ),
+            timeout_initial=self.timeout_initial,
+            timeout_min=self.timeout_min,
+            timeout_max=self.timeout_max,
+            timeout_window=self.timeout_window,
+            max_concurrent=self.max_concurrent,
+            max_waiting=self.max_waiting,
+            excluded=tuple(map(error_class, self.breaker_excluded)),
+        )
+
+
+def guard_policy(settings: object) -> GuardPolicy:
+    """The policy of the guard before a backend: the default one for a store that has no such options."""
+    return settings.guard_policy() if isinstance(settings, GuardSettings) else GuardPolicy()

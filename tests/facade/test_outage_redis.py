@@ -1,0 +1,160 @@
+"""A cache over a real Redis that goes away and comes back: the application keeps its own speed, and nobody is called."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import anyio
+import pytest
+from anyio import to_thread
+
+from cachebus import Cache, CacheConnectionError, open_cache, open_sync_cache
+from cachebus.messages import BackendConnected, BackendDisconnected, CircuitClosed, CircuitOpened, Event
+from cachebus.testing.processes import free_port
+from cachebus.testing.proxy import Proxy
+from cachebus.testing.servers import Server, run_redis
+
+RECOVERY = 0.5
+BACK_WITHIN = 2.0
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with run_redis() as server:
+        yield server
+
+
+@asynccontextmanager
+async def cache_at(url: str, **options: Any) -> AsyncIterator[Cache]:
+    async with open_cache(f"{url}?breaker_recovery={RECOVERY}", namespace=uuid4().hex, **options) as cache:
+        yield cache
+
+
+async def until_it_works(cache: Cache) -> float:
+    """Seconds until a value is stored and read again, asked for as an application asks: again and again."""
+    began = time.monotonic()
+    while not (await cache.set("probe", 1) and await cache.get("probe") == 1):
+        await anyio.sleep(0.01)
+    return time.monotonic() - began
+
+
+async def until_the_circuit_is_open(cache: Cache) -> None:
+    with cache.events(CircuitOpened) as events:
+        while not len(events):
+            await cache.get("probe")
+
+
+async def slow_calls(cache: Cache, seconds: float) -> tuple[int, int]:
+    """How many calls there were in that time, and how many of them took over 20 ms."""
+    calls = slow = 0
+    end = time.monotonic() + seconds
+    while (began := time.monotonic()) < end:
+        assert await cache.get("k", "default") == "default"
+        calls += 1
+        slow += time.monotonic() - began > 0.02
+        await anyio.sleep(0.001)
+    return calls, slow
+
+
+async def test_behind_an_open_circuit_a_half_open_server_costs_no_time_and_is_found_again(server: Server) -> None:
+    with Proxy.before(server) as proxy:
+        async with cache_at(proxy.url(server.url)) as cache:
+            assert await cache.set("there", 1)
+            await to_thread.run_sync(lambda: proxy.switch("half_open"))
+            await until_the_circuit_is_open(cache)
+            # Within half of the recovery, no probe is let through.
+            calls, slow = await slow_calls(cache, RECOVERY / 2)
+            assert calls > 20
+            assert slow <= calls * 0.1, "what the machine itself is late with, and no timeout of ours"
+            assert (await cache.statistics()).guard["state"] == "open"
+            await to_thread.run_sync(lambda: proxy.switch("pass"))
+            assert await until_it_works(cache) < BACK_WITHIN
+            assert await cache.get("there") == 1
+
+
+async def test_a_server_that_is_killed_and_started_again_is_told_of_and_found_again() -> None:
+    kinds: tuple[type[Event], ...] = (BackendConnected, BackendDisconnected, CircuitOpened, CircuitClosed)
+    with run_redis() as server:
+        async with cache_at(server.url) as cache:
+            loads = 0
+
+            @cache.cached(key="k:{n}")
+            async def load(n: int) -> int:
+                nonlocal loads
+                loads += 1
+                return n
+
+            await load(0)
+            with cache.events(*kinds) as events:
+                await to_thread.run_sync(server.kill)
+                await until_the_circuit_is_open(cache)
+                began = time.monotonic()
+                assert [await load(number) for number in range(200)] == list(range(200))
+                assert time.monotonic() - began < 1.0, "at the speed of the loader"
+                assert loads == 201
+                health = await cache.health()
+                assert not health.ok
+                assert health.circuit in ("open", "half_open")
+                assert (await cache.statistics()).dropped_writes > 0
+                await to_thread.run_sync(server.start)
+                assert await until_it_works(cache) < BACK_WITHIN
+                while (await cache.statistics()).guard["state"] != "closed":
+                    await cache.get("probe")
+                told: list[type[Event]] = []
+                while len(events):
+                    event = events.next(0)
+                    assert event is not None
+                    told.append(type(event))
+            assert told[:2] in ([BackendDisconnected, CircuitOpened], [CircuitOpened, BackendDisconnected])
+            assert BackendConnected in told
+            assert told[-1] is CircuitClosed
+            assert (await cache.health()).circuit == "closed"
+
+
+async def test_a_cache_is_opened_before_its_server_and_finds_it_by_itself() -> None:
+    port = free_port()
+    url = f"redis://127.0.0.1:{port}"
+    async with cache_at(url) as cache:
+        assert await cache.get("k", "default") == "default"
+        assert not (await cache.health()).ok
+        with run_redis(port=port):
+            assert await until_it_works(cache) < BACK_WITHIN
+    with pytest.raises(CacheConnectionError):
+        async with cache_at(url, on_error="raise"):
+            raise AssertionError("it opened")
+
+
+def test_a_synchronous_cache_goes_on_without_its_server_too() -> None:
+    with run_redis() as server, open_sync_cache(f"{server.url}?breaker_recovery={RECOVERY}") as cache:
+        assert cache.set("k", 1)
+        server.kill()
+        assert [cache.get("k", "default") for _ in range(50)] == ["default"] * 50
+        assert cache.health().circuit == "open"
+        server.start()
+        began = time.monotonic()
+        while not cache.set("k", 2):
+            time.sleep(0.01)
+        assert time.monotonic() - began < BACK_WITHIN
+        assert cache.get("k") == 2
+
+
+async def test_a_program_that_begins_during_an_outage_is_served_at_once(tmp_path: Path) -> None:
+    """A host that swallows everything: the connection is not even refused."""
+    file = tmp_path / "cachebus.yaml"
+    with run_redis() as server, Proxy.before(server, "half_open") as proxy:
+        file.write_text(f"backends:\n- type: redis\n  hosts: ['{proxy.host}:{proxy.port}']\n  connect_timeout: 0.2\n")
+        settings = await to_thread.run_sync(lambda: open_cache(str(file)))
+        began = time.monotonic()
+        async with settings as cache:
+            assert time.monotonic() - began < 1.0, "no longer than connecting may take"
+            assert await cache.get("k", "default") == "default"
