@@ -78,6 +78,7 @@ class Guard:
         self._chance = random.Random(seed)
         self._outstanding: dict[_Attempt, None] = {}
         self._places = Places(policy.max_concurrent, policy.max_waiting, ctx.address)
+        self._closed = False
         self._armed_for = _NEVER
         self._disarm: Callable[[], None] | None = None
         self._connected: bool | None = None
@@ -123,6 +124,10 @@ class Guard:
             self._connected = False
             if BackendDisconnected in self._ctx.audience.kinds:
                 self._ctx.emit(BackendDisconnected(store=self._store, reason=reason))
+
+    def close(self) -> None:
+        """Repeat nothing from now on: the store is about to be closed."""
+        self._closed = True
 
     # A store that answers
 
@@ -214,6 +219,7 @@ class Guard:
         return (
             Failed in map(type, replies)
             and self.policy.retry.attempts > 1
+            and not self._closed
             and bool(repeatable(batch, replies))
             and self._budget.allows(self._successes + self._failures)
         )
