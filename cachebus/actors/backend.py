@@ -135,6 +135,8 @@ class BackendActor(Actor):
 
     async def on_stop(self) -> None:
         self.ctx.audience.unwatch(self._listen)
+        if self._guard is not None:
+            self._guard.close()
         await self._store.close()
 
     def handlers(self) -> Handlers:

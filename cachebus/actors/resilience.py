@@ -64,6 +64,7 @@ class Guard:
         self._chance = random.Random(seed)
         self._attempts = Attempts(ctx, policy.timeout_max, self._give_up)
         self._places = Places(policy.max_concurrent, policy.max_waiting, ctx.address)
+        self._closed = False
         self._connected: bool | None = None
         self._pause: TaskPort | None = None
         self._failures = 0
@@ -108,6 +109,10 @@ class Guard:
             self._connected = False
             if BackendDisconnected in self._ctx.audience.kinds:
                 self._ctx.emit(BackendDisconnected(store=self._store, reason=reason))
+
+    def close(self) -> None:
+        """Repeat nothing from now on: the store is about to be closed."""
+        self._closed = True
 
     # A store that answers
 
@@ -233,6 +238,7 @@ class Guard:
         return (
             Failed in map(type, replies)
             and self.policy.retry.attempts > 1
+            and not self._closed
             and bool(repeatable(batch, replies))
             and self._budget.allows(self._successes + self._failures)
         )

@@ -652,6 +652,17 @@ async def test_a_batch_that_failed_later_is_repeated_beside_the_turns() -> None:
     assert told == [[HIT, Failed.of(DOWN)]]
 
 
+async def test_what_fails_because_the_store_is_closed_is_not_repeated() -> None:
+    store = ScriptedPipeline()
+    stage = Stage(store=store)
+    told: list[Sequence[Reply]] = []
+    await stage.guard.submit(store, [Get("a")], None, told.append)
+    stage.guard.close()
+    store.open_replies.pop()([Failed.of(DOWN)])
+    assert [failures(each) for each in told] == [[CacheConnectionError]]
+    assert stage.ctx.beside == []
+
+
 # What is told
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,10 +13,18 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from cachebus import Cache, CacheConnectionError, open_cache, open_sync_cache
+from cachebus import (
+    Cache,
+    CacheConnectionError,
+    CacheInvalidationError,
+    CacheTimeoutError,
+    open_cache,
+    open_sync_cache,
+)
 from cachebus.messages import BackendConnected, BackendDisconnected, CircuitClosed, CircuitOpened, Event
+from cachebus.settings import load_settings
 from cachebus.testing.processes import free_port
-from cachebus.testing.proxy import Proxy
+from cachebus.testing.proxy import Mode, Proxy
 from cachebus.testing.servers import Server, run_redis
 
 RECOVERY = 0.5
@@ -36,7 +44,8 @@ def server() -> Iterator[Server]:
 
 @asynccontextmanager
 async def cache_at(url: str, **options: Any) -> AsyncIterator[Cache]:
-    async with open_cache(f"{url}?breaker_recovery={RECOVERY}", namespace=uuid4().hex, **options) as cache:
+    settings = load_settings(f"{url}?breaker_recovery={RECOVERY}", namespace=uuid4().hex, **options)
+    async with open_cache(settings) as cache:
         yield cache
 
 
@@ -132,6 +141,79 @@ async def test_a_cache_is_opened_before_its_server_and_finds_it_by_itself() -> N
     with pytest.raises(CacheConnectionError):
         async with cache_at(url, on_error="raise"):
             raise AssertionError("it opened")
+
+
+EVERY_CALL: dict[str, Callable[[Cache], Awaitable[Any]]] = {
+    "get": lambda cache: cache.get("k"),
+    "lookup": lambda cache: cache.lookup("k"),
+    "get_many": lambda cache: cache.get_many(["k", "l"]),
+    "exists": lambda cache: cache.exists("k"),
+    "ttl": lambda cache: cache.ttl("k"),
+    "set": lambda cache: cache.set("k", 1),
+    "set_many": lambda cache: cache.set_many({"k": 1}),
+    "add": lambda cache: cache.add("k", 1),
+    "compare_and_set": lambda cache: cache.compare_and_set("k", 1, version=1.0),
+    "touch": lambda cache: cache.touch("k"),
+    "increment": lambda cache: cache.increment("n"),
+    "delete": lambda cache: cache.delete("k"),
+    "delete_many": lambda cache: cache.delete_many(["k"]),
+    "delete_pattern": lambda cache: cache.delete_pattern("*"),
+    "clear": lambda cache: cache.clear(),
+    "health": lambda cache: cache.health(),
+}
+
+
+@pytest.mark.parametrize("mode", ["refuse", "reset", "half_open", "lose_reply", "garbage"])
+async def test_whatever_breaks_every_call_ends_by_its_deadline(server: Server, mode: Mode) -> None:
+    timeout = 0.4
+    took: dict[str, float] = {}
+    with Proxy.before(server) as proxy:
+        options = f"{proxy.url(server.url)}?breaker=off&connect_timeout=0.2&retry_budget=1"
+        async with open_cache(options, namespace=uuid4().hex, timeout=timeout) as cache:
+            await cache.set("k", 1)
+            await to_thread.run_sync(lambda: proxy.switch(mode))
+
+            async def call(name: str) -> None:
+                began = time.monotonic()
+                with suppress(CacheConnectionError, CacheTimeoutError, CacheInvalidationError):
+                    await EVERY_CALL[name](cache)
+                took[name] = time.monotonic() - began
+
+            async with anyio.create_task_group() as tasks:
+                for name in EVERY_CALL:
+                    tasks.start_soon(call, name)
+            await to_thread.run_sync(lambda: proxy.switch("pass"))
+            assert await until_it_works(cache) < BACK_WITHIN
+    assert {name: seconds for name, seconds in took.items() if seconds > timeout + 0.1} == {}
+    assert len(took) == len(EVERY_CALL)
+
+
+async def test_a_lost_reply_never_makes_one_increment_two(server: Server) -> None:
+    in_doubt = 0
+    with Proxy.before(server) as proxy:
+        options = f"{proxy.url(server.url)}?breaker=off&retry_attempts=5&retry_budget=1"
+        async with open_cache(options, namespace=uuid4().hex, on_error="raise") as cache:
+            for number in range(30):
+                before = await cache.increment("n", 0)
+                await to_thread.run_sync(lambda: proxy.switch("lose_reply"))
+                with pytest.raises((CacheConnectionError, CacheTimeoutError)) as caught:
+                    await cache.increment("n")
+                await to_thread.run_sync(lambda: proxy.switch("pass"))
+                after = await cache.get("n")
+                assert after - before in (0, 1), number
+                if after != before:
+                    assert str(caught.value).endswith("whether the request was done is not known")
+                    in_doubt += 1
+    assert in_doubt > 0, "some were done, and their replies lost"
+
+
+def test_a_synchronous_cache_says_at_its_first_use_that_its_server_is_down_and_may_be_used_later() -> None:
+    port = free_port()
+    cache = open_sync_cache(f"redis://127.0.0.1:{port}", on_error="raise")
+    with pytest.raises(CacheConnectionError):
+        cache.get("k")
+    with run_redis(port=port), cache:
+        assert cache.get("k", "default") == "default"
 
 
 def test_a_synchronous_cache_goes_on_without_its_server_too() -> None:
