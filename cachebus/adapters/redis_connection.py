@@ -57,7 +57,7 @@ class RedisConnection(asyncio.Protocol):
         self._clock = clock
         self._window = window
         self._silence = silence
-        self._offset = 0.0
+        self._offset = float("inf")
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._in_flight: deque[_InFlight] = deque()
         self._waiters: list[asyncio.Future[None]] = []
@@ -122,13 +122,18 @@ class RedisConnection(asyncio.Protocol):
         return reply
 
     def now(self) -> float:
-        """The server's Unix time in seconds, by its last word and our monotonic clock."""
+        """The server's Unix time in seconds, by its word and our monotonic clock: not before it, so that what we say is
+        left of a time to live is not more than there is."""
         return self._clock.monotonic() + self._offset
 
     def set_time(self, reply: Any, asked_at: float) -> None:
         """Take in the server's reply to `TIME`, asked at `asked_at` of our clock."""
         seconds, micros = reply
-        self._offset = int(seconds) + int(micros) * 1e-6 - (asked_at + self._clock.monotonic()) / 2
+        told = int(seconds) + int(micros) * 1e-6
+        # It was told between then and now. The earliest moment is the bound, and the best bound so far is kept while
+        # it agrees with what was told last: a clock that was set disagrees.
+        earliest, latest = told - self._clock.monotonic(), told - asked_at
+        self._offset = min(self._offset, latest) if earliest <= self._offset else latest
 
     def watch(self) -> None:
         """Begin to check the server's health."""
