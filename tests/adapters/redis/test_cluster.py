@@ -38,6 +38,7 @@ from cachebus.messages import (
 )
 from cachebus.redis_settings import RedisSettings
 from cachebus.settings import backend_from_url
+from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
 
 from .conftest import one, opened
@@ -374,6 +375,29 @@ async def test_slots_move_under_callers_and_each_key_keeps_its_order_and_its_val
             counter = f"{{m{number % 4}}}:n{number}" if tagged else f"n{number}"
             found = await one(store, Get(counter))
             assert isinstance(found, Found)
+
+
+async def test_what_is_sent_after_a_redirection_does_not_overtake_what_was_sent_before_it() -> None:
+    with run_redis_cluster() as servers:
+        move = Move(servers, slot_of("tests:a"))
+        with Proxy.before(move.source) as proxy:
+            # By its own word it stands behind the proxy, so that its replies are long on their way.
+            await sync(tell, move.source, "CONFIG", "SET", "cluster-announce-port", str(proxy.port))
+            async with opened(url_of([move.source])) as store:
+                await one(store, Set("a", 0))
+                assert proxy.connections == 1
+                await sync(move.all)
+                proxy.switch("latency", seconds=0.1)
+                loop = asyncio.get_running_loop()
+                first, second, third = (loop.create_future() for _ in range(3))
+                await store.submit([Set("a", 1)], first.set_result)
+                await asyncio.sleep(0.1)
+                await store.submit([Set("a", 2)], second.set_result)
+                assert isinstance((await first)[0], Stored)
+                assert not second.done(), "it is on its way to the old server"
+                await store.submit([Set("a", 3)], third.set_result)
+                await asyncio.gather(second, third)
+                assert (await one(store, Get("a"))).value == 3
 
 
 # Servers that go
