@@ -16,7 +16,7 @@ import hiredis
 from cachebus.actors.ports import Clock
 from cachebus.messages import CacheError
 
-from .redis_errors import lost, translate
+from .redis_errors import lost, translate, translate_greeting
 
 Answer: TypeAlias = Callable[["list[Any] | CacheError"], None]
 """Told the replies of a batch, in order; or why there will be none."""
@@ -183,6 +183,10 @@ class RedisConnection(asyncio.Protocol):
             while (reply := gets()) is not _MORE:
                 if type(reply) is hiredis.PushNotification:
                     continue
+                if not in_flight and type(reply) is hiredis.ReplyError:
+                    # Said before it was asked anything: it will not have us.
+                    self.drop(translate_greeting(reply, self.server))
+                    return
                 if not in_flight:
                     self.drop(lost(self.server, "it sent a reply that nobody asked for"))
                     return

@@ -80,6 +80,8 @@ def translate_greeting(reply: hiredis.ReplyError, server: str) -> CacheError:
     code = code_of(reply)
     if code in NOT_READY:
         return CacheConnectionError(f"{server}: {NOT_READY[code]} ({code})", BACKEND)
+    if code == "ERR" and "max number of clients" in str(reply):
+        return CacheConnectionError(f"{server}: the server has too many clients", BACKEND)
     if code == "ERR" and "DB index" in str(reply):
         return CacheConfigurationError(f"redis: {server} has no such database")
     reason = FORBIDDEN.get(code, "the server refuses to begin; Redis 6 or newer is needed")
