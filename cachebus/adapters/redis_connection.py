@@ -47,13 +47,14 @@ class _InFlight:
 class RedisConnection(asyncio.Protocol):
     """A connection with up to `window` batches in flight.
 
-    `server` names it in errors. `silence` is in seconds: as often the server is asked for its time, which keeps the
+    `server` names it in errors, `greeted` says that the server has taken us in. `silence` is in seconds: as often the server is asked for its time, which keeps the
     connection alive and our idea of the server's clock good; a server that says nothing at all for so long is given up.
     """
 
     def __init__(self, server: str, clock: Clock, *, window: int, silence: float | None) -> None:
         self.server = server
         self.lost: CacheError | None = None
+        self.greeted = False
         self._clock = clock
         self._window = window
         self._silence = silence
@@ -165,6 +166,11 @@ class RedisConnection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        said = self._in_flight[0].replies if self._in_flight and not self.greeted else []
+        if said and type(said[0]) is hiredis.ReplyError:
+            # It would not have us, said so, and closed.
+            self.drop(translate_greeting(said[0], self.server))
+            return
         self.drop(lost(self.server, "closed by the server" if exc is None else type(exc).__name__))
 
     def pause_writing(self) -> None:

@@ -408,7 +408,7 @@ def test_work_beside_the_turns_may_be_asked_for_from_a_callback_of_the_loop() ->
             done = asyncio.Event()
 
             async def work() -> None:
-                await anyio.sleep(0)
+                await anyio.sleep(0.001)
                 done.set()
 
             asyncio.get_running_loop().call_soon(cell.start_soon, work, context=contextvars.Context())

@@ -139,8 +139,8 @@ async def test_an_unreachable_server_is_said_at_opening() -> None:
 
 
 @contextmanager
-def impostor(answer: bytes) -> Generator[str]:
-    """The URL of something on a port that says `answer` to whatever it is asked; nothing at all if it is empty."""
+def impostor(answer: bytes, *, unasked: bool = False) -> Generator[str]:
+    """The URL of something on a port that says `answer` to whatever it is asked, or `unasked`; nothing if it is empty."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -152,8 +152,11 @@ def impostor(answer: bytes) -> Generator[str]:
                 break
             kept.append(accepted)
             if answer:
-                accepted.recv(1000)
+                if not unasked:
+                    accepted.recv(1000)
                 accepted.sendall(answer)
+                if answer.startswith(b"-"):
+                    accepted.shutdown(socket.SHUT_WR)  # A server that refuses closes.
         for each in kept:
             each.close()
 
@@ -183,6 +186,21 @@ async def test_an_old_server_that_repeats_the_password_does_not_make_us_repeat_i
         async with opened(url.replace("redis://", "redis://:hunter2@")):
             pass
     assert "hunter2" not in repr(refused.value) + str(refused.value)
+
+
+@pytest.mark.parametrize("unasked", [False, True])
+async def test_a_server_with_too_many_clients_may_have_fewer_later(unasked: bool) -> None:
+    said = b"-ERR max number of clients reached\r\n"
+    with impostor(said, unasked=unasked) as url, pytest.raises(CacheConnectionError, match="too many clients"):
+        async with opened(url):
+            pass
+
+
+async def test_a_server_in_protected_mode_says_so_before_it_is_asked() -> None:
+    said = b"-DENIED Redis is running in protected mode\r\n"
+    with impostor(said, unasked=True) as url, pytest.raises(CacheConfigurationError, match="protected mode"):
+        async with opened(url):
+            pass
 
 
 async def test_a_full_server_refuses_writes_and_answers_reads() -> None:
