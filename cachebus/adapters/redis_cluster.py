@@ -182,6 +182,11 @@ class RedisClusterStore:
                     break
             if full is None:
                 return unreachable
+            if full.is_down and full.trouble is not None:
+                unreachable[full.place] = full.trouble
+                full.try_again()
+                topology.learn_soon()
+                continue
             try:
                 await full.room()
             except CacheError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
@@ -54,16 +55,19 @@ Undelivered = Callable[["ClusterNode", Sequence[Trip], CacheError, bool], None]
 class ClusterNode:
     """A server's connections and the queue before them: what is handed over first is sent first.
 
-    Every command handed over is given to `arrived` or to `failed`, once.
+    Every command handed over is given to `arrived` or to `failed`, once. `trouble` is why the server could not be
+    reached the last time, `None` if it could.
     """
 
     def __init__(self, place: Place, pool: RedisPool, arrived: Arrived, failed: Undelivered) -> None:
         self.place = place
         self.pool = pool
+        self.trouble: CacheError | None = None
         self._arrived = arrived
         self._failed = failed
         self._queue: deque[Sequence[Trip]] = deque()
         self._pump: asyncio.Task[None] | None = None
+        self._trial: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<ClusterNode {self.place}, {len(self._queue)} waiting, {self.pool!r}>"
@@ -78,6 +82,18 @@ class ClusterNode:
     def idle(self) -> bool:
         """Whether nothing is on its way to the server or back."""
         return not self._queue and self._pump is None and not any(each.in_flight for each in self.pool.connections)
+
+    @property
+    def is_down(self) -> bool:
+        """Whether there is no connection, and the last attempt to make one has failed."""
+        return self.trouble is not None and self.pool.up() is None
+
+    def try_again(self) -> None:
+        """Make a connection beside everything else. A server that is silent costs those who wait for it a connect
+        timeout, and with them the rest of their batch; so only the first ones wait."""
+        if self._trial is None:
+            self._trial = asyncio.create_task(self._try())
+            self._trial.add_done_callback(self._tried)
 
     async def room(self) -> None:
         """Wait until commands may be sent. Raises `CacheConnectionError` when the server cannot be reached."""
@@ -101,6 +117,8 @@ class ClusterNode:
 
     async def close(self) -> None:
         """Finish what is under way, then close; cancelled, break it off."""
+        if self._trial is not None:
+            self._trial.cancel()
         try:
             while self._pump is not None:
                 await asyncio.wait([self._pump])
@@ -110,15 +128,21 @@ class ClusterNode:
 
     def drop(self, error: CacheError) -> None:
         """Give up what is under way."""
-        if self._pump is not None:
-            self._pump.cancel()
+        for task in (self._pump, self._trial):
+            if task is not None:
+                task.cancel()
         self.pool.drop(error)
         while self._queue:
             self._failed(self, self._queue.popleft(), error, False)
 
     async def _ready(self) -> RedisConnection:
         while True:
-            connection = self.pool.up() or await self.pool.main()
+            try:
+                connection = self.pool.up() or await self.pool.main()
+            except CacheError as error:
+                self.trouble = error
+                raise
+            self.trouble = None
             try:
                 await connection.room()
             except CacheError:
@@ -136,6 +160,13 @@ class ClusterNode:
                 self._failed(self, waiting, error, False)
                 return
             self._write(connection, self._queue.popleft())
+
+    async def _try(self) -> None:
+        with contextlib.suppress(CacheError):  # It is the server's trouble, and remembered.
+            await self._ready()
+
+    def _tried(self, trial: asyncio.Task[None]) -> None:
+        self._trial = None
 
     def _pumped(self, pump: asyncio.Task[None]) -> None:
         self._pump = None

@@ -426,6 +426,29 @@ async def test_a_killed_server_takes_only_its_own_keys_and_brings_them_back() ->
             assert [each.value for each in await store.execute([Get(f"k{n}") for n in range(60)])] == list(range(60))
 
 
+async def test_a_silent_server_costs_the_others_nothing_once_it_is_known() -> None:
+    with run_redis_cluster(3, "--cluster-node-timeout", "15000") as servers:
+        async with opened(f"{url_of(servers)}?connect_timeout=0.5&health_check_interval=0.1") as store:
+            keys = [f"k{n}" for n in range(60)]
+            await one(store, SetMany(dict.fromkeys(keys, 1)))
+            await sync(servers[0].pause)
+            try:
+                first = await store.execute([Get(key) for key in keys])
+                lost = {key for key, reply in zip(keys, first, strict=True) if isinstance(reply, Failed)}
+                assert 5 < len(lost) < 40
+                await store.execute([Get(key) for key in keys])
+                for _ in range(10):
+                    started = time.monotonic()
+                    replies = await store.execute([Get(key) for key in keys])
+                    assert time.monotonic() - started < 0.2
+                    assert {key for key, reply in zip(keys, replies, strict=True) if isinstance(reply, Failed)} == lost
+            finally:
+                await sync(servers[0].resume)
+            with anyio.fail_after(2):
+                while any(isinstance(each, Failed) for each in await store.execute([Get(key) for key in keys])):
+                    await asyncio.sleep(0.01)
+
+
 def _with_replica(stack: ExitStack) -> tuple[Sequence[Server], Server]:
     options = ("--cluster-node-timeout", "500", "--cluster-replica-validity-factor", "0")
     servers = stack.enter_context(run_redis_cluster(3, *options))

@@ -12,6 +12,8 @@ import anyio
 import pytest
 
 from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, CircuitOpen, Overloaded, open_cache
+from cachebus.adapters.redis_pool import RedisPool
+from cachebus.bus import SYSTEM_CLOCK
 from cachebus.messages import (
     CacheBackendError,
     CacheConfigurationError,
@@ -24,6 +26,8 @@ from cachebus.messages import (
     Scan,
     Set,
 )
+from cachebus.settings import backend_from_url
+from cachebus.stores import build_store
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import redis_command, run_redis
 
@@ -136,6 +140,19 @@ async def test_an_unreachable_server_is_said_at_opening() -> None:
     with pytest.raises(CacheConnectionError, match="cannot be reached"):
         async with open_cache("unix:///no/such/socket"):
             pass
+
+
+async def test_those_who_wait_for_one_connection_wait_for_one_attempt() -> None:
+    with impostor(b"") as url:
+        settings: Any = backend_from_url(url)
+        store: Any = build_store(settings, namespace="n", clock=SYSTEM_CLOCK)
+        pool = RedisPool(store._connect, 2)
+        started = time.monotonic()
+        results = await asyncio.gather(*(pool.main() for _ in range(10)), return_exceptions=True)
+        assert time.monotonic() - started < 0.5
+        assert {type(each) for each in results} == {CacheConnectionError}
+        with pytest.raises(CacheConnectionError):
+            await pool.main()  # Who comes later tries again.
 
 
 @contextmanager
