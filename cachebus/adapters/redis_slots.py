@@ -1,16 +1,15 @@
 """The slots of a Redis Cluster: which server has which, where a redirection leads, and what is under way in each.
 
-Keys are assigned to slots by CRC16, of the key or of its hash tag (Redis Cluster Specification, "Key distribution
-model"); the rule is redis-py's.
+Keys are assigned to slots by CRC16 (XMODEM), of the key or of its hash tag: Redis Cluster Specification, "Key
+distribution model".
 """
 
 from __future__ import annotations
 
 import asyncio
+from binascii import crc_hqx
 from collections.abc import Iterable
 from typing import Any
-
-from redis.crc import key_slot
 
 from cachebus.messages import CacheConnectionError
 
@@ -22,8 +21,13 @@ SLOTS = 16384
 
 def slot_of(name: str) -> int:
     """The slot of a key as it stands in the server. Raises `UnicodeEncodeError` for what is no valid Unicode."""
-    slot: int = key_slot(name.encode())
-    return slot
+    key = name.encode()
+    opened = key.find(b"{")
+    if opened >= 0:
+        closed = key.find(b"}", opened + 1)
+        if closed > opened + 1:
+            key = key[opened + 1 : closed]
+    return crc_hqx(key, 0) % SLOTS
 
 
 class SlotMap:
