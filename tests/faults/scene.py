@@ -18,6 +18,8 @@ import anyio
 
 from cachebus import Cache, CacheError, open_cache
 from cachebus.actors import BackendActor, BreakerPolicy, GuardPolicy
+from cachebus.node import StoreFactory
+from cachebus.redis_settings import RedisSettings
 from cachebus.settings import load_settings
 from cachebus.testing.proxy import Mode, Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis
@@ -31,8 +33,8 @@ SLACK = 0.1
 RECOVERY = 2.0
 """Seconds after the server's return within which the cache works again."""
 
-GUARD = GuardPolicy(breaker=BreakerPolicy(recovery=0.2))
-"""The circuit tries again so soon that a recovery is not the breaker's alone."""
+BREAKER = 0.2
+"""Seconds after which the circuit tries again: so few that a recovery is not the breaker's alone."""
 
 CALLERS = 50
 NAMESPACE = "faults"
@@ -40,10 +42,19 @@ OPTIONS = "?connect_timeout=0.5&health_check_interval=0.5"
 
 
 @asynccontextmanager
-async def guarded(url: str, **options: Any) -> AsyncGenerator[Cache]:
-    """An open cache with the guard of these tests."""
-    with patch("cachebus.node.BackendActor", partial(BackendActor, guard=GUARD)):
-        async with open_cache(load_settings(url, timeout=DEADLINE, namespace=NAMESPACE, **options)) as cache:
+async def guarded(
+    url: str, *, timeout: float = DEADLINE, stores: StoreFactory | None = None, **options: Any
+) -> AsyncGenerator[Cache]:
+    """An open cache that raises what goes wrong, with a circuit that tries again soon."""
+    with ExitStack() as stack:
+        if "breaker_recovery" in RedisSettings.model_fields:
+            url += f"{'&' if '?' in url else '?'}breaker_recovery={BREAKER}"
+            options["on_error"] = "raise"
+        else:  # A guard that no setting reaches.
+            policy = GuardPolicy(breaker=BreakerPolicy(recovery=BREAKER))
+            stack.enter_context(patch("cachebus.node.BackendActor", partial(BackendActor, guard=policy)))
+        settings = load_settings(url, timeout=timeout, namespace=NAMESPACE, **options)
+        async with open_cache(settings, stores=stores) as cache:
             yield cache
 
 

@@ -41,6 +41,7 @@ from cachebus.redis_settings import RedisSettings
 from cachebus.settings import backend_from_url
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
+from tests.faults.scene import guarded
 
 from .conftest import one, opened
 from .test_access import documented_rights
@@ -520,7 +521,7 @@ async def test_a_replica_takes_over_from_a_killed_server() -> None:
 
 async def test_a_cluster_whose_servers_are_all_gone_says_so_in_time() -> None:
     with run_redis_cluster() as servers:
-        async with open_cache(f"{url_of(servers)}?connect_timeout=0.3", timeout=1.0) as cache:
+        async with guarded(f"{url_of(servers)}?connect_timeout=0.3") as cache:
             await cache.set("a", 1)
             for server in servers:
                 await sync(server.kill)

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
-from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, CircuitOpen, Overloaded, open_cache
+from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, CircuitOpen, Overloaded
 from cachebus.adapters.redis_pool import RedisPool
 from cachebus.bus import SYSTEM_CLOCK
 from cachebus.messages import (
@@ -30,6 +30,7 @@ from cachebus.settings import backend_from_url
 from cachebus.stores import build_store
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import redis_command, run_redis
+from tests.faults.scene import guarded
 
 from .conftest import one, opened
 
@@ -107,7 +108,7 @@ async def test_what_was_in_flight_says_whether_it_may_have_been_done() -> None:
 
 async def test_a_paused_server_costs_nobody_more_than_the_deadline() -> None:
     with run_redis() as server:
-        async with open_cache(f"{server.url}?health_check_interval=none", timeout=0.3) as cache:
+        async with guarded(f"{server.url}?health_check_interval=none", timeout=0.3) as cache:
             await cache.set("a", 1)
             await sync(server.pause)
             started = time.monotonic()
@@ -115,7 +116,7 @@ async def test_a_paused_server_costs_nobody_more_than_the_deadline() -> None:
             assert time.monotonic() - started < 0.5
             assert all(isinstance(each, CacheTimeoutError | Overloaded | CircuitOpen) for each in results)
             await sync(server.resume)
-        async with open_cache(server.url) as cache:
+        async with guarded(server.url) as cache:
             assert await cache.get("a") == 1
 
 
@@ -135,10 +136,10 @@ async def test_a_server_that_falls_silent_is_given_up() -> None:
 
 async def test_an_unreachable_server_is_said_at_opening() -> None:
     with pytest.raises(CacheConnectionError, match="cannot be reached"):
-        async with open_cache(f"redis://127.0.0.1:{free_port()}"):
+        async with guarded(f"redis://127.0.0.1:{free_port()}"):
             pass
     with pytest.raises(CacheConnectionError, match="cannot be reached"):
-        async with open_cache("unix:///no/such/socket"):
+        async with guarded("unix:///no/such/socket"):
             pass
 
 
