@@ -34,7 +34,7 @@ from cachebus.messages import (
 from cachebus.redis_settings import RedisSettings, host_and_port
 from cachebus.settings import backend_from_url, load_settings
 from cachebus.testing.processes import free_port
-from cachebus.testing.servers import Server, redis_command, run_redis, run_sentinel
+from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel
 from cachebus.urls import parse_url
 from tests.house.paths import ROOT
 
@@ -207,6 +207,29 @@ async def test_tls_checks_the_server_and_shows_who_we_are(certificates: Certific
                 async with opened(url):
                     pass
             assert time.monotonic() - started < 1.5
+
+
+async def test_a_cluster_is_reached_over_tls(certificates: Certificates) -> None:
+    port = free_port()
+    options: tuple[str, ...] = (
+        "--tls-cluster",
+        "yes",
+        "--tls-port",
+        str(port),
+        "--tls-ca-cert-file",
+        str(certificates.ca),
+        "--tls-auth-clients",
+        "no",
+    )
+    options += ("--tls-cert-file", str(certificates.server), "--tls-key-file", str(certificates.key("server")))
+    with run_redis_cluster(1, *options):
+        url = f"redis+cluster://127.0.0.1:{port}?tls=true"
+        async with opened(f"{url}&tls_ca_file={certificates.ca}") as store:
+            assert not isinstance(await one(store, Set("a", 1)), Failed)
+            assert (await one(store, Get("a"))).value == 1
+        with pytest.raises(CacheConfigurationError, match="certificate"):
+            async with opened(f"{url}&tls_ca_file={certificates.stranger}"):
+                pass
 
 
 async def test_sentinels_lead_to_the_master_and_to_the_next_one() -> None:
