@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import statistics
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import Any
 
 import redis.asyncio as redis_py
@@ -69,13 +72,42 @@ async def rows_of(ours: Cache, theirs: Any, size: int, rounds: int) -> list[Row]
     return done
 
 
+async def slowest_of(ours: Cache, theirs: Any, rounds: int) -> Row:
+    """The latency that one read in a hundred exceeds, as each of 100 callers sees it."""
+    callers, count = 100, CALLERS[100]
+
+    async def percentile(get: Callable[[str], Awaitable[Any]]) -> float:
+        seen: list[float] = []
+
+        async def timed(key: str) -> None:
+            started = perf_counter()
+            await get(key)
+            seen.append(perf_counter() - started)
+
+        gc.collect()
+        gc.disable()
+        await by(callers, timed)(count)
+        gc.enable()
+        return statistics.quantiles(seen, n=100)[98]
+
+    contenders = [Contender("cachebus", ours.get), Contender(PEER, theirs.get)]
+    for each in contenders:
+        await percentile(each.work)  # warm
+    for number in range(rounds):
+        for each in contenders[:: -1 if number % 2 else 1]:
+            each.rounds.append(await percentile(each.work))
+    return Row(f"redis get, {SMALL} bytes, p99 at {callers} callers", contenders[0], contenders[1:], [Bar(PEER, 1.0)])
+
+
 async def compare(url: str, rounds: int) -> list[Row]:
     """Every row, against the server at `url`."""
     # A pool of redis-py's raises beyond its bound: it gets one connection a caller.
     theirs = redis_py.Redis.from_url(url, max_connections=max(CALLERS))
     try:
         async with open_cache(url, timeout=30.0) as ours:
-            return [row for size in (SMALL, LARGE) for row in await rows_of(ours, theirs, size, rounds)]
+            rows = await rows_of(ours, theirs, SMALL, rounds)
+            rows.append(await slowest_of(ours, theirs, rounds))
+            return [*rows, *await rows_of(ours, theirs, LARGE, rounds)]
     finally:
         await theirs.aclose()
 

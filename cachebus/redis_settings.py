@@ -30,7 +30,7 @@ class RedisSettings(GuardSettings):
     """A store in a Redis server, version 6.2 or newer. Durations are seconds.
 
     As a URL: `redis://user:password@host:6379/0?window=8`, `rediss://` for TLS, `unix:///path/of/socket`,
-    `redis+sentinel://host:26379,host2/service/0`. What is in a user or a password and not a
+    `redis+sentinel://host:26379,host2/service/0`, `redis+cluster://host:6379,host2`. What is in a user or a password and not a
     letter or a digit is escaped with `%`.
     """
 
@@ -40,8 +40,9 @@ class RedisSettings(GuardSettings):
     """Whether calls that name no backend go here. A single backend is the default by itself."""
     default_ttl: MaybeSeconds = None
     """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
-    topology: Literal["single", "sentinel"] = "single"
-    """`sentinel`: `hosts` are sentinels, and know the master of `service`."""
+    topology: Literal["single", "sentinel", "cluster"] = "single"
+    """`sentinel`: `hosts` are sentinels, and know the master of `service`. `cluster`: `hosts` are servers of a Redis
+    Cluster, and know the others."""
     hosts: Annotated[tuple[str, ...], BeforeValidator(_hosts)] = ("localhost",)
     """Names or addresses, each with or without a port: 6379 if left out, of a sentinel 26379."""
     socket: str | None = None
@@ -79,7 +80,8 @@ class RedisSettings(GuardSettings):
             (self.topology == "sentinel" and not self.service, "service: sentinels need the name of the master"),
             (self.topology != "sentinel" and self.service, "service: only sentinels know one"),
             (self.topology != "sentinel" and self.sentinel_password, "sentinel_password: there is no sentinel"),
-            (self.topology == "single" and len(self.hosts) > 1, "hosts: several need the topology sentinel"),
+            (self.topology == "single" and len(self.hosts) > 1, "hosts: several need the topology sentinel or cluster"),
+            (self.topology == "cluster" and self.database, "database: a cluster has only the database 0"),
             (
                 self.socket and (self.tls or self.topology != "single"),
                 "socket: neither TLS nor a topology goes with it",

@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 
 from cachebus.messages import CacheConfigurationError
 
-REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "unix")
+REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "redis+cluster", "unix")
 
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -64,6 +64,8 @@ def redis_options(scheme: str, place: str, shown: str) -> dict[str, Any]:
         if not path or not path[0]:
             raise CacheConfigurationError(f"{shown}: write redis+sentinel://host/service: the name of the master")
         options |= {"topology": "sentinel", "service": path.pop(0)}
+    if scheme == "redis+cluster":
+        options["topology"] = "cluster"
     if path:
         options["database"] = path.pop(0)
         if not options["database"].isascii() or not options["database"].isdigit():

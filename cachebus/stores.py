@@ -57,17 +57,22 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock) -> Any:
     tls = None
     if settings.tls:
         tls = redis.TlsFiles(ca=settings.tls_ca_file, certificate=settings.tls_cert_file, key=settings.tls_key_file)
+    common: dict[str, Any] = {
+        "namespace": namespace,
+        "identity": _identity(redis, settings.user, settings.password),
+        "tls": tls,
+        "default_ttl": settings.default_ttl,
+        "window": settings.window,
+        "max_connections": settings.max_connections,
+        "connect_timeout": settings.connect_timeout,
+        "health_check_interval": settings.health_check_interval,
+        "clock": clock,
+    }
+    if settings.topology == "cluster":
+        return import_module("cachebus.adapters.redis_cluster").RedisClusterStore(places, **common)
     return redis.RedisStore(
         places,
-        namespace=namespace,
-        identity=_identity(redis, settings.user, settings.password),
-        tls=tls,
-        default_ttl=settings.default_ttl,
-        window=settings.window,
-        max_connections=settings.max_connections,
-        connect_timeout=settings.connect_timeout,
-        health_check_interval=settings.health_check_interval,
-        clock=clock,
+        **common,
         database=settings.database,
         service=settings.service,
         sentinel_identity=_identity(redis, settings.sentinel_user, settings.sentinel_password),

@@ -13,7 +13,7 @@ from typing import Self
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
-from cachebus.bus import Address, Bus, Emitter, Envelope
+from cachebus.bus import Address, Bus, Emitter, Envelope, Port, open_port
 from cachebus.messages import (
     ActorFailed,
     ActorGaveUp,
@@ -90,6 +90,8 @@ class Supervisor:
         self._chance = random.Random(seed)
         self._charges: dict[Address, _Charge] = {}
         self._tasks: TaskGroup | None = None
+        self._beside: deque[tuple[Cell, Callable[[], Awaitable[None]]]] = deque()
+        self._asked: Port | None = None
 
     def __repr__(self) -> str:
         return f"<Supervisor of {', '.join(self._charges) or 'nobody'}>"
@@ -97,6 +99,7 @@ class Supervisor:
     async def __aenter__(self) -> Self:
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
+        self._tasks.start_soon(self._start_beside)
         return self
 
     async def __aexit__(
@@ -128,7 +131,7 @@ class Supervisor:
             capacity=self._capacity,
             inline_turns=self._inline_turns,
         )
-        cell.start_soon = lambda function: self._beside(cell, function)
+        cell.start_soon = lambda function: self._ask_beside(cell, function)
         self.bus.serve(address, cell)
         charge = _Charge(cell, factory)
         self._charges[address] = charge
@@ -190,15 +193,28 @@ class Supervisor:
             charge.alarm_scope.cancel()
             charge.done.set()
 
-    def _beside(self, cell: Cell, function: Callable[[], Awaitable[None]]) -> None:
-        async def run() -> None:
-            try:
-                await function()
-            except Exception:
-                logger.exception("something beside the turns of actor %s failed", cell.address)
+    # A store's replies arrive in callbacks of the event loop, which are no task, and from there anyio starts none: it
+    # cannot tell whose the loop is. So they are handed to a task that can.
 
+    def _ask_beside(self, cell: Cell, function: Callable[[], Awaitable[None]]) -> None:
+        self._beside.append((cell, function))
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.answer(None)
+
+    async def _start_beside(self) -> None:
         assert self._tasks is not None
-        self._tasks.start_soon(run)
+        while True:
+            while self._beside:
+                self._tasks.start_soon(self._run_beside, *self._beside.popleft())
+            asked = self._asked = open_port()
+            await asked.wait()
+
+    async def _run_beside(self, cell: Cell, function: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await function()
+        except Exception:
+            logger.exception("something beside the turns of actor %s failed", cell.address)
 
     async def _ring(self, charge: _Charge) -> None:
         with charge.alarm_scope:

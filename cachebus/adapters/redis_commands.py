@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import hiredis
 
@@ -23,10 +23,11 @@ Settle = Callable[[Any, float], None]
 class Command:
     """One Redis command: its words, the key that says which node it goes to, and what to do with its reply.
 
-    `writes` is false where doing it twice does what doing it once does.
+    `writes` is false where doing it twice does what doing it once does. `parts` makes of a command about several keys
+    one for each; it is `None` where there is one key only.
     """
 
-    __slots__ = ("fail", "key", "script", "settle", "words", "writes")
+    __slots__ = ("fail", "key", "parts", "script", "settle", "words", "writes")
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class Command:
         *,
         script: Script | None = None,
         writes: bool = False,
+        parts: Callable[[], list[Command]] | None = None,
     ) -> None:
         self.words = words
         self.key = key
@@ -44,6 +46,7 @@ class Command:
         self.fail = fail
         self.script = script
         self.writes = writes
+        self.parts = parts
 
     def packed(self, *, whole: bool = False) -> bytes:
         """The command as bytes; `whole` sends a script's text instead of its name."""
@@ -79,7 +82,15 @@ class Reads:
         self._wants.append((position, self.keys.setdefault(key, len(self.keys)), key))
 
     def command(self) -> Command:
-        return Command(["MGET", *self.keys], next(iter(self.keys)), self.settle, self.fail)
+        parts = self.parts if len(self.keys) > 1 else None
+        return Command(["MGET", *self.keys], next(iter(self.keys)), self.settle, self.fail, parts=parts)
+
+    def parts(self) -> list[Command]:
+        """The same, a key at a time."""
+        alone = [Reads(self._replies, self._prefix) for _ in self.keys]
+        for position, place, key in self._wants:
+            alone[place].want(position, key)
+        return [each.command() for each in alone]
 
     def settle(self, reply: Any, now: float) -> None:
         replies = self._replies
@@ -147,7 +158,20 @@ class Writes:
 
     def command(self) -> Command:
         words: list[Argument] = [len(self._keys), *self._keys, *self._arguments]
-        return Command(words, self._keys[0], self.settle, self.fail, script=WRITE, writes=True)
+        parts = self.parts if len(self._keys) > 1 and len(set(self._keys)) > 1 else None
+        return Command(words, self._keys[0], self.settle, self.fail, script=WRITE, writes=True, parts=parts)
+
+    def parts(self) -> list[Command]:
+        """The same, a key at a time, each key's in their order."""
+        alone: dict[str, Writes] = {}
+        arguments = iter(self._arguments)
+        for position, key, body, px, condition in zip(
+            self._positions, self._keys, arguments, arguments, arguments, strict=True
+        ):
+            alone.setdefault(key, Writes(self._replies)).add(
+                position, key, cast("bytes", body), str(px), str(condition)
+            )
+        return [each.command() for each in alone.values()]
 
     def settle(self, reply: Any, now: float) -> None:
         replies = self._replies
@@ -158,3 +182,12 @@ class Writes:
     def fail(self, error: CacheError) -> None:
         for position in self._positions:
             self._replies[position if position >= 0 else -1 - position] = Failed.of(error)
+
+
+def unlink(names: Sequence[str], settle: Settle, fail: Callable[[CacheError], None]) -> Command:
+    """One `UNLINK` of keys that go together. `settle` is told of each part, if it is sent in parts."""
+
+    def parts() -> list[Command]:
+        return [unlink([name], settle, fail) for name in names]
+
+    return Command(["UNLINK", *names], names[0], settle, fail, parts=parts if len(names) > 1 else None)

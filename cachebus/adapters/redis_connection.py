@@ -16,7 +16,7 @@ import hiredis
 from cachebus.actors.ports import Clock
 from cachebus.messages import CacheError
 
-from .redis_errors import lost, translate
+from .redis_errors import lost, translate, translate_greeting
 
 Answer: TypeAlias = Callable[["list[Any] | CacheError"], None]
 """Told the replies of a batch, in order; or why there will be none."""
@@ -47,17 +47,18 @@ class _InFlight:
 class RedisConnection(asyncio.Protocol):
     """A connection with up to `window` batches in flight.
 
-    `server` names it in errors. `silence` is in seconds: as often the server is asked for its time, which keeps the
+    `server` names it in errors, `greeted` says that the server has taken us in. `silence` is in seconds: as often the server is asked for its time, which keeps the
     connection alive and our idea of the server's clock good; a server that says nothing at all for so long is given up.
     """
 
     def __init__(self, server: str, clock: Clock, *, window: int, silence: float | None) -> None:
         self.server = server
         self.lost: CacheError | None = None
+        self.greeted = False
         self._clock = clock
         self._window = window
         self._silence = silence
-        self._offset = 0.0
+        self._offset = float("inf")
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._in_flight: deque[_InFlight] = deque()
         self._waiters: list[asyncio.Future[None]] = []
@@ -122,13 +123,18 @@ class RedisConnection(asyncio.Protocol):
         return reply
 
     def now(self) -> float:
-        """The server's Unix time in seconds, by its last word and our monotonic clock."""
+        """The server's Unix time in seconds, by its word and our monotonic clock: not before it, so that what we say is
+        left of a time to live is not more than there is."""
         return self._clock.monotonic() + self._offset
 
     def set_time(self, reply: Any, asked_at: float) -> None:
         """Take in the server's reply to `TIME`, asked at `asked_at` of our clock."""
         seconds, micros = reply
-        self._offset = int(seconds) + int(micros) * 1e-6 - (asked_at + self._clock.monotonic()) / 2
+        told = int(seconds) + int(micros) * 1e-6
+        # It was told between then and now. The earliest moment is the bound, and the best bound so far is kept while
+        # it agrees with what was told last: a clock that was set disagrees.
+        earliest, latest = told - self._clock.monotonic(), told - asked_at
+        self._offset = min(self._offset, latest) if earliest <= self._offset else latest
 
     def watch(self) -> None:
         """Begin to check the server's health."""
@@ -160,6 +166,11 @@ class RedisConnection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        said = self._in_flight[0].replies if self._in_flight and not self.greeted else []
+        if said and type(said[0]) is hiredis.ReplyError:
+            # It would not have us, said so, and closed.
+            self.drop(translate_greeting(said[0], self.server))
+            return
         self.drop(lost(self.server, "closed by the server" if exc is None else type(exc).__name__))
 
     def pause_writing(self) -> None:
@@ -178,6 +189,10 @@ class RedisConnection(asyncio.Protocol):
             while (reply := gets()) is not _MORE:
                 if type(reply) is hiredis.PushNotification:
                     continue
+                if not in_flight and type(reply) is hiredis.ReplyError:
+                    # Said before it was asked anything: it will not have us.
+                    self.drop(translate_greeting(reply, self.server))
+                    return
                 if not in_flight:
                     self.drop(lost(self.server, "it sent a reply that nobody asked for"))
                     return

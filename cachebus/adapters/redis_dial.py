@@ -119,6 +119,7 @@ class Dial:
             commands.extend(pack("SCRIPT", "LOAD", script.text) for script in SCRIPTS)
         asked_at = self.clock.monotonic()
         replies = (await connection.ask(*commands))[:needed]
+        connection.greeted = True
         for reply in replies:
             if isinstance(reply, hiredis.ReplyError):
                 raise translate_greeting(reply, connection.server)

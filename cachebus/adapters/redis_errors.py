@@ -26,8 +26,6 @@ NOT_READY: Mapping[str, str] = {
     "CLUSTERDOWN": "the cluster is down",
     "MASTERDOWN": "the replica has lost its master",
     "READONLY": "the server is a read-only replica",
-    "MOVED": "the cluster has moved this key, again and again",
-    "ASK": "the cluster is moving this key, again and again",
     "NOREPLICAS": "the server misses replicas and takes no writes",
     "UNBLOCKED": "the server changed its role",
 }
@@ -42,6 +40,10 @@ FORBIDDEN: Mapping[str, str] = {
     "NOPERM": "the user may not do this",
     "NOPROTO": "the server does not speak RESP3; Redis 6 or newer is needed",
     "DENIED": "the server runs in protected mode and refuses other hosts",
+    # The store of a cluster follows these itself.
+    "MOVED": "the server is one of a cluster: its URL begins with redis+cluster://",
+    "ASK": "the server is one of a cluster: its URL begins with redis+cluster://",
+    "CROSSSLOT": "the server is one of a cluster: its URL begins with redis+cluster://",
 }
 UNFIT: Mapping[str, str] = {
     "WRONGTYPE": "the key holds a Redis type that is no cached value",
@@ -78,6 +80,8 @@ def translate_greeting(reply: hiredis.ReplyError, server: str) -> CacheError:
     code = code_of(reply)
     if code in NOT_READY:
         return CacheConnectionError(f"{server}: {NOT_READY[code]} ({code})", BACKEND)
+    if code == "ERR" and "max number of clients" in str(reply):
+        return CacheConnectionError(f"{server}: the server has too many clients", BACKEND)
     if code == "ERR" and "DB index" in str(reply):
         return CacheConfigurationError(f"redis: {server} has no such database")
     reason = FORBIDDEN.get(code, "the server refuses to begin; Redis 6 or newer is needed")
@@ -103,6 +107,11 @@ def unreachable(error: BaseException, server: str, timeout: float) -> CacheError
 def lost(server: str, why: str) -> CacheConnectionError:
     """The error of a connection that was there and is gone."""
     return CacheConnectionError(f"the connection to {server} was lost: {why}", BACKEND)
+
+
+def moving(how: str = "TRYAGAIN") -> CacheConnectionError:
+    """The error of a command that did not find its keys in one place of a cluster."""
+    return CacheConnectionError(f"the cluster is moving these keys ({how})", BACKEND)
 
 
 def in_doubt(error: CacheError) -> CacheError:

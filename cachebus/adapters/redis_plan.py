@@ -41,7 +41,7 @@ from cachebus.messages import (
     Ttl,
 )
 
-from .redis_commands import MISSING, Command, Gets, Reads, Writes
+from .redis_commands import MISSING, Command, Gets, Reads, Writes, unlink
 from .redis_connection import Argument
 from .redis_errors import translate
 from .redis_scripts import INCREMENT, TOUCH, Script
@@ -256,7 +256,7 @@ class Plan:
             self.replies[at] = Failed.of(error)
 
         for names in groups.values():
-            self.commands.append(Command(["UNLINK", *names], next(iter(names)), settle, fail))
+            self.commands.append(unlink(list(names), settle, fail))
 
     def _scan(self, at: int, pattern: str, cursor: str) -> None:
         if self._slot_of is not None or (cursor and not (cursor.isascii() and cursor.isdigit())):

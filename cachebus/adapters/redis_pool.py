@@ -29,6 +29,8 @@ class RedisPool:
         # One connection is made at a time, so that their number is known.
         self._connecting = asyncio.Lock()
         self._closed = False
+        self._failures = 0
+        self._failure: CacheError | None = None
 
     def __repr__(self) -> str:
         return f"<RedisPool of {len(self.connections)}/{self._most} connections>"
@@ -45,9 +47,13 @@ class RedisPool:
 
     async def main(self) -> RedisConnection:
         """The connection for requests. Raises `CacheConnectionError` when the server cannot be reached."""
+        failures = self._failures
         async with self._connecting:
             connection = self.up()
             if connection is None:
+                if failures != self._failures and self._failure is not None:
+                    # An attempt has failed while we waited: ours would take as long and come to the same.
+                    raise self._failure
                 connection = self._main = await self._make()
             return connection
 
@@ -84,7 +90,12 @@ class RedisPool:
     async def _make(self) -> RedisConnection:
         if self._closed:
             raise CacheClosed("the connection to redis was closed")
-        connection = await self._connect()
+        try:
+            connection = await self._connect()
+        except CacheError as error:
+            self._failures += 1
+            self._failure = error
+            raise
         if self._closed:
             connection.drop(CacheClosed("the connection to redis was closed"))
         return connection

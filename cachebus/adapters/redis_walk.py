@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from .glob import compile_glob, widen
 from .redis_connection import Argument, RedisConnection
@@ -16,15 +16,22 @@ def scan_words(prefix: str, pattern: str, cursor: str | bytes) -> list[Argument]
     return ["SCAN", cursor, "MATCH", server_glob(prefix, pattern), "COUNT", PAGE]
 
 
-async def remove_matching(connection: RedisConnection, prefix: str, pattern: str) -> int:
+Remove = Callable[[Sequence[str]], Awaitable[int]]
+"""Removes keys of the namespace, and says how many there were."""
+
+
+async def remove_matching(connection: RedisConnection, prefix: str, pattern: str, remove: Remove | None = None) -> int:
     """Remove every key of the namespace that a pattern matches, and say how many. What is stored meanwhile may go
-    or stay."""
+    or stay. `remove` does it where the server that lists the keys is not always the one that has them."""
     removed = 0
     cursor = b"0"
     while True:
         cursor, names = await connection.call(*scan_words(prefix, pattern, cursor))
         if keys := matching(names, prefix, pattern):
-            removed += await connection.call("UNLINK", *(prefix + key for key in keys))
+            if remove is None:
+                removed += await connection.call("UNLINK", *(prefix + key for key in keys))
+            else:
+                removed += await remove(keys)
         if cursor == b"0":
             return removed
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import logging
 import random
 from collections.abc import AsyncIterator
@@ -396,3 +398,26 @@ async def test_stopping_an_actor_ends_its_alarms(bus: LocalBus, clock: ManualClo
         assert clock.sleepers == 0
         clock.advance(200.0)
     assert desk.handled == []
+
+
+def test_work_beside_the_turns_may_be_asked_for_from_a_callback_of_the_loop() -> None:
+    # In a loop of our own: pytest's tells every callback which library runs it.
+    async def main() -> None:
+        async with Supervisor(LocalBus("test")) as supervisor:
+            cell = await supervisor.start(CLERK, Plainly)
+            done = asyncio.Event()
+
+            async def work() -> None:
+                await anyio.sleep(0.001)
+                done.set()
+
+            asyncio.get_running_loop().call_soon(cell.start_soon, work, context=contextvars.Context())
+            async with asyncio.timeout(2):
+                await done.wait()
+
+    asyncio.run(main())
+
+
+class Plainly(Actor):
+    def on_plain(self, request: Plain) -> Number:
+        return Number(request.value)

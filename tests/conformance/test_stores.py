@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,10 +13,11 @@ import pytest
 from cachebus.adapters.chaos import ChaosStore
 from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.redis import RedisStore
+from cachebus.adapters.redis_cluster import RedisClusterStore
 from cachebus.adapters.redis_dial import Identity, Place
 from cachebus.bus.codec import JSON
 from cachebus.testing.fakes import CodecStore
-from cachebus.testing.servers import Server
+from cachebus.testing.servers import Server, run_redis_cluster
 from cachebus.testing.stores import AnyStore, StoreConformance
 from tests.clock import ManualClock
 
@@ -89,6 +90,53 @@ class TestRedis(StoreConformance):
     async def neighbour(self, redis_server: Server) -> AsyncIterator[AnyStore]:
         async with opened(redis_server, "t", self.default_ttl) as store:
             yield store
+
+
+class TestRedisBehindTheCodec(TestRedis):
+    """What a worker with a Redis store would answer."""
+
+    @pytest.fixture
+    async def store(self, redis_server: Server) -> AsyncIterator[AnyStore]:
+        async with opened(redis_server, f"t{uuid4().hex}", self.default_ttl) as store:
+            yield CodecStore(store)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Sequence[Server]]:
+    with run_redis_cluster() as servers:
+        yield servers
+
+
+class TestRedisCluster(StoreConformance):
+    """On three real servers."""
+
+    default_ttl = 120.0
+    big_value = 64 * 2**20
+
+    @pytest.fixture
+    def anyio_backend(self) -> str:
+        return "asyncio"
+
+    @pytest.fixture
+    async def store(self, cluster: Sequence[Server]) -> AsyncIterator[AnyStore]:
+        async with opened_cluster(cluster, f"t{uuid4().hex}", self.default_ttl) as store:
+            yield store
+
+    @pytest.fixture
+    async def neighbour(self, cluster: Sequence[Server]) -> AsyncIterator[AnyStore]:
+        async with opened_cluster(cluster, "t", self.default_ttl) as store:
+            yield store
+
+
+@asynccontextmanager
+async def opened_cluster(
+    servers: Sequence[Server], namespace: str, default_ttl: float | None
+) -> AsyncGenerator[AnyStore]:
+    places = [Place(host=server.host, port=server.port) for server in servers]
+    store = RedisClusterStore(places, namespace=namespace, default_ttl=default_ttl)
+    await store.open()
+    yield store
+    await store.close()
 
 
 @asynccontextmanager

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -12,12 +13,30 @@ from pydantic import SecretStr
 
 from cachebus import CacheConnectionError, CacheError, open_cache, open_sync_cache
 from cachebus.adapters.redis import RedisStore
-from cachebus.messages import CacheConfigurationError, Clear, Failed, Found, Get, Set
+from cachebus.messages import (
+    Add,
+    CacheConfigurationError,
+    Clear,
+    Delete,
+    DeleteMany,
+    DeletePattern,
+    Exists,
+    Failed,
+    Found,
+    Get,
+    GetMany,
+    Increment,
+    Scan,
+    Set,
+    SetMany,
+    Touch,
+)
 from cachebus.redis_settings import RedisSettings, host_and_port
 from cachebus.settings import backend_from_url, load_settings
 from cachebus.testing.processes import free_port
-from cachebus.testing.servers import Server, redis_command, run_redis, run_sentinel
+from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel
 from cachebus.urls import parse_url
+from tests.house.paths import ROOT
 
 from .conftest import one, opened
 
@@ -61,6 +80,31 @@ async def test_a_user_who_may_not_write_is_told_so(server: Server) -> None:
         error = (await one(store, Set("a", 1))).error()
         assert isinstance(error, CacheConfigurationError)
         assert "NOPERM" in str(error)
+
+
+def documented_rights() -> list[list[str]]:
+    """The commands that the page on backends says a user needs: of the store, of its scripts, elsewhere."""
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    rights = page.partition("### Rights")[2].partition("###")[0]
+    _, ours, scripts, *others = re.findall(r"`([^`]+)`", rights)
+    return [ours.split(), scripts.split(), others]
+
+
+async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> None:
+    ours, scripts, _ = documented_rights()
+    rights = [f"+{each}" for each in (*ours, *scripts)]
+    await sync(redis_command, server, "ACL", "SETUSER", "least", "on", ">pw", "~tests:*", *rights)
+    async with opened(f"redis://least:pw@127.0.0.1:{server.port}?health_check_interval=0.05") as store:
+        replies = await store.execute(
+            [
+                *(Set("a", 1), Set("a", 2, ttl=9.0), Get("a"), GetMany(("a", "b")), SetMany({"c": 1}), Add("d", 1)),
+                *(Exists("a"), Touch("a", ttl=9.0), Touch("a", ttl=None), Increment("n", ttl=9.0), Increment("n")),
+                *(Delete("a"), DeleteMany(("c", "d")), Scan(), DeletePattern("x*"), Clear()),
+            ]
+        )
+        assert [reply for reply in replies if isinstance(reply, Failed)] == []
+        await sync(redis_command, server, "SCRIPT", "FLUSH")
+        assert not isinstance(await one(store, Set("a", 1)), Failed)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +207,29 @@ async def test_tls_checks_the_server_and_shows_who_we_are(certificates: Certific
                 async with opened(url):
                     pass
             assert time.monotonic() - started < 1.5
+
+
+async def test_a_cluster_is_reached_over_tls(certificates: Certificates) -> None:
+    port = free_port()
+    options: tuple[str, ...] = (
+        "--tls-cluster",
+        "yes",
+        "--tls-port",
+        str(port),
+        "--tls-ca-cert-file",
+        str(certificates.ca),
+        "--tls-auth-clients",
+        "no",
+    )
+    options += ("--tls-cert-file", str(certificates.server), "--tls-key-file", str(certificates.key("server")))
+    with run_redis_cluster(1, *options):
+        url = f"redis+cluster://127.0.0.1:{port}?tls=true"
+        async with opened(f"{url}&tls_ca_file={certificates.ca}") as store:
+            assert not isinstance(await one(store, Set("a", 1)), Failed)
+            assert (await one(store, Get("a"))).value == 1
+        with pytest.raises(CacheConfigurationError, match="certificate"):
+            async with opened(f"{url}&tls_ca_file={certificates.stranger}"):
+                pass
 
 
 async def test_sentinels_lead_to_the_master_and_to_the_next_one() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import anyio
 import pytest
 
-from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, CircuitOpen, Overloaded, open_cache
+from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, CircuitOpen, Overloaded
+from cachebus.adapters.redis_pool import RedisPool
+from cachebus.bus import SYSTEM_CLOCK
 from cachebus.messages import (
     CacheBackendError,
     CacheConfigurationError,
@@ -24,8 +26,11 @@ from cachebus.messages import (
     Scan,
     Set,
 )
+from cachebus.settings import backend_from_url
+from cachebus.stores import build_store
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import redis_command, run_redis
+from tests.faults.scene import guarded
 
 from .conftest import one, opened
 
@@ -103,7 +108,7 @@ async def test_what_was_in_flight_says_whether_it_may_have_been_done() -> None:
 
 async def test_a_paused_server_costs_nobody_more_than_the_deadline() -> None:
     with run_redis() as server:
-        async with open_cache(f"{server.url}?health_check_interval=none", timeout=0.3) as cache:
+        async with guarded(f"{server.url}?health_check_interval=none", timeout=0.3) as cache:
             await cache.set("a", 1)
             await sync(server.pause)
             started = time.monotonic()
@@ -111,7 +116,7 @@ async def test_a_paused_server_costs_nobody_more_than_the_deadline() -> None:
             assert time.monotonic() - started < 0.5
             assert all(isinstance(each, CacheTimeoutError | Overloaded | CircuitOpen) for each in results)
             await sync(server.resume)
-        async with open_cache(server.url) as cache:
+        async with guarded(server.url) as cache:
             assert await cache.get("a") == 1
 
 
@@ -131,16 +136,29 @@ async def test_a_server_that_falls_silent_is_given_up() -> None:
 
 async def test_an_unreachable_server_is_said_at_opening() -> None:
     with pytest.raises(CacheConnectionError, match="cannot be reached"):
-        async with open_cache(f"redis://127.0.0.1:{free_port()}"):
+        async with guarded(f"redis://127.0.0.1:{free_port()}"):
             pass
     with pytest.raises(CacheConnectionError, match="cannot be reached"):
-        async with open_cache("unix:///no/such/socket"):
+        async with guarded("unix:///no/such/socket"):
             pass
+
+
+async def test_those_who_wait_for_one_connection_wait_for_one_attempt() -> None:
+    with impostor(b"") as url:
+        settings: Any = backend_from_url(url)
+        store: Any = build_store(settings, namespace="n", clock=SYSTEM_CLOCK)
+        pool = RedisPool(store._connect, 2)
+        started = time.monotonic()
+        results = await asyncio.gather(*(pool.main() for _ in range(10)), return_exceptions=True)
+        assert time.monotonic() - started < 0.5
+        assert {type(each) for each in results} == {CacheConnectionError}
+        with pytest.raises(CacheConnectionError):
+            await pool.main()  # Who comes later tries again.
 
 
 @contextmanager
-def impostor(answer: bytes) -> Generator[str]:
-    """The URL of something on a port that says `answer` to whatever it is asked; nothing at all if it is empty."""
+def impostor(answer: bytes, *, unasked: bool = False) -> Generator[str]:
+    """The URL of something on a port that says `answer` to whatever it is asked, or `unasked`; nothing if it is empty."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -152,8 +170,11 @@ def impostor(answer: bytes) -> Generator[str]:
                 break
             kept.append(accepted)
             if answer:
-                accepted.recv(1000)
+                if not unasked:
+                    accepted.recv(1000)
                 accepted.sendall(answer)
+                if answer.startswith(b"-"):
+                    accepted.shutdown(socket.SHUT_WR)  # A server that refuses closes.
         for each in kept:
             each.close()
 
@@ -183,6 +204,21 @@ async def test_an_old_server_that_repeats_the_password_does_not_make_us_repeat_i
         async with opened(url.replace("redis://", "redis://:hunter2@")):
             pass
     assert "hunter2" not in repr(refused.value) + str(refused.value)
+
+
+@pytest.mark.parametrize("unasked", [False, True])
+async def test_a_server_with_too_many_clients_may_have_fewer_later(unasked: bool) -> None:
+    said = b"-ERR max number of clients reached\r\n"
+    with impostor(said, unasked=unasked) as url, pytest.raises(CacheConnectionError, match="too many clients"):
+        async with opened(url):
+            pass
+
+
+async def test_a_server_in_protected_mode_says_so_before_it_is_asked() -> None:
+    said = b"-DENIED Redis is running in protected mode\r\n"
+    with impostor(said, unasked=True) as url, pytest.raises(CacheConfigurationError, match="protected mode"):
+        async with opened(url):
+            pass
 
 
 async def test_a_full_server_refuses_writes_and_answers_reads() -> None:

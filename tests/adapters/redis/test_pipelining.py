@@ -17,6 +17,7 @@ from cachebus.messages import Clear, Delete, Get, GetMany, Set, Stored
 from cachebus.settings import backend_from_url
 from cachebus.stores import build_store
 from cachebus.testing.servers import Server, redis_command
+from tests.faults.scene import guarded
 
 from .conftest import one, opened
 
@@ -223,6 +224,6 @@ async def test_a_store_that_loses_count_crashes_its_actor_and_everybody_is_answe
     def stores(_: Any) -> Any:
         return Miscounting([Place(host, int(port))], namespace="n")
 
-    async with open_cache(server.url, stores=stores, timeout=2.0) as cache:
+    async with guarded(server.url, stores=stores, timeout=2.0) as cache:
         results = await asyncio.gather(*(cache.set("a", 1) for _ in range(5)), return_exceptions=True)
     assert {type(result).__name__ for result in results} <= {"ActorFailed", "CacheTimeoutError", "CacheClosed"}

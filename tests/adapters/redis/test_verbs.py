@@ -5,6 +5,7 @@ from typing import Any
 import anyio
 import pytest
 
+from cachebus.adapters.redis_connection import RedisConnection
 from cachebus.messages import (
     Add,
     BadMessage,
@@ -37,6 +38,7 @@ from cachebus.messages import (
     WrongType,
 )
 from cachebus.testing.servers import Server, redis_command
+from tests.clock import ManualClock
 
 from .conftest import one, opened
 
@@ -264,3 +266,25 @@ async def test_what_somebody_else_wrote_is_an_error_and_can_be_overwritten(store
 async def test_a_found_many_reports_a_damaged_value(store: Any, server: Server) -> None:
     await anyio.to_thread.run_sync(redis_command, server, "SET", "tests:a", "foreign")
     assert isinstance((await one(store, GetMany(("a", "b")))).error(), CacheSerializationError)
+
+
+def test_the_servers_clock_is_never_taken_to_be_behind_what_it_is() -> None:
+    clock: Any = ManualClock()
+    connection = RedisConnection("here", clock, window=1, silence=None)
+
+    def told(server: float, seconds: float) -> None:
+        """The server's clock stood at `server` at some moment of the `seconds` that its reply took."""
+        asked_at = clock.monotonic()
+        clock.advance(seconds)
+        connection.set_time((b"%d" % server, b"%d" % round(server % 1 * 1e6)), asked_at)
+
+    told(1000.0, 0.5)
+    assert connection.now() == pytest.approx(1000.5), "it may have been told at once"
+    told(1000.3, 0.01)
+    assert connection.now() == pytest.approx(1000.31), "a quick reply says it better"
+    told(1000.35, 0.5)
+    assert connection.now() == pytest.approx(1000.81), "and a slow one after it says nothing new"
+    told(2000.0, 0.1)
+    assert connection.now() == pytest.approx(2000.1), "somebody has set the clock"
+    told(500.0, 0.1)
+    assert connection.now() == pytest.approx(500.1)

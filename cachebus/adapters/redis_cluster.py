@@ -1,0 +1,330 @@
+"""The Redis store over a Redis Cluster: each command goes to the server that has its slot, and follows it when it moves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import hiredis
+
+from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Gauges, Replied
+from cachebus.messages import (
+    CacheConfigurationError,
+    CacheConnectionError,
+    CacheError,
+    Clear,
+    DeletePattern,
+    Reply,
+    Request,
+    Scan,
+)
+
+from .redis_cluster_walk import ClusterWalks
+from .redis_dial import Dial, Identity, Place, TlsFiles
+from .redis_errors import BACKEND, code_of, moving
+from .redis_node import ClusterNode, Trip
+from .redis_plan import Plan
+from .redis_slots import SLOTS, SlotTraffic, read_redirection, slot_of
+from .redis_topology import Topology
+from .redis_values import VALUE_MAX
+
+__all__ = ["RedisClusterStore"]
+
+MOST_HOPS = 8
+"""How often a command follows its slot before it is given up: servers that disagree send it round in circles."""
+
+
+class RedisClusterStore:
+    """A `PipelinedStore` in a Redis Cluster, version 6.2 or newer, on asyncio.
+
+    `places` are servers that may be asked for the others; the rest is as in `RedisStore`, for each server. A batch is
+    answered when every server has answered its part. Requests about one key take effect in the order in which they were
+    submitted, also while its slot moves; there is no order between keys of different slots.
+    """
+
+    name = BACKEND
+    capabilities = Capabilities(patterns=True, compare_and_set=True, counters=True, max_value_bytes=VALUE_MAX)
+    max_batch = 64
+    apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern, Scan})
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        *,
+        namespace: str,
+        identity: Identity | None = None,
+        tls: TlsFiles | None = None,
+        default_ttl: float | None = None,
+        window: int = 8,
+        max_connections: int = 2,
+        connect_timeout: float = 1.0,
+        health_check_interval: float | None = 2.0,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        if not namespace or ":" in namespace:
+            raise CacheConfigurationError(f"redis: a namespace is not empty and has no colon, unlike {namespace!r}")
+        self._seeds = tuple(places)
+        self._tls = tls
+        self._prefix = f"{namespace}:"
+        self._default_ttl = default_ttl
+        self._dial = Dial(
+            clock=clock,
+            identity=identity or Identity(),
+            timeout=connect_timeout,
+            silence=health_check_interval,
+            window=window,
+        )
+        self._max_connections = max_connections
+        self._traffic = SlotTraffic()
+        self._topology: Topology | None = None
+        self._walks: ClusterWalks | None = None
+        # Slots that are being moved, of which each command takes one key only: one about keys at two servers is refused.
+        self._moving: set[int] = set()
+
+    def __repr__(self) -> str:
+        return f"<RedisClusterStore {self._prefix!r} at {', '.join(map(str, self._seeds))}>"
+
+    async def open(self) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise CacheConfigurationError("redis needs an asyncio event loop, and this is another's") from None
+        if self._tls is not None:
+            context = await asyncio.to_thread(self._tls.context)
+            self._dial = dataclasses.replace(self._dial, tls=context)
+        self._topology = Topology(
+            self._dial, self._seeds, self._max_connections, self._arrived, self._failed, self._changed_hands
+        )
+        self._walks = ClusterWalks(self._topology, self._prefix, self.execute)
+        try:
+            await self._topology.learn()
+        except BaseException:
+            self._topology.drop()
+            raise
+
+    async def close(self) -> None:
+        """Finish what is under way, then close; cancelled, break it off."""
+        if self._topology is None or self._walks is None:
+            return
+        try:
+            await self._walks.finish()
+            while not self._traffic.idle:
+                await self._traffic.change()
+            await self._topology.close()
+        finally:
+            self._walks.cancel()
+            self._topology.drop()
+
+    def gauges(self) -> Gauges:
+        return Gauges()
+
+    async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        future: asyncio.Future[Sequence[Reply]] = asyncio.get_running_loop().create_future()
+
+        def replied(replies: Sequence[Reply]) -> None:
+            if not future.done():
+                future.set_result(replies)
+
+        await self.submit(batch, replied)
+        return await future
+
+    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
+        if self._topology is None or self._walks is None:
+            raise CacheConnectionError("the store is not open", BACKEND)
+        if not self.apart.isdisjoint(map(type, batch)):
+            self._walks.start(batch, self.apart, replied)
+            return
+        plan, packed = self._planned(batch)
+        if not plan.commands:
+            replied(plan.done())
+            return
+        under_way = _UnderWay(plan, replied)
+        trips = [
+            Trip(command, slot_of(command.key), data, under_way)
+            for command, data in zip(plan.commands, packed, strict=True)
+        ]
+        unreachable = await self._room(self._topology, {trip.slot for trip in trips})
+        # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
+        self._send(self._topology, trips, unreachable)
+
+    # Going out
+
+    def _planned(self, batch: Sequence[Request[Any]]) -> tuple[Plan, list[bytes]]:
+        for careful in (False, True):
+            # A key of a slot that is being moved is a group of its own, beyond the numbers of the slots.
+            numbers: dict[str, int] = {}
+            with contextlib.suppress(UnicodeEncodeError):
+                group = partial(self._group, numbers)
+                plan = Plan(batch, self._prefix, self._default_ttl, group, careful=careful)
+                return plan, [command.packed() for command in plan.commands]
+        raise AssertionError("a careful plan has only keys that can be encoded")
+
+    def _group(self, numbers: dict[str, int], name: str) -> int:
+        slot = slot_of(name)
+        return SLOTS + numbers.setdefault(name, len(numbers)) if slot in self._moving else slot
+
+    async def _room(self, topology: Topology, slots: set[int]) -> dict[Place, CacheError]:
+        """Wait until every server that has one of the slots can take a batch; says which cannot be reached, and why."""
+        unreachable: dict[Place, CacheError] = {}
+        while True:
+            if self._traffic.is_held(slots):
+                await self._traffic.change()
+                continue
+            full = None
+            for slot in slots:
+                node = topology.node_of(slot)
+                if node is not None and node.place not in unreachable and not node.has_room:
+                    full = node
+                    break
+            if full is None:
+                return unreachable
+            if full.is_down and full.trouble is not None:
+                unreachable[full.place] = full.trouble
+                full.try_again()
+                topology.learn_soon()
+                continue
+            try:
+                await full.room()
+            except CacheError as error:
+                unreachable[full.place] = error
+                with contextlib.suppress(CacheError):
+                    await topology.learn()  # Perhaps another has its slots by now.
+
+    def _send(self, topology: Topology, trips: Sequence[Trip], unreachable: dict[Place, CacheError]) -> None:
+        parts: dict[ClusterNode, list[Trip]] = {}
+        hopeless: list[tuple[Trip, CacheError]] = []
+        for trip in trips:
+            self._traffic.begin(trip.slot, trip)
+            try:
+                node = topology.node(topology.map.place(trip.slot))
+                if node.place in unreachable:
+                    raise unreachable[node.place]
+            except CacheError as error:
+                hopeless.append((trip, error))
+                topology.learn_soon()
+                continue
+            parts.setdefault(node, []).append(trip)
+        for node, part in parts.items():
+            node.send(part)
+        for trip, reason in hopeless:
+            self._fail(trip, reason)
+
+    # Coming back
+
+    def _arrived(self, node: ClusterNode, trip: Trip, reply: Any, now: float) -> None:
+        if type(reply) is hiredis.ReplyError and self._sent_again(node, trip, reply):
+            return
+        trip.command.take(reply, now)
+        self._end(trip)
+
+    def _failed(self, node: ClusterNode, trips: Sequence[Trip], error: CacheError, sent: bool) -> None:
+        for trip in trips:
+            if sent:
+                trip.command.give_up(error)
+                self._end(trip)
+            else:
+                self._fail(trip, error)
+        if self._topology is not None:
+            self._topology.learn_soon()
+
+    def _sent_again(self, node: ClusterNode, trip: Trip, reply: hiredis.ReplyError) -> bool:
+        """Whether a command that was refused has gone out once more, or was failed."""
+        assert self._topology is not None
+        code = code_of(reply)
+        command = trip.command
+        if code == "NOSCRIPT" and command.script is not None and not trip.whole:
+            # Somebody has emptied the script cache, so it did nothing: sent whole it runs.
+            trip.whole, trip.packed = True, command.packed(whole=True)
+            self._traffic.hold(trip.slot)
+            node.send([trip])
+            return True
+        if code == "CLUSTERDOWN":
+            self._topology.learn_soon()
+        if code not in ("MOVED", "ASK", "TRYAGAIN"):
+            return False
+        trip.hops += 1
+        if trip.hops > MOST_HOPS:
+            self._fail(trip, moving("again and again"))
+        elif code == "MOVED":
+            slot, place = read_redirection(str(reply), node.place)
+            if self._topology.map.move(slot, place):
+                self._changed_hands([slot])
+                self._topology.learn_soon()
+            trip.asking = False
+            self._topology.node(place).send([trip])
+        elif command.parts is not None:
+            self._take_apart(trip)
+        elif code == "ASK":
+            _, place = read_redirection(str(reply), node.place)
+            self._moving.add(trip.slot)
+            trip.asking = True
+            self._topology.node(place).send([trip])
+        else:
+            return False
+        return True
+
+    def _take_apart(self, trip: Trip) -> None:
+        """Send a command about several keys, of which only some have moved, once more as one for each key.
+
+        They go to the slot's owner, which says of each where it is. What was sent after them has then been done
+        already, so that this keeps the order only if nothing was.
+        """
+        assert self._topology is not None
+        assert trip.command.parts is not None
+        self._moving.add(trip.slot)
+        if not self._traffic.is_newest(trip.slot, trip):
+            self._fail(trip, moving())
+            return
+        parts = [Trip(command, trip.slot, command.packed(), trip.batch.one_more()) for command in trip.command.parts()]
+        for part in parts:
+            part.hops = trip.hops
+            self._traffic.begin(trip.slot, part)
+        self._traffic.hold(trip.slot)
+        self._end(trip)
+        self._send_parts(self._topology, parts)
+
+    def _send_parts(self, topology: Topology, parts: Sequence[Trip]) -> None:
+        node = topology.node_of(parts[0].slot)
+        if node is not None:
+            node.send(parts)
+            return
+        for part in parts:
+            self._fail(part, moving())
+
+    def _changed_hands(self, slots: Sequence[int]) -> None:
+        """Note that slots have another owner: what is sent from now on must not be there before what follows them."""
+        for slot in slots:
+            self._moving.discard(slot)
+            self._traffic.hold(slot)
+
+    def _fail(self, trip: Trip, error: CacheError) -> None:
+        trip.command.fail(error)
+        self._end(trip)
+
+    def _end(self, trip: Trip) -> None:
+        self._traffic.end(trip.slot)
+        trip.batch.one_done()
+
+
+class _UnderWay:
+    """A batch under way: how many of its commands have no answer yet."""
+
+    def __init__(self, plan: Plan, replied: Replied) -> None:
+        self._plan = plan
+        self._replied = replied
+        self._left = len(plan.commands)
+
+    def one_more(self) -> _UnderWay:
+        """One command has become two."""
+        self._left += 1
+        return self
+
+    def one_done(self) -> None:
+        """A command has its answer; the last one answers the batch."""
+        self._left -= 1
+        if not self._left:
+            self._replied(self._plan.done())

@@ -1,0 +1,26 @@
+"""Every fault ends as it should: in time, with the right error, and without anybody's help."""
+
+from __future__ import annotations
+
+import pytest
+
+from .faults import FAULTS
+from .scene import DEADLINE, RECOVERY, SLACK, Fault, play
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+async def test_a_fault_hurts_nobody_for_longer_than_it_lasts(fault: Fault) -> None:
+    report = await play(fault)
+    assert report.wrong == []
+    assert set(report.errors) <= fault.errors
+    assert report.calls == report.answered + report.errors.total()
+    assert report.longest <= DEADLINE + SLACK
+    assert report.recovery <= RECOVERY
+    # The fault was one: a list of faults that never happen proves nothing.
+    assert any(fault.says in each for each in report.told or {""})
+    assert fault.silent or report.errors or report.longest > 0.2
