@@ -13,7 +13,7 @@ from typing import Self
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
-from cachebus.bus import Address, Bus, Emitter, Envelope
+from cachebus.bus import Address, Bus, Emitter, Envelope, Port, open_port
 from cachebus.messages import (
     ActorFailed,
     ActorGaveUp,
@@ -90,6 +90,8 @@ class Supervisor:
         self._chance = random.Random(seed)
         self._charges: dict[Address, _Charge] = {}
         self._tasks: TaskGroup | None = None
+        self._to_spawn: deque[Callable[[], Awaitable[None]]] = deque()
+        self._spawn_now: Port | None = None
 
     def __repr__(self) -> str:
         return f"<Supervisor of {', '.join(self._charges) or 'nobody'}>"
@@ -97,6 +99,7 @@ class Supervisor:
     async def __aenter__(self) -> Self:
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
+        self._tasks.start_soon(self._spawn)
         return self
 
     async def __aexit__(
@@ -197,8 +200,19 @@ class Supervisor:
             except Exception:
                 logger.exception("something beside the turns of actor %s failed", cell.address)
 
+        self._to_spawn.append(run)
+        if self._spawn_now is not None:
+            self._spawn_now.answer(None)
+
+    async def _spawn(self) -> None:
+        # A task starts them, because a callback of the loop cannot: outside of a task anyio does not know which loop
+        # it is on, unless it was anyio that started it.
         assert self._tasks is not None
-        self._tasks.start_soon(run)
+        while True:
+            self._spawn_now = spawn_now = open_port()
+            while self._to_spawn:
+                self._tasks.start_soon(self._to_spawn.popleft())
+            await spawn_now.wait()
 
     async def _ring(self, charge: _Charge) -> None:
         with charge.alarm_scope:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import logging
 import random
 from collections.abc import AsyncIterator
@@ -396,3 +398,23 @@ async def test_stopping_an_actor_ends_its_alarms(bus: LocalBus, clock: ManualClo
         assert clock.sleepers == 0
         clock.advance(200.0)
     assert desk.handled == []
+
+
+def test_work_beside_the_turns_is_started_from_a_callback_of_a_loop_that_anyio_did_not_start() -> None:
+    done: list[str] = []
+
+    async def main() -> None:
+        async with Supervisor(LocalBus()) as supervisor:
+            cell = await supervisor.start(Address("some.actor"), Actor)
+            finished = asyncio.Event()
+
+            async def work() -> None:
+                done.append("done")
+                finished.set()
+
+            # As asyncio calls a protocol: in no task, and with nothing of anyio's in the context.
+            asyncio.get_running_loop().call_soon(cell.start_soon, work, context=contextvars.Context())
+            await asyncio.wait_for(finished.wait(), 5)
+
+    asyncio.run(main())
+    assert done == ["done"]
