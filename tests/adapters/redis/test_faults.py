@@ -103,7 +103,7 @@ async def test_what_was_in_flight_says_whether_it_may_have_been_done() -> None:
 
 async def test_a_paused_server_costs_nobody_more_than_the_deadline() -> None:
     with run_redis() as server:
-        async with open_cache(f"{server.url}?health_check_interval=none", timeout=0.3) as cache:
+        async with open_cache(f"{server.url}?health_check_interval=none", timeout=0.3, on_error="raise") as cache:
             await cache.set("a", 1)
             await sync(server.pause)
             started = time.monotonic()
@@ -131,10 +131,10 @@ async def test_a_server_that_falls_silent_is_given_up() -> None:
 
 async def test_an_unreachable_server_is_said_at_opening() -> None:
     with pytest.raises(CacheConnectionError, match="cannot be reached"):
-        async with open_cache(f"redis://127.0.0.1:{free_port()}"):
+        async with open_cache(f"redis://127.0.0.1:{free_port()}", on_error="raise"):
             pass
     with pytest.raises(CacheConnectionError, match="cannot be reached"):
-        async with open_cache("unix:///no/such/socket"):
+        async with open_cache("unix:///no/such/socket", on_error="raise"):
             pass
 
 

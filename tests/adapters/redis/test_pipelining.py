@@ -96,7 +96,7 @@ async def test_there_are_never_more_connections_than_allowed(server: Server, mos
 
 
 async def test_a_read_does_not_wait_for_a_clear(server: Server) -> None:
-    async with open_cache(server.url, timeout=20.0) as cache:
+    async with open_cache(server.url, timeout=20.0, on_error="raise") as cache:
         for start in range(0, 30_000, 5_000):
             await cache.set_many(dict.fromkeys((f"k{number}" for number in range(start, start + 5_000)), 1))
         await cache.set("mine", 1)
@@ -113,7 +113,7 @@ async def test_a_read_does_not_wait_for_a_clear(server: Server) -> None:
 @pytest.mark.parametrize("seed", range(4))
 async def test_a_caller_who_goes_away_leaves_no_reply_to_the_next(server: Server, seed: int) -> None:
     chance = random.Random(seed)
-    async with open_cache(f"{server.url}?window={chance.choice([1, 2, 8])}", timeout=10.0) as cache:
+    async with open_cache(f"{server.url}?window={chance.choice([1, 2, 8])}", timeout=10.0, on_error="raise") as cache:
         await cache.set_many({f"k{number}": f"v{number}" for number in range(200)})
         wrong: list[Any] = []
         answered = 0
@@ -220,6 +220,6 @@ async def test_a_store_that_loses_count_crashes_its_actor_and_everybody_is_answe
     def stores(_: Any) -> Any:
         return Miscounting([Place(host, int(port))], namespace="n")
 
-    async with open_cache(server.url, stores=stores, timeout=2.0) as cache:
+    async with open_cache(server.url, stores=stores, timeout=2.0, on_error="raise") as cache:
         results = await asyncio.gather(*(cache.set("a", 1) for _ in range(5)), return_exceptions=True)
     assert {type(result).__name__ for result in results} <= {"ActorFailed", "CacheTimeoutError", "CacheClosed"}
