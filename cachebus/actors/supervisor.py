@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
@@ -90,7 +90,7 @@ class Supervisor:
         self._chance = random.Random(seed)
         self._charges: dict[Address, _Charge] = {}
         self._tasks: TaskGroup | None = None
-        self._to_spawn: deque[Callable[[], Awaitable[None]]] = deque()
+        self._to_spawn: deque[Callable[[], Coroutine[Any, Any, None]]] = deque()
         self._spawn_now: Port | None = None
 
     def __repr__(self) -> str:
