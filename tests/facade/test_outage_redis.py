@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -205,6 +206,26 @@ async def test_a_lost_reply_never_makes_one_increment_two(server: Server) -> Non
                     assert str(caught.value).endswith("whether the request was done is not known")
                     in_doubt += 1
     assert in_doubt > 0, "some were done, and their replies lost"
+
+
+def test_what_is_lost_with_its_connection_is_answered_at_once_on_a_loop_that_anyio_did_not_start(
+    server: Server,
+) -> None:
+    async def main(proxy: Proxy) -> None:
+        async with cache_at(proxy.url(server.url), timeout=30.0) as cache:
+            await cache.set("k", 1)
+            await asyncio.to_thread(proxy.switch, "half_open")
+            asking = asyncio.create_task(cache.get("k", "default"))
+            while not (await cache.statistics()).guard["in_flight"]:
+                await asyncio.sleep(0)
+            await asyncio.to_thread(proxy.switch, "refuse")
+            began = time.monotonic()
+            assert await asking == "default"
+            assert time.monotonic() - began < 5.0, "and not only after 30 s"
+            assert (await cache.statistics()).guard["retries"] > 0
+
+    with Proxy.before(server) as proxy:
+        asyncio.run(main(proxy))
 
 
 def test_a_synchronous_cache_says_at_its_first_use_that_its_server_is_down_and_may_be_used_later() -> None:

@@ -97,7 +97,7 @@ async def test_there_are_never_more_connections_than_allowed(server: Server, mos
 
 
 async def test_a_read_does_not_wait_for_a_clear(server: Server) -> None:
-    async with open_cache(server.url, timeout=20.0) as cache:
+    async with open_cache(server.url, timeout=20.0, on_error="raise") as cache:
         for start in range(0, 30_000, 5_000):
             await cache.set_many(dict.fromkeys((f"k{number}" for number in range(start, start + 5_000)), 1))
         await cache.set("mine", 1)
@@ -114,7 +114,7 @@ async def test_a_read_does_not_wait_for_a_clear(server: Server) -> None:
 @pytest.mark.parametrize("seed", range(4))
 async def test_a_caller_who_goes_away_leaves_no_reply_to_the_next(server: Server, seed: int) -> None:
     chance = random.Random(seed)
-    async with open_cache(f"{server.url}?window={chance.choice([1, 2, 8])}", timeout=10.0) as cache:
+    async with open_cache(f"{server.url}?window={chance.choice([1, 2, 8])}", timeout=10.0, on_error="raise") as cache:
         await cache.set_many({f"k{number}": f"v{number}" for number in range(200)})
         wrong: list[Any] = []
         answered = 0
