@@ -24,6 +24,7 @@ from cachebus.messages import (
 )
 
 from .redis_cluster_walk import ClusterWalks
+from .redis_commands import Command
 from .redis_dial import Dial, Identity, Place, TlsFiles
 from .redis_errors import BACKEND, code_of, moving
 from .redis_node import ClusterNode, Trip
@@ -256,8 +257,8 @@ class RedisClusterStore:
                 self._topology.learn_soon()
             trip.asking = False
             self._topology.node(place).send([trip])
-        elif command.parts is not None:
-            self._take_apart(trip)
+        elif command.parts is not None and len(parts := command.parts()) > 1:
+            self._take_apart(trip, parts)
         elif code == "ASK":
             _, place = read_redirection(str(reply), node.place)
             self._moving.add(trip.slot)
@@ -267,19 +268,18 @@ class RedisClusterStore:
             return False
         return True
 
-    def _take_apart(self, trip: Trip) -> None:
+    def _take_apart(self, trip: Trip, commands: Sequence[Command]) -> None:
         """Send a command about several keys, of which only some have moved, once more as one for each key.
 
         They go to the slot's owner, which says of each where it is. What was sent after them has then been done
         already, so that this keeps the order only if nothing was.
         """
         assert self._topology is not None
-        assert trip.command.parts is not None
         self._moving.add(trip.slot)
         if not self._traffic.is_newest(trip.slot, trip):
             self._fail(trip, moving())
             return
-        parts = [Trip(command, trip.slot, command.packed(), trip.batch.one_more()) for command in trip.command.parts()]
+        parts = [Trip(command, trip.slot, command.packed(), trip.batch.one_more()) for command in commands]
         for part in parts:
             part.hops = trip.hops
             self._traffic.begin(trip.slot, part)

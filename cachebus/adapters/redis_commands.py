@@ -24,7 +24,7 @@ class Command:
     """One Redis command: its words, the key that says which node it goes to, and what to do with its reply.
 
     `writes` is false where doing it twice does what doing it once does. `parts` makes of a command about several keys
-    one for each; it is `None` where there is one key only.
+    one for each; it may be `None` where there is one key only.
     """
 
     __slots__ = ("fail", "key", "parts", "script", "settle", "words", "writes")
@@ -158,7 +158,7 @@ class Writes:
 
     def command(self) -> Command:
         words: list[Argument] = [len(self._keys), *self._keys, *self._arguments]
-        parts = self.parts if len(self._keys) > 1 and len(set(self._keys)) > 1 else None
+        parts = self.parts if len(self._keys) > 1 else None
         return Command(words, self._keys[0], self.settle, self.fail, script=WRITE, writes=True, parts=parts)
 
     def parts(self) -> list[Command]:

@@ -189,12 +189,11 @@ class RedisConnection(asyncio.Protocol):
             while (reply := gets()) is not _MORE:
                 if type(reply) is hiredis.PushNotification:
                     continue
-                if not in_flight and type(reply) is hiredis.ReplyError:
-                    # Said before it was asked anything: it will not have us.
-                    self.drop(translate_greeting(reply, self.server))
-                    return
                 if not in_flight:
-                    self.drop(lost(self.server, "it sent a reply that nobody asked for"))
+                    if type(reply) is hiredis.ReplyError and not self.greeted:
+                        self.drop(translate_greeting(reply, self.server))  # Said before it was asked anything.
+                    else:
+                        self.drop(lost(self.server, "it sent a reply that nobody asked for"))
                     return
                 batch = in_flight[0]
                 batch.replies.append(reply)

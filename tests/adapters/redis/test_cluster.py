@@ -312,6 +312,18 @@ async def test_a_slot_between_two_servers_answers_for_every_key(store: Any, clus
     assert isinstance(await one(store, Get(names[0])), Missing)
 
 
+async def test_one_key_written_several_times_is_one_command_also_while_its_slot_moves(
+    store: Any, cluster: Sequence[Server]
+) -> None:
+    move = Move(cluster, slot_of("tests:{w}"))
+    await sync(move.begin)
+    replies = await store.execute([Set("{w}a", 1), Set("{w}a", 2), Get("{w}a"), Get("{w}a")])
+    assert [type(each) for each in replies] == [Stored, Stored, Found, Found]
+    assert replies[3].value == 2
+    await sync(move.end)
+    assert (await one(store, Get("{w}a"))).value == 2
+
+
 async def test_a_command_on_several_keys_is_taken_apart_only_if_nothing_came_after_it(
     store: Any, cluster: Sequence[Server]
 ) -> None:
