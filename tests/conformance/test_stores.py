@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +11,8 @@ from uuid import uuid4
 import pytest
 
 from cachebus.adapters.chaos import ChaosStore
+from cachebus.adapters.memcached import MemcachedStore
+from cachebus.adapters.memcached import Place as MemcachedPlace
 from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_dial import Identity, Place
@@ -89,6 +91,33 @@ class TestRedis(StoreConformance):
     async def neighbour(self, redis_server: Server) -> AsyncIterator[AnyStore]:
         async with opened(redis_server, "t", self.default_ttl) as store:
             yield store
+
+
+class TestMemcached(StoreConformance):
+    """On a real server."""
+
+    default_ttl = 120.0
+
+    @pytest.fixture
+    async def store(self, memcached_server: Server) -> AsyncIterator[AnyStore]:
+        async with opened_memcached([memcached_server], f"t{uuid4().hex}", self.default_ttl) as store:
+            yield store
+
+    @pytest.fixture
+    async def neighbour(self, memcached_server: Server) -> AsyncIterator[AnyStore]:
+        async with opened_memcached([memcached_server], "t", self.default_ttl) as store:
+            yield store
+
+
+@asynccontextmanager
+async def opened_memcached(
+    servers: Sequence[Server], namespace: str, default_ttl: float | None, **options: Any
+) -> AsyncGenerator[AnyStore]:
+    places = [MemcachedPlace(host=server.host, port=server.port) for server in servers]
+    store = MemcachedStore(places, namespace=namespace, default_ttl=default_ttl, **options)
+    await store.open()
+    yield store
+    await store.close()
 
 
 @asynccontextmanager
