@@ -35,6 +35,7 @@ from .options import (
     shown,
     unknown_option,
 )
+from .memcached_settings import MemcachedSettings
 from .redis_settings import RedisSettings
 from .sources import PREFIX, Environment, read_file
 from .urls import did_you_mean, is_url, parse_url, redact_url
@@ -92,7 +93,7 @@ class PluginSettings(Options):
         return [(name, redact_url(value) if name == "url" else value) for name, value in super().__repr_args__()]
 
 
-BackendSettings: TypeAlias = MemorySettings | NullSettings | RedisSettings | PluginSettings
+BackendSettings: TypeAlias = MemorySettings | NullSettings | RedisSettings | MemcachedSettings | PluginSettings
 
 
 class ActorSettings(Options):
@@ -131,6 +132,7 @@ _BACKENDS: dict[str, type[BackendSettings]] = {
     "memory": MemorySettings,
     "null": NullSettings,
     "redis": RedisSettings,
+    "memcached": MemcachedSettings,
     "plugin": PluginSettings,
 }
 

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 import anyio
+from anyio import to_thread
 from pymemcache.client.rendezvous import RendezvousHash
 
 from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Gauges
@@ -34,8 +35,9 @@ from .memcached_keys import Hasher, Keys, blake
 from .memcached_lane import Lane, common
 from .memcached_plan import Plan
 from .memcached_session import Session
+from .tls import TlsFiles
 
-__all__ = ["MemcachedStore", "Place"]
+__all__ = ["MemcachedStore", "Place", "TlsFiles"]
 
 
 class MemcachedStore:
@@ -53,16 +55,20 @@ class MemcachedStore:
         places: Sequence[Place],
         *,
         namespace: str,
+        tls: TlsFiles | None = None,
         default_ttl: float | None = None,
         connect_timeout: float = 1.0,
         timeout: float = 1.0,
         max_connections: int = 2,
+        chunked: bool = False,
         hasher: Hasher = blake,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.capabilities = Capabilities(compare_and_set=True, counters=True, ttl_resolution=1.0)
         self._keys = Keys(namespace, hasher)
         self._places = tuple(places)
+        self._tls = tls
+        self._chunked = chunked
         self._default_ttl = default_ttl
         self._max_connections = max_connections
         self._dial = Dial(clock=clock, connect_timeout=connect_timeout, timeout=timeout)
@@ -73,6 +79,9 @@ class MemcachedStore:
         return f"<MemcachedStore {self._keys.namespace!r} at {', '.join(map(str, self._places))}>"
 
     async def open(self) -> None:
+        if self._tls is not None:
+            context = await to_thread.run_sync(self._tls.context, self.name)
+            self._dial = dataclasses.replace(self._dial, tls=context)
         several = len(self._places) > 1
         self._lanes = {
             str(place): Lane(place, self._dial, self._max_connections, cautious=several) for place in self._places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 from collections.abc import Sequence
@@ -53,10 +54,8 @@ class DeadlineSocket:
 
     def shut(self) -> None:
         """Wake whoever reads or writes, from another thread; they find the end of the file."""
-        try:
+        with contextlib.suppress(OSError):  # Not connected any more.
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # Not connected any more.
 
     def close(self) -> None:
         self._sock.close()
@@ -127,7 +126,7 @@ class Connection:
         self._timeout = dial.timeout
         self._clock = dial.clock
         self._client = Client((place.host, place.port), default_noreply=False)
-        self._client.sock = sock  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+        self._client.sock = sock
         self._serial = 0
         self._offset = 0.0
         self._synced = 0.0

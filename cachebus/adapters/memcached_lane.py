@@ -20,37 +20,43 @@ Work = Callable[[Connection], Any]
 class _Job:
     """One piece of work in a thread, and who closes the connection when nobody waits for it any more."""
 
-    def __init__(self) -> None:
-        self.connection: Connection | None = None
+    def __init__(self, connection: Connection | None) -> None:
+        self.connection = connection
+        self.refused_after: float | None = None
         self._guard = threading.Lock()
         self._abandoned = False
-        self._finished = False
+        self._running = False
 
-    def begin(self, connection: Connection) -> None:
-        """Say which connection is in use. Raises `CacheConnectionError` if nobody waits any more."""
+    def begin(self) -> None:
+        """The thread runs. Raises `CacheConnectionError` if nobody waits any more."""
+        with self._guard:
+            self._check()
+            self._running = True
+
+    def connected(self, connection: Connection) -> None:
+        """The thread has made a connection. Raises `CacheConnectionError` if nobody waits any more."""
         with self._guard:
             self.connection = connection
-            if self._abandoned:
-                connection.close()
-                raise CacheConnectionError("the batch was given up", BACKEND)
+            self._check()
 
     def finish(self) -> None:
-        """Called by the thread, last of all."""
+        """The thread is done."""
         with self._guard:
-            self._finished = True
+            self._running = False
             if self._abandoned and self.connection is not None:
                 self.connection.close()
 
-    def abandon(self) -> None:
-        """Called by the event loop: the thread shall come to an end."""
+    def abandon(self) -> bool:
+        """Nobody waits any more: the thread shall come to an end. `True` if it is not at work, and now never will be."""
         with self._guard:
             self._abandoned = True
-            if self.connection is None:
-                return  # Still connecting, which ends by itself.
-            if self._finished:
-                self.connection.close()
-            else:
+            if self._running and self.connection is not None:
                 self.connection.shut()
+            return not self._running
+
+    def _check(self) -> None:
+        if self._abandoned:
+            raise CacheConnectionError("the batch was given up", BACKEND)
 
 
 class Lane:
@@ -90,16 +96,22 @@ class Lane:
                 )
             if self._refused is not None and self._dial.clock.monotonic() < self._again_at:
                 raise self._refused
-            job = _Job()
+            job = _Job(None if self.connection is None or self.connection.lost else self.connection)
             try:
-                return await to_thread.run_sync(
+                result = await to_thread.run_sync(
                     self._carry_out, job, work, abandon_on_cancel=True, limiter=self._threads
                 )
-            except BaseException as error:
-                if not isinstance(error, CacheError):
-                    self.connection = None
-                    job.abandon()
+            except CacheError as error:
+                self.connection = job.connection
+                if job.refused_after is not None and self._cautious:
+                    self._refused, self._again_at = error, self._dial.clock.monotonic() + job.refused_after
                 raise
+            except BaseException:
+                # A thread that is at work closes its connection when it finds that it was given up.
+                self.connection = job.connection if job.abandon() else None
+                raise
+            self.connection, self._refused = job.connection, None
+            return result
 
     async def close(self) -> None:
         """Finish what is under way, then close. Cancelled, it closes at once."""
@@ -114,29 +126,23 @@ class Lane:
 
     def _carry_out(self, job: _Job, work: Work) -> Any:
         """In a worker thread."""
+        job.begin()
         try:
-            connection = self.connection
-            if connection is None or connection.lost:
-                connection = self._connect()
-                job.begin(connection)
-                self.connection = connection
-            else:
-                job.begin(connection)
-            return work(connection)
+            if job.connection is None:
+                job.connected(self._connect(job))
+            assert job.connection is not None
+            return work(job.connection)
         finally:
             job.finish()
 
-    def _connect(self) -> Connection:
+    def _connect(self, job: _Job) -> Connection:
         now = self._dial.clock.monotonic
         started = now()
         try:
-            connection = self._dial.connect(self.place)
-        except CacheError as error:
-            if self._cautious:
-                self._refused, self._again_at = error, 2 * now() - started
+            return self._dial.connect(self.place)
+        except CacheError:
+            job.refused_after = now() - started
             raise
-        self._refused = None
-        return connection
 
 
 def common(lanes: Sequence[Lane], what: Callable[[Connection], int]) -> int | None:
