@@ -1,4 +1,4 @@
-"""The Memcached store: batches of requests in worker threads, over one server or several, in a namespace of its own."""
+"""The Memcached store: batches of requests over one server or several, in a namespace of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cachebus.messages import (
     StoredMany,
 )
 
-from .memcached_connection import Connection, Dial, Place
+from .memcached_connection import Dial, Place
 from .memcached_entries import HEADER
 from .memcached_errors import BACKEND
 from .memcached_keys import Hasher, Keys, blake
@@ -90,7 +90,7 @@ class MemcachedStore:
 
         async def connect(lane: Lane) -> None:
             try:
-                await lane.run(lambda connection: None)
+                await lane.connect()
             except CacheError as error:
                 failures.append(error)
 
@@ -130,11 +130,9 @@ class MemcachedStore:
     async def _on(self, lane: Lane, batch: Sequence[Request[Any]]) -> list[Reply]:
         """The replies of one server."""
 
-        def work(connection: Connection) -> list[Reply]:
-            return Plan(connection, self._keys, self._default_ttl, batch).run()
-
-        replies: list[Reply] = await lane.run(work)
-        return replies
+        return await lane.run(
+            lambda connection: Plan(connection, self._keys, self._default_ttl, batch).run()
+        )
 
     async def _clear(self) -> Reply:
         failures: list[CacheError] = []

@@ -1,14 +1,14 @@
-"""A connection to one Memcached server. Everything here blocks, and is for worker threads only."""
+"""A connection to one Memcached server: made and greeted by the driver in a worker thread, then used without blocking."""
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+from anyio import CancelScope, current_time, wait_readable, wait_writable
 from pymemcache.client.base import Client
 from pymemcache.exceptions import MemcacheError
 
@@ -22,7 +22,12 @@ Answer: TypeAlias = tuple[bytes, int] | int | CacheError
 """A value with its CAS token; a CAS token (0 where none was asked for), `MISS`, `NOT_STORED` or `EXISTS`; or what the
 server had to say against one command."""
 
+T = TypeVar("T")
+Talk: TypeAlias = Generator[tuple[bytes, int], list[Answer], T]
+"""Commands and how many they are; their answers; and what came of it all."""
+
 READ_BYTES = 1 << 16
+READ_LARGE = 1 << 20
 SLOWEST_LINE = 10e6
 """Bytes a second below which a server counts as not answering."""
 
@@ -33,16 +38,13 @@ _CODES = {b"HD": 0, b"EN": MISS, b"NF": MISS, b"NS": NOT_STORED, b"EX": EXISTS}
 
 
 class DeadlineSocket:
-    """A socket with one deadline for many calls, on the clock's monotonic time."""
+    """What the driver takes for a socket: it blocks, but never beyond one deadline for many calls, on the clock's
+    monotonic time."""
 
-    def __init__(self, sock: socket.socket, clock: Clock) -> None:
+    def __init__(self, sock: socket.socket, clock: Clock, deadline: float) -> None:
         self._sock = sock
         self._now = clock.monotonic
-        self.deadline = 0.0
-
-    def allow(self, seconds: float) -> None:
-        """Let what follows take so long."""
-        self.deadline = self._now() + seconds
+        self._deadline = deadline
 
     def recv(self, size: int) -> bytes:
         self._sock.settimeout(self._left())
@@ -52,16 +54,8 @@ class DeadlineSocket:
         self._sock.settimeout(self._left())
         self._sock.sendall(data)
 
-    def shut(self) -> None:
-        """Wake whoever reads or writes, from another thread; they find the end of the file."""
-        with contextlib.suppress(OSError):  # Not connected any more.
-            self._sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._sock.close()
-
     def _left(self) -> float:
-        left = self.deadline - self._now()
+        left = self._deadline - self._now()
         if left <= 0:
             raise TimeoutError
         return left
@@ -88,55 +82,55 @@ class Dial:
     timeout: float = 1.0
 
     def connect(self, place: Place) -> Connection:
-        """A connection that is ready.
+        """A connection that is ready. Blocks: for worker threads.
 
         Raises `CacheConnectionError`, or `CacheConfigurationError` for what another attempt will not mend.
         """
         until = self.clock.monotonic() + self.connect_timeout
         try:
             # Not the driver's own connecting, which tries only the first address of a name.
-            raw = socket.create_connection((place.host, place.port), self.connect_timeout)
+            sock = socket.create_connection((place.host, place.port), self.connect_timeout)
             try:
-                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if self.tls is not None:
-                    raw.settimeout(max(until - self.clock.monotonic(), 0.001))
-                    raw = self.tls.wrap_socket(raw, server_hostname=place.host)
-                sock = DeadlineSocket(raw, self.clock)
-                sock.deadline = until
-                return Connection(place, sock, self)
+                    sock.settimeout(max(until - self.clock.monotonic(), 0.001))
+                    sock = self.tls.wrap_socket(sock, server_hostname=place.host)
+                return Connection(str(place), sock, self.clock, self.timeout, until)
             except BaseException:
-                raw.close()
+                sock.close()
                 raise
         except (OSError, MemcacheError, CacheError, ValueError, KeyError) as error:
             raise unreachable(error, str(place), self.connect_timeout) from None
 
 
 class Connection:
-    """A connection that asks, and reads every answer to its end or is dropped: no answer is ever another question's.
+    """A connection that asks, and reads every answer to its end or is closed: no answer is ever another question's.
+
+    Making one, and `resync`, block, and are for worker threads: there the driver speaks. `converse` never blocks the
+    event loop.
 
     `epoch` is what the versions of the server's items begin at, `entry_max` how many bytes an entry may have, and
     `generation` the one that the namespace had when it was last looked at.
     """
 
-    def __init__(self, place: Place, sock: DeadlineSocket, dial: Dial) -> None:
-        self.server = str(place)
+    def __init__(self, server: str, sock: socket.socket, clock: Clock, timeout: float, deadline: float) -> None:
+        self.server = server
         self.generation: str | None = None
         self.lost = False
         self._sock = sock
-        self._timeout = dial.timeout
-        self._clock = dial.clock
-        self._client = Client((place.host, place.port), default_noreply=False)
-        self._client.sock = sock
-        self._serial = 0
+        self._timeout = timeout
+        self._clock = clock
         self._offset = 0.0
         self._synced = 0.0
-        started = self._sync()
-        self.epoch = started * 1e6
-        settings: Any = self._client.stats("settings")
+        client: Any = Client(("", 0))
+        client.sock = DeadlineSocket(sock, clock, deadline)
+        self.epoch = self._sync(client) * 1e6
+        settings: Any = client.stats("settings")
         if settings[b"cas_enabled"] != b"yes":
-            raise CacheConfigurationError(f"memcached: {self.server} runs without CAS (-C), which cachebus needs")
+            raise CacheConfigurationError(f"memcached: {server} runs without CAS (-C), which cachebus needs")
         # An item has a header of 48 bytes, a CAS token, flags, a name and two line ends besides.
         self.entry_max = int(settings[b"item_size_max"]) - 320
+        sock.setblocking(False)
 
     def __repr__(self) -> str:
         return f"<Connection to {self.server}>"
@@ -145,58 +139,108 @@ class Connection:
         """The server's Unix time in seconds, as we know it."""
         return self._clock.monotonic() + self._offset
 
-    def refresh(self) -> None:
-        """Read the server's clock anew if that was long ago: clocks drift apart. Raises `CacheConnectionError`."""
-        if self._clock.monotonic() - self._synced > RESYNC:
-            self._sock.allow(self._timeout)
-            try:
-                self._sync()
-            except (OSError, MemcacheError, ValueError, KeyError) as error:
-                self.close()
-                raise lost(error, self.server, self._timeout) from None
+    @property
+    def out_of_sync(self) -> bool:
+        """Whether the server's clock was read so long ago that it may have drifted from ours."""
+        return self._clock.monotonic() - self._synced > RESYNC
 
-    def ask(self, data: bytes, count: int) -> list[Answer]:
-        """The answers to `count` commands. Raises `CacheError` when there are none, and the connection is lost."""
-        if self.lost:
-            raise CacheConnectionError(f"the connection to {self.server} was lost", BACKEND)
+    def resync(self) -> None:
+        """Read the server's clock anew. Blocks. Raises `CacheConnectionError`."""
+        client: Any = Client(("", 0))
+        client.sock = DeadlineSocket(self._sock, self._clock, self._clock.monotonic() + self._timeout)
         try:
-            self._sock.allow(self._timeout + len(data) / SLOWEST_LINE)
-            self._sock.sendall(data)
-            return self._read(count)
-        except (OSError, Nonsense, Refusal, EOFError, ValueError) as error:
+            self._sync(client)
+            self._sock.setblocking(False)
+        except (OSError, MemcacheError, ValueError, KeyError) as error:
             self.close()
             raise lost(error, self.server, self._timeout) from None
+
+    async def converse(self, talk: Talk[T]) -> T:
+        """What a talk comes to: it yields commands and how many they are, and is sent the answers, or thrown the
+        `CacheError` that says why there are none."""
+        scope = CancelScope(deadline=current_time() + self._timeout)
+        try:
+            question = next(talk)
+            with scope:
+                while True:
+                    try:
+                        answers = await self._ask(question[0], question[1], scope)
+                    except CacheError as error:
+                        question = talk.throw(error)
+                    else:
+                        question = talk.send(answers)
+            self.close()
+            talk.throw(lost(TimeoutError(), self.server, self._timeout))
+        except StopIteration as done:
+            result: T = done.value
+            return result
         except BaseException:
             self.close()
             raise
-
-    def shut(self) -> None:
-        """Break off what is under way in another thread. The connection is of no more use, but still to be closed."""
-        self._sock.shut()
+        raise RuntimeError("a talk went on though the connection was lost")
 
     def close(self) -> None:
         self.lost = True
-        self._client.close()
+        self._sock.close()
 
-    def _read(self, count: int) -> list[Answer]:
+    async def _ask(self, data: bytes, count: int, scope: CancelScope) -> list[Answer]:
+        if self.lost:
+            raise CacheConnectionError(f"the connection to {self.server} was lost", BACKEND)
+        try:
+            await self._send(data, scope)
+            return await self._read(count, scope)
+        except (OSError, Nonsense, Refusal, EOFError, ValueError) as error:
+            self.close()
+            raise lost(error, self.server, self._timeout) from None
+
+    async def _send(self, data: bytes, scope: CancelScope) -> None:
+        rest = memoryview(data)
+        while rest:
+            try:
+                sent = self._sock.send(rest)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                await wait_writable(self._sock)
+            except ssl.SSLWantReadError:
+                await wait_readable(self._sock)
+            else:
+                rest = rest[sent:]
+                if rest:
+                    scope.deadline += sent / SLOWEST_LINE
+
+    async def _receive(self, size: int) -> bytes:
+        while True:
+            try:
+                data = self._sock.recv(size)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                await wait_readable(self._sock)
+            except ssl.SSLWantWriteError:
+                await wait_writable(self._sock)
+            else:
+                if not data:
+                    raise EOFError
+                return data
+
+    async def _read(self, count: int, scope: CancelScope) -> list[Answer]:
         answers: list[Answer] = []
-        buffer = bytearray()
+        buffer = b""
         at = 0
-        receive = self._sock.recv
+        await wait_readable(self._sock)
         while len(answers) < count:
             end = buffer.find(b"\r\n", at)
             if end < 0:
-                self._more(buffer, receive(READ_BYTES))
+                buffer = buffer[at:] + await self._receive(READ_BYTES)
+                at = 0
                 continue
-            line = bytes(buffer[at:end])
+            line = buffer[at:end]
             if line[:3] == b"VA ":
-                words = line.split(b" ")
-                start, stop = end + 2, end + 2 + int(words[1])
-                while len(buffer) < stop + 2:
-                    self._more(buffer, receive(max(READ_BYTES, stop + 2 - len(buffer))))
+                _, size, token = line.split(b" ", 2)
+                start, stop = end + 2, end + 2 + int(size)
+                if len(buffer) < stop + 2:
+                    buffer = await self._rest(buffer[start:], stop + 2 - start, scope)
+                    start, stop = 0, stop - start
                 if buffer[stop : stop + 2] != b"\r\n":
                     raise Nonsense("a value has another size than was said")
-                answers.append((bytes(buffer[start:stop]), _token(words[2])))
+                answers.append((buffer[start:stop], _token(token)))
                 at = stop + 2
                 continue
             code = _CODES.get(line[:2]) if line[2:3] in (b"", b" ") else None
@@ -211,16 +255,19 @@ class Connection:
             raise Nonsense("it says more than it was asked")
         return answers
 
-    def _more(self, buffer: bytearray, data: bytes) -> None:
-        if not data:
-            raise EOFError
-        buffer += data
-        self._sock.deadline += len(data) / SLOWEST_LINE
+    async def _rest(self, begun: bytes, size: int, scope: CancelScope) -> bytes:
+        """At least `size` bytes, of which some are there."""
+        pieces, have = [begun], len(begun)
+        while have < size:
+            pieces.append(await self._receive(max(READ_BYTES, min(size - have, READ_LARGE))))
+            have += len(pieces[-1])
+            scope.deadline += len(pieces[-1]) / SLOWEST_LINE
+        return b"".join(pieces)
 
-    def _sync(self) -> int:
+    def _sync(self, client: Any) -> int:
         """Learn what time it is for the server, and say when it was started."""
         before = self._clock.monotonic()
-        stats: Any = self._client.stats()
+        stats: Any = client.stats()
         after = self._clock.monotonic()
         at, uptime = int(stats[b"time"]), int(stats[b"uptime"])
         # It names the second that has begun, at some moment between asking and hearing.
@@ -237,8 +284,3 @@ def _token(word: bytes) -> int:
     if word[:1] not in (b"c", b"O"):
         raise Nonsense("an answer has no CAS token")
     return int(word[1:])
-
-
-def join(commands: Sequence[bytes]) -> bytes:
-    """Several commands as one piece."""
-    return commands[0] if len(commands) == 1 else b"".join(commands)

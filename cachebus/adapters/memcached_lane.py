@@ -1,67 +1,52 @@
-"""The way to one Memcached server: one batch at a time in a worker thread, so that their order holds."""
+"""The way to one Memcached server: one batch at a time, so that their order holds."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import anyio
 from anyio import to_thread
 
 from cachebus.messages import CacheClosed, CacheConnectionError, CacheError
 
-from .memcached_connection import Connection, Dial, Place
+from .memcached_connection import Connection, Dial, Place, Talk
 from .memcached_errors import BACKEND
 
-Work = Callable[[Connection], Any]
+T = TypeVar("T")
 
 
-class _Job:
-    """One piece of work in a thread, and who closes the connection when nobody waits for it any more."""
+class _Attempt:
+    """One attempt to connect, in a thread, and who closes the connection when nobody waits for it any more."""
 
-    def __init__(self, connection: Connection | None) -> None:
-        self.connection = connection
-        self.refused_after: float | None = None
+    def __init__(self, dial: Dial, place: Place) -> None:
+        self._dial = dial
+        self._place = place
         self._guard = threading.Lock()
+        self._made: Connection | None = None
         self._abandoned = False
-        self._running = False
 
-    def begin(self) -> None:
-        """The thread runs. Raises `CacheConnectionError` if nobody waits any more."""
+    def connect(self) -> Connection:
+        """Called by the thread."""
+        made = self._dial.connect(self._place)
         with self._guard:
-            self._check()
-            self._running = True
+            self._made = made
+            if self._abandoned:
+                made.close()
+        return made
 
-    def connected(self, connection: Connection) -> None:
-        """The thread has made a connection. Raises `CacheConnectionError` if nobody waits any more."""
-        with self._guard:
-            self.connection = connection
-            self._check()
-
-    def finish(self) -> None:
-        """The thread is done."""
-        with self._guard:
-            self._running = False
-            if self._abandoned and self.connection is not None:
-                self.connection.close()
-
-    def abandon(self) -> bool:
-        """Nobody waits any more: the thread shall come to an end. `True` if it is not at work, and now never will be."""
+    def abandon(self) -> None:
+        """Called by the event loop."""
         with self._guard:
             self._abandoned = True
-            if self._running and self.connection is not None:
-                self.connection.shut()
-            return not self._running
-
-    def _check(self) -> None:
-        if self._abandoned:
-            raise CacheConnectionError("the batch was given up", BACKEND)
+            if self._made is not None:
+                self._made.close()
 
 
 class Lane:
-    """A server, the connection to it, and at most `most` threads that deal with it: one that works, and those of batches
-    that were given up while a name was looked up or a connection was made, which nothing can hurry.
+    """A server, the connection to it, and at most `most` threads that connect to it: one for whoever waits, the others
+    those of batches that were given up while a name was looked up, which nothing can hurry.
 
     With `cautious`, a server that could not be reached is left alone for as long as the attempt took, so that one of
     several that answers nothing does not hold up the others' keys.
@@ -73,7 +58,7 @@ class Lane:
         self._dial = dial
         self._most = most
         self._cautious = cautious
-        self._turn = anyio.Lock()
+        self._turn = anyio.Lock(fast_acquire=True)
         self._threads = anyio.CapacityLimiter(most)
         self._closed = False
         self._refused: CacheError | None = None
@@ -82,36 +67,26 @@ class Lane:
     def __repr__(self) -> str:
         return f"<Lane to {self.place}, {self._threads.borrowed_tokens}/{self._most} threads>"
 
-    async def run(self, work: Work) -> Any:
-        """What `work` makes of the connection. Work is done in the order in which it comes.
+    async def run(self, talk: Callable[[Connection], Talk[T]]) -> T:
+        """What a talk over the connection comes to. Talks are held in the order in which they come.
 
-        Raises `CacheConnectionError` when there is no connection. Cancelled, it breaks the work off.
+        Raises `CacheConnectionError` when there is no connection. Cancelled, it breaks the talk off and the connection.
         """
         async with self._turn:
             if self._closed:
                 raise CacheClosed("the connection to memcached was closed")
-            if self._threads.available_tokens < 1:
-                raise CacheConnectionError(
-                    f"{self._most} threads wait for {self.place}, which is all there may be", BACKEND
-                )
-            if self._refused is not None and self._dial.clock.monotonic() < self._again_at:
-                raise self._refused
-            job = _Job(None if self.connection is None or self.connection.lost else self.connection)
-            try:
-                result = await to_thread.run_sync(
-                    self._carry_out, job, work, abandon_on_cancel=True, limiter=self._threads
-                )
-            except CacheError as error:
-                self.connection = job.connection
-                if job.refused_after is not None and self._cautious:
-                    self._refused, self._again_at = error, self._dial.clock.monotonic() + job.refused_after
-                raise
-            except BaseException:
-                # A thread that is at work closes its connection when it finds that it was given up.
-                self.connection = job.connection if job.abandon() else None
-                raise
-            self.connection, self._refused = job.connection, None
-            return result
+            connection = self.connection
+            if connection is None or connection.lost:
+                connection = self.connection = await self._connect()
+            elif connection.out_of_sync:
+                await self._resync(connection)
+            return await connection.converse(talk(connection))
+
+    async def connect(self) -> None:
+        """Make the connection, unless there is one. Raises `CacheConnectionError`."""
+        async with self._turn:
+            if self.connection is None or self.connection.lost:
+                self.connection = await self._connect()
 
     async def close(self) -> None:
         """Finish what is under way, then close. Cancelled, it closes at once."""
@@ -124,24 +99,32 @@ class Lane:
                 self.connection.close()
                 self.connection = None
 
-    def _carry_out(self, job: _Job, work: Work) -> Any:
-        """In a worker thread."""
-        job.begin()
-        try:
-            if job.connection is None:
-                job.connected(self._connect(job))
-            assert job.connection is not None
-            return work(job.connection)
-        finally:
-            job.finish()
-
-    def _connect(self, job: _Job) -> Connection:
+    async def _connect(self) -> Connection:
         now = self._dial.clock.monotonic
         started = now()
+        if self._refused is not None and started < self._again_at:
+            raise self._refused
+        if self._threads.available_tokens < 1:
+            raise CacheConnectionError(f"{self._most} threads are connecting to {self.place} already", BACKEND)
+        attempt = _Attempt(self._dial, self.place)
         try:
-            return self._dial.connect(self.place)
-        except CacheError:
-            job.refused_after = now() - started
+            made = await to_thread.run_sync(attempt.connect, abandon_on_cancel=True, limiter=self._threads)
+        except CacheError as error:
+            if self._cautious:
+                self._refused, self._again_at = error, 2 * now() - started
+            raise
+        except BaseException:
+            attempt.abandon()
+            raise
+        self._refused = None
+        return made
+
+    async def _resync(self, connection: Connection) -> None:
+        try:
+            # Not to be abandoned: the thread reads from the connection, for no longer than an answer may take.
+            await to_thread.run_sync(connection.resync, limiter=self._threads)
+        except BaseException:
+            connection.close()
             raise
 
 

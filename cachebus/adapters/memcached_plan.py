@@ -43,7 +43,7 @@ from cachebus.messages import (
 )
 
 from .forms import INT, encode_form
-from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection
+from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection, Talk
 from .memcached_entries import (
     HEADER,
     MISSING,
@@ -67,7 +67,7 @@ Settle = Callable[[Answer], None]
 
 
 class Plan:
-    """A batch for one server, carried out in a worker thread."""
+    """A batch for one server, on its way."""
 
     def __init__(
         self, connection: Connection, keys: Keys, default_ttl: float | None, batch: Sequence[Request[Any]]
@@ -79,18 +79,17 @@ class Plan:
         self._tail = keys.tail
         self._default_ttl = default_ttl
 
-    def run(self) -> list[Reply]:
+    def run(self) -> Talk[list[Reply]]:
         """Carry the batch out. What goes wrong is in the replies."""
         batch, at, end = self._batch, 0, len(self._batch)
         first, looks = 0, True
         try:
-            self._connection.refresh()
             while at < end:
                 first, looks = at, _looks_first(batch[at])
                 while at < end and _looks_first(batch[at]) == looks:
                     at += 1
                 self._session.sent = False
-                (self._carefully if looks else self._directly)(first, at)
+                yield from (self._carefully if looks else self._directly)(first, at)
         except CacheError as error:
             if not looks:
                 self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
@@ -106,16 +105,16 @@ class Plan:
 
     # What needs no look
 
-    def _directly(self, first: int, end: int) -> None:
+    def _directly(self, first: int, end: int) -> Talk[None]:
         while True:
             try:
-                if not self._only_gets(first, end):
-                    self._mixed(first, end)
+                if not (yield from self._only_gets(first, end)):
+                    yield from self._mixed(first, end)
                 return
             except Moved:
                 self.replies[first:end] = [None] * (end - first)
 
-    def _only_gets(self, first: int, end: int) -> bool:
+    def _only_gets(self, first: int, end: int) -> Talk[bool]:
         """The commonest run in its simplest form; `False` if it is not that."""
         places: list[int] = []
         slots: dict[str, int] = {}
@@ -124,7 +123,7 @@ class Plan:
             if type(request) is not Get:
                 return False
             places.append(slots.setdefault(request.key, len(slots)))
-        head, tail = self._session.head, self._tail
+        head, tail = (yield from self._session.head()), self._tail
         try:
             tails = [tail(key) for key in slots]
         except CacheError:
@@ -134,7 +133,7 @@ class Plan:
         for at in range(0, len(lines), GETS_PART):
             piece = lines[at : at + GETS_PART]
             commands.add("".join(piece).encode(), reads=True, count=len(piece))
-        answers = self._session.ask(commands)
+        answers = yield from self._session.ask(commands)
         epoch, now = self._connection.epoch, self._connection.now()
         for position, place in enumerate(places, first):
             answer = answers[place]
@@ -145,11 +144,11 @@ class Plan:
                 self.replies[position] = MISSING if answer == MISS else _failed(answer)
         return True
 
-    def _mixed(self, first: int, end: int) -> None:
+    def _mixed(self, first: int, end: int) -> Talk[None]:
         commands = Commands()
         settles: list[list[Settle]] = []
         reads: dict[str, list[Settle]] = {}
-        head = self._session.head
+        head = yield from self._session.head()
 
         def read(key: str, make: Callable[[bytes, Answer], None]) -> None:
             name, kept = self._tail(key)
@@ -192,7 +191,7 @@ class Plan:
             except CacheError as error:
                 self.replies[position] = Failed.of(error)
         if settles:
-            for answer, wanted in zip(self._session.ask(commands), settles, strict=True):
+            for answer, wanted in zip((yield from self._session.ask(commands)), settles, strict=True):
                 for settle in wanted:
                     settle(answer)
 
@@ -290,12 +289,12 @@ class Plan:
 
     # What looks first
 
-    def _carefully(self, first: int, end: int) -> None:
+    def _carefully(self, first: int, end: int) -> Talk[None]:
         """Read, decide, write under the token that was read; whose token was another's meanwhile does it again."""
         waiting = list(range(first, end))
         for _ in range(TRIES):
             try:
-                waiting = self._round(waiting)
+                waiting = yield from self._round(waiting)
             except Moved:
                 continue
             if not waiting:
@@ -304,12 +303,12 @@ class Plan:
         for position in waiting:
             self.replies[position] = Failed.of(error)
 
-    def _round(self, waiting: list[int]) -> list[int]:
+    def _round(self, waiting: list[int]) -> Talk[list[int]]:
         """One try for the requests at these positions; those that have to be tried again."""
         session, batch = self._session, self._batch
         states: dict[tuple[str, bytes], _State] = {}
         commands = Commands()
-        head = session.head
+        head = yield from session.head()
         keyed: list[tuple[int, _State]] = []
         for position in waiting:
             request: Any = batch[position]
@@ -325,7 +324,7 @@ class Plan:
             keyed.append((position, state))
         if not states:
             return []
-        for state, answer in zip(states.values(), session.ask(commands), strict=True):
+        for state, answer in zip(states.values(), (yield from session.ask(commands)), strict=True):
             state.answer = answer
         again: list[int] = []
         for position, state in keyed:
@@ -347,7 +346,7 @@ class Plan:
             assert state.entry is not None
             commands.add(_ms(head + state.name, state.entry, state.seconds, state.condition()), reads=False)
         try:
-            answers = session.ask(commands)
+            answers = yield from session.ask(commands)
         except Moved:
             return sorted(again + [position for state in writing for position in state.drafts])
         for state, answer in zip(writing, answers, strict=True):

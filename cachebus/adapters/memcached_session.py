@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cachebus.messages import CacheBackendError, CacheError
 
-from .memcached_connection import MISS, Answer, Connection
+from .memcached_connection import MISS, Answer, Connection, Talk
 from .memcached_errors import BACKEND, Nonsense, lost
 from .memcached_keys import Keys, is_generation, new_generation
 
@@ -65,16 +65,15 @@ class Session:
         self.sent = False
         self._mark = 0
 
-    @property
-    def head(self) -> str:
+    def head(self) -> Talk[str]:
         """What the names of the namespace's keys begin with now."""
         connection = self.connection
         if connection.generation is None:
-            self._learn()
+            yield from self._learn()
         assert connection.generation is not None
         return self.keys.head(connection.generation)
 
-    def ask(self, commands: Commands) -> list[Answer]:
+    def ask(self, commands: Commands) -> Talk[list[Answer]]:
         """The answers to commands. Raises `Moved` when they were made for another generation, and `CacheError` when
         there are no answers."""
         answers: list[Answer] = []
@@ -82,21 +81,21 @@ class Session:
             self._mark += 1
             question = f"mg {self.keys.generation_name} v O{self._mark}\r\n".encode()
             self.sent = True
-            told = self.connection.ask(b"".join((question, *part)), count + 1)
-            self._check(told[0])
+            told = yield b"".join((question, *part)), count + 1
+            yield from self._check(told[0])
             answers += told[1:]
         return answers
 
-    def clear(self) -> None:
+    def clear(self) -> Talk[None]:
         """Give the namespace a generation that never was. Raises `CacheError` when that could not be done."""
         fresh = new_generation(self.connection.now())
         self.sent = True
-        (answer,) = self.connection.ask(self._store(fresh, ""), 1)
+        (answer,) = yield self._store(fresh, ""), 1
         if answer != 0:
             raise answer if isinstance(answer, CacheError) else self._nonsense(answer)
         self.connection.generation = fresh
 
-    def _check(self, answer: Answer) -> None:
+    def _check(self, answer: Answer) -> Talk[None]:
         connection = self.connection
         if isinstance(answer, tuple) and is_generation(answer[0]):
             if answer[1] != self._mark:
@@ -107,16 +106,16 @@ class Session:
                 raise Moved
             return
         connection.generation = None
-        self._learn(answer)
+        yield from self._learn(answer)
         raise Moved
 
-    def _learn(self, answer: Answer | None = None) -> None:
+    def _learn(self, answer: Answer | None = None) -> Talk[None]:
         """Find out the generation, and make one where there is none. Whoever comes first makes it for all."""
         question = f"mg {self.keys.generation_name} v c\r\n".encode()
         for _ in range(GENERATION_TRIES):
             if answer is None or isinstance(answer, tuple):
                 # A mark is no CAS token, so what a check saw is looked at again.
-                (answer,) = self.connection.ask(question, 1)
+                (answer,) = yield question, 1
             if isinstance(answer, tuple):
                 if is_generation(answer[0]):
                     self.connection.generation = answer[0].decode()
@@ -129,7 +128,7 @@ class Session:
                 raise answer
             else:
                 raise self._nonsense(answer)
-            (stored,) = self.connection.ask(command, 1)
+            (stored,) = yield command, 1
             if isinstance(stored, CacheError):
                 raise stored
             answer = None
