@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from cachebus.messages import CacheConfigurationError
 
+from .memcached_settings import MemcachedSettings
 from .options import (
     AtLeastOne,
     MaybeAtLeastOne,
@@ -35,7 +36,6 @@ from .options import (
     shown,
     unknown_option,
 )
-from .memcached_settings import MemcachedSettings
 from .redis_settings import RedisSettings
 from .sources import PREFIX, Environment, read_file
 from .urls import did_you_mean, is_url, parse_url, redact_url

@@ -11,8 +11,8 @@ from pydantic import SecretStr
 from cachebus.actors.ports import BatchStore, Clock, InlineStore
 from cachebus.messages import CacheConfigurationError
 
-from .options import shown
 from .memcached_settings import MemcachedSettings
+from .options import shown
 from .redis_settings import RedisSettings, host_and_port
 from .settings import BackendSettings, MemorySettings, NullSettings, PluginSettings
 from .urls import STORES

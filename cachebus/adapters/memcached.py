@@ -28,6 +28,7 @@ from cachebus.messages import (
     StoredMany,
 )
 
+from .memcached_chunks import CHUNKED_MAX
 from .memcached_connection import Dial, Place
 from .memcached_entries import HEADER
 from .memcached_errors import BACKEND
@@ -35,6 +36,7 @@ from .memcached_keys import Hasher, Keys, blake
 from .memcached_lane import Lane, common
 from .memcached_plan import Plan
 from .memcached_session import Session
+from .memcached_values import Values
 from .tls import TlsFiles
 
 __all__ = ["MemcachedStore", "Place", "TlsFiles"]
@@ -68,8 +70,7 @@ class MemcachedStore:
         self._keys = Keys(namespace, hasher)
         self._places = tuple(places)
         self._tls = tls
-        self._chunked = chunked
-        self._default_ttl = default_ttl
+        self._values = Values(self._keys, default_ttl, chunked)
         self._max_connections = max_connections
         self._dial = Dial(clock=clock, connect_timeout=connect_timeout, timeout=timeout)
         self._lanes: dict[str, Lane] = {}
@@ -100,7 +101,9 @@ class MemcachedStore:
         limit = common(list(self._lanes.values()), lambda connection: connection.entry_max)
         if limit is None:
             raise failures[0]
-        self.capabilities = dataclasses.replace(self.capabilities, max_value_bytes=limit - HEADER.size)
+        self.capabilities = dataclasses.replace(
+            self.capabilities, max_value_bytes=CHUNKED_MAX if self._values.chunked else limit - HEADER.size
+        )
 
     async def close(self) -> None:
         """Finish what is under way, then close; cancelled, break it off."""
@@ -130,9 +133,7 @@ class MemcachedStore:
     async def _on(self, lane: Lane, batch: Sequence[Request[Any]]) -> list[Reply]:
         """The replies of one server."""
 
-        return await lane.run(
-            lambda connection: Plan(connection, self._keys, self._default_ttl, batch).run()
-        )
+        return await lane.run(lambda connection: Plan(connection, self._values, batch).run())
 
     async def _clear(self) -> Reply:
         failures: list[CacheError] = []

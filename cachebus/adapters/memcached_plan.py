@@ -1,8 +1,7 @@
 """From requests to Memcached commands and back: a batch for one server becomes as few round trips as keep its order.
 
-Neighbours that need not look before they leap go in one piece: reads (equal keys share a place), plain writes and
-removals. The rest is read first and written under the CAS token that was read, as often as others come in between, up
-to a bound.
+Neighbours that need not look before they write go in one piece: reads (equal keys share a place), plain writes and
+removals. The others go in rounds (`memcached_rounds`).
 """
 
 from __future__ import annotations
@@ -11,13 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cachebus.messages import (
-    Add,
-    CacheBackendError,
-    CacheCapacityError,
     CacheError,
     CapabilityError,
-    CompareAndSet,
-    Counted,
     Delete,
     Deleted,
     DeleteMany,
@@ -27,69 +21,57 @@ from cachebus.messages import (
     FoundMany,
     Get,
     GetMany,
-    Increment,
-    Missing,
-    NotStored,
-    Present,
     Reply,
     Request,
     Set,
     SetMany,
     Stored,
     StoredMany,
-    Touch,
-    Ttl,
-    WrongType,
 )
 
-from .forms import INT, encode_form
-from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection, Talk
-from .memcached_entries import (
-    HEADER,
-    MISSING,
-    Entry,
-    expiry_of,
-    found_or_fail,
-    pack_entry,
-    read_entry,
-    server_expiry,
-)
+from .forms import decode_form, encode_form
+from .memcached_chunks import chunk_tails, whole
+from .memcached_connection import MISS, Answer, Connection, Talk
+from .memcached_entries import CHUNKED, MISSING, Entry, found_of, found_or_fail
 from .memcached_errors import BACKEND, in_doubt
-from .memcached_keys import Keys
-from .memcached_session import Commands, Moved, Session
-
-TRIES = 100
-"""How often a value is read and written back before others that write it all the time win."""
+from .memcached_rounds import Rounds, looks_first
+from .memcached_session import Commands, Moved, Session, first_error
+from .memcached_values import Values, entry_of, not_found
 
 GETS_PART = 100
+"""Reads that are sent as one piece of a command: with the longest of keys, what may be sent in one."""
 
 Settle = Callable[[Answer], None]
+Read = Callable[[bytes, Answer], None]
+"""Takes in an answer; told first what the entry keeps of the key."""
 
 
 class Plan:
     """A batch for one server, on its way."""
 
-    def __init__(
-        self, connection: Connection, keys: Keys, default_ttl: float | None, batch: Sequence[Request[Any]]
-    ) -> None:
+    def __init__(self, connection: Connection, values: Values, batch: Sequence[Request[Any]]) -> None:
         self.replies: list[Any] = [None] * len(batch)
         self._batch = batch
         self._connection = connection
-        self._session = Session(connection, keys)
-        self._tail = keys.tail
-        self._default_ttl = default_ttl
+        self._session = Session(connection, values.keys)
+        self._values = values
+        self._tail = values.keys.tail
 
     def run(self) -> Talk[list[Reply]]:
         """Carry the batch out. What goes wrong is in the replies."""
         batch, at, end = self._batch, 0, len(self._batch)
         first, looks = 0, True
+        rounds = Rounds(self._session, self._values, batch, self.replies)
         try:
             while at < end:
-                first, looks = at, _looks_first(batch[at])
-                while at < end and _looks_first(batch[at]) == looks:
+                first, looks = at, looks_first(batch[at])
+                while at < end and looks_first(batch[at]) == looks:
                     at += 1
-                self._session.sent = False
-                yield from (self._carefully if looks else self._directly)(first, at)
+                self._session.writing = False
+                if looks:
+                    yield from rounds.run(first, at)
+                else:
+                    yield from self._directly(first, at)
         except CacheError as error:
             if not looks:
                 self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
@@ -100,16 +82,14 @@ class Plan:
         """What has no reply yet gets the error. What lies before `end` may have been sent."""
         for at, request in enumerate(self._batch):
             if self.replies[at] is None:
-                doubtful = at < end and self._session.sent and not request.IDEMPOTENT and error.transient
+                doubtful = at < end and self._session.writing and not request.IDEMPOTENT and error.transient
                 self.replies[at] = Failed.of(in_doubt(error) if doubtful else error)
-
-    # What needs no look
 
     def _directly(self, first: int, end: int) -> Talk[None]:
         while True:
             try:
                 if not (yield from self._only_gets(first, end)):
-                    yield from self._mixed(first, end)
+                    yield from Mixed(self._session, self._values, self._batch, self.replies).run(first, end)
                 return
             except Moved:
                 self.replies[first:end] = [None] * (end - first)
@@ -123,11 +103,12 @@ class Plan:
             if type(request) is not Get:
                 return False
             places.append(slots.setdefault(request.key, len(slots)))
-        head, tail = (yield from self._session.head()), self._tail
+        tail = self._tail
         try:
             tails = [tail(key) for key in slots]
         except CacheError:
             return False
+        head = yield from self._session.head()
         lines = [f"mg {head}{name} v c\r\n" for name, _ in tails]
         commands = Commands()
         for at in range(0, len(lines), GETS_PART):
@@ -135,342 +116,196 @@ class Plan:
             commands.add("".join(piece).encode(), reads=True, count=len(piece))
         answers = yield from self._session.ask(commands)
         epoch, now = self._connection.epoch, self._connection.now()
+        large: list[tuple[int, str | None, Entry]] = []
         for position, place in enumerate(places, first):
             answer = answers[place]
             if type(answer) is tuple:
                 # Taken apart for each, so that no two callers share a list or a dict.
-                self.replies[position] = found_or_fail(answer[0], answer[1], tails[place][1], epoch, now)
+                reply = found_or_fail(answer[0], answer[1], tails[place][1], epoch, now)
+                if type(reply) is Entry:
+                    large.append((position, None, reply))
+                self.replies[position] = reply
             else:
-                self.replies[position] = MISSING if answer == MISS else _failed(answer)
+                self.replies[position] = MISSING if answer == MISS else not_found(answer)
+        if large:
+            yield from fetch(self._session, large, self.replies)
         return True
 
-    def _mixed(self, first: int, end: int) -> Talk[None]:
-        commands = Commands()
-        settles: list[list[Settle]] = []
-        reads: dict[str, list[Settle]] = {}
+
+class Mixed:
+    """Reads, plain writes and removals that go in one piece."""
+
+    def __init__(self, session: Session, values: Values, batch: Sequence[Request[Any]], replies: list[Any]) -> None:
+        self._session = session
+        self._connection = session.connection
+        self._values = values
+        self._tail = values.keys.tail
+        self._batch = batch
+        self._replies = replies
+        self._commands = Commands()
+        self._settles: list[list[Settle]] = []
+        self._reads: dict[str, list[Settle]] = {}
+        self._large: list[tuple[int, str | None, Entry]] = []
+        self._orphans: list[str] = []
+
+    def run(self, first: int, end: int) -> Talk[None]:
+        """Carry out the requests from `first` to before `end`."""
         head = yield from self._session.head()
-
-        def read(key: str, make: Callable[[bytes, Answer], None]) -> None:
-            name, kept = self._tail(key)
-            wanted = reads.get(name)
-            if wanted is None:
-                wanted = reads[name] = []
-                settles.append(wanted)
-                commands.add(f"mg {head}{name} v c\r\n".encode(), reads=True)
-            wanted.append(lambda answer: make(kept, answer))
-
-        def write(data: bytes, settle: Settle, *, reads_too: bool = False) -> None:
-            reads.clear()
-            settles.append([settle])
-            commands.add(data, reads=reads_too)
-
         for position in range(first, end):
-            request: Any = self._batch[position]
             try:
-                match request:
-                    case Get(key=key):
-                        read(key, self._got(position))
-                    case Exists(key=key):
-                        read(key, self._existing(position))
-                    case GetMany(keys=keys):
-                        for key in keys:
-                            self._tail(key)
-                        self.replies[position] = FoundMany({})
-                        for key in dict.fromkeys(keys):
-                            read(key, self._got(position, key))
-                    case Set() | SetMany():
-                        self._sets(position, request, head, write)
-                    case Delete(key=key):
-                        self.replies[position] = Deleted(0)
-                        self._delete(position, [key], head, read, write)
-                    case DeleteMany(keys=keys):
-                        self.replies[position] = Deleted(0)
-                        self._delete(position, list(dict.fromkeys(keys)), head, read, write)
-                    case _:
-                        raise CapabilityError(store=BACKEND, capability=type(request).__name__)
+                self._add(position, self._batch[position], head)
             except CacheError as error:
-                self.replies[position] = Failed.of(error)
-        if settles:
-            for answer, wanted in zip((yield from self._session.ask(commands)), settles, strict=True):
-                for settle in wanted:
-                    settle(answer)
+                self._replies[position] = Failed.of(error)
+        if not self._settles:
+            return
+        self._session.writing = True
+        answers = yield from self._session.ask(self._commands)
+        for answer, wanted in zip(answers, self._settles, strict=True):
+            for settle in wanted:
+                settle(answer)
+        self._session.writing = False
+        if self._large:
+            yield from fetch(self._session, self._large, self._replies)
+        if self._orphans:
+            commands = Commands()
+            for name in self._orphans:
+                commands.add(f"md {head}{name}\r\n".encode(), reads=False)
+            yield from self._session.ask(commands)
 
-    def _got(self, position: int, key: str | None = None) -> Callable[[bytes, Answer], None]:
-        def settle(kept: bytes, answer: Answer) -> None:
-            reply: Any = _failed(answer)
-            if type(answer) is tuple:
-                connection = self._connection
-                reply = found_or_fail(answer[0], answer[1], kept, connection.epoch, connection.now())
-            whole = self.replies[position]
-            if key is None:
-                self.replies[position] = reply
-            elif type(whole) is FoundMany:
-                if type(reply) is Found:
-                    whole.entries[key] = reply
-                elif type(reply) is Failed:
-                    self.replies[position] = reply
-
-        return settle
-
-    def _existing(self, position: int) -> Callable[[bytes, Answer], None]:
-        def settle(kept: bytes, answer: Answer) -> None:
-            try:
-                entry = self._entry(kept, answer)
-                self.replies[position] = MISSING if entry is None else entry.present(self._connection.now())
-            except CacheError as error:
-                self.replies[position] = Failed.of(error)
-
-        return settle
-
-    def _entry(self, kept: bytes, answer: Answer) -> Entry | None:
-        """The live entry that an answer holds. Raises `CacheError`."""
-        if isinstance(answer, CacheError):
-            raise answer
-        if not isinstance(answer, tuple):
-            return None
-        return read_entry(answer[0], answer[1], kept, self._connection.epoch, self._connection.now())
-
-    def _sets(self, position: int, request: Set | SetMany, head: str, write: Callable[..., None]) -> None:
-        if request.tags:
-            raise CapabilityError(store=BACKEND, capability="tags")
-        many = isinstance(request, SetMany)
-        items = request.items if isinstance(request, SetMany) else {request.key: request.value}
-        now = self._connection.now()
-        expiry = expiry_of(self._ttl(request.ttl), now)
-        packed = [
-            (name, self._pack(encode_form(value), kept, expiry, now))
-            for (name, kept), value in ((self._tail(key), value) for key, value in items.items())
-        ]
-        if many:
-            self.replies[position] = StoredMany(len(items))
-
-        def settle(answer: Answer) -> None:
-            if isinstance(answer, int) and answer > 0:
-                if not many:
-                    self.replies[position] = Stored(self._connection.epoch + answer)
-            else:
-                self.replies[position] = _failed(answer)
-
-        seconds = server_expiry(expiry, now)
-        for name, entry in packed:
-            write(_ms(head + name, entry, seconds), settle)
-
-    def _delete(
-        self,
-        position: int,
-        keys: list[str],
-        head: str,
-        read: Callable[[str, Callable[[bytes, Answer], None]], None],
-        write: Callable[..., None],
-    ) -> None:
-        for key in keys:
-            self._tail(key)
-
-        def settle(kept: bytes, answer: Answer) -> None:
-            try:
-                entry = self._entry(kept, answer)
-            except CacheError as error:
-                if isinstance(answer, CacheError):
-                    self.replies[position] = Failed.of(error)
-                    return
-                entry = None  # Not ours, and gone all the same.
-            whole = self.replies[position]
-            if entry is not None and isinstance(whole, Deleted):
-                self.replies[position] = Deleted(whole.count + 1)
-
-        def gone(answer: Answer) -> None:
-            if isinstance(answer, CacheError):
-                self.replies[position] = Failed.of(answer)
-
-        for key in keys:
-            # Looked at before it is removed, because Memcached still has what has expired for its readers.
-            read(key, settle)
-            write(f"md {head}{self._tail(key)[0]}\r\n".encode(), gone)
-
-    # What looks first
-
-    def _carefully(self, first: int, end: int) -> Talk[None]:
-        """Read, decide, write under the token that was read; whose token was another's meanwhile does it again."""
-        waiting = list(range(first, end))
-        for _ in range(TRIES):
-            try:
-                waiting = yield from self._round(waiting)
-            except Moved:
-                continue
-            if not waiting:
-                return
-        error = CacheBackendError(f"others wrote the key in between, {TRIES} times in a row; nothing was done", BACKEND)
-        for position in waiting:
-            self.replies[position] = Failed.of(error)
-
-    def _round(self, waiting: list[int]) -> Talk[list[int]]:
-        """One try for the requests at these positions; those that have to be tried again."""
-        session, batch = self._session, self._batch
-        states: dict[tuple[str, bytes], _State] = {}
-        commands = Commands()
-        head = yield from session.head()
-        keyed: list[tuple[int, _State]] = []
-        for position in waiting:
-            request: Any = batch[position]
-            try:
-                name, kept = self._tail(request.key)
-            except CacheError as error:
-                self.replies[position] = Failed.of(error)
-                continue
-            state = states.get((name, kept))
-            if state is None:
-                state = states[name, kept] = _State(name, kept)
-                commands.add(f"mg {head}{name} v c\r\n".encode(), reads=True)
-            keyed.append((position, state))
-        if not states:
-            return []
-        for state, answer in zip(states.values(), (yield from session.ask(commands)), strict=True):
-            state.answer = answer
-        again: list[int] = []
-        for position, state in keyed:
-            # One new version a round: two writes of one key are two versions. Counts have none of their own.
-            counting = state.number is not None and type(batch[position]) is Increment
-            if state.closed or (state.drafts and not counting):
-                state.closed = True
-                again.append(position)
-                continue
-            try:
-                self._decide(position, batch[position], state)
-            except CacheError as error:
-                self.replies[position] = Failed.of(error)
-        writing = [state for state in states.values() if state.entry is not None]
-        if not writing:
-            return again
-        commands = Commands()
-        for state in writing:
-            assert state.entry is not None
-            commands.add(_ms(head + state.name, state.entry, state.seconds, state.condition()), reads=False)
-        try:
-            answers = yield from session.ask(commands)
-        except Moved:
-            return sorted(again + [position for state in writing for position in state.drafts])
-        for state, answer in zip(writing, answers, strict=True):
-            if isinstance(answer, int) and answer > 0:
-                for position, reply in state.drafts.items():
-                    self.replies[position] = reply or Stored(self._connection.epoch + answer)
-            elif answer in (MISS, NOT_STORED, EXISTS):
-                again += state.drafts
-            else:
-                for position in state.drafts:
-                    self.replies[position] = _failed(answer)
-        return sorted(again)
-
-    def _decide(self, position: int, request: Request[Any], state: _State) -> None:
-        """Say what becomes of a request, or what is to be written for it."""
-        now = self._connection.now()
-        entry = self._entry(state.kept, state.answer) if state.entry is None else None
+    def _add(self, position: int, request: Any, head: str) -> None:
         match request:
-            case Set() | Add() | CompareAndSet():
-                if request.tags:
-                    raise CapabilityError(store=BACKEND, capability="tags")
-                version = 0.0 if entry is None else entry.version
-                if isinstance(request, CompareAndSet):
-                    fits = entry is not None and version == request.version
-                else:
-                    fits = (entry is None) == (isinstance(request, Add) or request.only_if == "absent")
-                form = encode_form(request.value)
-                expiry = expiry_of(self._ttl(request.ttl), now)
-                packed = self._pack(form, state.kept, expiry, now)
-                if not fits:
-                    self.replies[position] = NotStored(version)
-                    return
-                state.write(position, packed, server_expiry(expiry, now), None)
-            case Touch():
-                if entry is None:
-                    self.replies[position] = MISSING
-                    return
-                expiry = expiry_of(self._ttl(request.ttl), now)
-                form = bytes((entry.form,)) + entry.body
-                packed = pack_entry(form, state.kept, expiry, entry.stored_at, entry.version)
-                reply = Present(entry.version, expiry - now if expiry else None)
-                state.write(position, packed, server_expiry(expiry, now), reply)
-            case Increment():
-                self._count(position, request, state, entry, now)
+            case Get(key=key):
+                self._read(head, key, self._got(position))
+            case Exists(key=key):
+                self._read(head, key, self._existing(position))
+            case GetMany(keys=keys):
+                for key in keys:
+                    self._tail(key)
+                self._replies[position] = FoundMany({})
+                for key in dict.fromkeys(keys):
+                    self._read(head, key, self._got(position, key))
+            case Set() | SetMany():
+                self._set(position, request, head)
+            case Delete(key=key):
+                self._delete(position, (key,), head)
+            case DeleteMany(keys=keys):
+                self._delete(position, keys, head)
             case _:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
-    def _count(self, position: int, request: Increment, state: _State, entry: Entry | None, now: float) -> None:
-        if state.number is not None:
-            number, expiry = state.number + request.delta, state.expiry
-        elif entry is None:
-            if request.initial is None:
-                self.replies[position] = MISSING
-                return
-            number, expiry = request.initial + request.delta, expiry_of(self._ttl(request.ttl), now)
-        else:
-            if entry.form != INT:
-                raise WrongType("increment needs an int under the key")
+    def _read(self, head: str, key: str, make: Read) -> None:
+        name, kept = self._tail(key)
+        wanted = self._reads.get(name)
+        if wanted is None:
+            wanted = self._reads[name] = []
+            self._settles.append(wanted)
+            self._commands.add(f"mg {head}{name} v c\r\n".encode(), reads=True)
+        wanted.append(lambda answer: make(kept, answer))
+
+    def _write(self, command: bytes, settle: Settle) -> None:
+        self._reads.clear()  # What is read from here on is another value.
+        self._settles.append([settle])
+        self._commands.add(command, reads=False)
+
+    def _got(self, position: int, key: str | None = None) -> Read:
+        def settle(kept: bytes, answer: Answer) -> None:
+            reply: Any = not_found(answer) if type(answer) is not tuple else None
+            if type(answer) is tuple:
+                connection = self._connection
+                reply = found_or_fail(answer[0], answer[1], kept, connection.epoch, connection.now())
+                if type(reply) is Entry:
+                    self._large.append((position, key, reply))
+                    reply = MISSING
+            fill(self._replies, position, key, reply)
+
+        return settle
+
+    def _existing(self, position: int) -> Read:
+        def settle(kept: bytes, answer: Answer) -> None:
             try:
-                number = int(bytes(entry.body)) + request.delta
-            except ValueError:
-                raise WrongType("increment needs an int under the key") from None
-            expiry = entry.expiry
-        if not -(2**63) <= number < 2**63:
-            raise WrongType("increment leaves the range of a signed 64-bit integer; the value is unchanged")
-        state.number, state.expiry = number, expiry
-        packed = self._pack(b"I%d" % number, state.kept, expiry, now)
-        state.write(position, packed, server_expiry(expiry, now), Counted(number))
+                entry = entry_of(self._connection, kept, answer)
+                self._replies[position] = MISSING if entry is None else entry.present(self._connection.now())
+            except CacheError as error:
+                self._replies[position] = Failed.of(error)
 
-    # Common parts
+        return settle
 
-    def _ttl(self, ttl: Ttl) -> float | None:
-        return self._default_ttl if ttl == "default" else ttl
+    def _set(self, position: int, request: Set | SetMany, head: str) -> None:
+        if request.tags:
+            raise CapabilityError(store=BACKEND, capability="tags")
+        items = request.items if isinstance(request, SetMany) else {request.key: request.value}
+        expiry = self._values.expiry(request.ttl, self._connection.now())
+        commands: list[bytes] = []
+        for key, value in items.items():
+            name, kept = self._tail(key)
+            commands += self._values.pack(encode_form(value), kept, expiry, self._connection).commands(head, name)
+        if isinstance(request, SetMany):
+            self._replies[position] = StoredMany(len(items))
 
-    def _pack(self, form: bytes, kept: bytes, expiry: float, now: float) -> bytes:
-        """The entry of a value. Raises `CacheCapacityError` for what no item holds."""
-        limit = self._connection.entry_max - HEADER.size - len(kept)
-        if len(form) - 1 > limit:
-            raise CacheCapacityError("the value is too large for Memcached", len(form) - 1, limit)
-        return pack_entry(form, kept, expiry, now)
+        def settle(answer: Answer) -> None:
+            reply = self._replies[position]
+            if not isinstance(answer, int) or answer <= 0:
+                self._replies[position] = not_found(answer)
+            elif reply is None or type(reply) is Stored:  # The last one is the entry's.
+                self._replies[position] = Stored(self._connection.epoch + answer)
 
+        for command in commands:
+            self._write(command, settle)
 
-class _State:
-    """A key of which several requests may want something: what is under it, and what is to be."""
+    def _delete(self, position: int, keys: Sequence[str], head: str) -> None:
+        for key in keys:
+            self._tail(key)
+        self._replies[position] = Deleted(0)
 
-    __slots__ = ("answer", "closed", "drafts", "entry", "expiry", "kept", "name", "number", "seconds")
+        def settle(kept: bytes, answer: Answer) -> None:
+            try:
+                entry = entry_of(self._connection, kept, answer)
+            except CacheError as error:
+                if isinstance(answer, CacheError):
+                    self._replies[position] = Failed.of(error)
+                return  # Not ours, and gone all the same.
+            deleted = self._replies[position]
+            if entry is not None and isinstance(deleted, Deleted):
+                self._replies[position] = Deleted(deleted.count + 1)
+                if entry.form == CHUNKED:
+                    self._orphans += chunk_tails(entry.body)
 
-    def __init__(self, name: str, kept: bytes) -> None:
-        self.name = name
-        self.kept = kept
-        self.answer: Answer = MISS
-        self.closed = False
-        self.entry: bytes | None = None
-        self.seconds = 0
-        self.number: int | None = None
-        self.expiry = 0.0
-        self.drafts: dict[int, Reply | None] = {}
+        def gone(answer: Answer) -> None:
+            if isinstance(answer, CacheError):
+                self._replies[position] = Failed.of(answer)
 
-    def write(self, position: int, entry: bytes, seconds: int, reply: Reply | None) -> None:
-        """Write this, and give the reply if it is written; `None` is `Stored`, at the version that it gets."""
-        self.drafts[position] = reply
-        self.entry = entry
-        self.seconds = seconds
-
-    def condition(self) -> bytes:
-        """What must still be so for the write: there is nothing, or what was read."""
-        return b" C%d" % self.answer[1] if isinstance(self.answer, tuple) else b" ME"
-
-
-def _looks_first(request: Request[Any]) -> bool:
-    kind = type(request)
-    return kind in _CAREFUL or (kind is Set and request.only_if is not None)  # type: ignore[attr-defined]
-
-
-_CAREFUL = frozenset[type[Request[Any]]]({Add, CompareAndSet, Touch, Increment})
-
-
-def _ms(name: str, entry: bytes, seconds: int, condition: bytes = b"") -> bytes:
-    return b"".join((f"ms {name} {len(entry)} T{seconds} c".encode(), condition, b"\r\n", entry, b"\r\n"))
+        for key in dict.fromkeys(keys):
+            # Looked at before it is removed, because Memcached still has what has expired for its readers.
+            self._read(head, key, settle)
+            self._write(f"md {head}{self._tail(key)[0]}\r\n".encode(), gone)
 
 
-def _failed(answer: Answer) -> Missing | Failed:
-    if isinstance(answer, CacheError):
-        return Failed.of(answer)
-    if answer in (MISS, NOT_STORED, EXISTS):
-        return MISSING
-    return Failed.of(CacheBackendError("the server gave an answer to something else", BACKEND))
+def fetch(session: Session, large: list[tuple[int, str | None, Entry]], replies: list[Any]) -> Talk[None]:
+    """Read the chunks of large values for those who asked: positions, keys of a `GetMany`, and manifests."""
+    head = yield from session.head()
+    for position, key, entry in large:
+        tails = chunk_tails(entry.body)
+        commands = Commands()
+        for name in tails:
+            commands.add(f"mg {head}{name} v c\r\n".encode(), reads=True)
+        answers = (yield from session.ask(commands)) if tails else []
+        failure = first_error(answers)
+        reply: Reply = MISSING if failure is None else Failed.of(failure)
+        if failure is None and (found := whole(entry.body, answers) if tails else None) is not None:
+            try:
+                reply = found_of(entry, decode_form(*found), session.connection.now())
+            except CacheError as error:
+                reply = Failed.of(error)
+        fill(replies, position, key, reply)
+
+
+def fill(replies: list[Any], position: int, key: str | None, reply: Any) -> None:
+    """Put a reply in its place; with a key, in the place of the key among those of a `GetMany`."""
+    many = replies[position]
+    if key is None:
+        replies[position] = reply
+    elif type(many) is FoundMany:
+        if type(reply) is Found:
+            many.entries[key] = reply
+        elif type(reply) is Failed:
+            replies[position] = reply

@@ -59,10 +59,12 @@ class Session:
     costs no round trip; where it has changed, what was done went to a generation that nobody looks at any more, and is
     done again."""
 
+    # `writing` is true while commands are under way that must not be done twice.
+
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self.connection = connection
         self.keys = keys
-        self.sent = False
+        self.writing = False
         self._mark = 0
 
     def head(self) -> Talk[str]:
@@ -80,7 +82,6 @@ class Session:
         for part, count in zip(commands.parts, commands.counts, strict=True):
             self._mark += 1
             question = f"mg {self.keys.generation_name} v O{self._mark}\r\n".encode()
-            self.sent = True
             told = yield b"".join((question, *part)), count + 1
             yield from self._check(told[0])
             answers += told[1:]
@@ -89,7 +90,6 @@ class Session:
     def clear(self) -> Talk[None]:
         """Give the namespace a generation that never was. Raises `CacheError` when that could not be done."""
         fresh = new_generation(self.connection.now())
-        self.sent = True
         (answer,) = yield self._store(fresh, ""), 1
         if answer != 0:
             raise answer if isinstance(answer, CacheError) else self._nonsense(answer)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import hiredis
 
 from cachebus.actors.ports import Clock
-from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
+from cachebus.messages import CacheConnectionError, CacheError
 
 from .redis_connection import RedisConnection, pack
 from .redis_errors import BACKEND, translate_greeting, unreachable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_dial import Identity, Place
 from cachebus.bus.codec import JSON
 from cachebus.testing.fakes import CodecStore
-from cachebus.testing.servers import Server
+from cachebus.testing.servers import Server, run_memcached
 from cachebus.testing.stores import AnyStore, StoreConformance
 from tests.clock import ManualClock
 
@@ -106,6 +106,27 @@ class TestMemcached(StoreConformance):
     @pytest.fixture
     async def neighbour(self, memcached_server: Server) -> AsyncIterator[AnyStore]:
         async with opened_memcached([memcached_server], "t", self.default_ttl) as store:
+            yield store
+
+
+class TestTwoMemcacheds(StoreConformance):
+    """On two real servers that share the keys, with values over their limit for items in chunks."""
+
+    default_ttl = 120.0
+
+    @pytest.fixture(scope="class")
+    def servers(self) -> Iterator[Sequence[Server]]:
+        with run_memcached("-m", "512") as one, run_memcached("-m", "512") as other:
+            yield [one, other]
+
+    @pytest.fixture
+    async def store(self, servers: Sequence[Server]) -> AsyncIterator[AnyStore]:
+        async with opened_memcached(servers, f"t{uuid4().hex}", self.default_ttl, chunked=True) as store:
+            yield store
+
+    @pytest.fixture
+    async def neighbour(self, servers: Sequence[Server]) -> AsyncIterator[AnyStore]:
+        async with opened_memcached(servers, "t", self.default_ttl, chunked=True) as store:
             yield store
 
 
