@@ -109,24 +109,25 @@ class TestMemcached(StoreConformance):
             yield store
 
 
+@pytest.fixture(scope="module")
+def two_memcacheds() -> Iterator[Sequence[Server]]:
+    with run_memcached("-m", "512") as one, run_memcached("-m", "512") as other:
+        yield [one, other]
+
+
 class TestTwoMemcacheds(StoreConformance):
     """On two real servers that share the keys, with values over their limit for items in chunks."""
 
     default_ttl = 120.0
 
-    @pytest.fixture(scope="class")
-    def servers(self) -> Iterator[Sequence[Server]]:
-        with run_memcached("-m", "512") as one, run_memcached("-m", "512") as other:
-            yield [one, other]
-
     @pytest.fixture
-    async def store(self, servers: Sequence[Server]) -> AsyncIterator[AnyStore]:
-        async with opened_memcached(servers, f"t{uuid4().hex}", self.default_ttl, chunked=True) as store:
+    async def store(self, two_memcacheds: Sequence[Server]) -> AsyncIterator[AnyStore]:
+        async with opened_memcached(two_memcacheds, f"t{uuid4().hex}", self.default_ttl, chunked=True) as store:
             yield store
 
     @pytest.fixture
-    async def neighbour(self, servers: Sequence[Server]) -> AsyncIterator[AnyStore]:
-        async with opened_memcached(servers, "t", self.default_ttl, chunked=True) as store:
+    async def neighbour(self, two_memcacheds: Sequence[Server]) -> AsyncIterator[AnyStore]:
+        async with opened_memcached(two_memcacheds, "t", self.default_ttl, chunked=True) as store:
             yield store
 
 
