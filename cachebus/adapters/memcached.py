@@ -85,7 +85,7 @@ class MemcachedStore:
             self._dial = dataclasses.replace(self._dial, tls=context)
         several = len(self._places) > 1
         self._lanes = {
-            str(place): Lane(place, self._dial, self._max_connections, cautious=several) for place in self._places
+            str(place): Lane(place, self._dial, self._max_connections, aside=several) for place in self._places
         }
         failures: list[CacheError] = []
 

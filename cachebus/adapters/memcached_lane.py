@@ -16,53 +16,65 @@ from .memcached_errors import BACKEND
 
 T = TypeVar("T")
 
+BETWEEN_ATTEMPTS = 0.05
+"""Seconds before a server that refused is asked again, where nobody waits for it."""
+
 
 class _Attempt:
     """One attempt to connect, in a thread, and who closes the connection when nobody waits for it any more."""
 
     def __init__(self, dial: Dial, place: Place) -> None:
+        self.made: Connection | None = None
+        self.error: CacheError | None = None
+        self.ended_at = 0.0
         self._dial = dial
         self._place = place
         self._guard = threading.Lock()
-        self._made: Connection | None = None
         self._abandoned = False
 
     def connect(self) -> Connection:
-        """Called by the thread."""
+        """Called by a worker thread. Raises `CacheError`."""
         made = self._dial.connect(self._place)
         with self._guard:
-            self._made = made
+            self.made = made
             if self._abandoned:
                 made.close()
         return made
+
+    def try_to_connect(self) -> None:
+        """Called by a thread of its own: the outcome is `made` or `error`."""
+        try:
+            self.connect()
+        except CacheError as error:
+            self.ended_at = self._dial.clock.monotonic()
+            self.error = error
 
     def abandon(self) -> None:
         """Called by the event loop."""
         with self._guard:
             self._abandoned = True
-            if self._made is not None:
-                self._made.close()
+            if self.made is not None:
+                self.made.close()
 
 
 class Lane:
     """A server, the connection to it, and at most `most` threads that connect to it: one for whoever waits, the others
     those of batches that were given up while a name was looked up, which nothing can hurry.
 
-    With `cautious`, a server that could not be reached is left alone for as long as the attempt took, so that one of
-    several that answers nothing does not hold up the others' keys.
+    With `aside`, a server that is lost is connected to aside, by a thread for which nobody waits: what is asked meanwhile
+    fails at once, so that one of several servers that answers nothing does not hold up the others' keys.
     """
 
-    def __init__(self, place: Place, dial: Dial, most: int, *, cautious: bool) -> None:
+    def __init__(self, place: Place, dial: Dial, most: int, *, aside: bool) -> None:
         self.place = place
         self.connection: Connection | None = None
         self._dial = dial
         self._most = most
-        self._cautious = cautious
+        self._aside = aside
         self._turn = anyio.Lock(fast_acquire=True)
         self._threads = anyio.CapacityLimiter(most)
         self._closed = False
-        self._refused: CacheError | None = None
-        self._again_at = 0.0
+        self._attempt: _Attempt | None = None
 
     def __repr__(self) -> str:
         return f"<Lane to {self.place}, {self._threads.borrowed_tokens}/{self._most} threads>"
@@ -77,7 +89,7 @@ class Lane:
                 raise CacheClosed("the connection to memcached was closed")
             connection = self.connection
             if connection is None or connection.lost:
-                connection = self.connection = await self._connect()
+                connection = self.connection = self._found() if self._aside else await self._connect()
             elif connection.out_of_sync:
                 await self._resync(connection)
             return await connection.converse(talk(connection))
@@ -95,29 +107,39 @@ class Lane:
                 pass
         finally:
             self._closed = True
+            if self._attempt is not None:
+                self._attempt.abandon()
+                self._attempt = None
             if self.connection is not None:
                 self.connection.close()
                 self.connection = None
 
     async def _connect(self) -> Connection:
-        now = self._dial.clock.monotonic
-        started = now()
-        if self._refused is not None and started < self._again_at:
-            raise self._refused
         if self._threads.available_tokens < 1:
             raise CacheConnectionError(f"{self._most} threads are connecting to {self.place} already", BACKEND)
         attempt = _Attempt(self._dial, self.place)
         try:
-            made = await to_thread.run_sync(attempt.connect, abandon_on_cancel=True, limiter=self._threads)
-        except CacheError as error:
-            if self._cautious:
-                self._refused, self._again_at = error, 2 * now() - started
+            return await to_thread.run_sync(attempt.connect, abandon_on_cancel=True, limiter=self._threads)
+        except CacheError:
             raise
         except BaseException:
             attempt.abandon()
             raise
-        self._refused = None
-        return made
+
+    def _found(self) -> Connection:
+        """The connection that was made aside. Raises `CacheConnectionError` while there is none."""
+        attempt = self._attempt
+        if attempt is not None and attempt.made is not None:
+            self._attempt = None
+            return attempt.made
+        if attempt is None or (
+            attempt.error is not None and self._dial.clock.monotonic() > attempt.ended_at + BETWEEN_ATTEMPTS
+        ):
+            self._attempt = _Attempt(self._dial, self.place)
+            threading.Thread(target=self._attempt.try_to_connect, name="cachebus-memcached", daemon=True).start()
+        if attempt is not None and attempt.error is not None:
+            raise attempt.error
+        raise CacheConnectionError(f"{self.place} is lost and being connected to", BACKEND)
 
     async def _resync(self, connection: Connection) -> None:
         try:

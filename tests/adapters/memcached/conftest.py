@@ -10,9 +10,16 @@ from uuid import uuid4
 import pymemcache
 import pytest
 from anyio import to_thread
+from pydantic import TypeAdapter
 
 from cachebus.adapters.memcached import MemcachedStore, Place
 from cachebus.testing.servers import Server, run_memcached
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pydantic_has_looked_for_plugins() -> None:
+    """The first adapter of a process reads the metadata of every installed package, which blocks."""
+    TypeAdapter(int)
 
 
 @pytest.fixture(scope="module")
