@@ -74,7 +74,8 @@ class MemcachedStore:
         self._max_connections = max_connections
         self._dial = Dial(clock=clock, connect_timeout=connect_timeout, timeout=timeout)
         self._lanes: dict[str, Lane] = {}
-        self._shares = RendezvousHash([str(place) for place in self._places], hash_function=_weight)
+        # The driver comes without type hints.
+        self._shares: Any = RendezvousHash([str(place) for place in self._places], hash_function=_weight)
 
     def __repr__(self) -> str:
         return f"<MemcachedStore {self._keys.namespace!r} at {', '.join(map(str, self._places))}>"

@@ -43,8 +43,7 @@ TRIES = 100
 
 def looks_first(request: Request[Any]) -> bool:
     """Whether a request is one of these."""
-    kind = type(request)
-    return kind in _CAREFUL or (kind is Set and request.only_if is not None)  # type: ignore[attr-defined]
+    return type(request) in _CAREFUL or (isinstance(request, Set) and request.only_if is not None)
 
 
 _CAREFUL = frozenset[type[Request[Any]]]({Add, CompareAndSet, Touch, Increment})
