@@ -26,6 +26,7 @@ class _Attempt:
     def __init__(self, dial: Dial, place: Place) -> None:
         self.made: Connection | None = None
         self.error: CacheError | None = None
+        self.ended = False
         self.ended_at = 0.0
         self._dial = dial
         self._place = place
@@ -34,12 +35,15 @@ class _Attempt:
 
     def connect(self) -> Connection:
         """Called by a worker thread. Raises `CacheError`."""
-        made = self._dial.connect(self._place)
-        with self._guard:
-            self.made = made
-            if self._abandoned:
-                made.close()
-        return made
+        try:
+            made = self._dial.connect(self._place)
+            with self._guard:
+                self.made = made
+                if self._abandoned:
+                    made.close()
+            return made
+        finally:
+            self.ended = True
 
     def try_to_connect(self) -> None:
         """Called by a thread of its own: the outcome is `made` or `error`."""
@@ -75,9 +79,10 @@ class Lane:
         self._threads = anyio.CapacityLimiter(most)
         self._closed = False
         self._attempt: _Attempt | None = None
+        self._attempts: list[_Attempt] = []
 
     def __repr__(self) -> str:
-        return f"<Lane to {self.place}, {self._threads.borrowed_tokens}/{self._most} threads>"
+        return f"<Lane to {self.place}, {len(self._attempts)}/{self._most} attempts to connect>"
 
     async def run(self, talk: Callable[[Connection], Talk[T]]) -> T:
         """What a talk over the connection comes to. Talks are held in the order in which they come.
@@ -115,9 +120,12 @@ class Lane:
                 self.connection = None
 
     async def _connect(self) -> Connection:
-        if self._threads.available_tokens < 1:
+        # Counted here, because anyio's limiter on asyncio forgets a thread that was given up.
+        self._attempts = [each for each in self._attempts if not each.ended]
+        if len(self._attempts) >= self._most:
             raise CacheConnectionError(f"{self._most} threads are connecting to {self.place} already", BACKEND)
         attempt = _Attempt(self._dial, self.place)
+        self._attempts.append(attempt)
         try:
             return await to_thread.run_sync(attempt.connect, abandon_on_cancel=True, limiter=self._threads)
         except CacheError:
