@@ -8,7 +8,6 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
-from anyio import CancelScope, current_time, wait_readable, wait_writable
 from pymemcache.client.base import Client
 from pymemcache.exceptions import MemcacheError
 
@@ -16,6 +15,7 @@ from cachebus.actors.ports import Clock
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
 
 from .memcached_errors import BACKEND, Nonsense, Refusal, complaint, lost, unreachable
+from .memcached_line import Line, line_for
 
 MISS, NOT_STORED, EXISTS = -1, -2, -3
 Answer: TypeAlias = tuple[bytes, int] | int | CacheError
@@ -25,11 +25,6 @@ server had to say against one command."""
 T = TypeVar("T")
 Talk: TypeAlias = Generator[tuple[bytes, int], list[Answer], T]
 """Commands and how many they are; their answers; and what came of it all."""
-
-READ_BYTES = 1 << 16
-READ_LARGE = 1 << 20
-SLOWEST_LINE = 10e6
-"""Bytes a second below which a server counts as not answering."""
 
 RESYNC = 60.0
 """Seconds after which the server's clock is read anew."""
@@ -122,6 +117,7 @@ class Connection:
         self._clock = clock
         self._offset = 0.0
         self._synced = 0.0
+        self._line: Line | None = None
         client: Any = Client(("", 0))
         client.sock = DeadlineSocket(sock, clock, deadline)
         self.epoch = self._sync(client) * 1e6
@@ -155,99 +151,76 @@ class Connection:
             self.close()
             raise lost(error, self.server, self._timeout) from None
 
+    def pause(self) -> None:
+        """Leave the socket to `resync`: the event loop looks at it no more until the next talk."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
     async def converse(self, talk: Talk[T]) -> T:
         """What a talk comes to: it yields commands and how many they are, and is sent the answers, or thrown the
-        `CacheError` that says why there are none."""
-        scope = CancelScope(deadline=current_time() + self._timeout)
+        `CacheError` that says why there are none. All of it may take `timeout` seconds, and what its bytes take."""
+        if self._line is None:
+            self._line = line_for(self._sock)
+        self._line.allow(self._timeout)
         try:
             question = next(talk)
-            with scope:
-                while True:
-                    try:
-                        answers = await self._ask(question[0], question[1], scope)
-                    except CacheError as error:
-                        question = talk.throw(error)
-                    else:
-                        question = talk.send(answers)
-            self.close()
-            talk.throw(lost(TimeoutError(), self.server, self._timeout))
+            while True:
+                try:
+                    answers = await self._ask(self._line, question[0], question[1])
+                except CacheError as error:
+                    question = talk.throw(error)
+                else:
+                    question = talk.send(answers)
         except StopIteration as done:
             result: T = done.value
             return result
         except BaseException:
             self.close()
             raise
-        raise RuntimeError("a talk went on though the connection was lost")
 
     def close(self) -> None:
         self.lost = True
+        self.pause()
         self._sock.close()
 
-    async def _ask(self, data: bytes, count: int, scope: CancelScope) -> list[Answer]:
+    async def _ask(self, line: Line, data: bytes, count: int) -> list[Answer]:
         if self.lost:
             raise CacheConnectionError(f"the connection to {self.server} was lost", BACKEND)
         try:
-            await self._send(data, scope)
-            return await self._read(count, scope)
+            await line.send(data)
+            return await self._read(line, count)
         except (OSError, Nonsense, Refusal, EOFError, ValueError) as error:
             self.close()
             raise lost(error, self.server, self._timeout) from None
 
-    async def _send(self, data: bytes, scope: CancelScope) -> None:
-        rest = memoryview(data)
-        while rest:
-            try:
-                sent = self._sock.send(rest)
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                await wait_writable(self._sock)
-            except ssl.SSLWantReadError:
-                await wait_readable(self._sock)
-            else:
-                rest = rest[sent:]
-                if rest:
-                    scope.deadline += sent / SLOWEST_LINE
-
-    async def _receive(self, size: int) -> bytes:
-        while True:
-            try:
-                data = self._sock.recv(size)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                await wait_readable(self._sock)
-            except ssl.SSLWantWriteError:
-                await wait_writable(self._sock)
-            else:
-                if not data:
-                    raise EOFError
-                return data
-
-    async def _read(self, count: int, scope: CancelScope) -> list[Answer]:
+    async def _read(self, line: Line, count: int) -> list[Answer]:
         answers: list[Answer] = []
-        buffer = b""
+        buffer = await line.receive()
         at = 0
-        await wait_readable(self._sock)
         while len(answers) < count:
             end = buffer.find(b"\r\n", at)
             if end < 0:
-                buffer = buffer[at:] + await self._receive(READ_BYTES)
+                buffer = buffer[at:] + await line.receive()
                 at = 0
                 continue
-            line = buffer[at:end]
-            if line[:3] == b"VA ":
-                _, size, token = line.split(b" ", 2)
+            head = buffer[at:end]
+            if head[:3] == b"VA ":
+                _, size, token = head.split(b" ", 2)
                 start, stop = end + 2, end + 2 + int(size)
                 if len(buffer) < stop + 2:
-                    buffer = await self._rest(buffer[start:], stop + 2 - start, scope)
+                    buffer = await self._rest(line, buffer[start:], stop + 2 - start)
                     start, stop = 0, stop - start
                 if buffer[stop : stop + 2] != b"\r\n":
                     raise Nonsense("a value has another size than was said")
                 answers.append((buffer[start:stop], _token(token)))
                 at = stop + 2
                 continue
-            code = _CODES.get(line[:2]) if line[2:3] in (b"", b" ") else None
+            code = _CODES.get(head[:2]) if head[2:3] in (b"", b" ") else None
             if code is None:
-                answers.append(complaint(line))
-            elif code == 0 and len(line) > 3:
-                answers.append(_token(line[3:]))
+                answers.append(complaint(head))
+            elif code == 0 and len(head) > 3:
+                answers.append(_token(head[3:]))
             else:
                 answers.append(code)
             at = end + 2
@@ -255,13 +228,12 @@ class Connection:
             raise Nonsense("it says more than it was asked")
         return answers
 
-    async def _rest(self, begun: bytes, size: int, scope: CancelScope) -> bytes:
+    async def _rest(self, line: Line, begun: bytes, size: int) -> bytes:
         """At least `size` bytes, of which some are there."""
         pieces, have = [begun], len(begun)
         while have < size:
-            pieces.append(await self._receive(max(READ_BYTES, min(size - have, READ_LARGE))))
+            pieces.append(await line.receive())
             have += len(pieces[-1])
-            scope.deadline += len(pieces[-1]) / SLOWEST_LINE
         return b"".join(pieces)
 
     def _sync(self, client: Any) -> int:

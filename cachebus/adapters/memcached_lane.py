@@ -150,6 +150,7 @@ class Lane:
         raise CacheConnectionError(f"{self.place} is lost and being connected to", BACKEND)
 
     async def _resync(self, connection: Connection) -> None:
+        connection.pause()
         try:
             # Not to be abandoned: the thread reads from the connection, for no longer than an answer may take.
             await to_thread.run_sync(connection.resync, limiter=self._threads)

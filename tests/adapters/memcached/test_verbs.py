@@ -111,6 +111,18 @@ async def test_a_counter_keeps_its_time_however_often_it_counts(store: Memcached
     assert await one(store, Get("n")) == Missing()
 
 
+async def test_the_servers_clock_is_read_again_and_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachebus.adapters.memcached_connection.RESYNC", -1.0)
+    async with opened(server) as store:
+        before = (await raw(server, "stats"))[b"total_connections"]
+        for number in range(20):
+            await one(store, Set("a", number, ttl=60.0))
+            found = await one(store, Get("a"))
+            assert found.value == number
+            assert found.ttl == pytest.approx(60.0, abs=0.5)
+        assert (await raw(server, "stats"))[b"total_connections"] - before == 1  # The one that asks here.
+
+
 # What Memcached cannot do
 
 
