@@ -26,6 +26,9 @@ def _hosts(value: object) -> object:
     raise ValueError("expected hosts, each as name, name:port or [IPv6]:port")
 
 
+Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
+
+
 class RedisSettings(GuardSettings):
     """A store in a Redis server, version 6.2 or newer. Durations are seconds.
 
@@ -43,7 +46,7 @@ class RedisSettings(GuardSettings):
     topology: Literal["single", "sentinel", "cluster"] = "single"
     """`sentinel`: `hosts` are sentinels, and know the master of `service`. `cluster`: `hosts` are servers of a Redis
     Cluster, and know the others."""
-    hosts: Annotated[tuple[str, ...], BeforeValidator(_hosts)] = ("localhost",)
+    hosts: Hosts = ("localhost",)
     """Names or addresses, each with or without a port: 6379 if left out, of a sentinel 26379."""
     socket: str | None = None
     """The path of a unix socket, instead of a host."""

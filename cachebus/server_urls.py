@@ -75,6 +75,16 @@ def redis_options(scheme: str, place: str, shown: str) -> dict[str, Any]:
     return options
 
 
+def memcached_options(place: str, shown: str) -> dict[str, Any]:
+    """The options that a URL gives before its `?`. Raises `CacheConfigurationError`."""
+    found = split_place(place, shown)
+    if found.user or found.password is not None:
+        raise CacheConfigurationError(f"{shown}: memcached takes no user and no password")
+    if found.path:
+        raise CacheConfigurationError(f"{shown}: a memcached has no path: write memcached://host1,host2?option=value")
+    return {"hosts": found.hosts} if found.hosts else {}
+
+
 def _plain(text: str, shown: str) -> str:
     if _ESCAPE.search(text):
         raise CacheConfigurationError(f"{shown}: a % is followed by two hexadecimal digits; write % as %25")

@@ -22,6 +22,7 @@ from cachebus.messages import CacheConfigurationError
 
 from .failures import OnError
 from .guard_settings import GuardSettings
+from .memcached_settings import MemcachedSettings
 from .options import (
     AtLeastOne,
     MaybeAtLeastOne,
@@ -94,7 +95,7 @@ class PluginSettings(GuardSettings):
         return [(name, redact_url(value) if name == "url" else value) for name, value in super().__repr_args__()]
 
 
-BackendSettings: TypeAlias = MemorySettings | NullSettings | RedisSettings | PluginSettings
+BackendSettings: TypeAlias = MemorySettings | NullSettings | RedisSettings | MemcachedSettings | PluginSettings
 
 
 class ActorSettings(Options):
@@ -133,6 +134,7 @@ _BACKENDS: dict[str, type[BackendSettings]] = {
     "memory": MemorySettings,
     "null": NullSettings,
     "redis": RedisSettings,
+    "memcached": MemcachedSettings,
     "plugin": PluginSettings,
 }
 

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from cachebus.actors.ports import BatchStore, Clock, InlineStore
 from cachebus.messages import CacheConfigurationError
 
+from .memcached_settings import MemcachedSettings
 from .options import shown
 from .redis_settings import RedisSettings, host_and_port
 from .settings import BackendSettings, MemorySettings, NullSettings, PluginSettings
@@ -37,6 +38,8 @@ def build_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> I
             store = import_module("cachebus.adapters.null").NullStore()
         case RedisSettings():
             store = _redis(settings, namespace, clock)
+        case MemcachedSettings():
+            store = _memcached(settings, namespace, clock)
         case PluginSettings():
             store = _plugin(settings.url, namespace, clock)
         case _:
@@ -54,13 +57,10 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock) -> Any:
         places = [redis.Place(path=settings.socket)]
     else:
         places = [redis.Place(*host_and_port(host, port)) for host in settings.hosts]
-    tls = None
-    if settings.tls:
-        tls = redis.TlsFiles(ca=settings.tls_ca_file, certificate=settings.tls_cert_file, key=settings.tls_key_file)
     common: dict[str, Any] = {
         "namespace": namespace,
         "identity": _identity(redis, settings.user, settings.password),
-        "tls": tls,
+        "tls": _tls(redis, settings),
         "default_ttl": settings.default_ttl,
         "window": settings.window,
         "max_connections": settings.max_connections,
@@ -77,6 +77,30 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock) -> Any:
         service=settings.service,
         sentinel_identity=_identity(redis, settings.sentinel_user, settings.sentinel_password),
     )
+
+
+def _memcached(settings: MemcachedSettings, namespace: str, clock: Clock) -> Any:
+    try:
+        memcached = import_module("cachebus.adapters.memcached")
+    except ModuleNotFoundError as error:
+        raise CacheConfigurationError(f"memcached needs {error.name}: pip install 'cachebus[memcached]'") from error
+    return memcached.MemcachedStore(
+        [memcached.Place(*host_and_port(host, 11211)) for host in settings.hosts],
+        namespace=namespace,
+        tls=_tls(memcached, settings),
+        default_ttl=settings.default_ttl,
+        connect_timeout=settings.connect_timeout,
+        timeout=settings.timeout,
+        max_connections=settings.max_connections,
+        chunked=settings.chunked,
+        clock=clock,
+    )
+
+
+def _tls(adapter: Any, settings: RedisSettings | MemcachedSettings) -> Any:
+    if not settings.tls:
+        return None
+    return adapter.TlsFiles(ca=settings.tls_ca_file, certificate=settings.tls_cert_file, key=settings.tls_key_file)
 
 
 def _identity(redis: Any, user: str, password: SecretStr | None) -> Any:

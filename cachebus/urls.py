@@ -11,9 +11,9 @@ from urllib.parse import parse_qsl
 
 from cachebus.messages import CacheConfigurationError
 
-from .server_urls import REDIS_SCHEMES, redis_options
+from .server_urls import REDIS_SCHEMES, memcached_options, redis_options
 
-BUILT_IN = ("memory", "null", *REDIS_SCHEMES)
+BUILT_IN = ("memory", "null", *REDIS_SCHEMES, "memcached")
 """The schemes of the stores that come with cachebus."""
 
 STORES = "cachebus.stores"
@@ -87,6 +87,8 @@ def parse_url(url: str) -> tuple[str, dict[str, Any]]:
         raise CacheConfigurationError(f"{shown}: a URL of a cache has no fragment: write # as %23")
     if scheme in REDIS_SCHEMES:
         return "redis", _joined(redis_options(scheme, place, shown), _options(query, shown), shown)
+    if scheme == "memcached":
+        return "memcached", _joined(memcached_options(place, shown), _options(query, shown), shown)
     if place:
         raise CacheConfigurationError(
             f"{shown}: a {scheme} store lives in this process and has no host or path: write {scheme}://?option=value"

@@ -218,7 +218,6 @@ class BackendActor(Actor):
     # Over a batch store
 
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        assert not isinstance(self._store, InlineStore)
         assert self._guard is not None
         replies = await self._guard.execute(self._asked, batch, self.ctx.deadline)
         self._account(batch, replies)

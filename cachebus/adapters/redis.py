@@ -98,7 +98,7 @@ class RedisStore:
         except RuntimeError:
             raise CacheConfigurationError("redis needs an asyncio event loop, and this is another's") from None
         if self._tls is not None:
-            context = await asyncio.to_thread(self._tls.context)
+            context = await asyncio.to_thread(self._tls.context, self.name)
             self._dial = dataclasses.replace(self._dial, tls=context)
         self._pool = RedisPool(self._connect, self._max_connections)
         await self._pool.main()

@@ -95,7 +95,7 @@ class RedisClusterStore:
         except RuntimeError:
             raise CacheConfigurationError("redis needs an asyncio event loop, and this is another's") from None
         if self._tls is not None:
-            context = await asyncio.to_thread(self._tls.context)
+            context = await asyncio.to_thread(self._tls.context, BACKEND)
             self._dial = dataclasses.replace(self._dial, tls=context)
         self._topology = Topology(
             self._dial, self._seeds, self._max_connections, self._arrived, self._failed, self._changed_hands
@@ -139,20 +139,34 @@ class RedisClusterStore:
         if not self.apart.isdisjoint(map(type, batch)):
             self._walks.start(batch, self.apart, replied)
             return
-        plan, packed = self._planned(batch)
-        if not plan.commands:
-            replied(plan.done())
-            return
-        under_way = _UnderWay(plan, replied)
-        trips = [
-            Trip(command, slot_of(command.key), data, under_way)
-            for command, data in zip(plan.commands, packed, strict=True)
-        ]
+        trips = self._trips(batch, replied)
         unreachable = await self._room(self._topology, {trip.slot for trip in trips})
         # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
         self._send(self._topology, trips, unreachable)
 
+    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
+        topology = self._topology
+        if topology is None or not self._traffic.idle or not self.apart.isdisjoint(map(type, batch)):
+            return False
+        trips = self._trips(batch, replied)
+        for trip in trips:
+            node = topology.node_of(trip.slot)
+            if node is None or node.is_down or not node.has_room:
+                return False
+        self._send(topology, trips, {})
+        return True
+
     # Going out
+
+    def _trips(self, batch: Sequence[Request[Any]], replied: Replied) -> list[Trip]:
+        plan, packed = self._planned(batch)
+        if not plan.commands:
+            replied(plan.done())
+        under_way = _UnderWay(plan, replied)
+        return [
+            Trip(command, slot_of(command.key), data, under_way)
+            for command, data in zip(plan.commands, packed, strict=True)
+        ]
 
     def _planned(self, batch: Sequence[Request[Any]]) -> tuple[Plan, list[bytes]]:
         for careful in (False, True):

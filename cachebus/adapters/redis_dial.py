@@ -11,11 +11,14 @@ from typing import Any, Literal, TypeAlias
 import hiredis
 
 from cachebus.actors.ports import Clock
-from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
+from cachebus.messages import CacheConnectionError, CacheError
 
 from .redis_connection import RedisConnection, pack
 from .redis_errors import BACKEND, translate_greeting, unreachable
 from .redis_scripts import SCRIPTS
+from .tls import TlsFiles
+
+__all__ = ["Dial", "Identity", "Place", "TlsFiles", "find_master"]
 
 Role: TypeAlias = Literal["any", "master", "sentinel"]
 
@@ -127,32 +130,6 @@ class Dial:
             connection.set_time(replies[1], asked_at)
         if role == "master" and replies[2][0] != b"master":
             raise CacheConnectionError(f"{connection.server} is no master", BACKEND)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsFiles:
-    """Paths of PEM files: whom we trust (the system's authorities if left out), and who we are."""
-
-    ca: str | None = None
-    certificate: str | None = None
-    key: str | None = None
-
-    def context(self) -> ssl.SSLContext:
-        """A context that checks certificates and host names. Reads the files, so it blocks."""
-        try:
-            context = ssl.create_default_context(cafile=self.ca)
-            if self.certificate is not None:
-                context.load_cert_chain(self.certificate, self.key, password=_no_passphrase)
-        except (OSError, ValueError) as error:  # SSLError is an OSError
-            names = ", ".join(each for each in (self.ca, self.certificate, self.key) if each)
-            reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
-            raise CacheConfigurationError(f"redis: the TLS files {names} cannot be used: {reason}") from None
-        return context
-
-
-def _no_passphrase() -> str:
-    # Without it OpenSSL asks at the terminal.
-    raise ValueError("the key is encrypted")
 
 
 async def find_master(dial: Dial, sentinels: Sequence[Place], service: str) -> Place:

@@ -12,79 +12,41 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
-import msgpack  # type: ignore[import-untyped]
+from cachebus.messages import CacheCapacityError, CacheError, Failed, Found, bare
 
-from cachebus.messages import CacheCapacityError, CacheError, CacheSerializationError, Failed, Found, bare
+from .forms import BYTES, decode_form, encode_form
 
 HEADER = struct.Struct(">dd")
 VALUE_AT = HEADER.size + 1
 VALUE_MAX = 512 * 2**20 - VALUE_AT
 """The bytes of a value at most: a Redis string has 512 MiB (`proto-max-bulk-len`)."""
 
-_BYTES, _INT, _MSGPACK = b"BIM"
-# msgpack comes without type hints.
-_packb: Callable[..., bytes] = msgpack.packb  # pyright: ignore[reportUnknownMemberType, reportAssignmentType, reportUnknownVariableType]
-_unpackb: Callable[..., Any] = msgpack.unpackb  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 _unpack_header: Callable[[bytes], tuple[float, float]] = HEADER.unpack_from
 
 
 def encode(value: Any) -> bytes:
     """The form byte and the value. Raises `CacheSerializationError` for a type that would not come back as it went,
     and `CacheCapacityError` for what Redis cannot hold."""
-    body: bytes
-    kind = cast("type[object]", type(value))
-    if kind is bytes:
-        body = b"B" + value
-    elif kind is int and -(2**63) <= value < 2**63:
-        body = b"I%d" % value
-    else:
-        body = b"M" + _pack(value)
+    body = encode_form(value)
     if len(body) > VALUE_MAX:
         raise CacheCapacityError("the value is too large for Redis", len(body) - 1, VALUE_MAX)
     return body
 
 
-def _pack(value: Any) -> bytes:
-    if type(value) in (bytearray, memoryview):
-        _refuse(value)
-    try:
-        packed: bytes = _packb(value, strict_types=True, default=_refuse)
-    except OverflowError:
-        raise CacheSerializationError("an int of more than 64 bits cannot be stored") from None
-    except (TypeError, ValueError) as error:
-        raise CacheSerializationError(f"a {type(value).__name__} cannot be stored: {error}") from None
-    return packed
-
-
-def _refuse(value: Any) -> NoReturn:
-    raise CacheSerializationError(
-        f"a {type(value).__name__} cannot be stored:"
-        " only bytes, str, int, float, bool, None, and lists and dicts of these"
-    )
-
-
 def decode(raw: bytes) -> Any:
     """The value of an entry. Raises `CacheSerializationError` for bytes that are no entry."""
-    form = raw[HEADER.size] if len(raw) > HEADER.size else 0
-    try:
-        if form == _BYTES:
-            return raw[VALUE_AT:]
-        if form == _MSGPACK:
-            return _unpackb(memoryview(raw)[VALUE_AT:], strict_map_key=False)
-        if form == _INT:
-            return int(raw[VALUE_AT:])
-    except (ValueError, TypeError, msgpack.UnpackException):
-        raise CacheSerializationError("the stored value is damaged") from None
-    raise CacheSerializationError("what is stored under the key was not written by cachebus, or by a newer one")
+    if len(raw) <= HEADER.size:
+        return decode_form(0, b"")
+    return decode_form(raw[HEADER.size], memoryview(raw)[VALUE_AT:])
 
 
 def read_or_fail(raw: bytes, now: float) -> Found | Failed:
     """The entry as a reply. `now` is the server's Unix time in seconds, as we know it."""
     # The hot path: as a bare object and with the commonest form first, 0.6 us.
     found: Any = bare(Found)
-    if len(raw) > 16 and raw[16] == _BYTES:
+    if len(raw) > 16 and raw[16] == BYTES:
         found.value = raw[17:]
     else:
         try:

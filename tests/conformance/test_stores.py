@@ -11,13 +11,15 @@ from uuid import uuid4
 import pytest
 
 from cachebus.adapters.chaos import ChaosStore
+from cachebus.adapters.memcached import MemcachedStore
+from cachebus.adapters.memcached import Place as MemcachedPlace
 from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_cluster import RedisClusterStore
 from cachebus.adapters.redis_dial import Identity, Place
 from cachebus.bus.codec import JSON
 from cachebus.testing.fakes import CodecStore
-from cachebus.testing.servers import Server, run_redis_cluster
+from cachebus.testing.servers import Server, run_memcached, run_redis_cluster
 from cachebus.testing.stores import AnyStore, StoreConformance
 from tests.clock import ManualClock
 
@@ -128,12 +130,61 @@ class TestRedisCluster(StoreConformance):
             yield store
 
 
+class TestMemcached(StoreConformance):
+    """On a real server."""
+
+    default_ttl = 120.0
+
+    @pytest.fixture
+    async def store(self, memcached_server: Server) -> AsyncIterator[AnyStore]:
+        async with opened_memcached([memcached_server], f"t{uuid4().hex}", self.default_ttl) as store:
+            yield store
+
+    @pytest.fixture
+    async def neighbour(self, memcached_server: Server) -> AsyncIterator[AnyStore]:
+        async with opened_memcached([memcached_server], "t", self.default_ttl) as store:
+            yield store
+
+
+@pytest.fixture(scope="module")
+def two_memcacheds() -> Iterator[Sequence[Server]]:
+    with run_memcached("-m", "512") as one, run_memcached("-m", "512") as other:
+        yield [one, other]
+
+
+class TestTwoMemcacheds(StoreConformance):
+    """On two real servers that share the keys, with values over their limit for items in chunks."""
+
+    default_ttl = 120.0
+
+    @pytest.fixture
+    async def store(self, two_memcacheds: Sequence[Server]) -> AsyncIterator[AnyStore]:
+        async with opened_memcached(two_memcacheds, f"t{uuid4().hex}", self.default_ttl, chunked=True) as store:
+            yield store
+
+    @pytest.fixture
+    async def neighbour(self, two_memcacheds: Sequence[Server]) -> AsyncIterator[AnyStore]:
+        async with opened_memcached(two_memcacheds, "t", self.default_ttl, chunked=True) as store:
+            yield store
+
+
 @asynccontextmanager
 async def opened_cluster(
     servers: Sequence[Server], namespace: str, default_ttl: float | None
 ) -> AsyncGenerator[AnyStore]:
     places = [Place(host=server.host, port=server.port) for server in servers]
     store = RedisClusterStore(places, namespace=namespace, default_ttl=default_ttl)
+    await store.open()
+    yield store
+    await store.close()
+
+
+@asynccontextmanager
+async def opened_memcached(
+    servers: Sequence[Server], namespace: str, default_ttl: float | None, **options: Any
+) -> AsyncGenerator[AnyStore]:
+    places = [MemcachedPlace(host=server.host, port=server.port) for server in servers]
+    store = MemcachedStore(places, namespace=namespace, default_ttl=default_ttl, **options)
     await store.open()
     yield store
     await store.close()

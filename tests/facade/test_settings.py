@@ -218,7 +218,7 @@ def test_a_policy_is_one_of_four() -> None:
         ),
         (
             {"backends": [{"type": "mongodb"}]},
-            "backends[0].type: expected one of 'memory', 'null', 'redis', 'plugin', not 'mongodb'",
+            "backends[0].type: expected one of 'memory', 'null', 'redis', 'memcached', 'plugin', not 'mongodb'",
         ),
         (
             {"backends": [{"name": "a"}]},

@@ -28,7 +28,8 @@ THIRD_PARTIES: Mapping[str, frozenset[str]] = {
     "bus/nats*": frozenset({"nats"}),
     "actors": frozenset({"anyio", "tenacity"}),
     "adapters": frozenset({"anyio"}),  # worker threads for blocking drivers
-    "adapters/redis*": frozenset({"redis", "hiredis", "msgpack"}),
+    "adapters/forms*": frozenset({"msgpack"}),
+    "adapters/redis*": frozenset({"redis", "hiredis"}),
     "adapters/memcached*": frozenset({"pymemcache"}),
     "adapters/faiss*": frozenset({"faiss", "numpy"}),
     "adapters/embed*": frozenset({"numpy"}),

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from cachebus.settings import backend_from_url, load_settings
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel
 from cachebus.urls import parse_url
+from tests.adapters.certificates import Certificates
 from tests.house.paths import ROOT
 
 from .conftest import one, opened
@@ -151,32 +151,6 @@ def test_trio_is_refused_in_words(server: Server) -> None:
 
     with pytest.raises(CacheError, match="asyncio"):
         trio.run(main)
-
-
-class Certificates:
-    """An authority, and a certificate of a server and of a client signed by it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ca = self._make("ca", "-x509", "-addext", "basicConstraints=critical,CA:TRUE")
-        signed = ("-x509", "-CA", str(self.ca), "-CAkey", str(self.key("ca")))
-        self.server = self._make("server", *signed, "-addext", "subjectAltName=IP:127.0.0.1")
-        self.client = self._make("client", *signed)
-        self.stranger = self._make("stranger", "-x509", "-addext", "basicConstraints=critical,CA:TRUE")
-
-    def key(self, name: str) -> Path:
-        return self.folder / f"{name}.key"
-
-    def _make(self, name: str, *options: str) -> Path:
-        out = self.folder / f"{name}.crt"
-        command = ["openssl", "req", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
-        command += ["-keyout", str(self.key(name)), "-out", str(out), *options]
-        subprocess.run(
-            command,
-            check=True,
-            capture_output=True,
-        )
-        return out
 
 
 @pytest.fixture(scope="module")

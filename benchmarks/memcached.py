@@ -1,0 +1,121 @@
+"""The Memcached backend beside aiomcache: many callers on one real server, as shares of its time. And what the driver's
+own multi-get costs in a worker thread, beside ours."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiomcache
+import pymemcache
+from anyio import to_thread
+
+from cachebus import Cache, open_cache
+from cachebus.bus import SYSTEM_CLOCK
+from cachebus.messages import Get, Set
+from cachebus.settings import backend_from_url
+from cachebus.stores import build_store
+from cachebus.testing.servers import Server, run_memcached
+
+from .timing import Bar, Contender, Row, measure_async
+
+KEYS = [f"user:{number}" for number in range(2_000)]
+ROUND = random.Random(7).choices(KEYS, k=5_000)
+SIZE = 100
+CALLERS = {1: 1_000, 10: 3_000, 100: 10_000}
+"""How many callers there are, and how many operations they share in a round."""
+
+REACH = {"get": {1: 0.5, 100: 3}, "set": {}}
+"""Our rate over aiomcache's, at least."""
+
+PEER = "aiomcache"
+BATCH = 100
+
+
+def by(callers: int, operation: Callable[[str], Awaitable[Any]]) -> Callable[[int], Awaitable[None]]:
+    """Work that `callers` tasks share, each waiting for one answer before it asks again."""
+
+    async def work(operations: int) -> None:
+        async def caller(number: int) -> None:
+            first = number * 37 % len(KEYS)
+            for key in ROUND[first : first + operations // callers]:
+                await operation(key)
+
+        await asyncio.gather(*(caller(number) for number in range(callers)))
+
+    return work
+
+
+async def rows_of(ours: Cache, theirs: Any, rounds: int) -> list[Row]:
+    """Reads and writes of values of one size."""
+    value = bytes(SIZE)
+    for key in KEYS:
+        await ours.set(key, value)
+        await theirs.set(key.encode(), value)
+    operations: dict[str, tuple[Callable[[str], Awaitable[Any]], Callable[[str], Awaitable[Any]]]] = {
+        "get": (ours.get, lambda key: theirs.get(key.encode())),
+        "set": (
+            lambda key: ours.set(key, value, ttl=1000.0),
+            lambda key: theirs.set(key.encode(), value, exptime=1000),
+        ),
+    }
+    done: list[Row] = []
+    for name, (mine, peers) in operations.items():
+        for callers, count in CALLERS.items():
+            reach = REACH[name].get(callers)
+            row = Row(
+                f"memcached {name}, {SIZE} bytes, {callers} callers",
+                Contender("cachebus", by(callers, mine)),
+                [Contender(PEER, by(callers, peers))],
+                [] if reach is None else [Bar(PEER, 1 / reach)],
+            )
+            await measure_async(row, operations=count, rounds=rounds)
+            done.append(row)
+    return done
+
+
+async def batch_row(server: Server, rounds: int) -> Row:
+    """Batches of reads by our store, and by the driver in a worker thread."""
+    store: Any = build_store(backend_from_url(server.url), namespace="batches", clock=SYSTEM_CLOCK)
+    driver = pymemcache.Client((server.host, server.port), no_delay=True, timeout=5.0)
+    await store.open()
+    for key in KEYS:
+        await to_thread.run_sync(driver.set, key, bytes(SIZE))
+        await store.execute([Set(key, bytes(SIZE))])
+
+    async def ours(operations: int) -> None:
+        for at in range(0, operations, BATCH):
+            await store.execute([Get(key) for key in ROUND[at : at + BATCH]])
+
+    async def drivers(operations: int) -> None:
+        for at in range(0, operations, BATCH):
+            await to_thread.run_sync(driver.get_many, ROUND[at : at + BATCH])
+
+    row = Row(
+        f"memcached, {BATCH} reads of a batch",
+        Contender("cachebus", ours),
+        [Contender("pymemcache get_many in a thread", drivers)],
+    )
+    await measure_async(row, operations=5_000, rounds=rounds)
+    await store.close()
+    driver.close()
+    return row
+
+
+async def compare(server: Server, rounds: int) -> list[Row]:
+    """Every row, against one server."""
+    theirs = aiomcache.Client(server.host, server.port)
+    try:
+        async with open_cache(server.url, timeout=30.0) as ours:
+            done = await rows_of(ours, theirs, rounds)
+        return [*done, await batch_row(server, rounds)]
+    finally:
+        await theirs.close()
+
+
+def rows(rounds: int = 7) -> list[Row]:
+    """Every row of this module, against a server of its own."""
+    with run_memcached() as server:
+        return asyncio.run(compare(server, rounds))

@@ -1,0 +1,62 @@
+"""The forms in which stores of bytes keep a value: bytes as they are, 64-bit integers as digits, and msgpack for the
+rest. A form is named by one letter, which the store keeps beside the value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn, cast
+
+import msgpack  # type: ignore[import-untyped]
+
+from cachebus.messages import CacheSerializationError
+
+BYTES, INT, MSGPACK = b"BIM"
+
+# msgpack comes without type hints.
+_packb: Callable[..., bytes] = msgpack.packb  # pyright: ignore[reportUnknownMemberType, reportAssignmentType, reportUnknownVariableType]
+_unpackb: Callable[..., Any] = msgpack.unpackb  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def encode_form(value: Any) -> bytes:
+    """The letter of the form, and the value in it. Raises `CacheSerializationError` for a type that would not come
+    back as it went."""
+    kind = cast("type[object]", type(value))
+    if kind is bytes:
+        body: bytes = b"B" + value
+        return body
+    if kind is int and -(2**63) <= value < 2**63:
+        return b"I%d" % value
+    return b"M" + _pack(value)
+
+
+def decode_form(form: int, body: bytes | memoryview) -> Any:
+    """The value of a form. Raises `CacheSerializationError` for a form that there is not, and for damage."""
+    try:
+        if form == BYTES:
+            return bytes(body)
+        if form == MSGPACK:
+            return _unpackb(body, strict_map_key=False)
+        if form == INT:
+            return int(bytes(body))
+    except (ValueError, TypeError, msgpack.UnpackException):
+        raise CacheSerializationError("the stored value is damaged") from None
+    raise CacheSerializationError("what is stored under the key was not written by cachebus, or by a newer one")
+
+
+def _pack(value: Any) -> bytes:
+    if type(value) in (bytearray, memoryview):
+        _refuse(value)
+    try:
+        packed: bytes = _packb(value, strict_types=True, default=_refuse)
+    except OverflowError:
+        raise CacheSerializationError("an int of more than 64 bits cannot be stored") from None
+    except (TypeError, ValueError) as error:
+        raise CacheSerializationError(f"a {type(value).__name__} cannot be stored: {error}") from None
+    return packed
+
+
+def _refuse(value: Any) -> NoReturn:
+    raise CacheSerializationError(
+        f"a {type(value).__name__} cannot be stored:"
+        " only bytes, str, int, float, bool, None, and lists and dicts of these"
+    )

@@ -1,0 +1,74 @@
+"""Values over the server's limit for items, in several of them.
+
+The entry of the key is a manifest:
+
+    1 byte    form     that of the value: B or M
+    16 bytes  id       of this very write, at random
+    4 bytes   count    of the chunks, big-endian
+    8 bytes   size     of the value, big-endian
+    16 bytes  digest   BLAKE2b of the value
+
+A chunk is the id, its number (4 bytes, big-endian), and its part of the value. It stands under a name with the id in it,
+so that a reader sees one write or another, and never parts of both: a missing chunk, or one that is not what the manifest
+says, makes the value a miss. Chunks of a value that was written over stay until their time is up or the server needs the
+room.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections.abc import Sequence
+from hashlib import blake2b
+from hmac import compare_digest
+
+from .memcached_connection import Answer
+
+MANIFEST = struct.Struct(">c16sIQ16s")
+_CHUNK = struct.Struct(">16sI")
+
+CHUNKED_MAX = 64 << 20
+"""Bytes of a value in chunks, at most: a reader must have it in one piece."""
+
+
+def split(form_and_body: bytes, room: int) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """The entry of a large value, form and body, and its chunks with their names; an item has `room` bytes."""
+    body = memoryview(form_and_body)[1:]
+    identity = secrets.token_bytes(16)
+    step = room - _CHUNK.size
+    chunks = [
+        (_tail(identity, number), b"".join((_CHUNK.pack(identity, number), body[at : at + step])))
+        for number, at in enumerate(range(0, len(body), step))
+    ]
+    manifest = MANIFEST.pack(form_and_body[:1], identity, len(chunks), len(body), _digest(body))
+    return b"C" + manifest, chunks
+
+
+def chunk_tails(manifest: bytes | memoryview) -> list[str]:
+    """The names of the chunks, without what they begin with. None for what is no manifest."""
+    if len(manifest) != MANIFEST.size:
+        return []
+    _, identity, count, size, _ = MANIFEST.unpack(manifest)
+    return [_tail(identity, number) for number in range(count)] if count <= size <= CHUNKED_MAX else []
+
+
+def whole(manifest: bytes | memoryview, answers: Sequence[Answer]) -> tuple[int, bytes] | None:
+    """The form and the body of a value whose chunks are these; `None` if they are not."""
+    form, identity, _, size, digest = MANIFEST.unpack(manifest)
+    pieces: list[memoryview] = []
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, tuple) or answer[0][: _CHUNK.size] != _CHUNK.pack(identity, number):
+            return None
+        pieces.append(memoryview(answer[0])[_CHUNK.size :])
+    body = b"".join(pieces)
+    if len(body) != size or not compare_digest(_digest(body), digest):
+        return None
+    return form[0], body
+
+
+def _tail(identity: bytes, number: int) -> str:
+    return f"+{identity.hex()}+{number}"
+
+
+def _digest(body: bytes | memoryview) -> bytes:
+    return blake2b(body, digest_size=16).digest()

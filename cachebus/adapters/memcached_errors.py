@@ -1,0 +1,106 @@
+"""What goes wrong at a Memcached server, in the words of our own error tree."""
+
+from __future__ import annotations
+
+import ssl
+
+from pymemcache.exceptions import MemcacheError, MemcacheUnexpectedCloseError
+
+from cachebus.messages import (
+    CacheBackendError,
+    CacheConfigurationError,
+    CacheConnectionError,
+    CacheError,
+)
+
+BACKEND = "memcached"
+
+# Transient is what another attempt may mend: a `CacheConnectionError`. The rest is not worth a second try.
+#
+#   what the server says or does                       what it becomes                  the connection
+#   SERVER_ERROR out of memory storing object          CacheBackendError                stays
+#   SERVER_ERROR object too large for cache            CacheBackendError                stays
+#   any other SERVER_ERROR                             CacheBackendError                is dropped
+#   CLIENT_ERROR, ERROR                                CacheBackendError                is dropped
+#   ERROR Too many open connections                    CacheConnectionError             is dropped
+#   anything that is no answer to what was asked       CacheConnectionError             is dropped
+#   end of file, reset, refused, no route, no name     CacheConnectionError             is dropped
+#   silence for longer than `timeout`                  CacheConnectionError             is dropped
+#   a certificate that is not good                     CacheConfigurationError          is dropped
+#
+# A dropped connection is never read from again, so that what arrives late is nobody's answer.
+_STAYS: dict[bytes, str] = {
+    b"SERVER_ERROR out of memory storing object": "the server's memory is full and it evicts nothing",
+    b"SERVER_ERROR object too large for cache": "the entry is larger than the server's items may be",
+}
+
+
+class Nonsense(Exception):
+    """Raised when what a server says is no answer to what it was asked."""
+
+
+class Refusal(Exception):
+    """Raised when a server says that it failed, in a way after which its next answers cannot be told apart.
+    `error` is what that means."""
+
+    def __init__(self, error: CacheError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def complaint(line: bytes) -> CacheError:
+    """Our error for a line with which a server turns down one command and stays usable. Raises `Refusal` for a line
+    after which it is not, and `Nonsense` for a line that is no complaint."""
+    if (reason := _STAYS.get(line)) is not None:
+        return CacheBackendError(reason, BACKEND)
+    if line.startswith(b"ERROR Too many open connections"):
+        raise Refusal(CacheConnectionError("the server has too many open connections", BACKEND))
+    if line.startswith((b"SERVER_ERROR", b"CLIENT_ERROR", b"ERROR")):
+        # Only its first words: what follows may be our own data.
+        raise Refusal(CacheBackendError(f"the server answered: {_printable(line[:80])}", BACKEND))
+    raise Nonsense(_printable(line[:40]))
+
+
+def unreachable(error: BaseException, server: str, timeout: float) -> CacheError:
+    """Our error for a connection that could not be made."""
+    if isinstance(error, CacheError):
+        return error
+    if isinstance(error, ssl.SSLCertVerificationError):
+        # Permanent: no retry turns a certificate into a good one.
+        return CacheConfigurationError(f"memcached: {server}: the certificate is not good: {error.verify_message}")
+    if isinstance(error, TimeoutError):
+        return CacheConnectionError(f"{server} did not take the connection within {timeout:g} s", BACKEND)
+    if isinstance(error, ssl.SSLError):
+        return CacheConnectionError(f"{server} cannot be reached over TLS: {error.reason}", BACKEND)
+    if isinstance(error, OSError):
+        return CacheConnectionError(f"{server} cannot be reached: {error.strerror or type(error).__name__}", BACKEND)
+    if isinstance(error, MemcacheUnexpectedCloseError):
+        return CacheConnectionError(f"{server} closed the connection", BACKEND)
+    # What else the driver or the reading of its answers raises: whoever answered is no Memcached.
+    return CacheConnectionError(f"{server} does not answer as a Memcached does", BACKEND)
+
+
+def lost(error: BaseException, server: str, timeout: float) -> CacheError:
+    """Our error for a connection that was there and is gone."""
+    if isinstance(error, Refusal):
+        return error.error
+    if isinstance(error, TimeoutError):
+        why = f"no answer within {timeout:g} s"
+    elif isinstance(error, Nonsense):
+        why = f"what it says is no answer: {error}"
+    elif isinstance(error, OSError):
+        why = error.strerror or type(error).__name__
+    elif isinstance(error, MemcacheError):
+        why = type(error).__name__
+    else:
+        why = "it was closed"
+    return CacheConnectionError(f"the connection to {server} was lost: {why}", BACKEND)
+
+
+def in_doubt(error: CacheError) -> CacheError:
+    """What a write is told that was sent on a connection before it was lost."""
+    return CacheConnectionError(f"{error.detail}; whether the request was done is not known", BACKEND)
+
+
+def _printable(raw: bytes) -> str:
+    return raw.decode("ascii", "replace").encode("ascii", "backslashreplace").decode()

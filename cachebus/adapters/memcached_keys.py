@@ -1,0 +1,85 @@
+"""What a key is called on the wire: nothing raw gets there, and no two namespaces share a name.
+
+    <namespace>:<generation>:<key>      a key that Memcached can hold as it is
+    <namespace>:<generation>#<hash>     any other: the hash is BLAKE2b with 32 bytes, in hexadecimal
+    <namespace>:<generation>+<id>+<n>   the n-th chunk of a large value
+    <namespace>::                       the generation of the namespace
+
+A namespace has no `:`, so that what stands before the first one is all of it. A generation has only hexadecimal digits,
+so that the character behind it says what follows.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from hashlib import blake2b
+
+from cachebus.messages import CacheConfigurationError, CacheKeyError
+
+WIRE_MAX = 250
+"""Bytes of a name on the wire, at most: Memcached's own limit."""
+
+GENERATION_DIGITS = 17
+KEPT_MAX = 1024
+"""Bytes of a hashed key that are kept in the entry as they are; of a longer one another hash is kept."""
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_GENERATION = re.compile(rb"[0-9a-f]{%d}" % GENERATION_DIGITS)
+
+Hasher = Callable[[bytes], bytes]
+
+
+def blake(raw: bytes) -> bytes:
+    """The hash that stands for a key on the wire."""
+    return blake2b(raw, digest_size=32, person=b"cachebus.wire").digest()
+
+
+class Keys:
+    """The names of a namespace's keys. `hasher` makes at most 32 bytes of any number of bytes."""
+
+    __slots__ = ("_hasher", "_room", "generation_name", "namespace")
+
+    def __init__(self, namespace: str, hasher: Hasher = blake) -> None:
+        if not _NAMESPACE.fullmatch(namespace):
+            raise CacheConfigurationError(
+                f"memcached: a namespace is 1 to 64 letters, digits, _ and -, unlike {namespace!r}"
+            )
+        self.namespace = namespace
+        self.generation_name = f"{namespace}::"
+        self._room = WIRE_MAX - len(namespace) - GENERATION_DIGITS - 2
+        self._hasher = hasher
+
+    def __repr__(self) -> str:
+        return f"<Keys of {self.namespace!r}>"
+
+    def tail(self, key: str) -> tuple[str, bytes]:
+        """What follows the generation, and what an entry keeps of the key: nothing where the name says it all.
+
+        Raises `CacheKeyError` for a key that is no valid Unicode.
+        """
+        # Printable ASCII is what lies between the control characters and DEL; a space is printable too.
+        if key.isascii() and key.isprintable() and " " not in key and len(key) <= self._room:
+            return f":{key}", b""
+        try:
+            raw = key.encode()
+        except UnicodeEncodeError:
+            raise CacheKeyError("a cache key must be valid Unicode", ascii(key)[:60]) from None
+        kept = raw if len(raw) <= KEPT_MAX else blake2b(raw, person=b"cachebus.kept").digest()
+        return f"#{self._hasher(raw).hex()}", kept
+
+    def head(self, generation: str) -> str:
+        """What stands before the tail."""
+        return f"{self.namespace}:{generation}"
+
+
+def new_generation(now: float) -> str:
+    """A generation that never was: microseconds of the Unix time `now`, and 16 bits of chance, so that not even a clock
+    that was set back brings an old one up again."""
+    return f"{int(now * 1e6) & (1 << 52) - 1:013x}{secrets.randbits(16):04x}"
+
+
+def is_generation(raw: bytes) -> bool:
+    """Whether somebody's bytes are a generation of ours."""
+    return _GENERATION.fullmatch(raw) is not None

@@ -1,0 +1,311 @@
+"""From requests to Memcached commands and back: a batch for one server becomes as few round trips as keep its order.
+
+Neighbours that need not look before they write go in one piece: reads (equal keys share a place), plain writes and
+removals. The others go in rounds (`memcached_rounds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cachebus.messages import (
+    CacheError,
+    CapabilityError,
+    Delete,
+    Deleted,
+    DeleteMany,
+    Exists,
+    Failed,
+    Found,
+    FoundMany,
+    Get,
+    GetMany,
+    Reply,
+    Request,
+    Set,
+    SetMany,
+    Stored,
+    StoredMany,
+)
+
+from .forms import decode_form, encode_form
+from .memcached_chunks import chunk_tails, whole
+from .memcached_connection import MISS, Answer, Connection, Talk
+from .memcached_entries import CHUNKED, MISSING, Entry, found_of, found_or_fail
+from .memcached_errors import BACKEND, in_doubt
+from .memcached_rounds import Rounds, looks_first
+from .memcached_session import Commands, Moved, Session, first_error
+from .memcached_values import Values, entry_of, not_found
+
+GETS_PART = 100
+"""Reads that are sent as one piece of a command: with the longest of keys, what may be sent in one."""
+
+Settle = Callable[[Answer], None]
+Read = Callable[[bytes, Answer], None]
+"""Takes in an answer; told first what the entry keeps of the key."""
+
+
+class Plan:
+    """A batch for one server, on its way."""
+
+    def __init__(self, connection: Connection, values: Values, batch: Sequence[Request[Any]]) -> None:
+        self.replies: list[Any] = [None] * len(batch)
+        self._batch = batch
+        self._connection = connection
+        self._session = Session(connection, values.keys)
+        self._values = values
+        self._tail = values.keys.tail
+
+    def run(self) -> Talk[list[Reply]]:
+        """Carry the batch out. What goes wrong is in the replies."""
+        batch, at, end = self._batch, 0, len(self._batch)
+        first, looks = 0, True
+        rounds = Rounds(self._session, self._values, batch, self.replies)
+        try:
+            while at < end:
+                first, looks = at, looks_first(batch[at])
+                while at < end and looks_first(batch[at]) == looks:
+                    at += 1
+                self._session.writing = False
+                if looks:
+                    yield from rounds.run(first, at)
+                else:
+                    yield from self._directly(first, at)
+        except CacheError as error:
+            if not looks:
+                self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
+            self._give_up(error, at)
+        return self.replies
+
+    def _give_up(self, error: CacheError, end: int) -> None:
+        """What has no reply yet gets the error. What lies before `end` may have been sent."""
+        for at, request in enumerate(self._batch):
+            if self.replies[at] is None:
+                doubtful = at < end and self._session.writing and not request.IDEMPOTENT and error.transient
+                self.replies[at] = Failed.of(in_doubt(error) if doubtful else error)
+
+    def _directly(self, first: int, end: int) -> Talk[None]:
+        while True:
+            try:
+                if not (yield from self._only_gets(first, end)):
+                    yield from Mixed(self._session, self._values, self._batch, self.replies).run(first, end)
+                return
+            except Moved:
+                self.replies[first:end] = [None] * (end - first)
+
+    def _only_gets(self, first: int, end: int) -> Talk[bool]:
+        """The commonest run in its simplest form; `False` if it is not that."""
+        places: list[int] = []
+        slots: dict[str, int] = {}
+        for position in range(first, end):
+            request = self._batch[position]
+            if type(request) is not Get:
+                return False
+            places.append(slots.setdefault(request.key, len(slots)))
+        tail = self._tail
+        try:
+            tails = [tail(key) for key in slots]
+        except CacheError:
+            return False
+        head = yield from self._session.head()
+        lines = [f"mg {head}{name} v c\r\n" for name, _ in tails]
+        commands = Commands()
+        for at in range(0, len(lines), GETS_PART):
+            piece = lines[at : at + GETS_PART]
+            commands.add("".join(piece).encode(), reads=True, count=len(piece))
+        answers = yield from self._session.ask(commands)
+        epoch, now = self._connection.epoch, self._connection.now()
+        large: list[tuple[int, str | None, Entry]] = []
+        for position, place in enumerate(places, first):
+            answer = answers[place]
+            if type(answer) is tuple:
+                # Taken apart for each, so that no two callers share a list or a dict.
+                reply = found_or_fail(answer[0], answer[1], tails[place][1], epoch, now)
+                if type(reply) is Entry:
+                    large.append((position, None, reply))
+                self.replies[position] = reply
+            else:
+                self.replies[position] = MISSING if answer == MISS else not_found(answer)
+        if large:
+            yield from fetch(self._session, large, self.replies)
+        return True
+
+
+class Mixed:
+    """Reads, plain writes and removals that go in one piece."""
+
+    def __init__(self, session: Session, values: Values, batch: Sequence[Request[Any]], replies: list[Any]) -> None:
+        self._session = session
+        self._connection = session.connection
+        self._values = values
+        self._tail = values.keys.tail
+        self._batch = batch
+        self._replies = replies
+        self._commands = Commands()
+        self._settles: list[list[Settle]] = []
+        self._reads: dict[str, list[Settle]] = {}
+        self._large: list[tuple[int, str | None, Entry]] = []
+        self._orphans: list[str] = []
+
+    def run(self, first: int, end: int) -> Talk[None]:
+        """Carry out the requests from `first` to before `end`."""
+        head = yield from self._session.head()
+        for position in range(first, end):
+            try:
+                self._add(position, self._batch[position], head)
+            except CacheError as error:
+                self._replies[position] = Failed.of(error)
+        if not self._settles:
+            return
+        self._session.writing = True
+        answers = yield from self._session.ask(self._commands)
+        for answer, wanted in zip(answers, self._settles, strict=True):
+            for settle in wanted:
+                settle(answer)
+        self._session.writing = False
+        if self._large:
+            yield from fetch(self._session, self._large, self._replies)
+        if self._orphans:
+            commands = Commands()
+            for name in self._orphans:
+                commands.add(f"md {head}{name}\r\n".encode(), reads=False)
+            yield from self._session.ask(commands)
+
+    def _add(self, position: int, request: Any, head: str) -> None:
+        match request:
+            case Get(key=key):
+                self._read(head, key, self._got(position))
+            case Exists(key=key):
+                self._read(head, key, self._existing(position))
+            case GetMany(keys=keys):
+                for key in keys:
+                    self._tail(key)
+                self._replies[position] = FoundMany({})
+                for key in dict.fromkeys(keys):
+                    self._read(head, key, self._got(position, key))
+            case Set() | SetMany():
+                self._set(position, request, head)
+            case Delete(key=key):
+                self._delete(position, (key,), head)
+            case DeleteMany(keys=keys):
+                self._delete(position, keys, head)
+            case _:
+                raise CapabilityError(store=BACKEND, capability=type(request).__name__)
+
+    def _read(self, head: str, key: str, make: Read) -> None:
+        name, kept = self._tail(key)
+        wanted = self._reads.get(name)
+        if wanted is None:
+            wanted = self._reads[name] = []
+            self._settles.append(wanted)
+            self._commands.add(f"mg {head}{name} v c\r\n".encode(), reads=True)
+        wanted.append(lambda answer: make(kept, answer))
+
+    def _write(self, command: bytes, settle: Settle) -> None:
+        self._reads.clear()  # What is read from here on is another value.
+        self._settles.append([settle])
+        self._commands.add(command, reads=False)
+
+    def _got(self, position: int, key: str | None = None) -> Read:
+        def settle(kept: bytes, answer: Answer) -> None:
+            reply: Any = not_found(answer) if type(answer) is not tuple else None
+            if type(answer) is tuple:
+                connection = self._connection
+                reply = found_or_fail(answer[0], answer[1], kept, connection.epoch, connection.now())
+                if type(reply) is Entry:
+                    self._large.append((position, key, reply))
+                    reply = MISSING
+            fill(self._replies, position, key, reply)
+
+        return settle
+
+    def _existing(self, position: int) -> Read:
+        def settle(kept: bytes, answer: Answer) -> None:
+            try:
+                entry = entry_of(self._connection, kept, answer)
+                self._replies[position] = MISSING if entry is None else entry.present(self._connection.now())
+            except CacheError as error:
+                self._replies[position] = Failed.of(error)
+
+        return settle
+
+    def _set(self, position: int, request: Set | SetMany, head: str) -> None:
+        if request.tags:
+            raise CapabilityError(store=BACKEND, capability="tags")
+        items = request.items if isinstance(request, SetMany) else {request.key: request.value}
+        expiry = self._values.expiry(request.ttl, self._connection.now())
+        commands: list[bytes] = []
+        for key, value in items.items():
+            name, kept = self._tail(key)
+            commands += self._values.pack(encode_form(value), kept, expiry, self._connection).commands(head, name)
+        if isinstance(request, SetMany):
+            self._replies[position] = StoredMany(len(items))
+
+        def settle(answer: Answer) -> None:
+            reply = self._replies[position]
+            if not isinstance(answer, int) or answer <= 0:
+                self._replies[position] = not_found(answer)
+            elif reply is None or type(reply) is Stored:  # The last one is the entry's.
+                self._replies[position] = Stored(self._connection.epoch + answer)
+
+        for command in commands:
+            self._write(command, settle)
+
+    def _delete(self, position: int, keys: Sequence[str], head: str) -> None:
+        for key in keys:
+            self._tail(key)
+        self._replies[position] = Deleted(0)
+
+        def settle(kept: bytes, answer: Answer) -> None:
+            try:
+                entry = entry_of(self._connection, kept, answer)
+            except CacheError as error:
+                if isinstance(answer, CacheError):
+                    self._replies[position] = Failed.of(error)
+                return  # Not ours, and gone all the same.
+            deleted = self._replies[position]
+            if entry is not None and isinstance(deleted, Deleted):
+                self._replies[position] = Deleted(deleted.count + 1)
+                if entry.form == CHUNKED:
+                    self._orphans += chunk_tails(entry.body)
+
+        def gone(answer: Answer) -> None:
+            if isinstance(answer, CacheError):
+                self._replies[position] = Failed.of(answer)
+
+        for key in dict.fromkeys(keys):
+            # Looked at before it is removed, because Memcached still has what has expired for its readers.
+            self._read(head, key, settle)
+            self._write(f"md {head}{self._tail(key)[0]}\r\n".encode(), gone)
+
+
+def fetch(session: Session, large: list[tuple[int, str | None, Entry]], replies: list[Any]) -> Talk[None]:
+    """Read the chunks of large values for those who asked: positions, keys of a `GetMany`, and manifests."""
+    head = yield from session.head()
+    for position, key, entry in large:
+        tails = chunk_tails(entry.body)
+        commands = Commands()
+        for name in tails:
+            commands.add(f"mg {head}{name} v c\r\n".encode(), reads=True)
+        answers = (yield from session.ask(commands)) if tails else []
+        failure = first_error(answers)
+        reply: Reply = MISSING if failure is None else Failed.of(failure)
+        if failure is None and (found := whole(entry.body, answers) if tails else None) is not None:
+            try:
+                reply = found_of(entry, decode_form(*found), session.connection.now())
+            except CacheError as error:
+                reply = Failed.of(error)
+        fill(replies, position, key, reply)
+
+
+def fill(replies: list[Any], position: int, key: str | None, reply: Any) -> None:
+    """Put a reply in its place; with a key, in the place of the key among those of a `GetMany`."""
+    many = replies[position]
+    if key is None:
+        replies[position] = reply
+    elif type(many) is FoundMany:
+        if type(reply) is Found:
+            many.entries[key] = reply
+        elif type(reply) is Failed:
+            replies[position] = reply

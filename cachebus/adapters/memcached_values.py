@@ -1,0 +1,79 @@
+"""Making entries of values, and commands of entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cachebus.messages import CacheBackendError, CacheCapacityError, CacheError, Failed, Missing, Ttl
+
+from .forms import INT
+from .memcached_chunks import CHUNKED_MAX, split
+from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection
+from .memcached_entries import HEADER, MISSING, Entry, expiry_of, pack_entry, read_entry, server_expiry
+from .memcached_errors import BACKEND
+from .memcached_keys import Keys
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """An entry on its way to the server: what is sent before it, its bytes, and how long the server shall keep it."""
+
+    entry: bytes
+    seconds: int
+    chunks: tuple[tuple[str, bytes], ...] = ()
+
+    def commands(self, head: str, tail: str, condition: bytes = b"") -> list[bytes]:
+        """The commands that store it, the entry's last; `condition` is that of the entry."""
+        return [
+            *(store(head + name, chunk, self.seconds) for name, chunk in self.chunks),
+            store(head + tail, self.entry, self.seconds, condition),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """How a store's values stand at a server."""
+
+    keys: Keys
+    default_ttl: float | None
+    chunked: bool
+
+    def expiry(self, ttl: Ttl, now: float) -> float:
+        """The time at which a value's time is up; 0 for never."""
+        return expiry_of(self.default_ttl if ttl == "default" else ttl, now)
+
+    def pack(self, form: bytes, kept: bytes, expiry: float, connection: Connection) -> Packed:
+        """A value, by its form and bytes, as an entry. Raises `CacheCapacityError` for what there is no room for."""
+        now = connection.now()
+        seconds = server_expiry(expiry, now)
+        room = connection.entry_max - HEADER.size - len(kept)
+        if len(form) - 1 <= room:
+            return Packed(pack_entry(form, kept, expiry, now), seconds)
+        limit = CHUNKED_MAX if self.chunked else room
+        if len(form) - 1 > limit or form[0] == INT:
+            raise CacheCapacityError("the value is too large for Memcached", len(form) - 1, limit)
+        manifest, chunks = split(form, connection.entry_max)
+        return Packed(pack_entry(manifest, kept, expiry, now), seconds, tuple(chunks))
+
+
+def entry_of(connection: Connection, kept: bytes, answer: Answer) -> Entry | None:
+    """The live entry that an answer holds. Raises `CacheError`."""
+    if isinstance(answer, CacheError):
+        raise answer
+    if not isinstance(answer, tuple):
+        return None
+    return read_entry(answer[0], answer[1], kept, connection.epoch, connection.now())
+
+
+def store(name: str, entry: bytes, seconds: int, condition: bytes = b"") -> bytes:
+    """The command that stores an entry and says its CAS token."""
+    return b"".join((f"ms {name} {len(entry)} T{seconds} c".encode(), condition, b"\r\n", entry, b"\r\n"))
+
+
+def not_found(answer: Answer) -> Missing | Failed:
+    """The reply to whoever wanted something else than this answer."""
+    if isinstance(answer, CacheError):
+        return Failed.of(answer)
+    if answer in (MISS, NOT_STORED, EXISTS):
+        return MISSING
+    return Failed.of(CacheBackendError("the server gave an answer to something else; Memcached 1.6 is needed", BACKEND))

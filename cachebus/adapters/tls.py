@@ -1,0 +1,37 @@
+"""Talking TLS to the servers of stores."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+
+from cachebus.messages import CacheConfigurationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """Paths of PEM files: whom we trust (the system's authorities if left out), and who we are."""
+
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+    def context(self, store: str) -> ssl.SSLContext:
+        """A context that checks certificates and host names. Reads the files, so it blocks.
+
+        Raises `CacheConfigurationError` that names the store and the files.
+        """
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key, password=_no_passphrase)
+        except (OSError, ValueError) as error:  # SSLError is an OSError
+            names = ", ".join(each for each in (self.ca, self.certificate, self.key) if each)
+            reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+            raise CacheConfigurationError(f"{store}: the TLS files {names} cannot be used: {reason}") from None
+        return context
+
+
+def _no_passphrase() -> str:
+    # Without it OpenSSL asks at the terminal.
+    raise ValueError("the key is encrypted")

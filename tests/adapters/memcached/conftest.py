@@ -1,0 +1,77 @@
+"""A real server for the tests of a module, and stores in it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import pymemcache
+import pytest
+from anyio import to_thread
+from pydantic import TypeAdapter
+
+from cachebus.adapters.memcached import MemcachedStore, Place
+from cachebus.testing.servers import Server, run_memcached
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pydantic_has_looked_for_plugins() -> None:
+    """The first adapter of a process reads the metadata of every installed package, which blocks."""
+    TypeAdapter(int)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with run_memcached() as running:
+        yield running
+
+
+@asynccontextmanager
+async def opened(*servers: Any, namespace: str = "", **options: Any) -> AsyncGenerator[MemcachedStore]:
+    """A store on these servers, open, in a namespace of its own unless one is named."""
+    places = [Place(each.host, each.port) for each in servers]
+    store = MemcachedStore(places, namespace=namespace or f"t{uuid4().hex}", **options)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest.fixture
+async def store(server: Server) -> AsyncIterator[MemcachedStore]:
+    async with opened(server) as made:
+        yield made
+
+
+async def one(store: Any, request: Any) -> Any:
+    """The reply to one request, sent alone."""
+    (reply,) = await store.execute([request])
+    return reply
+
+
+async def sync(function: Any, *arguments: Any) -> Any:
+    return await to_thread.run_sync(function, *arguments)
+
+
+async def raw(server: Any, verb: str, *arguments: Any, **options: Any) -> Any:
+    """What the driver alone gets from a server."""
+
+    def ask() -> Any:
+        client = pymemcache.Client((server.host, server.port), default_noreply=False)
+        try:
+            return getattr(client, verb)(*arguments, **options)
+        finally:
+            client.close()
+
+    return await sync(ask)
+
+
+def name_of(store: MemcachedStore, key: str, server: int = 0) -> str:
+    """What a key of the store is called at one of its servers."""
+    connection = list(store._lanes.values())[server].connection
+    assert connection is not None
+    assert connection.generation is not None
+    return store._keys.head(connection.generation) + store._keys.tail(key)[0]
