@@ -4,6 +4,7 @@ runs, because it takes a third of the time, and anyio's elsewhere."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from asyncio import _get_running_loop
@@ -37,7 +38,10 @@ class Line(Protocol):
 
 def line_for(sock: socket.socket) -> Line:
     """A line over a connected socket that does not block."""
-    return AsyncioLine(sock) if _get_running_loop() is not None else AnyLine(sock)
+    if _get_running_loop() is not None:
+        with contextlib.suppress(NotImplementedError):  # Windows has a loop that watches no sockets.
+            return AsyncioLine(sock)
+    return AnyLine(sock)
 
 
 class AnyLine:
