@@ -85,8 +85,21 @@ async def loading(scene: Scene) -> AsyncGenerator[None]:
     await scene.do(scene.server.kill)
     # It returns when the server has read everything; until then the server answers LOADING.
     starting = asyncio.create_task(scene.do(scene.server.start))
+    with anyio.fail_after(20):
+        while not await says_loading(scene):
+            await asyncio.sleep(0.005)
     yield
     await starting
+
+
+async def says_loading(scene: Scene) -> bool:
+    try:
+        await scene.tell("PING")
+    except OSError:
+        return False  # It does not listen yet.
+    except RuntimeError as error:
+        return "LOADING" in str(error)
+    raise AssertionError("the server has read its data before anybody saw it")
 
 
 @asynccontextmanager
@@ -143,7 +156,7 @@ FAULTS = (
     Fault("reset in the middle of a reply", through("reset"), GONE),
     Fault("half open: accepts, says nothing", through("half_open"), GONE),
     Fault("300 ms of latency", through("latency", 0.3), GONE),
-    Fault("one byte at a time", through("trickle"), GONE),
+    Fault("one byte at a time", through("trickle"), GONE, silent=True),
     Fault("replies lost", through("lose_reply"), GONE),
     Fault("replies garbled", through("garbage"), GONE),
     Fault("server killed, and started again", killed, GONE, forgets=True),

@@ -89,7 +89,7 @@ class Fault:
     """Something that goes wrong. `errors` are what callers may be told, besides misses; `options` are the server's.
 
     `forgets` says that the server loses what it has, `user` that the cache has a name and a password, `silent` that
-    callers notice nothing. `filling` is how many more keys the server has. `says` is a word that one error must have, so
+    callers may notice nothing. `filling` is how many more keys the server has. `says` is a word that one error must have, so
     that it is known to be the server's.
     """
 

@@ -130,9 +130,9 @@ async def test_each_value_belongs_to_its_key_whoever_is_late(server: Server, see
             callers = Callers(cache, seed)
             await callers.fill()
             for number in range(12):
-                tasks = [asyncio.create_task(callers.one(callers.chance.randrange(KEYS))) for _ in range(40)]
                 # Silent for longer than a batch is waited for; then everything that was asked is answered after all.
                 await sync(proxy.switch, "half_open" if number % 3 == 1 else "pass")
+                tasks = [asyncio.create_task(callers.one(callers.chance.randrange(KEYS))) for _ in range(40)]
                 _, hanging = await asyncio.wait(tasks, timeout=3.0)
                 assert not hanging
             await sync(proxy.switch, "pass")
