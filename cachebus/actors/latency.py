@@ -52,17 +52,21 @@ class AdaptiveTimeout:
             self._penalty = 1.0
         self._note(duration)
 
-    def struck(self, started: float, now: float) -> None:
-        """Take in that a call that began at `started` has no answer `now`. Calls that were under way together when the
-        first of them was given up count once: they say one thing, that the timeout of then was too short.
+    def struck(self, started: float, now: float) -> bool:
+        """Take in that a call that began at `started` has no answer `now`; says whether that is news. Calls that were under
+        way together when the first of them was given up count once: they say one thing, that the timeout of then was too
+        short.
 
         It is no duration of the window: there an outage would become what is usual, and the next one be met with more
         patience still.
         """
-        if started >= self._struck_at and self._base * self._penalty < self._highest:
-            self._struck_at = now
+        if started < self._struck_at:
+            return False
+        self._struck_at = now
+        if self._base * self._penalty < self._highest:
             self._penalty *= GROWTH
             self.current = min(self._highest, self._base * self._penalty)
+        return True
 
     def _note(self, duration: float) -> None:
         # Kept in order: two binary searches and two short moves of memory, 1 us for a window of 1000.

@@ -362,8 +362,10 @@ class Guard:
 
     def _give_up(self, attempt: Attempt, now: float) -> None:
         self._attempts.take(attempt)
-        attempt.timeout.struck(attempt.started, now)
-        if issubclass(CacheTimeoutError, self.policy.excluded):
+        # Many batches under way strike together. Counted one by one they would open the circuit of a server that has
+        # only become slower, before the timeout could follow it.
+        news = attempt.timeout.struck(attempt.started, now)
+        if not news or issubclass(CacheTimeoutError, self.policy.excluded):
             self._breaker.abandoned(attempt.ticket)
         else:
             self._failed(attempt)

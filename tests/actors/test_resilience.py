@@ -596,6 +596,17 @@ async def test_who_waits_for_a_batch_goes_on_when_it_is_given_up() -> None:
     assert stage.guard.pause(1) is None
 
 
+async def test_batches_that_strike_together_are_one_failure() -> None:
+    store = ScriptedPipeline()
+    stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
+    for name in "abcdefgh":
+        await stage.guard.submit(store, [Get(name)], None, lambda replies: None)
+    stage.clock.advance(0.5)
+    stage.ctx.ring()
+    statistics = stage.guard.statistics()
+    assert (statistics.failure_count, statistics.state, statistics.in_flight) == (1, "closed", 0)
+
+
 async def test_what_our_own_loop_slept_through_is_not_the_stores_failure() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
