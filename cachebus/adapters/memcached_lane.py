@@ -78,6 +78,7 @@ class Lane:
         self._turn = anyio.Lock(fast_acquire=True)
         self._threads = anyio.CapacityLimiter(most)
         self._closed = False
+        self._ill = False
         self._attempt: _Attempt | None = None
         self._attempts: list[_Attempt] = []
 
@@ -94,10 +95,13 @@ class Lane:
                 raise CacheClosed("the connection to memcached was closed")
             connection = self.connection
             if connection is None or connection.lost:
-                connection = self.connection = self._found() if self._aside else await self._connect()
+                connection = self.connection = self._found() if self._ill else await self._connect()
             elif connection.out_of_sync:
                 await self._resync(connection)
-            return await connection.converse(talk(connection))
+            result = await connection.converse(talk(connection))
+            # A connection that was broken off says nothing about the server, one that was lost does.
+            self._ill = self._aside and connection.lost
+            return result
 
     async def connect(self) -> None:
         """Make the connection, unless there is one. Raises `CacheConnectionError`."""
@@ -129,6 +133,7 @@ class Lane:
         try:
             return await to_thread.run_sync(attempt.connect, abandon_on_cancel=True, limiter=self._threads)
         except CacheError:
+            self._ill = self._aside
             raise
         except BaseException:
             attempt.abandon()
@@ -138,7 +143,7 @@ class Lane:
         """The connection that was made aside. Raises `CacheConnectionError` while there is none."""
         attempt = self._attempt
         if attempt is not None and attempt.made is not None:
-            self._attempt = None
+            self._attempt, self._ill = None, False
             return attempt.made
         if attempt is None or (
             attempt.error is not None and self._dial.clock.monotonic() > attempt.ended_at + BETWEEN_ATTEMPTS
