@@ -12,14 +12,11 @@ from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanag
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import anyio
 
 from cachebus import Cache, CacheError, open_cache
-from cachebus.actors import BackendActor, BreakerPolicy, GuardPolicy
 from cachebus.node import StoreFactory
-from cachebus.redis_settings import RedisSettings
 from cachebus.settings import load_settings
 from cachebus.testing.proxy import Mode, Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis
@@ -46,16 +43,10 @@ async def guarded(
     url: str, *, timeout: float = DEADLINE, stores: StoreFactory | None = None, **options: Any
 ) -> AsyncGenerator[Cache]:
     """An open cache that raises what goes wrong, with a circuit that tries again soon."""
-    with ExitStack() as stack:
-        if "breaker_recovery" in RedisSettings.model_fields:
-            url += f"{'&' if '?' in url else '?'}breaker_recovery={BREAKER}"
-            options["on_error"] = "raise"
-        else:  # A guard that no setting reaches.
-            policy = GuardPolicy(breaker=BreakerPolicy(recovery=BREAKER))
-            stack.enter_context(patch("cachebus.node.BackendActor", partial(BackendActor, guard=policy)))
-        settings = load_settings(url, timeout=timeout, namespace=NAMESPACE, **options)
-        async with open_cache(settings, stores=stores) as cache:
-            yield cache
+    url += f"{'&' if '?' in url else '?'}breaker_recovery={BREAKER}"
+    settings = load_settings(url, timeout=timeout, namespace=NAMESPACE, on_error="raise", **options)
+    async with open_cache(settings, stores=stores) as cache:
+        yield cache
 
 
 @dataclass

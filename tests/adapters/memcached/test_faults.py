@@ -286,7 +286,8 @@ async def test_a_dead_server_costs_its_own_keys_and_no_others() -> None:
                             assert isinstance(reply, Failed)
                         else:
                             assert isinstance(reply, Found)
-                assert time.monotonic() - started < 0.3  # Nobody waits for the one that says nothing.
+                # Nobody waits for the one that says nothing: that would take 20 times 0.3 s.
+                assert time.monotonic() - started < 3.0
                 mine = tuple(key for key in keys if key not in theirs)
                 assert len((await one(store, GetMany(mine))).entries) == len(mine)
                 assert isinstance(await one(store, GetMany(tuple(keys))), Failed)
