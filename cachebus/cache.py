@@ -151,7 +151,9 @@ class Cache:
         if type(reply) is Found and left > 0:
             return reply.value
         # What must be waited for suspends anyway: it needs no checkpoint, and so one coroutine less.
-        found = await (self._finish(request, None) if reply is None and key else self.finish_get(request, reply))
+        found = await (
+            self._finish(request, None) if reply is None and key and key.isascii() else self.finish_get(request, reply)
+        )
         return found.value if isinstance(found, Found) else default
 
     async def lookup(self, key: str) -> Found | Missing:

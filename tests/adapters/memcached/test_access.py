@@ -98,11 +98,11 @@ async def test_timeouts_are_those_of_the_options(server: Server) -> None:
             await sync(proxy.switch, "half_open")
             started = time.monotonic()
             assert isinstance(await one(store, Get("a")), Failed)
-            assert 0.35 < time.monotonic() - started < 0.8
+            assert 0.35 < time.monotonic() - started < 0.95
             started = time.monotonic()
             with pytest.raises(CacheConnectionError, match=r"within 0\.1 s"):
                 await store.execute([Get("a")])
-            assert 0.05 < time.monotonic() - started < 0.4
+            assert 0.05 < time.monotonic() - started < 3.0
 
 
 async def test_no_more_threads_connect_than_there_may_be_connections(server: Server) -> None:

