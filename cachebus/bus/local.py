@@ -21,7 +21,7 @@ from cachebus.messages import (
 )
 
 from .address import Address, check_word
-from .api import Envelope, Recipient
+from .api import Envelope, Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .deadlines import deadlines_of
 from .emitter import Emitter
@@ -61,6 +61,15 @@ class LocalBus:
     def withdraw(self, address: Address) -> None:
         with self._guard:
             self._recipients.pop(address, None)
+
+    async def claim(self, address: Address, visibility: Visibility) -> None:
+        """Nothing to do: there are no other processes."""
+
+    async def announce(self, address: Address, visibility: Visibility) -> None:
+        """Nothing to do: there are no other processes."""
+
+    async def retire(self, address: Address) -> None:
+        """Nothing to do: there are no other processes."""
 
     def recipient(self, address: Address) -> Recipient:
         found = self._recipients.get(address)
