@@ -25,6 +25,10 @@ def _hosts(value: object) -> object:
     raise ValueError("expected hosts, each as name, name:port or [IPv6]:port")
 
 
+Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
+"""At least one of name, name:port and [IPv6]:port."""
+
+
 class RedisSettings(Options):
     """A store in a Redis server, version 6.2 or newer. Durations are seconds.
 
@@ -41,7 +45,7 @@ class RedisSettings(Options):
     """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
     topology: Literal["single", "sentinel"] = "single"
     """`sentinel`: `hosts` are sentinels, and know the master of `service`."""
-    hosts: Annotated[tuple[str, ...], BeforeValidator(_hosts)] = ("localhost",)
+    hosts: Hosts = ("localhost",)
     """Names or addresses, each with or without a port: 6379 if left out, of a sentinel 26379."""
     socket: str | None = None
     """The path of a unix socket, instead of a host."""

@@ -9,6 +9,7 @@ from urllib.parse import unquote_to_bytes
 
 from cachebus.messages import CacheConfigurationError
 
+NATS_SCHEMES = ("nats", "tls")
 REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "unix")
 
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
@@ -70,6 +71,23 @@ def redis_options(scheme: str, place: str, shown: str) -> dict[str, Any]:
             raise CacheConfigurationError(f"{shown}: the database is a number")
     if path:
         raise CacheConfigurationError(f"{shown}: there is too much in the path")
+    return options
+
+
+def nats_options(scheme: str, place: str, shown: str) -> dict[str, Any]:
+    """The options that the URL of a bus gives before its `?`. Raises `CacheConfigurationError`."""
+    found = split_place(place, shown)
+    options: dict[str, Any] = {}
+    if found.password is not None:
+        options |= {"user": found.user, "password": found.password}
+    elif found.user:
+        options["token"] = found.user
+    if found.hosts:
+        options["hosts"] = found.hosts
+    if scheme == "tls":
+        options["tls"] = True
+    if found.path:
+        raise CacheConfigurationError(f"{shown}: the URL of a bus has no path")
     return options
 
 

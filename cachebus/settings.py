@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from cachebus.messages import CacheConfigurationError
 
+from .nats_settings import BusSettings, NatsSettings, read_bus
 from .options import (
     AtLeastOne,
     MaybeAtLeastOne,
@@ -92,7 +93,7 @@ class PluginSettings(Options):
         return [(name, redact_url(value) if name == "url" else value) for name, value in super().__repr_args__()]
 
 
-BackendSettings: TypeAlias = MemorySettings | NullSettings | RedisSettings | PluginSettings
+BackendSettings: TypeAlias = MemorySettings | NullSettings | RedisSettings | PluginSettings | BusSettings
 
 
 class ActorSettings(Options):
@@ -132,6 +133,7 @@ _BACKENDS: dict[str, type[BackendSettings]] = {
     "null": NullSettings,
     "redis": RedisSettings,
     "plugin": PluginSettings,
+    "bus": BusSettings,
 }
 
 
@@ -181,6 +183,8 @@ class Settings(_Root):
     """The time budget of one call, in seconds: the only deadline there is."""
     backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
+    bus: Annotated[NatsSettings | None, BeforeValidator(read_bus)] = None
+    """How to reach other processes: the URL of a NATS server, or its options; `None` is no way."""
 
     @classmethod
     def settings_customise_sources(
@@ -206,6 +210,13 @@ class Settings(_Root):
         if len(defaults) > 1:
             raise CacheConfigurationError(f"only one can be the default, not all of {', '.join(defaults)}")
         return backends
+
+    @model_validator(mode="after")
+    def _a_bus_where_one_is_needed(self) -> Settings:
+        for backend in self.backends:
+            if isinstance(backend, BusSettings) and self.bus is None:
+                raise CacheConfigurationError(f"backend {backend.name!r} is on a bus: give its URL, bus='nats://host'")
+        return self
 
     @property
     def default_backend(self) -> BackendSettings:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, TypeVar, cast
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
 
 from anyio.lowlevel import checkpoint
 
@@ -49,6 +50,14 @@ class LocalBus:
 
     def __repr__(self) -> str:
         return f"<LocalBus {self.namespace!r} serving {', '.join(sorted(self._recipients)) or 'nobody'}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
 
     def serve(self, address: Address, recipient: Recipient) -> None:
         with self._guard:

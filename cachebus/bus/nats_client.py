@@ -28,8 +28,9 @@ PENDING = 64 * 1024 * 1024
 OnError = Callable[[Exception], None]
 
 
-class TlsClient(Client):
-    """A client that gives up on a server without TLS before it tells it anything, if TLS was asked for."""
+class CarefulClient(Client):
+    """A client that tells a server without TLS nothing if TLS was asked for, and whose ears survive a flush that was given
+    up."""
 
     tls_wanted = False
 
@@ -38,6 +39,13 @@ class TlsClient(Client):
         if initial_connection and self.tls_wanted and not info.get("tls_required"):
             raise nats.errors.Error("the server offers no TLS")
         await super()._process_info(info, initial_connection)
+
+    async def _process_pong(self) -> None:
+        # The place of a flush that was cancelled or came too late is still in the line: nats-py would answer it, fail,
+        # and read nothing from this connection any more.
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
 
 
 async def connect(options: NatsOptions, servers: list[str], on_error: OnError, on_end: Callable[[], None]) -> Client:
@@ -49,7 +57,7 @@ async def connect(options: NatsOptions, servers: list[str], on_error: OnError, o
     secrets = await asyncio.to_thread(_secrets, options)
     reasons: list[str] = []
     for server in random.sample(servers, len(servers)):
-        client = TlsClient()
+        client = CarefulClient()
         client.tls_wanted = options.tls
         faults: list[Exception] = []
         try:
