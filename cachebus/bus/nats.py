@@ -12,11 +12,12 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self
 
-from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, Event
+from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, Event, Ping
 
 from .address import Address
 from .api import Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
+from .codec import decode, encode
 from .local import LocalBus
 from .nats_claims import Claim
 from .nats_connection import Listener, NatsConnection
@@ -25,6 +26,7 @@ from .nats_options import NatsCounters, NatsOptions
 from .nats_requests import Requests
 from .nats_serving import Serving
 from .subjects import Subjects
+from .subscription import event_kinds
 
 GROUP = "q"
 """The queue group of those who share an address: NATS micro's own default."""
@@ -45,6 +47,7 @@ class NatsBus(LocalBus):
         self.counters = NatsCounters()
         self.connection = NatsConnection(self.options, self.counters, self._lost, self._back)
         self._subjects = Subjects(namespace)
+        self._kinds = event_kinds(self.options.events) if self.options.events else frozenset[type[Event]]()
         self._serving: dict[str, tuple[Serving, Listener]] = {}
         self._claims: dict[str, Claim] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,6 +74,8 @@ class NatsBus(LocalBus):
             raise CacheConfigurationError("a bus over NATS is opened on asyncio: nats-py knows no other event loop")
         if self._closed or self._requests is not None:
             raise CacheClosed("a bus is opened once; make a new one")
+        # The first message that is read makes pydantic look through the installed packages: not on the loop.
+        await asyncio.to_thread(lambda: decode(encode(Ping())))
         await self.connection.open()
         try:
             requests = Requests(self.connection, self.clock, self._emitter, self.counters, self._is_closed)
@@ -84,7 +89,7 @@ class NatsBus(LocalBus):
             await self.connection.close()
             raise
         self._requests = requests
-        self.audience.want_elsewhere(self._outbox.kinds)
+        self.audience.want_elsewhere(self._kinds)
 
     async def aclose(self, grace: float = 5.0) -> None:
         """Be reached no more, answer what is under way within `grace` seconds, send what waits, and disconnect."""
@@ -163,7 +168,7 @@ class NatsBus(LocalBus):
 
     def publish(self, event: Event) -> None:
         self.audience.hear(event)
-        if type(event) in self._outbox.kinds:
+        if type(event) in self._kinds and self._requests is not None:
             self._outbox.put(event)
 
     # The connection

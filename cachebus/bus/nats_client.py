@@ -13,7 +13,7 @@ import random
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nats.errors
 from nats.aio.client import Client, RawCredentials
@@ -43,8 +43,9 @@ class CarefulClient(Client):
     async def _process_pong(self) -> None:
         # The place of a flush that was cancelled or came too late is still in the line: nats-py would answer it, fail,
         # and read nothing from this connection any more.
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()
+        line = cast("list[asyncio.Future[Any]]", self._pongs)  # type: ignore[redundant-cast]
+        if line and line[0].done():
+            line[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
 

@@ -40,7 +40,11 @@ class Listener:
 
     async def take(self, msg: Msg) -> None:
         """Hand over a message that came in."""
-        self.handler(msg)
+        try:
+            self.handler(msg)
+        except Exception:
+            # A bug, or a message that finds one: the next message is none the worse.
+            logger.exception("a message on %s could not be handled", self.subject)
 
 
 class NatsConnection:
@@ -92,14 +96,13 @@ class NatsConnection:
     async def close(self) -> None:
         """Send what is waiting to be sent, and close."""
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
+            await end_task(self._keeper)
         client, self._client = self._client, None
         self._ready = False
         if client is not None and not client.is_closed:
             try:
                 async with asyncio.timeout(_FLUSH):
-                    await client.flush()
+                    await _flush(client)
                     await client.close()
             except (nats.errors.Error, OSError, TimeoutError):
                 abandon(client)
@@ -127,7 +130,7 @@ class NatsConnection:
         client = self._client
         try:
             if client is not None and client.is_connected:
-                await client.flush()
+                await _flush(client)
                 return
         except (nats.errors.Error, OSError, TimeoutError):
             pass
@@ -144,13 +147,15 @@ class NatsConnection:
         """Listen no more. Returns when everything that was delivered was handed over."""
         if listener in self._listeners:
             self._listeners.remove(listener)
-        subscription, listener.subscription = listener.subscription, None
-        if subscription is not None and self.up:
-            try:
-                async with asyncio.timeout(_FLUSH):
-                    await subscription.drain()
-            except (nats.errors.Error, OSError, TimeoutError):
-                pass  # Lost meanwhile: nothing comes from there any more.
+        client, subscription = listener.client, listener.subscription
+        listener.client = listener.subscription = None
+        if client is None or subscription is None or client is not self._client or not client.is_connected:
+            return
+        try:
+            async with asyncio.timeout(_FLUSH):
+                await leave(client, subscription)
+        except (nats.errors.Error, OSError, TimeoutError):
+            pass  # Lost meanwhile: nothing comes from there any more.
 
     async def _subscribe(self, listener: Listener) -> None:
         client = self._client
@@ -234,6 +239,31 @@ class NatsConnection:
 
     def _no_longer_slow(self) -> None:
         self._slow = False
+
+
+async def _flush(client: Client) -> None:
+    """Return when the server has handled what was sent."""
+    # nats-py's ping does not wait in line: it overtakes what the flusher has not written yet. By the time the first
+    # one is answered the flusher has run, and the second one stands behind what it wrote.
+    await client.flush()
+    await client.flush()
+
+
+async def leave(client: Client, subscription: Any) -> None:
+    """End a subscription, with every message that was delivered to it handed over."""
+    # Not its own drain: there the ping overtakes the goodbye, and what is delivered in between is thrown away.
+    await client._send_unsubscribe(subscription._id)  # pyright: ignore[reportPrivateUsage]
+    await _flush(client)
+    await subscription._pending_queue.join()
+    await subscription.unsubscribe()
+
+
+async def end_task(task: asyncio.Task[None]) -> None:
+    """Cancel a task, and wait until it has ended."""
+    while not task.done():
+        # Again and again: nats-py lets a cancellation pass for nothing here and there, and so does Python 3.11's wait_for.
+        task.cancel()
+        await asyncio.wait([task], timeout=0.05)
 
 
 def _wake(future: asyncio.Future[None]) -> None:

@@ -22,10 +22,10 @@ from cachebus.messages import CacheError, Event, EventsMissed
 
 from .codec import JSON, MSGPACK, decode, encode
 from .emitter import Emitter
-from .nats_connection import Listener, NatsConnection
+from .nats_connection import Listener, NatsConnection, end_task
 from .nats_options import NatsCounters
 from .subjects import Subjects
-from .subscription import Audience, event_kinds
+from .subscription import Audience
 
 logger = logging.getLogger("cachebus.bus")
 
@@ -39,7 +39,6 @@ class Outbox:
 
     def __init__(self, connection: NatsConnection, subjects: Subjects, counters: NatsCounters) -> None:
         options = connection.options
-        self.kinds = event_kinds(options.events) if options.events else frozenset[type[Event]]()
         self._connection = connection
         self._subjects = subjects
         self._counters = counters
@@ -93,8 +92,7 @@ class Outbox:
         while self._events and self._connection.up and self._loop.time() < limit:
             self.wake()
             await asyncio.sleep(0.001)
-        task.cancel()
-        await asyncio.wait([task])
+        await end_task(task)
         self._counters.events_dropped += len(self._events)
         self._events.clear()
 
@@ -164,8 +162,7 @@ class Hearing:
         self._audience.unwatch(self.look)
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
+            await end_task(task)
 
     def look(self) -> None:
         """Listeners came or went. From any thread."""
