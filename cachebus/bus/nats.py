@@ -129,7 +129,9 @@ class NatsBus(LocalBus):
             raise CacheClosed("the bus is closed")
         if self._requests is None:
             raise CacheConnectionError("the bus is not open", "nats")
-        return self._requests.way(address, self._subjects.request(address))
+        if (way := self._requests.ways.get(address)) is None:
+            way = self._requests.way(address, self._subjects.request(address))
+        return way
 
     # Who is asked
 

@@ -106,7 +106,7 @@ class Requests:
         self.closed = forked
         self.inbox = f"{self.options.inbox_prefix}.{secrets.token_hex(11)}."
         self._tokens = itertools.count(1)
-        self._ways: dict[str, Way] = {}
+        self.ways: dict[str, Way] = {}
 
     async def open(self) -> None:
         """Listen for answers."""
@@ -114,8 +114,8 @@ class Requests:
 
     def way(self, address: str, subject: str) -> Way:
         """The way to an address."""
-        if (way := self._ways.get(address)) is None:
-            way = self._ways[address] = Way(address, subject, self)
+        if (way := self.ways.get(address)) is None:
+            way = self.ways[address] = Way(address, subject, self)
         return way
 
     def next_token(self) -> str:
@@ -126,7 +126,7 @@ class Requests:
         """Answer everything that is under way or waits with an error."""
         for flight in list(self.flights.values()):
             flight.way.give_up(flight, error)
-        for way in self._ways.values():
+        for way in self.ways.values():
             way.refuse(error)
 
     def _answered(self, msg: Msg) -> None:
