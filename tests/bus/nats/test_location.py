@@ -12,7 +12,7 @@ import anyio.to_thread
 import pytest
 
 from cachebus import Cache, CacheKeyError, Node, Settings, WrongType, open_cache, open_sync_cache
-from cachebus.actors import BackendActor, Supervisor
+from cachebus.actors import STORE_REQUESTS, BackendActor, Supervisor
 from cachebus.actors.ports import Capabilities, Gauges
 from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import Address, Bus, LocalBus
@@ -21,6 +21,7 @@ from cachebus.messages import (
     BadMessage,
     CacheSet,
     CacheTimeoutError,
+    CapabilityError,
     Clear,
     Counted,
     Delete,
@@ -140,6 +141,8 @@ class StoreElsewhere:
         return await asyncio.gather(*(self._ask(each) for each in batch))
 
     async def _ask(self, request: Request[Any]) -> Reply:
+        if not isinstance(request, STORE_REQUESTS):  # The actor would answer by itself.
+            return Failed.of(CapabilityError(store=self.name, capability=type(request).__name__))
         try:
             reply: Reply = await self._bus.request(BACKEND, request, T)
         except Exception as error:
