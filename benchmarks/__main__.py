@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import footprint, hit_ratio, memory, redis
+from . import footprint, hit_ratio, memory, nats, redis
 from .timing import Row
 
 console = Console(width=120)
-PARTS = ["memory", "redis", "footprint", "hit-ratio"]
+PARTS = ["memory", "redis", "nats", "footprint", "hit-ratio"]
 
 
 def show(rows: list[Row]) -> bool:
@@ -77,6 +77,8 @@ def main() -> int:
         good &= show(memory.rows())
     if "redis" in what:
         good &= show(redis.rows())
+    if "nats" in what:
+        good &= show(nats.rows())
     if "footprint" in what:
         good &= show_footprint(options.entries)
     if "hit-ratio" in what:
