@@ -95,6 +95,8 @@ class NatsBus(LocalBus):
         """Be reached no more, answer what is under way within `grace` seconds, send what waits, and disconnect."""
         for address in list(self._serving):
             await self.retire(Address(address))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=grace)
         requests, self._requests = self._requests, None
         self.close()
         if requests is None:

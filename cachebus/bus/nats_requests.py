@@ -52,6 +52,7 @@ HEADROOM = 4096
 
 BUDGET, PARTIAL, INDEX, CONTENT_TYPE = "Cachebus-Budget", "Cachebus-Partial", "Cachebus-Index", "Content-Type"
 
+_FEW = 16  # Requests that are not worth two messages.
 _HOLD = 0.01  # Seconds that requests wait for an answer to others, at most.
 
 
@@ -140,14 +141,15 @@ class Requests:
 class Way:
     """The way to whoever serves an address elsewhere. A `Recipient` for the bus."""
 
-    __slots__ = ("_address", "_held", "_leaving", "_requests", "_subject", "_under_way", "_waiting")
+    __slots__ = ("_address", "_held", "_leaving", "_requests", "_riding", "_subject", "_under_way", "_waiting")
 
     def __init__(self, address: str, subject: str, requests: Requests) -> None:
         self._address = address
         self._subject = subject
         self._requests = requests
         self._waiting: deque[Item] = deque()
-        self._under_way = 0  # Flights without any answer so far.
+        self._under_way = 0  # Flights without any answer so far,
+        self._riding = 0  # and the requests that are in them.
         self._leaving = False
         self._held = False
 
@@ -243,6 +245,7 @@ class Way:
             return
         requests.flights[flight.token] = flight
         self._under_way += 1
+        self._riding += len(items)
         requests.counters.messages_sent += 1
         requests.counters.requests_sent += len(items)
         requests.deadlines.watch(flight, min(longest, requests.options.resend_after), _nothing)
@@ -253,7 +256,10 @@ class Way:
         items: list[Item] = []
         budgets: list[float] = []
         size = 0
-        while waiting and len(items) < options.batch:
+        # No more than its share of all there are: while one message is worked on there, we work on the other here.
+        share = -(-(len(waiting) + self._riding) // options.window)
+        most = min(options.batch, max(_FEW, share))
+        while waiting and len(items) < most:
             item = waiting[0]
             if items and size + len(item.part) > limit:
                 break
@@ -275,9 +281,7 @@ class Way:
     def take(self, flight: Flight, msg: Msg) -> None:
         """An answer to a flight has come."""
         headers = msg.headers or {}
-        if not flight.answered:
-            flight.answered = True
-            self._under_way -= 1
+        self._landed(flight)
         if headers.get("Status") == "503":
             self.give_up(flight, NoSuchActor(address=self._address))
             return
@@ -319,9 +323,7 @@ class Way:
         requests = self._requests
         if requests.flights.get(flight.token) is not flight:
             return
-        if not flight.answered:
-            flight.answered = True
-            self._under_way -= 1
+        self._landed(flight)
         now = requests.clock.monotonic()
         if now >= flight.end - TICK:
             del requests.flights[flight.token]
@@ -335,12 +337,17 @@ class Way:
         if self._waiting:
             self._leave()
 
-    def give_up(self, flight: Flight, error: CacheError) -> None:
-        """Answer all that is left of a flight with an error."""
-        self._requests.flights.pop(flight.token, None)
+    def _landed(self, flight: Flight) -> None:
+        """A flight has its first answer, or counts as lost: others may leave."""
         if not flight.answered:
             flight.answered = True
             self._under_way -= 1
+            self._riding -= len(flight.items)
+
+    def give_up(self, flight: Flight, error: CacheError) -> None:
+        """Answer all that is left of a flight with an error."""
+        self._requests.flights.pop(flight.token, None)
+        self._landed(flight)
         for item in flight.items:
             if item is not None:
                 self._fail(item.envelope, error)

@@ -4,6 +4,8 @@ process; the conformance suite of stores; and the facades."""
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -18,7 +20,9 @@ from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import Address, Bus, LocalBus
 from cachebus.messages import (
     ActorFailed,
+    AddressInUse,
     BadMessage,
+    CacheConfigurationError,
     CacheSet,
     CacheTimeoutError,
     CapabilityError,
@@ -269,3 +273,59 @@ async def test_own_backends_share_events_and_nothing_else(nats_server: Server, n
         assert isinstance(event, CacheSet)
         assert (event.key, event.backend) == ("k", "primary")
         assert await there.get("k") is None
+
+
+FORKING = """
+import os, sys
+from cachebus import open_sync_cache
+
+cache = open_sync_cache("bus:primary", bus=sys.argv[1], namespace=sys.argv[2])
+cache.set("k", 1)
+child = os.fork()
+cache.increment("k")
+if child == 0:
+    print(cache.exists("k"), flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print(cache.get("k"), status, flush=True)
+"""
+
+
+async def test_a_fork_and_an_exit_without_a_close_are_as_safe_as_ever(
+    nats_server: Server, namespace: str, start_worker: StartWorker
+) -> None:
+    await start_worker("memory", BACKEND, "sole")
+
+    def use() -> str:
+        command = [sys.executable, "-c", FORKING, nats_server.url, namespace]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=T).stdout
+
+    assert await anyio.to_thread.run_sync(use) == "True\n3 0\n"
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_on_trio_a_cache_over_nats_says_what_it_needs(nats_server: Server) -> None:
+    with pytest.raises(CacheConfigurationError, match="opened on asyncio"):
+        async with open_cache("bus:primary", bus=nats_server.url):
+            pass
+
+
+async def test_a_node_without_a_bus_serves_nobody(nats_server: Server) -> None:
+    with pytest.raises(CacheConfigurationError, match="a node that serves others needs one"):
+        Node(Settings(), serve=True)
+
+
+async def test_a_second_worker_shares_what_is_sharable_and_no_more(nats_server: Server, namespace: str) -> None:
+    def node(url: str) -> Node:
+        return Node(Settings(namespace=namespace, bus=nats_server.url, backends=[url]), serve=True)  # type: ignore[arg-type]
+
+    async with (
+        node("null://"),
+        node("null://"),
+        open_cache("bus:primary", bus=nats_server.url, namespace=namespace) as cache,
+    ):
+        assert await cache.get("k") is None
+    async with node("memory://"):
+        with pytest.raises(AddressInUse, match="process"):
+            async with node("memory://"):
+                pass

@@ -35,6 +35,7 @@ from cachebus.messages import (
     TakeSnapshot,
     Touch,
 )
+from cachebus.testing.servers import Server
 
 from .actors import Answering
 from .conftest import Connect, StartWorker
@@ -207,3 +208,15 @@ async def test_threads_and_other_loops_ask_and_the_loop_itself_may_not_block(
     thread.start()
     await anyio.to_thread.run_sync(thread.join)
     assert answers == [Found("k")]
+
+
+async def test_a_bus_that_is_closed_answers_what_it_was_asked_before(
+    connect: Connect, nats_server: Server, namespace: str
+) -> None:
+    asking = await connect()
+    async with Supervisor(serving := await connect()) as supervisor:
+        await supervisor.start(PLACE, Answering, visibility="shared")
+        asked = [asyncio.create_task(asking.request(PLACE, Exists("0.05"), T)) for _ in range(4)]
+        await asyncio.sleep(0.02)
+        await serving.aclose()
+        assert await asyncio.gather(*asked) == [Present()] * 4
