@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import footprint, hit_ratio, memcached, memory, redis
+from . import footprint, hit_ratio, memcached, memory, nats, redis
 from .timing import Row
 
 console = Console(width=120)
-PARTS = ["memory", "redis", "memcached", "footprint", "hit-ratio"]
+PARTS = ["memory", "redis", "memcached", "nats", "footprint", "hit-ratio"]
 
 
 def show(rows: list[Row]) -> bool:
@@ -79,6 +79,8 @@ def main() -> int:
         good &= show(redis.rows())
     if "memcached" in what:
         good &= show(memcached.rows())
+    if "nats" in what:
+        good &= show(nats.rows())
     if "footprint" in what:
         good &= show_footprint(options.entries)
     if "hit-ratio" in what:

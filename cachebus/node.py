@@ -6,12 +6,13 @@ import os
 import weakref
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from cachebus.actors import BackendActor, BatchStore, InlineStore, RestartPolicy, Supervisor
-from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus
-from cachebus.messages import CacheClosed
+from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, Visibility
+from cachebus.messages import CacheClosed, CacheConfigurationError
 
 from .link import Link
 
@@ -25,13 +26,27 @@ class Node:
     """The cache's part of a process: a bus, and one supervised backend actor for each backend in the settings.
 
     An asynchronous context manager. `stores` makes the store of a backend, anew for each life of its actor; left out,
-    stores are made as the settings say. `clock` is the source of time for everything in the node.
+    stores are made as the settings say. `clock` is the source of time for everything in the node. With `serve`, other
+    processes on the bus reach the backends too, as a worker's: a store that is a server of its own is served by any
+    number of workers, which share the work, any other by one; a second one is refused with `AddressInUse`.
     """
 
-    def __init__(self, settings: Settings, *, stores: StoreFactory | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        stores: StoreFactory | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        serve: bool = False,
+    ) -> None:
+        if serve and settings.bus is None:
+            raise CacheConfigurationError("bus: a node that serves others needs one, such as nats://localhost:4222")
         self.settings = settings
         self.clock = clock
-        self.bus = LocalBus(settings.namespace, clock=clock)
+        self.serve = serve
+        self.bus: LocalBus = LocalBus(settings.namespace, clock=clock)
+        if settings.bus is not None:
+            self.bus = nats_bus(settings, clock)
         self._stores = stores or self._build_store
         actors = settings.actors
         self.supervisor = Supervisor(
@@ -52,13 +67,17 @@ class Node:
     async def __aenter__(self) -> Self:
         if self._closed:
             raise CacheClosed("this node was closed; make a new one")
-        await self._resources.enter_async_context(self.supervisor)
+        await self._resources.enter_async_context(self.bus)
         try:
+            await self._resources.enter_async_context(self.supervisor)
             for backend in self.settings.backends:
+                if backend.type == "bus":
+                    continue
                 await self.supervisor.start(
                     backend_address(backend.name),
                     lambda backend=backend: self._actor(backend),  # type: ignore[misc]
                     backend=backend.name,
+                    visibility=self.visibility(backend),
                 )
         except BaseException:
             await self._resources.aclose()
@@ -83,6 +102,12 @@ class Node:
         emitter = Emitter(self.bus, backend.name)
         return Link(self.bus, backend_address(backend.name), settings.timeout, emitter, settings.on_error)
 
+    def visibility(self, backend: BackendSettings) -> Visibility:
+        """Who reaches the actor of a backend."""
+        if not self.serve:
+            return "private"
+        return "shared" if backend.type in SHARABLE else "sole"
+
     async def stop(self) -> None:
         """Stop every actor: each answers what it was sent. The node is left where it was entered."""
         await self.supervisor.stop()
@@ -103,6 +128,23 @@ class Node:
         from .stores import build_store  # Not before a node is opened: it brings pydantic with it.
 
         return build_store(backend, namespace=self.settings.namespace, clock=self.clock)
+
+
+SHARABLE = frozenset({"redis", "null"})
+"""Types of backends whose data are not in the process: several workers may serve the same one."""
+
+
+def nats_bus(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> LocalBus:
+    """The bus over NATS that settings describe, not yet open. Raises `CacheConfigurationError` where nats-py is not
+    installed."""
+    assert settings.bus is not None
+    try:
+        nats = import_module("cachebus.bus.nats")
+    except ModuleNotFoundError as error:
+        raise CacheConfigurationError(f"a bus over NATS needs {error.name}: pip install 'cachebus[nats]'") from error
+    options = settings.bus.nats_options(budget=settings.timeout, name=f"cachebus {settings.namespace}")
+    bus: LocalBus = nats.NatsBus(settings.namespace, options, clock=clock)
+    return bus
 
 
 def backend_address(name: str) -> Address:

@@ -27,6 +27,7 @@ def _hosts(value: object) -> object:
 
 
 Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
+"""At least one of name, name:port and [IPv6]:port."""
 
 
 class RedisSettings(GuardSettings):

@@ -9,6 +9,7 @@ from urllib.parse import unquote_to_bytes
 
 from cachebus.messages import CacheConfigurationError
 
+NATS_SCHEMES = ("nats", "tls")
 REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "redis+cluster", "unix")
 
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
@@ -83,6 +84,23 @@ def memcached_options(place: str, shown: str) -> dict[str, Any]:
     if found.path:
         raise CacheConfigurationError(f"{shown}: a memcached has no path: write memcached://host1,host2?option=value")
     return {"hosts": found.hosts} if found.hosts else {}
+
+
+def nats_options(scheme: str, place: str, shown: str) -> dict[str, Any]:
+    """The options that the URL of a bus gives before its `?`. Raises `CacheConfigurationError`."""
+    found = split_place(place, shown)
+    options: dict[str, Any] = {}
+    if found.password is not None:
+        options |= {"user": found.user, "password": found.password}
+    elif found.user:
+        options["token"] = found.user
+    if found.hosts:
+        options["hosts"] = found.hosts
+    if scheme == "tls":
+        options["tls"] = True
+    if found.path:
+        raise CacheConfigurationError(f"{shown}: the URL of a bus has no path")
+    return options
 
 
 def _plain(text: str, shown: str) -> str:

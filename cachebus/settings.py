@@ -23,6 +23,7 @@ from cachebus.messages import CacheConfigurationError
 from .failures import OnError
 from .guard_settings import GuardSettings
 from .memcached_settings import MemcachedSettings
+from .nats_settings import BusSettings, NatsSettings, read_bus
 from .options import (
     AtLeastOne,
     MaybeAtLeastOne,
@@ -95,7 +96,9 @@ class PluginSettings(GuardSettings):
         return [(name, redact_url(value) if name == "url" else value) for name, value in super().__repr_args__()]
 
 
-BackendSettings: TypeAlias = MemorySettings | NullSettings | RedisSettings | MemcachedSettings | PluginSettings
+BackendSettings: TypeAlias = (
+    MemorySettings | NullSettings | RedisSettings | MemcachedSettings | PluginSettings | BusSettings
+)
 
 
 class ActorSettings(Options):
@@ -136,6 +139,7 @@ _BACKENDS: dict[str, type[BackendSettings]] = {
     "redis": RedisSettings,
     "memcached": MemcachedSettings,
     "plugin": PluginSettings,
+    "bus": BusSettings,
 }
 
 
@@ -187,6 +191,8 @@ class Settings(_Root):
     """When the backend fails: `miss`, and the application goes on as if nothing were cached; or `raise`."""
     backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
+    bus: Annotated[NatsSettings | None, BeforeValidator(read_bus)] = None
+    """How to reach other processes: the URL of a NATS server, or its options; `None` is no way."""
 
     @classmethod
     def settings_customise_sources(
@@ -212,6 +218,13 @@ class Settings(_Root):
         if len(defaults) > 1:
             raise CacheConfigurationError(f"only one can be the default, not all of {', '.join(defaults)}")
         return backends
+
+    @model_validator(mode="after")
+    def _a_bus_where_one_is_needed(self) -> Settings:
+        for backend in self.backends:
+            if isinstance(backend, BusSettings) and self.bus is None:
+                raise CacheConfigurationError(f"backend {backend.name!r} is on a bus: give its URL, bus='nats://host'")
+        return self
 
     @property
     def default_backend(self) -> BackendSettings:

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_settings import EnvSettingsSource, SettingsError
@@ -15,7 +15,7 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 from cachebus.messages import CacheConfigurationError
 
 from .options import unknown_option
-from .urls import Text, known_schemes, redact_url
+from .urls import Text, is_url, known_schemes, redact_url
 
 PREFIX = "CACHEBUS_"
 """How the name of every environment variable of cachebus begins."""
@@ -46,12 +46,15 @@ class Environment(EnvSettingsSource):
         names: list[str] = []
         for name, field in self.settings_cls.model_fields.items():
             names.append(f"{PREFIX}{name}".upper())
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                names.extend(f"{PREFIX}{name}__{inner}".upper() for inner in field.annotation.model_fields)
+            for part in (field.annotation, *get_args(field.annotation)):
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    names.extend(f"{PREFIX}{name}__{inner}".upper() for inner in part.model_fields)
         return names
 
     def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
-        """What a variable holds that is more than one word. It is written as JSON."""
+        """What a variable holds that is more than one word. It is written as JSON, but for the URL of the bus."""
+        if field_name == "bus" and isinstance(value, str) and is_url(value):
+            return value
         try:
             return json.loads(value)
         except ValueError:

@@ -12,6 +12,7 @@ from cachebus.actors.ports import BatchStore, Clock, InlineStore
 from cachebus.messages import CacheConfigurationError
 
 from .memcached_settings import MemcachedSettings
+from .nats_settings import BusSettings
 from .options import shown
 from .redis_settings import RedisSettings, host_and_port
 from .settings import BackendSettings, MemorySettings, NullSettings, PluginSettings
@@ -42,6 +43,8 @@ def build_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> I
             store = _memcached(settings, namespace, clock)
         case PluginSettings():
             store = _plugin(settings.url, namespace, clock)
+        case BusSettings():
+            raise CacheConfigurationError(f"the store of {settings.name!r} is in a worker on the bus, not here")
         case _:
             assert_never(settings)
     return store  # type: ignore[no-any-return]

@@ -11,13 +11,16 @@ from urllib.parse import parse_qsl
 
 from cachebus.messages import CacheConfigurationError
 
-from .server_urls import REDIS_SCHEMES, memcached_options, redis_options
+from .server_urls import NATS_SCHEMES, REDIS_SCHEMES, memcached_options, nats_options, redis_options
 
 BUILT_IN = ("memory", "null", *REDIS_SCHEMES, "memcached")
 """The schemes of the stores that come with cachebus."""
 
 STORES = "cachebus.stores"
 """The entry point group in which other packages announce stores; an entry's name is the scheme of its URLs."""
+
+ON_THE_BUS = "bus:"
+"""What stands before the name of a backend that a worker has, where a URL could stand."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
@@ -31,8 +34,8 @@ class Text(str):
 
 
 def is_url(source: str) -> bool:
-    """Whether a string is meant as a URL: it begins with a scheme and `://`."""
-    return _URL.match(source) is not None
+    """Whether a string is meant as a URL: it begins with a scheme and `://`, or with `bus:`."""
+    return _URL.match(source) is not None or source.startswith(ON_THE_BUS)
 
 
 def known_schemes() -> tuple[str, ...]:
@@ -70,6 +73,8 @@ def parse_url(url: str) -> tuple[str, dict[str, Any]]:
     Raises `CacheConfigurationError` for an unknown scheme and for what no URL of the scheme can hold.
     """
     shown = repr(redact_url(url))
+    if url.startswith(ON_THE_BUS) and not _URL.match(url):
+        return "bus", {"name": Text(url.removeprefix(ON_THE_BUS))}
     if (found := _URL.match(url)) is None:
         raise CacheConfigurationError(f"{shown} is no URL: it does not begin with scheme://")
     if _UNPRINTABLE.search(url):
@@ -94,6 +99,21 @@ def parse_url(url: str) -> tuple[str, dict[str, Any]]:
             f"{shown}: a {scheme} store lives in this process and has no host or path: write {scheme}://?option=value"
         )
     return scheme, _options(query, shown)
+
+
+def parse_bus_url(url: str) -> dict[str, Any]:
+    """The options that the URL of a bus gives. Raises `CacheConfigurationError`."""
+    shown = repr(redact_url(url))
+    found = _URL.match(url)
+    if found is None or (scheme := found[1].lower()) not in NATS_SCHEMES:
+        raise CacheConfigurationError(f"{shown}: a bus is reached by nats://host or tls://host")
+    if _UNPRINTABLE.search(url):
+        raise CacheConfigurationError(f"{shown} holds a space or a control character: write it as %20 and so on")
+    rest, fragment, _ = url[found.end() :].partition("#")
+    if fragment:
+        raise CacheConfigurationError(f"{shown}: the URL of a bus has no fragment: write # as %23")
+    place, _, query = rest.partition("?")
+    return _joined(nats_options(scheme, place, shown), _options(query, shown), shown)
 
 
 def _options(query: str, shown: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Self
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
-from cachebus.bus import Address, Bus, Emitter, Envelope, Port, open_port
+from cachebus.bus import Address, Bus, Emitter, Envelope, Port, Visibility, open_port
 from cachebus.messages import (
     ActorFailed,
     ActorGaveUp,
@@ -116,11 +116,19 @@ class Supervisor:
             await self._tasks.__aexit__(None, None, None)
             self._tasks = None
 
-    async def start(self, address: Address, factory: Callable[[], Actor], *, backend: str = "") -> Cell:
+    async def start(
+        self,
+        address: Address,
+        factory: Callable[[], Actor],
+        *,
+        backend: str = "",
+        visibility: Visibility = "private",
+    ) -> Cell:
         """Start the actor that `factory` makes, and serve it at `address`. Returns once it takes turns.
 
-        `factory` is called again for every new life. `backend` is the name that the actor's events carry. Raises
-        `AddressInUse`, and whatever the actor's `on_start` raises in its first life.
+        `factory` is called again for every new life. `backend` is the name that the actor's events carry, and
+        `visibility` says who else may reach it. Raises `AddressInUse`, and whatever the actor's `on_start` raises in its
+        first life.
         """
         if self._tasks is None:
             raise CacheClosed("the supervisor is not open: use `async with`")
@@ -136,7 +144,9 @@ class Supervisor:
         charge = _Charge(cell, factory)
         self._charges[address] = charge
         try:
+            await self.bus.claim(address, visibility)
             await self._tasks.start(self._supervise, charge)
+            await self.bus.announce(address, visibility)
         except BaseException:
             self._discard(charge)
             raise
@@ -147,6 +157,7 @@ class Supervisor:
         charges = [self._charges[address]] if address is not None else list(reversed(self._charges.values()))
         with anyio.move_on_after(self.grace):
             for charge in charges:
+                await self.bus.retire(charge.cell.address)
                 charge.cell.stop()
                 charge.pause_scope.cancel()
                 await charge.done.wait()
@@ -258,6 +269,8 @@ class Supervisor:
             if len(crashes) > self.policy.max_restarts:
                 cell.end(ActorFailed(address=cell.address, reason=f"{reason}, {len(crashes)} crashes in a row"))
                 cell.emit(ActorGaveUp(address=cell.address, reason=reason, restarts=cell.restarts - 1))
+                # Others who serve the address do better, and where there are none callers learn that at once.
+                await self.bus.retire(cell.address)
                 return
             # Stopping cuts the pause short, and nothing is begun anew that is to end.
             with charge.pause_scope:

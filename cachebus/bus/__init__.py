@@ -1,7 +1,7 @@
 """Delivery: the in-process bus and the codec of messages. Imports `messages` only."""
 
 from .address import Address, check_word
-from .api import Bus, Envelope, Recipient, Turn
+from .api import Bus, Envelope, Recipient, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
 from .emitter import Emitter
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
@@ -26,6 +26,7 @@ __all__ = [
     "TaskPort",
     "ThreadPort",
     "Turn",
+    "Visibility",
     "check_budget",
     "check_word",
     "event_kinds",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from cachebus.messages import Event, Message, Reply, Request
 
@@ -13,6 +13,10 @@ from .ports import Deferred, Port
 from .subscription import Audience, Subscription
 
 R = TypeVar("R")
+
+Visibility = Literal["private", "shared", "sole"]
+"""Who reaches an actor: callers of its own process; callers everywhere, and then others may serve its address as well and
+share the work; or callers everywhere, and nobody else serves its address."""
 
 Turn = Callable[[Any], "Reply | Deferred | None"]
 """Takes a message's turn on the caller's own stack. `None`: it must be posted; `Deferred`: the reply comes later."""
@@ -70,6 +74,17 @@ class Bus(Protocol):
 
     def withdraw(self, address: Address) -> None:
         """Stop delivering to `address`. Harmless if nobody serves it."""
+
+    async def claim(self, address: Address, visibility: Visibility) -> None:
+        """Before an actor starts: make sure that no other process serves the address if it is `sole`. Raises
+        `AddressInUse`, naming the holder."""
+
+    async def announce(self, address: Address, visibility: Visibility) -> None:
+        """When an actor has started: let other processes reach who serves the address, as its visibility says."""
+
+    async def retire(self, address: Address) -> None:
+        """Before an actor stops: be reached from this process only. Returns when what had come from others is in the
+        actor's mailbox. Harmless if the address was not announced."""
 
     def recipient(self, address: Address) -> Recipient:
         """Whoever serves `address`. Raises `NoSuchActor`."""

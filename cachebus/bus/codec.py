@@ -88,6 +88,52 @@ def decode(data: bytes, content_type: str = MSGPACK) -> Message | list[Message]:
     raise BadMessage(place + problem)
 
 
+def decode_each(data: bytes, content_type: str = MSGPACK) -> tuple[list[Message | BadMessage], bool]:
+    """What a body holds, each element judged for itself, and whether it is an array: one that cannot be read is a
+    `BadMessage` in its place, and the others are none the worse.
+
+    Raises `BadMessage` where the body as a whole cannot be read.
+    """
+    form = _form(content_type)
+    try:
+        tree = form.unpack(data)
+        if type_of(tree) is not list:
+            return [_message(tree, form.plans)], False
+        if tree:
+            return [_judged(each, place, len(tree), form.plans) for place, each in enumerate(tree, 1)], True
+        problem = "an array of messages is empty"
+    except Unfit as unfit:
+        problem = str(unfit)
+    except (ValueError, RecursionError, MemoryError) as error:
+        problem = f"the body cannot be read ({name_of_type(error)})"
+    raise BadMessage(problem)
+
+
+def join(parts: Sequence[bytes], content_type: str = MSGPACK) -> bytes:
+    """The body for an array of messages that were encoded one by one, at least one."""
+    if _form(content_type) is _FORMS[JSON]:
+        return b"[%b]" % b",".join(parts)
+    count = len(parts)
+    # The three headers of an array in msgpack: for up to 15 elements, up to 65,535, and up to four thousand million.
+    if count < 16:
+        header = bytes((0x90 | count,))
+    elif count < 65_536:
+        header = b"\xdc" + count.to_bytes(2, "big")
+    else:
+        header = b"\xdd" + count.to_bytes(4, "big")
+    return header + b"".join(parts)
+
+
+def _judged(tree: Any, place: int, count: int, plans: Plans) -> Message | BadMessage:
+    try:
+        return _message(tree, plans)
+    except Unfit as unfit:
+        problem = str(unfit)
+    except (ValueError, RecursionError, MemoryError) as error:
+        problem = f"it cannot be read ({name_of_type(error)})"
+    return BadMessage(f"message {place} of {count}: {problem}")
+
+
 def _tree(message: Message, plans: Plans) -> dict[str, Any]:
     plan = plans.of(type(message))
     return plan.write(message, {"v": VERSION, "kind": plan.kind})

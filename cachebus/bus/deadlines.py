@@ -12,8 +12,11 @@ from collections.abc import Callable
 from threading import TIMEOUT_MAX, get_ident
 from typing import Any, Protocol
 
-TICKS = 50.0
-"""Ticks a second. An expiry is late by one at most: far below the 100 ms that a deadline may be overrun by."""
+TICK = 0.02
+"""Seconds by which an expiry may be late: far below the 100 ms that a deadline may be overrun by."""
+
+TICKS = 1 / TICK
+"""Ticks a second: a product takes less than a quotient."""
 
 
 class Watched(Protocol):
@@ -71,4 +74,11 @@ def running_deadlines() -> Deadlines | None:
     if loop is None:
         return None
     _current.deadlines = deadlines = Deadlines(loop)
+    return deadlines
+
+
+def deadlines_here() -> Deadlines:
+    """The deadlines of the asyncio loop that runs in this thread. Raises `RuntimeError` if none does."""
+    if (deadlines := running_deadlines()) is None:
+        raise RuntimeError("no asyncio event loop runs here")
     return deadlines

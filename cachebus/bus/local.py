@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, TypeVar, cast
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
 
 from anyio.lowlevel import checkpoint
 
@@ -21,7 +22,7 @@ from cachebus.messages import (
 )
 
 from .address import Address, check_word
-from .api import Envelope, Recipient
+from .api import Envelope, Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .deadlines import running_deadlines
 from .emitter import Emitter
@@ -50,6 +51,14 @@ class LocalBus:
     def __repr__(self) -> str:
         return f"<LocalBus {self.namespace!r} serving {', '.join(sorted(self._recipients)) or 'nobody'}>"
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
     def serve(self, address: Address, recipient: Recipient) -> None:
         with self._guard:
             if self._closed:
@@ -61,6 +70,15 @@ class LocalBus:
     def withdraw(self, address: Address) -> None:
         with self._guard:
             self._recipients.pop(address, None)
+
+    async def claim(self, address: Address, visibility: Visibility) -> None:
+        """Nothing to do: there are no other processes."""
+
+    async def announce(self, address: Address, visibility: Visibility) -> None:
+        """Nothing to do: there are no other processes."""
+
+    async def retire(self, address: Address) -> None:
+        """Nothing to do: there are no other processes."""
 
     def recipient(self, address: Address) -> Recipient:
         found = self._recipients.get(address)

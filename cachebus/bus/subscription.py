@@ -123,10 +123,11 @@ class Audience:
     `kinds` holds the kinds of events that anybody wants: empty, there is nothing to build. Speakers look here first.
     """
 
-    __slots__ = ("_by_kind", "_closed", "_guard", "_subscriptions", "_watchers", "kinds")
+    __slots__ = ("_by_kind", "_closed", "_guard", "_subscriptions", "_wanted_elsewhere", "_watchers", "kinds")
 
     def __init__(self) -> None:
         self.kinds: frozenset[EventKind] = frozenset()
+        self._wanted_elsewhere: frozenset[EventKind] = frozenset()
         self._subscriptions: tuple[Subscription, ...] = ()
         self._by_kind: dict[EventKind, tuple[Subscription, ...]] = {}
         self._closed = False
@@ -143,6 +144,17 @@ class Audience:
         """Call `watcher` no more. Harmless if it is not called."""
         with self._guard:
             self._watchers = tuple(each for each in self._watchers if each != watcher)
+
+    @property
+    def listened_to(self) -> frozenset[EventKind]:
+        """The kinds that listeners of this process want."""
+        return frozenset(self._by_kind)
+
+    def want_elsewhere(self, kinds: frozenset[EventKind]) -> None:
+        """Have events of these kinds built whoever listens here, because others may, where nobody can see them."""
+        with self._guard:
+            self._wanted_elsewhere = kinds
+            self._arrange(self._subscriptions)
 
     def subscribe(self, what: tuple[EventKind | str, ...], capacity: int) -> Subscription:
         """Add a listener."""
@@ -173,6 +185,7 @@ class Audience:
     def forked(self) -> None:
         """Forget the listeners, and a lock that nobody in this process will release."""
         self._guard = threading.Lock()
+        self._wanted_elsewhere = frozenset()
         self._arrange(())
 
     def _drop(self, subscription: Subscription) -> None:
@@ -186,7 +199,7 @@ class Audience:
                 by_kind[kind] = (*by_kind.get(kind, ()), subscription)
         self._subscriptions = subscriptions
         self._by_kind = by_kind
-        self.kinds = frozenset(by_kind)
+        self.kinds = frozenset(by_kind) | self._wanted_elsewhere
         for watcher in self._watchers:
             watcher()
 

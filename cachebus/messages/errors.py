@@ -34,8 +34,9 @@ class CacheError(Exception):
         return self.detail
 
     def wire_fields(self) -> dict[str, Any]:
-        """The fields, as the codec sends them."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        """The fields, as the codec sends them: an address, which is a kind of `str`, as a plain one."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: str(value) if isinstance(value, str) else value for name, value in values.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return rebuild, (self.code, str(self), self.wire_fields())

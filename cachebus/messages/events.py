@@ -185,3 +185,13 @@ class DeadLetter(Event):
     address: str
     wire_name: str
     reason: str
+
+
+@message("event.events_missed")
+class EventsMissed(Event):
+    """Events of other processes did not arrive: `count` of kind `event` from the process `source`. Where these are empty
+    and 0, the connection was away, and nobody knows what was told meanwhile. `backend` is empty."""
+
+    source: str
+    event: str
+    count: int

@@ -194,10 +194,13 @@ def test_a_policy_is_one_of_four() -> None:
     [
         (
             {"timout": 5},
-            "timout: unknown option (did you mean 'timeout'?), known are namespace, timeout, on_error, backends, actors",
+            "timout: unknown option (did you mean 'timeout'?), known are namespace, timeout, on_error, backends, actors, bus",
         ),
-        ({"TIMEOUT": 5}, "TIMEOUT: unknown option, known are namespace, timeout, on_error, backends, actors"),
-        ({"_env_file": ".env"}, "_env_file: unknown option, known are namespace, timeout, on_error, backends, actors"),
+        ({"TIMEOUT": 5}, "TIMEOUT: unknown option, known are namespace, timeout, on_error, backends, actors, bus"),
+        (
+            {"_env_file": ".env"},
+            "_env_file: unknown option, known are namespace, timeout, on_error, backends, actors, bus",
+        ),
         (
             {"actors": {"mailbox": 5}},
             (
@@ -218,7 +221,7 @@ def test_a_policy_is_one_of_four() -> None:
         ),
         (
             {"backends": [{"type": "mongodb"}]},
-            "backends[0].type: expected one of 'memory', 'null', 'redis', 'memcached', 'plugin', not 'mongodb'",
+            "backends[0].type: expected one of 'memory', 'null', 'redis', 'memcached', 'plugin', 'bus', not 'mongodb'",
         ),
         (
             {"backends": [{"name": "a"}]},

@@ -1,0 +1,201 @@
+"""The bus between processes: a `LocalBus` that also knows the way out.
+
+An address that is served in this process is reached as on a `LocalBus`, inline turns and all; any other through NATS.
+Subjects are made by `subjects.py`, bytes by `codec.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import _get_running_loop
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Self
+
+from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, Event, Ping
+
+from .address import Address
+from .api import Recipient, Visibility
+from .clock import SYSTEM_CLOCK, Clock
+from .codec import decode, encode
+from .local import LocalBus
+from .nats_claims import Claim
+from .nats_connection import Listener, NatsConnection
+from .nats_events import Hearing, Outbox
+from .nats_options import NatsCounters, NatsOptions
+from .nats_requests import Requests
+from .nats_serving import Serving
+from .subjects import Subjects
+from .subscription import event_kinds
+
+GROUP = "q"
+"""The queue group of those who share an address: NATS micro's own default."""
+
+
+class NatsBus(LocalBus):
+    """A `Bus` between processes, over NATS. An asynchronous context manager; it belongs to the asyncio loop that opens it.
+
+    Requests may come from any thread and loop, on trio too. While the connection is away, requests to other processes
+    fail at once with `CacheConnectionError`, and those under way with it; everything works again when it is back.
+    """
+
+    def __init__(
+        self, namespace: str = "default", options: NatsOptions | None = None, *, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
+        super().__init__(namespace, clock=clock)
+        self.options = options or NatsOptions()
+        self.counters = NatsCounters()
+        self.connection = NatsConnection(self.options, self.counters, self._lost, self._back)
+        self._subjects = Subjects(namespace)
+        self._kinds = event_kinds(self.options.events) if self.options.events else frozenset[type[Event]]()
+        self._serving: dict[str, tuple[Serving, Listener]] = {}
+        self._claims: dict[str, Claim] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._requests: Requests | None = None
+        self._outbox: Outbox
+        self._hearing: Hearing
+
+    def __repr__(self) -> str:
+        up = "up" if self.connection.up else "away"
+        return f"<NatsBus {self.namespace!r} {up}, serving {', '.join(sorted(self._recipients)) or 'nobody'}>"
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def open(self) -> None:
+        """Connect. Raises `CacheConnectionError`, and `CacheConfigurationError` on trio and for unusable files."""
+        if _get_running_loop() is None:
+            raise CacheConfigurationError("a bus over NATS is opened on asyncio: nats-py knows no other event loop")
+        if self._closed or self._requests is not None:
+            raise CacheClosed("a bus is opened once; make a new one")
+        # The first message that is read makes pydantic look through the installed packages: not on the loop.
+        await asyncio.to_thread(lambda: decode(encode(Ping())))
+        await self.connection.open()
+        try:
+            requests = Requests(self.connection, self.clock, self._emitter, self.counters, self._is_closed)
+            await requests.open()
+            self._outbox = Outbox(self.connection, self._subjects, self.counters)
+            self._hearing = Hearing(self.connection, self._subjects, self.audience, self._emitter, self.counters)
+            self._outbox.open()
+            self._hearing.open()
+            await self.connection.flush()
+        except BaseException:
+            await self.connection.close()
+            raise
+        self._requests = requests
+        self.audience.want_elsewhere(self._kinds)
+
+    async def aclose(self, grace: float = 5.0) -> None:
+        """Be reached no more, answer what is under way within `grace` seconds, send what waits, and disconnect."""
+        for address in list(self._serving):
+            await self.retire(Address(address))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=grace)
+        requests, self._requests = self._requests, None
+        self.close()
+        if requests is None:
+            return
+        self.audience.want_elsewhere(frozenset())
+        requests.end(CacheClosed("the bus is closed"))
+        await self._hearing.close()
+        await self._outbox.close(grace)
+        for claim in list(self._claims.values()):
+            await claim.release()
+        for task in list(self._tasks):
+            task.cancel()
+        await self.connection.close()
+
+    def forked(self) -> None:
+        """Be closed in the child of a fork: the connection is the parent's."""
+        self._requests = None
+        super().forked()
+
+    async def settled(self) -> None:
+        """Return when NATS knows everything that this bus listens to and serves, as far as it was asked before the call.
+        Raises `CacheConnectionError`."""
+        await self._hearing.settled()
+
+    # Whom to ask
+
+    def recipient(self, address: Address) -> Recipient:
+        found = self._recipients.get(address)
+        if found is not None:
+            return found
+        if self._closed:
+            raise CacheClosed("the bus is closed")
+        if self._requests is None:
+            raise CacheConnectionError("the bus is not open", "nats")
+        if (way := self._requests.ways.get(address)) is None:
+            way = self._requests.way(address, self._subjects.request(address))
+        return way
+
+    # Who is asked
+
+    async def claim(self, address: Address, visibility: Visibility) -> None:
+        if visibility != "sole":
+            return
+        claim = Claim(address, self._subjects.owner(address), self.connection, self._lost_address)
+        await claim.make()
+        self._claims[address] = claim
+
+    async def announce(self, address: Address, visibility: Visibility) -> None:
+        if visibility == "private":
+            return
+        recipient = self._recipients[address]
+        serving = Serving(address, recipient, self.connection, self.clock, self._emitter, self.counters)
+        group = GROUP if visibility == "shared" else ""
+        listener = await self.connection.listen(self._subjects.request(address), serving.take, group)
+        self._serving[address] = serving, listener
+        await self.connection.flush()
+
+    async def retire(self, address: Address) -> None:
+        if (found := self._serving.pop(address, None)) is not None:
+            serving, listener = found
+            await self.connection.leave(listener)
+            self._run(serving.drained())
+        if (claim := self._claims.pop(address, None)) is not None:
+            await claim.release()
+
+    def withdraw(self, address: Address) -> None:
+        super().withdraw(address)
+        # Without having been retired, as after a start that failed.
+        if (address in self._serving or address in self._claims) and self._requests is not None:
+            self._run(self.retire(address))
+
+    # Events
+
+    def publish(self, event: Event) -> None:
+        self.audience.hear(event)
+        if type(event) in self._kinds and self._requests is not None:
+            self._outbox.put(event)
+
+    # The connection
+
+    def _lost(self) -> None:
+        if self._requests is not None:
+            self._requests.end(
+                CacheConnectionError("the connection to NATS was lost; whether it took effect is not known", "nats")
+            )
+
+    def _back(self) -> None:
+        self._outbox.wake()
+        self._hearing.missed_some()
+        for claim in self._claims.values():
+            claim.say_again()
+
+    def _lost_address(self, address: str) -> None:
+        self._run(self.retire(Address(address)))
+
+    def _is_closed(self) -> bool:
+        return self._closed
+
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

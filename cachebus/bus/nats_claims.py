@@ -1,0 +1,106 @@
+"""Claims: how an address that only one may serve gets one server, and only one.
+
+Everybody who has or wants such an address listens on its owner subject. A claimant says there who it is and with which
+number, and waits a moment for objections:
+
+    a holder objects, always                    the claimant gives up
+    a claimant with a lower number objects      the claimant gives up
+    a claimant hears a claim of a lower number  it gives up by itself
+
+Numbers are drawn at random. The subscription is made before the claim is said, so of two claimants at least one hears
+the other, and both decide by the same rule. After a reconnect a holder says its claim again, in case that two parts of
+a network each have got one; the one with the higher number then retires.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from nats.aio.msg import Msg
+
+from cachebus.messages import AddressInUse, CacheError
+
+from .nats_connection import Listener, NatsConnection
+
+logger = logging.getLogger("cachebus.bus")
+
+_LONGEST_NAME = 200
+
+
+class Claim:
+    """One address that this process has, or wants, for itself alone."""
+
+    def __init__(self, address: str, subject: str, connection: NatsConnection, on_lost: Callable[[str], None]) -> None:
+        self.address = address
+        self.held = False
+        self.identity = f"process {os.getpid()} on {socket.gethostname()}"
+        self._subject = subject
+        self._connection = connection
+        self._on_lost = on_lost
+        self._number = secrets.token_hex(16)
+        self._listener: Listener | None = None
+        self._objection: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def make(self) -> None:
+        """Claim the address. Raises `AddressInUse` that names who has it, `CacheConnectionError` while away."""
+        self._listener = await self._connection.listen(self._subject, self._heard)
+        try:
+            await self._connection.flush()
+            self._say("claim")
+            await self._connection.flush()
+            done, _ = await asyncio.wait([self._objection], timeout=self._connection.options.claim_wait)
+            if done:
+                raise AddressInUse(address=self.address, holder=self._objection.result())
+            self.held = True
+        except BaseException:
+            await self.release()
+            raise
+
+    def say_again(self) -> None:
+        """Tell everybody that we have it, after a time in which we may not have heard others. Raises
+        `CacheConnectionError` while away."""
+        self._say("again")
+
+    async def release(self) -> None:
+        """Have the address no longer."""
+        self.held = False
+        if self._listener is not None:
+            listener, self._listener = self._listener, None
+            await self._connection.leave(listener)
+
+    def _heard(self, msg: Msg) -> None:
+        try:
+            said: Any = json.loads(msg.data)
+            word, number, to = str(said["says"]), str(said["number"]), str(said["to"])
+            who = str(said["who"])[:_LONGEST_NAME]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return  # Junk: nobody's claim.
+        if word == "held":
+            if to == self._number:
+                self._yield_to(who)
+        elif (word == "claim" and self.held) or ((self.held or word == "claim") and self._number < number):
+            try:
+                self._say("held", number)
+            except CacheError:
+                logger.warning("a claim to %s could not be objected to: the connection is away", self.address)
+        else:
+            self._yield_to(who)
+
+    def _say(self, word: str, to: str = "") -> None:
+        words = {"says": word, "number": self._number, "to": to, "who": self.identity}
+        self._connection.write(self._subject, json.dumps(words).encode())
+
+    def _yield_to(self, who: str) -> None:
+        if self.held:
+            self.held = False
+            logger.error("%s is served by %s too; this process retires from it", self.address, who)
+            self._on_lost(self.address)
+        elif not self._objection.done():
+            self._objection.set_result(who)

@@ -1,0 +1,281 @@
+"""A lasting connection to NATS: clients come and go in it, and what was listened to is listened to again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from cachebus.messages import CacheClosed, CacheConnectionError, Overloaded
+
+from .nats_client import PENDING, abandon, connect
+from .nats_options import NatsCounters, NatsOptions
+
+logger = logging.getLogger("cachebus.bus")
+
+Handler = Callable[[Msg], None]
+"""Takes one message. Called on the loop; must not wait and must not raise."""
+
+_LOOK = 0.25  # Seconds: nats-py has ways to end without calling back, so it is looked after as well.
+_FLUSH = 5.0  # Seconds that the last words may take on a connection that is being closed.
+
+
+class Listener:
+    """What is listened to: a subject, and the queue group that shares its messages, if any."""
+
+    __slots__ = ("client", "group", "handler", "subject", "subscription")
+
+    def __init__(self, subject: str, group: str, handler: Handler) -> None:
+        self.subject = subject
+        self.group = group
+        self.handler = handler
+        self.client: Client | None = None
+        self.subscription: Any = None
+
+    async def take(self, msg: Msg) -> None:
+        """Hand over a message that came in."""
+        try:
+            self.handler(msg)
+        except Exception:
+            # A bug, or a message that finds one: the next message is none the worse.
+            logger.exception("a message on %s could not be handled", self.subject)
+
+
+class NatsConnection:
+    """A connection that is made anew whenever it is lost. Belongs to one asyncio loop.
+
+    `on_lost` is called when it is lost, `on_back` when it is there again and everything is listened to again.
+    """
+
+    def __init__(
+        self,
+        options: NatsOptions,
+        counters: NatsCounters,
+        on_lost: Callable[[], None],
+        on_back: Callable[[], None],
+    ) -> None:
+        self.options = options
+        self.counters = counters
+        self._on_lost = on_lost
+        self._on_back = on_back
+        self._client: Client | None = None
+        self._listeners: list[Listener] = []
+        self._ended: asyncio.Future[None] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._slow = False
+        self._ready = False  # Connected, and everything is listened to: an answer would be heard.
+        self._servers = list(options.servers)
+        self._loop: asyncio.AbstractEventLoop
+
+    def __repr__(self) -> str:
+        return f"<NatsConnection to {', '.join(self.options.servers)}, {'up' if self.up else 'away'}>"
+
+    @property
+    def up(self) -> bool:
+        """Whether something can be sent now."""
+        return self._ready and self._client is not None and self._client.is_connected
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes that the server takes in one message, as it said when it was last connected."""
+        return self._client.max_payload if self._client is not None else 1_048_576
+
+    async def open(self) -> None:
+        """Connect. Raises `CacheConnectionError`."""
+        self._loop = asyncio.get_running_loop()
+        self._client = await self._connect()
+        self._ready = True
+        self._keeper = asyncio.create_task(self._keep(), name="cachebus-nats")
+
+    async def close(self) -> None:
+        """Send what is waiting to be sent, and close."""
+        if self._keeper is not None:
+            await end_task(self._keeper)
+        client, self._client = self._client, None
+        self._ready = False
+        if client is not None and not client.is_closed:
+            try:
+                async with asyncio.timeout(_FLUSH):
+                    await _flush(client)
+                    await client.close()
+            except (nats.errors.Error, OSError, TimeoutError):
+                abandon(client)
+
+    def write(self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        """Send a message, without waiting. Raises `CacheConnectionError` while away, `Overloaded` while too much waits
+        for the socket."""
+        client = self._client
+        if client is None or not self.up:
+            raise CacheConnectionError("the connection to NATS is away", "nats")
+        if client.pending_data_size + len(payload) + 8192 > PENDING:
+            raise Overloaded(f"{client.pending_data_size:,} bytes wait for the connection to NATS")
+        try:
+            _at_once(client.publish(subject, payload, reply, headers))
+        except nats.errors.Error as error:
+            raise CacheConnectionError(f"NATS does not take the message: {type(error).__name__}", "nats") from None
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait for the socket."""
+        return self._client.pending_data_size if self._client is not None else 0
+
+    async def flush(self) -> None:
+        """Return when the server has handled everything that was sent so far. Raises `CacheConnectionError`."""
+        client = self._client
+        try:
+            if client is not None and client.is_connected:
+                await _flush(client)
+                return
+        except (nats.errors.Error, OSError, TimeoutError):
+            pass
+        raise CacheConnectionError("the connection to NATS is away", "nats")
+
+    async def listen(self, subject: str, handler: Handler, group: str = "") -> Listener:
+        """Call `handler` for every message on a subject from now on, over every reconnect."""
+        listener = Listener(subject, group, handler)
+        self._listeners.append(listener)
+        await self._subscribe(listener)
+        return listener
+
+    async def leave(self, listener: Listener) -> None:
+        """Listen no more. Returns when everything that was delivered was handed over."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+        client, subscription = listener.client, listener.subscription
+        listener.client = listener.subscription = None
+        if client is None or subscription is None or client is not self._client or not client.is_connected:
+            return
+        try:
+            async with asyncio.timeout(_FLUSH):
+                await leave(client, subscription)
+        except (nats.errors.Error, OSError, TimeoutError):
+            pass  # Lost meanwhile: nothing comes from there any more.
+
+    async def _subscribe(self, listener: Listener) -> None:
+        client = self._client
+        if client is None or not client.is_connected or listener.client is client:
+            return  # With the others, when the connection is back; or done.
+        listener.client = client
+        try:
+            listener.subscription = await client.subscribe(  # pyright: ignore[reportUnknownMemberType]
+                listener.subject,
+                listener.group,
+                listener.take,
+                pending_msgs_limit=self.options.pending_messages,
+                pending_bytes_limit=self.options.pending_bytes,
+            )
+        except nats.errors.Error:
+            self._look()
+
+    async def _connect(self) -> Client:
+        client = await connect(self.options, self._servers, self._heard, self._look)
+        known = set(self._servers)
+        found = {str(each.netloc).rpartition("@")[2] for each in client.discovered_servers} - known
+        self._servers = [*self._servers, *sorted(found)][:64]
+        return client
+
+    async def _keep(self) -> None:
+        while True:
+            await self._end_of_life()
+            logger.warning("the connection to NATS at %s is lost", ", ".join(self.options.servers))
+            self._on_lost()
+            await self._return()
+            self.counters.reconnects += 1
+            logger.warning("the connection to NATS at %s is back", ", ".join(self.options.servers))
+            self._on_back()
+
+    async def _end_of_life(self) -> None:
+        client = self._client
+        while client is not None and not client.is_closed:
+            self._ended = self._loop.create_future()
+            await asyncio.wait([self._ended], timeout=_LOOK)
+        self._ready = False
+        if client is not None:
+            abandon(client)
+            self._client = None
+
+    async def _return(self) -> None:
+        tries = 0
+        while True:
+            longest = min(self.options.reconnect_wait_max, self.options.reconnect_wait * 2.0 ** min(tries, 30))
+            await asyncio.sleep(random.uniform(0.0, longest))
+            tries += 1
+            try:
+                self._client = await self._connect()
+                for listener in list(self._listeners):
+                    await self._subscribe(listener)
+                await self.flush()
+                self._ready = True
+                return
+            except Exception as error:
+                # Whatever it is, also a file that cannot be read just now: there is nobody to raise it to.
+                logger.info("no way back to NATS yet: %s", error)
+                if self._client is not None:
+                    abandon(self._client)
+                self._client = None
+
+    def _look(self) -> None:
+        """Something may have happened: let the keeper look, once nats-py is done with what it is doing."""
+        if self._ended is not None and not self._ended.done():
+            self._loop.call_soon(_wake, self._ended)
+
+    def _heard(self, error: Exception) -> None:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            self.counters.slow_consumer += 1
+            if not self._slow:
+                self._slow = True
+                logger.warning("messages on %s are thrown away: too many wait to be looked at", error.subject)
+                self._loop.call_later(10.0, self._no_longer_slow)
+        elif "permissions violation" in str(error):
+            logger.error("NATS refuses: %s", error)
+        else:
+            logger.debug("NATS: %s", type(error).__name__)
+
+    def _no_longer_slow(self) -> None:
+        self._slow = False
+
+
+async def _flush(client: Client) -> None:
+    """Return when the server has handled what was sent."""
+    # nats-py's ping does not wait in line: it overtakes what the flusher has not written yet. By the time the first
+    # one is answered the flusher has run, and the second one stands behind what it wrote.
+    await client.flush()
+    await client.flush()
+
+
+async def leave(client: Client, subscription: Any) -> None:
+    """End a subscription, with every message that was delivered to it handed over."""
+    # Not its own drain: there the ping overtakes the goodbye, and what is delivered in between is thrown away.
+    await client._send_unsubscribe(subscription._id)  # pyright: ignore[reportPrivateUsage]
+    await _flush(client)
+    await subscription._pending_queue.join()
+    await subscription.unsubscribe()
+
+
+async def end_task(task: asyncio.Task[None]) -> None:
+    """Cancel a task, and wait until it has ended."""
+    while not task.done():
+        # Again and again: nats-py lets a cancellation pass for nothing here and there, and so does Python 3.11's wait_for.
+        task.cancel()
+        await asyncio.wait([task], timeout=0.05)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _at_once(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine that does not suspend. Publishing does so only while a full buffer is flushed."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    coroutine.close()
+    raise CacheClosed("a publish to NATS would have had to wait")

@@ -1,0 +1,135 @@
+"""The options of a bus over NATS, and of a backend that is reached over it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BeforeValidator, SecretStr, model_validator
+
+from cachebus.bus import event_kinds
+from cachebus.bus.nats_options import NatsOptions
+from cachebus.messages import CacheConfigurationError
+
+from .options import AtLeastOne, Options, Seconds, Switch, Word, named
+from .redis_settings import Hosts, host_and_port
+from .urls import parse_bus_url, redact_url
+
+_DEFAULT = NatsOptions()
+
+
+def _kinds(value: object) -> object:
+    kinds = [each for each in value.split(",") if each] if isinstance(value, str) else value
+    if isinstance(kinds, list | tuple) and all(isinstance(each, str) for each in cast("list[Any]", kinds)):
+        given = tuple(str(each) for each in cast("list[Any]", kinds))
+        if given:
+            event_kinds(given)
+        return given
+    raise ValueError("expected kinds of events, such as cache_set or cache_*")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str) and value:
+        return str(value)
+    raise ValueError("expected text")
+
+
+MaybeText = Annotated[str | None, BeforeValidator(lambda value: value if value is None else _text(value))]
+
+
+class BusSettings(Options):
+    """A backend that some worker on the bus has; as a string, `bus:primary`. The worker's settings say what it is."""
+
+    type: Literal["bus"] = "bus"
+    name: Word = "primary"
+    default: Switch = False
+    """Whether calls that name no backend go here. A single backend is the default by itself."""
+
+
+class NatsSettings(Options):
+    """A bus over NATS. Durations are seconds, sizes are bytes.
+
+    As a URL: `nats://user:password@host:4222,host2?window=4`, `nats://token@host`, and `tls://` where a server that
+    offers no TLS shall be refused. What is in a user, a password or a token and not a letter or a digit is escaped with
+    `%`. What the options mean in detail, `cachebus.bus.nats_options.NatsOptions` says.
+    """
+
+    type: Literal["nats"] = "nats"
+    hosts: Hosts = ("localhost",)
+    """Servers of one cluster, each with or without a port: 4222 if left out."""
+    user: str = ""
+    password: SecretStr | None = None
+    token: SecretStr | None = None
+    nkey_seed_file: MaybeText = None
+    """A file with the seed of an nkey. Read at every connect."""
+    credentials_file: MaybeText = None
+    """A `.creds` file, with a JWT and a seed. Read at every connect."""
+    tls: Switch = False
+    """Whether a server without TLS is refused. Certificates and host names are always checked."""
+    tls_ca_file: MaybeText = None
+    tls_cert_file: MaybeText = None
+    tls_key_file: MaybeText = None
+    inbox_prefix: Annotated[str, BeforeValidator(_text)] = _DEFAULT.inbox_prefix
+    """What the subjects of answers begin with."""
+    connect_timeout: Seconds = _DEFAULT.connect_timeout
+    reconnect_wait: Seconds = _DEFAULT.reconnect_wait
+    """The upper end of the first pause before a reconnect. It doubles with each try; the pause is drawn below it."""
+    reconnect_wait_max: Seconds = _DEFAULT.reconnect_wait_max
+    ping_interval: Seconds = _DEFAULT.ping_interval
+    """How often the server is asked for a sign of life."""
+    batch: AtLeastOne = _DEFAULT.batch
+    """How many requests to one address may travel in one NATS message."""
+    batch_bytes: AtLeastOne = _DEFAULT.batch_bytes
+    window: AtLeastOne = _DEFAULT.window
+    """How many NATS messages to one address may be unanswered before further requests wait to travel together."""
+    max_waiting: AtLeastOne = _DEFAULT.max_waiting
+    """How many requests to one address may wait to travel; more are answered `Overloaded`."""
+    resend_after: Seconds = _DEFAULT.resend_after
+    """When an idempotent request without an answer is sent once more."""
+    claim_wait: Seconds = _DEFAULT.claim_wait
+    """How long an actor that must be the only one at its address waits for objections."""
+    events: Annotated[tuple[str, ...], BeforeValidator(_kinds)] = _DEFAULT.events
+    """Which kinds of events go out, as globs."""
+    events_format: Literal["json", "msgpack"] = "json"
+    outbox: AtLeastOne = _DEFAULT.outbox
+    """How many events may wait to go out; more are lost and counted."""
+    pending_messages: AtLeastOne = _DEFAULT.pending_messages
+    """How many messages that came in may wait to be looked at, by subscription."""
+    pending_bytes: AtLeastOne = _DEFAULT.pending_bytes
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> NatsSettings:
+        self.nats_options(budget=_DEFAULT.budget, name=_DEFAULT.name)
+        return self
+
+    def nats_options(self, *, budget: float, name: str) -> NatsOptions:
+        """What the bus is told. Raises `CacheConfigurationError` for options that exclude each other."""
+        other = {"type", "hosts", "password", "token", "events_format"}
+        same = {each: getattr(self, each) for each in type(self).model_fields if each not in other}
+        return NatsOptions(
+            servers=tuple("{}:{}".format(*_bracketed(host)) for host in self.hosts),
+            password=None if self.password is None else self.password.get_secret_value(),
+            token=None if self.token is None else self.token.get_secret_value(),
+            events_as_json=self.events_format == "json",
+            budget=budget,
+            name=name,
+            **same,
+        )
+
+
+def bus_from_url(url: str) -> NatsSettings:
+    """The settings of the bus that a URL describes. Raises `CacheConfigurationError`."""
+    options = parse_bus_url(url)
+    try:
+        return NatsSettings(**options)
+    except CacheConfigurationError as error:
+        raise CacheConfigurationError(f"{redact_url(url)!r}: {error}") from None
+
+
+def read_bus(value: object) -> object:
+    """A URL or named options, as a setting gives them."""
+    return bus_from_url(value) if isinstance(value, str) else named(value)
+
+
+def _bracketed(host: str) -> tuple[str, int]:
+    name, port = host_and_port(host, 4222)
+    return f"[{name}]" if ":" in name else name, port

@@ -1,0 +1,185 @@
+"""Who may connect, and what they may then do: passwords, tokens, keys, TLS, and the sample of permissions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import nkeys  # type: ignore[import-untyped]
+import pytest
+
+from cachebus.actors import Supervisor
+from cachebus.bus import Address, Emitter
+from cachebus.bus.nats import NatsBus
+from cachebus.bus.nats_options import NatsOptions
+from cachebus.messages import (
+    CacheClosed,
+    CacheConfigurationError,
+    CacheConnectionError,
+    CacheError,
+    CacheSet,
+    Found,
+    Get,
+)
+from cachebus.testing.servers import Server, run_nats
+
+from .actors import Answering
+from .conftest import ROOT, options
+
+pytestmark = pytest.mark.anyio
+PLACE = Address("test.place")
+T = 20.0
+SECRET = "hunter" + str(2)
+
+
+async def connects(server: Server, **given: Any) -> None:
+    """Connect and ask somebody."""
+    async with NatsBus("shop", options(server, **given)) as bus, Supervisor(bus) as supervisor:
+        await supervisor.start(PLACE, Answering, visibility="shared")
+        async with NatsBus("shop", options(server, **given)) as other:
+            assert await other.request(PLACE, Get("k"), T) == Found("k")
+
+
+async def refused(server: Server, caplog: pytest.LogCaptureFixture, **given: Any) -> str:
+    """The error of a connection that is not let in, which shows no secret anywhere."""
+    with caplog.at_level(logging.DEBUG), pytest.raises(CacheConnectionError) as caught:
+        await connects(server, **given)
+    shown = [str(caught.value), repr(caught.value), caplog.text, repr(options(server, **given))]
+    assert not any(SECRET in each for each in shown)
+    return str(caught.value)
+
+
+async def test_a_password(caplog: pytest.LogCaptureFixture) -> None:
+    with run_nats("--user", "joe", "--pass", SECRET) as server:
+        await connects(server, user="joe", password=SECRET)
+        assert "Authorization Violation" in await refused(server, caplog, user="joe", password=f"{SECRET}x")
+        assert "Authorization Violation" in await refused(server, caplog)
+
+
+async def test_a_token(caplog: pytest.LogCaptureFixture) -> None:
+    with run_nats("--auth", SECRET) as server:
+        await connects(server, token=SECRET)
+        assert "Authorization Violation" in await refused(server, caplog, token=f"{SECRET}x")
+
+
+async def test_an_nkey(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    raw = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
+    seed = tmp_path / "seed"
+    seed.write_bytes(raw)
+    public = nkeys.from_seed(bytearray(raw)).public_key.decode()
+    settings = tmp_path / "keys.conf"
+    settings.write_text(f"authorization {{ users = [ {{ nkey: {public} }} ] }}\n")
+    with run_nats("--config", str(settings)) as server:
+        await connects(server, nkey_seed_file=str(seed))
+        assert "Authorization Violation" in await refused(server, caplog)
+
+
+@pytest.mark.parametrize("option", ["nkey_seed_file", "credentials_file", "tls_ca_file"])
+async def test_a_file_that_is_not_there_is_named(nats_server: Server, option: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {option: str(tmp_path / "nowhere"), "tls": option == "tls_ca_file"}
+    with pytest.raises(CacheConfigurationError, match="a file for NATS cannot be used: FileNotFoundError"):
+        await connects(nats_server, **given)
+
+
+async def test_nobody_there(caplog: pytest.LogCaptureFixture) -> None:
+    with run_nats() as server:
+        await anyio.to_thread.run_sync(server.stop)
+        assert "no NATS server can be reached (127.0.0.1:" in await refused(server, caplog)
+
+
+async def test_the_second_of_two_servers_will_do(nats_server: Server) -> None:
+    servers = ("127.0.0.1:1", f"{nats_server.host}:{nats_server.port}")
+    async with NatsBus("shop", NatsOptions(servers=servers)) as bus:
+        assert bus.connection.up
+
+
+def certificates(folder: Path) -> None:
+    """An authority, and a certificate of the server that it has signed."""
+
+    def openssl(name: str, *more: str) -> None:
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
+        files = ("-keyout", str(folder / f"{name}.key"), "-out", str(folder / f"{name}.pem"))
+        subprocess.run([*command, *files, *more], check=True, capture_output=True)
+
+    openssl("ca", "-addext", "basicConstraints=critical,CA:TRUE")
+    signed = ("-CA", str(folder / "ca.pem"), "-CAkey", str(folder / "ca.key"))
+    openssl("server", *signed, "-addext", "subjectAltName=IP:127.0.0.1")
+    openssl("client", *signed, "-addext", "extendedKeyUsage=clientAuth")
+
+
+async def test_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    await anyio.to_thread.run_sync(certificates, tmp_path)
+
+    def file(name: str) -> str:
+        return str(tmp_path / name)
+
+    with run_nats("--tls", "--tlscert", file("server.pem"), "--tlskey", file("server.key")) as server:
+        await connects(server, tls=True, tls_ca_file=file("ca.pem"))
+        assert "certificate verify failed" in await refused(server, caplog, tls=True)
+        assert "certificate verify failed" in await refused(server, caplog)
+    with run_nats(
+        *("--tlsverify", "--tlscert", file("server.pem"), "--tlskey", file("server.key")),
+        *("--tlscacert", file("ca.pem")),
+    ) as server:
+        ours = {"tls_cert_file": file("client.pem"), "tls_key_file": file("client.key")}
+        await connects(server, tls=True, tls_ca_file=file("ca.pem"), **ours)
+        await refused(server, caplog, tls=True, tls_ca_file=file("ca.pem"))
+
+
+async def test_a_server_without_tls_learns_nothing_where_tls_was_asked_for(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with run_nats("--auth", SECRET, "--trace", "--log", str(tmp_path / "server.log")) as server:
+        assert "the server offers no TLS" in await refused(server, caplog, tls=True, token=SECRET)
+    assert "[CONNECT" not in (tmp_path / "server.log").read_text()
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_trio_is_told_that_nats_needs_asyncio(nats_server: Server) -> None:
+    with pytest.raises(CacheConfigurationError, match="opened on asyncio: nats-py knows no other event loop"):
+        await NatsBus("shop", options(nats_server)).open()
+
+
+async def test_a_bus_is_opened_once(nats_server: Server) -> None:
+    bus = NatsBus("shop", options(nats_server))
+    with pytest.raises(CacheConnectionError, match="not open"):
+        await bus.request(PLACE, Get("k"), T)
+    async with bus:
+        with pytest.raises(CacheClosed):
+            await bus.open()
+    with pytest.raises(CacheClosed):
+        await bus.request(PLACE, Get("k"), T)
+    with pytest.raises(CacheClosed):
+        await bus.open()
+
+
+async def test_the_sample_of_permissions_separates_callers_from_tellers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for user in ("WORKER", "CALLER", "LISTENER", "TELLER"):
+        monkeypatch.setenv(f"CACHEBUS_{user}_PASSWORD", SECRET)
+    with run_nats("--config", str(ROOT / "docs" / "nats.conf")) as server:
+
+        def as_(user: str) -> NatsBus:
+            return NatsBus("shop", options(server, user=user, password=SECRET))
+
+        async with (
+            as_("worker") as worker,
+            as_("caller") as caller,
+            as_("teller") as teller,
+            Supervisor(worker) as supervisor,
+        ):
+            await supervisor.start(PLACE, Answering, visibility="sole")
+            assert await caller.request(PLACE, Get("k"), T) == Found("k")
+            with pytest.raises(CacheError):
+                await teller.request(PLACE, Get("k"), 0.2)
+            with worker.subscribe(CacheSet) as heard:
+                await worker.settled()
+                Emitter(caller, "primary").emit(CacheSet(key="forged"))
+                await caller.connection.flush()
+                Emitter(teller, "primary").emit(CacheSet(key="told"))
+                event = await anext(heard)
+                assert isinstance(event, CacheSet)
+                assert event.key == "told"
