@@ -82,12 +82,12 @@ class NatsBus(LocalBus):
             await requests.open()
             self._outbox = Outbox(self.connection, self._subjects, self.counters)
             self._hearing = Hearing(self.connection, self._subjects, self.audience, self._emitter, self.counters)
-            self._outbox.open()
-            self._hearing.open()
             await self.connection.flush()
         except BaseException:
             await self.connection.close()
             raise
+        self._outbox.open()
+        self._hearing.open()
         self._requests = requests
         self.audience.want_elsewhere(self._kinds)
 
@@ -187,7 +187,10 @@ class NatsBus(LocalBus):
         self._outbox.wake()
         self._hearing.missed_some()
         for claim in self._claims.values():
-            claim.say_again()
+            try:
+                claim.say_again()
+            except CacheConnectionError:
+                return  # Lost again. It will be said after the next return.
 
     def _lost_address(self, address: str) -> None:
         self._run(self.retire(Address(address)))

@@ -184,11 +184,11 @@ class NatsConnection:
         while True:
             await self._end_of_life()
             logger.warning("the connection to NATS at %s is lost", ", ".join(self.options.servers))
-            self._on_lost()
+            _tell(self._on_lost)
             await self._return()
             self.counters.reconnects += 1
             logger.warning("the connection to NATS at %s is back", ", ".join(self.options.servers))
-            self._on_back()
+            _tell(self._on_back)
 
     async def _end_of_life(self) -> None:
         client = self._client
@@ -239,6 +239,14 @@ class NatsConnection:
 
     def _no_longer_slow(self) -> None:
         self._slow = False
+
+
+def _tell(listener: Callable[[], None]) -> None:
+    try:
+        listener()
+    except Exception:
+        # Also when the connection is lost again meanwhile: whoever keeps it must go on.
+        logger.exception("a change of the connection to NATS could not be dealt with")
 
 
 async def _flush(client: Client) -> None:

@@ -127,6 +127,10 @@ class Outbox:
         except (CacheError, ValueError) as error:
             self._counters.events_dropped += 1
             logger.debug("an event %s cannot be sent: %s", event.WIRE_NAME, error)
+        except Exception:
+            # A bug, and one event: the others still go out.
+            self._counters.events_dropped += 1
+            logger.exception("an event %s cannot be sent", event.WIRE_NAME)
 
 
 class Hearing:

@@ -1,0 +1,59 @@
+"""Arrays whose elements are judged one by one, and arrays that are put together from encoded messages."""
+
+from __future__ import annotations
+
+import json
+
+import msgpack  # type: ignore[import-untyped]
+import pytest
+
+from cachebus.bus.codec import JSON, MSGPACK, decode, decode_each, encode, join
+from cachebus.messages import BadMessage, Get
+
+CONTENT_TYPES = pytest.mark.parametrize("content_type", [MSGPACK, JSON])
+
+
+@CONTENT_TYPES
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 70_000])
+def test_joined_parts_are_the_array(content_type: str, count: int) -> None:
+    messages = [Get(str(number % 7)) for number in range(count)]
+    body = join([encode(each, content_type) for each in messages], content_type)
+    assert body == encode(messages, content_type)
+    assert decode_each(body, content_type) == (messages, True)
+
+
+@CONTENT_TYPES
+def test_a_single_message_is_no_array(content_type: str) -> None:
+    assert decode_each(encode(Get("k"), content_type), content_type) == ([Get("k")], False)
+
+
+@CONTENT_TYPES
+def test_a_bad_element_is_named_in_its_place_and_hurts_no_other(content_type: str) -> None:
+    tree = [
+        {"v": 1, "kind": "backend.get", "key": "a"},
+        {"v": 1, "kind": "backend.gut", "key": "a"},
+        {"v": 2, "kind": "backend.get", "key": "a"},
+        5,
+        {"v": 1, "kind": "backend.get", "key": 5},
+        {"v": 1, "kind": "backend.get", "key": "b"},
+    ]
+    body: bytes = json.dumps(tree).encode() if content_type == JSON else msgpack.packb(tree)
+    found, is_array = decode_each(body, content_type)
+    assert is_array
+    assert (found[0], found[5]) == (Get("a"), Get("b"))
+    assert [str(each) for each in found[1:5]] == [
+        "message 2 of 6: no message is of kind 'backend.gut'",
+        "message 3 of 6: wire version 2 is newer than 1, the one that is spoken here",
+        "message 4 of 6: a message is a map, not this int",
+        "message 5 of 6: field 'key' of backend.get should be a valid string, not this int",
+    ]
+    with pytest.raises(BadMessage, match="message 2 of 6"):
+        decode(body, content_type)
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x90", b"junk", encode(Get("k"))[:-1]])
+def test_a_body_that_cannot_be_read_is_refused_as_a_whole(body: bytes) -> None:
+    with pytest.raises(BadMessage):
+        decode_each(body)
+    with pytest.raises(BadMessage, match="neither"):
+        decode_each(body, "text/html")
