@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from cachebus.messages import CacheCapacityError, CacheConfigurationError, CacheSerializationError
 
+from .payload_auto import AutoSerializer
 from .payload_compression import Compressor, compressor_of, make_compressor
 from .payload_extras import load
 from .payload_format import (
@@ -25,6 +26,7 @@ from .payload_format import (
     SerializerName,
     binding,
 )
+from .payload_frames import ArrowSerializer
 from .payload_json import JsonSerializer
 from .payload_msgpack import MsgpackSerializer
 from .payload_pickle import PickleSerializer
@@ -269,6 +271,10 @@ def make_serializer(name: SerializerName, types: Sequence[type[Any]] = ()) -> Se
             made = MsgpackSerializer()
         case "json":
             made = JsonSerializer()
+        case "auto":
+            made = AutoSerializer(types)
+        case "arrow":
+            made = ArrowSerializer()
         case "pickle":
             made = PickleSerializer()
         case _:

@@ -29,22 +29,30 @@ def refuse(value: object, serializer: str) -> NoReturn:
     """Raise the `CacheSerializationError` for a type that a serializer does not carry. Says who does."""
     kind = type_of(value)
     raise CacheSerializationError(
-        f"the serializer {serializer!r} does not carry a {type_name(kind)}; {_who_carries(kind)} does"
+        f"the serializer {serializer!r} does not carry a {type_name(kind)}; {_who_carries(kind, serializer)} does"
     )
 
 
-def _who_carries(kind: type[Any]) -> str:
+def _who_carries(kind: type[Any], serializer: str) -> str:
     family = kind.__module__.partition(".")[0]
-    if family == "pandas":
-        return "'auto', or for a DataFrame on its own 'arrow',"
-    if family == "numpy":
+    if serializer != "auto" and (
+        (family == "numpy" and kind.__name__ == "ndarray")
+        or (family == "pandas" and kind.__name__ == "Series")
+        or _is_numpy_scalar(kind)
+    ):
         return "'auto'"
-    if family == "pyarrow":
+    if serializer not in ("auto", "arrow") and family == "pandas" and kind.__name__ == "DataFrame":
+        return "'auto', or on its own 'arrow',"
+    if family == "pyarrow" and kind.__name__ == "Table":
         return "'arrow'"
     registrable = issubclass(kind, enum.Enum) or any(
         hasattr(kind, name) for name in ("__dataclass_fields__", "__pydantic_fields__", "_fields")
     )
     return "'auto', with the class among payload.types," if registrable else "'pickle'"
+
+
+def _is_numpy_scalar(kind: type[Any]) -> bool:
+    return any(base.__module__ == "numpy" and base.__name__ == "generic" for base in kind.__mro__)
 
 
 def write_date(value: dt.date) -> str:

@@ -12,13 +12,20 @@ from hypothesis import given, settings
 
 from cachebus.messages import CacheCapacityError, CacheSerializationError
 
-from .pipelines import COMPRESSIONS, EXAMPLE, PROTECTIONS, VALUES, Color, Point, combinations, pipeline, same
+from .pipelines import (
+    COMPRESSIONS,
+    EXAMPLE,
+    PROTECTIONS,
+    SERIALIZERS,
+    VALUES,
+    Color,
+    Point,
+    combinations,
+    pipeline,
+    same,
+)
 
-ALL = {
-    names: pipeline(names[0], names[2], compression=names[1], threshold=0)
-    for names in combinations()
-    if names[0] != "auto"
-}
+ALL = {names: pipeline(names[0], names[2], compression=names[1], threshold=0) for names in combinations()}
 
 
 @pytest.mark.parametrize(("serializer", "compression", "protection"), [*ALL])
@@ -30,7 +37,7 @@ def test_the_example_comes_back(serializer: str, compression: str, protection: s
 @given(VALUES)
 @settings(max_examples=300)
 def test_any_value_comes_back_through_every_serializer(value: Any) -> None:
-    for serializer in ("msgpack", "json", "pickle"):
+    for serializer in SERIALIZERS:
         made = ALL[serializer, "none", "none"]
         assert same(made.decode("k", made.encode("k", value)), value)
 

@@ -14,7 +14,14 @@ def golden_names() -> list[str]:
     """What there must be a file for: serializer, compression and protection, joined by hyphens."""
     names = [f"msgpack-{compression}-none" for compression in COMPRESSIONS]
     names += [f"msgpack-none-{protection.replace(' ', '_')}" for protection in PROTECTIONS[1:]]
-    return [*names, "json-none-none", "json-none-signed", "pickle-none-signed", "json-zstd-signed_and_sealed"]
+    return [
+        *names,
+        "json-none-none",
+        "auto-none-none",
+        "json-none-signed",
+        "pickle-none-signed",
+        "json-zstd-signed_and_sealed",
+    ]
 
 
 def golden_pipeline(name: str) -> PayloadPipeline:
