@@ -21,7 +21,7 @@ from pydantic import BaseModel, PrivateAttr, field_validator
 from cachebus.messages import CacheConfigurationError, CacheSerializationError
 from cachebus.payload import PayloadPipeline
 
-from .pipelines import VALUES, Color, Point, pipeline
+from .pipelines import VALUES, Color, Point, pipeline, same
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,7 +109,9 @@ def test_a_model_comes_back_with_what_was_set_and_what_is_private() -> None:
 
 @given(st.builds(Point, st.integers(), VALUES))
 def test_any_value_comes_back_within_a_registered_class(value: Point) -> None:
-    assert repr(there_and_back(value)) == repr(value)
+    back = there_and_back(value)
+    assert type(back) is Point
+    assert same([back.x, back.y], [value.x, value.y])
 
 
 @given(
@@ -247,7 +249,7 @@ def _arrow(table: Any, compression: str | None = None) -> bytes:
     [
         _arrow(pa.table({"a": pa.array([0] * 100_000)}), "lz4"),
         _arrow(pa.table({"a": pa.array(["x"] * 100_000).dictionary_encode()}), "zstd"),
-        _arrow(pa.table({"a": pa.nulls(2**40)})),
+        _arrow(pa.table({"a": pa.nulls(2**27)})),
         _arrow(pa.table({"a": pa.array(["x"], pa.string_view())})),
         _arrow(pa.table({"a": pa.RunEndEncodedArray.from_arrays([2**30], [1])})),
     ],
