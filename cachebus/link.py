@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Coroutine
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
 from cachebus.messages import CacheClosed, Event, Get, Request, Set
+
+if TYPE_CHECKING:
+    from .payload import PayloadPipeline
 
 R = TypeVar("R")
 
@@ -27,6 +30,11 @@ class Link:
         recipient = bus.recipient(address)
         self.turn_get: Turn = recipient.turn(Get)
         self.turn_set: Turn = recipient.turn(Set)
+
+    @property
+    def pipeline(self) -> PayloadPipeline | None:
+        """What turns values into payloads; `None` where they stay objects."""
+        return None
 
     async def request(self, message: Request[R]) -> R:
         """Ask, awaiting the reply."""

@@ -16,6 +16,7 @@ from cachebus.messages import CacheClosed
 from .link import Link
 
 if TYPE_CHECKING:
+    from .payload import PayloadPipeline
     from .settings import BackendSettings, Settings
 
 StoreFactory = Callable[["BackendSettings"], "InlineStore | BatchStore"]
@@ -44,6 +45,7 @@ class Node:
         )
         self._resources = AsyncExitStack()
         self._closed = False
+        self._pipelines: dict[str, PayloadPipeline | None] = {}
 
     def __repr__(self) -> str:
         names = ", ".join(each.name for each in self.settings.backends)
@@ -81,7 +83,21 @@ class Node:
         settings = self.settings
         backend = settings.default_backend if name is None else settings.backend(name)
         emitter = Emitter(self.bus, backend.name)
-        return Link(self.bus, backend_address(backend.name), settings.timeout, emitter)
+        address = backend_address(backend.name)
+        pipeline = self._pipeline(backend)
+        if pipeline is None:
+            return Link(self.bus, address, settings.timeout, emitter)
+        from .payload_link import PayloadLink  # Caches that keep objects do without.
+
+        return PayloadLink(
+            self.bus,
+            address,
+            settings.timeout,
+            emitter,
+            pipeline,
+            offload_above=settings.payload.offload_above,
+            debug=settings.debug,
+        )
 
     async def stop(self) -> None:
         """Stop every actor: each answers what it was sent. The node is left where it was entered."""
@@ -91,6 +107,16 @@ class Node:
         """Become unusable in the child of a fork."""
         self.supervisor.forked()
         self.bus.forked()
+
+    def _pipeline(self, backend: BackendSettings) -> PayloadPipeline | None:
+        if backend.name not in self._pipelines:
+            from .payload_settings import build_pipeline  # As for stores.
+
+            by_reference = backend.type in ("memory", "null")
+            self._pipelines[backend.name] = build_pipeline(
+                self.settings.payload, namespace=self.settings.namespace, by_reference=by_reference
+            )
+        return self._pipelines[backend.name]
 
     def _build_store(self, backend: BackendSettings) -> InlineStore | BatchStore:
         from .stores import build_store  # Not before a node is opened: it brings pydantic with it.

@@ -211,13 +211,15 @@ def _is_compressed(metadata: memoryview) -> bool:
     header = _field(metadata, message, 2)
     if kind is None or header is None:
         return False
-    batch: int | None = _uoffset(metadata, header)
+    batch = _uoffset(metadata, header)
     if metadata[kind] == 2:  # DictionaryBatch: its second field is the RecordBatch
-        at = _field(metadata, batch, 1) if batch is not None else None
-        batch = None if at is None else _uoffset(metadata, at)
+        at = _field(metadata, batch, 1)
+        if at is None:
+            return False
+        batch = _uoffset(metadata, at)
     elif metadata[kind] != 3:  # RecordBatch
         return False
-    return batch is not None and _field(metadata, batch, 3) is not None
+    return _field(metadata, batch, 3) is not None
 
 
 def _uoffset(data: memoryview, at: int) -> int:

@@ -184,7 +184,7 @@ def _from_tree(tree: Any) -> Any:
         if key.startswith("$"):
             if (scalar := _SCALAR_READERS.get(key)) is not None:
                 return scalar(each)
-            if type(each) is not list:
+            if type_of(each) is not list:
                 raise ValueError("a tag without its items")
-            return _CONTAINER_READERS[key](_from_tree(inner) for inner in each)
+            return _CONTAINER_READERS[key](map(_from_tree, each))
     return {key: _from_tree(each) for key, each in tree.items()}

@@ -40,7 +40,7 @@ from .payload_scalars import (
 # msgpack comes without type hints.
 _packb: Callable[..., bytes] = msgpack.packb  # pyright: ignore[reportUnknownMemberType, reportAssignmentType, reportUnknownVariableType]
 _unpackb: Callable[..., Any] = msgpack.unpackb  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-_Unpacker: Any = msgpack.Unpacker
+_Unpacker: Any = msgpack.Unpacker  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 Ext: Any = msgpack.ExtType
 
 LARGE_ARRAY = 1024

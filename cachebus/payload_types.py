@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 from cachebus.messages import CacheConfigurationError, CacheSerializationError
@@ -36,16 +37,16 @@ class TypeRegistry:
         for each in types:
             self.register(each)
 
-    def register(self, kind: type[Any]) -> None:
+    def register(self, kind: Any) -> None:
         """Carry a class from now on. Raises `CacheConfigurationError` for one that is none of the kinds that can be."""
         name = f"{kind.__module__}:{kind.__qualname__}"
-        if issubclass(kind, enum.Enum):
+        if _is_a(kind, enum.Enum):
             carrier = _enum(name, kind)
         elif hasattr(kind, "__pydantic_fields__") and hasattr(kind, "model_fields"):
             carrier = _model(name, kind)
-        elif dataclasses.is_dataclass(kind):
+        elif _is_dataclass(kind):
             carrier = _dataclass(name, kind)
-        elif issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        elif _is_a(kind, tuple) and hasattr(kind, "_fields"):
             carrier = _named_tuple(name, kind)
         else:
             raise CacheConfigurationError(
@@ -67,6 +68,12 @@ class TypeRegistry:
         return carrier.put_together(content)
 
 
+# Type checkers would narrow Any to what they know less of.
+_is_a: Callable[[Any, type[Any]], bool] = issubclass
+_is_dataclass: Callable[[Any], bool] = dataclasses.is_dataclass
+_new_tuple: Any = tuple.__new__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
 def _fingerprint(fields: Mapping[str, Any]) -> int:
     return zlib.crc32(repr([(name, _said(hint)) for name, hint in fields.items()]).encode())
 
@@ -75,11 +82,11 @@ def _said(hint: Any) -> str:
     return type_name(cast("type[Any]", hint)) if isinstance(hint, type) else str(hint)
 
 
-def _enum(name: str, kind: type[enum.Enum]) -> Carrier:
+def _enum(name: str, kind: Any) -> Carrier:
     # By name, which stays when values are renumbered. A combination of flags has none.
-    if issubclass(kind, enum.Flag):
-        return Carrier(name, 0, lambda value: value.value, lambda content: kind(int(content)))
-    return Carrier(name, 0, lambda value: value.name, lambda content: kind[content])
+    if _is_a(kind, enum.Flag):
+        return Carrier(name, 0, attrgetter("value"), kind)
+    return Carrier(name, 0, attrgetter("name"), kind.__getitem__)
 
 
 def _named_tuple(name: str, kind: Any) -> Carrier:
@@ -88,7 +95,7 @@ def _named_tuple(name: str, kind: Any) -> Carrier:
     def put_together(content: list[Any]) -> Any:
         if len(content) != len(fields):
             raise ValueError("another number of fields")
-        return tuple.__new__(kind, content)
+        return _new_tuple(kind, content)
 
     return Carrier(name, _fingerprint(dict.fromkeys(fields)), list, put_together)
 
@@ -119,6 +126,7 @@ def _dataclass(name: str, kind: type[Any]) -> Carrier:
     return Carrier(name, _fingerprint(hints), take_apart, put_together)
 
 
+_UNDEFINED = "PydanticUndefinedType"
 _STATE = ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
 
 
@@ -126,19 +134,18 @@ def _model(name: str, kind: Any) -> Carrier:
     hints = {field: info.annotation for field, info in kind.model_fields.items()}
 
     def take_apart(value: Any) -> list[Any]:
-        if not hints.keys() >= vars(value).keys():
+        held: dict[str, Any] = value.__dict__
+        if not hints.keys() >= held.keys():
             raise CacheSerializationError(f"a {type_name(kind)} has attributes besides its fields, which would be lost")
-        private = value.__pydantic_private__
+        private: dict[str, Any] | None = value.__pydantic_private__
         if private is not None:
             # What has not been set yet is a mark of pydantic's own.
-            private = {
-                each: held for each, held in private.items() if type_of(held).__name__ != "PydanticUndefinedType"
-            }
-        return [dict(vars(value)), set(value.__pydantic_fields_set__), value.__pydantic_extra__, private]
+            private = {name: each for name, each in private.items() if type_of(each).__name__ != _UNDEFINED}
+        return [dict(held), set(value.__pydantic_fields_set__), value.__pydantic_extra__, private]
 
     def put_together(content: list[Any]) -> Any:
-        state = dict(zip(_STATE, content, strict=True))
-        if not isinstance(state["__dict__"], dict) or state["__dict__"].keys() != hints.keys():
+        state: dict[str, Any] = dict(zip(_STATE, content, strict=True))
+        if type_of(state["__dict__"]) is not dict or state["__dict__"].keys() != hints.keys():
             raise ValueError("other fields")
         made = kind.__new__(kind)
         for each, inner in state.items():

@@ -35,6 +35,7 @@ from .options import (
     shown,
     unknown_option,
 )
+from .payload_settings import PayloadSettings
 from .redis_settings import RedisSettings
 from .sources import PREFIX, Environment, read_file
 from .urls import did_you_mean, is_url, parse_url, redact_url
@@ -181,6 +182,9 @@ class Settings(_Root):
     """The time budget of one call, in seconds: the only deadline there is."""
     backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
+    payload: Annotated[PayloadSettings, BeforeValidator(named)] = PayloadSettings()
+    debug: Switch = False
+    """Whether the log names the keys that something went wrong with."""
 
     @classmethod
     def settings_customise_sources(

@@ -53,6 +53,8 @@ from .events import (
     LoadFailed,
     LoadStarted,
     LoadSucceeded,
+    PayloadRejected,
+    PayloadSealed,
     RemovalCause,
     TagsInvalidated,
 )
@@ -160,6 +162,8 @@ __all__ = [
     "NoSuchActor",
     "NotStored",
     "Overloaded",
+    "PayloadRejected",
+    "PayloadSealed",
     "Ping",
     "Pong",
     "Present",

@@ -118,7 +118,8 @@ class Snapshot(Reply):
 
     `removals` counts by `RemovalCause`. `weight` is in bytes where the store has a weigher, else 0. `overloaded`
     counts the requests that a full mailbox turned away. `guard` says how the backend has been doing, by the names of
-    `GuardStatistics`; it is empty where nothing needs a guard.
+    `GuardStatistics`; it is empty where nothing needs a guard. `payload` says what the asking cache has made of values,
+    by the names of `PayloadStatistics`; it is empty where values stay objects.
     """
 
     address: str
@@ -134,6 +135,7 @@ class Snapshot(Reply):
     restarts: int = 0
     overloaded: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
+    payload: dict[str, Any] = field(default_factory=dict)
 
     @property
     def requests(self) -> int:
