@@ -15,6 +15,8 @@ import yaml
 
 from cachebus.messages import CacheError
 
+from .options import sentence
+from .production import insecurities
 from .settings import POLICIES, load_settings
 from .urls import known_schemes
 
@@ -47,7 +49,14 @@ def _parser() -> argparse.ArgumentParser:
         "source", nargs="?", metavar="SOURCE", help="a file or a URL; left out, the environment alone"
     )
     settings.set_defaults(command=_settings)
-    for command in (info, settings):
+    config = commands.add_parser("config", help="show or check a source of settings").add_subparsers(required=True)
+    show = config.add_parser("show", help="the settings that a source gives, secrets masked")
+    show.set_defaults(command=_settings)
+    check = config.add_parser("check", help="say what is wrong with a source, and what production would refuse")
+    check.set_defaults(command=_check)
+    for command in (show, check):
+        command.add_argument("source", nargs="?", metavar="SOURCE", help="a file or a URL; else the environment alone")
+    for command in (info, settings, show, check):
         command.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     return parser
 
@@ -72,6 +81,12 @@ def _info(_: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return load_settings(arguments.source).model_dump(mode="json")
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = load_settings(arguments.source)
+    found = [sentence(path, text) for path, text in insecurities(settings)]
+    return {"valid": True, "environment": settings.environment, "insecure": found}
 
 
 def extras() -> dict[str, bool]:

@@ -32,7 +32,7 @@ class Node:
     def __init__(self, settings: Settings, *, stores: StoreFactory | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         self.settings = settings
         self.clock = clock
-        self.bus = LocalBus(settings.namespace, clock=clock)
+        self.bus = LocalBus(settings.namespace, clock=clock, redact_keys=settings.events.keys == "redacted")
         self._stores = stores or self._build_store
         actors = settings.actors
         self.supervisor = Supervisor(
@@ -112,9 +112,8 @@ class Node:
         if backend.name not in self._pipelines:
             from .payload_settings import build_pipeline  # As for stores.
 
-            by_reference = backend.type in ("memory", "null")
             self._pipelines[backend.name] = build_pipeline(
-                self.settings.payload, namespace=self.settings.namespace, by_reference=by_reference
+                self.settings.payload, namespace=self.settings.namespace, by_reference=backend.by_reference
             )
         return self._pipelines[backend.name]
 

@@ -135,6 +135,21 @@ class PayloadPipeline:
         """Whether payloads are sealed."""
         return self.sealer is not None
 
+    def rotate_key(self, key: bytes, key_id: str | None = None) -> None:
+        """Seal with `key` under `key_id` from now on, or sign with it where payloads are not sealed. What the older keys sealed or
+        signed is still read. Usable from any thread, with calls under way.
+
+        Raises `CacheConfigurationError` for a key of less than 32 bytes, and where there is nothing to rotate.
+        """
+        if key_id is not None and self.sealer is not None:
+            self.sealer.rotate(key_id, key)
+        elif key_id is None and self.signer is not None:
+            self.signer.rotate(key)
+        else:
+            raise CacheConfigurationError(
+                "an encryption key has an id, a signing key has none, and these payloads are not sealed or signed so"
+            )
+
     def encode(self, key: str, value: Any) -> bytes:
         """The payload of a value. Raises `CacheSerializationError` and `CacheCapacityError`."""
         return self.protect(key, self.serialize(value))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, SecretStr, model_validator
+from pydantic import BeforeValidator, SecretStr, field_serializer, model_validator
 
 from cachebus.messages import CacheConfigurationError
 
@@ -98,8 +98,8 @@ class PayloadSettings(Options):
     """How values become bytes. Sizes are bytes."""
 
     serializer: Literal["default", "msgpack", "json", "auto", "arrow", "pickle", "none"] = "default"
-    """`default` is `msgpack`; on a memory backend it is `none`, which keeps values by reference, as long as nothing else
-    here asks for bytes."""
+    """`default` is `msgpack`; on a memory backend without signing and encryption keys it is `none`, which keeps values by
+    reference, so that nothing else here counts."""
     compression: CompressionName = "none"
     threshold: NotNegative = 1024
     """Content of less than so many bytes is not compressed."""
@@ -157,10 +157,14 @@ class PayloadSettings(Options):
                 raise CacheConfigurationError(reason)
         return self
 
+    @field_serializer("types", when_used="json")
+    def _by_name(self, types: tuple[type[Any] | str, ...]) -> list[str]:
+        return [each if isinstance(each, str) else f"{each.__module__}:{each.__qualname__}" for each in types]
+
     @property
     def makes_bytes(self) -> bool:
-        """Whether there is anything that only bytes can have."""
-        return bool(self.checksum or self.signing_keys or self.encryption_keys or self.compression != "none")
+        """Whether there is anything that forbids keeping objects, even in this process: nothing may be unsigned or unsealed."""
+        return bool(self.signing_keys or self.encryption_keys)
 
 
 def build_pipeline(settings: PayloadSettings, *, namespace: str, by_reference: bool) -> PayloadPipeline | None:

@@ -61,6 +61,8 @@ class RedisSettings(Options):
     """Our own certificate, as a PEM file, where the server asks for one."""
     tls_key_file: str | None = None
     """The key to our certificate, unencrypted, where it is not in the same file."""
+    allow_insecure: Switch = False
+    """Whether production may talk plain text to this server, because the network is trusted."""
     window: AtLeastOne = 8
     """How many batches may be under way on a connection."""
     max_connections: AtLeastOne = 2

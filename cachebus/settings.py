@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike, fsdecode
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -36,6 +36,8 @@ from .options import (
     unknown_option,
 )
 from .payload_settings import PayloadSettings
+from .production import insecurities
+from .profiles import Profile
 from .redis_settings import RedisSettings
 from .sources import PREFIX, Environment, read_file
 from .urls import did_you_mean, is_url, parse_url, redact_url
@@ -46,6 +48,8 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 class MemorySettings(Options):
     """A store in the memory of this process."""
+
+    by_reference: ClassVar[bool] = True
 
     type: Literal["memory"] = "memory"
     name: Word = "primary"
@@ -61,6 +65,8 @@ class MemorySettings(Options):
 
 class NullSettings(Options):
     """A store that keeps nothing: the application runs as if it had no cache."""
+
+    by_reference: ClassVar[bool] = True
 
     type: Literal["null"] = "null"
     name: Word = "primary"
@@ -117,6 +123,13 @@ class ActorSettings(Options):
                 f"restart_backoff_max {self.restart_backoff_max:g} is less than restart_backoff {self.restart_backoff:g}"
             )
         return self
+
+
+class EventSettings(Options):
+    """What events say."""
+
+    keys: Literal["plain", "redacted"] = "plain"
+    """`redacted`: events carry an empty key. Events of tags and counts are not changed."""
 
 
 def backend_from_url(url: str) -> BackendSettings:
@@ -183,6 +196,12 @@ class Settings(_Root):
     backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
     payload: Annotated[PayloadSettings, BeforeValidator(named)] = PayloadSettings()
+    events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()
+    profile: Literal["dev", "production", "test"] | None = None
+    """A set of settings below all others: `dev` is `debug`; `production` is `environment: production`, zstd compression and
+    checksums; `test` is a timeout of 30 s."""
+    environment: Literal["development", "test", "production"] = "development"
+    """`production` refuses settings that are insecure."""
     debug: Switch = False
     """Whether the log names the keys that something went wrong with."""
 
@@ -191,7 +210,7 @@ class Settings(_Root):
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """What the values are taken from, best first."""
-        return init_settings, Environment(settings_cls)
+        return init_settings, Environment(settings_cls), Profile(settings_cls)
 
     @field_validator("backends")
     @classmethod
@@ -210,6 +229,23 @@ class Settings(_Root):
         if len(defaults) > 1:
             raise CacheConfigurationError(f"only one can be the default, not all of {', '.join(defaults)}")
         return backends
+
+    @model_validator(mode="after")
+    def _fit_for_production(self) -> Settings:
+        if self.environment == "production" and (found := list(insecurities(self))):
+            refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))
+            refused.args = tuple(found)
+            raise refused
+        return self
+
+    @model_validator(mode="after")
+    def _values_can_be_kept(self) -> Settings:
+        remote = [each.name for each in self.backends if not each.by_reference]
+        if self.payload.serializer == "none" and remote:
+            raise CacheConfigurationError(
+                f"payload.serializer: none is for the memory backend, and {', '.join(remote)} keeps bytes"
+            )
+        return self
 
     @property
     def default_backend(self) -> BackendSettings:
