@@ -75,6 +75,8 @@ def _write_numpy(value: Any, kind: type[Any]) -> list[Any]:
         )
     if kind is not numpy.ndarray:
         return [_MARKERS[SCALAR], dtype, value.tobytes()]
+    if not value.dtype.itemsize:
+        raise CacheSerializationError("the serializer 'auto' does not carry a NumPy array of items without a size")
     order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
     return [_MARKERS[ARRAY], dtype, order, list(value.shape), value.tobytes(order)]
 
@@ -87,7 +89,9 @@ def _read_array(items: list[Any]) -> Any:
         raise ValueError("no order or no shape")
     if math.prod(shape) * made.itemsize != len(data):
         raise ValueError("not as many bytes as the shape says")
-    if not made.itemsize or not data:
+    if not made.itemsize:
+        raise ValueError("items without a size take memory all the same")
+    if not data:
         return numpy.zeros(shape, made, order)
     return numpy.frombuffer(data, made).reshape(shape, order=order)
 

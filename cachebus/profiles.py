@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic.fields import FieldInfo
 from pydantic_settings import PydanticBaseSettingsSource
 
-PROFILES: Mapping[str, Mapping[str, Any]] = {
+PROFILES: Mapping[str, dict[str, Any]] = {
     "dev": {"environment": "development", "debug": True},
     "production": {"environment": "production", "payload": {"compression": "zstd", "checksum": True}},
     "test": {"environment": "test", "timeout": 30.0},
@@ -24,4 +25,4 @@ class Profile(PydanticBaseSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         name = self.current_state.get("profile")
-        return {key: dict(each) if isinstance(each, Mapping) else each for key, each in PROFILES.get(name, {}).items()}
+        return copy.deepcopy(PROFILES.get(str(name), {}))

@@ -42,7 +42,6 @@ class LocalBus:
         self.clock = clock
         self.audience = Audience()
         self.redact_keys = redact_keys
-        """Whether events leave without their keys."""
         self._recipients: dict[str, Recipient] = {}
         self._emitter = Emitter(self)
         self._guard = threading.Lock()
