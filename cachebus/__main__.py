@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CacheError as error:
         print("cachebus:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    if arguments.json:
+    if isinstance(shown, str):
+        print(shown, end="")
+    elif arguments.json:
         print(json.dumps(shown, indent=2))
     else:
         print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), end="")
@@ -54,9 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_settings)
     check = config.add_parser("check", help="say what is wrong with a source, and what production would refuse")
     check.set_defaults(command=_check)
+    reference = config.add_parser("reference", help="every setting there is, as a page in Markdown")
+    reference.set_defaults(command=_reference)
     for command in (show, check):
         command.add_argument("source", nargs="?", metavar="SOURCE", help="a file or a URL; else the environment alone")
-    for command in (info, settings, show, check):
+    for command in (info, settings, show, check, reference):
         command.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     return parser
 
@@ -81,6 +85,12 @@ def _info(_: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return load_settings(arguments.source).model_dump(mode="json")
+
+
+def _reference(_: argparse.Namespace) -> str:
+    from .configuration_page import configuration_page
+
+    return configuration_page()
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -69,7 +69,9 @@ class EncryptionKey(Options):
     """A master key, and the name that payloads call it by."""
 
     id: str
+    """1 to 32 letters, digits, `_`, `.` and `-`. Payloads show it."""
     key: Annotated[SecretStr, BeforeValidator(_key)]
+    """At least 32 bytes, as text or as `base64:` and base64."""
 
 
 def _keyring(value: object) -> tuple[Any, ...]:
@@ -101,6 +103,7 @@ class PayloadSettings(Options):
     """`default` is `msgpack`; on a memory backend without signing and encryption keys it is `none`, which keeps values by
     reference, so that nothing else here counts."""
     compression: CompressionName = "none"
+    """How content is compressed. It is kept only where it gets smaller; whatever the setting, each of them is read."""
     threshold: NotNegative = 1024
     """Content of less than so many bytes is not compressed."""
     level: NotNegative | None = None

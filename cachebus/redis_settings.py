@@ -35,6 +35,7 @@ class RedisSettings(Options):
 
     type: Literal["redis"] = "redis"
     name: Word = "primary"
+    """What calls and events call the backend."""
     default: Switch = False
     """Whether calls that name no backend go here. A single backend is the default by itself."""
     default_ttl: MaybeSeconds = None
@@ -48,11 +49,15 @@ class RedisSettings(Options):
     service: str | None = None
     """What the sentinels call the master."""
     user: str = ""
+    """Who we are to the server; empty is its default user."""
     password: SecretStr | None = None
+    """Of `user`, or of the server."""
     sentinel_user: str = ""
     """Who we are to the sentinels, which know other users than the server."""
     sentinel_password: SecretStr | None = None
+    """Of `sentinel_user`, or of the sentinels."""
     database: NotNegative = 0
+    """The number of the database within the server."""
     tls: Switch = False
     """Whether to talk TLS. Certificates and host names are always checked."""
     tls_ca_file: str | None = None

@@ -53,12 +53,15 @@ class MemorySettings(Options):
 
     type: Literal["memory"] = "memory"
     name: Word = "primary"
+    """What calls and events call the backend."""
     default: Switch = False
     """Whether calls that name no backend go here. A single backend is the default by itself."""
     default_ttl: MaybeSeconds = None
     """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
     max_entries: MaybeAtLeastOne = 10_000
+    """How many values there may be; `None` is no bound."""
     max_bytes: MaybeAtLeastOne = None
+    """How many bytes they may take together, by an estimate; `None` is no bound."""
     policy: Policy = "s3fifo"
     """Chooses what goes when the store is full."""
 
@@ -70,7 +73,9 @@ class NullSettings(Options):
 
     type: Literal["null"] = "null"
     name: Word = "primary"
+    """What calls and events call the backend."""
     default: Switch = False
+    """Whether calls that name no backend go here. A single backend is the default by itself."""
 
 
 class PluginSettings(Options):
@@ -81,8 +86,11 @@ class PluginSettings(Options):
 
     type: Literal["plugin"] = "plugin"
     name: Word = "primary"
+    """What calls and events call the backend."""
     default: Switch = False
+    """Whether calls that name no backend go here. A single backend is the default by itself."""
     url: str
+    """What the package reads its own options from."""
 
     @field_validator("url")
     @classmethod
@@ -112,9 +120,11 @@ class ActorSettings(Options):
     max_restarts: NotNegative = 5
     """How many restarts within `restart_window` are tried before an actor is given up."""
     restart_window: Seconds = 30.0
+    """How long a crash counts, in seconds."""
     restart_backoff: Seconds = 0.05
     """The upper end of the first back-off. It doubles with each restart; the pause is drawn below it (full jitter)."""
     restart_backoff_max: Seconds = 5.0
+    """The upper end of the longest back-off, in seconds."""
 
     @model_validator(mode="after")
     def _longest_is_not_shorter_than_first(self) -> ActorSettings:
@@ -194,9 +204,13 @@ class Settings(_Root):
     timeout: Seconds = 5.0
     """The time budget of one call, in seconds: the only deadline there is."""
     backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
+    """Where values are kept. With several, one says `default: true`."""
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
+    """How actors run."""
     payload: Annotated[PayloadSettings, BeforeValidator(named)] = PayloadSettings()
+    """How values become bytes."""
     events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()
+    """What events say."""
     profile: Literal["dev", "production", "test"] | None = None
     """A set of settings below all others: `dev` is `debug`; `production` is `environment: production`, zstd compression and
     checksums; `test` is a timeout of 30 s."""

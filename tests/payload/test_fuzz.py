@@ -13,7 +13,7 @@ import tracemalloc
 import zlib
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import pandas as pd
 import pytest

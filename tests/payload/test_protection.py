@@ -137,7 +137,8 @@ def test_short_keys_are_refused_everywhere(size: int) -> None:
 def test_rotating_with_live_traffic_loses_nothing() -> None:
     for protection in ("signed", "sealed"):
         made = pipeline(protection=protection)
-        stop, failed = threading.Event(), []
+        stop = threading.Event()
+        failed: list[Any] = []
 
         def traffic(made: PayloadPipeline = made, stop: threading.Event = stop, failed: list[Any] = failed) -> None:
             kept = made.encode("k", 0)
