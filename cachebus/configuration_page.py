@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 
 from .options import Options
+from .payload_scalars import type_of
 from .payload_settings import EncryptionKey, PayloadSettings
 from .redis_settings import RedisSettings
 from .settings import ActorSettings, EventSettings, MemorySettings, NullSettings, PluginSettings, Settings
@@ -120,7 +121,7 @@ def _value(hint: Any) -> str:
         if found is not None:
             return found
         hint = get_args(hint)[0]
-    if isinstance(hint, type) and issubclass(hint, BaseModel):
+    if inspect.isclass(hint) and issubclass(hint, BaseModel):
         return "options"
     if get_origin(hint) is Literal:
         return ", ".join(f"`{each}`" for each in get_args(hint))
@@ -135,7 +136,7 @@ def _reader(reader: Any) -> str | None:
     name = getattr(reader, "__name__", "")
     if name in _READERS:
         return _READERS[name]
-    inner = inspect.getclosurevars(reader).nonlocals if inspect.isfunction(reader) else {}
+    inner: dict[str, Any] = dict(inspect.getclosurevars(reader).nonlocals) if inspect.isfunction(reader) else {}
     if "least" in inner:
         return f"whole number, {inner['least']} or more"
     if "read" in inner and (found := _reader(inner["read"])) is not None:
@@ -146,9 +147,9 @@ def _reader(reader: Any) -> str | None:
 def _shown(default: Any) -> str:
     if isinstance(default, BaseModel):
         return "see below"
-    if isinstance(default, tuple) and default and isinstance(default[0], BaseModel):
-        return "one memory backend"
-    if isinstance(default, tuple):
+    if type_of(default) is tuple:
+        if default and isinstance(default[0], BaseModel):
+            return "one memory backend"
         return ", ".join(f"`{each}`" for each in default) or "none"
     if isinstance(default, enum.Enum):
         default = default.value

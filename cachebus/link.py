@@ -67,6 +67,10 @@ class NoLink(Link):
         self._why = why
         self.turn_get = self.turn_set = self._refuse
 
+    @property
+    def pipeline(self) -> NoReturn:
+        raise CacheClosed(self._why)
+
     def __getattr__(self, name: str) -> NoReturn:
         # Reached for the slots that stay empty, whatever method of Link asks for them.
         raise CacheClosed(self._why)

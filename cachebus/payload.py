@@ -178,7 +178,7 @@ class PayloadPipeline:
         if self.signer is not None:
             content = self.signer.sign(bound, header, content) + content
         if self.sealer is not None:
-            content = self.sealer.seal(content, header, bound)
+            return self.sealer.seal(content, header, bound)
         return header + content
 
     def decode(self, key: str, payload: object) -> Any:

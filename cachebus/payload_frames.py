@@ -179,7 +179,7 @@ def _is_allowed(types: Any, kind: Any, *, nested: bool = False) -> bool:
 
 def _may_change(frame: Any) -> bool:
     columns = [*frame.dtypes, *(level.dtype for level in _levels(frame.index))]
-    if any(each.kind == "O" or type_of(each).__name__ == "CategoricalDtype" for each in columns):
+    if any(type_of(each).__name__ in ("ObjectDType", "CategoricalDtype") for each in columns):
         return True
     return bool(frame.attrs) or type_of(frame.columns).__name__ != "Index" or frame.columns.name is not None
 
@@ -199,8 +199,12 @@ def _identical(left: Any, right: Any) -> bool:
         return False
     if not (left.columns.identical(right.columns) and left.index.identical(right.index) and left.equals(right)):
         return False
-    held = [(left.iloc[:, at], right.iloc[:, at]) for at, dtype in enumerate(left.dtypes) if dtype.kind == "O"]
-    held += [(left.index, right.index)] if left.index.dtype.kind == "O" else []
+    held = [
+        (left.iloc[:, at], right.iloc[:, at])
+        for at, dtype in enumerate(left.dtypes)
+        if type_of(dtype).__name__ == "ObjectDType"
+    ]
+    held += [(left.index, right.index)] if type_of(left.index.dtype).__name__ == "ObjectDType" else []
     return all(list(map(type, a)) == list(map(type, b)) for a, b in held)
 
 

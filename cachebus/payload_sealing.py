@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import re
@@ -16,6 +17,7 @@ from .payload_extras import load
 NONCE_SIZE, TAG_SIZE = 12, 16
 KEY_SIZE_MIN = 32
 
+_LARGE = 16 * 1024
 _KEY_ID = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _INFO = b"cachebus payload v1 aes-256-gcm"
 _COUNTER = struct.Struct(">I")
@@ -87,13 +89,24 @@ class Sealer:
         self._keys = _Keys(key_id, {key_id: self._cipher(key_id, key), **self._keys.by_id})
 
     def seal(self, content: bytes, header: bytes, binding: bytes) -> bytes:
-        """What stands after the header of a sealed payload."""
+        """The whole of a sealed payload, header included."""
         keys = self._keys
         name = keys.writing.encode()
         start = bytes((len(name),)) + name
         nonce = self._nonces.next()
-        sealed: bytes = keys.by_id[keys.writing].encrypt(nonce, content, header + start + binding)
-        return b"".join((start, nonce, sealed))
+        cipher, about = keys.by_id[keys.writing], header + start + binding
+        before = b"".join((header, start, nonce))
+        if len(content) < _LARGE or not hasattr(cipher, "encrypt_into"):
+            sealed: bytes = cipher.encrypt(nonce, content, about)
+            return before + sealed
+        # Into its place at once. Memory for a second large object, given back each time, costs more than the cipher: a
+        # BytesIO hands out the very bytes that it was given.
+        size = len(before) + len(content) + TAG_SIZE
+        out = io.BytesIO(bytes(size))
+        out.write(before)
+        with out.getbuffer() as whole, whole[len(before) :] as place:
+            cipher.encrypt_into(nonce, content, about, place)
+        return out.getvalue()
 
     def open(self, sealed: memoryview, header: bytes, binding: bytes) -> bytes | None:
         """What was sealed; `None` if it was not sealed by one of these keys, for this key of the cache, or was changed."""

@@ -99,6 +99,11 @@ class SyncCache:
         return self._opened().link.turn_set(message)
 
     @property
+    def blocking_cache(self) -> Cache:
+        """This cache as a `Cache` whose coroutines never suspend. For what is built on caches. Opens the cache."""
+        return self._opened()
+
+    @property
     def payloads(self) -> PayloadPipeline | None:
         """As `Cache.payloads`. Opens the cache if it is not open yet."""
         return self._opened().payloads
