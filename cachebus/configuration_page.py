@@ -129,7 +129,7 @@ def _value(hint: Any) -> str:
         return " or ".join("none" if each is types.NoneType else _value(each) for each in get_args(hint))
     if hint is SecretStr:
         return "secret"
-    return {str: "text"}.get(hint, str(getattr(hint, "__name__", hint)))
+    return "text" if hint is str else str(getattr(hint, "__name__", hint))
 
 
 def _reader(reader: Any) -> str | None:

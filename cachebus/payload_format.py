@@ -51,6 +51,7 @@ settings demand; `capacity` it would unpack to more than `max_size`; `content` t
 not of the type that the caller asked for."""
 
 
-def binding(tenant: str, namespace: str, key: str) -> bytes:
-    """What a signature and a seal are bound to. Each part has its length before it, so that no two of these are the same."""
-    return b"".join(SIZE.pack(len(part)) + part for part in (tenant.encode(), namespace.encode(), key.encode()))
+def binding(*parts: str) -> bytes:
+    """What a signature and a seal are bound to: tenant, namespace and key. Each part has its length before it, so that no two
+    bindings are the same. A binding of the first parts is the beginning of one of all parts."""
+    return b"".join([SIZE.pack(len(part)) + part for part in map(str.encode, parts)])

@@ -73,7 +73,7 @@ def outcome(serializer: str, value: Any) -> str:
 
 
 def same_array(left: Any, right: Any) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+    return bool(left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes())
 
 
 def table() -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import functools
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +30,7 @@ from cachebus.messages import CacheHit, CacheSet, Found, Get, PayloadRejected, P
 from cachebus.testing.servers import run_redis
 from tests.facade.faces import awaited, heard
 
-from .pipelines import EXAMPLE, MASTER_KEY, SIGNING_KEY, same
+from .pipelines import EXAMPLE, MASTER_KEY, SIGNING_KEY, pipeline, same
 
 SEALED = {"encryption_keys": {"k1": MASTER_KEY}, "tenant": "shop"}
 PAYLOADS: dict[str, dict[str, Any]] = {
@@ -459,3 +461,63 @@ def raw_set(url: str, namespace: str, value: bytes) -> None:
     with redis.Redis.from_url(url) as client:
         (key,) = [each for each in client.scan_iter(match=b"*" + namespace.encode() + b"*") if each.endswith(b"k")]
         client.set(key, value)
+
+
+async def test_large_payloads_are_packed_and_unpacked_beside_the_event_loop(anyio_backend: str) -> None:
+    small = "x" * 10
+    for offload_above, beside in ((1000, True), (None, False)):
+        settings = {"serializer": "msgpack", "compression": "zlib", "offload_above": offload_above}
+        async with open_cache("memory://", payload=settings, actors={"inline_turns": False}) as cache:
+            threads: list[tuple[str, bool]] = []
+            made: Any = cache.payloads
+
+            def spy(name: str, work: Any, threads: list[tuple[str, bool]] = threads) -> Any:
+                def watched(*arguments: Any) -> Any:
+                    threads.append((name, threading.current_thread() is not threading.main_thread()))
+                    return work(*arguments)
+
+                return watched
+
+            made.protect, made.decode = spy("pack", made.protect), spy("unpack", made.decode)
+            await cache.set("k", random_text(20_000))
+            await cache.add("l", random_text(20_000))
+            assert len(await cache.get("k")) == 20_000
+            assert threads == [("pack", beside), ("pack", beside), ("unpack", beside)]
+            threads.clear()
+            await cache.set("k", small)
+            assert await cache.get("k") == small
+            assert threads == [("pack", False), ("unpack", False)]
+
+
+def random_text(size: int) -> str:
+    """Text that does not compress well."""
+    return os.urandom(size // 2).hex()
+
+
+@pytest.mark.parametrize(
+    ("module", "payload", "extra"),
+    [
+        ("orjson", {"serializer": "json"}, "json"),
+        ("pyarrow", {"serializer": "arrow"}, "arrow"),
+        ("lz4.frame", {"serializer": "msgpack", "compression": "lz4"}, "lz4"),
+        ("zstandard", {"serializer": "msgpack", "compression": "zstd"}, "zstd"),
+        ("xxhash", {"serializer": "msgpack", "checksum": True}, "checksum"),
+        ("cryptography.hazmat.primitives.ciphers.aead", SEALED, "crypto"),
+    ],
+)
+def test_a_library_that_is_missing_is_named_with_its_extra(
+    module: str, payload: dict[str, Any], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    cache = open_sync_cache("memory://", payload=payload)
+    with pytest.raises(CacheConfigurationError, match=rf"needs .*: pip install 'cachebus\[{extra}\]'"):
+        cache.get("k")
+    cache.close()
+
+
+def test_what_only_a_missing_library_could_unpack_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = pipeline(compression="lz4", threshold=0).encode("k", "x" * 1000)
+    monkeypatch.setitem(sys.modules, "lz4.frame", None)
+    with pytest.raises(CacheSerializationError) as refused:
+        pipeline().decode("k", payload)
+    assert refused.value.reason == "compression"
