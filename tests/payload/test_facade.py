@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
@@ -21,6 +22,7 @@ from cachebus import (
     CacheSerializationError,
     CapabilityError,
     Missing,
+    SyncCache,
     open_cache,
     open_sync_cache,
 )
@@ -30,7 +32,7 @@ from cachebus.messages import CacheHit, CacheSet, Found, Get, PayloadRejected, P
 from cachebus.testing.servers import run_redis
 from tests.facade.faces import awaited, heard
 
-from .pipelines import EXAMPLE, MASTER_KEY, SIGNING_KEY, pipeline, same
+from .pipelines import EXAMPLE, MASTER_KEY, SIGNING_KEY, VALUES, pipeline, same
 
 SEALED = {"encryption_keys": {"k1": MASTER_KEY}, "tenant": "shop"}
 PAYLOADS: dict[str, dict[str, Any]] = {
@@ -443,6 +445,27 @@ def test_over_redis(name: str, redis_url: str) -> None:
         cache.clear()
 
 
+@given(VALUES)
+@settings(max_examples=60)
+def test_any_value_comes_back_over_redis(redis_caches: dict[str, SyncCache], value: Any) -> None:
+    for cache in redis_caches.values():
+        cache.set("any", value)
+        assert same(cache.get("any"), value)
+        cache.set_many({"many": value})
+        assert same(cache.get_many(["many"])["many"], value)
+
+
+@pytest.fixture(scope="module")
+def redis_caches(redis_url: str) -> Iterator[dict[str, SyncCache]]:
+    made = {
+        name: open_sync_cache(redis_url, namespace=f"any-{place}", payload=options)
+        for place, (name, options) in enumerate(PAYLOADS.items())
+    }
+    yield made
+    for cache in made.values():
+        cache.close()
+
+
 def test_what_redis_itself_cannot_read_is_a_miss_and_replaced(redis_url: str) -> None:
     with open_sync_cache(redis_url, namespace="payload-damaged") as cache:
         cache.set_many({"k": [1], "good": [2]})
@@ -466,8 +489,8 @@ def raw_set(url: str, namespace: str, value: bytes) -> None:
 async def test_large_payloads_are_packed_and_unpacked_beside_the_event_loop(anyio_backend: str) -> None:
     small = "x" * 10
     for offload_above, beside in ((1000, True), (None, False)):
-        settings = {"serializer": "msgpack", "compression": "zlib", "offload_above": offload_above}
-        async with open_cache("memory://", payload=settings, actors={"inline_turns": False}) as cache:
+        payload = {"serializer": "msgpack", "compression": "zlib", "offload_above": offload_above}
+        async with open_cache("memory://", payload=payload, actors={"inline_turns": False}) as cache:
             threads: list[tuple[str, bool]] = []
             made: Any = cache.payloads
 
