@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 from anyio import to_thread
@@ -14,16 +16,17 @@ from cachebus.messages import (
     CacheSerializationError,
     CapabilityError,
     CompareAndSet,
+    Counted,
     Found,
     FoundMany,
     Get,
     GetMany,
     Increment,
+    Message,
     Missing,
     NotStored,
     PayloadRejected,
     PayloadSealed,
-    Reply,
     Request,
     Set,
     SetMany,
@@ -34,11 +37,11 @@ from cachebus.messages import (
 
 from .link import Link
 from .payload import PayloadPipeline
+from .payload_scalars import type_of
 
 logger = logging.getLogger("cachebus")
 
 R = TypeVar("R")
-_Write = Set | Add | CompareAndSet
 _Ask = Callable[[Request[Any]], Awaitable[Any]]
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 _MISSING = Missing()
@@ -67,7 +70,7 @@ class PayloadLink(Link):
     `offload_above` bytes or more are packed and unpacked in a worker thread.
     """
 
-    __slots__ = ("_debug", "_inner_get", "_inner_set", "_offload_above", "_pipeline")
+    __slots__ = ("_debug", "_inner_get", "_inner_set", "_offload_above", "_pipeline", "_told")
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class PayloadLink(Link):
         self._pipeline = pipeline
         self._offload_above = offload_above
         self._debug = debug
+        self._told: set[str] = set()
         self._inner_get, self._inner_set = self.turn_get, self.turn_set
         self.turn_get, self.turn_set = self._coded_get, self._coded_set
 
@@ -94,8 +98,10 @@ class PayloadLink(Link):
     async def request(self, message: Request[R]) -> R:
         """As `Link.request`."""
         coded: Any = message
-        if isinstance(message, Set | Add | CompareAndSet):
-            coded = await self._written(message, message.value)
+        if _has_value(type(message)):
+            coded = await self._written(coded, coded.value)
+        elif isinstance(message, SetMany):
+            coded = await self._written_many(message)
         else:
             coded = self._prepared(message)
         return cast("R", await self._settle(_WAITING, coded))
@@ -123,7 +129,7 @@ class PayloadLink(Link):
 
     def _coded_get(self, message: Get) -> Any:
         reply = self._inner_get(message)
-        return self._read(message.key, reply) if type(reply) is Found else reply
+        return self._read(message.key, reply) if _has_value(type(reply)) else reply
 
     def _coded_set(self, message: Set) -> Any:
         value = self._number_or_content(message.value)
@@ -137,24 +143,33 @@ class PayloadLink(Link):
 
     def _prepared(self, message: Any) -> Any:
         """The message with payloads for values. Raises `CacheSerializationError` and the like before anything is sent."""
-        if isinstance(message, Set | Add | CompareAndSet):
+        if _has_value(type_of(message)):
             return _with_value(message, self._encoded(message.key, message.value))
         if isinstance(message, SetMany):
-            items = {key: self._encoded(key, value) for key, value in message.items.items()}
-            return SetMany(items, message.ttl, message.tags)
+            return replace(message, items={key: self._encoded(key, value) for key, value in message.items.items()})
         if isinstance(message, Increment) and self._pipeline.sealed:
             raise CapabilityError(
                 "a counter cannot be sealed: the store has to add to it; use a cache without encryption"
             )
         return message
 
-    async def _written(self, message: _Write, value: Any, serialized: bytes | None = None) -> Any:
+    async def _written(self, message: Any, value: Any, serialized: bytes | None = None) -> Any:
         content = self._number_or_content(value) if serialized is None else serialized
         if type(content) is not bytes:
             return _with_value(message, content)
         if self._offload_above is None or len(content) < self._offload_above:
             return _with_value(message, self._protected(message.key, content))
         return _with_value(message, await to_thread.run_sync(self._protected, message.key, content))
+
+    async def _written_many(self, message: SetMany) -> Any:
+        contents = {key: self._number_or_content(value) for key, value in message.items.items()}
+
+        def packed() -> dict[str, Any]:
+            return {key: self._protected(key, each) if type(each) is bytes else each for key, each in contents.items()}
+
+        if self._offload_above is None or _size(contents.values()) < self._offload_above:
+            return replace(message, items=packed())
+        return replace(message, items=await to_thread.run_sync(packed))
 
     def _number_or_content(self, value: Any) -> int | bytes:
         if type(value) is int and _INT_MIN <= value <= _INT_MAX and not self._pipeline.sealed:
@@ -202,21 +217,21 @@ class PayloadLink(Link):
             if type(message) is GetMany:
                 return FoundMany(await self._one_by_one(ask, message.keys))
             raise
-        if type(message) is Get and not blocking and self._is_large(reply):
-            return await to_thread.run_sync(self._read, message.key, reply)
-        return await self._arrived(ask, message, reply)
-
-    async def _arrived(self, ask: _Ask, message: Any, reply: Reply) -> Any:
-        if type(reply) is Found:
-            return self._read(message.key, reply)
-        if type(reply) is FoundMany:
-            read = {key: self._read(key, found) for key, found in reply.entries.items()}
-            return FoundMany({key: found for key, found in read.items() if isinstance(found, Found)})
         if type(reply) is NotStored and (type(message) is Add or getattr(message, "only_if", None) == "absent"):
             return await self._add_again(ask, message)
+        if blocking or self._offload_above is None or _size_of(reply) < self._offload_above:
+            return self._arrived(message, reply)
+        return await to_thread.run_sync(self._arrived, message, reply)
+
+    def _arrived(self, message: Any, reply: Any) -> Any:
+        """The reply with values for payloads."""
+        if type(reply) is FoundMany:
+            read = {key: self._read(key, found) for key, found in reply.entries.items()}
+            return replace(reply, entries={key: found for key, found in read.items() if isinstance(found, Found)})
         if type(reply) is Snapshot:
             reply.payload.update(self._pipeline.statistics.as_dict())
-        return reply
+            return reply
+        return self._read(message.key, reply) if _has_value(type_of(reply)) else reply
 
     async def _add_again(self, ask: _Ask, message: Set | Add) -> Any:
         """What is in the way of an `add` may be a payload that nobody can read: that one is replaced, if it is still there."""
@@ -244,7 +259,7 @@ class PayloadLink(Link):
                 entries[key] = read
         return entries
 
-    def _read(self, key: str, reply: Found) -> Found | Missing:
+    def _read(self, key: str, reply: Any) -> Any:
         value = reply.value
         if type(value) is not int or self._pipeline.sealed:
             try:
@@ -252,19 +267,7 @@ class PayloadLink(Link):
             except CacheSerializationError as error:
                 self._tell_rejected(key, error.reason, str(error))
                 return _MISSING
-        # Another object: two callers may have been given this reply.
-        found: Any = bare(Found)
-        found.value = value
-        found.version = reply.version
-        found.ttl = reply.ttl
-        found.tags = reply.tags
-        found.stored_at = reply.stored_at
-        return cast("Found", found)
-
-    def _is_large(self, reply: Any) -> bool:
-        if self._offload_above is None or type(reply) is not Found or type(reply.value) is not bytes:
-            return False
-        return len(reply.value) >= self._offload_above
+        return _with_value(reply, value)
 
     def _rejected(self, key: str, error: CacheSerializationError) -> None:
         self._pipeline.statistics.rejected += 1
@@ -272,7 +275,10 @@ class PayloadLink(Link):
 
     def _tell_rejected(self, key: str, reason: str, detail: str) -> None:
         where = f" under {key!r}" if self._debug else ""
-        logger.warning("%s: a payload%s is not taken (%s): %s", self.address, where, reason, detail)
+        # Once for each reason: a fleet that changes its serializer reads thousands of these.
+        level = logging.DEBUG if reason in self._told else logging.WARNING
+        self._told.add(reason)
+        logger.log(level, "%s: a payload%s is not taken (%s): %s", self.address, where, reason, detail)
         if PayloadRejected in self.emitter.audience.kinds:
             tenant = self._pipeline.sealer.tenant if self._pipeline.sealer else ""
             self.emitter.emit(
@@ -280,11 +286,35 @@ class PayloadLink(Link):
             )
 
 
+def _size(payloads: Iterable[Any]) -> int:
+    return sum(len(each) for each in payloads if type(each) is bytes)
+
+
+def _size_of(reply: Any) -> int:
+    """How many bytes of payloads are in a reply."""
+    if type(reply) is FoundMany:
+        return _size(found.value for found in reply.entries.values())
+    return _size([getattr(reply, "value", None)])
+
+
+def _fields_of(kind: Any) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(kind))
+
+
+def _carries_value(kind: Any) -> bool:
+    """Whether messages of a kind carry a value of the user's. Of every kind there will be: one that is forgotten would hand out
+    payloads."""
+    return issubclass(kind, Message) and kind is not Counted and "value" in _names(kind)
+
+
+_names: Callable[[Any], tuple[str, ...]] = functools.cache(_fields_of)
+_has_value: Callable[[Any], bool] = functools.cache(_carries_value)
+
+
 def _with_value(message: Any, value: Any) -> Any:
-    match message:
-        case Set():
-            return Set(message.key, value, message.ttl, message.tags, message.only_if)
-        case Add():
-            return Add(message.key, value, message.ttl, message.tags)
-        case _:
-            return CompareAndSet(message.key, value, message.version, message.ttl, message.tags)
+    """The same message with another value. A new object: whoever sent it may send it again, and two may share a reply."""
+    kind = type_of(message)
+    made: Any = bare(kind)
+    for name in _names(kind):
+        setattr(made, name, value if name == "value" else getattr(message, name))
+    return made
