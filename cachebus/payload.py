@@ -106,6 +106,7 @@ class PayloadPipeline:
             raise CacheConfigurationError("the serializer 'pickle' needs signing keys: unpickling runs what it reads")
         if not 0 < max_size <= SIZE_MAX:
             raise CacheConfigurationError(f"max_size is 1 to {SIZE_MAX:,} bytes, not {max_size:,}")
+        self._loads = self._serializer.loads
         self._compressor = make_compressor(compression, level)
         self._compressors: dict[int, Compressor | None] = {}
         self._threshold = threshold
@@ -192,7 +193,9 @@ class PayloadPipeline:
         plain = self._plain
         if plain and type(payload) is bytes and payload.startswith(plain) and len(payload) <= self._max_size:
             try:
-                value = self._serializer.loads(memoryview(payload)[HEADER_SIZE:])
+                # A view costs as much as a copy of 16 KB.
+                size = len(payload)
+                value = self._loads(payload[HEADER_SIZE:] if size < 16_384 else memoryview(payload)[HEADER_SIZE:])
                 self.statistics.read += 1
                 return value
             except Exception:  # Said below, with the reason.
