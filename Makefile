@@ -11,7 +11,7 @@ PIP   := $(BIN)/python -m pip -qq --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench faults format venv servers clean
+.PHONY: help demo test fuzz check bench faults format venv servers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,9 @@ demo: $(STAMP)-demo ## a cache at work, in the terminal
 
 test: $(STAMP)-dev servers ## the whole test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(STAMP)-dev ## a million random and mutated payloads
+	@CACHEBUS_FUZZ=1000000 $(BIN)/python -m pytest tests/payload/test_fuzz.py --timeout 0 $(ARGS)
 
 check: $(STAMP)-dev ## lint, format, types
 	@$(BIN)/ruff check

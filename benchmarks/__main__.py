@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import footprint, hit_ratio, memcached, memory, nats, redis
+from . import footprint, hit_ratio, memcached, memory, nats, payload, redis
 from .timing import Row
 
 console = Console(width=120)
-PARTS = ["memory", "redis", "memcached", "nats", "footprint", "hit-ratio"]
+PARTS = ["memory", "redis", "memcached", "nats", "payload", "footprint", "hit-ratio"]
 
 
 def show(rows: list[Row]) -> bool:
@@ -33,6 +33,15 @@ def show(rows: list[Row]) -> bool:
         table.add_section()
     console.print(table)
     return good
+
+
+def show_figures(figures: list[payload.Figure]) -> bool:
+    """Print numbers that have bars of their own; says whether every bar was reached."""
+    table = Table("what", "figure", "bar", title="payloads")
+    for each in figures:
+        table.add_row(each.title, each.said, each.bar if each.good else f"{each.bar} MISSED")
+    console.print(table)
+    return all(each.good for each in figures)
 
 
 def show_footprint(entries: int) -> bool:
@@ -81,6 +90,8 @@ def main() -> int:
         good &= show(memcached.rows())
     if "nats" in what:
         good &= show(nats.rows())
+    if "payload" in what:
+        good &= show(payload.rows()) & show_figures(payload.figures())
     if "footprint" in what:
         good &= show_footprint(options.entries)
     if "hit-ratio" in what:

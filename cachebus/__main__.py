@@ -15,6 +15,8 @@ import yaml
 
 from cachebus.messages import CacheError
 
+from .options import sentence
+from .production import insecurities
 from .settings import POLICIES, load_settings
 from .urls import known_schemes
 
@@ -29,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CacheError as error:
         print("cachebus:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    if arguments.json:
+    if isinstance(shown, str):
+        print(shown, end="")
+    elif arguments.json:
         print(json.dumps(shown, indent=2))
     else:
         print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), end="")
@@ -47,7 +51,16 @@ def _parser() -> argparse.ArgumentParser:
         "source", nargs="?", metavar="SOURCE", help="a file or a URL; left out, the environment alone"
     )
     settings.set_defaults(command=_settings)
-    for command in (info, settings):
+    config = commands.add_parser("config", help="show or check a source of settings").add_subparsers(required=True)
+    show = config.add_parser("show", help="the settings that a source gives, secrets masked")
+    show.set_defaults(command=_settings)
+    check = config.add_parser("check", help="say what is wrong with a source, and what production would refuse")
+    check.set_defaults(command=_check)
+    reference = config.add_parser("reference", help="every setting there is, as a page in Markdown")
+    reference.set_defaults(command=_reference)
+    for command in (show, check):
+        command.add_argument("source", nargs="?", metavar="SOURCE", help="a file or a URL; else the environment alone")
+    for command in (info, settings, show, check, reference):
         command.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     return parser
 
@@ -72,6 +85,18 @@ def _info(_: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return load_settings(arguments.source).model_dump(mode="json")
+
+
+def _reference(_: argparse.Namespace) -> str:
+    from .configuration_page import configuration_page
+
+    return configuration_page()
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = load_settings(arguments.source)
+    found = [sentence(path, text) for path, text in insecurities(settings)]
+    return {"valid": True, "environment": settings.environment, "insecure": found}
 
 
 def extras() -> dict[str, bool]:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from anyio.lowlevel import checkpoint
 
@@ -19,6 +19,7 @@ from cachebus.messages import (
     CacheClosed,
     CacheError,
     CacheKeyError,
+    CacheSerializationError,
     CapabilityError,
     Clear,
     CompareAndSet,
@@ -50,6 +51,10 @@ from .checks import TimeToLive, check_key, check_keys, check_tags, check_ttl, se
 from .failures import BACKEND_FAILURES
 from .link import Link, NoLink
 from .node import Node
+from .typed import fit, tell_misfit
+
+if TYPE_CHECKING:
+    from .payload import PayloadPipeline
 
 R = TypeVar("R")
 Asking = Callable[[Request[Any]], Awaitable[Any]]
@@ -136,6 +141,11 @@ class Cache:
         """The way to the backend."""
         return self._link
 
+    @property
+    def payloads(self) -> PayloadPipeline | None:
+        """What turns values into payloads, with its statistics and `rotate_key`; `None` where values stay objects."""
+        return self._link.pipeline
+
     # Reading
 
     async def get(self, key: str, default: Any = None) -> Any:
@@ -162,6 +172,21 @@ class Cache:
         reply = self._turn_get(request)
         self._turns_left -= 1
         return await self.finish_get(request, reply)
+
+    async def get_typed(self, key: str, kind: Any, default: Any = None, *, strict: bool = False) -> Any:
+        """The value under `key`, checked and converted by pydantic as a `kind`: a builtin or generic type, a dataclass, a
+        `TypedDict` or a model. One that does not fit is a miss, with a `PayloadRejected` event; with `strict` it is a
+        `CacheSerializationError`."""
+        found = await self.lookup(key)
+        if not isinstance(found, Found):
+            return default
+        try:
+            return fit(found.value, kind)
+        except CacheSerializationError:
+            tell_misfit(self._link.emitter, key)
+            if strict:
+                raise
+        return default
 
     async def finish_get(self, request: Get, reply: Any) -> Found | Missing:
         """Come to the answer from what the turn of a `Get` has returned. For the facades."""

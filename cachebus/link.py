@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
 from cachebus.messages import CacheClosed, Event, Get, Request, Set
 
 from .failures import BACKEND_FAILURES, Failures, OnError
+
+if TYPE_CHECKING:
+    from .payload import PayloadPipeline
 
 R = TypeVar("R")
 
@@ -32,6 +35,11 @@ class Link:
         recipient = bus.recipient(address)
         self.turn_get: Turn = recipient.turn(Get)
         self.turn_set: Turn = recipient.turn(Set)
+
+    @property
+    def pipeline(self) -> PayloadPipeline | None:
+        """What turns values into payloads; `None` where they stay objects."""
+        return None
 
     async def request(self, message: Request[R]) -> R:
         """Ask, awaiting the reply, or what stands for it (see `Failures`)."""
@@ -82,6 +90,10 @@ class NoLink(Link):
     def __init__(self, why: str) -> None:
         self._why = why
         self.turn_get = self.turn_set = self._refuse
+
+    @property
+    def pipeline(self) -> NoReturn:
+        raise CacheClosed(self._why)
 
     def __getattr__(self, name: str) -> NoReturn:
         # Reached for the slots that stay empty, whatever method of Link asks for them.

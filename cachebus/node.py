@@ -17,6 +17,7 @@ from cachebus.messages import CacheClosed, CacheConfigurationError
 from .link import Link
 
 if TYPE_CHECKING:
+    from .payload import PayloadPipeline
     from .settings import BackendSettings, Settings
 
 StoreFactory = Callable[["BackendSettings"], "InlineStore | BatchStore"]
@@ -44,7 +45,8 @@ class Node:
         self.settings = settings
         self.clock = clock
         self.serve = serve
-        self.bus: LocalBus = LocalBus(settings.namespace, clock=clock)
+        redact_keys = settings.events.keys == "redacted"
+        self.bus: LocalBus = LocalBus(settings.namespace, clock=clock, redact_keys=redact_keys)
         if settings.bus is not None:
             self.bus = nats_bus(settings, clock)
         self._stores = stores or self._build_store
@@ -59,6 +61,7 @@ class Node:
         )
         self._resources = AsyncExitStack()
         self._closed = False
+        self._pipelines: dict[str, PayloadPipeline | None] = {}
 
     def __repr__(self) -> str:
         names = ", ".join(each.name for each in self.settings.backends)
@@ -100,7 +103,22 @@ class Node:
         settings = self.settings
         backend = settings.default_backend if name is None else settings.backend(name)
         emitter = Emitter(self.bus, backend.name)
-        return Link(self.bus, backend_address(backend.name), settings.timeout, emitter, settings.on_error)
+        address = backend_address(backend.name)
+        pipeline = self._pipeline(backend)
+        if pipeline is None:
+            return Link(self.bus, address, settings.timeout, emitter, settings.on_error)
+        from .payload_link import PayloadLink  # Caches that keep objects do without.
+
+        return PayloadLink(
+            self.bus,
+            address,
+            settings.timeout,
+            emitter,
+            pipeline,
+            on_error=settings.on_error,
+            offload_above=settings.payload.offload_above,
+            debug=settings.debug,
+        )
 
     def visibility(self, backend: BackendSettings) -> Visibility:
         """Who reaches the actor of a backend."""
@@ -124,6 +142,15 @@ class Node:
         opens_later = self.settings.on_error == "miss"
         return BackendActor(self._stores(backend), guard_policy(backend), opens_later=opens_later)
 
+    def _pipeline(self, backend: BackendSettings) -> PayloadPipeline | None:
+        if backend.name not in self._pipelines:
+            from .payload_settings import build_pipeline  # As for stores.
+
+            self._pipelines[backend.name] = build_pipeline(
+                self.settings.payload, namespace=self.settings.namespace, by_reference=backend.by_reference
+            )
+        return self._pipelines[backend.name]
+
     def _build_store(self, backend: BackendSettings) -> InlineStore | BatchStore:
         from .stores import build_store  # Not before a node is opened: it brings pydantic with it.
 
@@ -143,7 +170,8 @@ def nats_bus(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> LocalBus:
     except ModuleNotFoundError as error:
         raise CacheConfigurationError(f"a bus over NATS needs {error.name}: pip install 'cachebus[nats]'") from error
     options = settings.bus.nats_options(budget=settings.timeout, name=f"cachebus {settings.namespace}")
-    bus: LocalBus = nats.NatsBus(settings.namespace, options, clock=clock)
+    redact_keys = settings.events.keys == "redacted"
+    bus: LocalBus = nats.NatsBus(settings.namespace, options, clock=clock, redact_keys=redact_keys)
     return bus
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import Annotated, Any, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -121,6 +121,9 @@ class Options(BaseModel):
     raise its own error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    by_reference: ClassVar[bool] = False
+    """Of a backend: whether its store can keep objects of this process, so that values need not become bytes."""
 
     def __init__(self, /, **values: Any) -> None:
         try:

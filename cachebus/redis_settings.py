@@ -40,6 +40,7 @@ class RedisSettings(GuardSettings):
 
     type: Literal["redis"] = "redis"
     name: Word = "primary"
+    """What calls and events call the backend."""
     default: Switch = False
     """Whether calls that name no backend go here. A single backend is the default by itself."""
     default_ttl: MaybeSeconds = None
@@ -54,11 +55,15 @@ class RedisSettings(GuardSettings):
     service: str | None = None
     """What the sentinels call the master."""
     user: str = ""
+    """Who we are to the server; empty is its default user."""
     password: SecretStr | None = None
+    """Of `user`, or of the server."""
     sentinel_user: str = ""
     """Who we are to the sentinels, which know other users than the server."""
     sentinel_password: SecretStr | None = None
+    """Of `sentinel_user`, or of the sentinels."""
     database: NotNegative = 0
+    """The number of the database within the server."""
     tls: Switch = False
     """Whether to talk TLS. Certificates and host names are always checked."""
     tls_ca_file: str | None = None
@@ -67,6 +72,8 @@ class RedisSettings(GuardSettings):
     """Our own certificate, as a PEM file, where the server asks for one."""
     tls_key_file: str | None = None
     """The key to our certificate, unencrypted, where it is not in the same file."""
+    allow_insecure: Switch = False
+    """Whether production may talk plain text to this server, because the network is trusted."""
     window: AtLeastOne = 8
     """How many batches may be under way on a connection."""
     max_connections: AtLeastOne = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike, fsdecode
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -39,6 +39,9 @@ from .options import (
     shown,
     unknown_option,
 )
+from .payload_settings import PayloadSettings
+from .production import insecurities
+from .profiles import Profile
 from .redis_settings import RedisSettings
 from .sources import PREFIX, Environment, read_file
 from .urls import did_you_mean, is_url, parse_url, redact_url
@@ -50,14 +53,19 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 class MemorySettings(Options):
     """A store in the memory of this process."""
 
+    by_reference: ClassVar[bool] = True
+
     type: Literal["memory"] = "memory"
     name: Word = "primary"
+    """What calls and events call the backend."""
     default: Switch = False
     """Whether calls that name no backend go here. A single backend is the default by itself."""
     default_ttl: MaybeSeconds = None
     """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
     max_entries: MaybeAtLeastOne = 10_000
+    """How many values there may be; `None` is no bound."""
     max_bytes: MaybeAtLeastOne = None
+    """How many bytes they may take together, by an estimate; `None` is no bound."""
     policy: Policy = "s3fifo"
     """Chooses what goes when the store is full."""
 
@@ -65,9 +73,13 @@ class MemorySettings(Options):
 class NullSettings(Options):
     """A store that keeps nothing: the application runs as if it had no cache."""
 
+    by_reference: ClassVar[bool] = True
+
     type: Literal["null"] = "null"
     name: Word = "primary"
+    """What calls and events call the backend."""
     default: Switch = False
+    """Whether calls that name no backend go here. A single backend is the default by itself."""
 
 
 class PluginSettings(GuardSettings):
@@ -78,8 +90,11 @@ class PluginSettings(GuardSettings):
 
     type: Literal["plugin"] = "plugin"
     name: Word = "primary"
+    """What calls and events call the backend."""
     default: Switch = False
+    """Whether calls that name no backend go here. A single backend is the default by itself."""
     url: str
+    """What the package reads its own options from."""
 
     @field_validator("url")
     @classmethod
@@ -111,9 +126,11 @@ class ActorSettings(Options):
     max_restarts: NotNegative = 5
     """How many restarts within `restart_window` are tried before an actor is given up."""
     restart_window: Seconds = 30.0
+    """How long a crash counts, in seconds."""
     restart_backoff: Seconds = 0.05
     """The upper end of the first back-off. It doubles with each restart; the pause is drawn below it (full jitter)."""
     restart_backoff_max: Seconds = 5.0
+    """The upper end of the longest back-off, in seconds."""
 
     @model_validator(mode="after")
     def _longest_is_not_shorter_than_first(self) -> ActorSettings:
@@ -122,6 +139,13 @@ class ActorSettings(Options):
                 f"restart_backoff_max {self.restart_backoff_max:g} is less than restart_backoff {self.restart_backoff:g}"
             )
         return self
+
+
+class EventSettings(Options):
+    """What events say."""
+
+    keys: Literal["plain", "redacted"] = "plain"
+    """`redacted`: events carry an empty key. Events of tags and counts are not changed."""
 
 
 def backend_from_url(url: str) -> BackendSettings:
@@ -190,16 +214,29 @@ class Settings(_Root):
     on_error: OnError = "miss"
     """When the backend fails: `miss`, and the application goes on as if nothing were cached; or `raise`."""
     backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
+    """Where values are kept. With several, one says `default: true`."""
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
     bus: Annotated[NatsSettings | None, BeforeValidator(read_bus)] = None
     """How to reach other processes: the URL of a NATS server, or its options; `None` is no way."""
+    """How actors run."""
+    payload: Annotated[PayloadSettings, BeforeValidator(named)] = PayloadSettings()
+    """How values become bytes."""
+    events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()
+    """What events say."""
+    profile: Literal["dev", "production", "test"] | None = None
+    """A set of settings below all others: `dev` is `debug`; `production` is `environment: production`, zstd compression and
+    checksums; `test` is a timeout of 30 s."""
+    environment: Literal["development", "test", "production"] = "development"
+    """`production` refuses settings that are insecure."""
+    debug: Switch = False
+    """Whether the log names the keys that something went wrong with."""
 
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """What the values are taken from, best first."""
-        return init_settings, Environment(settings_cls)
+        return init_settings, Environment(settings_cls), Profile(settings_cls)
 
     @field_validator("backends")
     @classmethod
@@ -224,6 +261,23 @@ class Settings(_Root):
         for backend in self.backends:
             if isinstance(backend, BusSettings) and self.bus is None:
                 raise CacheConfigurationError(f"backend {backend.name!r} is on a bus: give its URL, bus='nats://host'")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_for_production(self) -> Settings:
+        if self.environment == "production" and (found := list(insecurities(self))):
+            refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))
+            refused.args = tuple(found)
+            raise refused
+        return self
+
+    @model_validator(mode="after")
+    def _values_can_be_kept(self) -> Settings:
+        remote = [each.name for each in self.backends if not each.by_reference]
+        if self.payload.serializer == "none" and remote:
+            raise CacheConfigurationError(
+                f"payload.serializer: none is for the memory backend, and {', '.join(remote)} keeps bytes"
+            )
         return self
 
     @property

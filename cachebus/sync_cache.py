@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from cachebus.bus import Subscription, Turn
 from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot, Stored, bare
@@ -21,6 +21,9 @@ from .cached import Decorator, Loads
 from .checks import TimeToLive, check_key, set_request
 from .link import Link, run
 from .node import Node
+
+if TYPE_CHECKING:
+    from .payload import PayloadPipeline
 
 
 class SyncCache:
@@ -95,6 +98,16 @@ class SyncCache:
     def _open_and_set(self, message: Any) -> Any:
         return self._opened().link.turn_set(message)
 
+    @property
+    def blocking_cache(self) -> Cache:
+        """This cache as a `Cache` whose coroutines never suspend. For what is built on caches. Opens the cache."""
+        return self._opened()
+
+    @property
+    def payloads(self) -> PayloadPipeline | None:
+        """As `Cache.payloads`. Opens the cache if it is not open yet."""
+        return self._opened().payloads
+
     # Reading
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -113,6 +126,10 @@ class SyncCache:
     def lookup(self, key: str) -> Found | Missing:
         """As `Cache.lookup`."""
         return run(self._opened().lookup(key))
+
+    def get_typed(self, key: str, kind: Any, default: Any = None, *, strict: bool = False) -> Any:
+        """As `Cache.get_typed`."""
+        return run(self._opened().get_typed(key, kind, default, strict=strict))
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """As `Cache.get_many`."""

@@ -68,6 +68,8 @@ class Bus(Protocol):
     namespace: str
     clock: Clock
     audience: Audience
+    redact_keys: bool
+    """Whether events leave without their keys."""
 
     def serve(self, address: Address, recipient: Recipient) -> None:
         """Deliver to `recipient` what is sent to `address`. Raises `AddressInUse`."""

@@ -17,6 +17,7 @@ class _Publisher(Protocol):
     namespace: str
     clock: Clock
     audience: Audience
+    redact_keys: bool
 
     def publish(self, event: Event) -> None: ...
 
@@ -60,16 +61,17 @@ class Emitter:
         if type(event) not in self.audience.kinds:
             return
         seq = next(self._sequence)
-        event.stamp(
-            {
-                # A counter, because a uuid4 costs more than the rest of the event.
-                "id": f"{_origin.name}-{self.epoch:x}-{seq}",
-                "namespace": self._bus.namespace,
-                "backend": self.backend,
-                "origin": _origin.name,
-                "epoch": self.epoch,
-                "seq": seq,
-                "time": self._bus.clock.wall(),
-            }
-        )
+        header: dict[str, object] = {
+            # A counter, because a uuid4 costs more than the rest of the event.
+            "id": f"{_origin.name}-{self.epoch:x}-{seq}",
+            "namespace": self._bus.namespace,
+            "backend": self.backend,
+            "origin": _origin.name,
+            "epoch": self.epoch,
+            "seq": seq,
+            "time": self._bus.clock.wall(),
+        }
+        if self._bus.redact_keys and hasattr(event, "key"):
+            header["key"] = ""
+        event.stamp(header)
         self._bus.publish(event)

@@ -38,10 +38,11 @@ TURNS_PER_CHECKPOINT = 512
 class LocalBus:
     """A `Bus` within one process, on asyncio, on trio and from threads."""
 
-    def __init__(self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK, redact_keys: bool = False) -> None:
         self.namespace = check_word(namespace, "namespace")
         self.clock = clock
         self.audience = Audience()
+        self.redact_keys = redact_keys
         self._recipients: dict[str, Recipient] = {}
         self._emitter = Emitter(self)
         self._guard = threading.Lock()

@@ -40,9 +40,14 @@ class NatsBus(LocalBus):
     """
 
     def __init__(
-        self, namespace: str = "default", options: NatsOptions | None = None, *, clock: Clock = SYSTEM_CLOCK
+        self,
+        namespace: str = "default",
+        options: NatsOptions | None = None,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        redact_keys: bool = False,
     ) -> None:
-        super().__init__(namespace, clock=clock)
+        super().__init__(namespace, clock=clock, redact_keys=redact_keys)
         self.options = options or NatsOptions()
         self.counters = NatsCounters()
         self.connection = NatsConnection(self.options, self.counters, self._lost, self._back)

@@ -148,8 +148,13 @@ class CacheKeyError(CacheError, ValueError):
 
 @error
 class CacheSerializationError(CacheError, ValueError):
-    """Raised when a value cannot be turned into bytes, or bytes cannot be turned into the value they claim to be."""
+    """Raised when a value cannot be turned into bytes, or bytes cannot be turned into the value they claim to be.
 
+    `reason` is one word for why a stored payload is not taken; it is empty where a value could not be written.
+    """
+
+    detail: str
+    reason: str = ""
     code: ClassVar[str] = "serialization"
 
 

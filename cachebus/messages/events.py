@@ -79,6 +79,26 @@ class TagsInvalidated(Event):
     tags: tuple[str, ...]
 
 
+@message("event.payload_rejected")
+class PayloadRejected(Event):
+    """What is stored under a key was not taken, for `reason`, and the read is a miss. `serializer` is the reader's own."""
+
+    key: str
+    reason: str
+    serializer: str = ""
+    tenant: str = ""
+
+
+@message("event.payload_sealed")
+class PayloadSealed(Event):
+    """A payload of `size` bytes was sealed for `tenant`, with the key `key_id`."""
+
+    key: str
+    key_id: str
+    tenant: str = ""
+    size: int = 0
+
+
 @message("event.load_started")
 class LoadStarted(Event):
     """A loader was called for a key."""

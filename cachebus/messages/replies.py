@@ -118,9 +118,10 @@ class Snapshot(Reply):
 
     `removals` counts by `RemovalCause`. `weight` is in bytes where the store has a weigher, else 0. `overloaded`
     counts the requests that a full mailbox turned away. `guard` says how the backend has been doing, by the names of
-    `GuardStatistics`; it is empty where nothing needs a guard. `errors` and `dropped_writes` are counted by the cache that
-    asked and not by the backend: the calls of its own that the backend failed, and among these the writes that were
-    dropped.
+    `GuardStatistics`; it is empty where nothing needs a guard. `payload` says what the asking cache has made of values,
+    by the names of `PayloadStatistics`; it is empty where values stay objects. `errors` and `dropped_writes` are
+    counted by the cache that asked, too: the calls of its own that the backend failed, and among these the writes that
+    were dropped.
     """
 
     address: str
@@ -136,6 +137,7 @@ class Snapshot(Reply):
     restarts: int = 0
     overloaded: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
+    payload: dict[str, Any] = field(default_factory=dict)
     errors: int = 0
     dropped_writes: int = 0
 

@@ -37,7 +37,7 @@ class Awaited:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._cache, name)
-        if name in ("events", "cached", "link"):
+        if name in ("events", "cached", "link", "payloads"):
             return method
 
         async def call(*args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from cachebus.bus.codec import encode
+from tests.payload.pipelines import EXAMPLE
 
+from . import payloads
 from .examples import FOLDER, KINDS, SUFFIXES, example
 
 
@@ -17,6 +19,12 @@ def write() -> list[str]:
             if not file.exists():
                 file.write_bytes(encode(example(cls), content_type))
                 written.append(file.name)
+    payloads.FOLDER.mkdir(exist_ok=True)
+    for name in payloads.golden_names():
+        file = payloads.FOLDER / f"{name}.bin"
+        if not file.exists():
+            file.write_bytes(payloads.golden_pipeline(name).encode("golden", EXAMPLE))
+            written.append(file.name)
     return written
 
 

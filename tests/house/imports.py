@@ -36,6 +36,7 @@ THIRD_PARTIES: Mapping[str, frozenset[str]] = {
     "adapters/prometheus*": frozenset({"prometheus_client"}),
     "adapters/opentelemetry*": frozenset({"opentelemetry"}),
     "facade": frozenset({"anyio", "pydantic", "pydantic_settings", "yaml"}),
+    "payload_msgpack*": frozenset({"msgpack"}),
     # The suites that ship; `import cachebus` does not load them.
     "testing*": frozenset({"pytest", "testcontainers", "docker"}),
 }
@@ -44,7 +45,10 @@ THIRD_PARTIES: Mapping[str, frozenset[str]] = {
 INSIDE_FUNCTIONS_ONLY: Mapping[str, frozenset[str]] = {"bus": frozenset({"trio"})}
 """Allowed too, but only where a function asks for it when it runs."""
 
-DRIVERS = frozenset({"redis", "hiredis", "pymemcache", "nats", "faiss", "numpy"})
+DRIVERS = frozenset(
+    {"redis", "hiredis", "pymemcache", "nats", "faiss", "numpy"}
+    | {"orjson", "pyarrow", "pandas", "lz4", "zstandard", "xxhash", "cryptography"}
+)
 """Never loaded by ``import cachebus``, only when a URL that needs one is used."""
 
 

@@ -11,6 +11,7 @@ from .paths import ROOT
 
 LATE = {
     *("redis", "hiredis", "pymemcache", "nats", "faiss", "numpy", "prometheus_client", "opentelemetry"),
+    *("orjson", "pyarrow", "pandas", "lz4", "zstandard", "xxhash", "cryptography", "msgpack"),
     *("pydantic_settings", "yaml", "rich", "trio", "pytest"),
 }
 """Loaded when a URL, a command or a settings file asks for it, not before."""

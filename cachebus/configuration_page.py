@@ -1,0 +1,160 @@
+"""The page that lists every setting, made from the settings themselves: `python -m cachebus config reference`."""
+
+from __future__ import annotations
+
+import ast
+import enum
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, SecretStr
+
+from .options import Options
+from .payload_scalars import type_of
+from .payload_settings import EncryptionKey, PayloadSettings
+from .redis_settings import RedisSettings
+from .settings import ActorSettings, EventSettings, MemorySettings, NullSettings, PluginSettings, Settings
+from .sources import PREFIX
+
+_INTRODUCTION = """# Configuration
+
+Every setting there is. `python -m cachebus config reference` makes this page, and a test holds it equal.
+
+Settings come from keywords (`open_cache(..., timeout=0.5)`), a mapping, a file (YAML, TOML, JSON), a URL or the environment;
+keywords win over the source, that over the environment, that over the profile, that over the defaults. A group is a mapping
+of its own (`payload: {compression: zstd}`); in the environment two underscores lead into it (`CACHEBUS_PAYLOAD__COMPRESSION=zstd`),
+and a list or a mapping is JSON. Unknown names are refused.
+
+    python -m cachebus config check FILE    # what is wrong, and what production would refuse
+    python -m cachebus config show FILE     # what it amounts to, secrets masked
+"""
+
+_GROUPS: tuple[tuple[str, type[BaseModel], str], ...] = (
+    ("At the top", Settings, ""),
+    ("`payload`: how values become bytes", PayloadSettings, "payload"),
+    ("A key in `payload.encryption_keys`", EncryptionKey, ""),
+    ("`events`", EventSettings, "events"),
+    ("`actors`", ActorSettings, "actors"),
+    ("A backend of `type: memory`", MemorySettings, ""),
+    ("A backend of `type: redis`", RedisSettings, ""),
+    ("A backend of `type: null`", NullSettings, ""),
+    ("A backend of `type: plugin`", PluginSettings, ""),
+)
+
+
+def configuration_page() -> str:
+    """The whole page, in Markdown."""
+    return "\n".join([_INTRODUCTION, *(line for group in _GROUPS for line in _section(*group))])
+
+
+def undocumented() -> list[str]:
+    """Settings that nothing is said about."""
+    return [
+        f"{model.__name__}.{name}"
+        for _, model, _ in _GROUPS
+        for name in model.model_fields
+        if name != "type" and not documentation(model).get(name)
+    ]
+
+
+def documentation(model: type[BaseModel]) -> dict[str, str]:
+    """What stands under each field of a model, in one line."""
+    said: dict[str, str] = {}
+    for each in reversed(model.__mro__):
+        if issubclass(each, BaseModel) and each not in (BaseModel, Options) and each.__module__.startswith("cachebus"):
+            said.update(_said(each))
+    return said
+
+
+def _said(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
+    assert isinstance(tree, ast.ClassDef)
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            match below:
+                case ast.Expr(ast.Constant(str() as text)):
+                    yield field.target.id, " ".join(text.split())
+                case _:
+                    pass
+
+
+def _section(title: str, model: type[BaseModel], group: str) -> Iterator[str]:
+    yield f"## {title}\n"
+    if model is not Settings and model.__doc__:
+        yield " ".join(inspect.cleandoc(model.__doc__).split("\n\n")[0].split()) + "\n"
+    yield "| name | value | default | meaning |"
+    yield "| --- | --- | --- | --- |"
+    said = documentation(model)
+    hints = typing.get_type_hints(model, include_extras=True)
+    for name, field in model.model_fields.items():
+        if name == "type":
+            continue
+        default = "needed" if field.is_required() else _shown(field.default)
+        variable = f"`{PREFIX}{f'{group}__{name}' if group else name}`".upper() if group or model is Settings else ""
+        meaning = f"{said.get(name, '')} {variable}".strip()
+        yield f"| `{name}` | {_value(hints[name])} | {default} | {meaning.replace('|', '&#124;')} |"
+    yield ""
+
+
+_READERS = {
+    "_seconds": "seconds, above 0",
+    "_word": "one word",
+    "_switch": "true or false",
+    "_read_entries": "list of backends: URLs, or options with a type",
+    "_keys": "list of secrets",
+    "_key": "secret",
+    "_keyring": "secrets by id",
+    "_types": "list of classes",
+    "_hosts": "list of hosts",
+}
+
+
+def _value(hint: Any) -> str:
+    for extra in getattr(hint, "__metadata__", ()):
+        reader = getattr(extra, "func", None)
+        found = _reader(reader)
+        if found is not None:
+            return found
+        hint = get_args(hint)[0]
+    if inspect.isclass(hint) and issubclass(hint, BaseModel):
+        return "options"
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{each}`" for each in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("none" if each is types.NoneType else _value(each) for each in get_args(hint))
+    if hint is SecretStr:
+        return "secret"
+    return "text" if hint is str else str(getattr(hint, "__name__", hint))
+
+
+def _reader(reader: Any) -> str | None:
+    name = getattr(reader, "__name__", "")
+    if name in _READERS:
+        return _READERS[name]
+    inner: dict[str, Any] = dict(inspect.getclosurevars(reader).nonlocals) if inspect.isfunction(reader) else {}
+    if "least" in inner:
+        return f"whole number, {inner['least']} or more"
+    if "read" in inner and (found := _reader(inner["read"])) is not None:
+        return f"{found}; or none"
+    return None
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, BaseModel):
+        return "see below"
+    if type_of(default) is tuple:
+        if default and isinstance(default[0], BaseModel):
+            return "one memory backend"
+        return ", ".join(f"`{each}`" for each in default) or "none"
+    if isinstance(default, enum.Enum):
+        default = default.value
+    if isinstance(default, bool) or default is None:
+        return str(default).lower() if default is not None else "none"
+    if isinstance(default, int) and re.fullmatch(r"\d{5,}", str(default)):
+        return f"{default:,}"
+    return f"`{default}`" if default != "" else "empty"

@@ -1,0 +1,318 @@
+"""The payload pipeline: a value becomes bytes once, by serializer, compression, signature or checksum, and seal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from cachebus.messages import CacheCapacityError, CacheConfigurationError, CacheSerializationError
+
+from .payload_auto import AutoSerializer
+from .payload_compression import Compressor, compressor_of, make_compressor
+from .payload_extras import load
+from .payload_format import (
+    CHECKSUMMED,
+    COMPRESSION_CODES,
+    HEADER_SIZE,
+    SEALED,
+    SERIALIZER_CODES,
+    SIGNED,
+    SIZE,
+    SIZE_MAX,
+    VERSION,
+    CompressionName,
+    RejectReason,
+    SerializerName,
+    binding,
+)
+from .payload_frames import ArrowSerializer
+from .payload_json import JsonSerializer
+from .payload_msgpack import MsgpackSerializer
+from .payload_pickle import PickleSerializer
+from .payload_sealing import Sealer
+from .payload_signing import SIGNATURE_SIZE, Signer
+
+MAX_SIZE = 64 * 2**20
+_CHECKSUM_SIZE = 8
+_PLAIN = COMPRESSION_CODES["none"]
+
+
+class Serializer(Protocol):
+    """Turns values into bytes and back. `trusted` says that a signature or a seal has vouched for the bytes."""
+
+    name: str
+
+    def dumps(self, value: Any) -> bytes: ...
+
+    def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any: ...
+
+
+@dataclass(slots=True)
+class PayloadStatistics:
+    """What a pipeline has done since it was made. Sizes are bytes."""
+
+    written: int = 0
+    read: int = 0
+    rejected: int = 0
+    compressed: int = 0
+    raw_bytes: int = 0
+    """What the serializer made of the values that compression was tried on."""
+    packed_bytes: int = 0
+    """What compression left of that."""
+
+    @property
+    def ratio(self) -> float:
+        """Size before over size after compression; 1.0 before the first."""
+        return self.raw_bytes / self.packed_bytes if self.packed_bytes else 1.0
+
+    @property
+    def bytes_saved(self) -> int:
+        """How many bytes compression has saved."""
+        return self.raw_bytes - self.packed_bytes
+
+    def as_dict(self) -> dict[str, float]:
+        """All of it, by name."""
+        return {**asdict(self), "ratio": self.ratio, "bytes_saved": self.bytes_saved}
+
+
+class PayloadPipeline:
+    """Values to payloads and back, for the keys of one namespace. Usable from any thread.
+
+    What is larger than `max_size` bytes, as the serializer writes it, is refused with `CacheCapacityError`, and what would
+    unpack to more is rejected before it is unpacked. Content of less than `threshold` bytes is not compressed, and none is
+    that does not get smaller. With a `signer` or a `sealer` nothing is read that is not signed or sealed by it. `checksum`
+    guards against corruption, not against people.
+
+    Raises `CacheConfigurationError` for pickle without a signer, and for a library that is not installed.
+    """
+
+    def __init__(
+        self,
+        serializer: SerializerName | Serializer = "msgpack",
+        *,
+        namespace: str = "default",
+        compression: CompressionName = "none",
+        threshold: int = 1024,
+        level: int | None = None,
+        max_size: int = MAX_SIZE,
+        checksum: bool = False,
+        signer: Signer | None = None,
+        sealer: Sealer | None = None,
+        types: Sequence[type[Any]] = (),
+    ) -> None:
+        self._serializer = make_serializer(serializer, types) if isinstance(serializer, str) else serializer
+        if self._serializer.name == "pickle" and signer is None:
+            raise CacheConfigurationError("the serializer 'pickle' needs signing keys: unpickling runs what it reads")
+        if not 0 < max_size <= SIZE_MAX:
+            raise CacheConfigurationError(f"max_size is 1 to {SIZE_MAX:,} bytes, not {max_size:,}")
+        self._loads = self._serializer.loads
+        self._compressor = make_compressor(compression, level)
+        self._compressors: dict[int, Compressor | None] = {}
+        self._threshold = threshold
+        self._max_size = max_size
+        self.signer = signer
+        self.sealer = sealer
+        self._checksum = load("xxhash", "the checksum").xxh3_64 if checksum and not (signer or sealer) else None
+        protection = (CHECKSUMMED if self._checksum else 0) | (SIGNED if signer else 0) | (SEALED if sealer else 0)
+        self._protection = protection
+        self._code = SERIALIZER_CODES[self._serializer.name]
+        # What a payload begins with whose content is the rest of it.
+        self._bare = bytes((VERSION, self._code, _PLAIN, 0))
+        # What every payload begins with that a plain pipeline can take as it is; none begins so where there is protection.
+        self._plain = b"" if protection else self._bare
+        self._bound = binding(sealer.tenant if sealer else "", namespace)
+        self._namespace = namespace
+        self.statistics = PayloadStatistics()
+
+    def __repr__(self) -> str:
+        return f"<PayloadPipeline {self._serializer.name} for {self._namespace!r}>"
+
+    @property
+    def serializer(self) -> str:
+        """The name of the serializer."""
+        return self._serializer.name
+
+    @property
+    def sealed(self) -> bool:
+        """Whether payloads are sealed."""
+        return self.sealer is not None
+
+    def rotate_key(self, key: bytes, key_id: str | None = None) -> None:
+        """Seal with `key` under `key_id` from now on, or sign with it where payloads are not sealed. What the older keys sealed or
+        signed is still read. Usable from any thread, with calls under way.
+
+        Raises `CacheConfigurationError` for a key of less than 32 bytes, and where there is nothing to rotate.
+        """
+        if key_id is not None and self.sealer is not None:
+            self.sealer.rotate(key_id, key)
+        elif key_id is None and self.signer is not None:
+            self.signer.rotate(key)
+        else:
+            raise CacheConfigurationError(
+                "an encryption key has an id, a signing key has none, and these payloads are not sealed or signed so"
+            )
+
+    def encode(self, key: str, value: Any) -> bytes:
+        """The payload of a value. Raises `CacheSerializationError` and `CacheCapacityError`."""
+        content = self.serialize(value)
+        if self._plain and self._compressor is None:
+            self.statistics.written += 1
+            return self._plain + content
+        return self.protect(key, content)
+
+    def serialize(self, value: Any) -> bytes:
+        """The first step of `encode`: the content, as the serializer writes it."""
+        content = self._serializer.dumps(value)
+        if len(content) > self._max_size:
+            raise CacheCapacityError("the value is too large for a payload", len(content), self._max_size)
+        return content
+
+    def protect(self, key: str, content: bytes) -> bytes:
+        """The other steps of `encode`: compression, signature or checksum, and seal."""
+        self.statistics.written += 1
+        header = self._bare
+        if self._compressor is not None and len(content) >= self._threshold:
+            content, compression = self._packed(content, self._compressor)
+            header = bytes((VERSION, self._code, compression, self._protection))
+        elif self._protection:
+            header = bytes((VERSION, self._code, _PLAIN, self._protection))
+        if not self._protection:
+            return header + content
+        if self._checksum is not None:
+            return b"".join((header, self._digest(header, content), content))
+        bound = self._bound + binding(key)
+        if self.signer is not None:
+            content = self.signer.sign(bound, header, content) + content
+        if self.sealer is not None:
+            return self.sealer.seal(content, header, bound)
+        return header + content
+
+    def decode(self, key: str, payload: object) -> Any:
+        """The value of a payload. Raises `CacheSerializationError` whose `reason` says why it is not taken."""
+        plain = self._plain
+        if plain and type(payload) is bytes and payload.startswith(plain) and len(payload) <= self._max_size:
+            try:
+                # A view costs as much as a copy of 16 KB.
+                size = len(payload)
+                value = self._loads(payload[HEADER_SIZE:] if size < 16_384 else memoryview(payload)[HEADER_SIZE:])
+                self.statistics.read += 1
+                return value
+            except Exception:  # Said below, with the reason.
+                pass
+        try:
+            value = self._value(key, payload)
+        except CacheSerializationError:
+            self.statistics.rejected += 1
+            raise
+        self.statistics.read += 1
+        return value
+
+    def _value(self, key: str, payload: object) -> Any:
+        if type(payload) is not bytes or len(payload) < HEADER_SIZE or payload[0] != VERSION:
+            raise _rejected("format", "what is stored is no payload, or one of another version")
+        rest = memoryview(payload)[HEADER_SIZE:]
+        content: bytes | memoryview = rest
+        trusted = False
+        if not payload.startswith(self._bare):
+            header = payload[:HEADER_SIZE]
+            if header[1] != self._code:
+                raise _rejected("serializer", "another serializer wrote the payload")
+            if header[3] != self._protection:
+                raise _rejected("protection", "the payload is not protected as the settings demand")
+            if self._protection:
+                content = self._verified(key, header, rest)
+                trusted = self._checksum is None
+            if header[2] != _PLAIN:
+                content = self._unpacked(header[2], content)
+        elif self._protection:
+            raise _rejected("protection", "the payload is not protected as the settings demand")
+        if len(content) > self._max_size:
+            raise _rejected("capacity", f"the payload holds more than {self._max_size:,} bytes")
+        try:
+            return self._serializer.loads(content, trusted=trusted)
+        except Exception:
+            # Whatever the bytes have led to. The error is not kept: it may show what they hold.
+            problem = f"the serializer {self._serializer.name!r} cannot read the payload"
+        raise _rejected("content", problem)
+
+    def _verified(self, key: str, header: bytes, rest: memoryview) -> memoryview:
+        if self._checksum is not None:
+            content = rest[_CHECKSUM_SIZE:]
+            if len(rest) < _CHECKSUM_SIZE or self._digest(header, content) != bytes(rest[:_CHECKSUM_SIZE]):
+                raise _rejected("checksum", "the payload is damaged")
+            return content
+        bound = self._bound + binding(key)
+        if self.sealer is not None:
+            opened = self.sealer.open(rest, header, bound)
+            if opened is None:
+                raise _rejected("seal", "the payload was sealed with another key or for another place, or was changed")
+            rest = memoryview(opened)
+        if self.signer is not None:
+            content = rest[SIGNATURE_SIZE:]
+            if len(rest) < SIGNATURE_SIZE or not self.signer.verify(
+                bytes(rest[:SIGNATURE_SIZE]), bound, header, content
+            ):
+                raise _rejected("signature", "the payload was not signed with one of our keys for this place")
+            return content
+        return rest
+
+    def _digest(self, header: bytes, content: bytes | memoryview) -> bytes:
+        checksum: Any = self._checksum
+        digest = checksum(header)
+        digest.update(content)
+        made: bytes = digest.digest()
+        return made
+
+    def _packed(self, content: bytes, compressor: Compressor) -> tuple[bytes, int]:
+        packed = compressor.pack(content)
+        statistics = self.statistics
+        statistics.raw_bytes += len(content)
+        if len(packed) + SIZE.size >= len(content):
+            statistics.packed_bytes += len(content)
+            return content, _PLAIN
+        statistics.compressed += 1
+        statistics.packed_bytes += len(packed) + SIZE.size
+        return SIZE.pack(len(content)) + packed, compressor.code
+
+    def _unpacked(self, code: int, content: bytes | memoryview) -> bytes:
+        if code not in self._compressors:
+            try:
+                self._compressors[code] = compressor_of(code)
+            except CacheConfigurationError:
+                self._compressors[code] = None  # Its library is not installed here.
+        compressor = self._compressors[code]
+        if compressor is None or len(content) < SIZE.size:
+            raise _rejected("compression", "the payload's compression is not known here")
+        size: int = SIZE.unpack_from(content)[0]
+        if not 0 < size <= self._max_size:
+            raise _rejected("capacity", f"the payload would unpack to {size:,} bytes")
+        try:
+            return compressor.unpack(memoryview(content)[SIZE.size :], size)
+        except ValueError:
+            problem = "the payload does not unpack to what it claims"
+        raise _rejected("compression", problem)
+
+
+def make_serializer(name: SerializerName, types: Sequence[type[Any]] = ()) -> Serializer:
+    """The serializer of a name. `types` are classes that `auto` may carry. Raises `CacheConfigurationError` where its library
+    is not installed."""
+    made: Serializer
+    match name:
+        case "msgpack":
+            made = MsgpackSerializer()
+        case "json":
+            made = JsonSerializer()
+        case "auto":
+            made = AutoSerializer(types)
+        case "arrow":
+            made = ArrowSerializer()
+        case "pickle":
+            made = PickleSerializer()
+        case _:
+            raise CacheConfigurationError(f"there is no serializer {name!r} that makes bytes")
+    return made
+
+
+def _rejected(reason: RejectReason, detail: str) -> CacheSerializationError:
+    return CacheSerializationError(detail, reason)

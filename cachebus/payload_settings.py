@@ -1,0 +1,213 @@
+"""The options of payloads, and the pipeline that they describe."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BeforeValidator, SecretStr, field_serializer, model_validator
+
+from cachebus.messages import CacheConfigurationError
+
+from .options import AtLeastOne, MaybeAtLeastOne, NotNegative, Options, Switch
+from .payload import MAX_SIZE, PayloadPipeline
+from .payload_compression import LEVELS
+from .payload_format import SIZE_MAX, CompressionName
+from .payload_sealing import KEY_SIZE_MIN, Sealer
+from .payload_signing import Signer
+
+_EXPECTED_KEY = f"expected a key of at least {KEY_SIZE_MIN} bytes, as text or as base64: and base64"
+
+
+def _key(value: object) -> SecretStr:
+    if isinstance(value, bytes):
+        value = f"base64:{base64.b64encode(value).decode()}"
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if not isinstance(text, str):
+        raise ValueError(_EXPECTED_KEY)
+    try:
+        size = len(key_bytes(SecretStr(text)))
+    except binascii.Error:
+        size = 0
+    if size < KEY_SIZE_MIN:
+        raise CacheConfigurationError(_EXPECTED_KEY)
+    return SecretStr(str(text))
+
+
+def key_bytes(secret: SecretStr) -> bytes:
+    """The bytes of a key in the settings."""
+    text = secret.get_secret_value()
+    if text.startswith("base64:"):
+        return base64.b64decode(text.removeprefix("base64:"), validate=True)
+    return text.encode()
+
+
+def _from_text(value: object, read: Callable[[Any], Any], expected: str) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if value is None:
+        raise CacheConfigurationError(expected)
+    return read(value)
+
+
+def _keys(value: object) -> tuple[SecretStr, ...]:
+    def read(given: Any) -> tuple[SecretStr, ...]:
+        several = cast("Sequence[Any]", given if isinstance(given, list | tuple) else [given])
+        return tuple(map(_key, several))
+
+    return cast("tuple[SecretStr, ...]", _from_text(value, read, _EXPECTED_KEY))
+
+
+class EncryptionKey(Options):
+    """A master key, and the name that payloads call it by."""
+
+    id: str
+    """1 to 32 letters, digits, `_`, `.` and `-`. Payloads show it."""
+    key: Annotated[SecretStr, BeforeValidator(_key)]
+    """At least 32 bytes, as text or as `base64:` and base64."""
+
+
+def _keyring(value: object) -> tuple[Any, ...]:
+    def read(given: Any) -> tuple[Any, ...]:
+        if isinstance(given, list | tuple):
+            return tuple(given)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        if not isinstance(given, Mapping):
+            raise CacheConfigurationError("expected keys by their ids")
+        named: Mapping[Any, Any] = given  # pyright: ignore[reportUnknownVariableType]
+        return tuple(EncryptionKey(id=key_id, key=key) for key_id, key in named.items())
+
+    return cast("tuple[Any, ...]", _from_text(value, read, "expected keys by their ids"))
+
+
+def _types(value: object) -> tuple[Any, ...]:
+    def read(given: Any) -> tuple[Any, ...]:
+        several = cast("Sequence[Any]", given if isinstance(given, list | tuple) else [given])
+        if all(isinstance(each, type) or (isinstance(each, str) and ":" in each) for each in several):
+            return tuple(str(each) if isinstance(each, str) else each for each in several)
+        raise CacheConfigurationError("expected classes, each as package.module:Class")
+
+    return cast("tuple[Any, ...]", _from_text(value, read, "expected classes"))
+
+
+class PayloadSettings(Options):
+    """How values become bytes. Sizes are bytes."""
+
+    serializer: Literal["default", "msgpack", "json", "auto", "arrow", "pickle", "none"] = "default"
+    """`default` is `msgpack`; on a memory backend without signing and encryption keys it is `none`, which keeps values by
+    reference, so that nothing else here counts."""
+    compression: CompressionName = "none"
+    """How content is compressed. It is kept only where it gets smaller; whatever the setting, each of them is read."""
+    threshold: NotNegative = 1024
+    """Content of less than so many bytes is not compressed."""
+    level: NotNegative | None = None
+    """How hard to compress: zlib and gzip 1-9, lz4 0-12, zstd 1-19; left out, the usual level."""
+    max_size: AtLeastOne = MAX_SIZE
+    """A value of more bytes, as the serializer writes it, is refused, and a payload that would unpack to more is not read."""
+    checksum: Switch = False
+    """Whether payloads have an xxh3 checksum against corruption. Signatures and seals are one already."""
+    signing_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_keys)] = ()
+    """The first one signs, all of them verify. At least 32 bytes each, as text or as `base64:` and base64."""
+    encryption_keys: Annotated[tuple[EncryptionKey, ...], BeforeValidator(_keyring)] = ()
+    """Master keys by id, `{"2024-06": "base64:..."}`: with any, payloads are sealed, and what is not sealed is not read.
+    Each is written as a signing key is."""
+    encryption_key_id: str | None = None
+    """The key that seals; left out, the first one. All of them open."""
+    tenant: str = ""
+    """Whose payloads these are: they are sealed with a key derived for this tenant, which opens nobody else's."""
+    types: Annotated[tuple[type[Any] | str, ...], BeforeValidator(_types)] = ()
+    """The classes that the serializer `auto` may carry, each as `package.module:Class`, or the class itself."""
+    offload_above: MaybeAtLeastOne = 256 * 1024
+    """Payloads of so many bytes or more are packed and unpacked in a worker thread where there is an event loop; `None` is
+    never."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PayloadSettings:
+        low, high, _ = LEVELS.get(self.compression, (0, 0, 0))
+        asked = [name for name in ("checksum", "signing_keys", "encryption_keys") if getattr(self, name)]
+        asked += ["compression"] if self.compression != "none" else []
+        for wrong, reason in (
+            (self.serializer == "pickle" and not self.signing_keys, "serializer: pickle needs signing_keys"),
+            (
+                self.serializer == "none" and asked,
+                f"serializer: none makes no bytes, which {' and '.join(asked)} ask for",
+            ),
+            (self.level is not None and self.compression == "none", "level: there is no compression"),
+            (
+                self.level is not None and self.compression != "none" and not low <= self.level <= high,
+                f"level: {self.compression} has {low} to {high}",
+            ),
+            (self.max_size > SIZE_MAX, f"max_size: at most {SIZE_MAX}"),
+            (
+                self.encryption_key_id is not None
+                and self.encryption_key_id not in [each.id for each in self.encryption_keys],
+                "encryption_key_id: there is no such key in encryption_keys",
+            ),
+            (
+                len({each.id for each in self.encryption_keys}) < len(self.encryption_keys),
+                "encryption_keys: an id is taken twice",
+            ),
+            (self.tenant and not self.encryption_keys, "tenant: only sealed payloads have one; give encryption_keys"),
+            (self.types and self.serializer != "auto", "types: only the serializer auto carries them"),
+        ):
+            if wrong:
+                raise CacheConfigurationError(reason)
+        return self
+
+    @field_serializer("types", when_used="json")
+    def _by_name(self, types: tuple[type[Any] | str, ...]) -> list[str]:
+        return [each if isinstance(each, str) else f"{each.__module__}:{each.__qualname__}" for each in types]
+
+    @property
+    def makes_bytes(self) -> bool:
+        """Whether there is anything that forbids keeping objects, even in this process: nothing may be unsigned or unsealed."""
+        return bool(self.signing_keys or self.encryption_keys)
+
+
+def build_pipeline(settings: PayloadSettings, *, namespace: str, by_reference: bool) -> PayloadPipeline | None:
+    """The pipeline that settings describe; `None` where values stay objects. `by_reference` says that the store can hold these.
+
+    Raises `CacheConfigurationError` for a class that cannot be imported, and a library that is not installed.
+    """
+    serializer = settings.serializer
+    if serializer == "default":
+        serializer = "none" if by_reference and not settings.makes_bytes else "msgpack"
+    if serializer == "none":
+        if by_reference:
+            return None
+        raise CacheConfigurationError("payload.serializer: none is for the memory backend; other stores need bytes")
+    signing = [key_bytes(each) for each in settings.signing_keys]
+    sealing = {each.id: key_bytes(each.key) for each in settings.encryption_keys}
+    return PayloadPipeline(
+        serializer,
+        namespace=namespace,
+        compression=settings.compression,
+        threshold=settings.threshold,
+        level=settings.level,
+        max_size=settings.max_size,
+        checksum=settings.checksum,
+        signer=Signer(signing) if signing else None,
+        sealer=Sealer(sealing, key_id=settings.encryption_key_id, tenant=settings.tenant) if sealing else None,
+        types=[_imported(each) for each in settings.types],
+    )
+
+
+def _imported(named: type[Any] | str) -> type[Any]:
+    if isinstance(named, type):
+        return named
+    module, _, path = named.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if not isinstance(found, type):
+        raise CacheConfigurationError(f"payload.types: there is no class {named!r}")
+    return found

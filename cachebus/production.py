@@ -1,0 +1,38 @@
+"""What is too dangerous for production: rules over the settings, each with the field and the remedy."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from .redis_settings import RedisSettings, host_and_port
+
+Path: TypeAlias = tuple[str | int, ...]
+
+
+def insecurities(settings: Any) -> Iterator[tuple[Path, str]]:
+    """Where settings are insecure, and what to do. Nothing, if they are fit for production."""
+    if settings.debug:
+        yield ("debug",), "writes keys to the log; leave it out in production"
+    if settings.payload.encryption_keys and settings.events.keys == "plain":
+        yield ("events", "keys"), "events carry plain keys while payloads are sealed; say keys: redacted"
+    for place, backend in enumerate(settings.backends):
+        at: Path = ("backends", place)
+        if backend.type == "memory" and backend.max_entries is None and backend.max_bytes is None:
+            yield (*at, "max_entries"), "the memory backend has no bound; give max_entries or max_bytes"
+        if isinstance(backend, RedisSettings) and not (backend.tls or backend.allow_insecure or backend.socket):
+            foreign = [host for host in backend.hosts if not _is_loopback(host)]
+            if foreign:
+                remedy = "use rediss:// (tls: true), or say allow_insecure: true where the network is trusted"
+                yield (*at, "tls"), f"plain text to {', '.join(foreign)}; {remedy}"
+
+
+def _is_loopback(host: str) -> bool:
+    name = host_and_port(host, 0)[0]
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

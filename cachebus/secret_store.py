@@ -1,0 +1,88 @@
+"""Secrets on top of a backend: sealed, or not at all."""
+
+from __future__ import annotations
+
+from pydantic import SecretStr
+
+from cachebus.messages import CacheConfigurationError, CacheSerializationError
+
+from .cache import Cache, Health
+from .link import run
+from .state_store import StateStore
+from .sync_cache import SyncCache
+
+
+class SecretStore:
+    """Texts by name over an open `Cache` whose payloads are sealed. They are handed out as pydantic's `SecretStr`, which does not
+    show what it holds.
+
+    Raises `CacheConfigurationError` for a cache without encryption keys. As for `StateStore`, the backend must be one that does not
+    evict, and a secret that cannot be opened is an error and no miss.
+    """
+
+    def __init__(self, cache: Cache, *, prefix: str = "secret:") -> None:
+        pipeline = cache.payloads
+        if pipeline is None or not pipeline.sealed:
+            raise CacheConfigurationError("a secret store needs payload.encryption_keys: it never stores plain text")
+        self._store = StateStore(cache, prefix=prefix)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._store!r}>"
+
+    async def get(self, name: str) -> SecretStr | None:
+        """The secret of a name; `None` if there is none. Raises `CacheSerializationError` for one that cannot be opened."""
+        value = await self._store.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise CacheSerializationError("what is stored under the name is no secret", "type")
+        return SecretStr(value)
+
+    async def set(self, name: str, secret: str | SecretStr, *, ttl: float | None = None) -> None:
+        """Store a secret, for `ttl` seconds or for ever."""
+        text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+        if not isinstance(text, str):
+            raise TypeError(f"a secret is a str or a SecretStr, not a {type(text).__name__}")
+        await self._store.set(name, text, ttl=ttl)
+
+    async def delete(self, name: str) -> bool:
+        """Remove a secret; says whether there was one."""
+        return await self._store.delete(name)
+
+    async def list(self, prefix: str = "") -> list[str]:
+        """The names that begin with `prefix`, sorted."""
+        return await self._store.list(prefix)
+
+    async def health(self) -> Health:
+        """Whether the backend answers."""
+        return await self._store.health()
+
+
+class SyncSecretStore:
+    """As `SecretStore`, over a `SyncCache`."""
+
+    def __init__(self, cache: SyncCache, *, prefix: str = "secret:") -> None:
+        self._store = SecretStore(cache.blocking_cache, prefix=prefix)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._store!r}>"
+
+    def get(self, name: str) -> SecretStr | None:
+        """As `SecretStore.get`."""
+        return run(self._store.get(name))
+
+    def set(self, name: str, secret: str | SecretStr, *, ttl: float | None = None) -> None:
+        """As `SecretStore.set`."""
+        run(self._store.set(name, secret, ttl=ttl))
+
+    def delete(self, name: str) -> bool:
+        """As `SecretStore.delete`."""
+        return run(self._store.delete(name))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """As `SecretStore.list`."""
+        return run(self._store.list(prefix))
+
+    def health(self) -> Health:
+        """As `SecretStore.health`."""
+        return run(self._store.health())

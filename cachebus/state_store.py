@@ -1,0 +1,118 @@
+"""State on top of a backend: what an application relies on to find again, which a cache may forget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from cachebus.messages import CacheSerializationError, CapabilityError, Found
+
+from .cache import Cache, Health
+from .checks import check_key, check_keys, escape_pattern
+from .link import run
+from .sync_cache import SyncCache
+
+_NOTHING: Any = object()
+_FORGETFUL = ("null", "memcached")
+"""Stores that evict whatever bound one gives them."""
+
+
+class StateStore:
+    """Values by key over an open `Cache`, without expiry unless it is asked for, and without eviction.
+
+    Refuses to write to a store that gives values up when it is full, such as a bounded memory backend, with a
+    `CapabilityError`; of a Redis server its `maxmemory-policy` has to be `noeviction`. A value that is there and cannot be read is an
+    error here, and no miss. `prefix` keeps its keys apart from others in the namespace.
+    """
+
+    def __init__(self, cache: Cache, *, prefix: str = "state:") -> None:
+        self._cache = cache
+        self._prefix = prefix
+        self._keeps = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._prefix!r} over {self._cache!r}>"
+
+    async def get(self, key: str, default: Any = None) -> Any:
+        """The value under `key`, or `default`. Raises `CacheSerializationError` for one that cannot be read."""
+        at = self._at(key)
+        found = await self._cache.lookup(at)
+        if isinstance(found, Found):
+            return found.value
+        if await self._cache.exists(at):
+            raise CacheSerializationError(f"what {type(self).__name__} holds under the key cannot be read", "content")
+        return default
+
+    async def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The values under those of `keys` that have one. Raises `CacheSerializationError` if one of them cannot be read."""
+        wanted = {key: self._at(key) for key in check_keys(keys)}
+        found = await self._cache.get_many(wanted.values())
+        for key, at in wanted.items():
+            if at not in found and (value := await self.get(key, _NOTHING)) is not _NOTHING:
+                found[at] = value  # Stored meanwhile.
+        return {key: found[at] for key, at in wanted.items() if at in found}
+
+    async def set(self, key: str, value: Any, *, ttl: float | None = None) -> None:
+        """Store `value`, for `ttl` seconds or for ever."""
+        await self._check_keeping()
+        await self._cache.set(self._at(key), value, ttl=ttl)
+
+    async def delete(self, key: str) -> bool:
+        """Remove the value under `key`; says whether there was one."""
+        return await self._cache.delete(self._at(key))
+
+    async def list(self, prefix: str = "") -> list[str]:
+        """The keys that begin with `prefix`, sorted."""
+        found = [key async for key in self._cache.scan(f"{escape_pattern(self._prefix + prefix)}*")]
+        return sorted({key.removeprefix(self._prefix) for key in found})
+
+    async def health(self) -> Health:
+        """Whether the backend answers."""
+        return await self._cache.health()
+
+    def _at(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    async def _check_keeping(self) -> None:
+        if self._keeps:
+            return
+        told = await self._cache.statistics()
+        bounds = [name for name in ("max_entries", "max_bytes") if getattr(told, name) is not None]
+        if bounds or told.store in _FORGETFUL:
+            why = f"gives values up when it is full ({', '.join(bounds)})" if bounds else "may forget at any time"
+            raise CapabilityError(f"the {told.store} store {why}, and state must stay", told.store, "state")
+        self._keeps = True
+
+
+class SyncStateStore:
+    """As `StateStore`, over a `SyncCache`."""
+
+    def __init__(self, cache: SyncCache, *, prefix: str = "state:") -> None:
+        self._store = StateStore(cache.blocking_cache, prefix=prefix)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._store!r}>"
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As `StateStore.get`."""
+        return run(self._store.get(key, default))
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+        """As `StateStore.get_many`."""
+        return run(self._store.get_many(keys))
+
+    def set(self, key: str, value: Any, *, ttl: float | None = None) -> None:
+        """As `StateStore.set`."""
+        run(self._store.set(key, value, ttl=ttl))
+
+    def delete(self, key: str) -> bool:
+        """As `StateStore.delete`."""
+        return run(self._store.delete(key))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """As `StateStore.list`."""
+        return run(self._store.list(prefix))
+
+    def health(self) -> Health:
+        """As `StateStore.health`."""
+        return run(self._store.health())
