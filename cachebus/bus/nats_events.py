@@ -193,13 +193,19 @@ class Hearing:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            wanted = self._audience.listened_to - {EventsMissed}
-            for kind in wanted - self._listeners.keys():
-                self._listeners[kind] = await self._connection.listen(self._subjects.events(kind), self._heard)
-            for kind in self._listeners.keys() - wanted:
-                await self._connection.leave(self._listeners.pop(kind))
+            try:
+                await self._follow_once()
+            except Exception:
+                logger.exception("what other processes tell cannot be listened to")
             if not self._changed.is_set():
                 self._settled.set()
+
+    async def _follow_once(self) -> None:
+        wanted = self._audience.listened_to - {EventsMissed}
+        for kind in wanted - self._listeners.keys():
+            self._listeners[kind] = await self._connection.listen(self._subjects.events(kind), self._heard)
+        for kind in self._listeners.keys() - wanted:
+            await self._connection.leave(self._listeners.pop(kind))
 
     def _heard(self, msg: Msg) -> None:
         try:
