@@ -244,7 +244,8 @@ def _arrow(table: Any, compression: Any = None) -> bytes:
     options = pa.ipc.IpcWriteOptions(compression=compression)
     with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
         writer.write_table(table)
-    return b"\x01d-\x00t" + sink.getvalue().to_pybytes()
+    data: bytes = sink.getvalue().to_pybytes()
+    return b"\x01d-\x00t" + data
 
 
 @pytest.mark.parametrize(
