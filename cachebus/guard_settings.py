@@ -55,12 +55,15 @@ class GuardSettings(Options):
     retry_backoff_base: Seconds = 0.05
     """The upper end of the first pause. It doubles with each; the pause is drawn below it (full jitter)."""
     retry_backoff_max: Seconds = 1.0
+    """The longest pause."""
     retry_budget: Share = 0.2
     """How many repetitions a batch allows for, on the average: they never multiply the load of a server in trouble."""
     timeout_initial: Seconds = 1.0
     """How long an answer is waited for while nothing is known; then three times the 95th percentile."""
     timeout_min: Seconds = 0.1
+    """How long an answer is waited for at least."""
     timeout_max: Seconds = 10.0
+    """How long an answer is waited for at most."""
     timeout_window: AtLeastOne = 1000
     """Of how many last batches the percentile is."""
     max_concurrent: AtLeastOne = 100

@@ -37,6 +37,8 @@ class MemcachedSettings(GuardSettings):
     """Our own certificate, as a PEM file, where the server asks for one."""
     tls_key_file: str | None = None
     """The key to our certificate, unencrypted, where it is not in the same file."""
+    allow_insecure: Switch = False
+    """Whether production may talk plain text to these servers, because the network is trusted."""
     connect_timeout: Seconds = 1.0
     """How long connecting may take, greeting included."""
     timeout: Seconds = 1.0

@@ -68,6 +68,8 @@ class NatsSettings(Options):
     tls_ca_file: MaybeText = None
     tls_cert_file: MaybeText = None
     tls_key_file: MaybeText = None
+    allow_insecure: Switch = False
+    """Whether production may talk plain text to this server, because the network is trusted."""
     inbox_prefix: Annotated[str, BeforeValidator(_text)] = _DEFAULT.inbox_prefix
     """What the subjects of answers begin with."""
     connect_timeout: Seconds = _DEFAULT.connect_timeout

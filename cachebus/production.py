@@ -6,6 +6,8 @@ import ipaddress
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+from .memcached_settings import MemcachedSettings
+from .nats_settings import NatsSettings
 from .redis_settings import RedisSettings, host_and_port
 
 Path: TypeAlias = tuple[str | int, ...]
@@ -21,11 +23,23 @@ def insecurities(settings: Any) -> Iterator[tuple[Path, str]]:
         at: Path = ("backends", place)
         if backend.type == "memory" and backend.max_entries is None and backend.max_bytes is None:
             yield (*at, "max_entries"), "the memory backend has no bound; give max_entries or max_bytes"
-        if isinstance(backend, RedisSettings) and not (backend.tls or backend.allow_insecure or backend.socket):
-            foreign = [host for host in backend.hosts if not _is_loopback(host)]
-            if foreign:
-                remedy = "use rediss:// (tls: true), or say allow_insecure: true where the network is trusted"
-                yield (*at, "tls"), f"plain text to {', '.join(foreign)}; {remedy}"
+        if isinstance(backend, RedisSettings) and not backend.socket:
+            yield from _plain_text(at, backend, "use rediss:// (tls: true)")
+        if isinstance(backend, MemcachedSettings):
+            yield from _plain_text(at, backend, "say tls: true")
+    if settings.bus is not None:
+        yield from _plain_text(("bus",), settings.bus, "use tls:// (tls: true)")
+
+
+def _plain_text(
+    at: Path, server: RedisSettings | MemcachedSettings | NatsSettings, remedy: str
+) -> Iterator[tuple[Path, str]]:
+    foreign = [host for host in server.hosts if not _is_loopback(host)]
+    if foreign and not (server.tls or server.allow_insecure):
+        yield (
+            (*at, "tls"),
+            f"plain text to {', '.join(foreign)}; {remedy}, or say allow_insecure: true where the network is trusted",
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -216,9 +216,9 @@ class Settings(_Root):
     backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
     """Where values are kept. With several, one says `default: true`."""
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
+    """How actors run."""
     bus: Annotated[NatsSettings | None, BeforeValidator(read_bus)] = None
     """How to reach other processes: the URL of a NATS server, or its options; `None` is no way."""
-    """How actors run."""
     payload: Annotated[PayloadSettings, BeforeValidator(named)] = PayloadSettings()
     """How values become bytes."""
     events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()

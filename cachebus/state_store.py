@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cachebus.messages import CacheSerializationError, CapabilityError, Found
+from cachebus.messages import CacheConfigurationError, CacheSerializationError, CapabilityError, Found
 
 from .cache import Cache, Health
 from .checks import check_key, check_keys, escape_pattern
@@ -23,9 +23,14 @@ class StateStore:
     Refuses to write to a store that gives values up when it is full, such as a bounded memory backend, with a
     `CapabilityError`; of a Redis server its `maxmemory-policy` has to be `noeviction`. A value that is there and cannot be read is an
     error here, and no miss. `prefix` keeps its keys apart from others in the namespace.
+
+    Raises `CacheConfigurationError` for a cache that takes failures for misses: during an outage it would say that there is
+    nothing.
     """
 
     def __init__(self, cache: Cache, *, prefix: str = "state:") -> None:
+        if cache.link.failures.on_error != "raise":
+            raise CacheConfigurationError("state must not be taken for missing in an outage: say on_error='raise'")
         self._cache = cache
         self._prefix = prefix
         self._keeps = False

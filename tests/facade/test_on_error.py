@@ -21,7 +21,6 @@ from cachebus import (
     CacheError,
     CacheInvalidationError,
     CacheKeyError,
-    CacheSerializationError,
     CacheTimeoutError,
     CapabilityError,
     CircuitOpen,
@@ -103,7 +102,6 @@ FAULTS = [
     CacheConfigurationError("wrong password"),
     CapabilityError("cannot"),
     WrongType("no int"),
-    CacheSerializationError("no bytes"),
     CacheCapacityError("too large"),
     CacheClosed("closed"),
 ]

@@ -244,8 +244,8 @@ def _arrow(table: Any, compression: Any = None) -> bytes:
     options = pa.ipc.IpcWriteOptions(compression=compression)
     with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
         writer.write_table(table)
-    content: bytes = sink.getvalue().to_pybytes()
-    return b"\x01d-\x00t" + content
+    data: bytes = sink.getvalue().to_pybytes()
+    return b"\x01d-\x00t" + data
 
 
 @pytest.mark.parametrize(

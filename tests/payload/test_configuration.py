@@ -110,6 +110,21 @@ INSECURE: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "backends[0].tls: plain text to cache-2;",
         {"backends": ["redis+sentinel://127.0.0.1,[::1]:7,localhost/service"]},
     ),
+    "plain Memcached": (
+        {"backends": ["memcached://10.1.2.3"]},
+        "backends[0].tls: plain text to 10.1.2.3; say tls: true",
+        {"backends": ["memcached://10.1.2.3?allow_insecure=true"]},
+    ),
+    "plain NATS": (
+        {"bus": "nats://10.1.2.3"},
+        "bus.tls: plain text to 10.1.2.3; use tls://",
+        {"bus": "tls://10.1.2.3"},
+    ),
+    "plain NATS by name": (
+        {"bus": "nats://bus.example.com"},
+        "bus.tls: plain text to bus.example.com",
+        {"bus": "nats://bus.example.com?allow_insecure=true"},
+    ),
     "short keys": (
         {"payload": {"signing_keys": ["short"]}},
         "at least 32 bytes",

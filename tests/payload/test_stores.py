@@ -38,7 +38,7 @@ def url(request: pytest.FixtureRequest) -> str:
 
 
 def test_state_is_kept_read_listed_and_deleted(url: str) -> None:
-    with open_sync_cache(url, namespace="state") as cache:
+    with open_sync_cache(url, on_error="raise", namespace="state") as cache:
         cache.clear()
         store, other = SyncStateStore(cache), SyncStateStore(cache, prefix="other:")
         store.set("a*", (1, None))
@@ -60,12 +60,20 @@ def test_state_is_kept_read_listed_and_deleted(url: str) -> None:
 
 @pytest.mark.parametrize("place", ["memory://", "memory://?max_entries=none&max_bytes=1000", "null://"])
 def test_state_is_not_given_to_a_store_that_forgets(place: str) -> None:
-    with open_sync_cache(place) as cache, pytest.raises(CapabilityError, match="state must stay"):
+    with open_sync_cache(place, on_error="raise") as cache, pytest.raises(CapabilityError, match="state must stay"):
         SyncStateStore(cache).set("k", 1)
 
 
+def test_an_outage_is_never_taken_for_missing_state() -> None:
+    refused = pytest.raises(CacheConfigurationError, match="on_error='raise'")
+    with open_sync_cache(UNBOUNDED, payload=SEALED) as cache:
+        for store in (SyncStateStore, SyncSecretStore):
+            with refused:
+                store(cache)
+
+
 def test_state_that_cannot_be_read_is_no_miss() -> None:
-    with open_sync_cache(UNBOUNDED, payload={"serializer": "msgpack"}) as cache:
+    with open_sync_cache(UNBOUNDED, on_error="raise", payload={"serializer": "msgpack"}) as cache:
         store = SyncStateStore(cache)
         store.set("k", [1])
         assert cache.payloads is not None
@@ -84,7 +92,7 @@ def _set(key: str, value: Any) -> Any:
 
 
 def test_secrets_are_sealed_and_hidden(url: str) -> None:
-    with open_sync_cache(url, namespace="secrets", payload=SEALED) as cache:
+    with open_sync_cache(url, on_error="raise", namespace="secrets", payload=SEALED) as cache:
         cache.clear()
         store = SyncSecretStore(cache)
         store.set("api", "the token")
@@ -108,7 +116,7 @@ def test_what_lies_in_the_store_is_not_the_secret(redis_url: str) -> None:
     import redis
 
     with (
-        open_sync_cache(redis_url, namespace="lies", payload=SEALED) as cache,
+        open_sync_cache(redis_url, on_error="raise", namespace="lies", payload=SEALED) as cache,
         redis.Redis.from_url(redis_url) as client,
     ):
         SyncSecretStore(cache).set("api", "the token")
@@ -119,9 +127,11 @@ def test_what_lies_in_the_store_is_not_the_secret(redis_url: str) -> None:
 
 
 def test_a_secret_that_cannot_be_opened_is_no_miss(redis_url: str) -> None:
-    with open_sync_cache(redis_url, namespace="locked", payload=SEALED) as cache:
+    with open_sync_cache(redis_url, on_error="raise", namespace="locked", payload=SEALED) as cache:
         SyncSecretStore(cache).set("api", "the token")
-    with open_sync_cache(redis_url, namespace="locked", payload={"encryption_keys": {"k2": SIGNING_KEY}}) as cache:
+    with open_sync_cache(
+        redis_url, on_error="raise", namespace="locked", payload={"encryption_keys": {"k2": SIGNING_KEY}}
+    ) as cache:
         with pytest.raises(CacheSerializationError, match="cannot be read"):
             SyncSecretStore(cache).get("api")
         cache.clear()
@@ -130,12 +140,12 @@ def test_a_secret_that_cannot_be_opened_is_no_miss(redis_url: str) -> None:
 @pytest.mark.parametrize("payload", [{}, {"serializer": "msgpack"}, {"signing_keys": [SIGNING_KEY]}])
 def test_no_secret_store_exists_without_an_encryption_key(payload: dict[str, Any]) -> None:
     refused = pytest.raises(CacheConfigurationError, match="never stores plain text")
-    with open_sync_cache(UNBOUNDED, payload=payload) as cache, refused:
+    with open_sync_cache(UNBOUNDED, on_error="raise", payload=payload) as cache, refused:
         SyncSecretStore(cache)
 
 
 async def test_both_are_there_for_event_loops_too() -> None:
-    cache = open_cache(UNBOUNDED, payload=SEALED)
+    cache = open_cache(UNBOUNDED, on_error="raise", payload=SEALED)
     with pytest.raises(CacheClosed):
         SecretStore(cache)
     async with cache:
