@@ -105,7 +105,7 @@ class NatsSettings(Options):
 
     def nats_options(self, *, budget: float, name: str) -> NatsOptions:
         """What the bus is told. Raises `CacheConfigurationError` for options that exclude each other."""
-        other = {"type", "hosts", "password", "token", "events_format"}
+        other = {"type", "hosts", "password", "token", "events_format", "allow_insecure"}
         same = {each: getattr(self, each) for each in type(self).model_fields if each not in other}
         return NatsOptions(
             servers=tuple("{}:{}".format(*_bracketed(host)) for host in self.hosts),
