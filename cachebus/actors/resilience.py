@@ -223,9 +223,7 @@ class Guard:
                 await store.submit(batch, replied)
                 attempt.give_up = lambda: settled(self._too_late(attempt))
         except CacheError as error:
-            replies = [Failed.of(error)] * len(batch)
-            self._settle(attempt, replies)
-            settled(replies)
+            self._told(attempt, settled)([Failed.of(error)] * len(batch))
             return
         except BaseException:
             self._abandon(attempt)

@@ -596,6 +596,30 @@ async def test_who_waits_for_a_batch_goes_on_when_it_is_given_up() -> None:
     assert stage.guard.pause(1) is None
 
 
+async def test_who_waits_for_a_batch_goes_on_when_its_repetition_cannot_be_sent() -> None:
+    store = ScriptedPipeline()
+    stage = Stage(store=store, retry=RetryPolicy(attempts=2, backoff=1e-9))
+    told: list[Sequence[Reply]] = []
+    await stage.guard.submit(store, [Get("a")], None, told.append)
+    store.open_replies.pop()([Failed.of(DOWN)])
+    (beside,) = stage.ctx.beside
+
+    async def cannot_be_sent(batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        pauses.append(stage.guard.pause(1))
+        raise DOWN
+
+    pauses: list[Any] = []
+    store.answer = cannot_be_sent
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run, beside)
+        while not pauses:
+            await checkpoint()
+            stage.clock.advance(0.01)
+        with anyio.fail_after(5):
+            await pauses[0].wait()
+    assert [failures(each) for each in told] == [[CacheConnectionError]]
+
+
 async def test_batches_that_strike_together_are_one_failure() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
