@@ -6,6 +6,8 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import fields, replace
+from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
 from anyio import to_thread
@@ -32,7 +34,6 @@ from cachebus.messages import (
     SetMany,
     Snapshot,
     Stored,
-    bare,
 )
 
 from .failures import BACKEND_FAILURES, OnError
@@ -114,10 +115,29 @@ class PayloadLink(Link):
 
     async def finish(self, message: Request[R], reply: Any) -> R:
         """As `Link.finish`."""
+        # What most calls of a remote backend come by: it does the commonest of what `_settle` does, in a third of the time.
+        coded: Any = message
         if type(reply) is _Content:
             write: Any = message
             return cast("R", await self._answer(_WAITING, message, await self._written(write, None, reply.serialized)))
-        return cast("R", await self._answer(_WAITING, message, message, reply))
+        if type(reply) is _Handed:
+            coded, reply = reply
+        deadline = self.bus.clock.monotonic() + self.timeout
+        try:
+            reply = await self.bus.finish(self.address, coded, reply, self.timeout)
+            kind = type(reply)
+            if kind is Stored or kind is Missing:
+                return cast("R", reply)
+            if kind is Found and (self._offload_above is None or _size_of(reply) < self._offload_above):
+                return cast("R", self._read(coded.key, reply))
+            return cast("R", await self._come_back(_WAITING, coded, reply, deadline))
+        except CacheSerializationError as error:
+            if type(coded) is not Get:
+                raise
+            self._rejected(coded.key, error)
+            return cast("R", _MISSING)
+        except BACKEND_FAILURES as error:
+            return cast("R", self.failures.settle(message, error))
 
     async def finish_blocking(self, message: Request[R], reply: Any) -> R:
         """As `Link.finish_blocking`."""
@@ -200,20 +220,12 @@ class PayloadLink(Link):
 
     async def _settle(self, blocking: bool, message: Any, turned: Any = _UNASKED) -> Any:
         """Come to the reply of a coded message, from what its turn has returned if there was one, and read it."""
-        clock = self.bus.clock
-        deadline = clock.monotonic() + self.timeout
-
-        async def ask(another: Request[Any]) -> Any:
-            left = deadline - clock.monotonic()
-            if blocking:
-                return self.bus.request_blocking(self.address, another, left)
-            return await self.bus.request(self.address, another, left)
-
+        deadline = self.bus.clock.monotonic() + self.timeout
         if type(turned) is _Handed:
             message, turned = turned
         try:
             if turned is _UNASKED:
-                reply = await ask(message)
+                reply = await self._ask(blocking, message, deadline)
             elif blocking:
                 reply = self.bus.finish_blocking(self.address, message, turned, self.timeout)
             else:
@@ -224,10 +236,20 @@ class PayloadLink(Link):
                 self._rejected(message.key, error)
                 return _MISSING
             if type(message) is GetMany:
-                return FoundMany(await self._one_by_one(ask, message.keys))
+                return FoundMany(await self._one_by_one(partial(self._ask, blocking, deadline=deadline), message.keys))
             raise
+        return await self._come_back(blocking, message, reply, deadline)
+
+    async def _ask(self, blocking: bool, message: Request[Any], deadline: float) -> Any:
+        left = deadline - self.bus.clock.monotonic()
+        if blocking:
+            return self.bus.request_blocking(self.address, message, left)
+        return await self.bus.request(self.address, message, left)
+
+    async def _come_back(self, blocking: bool, message: Any, reply: Any, deadline: float) -> Any:
+        """What the reply to a coded message is to whoever asked."""
         if type(reply) is NotStored and (type(message) is Add or getattr(message, "only_if", None) == "absent"):
-            return await self._add_again(ask, message)
+            return await self._add_again(partial(self._ask, blocking, deadline=deadline), message)
         if blocking or self._offload_above is None or _size_of(reply) < self._offload_above:
             return self._arrived(message, reply)
         return await to_thread.run_sync(self._arrived, message, reply)
@@ -323,7 +345,16 @@ _has_value: Callable[[Any], bool] = functools.cache(_carries_value)
 def _with_value(message: Any, value: Any) -> Any:
     """The same message with another value. A new object: whoever sent it may send it again, and two may share a reply."""
     kind = type_of(message)
-    made: Any = bare(kind)
-    for name in _names(kind):
-        setattr(made, name, value if name == "value" else getattr(message, name))
-    return made
+    fields_of, place = _layout(kind)
+    values = list(fields_of(message))
+    values[place] = value
+    return kind(*values)
+
+
+def _layout_of(kind: Any) -> tuple[Callable[[Any], tuple[Any, ...]], int]:
+    names = _names(kind)
+    # Of a single field attrgetter makes no tuple.
+    return attrgetter(*names) if len(names) > 1 else lambda message: (message.value,), names.index("value")
+
+
+_layout: Callable[[Any], tuple[Callable[[Any], tuple[Any, ...]], int]] = functools.cache(_layout_of)
