@@ -402,7 +402,7 @@ async def test_slots_move_under_callers_and_each_key_keeps_its_order_and_its_val
         assert wrong == []
         # Only the first command on several keys of a slot that is being moved may be sent back.
         assert errors <= ({"backend 'redis': the cluster is moving these keys (TRYAGAIN)"} if tagged else set())
-        assert counted > 500
+        assert counted > 100
         # Every count was done once: nothing was sent twice.
         for number in range(40):
             counter = f"{{m{number % 4}}}:n{number}" if tagged else f"n{number}"
