@@ -15,7 +15,7 @@ from cachebus.bus import Subscription, origin
 from cachebus.messages import ActorGaveUp, CacheConfigurationError, Event
 
 from .logs import say
-from .node import Node, backend_address
+from .node import Node, StoreFactory, backend_address
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -38,10 +38,10 @@ class Worker:
     """Serves every backend of the settings until `stop` is called or a signal comes. Used once, on asyncio.
 
     Stopping drains: nothing new comes in, what has come in is answered, and the connections are closed, all within `grace`
-    seconds; a second signal ends the process at once.
+    seconds; a second signal ends the process at once. `stores` replaces the way that stores are made.
     """
 
-    def __init__(self, settings: Settings, *, grace: float = 10.0) -> None:
+    def __init__(self, settings: Settings, *, grace: float = 10.0, stores: StoreFactory | None = None) -> None:
         if settings.bus is None:
             raise CacheConfigurationError("a worker needs a bus, such as --bus nats://localhost:4222")
         self.addresses = [backend_address(each.name) for each in settings.backends if each.type != "bus"]
@@ -49,7 +49,7 @@ class Worker:
             raise CacheConfigurationError("a worker needs a backend of its own, such as --backend primary=redis://host")
         self.settings = settings
         self.grace = grace
-        self._node = Node(settings, serve=True, grace=grace * _SHARE)
+        self._node = Node(settings, serve=True, grace=grace * _SHARE, stores=stores)
         self._stopping = asyncio.Event()
         self._code = 0
 
