@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from cachebus.bus import Address
 from cachebus.bus.nats import NatsBus
 from cachebus.bus.nats_discovery import discover
 from cachebus.bus.nats_options import NatsOptions
-from cachebus.messages import CacheConfigurationError, Get
+from cachebus.messages import CacheConfigurationError, Get, Request
 from cachebus.testing.servers import Server, run_redis
 from cachebus.worker import Worker
 
@@ -33,7 +34,7 @@ SECRET = "hunter" + str(2)
 async def served(server: Server, namespace: str) -> dict[str, int]:
     """How many requests each worker of the namespace has been sent."""
     async with NatsBus(namespace, NatsOptions(servers=(f"{server.host}:{server.port}",))) as bus:
-        found = await discover(bus, 0.6)
+        found = await discover(bus, 1.0)
     mine = [each for each in found if each["metadata"]["namespace"] == namespace]
     return {each["id"]: sum(place["num_requests"] for place in each["endpoints"]) for each in mine}
 
@@ -88,7 +89,11 @@ async def test_what_has_come_in_is_answered_before_a_worker_ends(
     with run_redis() as redis:
         url = f"primary={redis.url}?timeout_min=10&timeout_max=10&connect_timeout=30"
         worker = await anyio.to_thread.run_sync(run_worker, "--backend", url)
-        where = {"bus": f"{nats_server.url}?resend_after=60", "namespace": namespace, "on_error": "raise"}
+        where: dict[str, Any] = {
+            "bus": f"{nats_server.url}?resend_after=60",
+            "namespace": namespace,
+            "on_error": "raise",
+        }
         async with open_cache("bus:primary", timeout=15.0, **where) as cache:
             await cache.set_many({str(each): each for each in range(50)})
             redis.pause()
@@ -109,7 +114,11 @@ async def test_a_worker_ends_within_its_grace_and_answers_with_an_error_what_it_
     with run_redis() as redis:
         url = f"primary={redis.url}?timeout_min=30&timeout_max=30&connect_timeout=30"
         worker = await anyio.to_thread.run_sync(run_worker, "--backend", url, "--grace", "2")
-        where = {"bus": f"{nats_server.url}?resend_after=60", "namespace": namespace, "on_error": "raise"}
+        where: dict[str, Any] = {
+            "bus": f"{nats_server.url}?resend_after=60",
+            "namespace": namespace,
+            "on_error": "raise",
+        }
         async with open_cache("bus:primary", timeout=15.0, **where) as cache:
             await cache.set("k", 1)
             redis.pause()
@@ -174,12 +183,16 @@ async def test_a_killed_worker_costs_no_answer_where_another_one_serves(
 def test_no_secret_is_in_what_a_worker_says(run_worker: RunWorker, nats_server: Server) -> None:
     with run_redis(password="another") as redis:
         url = f"redis://:{SECRET}@{redis.host}:{redis.port}"
-        worker = run_worker("--backend", f"primary={url}", "--log-level", "debug")
+        locked_out = run_worker("--backend", f"primary={url}", "--log-level", "debug", serves=False)
+        assert locked_out.ended() == 2
+        assert "refuses the user or the password" in locked_out.lines[-1]
+    with run_redis(password=SECRET) as redis:
+        worker = run_worker("--backend", f"primary={redis.url}", "--log-level", "debug")
         worker.signal(signal.SIGTERM)
         assert worker.ended() == 0
     refused = run_worker("--backend", f"primary=nonsense://:{SECRET}@host", serves=False)
     assert refused.ended() == 2
-    said = "".join(worker.lines + refused.lines)
+    said = "".join(worker.lines + refused.lines + locked_out.lines)
     assert "serving" in said
     assert SECRET not in said
     assert "Traceback" not in "".join(refused.lines)
@@ -225,8 +238,12 @@ async def test_a_worker_without_a_bus_is_refused() -> None:
 class Broken(MemoryStore):
     """A store with a bug."""
 
-    def get(self, request: Get) -> Any:
-        raise RuntimeError("a bug")
+    def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Any] | None:
+        return _fail if kind is Get else super().verb(kind)
+
+
+def _fail(request: Get) -> Any:
+    raise RuntimeError("a bug")
 
 
 async def test_a_worker_whose_every_actor_stays_down_ends(nats_server: Server, namespace: str) -> None:
