@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cachebus.messages import CacheConfigurationError, CacheError
+from cachebus.messages import CacheConfigurationError, CacheError, CacheKeyError
 
 from . import command_ask, command_events, command_info, command_topology, command_worker
 from .command_line import FAILED, NO, WRONG
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except CacheError as error:
         print("cachebus:", " ".join(str(error).split()), file=sys.stderr)
-        return WRONG if isinstance(error, CacheConfigurationError) else FAILED
+        return WRONG if isinstance(error, CacheConfigurationError | CacheKeyError) else FAILED
     except BrokenPipeError:
         # Whoever read our output, such as `head`, has had enough. Python would complain again at exit.
         sys.stdout = None
