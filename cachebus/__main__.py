@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from cachebus.messages import CacheConfigurationError, CacheError, CacheKeyError
 
-from . import command_ask, command_events, command_info, command_topology, command_worker
+from . import command_ask, command_asyncapi, command_events, command_info, command_topology, command_worker
 from .command_line import FAILED, NO, WRONG
 
-_ALL = (command_info, command_worker, command_ask, command_events, command_topology)
+_ALL = (command_info, command_worker, command_ask, command_events, command_topology, command_asyncapi)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
