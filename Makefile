@@ -11,14 +11,17 @@ PIP   := $(BIN)/python -m pip -qq --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz check bench faults format venv servers clean
+.PHONY: help demo demo-cluster test fuzz check bench faults format venv servers clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "  PYTHON=python3.12 chooses the interpreter, ARGS='-k lease' is handed on"
 
 demo: $(STAMP)-demo ## a cache at work, in the terminal
 	@$(BIN)/python examples/demo.py $(ARGS)
+
+demo-cluster: $(STAMP)-dev ## NATS, Redis, two workers and an application; one worker is killed
+	@$(BIN)/python -m examples.demo_cluster $(ARGS)
 
 test: $(STAMP)-dev servers ## the whole test suite
 	@$(BIN)/python -m pytest $(ARGS)

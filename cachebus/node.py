@@ -29,7 +29,8 @@ class Node:
     An asynchronous context manager. `stores` makes the store of a backend, anew for each life of its actor; left out,
     stores are made as the settings say. `clock` is the source of time for everything in the node. With `serve`, other
     processes on the bus reach the backends too, as a worker's: a store that is a server of its own is served by any
-    number of workers, which share the work, any other by one; a second one is refused with `AddressInUse`.
+    number of workers, which share the work, any other by one; a second one is refused with `AddressInUse`. `grace` is
+    the seconds that actors have, when the node is left, to answer what they were sent.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Node:
         stores: StoreFactory | None = None,
         clock: Clock = SYSTEM_CLOCK,
         serve: bool = False,
+        grace: float = 5.0,
     ) -> None:
         if serve and settings.bus is None:
             raise CacheConfigurationError("bus: a node that serves others needs one, such as nats://localhost:4222")
@@ -58,6 +60,7 @@ class Node:
             ),
             capacity=actors.mailbox_capacity,
             inline_turns=actors.inline_turns,
+            grace=grace,
         )
         self._resources = AsyncExitStack()
         self._closed = False
@@ -157,7 +160,7 @@ class Node:
         return build_store(backend, namespace=self.settings.namespace, clock=self.clock)
 
 
-SHARABLE = frozenset({"redis", "null"})
+SHARABLE = frozenset({"redis", "memcached", "null"})
 """Types of backends whose data are not in the process: several workers may serve the same one."""
 
 

@@ -87,6 +87,11 @@ class Cell:
         """How many messages the full mailbox has turned away."""
         return self._mailbox.overloaded
 
+    @property
+    def waiting(self) -> int:
+        """How many messages are in the mailbox."""
+        return len(self._mailbox)
+
     # For the bus
 
     def turn(self, kind: type[Message]) -> Turn:

@@ -3,7 +3,7 @@
 from .address import Address, check_word
 from .api import Bus, Envelope, Recipient, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
-from .emitter import Emitter
+from .emitter import Emitter, origin
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .subscription import Audience, Subscription, event_kinds
@@ -32,6 +32,7 @@ __all__ = [
     "event_kinds",
     "in_event_loop",
     "open_port",
+    "origin",
     "settled",
     "too_late",
 ]

@@ -37,6 +37,11 @@ class _Origin:
 _origin = _Origin()
 
 
+def origin() -> str:
+    """The name of this process in events."""
+    return _origin.name
+
+
 class Emitter:
     """One voice: it counts what it says in its epoch, so that a listener sees a gap.
 

@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self
 
-from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, Event, Ping
+from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, Event, Ping, Reply, Request
 
 from .address import Address
 from .api import Recipient, Visibility
@@ -22,6 +22,7 @@ from .local import LocalBus
 from .nats_claims import Claim
 from .nats_connection import Listener, NatsConnection
 from .nats_events import Hearing, Outbox
+from .nats_micro import Micro
 from .nats_options import NatsCounters, NatsOptions
 from .nats_requests import Requests
 from .nats_serving import Serving
@@ -56,6 +57,7 @@ class NatsBus(LocalBus):
         self._serving: dict[str, tuple[Serving, Listener]] = {}
         self._claims: dict[str, Claim] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._micro: Micro | None = None
         self._requests: Requests | None = None
         self._outbox: Outbox
         self._hearing: Hearing
@@ -100,6 +102,8 @@ class NatsBus(LocalBus):
         """Be reached no more, answer what is under way within `grace` seconds, send what waits, and disconnect."""
         for address in list(self._serving):
             await self.retire(Address(address))
+        if self._micro is not None:
+            await self._micro.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=grace)
         requests, self._requests = self._requests, None
@@ -157,6 +161,11 @@ class NatsBus(LocalBus):
         group = GROUP if visibility == "shared" else ""
         listener = await self.connection.listen(self._subjects.request(address), serving.take, group)
         self._serving[address] = serving, listener
+        if self._micro is None:
+            micro = self._micro = Micro(
+                self.connection, self.clock, self.namespace, lambda: self._serving, self._local_answer
+            )
+            await micro.open()
         await self.connection.flush()
 
     async def retire(self, address: Address) -> None:
@@ -172,6 +181,10 @@ class NatsBus(LocalBus):
         # Without having been retired, as after a start that failed.
         if (address in self._serving or address in self._claims) and self._requests is not None:
             self._run(self.retire(address))
+
+    async def _local_answer(self, address: Address, message: Request[Any], timeout: float) -> Reply:
+        reply: Reply = await self.request(address, message, timeout)
+        return reply
 
     # Events
 

@@ -224,6 +224,8 @@ class Way:
         self._leaving = False
         while self._waiting and self._under_way < self._requests.options.window:
             self._send()
+        if self._waiting:
+            self._hold()
 
     def _send(self) -> None:
         """Send a message of what waits."""

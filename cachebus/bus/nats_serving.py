@@ -62,6 +62,10 @@ class Serving:
         self.loop = asyncio.get_running_loop()
         self.deadlines: Deadlines = deadlines_here()
         self.open: set[Asked] = set()
+        self.requests = 0
+        self.errors = 0
+        self.last_error = ""
+        self.busy = 0.0  # Seconds from the arrival of each request to its answer, all together.
         self._turns: dict[type[Message], Turn] = {}
         self._idle: asyncio.Event = asyncio.Event()
 
@@ -74,13 +78,15 @@ class Serving:
             budgets = self._budgets(headers, len(messages))
         except CacheError as error:
             self.counters.bad_messages += 1
+            self.failed(error.code)
             asked.refuse(error)
             return
         asked.messages = messages
         asked.replies = [None] * len(messages)
         asked.left = len(messages)
         self.counters.requests_served += len(messages)
-        now = self.clock.monotonic()
+        self.requests += len(messages)
+        now = asked.began = self.clock.monotonic()
         for place, message in enumerate(messages):
             self._serve(asked, place, message, now, budgets[place] if len(budgets) > 1 else budgets[0])
         asked.taken_in(max(budgets))
@@ -90,6 +96,11 @@ class Serving:
         while self.open:
             self._idle.clear()
             await self._idle.wait()
+
+    def failed(self, code: str) -> None:
+        """Count a request that was answered with an error."""
+        self.errors += 1
+        self.last_error = code
 
     def done(self, asked: Asked) -> None:
         """All of a message is answered."""
@@ -173,6 +184,7 @@ class Asked:
         self.replies: list[Reply | None] = []
         self.left = 0
         self.over = False
+        self.began = 0.0
         self._ready: list[int] = []  # Places that are answered and not sent.
         self._taken_in = False
         self._leaving = False
@@ -182,6 +194,8 @@ class Asked:
         if self.over or self.replies[place] is not None:
             return
         self.replies[place] = reply
+        if type(reply) is Failed:
+            self.serving.failed(reply.code)
         self.left -= 1
         self._ready.append(place)
         if not self._taken_in:
@@ -222,6 +236,8 @@ class Asked:
         places, self._ready = self._ready, []
         if not places:
             return
+        serving = self.serving
+        serving.busy += (serving.clock.monotonic() - self.began) * len(places)
         if not self.left:
             self.over = True
             self.serving.done(self)

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
-import cachebus.__main__ as command_line
-from cachebus.__main__ import extras, main
+import cachebus.command_info as command_info
+from cachebus.__main__ import main
+from cachebus.command_info import extras
 from cachebus.settings import load_settings
 from cachebus.urls import BUILT_IN
 
 from .plugins import announce
 
 SECRET = "hunter" + str(2)
-ROOT = Path(command_line.__file__).parents[1]
+ROOT = Path(command_info.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +41,8 @@ def installed(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], *requir
         version(package)
         return list(requirements) or None
 
-    monkeypatch.setattr(command_line, "version", version)
-    monkeypatch.setattr(command_line, "requires", requires)
+    monkeypatch.setattr(command_info, "version", version)
+    monkeypatch.setattr(command_info, "requires", requires)
 
 
 def test_the_version_is_that_of_the_installed_package(
@@ -56,7 +57,7 @@ def test_the_version_is_that_of_the_installed_package(
 
 def test_a_source_tree_has_no_version_and_no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, {})
-    assert command_line.installed_version() == "0+unknown"
+    assert command_info.installed_version() == "0+unknown"
     assert extras() == {}
 
 

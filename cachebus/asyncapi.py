@@ -1,0 +1,197 @@
+"""The AsyncAPI 3 document of a worker: what it can be asked and what it tells, made from the message classes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+from cachebus.bus.codec import JSON
+from cachebus.bus.subjects import NOBODY, ROOT, event_word
+from cachebus.messages import WIRE_NAMES, Event, Failed, Message, Request, reply_types
+
+from .asyncapi_schemas import VALUE, Schema, description, example, fields_schema, inner_messages, payload_schema
+
+_ADDRESSES = {"backend": "backend.{backend}"}
+"""By the first word of a request's wire name: the address that is asked. Any other is asked at an address of its own."""
+
+_PARAMETERS = {
+    "namespace": {"description": "Of the application: one word of letters, digits, _ and -.", "default": "default"},
+    "backend": {"description": f"The backend's name, one word; {NOBODY} in an event that belongs to none."},
+    "address": {"description": "The actor's address: words joined by dots, such as backend.primary."},
+}
+_QUEUE = "q"
+
+
+def document(version: str) -> Schema:
+    """The document, as JSON and YAML can say it. `version` is that of the package."""
+    # Sorted, and only ours: an application may have messages of its own.
+    kinds = [cls for _, cls in sorted(WIRE_NAMES.items()) if cls.__module__.startswith("cachebus.")]
+    requests = [cls for cls in kinds if _is_a(cls, Request)]
+    events = [cls for cls in kinds if _is_a(cls, Event)]
+    replies = [cls for cls in kinds if cls not in requests and cls not in events]
+    inside: set[type[Message]] = set()
+    for cls in kinds:
+        inside |= inner_messages(cls)
+    inner = sorted(inside, key=_class_name)
+    made = {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "A worker of cachebus",
+            "version": version,
+            "description": "A worker answers requests to its cache and tells what happens in it, over NATS. A body is one "
+            "message as JSON, or an array of requests, whose answer is an array too; msgpack is the other content type.",
+            "license": {"name": "Apache-2.0"},
+        },
+        "defaultContentType": JSON,
+        "servers": {"nats": {"host": "localhost:4222", "protocol": "nats"}},
+        "channels": {**_request_channels(requests), "replies": _reply_channel(replies), **_event_channels(events)},
+        "operations": {**_request_operations(requests), **_event_operations(events)},
+        "components": {
+            "messages": {cls.__name__: _message(cls) for cls in kinds},
+            "schemas": {
+                "Value": VALUE,
+                **{each.__name__: fields_schema(each) for each in inner},
+                "RequestHeaders": _REQUEST_HEADERS,
+                "ReplyHeaders": _REPLY_HEADERS,
+                "EventHeaders": _EVENT_HEADERS,
+            },
+        },
+    }
+    # Members of an enum become the text that they are, and parts that are used twice two parts: YAML would write a reference.
+    whole: Schema = json.loads(json.dumps(made))
+    return whole
+
+
+def _class_name(cls: type[Message]) -> str:
+    return cls.__name__
+
+
+def _word(cls: type[Message]) -> str:
+    return event_word(cast("type[Event]", cls))
+
+
+def _is_a(cls: type[Message], kind: type[Any]) -> bool:
+    return issubclass(cls, kind)
+
+
+def _header(text: str, **more: Any) -> Schema:
+    return {"type": "string", "description": text, **more}
+
+
+_CONTENT_TYPE = _header(
+    "The form of the body; msgpack where it is left out.", enum=[JSON, "application/msgpack"], examples=[JSON]
+)
+_REQUEST_HEADERS: Schema = {
+    "type": "object",
+    "properties": {
+        "Content-Type": _CONTENT_TYPE,
+        "Cachebus-Budget": _header("Seconds that are left for the answer.", examples=["2.5"]),
+        "Cachebus-Partial": _header("Any value: an array may be answered in several messages.", examples=["1"]),
+        "Cachebus-Request-Id": _header("Comes back with the answer.", examples=["a1"]),
+    },
+}
+_REPLY_HEADERS: Schema = {
+    "type": "object",
+    "properties": {
+        "Content-Type": _CONTENT_TYPE,
+        "Cachebus-Request-Id": _header("That of the request.", examples=["a1"]),
+        "Cachebus-Index": _header("Which requests of the array this answers, from 0.", examples=["0,2"]),
+        "Nats-Service-Error": _header("What went wrong, if the reply is Failed."),
+        "Nats-Service-Error-Code": _header("The code of the error.", examples=["timeout"]),
+    },
+}
+_EVENT_HEADERS: Schema = {
+    "type": "object",
+    "properties": {
+        "Content-Type": _CONTENT_TYPE,
+        "Nats-Msg-Id": _header("The id of the event, where a stream keeps events: each is kept once."),
+    },
+}
+
+
+def _message(cls: type[Message]) -> Schema:
+    kind = "Request" if _is_a(cls, Request) else "Event" if _is_a(cls, Event) else "Reply"
+    text = description(cls)
+    return {
+        "name": cls.WIRE_NAME,
+        "title": cls.__name__,
+        "summary": text.partition(". ")[0].rstrip(".") + ".",
+        "description": text,
+        "contentType": JSON,
+        "headers": {"$ref": f"#/components/schemas/{kind}Headers"},
+        "payload": payload_schema(cls),
+        "examples": [{"name": "every field", "headers": {"Content-Type": JSON}, "payload": example(cls)}],
+    }
+
+
+def _messages(classes: list[type[Message]]) -> Schema:
+    return {cls.__name__: {"$ref": f"#/components/messages/{cls.__name__}"} for cls in classes}
+
+
+def _channel(address: str | None, title: str, text: str, classes: list[type[Message]]) -> Schema:
+    made: Schema = {"address": address, "title": title, "description": text, "messages": _messages(classes)}
+    parameters = {name: said for name, said in _PARAMETERS.items() if f"{{{name}}}" in (address or "")}
+    return made | ({"parameters": parameters} if parameters else {})
+
+
+def _room(cls: type[Message]) -> str:
+    return cls.WIRE_NAME.partition(".")[0]
+
+
+def _request_channels(requests: list[type[Message]]) -> Schema:
+    channels: Schema = {}
+    for room in sorted({_room(cls) for cls in requests}):
+        address = f"{ROOT}v1.{{namespace}}.req.{_ADDRESSES.get(room, '{address}')}"
+        asked = [cls for cls in requests if _room(cls) == room]
+        who = "a backend" if room == "backend" else "any actor" if room == "actor" else f"an actor for {room}"
+        channels[f"{room}Requests"] = _channel(address, f"What {who} can be asked", "NATS request and reply.", asked)
+    return channels
+
+
+def _reply_channel(replies: list[type[Message]]) -> Schema:
+    return _channel(None, "Answers", "They go to the reply subject of the request.", replies)
+
+
+def _event_channels(events: list[type[Message]]) -> Schema:
+    return {
+        _event_channel(cls): _channel(
+            f"{ROOT}v1.{{namespace}}.evt.{event_word(cast('type[Event]', cls))}.{{backend}}",
+            cls.__name__,
+            description(cls),
+            [cls],
+        )
+        for cls in events
+    }
+
+
+def _event_channel(cls: type[Message]) -> str:
+    return f"{cls.__name__[:1].lower()}{cls.__name__[1:]}Events"
+
+
+def _operation(action: str, channel: str, cls: type[Message]) -> Schema:
+    return {
+        "action": action,
+        "channel": {"$ref": f"#/channels/{channel}"},
+        "summary": description(cls).partition(". ")[0].rstrip(".") + ".",
+        "messages": [{"$ref": f"#/channels/{channel}/messages/{cls.__name__}"}],
+    }
+
+
+def _request_operations(requests: list[type[Message]]) -> Schema:
+    made: Schema = {}
+    for cls in requests:
+        replies = [*reply_types(cast("type[Request[Any]]", cls)), Failed]
+        made[f"{_room(cls)}{cls.__name__}"] = {
+            **_operation("receive", f"{_room(cls)}Requests", cls),
+            # Workers that share an address are a queue group; a worker that has its address for itself is in none.
+            "bindings": {"nats": {"queue": _QUEUE, "bindingVersion": "0.1.0"}},
+            "reply": {
+                "channel": {"$ref": "#/channels/replies"},
+                "messages": [{"$ref": f"#/channels/replies/messages/{each.__name__}"} for each in replies],
+            },
+        }
+    return made
+
+
+def _event_operations(events: list[type[Message]]) -> Schema:
+    return {f"tell{cls.__name__}": _operation("send", _event_channel(cls), cls) for cls in events}

@@ -1,0 +1,76 @@
+"""`cachebus worker`: backends served on the bus, until a signal comes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+from typing import Any
+
+from cachebus.bus import check_word
+from cachebus.messages import CacheConfigurationError
+
+from .command_line import Commands, add_bus, bus_settings
+from .logs import log_to_stderr
+from .settings import BackendSettings, Settings, backend_from_url
+from .urls import is_url
+from .worker import Worker
+
+_NAMED = re.compile(r"([^=:/?]*)=(.*)", re.DOTALL)
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    worker = commands.add_parser("worker", help="serve backends on the bus, until a signal comes")
+    worker.add_argument("--config", metavar="SOURCE", help="a file of settings; left out, the environment alone")
+    worker.add_argument(
+        *("--backend",), action="append", default=[], metavar="NAME=URL",
+        help="a backend, such as primary=redis://localhost; several are allowed",
+    )  # fmt: skip
+    add_bus(worker)
+    worker.add_argument(
+        *("--grace",), type=_seconds, default=10.0, metavar="SECONDS",
+        help="what stopping may take: until then what has come in is answered (10)",
+    )  # fmt: skip
+    worker.add_argument("--log-format", choices=("text", "json"), default="text", help="one line for each fact")
+    worker.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    worker.set_defaults(command=_worker)
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    log_to_stderr(arguments.log_format, arguments.log_level)
+    settings = worker_settings(arguments)
+
+    async def serve() -> int:
+        return await Worker(settings, grace=arguments.grace).run()
+
+    return asyncio.run(serve())
+
+
+def worker_settings(arguments: argparse.Namespace) -> Settings:
+    """The settings that the options of a worker give. Raises `CacheConfigurationError`."""
+    more: dict[str, Any] = {}
+    if arguments.backend:
+        backends = [_backend(each) for each in arguments.backend]
+        # Which one is the default says nothing in a worker: callers name the address.
+        more["backends"] = [each.model_copy(update={"default": number == 0}) for number, each in enumerate(backends)]
+    return bus_settings(arguments, arguments.config, **more)
+
+
+def _backend(text: str) -> BackendSettings:
+    name, url = "primary", text
+    if (found := _NAMED.fullmatch(text)) and is_url(found[2]):
+        name, url = found[1], found[2]
+        try:
+            check_word(name, "name")
+        except ValueError as error:
+            raise CacheConfigurationError(f"--backend: {error}") from None
+        return backend_from_url(url).model_copy(update={"name": name})
+    return backend_from_url(url)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 86400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, not {text}")
+    return seconds
