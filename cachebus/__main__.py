@@ -33,7 +33,7 @@ _ALL = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done; 1 the answer is no, such as a miss; 2 what the user got wrong; 3 the
     system could not do it. One line on stderr says why."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         code: int = arguments.command(arguments)
         sys.stdout.flush()
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
     parser = argparse.ArgumentParser(prog="cachebus", description="A cache built of actors and messages.")
     parser.add_argument("--version", action="version", version=f"cachebus {command_info.installed_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -155,7 +155,7 @@ def _reply_channel(replies: list[type[Message]]) -> Schema:
 def _event_channels(events: list[type[Message]]) -> Schema:
     return {
         _event_channel(cls): _channel(
-            f"{ROOT}v1.{{namespace}}.evt.{event_word(cast('type[Event]', cls))}.{{backend}}",
+            f"{ROOT}v1.{{namespace}}.evt.{_word(cls)}.{{backend}}",
             cls.__name__,
             description(cls),
             [cls],

@@ -47,7 +47,7 @@ from cachebus.messages import (
 )
 
 from .cached import Decorator, Loads
-from .checks import TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
+from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
 from .failures import BACKEND_FAILURES
 from .link import Link, NoLink
 from .node import Node
@@ -321,13 +321,15 @@ class Cache:
         """Cache what a function returns; see `Loads.cached`."""
         return self._loads.cached(key=key, ttl=ttl, tags=tags)
 
-    def events(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
+    def events(self, *what: type[Event] | str, capacity: int = 1024, since: Since = None) -> Subscription:
         """Listen to events: to kinds of them, to globs over their names such as `"cache_*"`, or to all.
 
         Iterate with `async for` within `async with`. At most `capacity` wait; a slower listener loses events, and its
-        `dropped` counts them.
+        `dropped` counts them. With `since`, seconds or a `timedelta` before now or an aware `datetime`, what a stream of the
+        bus has kept is told first (`events_stream`), and nothing is lost to a slow listener; `EventsMissed` stands where
+        something was lost before. Raises `CapabilityError` where there is no such bus.
         """
-        return self._link.subscribe(*what, capacity=capacity)
+        return self._link.subscribe(*what, capacity=capacity, since=since)
 
     async def statistics(self) -> Snapshot:
         """Counters since the backend's actor started, and how full its store is."""

@@ -5,13 +5,36 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal, cast
 
 from cachebus.messages import CacheKeyError, Set, Ttl
 
 TimeToLive = float | timedelta | Literal["default"] | None
 """Seconds (or a `timedelta`) that a value lives; `"default"` is the backend's, `None` is for ever."""
+
+Since = float | timedelta | datetime | None
+"""Since when: seconds or a `timedelta` before now, or an aware `datetime`; `None` is from now on."""
+
+
+def check_since(since: Since, now: float) -> float | None:
+    """Return `since` as Unix time. Raises `TypeError` for what is no time, `ValueError` for one in the future, for what is
+    not finite and for a `datetime` without a time zone."""
+    if since is None:
+        return None
+    if isinstance(since, datetime):
+        if since.tzinfo is None:
+            raise ValueError("since: a datetime without a time zone names no moment")
+        moment = since.timestamp()
+    elif isinstance(since, timedelta):
+        moment = now - since.total_seconds()
+    elif type(since) in (int, float):
+        moment = now - since
+    else:
+        raise TypeError(f"since must be seconds, a timedelta or a datetime, not {since!r}")
+    if not (math.isfinite(moment) and moment <= now):
+        raise ValueError(f"since must be a time of the past, not {since!r}")
+    return max(moment, 0.0)
 
 
 def check_key(key: object) -> str:

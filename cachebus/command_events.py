@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 from dataclasses import fields
 from datetime import datetime
 from typing import Any
@@ -14,7 +15,7 @@ from cachebus.bus import Subscription, event_kinds
 from cachebus.bus.codec import JSON, encode
 from cachebus.messages import CacheConfigurationError, Event, EventsMissed
 
-from .command_line import DONE, Commands, add_bus, bus_settings, on_terminal, printable
+from .command_line import DONE, FAILED, Commands, add_bus, bus_settings, on_terminal, printable
 from .node import Node
 
 _COMMON = frozenset(each.name for each in fields(Event))
@@ -42,6 +43,10 @@ def add(commands: Commands) -> None:
         help="such as hit, cache_set or circuit_*; several are allowed; all if left out",
     )  # fmt: skip
     events.add_argument("--backend", action="append", default=[], metavar="NAME", help="several are allowed")
+    events.add_argument(
+        *("--since",), type=_duration, metavar="DURATION",
+        help="such as 90s, 10m, 2h or 1d: first what a stream of the bus has kept (`events_stream`)",
+    )  # fmt: skip
     events.add_argument("--count", type=int, metavar="N", help="end after so many")
     events.add_argument("--json", action="store_true", help="one JSON object a line, as it is on the wire")
     events.set_defaults(command=_events)
@@ -53,16 +58,17 @@ def _events(arguments: argparse.Namespace) -> int:
     kinds = [kind for each in arguments.kind for kind in kinds_of(each)]
     line = as_json if arguments.json else Line(coloured=on_terminal() and "NO_COLOR" not in os.environ)
 
-    async def listen() -> None:
+    async def listen() -> int:
         async with Node(settings) as node:
-            with node.bus.subscribe(*kinds, *([EventsMissed] if kinds else []), capacity=_CAPACITY) as heard:
-                await _print(heard, arguments, line)
+            since = None if arguments.since is None else node.bus.clock.wall() - arguments.since
+            wanted: list[str | type[Event]] = [*kinds, *([EventsMissed] if kinds else [])]
+            with node.bus.subscribe(*wanted, capacity=_CAPACITY, since=since) as heard:
+                return await _print(heard, arguments, line)
 
-    asyncio.run(listen())
-    return DONE
+    return asyncio.run(listen())
 
 
-async def _print(heard: Subscription, arguments: argparse.Namespace, line: Any) -> None:
+async def _print(heard: Subscription, arguments: argparse.Namespace, line: Any) -> int:
     left = arguments.count if arguments.count is not None else -1
     dropped = 0
     async for event in heard:
@@ -75,7 +81,14 @@ async def _print(heard: Subscription, arguments: argparse.Namespace, line: Any) 
             dropped = heard.dropped
         left -= 1
         if left == 0:
-            return
+            return DONE
+    return FAILED  # It ended by itself: there is no stream, and the log says so.
+
+
+def _duration(text: str) -> float:
+    if (found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)) is None:
+        raise argparse.ArgumentTypeError(f"expected a duration such as 90s, 10m, 2h or 1d, not {text!r}")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def kinds_of(text: str) -> tuple[str, ...]:

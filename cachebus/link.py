@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
 from cachebus.messages import CacheClosed, Event, Get, Request, Set
 
+from .checks import Since, check_since
 from .failures import BACKEND_FAILURES, Failures, OnError
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ class Link:
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
-    def subscribe(self, *what: type[Event] | str, capacity: int) -> Subscription:
+    def subscribe(self, *what: type[Event] | str, capacity: int, since: Since = None) -> Subscription:
         """Listen to the events of the bus."""
-        return self.bus.subscribe(*what, capacity=capacity)
+        return self.bus.subscribe(*what, capacity=capacity, since=check_since(since, self.bus.clock.wall()))
 
 
 class NoLink(Link):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, SecretStr, model_validator
 
-from cachebus.bus import event_kinds
+from cachebus.bus import check_word, event_kinds
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import CacheConfigurationError
 
@@ -34,6 +34,18 @@ def _text(value: object) -> str:
 
 
 MaybeText = Annotated[str | None, BeforeValidator(lambda value: value if value is None else _text(value))]
+
+
+def _stream(value: object) -> str | None:
+    if value is None:
+        return None
+    try:
+        return str(check_word(value, "stream"))
+    except ValueError:
+        raise ValueError("expected one word of 1 to 64 letters, digits, _ and -") from None
+
+
+MaybeWord = Annotated[str | None, BeforeValidator(_stream)]
 
 
 class BusSettings(Options):
@@ -92,6 +104,12 @@ class NatsSettings(Options):
     events: Annotated[tuple[str, ...], BeforeValidator(_kinds)] = _DEFAULT.events
     """Which kinds of events go out, as globs."""
     events_format: Literal["json", "msgpack"] = "json"
+    events_stream: MaybeWord = None
+    """The JetStream stream that keeps events, for `cache.events(since=...)`; made if there is none."""
+    events_stream_max_age: Seconds = _DEFAULT.events_stream_max_age
+    """How long a stream that is made keeps them."""
+    events_stream_max_bytes: AtLeastOne = _DEFAULT.events_stream_max_bytes
+    """How much a stream that is made keeps; the oldest goes."""
     outbox: AtLeastOne = _DEFAULT.outbox
     """How many events may wait to go out; more are lost and counted."""
     pending_messages: AtLeastOne = _DEFAULT.pending_messages

@@ -18,7 +18,7 @@ from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot,
 from .background import BACKGROUND, Hosted
 from .cache import Cache, Health
 from .cached import Decorator, Loads
-from .checks import TimeToLive, check_key, set_request
+from .checks import Since, TimeToLive, check_key, set_request
 from .link import Link, run
 from .node import Node
 
@@ -220,9 +220,9 @@ class SyncCache:
         """Cache what a function returns; see `Loads.cached`."""
         return self._loads.cached(key=key, ttl=ttl, tags=tags)
 
-    def events(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
+    def events(self, *what: type[Event] | str, capacity: int = 1024, since: Since = None) -> Subscription:
         """As `Cache.events`; iterate with `for` within `with`, or call `next(timeout)`."""
-        return self._opened().events(*what, capacity=capacity)
+        return self._opened().events(*what, capacity=capacity, since=since)
 
     def statistics(self) -> Snapshot:
         """As `Cache.statistics`."""

@@ -1,11 +1,13 @@
 #!/bin/sh
-# Puts redis-server and memcached on this machine if they are missing and apt-get may be used; otherwise says how.
+# Puts redis-server, memcached and Node.js on this machine if they are missing and apt-get may be used; otherwise says how.
 # Never fails: a test that needs a missing server says so itself. (nats-server comes with `pip install`.)
 set -eu
 
 missing=""
 command -v redis-server >/dev/null 2>&1 || missing="redis-server"
 command -v memcached >/dev/null 2>&1 || missing="$missing memcached"
+command -v node >/dev/null 2>&1 || missing="$missing nodejs"
+command -v npm >/dev/null 2>&1 || missing="$missing npm"
 [ -n "$missing" ] || exit 0
 
 root=""
@@ -27,7 +29,7 @@ if [ -n "$root" ]; then
         $root chmod +x "$policy"
     fi
     log=$(mktemp)
-    # shellcheck disable=SC2086 # two words, two packages
+    # shellcheck disable=SC2086 # several words, several packages
     if { $root apt-get update -qq &&
         $root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing; } \
         >"$log" 2>&1 </dev/null; then
@@ -39,8 +41,8 @@ if [ -n "$root" ]; then
 fi
 
 {
-    echo "These servers are not on the PATH, and the tests that need them will fail: $missing"
-    echo "  Debian, Ubuntu   sudo apt-get install redis-server memcached"
-    echo "  Fedora           sudo dnf install redis memcached"
-    echo "  macOS            brew install redis memcached"
+    echo "These programs are not on the PATH, and the tests that need them will fail: $missing"
+    echo "  Debian, Ubuntu   sudo apt-get install redis-server memcached nodejs npm"
+    echo "  Fedora           sudo dnf install redis memcached nodejs npm"
+    echo "  macOS            brew install redis memcached node"
 } >&2

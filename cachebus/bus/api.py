@@ -114,6 +114,10 @@ class Bus(Protocol):
     def publish(self, event: Event) -> None:
         """Hand an event to every listener that wants it. Never waits; a full listener loses it and counts that."""
 
-    def subscribe(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
-        """Listen to kinds of events, or to a glob over their wire names such as `"cache_*"`; to all if none is named."""
+    def subscribe(self, *what: type[Event] | str, capacity: int = 1024, since: float | None = None) -> Subscription:
+        """Listen to kinds of events, or to a glob over their wire names such as `"cache_*"`; to all if none is named.
+
+        With `since`, in Unix time, what has happened since then is told first. Raises `CapabilityError` where nobody
+        keeps events.
+        """
         ...

@@ -13,6 +13,7 @@ from cachebus.messages import (
     CacheClosed,
     CacheError,
     CacheTimeoutError,
+    CapabilityError,
     DeadLetter,
     Event,
     Failed,
@@ -142,7 +143,11 @@ class LocalBus:
     def publish(self, event: Event) -> None:
         self.audience.hear(event)
 
-    def subscribe(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
+    def subscribe(self, *what: type[Event] | str, capacity: int = 1024, since: float | None = None) -> Subscription:
+        if since is not None:
+            raise CapabilityError(
+                "events of the past are kept by a bus with a stream: bus='nats://...?events_stream=NAME'"
+            )
         return self.audience.subscribe(what, capacity)
 
     def close(self) -> None:

@@ -7,12 +7,22 @@ Subjects are made by `subjects.py`, bytes by `codec.py`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from asyncio import _get_running_loop
 from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self
 
-from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, Event, Ping, Reply, Request
+from cachebus.messages import (
+    CacheClosed,
+    CacheConfigurationError,
+    CacheConnectionError,
+    CacheError,
+    Event,
+    Ping,
+    Reply,
+    Request,
+)
 
 from .address import Address
 from .api import Recipient, Visibility
@@ -26,8 +36,11 @@ from .nats_micro import Micro
 from .nats_options import NatsCounters, NatsOptions
 from .nats_requests import Requests
 from .nats_serving import Serving
+from .nats_stream import Replay, ensure_stream
 from .subjects import Subjects
-from .subscription import event_kinds
+from .subscription import Subscription, event_kinds
+
+logger = logging.getLogger("cachebus.bus")
 
 GROUP = "q"
 """The queue group of those who share an address: NATS micro's own default."""
@@ -56,6 +69,7 @@ class NatsBus(LocalBus):
         self._kinds = event_kinds(self.options.events) if self.options.events else frozenset[type[Event]]()
         self._serving: dict[str, tuple[Serving, Listener]] = {}
         self._claims: dict[str, Claim] = {}
+        self._replays: set[Replay] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._micro: Micro | None = None
         self._requests: Requests | None = None
@@ -89,6 +103,8 @@ class NatsBus(LocalBus):
             await requests.open()
             self._outbox = Outbox(self.connection, self._subjects, self.counters)
             self._hearing = Hearing(self.connection, self._subjects, self.audience, self._emitter, self.counters)
+            if self.options.events_stream is not None:
+                await ensure_stream(self.connection, self._subjects)
             await self.connection.flush()
         except BaseException:
             await self.connection.close()
@@ -112,6 +128,8 @@ class NatsBus(LocalBus):
             return
         self.audience.want_elsewhere(frozenset())
         requests.end(CacheClosed("the bus is closed"))
+        for replay in list(self._replays):
+            await replay.close()
         await self._hearing.close()
         await self._outbox.close(grace)
         for claim in list(self._claims.values()):
@@ -193,6 +211,16 @@ class NatsBus(LocalBus):
         if type(event) in self._kinds and self._requests is not None:
             self._outbox.put(event)
 
+    def subscribe(self, *what: type[Event] | str, capacity: int = 1024, since: float | None = None) -> Subscription:
+        if since is None:
+            return super().subscribe(*what, capacity=capacity)
+        if self._requests is None:
+            raise CacheConnectionError("the bus is not open", "nats")
+        replay = Replay(self.connection, self._subjects, what, since, capacity, self._replays.discard)
+        self._replays.add(replay)
+        self.connection.loop.call_soon_threadsafe(replay.start)
+        return replay.subscription
+
     # The connection
 
     def _lost(self) -> None:
@@ -209,6 +237,15 @@ class NatsBus(LocalBus):
                 claim.say_again()
             except CacheConnectionError:
                 return  # Lost again. It will be said after the next return.
+        if self.options.events_stream is not None:
+            self._run(self._stream_again())
+
+    async def _stream_again(self) -> None:
+        """The server that is back may be another one, which has lost its streams."""
+        try:
+            await ensure_stream(self.connection, self._subjects)
+        except CacheError as error:
+            logger.warning("events are not kept: %s", error)
 
     def _lost_address(self, address: str) -> None:
         self._run(self.retire(Address(address)))

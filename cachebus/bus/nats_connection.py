@@ -82,6 +82,18 @@ class NatsConnection:
         return self._ready and self._client is not None and self._client.is_connected
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that it belongs to, once it was opened."""
+        return self._loop
+
+    @property
+    def client(self) -> Client:
+        """The client of now. Raises `CacheConnectionError` while away."""
+        if self._client is None or not self._client.is_connected:
+            raise CacheConnectionError("the connection to NATS is away", "nats")
+        return self._client
+
+    @property
     def max_payload(self) -> int:
         """Bytes that the server takes in one message, as it said when it was last connected."""
         return self._client.max_payload if self._client is not None else 1_048_576

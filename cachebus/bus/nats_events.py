@@ -24,6 +24,7 @@ from .codec import JSON, MSGPACK, decode, encode
 from .emitter import Emitter
 from .nats_connection import Listener, NatsConnection, end_task
 from .nats_options import NatsCounters
+from .nats_stream import MESSAGE_ID
 from .subjects import Subjects
 from .subscription import Audience
 
@@ -45,6 +46,7 @@ class Outbox:
         self._capacity = options.outbox
         self._content_type = JSON if options.events_as_json else MSGPACK
         self._headers = {"Content-Type": self._content_type}
+        self._kept = options.events_stream is not None
         self._events: deque[Event] = deque()
         self._epoch = time.time_ns()
         self._last: dict[str, int] = {}
@@ -121,7 +123,8 @@ class Outbox:
             number = self._last.get(subject, 0) + 1
             told = copy.copy(event)
             told.stamp({"epoch": self._epoch, "seq": number})
-            self._connection.write(subject, encode(told, self._content_type), headers=self._headers)
+            headers = {**self._headers, MESSAGE_ID: event.id} if self._kept else self._headers
+            self._connection.write(subject, encode(told, self._content_type), headers=headers)
             self._last[subject] = number
             self._counters.events_sent += 1
         except (CacheError, ValueError) as error:

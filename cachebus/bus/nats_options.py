@@ -67,6 +67,12 @@ class NatsOptions:
     """Globs over the kinds of events that go out."""
     events_as_json: bool = True
     """For listeners in any language; otherwise msgpack."""
+    events_stream: str | None = None
+    """The JetStream stream that keeps events, for listeners who ask since when; made if there is none."""
+    events_stream_max_age: float = 86_400.0
+    """How long it keeps them, where it is made."""
+    events_stream_max_bytes: int = 67_108_864
+    """How much it keeps, where it is made; the oldest goes."""
     outbox: int = 10_000
     """How many events may wait to go out; more are lost and counted."""
     pending_messages: int = 65_536

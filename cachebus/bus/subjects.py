@@ -49,6 +49,10 @@ class Subjects:
         """Where events of one kind about one backend are told; about none, if its name is empty."""
         return f"{self._events}{event_word(kind)}.{check_word(backend, 'backend') if backend else NOBODY}"
 
+    def all_events(self) -> str:
+        """Where events of whatever kind about whatever backend are told."""
+        return f"{self._events}>"
+
     def events(self, kind: type[Event]) -> str:
         """Where events of one kind are told, about whatever backend."""
         return f"{self._events}{event_word(kind)}.*"

@@ -57,6 +57,9 @@ def test_a_name_alone_is_a_token_and_tls_is_a_scheme() -> None:
         ("events", "cache_hit,cache_m*", "events", ("cache_hit", "cache_m*")),
         ("events", [], "events", ()),
         ("events_format", "msgpack", "events_as_json", False),
+        ("events_stream", "kept", "events_stream", "kept"),
+        ("events_stream_max_age", 9, "events_stream_max_age", 9.0),
+        ("events_stream_max_bytes", 9, "events_stream_max_bytes", 9),
         ("outbox", 9, "outbox", 9),
         ("pending_messages", 9, "pending_messages", 9),
         ("pending_bytes", 9, "pending_bytes", 9),
@@ -84,6 +87,7 @@ def test_no_option_of_the_bus_is_out_of_reach() -> None:
         (f"nats://a:{SECRET}@host?token=t", "exclude each other"),
         ("nats://host?tls_key_file=k", "tls_key_file: there is no tls_cert_file"),
         ("nats://host?tls_ca_file=k", "need tls"),
+        ("nats://host?events_stream=a.b", "events_stream: expected one word"),
         ("nats://host?reconnect_wait=9", "reconnect_wait_max: less than reconnect_wait"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from cachebus.actors import Supervisor
 from cachebus.bus import Address, Emitter
 from cachebus.bus.nats import NatsBus
+from cachebus.bus.nats_discovery import discover
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import (
     CacheClosed,
@@ -158,7 +159,7 @@ async def test_a_bus_is_opened_once(nats_server: Server) -> None:
 
 
 async def test_the_sample_of_permissions_separates_callers_from_tellers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for user in ("WORKER", "CALLER", "LISTENER", "TELLER"):
+    for user in ("WORKER", "CALLER", "LISTENER", "TELLER", "OPERATOR"):
         monkeypatch.setenv(f"CACHEBUS_{user}_PASSWORD", SECRET)
     with run_nats("--config", str(ROOT / "docs" / "nats.conf")) as server:
 
@@ -169,10 +170,14 @@ async def test_the_sample_of_permissions_separates_callers_from_tellers(monkeypa
             as_("worker") as worker,
             as_("caller") as caller,
             as_("teller") as teller,
+            as_("operator") as operator,
             Supervisor(worker) as supervisor,
         ):
             await supervisor.start(PLACE, Answering, visibility="sole")
             assert await caller.request(PLACE, Get("k"), T) == Found("k")
+            (seen,) = await discover(operator, 1.0)
+            assert [each["data"]["address"] for each in seen["endpoints"]] == [PLACE]
+            assert await discover(caller, 0.2) == []
             with pytest.raises(CacheError):
                 await teller.request(PLACE, Get("k"), 0.2)
             with worker.subscribe(CacheSet) as heard:
