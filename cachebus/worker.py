@@ -67,7 +67,6 @@ class Worker:
             with self._signals(loop):
                 async with self._node as node:
                     with node.bus.subscribe(*_TOLD, capacity=10_000) as heard:
-                        # What the actors told before anybody listened.
                         say(
                             logger, logging.INFO, "serving", worker=origin(), namespace=self.settings.namespace,
                             addresses=",".join(f"{each}:{self._visibility(each)}" for each in self.addresses),

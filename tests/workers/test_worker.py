@@ -22,7 +22,7 @@ from cachebus.bus.nats import NatsBus
 from cachebus.bus.nats_discovery import discover
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import CacheConfigurationError, Get, Request
-from cachebus.testing.servers import Server, run_redis
+from cachebus.testing.servers import Server, run_nats, run_redis
 from cachebus.worker import Worker
 
 from .conftest import RunWorker
@@ -152,6 +152,18 @@ async def test_a_second_signal_ends_a_worker_at_once(
             assert await anyio.to_thread.run_sync(worker.ended) == 1
             asking.cancel()
         redis.resume()
+
+
+def test_a_server_that_hangs_does_not_keep_a_worker_beyond_its_grace(run_worker: RunWorker) -> None:
+    with run_nats() as server:
+        worker = run_worker("--backend", "primary=memory://", "--grace", "1", server=server)
+        server.pause()
+        started = time.monotonic()
+        worker.signal(signal.SIGTERM)
+        assert worker.ended() == 1
+        assert 0.9 < time.monotonic() - started < 2.5
+        server.resume()
+    assert "the grace is spent" in worker.lines[-1]
 
 
 async def test_a_killed_worker_costs_no_answer_where_another_one_serves(
