@@ -321,13 +321,14 @@ class Cache:
         """Cache what a function returns; see `Loads.cached`."""
         return self._loads.cached(key=key, ttl=ttl, tags=tags)
 
-    def events(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
+    def events(self, *what: type[Event] | str, capacity: int = 1024, local: bool = False) -> Subscription:
         """Listen to events: to kinds of them, to globs over their names such as `"cache_*"`, or to all.
 
         Iterate with `async for` within `async with`. At most `capacity` wait; a slower listener loses events, and its
-        `dropped` counts them.
+        `dropped` counts them. On a bus over NATS that is what other processes tell as well; with `local`, as for whoever
+        counts, only what this one tells.
         """
-        return self._link.subscribe(*what, capacity=capacity)
+        return self._link.subscribe(*what, capacity=capacity, local=local)
 
     async def statistics(self) -> Snapshot:
         """Counters since the backend's actor started, and how full its store is."""

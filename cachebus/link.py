@@ -77,9 +77,9 @@ class Link:
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
-    def subscribe(self, *what: type[Event] | str, capacity: int) -> Subscription:
+    def subscribe(self, *what: type[Event] | str, capacity: int, local: bool = False) -> Subscription:
         """Listen to the events of the bus."""
-        return self.bus.subscribe(*what, capacity=capacity)
+        return self.bus.subscribe(*what, capacity=capacity, local=local)
 
 
 class NoLink(Link):

@@ -220,9 +220,9 @@ class SyncCache:
         """Cache what a function returns; see `Loads.cached`."""
         return self._loads.cached(key=key, ttl=ttl, tags=tags)
 
-    def events(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
+    def events(self, *what: type[Event] | str, capacity: int = 1024, local: bool = False) -> Subscription:
         """As `Cache.events`; iterate with `for` within `with`, or call `next(timeout)`."""
-        return self._opened().events(*what, capacity=capacity)
+        return self._opened().events(*what, capacity=capacity, local=local)
 
     def statistics(self) -> Snapshot:
         """As `Cache.statistics`."""

@@ -50,7 +50,7 @@ from cachebus.messages import (
 from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
 from .late import LateStore
-from .outcomes import Tally, facts
+from .outcomes import Tally, tell_facts
 from .ports import BatchStore, InlineStore, PipelinedStore, Store
 from .resilience import Guard
 
@@ -271,8 +271,7 @@ class BackendActor(Actor):
         self._tally.count_all(batch, replies)
         if self.ctx.audience.kinds:
             for request, reply in zip(batch, replies, strict=True):
-                for event in facts(request, reply):
-                    self.ctx.emit(event)
+                tell_facts(request, reply, self.ctx.tell)
 
     # Events of an inline store
 
@@ -286,19 +285,19 @@ class BackendActor(Actor):
         self._store.on_removal = self._tell_removal if kinds & set(_REMOVALS.values()) else None
 
     def _tell_read(self, key: str, hit: bool) -> None:
-        self.ctx.emit(CacheHit(key=key) if hit else CacheMiss(key=key))
+        self.ctx.tell(CacheHit if hit else CacheMiss, key)
 
     def _tell_write(self, key: str, version: float, ttl: float | None, tags: tuple[str, ...]) -> None:
-        self.ctx.emit(CacheSet(key=key, version=version, ttl=ttl, tags=tags))
+        self.ctx.tell(CacheSet, key, version, ttl, tags)
 
     def _tell_removal(self, key: str, cause: RemovalCause) -> None:
         if (kind := _REMOVALS.get(cause)) is not None:
-            self.ctx.emit(kind(key=key))
+            self.ctx.tell(kind, key)
 
     def _clear(self, verb: PlainHandler) -> PlainHandler:
         def clear(request: Clear) -> Reply | Deferred | None:
             reply = verb(request)
-            self.ctx.emit(CacheCleared())
+            self.ctx.tell(CacheCleared)
             return reply
 
         return clear
@@ -306,7 +305,7 @@ class BackendActor(Actor):
     def _invalidate_tags(self, verb: PlainHandler) -> PlainHandler:
         def invalidate_tags(request: InvalidateTags) -> Reply | Deferred | None:
             reply = verb(request)
-            self.ctx.emit(TagsInvalidated(tags=request.tags))
+            self.ctx.tell(TagsInvalidated, request.tags)
             return reply
 
         return invalidate_tags

@@ -58,6 +58,7 @@ class Cell:
         self.restarts = 0
         self.emitter = emitter
         self.emit = emitter.emit
+        self.tell = emitter.tell
         self.clock = clock
         self.audience = emitter.audience
         self.deadline: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from cachebus.bus import Address, Audience, Clock, Deferred
 from cachebus.messages import Event, Message
@@ -29,6 +29,9 @@ class Context(Protocol):
 
     def emit(self, event: Event) -> None:
         """Publish an event."""
+
+    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+        """Publish an event of a kind with these fields; it is built only if somebody wants it and the sample has it."""
 
     def defer(self) -> Deferred:
         """Promise a reply: return it from the handler, and answer it when you know. On stop it is answered for you."""

@@ -4,6 +4,7 @@ from .address import Address, check_word
 from .api import Bus, Envelope, Recipient, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
 from .emitter import Emitter
+from .event_policy import EventPolicy, KeyForm, shares
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .subscription import Audience, Subscription, event_kinds
@@ -18,6 +19,8 @@ __all__ = [
     "Deferred",
     "Emitter",
     "Envelope",
+    "EventPolicy",
+    "KeyForm",
     "LocalBus",
     "Port",
     "Recipient",
@@ -33,5 +36,6 @@ __all__ = [
     "in_event_loop",
     "open_port",
     "settled",
+    "shares",
     "too_late",
 ]

@@ -9,6 +9,7 @@ from cachebus.messages import Event, Message, Reply, Request
 
 from .address import Address
 from .clock import Clock
+from .event_policy import EventPolicy
 from .ports import Deferred, Port
 from .subscription import Audience, Subscription
 
@@ -68,8 +69,8 @@ class Bus(Protocol):
     namespace: str
     clock: Clock
     audience: Audience
-    redact_keys: bool
-    """Whether events leave without their keys."""
+    policy: EventPolicy
+    """What events may say, and how many of them are told."""
 
     def serve(self, address: Address, recipient: Recipient) -> None:
         """Deliver to `recipient` what is sent to `address`. Raises `AddressInUse`."""
@@ -114,6 +115,13 @@ class Bus(Protocol):
     def publish(self, event: Event) -> None:
         """Hand an event to every listener that wants it. Never waits; a full listener loses it and counts that."""
 
-    def subscribe(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
-        """Listen to kinds of events, or to a glob over their wire names such as `"cache_*"`; to all if none is named."""
+    def subscribe(
+        self, *what: type[Event] | str, capacity: int = 1024, local: bool = False, real_keys: bool = False
+    ) -> Subscription:
+        """Listen to kinds of events, or to a glob over their wire names such as `"cache_*"`; to all if none is named.
+
+        With `local`, only to what this process tells, as whoever counts does. `real_keys` is for parts of the cache itself,
+        which compare keys: the events of this process then come as they are, however the policy redacts them. What
+        others tell is as they sent it.
+        """
         ...

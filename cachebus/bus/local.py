@@ -26,6 +26,7 @@ from .api import Envelope, Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .deadlines import running_deadlines
 from .emitter import Emitter
+from .event_policy import EVERYTHING, EventPolicy
 from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
 from .subscription import Audience, Subscription
 
@@ -38,11 +39,13 @@ TURNS_PER_CHECKPOINT = 512
 class LocalBus:
     """A `Bus` within one process, on asyncio, on trio and from threads."""
 
-    def __init__(self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK, redact_keys: bool = False) -> None:
+    def __init__(
+        self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK, policy: EventPolicy = EVERYTHING
+    ) -> None:
         self.namespace = check_word(namespace, "namespace")
         self.clock = clock
         self.audience = Audience()
-        self.redact_keys = redact_keys
+        self.policy = policy
         self._recipients: dict[str, Recipient] = {}
         self._emitter = Emitter(self)
         self._guard = threading.Lock()
@@ -142,8 +145,11 @@ class LocalBus:
     def publish(self, event: Event) -> None:
         self.audience.hear(event)
 
-    def subscribe(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
-        return self.audience.subscribe(what, capacity)
+    def subscribe(
+        self, *what: type[Event] | str, capacity: int = 1024, local: bool = False, real_keys: bool = False
+    ) -> Subscription:
+        shown = self.policy.shown if self.policy.redacts and not real_keys else None
+        return self.audience.subscribe(what, capacity, local=local, shown=shown)
 
     def close(self) -> None:
         """End every subscription and refuse what comes. Whoever served an address stops by itself."""

@@ -18,6 +18,7 @@ from .address import Address
 from .api import Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
+from .event_policy import EVERYTHING, EventPolicy
 from .local import LocalBus
 from .nats_claims import Claim
 from .nats_connection import Listener, NatsConnection
@@ -45,9 +46,9 @@ class NatsBus(LocalBus):
         options: NatsOptions | None = None,
         *,
         clock: Clock = SYSTEM_CLOCK,
-        redact_keys: bool = False,
+        policy: EventPolicy = EVERYTHING,
     ) -> None:
-        super().__init__(namespace, clock=clock, redact_keys=redact_keys)
+        super().__init__(namespace, clock=clock, policy=policy)
         self.options = options or NatsOptions()
         self.counters = NatsCounters()
         self.connection = NatsConnection(self.options, self.counters, self._lost, self._back)
@@ -85,7 +86,7 @@ class NatsBus(LocalBus):
         try:
             requests = Requests(self.connection, self.clock, self._emitter, self.counters, self._is_closed)
             await requests.open()
-            self._outbox = Outbox(self.connection, self._subjects, self.counters)
+            self._outbox = Outbox(self.connection, self._subjects, self.policy, self.counters)
             self._hearing = Hearing(self.connection, self._subjects, self.audience, self._emitter, self.counters)
             await self.connection.flush()
         except BaseException:

@@ -22,6 +22,7 @@ from cachebus.messages import CacheError, Event, EventsMissed
 
 from .codec import JSON, MSGPACK, decode, encode
 from .emitter import Emitter
+from .event_policy import EventPolicy
 from .nats_connection import Listener, NatsConnection, end_task
 from .nats_options import NatsCounters
 from .subjects import Subjects
@@ -37,10 +38,13 @@ _ORIGINS = 10_000  # Numberings that are remembered; of those not heard for long
 class Outbox:
     """Events on their way out: bounded, and off the path of whoever tells them. Put into from any thread."""
 
-    def __init__(self, connection: NatsConnection, subjects: Subjects, counters: NatsCounters) -> None:
+    def __init__(
+        self, connection: NatsConnection, subjects: Subjects, policy: EventPolicy, counters: NatsCounters
+    ) -> None:
         options = connection.options
         self._connection = connection
         self._subjects = subjects
+        self._policy = policy
         self._counters = counters
         self._capacity = options.outbox
         self._content_type = JSON if options.events_as_json else MSGPACK
@@ -120,7 +124,10 @@ class Outbox:
             subject = self._subjects.event(type(event), event.backend)
             number = self._last.get(subject, 0) + 1
             told = copy.copy(event)
-            told.stamp({"epoch": self._epoch, "seq": number})
+            header: dict[str, object] = {"epoch": self._epoch, "seq": number}
+            if self._policy.redacts and (key := getattr(event, "key", "")):
+                header["key"] = self._policy.key(key)
+            told.stamp(header)
             self._connection.write(subject, encode(told, self._content_type), headers=self._headers)
             self._last[subject] = number
             self._counters.events_sent += 1
@@ -218,7 +225,7 @@ class Hearing:
             return
         self._counters.events_received += 1
         self._check(event, msg.subject)
-        self._audience.hear(event)
+        self._audience.hear_foreign(event)
 
     def _check(self, event: Event, subject: str) -> None:
         numbering = (event.origin, event.epoch, subject)

@@ -90,6 +90,12 @@ class RecordingContext:
         if type(event) in self.audience.kinds:
             self.emitted.append(event)
 
+    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+        """As `emit`, for an event that is not built yet."""
+        if kind in self.audience.kinds:
+            build: Callable[..., Event] = kind
+            self.emitted.append(build(*fields, **named))
+
     def defer(self) -> Deferred:
         """A promise that the test may attach a port to."""
         deferred = Deferred()
