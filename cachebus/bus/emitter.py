@@ -39,6 +39,11 @@ class _Origin:
 _origin = _Origin()
 
 
+def origin_name() -> str:
+    """What events call this process."""
+    return _origin.name
+
+
 class Emitter:
     """One voice: it counts what it says in its epoch, so that a listener sees a gap.
 

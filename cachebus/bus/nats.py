@@ -20,6 +20,7 @@ from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
 from .event_policy import EVERYTHING, EventPolicy
 from .local import LocalBus
+from .nats_beats import Beating
 from .nats_claims import Claim
 from .nats_connection import Listener, NatsConnection
 from .nats_events import Hearing, Outbox
@@ -60,6 +61,7 @@ class NatsBus(LocalBus):
         self._requests: Requests | None = None
         self._outbox: Outbox
         self._hearing: Hearing
+        self._beating: Beating
 
     def __repr__(self) -> str:
         up = "up" if self.connection.up else "away"
@@ -88,12 +90,16 @@ class NatsBus(LocalBus):
             await requests.open()
             self._outbox = Outbox(self.connection, self._subjects, self.policy, self.counters)
             self._hearing = Hearing(self.connection, self._subjects, self.audience, self._emitter, self.counters)
+            self._beating = Beating(
+                self.connection, self._subjects, self._outbox, self.clock, self.counters, self.options.heartbeat
+            )
             await self.connection.flush()
         except BaseException:
             await self.connection.close()
             raise
         self._outbox.open()
         self._hearing.open()
+        self._beating.open()
         self._requests = requests
         self.audience.want_elsewhere(self._kinds)
 
@@ -111,6 +117,7 @@ class NatsBus(LocalBus):
         requests.end(CacheClosed("the bus is closed"))
         await self._hearing.close()
         await self._outbox.close(grace)
+        await self._beating.close()
         for claim in list(self._claims.values()):
             await claim.release()
         for task in list(self._tasks):

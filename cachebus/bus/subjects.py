@@ -49,6 +49,11 @@ class Subjects:
         """Where events of one kind about one backend are told; about none, if its name is empty."""
         return f"{self._events}{event_word(kind)}.{check_word(backend, 'backend') if backend else NOBODY}"
 
+    @property
+    def event_prefix(self) -> str:
+        """What the subjects of all events begin with."""
+        return self._events
+
     def events(self, kind: type[Event]) -> str:
         """Where events of one kind are told, about whatever backend."""
         return f"{self._events}{event_word(kind)}.*"

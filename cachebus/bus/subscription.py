@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from cachebus.messages import WIRE_NAMES, CacheClosed, Event
+from cachebus.messages import WIRE_NAMES, CacheClosed, Event, Heartbeat
 
 from .ports import Port, ThreadPort, open_port
 
@@ -254,14 +254,18 @@ class Audience:
 
 def event_kinds(what: tuple[EventKind | str, ...]) -> frozenset[EventKind]:
     """The kinds of events that `what` names: classes, which stand for those that inherit from them too, or globs over
-    the part of the wire name after `event.`; all if `what` is empty. Raises `ValueError` for what names none."""
+    the part of the wire name after `event.`; all if `what` is empty. Heartbeats are meant by their own name only. Raises
+    `ValueError` for what names none."""
     known = {name.removeprefix("event."): kind for name, kind in WIRE_NAMES.items() if issubclass(kind, Event)}
     chosen: set[EventKind] = set()
     for each in what or ("*",):
-        if not isinstance(each, str):
-            found = [kind for kind in known.values() if issubclass(kind, each)]
+        if each is Heartbeat or each in {"heartbeat", "event.heartbeat"}:
+            found: list[EventKind] = [Heartbeat]
+        elif not isinstance(each, str):
+            found = [kind for kind in known.values() if issubclass(kind, each) and kind is not Heartbeat]
         else:
-            found = [kind for name, kind in known.items() if fnmatch.fnmatchcase(name, each.removeprefix("event."))]
+            glob = each.removeprefix("event.")
+            found = [kind for name, kind in known.items() if fnmatch.fnmatchcase(name, glob) and kind is not Heartbeat]
         if found:
             chosen.update(found)
         else:
