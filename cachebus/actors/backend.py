@@ -7,7 +7,7 @@ from dataclasses import asdict
 from threading import get_ident
 from typing import Any
 
-from cachebus.bus import Deferred, TaskPort
+from cachebus.bus import Deferred, TaskPort, current_trace, turn_trace
 from cachebus.messages import (
     Add,
     CacheCleared,
@@ -219,8 +219,9 @@ class BackendActor(Actor):
 
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert self._guard is not None
+        traces = self._traces()
         replies = await self._guard.execute(self._asked, batch, self.ctx.deadline)
-        self._account(batch, replies)
+        self._account(batch, replies, traces)
         return replies
 
     def _at_once(self, request: Request[Any]) -> Deferred | None:
@@ -233,9 +234,10 @@ class BackendActor(Actor):
         assert self._pipelined is not None
         assert self._guard is not None
         promise, batch = self.ctx.defer(), (request,)
+        traces = (current_trace(),) if self.ctx.audience.kinds else ()
 
         def replied(replies: Sequence[Reply]) -> None:
-            self._account(batch, replies)
+            self._account(batch, replies, traces)
             promise.answer(replies[0])
 
         sent = False
@@ -250,10 +252,10 @@ class BackendActor(Actor):
         assert self._pipelined is not None
         assert self._guard is not None
         self._lone = len(batch) == 1
-        promise = self.ctx.defer()
+        promise, traces = self.ctx.defer(), self._traces()
 
         def replied(replies: Sequence[Reply]) -> None:
-            self._account(batch, replies)
+            self._account(batch, replies, traces)
             promise.answer(replies)
 
         try:
@@ -266,12 +268,22 @@ class BackendActor(Actor):
     async def _on_apart(self, batch: Sequence[Request[Any]]) -> Deferred:
         return await self._on_pipelined(batch)
 
-    def _account(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
-        """Count what came of a batch, and tell whoever listens."""
+    def _traces(self) -> Sequence[str | None]:
+        return self.ctx.traces if self.ctx.audience.kinds else ()
+
+    def _account(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
+        """Count what came of a batch, and tell whoever listens, each event with the trace of its request."""
         self._tally.count_all(batch, replies)
-        if self.ctx.audience.kinds:
-            for request, reply in zip(batch, replies, strict=True):
+        if not self.ctx.audience.kinds:
+            return
+        token = turn_trace.set(None)
+        try:
+            for place, (request, reply) in enumerate(zip(batch, replies, strict=True)):
+                if traces:
+                    turn_trace.set(traces[place])
                 tell_facts(request, reply, self.ctx.tell)
+        finally:
+            turn_trace.reset(token)
 
     # Events of an inline store
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port
+from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port, turn_trace
 from cachebus.messages import (
     ActorFailed,
     BadMessage,
@@ -62,6 +62,7 @@ class Cell:
         self.clock = clock
         self.audience = emitter.audience
         self.deadline: float | None = None
+        self._batch: list[Envelope] = []
         self.alarm = Alarm(clock)
         self.call_after = self.alarm.set
         self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]  # The supervisor's, who has the task group.
@@ -141,6 +142,10 @@ class Cell:
         return None
 
     # For the actor: the context
+
+    @property
+    def traces(self) -> list[str | None]:
+        return [each.trace for each in self._batch]
 
     def defer(self) -> Deferred:
         deferred = Deferred(self._deferred.discard)
@@ -274,12 +279,10 @@ class Cell:
                 elif (batch := self._handlers.batch.get(kind)) is not None:
                     await self._batch_turn(batch, self._collect(batch, envelope))
                 elif (waiting := self._handlers.waiting.get(kind)) is not None:
-                    await self._batch_turn(alone(waiting), [envelope])
+                    await self._batch_turn(alone(waiting), [envelope], envelope.trace)
                 else:
-                    name = type(self._actor).__name__
-                    self._mailbox.answer(
-                        envelope, BadMessage(f"{name} at {self.address} has no handler of {kind.__name__}")
-                    )
+                    refusal = f"{type(self._actor).__name__} at {self.address} has no handler of {kind.__name__}"
+                    self._mailbox.answer(envelope, BadMessage(refusal))
                 turns += 1
                 if turns % _TURNS_PER_CHECKPOINT == 0:
                     await checkpoint()
@@ -288,6 +291,7 @@ class Cell:
         return True
 
     def _plain_turn(self, handler: PlainHandler, envelope: Envelope) -> None:
+        token = turn_trace.set(envelope.trace)  # Whoever's stack this is.
         try:
             self._settle(envelope, handler(envelope.message))
         except CacheError as error:
@@ -298,10 +302,13 @@ class Cell:
             self._mailbox.answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
             self._crashed(error)
             raise
+        finally:
+            turn_trace.reset(token)
 
-    async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope]) -> None:
-        deadlines = [each.deadline for each in envelopes if each.deadline is not None]
-        self.deadline = min(deadlines) if deadlines else None
+    async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope], trace: str | None = None) -> None:
+        self.deadline = min((each.deadline for each in envelopes if each.deadline is not None), default=None)
+        self._batch = envelopes
+        token = turn_trace.set(trace)  # A batch has none: its handler asks for `traces`.
         try:
             replies = await handler([each.message for each in envelopes])
             if isinstance(replies, Deferred):
@@ -321,7 +328,8 @@ class Cell:
                 self._mailbox.answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
             raise
         finally:
-            self.deadline = None
+            turn_trace.reset(token)
+            self._batch, self.deadline = [], None
 
     def _collect(self, handler: BatchHandler, first: Envelope) -> list[Envelope]:
         """`first` and what stands behind it for the same handler, in order, up to the actor's bounds."""

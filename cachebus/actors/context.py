@@ -27,6 +27,11 @@ class Context(Protocol):
     @property
     def overloaded(self) -> int: ...
 
+    @property
+    def traces(self) -> list[str | None]:
+        """In the turn of a batch, until its first await: the trace context of each request."""
+        ...
+
     def emit(self, event: Event) -> None:
         """Publish an event."""
 

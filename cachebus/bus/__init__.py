@@ -8,6 +8,7 @@ from .event_policy import EventPolicy, KeyForm, shares
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .subscription import Audience, Subscription, event_kinds
+from .tracing import current_trace, turn_trace, use_trace
 
 __all__ = [
     "SYSTEM_CLOCK",
@@ -32,10 +33,13 @@ __all__ = [
     "Visibility",
     "check_budget",
     "check_word",
+    "current_trace",
     "event_kinds",
     "in_event_loop",
     "open_port",
     "settled",
     "shares",
     "too_late",
+    "turn_trace",
+    "use_trace",
 ]

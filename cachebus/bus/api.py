@@ -26,15 +26,18 @@ Turn = Callable[[Any], "Reply | Deferred | None"]
 class Envelope:
     """A message in a mailbox: where the answer goes, until when it is worth working on, and how often it was tried.
 
-    `deadline` is on the bus's monotonic clock, `None` where nobody waits.
+    `deadline` is on the bus's monotonic clock, `None` where nobody waits. `trace` is the `traceparent` of the call.
     """
 
-    __slots__ = ("attempts", "deadline", "message", "port")
+    __slots__ = ("attempts", "deadline", "message", "port", "trace")
 
-    def __init__(self, message: Message, port: Port | None = None, deadline: float | None = None) -> None:
+    def __init__(
+        self, message: Message, port: Port | None = None, deadline: float | None = None, trace: str | None = None
+    ) -> None:
         self.message = message
         self.port = port
         self.deadline = deadline
+        self.trace = trace
         self.attempts = 0
 
     @property

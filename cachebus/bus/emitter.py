@@ -13,6 +13,7 @@ from cachebus.messages import Event
 from .clock import Clock
 from .event_policy import EventPolicy
 from .subscription import Audience
+from .tracing import current_trace
 
 
 class _Publisher(Protocol):
@@ -89,6 +90,7 @@ class Emitter:
                 "epoch": self.epoch,
                 "seq": seq,
                 "time": self._bus.clock.wall(),
+                "trace": current_trace(),
             }
         )
         self._bus.publish(event)

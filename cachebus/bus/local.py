@@ -29,6 +29,7 @@ from .emitter import Emitter
 from .event_policy import EVERYTHING, EventPolicy
 from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
 from .subscription import Audience, Subscription
+from .tracing import current_trace
 
 R = TypeVar("R")
 
@@ -138,7 +139,7 @@ class LocalBus:
 
     def send(self, address: Address, message: Message) -> None:
         try:
-            self.recipient(address).post(Envelope(message))
+            self.recipient(address).post(Envelope(message, trace=current_trace()))
         except CacheError as error:
             self._emitter.emit(DeadLetter(address=address, wire_name=message.WIRE_NAME, reason=str(error)))
 
@@ -166,7 +167,7 @@ class LocalBus:
 
     def _hand_over(self, recipient: Recipient, message: Message, timeout: float, reply: Any, port: Port) -> None:
         if reply is None:
-            recipient.post(Envelope(message, port, self.clock.monotonic() + timeout))
+            recipient.post(Envelope(message, port, self.clock.monotonic() + timeout, current_trace()))
         else:
             cast("Deferred", reply).attach(port)
 

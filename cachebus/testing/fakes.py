@@ -76,6 +76,7 @@ class RecordingContext:
         self.deadline: float | None = None
         self.restarts = 0
         self.overloaded = 0
+        self.traces: list[str | None] = []
         self.emitted: list[Event] = []
         self.sent: list[tuple[float, Message]] = []
         self.called_off = 0
