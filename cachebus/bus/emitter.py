@@ -80,17 +80,16 @@ class Emitter:
 
     def _publish(self, event: Event) -> None:
         seq = next(self._sequence)
-        event.stamp(
-            {
-                # A counter, because a uuid4 costs more than the rest of the event.
-                "id": f"{_origin.name}-{self.epoch:x}-{seq}",
-                "namespace": self._bus.namespace,
-                "backend": self.backend,
-                "origin": _origin.name,
-                "epoch": self.epoch,
-                "seq": seq,
-                "time": self._bus.clock.wall(),
-                "trace": current_trace(),
-            }
-        )
-        self._bus.publish(event)
+        bus, origin, epoch = self._bus, _origin.name, self.epoch
+        # As `stamp` does, by hand: a third of its time, on the path of whoever tells. Nobody else has seen the event.
+        header: Any = event
+        # A counter, because a uuid4 costs more than the rest of the event.
+        header.id = f"{origin}-{epoch:x}-{seq}"
+        header.namespace = bus.namespace
+        header.backend = self.backend
+        header.origin = origin
+        header.epoch = epoch
+        header.seq = seq
+        header.time = bus.clock.wall()
+        header.trace = current_trace()
+        bus.publish(event)

@@ -9,7 +9,6 @@ process as `EventsMissed`.
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 import threading
 import time
@@ -152,12 +151,10 @@ class Outbox:
                 with self._guard:
                     number += self._skipped.pop(subject, 0)
             self._last[subject] = number  # Also if it cannot be sent: then it is missed.
-            told = copy.copy(event)
-            header: dict[str, object] = {"epoch": self.epoch, "seq": number}
+            header: dict[str, str | int] = {"epoch": self.epoch, "seq": number}
             if self._policy.redacts and (key := getattr(event, "key", "")):
                 header["key"] = self._policy.key(key)
-            told.stamp(header)
-            self._connection.write(subject, encode(told, self.content_type), headers=self._headers)
+            self._connection.write(subject, encode(event, self.content_type, header), headers=self._headers)
             self._counters.events_sent += 1
         except (CacheError, ValueError) as error:
             self._counters.events_dropped += 1
