@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
@@ -42,7 +42,7 @@ def valid_trace(text: str | None) -> str | None:
 
 
 @contextmanager
-def use_trace(traceparent: str | None) -> Iterator[None]:
+def use_trace(traceparent: str | None) -> Generator[None]:
     """Give calls within the block a trace context, for applications that have no OpenTelemetry.
 
     Raises `ValueError` for what is no W3C `traceparent`.
