@@ -321,15 +321,19 @@ class Cache:
         """Cache what a function returns; see `Loads.cached`."""
         return self._loads.cached(key=key, ttl=ttl, tags=tags)
 
-    def events(self, *what: type[Event] | str, capacity: int = 1024, since: Since = None) -> Subscription:
+    def events(
+        self, *what: type[Event] | str, capacity: int = 1024, since: Since = None, local: bool = False
+    ) -> Subscription:
         """Listen to events: to kinds of them, to globs over their names such as `"cache_*"`, or to all.
 
         Iterate with `async for` within `async with`. At most `capacity` wait; a slower listener loses events, and its
-        `dropped` counts them. With `since`, seconds or a `timedelta` before now or an aware `datetime`, what a stream of the
-        bus has kept is told first (`events_stream`), and nothing is lost to a slow listener; `EventsMissed` stands where
-        something was lost before. Raises `CapabilityError` where there is no such bus.
+        `dropped` counts them. On a bus over NATS that is what other processes tell as well; with `local`, as for whoever
+        counts, only what this one tells. With `since`, seconds or a `timedelta` before now or an aware `datetime`, what a
+        stream of the bus has kept is told first (`events_stream`), and nothing is lost to a slow listener; `EventsMissed`
+        stands where something was lost before. Raises `CapabilityError` where there is no such bus, and `ValueError` for
+        `since` with `local`: a stream keeps what all have told.
         """
-        return self._link.subscribe(*what, capacity=capacity, since=since)
+        return self._link.subscribe(*what, capacity=capacity, since=since, local=local)
 
     async def statistics(self) -> Snapshot:
         """Counters since the backend's actor started, and how full its store is."""

@@ -111,6 +111,8 @@ _READERS = {
     "_keyring": "secrets by id",
     "_types": "list of classes",
     "_hosts": "list of hosts",
+    "_hash_key": "secret",
+    "_sample": "shares by kind",
 }
 
 

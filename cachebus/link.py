@@ -78,9 +78,14 @@ class Link:
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
-    def subscribe(self, *what: type[Event] | str, capacity: int, since: Since = None) -> Subscription:
+    def subscribe(
+        self, *what: type[Event] | str, capacity: int, since: Since = None, local: bool = False
+    ) -> Subscription:
         """Listen to the events of the bus."""
-        return self.bus.subscribe(*what, capacity=capacity, since=check_since(since, self.bus.clock.wall()))
+        if since is not None and local:
+            raise ValueError("since and local exclude each other: a stream keeps what all processes have told")
+        moment = check_since(since, self.bus.clock.wall())
+        return self.bus.subscribe(*what, capacity=capacity, since=moment, local=local)
 
 
 class NoLink(Link):

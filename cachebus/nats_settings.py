@@ -10,7 +10,7 @@ from cachebus.bus import check_word, event_kinds
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import CacheConfigurationError
 
-from .options import AtLeastOne, Options, Seconds, Switch, Word, named
+from .options import AtLeastOne, MaybeSeconds, Options, Seconds, Switch, Word, named
 from .redis_settings import Hosts, host_and_port
 from .urls import parse_bus_url, redact_url
 
@@ -110,6 +110,9 @@ class NatsSettings(Options):
     """How long a stream that is made keeps them."""
     events_stream_max_bytes: AtLeastOne = _DEFAULT.events_stream_max_bytes
     """How much a stream that is made keeps; the oldest goes."""
+    heartbeat: MaybeSeconds = _DEFAULT.heartbeat
+    """How often a process that has told events says how far their numbers go, so that others notice the loss of the last
+    ones; `none` is never."""
     outbox: AtLeastOne = _DEFAULT.outbox
     """How many events may wait to go out; more are lost and counted."""
     pending_messages: AtLeastOne = _DEFAULT.pending_messages

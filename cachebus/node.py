@@ -47,10 +47,11 @@ class Node:
         self.settings = settings
         self.clock = clock
         self.serve = serve
-        redact_keys = settings.events.keys == "redacted"
-        self.bus: LocalBus = LocalBus(settings.namespace, clock=clock, redact_keys=redact_keys)
-        if settings.bus is not None:
-            self.bus = nats_bus(settings, clock)
+        self.bus: LocalBus = (
+            LocalBus(settings.namespace, clock=clock, policy=settings.events.policy)
+            if settings.bus is None
+            else nats_bus(settings, clock)
+        )
         self._stores = stores or self._build_store
         actors = settings.actors
         self.supervisor = Supervisor(
@@ -173,8 +174,7 @@ def nats_bus(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> LocalBus:
     except ModuleNotFoundError as error:
         raise CacheConfigurationError(f"a bus over NATS needs {error.name}: pip install 'cachebus[nats]'") from error
     options = settings.bus.nats_options(budget=settings.timeout, name=f"cachebus {settings.namespace}")
-    redact_keys = settings.events.keys == "redacted"
-    bus: LocalBus = nats.NatsBus(settings.namespace, options, clock=clock, redact_keys=redact_keys)
+    bus: LocalBus = nats.NatsBus(settings.namespace, options, clock=clock, policy=settings.events.policy)
     return bus
 
 

@@ -18,7 +18,12 @@ def insecurities(settings: Any) -> Iterator[tuple[Path, str]]:
     if settings.debug:
         yield ("debug",), "writes keys to the log; leave it out in production"
     if settings.payload.encryption_keys and settings.events.keys == "plain":
-        yield ("events", "keys"), "events carry plain keys while payloads are sealed; say keys: redacted"
+        yield ("events", "keys"), "events carry plain keys while payloads are sealed; say keys: hash or keys: none"
+    if settings.payload.encryption_keys and settings.events.keys == "hash" and settings.events.hash_key is None:
+        yield (
+            ("events", "hash_key"),
+            "keys can be guessed from hashes without a secret while payloads are sealed; give one",
+        )
     for place, backend in enumerate(settings.backends):
         at: Path = ("backends", place)
         if backend.type == "memory" and backend.max_entries is None and backend.max_bytes is None:

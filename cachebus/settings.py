@@ -18,8 +18,10 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from cachebus.bus import EventPolicy, KeyForm
 from cachebus.messages import CacheConfigurationError
 
+from .event_options import HashKey, Sample
 from .failures import OnError
 from .guard_settings import GuardSettings
 from .memcached_settings import MemcachedSettings
@@ -39,7 +41,7 @@ from .options import (
     shown,
     unknown_option,
 )
-from .payload_settings import PayloadSettings
+from .payload_settings import PayloadSettings, key_bytes
 from .production import insecurities
 from .profiles import Profile
 from .redis_settings import RedisSettings
@@ -142,10 +144,32 @@ class ActorSettings(Options):
 
 
 class EventSettings(Options):
-    """What events say."""
+    """What events say, and how many of them are told."""
 
-    keys: Literal["plain", "redacted"] = "plain"
-    """`redacted`: events carry an empty key. Events of tags and counts are not changed."""
+    keys: KeyForm = "plain"
+    """How keys look where events leave, to listeners and on NATS: `plain`; `hash`, 32 hexadecimal digits of BLAKE2b, by which
+    equal keys are known; or `none`, the empty string. Tags are not changed."""
+    hash_key: HashKey = None
+    """The secret of hashed keys, 32 to 64 bytes: without one, who knows what keys look like finds out which it was. All who
+    shall give a key the same hash need the same one."""
+    sample: Sample = ()
+    """Which share of a kind of events is told, by globs: `{cache_hit: 0.01}`. Of several that fit, the first counts; the
+    counters of `statistics()` stay exact. What changes values (`cache_set`, `cache_deleted`, ...) is not sampled."""
+
+    @model_validator(mode="after")
+    def _secret_is_used(self) -> EventSettings:
+        if self.hash_key is not None and self.keys != "hash":
+            raise CacheConfigurationError(f"hash_key: only keys: hash has a use for it, not keys: {self.keys}")
+        return self
+
+    @field_serializer("sample")
+    def _by_glob(self, sample: Sample) -> dict[str, float]:
+        return dict(sample)
+
+    @property
+    def policy(self) -> EventPolicy:
+        """The same, as the bus is told."""
+        return EventPolicy(self.keys, b"" if self.hash_key is None else key_bytes(self.hash_key), dict(self.sample))
 
 
 def backend_from_url(url: str) -> BackendSettings:
@@ -222,7 +246,7 @@ class Settings(_Root):
     payload: Annotated[PayloadSettings, BeforeValidator(named)] = PayloadSettings()
     """How values become bytes."""
     events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()
-    """What events say."""
+    """What events say, and how many of them are told."""
     profile: Literal["dev", "production", "test"] | None = None
     """A set of settings below all others: `dev` is `debug`; `production` is `environment: production`, zstd compression and
     checksums; `test` is a timeout of 30 s."""

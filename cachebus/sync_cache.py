@@ -220,9 +220,11 @@ class SyncCache:
         """Cache what a function returns; see `Loads.cached`."""
         return self._loads.cached(key=key, ttl=ttl, tags=tags)
 
-    def events(self, *what: type[Event] | str, capacity: int = 1024, since: Since = None) -> Subscription:
+    def events(
+        self, *what: type[Event] | str, capacity: int = 1024, since: Since = None, local: bool = False
+    ) -> Subscription:
         """As `Cache.events`; iterate with `for` within `with`, or call `next(timeout)`."""
-        return self._opened().events(*what, capacity=capacity, since=since)
+        return self._opened().events(*what, capacity=capacity, since=since, local=local)
 
     def statistics(self) -> Snapshot:
         """As `Cache.statistics`."""

@@ -179,7 +179,7 @@ async def main(seconds: float, entries: int, tasks: int) -> None:
     )
     async with open_cache(f"memory://?max_entries={entries}") as cache:
         with (
-            cache.events(CacheHit, CacheMiss, CacheEvicted, capacity=10_000) as events,
+            cache.events(CacheHit, CacheMiss, CacheEvicted, capacity=10_000, local=True) as events,
             Live(progress, console=console),
         ):
             async with anyio.create_task_group() as group:

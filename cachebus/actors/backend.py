@@ -7,7 +7,7 @@ from dataclasses import asdict
 from threading import get_ident
 from typing import Any
 
-from cachebus.bus import Deferred, TaskPort
+from cachebus.bus import Deferred, TaskPort, current_trace, turn_trace
 from cachebus.messages import (
     Add,
     CacheCleared,
@@ -50,7 +50,7 @@ from cachebus.messages import (
 from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
 from .late import LateStore
-from .outcomes import Tally, facts
+from .outcomes import Tally, tell_facts
 from .ports import BatchStore, InlineStore, PipelinedStore, Store
 from .resilience import Guard
 
@@ -219,8 +219,9 @@ class BackendActor(Actor):
 
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert self._guard is not None
+        traces = self._traces()
         replies = await self._guard.execute(self._asked, batch, self.ctx.deadline)
-        self._account(batch, replies)
+        self._account(batch, replies, traces)
         return replies
 
     def _at_once(self, request: Request[Any]) -> Deferred | None:
@@ -233,9 +234,10 @@ class BackendActor(Actor):
         assert self._pipelined is not None
         assert self._guard is not None
         promise, batch = self.ctx.defer(), (request,)
+        traces = (current_trace(),) if self.ctx.audience.kinds else ()
 
         def replied(replies: Sequence[Reply]) -> None:
-            self._account(batch, replies)
+            self._account(batch, replies, traces)
             promise.answer(replies[0])
 
         sent = False
@@ -250,10 +252,10 @@ class BackendActor(Actor):
         assert self._pipelined is not None
         assert self._guard is not None
         self._lone = len(batch) == 1
-        promise = self.ctx.defer()
+        promise, traces = self.ctx.defer(), self._traces()
 
         def replied(replies: Sequence[Reply]) -> None:
-            self._account(batch, replies)
+            self._account(batch, replies, traces)
             promise.answer(replies)
 
         try:
@@ -266,13 +268,22 @@ class BackendActor(Actor):
     async def _on_apart(self, batch: Sequence[Request[Any]]) -> Deferred:
         return await self._on_pipelined(batch)
 
-    def _account(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
-        """Count what came of a batch, and tell whoever listens."""
+    def _traces(self) -> Sequence[str | None]:
+        return self.ctx.traces if self.ctx.audience.kinds else ()
+
+    def _account(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
+        """Count what came of a batch, and tell whoever listens, each event with the trace of its request."""
         self._tally.count_all(batch, replies)
-        if self.ctx.audience.kinds:
-            for request, reply in zip(batch, replies, strict=True):
-                for event in facts(request, reply):
-                    self.ctx.emit(event)
+        if not self.ctx.audience.kinds:
+            return
+        token = turn_trace.set(None)
+        try:
+            for place, (request, reply) in enumerate(zip(batch, replies, strict=True)):
+                if traces:
+                    turn_trace.set(traces[place])
+                tell_facts(request, reply, self.ctx.tell)
+        finally:
+            turn_trace.reset(token)
 
     # Events of an inline store
 
@@ -286,19 +297,19 @@ class BackendActor(Actor):
         self._store.on_removal = self._tell_removal if kinds & set(_REMOVALS.values()) else None
 
     def _tell_read(self, key: str, hit: bool) -> None:
-        self.ctx.emit(CacheHit(key=key) if hit else CacheMiss(key=key))
+        self.ctx.tell(CacheHit if hit else CacheMiss, key)
 
     def _tell_write(self, key: str, version: float, ttl: float | None, tags: tuple[str, ...]) -> None:
-        self.ctx.emit(CacheSet(key=key, version=version, ttl=ttl, tags=tags))
+        self.ctx.tell(CacheSet, key, version, ttl, tags)
 
     def _tell_removal(self, key: str, cause: RemovalCause) -> None:
         if (kind := _REMOVALS.get(cause)) is not None:
-            self.ctx.emit(kind(key=key))
+            self.ctx.tell(kind, key)
 
     def _clear(self, verb: PlainHandler) -> PlainHandler:
         def clear(request: Clear) -> Reply | Deferred | None:
             reply = verb(request)
-            self.ctx.emit(CacheCleared())
+            self.ctx.tell(CacheCleared)
             return reply
 
         return clear
@@ -306,7 +317,7 @@ class BackendActor(Actor):
     def _invalidate_tags(self, verb: PlainHandler) -> PlainHandler:
         def invalidate_tags(request: InvalidateTags) -> Reply | Deferred | None:
             reply = verb(request)
-            self.ctx.emit(TagsInvalidated(tags=request.tags))
+            self.ctx.tell(TagsInvalidated, request.tags)
             return reply
 
         return invalidate_tags

@@ -21,7 +21,7 @@ from contextlib import suppress
 
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port
+from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port, turn_trace
 from cachebus.messages import (
     ActorFailed,
     BadMessage,
@@ -58,9 +58,11 @@ class Cell:
         self.restarts = 0
         self.emitter = emitter
         self.emit = emitter.emit
+        self.tell = emitter.tell
         self.clock = clock
         self.audience = emitter.audience
         self.deadline: float | None = None
+        self._batch: list[Envelope] = []
         self.alarm = Alarm(clock)
         self.call_after = self.alarm.set
         self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]  # The supervisor's, who has the task group.
@@ -145,6 +147,10 @@ class Cell:
         return None
 
     # For the actor: the context
+
+    @property
+    def traces(self) -> list[str | None]:
+        return [each.trace for each in self._batch]
 
     def defer(self) -> Deferred:
         deferred = Deferred(self._deferred.discard)
@@ -276,14 +282,14 @@ class Cell:
                 if (plain := self._handlers.plain.get(kind)) is not None:
                     self._plain_turn(plain, envelope)
                 elif (batch := self._handlers.batch.get(kind)) is not None:
-                    await self._batch_turn(batch, self._collect(batch, envelope))
-                elif (waiting := self._handlers.waiting.get(kind)) is not None:
-                    await self._batch_turn(alone(waiting), [envelope])
-                else:
-                    name = type(self._actor).__name__
-                    self._mailbox.answer(
-                        envelope, BadMessage(f"{name} at {self.address} has no handler of {kind.__name__}")
+                    await self._batch_turn(
+                        batch, self._mailbox.collect(envelope, batch, self._handlers.batch.get, self._actor)
                     )
+                elif (waiting := self._handlers.waiting.get(kind)) is not None:
+                    await self._batch_turn(alone(waiting), [envelope], envelope.trace)
+                else:
+                    refusal = f"{type(self._actor).__name__} at {self.address} has no handler of {kind.__name__}"
+                    self._mailbox.answer(envelope, BadMessage(refusal))
                 turns += 1
                 if turns % _TURNS_PER_CHECKPOINT == 0:
                     await checkpoint()
@@ -292,6 +298,7 @@ class Cell:
         return True
 
     def _plain_turn(self, handler: PlainHandler, envelope: Envelope) -> None:
+        token = turn_trace.set(envelope.trace)  # Whoever's stack this is.
         try:
             self._settle(envelope, handler(envelope.message))
         except CacheError as error:
@@ -302,10 +309,13 @@ class Cell:
             self._mailbox.answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
             self._crashed(error)
             raise
+        finally:
+            turn_trace.reset(token)
 
-    async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope]) -> None:
-        deadlines = [each.deadline for each in envelopes if each.deadline is not None]
-        self.deadline = min(deadlines) if deadlines else None
+    async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope], trace: str | None = None) -> None:
+        self.deadline = min((each.deadline for each in envelopes if each.deadline is not None), default=None)
+        self._batch = envelopes
+        token = turn_trace.set(trace)  # A batch has none: its handler asks for `traces`.
         try:
             replies = await handler([each.message for each in envelopes])
             if isinstance(replies, Deferred):
@@ -325,30 +335,8 @@ class Cell:
                 self._mailbox.answer(envelope, CacheClosed(f"{self.address} was stopped during the request"))
             raise
         finally:
-            self.deadline = None
-
-    def _collect(self, handler: BatchHandler, first: Envelope) -> list[Envelope]:
-        """`first` and what stands behind it for the same handler, in order, up to the actor's bounds."""
-        actor = self._actor
-        assert actor is not None
-        mailbox, handler_of = self._mailbox, self._handlers.batch.get
-        most, most_bytes = actor.max_batch, actor.max_batch_bytes
-        envelopes = [first]
-        size, now = first.size, self.clock.monotonic()
-        last, weighs = None, False
-        while mailbox and len(envelopes) < most and size < most_bytes:
-            following = mailbox[0]
-            kind = type(following.message)
-            if kind is not last:
-                if handler_of(kind) != handler:
-                    break
-                last, weighs = kind, hasattr(kind, "value")
-            mailbox.popleft()
-            if mailbox.worthwhile(following, now):
-                envelopes.append(following)
-                if weighs:
-                    size += following.size
-        return envelopes
+            turn_trace.reset(token)
+            self._batch, self.deadline = [], None
 
     # Answers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from cachebus.bus import Address, Audience, Clock, Deferred
 from cachebus.messages import Event, Message
@@ -27,8 +27,16 @@ class Context(Protocol):
     @property
     def overloaded(self) -> int: ...
 
+    @property
+    def traces(self) -> list[str | None]:
+        """In the turn of a batch, until its first await: the trace context of each request."""
+        ...
+
     def emit(self, event: Event) -> None:
         """Publish an event."""
+
+    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+        """Publish an event of a kind with these fields; it is built only if somebody wants it and the sample has it."""
 
     def defer(self) -> Deferred:
         """Promise a reply: return it from the handler, and answer it when you know. On stop it is answered for you."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from cachebus.bus import Address, Clock, Emitter, Envelope, ThreadPort
-from cachebus.messages import CacheError, CacheTimeoutError, DeadLetter, Failed, Overloaded, Reply
+from cachebus.messages import CacheError, CacheTimeoutError, DeadLetter, Failed, Message, Overloaded, Reply
+
+from .actor import Actor, BatchHandler
 
 STOP: Any = object()
 """In the place of a message: what was posted before it is served, and then the life ends."""
@@ -49,6 +52,32 @@ class Mailbox(deque[Envelope]):
             self.answer(envelope, CacheTimeoutError("no turn was free", self._address, 0.0))
             return False
         return envelope.port is None or envelope.port.waiting or getattr(envelope.message, "INVALIDATES", False)
+
+    def collect(
+        self,
+        first: Envelope,
+        handler: BatchHandler,
+        handler_of: Callable[[type[Message]], BatchHandler | None],
+        actor: Actor,
+    ) -> list[Envelope]:
+        """`first` and what stands behind it for the same handler, in order, up to the actor's bounds."""
+        most, most_bytes = actor.max_batch, actor.max_batch_bytes
+        envelopes = [first]
+        size, now = first.size, self._now()
+        last, weighs = None, False
+        while self and len(envelopes) < most and size < most_bytes:
+            following = self[0]
+            kind = type(following.message)
+            if kind is not last:
+                if handler_of(kind) != handler:
+                    break
+                last, weighs = kind, hasattr(kind, "value")
+            self.popleft()
+            if self.worthwhile(following, now):
+                envelopes.append(following)
+                if weighs:
+                    size += following.size
+        return envelopes
 
     def answer(self, envelope: Envelope, reply: Reply | CacheError) -> None:
         """Give the reply to whoever waits for it. An error that nobody waits for is a `DeadLetter`."""

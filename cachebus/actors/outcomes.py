@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from cachebus.messages import (
     Delete,
     Deleted,
     DeleteMany,
-    Event,
     Found,
     FoundMany,
     Get,
@@ -34,6 +33,9 @@ from cachebus.messages import (
     StoredMany,
     TagsInvalidated,
 )
+
+Tell = Callable[..., None]
+"""Takes a kind of event and its fields, builds the event if it is wanted, and publishes it."""
 
 
 @dataclass(slots=True)
@@ -75,18 +77,19 @@ class Tally:
             self.removals[RemovalCause.EXPLICIT] += reply.count
 
 
-def facts(request: Request[Any], reply: Reply) -> Iterator[Event]:
-    """The events that a request and its reply amount to."""
+def tell_facts(request: Request[Any], reply: Reply, tell: Tell) -> None:
+    """Tell the events that a request and its reply amount to; `tell` builds those that somebody wants."""
     if isinstance(request, Get) and isinstance(reply, Found):
-        yield CacheHit(key=request.key)
+        tell(CacheHit, key=request.key)
     elif isinstance(request, Get) and isinstance(reply, Missing):
-        yield CacheMiss(key=request.key)
+        tell(CacheMiss, key=request.key)
     elif isinstance(request, GetMany) and isinstance(reply, FoundMany):
         for key in dict.fromkeys(request.keys):
-            yield CacheHit(key=key) if key in reply.entries else CacheMiss(key=key)
+            tell(CacheHit if key in reply.entries else CacheMiss, key=key)
     elif isinstance(reply, Stored):
         ttl = getattr(request, "ttl", None)
-        yield CacheSet(
+        tell(
+            CacheSet,
             key=getattr(request, "key", ""),
             version=reply.version,
             ttl=None if ttl == "default" else ttl,
@@ -94,16 +97,16 @@ def facts(request: Request[Any], reply: Reply) -> Iterator[Event]:
         )
     elif isinstance(request, SetMany) and isinstance(reply, StoredMany):
         for key in request.items:
-            yield CacheSet(key=key, ttl=None if request.ttl == "default" else request.ttl, tags=request.tags)
+            tell(CacheSet, key=key, ttl=None if request.ttl == "default" else request.ttl, tags=request.tags)
     elif isinstance(request, Increment) and isinstance(reply, Counted):
-        yield CacheSet(key=request.key)
+        tell(CacheSet, key=request.key)
     elif isinstance(request, Delete) and isinstance(reply, Deleted):
         if reply.count:
-            yield CacheDeleted(key=request.key)
+            tell(CacheDeleted, key=request.key)
     elif isinstance(request, DeleteMany) and isinstance(reply, Deleted):
         for key in dict.fromkeys(request.keys):
-            yield CacheDeleted(key=key)
+            tell(CacheDeleted, key=key)
     elif isinstance(request, InvalidateTags) and isinstance(reply, Invalidated):
-        yield TagsInvalidated(tags=request.tags)
+        tell(TagsInvalidated, tags=request.tags)
     elif isinstance(reply, Cleared):
-        yield CacheCleared()
+        tell(CacheCleared)

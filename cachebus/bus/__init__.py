@@ -4,9 +4,11 @@ from .address import Address, check_word
 from .api import Bus, Envelope, Recipient, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
 from .emitter import Emitter, origin
+from .event_policy import EventPolicy, KeyForm, shares
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .subscription import Audience, Subscription, event_kinds
+from .tracing import current_trace, turn_trace, use_trace
 
 __all__ = [
     "SYSTEM_CLOCK",
@@ -18,6 +20,8 @@ __all__ = [
     "Deferred",
     "Emitter",
     "Envelope",
+    "EventPolicy",
+    "KeyForm",
     "LocalBus",
     "Port",
     "Recipient",
@@ -29,10 +33,14 @@ __all__ = [
     "Visibility",
     "check_budget",
     "check_word",
+    "current_trace",
     "event_kinds",
     "in_event_loop",
     "open_port",
     "origin",
     "settled",
+    "shares",
     "too_late",
+    "turn_trace",
+    "use_trace",
 ]

@@ -9,6 +9,7 @@ from cachebus.messages import Event, Message, Reply, Request
 
 from .address import Address
 from .clock import Clock
+from .event_policy import EventPolicy
 from .ports import Deferred, Port
 from .subscription import Audience, Subscription
 
@@ -25,15 +26,18 @@ Turn = Callable[[Any], "Reply | Deferred | None"]
 class Envelope:
     """A message in a mailbox: where the answer goes, until when it is worth working on, and how often it was tried.
 
-    `deadline` is on the bus's monotonic clock, `None` where nobody waits.
+    `deadline` is on the bus's monotonic clock, `None` where nobody waits. `trace` is the `traceparent` of the call.
     """
 
-    __slots__ = ("attempts", "deadline", "message", "port")
+    __slots__ = ("attempts", "deadline", "message", "port", "trace")
 
-    def __init__(self, message: Message, port: Port | None = None, deadline: float | None = None) -> None:
+    def __init__(
+        self, message: Message, port: Port | None = None, deadline: float | None = None, trace: str | None = None
+    ) -> None:
         self.message = message
         self.port = port
         self.deadline = deadline
+        self.trace = trace
         self.attempts = 0
 
     @property
@@ -68,8 +72,8 @@ class Bus(Protocol):
     namespace: str
     clock: Clock
     audience: Audience
-    redact_keys: bool
-    """Whether events leave without their keys."""
+    policy: EventPolicy
+    """What events may say, and how many of them are told."""
 
     def serve(self, address: Address, recipient: Recipient) -> None:
         """Deliver to `recipient` what is sent to `address`. Raises `AddressInUse`."""
@@ -114,10 +118,19 @@ class Bus(Protocol):
     def publish(self, event: Event) -> None:
         """Hand an event to every listener that wants it. Never waits; a full listener loses it and counts that."""
 
-    def subscribe(self, *what: type[Event] | str, capacity: int = 1024, since: float | None = None) -> Subscription:
+    def subscribe(
+        self,
+        *what: type[Event] | str,
+        capacity: int = 1024,
+        since: float | None = None,
+        local: bool = False,
+        real_keys: bool = False,
+    ) -> Subscription:
         """Listen to kinds of events, or to a glob over their wire names such as `"cache_*"`; to all if none is named.
 
         With `since`, in Unix time, what has happened since then is told first. Raises `CapabilityError` where nobody
-        keeps events.
+        keeps events. With `local`, only to what this process tells, as whoever counts does. `real_keys` is for parts of the
+        cache itself, which compare keys: the events of this process then come as they are, however the policy redacts
+        them. What others tell is as they sent it.
         """
         ...

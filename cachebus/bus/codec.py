@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import msgpack  # type: ignore[import-untyped]
@@ -38,8 +38,13 @@ _KIND = re.compile(r"[a-z_.]{1,64}")
 _JSON_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) -> bytes:
-    """The body for a message, or for an array of at least one.
+def encode(
+    message: Message | Sequence[Message],
+    content_type: str = MSGPACK,
+    instead: Mapping[str, str | int] | None = None,
+) -> bytes:
+    """The body for a message, or for an array of at least one. `instead` replaces fields of a single message: on the hot
+    path of events that is less than a copy.
 
     Raises `CacheSerializationError` for a value that cannot leave the process without a serializer, `BadMessage` for
     an unknown content type and for no messages, and `TypeError` for what is not a message.
@@ -49,7 +54,10 @@ def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) ->
         raise BadMessage("an array of messages is empty")
     try:
         if isinstance(message, Message):
-            return form.pack(_tree(message, form.plans))
+            tree = _tree(message, form.plans)
+            if instead is not None:
+                tree.update(instead)
+            return form.pack(tree)
         return form.pack([_tree(each, form.plans) for each in message])
     except Unfit as unfit:
         problem = str(unfit)

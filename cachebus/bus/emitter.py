@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from cachebus.messages import Event
 
 from .clock import Clock
+from .event_policy import EventPolicy
 from .subscription import Audience
+from .tracing import current_trace
 
 
 class _Publisher(Protocol):
     namespace: str
     clock: Clock
     audience: Audience
-    redact_keys: bool
+    policy: EventPolicy
 
     def publish(self, event: Event) -> None: ...
 
@@ -45,13 +48,15 @@ def origin() -> str:
 class Emitter:
     """One voice: it counts what it says in its epoch, so that a listener sees a gap.
 
-    Look at `audience.kinds` before building an event: nobody listening, nothing is built.
+    Look at `audience.kinds` before building an event, or have it built by `tell`: nobody listening, nothing is built.
+    What a sample leaves out is not numbered either, so that it is no gap.
     """
 
-    __slots__ = ("_bus", "_sequence", "audience", "backend", "epoch")
+    __slots__ = ("_bus", "_chosen", "_sequence", "audience", "backend", "epoch")
 
     def __init__(self, bus: _Publisher, backend: str = "") -> None:
         self._bus = bus
+        self._chosen = bus.policy.chosen
         self.audience = bus.audience
         self.backend = backend
         self.renew()
@@ -61,22 +66,30 @@ class Emitter:
         self.epoch = max(time.time_ns(), getattr(self, "epoch", 0) + 1)
         self._sequence = itertools.count(1)
 
+    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+        """Build an event of a kind from its fields and publish it, if anybody wants the kind and the sample has it."""
+        if kind in self.audience.kinds and self._chosen(kind):
+            build: Callable[..., Event] = kind
+            self._publish(build(*fields, **named))
+
     def emit(self, event: Event) -> None:
-        """Stamp an event and publish it, if anybody wants its kind."""
-        if type(event) not in self.audience.kinds:
-            return
+        """Stamp an event and publish it, if anybody wants its kind and the sample has it."""
+        kind = type(event)
+        if kind in self.audience.kinds and self._chosen(kind):
+            self._publish(event)
+
+    def _publish(self, event: Event) -> None:
         seq = next(self._sequence)
-        header: dict[str, object] = {
-            # A counter, because a uuid4 costs more than the rest of the event.
-            "id": f"{_origin.name}-{self.epoch:x}-{seq}",
-            "namespace": self._bus.namespace,
-            "backend": self.backend,
-            "origin": _origin.name,
-            "epoch": self.epoch,
-            "seq": seq,
-            "time": self._bus.clock.wall(),
-        }
-        if self._bus.redact_keys and hasattr(event, "key"):
-            header["key"] = ""
-        event.stamp(header)
-        self._bus.publish(event)
+        bus, origin, epoch = self._bus, _origin.name, self.epoch
+        # As `stamp` does, by hand: a third of its time, on the path of whoever tells. Nobody else has seen the event.
+        header: Any = event
+        # A counter, because a uuid4 costs more than the rest of the event.
+        header.id = f"{origin}-{epoch:x}-{seq}"
+        header.namespace = bus.namespace
+        header.backend = self.backend
+        header.origin = origin
+        header.epoch = epoch
+        header.seq = seq
+        header.time = bus.clock.wall()
+        header.trace = current_trace()
+        bus.publish(event)

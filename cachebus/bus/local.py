@@ -27,8 +27,10 @@ from .api import Envelope, Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .deadlines import running_deadlines
 from .emitter import Emitter
+from .event_policy import EVERYTHING, EventPolicy
 from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
 from .subscription import Audience, Subscription
+from .tracing import current_trace
 
 R = TypeVar("R")
 
@@ -39,11 +41,13 @@ TURNS_PER_CHECKPOINT = 512
 class LocalBus:
     """A `Bus` within one process, on asyncio, on trio and from threads."""
 
-    def __init__(self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK, redact_keys: bool = False) -> None:
+    def __init__(
+        self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK, policy: EventPolicy = EVERYTHING
+    ) -> None:
         self.namespace = check_word(namespace, "namespace")
         self.clock = clock
         self.audience = Audience()
-        self.redact_keys = redact_keys
+        self.policy = policy
         self._recipients: dict[str, Recipient] = {}
         self._emitter = Emitter(self)
         self._guard = threading.Lock()
@@ -136,19 +140,27 @@ class LocalBus:
 
     def send(self, address: Address, message: Message) -> None:
         try:
-            self.recipient(address).post(Envelope(message))
+            self.recipient(address).post(Envelope(message, trace=current_trace()))
         except CacheError as error:
             self._emitter.emit(DeadLetter(address=address, wire_name=message.WIRE_NAME, reason=str(error)))
 
     def publish(self, event: Event) -> None:
         self.audience.hear(event)
 
-    def subscribe(self, *what: type[Event] | str, capacity: int = 1024, since: float | None = None) -> Subscription:
+    def subscribe(
+        self,
+        *what: type[Event] | str,
+        capacity: int = 1024,
+        since: float | None = None,
+        local: bool = False,
+        real_keys: bool = False,
+    ) -> Subscription:
         if since is not None:
             raise CapabilityError(
                 "events of the past are kept by a bus with a stream: bus='nats://...?events_stream=NAME'"
             )
-        return self.audience.subscribe(what, capacity)
+        shown = self.policy.shown if self.policy.redacts and not real_keys else None
+        return self.audience.subscribe(what, capacity, local=local, shown=shown)
 
     def close(self) -> None:
         """End every subscription and refuse what comes. Whoever served an address stops by itself."""
@@ -165,7 +177,7 @@ class LocalBus:
 
     def _hand_over(self, recipient: Recipient, message: Message, timeout: float, reply: Any, port: Port) -> None:
         if reply is None:
-            recipient.post(Envelope(message, port, self.clock.monotonic() + timeout))
+            recipient.post(Envelope(message, port, self.clock.monotonic() + timeout, current_trace()))
         else:
             cast("Deferred", reply).attach(port)
 

@@ -28,7 +28,9 @@ from .address import Address
 from .api import Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
+from .event_policy import EVERYTHING, EventPolicy
 from .local import LocalBus
+from .nats_beats import Beating
 from .nats_claims import Claim
 from .nats_connection import Listener, NatsConnection
 from .nats_events import Hearing, Outbox
@@ -59,9 +61,9 @@ class NatsBus(LocalBus):
         options: NatsOptions | None = None,
         *,
         clock: Clock = SYSTEM_CLOCK,
-        redact_keys: bool = False,
+        policy: EventPolicy = EVERYTHING,
     ) -> None:
-        super().__init__(namespace, clock=clock, redact_keys=redact_keys)
+        super().__init__(namespace, clock=clock, policy=policy)
         self.options = options or NatsOptions()
         self.counters = NatsCounters()
         self.connection = NatsConnection(self.options, self.counters, self._lost, self._back)
@@ -75,6 +77,7 @@ class NatsBus(LocalBus):
         self._requests: Requests | None = None
         self._outbox: Outbox
         self._hearing: Hearing
+        self._beating: Beating
 
     def __repr__(self) -> str:
         up = "up" if self.connection.up else "away"
@@ -101,8 +104,11 @@ class NatsBus(LocalBus):
         try:
             requests = Requests(self.connection, self.clock, self._emitter, self.counters, self._is_closed)
             await requests.open()
-            self._outbox = Outbox(self.connection, self._subjects, self.counters)
+            self._outbox = Outbox(self.connection, self._subjects, self.policy, self.counters)
             self._hearing = Hearing(self.connection, self._subjects, self.audience, self._emitter, self.counters)
+            self._beating = Beating(
+                self.connection, self._subjects, self._outbox, self.clock, self.counters, self.options.heartbeat
+            )
             if self.options.events_stream is not None:
                 await ensure_stream(self.connection, self._subjects)
             await self.connection.flush()
@@ -111,6 +117,7 @@ class NatsBus(LocalBus):
             raise
         self._outbox.open()
         self._hearing.open()
+        self._beating.open()
         self._requests = requests
         self.audience.want_elsewhere(self._kinds)
 
@@ -132,6 +139,7 @@ class NatsBus(LocalBus):
             await replay.close()
         await self._hearing.close()
         await self._outbox.close(grace)
+        await self._beating.close()
         for claim in list(self._claims.values()):
             await claim.release()
         for task in list(self._tasks):
@@ -211,9 +219,16 @@ class NatsBus(LocalBus):
         if type(event) in self._kinds and self._requests is not None:
             self._outbox.put(event)
 
-    def subscribe(self, *what: type[Event] | str, capacity: int = 1024, since: float | None = None) -> Subscription:
+    def subscribe(
+        self,
+        *what: type[Event] | str,
+        capacity: int = 1024,
+        since: float | None = None,
+        local: bool = False,
+        real_keys: bool = False,
+    ) -> Subscription:
         if since is None:
-            return super().subscribe(*what, capacity=capacity)
+            return super().subscribe(*what, capacity=capacity, local=local, real_keys=real_keys)
         if self._requests is None:
             raise CacheConnectionError("the bus is not open", "nats")
         replay = Replay(self.connection, self._subjects, what, since, capacity, self._replays.discard)

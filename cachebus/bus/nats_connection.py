@@ -38,6 +38,11 @@ class Listener:
         self.client: Client | None = None
         self.subscription: Any = None
 
+    @property
+    def waiting(self) -> int:
+        """How many messages have come in that are not handed over yet."""
+        return 0 if self.subscription is None else int(self.subscription.pending_msgs)
+
     async def take(self, msg: Msg) -> None:
         """Hand over a message that came in."""
         try:

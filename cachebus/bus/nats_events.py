@@ -1,55 +1,62 @@
 """Events over NATS: what is told here goes out, and what is told elsewhere is heard.
 
 What goes out is numbered by subject, which is by kind and backend: in the copy that is sent, `epoch` is when this bus was
-opened and `seq` counts from 1. So whoever listens to any choice of kinds can see that one of them did not arrive. What
-comes in is checked in the same way; a gap, or a time in which the connection was away, is told to the listeners of this
+opened and `seq` counts from 1. So whoever listens to any choice of kinds can see that one of them did not arrive. An event
+that is dropped here takes its number with it. What comes in is checked in the same way, see `nats_beats.py`; a gap, or a time in which the connection was away, is told to the listeners of this
 process as `EventsMissed`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
+import threading
 import time
 from asyncio import _get_running_loop
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from nats.aio.msg import Msg
 
-from cachebus.messages import CacheError, Event, EventsMissed
+from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
 
 from .codec import JSON, MSGPACK, decode, encode
 from .emitter import Emitter
+from .event_policy import EventPolicy
+from .nats_beats import Gaps
 from .nats_connection import Listener, NatsConnection, end_task
 from .nats_options import NatsCounters
 from .nats_stream import MESSAGE_ID
 from .subjects import Subjects
-from .subscription import Audience
+from .subscription import Audience, EventKind
 
 logger = logging.getLogger("cachebus.bus")
 
 _ENOUGH = 1024 * 1024  # Bytes that may wait for the socket before events wait for them.
 _BREATHER = 64  # Events sent without letting other tasks run.
-_ORIGINS = 10_000  # Numberings that are remembered; of those not heard for longest, the next event begins anew.
 
 
 class Outbox:
     """Events on their way out: bounded, and off the path of whoever tells them. Put into from any thread."""
 
-    def __init__(self, connection: NatsConnection, subjects: Subjects, counters: NatsCounters) -> None:
+    def __init__(
+        self, connection: NatsConnection, subjects: Subjects, policy: EventPolicy, counters: NatsCounters
+    ) -> None:
         options = connection.options
         self._connection = connection
         self._subjects = subjects
+        self._policy = policy
         self._counters = counters
         self._capacity = options.outbox
-        self._content_type = JSON if options.events_as_json else MSGPACK
-        self._headers = {"Content-Type": self._content_type}
+        self.content_type = JSON if options.events_as_json else MSGPACK
+        self._headers = {"Content-Type": self.content_type}
         self._kept = options.events_stream is not None
         self._events: deque[Event] = deque()
-        self._epoch = time.time_ns()
+        self.epoch = time.time_ns()
         self._last: dict[str, int] = {}
+        self._skipped: Counter[str] = Counter()
+        self._guard = threading.Lock()
         self._loop = asyncio.get_running_loop()
         self._wake: asyncio.Future[None] | None = None
         self._woken = False
@@ -69,6 +76,7 @@ class Outbox:
         """Take an event, or count it as dropped. Does not wait."""
         if len(self._events) >= self._capacity:
             self._counters.events_dropped += 1
+            self._skip(event)
             return
         self._events.append(event)
         if not self._woken:
@@ -85,6 +93,15 @@ class Outbox:
         except RuntimeError:
             self._counters.events_dropped += 1  # The loop is closed.
 
+    def numbers(self) -> dict[str, int]:
+        """The last number by subject, from the kind on, of what is sent and of what is dropped. On the loop."""
+        with self._guard:
+            skipped, self._skipped = self._skipped, Counter()
+        for subject, count in skipped.items():
+            self._last[subject] = self._last.get(subject, 0) + count
+        start = len(self._subjects.event_prefix)
+        return {subject[start:]: last for subject, last in self._last.items()}
+
     async def close(self, grace: float) -> None:
         """Send what waits, for up to `grace` seconds."""
         task, self._task = self._task, None
@@ -96,6 +113,8 @@ class Outbox:
             await asyncio.sleep(0.001)
         await end_task(task)
         self._counters.events_dropped += len(self._events)
+        for event in self._events:
+            self._skip(event)
         self._events.clear()
 
     def _wake_up(self) -> None:
@@ -117,15 +136,28 @@ class Outbox:
                 sent += 1
                 self._send_one(self._events.popleft())
 
+    def _skip(self, event: Event) -> None:
+        """An event will not be sent: its number is left out. From any thread."""
+        try:
+            subject = self._subjects.event(type(event), event.backend)
+        except ValueError:
+            return  # It could not have been sent.
+        with self._guard:
+            self._skipped[subject] += 1
+
     def _send_one(self, event: Event) -> None:
         try:
             subject = self._subjects.event(type(event), event.backend)
             number = self._last.get(subject, 0) + 1
-            told = copy.copy(event)
-            told.stamp({"epoch": self._epoch, "seq": number})
+            if self._skipped:
+                with self._guard:
+                    number += self._skipped.pop(subject, 0)
+            self._last[subject] = number  # Also if it cannot be sent: then it is missed.
+            header: dict[str, str | int] = {"epoch": self.epoch, "seq": number}
+            if self._policy.redacts and (key := getattr(event, "key", "")):
+                header["key"] = self._policy.key(key)
             headers = {**self._headers, MESSAGE_ID: event.id} if self._kept else self._headers
-            self._connection.write(subject, encode(told, self._content_type), headers=headers)
-            self._last[subject] = number
+            self._connection.write(subject, encode(event, self.content_type, header), headers=headers)
             self._counters.events_sent += 1
         except (CacheError, ValueError) as error:
             self._counters.events_dropped += 1
@@ -154,7 +186,7 @@ class Hearing:
         self._counters = counters
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[type[Event], Listener] = {}
-        self._last: OrderedDict[tuple[str, int, str], int] = OrderedDict()
+        self._gaps = Gaps(subjects, emitter, counters, self._behind)
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
@@ -205,10 +237,21 @@ class Hearing:
 
     async def _follow_once(self) -> None:
         wanted = self._audience.listened_to - {EventsMissed}
-        for kind in wanted - self._listeners.keys():
+        if wanted:
+            wanted |= {Heartbeat}
+        fresh = wanted - self._listeners.keys()
+        for kind in fresh:
             self._listeners[kind] = await self._connection.listen(self._subjects.events(kind), self._heard)
-        for kind in self._listeners.keys() - wanted:
+        left = self._listeners.keys() - wanted
+        self._gaps.listens_to(frozenset(self._listeners.keys() - fresh - left))
+        for kind in left:
             await self._connection.leave(self._listeners.pop(kind))
+        if fresh:
+            # Before the server knows of a kind, a heartbeat may count events that nobody would have sent here. Without a
+            # connection everything is listened to again when it is back, and that something is missing is told anyway.
+            with suppress(CacheConnectionError):
+                await self._connection.flush()
+            self._gaps.listens_to(frozenset(self._listeners))
 
     def _heard(self, msg: Msg) -> None:
         try:
@@ -219,22 +262,16 @@ class Hearing:
         if not isinstance(event, Event) or event.namespace != self._subjects.namespace:
             self._counters.bad_messages += 1
             return
-        self._counters.events_received += 1
-        self._check(event, msg.subject)
-        self._audience.hear(event)
+        if isinstance(event, Heartbeat):
+            self._gaps.beat(event)
+        else:
+            self._counters.events_received += 1
+            self._gaps.check(event, msg.subject)
+        self._audience.hear_foreign(event)
 
-    def _check(self, event: Event, subject: str) -> None:
-        numbering = (event.origin, event.epoch, subject)
-        last = self._last.get(numbering)
-        if event.seq > (last or 0):
-            self._last[numbering] = event.seq
-        self._last.move_to_end(numbering)
-        if len(self._last) > _ORIGINS:
-            self._last.popitem(last=False)
-        if last is not None and event.seq > last + 1:
-            missed = event.seq - last - 1
-            self._counters.events_missed += missed
-            self._emitter.emit(EventsMissed(source=event.origin, event=event.WIRE_NAME, count=missed))
+    def _behind(self, kind: EventKind) -> bool:
+        listener = self._listeners.get(kind)
+        return listener is not None and listener.waiting > 0
 
 
 def _soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:

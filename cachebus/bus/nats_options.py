@@ -73,6 +73,9 @@ class NatsOptions:
     """How long it keeps them, where it is made."""
     events_stream_max_bytes: int = 67_108_864
     """How much it keeps, where it is made; the oldest goes."""
+    heartbeat: float | None = 1.0
+    """How often whoever has told events says how far their numbers go, so that the loss of the last ones is noticed;
+    `None` is never."""
     outbox: int = 10_000
     """How many events may wait to go out; more are lost and counted."""
     pending_messages: int = 65_536
@@ -87,6 +90,7 @@ class NatsOptions:
             (self.ways_to_sign_in > 1, "user, token, nkey_seed_file and credentials_file exclude each other"),
             (self.tls_key_file and not self.tls_cert_file, "tls_key_file: there is no tls_cert_file"),
             (not self.tls and (self.tls_ca_file or self.tls_cert_file), "tls_ca_file, tls_cert_file: need tls"),
+            (self.heartbeat is not None and not self.heartbeat > 0, "heartbeat: expected seconds above 0, or none"),
             (self.reconnect_wait_max < self.reconnect_wait, "reconnect_wait_max: less than reconnect_wait"),
         ):
             if wrong:
@@ -121,6 +125,7 @@ class NatsCounters:
     reconnects: int = 0
     events_sent: int = 0
     events_dropped: int = 0
+    heartbeats_sent: int = 0
     events_received: int = 0
     events_missed: int = 0
     """Events of other processes that must have been told and did not arrive."""

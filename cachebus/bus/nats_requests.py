@@ -6,6 +6,8 @@ took them may be dead, and others may serve the address too.
 
     token                 one message under way, a `Flight`; answers come to `<inbox>.<token>`
     Cachebus-Budget       the seconds left, one number, or one for each request of an array where they differ
+    traceparent           the W3C trace context of the request; of those of an array, if it is the same
+    Cachebus-Traceparents the trace contexts of an array where they differ, one for each request or empty
     Cachebus-Partial      an array may be answered bit by bit
     Cachebus-Index        in an answer: which requests of the array it answers; all, if it is left out
 
@@ -45,12 +47,11 @@ from .codec import MSGPACK, decode_each, encode, join
 from .deadlines import TICK, Deadlines, deadlines_here
 from .emitter import Emitter
 from .nats_connection import NatsConnection
+from .nats_headers import BUDGET, CONTENT_TYPE, INDEX, PARTIAL, say_budgets, say_traces
 from .nats_options import NatsCounters
 
 HEADROOM = 4096
 """Bytes of a NATS message that are left to headers and to what an array adds."""
-
-BUDGET, PARTIAL, INDEX, CONTENT_TYPE = "Cachebus-Budget", "Cachebus-Partial", "Cachebus-Index", "Content-Type"
 
 _FEW = 16  # Requests that are not worth two messages.
 _HOLD = 0.01  # Seconds that requests wait for an answer to others, at most.
@@ -234,9 +235,10 @@ class Way:
         if not items:
             return
         body = items[0].part if len(items) == 1 else join([each.part for each in items])
-        headers = {BUDGET: _budgets(budgets)}
+        headers = {BUDGET: say_budgets(budgets)}
         if len(items) > 1:
             headers[PARTIAL] = "1"
+        headers.update(say_traces([each.envelope.trace for each in items]))
         longest = max(budgets)
         flight = Flight(self, requests.next_token(), items, now + longest)
         try:
@@ -385,10 +387,3 @@ def _never_here(message: Message) -> None:
 
 def _nothing() -> None:
     pass
-
-
-def _budgets(budgets: list[float]) -> str:
-    longest = max(budgets)
-    if longest - min(budgets) <= TICK:
-        return f"{longest:.3f}"
-    return ",".join(f"{each:.3f}" for each in budgets)

@@ -31,12 +31,12 @@ from .codec import JSON, MSGPACK, decode_each, encode, join
 from .deadlines import Deadlines, deadlines_here
 from .emitter import Emitter
 from .nats_connection import NatsConnection
+from .nats_headers import CONTENT_TYPE, ERROR, ERROR_CODE, INDEX, PARTIAL, REQUEST_ID, read_budgets, read_traces
 from .nats_options import NatsCounters
-from .nats_requests import BUDGET, CONTENT_TYPE, HEADROOM, INDEX, PARTIAL
+from .nats_requests import HEADROOM
 from .ports import Deferred
 from .subjects import is_ours
-
-REQUEST_ID, ERROR, ERROR_CODE = "Cachebus-Request-Id", "Nats-Service-Error", "Nats-Service-Error-Code"
+from .tracing import turn_trace
 
 _ERROR_LENGTH = 200  # Characters of a sentence in a header; the whole of it is in the body.
 
@@ -75,7 +75,7 @@ class Serving:
         asked = Asked(self, msg.reply if not is_ours(msg.reply) else "", headers)
         try:
             messages, asked.is_array = decode_each(msg.data, asked.content_type)
-            budgets = self._budgets(headers, len(messages))
+            budgets = read_budgets(headers, len(messages), self.connection.options.budget)
         except CacheError as error:
             self.counters.bad_messages += 1
             self.failed(error.code)
@@ -87,8 +87,16 @@ class Serving:
         self.counters.requests_served += len(messages)
         self.requests += len(messages)
         now = asked.began = self.clock.monotonic()
-        for place, message in enumerate(messages):
-            self._serve(asked, place, message, now, budgets[place] if len(budgets) > 1 else budgets[0])
+        traces = read_traces(headers, len(messages))
+        # Set in any case: what this task inherited is the trace of whoever opened the bus.
+        token = turn_trace.set(None)
+        try:
+            for place, message in enumerate(messages):
+                trace = traces[place] if len(traces) > 1 else traces[0]
+                turn_trace.set(trace)
+                self._serve(asked, place, message, now, budgets[place] if len(budgets) > 1 else budgets[0], trace)
+        finally:
+            turn_trace.reset(token)
         asked.taken_in(max(budgets))
 
     async def drained(self) -> None:
@@ -108,7 +116,9 @@ class Serving:
         if not self.open:
             self._idle.set()
 
-    def _serve(self, asked: Asked, place: int, message: Message | BadMessage, now: float, budget: float) -> None:
+    def _serve(
+        self, asked: Asked, place: int, message: Message | BadMessage, now: float, budget: float, trace: str | None
+    ) -> None:
         if isinstance(message, BadMessage):
             self.counters.bad_messages += 1
             asked.settle(place, Failed.of(message))
@@ -127,23 +137,11 @@ class Serving:
             turn = self._turns[kind] = self.recipient.turn(kind)
         reply = turn(request)
         if reply is None:
-            self.recipient.post(Envelope(request, Slot(asked, place), now + budget))
+            self.recipient.post(Envelope(request, Slot(asked, place), now + budget, trace))
         elif isinstance(reply, Deferred):
             reply.attach(Slot(asked, place))
         else:
             asked.settle(place, reply)
-
-    def _budgets(self, headers: dict[str, str], count: int) -> list[float]:
-        text = headers.get(BUDGET)
-        if text is None:
-            return [self.connection.options.budget]
-        try:
-            budgets = [float(each) for each in text.split(",")]
-        except ValueError:
-            budgets = []
-        if len(budgets) not in {1, count} or any(each != each for each in budgets):  # Not a number is not itself.
-            raise BadMessage(f"the header {BUDGET} is not the seconds left, one number or one for each request")
-        return budgets
 
 
 class Slot:

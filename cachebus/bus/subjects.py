@@ -53,6 +53,11 @@ class Subjects:
         """Where events of whatever kind about whatever backend are told."""
         return f"{self._events}>"
 
+    @property
+    def event_prefix(self) -> str:
+        """What the subjects of all events begin with."""
+        return self._events
+
     def events(self, kind: type[Event]) -> str:
         """Where events of one kind are told, about whatever backend."""
         return f"{self._events}{event_word(kind)}.*"

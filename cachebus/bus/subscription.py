@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from cachebus.messages import WIRE_NAMES, CacheClosed, Event
+from cachebus.messages import WIRE_NAMES, CacheClosed, Event, Heartbeat
 
 from .ports import Port, ThreadPort, open_port
 
 EventKind = type[Event]
+Shown = Callable[[Event], Event]
+"""Makes of an event what a listener may see."""
+
 _LATE = object()
 
 
@@ -22,27 +25,47 @@ class Subscription:
 
     At most `capacity` wait; what comes on top is lost to this listener and counted in `dropped`. Iteration ends when
     the subscription or its bus is closed. One task or thread iterates.
+
+    `local` leaves out what other processes tell. `shown` redacts what this process tells, when it is handed over and so at
+    the listener's cost; what others tell they have redacted themselves.
     """
 
-    def __init__(self, kinds: frozenset[EventKind], capacity: int, on_close: Callable[[Subscription], None]) -> None:
+    def __init__(
+        self,
+        kinds: frozenset[EventKind],
+        capacity: int,
+        on_close: Callable[[Subscription], None],
+        *,
+        local: bool = False,
+        shown: Shown | None = None,
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity of a subscription must be at least 1, not {capacity!r}")
         self.kinds = kinds
         self.capacity = capacity
+        self.local = local
         self.dropped = 0
-        self._events: deque[Event] = deque()
+        self._shown = shown
+        self._events: deque[tuple[Event, Shown | None]] = deque()
         self._waiter: Port | None = None
         self._on_close = on_close
         self._closed = False
 
     def offer(self, event: Event) -> None:
-        """Take an event in, or count it as dropped. Called by the bus, from any thread."""
+        """Take an event of this process in, or count it as dropped. Called by the bus, from any thread."""
+        self._take(event, self._shown)
+
+    def offer_foreign(self, event: Event) -> None:
+        """As `offer`, for an event of another process."""
+        self._take(event, None)
+
+    def _take(self, event: Event, shown: Shown | None) -> None:
         if self._closed:
             return
         if len(self._events) >= self.capacity:
             self.dropped += 1
             return
-        self._events.append(event)
+        self._events.append((event, shown))
         if (waiter := self._waiter) is not None:
             waiter.answer(None)
 
@@ -75,7 +98,7 @@ class Subscription:
                     await port.wait()
             finally:
                 self._waiter = None
-        return self._events.popleft()
+        return self._pop()
 
     def __iter__(self) -> Iterator[Event]:
         while (event := self.next()) is not None:
@@ -91,8 +114,12 @@ class Subscription:
             late = self._wait_in_thread(port, timeout)
             self._waiter = None
             if late:
-                return self._events.popleft() if self._events else None
-        return self._events.popleft()
+                return self._pop() if self._events else None
+        return self._pop()
+
+    def _pop(self) -> Event:
+        event, shown = self._events.popleft()
+        return event if shown is None else shown(event)
 
     def _nothing_yet(self) -> bool:
         return not self._events and not self._closed
@@ -123,11 +150,21 @@ class Audience:
     `kinds` holds the kinds of events that anybody wants: empty, there is nothing to build. Speakers look here first.
     """
 
-    __slots__ = ("_by_kind", "_closed", "_guard", "_subscriptions", "_wanted_elsewhere", "_watchers", "kinds")
+    __slots__ = (
+        "_by_kind",
+        "_closed",
+        "_guard",
+        "_subscriptions",
+        "_wanted_elsewhere",
+        "_wanted_of_others",
+        "_watchers",
+        "kinds",
+    )
 
     def __init__(self) -> None:
         self.kinds: frozenset[EventKind] = frozenset()
         self._wanted_elsewhere: frozenset[EventKind] = frozenset()
+        self._wanted_of_others: frozenset[EventKind] = frozenset()
         self._subscriptions: tuple[Subscription, ...] = ()
         self._by_kind: dict[EventKind, tuple[Subscription, ...]] = {}
         self._closed = False
@@ -147,8 +184,8 @@ class Audience:
 
     @property
     def listened_to(self) -> frozenset[EventKind]:
-        """The kinds that listeners of this process want."""
-        return frozenset(self._by_kind)
+        """The kinds that listeners of this process want to hear from others too."""
+        return self._wanted_of_others
 
     def want_elsewhere(self, kinds: frozenset[EventKind]) -> None:
         """Have events of these kinds built whoever listens here, because others may, where nobody can see them."""
@@ -156,9 +193,11 @@ class Audience:
             self._wanted_elsewhere = kinds
             self._arrange(self._subscriptions)
 
-    def subscribe(self, what: tuple[EventKind | str, ...], capacity: int) -> Subscription:
+    def subscribe(
+        self, what: tuple[EventKind | str, ...], capacity: int, *, local: bool = False, shown: Shown | None = None
+    ) -> Subscription:
         """Add a listener."""
-        subscription = Subscription(event_kinds(what), capacity, self._drop)
+        subscription = Subscription(event_kinds(what), capacity, self._drop, local=local, shown=shown)
         with self._guard:
             if self._closed:
                 raise CacheClosed("the bus is closed")
@@ -166,9 +205,15 @@ class Audience:
         return subscription
 
     def hear(self, event: Event) -> None:
-        """Offer an event to whoever wants it."""
+        """Offer an event of this process to whoever wants it."""
         for subscription in self._by_kind.get(type(event), ()):
             subscription.offer(event)
+
+    def hear_foreign(self, event: Event) -> None:
+        """Offer an event of another process to whoever wants it."""
+        for subscription in self._by_kind.get(type(event), ()):
+            if not subscription.local:
+                subscription.offer_foreign(event)
 
     @property
     def dropped(self) -> int:
@@ -199,6 +244,9 @@ class Audience:
                 by_kind[kind] = (*by_kind.get(kind, ()), subscription)
         self._subscriptions = subscriptions
         self._by_kind = by_kind
+        self._wanted_of_others = frozenset(
+            kind for kind, listeners in by_kind.items() if not all(each.local for each in listeners)
+        )
         self.kinds = frozenset(by_kind) | self._wanted_elsewhere
         for watcher in self._watchers:
             watcher()
@@ -206,14 +254,18 @@ class Audience:
 
 def event_kinds(what: tuple[EventKind | str, ...]) -> frozenset[EventKind]:
     """The kinds of events that `what` names: classes, which stand for those that inherit from them too, or globs over
-    the part of the wire name after `event.`; all if `what` is empty. Raises `ValueError` for what names none."""
+    the part of the wire name after `event.`; all if `what` is empty. Heartbeats are meant by their own name only. Raises
+    `ValueError` for what names none."""
     known = {name.removeprefix("event."): kind for name, kind in WIRE_NAMES.items() if issubclass(kind, Event)}
     chosen: set[EventKind] = set()
     for each in what or ("*",):
-        if not isinstance(each, str):
-            found = [kind for kind in known.values() if issubclass(kind, each)]
+        if each is Heartbeat or each in {"heartbeat", "event.heartbeat"}:
+            found: list[EventKind] = [Heartbeat]
+        elif not isinstance(each, str):
+            found = [kind for kind in known.values() if issubclass(kind, each) and kind is not Heartbeat]
         else:
-            found = [kind for name, kind in known.items() if fnmatch.fnmatchcase(name, each.removeprefix("event."))]
+            glob = each.removeprefix("event.")
+            found = [kind for name, kind in known.items() if fnmatch.fnmatchcase(name, glob) and kind is not Heartbeat]
         if found:
             chosen.update(found)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from enum import StrEnum
 from typing import Literal
 
@@ -215,3 +216,13 @@ class EventsMissed(Event):
     source: str
     event: str
     count: int
+
+
+@message("event.heartbeat")
+class Heartbeat(Event):
+    """A process that has told events says how far their numbers go: `last` is the last `seq` of its `epoch` by kind and
+    backend, such as `cache_set.primary`. It beats every `interval` seconds. Only who asks for heartbeats by name hears
+    them: they are about events."""
+
+    interval: float = 0.0
+    last: dict[str, int] = field(default_factory=dict[str, int])

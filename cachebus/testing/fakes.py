@@ -76,6 +76,7 @@ class RecordingContext:
         self.deadline: float | None = None
         self.restarts = 0
         self.overloaded = 0
+        self.traces: list[str | None] = []
         self.emitted: list[Event] = []
         self.sent: list[tuple[float, Message]] = []
         self.called_off = 0
@@ -89,6 +90,12 @@ class RecordingContext:
         """Remember an event, if it would have been published."""
         if type(event) in self.audience.kinds:
             self.emitted.append(event)
+
+    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+        """As `emit`, for an event that is not built yet."""
+        if kind in self.audience.kinds:
+            build: Callable[..., Event] = kind
+            self.emitted.append(build(*fields, **named))
 
     def defer(self) -> Deferred:
         """A promise that the test may attach a port to."""

@@ -53,6 +53,8 @@ def test_a_name_alone_is_a_token_and_tls_is_a_scheme() -> None:
         ("max_waiting", 9, "max_waiting", 9),
         ("resend_after", 9, "resend_after", 9.0),
         ("claim_wait", 9, "claim_wait", 9.0),
+        ("heartbeat", 9, "heartbeat", 9.0),
+        ("heartbeat", "none", "heartbeat", None),
         ("events", ["cache_hit"], "events", ("cache_hit",)),
         ("events", "cache_hit,cache_m*", "events", ("cache_hit", "cache_m*")),
         ("events", [], "events", ()),

@@ -87,8 +87,13 @@ INSECURE: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "debug": ({"debug": True}, "debug: ", {"debug": False}),
     "plain keys in events": (
         {"payload": KEYS},
-        "events.keys: events carry plain keys while payloads are sealed; say keys: redacted",
-        {"payload": KEYS, "events": {"keys": "redacted"}},
+        "events.keys: events carry plain keys while payloads are sealed; say keys: hash or keys: none",
+        {"payload": KEYS, "events": {"keys": "none"}},
+    ),
+    "hashed keys without a secret": (
+        {"payload": KEYS, "events": {"keys": "hash"}},
+        "events.hash_key: keys can be guessed from hashes without a secret while payloads are sealed; give one",
+        {"payload": KEYS, "events": {"keys": "hash", "hash_key": "h" * 32}},
     ),
     "an unbounded memory backend": (
         {"backends": ["memory://?max_entries=none"]},

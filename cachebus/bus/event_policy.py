@@ -1,0 +1,110 @@
+"""What events may say, and how many of them are told: redacted keys, and samples of frequent kinds."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias
+
+from cachebus.messages import (
+    CacheCleared,
+    CacheDeleted,
+    CacheSet,
+    Event,
+    EventsMissed,
+    TagsInvalidated,
+)
+
+from .subscription import EventKind, event_kinds
+
+KeyForm: TypeAlias = Literal["plain", "hash", "none"]
+
+UNSAMPLED: frozenset[EventKind] = frozenset({CacheSet, CacheDeleted, CacheCleared, TagsInvalidated, EventsMissed})
+"""Kinds of which every one is told: whoever keeps copies of values goes stale for want of one."""
+
+_HASH_BYTES = 16
+_LONGEST_HASH_KEY = 64  # BLAKE2b takes no longer one.
+
+
+class EventPolicy:
+    """What events may say of keys, and which share of them is told.
+
+    `keys` is how a key looks where an event leaves: to listeners of the application, and on NATS. `plain` as it is; `hash`
+    as 32 hexadecimal digits of BLAKE2b, keyed with `hash_key` if there is one, so that equal keys are seen to be equal;
+    `none` as the empty string. `sample` says, by globs over kinds, which share from 0 to 1 is told; of several globs that
+    fit a kind, the first counts. `draw` returns numbers from 0 to below 1.
+
+    Raises `ValueError` for a glob that fits nothing or one of `UNSAMPLED`, for a share that is none, and for a `hash_key`
+    that BLAKE2b does not take.
+    """
+
+    __slots__ = ("_draw", "_hash_key", "_shares", "keys")
+
+    def __init__(
+        self,
+        keys: KeyForm = "plain",
+        hash_key: bytes = b"",
+        sample: Mapping[str, float] | None = None,
+        *,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        if len(hash_key) > _LONGEST_HASH_KEY:
+            raise ValueError(f"a hash_key has at most {_LONGEST_HASH_KEY} bytes")
+        self.keys: KeyForm = keys
+        self._hash_key = hash_key
+        self._draw = draw
+        self._shares = shares(sample or {})
+
+    def __repr__(self) -> str:
+        sampled = {kind.WIRE_NAME: share for kind, share in self._shares.items()}
+        return f"<EventPolicy keys={self.keys} {'keyed' if self._hash_key else 'unkeyed'} sample={sampled}>"
+
+    @property
+    def redacts(self) -> bool:
+        """Whether events leave without their real keys."""
+        return self.keys != "plain"
+
+    def chosen(self, kind: EventKind) -> bool:
+        """Whether the event of this kind that could be told now is one of the sample."""
+        share = self._shares.get(kind)
+        return share is None or self._draw() < share
+
+    def key(self, key: str) -> str:
+        """A key as events show it. No key stays no key."""
+        if self.keys == "plain" or not key:
+            return key
+        if self.keys == "none":
+            return ""
+        data = key.encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(data, digest_size=_HASH_BYTES, key=self._hash_key).hexdigest()
+
+    def shown(self, event: Event) -> Event:
+        """The event as it leaves: itself, or a copy with its key redacted."""
+        key: str | None = getattr(event, "key", None)
+        if not key or self.keys == "plain":
+            return event
+        redacted = copy.copy(event)
+        redacted.stamp({"key": self.key(key)})
+        return redacted
+
+
+def shares(sample: Mapping[str, float]) -> dict[EventKind, float]:
+    """The share of each kind that is sampled. Raises `ValueError`."""
+    found: dict[EventKind, float] = {}
+    for glob, share in sample.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"the share of {glob!r} is a number from 0 to 1, not {share!r}")
+        for kind in event_kinds((glob,)):
+            found.setdefault(kind, share)
+    for kind in sorted(found, key=lambda each: each.WIRE_NAME):
+        if kind in UNSAMPLED and found[kind] < 1:
+            raise ValueError(
+                f"{kind.WIRE_NAME.removeprefix('event.')} cannot be sampled: who keeps copies of values needs each one"
+            )
+    return {kind: share for kind, share in found.items() if share < 1}
+
+
+EVERYTHING = EventPolicy()
+"""Plain keys, and every event."""
