@@ -28,11 +28,14 @@ from cachebus.messages import (
     Exists,
     Get,
     GetMany,
+    GetOrLease,
     Increment,
     InvalidateTags,
     Ping,
     Pong,
+    Release,
     RemovalCause,
+    Renew,
     Reply,
     Request,
     Scan,
@@ -48,7 +51,7 @@ from cachebus.messages import (
 from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
 from .outcomes import Tally, facts
-from .ports import BatchStore, InlineStore, PipelinedStore, Store
+from .ports import BatchStore, InlineStore, LeasingStore, PipelinedStore, Store
 from .resilience import Guard
 
 STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
@@ -67,6 +70,9 @@ STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
     Scan,
     InvalidateTags,
     Clear,
+    GetOrLease,
+    Renew,
+    Release,
 )
 """What a backend hands to its store."""
 
@@ -115,6 +121,8 @@ class BackendActor(Actor):
             table.plain[Clear] = self._clear(table.plain[Clear])
             table.plain[InvalidateTags] = self._invalidate_tags(table.plain[InvalidateTags])
             self._store.on_due = self._due
+            if isinstance(self._store, LeasingStore):
+                self._store.defer = self.ctx.defer
         elif isinstance(self._store, PipelinedStore):
             table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_pipelined))
             # Another method is another batch.
