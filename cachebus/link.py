@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
@@ -14,12 +14,21 @@ R = TypeVar("R")
 class Link:
     """A bus, an address on it, and the time that a call may take, in seconds.
 
-    `turn_get` and `turn_set` take a message's turn on the caller's stack where that is possible.
+    `turn_get` and `turn_set` take a message's turn on the caller's stack where that is possible. `call_after` calls a
+    function that does not wait after so many seconds, on the event loop of the node; it may be called from any thread.
     """
 
-    __slots__ = ("address", "bus", "emitter", "timeout", "turn_get", "turn_set")
+    __slots__ = ("address", "bus", "call_after", "emitter", "timeout", "turn_get", "turn_set")
 
-    def __init__(self, bus: Bus, address: Address, timeout: float, emitter: Emitter) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        address: Address,
+        timeout: float,
+        emitter: Emitter,
+        call_after: Callable[[float, Callable[[], None]], object],
+    ) -> None:
+        self.call_after = call_after
         self.bus = bus
         self.address = address
         self.timeout = timeout
@@ -28,13 +37,13 @@ class Link:
         self.turn_get: Turn = recipient.turn(Get)
         self.turn_set: Turn = recipient.turn(Set)
 
-    async def request(self, message: Request[R]) -> R:
-        """Ask, awaiting the reply."""
-        return await self.bus.request(self.address, message, self.timeout)
+    async def request(self, message: Request[R], patience: float = 0.0) -> R:
+        """Ask, awaiting the reply for `patience` seconds more than a call may take."""
+        return await self.bus.request(self.address, message, self.timeout + patience)
 
-    async def request_blocking(self, message: Request[R]) -> R:
+    async def request_blocking(self, message: Request[R], patience: float = 0.0) -> R:
         """Ask, blocking this thread; a coroutine that never suspends, so that the facades can share their code."""
-        return self.bus.request_blocking(self.address, message, self.timeout)
+        return self.bus.request_blocking(self.address, message, self.timeout + patience)
 
     def finish(self, message: Request[R], reply: Any) -> Awaitable[R]:
         """Come to the reply from what a turn has returned."""

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from cachebus.actors import BackendActor, BatchStore, InlineStore, RestartPolicy, Supervisor
+from cachebus.actors import Alarm, BackendActor, BatchStore, InlineStore, RestartPolicy, Supervisor
 from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus
 from cachebus.messages import CacheClosed
 
@@ -42,6 +42,7 @@ class Node:
             capacity=actors.mailbox_capacity,
             inline_turns=actors.inline_turns,
         )
+        self._alarm = Alarm(clock)
         self._resources = AsyncExitStack()
         self._closed = False
 
@@ -53,6 +54,7 @@ class Node:
         if self._closed:
             raise CacheClosed("this node was closed; make a new one")
         await self._resources.enter_async_context(self.supervisor)
+        self.supervisor.start_soon(self._alarm.run)
         try:
             for backend in self.settings.backends:
                 await self.supervisor.start(
@@ -81,7 +83,7 @@ class Node:
         settings = self.settings
         backend = settings.default_backend if name is None else settings.backend(name)
         emitter = Emitter(self.bus, backend.name)
-        return Link(self.bus, backend_address(backend.name), settings.timeout, emitter)
+        return Link(self.bus, backend_address(backend.name), settings.timeout, emitter, self._alarm.set)
 
     async def stop(self) -> None:
         """Stop every actor: each answers what it was sent. The node is left where it was entered."""
