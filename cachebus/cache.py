@@ -44,14 +44,11 @@ from cachebus.messages import (
     bare,
 )
 
-from .cached import Decorator, Loads
+from .cache_loading import CacheLoading
+from .cached import Loads
 from .checks import TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
 from .link import Link, NoLink
-from .load_options import Duration, LoadOptions, Refresh, WaitPolicy
-from .loaders import Loader
-from .loading import job_of
 from .node import Node
-from .ways import Awaiting
 
 R = TypeVar("R")
 Asking = Callable[[Request[Any]], Awaitable[Any]]
@@ -68,7 +65,7 @@ class Health:
     detail: str = ""
 
 
-class Cache:
+class Cache(CacheLoading):
     """A cache over one backend, on asyncio or trio. Made by `open_cache`; used within `async with`.
 
     Keys are non-empty `str`; anything else is a `CacheKeyError`. Times to live are seconds or a `timedelta`; left out,
@@ -253,77 +250,6 @@ class Cache:
             raise CacheKeyError("there is no counter to increment under the key, and initial is None")
         return int(reply.value)
 
-    # Loading
-
-    async def get_or_load(
-        self,
-        key: str,
-        loader: Loader,
-        *,
-        ttl: TimeToLive = "default",
-        tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-    ) -> Any:
-        """The value under `key`; where there is none, what `loader` returns, which is stored.
-
-        One caller of all that share the backend loads at a time, where the store can lease (see `docs/loading.md`);
-        everybody else waits for the value. A delete, a clear, a write of the key or an invalidation of a tag during the
-        load keeps what was loaded from being stored. What the loader raises, everybody in this process gets who waits.
-
-        `loader` is a coroutine function or a plain one, which runs in a worker thread; if it takes an argument, that is a
-        `LoadContext`. It returns the value, or a `LoadResult` that also says how to keep it. Durations are seconds, or
-        a `timedelta`; options are checked when a value has to be loaded.
-
-        * `stale_for`: so long after its `ttl` a value is served where the loader fails.
-        * `soft_timeout`: with such a value at hand, wait no longer for the loader; 0 serves it at once. `hard_timeout`: wait
-          no longer in any case; without such a value that is a `CacheTimeoutError`. The load goes on and is stored.
-        * `refresh`, `refresh_after`: load a live value anew, in the background: by chance, the likelier the nearer its end
-          and the longer it takes to load (`"xfetch"`, `beta` above 1 is earlier), after a part of its lifetime, or after
-          so many seconds.
-        * `negative_ttl`: the `ttl` of a loaded `None`. `ttl_jitter`: the part of the `ttl` that chance may take off.
-        * `idle_ttl`: the value goes when nobody has asked for it here for so long, and after `ttl` in any case.
-        * `wait_limit`: wait so long for somebody else's load, and then do as `wait` says: `"load"` loads too, and does
-          not store; `"stale"` takes a stale value if there is one, and else loads; `"raise"` raises `CacheStampedeError`.
-        * `lease_ttl`: so long after the death of whoever loads somebody else may. A load itself may take longer.
-        """
-        if type(key) is not str:
-            check_key(key)
-        request = bare(Get)
-        request.key = key
-        reply = self._turn_get(request)
-        self._turns_left = left = self._turns_left - 1
-        if type(reply) is Found and left > 0 and idle_ttl is None:
-            return reply.value
-        found = await self.finish_get(request, reply)
-        options = LoadOptions.of(
-            ttl=ttl,
-            tags=tags,
-            stale_for=stale_for,
-            soft_timeout=soft_timeout,
-            hard_timeout=hard_timeout,
-            refresh=refresh,
-            refresh_after=refresh_after,
-            beta=beta,
-            negative_ttl=negative_ttl,
-            ttl_jitter=ttl_jitter,
-            idle_ttl=idle_ttl,
-            wait=wait,
-            wait_limit=wait_limit,
-            lease_ttl=lease_ttl,
-        )
-        return await self._loads.deliver(Awaiting(self._link), job_of(key, loader, options), found)
-
     # Removing
 
     async def delete(self, key: str) -> bool:
@@ -352,44 +278,6 @@ class Cache:
         await self._ask(Clear())
 
     # Decorating and watching
-
-    def cached(
-        self,
-        *,
-        key: str | Callable[..., str],
-        ttl: TimeToLive = "default",
-        tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-    ) -> Decorator:
-        """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
-        options = LoadOptions.of(
-            ttl=ttl,
-            tags=tags,
-            stale_for=stale_for,
-            soft_timeout=soft_timeout,
-            hard_timeout=hard_timeout,
-            refresh=refresh,
-            refresh_after=refresh_after,
-            beta=beta,
-            negative_ttl=negative_ttl,
-            ttl_jitter=ttl_jitter,
-            idle_ttl=idle_ttl,
-            wait=wait,
-            wait_limit=wait_limit,
-            lease_ttl=lease_ttl,
-        )
-        return self._loads.cached(key=key, options=options)
 
     def events(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
         """Listen to events: to kinds of them, to globs over their names such as `"cache_*"`, or to all.

@@ -14,10 +14,11 @@ from cachebus.messages import Found, Get, Missing, bare
 
 from .checks import check_key, check_tags
 from .keying import compile_template
+from .landing import Job
 from .link import Link, run
 from .load_options import LoadOptions
 from .loaders import is_asynchronous
-from .loading import Flights, Job
+from .loading import Flights
 from .ways import Awaiting, Blocking
 
 P = ParamSpec("P")

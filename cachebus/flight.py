@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -31,6 +31,14 @@ LATE: Final = _Outcome("LATE")
 """In the place of an outcome: whoever waits does so no longer."""
 
 
+LEFT_OUT: Final = _Outcome("LEFT_OUT")
+"""The outcome for a key that a loader of many brought no value for."""
+
+
+class LeftOut(LookupError):
+    """Raised when a loader of many keys brings no value for one that was asked for alone."""
+
+
 class Value:
     """The outcome of a load that brought a value.
 
@@ -43,6 +51,19 @@ class Value:
     def __init__(self, value: Any, *, shared: bool = True) -> None:
         self.value = value
         self.shared = shared
+
+
+class Values:
+    """The outcomes of a load of many keys."""
+
+    __slots__ = ("by_key",)
+
+    def __init__(self, by_key: Mapping[str, Any]) -> None:
+        self.by_key = by_key
+
+    def of(self, key: str) -> Any:
+        """The outcome for one of the keys."""
+        return self.by_key.get(key, LEFT_OUT)
 
 
 class Raised:

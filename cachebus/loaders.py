@@ -10,7 +10,7 @@ from typing import Any
 
 from cachebus.messages import CacheError
 
-from .checks import TimeToLive
+from .checks import TimeToLive, check_tags
 
 Loader = Callable[..., Any]
 
@@ -48,6 +48,9 @@ class LoadResult:
     stale_for: float | None = None
     unchanged: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tags", check_tags(self.tags))  # An iterator could be read only once.
+
     @classmethod
     def not_modified(cls, *, ttl: TimeToLive | EllipsisType = ..., etag: str | None = None) -> LoadResult:
         """The value in `LoadContext.stale` is up to date: keep it as if it were loaded now."""
@@ -62,6 +65,11 @@ class LoadResult:
                 "a loader returned LoadResult.not_modified(), but there is no value that could be unchanged"
             )
         return LoadResult(context.stale, self.ttl, self.tags, self.store, self.etag or context.etag, self.stale_for)
+
+
+def as_result(loaded: object) -> LoadResult:
+    """What a loader returned, as a `LoadResult`."""
+    return loaded if isinstance(loaded, LoadResult) else LoadResult(loaded)
 
 
 def with_arguments(loader: Loader, *arguments: Any) -> Callable[[], Any]:

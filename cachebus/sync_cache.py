@@ -17,17 +17,14 @@ from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot,
 
 from .background import BACKGROUND, Hosted
 from .cache import Cache, Health
-from .cached import Decorator, Loads
+from .cache_loading import SyncCacheLoading
+from .cached import Loads
 from .checks import TimeToLive, check_key, set_request
 from .link import Link, run
-from .load_options import Duration, LoadOptions, Refresh, WaitPolicy
-from .loaders import Loader
-from .loading import job_of
 from .node import Node
-from .ways import Blocking
 
 
-class SyncCache:
+class SyncCache(SyncCacheLoading):
     """A cache over one backend for code without an event loop, usable from any number of threads.
 
     Made by `open_sync_cache`. It opens at its first use, or with `with`, and in the child of a fork anew: a child begins
@@ -177,57 +174,6 @@ class SyncCache:
         """As `Cache.increment`."""
         return run(self._opened().increment(key, delta, initial=initial, ttl=ttl))
 
-    # Loading
-
-    def get_or_load(
-        self,
-        key: str,
-        loader: Loader,
-        *,
-        ttl: TimeToLive = "default",
-        tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-    ) -> Any:
-        """As `Cache.get_or_load`. A plain loader runs in the calling thread, or, where it may have to go on by itself, in
-        one of its own; a coroutine function runs in the event loop of the cache."""
-        if type(key) is not str:
-            check_key(key)
-        request = bare(Get)
-        request.key = key
-        reply = self._turn_get(request)
-        if type(reply) is Found and idle_ttl is None:
-            return reply.value
-        cache = self._opened()
-        found = run(cache.finish_get(request, reply))
-        options = LoadOptions.of(
-            ttl=ttl,
-            tags=tags,
-            stale_for=stale_for,
-            soft_timeout=soft_timeout,
-            hard_timeout=hard_timeout,
-            refresh=refresh,
-            refresh_after=refresh_after,
-            beta=beta,
-            negative_ttl=negative_ttl,
-            ttl_jitter=ttl_jitter,
-            idle_ttl=idle_ttl,
-            wait=wait,
-            wait_limit=wait_limit,
-            lease_ttl=lease_ttl,
-        )
-        return run(self._loads.deliver(Blocking(cache.link), job_of(key, loader, options), found))
-
     # Removing
 
     def delete(self, key: str) -> bool:
@@ -251,44 +197,6 @@ class SyncCache:
         run(self._opened().clear())
 
     # Decorating and watching
-
-    def cached(
-        self,
-        *,
-        key: str | Callable[..., str],
-        ttl: TimeToLive = "default",
-        tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-    ) -> Decorator:
-        """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
-        options = LoadOptions.of(
-            ttl=ttl,
-            tags=tags,
-            stale_for=stale_for,
-            soft_timeout=soft_timeout,
-            hard_timeout=hard_timeout,
-            refresh=refresh,
-            refresh_after=refresh_after,
-            beta=beta,
-            negative_ttl=negative_ttl,
-            ttl_jitter=ttl_jitter,
-            idle_ttl=idle_ttl,
-            wait=wait,
-            wait_limit=wait_limit,
-            lease_ttl=lease_ttl,
-        )
-        return self._loads.cached(key=key, options=options)
 
     def events(self, *what: type[Event] | str, capacity: int = 1024) -> Subscription:
         """As `Cache.events`; iterate with `for` within `with`, or call `next(timeout)`."""

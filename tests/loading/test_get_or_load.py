@@ -123,9 +123,9 @@ async def test_a_delete_during_the_load_keeps_its_value_from_being_stored(cache:
             tasks.start_soon(call)
             await anyio.wait_all_tasks_blocked()
             source.go_on.set()
-        assert values == [1, 1, 2] or values == [2, 1, 1]
+        assert sorted(values) == [1, 1, 2]
         assert await cache.get("k") == 2, "what was loaded before the delete was not stored"
-        assert [event.key for event in heard(lost)] == ["k"]
+        assert [getattr(event, "key", "") for event in heard(lost)] == ["k"]
 
 
 async def test_the_error_of_a_loader_goes_to_everybody_and_the_next_may_try_at_once(cache: Cache) -> None:
