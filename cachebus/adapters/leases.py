@@ -16,14 +16,13 @@ from cachebus.messages import GetOrLease, Overloaded, Reply
 
 
 class Waiter:
-    """A caller who is parked: what it asked, where its answer goes, and at which version and until when it waits."""
+    """A caller who is parked: what it asked, where its answer goes, and until when it waits."""
 
-    __slots__ = ("arrived", "port", "request", "until")
+    __slots__ = ("port", "request", "until")
 
-    def __init__(self, request: GetOrLease, port: Deferred, arrived: float, until: float) -> None:
+    def __init__(self, request: GetOrLease, port: Deferred, until: float) -> None:
         self.request = request
         self.port = port
-        self.arrived = arrived
         self.until = until
 
 
@@ -170,10 +169,9 @@ class LeaseTable:
             self._floor = version
             self._lost_tags.clear()
 
-    def lost_at(self, lease: Lease, tags: Iterable[str]) -> float:
-        """The version at which a lease was lost to the invalidation of one of `tags`, 0 if it was not."""
-        lost = max((max(self._lost_tags.get(tag, 0.0), self._floor) for tag in tags), default=0.0)
-        return lost if lost > lease.granted else 0.0
+    def was_lost(self, lease: Lease, tags: Iterable[str]) -> bool:
+        """Whether one of `tags` was invalidated since the lease was granted."""
+        return any(max(self._lost_tags.get(tag, 0.0), self._floor) > lease.granted for tag in tags)
 
     # Time
 

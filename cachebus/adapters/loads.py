@@ -77,7 +77,7 @@ class LoadTable(EntryTable):
             lease = self._leases.by_key[request.key]
             if lease.owner != request.owner and self._leases.has_room():
                 port = self.defer()
-                self._leases.park(lease, Waiter(request, port, self._version, now + request.wait))
+                self._leases.park(lease, Waiter(request, port, now + request.wait))
                 return port
         return reply
 
@@ -110,13 +110,11 @@ class LoadTable(EntryTable):
         if lease is None:
             answer_all(self._leases.take_void(request.key, token), late)
             return self._lost(request.key, now)
-        if lost := self._leases.lost_at(lease, request.tags):
+        if self._leases.was_lost(lease, request.tags):
+            # Nobody knew of the tag until now, so this was the lease of callers who asked after its invalidation too; and
+            # a waiter may wait for several, of whom it does not say when they asked.
             for waiter in self._leases.take(lease):
-                # Who asked before the tag was invalidated may have the value. To who asked later it is out of date.
-                if waiter.arrived < lost:
-                    waiter.port.answer(late)
-                else:
-                    self._again(waiter, now)
+                self._again(waiter, now)
             return self._lost(request.key, now)
         waiters = self._leases.take(lease)
         try:
