@@ -11,7 +11,7 @@ PIP   := $(BIN)/python -m pip -qq --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format venv servers clean
+.PHONY: help demo test check bench soak format venv servers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ check: $(STAMP)-dev ## lint, format, types
 
 bench: $(STAMP)-bench servers ## cachebus beside its peers
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(STAMP)-dev ## a million simulated worlds: ARGS='2000001 --seeds 50000' chooses which
+	@$(BIN)/python -m tests.loading.simulation $(or $(ARGS),1 --seeds 1000000)
 
 format: $(STAMP)-dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix

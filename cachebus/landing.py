@@ -82,6 +82,27 @@ class Group:
         self.stale = stale
 
 
+class Start:
+    """What begins a flight that is listed already. `call_off` ends it if that did not happen, so that nobody who has found
+    it there waits for ever."""
+
+    __slots__ = ("_begin", "_ended", "begun")
+
+    def __init__(self, begin: Callable[[], None], ended: Callable[[], None]) -> None:
+        self._begin = begin
+        self._ended = ended
+        self.begun = False
+
+    def __call__(self) -> None:
+        self.begun = True
+        self._begin()
+
+    def call_off(self) -> None:
+        """End the flight, if it was not begun."""
+        if not self.begun:
+            self._ended()
+
+
 class Landings:
     """The loads of one cache that are under way in this process, by the names of their leases."""
 
@@ -120,9 +141,7 @@ class Landings:
 
     # Loading
 
-    def _beginning(
-        self, way: Way, job: Job, flight: Flight, token: str, stale: Stale | None, started: float
-    ) -> Callable[[], None]:
+    def _start(self, way: Way, job: Job, flight: Flight, token: str, stale: Stale | None, started: float) -> Start:
         """What starts the load under a lease that was granted."""
         options = job.options
         alone = options.soft_timeout is not None or options.hard_timeout is not None
@@ -130,14 +149,12 @@ class Landings:
         def begin() -> None:
             self.renewals.hold(way.link, job.key, token, options.lease_ttl)
             context = self._context(job, stale, started)
-            way.beside(
-                flight,
-                lambda way: self._fly(way, job, flight, token, context),
-                lambda: self._ended(way, job, flight, token),
-                alone=alone,
-            )
+            way.beside(flight, lambda way: self._fly(way, job, flight, token, context), ended, alone=alone)
 
-        return begin
+        def ended() -> None:
+            self._ended(way, job, flight, token)
+
+        return Start(begin, ended)
 
     def _ended(self, way: Way, job: Job, flight: Flight, token: str) -> None:
         self._forget(token)

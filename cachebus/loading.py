@@ -8,7 +8,7 @@ whose load began before an invalidation that had returned when the caller asked.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from cachebus.messages import (
@@ -31,7 +31,7 @@ from cachebus.messages import (
 )
 
 from .flight import ABANDONED, LATE, LEFT_OUT, Flight, LeftOut, Raised, Value, Values
-from .landing import Group, Job
+from .landing import Group, Job, Start
 from .load_options import LoadOptions
 from .loaders import Loader
 from .watching import Watches, name_of
@@ -65,11 +65,11 @@ class Flights(Watches):
         started = now()
         while True:
             stale: Stale | None = None
-            begin: Callable[[], None] | None = None
+            start: Start | None = None
             leads = False
             if not self._leasing:
-                flight, begin = self._alone_flight(way, job, started)
-                leads = begin is not None
+                flight, start = self._alone_flight(way, job, started)
+                leads = start is not None
             else:
                 token = self._token()
                 # Listed before the lease is asked for: whoever asks in between is told its name, and must find it here.
@@ -91,11 +91,11 @@ class Flights(Watches):
                         return reply.value
                     case LeaseGranted():
                         stale = reply.stale
-                        begin = self._beginning(way, job, flight, token, stale, started)
+                        start = self._start(way, job, flight, token, stale, started)
                     case Loading() | Stale():
                         stale = reply if isinstance(reply, Stale) else None
-                        flight, begin = self._joined(way, job, name_of(reply), started)
-            outcome = await self._outcome(way, job.options, flight, begin, leads, stale, started)
+                        flight, start = self._joined(way, job, name_of(reply), started)
+            outcome = await self._outcome(way, job.options, flight, start, leads, stale, started)
             if isinstance(outcome, Values):
                 outcome = outcome.of(job.key)
             if isinstance(outcome, Value) and (leads or outcome.shared):
@@ -172,9 +172,10 @@ class Flights(Watches):
                 alone=options.soft_timeout is not None or options.hard_timeout is not None,
             )
 
+        start = Start(begin, lambda: self._ended_many(way, jobs, flight, tokens))
         # Served stale all together or not at all: their values come from one call.
         stale = group.stale.get(next(iter(jobs))) if len(group.stale) == len(jobs) else None
-        outcome = await self._outcome(way, options, flight, begin, True, stale, started)
+        outcome = await self._outcome(way, options, flight, start, True, stale, started)
         if isinstance(outcome, Raised) and stale is None:
             raise outcome.error
         if isinstance(outcome, Raised | Stale):
@@ -196,12 +197,39 @@ class Flights(Watches):
         way: Way,
         options: LoadOptions,
         flight: Flight,
-        begin: Callable[[], None] | None,
+        start: Start | None,
         leads: bool,
         stale: Stale | None,
         started: float,
     ) -> Any:
         """What comes of a flight; the stale value, if that is to be served; `LATE`, if the caller is to load by itself."""
+        timeout, why = self._patience(way, options, leads, stale, started)
+        try:
+            if timeout == 0.0 and why == "soft":
+                if start is not None:
+                    flight.keep()
+                    start()
+                return stale
+            # Who has waited for as long as it may does not begin to wait for one more.
+            if timeout != 0.0 or why != "wait":
+                outcome = await way.wait(flight, timeout, keep=why != "wait", begin=start)
+                if outcome is not LATE:
+                    return outcome
+        finally:
+            if start is not None:
+                start.call_off()
+        if why == "soft" or (stale is not None and (why == "hard" or options.wait == "stale")):
+            return stale
+        if why == "hard":
+            raise CacheTimeoutError("the loader has not returned", way.link.address, options.hard_timeout or 0.0)
+        if options.wait == "raise":
+            raise CacheStampedeError(f"somebody else has been loading the key for {options.wait_limit:g} s")
+        return LATE
+
+    def _patience(
+        self, way: Way, options: LoadOptions, leads: bool, stale: Stale | None, started: float
+    ) -> tuple[float | None, str]:
+        """How long the caller waits, and what for: `soft`, `hard` or `wait` is the limit that comes first."""
         spent = way.link.bus.clock.monotonic() - started
         limits: list[tuple[float, str]] = []
         if options.soft_timeout is not None and stale is not None:
@@ -210,22 +238,7 @@ class Flights(Watches):
             limits.append((max(0.0, options.hard_timeout - spent), "hard"))
         if not leads:
             limits.append((max(0.0, options.wait_limit - spent), "wait"))
-        timeout, why = min(limits, default=(None, ""))
-        if timeout == 0.0 and stale is not None and why == "soft":
-            if begin is not None:
-                flight.keep()
-                begin()
-            return stale
-        outcome = await way.wait(flight, timeout, keep=why != "wait", begin=begin)
-        if outcome is not LATE:
-            return outcome
-        if why == "soft" or (stale is not None and (why == "hard" or options.wait == "stale")):
-            return stale
-        if why == "hard":
-            raise CacheTimeoutError("the loader has not returned", way.link.address, options.hard_timeout or 0.0)
-        if options.wait == "raise":
-            raise CacheStampedeError(f"somebody else has been loading the key for {options.wait_limit:g} s")
-        return LATE
+        return min(limits, default=(None, ""))
 
     def _serve(self, way: Way, stale: Stale, key: str) -> Any:
         emitter = way.link.emitter
@@ -244,18 +257,21 @@ class Flights(Watches):
             way.beside(
                 flight,
                 lambda way: self._fly(way, job, flight, None, context),
-                lambda: flight.land(ABANDONED),
+                ended,
                 alone=job.options.hard_timeout is not None,
             )
 
-        outcome = await self._outcome(way, job.options, flight, begin, True, None, started)
+        def ended() -> None:
+            flight.land(ABANDONED)
+
+        outcome = await self._outcome(way, job.options, flight, Start(begin, ended), True, None, started)
         if isinstance(outcome, Raised):
             raise outcome.error
         if not isinstance(outcome, Value):
             raise CacheError("the load was broken off")
         return outcome.value
 
-    def _alone_flight(self, way: Way, job: Job, started: float) -> tuple[Flight, Callable[[], None] | None]:
+    def _alone_flight(self, way: Way, job: Job, started: float) -> tuple[Flight, Start | None]:
         """The flight of a key in a store that knows no leases: one for each process."""
         mine = Flight()
         flight = self._alone.setdefault(job.key, mine)
@@ -282,7 +298,7 @@ class Flights(Watches):
 
         options = job.options
         alone = options.soft_timeout is not None or options.hard_timeout is not None
-        return flight, lambda: way.beside(flight, work, ended, alone=alone)
+        return flight, Start(lambda: way.beside(flight, work, ended, alone=alone), ended)
 
 
 def _one_of(load: Loader, key: str) -> Any:

@@ -43,18 +43,21 @@ class Renewals:
             if sooner:
                 self._armed_for = due
         if sooner:
-            link.call_after(due - now, self._ring)
+            link.call_after(due - now, lambda: self._ring(due))
 
     def let_go(self, token: str) -> None:
         """Renew a lease no longer."""
         with self._guard:
             self._held.pop(token, None)
 
-    def _ring(self) -> None:
+    def _ring(self, when: float) -> None:
         with self._guard:
+            if when != self._armed_for:
+                return  # An earlier one was set since, and goes on for both.
             held = list(self._held.items())
+            self._armed_for = float("inf")
         earliest: _Held | None = None
-        now = 0.0
+        now = when
         for token, each in held:
             now = each.link.bus.clock.monotonic()
             if each.due <= now:
@@ -62,7 +65,12 @@ class Renewals:
                 each.link.bus.send(each.link.address, Renew(each.key, token, each.lease_ttl))
             if earliest is None or each.due < earliest.due:
                 earliest = each
+        if earliest is None:
+            return
+        due = earliest.due
         with self._guard:
-            self._armed_for = float("inf") if earliest is None else earliest.due
-        if earliest is not None:
-            earliest.link.call_after(earliest.due - now, self._ring)
+            sooner = due < self._armed_for
+            if sooner:
+                self._armed_for = due
+        if sooner:
+            earliest.link.call_after(due - now, lambda: self._ring(due))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from cachebus.messages import CacheError, Found, LeaseGranted, Loaded, LoaderFailed, Loading, Stale, Touch
 
 from .flight import ABANDONED, Flight, Raised, Value
-from .landing import Job, Landings
+from .landing import Job, Landings, Start
 from .ways import Way
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
@@ -23,7 +21,7 @@ class Watches(Landings):
 
     # Waiting for somebody else
 
-    def _joined(self, way: Way, job: Job, theirs: str, started: float) -> tuple[Flight, Callable[[], None] | None]:
+    def _joined(self, way: Way, job: Job, theirs: str, started: float) -> tuple[Flight, Start | None]:
         """The flight of a load that is under way; where it is another process's, with what starts to wait for it on
         behalf of everybody in this one."""
         mine = Flight()
@@ -36,9 +34,10 @@ class Watches(Landings):
                 del self.flights[theirs]
             flight.land(ABANDONED)
 
-        return flight, lambda: way.beside(
-            flight, lambda way: self._watch(way, job, flight, theirs, started), ended, alone=True
-        )
+        def begin() -> None:
+            way.beside(flight, lambda way: self._watch(way, job, flight, theirs, started), ended, alone=True)
+
+        return flight, Start(begin, ended)
 
     async def _watch(self, way: Way, job: Job, flight: Flight, theirs: str, started: float) -> None:
         pause = FIRST_PAUSE

@@ -131,18 +131,22 @@ class LeaseTable:
         lease.expires_at = now + lease_ttl
         return True
 
-    def take(self, lease: Lease) -> list[Waiter]:
-        """End a current lease, and hand over who waits for it."""
+    def take(self, lease: Lease) -> None:
+        """End a current lease. Whoever waits for it is to be answered."""
         self._forget(lease)
-        return self._empty(lease)
 
-    def take_void(self, key: str, token: str) -> list[Waiter]:
-        """Hand over who still waits for a lease that was lost."""
+    def take_void(self, key: str, token: str) -> Lease | None:
+        """End a lease that was lost while others waited for it. These are to be answered."""
         lease = self._void.get(token)
         if lease is None or lease.key != key:
-            return []
-        del self._void[token]
-        return self._empty(lease)
+            return None
+        return self._void.pop(token)
+
+    def empty(self, lease: Lease) -> list[Waiter]:
+        """Let nobody wait for a lease any more: hand over who does."""
+        waiters, lease.waiters = lease.waiters, []
+        self._waiting -= len(waiters)
+        return waiters
 
     # Losing
 
@@ -191,7 +195,7 @@ class LeaseTable:
                     self._forget(lease)
                 else:
                     del self._void[lease.token]
-                for waiter in self._empty(lease):
+                for waiter in self.empty(lease):
                     self._again(waiter, now)
                 continue
             gone = [each for each in lease.waiters if each.until <= now]
@@ -212,7 +216,7 @@ class LeaseTable:
             each.clear()
         self._heap.clear()
         for lease in leases:
-            yield from self._empty(lease)
+            yield from self.empty(lease)
 
     def _watch(self, when: float, lease: Lease) -> None:
         if len(self._heap) > 2 * self._waiting + 64:
@@ -227,11 +231,6 @@ class LeaseTable:
             heapq.heappush(self._heap, (when, next(self._numbers), lease))
         if self._heap[0][0] >= when:
             self._on_due(self._heap[0][0])
-
-    def _empty(self, lease: Lease) -> list[Waiter]:
-        waiters, lease.waiters = lease.waiters, []
-        self._waiting -= len(waiters)
-        return waiters
 
     def _forget(self, lease: Lease) -> None:
         del self.by_key[lease.key]

@@ -91,14 +91,19 @@ class LoadTable(EntryTable):
         """Give a lease back, with what those who wait shall be told."""
         now = self._now()
         lease = self._leases.held(request.key, request.token, now)
-        waiters = self._leases.take_void(request.key, request.token) if lease is None else self._leases.take(lease)
-        if request.late is not None:
-            answer_all(waiters, request.late)
-        elif request.error:
-            answer_all(waiters, Failed.of(LoaderFailed(error=request.error)))
+        ended = lease
+        if lease is not None:
+            self._leases.take(lease)
         else:
-            for waiter in waiters:
-                self._again(waiter, now)
+            ended = self._leases.take_void(request.key, request.token)
+        if ended is not None:
+            if request.late is not None:
+                self._bring_late(ended, request.late, now)
+            elif request.error:
+                answer_all(self._leases.empty(ended), Failed.of(LoaderFailed(error=request.error)))
+            else:
+                for waiter in self._leases.empty(ended):
+                    self._again(waiter, now)
         return NotHeld() if lease is None else Released()
 
     def set_leased(self, request: Set, token: str, now: float) -> Stored | NotStored:
@@ -108,24 +113,23 @@ class LoadTable(EntryTable):
         late = Found(request.value, 0.0, None, request.tags)
         lease = self._leases.held(request.key, token, now)
         if lease is None:
-            answer_all(self._leases.take_void(request.key, token), late)
+            if (void := self._leases.take_void(request.key, token)) is not None:
+                self._bring_late(void, late, now)
             return self._lost(request.key, now)
         if self._leases.was_lost(lease, request.tags):
-            # Nobody knew of the tag until now, so this was the lease of callers who asked after its invalidation too; and
-            # a waiter may wait for several, of whom it does not say when they asked.
-            for waiter in self._leases.take(lease):
-                self._again(waiter, now)
+            self._leases.take(lease)
+            self._bring_late(lease, late, now)
             return self._lost(request.key, now)
-        waiters = self._leases.take(lease)
+        self._leases.take(lease)
         try:
             entry = self._store(request.key, request.value, request.ttl, request.tags, now)
         except CacheError:
-            answer_all(waiters, late)
+            self._bring_late(lease, late, now)
             raise
         if (origin := request.origin) is not None:
             self._keep_origin(entry, origin, now)
-        if waiters:
-            answer_all(waiters, self._found(entry, now))
+        if lease.waiters:
+            answer_all(self._leases.empty(lease), self._found(entry, now))
         return Stored(entry.version)
 
     # What is there
@@ -193,10 +197,24 @@ class LoadTable(EntryTable):
         else:
             waiter.port.answer(reply)
 
+    def _bring_late(self, lease: Lease, late: Found, now: float) -> None:
+        """Give a value that is not stored to those who waited for it, unless it may be out of date for some of them.
+
+        It may be if it has a tag that nobody knew of until now: then this was the lease of callers who asked after that
+        tag's invalidation too, and a waiter may wait for several, of whom it does not say when they asked.
+        """
+        waiters = self._leases.empty(lease)
+        if set(late.tags) <= set(lease.tags):
+            answer_all(waiters, late)
+        else:
+            for waiter in waiters:
+                self._again(waiter, now)
+
     def _overtaken(self, entry: Entry) -> None:
         lease = self._leases.by_key.get(entry.key)
         if lease is not None:
-            answer_all(self._leases.take(lease), self._found(entry, self._now()))
+            self._leases.take(lease)
+            answer_all(self._leases.empty(lease), self._found(entry, self._now()))
 
     def _lost(self, key: str, now: float) -> NotStored:
         entry = self._live(key, now)

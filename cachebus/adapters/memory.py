@@ -275,8 +275,10 @@ class MemoryStore(LoadTable):
     def delete_pattern(self, request: DeletePattern) -> Deleted:
         matches = compile_glob(request.pattern).fullmatch
         self._leases.void_all(matches)
-        self._delete(tuple(key for key in self._origins if matches(key) and self._live(key, self._now()) is None))
         matching = self._matching(request.pattern)
+        # What is stale is no live value, and goes too.
+        now = self._now()
+        self._delete(tuple(key for key in self._origins if matches(key) and self._entries[key].expires_at <= now))
         for entry in matching:
             self._drop(entry, RemovalCause.EXPLICIT)
         return Deleted(len(matching))
