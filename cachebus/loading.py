@@ -124,8 +124,9 @@ class Flights(Watches):
             self._ended_many(way, jobs, flight, tokens)
             raise
         granted = {key: tokens[key] for key, reply in replies.items() if isinstance(reply, LeaseGranted)}
-        for key in jobs.keys() - granted.keys():
-            self.flights.pop(tokens[key], None)
+        for key, token in tokens.items():
+            if key not in granted:
+                self.flights.pop(token, None)
         values = {key: reply.value for key, reply in replies.items() if isinstance(reply, Found)}
         stale = {key: reply.stale for key, reply in replies.items() if isinstance(reply, LeaseGranted) and reply.stale}
         group = Group(load, stale)
@@ -134,7 +135,7 @@ class Flights(Watches):
         ours = {key: jobs[key] for key in jobs if key in tokens}
         if ours:
             values |= await self._load_many(way, ours, flight, tokens, group, started)
-        for key in jobs.keys() - values.keys() - ours.keys():
+        for key in [each for each in jobs if each not in values and each not in ours]:
             try:
                 values[key] = await self.fetch(way, jobs[key])
             except LeftOut:

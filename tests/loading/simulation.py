@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import heapq
+import itertools
 import logging
 import random
 from collections import deque
@@ -33,6 +34,14 @@ class Stuck(AssertionError):
     """Raised when everybody waits and nothing will ever happen."""
 
 
+class NumberedTask(asyncio.Task[Any]):
+    """A task that knows how many there were before it."""
+
+    def __init__(self, coroutine: Any, *, loop: SimulatedLoop, **options: Any) -> None:
+        super().__init__(coroutine, loop=loop, **options)
+        self.number = loop.next_number()
+
+
 class SimulatedLoop(asyncio.BaseEventLoop):
     """An event loop without I/O, whose time passes when nothing else can happen, and which does one thing at a time: any
     of those that are ready, by a seeded generator."""
@@ -41,6 +50,11 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.chance = random.Random(seed)
         self._now = 0.0
+        self._numbers = itertools.count()
+        self.set_task_factory(lambda loop, coroutine, **options: NumberedTask(coroutine, loop=self, **options))
+
+    def next_number(self) -> int:
+        return next(self._numbers)
 
     def time(self) -> float:
         return self._now
@@ -64,10 +78,24 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             handle = heapq.heappop(scheduled)
             handle._scheduled = False
             ready.append(handle)
-        ready.rotate(-self.chance.randrange(len(ready)))
-        handle = ready.popleft()
+        handle = self._chosen(ready)
         if not handle._cancelled:
             handle._run()
+
+    def _chosen(self, ready: deque[Any]) -> Any:
+        if len(ready) == 1:
+            return ready.popleft()
+        # anyio wakes the tasks of a scope in the order of a set, which no seed decides.
+        order = sorted(range(len(ready)), key=lambda at: (_number_of(ready[at]), at))
+        at = order[self.chance.randrange(len(order))]
+        handle = ready[at]
+        del ready[at]
+        return handle
+
+
+def _number_of(handle: Any) -> float:
+    task = getattr(handle._callback, "__self__", None)
+    return task.number if isinstance(task, NumberedTask) else float("inf")
 
 
 class SimulatedClock:
@@ -280,8 +308,8 @@ class World:
                             await asyncio.wait([reading], timeout=self.chance.choice((0.0, 0.01, 0.1)))
                         finally:
                             reading.cancel()
-                        (result,) = await asyncio.gather(reading, return_exceptions=True)
-                        values = {} if isinstance(result, BaseException) else {key: result}
+                        ended: Any = await asyncio.gather(reading, return_exceptions=True)
+                        values = {} if isinstance(ended[0], BaseException) else {key: ended[0]}
                     case _:
                         values = {key: await cache.get_or_load(name_of(key), self.loader(key, declared), **options)}
             except (CacheError, Broken):
