@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -237,13 +238,18 @@ def test_a_circle_through_threads_is_found() -> None:
 def test_threads_share_one_load(inline: bool) -> None:
     calls: list[int] = []
     barrier = threading.Barrier(32)
+
+    def load(number: int) -> int:
+        calls.append(number)
+        return number
+
     with a_sync_cache(inline=inline) as cache:
 
         def call(_: int) -> list[Any]:
             out = []
             for number in range(30):
                 barrier.wait()
-                out.append(cache.get_or_load(f"k{number}", lambda number=number: (calls.append(number), number)[1]))  # type: ignore[misc]
+                out.append(cache.get_or_load(f"k{number}", functools.partial(load, number)))
             return out
 
         with ThreadPoolExecutor(32) as pool:
