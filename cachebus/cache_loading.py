@@ -105,7 +105,9 @@ class CacheLoading:
             wait_limit=wait_limit,
             lease_ttl=lease_ttl,
         )
-        return await self._loads.deliver(Awaiting(self._link), job_of(key, loader, options), found)
+        return await self._loads.deliver(
+            Awaiting(self._link), job_of(key, loader, options, remote=reply is None), found
+        )
 
     async def get_or_load_many(
         self,
@@ -248,7 +250,7 @@ class SyncCacheLoading:
             wait_limit=wait_limit,
             lease_ttl=lease_ttl,
         )
-        return run(self._loads.deliver(Blocking(cache.link), job_of(key, loader, options), found))
+        return run(self._loads.deliver(Blocking(cache.link), job_of(key, loader, options, remote=reply is None), found))
 
     def get_or_load_many(
         self,

@@ -94,7 +94,14 @@ class Loads(Flights):
                 await checkpoint()
             check_key(key)
             found: Any = reply if isinstance(reply, Found | Missing) else await link.finish(request, reply)
-            job = Job(key, function, lambda context: function(*args, **kwargs), options, tags_of(args, kwargs))
+            job = Job(
+                key,
+                function,
+                lambda context: function(*args, **kwargs),
+                options,
+                tags_of(args, kwargs),
+                remote=reply is None,
+            )
             return await self.deliver(Awaiting(link), job, found)
 
         return cached
@@ -122,7 +129,7 @@ class Loads(Flights):
             def load(context: object) -> Any:
                 return _no_coroutine(function(*args, **kwargs), function)
 
-            job = Job(key, function, load, options, tags_of(args, kwargs))
+            job = Job(key, function, load, options, tags_of(args, kwargs), remote=reply is None)
             return run(self.deliver(Blocking(link), job, found))
 
         return cached

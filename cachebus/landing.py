@@ -46,9 +46,10 @@ logger = logging.getLogger("cachebus")
 
 
 class Job:
-    """A key to be loaded: how, and with which tags. `call` calls `loader` with what it wants to know."""
+    """A key to be loaded: how, and with which tags. `call` calls `loader` with what it wants to know; `remote` says that
+    the backend's answers take their time."""
 
-    __slots__ = ("call", "key", "loader", "options", "tags")
+    __slots__ = ("call", "key", "loader", "options", "remote", "tags")
 
     def __init__(
         self,
@@ -57,7 +58,10 @@ class Job:
         call: Callable[[LoadContext], Any],
         options: LoadOptions,
         tags: tuple[str, ...],
+        *,
+        remote: bool,
     ) -> None:
+        self.remote = remote
         self.key = key
         self.loader = loader
         self.call = call
@@ -65,11 +69,11 @@ class Job:
         self.tags = tags
 
 
-def job_of(key: str, loader: Loader, options: LoadOptions) -> Job:
+def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> Job:
     """The job of loading a key with a loader that may want to know more."""
     if not callable(loader):
         raise TypeError(f"a loader must be callable, not {loader!r}")
-    return Job(key, loader, lambda context: with_arguments(loader, context)(), options, options.tags)
+    return Job(key, loader, lambda context: with_arguments(loader, context)(), options, options.tags, remote=remote)
 
 
 class Group:

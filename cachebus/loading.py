@@ -8,7 +8,7 @@ whose load began before an invalidation that had returned when the caller asked.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from cachebus.messages import (
@@ -22,7 +22,6 @@ from cachebus.messages import (
     Get,
     LeaseGranted,
     Loaded,
-    Loading,
     Missing,
     Overloaded,
     Present,
@@ -33,7 +32,8 @@ from cachebus.messages import (
 from .flight import ABANDONED, LATE, LEFT_OUT, Flight, LeftOut, Raised, Value, Values
 from .landing import Group, Job, Start
 from .load_options import LoadOptions
-from .loaders import Loader
+from .loaders import LoadContext, Loader
+from .rounds import Rounds
 from .watching import Watches, name_of
 from .ways import Way
 
@@ -45,6 +45,7 @@ class Flights(Watches):
         super().forked()
         self._leasing = True
         self._alone: dict[str, Flight] = {}
+        self._rounds = Rounds()
 
     # A caller
 
@@ -71,30 +72,21 @@ class Flights(Watches):
                 flight, start = self._alone_flight(way, job, started)
                 leads = start is not None
             else:
-                token = self._token()
-                # Listed before the lease is asked for: whoever asks in between is told its name, and must find it here.
-                flight = self.flights[token] = Flight()
                 try:
-                    reply = await self._lease(way, job, token)
-                    leads = isinstance(reply, LeaseGranted)
+                    reply, leads = await self._ask(way, job)
                 except CapabilityError:
                     self._leasing = False
                     continue
                 except Overloaded:
                     return await self._load_alone(way, job, started)
-                finally:
-                    if not leads:
-                        del self.flights[token]
-                        flight.land(ABANDONED)
-                match reply:
-                    case Found():
-                        return reply.value
-                    case LeaseGranted():
-                        stale = reply.stale
-                        start = self._start(way, job, flight, token, stale, started)
-                    case Loading() | Stale():
-                        stale = reply if isinstance(reply, Stale) else None
-                        flight, start = self._joined(way, job, name_of(reply), started)
+                if isinstance(reply, Found):
+                    return reply.value
+                stale = reply.stale if isinstance(reply, LeaseGranted) else reply if isinstance(reply, Stale) else None
+                if leads:
+                    flight = self.flights[reply.token]
+                    start = self._start(way, job, flight, reply.token, stale, started)
+                else:
+                    flight, start = self._joined(way, job, name_of(reply), started)
             outcome = await self._outcome(way, job.options, flight, start, leads, stale, started)
             if isinstance(outcome, Values):
                 outcome = outcome.of(job.key)
@@ -111,10 +103,31 @@ class Flights(Watches):
             if outcome is LEFT_OUT and leads:
                 raise LeftOut(job.key)
 
+    async def _ask(self, way: Way, job: Job) -> tuple[Any, bool]:
+        """What the backend says to somebody who wants the lease of a key, and whether it is this caller who has got it."""
+        if not job.remote:
+            return await self._ask_alone(way, job)
+        reply, asked = await self._rounds.ask(way, job.key, lambda: self._ask_alone(way, job))
+        return reply[0], reply[1] and asked
+
+    async def _ask_alone(self, way: Way, job: Job) -> tuple[Any, bool]:
+        token = self._token()
+        # Listed before the lease is asked for: whoever asks in between is told its name, and must find it here.
+        flight = self.flights[token] = Flight()
+        granted = False
+        try:
+            reply = await self._lease(way, job, token)
+            granted = isinstance(reply, LeaseGranted)
+        finally:
+            if not granted:
+                del self.flights[token]
+                flight.land(ABANDONED)
+        return reply, granted
+
     async def fetch_many(self, way: Way, keys: Sequence[str], load: Loader, options: LoadOptions) -> dict[str, Any]:
         """The values of keys that are missing: those that nobody loads by one call of `load`, the others as they come."""
         started = way.link.bus.clock.monotonic()
-        jobs = {key: Job(key, load, lambda context, key=key: _one_of(load, key), options, options.tags) for key in keys}  # type: ignore[misc]
+        jobs = {key: Job(key, load, _calls_for_one(load, key), options, options.tags, remote=True) for key in keys}
         flight = Flight()
         tokens = {key: self._token() for key in jobs}
         self.flights.update(dict.fromkeys(tokens.values(), flight))
@@ -302,10 +315,14 @@ class Flights(Watches):
         return flight, Start(lambda: way.beside(flight, work, ended, alone=alone), ended)
 
 
-def _one_of(load: Loader, key: str) -> Any:
-    """What a loader of many brings for one key, or what is to be awaited for it."""
-    loaded = load([key])
-    return _awaited_one(loaded, key) if isinstance(loaded, Awaitable) else _one(loaded, key)
+def _calls_for_one(load: Loader, key: str) -> Callable[[LoadContext], Any]:
+    """What asks a loader of many for one key."""
+
+    def call(context: LoadContext) -> Any:
+        loaded = load([key])
+        return _awaited_one(loaded, key) if isinstance(loaded, Awaitable) else _one(loaded, key)
+
+    return call
 
 
 async def _awaited_one(loading: Awaitable[Any], key: str) -> Any:

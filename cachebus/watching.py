@@ -112,6 +112,6 @@ class Watches(Landings):
             way.link.bus.send(way.link.address, Touch(job.key, ttl))
 
 
-def name_of(reply: Loading | Stale) -> str:
+def name_of(reply: Loading | Stale | LeaseGranted) -> str:
     """The name of the lease under which somebody else loads."""
-    return reply.token if isinstance(reply, Loading) else reply.lease
+    return reply.lease if isinstance(reply, Stale) else reply.token
