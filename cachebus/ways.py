@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 import threading
 import time
 from asyncio import CancelledError, _get_running_loop, current_task
@@ -86,9 +87,7 @@ class Awaiting:
         try:
             if is_asynchronous(loader):
                 return await awaited(function())
-            # Wrapped, because trio refuses a function that hands it a coroutine.
-            (result,) = await anyio.to_thread.run_sync(lambda: (function(),), abandon_on_cancel=True)
-            return await awaited(result)
+            return await awaited(await _in_worker_thread(function))
         except CancelledError:
             task = current_task() if _get_running_loop() is not None else None
             if task is not None and not task.cancelling():
@@ -102,6 +101,32 @@ class Awaiting:
 
     def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
         flight.cancel = spawn(lambda: work(self), ended)
+
+
+async def _in_worker_thread(function: Callable[[], Any]) -> Any:
+    """What a plain loader returns, which may be a coroutine: of `lambda: load(1)`, say."""
+    results: list[Any] = []
+    gone = False
+
+    def call() -> None:
+        results.append(function())
+        if gone:
+            _close(results)
+
+    try:
+        await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+    except BaseException:
+        # The thread goes on by itself, and nobody will await what it brings.
+        gone = True
+        _close(results)
+        raise
+    return results[0]
+
+
+def _close(results: list[Any]) -> None:
+    for each in results:
+        if inspect.iscoroutine(each):
+            each.close()
 
 
 class Blocking:

@@ -21,6 +21,7 @@ from typing import Any
 
 from cachebus.messages import (
     BadMessage,
+    CacheSerializationError,
     GetOrLease,
     LeaseGranted,
     Loading,
@@ -86,9 +87,10 @@ if not raw then
 end
 local expiry = expiry_of(raw)
 if expiry > 0 and expiry <= now_ms then
-  local life = redis.call('PTTL', key)
-  put_lease(key, token, lease_ms, now_ms + life, raw)
-  return {1, raw}
+  -- Only what was loaded may be served stale. Anything else is about to be removed by Redis, within this millisecond.
+  local stale = string.sub(raw, 17, 17) == 'o' and raw or ''
+  put_lease(key, token, lease_ms, now_ms + redis.call('PTTL', key), stale)
+  return {1, stale}
 end
 if ARGV[3] == '1' then
   local version = struct.unpack('>d', raw)
@@ -228,9 +230,13 @@ def _leased(reply: Any, now: float, token: str) -> Reply:
 def _stale(raw: bytes, lease: str, remaining: float) -> Stale | None:
     if not raw:
         return None
-    origin, _, plain = split_origin(raw)
+    try:
+        origin, _, plain = split_origin(raw)
+        value = decode(plain)
+    except CacheSerializationError:
+        return None  # Damaged, and so nothing to serve.
     version, _ = HEADER.unpack_from(raw)
-    return Stale(decode(plain), version, (), version * 1e-6, origin.load_time, origin.etag, lease, remaining)
+    return Stale(value, version, (), version * 1e-6, origin.load_time, origin.etag, lease, remaining)
 
 
 def _anew(key: str) -> str:
