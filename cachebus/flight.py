@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -96,7 +96,7 @@ def loads_of_this_context() -> tuple[Load, ...]:
 
 
 @contextlib.contextmanager
-def carry_loads(loads: tuple[Load, ...]) -> Iterator[None]:
+def carry_loads(loads: tuple[Load, ...]) -> Generator[None, None, None]:
     """Work for these loads, so that their loader can be told from others."""
     token = _loading.set(loads)
     try:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any
+from typing import Any, cast
 
 from cachebus.messages import CacheError
 
@@ -96,5 +96,5 @@ def is_asynchronous(function: Any) -> bool:
 async def awaited(result: Any) -> Any:
     """The result, awaited if it wants to be."""
     while isinstance(result, Awaitable):
-        result = await result
-    return result
+        result = await cast("Any", result)
+    return cast("Any", result)

@@ -9,7 +9,7 @@ whose load began before an invalidation that had returned when the caller asked.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from cachebus.messages import (
     CacheError,
@@ -82,11 +82,12 @@ class Flights(Watches):
                 if isinstance(reply, Found):
                     return reply.value
                 stale = reply.stale if isinstance(reply, LeaseGranted) else reply if isinstance(reply, Stale) else None
+                name = name_of(reply)
                 if leads:
-                    flight = self.flights[reply.token]
-                    start = self._start(way, job, flight, reply.token, stale, started)
+                    flight = self.flights[name]
+                    start = self._start(way, job, flight, name, stale, started)
                 else:
-                    flight, start = self._joined(way, job, name_of(reply), started)
+                    flight, start = self._joined(way, job, name, started)
             outcome = await self._outcome(way, job.options, flight, start, leads, stale, started)
             if isinstance(outcome, Values):
                 outcome = outcome.of(job.key)
@@ -320,7 +321,7 @@ def _calls_for_one(load: Loader, key: str) -> Callable[[LoadContext], Any]:
 
     def call(context: LoadContext) -> Any:
         loaded = load([key])
-        return _awaited_one(loaded, key) if isinstance(loaded, Awaitable) else _one(loaded, key)
+        return _awaited_one(cast("Any", loaded), key) if isinstance(loaded, Awaitable) else _one(loaded, key)
 
     return call
 

@@ -16,10 +16,10 @@ class _Held:
     __slots__ = ("due", "key", "lease_ttl", "link")
 
     def __init__(self, link: Link, key: str, lease_ttl: float, due: float) -> None:
-        self.link = link
+        self.link: Link = link
         self.key = key
         self.lease_ttl = lease_ttl
-        self.due = due
+        self.due: float = due
 
 
 class Renewals:
@@ -28,7 +28,7 @@ class Renewals:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._held: dict[str, _Held] = {}
-        self._armed_for = float("inf")
+        self._armed_for: float = float("inf")
 
     def __len__(self) -> int:
         return len(self._held)

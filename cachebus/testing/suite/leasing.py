@@ -159,8 +159,9 @@ class Leasing(Conformance):
         assert isinstance(await ask(leasing, commit("t2", b"no")), NotStored)
         assert isinstance(await ask(leasing, commit("t1", b"new")), Stored)
         assert await value_of(leasing, "k") == b"new"
-        version = (await ask(leasing, Get("k"))).version  # type: ignore[union-attr]
-        assert isinstance(await ask(leasing, CompareAndSet("k", b"newer", version)), Stored)
+        found = await ask(leasing, Get("k"))
+        assert isinstance(found, Found)
+        assert isinstance(await ask(leasing, CompareAndSet("k", b"newer", found.version)), Stored)
 
     async def test_a_lease_that_is_given_back_is_the_nexts(self, leasing: AnyStore) -> None:
         await ask(leasing, lease("t1"))
