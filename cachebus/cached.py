@@ -92,16 +92,18 @@ class Loads(Flights):
             if turns_left <= 0:
                 turns_left = TURNS_PER_CHECKPOINT
                 await checkpoint()
-            check_key(key)
+            return await load(request, reply, link, args, kwargs)
+
+        async def load(request: Get, reply: Any, link: Link, args: Any, kwargs: Any) -> Any:
+            # Apart, because what a function inside refers to is slower to make for each call.
+            check_key(request.key)
             found: Any = reply if isinstance(reply, Found | Missing) else await link.finish(request, reply)
-            job = Job(
-                key,
-                function,
-                lambda context: function(*args, **kwargs),
-                options,
-                tags_of(args, kwargs),
-                remote=reply is None,
-            )
+            tags = tags_of(args, kwargs)
+
+            def call(context: object) -> Any:
+                return function(*args, **kwargs)
+
+            job = Job(request.key, function, call, options, tags, remote=reply is None)
             return await self.deliver(Awaiting(link), job, found)
 
         return cached
@@ -123,13 +125,17 @@ class Loads(Flights):
             reply = link.turn_get(request)
             if type(reply) is Found and not slides:
                 return reply.value
-            check_key(key)
-            found: Any = reply if isinstance(reply, Found | Missing) else run(link.finish_blocking(request, reply))
+            return load(request, reply, link, args, kwargs)
 
-            def load(context: object) -> Any:
+        def load(request: Get, reply: Any, link: Link, args: Any, kwargs: Any) -> Any:
+            check_key(request.key)
+            found: Any = reply if isinstance(reply, Found | Missing) else run(link.finish_blocking(request, reply))
+            tags = tags_of(args, kwargs)
+
+            def call(context: object) -> Any:
                 return _no_coroutine(function(*args, **kwargs), function)
 
-            job = Job(key, function, load, options, tags_of(args, kwargs), remote=reply is None)
+            job = Job(request.key, function, call, options, tags, remote=reply is None)
             return run(self.deliver(Blocking(link), job, found))
 
         return cached
