@@ -97,4 +97,4 @@ async def awaited(result: Any) -> Any:
     """The result, awaited if it wants to be."""
     while isinstance(result, Awaitable):
         result = await cast("Any", result)
-    return cast("Any", result)
+    return result
