@@ -10,7 +10,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from cachebus.actors import BackendActor, BatchStore, InlineStore, RestartPolicy, Supervisor
+from cachebus.actors import Alarm, BackendActor, BatchStore, InlineStore, RestartPolicy, Supervisor
 from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, Visibility
 from cachebus.messages import CacheClosed, CacheConfigurationError
 
@@ -59,6 +59,7 @@ class Node:
             capacity=actors.mailbox_capacity,
             inline_turns=actors.inline_turns,
         )
+        self._alarm = Alarm(clock)
         self._resources = AsyncExitStack()
         self._closed = False
         self._pipelines: dict[str, PayloadPipeline | None] = {}
@@ -73,6 +74,7 @@ class Node:
         await self._resources.enter_async_context(self.bus)
         try:
             await self._resources.enter_async_context(self.supervisor)
+            self.supervisor.start_soon(self._alarm.run)
             for backend in self.settings.backends:
                 if backend.type == "bus":
                     continue
@@ -106,7 +108,7 @@ class Node:
         address = backend_address(backend.name)
         pipeline = self._pipeline(backend)
         if pipeline is None:
-            return Link(self.bus, address, settings.timeout, emitter, settings.on_error)
+            return Link(self.bus, address, settings.timeout, emitter, self._alarm.set, settings.on_error)
         from .payload_link import PayloadLink  # Caches that keep objects do without.
 
         return PayloadLink(
@@ -114,6 +116,7 @@ class Node:
             address,
             settings.timeout,
             emitter,
+            self._alarm.set,
             pipeline,
             on_error=settings.on_error,
             offload_above=settings.payload.offload_above,
