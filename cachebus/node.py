@@ -10,6 +10,9 @@ from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import anyio
+from anyio.lowlevel import checkpoint
+
 from cachebus.actors import Alarm, BackendActor, BatchStore, InlineStore, RestartPolicy, Supervisor
 from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, Visibility
 from cachebus.messages import CacheClosed, CacheConfigurationError
@@ -60,6 +63,7 @@ class Node:
             inline_turns=actors.inline_turns,
         )
         self._alarm = Alarm(clock)
+        self._stop_ringing: anyio.CancelScope | None = None
         self._resources = AsyncExitStack()
         self._closed = False
         self._pipelines: dict[str, PayloadPipeline | None] = {}
@@ -74,7 +78,8 @@ class Node:
         await self._resources.enter_async_context(self.bus)
         try:
             await self._resources.enter_async_context(self.supervisor)
-            self.supervisor.start_soon(self._alarm.run)
+            self._stop_ringing = anyio.CancelScope()
+            self.supervisor.start_soon(self._ring)
             for backend in self.settings.backends:
                 if backend.type == "bus":
                     continue
@@ -132,6 +137,14 @@ class Node:
     async def stop(self) -> None:
         """Stop every actor: each answers what it was sent. The node is left where it was entered."""
         await self.supervisor.stop()
+        if self._stop_ringing is not None:
+            self._stop_ringing.cancel()
+            await checkpoint()
+
+    async def _ring(self) -> None:
+        assert self._stop_ringing is not None
+        with self._stop_ringing:
+            await self._alarm.run()
 
     def forked(self) -> None:
         """Become unusable in the child of a fork."""
