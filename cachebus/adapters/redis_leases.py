@@ -39,6 +39,7 @@ from cachebus.messages import (
 
 from .redis_connection import Argument
 from .redis_scripts import Script
+from .redis_slots import slot_of, tag_of
 from .redis_values import HEADER, decode, pack_origin, read_or_fail, split_origin
 
 _MARK = """
@@ -81,7 +82,8 @@ if is_lease(raw) then
   put_lease(key, token, lease_ms, until_ms, stale)
   return {1, stale}
 end
-if not raw then
+if not raw or #raw < 17 then
+  -- Nothing, or what is nothing of ours.
   put_lease(key, token, lease_ms, 0, '')
   return {1, ''}
 end
@@ -191,6 +193,8 @@ def lease_call(request: Leases, key: str) -> tuple[list[Argument], Script, Parse
     if len(request.token.encode()) > 255:
         raise BadMessage("the token of a lease has 255 bytes at most")
     if isinstance(request, GetOrLease):
+        if not request.refresh:
+            keys = [1, key]  # So that it does well in a slot of a cluster that is being moved.
         words = [*keys, request.token, _ms(request.lease_ttl), "1" if request.refresh else "0"]
         return words, LEASE, lambda reply, now: _leased(reply, now, request.token)
     if isinstance(request, Renew):
@@ -239,10 +243,22 @@ def _stale(raw: bytes, lease: str, remaining: float) -> Stale | None:
     return Stale(value, version, (), version * 1e-6, origin.load_time, origin.etag, lease, remaining)
 
 
-def _anew(key: str) -> str:
+def _anew(key: str) -> Argument:
     """Where the lease of a live value stands: in the same slot of a cluster, and outside of the namespace's keys."""
-    namespace, _, name = key.partition(":")
-    return f"{namespace}#lease:{key}" if "{" in name else f"{namespace}#lease:{{{key}}}"
+    namespace = key.partition(":")[0]
+    if "{" not in key and "}" not in key:
+        return f"{namespace}#lease:{{{key}}}"
+    name = f"{namespace}#lease:{key}"
+    try:
+        slot = slot_of(key)
+        if slot_of(name) == slot:
+            return name
+        # After the namespace, as in the others, by whose names access is given; if there is a brace in it, its tag counts.
+        tag = b"{%b}" % tag_of(slot)
+        place = f"{namespace}#lease:".encode()
+        return place + tag + key.encode() if b"{" not in place else tag + place + key.encode()
+    except UnicodeEncodeError:
+        return name  # Refused when it is packed.
 
 
 def _ms(seconds: float) -> int:
