@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -313,7 +314,15 @@ class PayloadLink(Link):
             reply = await ask(replace(message, refresh=True, wait=0.0))
         except CacheSerializationError:
             return _MISSING  # Somebody else has the lease, and the store cannot read what stands there.
-        return self._arrived(message, reply)
+        arrived = self._arrived(message, reply)
+        if isinstance(arrived, LeaseGranted) and not message.refresh:
+            # The lease is good for whatever stands there by now: that may be what somebody else has loaded in between.
+            with contextlib.suppress(CacheSerializationError):
+                found = self._arrived(message, await ask(Get(message.key)))
+                if isinstance(found, Found):
+                    self.send(Release(message.key, message.token))
+                    return found
+        return arrived
 
     async def _one_by_one(self, ask: _Ask, keys: tuple[str, ...]) -> dict[str, Found]:
         entries: dict[str, Found] = {}
