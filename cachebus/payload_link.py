@@ -139,7 +139,7 @@ class PayloadLink(Link):
         deadline = self.bus.clock.monotonic() + self.timeout
         try:
             reply = await self.bus.finish(self.address, coded, reply, self.timeout)
-            kind = type(reply)
+            kind: type[object] = type(reply)
             if kind is Stored or kind is Missing:
                 return cast("R", reply)
             if kind is Found and (self._offload_above is None or size_of(reply) < self._offload_above):
