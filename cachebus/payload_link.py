@@ -138,13 +138,13 @@ class PayloadLink(Link):
             coded, reply = reply
         deadline = self.bus.clock.monotonic() + self.timeout
         try:
-            reply = await self.bus.finish(self.address, coded, reply, self.timeout)
-            kind: type[object] = type(reply)
+            came: object = await self.bus.finish(self.address, coded, reply, self.timeout)
+            kind = type(came)
             if kind is Stored or kind is Missing:
-                return cast("R", reply)
-            if kind is Found and (self._offload_above is None or size_of(reply) < self._offload_above):
-                return cast("R", self._read(coded.key, reply))
-            return cast("R", await self._come_back(_WAITING, coded, reply, deadline))
+                return cast("R", came)
+            if kind is Found and (self._offload_above is None or size_of(came) < self._offload_above):
+                return cast("R", self._read(coded.key, came))
+            return cast("R", await self._come_back(_WAITING, coded, came, deadline))
         except CacheSerializationError as error:
             if type(coded) is not Get:
                 raise

@@ -49,7 +49,7 @@ from .redis_connection import Argument
 from .redis_errors import translate
 from .redis_leases import commit_call, lease_call
 from .redis_scripts import INCREMENT, TOUCH, Script
-from .redis_values import HEADER, MISSING, encode, left
+from .redis_values import HEADER, LEASE, LOADED, MISSING, encode, left
 from .redis_walk import matching, scan_words
 
 _PX_MAX = 10**15  # 31,000 years; Redis refuses what overflows when it adds the time of day.
@@ -199,7 +199,7 @@ class Plan:
         match request:
             case Exists(key=key):
                 name = self._key(key)
-                self._add(at, ["GETRANGE", name, 0, HEADER.size - 1], name, _present)
+                self._add(at, ["GETRANGE", name, 0, HEADER.size], name, _present)
             case Touch(key=key, ttl=ttl):
                 name, px = self._key(key), self._px(ttl)
                 self._add(at, [1, name, px], name, _touched(px), script=TOUCH)
@@ -310,11 +310,13 @@ def _milliseconds(ttl: float | None) -> str:
 
 
 def _present(reply: Any, now: float) -> Reply:
-    if len(reply) < HEADER.size:
+    if len(reply) <= HEADER.size or reply[HEADER.size] == LEASE:
         return MISSING
-    version, expiry = HEADER.unpack(reply)
-    if version < 0 or (expiry and expiry * 1e-3 <= now):
-        return MISSING  # A lease, or what is only kept to be served stale.
+    version, expiry = HEADER.unpack_from(reply)
+    # Of what is loaded Redis does not say whether it is only kept to be served stale. Of all else it does, and our idea of its
+    # clock may be ahead of it.
+    if reply[HEADER.size] == LOADED and expiry and expiry * 1e-3 <= now:
+        return MISSING
     return Present(version, left(expiry, now) if expiry else None)
 
 

@@ -35,7 +35,7 @@ VALUE_MAX = 512 * 2**20 - VALUE_AT
 
 MISSING = Missing()
 
-_LEASE, _LOADED = b"lo"
+LEASE, LOADED = b"lo"
 _unpack_header: Callable[[bytes], tuple[float, float]] = HEADER.unpack_from
 
 
@@ -64,8 +64,8 @@ def read_or_fail(raw: bytes, now: float, *, live: bool = False) -> Found | Missi
         found.value = raw[17:]
     else:
         try:
-            if len(raw) > 16 and raw[16] in (_LEASE, _LOADED):
-                return MISSING if raw[16] == _LEASE else read_loaded(raw, now, live=live) or MISSING
+            if len(raw) > 16 and raw[16] in (LEASE, LOADED):
+                return MISSING if raw[16] == LEASE else read_loaded(raw, now, live=live) or MISSING
             found.value = decode(raw)
         except CacheError as error:
             return Failed.of(error)
