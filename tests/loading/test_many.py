@@ -139,3 +139,17 @@ def test_the_synchronous_cache_does_it_too() -> None:
         assert cache.get_or_load_many(["a", "b", "c"], load) == {"a": "A", "b": "there", "c": "C"}
         assert cache.get_or_load_many(["d"], Table()) == {"d": "D"}
     assert asked == [["a", "c"]]
+
+
+async def test_keys_for_which_there_is_no_room_to_lease_are_loaded_and_not_stored(clock: ManualClock) -> None:
+    async with a_cache(clock=clock, max_leases=1) as cache:
+        slow, table = Table(), Table()
+        slow.go_on = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cache.get_or_load, "x", lambda: slow.one("x"))
+            await slow.begun.wait()
+            assert await cache.get_or_load_many(["a", "b"], table) == {"a": "A", "b": "B"}
+            assert await cache.get_many(["a", "b"]) == {}, "an invalidation during the load would not have been seen"
+            slow.go_on.set()
+        assert await cache.get_or_load_many(["a"], table) == {"a": "A"}
+        assert await cache.get_many(["a"]) == {"a": "A"}
