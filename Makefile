@@ -11,7 +11,7 @@ PIP   := $(BIN)/python -m pip -qq --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster test fuzz check bench faults format venv servers clean
+.PHONY: help demo demo-cluster test fuzz check bench soak faults format venv servers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ bench: $(STAMP)-bench servers ## cachebus beside its peers
 
 faults: $(STAMP)-dev servers ## break what is between a cache and its Redis, and write docs/reliability.md
 	@$(BIN)/python -m tests.faults $(ARGS)
+
+soak: $(STAMP)-dev ## a million simulated worlds: ARGS='2000001 --seeds 50000' chooses which
+	@$(BIN)/python -m tests.loading.simulation $(or $(ARGS),1 --seeds 1000000)
 
 format: $(STAMP)-dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix

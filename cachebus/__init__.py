@@ -29,11 +29,13 @@ from cachebus.messages import (
     Overloaded,
     RemovalCause,
     Snapshot,
+    Stale,
     WrongType,
 )
 
 from .cache import Cache, Health
 from .checks import escape_pattern
+from .loaders import LoadContext, LoadResult
 from .node import Node
 from .opening import open_cache, open_sync_cache
 from .sync_cache import SyncCache
@@ -64,6 +66,8 @@ __all__ = [
     "Event",
     "Found",
     "Health",
+    "LoadContext",
+    "LoadResult",
     "Missing",
     "NoSuchActor",
     "Node",
@@ -71,6 +75,7 @@ __all__ = [
     "RemovalCause",
     "Settings",
     "Snapshot",
+    "Stale",
     "Subscription",
     "SyncCache",
     "WrongType",

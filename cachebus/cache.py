@@ -46,7 +46,8 @@ from cachebus.messages import (
     bare,
 )
 
-from .cached import Decorator, Loads
+from .cache_loading import CacheLoading
+from .cached import Loads
 from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
 from .failures import BACKEND_FAILURES
 from .link import Link, NoLink
@@ -77,7 +78,7 @@ class Health:
     circuit: str = ""
 
 
-class Cache:
+class Cache(CacheLoading):
     """A cache over one backend, on asyncio or trio. Made by `open_cache`; used within `async with`.
 
     Keys are non-empty `str`; anything else is a `CacheKeyError`. Times to live are seconds or a `timedelta`; left out,
@@ -314,12 +315,6 @@ class Cache:
         await self._ask(Clear())
 
     # Decorating and watching
-
-    def cached(
-        self, *, key: str | Callable[..., str], ttl: TimeToLive = "default", tags: Iterable[str] = ()
-    ) -> Decorator:
-        """Cache what a function returns; see `Loads.cached`."""
-        return self._loads.cached(key=key, ttl=ttl, tags=tags)
 
     def events(
         self, *what: type[Event] | str, capacity: int = 1024, since: Since = None, local: bool = False

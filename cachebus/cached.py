@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT
-from cachebus.messages import (
-    CacheClosed,
-    CacheError,
-    Exists,
-    Found,
-    Get,
-    LoadFailed,
-    LoadStarted,
-    LoadSucceeded,
-    Missing,
-    Present,
-    Set,
-    bare,
-)
+from cachebus.messages import Found, Get, Missing, bare
 
-from .checks import TimeToLive, check_key, check_tags, check_ttl
-from .flight import ABANDONED, Flight, Leading, Raised
+from .checks import check_key, check_tags
 from .keying import compile_template
+from .landing import Job
 from .link import Link, run
-
-logger = logging.getLogger("cachebus")
+from .load_options import LoadOptions
+from .loaders import is_asynchronous
+from .loading import Flights
+from .ways import Awaiting, Blocking
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,28 +36,21 @@ class _Linked(Protocol):
     def link(self) -> Link: ...
 
 
-class Loads:
+class Loads(Flights):
     """The loads under way for one cache, and the decorator that starts them."""
 
     def __init__(self, cache: _Linked) -> None:
+        super().__init__()
         self._cache = cache
-        self._flights: dict[str, Flight] = {}
 
-    def forked(self) -> None:
-        """Forget the loads that stayed behind in the parent, with whoever was to land them."""
-        self._flights.clear()
-
-    def cached(self, *, key: str | Callable[..., str], ttl: TimeToLive, tags: Iterable[str]) -> Decorator:
+    def cached(self, *, key: str | Callable[..., str], options: LoadOptions) -> Decorator:
         """Cache what a function returns, under a key made of its arguments.
 
         `key` is a template over the function's parameters (`"user:{user_id}"`) or a function that takes its arguments
-        and returns the key; each of `tags` is a template too. Callers that ask for the same key meanwhile share one call
-        of the function, tasks and threads alike; what it raises they all get, and nothing is stored. If the calling one
-        is cancelled, another calls anew. A value that cannot be stored is returned all the same, with a warning in the
-        log. Raises `CacheConfigurationError` for a template that does not fit the function.
+        and returns the key; each tag is a template too. The options are those of `Cache.get_or_load`, and so is what
+        happens when several callers ask for the same key meanwhile. A value that cannot be stored is returned all the
+        same, with a warning in the log. Raises `CacheConfigurationError` for a template that does not fit the function.
         """
-        checked_ttl = check_ttl(ttl)
-        checked_tags = check_tags(tags)
 
         def decorate(function: Callable[P, T]) -> Callable[P, T]:
             if not callable(function):
@@ -77,19 +58,14 @@ class Loads:
             if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
                 raise TypeError(f"cached() cannot keep what a generator yields, and {function!r} makes one")
             key_of = compile_template(function, key, "key") if isinstance(key, str) else _checked(key)
-            tag_templates = [compile_template(function, tag, "tag") for tag in checked_tags]
+            tag_templates = [compile_template(function, tag, "tag") for tag in options.tags]
 
-            def request_to_store(at: str, value: Any, args: Any, kwargs: Any) -> Set:
+            def tags_of(args: Any, kwargs: Any) -> tuple[str, ...]:
                 # Checked again: two templates may give the same tag, or none.
-                return Set(at, value, checked_ttl, check_tags([each(*args, **kwargs) for each in tag_templates]))
+                return check_tags([each(*args, **kwargs) for each in tag_templates])
 
-            call: Any = function
-            # The second is a callable object whose class has `async def __call__`.
-            if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__):
-                wrapped: Any = self._coroutine(call, key_of, request_to_store)
-            else:
-                wrapped = self._plain(function, key_of, request_to_store)
-            return cast("Callable[P, T]", functools.wraps(function)(wrapped))
+            make: Any = self._coroutine if is_asynchronous(function) else self._plain
+            return cast("Callable[P, T]", functools.wraps(function)(make(function, key_of, tags_of, options)))
 
         return decorate
 
@@ -97,9 +73,11 @@ class Loads:
         self,
         function: Callable[..., Awaitable[Any]],
         key_of: Callable[..., str],
-        request_to_store: Callable[..., Set],
+        tags_of: Callable[[Any, Any], tuple[str, ...]],
+        options: LoadOptions,
     ) -> Callable[..., Awaitable[Any]]:
         turns_left = TURNS_PER_CHECKPOINT
+        slides = options.idle_ttl is not None
 
         async def cached(*args: Any, **kwargs: Any) -> Any:
             nonlocal turns_left
@@ -109,83 +87,56 @@ class Loads:
             request.key = key
             reply = link.turn_get(request)
             turns_left -= 1
-            if type(reply) is Found and turns_left > 0:
+            if type(reply) is Found and turns_left > 0 and not slides:
                 return reply.value
             if turns_left <= 0:
                 turns_left = TURNS_PER_CHECKPOINT
                 await checkpoint()
-            if type(reply) is Found:
-                return reply.value
-            check_key(key)
-            if type(reply) is not Missing and isinstance(reply := await link.finish(request, reply), Found):
-                return reply.value
-            while True:
-                flight = Flight()
-                if (other := self._flights.setdefault(key, flight)) is not flight:
-                    if (value := await other.wait()) is not ABANDONED:
-                        return value
-                    continue
-                outcome: Any = ABANDONED
-                try:
-                    with Leading(flight):
-                        # Looked up again: another flight may have landed between the miss and this one's start. Asked
-                        # whether it exists first, which counts neither as hit nor as miss.
-                        if isinstance(await link.request(Exists(key)), Present):
-                            again = await link.request(Get(key))
-                            outcome = again.value if isinstance(again, Found) else ABANDONED
-                        if outcome is ABANDONED:
-                            with _Report(link, key):
-                                outcome = await function(*args, **kwargs)
-                            with _StoringIsOptional():
-                                await link.request(request_to_store(key, outcome, args, kwargs))
-                    return outcome
-                except Exception as error:
-                    outcome = Raised(error)
-                    raise
-                finally:
-                    self._flights.pop(key, None)  # It is not there in the child of a fork.
-                    flight.land(outcome)
+            return await load(request, reply, link, args, kwargs)
+
+        async def load(request: Get, reply: Any, link: Link, args: Any, kwargs: Any) -> Any:
+            # Apart, because what a function inside refers to is slower to make for each call.
+            check_key(request.key)
+            found: Any = reply if isinstance(reply, Found | Missing) else await link.finish(request, reply)
+            tags = tags_of(args, kwargs)
+
+            def call(context: object) -> Any:
+                return function(*args, **kwargs)
+
+            job = Job(request.key, function, call, options, tags, remote=reply is None)
+            return await self.deliver(Awaiting(link), job, found)
 
         return cached
 
     def _plain(
-        self, function: Callable[..., Any], key_of: Callable[..., str], request_to_store: Callable[..., Set]
+        self,
+        function: Callable[..., Any],
+        key_of: Callable[..., str],
+        tags_of: Callable[[Any, Any], tuple[str, ...]],
+        options: LoadOptions,
     ) -> Callable[..., Any]:
+        slides = options.idle_ttl is not None
+
         def cached(*args: Any, **kwargs: Any) -> Any:
             key = key_of(*args, **kwargs)
             link = self._cache.link
             request = bare(Get)
             request.key = key
             reply = link.turn_get(request)
-            if type(reply) is Found:
+            if type(reply) is Found and not slides:
                 return reply.value
-            check_key(key)
-            if type(reply) is not Missing and isinstance(reply := run(link.finish_blocking(request, reply)), Found):
-                return reply.value
-            while True:
-                flight = Flight()
-                if (other := self._flights.setdefault(key, flight)) is not flight:
-                    if (value := other.wait_in_thread()) is not ABANDONED:
-                        return value
-                    continue
-                outcome: Any = ABANDONED
-                try:
-                    with Leading(flight):
-                        if isinstance(run(link.request_blocking(Exists(key))), Present):
-                            again = run(link.request_blocking(Get(key)))
-                            outcome = again.value if isinstance(again, Found) else ABANDONED
-                        if outcome is ABANDONED:
-                            with _Report(link, key):
-                                outcome = _no_coroutine(function(*args, **kwargs), function)
-                            with _StoringIsOptional():
-                                run(link.request_blocking(request_to_store(key, outcome, args, kwargs)))
-                    return outcome
-                except Exception as error:
-                    outcome = Raised(error)
-                    raise
-                finally:
-                    self._flights.pop(key, None)  # It is not there in the child of a fork.
-                    flight.land(outcome)
+            return load(request, reply, link, args, kwargs)
+
+        def load(request: Get, reply: Any, link: Link, args: Any, kwargs: Any) -> Any:
+            check_key(request.key)
+            found: Any = reply if isinstance(reply, Found | Missing) else run(link.finish_blocking(request, reply))
+            tags = tags_of(args, kwargs)
+
+            def call(context: object) -> Any:
+                return _no_coroutine(function(*args, **kwargs), function)
+
+            job = Job(request.key, function, call, options, tags, remote=reply is None)
+            return run(self.deliver(Blocking(link), job, found))
 
         return cached
 
@@ -203,42 +154,3 @@ def _no_coroutine(outcome: Any, function: object) -> Any:
         outcome.close()
         raise TypeError(f"{function!r} returned a coroutine, which cannot be cached; decorate an async def")
     return outcome
-
-
-class _Report:
-    """The events of one load."""
-
-    __slots__ = ("_emitter", "_key", "_now", "_started")
-
-    def __init__(self, link: Link, key: str) -> None:
-        self._emitter = link.emitter
-        self._now = link.bus.clock.monotonic
-        self._key = key
-
-    def __enter__(self) -> None:
-        self._started = self._now()
-        if LoadStarted in self._emitter.audience.kinds:
-            self._emitter.emit(LoadStarted(key=self._key))
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
-        duration = self._now() - self._started
-        if kind is None:
-            if LoadSucceeded in self._emitter.audience.kinds:
-                self._emitter.emit(LoadSucceeded(key=self._key, duration=duration))
-        elif LoadFailed in self._emitter.audience.kinds:
-            self._emitter.emit(LoadFailed(key=self._key, error=kind.__name__, duration=duration))
-
-
-class _StoringIsOptional:
-    """A value that was loaded belongs to its callers, whether it can be stored or not."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> bool:
-        if isinstance(error, CacheError) and not isinstance(error, CacheClosed):
-            logger.warning("a loaded value was not stored: %s", error.code)
-            return True
-        return False

@@ -23,8 +23,10 @@ from cachebus.messages import (
     FoundMany,
     Get,
     GetMany,
+    GetOrLease,
     Missing,
     NoSuchActor,
+    NotHeld,
     NotStored,
     Overloaded,
     Reply,
@@ -44,11 +46,15 @@ BACKEND_FAILURES = (CacheBackendError, CacheTimeoutError, CircuitOpen, Overloade
 """The errors that are the backend's, and may pass. All others say that the program or its settings are wrong, or that
 the cache is closed: they go out whatever `on_error` says."""
 
+MISSED = Missing()
+"""The reply that stands for that of a `Get`: whoever holds it knows that the backend fails, and asks it nothing more."""
+
 _READS: Mapping[type[Request[Any]], Callable[[], Reply]] = {
-    Get: Missing,
+    Get: lambda: MISSED,
     GetMany: lambda: FoundMany({}),
     Exists: Missing,
     Scan: lambda: Scanned(()),
+    GetOrLease: NotHeld,  # Who gets it loads without a lease, and stores nothing.
 }
 _WRITES: Mapping[type[Request[Any]], Callable[[], Reply]] = {
     Set: NotStored,

@@ -1,67 +1,69 @@
-"""Flights: one load for everybody in this process who asks for the same key meanwhile."""
+"""Flights: one load for everybody in this process who asks for the same key meanwhile.
+
+Who waits for whom is kept as a graph, so that loaders that would wait for each other for ever are told so.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
 from cachebus.bus import Port, ThreadPort, open_port
 from cachebus.messages import CacheError
 
-_loading: ContextVar[tuple[Flight, ...]] = ContextVar("loading", default=())
+
+class _Outcome:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
 
 
-class _Abandoned:
-    """The outcome of a load whose caller was cancelled: somebody else must load."""
+ABANDONED: Final = _Outcome("ABANDONED")
+"""The outcome of a load that was broken off: whoever waits must ask again."""
+
+LATE: Final = _Outcome("LATE")
+"""In the place of an outcome: whoever waits does so no longer."""
 
 
-ABANDONED: Final = _Abandoned()
+LEFT_OUT: Final = _Outcome("LEFT_OUT")
+"""The outcome for a key that a loader of many brought no value for."""
 
 
-class Flight:
-    """One load under way: its leader lands it, everybody else waits. Tasks of any event loop and threads may wait."""
+class LeftOut(LookupError):
+    """Raised when a loader of many keys brings no value for one that was asked for alone."""
 
-    __slots__ = ("_guard", "_landed", "_outcome", "_ports", "_thread")
 
-    def __init__(self) -> None:
-        self._thread = threading.get_ident()
-        self._guard = threading.Lock()
-        self._ports: list[Port] = []
-        self._landed = False
-        self._outcome: Any = None
+class Value:
+    """The outcome of a load that brought a value.
 
-    async def wait(self) -> Any:
-        """The value that the leader loaded, or `ABANDONED`. Raises what the loader raised."""
-        port = open_port()
-        return _unpack(await port.wait() if self._board(port) else self._outcome)
+    `shared` is false if something it depends on was invalidated meanwhile, in a way that only the loader knew of:
+    who joined in later than the load began must ask again.
+    """
 
-    def wait_in_thread(self) -> Any:
-        """As `wait`, blocking this thread. Raises `CacheError` if it is the thread that loads."""
-        if self._thread == threading.get_ident() and not self._landed and self not in _loading.get():
-            raise CacheError(
-                "the key is being loaded by a task of this very thread, which a blocking call would stop;"
-                " await a coroutine function, or call from another thread"
-            )
-        port = ThreadPort()
-        return _unpack(port.wait() if self._board(port) else self._outcome)
+    __slots__ = ("shared", "value")
 
-    def land(self, outcome: Any) -> None:
-        """Give everybody who waits the value, `ABANDONED`, or the exception to raise in a `Raised`."""
-        with self._guard:
-            self._landed = True
-            self._outcome = outcome
-        for port in self._ports:
-            port.answer(outcome)
+    def __init__(self, value: Any, *, shared: bool = True) -> None:
+        self.value = value
+        self.shared = shared
 
-    def _board(self, port: Port) -> bool:
-        if self in _loading.get():
-            raise CacheError("a loader asks for the very key that it is loading, and would wait for itself")
-        with self._guard:
-            if not self._landed:
-                self._ports.append(port)
-                return True
-        return False
+
+class Values:
+    """The outcomes of a load of many keys."""
+
+    __slots__ = ("by_key",)
+
+    def __init__(self, by_key: Mapping[str, Any]) -> None:
+        self.by_key = by_key
+
+    def of(self, key: str) -> Any:
+        """The outcome for one of the keys."""
+        return self.by_key.get(key, LEFT_OUT)
 
 
 class Raised:
@@ -73,22 +75,167 @@ class Raised:
         self.error = error
 
 
-class Leading:
-    """The time in which a task or thread loads for a flight, so that its loader can be told from others."""
+class Load:
+    """The call of one loader: a node of the wait-for graph. `thread` is where it runs, or where its event loop does."""
 
-    __slots__ = ("_flight", "_token")
+    __slots__ = ("done", "thread", "waits_for")
 
-    def __init__(self, flight: Flight) -> None:
-        self._flight = flight
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.done = False
+        self.waits_for: Counter[Load] = Counter()
+
+
+_graph = threading.Lock()
+_loading: ContextVar[tuple[Load, ...]] = ContextVar("loading", default=())
+
+
+def loads_of_this_context() -> tuple[Load, ...]:
+    """The loads on whose behalf the present task or thread works, outermost first."""
+    return _loading.get()
+
+
+@contextlib.contextmanager
+def carry_loads(loads: tuple[Load, ...]) -> Generator[None, None, None]:
+    """Work for these loads, so that their loader can be told from others."""
+    token = _loading.set(loads)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+class _Waiting:
+    """The time in which the present context waits for a load. Raises `CacheError` where that load waits for it."""
+
+    __slots__ = ("_chain", "_for", "_me")
+
+    def __init__(self, load: Load) -> None:
+        self._for = load
+        self._chain = [each for each in _loading.get() if not each.done]
+        self._me = self._chain[-1] if self._chain else None
 
     def __enter__(self) -> None:
-        self._token = _loading.set((*_loading.get(), self._flight))
+        me = self._me
+        if me is None:
+            return
+        with _graph:
+            if self._for in self._chain:
+                raise CacheError("a loader asks for the very key that it is loading, and would wait for itself")
+            if _reaches(self._for, me):
+                raise CacheError("a loader asks for a key whose loader waits for it: they would wait for ever")
+            me.waits_for[self._for] += 1
 
     def __exit__(self, *exc_info: object) -> None:
-        _loading.reset(self._token)
+        if self._me is not None:
+            with _graph:
+                self._me.waits_for[self._for] -= 1
+                if not self._me.waits_for[self._for]:
+                    del self._me.waits_for[self._for]
 
 
-def _unpack(outcome: Any) -> Any:
-    if isinstance(outcome, Raised):
-        raise outcome.error
-    return outcome
+def _reaches(start: Load, goal: Load) -> bool:
+    seen: set[Load] = set()
+    waiting = [start]
+    while waiting:
+        load = waiting.pop()
+        if load is goal:
+            return True
+        if load not in seen:
+            seen.add(load)
+            waiting.extend(load.waits_for)
+    return False
+
+
+class Flight:
+    """What everybody waits for who wants the value of one load. Tasks of any event loop and threads may wait.
+
+    When the last of them stops waiting, `cancel` is called, unless one of them has said that the load shall go on.
+    """
+
+    __slots__ = ("_guard", "_kept", "_landed", "_outcome", "_ports", "cancel", "load")
+
+    def __init__(self, load: Load | None = None) -> None:
+        self.load = load or Load()
+        self.cancel: Callable[[], None] | None = None
+        self._guard = threading.Lock()
+        self._ports: dict[Port, None] = {}
+        self._kept = False
+        self._landed = False
+        self._outcome: Any = None
+
+    @property
+    def landed(self) -> bool:
+        """Whether there is an outcome."""
+        return self._landed
+
+    def keep(self) -> None:
+        """Let the load go on when nobody waits for it any more."""
+        self._kept = True
+
+    async def wait(
+        self, timeout: float | None = None, *, keep: bool = False, begin: Callable[[], None] | None = None
+    ) -> Any:
+        """The outcome, or `LATE` after `timeout` seconds; with `keep` the load goes on all the same then. `begin` is
+        called once the caller counts as waiting."""
+        port = open_port()
+        with _Waiting(self.load):
+            if not self._board(port):
+                return self._outcome
+            try:
+                if begin is not None:
+                    begin()
+                outcome = await port.wait(timeout, lambda: LATE)
+                self._kept = self._kept or (keep and outcome is LATE)
+                return outcome
+            finally:
+                self._leave(port)
+
+    def wait_in_thread(
+        self, timeout: float | None = None, *, keep: bool = False, begin: Callable[[], None] | None = None
+    ) -> Any:
+        """As `wait`, blocking this thread. Raises `CacheError` if it is the thread that loads."""
+        port = ThreadPort()
+        with _Waiting(self.load):
+            if begin is None and self.load.thread == threading.get_ident() and not self._landed:
+                raise CacheError(
+                    "the key is being loaded by a task of this very thread, which a blocking call would stop;"
+                    " await a coroutine function, or call from another thread"
+                )
+            if not self._board(port):
+                return self._outcome
+            try:
+                if begin is not None:
+                    begin()
+                outcome = port.wait(timeout, lambda: LATE)
+                self._kept = self._kept or (keep and outcome is LATE)
+                return outcome
+            finally:
+                self._leave(port)
+
+    def land(self, outcome: Any) -> None:
+        """Give everybody who waits the outcome. Only the first one counts."""
+        with self._guard:
+            if self._landed:
+                return
+            self._landed = True
+            self.load.done = True
+            self._outcome = outcome
+        for port in self._ports:
+            port.answer(outcome)
+
+    def _board(self, port: Port) -> bool:
+        with self._guard:
+            if not self._landed:
+                self._ports[port] = None
+                return True
+        return False
+
+    def _leave(self, port: Port) -> None:
+        with self._guard:
+            if self._landed:
+                return
+            del self._ports[port]
+            forsaken = not self._ports and not self._kept
+        if forsaken and self.cancel is not None:
+            self.cancel()

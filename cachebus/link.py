@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
@@ -15,19 +15,28 @@ if TYPE_CHECKING:
     from .payload import PayloadPipeline
 
 R = TypeVar("R")
+CallAfter = Callable[[float, Callable[[], None]], object]
 
 
 class Link:
     """A bus, an address on it, the time that a call may take, in seconds, and what failures mean to the caller.
 
-    `turn_get` and `turn_set` take a message's turn on the caller's stack where that is possible.
+    `turn_get` and `turn_set` take a message's turn on the caller's stack where that is possible. `call_after` calls a
+    function that does not wait after so many seconds, on the event loop of the node; it may be called from any thread.
     """
 
-    __slots__ = ("address", "bus", "emitter", "failures", "timeout", "turn_get", "turn_set")
+    __slots__ = ("address", "bus", "call_after", "emitter", "failures", "timeout", "turn_get", "turn_set")
 
     def __init__(
-        self, bus: Bus, address: Address, timeout: float, emitter: Emitter, on_error: OnError = "raise"
+        self,
+        bus: Bus,
+        address: Address,
+        timeout: float,
+        emitter: Emitter,
+        call_after: CallAfter,
+        on_error: OnError = "raise",
     ) -> None:
+        self.call_after = call_after
         self.bus = bus
         self.address = address
         self.timeout = timeout
@@ -42,19 +51,24 @@ class Link:
         """What turns values into payloads; `None` where they stay objects."""
         return None
 
-    async def request(self, message: Request[R]) -> R:
-        """Ask, awaiting the reply, or what stands for it (see `Failures`)."""
+    async def request(self, message: Request[R], patience: float = 0.0) -> R:
+        """Ask, awaiting the reply for `patience` seconds more than a call may take, or what stands for it (see
+        `Failures`)."""
         try:
-            return await self.bus.request(self.address, message, self.timeout)
+            return await self.bus.request(self.address, message, self.timeout + patience)
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
-    async def request_blocking(self, message: Request[R]) -> R:
+    async def request_blocking(self, message: Request[R], patience: float = 0.0) -> R:
         """Ask, blocking this thread; a coroutine that never suspends, so that the facades can share their code."""
         try:
-            return self.bus.request_blocking(self.address, message, self.timeout)
+            return self.bus.request_blocking(self.address, message, self.timeout + patience)
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)  # type: ignore[no-any-return]
+
+    def send(self, message: Request[Any]) -> None:
+        """Send what nobody waits for."""
+        self.bus.send(self.address, message)
 
     async def probe(self, message: Request[R], timeout: float) -> R:
         """Ask within `timeout` seconds, for the reply or the error as it is: a failure counts nowhere."""

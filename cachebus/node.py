@@ -10,7 +10,10 @@ from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from cachebus.actors import BackendActor, BatchStore, InlineStore, RestartPolicy, Supervisor
+import anyio
+from anyio.lowlevel import checkpoint
+
+from cachebus.actors import Alarm, BackendActor, BatchStore, InlineStore, RestartPolicy, Supervisor
 from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, Visibility
 from cachebus.messages import CacheClosed, CacheConfigurationError
 
@@ -63,6 +66,8 @@ class Node:
             inline_turns=actors.inline_turns,
             grace=grace,
         )
+        self._alarm = Alarm(clock)
+        self._stop_ringing: anyio.CancelScope | None = None
         self._resources = AsyncExitStack()
         self._closed = False
         self._pipelines: dict[str, PayloadPipeline | None] = {}
@@ -77,6 +82,8 @@ class Node:
         await self._resources.enter_async_context(self.bus)
         try:
             await self._resources.enter_async_context(self.supervisor)
+            self._stop_ringing = anyio.CancelScope()
+            self.supervisor.start_soon(self._ring)
             for backend in self.settings.backends:
                 if backend.type == "bus":
                     continue
@@ -110,7 +117,7 @@ class Node:
         address = backend_address(backend.name)
         pipeline = self._pipeline(backend)
         if pipeline is None:
-            return Link(self.bus, address, settings.timeout, emitter, settings.on_error)
+            return Link(self.bus, address, settings.timeout, emitter, self._alarm.set, settings.on_error)
         from .payload_link import PayloadLink  # Caches that keep objects do without.
 
         return PayloadLink(
@@ -118,6 +125,7 @@ class Node:
             address,
             settings.timeout,
             emitter,
+            self._alarm.set,
             pipeline,
             on_error=settings.on_error,
             offload_above=settings.payload.offload_above,
@@ -133,6 +141,14 @@ class Node:
     async def stop(self) -> None:
         """Stop every actor: each answers what it was sent. The node is left where it was entered."""
         await self.supervisor.stop()
+        if self._stop_ringing is not None:
+            self._stop_ringing.cancel()
+            await checkpoint()
+
+    async def _ring(self) -> None:
+        assert self._stop_ringing is not None
+        with self._stop_ringing:
+            await self._alarm.run()
 
     def forked(self) -> None:
         """Become unusable in the child of a fork."""

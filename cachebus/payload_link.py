@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import fields, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
 from anyio import to_thread
@@ -15,30 +14,35 @@ from anyio import to_thread
 from cachebus.bus import Address, Bus, Emitter
 from cachebus.messages import (
     Add,
+    CacheError,
     CacheSerializationError,
     CapabilityError,
     CompareAndSet,
-    Counted,
     Found,
     FoundMany,
     Get,
     GetMany,
+    GetOrLease,
     Increment,
-    Message,
+    LeaseGranted,
+    Loading,
     Missing,
     NotStored,
     PayloadRejected,
     PayloadSealed,
+    Release,
     Request,
     Set,
     SetMany,
     Snapshot,
+    Stale,
     Stored,
 )
 
 from .failures import BACKEND_FAILURES, OnError
-from .link import Link
+from .link import CallAfter, Link
 from .payload import PayloadPipeline
+from .payload_places import has_value, size, size_of, with_value
 from .payload_scalars import type_of
 
 logger = logging.getLogger("cachebus")
@@ -80,13 +84,14 @@ class PayloadLink(Link):
         address: Address,
         timeout: float,
         emitter: Emitter,
+        call_after: CallAfter,
         pipeline: PayloadPipeline,
         *,
         offload_above: int | None = None,
         debug: bool = False,
         on_error: OnError = "raise",
     ) -> None:
-        super().__init__(bus, address, timeout, emitter, on_error)
+        super().__init__(bus, address, timeout, emitter, call_after, on_error)
         self._pipeline = pipeline
         self._offload_above = offload_above
         self._debug = debug
@@ -98,20 +103,29 @@ class PayloadLink(Link):
     def pipeline(self) -> PayloadPipeline:
         return self._pipeline
 
-    async def request(self, message: Request[R]) -> R:
+    async def request(self, message: Request[R], patience: float = 0.0) -> R:
         """As `Link.request`."""
         coded: Any = message
-        if _has_value(type(message)):
+        if has_value(type(message)):
             coded = await self._written(coded, coded.value)
         elif isinstance(message, SetMany):
             coded = await self._written_many(message)
         else:
             coded = self._prepared(message)
-        return cast("R", await self._answer(_WAITING, message, coded))
+        return cast("R", await self._answer(_WAITING, message, coded, patience=patience))
 
-    async def request_blocking(self, message: Request[R]) -> R:
+    async def request_blocking(self, message: Request[R], patience: float = 0.0) -> R:
         """As `Link.request_blocking`."""
-        return cast("R", await self._answer(_BLOCKING, message, self._prepared(message)))
+        return cast("R", await self._answer(_BLOCKING, message, self._prepared(message), patience=patience))
+
+    def send(self, message: Request[Any]) -> None:
+        """As `Link.send`."""
+        if type(message) is Release and (late := message.late) is not None:
+            try:
+                message = replace(message, late=with_value(late, self._encoded(message.key, late.value)))
+            except CacheError:
+                message = replace(message, late=None)  # Who waits loads by itself.
+        super().send(message)
 
     async def finish(self, message: Request[R], reply: Any) -> R:
         """As `Link.finish`."""
@@ -124,13 +138,13 @@ class PayloadLink(Link):
             coded, reply = reply
         deadline = self.bus.clock.monotonic() + self.timeout
         try:
-            reply = await self.bus.finish(self.address, coded, reply, self.timeout)
-            kind = type_of(reply)
+            came: object = await self.bus.finish(self.address, coded, reply, self.timeout)
+            kind = type(came)
             if kind is Stored or kind is Missing:
-                return cast("R", reply)
-            if kind is Found and (self._offload_above is None or _size_of(reply) < self._offload_above):
-                return cast("R", self._read(coded.key, reply))
-            return cast("R", await self._come_back(_WAITING, coded, reply, deadline))
+                return cast("R", came)
+            if kind is Found and (self._offload_above is None or size_of(came) < self._offload_above):
+                return cast("R", self._read(coded.key, came))
+            return cast("R", await self._come_back(_WAITING, coded, came, deadline))
         except CacheSerializationError as error:
             if type(coded) is not Get:
                 raise
@@ -143,14 +157,16 @@ class PayloadLink(Link):
         """As `Link.finish_blocking`."""
         if type(reply) is _Content:
             write: Any = message
-            coded = _with_value(write, self._protected(write.key, reply.serialized))
+            coded = with_value(write, self._protected(write.key, reply.serialized))
             return cast("R", await self._answer(_BLOCKING, message, coded))
         return cast("R", await self._answer(_BLOCKING, message, message, reply))
 
-    async def _answer(self, blocking: bool, asked: Request[Any], coded: Any, turned: Any = _UNASKED) -> Any:
+    async def _answer(
+        self, blocking: bool, asked: Request[Any], coded: Any, turned: Any = _UNASKED, patience: float = 0.0
+    ) -> Any:
         """The reply of a coded message, or what stands for it (see `Failures`)."""
         try:
-            return await self._settle(blocking, coded, turned)
+            return await self._settle(blocking, coded, turned, patience)
         except BACKEND_FAILURES as error:
             return self.failures.settle(asked, error)
 
@@ -158,7 +174,7 @@ class PayloadLink(Link):
 
     def _coded_get(self, message: Get) -> Any:
         reply = self._inner_get(message)
-        return self._read(message.key, reply) if _has_value(type(reply)) else reply
+        return self._read(message.key, reply) if has_value(type(reply)) else reply
 
     def _coded_set(self, message: Set) -> Any:
         value = self._number_or_content(message.value)
@@ -166,14 +182,14 @@ class PayloadLink(Link):
             if self._offload_above is not None and len(value) >= self._offload_above:
                 return _Content(value)
             value = self._protected(message.key, value)
-        coded = _with_value(message, value)
+        coded = with_value(message, value)
         reply = self._inner_set(coded)
         return reply if type(reply) is Stored else _Handed(coded, reply)
 
     def _prepared(self, message: Any) -> Any:
         """The message with payloads for values. Raises `CacheSerializationError` and the like before anything is sent."""
-        if _has_value(type_of(message)):
-            return _with_value(message, self._encoded(message.key, message.value))
+        if has_value(type_of(message)):
+            return with_value(message, self._encoded(message.key, message.value))
         if isinstance(message, SetMany):
             return replace(message, items={key: self._encoded(key, value) for key, value in message.items.items()})
         if isinstance(message, Increment) and self._pipeline.sealed:
@@ -185,10 +201,10 @@ class PayloadLink(Link):
     async def _written(self, message: Any, value: Any, serialized: bytes | None = None) -> Any:
         content = self._number_or_content(value) if serialized is None else serialized
         if type(content) is not bytes:
-            return _with_value(message, content)
+            return with_value(message, content)
         if self._offload_above is None or len(content) < self._offload_above:
-            return _with_value(message, self._protected(message.key, content))
-        return _with_value(message, await to_thread.run_sync(self._protected, message.key, content))
+            return with_value(message, self._protected(message.key, content))
+        return with_value(message, await to_thread.run_sync(self._protected, message.key, content))
 
     async def _written_many(self, message: SetMany) -> Any:
         contents = {key: self._number_or_content(value) for key, value in message.items.items()}
@@ -196,7 +212,7 @@ class PayloadLink(Link):
         def packed() -> dict[str, Any]:
             return {key: self._protected(key, each) if type(each) is bytes else each for key, each in contents.items()}
 
-        if self._offload_above is None or _size(contents.values()) < self._offload_above:
+        if self._offload_above is None or size(contents.values()) < self._offload_above:
             return replace(message, items=packed())
         return replace(message, items=await to_thread.run_sync(packed))
 
@@ -218,9 +234,9 @@ class PayloadLink(Link):
 
     # Back
 
-    async def _settle(self, blocking: bool, message: Any, turned: Any = _UNASKED) -> Any:
+    async def _settle(self, blocking: bool, message: Any, turned: Any, patience: float) -> Any:
         """Come to the reply of a coded message, from what its turn has returned if there was one, and read it."""
-        deadline = self.bus.clock.monotonic() + self.timeout
+        deadline = self.bus.clock.monotonic() + self.timeout + patience
         if type(turned) is _Handed:
             message, turned = turned
         try:
@@ -237,6 +253,9 @@ class PayloadLink(Link):
                 return _MISSING
             if type(message) is GetMany:
                 return FoundMany(await self._one_by_one(partial(self._ask, blocking, deadline=deadline), message.keys))
+            if type(message) is GetOrLease:
+                self._rejected(message.key, error)
+                return await self._lease_anew(partial(self._ask, blocking, deadline=deadline), message)
             raise
         return await self._come_back(blocking, message, reply, deadline)
 
@@ -250,19 +269,29 @@ class PayloadLink(Link):
         """What the reply to a coded message is to whoever asked."""
         if type(reply) is NotStored and (type(message) is Add or getattr(message, "only_if", None) == "absent"):
             return await self._add_again(partial(self._ask, blocking, deadline=deadline), message)
-        if blocking or self._offload_above is None or _size_of(reply) < self._offload_above:
-            return self._arrived(message, reply)
-        return await to_thread.run_sync(self._arrived, message, reply)
+        if blocking or self._offload_above is None or size_of(reply) < self._offload_above:
+            arrived = self._arrived(message, reply)
+        else:
+            arrived = await to_thread.run_sync(self._arrived, message, reply)
+        if type(message) is GetOrLease and arrived is _MISSING:
+            return await self._lease_anew(partial(self._ask, blocking, deadline=deadline), message)
+        return arrived
 
     def _arrived(self, message: Any, reply: Any) -> Any:
         """The reply with values for payloads."""
         if type(reply) is FoundMany:
             read = {key: self._read(key, found) for key, found in reply.entries.items()}
             return replace(reply, entries={key: found for key, found in read.items() if isinstance(found, Found)})
+        if type(reply) is LeaseGranted:
+            stale = None if reply.stale is None else self._read(message.key, reply.stale)
+            return replace(reply, stale=stale if isinstance(stale, Stale) else None)
+        if type(reply) is Stale:
+            read = self._read(message.key, reply)
+            return read if isinstance(read, Stale) else Loading(reply.lease, reply.remaining)
         if type(reply) is Snapshot:
             reply.payload.update(self._pipeline.statistics.as_dict())
             return reply
-        return self._read(message.key, reply) if _has_value(type_of(reply)) else reply
+        return self._read(message.key, reply) if has_value(type_of(reply)) else reply
 
     async def _add_again(self, ask: _Ask, message: Set | Add) -> Any:
         """What is in the way of an `add` may be a payload that nobody can read: that one is replaced, if it is still there."""
@@ -277,6 +306,23 @@ class PayloadLink(Link):
         if isinstance(self._read(message.key, found), Found):
             return NotStored(found.version)
         return await ask(CompareAndSet(message.key, message.value, found.version, message.ttl, message.tags))
+
+    async def _lease_anew(self, ask: _Ask, message: GetOrLease) -> Any:
+        """What is live to the store, and cannot be read here, is loaded anew in its place, by one caller. The others are
+        told `Missing`: there is nothing to wait for, and in a moment there will be a value."""
+        try:
+            reply = await ask(replace(message, refresh=True, wait=0.0))
+        except CacheSerializationError:
+            return _MISSING  # Somebody else has the lease, and the store cannot read what stands there.
+        arrived = self._arrived(message, reply)
+        if isinstance(arrived, LeaseGranted) and not message.refresh:
+            # The lease is good for whatever stands there by now: that may be what somebody else has loaded in between.
+            with contextlib.suppress(CacheSerializationError):
+                found = self._arrived(message, await ask(Get(message.key)))
+                if isinstance(found, Found):
+                    self.send(Release(message.key, message.token))
+                    return found
+        return arrived
 
     async def _one_by_one(self, ask: _Ask, keys: tuple[str, ...]) -> dict[str, Found]:
         entries: dict[str, Found] = {}
@@ -298,7 +344,7 @@ class PayloadLink(Link):
             except CacheSerializationError as error:
                 self._tell_rejected(key, error.reason, str(error))
                 return _MISSING
-        return _with_value(reply, value)
+        return with_value(reply, value)
 
     def _rejected(self, key: str, error: CacheSerializationError) -> None:
         self._pipeline.statistics.rejected += 1
@@ -315,46 +361,3 @@ class PayloadLink(Link):
             self.emitter.emit(
                 PayloadRejected(key=key, reason=reason, serializer=self._pipeline.serializer, tenant=tenant)
             )
-
-
-def _size(payloads: Iterable[Any]) -> int:
-    return sum(len(each) for each in payloads if type(each) is bytes)
-
-
-def _size_of(reply: Any) -> int:
-    """How many bytes of payloads are in a reply."""
-    if type(reply) is FoundMany:
-        return _size(found.value for found in reply.entries.values())
-    return _size([getattr(reply, "value", None)])
-
-
-def _fields_of(kind: Any) -> tuple[str, ...]:
-    return tuple(each.name for each in fields(kind))
-
-
-def _carries_value(kind: Any) -> bool:
-    """Whether messages of a kind carry a value of the user's. Of every kind there will be: one that is forgotten would hand out
-    payloads."""
-    return issubclass(kind, Message) and kind is not Counted and "value" in _names(kind)
-
-
-_names: Callable[[Any], tuple[str, ...]] = functools.cache(_fields_of)
-_has_value: Callable[[Any], bool] = functools.cache(_carries_value)
-
-
-def _with_value(message: Any, value: Any) -> Any:
-    """The same message with another value. A new object: whoever sent it may send it again, and two may share a reply."""
-    kind = type_of(message)
-    fields_of, place = _layout(kind)
-    values = list(fields_of(message))
-    values[place] = value
-    return kind(*values)
-
-
-def _layout_of(kind: Any) -> tuple[Callable[[Any], tuple[Any, ...]], int]:
-    names = _names(kind)
-    # Of a single field attrgetter makes no tuple.
-    return attrgetter(*names) if len(names) > 1 else lambda message: (message.value,), names.index("value")
-
-
-_layout: Callable[[Any], tuple[Callable[[Any], tuple[Any, ...]], int]] = functools.cache(_layout_of)

@@ -17,7 +17,8 @@ from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot,
 
 from .background import BACKGROUND, Hosted
 from .cache import Cache, Health
-from .cached import Decorator, Loads
+from .cache_loading import SyncCacheLoading
+from .cached import Loads
 from .checks import Since, TimeToLive, check_key, set_request
 from .link import Link, run
 from .node import Node
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .payload import PayloadPipeline
 
 
-class SyncCache:
+class SyncCache(SyncCacheLoading):
     """A cache over one backend for code without an event loop, usable from any number of threads.
 
     Made by `open_sync_cache`. It opens at its first use, or with `with`, and in the child of a fork anew: a child begins
@@ -213,12 +214,6 @@ class SyncCache:
         run(self._opened().clear())
 
     # Decorating and watching
-
-    def cached(
-        self, *, key: str | Callable[..., str], ttl: TimeToLive = "default", tags: Iterable[str] = ()
-    ) -> Decorator:
-        """Cache what a function returns; see `Loads.cached`."""
-        return self._loads.cached(key=key, ttl=ttl, tags=tags)
 
     def events(
         self, *what: type[Event] | str, capacity: int = 1024, since: Since = None, local: bool = False

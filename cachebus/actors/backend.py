@@ -30,11 +30,14 @@ from cachebus.messages import (
     Exists,
     Get,
     GetMany,
+    GetOrLease,
     Increment,
     InvalidateTags,
     Ping,
     Pong,
+    Release,
     RemovalCause,
+    Renew,
     Reply,
     Request,
     Scan,
@@ -51,7 +54,7 @@ from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
 from .late import LateStore
 from .outcomes import Tally, tell_facts
-from .ports import BatchStore, InlineStore, PipelinedStore, Store
+from .ports import BatchStore, InlineStore, LeasingStore, PipelinedStore, Store
 from .resilience import Guard
 
 STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
@@ -70,6 +73,9 @@ STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
     Scan,
     InvalidateTags,
     Clear,
+    GetOrLease,
+    Renew,
+    Release,
 )
 """What a backend hands to its store."""
 
@@ -147,6 +153,8 @@ class BackendActor(Actor):
             table.plain[Clear] = self._clear(table.plain[Clear])
             table.plain[InvalidateTags] = self._invalidate_tags(table.plain[InvalidateTags])
             self._store.on_due = self._due
+            if isinstance(self._store, LeasingStore):
+                self._store.defer = self.ctx.defer
         elif self._pipelined is not None:
             table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_pipelined))
             table.eager.update(dict.fromkeys(STORE_REQUESTS, self._at_once))

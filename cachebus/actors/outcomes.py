@@ -21,6 +21,7 @@ from cachebus.messages import (
     FoundMany,
     Get,
     GetMany,
+    GetOrLease,
     Increment,
     Invalidated,
     InvalidateTags,
@@ -54,7 +55,7 @@ class Tally:
         """Count a batch by its replies."""
         hits = 0
         for request, reply in zip(batch, replies, strict=True):
-            if type(reply) is Found:
+            if type(reply) is Found and type(request) is not GetOrLease:
                 hits += 1
             else:
                 self.count(request, reply)
@@ -63,7 +64,7 @@ class Tally:
     def count(self, request: Request[Any], reply: Reply) -> None:
         """Count one request by its reply."""
         if isinstance(reply, Found):
-            self.hits += 1
+            self.hits += not isinstance(request, GetOrLease)
         elif isinstance(reply, Missing):
             self.misses += isinstance(request, Get)
         elif isinstance(reply, FoundMany) and isinstance(request, GetMany):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
-from cachebus.bus import SYSTEM_CLOCK, Clock
+from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred
 from cachebus.messages import RemovalCause, Reply, Request
 
 __all__ = [
@@ -14,8 +14,10 @@ __all__ = [
     "BatchStore",
     "Capabilities",
     "Clock",
+    "Deferred",
     "Gauges",
     "InlineStore",
+    "LeasingStore",
     "PipelinedStore",
     "ReadListener",
     "RemovalListener",
@@ -37,6 +39,7 @@ class Capabilities:
     tags: bool = False
     compare_and_set: bool = False
     counters: bool = False
+    leases: bool = False
     max_key_bytes: int | None = None
     max_value_bytes: int | None = None
     ttl_resolution: float = 0.0
@@ -160,3 +163,11 @@ class InlineStore(Store, Protocol):
     def sweep(self, limit: int) -> int:
         """Remove entries whose time is up, looking at no more than `limit` of them, and say how many went."""
         ...
+
+
+@runtime_checkable
+class LeasingStore(InlineStore, Protocol):
+    """An inline store that lets callers wait for a load: its verb of `GetOrLease` may return what `defer` has made instead
+    of a reply. While `defer` is `None` nobody waits."""
+
+    defer: Callable[[], Deferred] | None

@@ -172,6 +172,16 @@ class Supervisor:
         for charge in charges:
             self._discard(charge)
 
+    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run `function` beside the actors. It ends with the supervisor at the latest."""
+        if self._tasks is None:
+            raise CacheClosed("the supervisor is not open: use `async with`")
+
+        async def run() -> None:
+            await function()
+
+        self._tasks.start_soon(run)
+
     def forked(self) -> None:
         """Make every actor unusable in the child of a fork."""
         for charge in self._charges.values():

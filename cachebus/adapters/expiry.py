@@ -44,9 +44,9 @@ class ExpiryWheel:
         self._heap: list[float] = []
         self._references = 0
 
-    def schedule(self, entry: Entry, now: float) -> None:
-        """Take in an entry that expires."""
-        expires_at = entry.expires_at
+    def schedule(self, entry: Entry, now: float, at: float | None = None) -> None:
+        """Take in an entry that expires; it is looked at when its time is up, or at `at`."""
+        expires_at = entry.expires_at if at is None else at
         left = expires_at - now
         width = RESOLUTION
         if left < width * _SLOTS:

@@ -43,6 +43,19 @@ def decode_form(form: int, body: bytes | memoryview) -> Any:
     raise CacheSerializationError("what is stored under the key was not written by cachebus, or by a newer one")
 
 
+def pack_plain(value: Any) -> bytes:
+    """As msgpack, of what a store itself has put together."""
+    return _packb(value)
+
+
+def unpack_plain(packed: bytes) -> Any:
+    """What `pack_plain` was given. Raises `ValueError` for anything else."""
+    try:
+        return _unpackb(packed)
+    except msgpack.UnpackException as error:
+        raise ValueError(str(error)) from None
+
+
 def _pack(value: Any) -> bytes:
     if type(value) in (bytearray, memoryview):
         _refuse(value)

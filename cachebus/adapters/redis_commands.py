@@ -7,14 +7,12 @@ from typing import Any, cast
 
 import hiredis
 
-from cachebus.messages import CacheError, Failed, Found, FoundMany, Missing, NotStored, Stored
+from cachebus.messages import CacheError, Failed, Found, FoundMany, NotStored, Stored
 
 from .redis_connection import Argument, pack_words
 from .redis_errors import in_doubt, translate
 from .redis_scripts import WRITE, Script
-from .redis_values import read_or_fail
-
-MISSING = Missing()
+from .redis_values import MISSING, read_or_fail
 
 Settle = Callable[[Any, float], None]
 """Takes in a reply; told the server's Unix time in seconds."""
@@ -102,7 +100,7 @@ class Reads:
             if whole is None:
                 replies[position] = answer
             elif type(whole) is FoundMany:
-                if type(answer) is Found:
+                if isinstance(answer, Found):
                     whole.entries[key[self._prefix :]] = answer
                 elif answer is not MISSING:
                     replies[position] = answer

@@ -28,8 +28,11 @@ from cachebus.messages import (
     FoundMany,
     Get,
     GetMany,
+    GetOrLease,
     Increment,
     Present,
+    Release,
+    Renew,
     Reply,
     Request,
     Scan,
@@ -41,11 +44,12 @@ from cachebus.messages import (
     Ttl,
 )
 
-from .redis_commands import MISSING, Command, Gets, Reads, Writes, unlink
+from .redis_commands import Command, Gets, Reads, Writes, unlink
 from .redis_connection import Argument
 from .redis_errors import translate
+from .redis_leases import commit_call, lease_call
 from .redis_scripts import INCREMENT, TOUCH, Script
-from .redis_values import HEADER, encode, left
+from .redis_values import HEADER, LEASE, LOADED, MISSING, encode, left
 from .redis_walk import matching, scan_words
 
 _PX_MAX = 10**15  # 31,000 years; Redis refuses what overflows when it adds the time of day.
@@ -157,7 +161,7 @@ class Plan:
 
     def _writes(self, first: int, end: int) -> None:
         groups: dict[int, Writes] = {}
-        calls: list[Writes] = []
+        calls: list[Writes | Command] = []
         for position in range(first, end):
             request: Any = self._batch[position]
             try:
@@ -166,6 +170,11 @@ class Plan:
                 many = isinstance(request, SetMany)
                 items = request.items if many else {request.key: request.value}
                 encoded = [(self._key(key), encode(value)) for key, value in items.items()]
+                if isinstance(request, Set) and request.lease is not None:
+                    (name, body), groups = encoded[0], {}
+                    words, script, make = commit_call(request, name, body, self._px(request.ttl))
+                    calls.append(self._command(position, words, name, make, script=script, writes=True))
+                    continue
             except CacheError as error:
                 self.replies[position] = Failed.of(error)
                 continue
@@ -179,7 +188,7 @@ class Plan:
                     writes = groups[group] = Writes(self.replies)
                     calls.append(writes)
                 writes.add(-1 - position if many else position, key, body, px, condition)
-        self.commands += (call.command() for call in calls)
+        self.commands += (call if isinstance(call, Command) else call.command() for call in calls)
 
     def _px(self, ttl: Ttl) -> str:
         return self._default_px if ttl == "default" else _milliseconds(ttl)
@@ -190,7 +199,7 @@ class Plan:
         match request:
             case Exists(key=key):
                 name = self._key(key)
-                self._add(at, ["GETRANGE", name, 0, HEADER.size - 1], name, _present)
+                self._add(at, ["GETRANGE", name, 0, HEADER.size], name, _present)
             case Touch(key=key, ttl=ttl):
                 name, px = self._key(key), self._px(ttl)
                 self._add(at, [1, name, px], name, _touched(px), script=TOUCH)
@@ -201,6 +210,10 @@ class Plan:
                 self._add(at, ["UNLINK", name], name, lambda reply, _: Deleted(reply))
             case DeleteMany(keys=keys):
                 self._delete_many(at, keys)
+            case GetOrLease() | Renew() | Release():
+                name = self._key(request.key)
+                words, script, make = lease_call(request, name)
+                self._add(at, words, name, make, script=script)
             case Scan(pattern=pattern, cursor=cursor):
                 self._scan(at, pattern, cursor)
             case _:
@@ -216,13 +229,25 @@ class Plan:
         script: Script | None = None,
         writes: bool = False,
     ) -> None:
+        self.commands.append(self._command(at, words, key, make, script=script, writes=writes))
+
+    def _command(
+        self,
+        at: int,
+        words: list[Argument],
+        key: str,
+        make: Callable[[Any, float], Reply],
+        *,
+        script: Script | None = None,
+        writes: bool = False,
+    ) -> Command:
         def settle(reply: Any, now: float) -> None:
             self.replies[at] = make(reply, now)
 
         def fail(error: CacheError) -> None:
             self.replies[at] = Failed.of(error)
 
-        self.commands.append(Command(words, key, settle, fail, script=script, writes=writes))
+        return Command(words, key, settle, fail, script=script, writes=writes)
 
     def _increment(self, at: int, request: Increment) -> None:
         name = self._key(request.key)
@@ -285,9 +310,13 @@ def _milliseconds(ttl: float | None) -> str:
 
 
 def _present(reply: Any, now: float) -> Reply:
-    if len(reply) < HEADER.size:
+    if len(reply) <= HEADER.size or reply[HEADER.size] == LEASE:
         return MISSING
-    version, expiry = HEADER.unpack(reply)
+    version, expiry = HEADER.unpack_from(reply)
+    # Of what is loaded Redis does not say whether it is only kept to be served stale. Of all else it does, and our idea of its
+    # clock may be ahead of it.
+    if reply[HEADER.size] == LOADED and expiry and expiry * 1e-3 <= now:
+        return MISSING
     return Present(version, left(expiry, now) if expiry else None)
 
 

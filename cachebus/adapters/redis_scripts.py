@@ -19,6 +19,8 @@ local function head(key)
   if type(raw) ~= 'string' then return 0, 0, true end
   if #raw < 16 then return 0, 0, #raw > 0 end
   local version, expiry = struct.unpack('>dd', raw)
+  -- A lease is no value, and neither is what is only kept to be served stale.
+  if version == -1 or (expiry > 0 and expiry <= now_ms) then return 0, 0, false end
   if not (version >= 1 and version < 9007199254740992 and version == math.floor(version)) then return 0, 0, true end
   return version, expiry, true
 end
@@ -52,14 +54,20 @@ local call, pcall, pack, unpack = redis.call, redis.pcall, struct.pack, struct.u
 local out = {}
 for i = 1, #KEYS do
   local key, px, only_if = KEYS[i], ARGV[3 * i - 1], ARGV[3 * i]
-  local raw = pcall('GETRANGE', key, 0, 7)
+  local raw = pcall('GETRANGE', key, 0, 15)
   local old, exists = 0, raw ~= ''
-  if exists and type(raw) == 'string' and #raw == 8 then
+  if exists and type(raw) == 'string' and #raw >= 8 then
     old = unpack('>d', raw)
+    if old == -1 then
+      exists = false
+    elseif only_if ~= '' and #raw == 16 then
+      local expiry = unpack('>d', raw, 9)
+      exists = not (expiry > 0 and expiry <= now_ms)
+    end
     if not (old >= 1 and old < 9007199254740992) or old % 1 ~= 0 then old = 0 end
   end
   if only_if == '' or (only_if == 'absent' and not exists) or (only_if == 'present' and exists)
-      or (old > 0 and tonumber(only_if) == old) then
+      or (exists and old > 0 and tonumber(only_if) == old) then
     local version = now
     if old >= now then version = old + 1 end
     if px == '' then

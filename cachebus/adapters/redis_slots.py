@@ -30,6 +30,26 @@ def slot_of(name: str) -> int:
     return crc_hqx(key, 0) % SLOTS
 
 
+def tag_of(slot: int) -> bytes:
+    """Two bytes that, as a hash tag, put a key into a slot."""
+    for top in range(4):  # A slot is 14 bits of 16: four pairs have it, and one without a brace will do.
+        crc = slot | top << 14
+        # Backwards through the checksum: its low byte says which step was the last one.
+        last = _STEPS[crc & 0xFF]
+        first = _STEPS[crc >> 8 ^ _step(last) >> 8]
+        tag = bytes((first, last ^ _step(first) >> 8))
+        if b"}" not in tag:
+            return tag
+    raise AssertionError("all four pairs have a brace")
+
+
+def _step(byte: int) -> int:
+    return crc_hqx(bytes((byte,)), 0)
+
+
+_STEPS = {_step(byte) & 0xFF: byte for byte in range(256)}
+
+
 class SlotMap:
     """Which server has which slot, as far as we know. `version` grows when a slot has changed hands."""
 

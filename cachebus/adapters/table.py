@@ -11,14 +11,28 @@ from cachebus.messages import (
     BadMessage,
     CacheCapacityError,
     CacheSerializationError,
+    Origin,
     RemovalCause,
     Ttl,
 )
 
 from .eviction import NEVER, VISITS_MAX, Entry, WeighedEntry, make_policy
 from .expiry import GONE, ExpiryWheel
+from .leases import Lease
 from .tags import TagTable
 from .weigh import ENTRY_OVERHEAD
+
+
+class Kept:
+    """What is kept beside the entry of a loaded value: its origin, the time to live that it was given, and until when it
+    may be served as stale."""
+
+    __slots__ = ("lifetime", "origin", "stale_until")
+
+    def __init__(self, origin: Origin, lifetime: float | None, stale_until: float) -> None:
+        self.origin = origin
+        self.lifetime = lifetime
+        self.stale_until = stale_until
 
 
 class EntryTable:
@@ -63,6 +77,9 @@ class EntryTable:
         self._on_hit = self._policy.on_hit
         self._wheel = ExpiryWheel(self._announce_due)
         self._tags = TagTable()
+        # Beside the entries, because few have one and a slot more would make each of them larger.
+        self._origins: dict[str, Kept] = {}
+        self._leased: dict[str, Lease] = {}
         # A version is the Unix time of the start plus the monotonic time since, pushed up where two would be equal: one
         # float is both the version and the time of storing, and no restart brings a version back.
         self._epoch = clock.wall() - clock.monotonic()
@@ -77,12 +94,22 @@ class EntryTable:
         if entry is None:
             return None
         if entry.expires_at <= now:
-            self._drop(entry, RemovalCause.EXPIRED)
+            self._lapse(entry, now)
             return None
         if entry.tags and not self._tags.valid(entry):
             self._drop(entry, RemovalCause.EXPLICIT)
             return None
         return entry
+
+    def _lapse(self, entry: Entry, now: float) -> None:
+        """Drop an entry whose time is up, unless it may still be served as stale."""
+        kept = self._origins.get(entry.key)
+        if kept is None or kept.stale_until <= now:
+            self._drop(entry, RemovalCause.EXPIRED)
+
+    def _overtaken(self, entry: Entry) -> None:
+        """End the load of a key that was just written by somebody else."""
+        raise NotImplementedError
 
     def _store(self, key: str, value: Any, ttl: Ttl, tags: tuple[str, ...], now: float) -> Entry:
         # Every write comes through here, so what happens on each is written out: a call costs 50 ns.
@@ -105,6 +132,8 @@ class EntryTable:
                 entry.tags = tags
             entry.version = version
             entry.value = value
+            if self._origins and self._origins.pop(key, None) is not None:
+                entry.expires_at = NEVER  # It may stand in the wheel where its stale time ends.
             if expires_at < entry.expires_at:
                 self._expire_at(entry, expires_at, now)
             else:
@@ -115,6 +144,8 @@ class EntryTable:
                 entry.visits += 1
             if self._max_bytes is not None:
                 self._reweigh(entry, weight)
+        if self._leased:
+            self._overtaken(entry)
         if self.on_write is not None:
             self._tell_write(entry, now)
         return entry
@@ -186,6 +217,8 @@ class EntryTable:
 
     def _unlist(self, entry: Entry, cause: RemovalCause) -> None:
         del self._entries[entry.key]
+        if self._origins:
+            self._origins.pop(entry.key, None)
         self._removals[cause] += 1
         if entry.tags:
             self._tags.detach(entry.tags)
@@ -205,6 +238,7 @@ class EntryTable:
         self._policy.clear()
         self._wheel.clear()
         self._tags.clear()
+        self._origins.clear()
         self._weight = 0
 
     def _delete(self, keys: tuple[str, ...]) -> int:
@@ -214,6 +248,8 @@ class EntryTable:
             if (entry := self._live(key, now)) is not None:
                 self._drop(entry, RemovalCause.EXPLICIT)
                 deleted += 1
+            elif (stale := self._entries.get(key)) is not None:
+                self._drop(stale, RemovalCause.EXPIRED)
         return deleted
 
     def _hit(self, entry: Entry) -> None:

@@ -173,6 +173,19 @@ class CacheStampedeError(CacheError):
 
 
 @error
+class LoaderFailed(CacheError):
+    """Raised where a value was waited for that another process loads, and its loader raised `error` (its type's name).
+    Within a process everybody gets the exception itself."""
+
+    detail: str = ""
+    error: str = ""
+    code: ClassVar[str] = "loader_failed"
+
+    def sentence(self) -> str:
+        return self.detail or f"the loader of another process raised {self.error}"
+
+
+@error
 class WrongType(CacheError, TypeError):
     """Raised when an operation meets a stored value of a type it cannot work on, such as a `str` for `increment`."""
 

@@ -124,6 +124,21 @@ class LoadFailed(Event):
     duration: float = 0.0
 
 
+@message("event.stale_served")
+class StaleServed(Event):
+    """A value whose time to live was over was served, because nothing fresher was to be had in time."""
+
+    key: str
+
+
+@message("event.lease_lost")
+class LeaseLost(Event):
+    """A loaded value was not stored, because the right to do so was lost on the way: to an invalidation or a write of
+    the key, or because the load outlasted its lease."""
+
+    key: str
+
+
 @message("event.backend_connected")
 class BackendConnected(Event):
     """A backend's store can be reached: for the first time, or again. `store` is the technology."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field, replace
-from typing import Any
+from typing import Any, Literal
 
 from .base import Reply, message
 from .errors import CacheError, rebuild
@@ -57,10 +57,11 @@ class StoredMany(Reply):
 
 @message("reply.not_stored")
 class NotStored(Reply):
-    """The condition of the write did not hold and nothing changed. `version` is that of the value in the way, 0
-    where there is none."""
+    """Nothing changed: the condition of the write did not hold, or the lease under which it was made was lost. `version`
+    is that of the value in the way, 0 where there is none."""
 
     version: float = 0.0
+    reason: Literal["condition", "lease_lost"] = "condition"
 
 
 @message("reply.deleted")

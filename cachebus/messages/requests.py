@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from .base import Request, message
+from .leases import Origin
 from .replies import (
     Cleared,
     Counted,
@@ -53,13 +54,16 @@ class Exists(Request[Present | Missing]):
 
 @message("backend.set")
 class Set(Request[Stored | NotStored]):
-    """Store a value; with `only_if`, only where the key has none (`absent`) or has one (`present`)."""
+    """Store a value; with `only_if`, only where the key has none (`absent`) or has one (`present`); with `lease`, only
+    if that lease is still held, which ends with this. `origin` is what a loaded value keeps of its loading."""
 
     key: str
     value: Any
     ttl: Ttl = "default"
     tags: tuple[str, ...] = ()
     only_if: Literal["absent", "present"] | None = None
+    lease: str | None = None
+    origin: Origin | None = None
 
 
 @message("backend.set_many")

@@ -439,6 +439,8 @@ KEY_METHODS: dict[str, CallWith] = {
     "compare_and_set": lambda cache, key: cache.compare_and_set(key, 1, version=1.0),
     "touch": lambda cache, key: cache.touch(key),
     "increment": lambda cache, key: cache.increment(key),
+    "get_or_load": lambda cache, key: cache.get_or_load(key, lambda: 1),
+    "get_or_load_many": lambda cache, key: cache.get_or_load_many(["fine", key], lambda keys: {}),
     "delete": lambda cache, key: cache.delete(key),
     "delete_many": lambda cache, key: cache.delete_many(["fine", key]),
 }
@@ -481,6 +483,8 @@ TTL_METHODS: dict[str, CallWith] = {
     "compare_and_set": lambda cache, ttl: cache.compare_and_set("key", 1, version=1.0, ttl=ttl),
     "touch": lambda cache, ttl: cache.touch("key", ttl=ttl),
     "increment": lambda cache, ttl: cache.increment("key", ttl=ttl),
+    "get_or_load": lambda cache, ttl: cache.get_or_load("key", lambda: 1, ttl=ttl),
+    "get_or_load_many": lambda cache, ttl: cache.get_or_load_many(["key"], lambda keys: {}, ttl=ttl),
 }
 NOT_POSITIVE = [0, 0.0, -1, -0.5, math.nan, math.inf, -math.inf, A_LONG_NUMBER, timedelta(0), timedelta(seconds=-1)]
 NO_TIME = [True, "soon", "5", b"5", [5], object()]

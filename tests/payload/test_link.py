@@ -6,7 +6,7 @@ from typing import Any
 
 from cachebus import open_sync_cache
 from cachebus.messages import WIRE_NAMES, Counted, Found, Reply, Request, Set, message
-from cachebus.payload_link import _has_value, _with_value
+from cachebus.payload_places import has_value, with_value
 
 VALUED = {"backend.set", "backend.add", "backend.compare_and_set", "reply.found"}
 
@@ -26,19 +26,19 @@ class StaleValue(Reply):
 
 def test_every_message_with_a_value_is_known() -> None:
     ours = {name: kind for name, kind in WIRE_NAMES.items() if kind.__module__.startswith("cachebus.")}
-    assert {name for name, kind in ours.items() if _has_value(kind)} >= VALUED
-    assert _has_value(LeasedSet)
-    assert _has_value(StaleValue)
-    assert not _has_value(Counted)
-    assert not _has_value(type(None))
+    assert {name for name, kind in ours.items() if has_value(kind)} >= VALUED
+    assert has_value(LeasedSet)
+    assert has_value(StaleValue)
+    assert not has_value(Counted)
+    assert not has_value(type(None))
 
 
 def test_no_field_is_lost() -> None:
     leased = LeasedSet("k", 1, lease=7)
-    assert _with_value(leased, 2) == LeasedSet("k", 2, lease=7)
+    assert with_value(leased, 2) == LeasedSet("k", 2, lease=7)
     assert leased.value == 1
     for each in (Set("k", 1, 2.0, ("t",), "absent"), Found(1, 2.0, 3.0, ("t",), 4.0), StaleValue(1, 2.0)):
-        assert _with_value(each, each.value) == each
+        assert with_value(each, each.value) == each
 
 
 def test_a_message_is_not_changed_by_sending_it() -> None:

@@ -17,7 +17,7 @@ from redis.crc import key_slot
 from cachebus import CacheConnectionError, CacheError, open_cache
 from cachebus.adapters.redis_cluster import RedisClusterStore
 from cachebus.adapters.redis_dial import Place
-from cachebus.adapters.redis_slots import SlotMap, SlotTraffic, read_redirection, read_slots, slot_of
+from cachebus.adapters.redis_slots import SlotMap, SlotTraffic, read_redirection, read_slots, slot_of, tag_of
 from cachebus.messages import (
     BadMessage,
     CacheConfigurationError,
@@ -30,8 +30,15 @@ from cachebus.messages import (
     Found,
     Get,
     GetMany,
+    GetOrLease,
     Increment,
+    LeaseGranted,
+    Loading,
     Missing,
+    Release,
+    Released,
+    Renew,
+    Renewed,
     Scan,
     Set,
     SetMany,
@@ -228,7 +235,7 @@ async def test_a_user_of_a_cluster_needs_no_more_rights_than_documented(cluster:
         f"+{each}" for each in (*ours, *scripts, *(each for each in others if each.startswith(("cluster|", "ask"))))
     ]
     for server in cluster:
-        await sync(tell, server, "ACL", "SETUSER", "least", "on", ">pw", "~tests:*", *rights)
+        await sync(tell, server, "ACL", "SETUSER", "least", "on", ">pw", "~tests:*", "~tests#lease:*", *rights)
     url = url_of(cluster).replace("://", "://least:pw@")
     async with opened(url) as store:
         move = Move(cluster, slot_of("tests:r"))
@@ -278,6 +285,48 @@ async def test_scripts_that_a_server_forgot_are_sent_again(store: Any, cluster: 
         await sync(tell, server, "SCRIPT", "FLUSH")
     assert all(isinstance(each, Stored) for each in await store.execute([Set(f"k{n}", n) for n in range(50)]))
     assert await one(store, Increment("n", 5)) == Counted(5)
+
+
+# Leases
+
+BRACES = ("a", "{t}a", "a{t}", "{", "}", "{}", "{}a", "a}b", "a{b", "}{", "{{x}}", "é{é", "a:b{c:d")
+
+
+def test_every_slot_has_a_tag() -> None:
+    for slot in range(16384):
+        tag = tag_of(slot)
+        assert (len(tag), b"}" in tag) == (2, False)
+        assert key_slot(b"ns#lease:{%b}:k" % tag) == slot
+
+
+@pytest.mark.parametrize("key", BRACES)
+@pytest.mark.parametrize("namespace", ["tests", "a{b", "{a}b"])
+async def test_whatever_the_key_its_leases_are_in_its_slot(cluster: Sequence[Server], key: str, namespace: str) -> None:
+    async with opened(url_of(cluster), namespace=namespace) as store:
+        await one(store, Delete(key))
+        assert isinstance(await one(store, GetOrLease(key, "p", "t1", 9.0)), LeaseGranted)
+        assert await one(store, Renew(key, "t1", 9.0)) == Renewed(9.0)
+        assert isinstance(await one(store, Set(key, b"1", lease="t1")), Stored)
+        assert isinstance(await one(store, GetOrLease(key, "p", "t2", 9.0, refresh=True)), LeaseGranted)
+        assert isinstance(await one(store, GetOrLease(key, "p", "t3", 9.0, refresh=True)), Found)
+        assert isinstance(await one(store, Set(key, b"2", lease="t2")), Stored)
+        assert isinstance(await one(store, GetOrLease(key, "p", "t3", 9.0, refresh=True)), LeaseGranted)
+        assert await one(store, Release(key, "t3")) == Released()
+        assert (await one(store, Get(key))).value == b"2"
+
+
+async def test_a_key_can_be_leased_while_its_slot_moves(store: Any, cluster: Sequence[Server]) -> None:
+    move = Move(cluster, slot_of("tests:{l}"))
+    assert isinstance(await one(store, GetOrLease("{l}1", "p", "t1", 9.0)), LeaseGranted)
+    await sync(move.begin)
+    assert isinstance(await one(store, GetOrLease("{l}2", "p", "t2", 9.0)), LeaseGranted)
+    assert isinstance(await one(store, GetOrLease("{l}1", "q", "t3", 9.0)), Loading)
+    late = await one(store, Set("{l}2", b"2", lease="t2"))
+    assert isinstance(late, Failed)
+    assert late.error().transient
+    await sync(move.end)
+    assert isinstance(await one(store, Set("{l}1", b"1", lease="t1")), Stored)
+    assert isinstance(await one(store, Set("{l}2", b"2", lease="t2")), Stored)
 
 
 # Slots that move

@@ -16,9 +16,9 @@ import pytest
 
 from cachebus.bus.nats import NatsBus
 from cachebus.bus.nats_options import NatsOptions
-from cachebus.testing.servers import Server, nats_server, run_nats
+from cachebus.testing.servers import Server, nats_server, redis_server, run_nats
 
-__all__ = ["nats_server"]
+__all__ = ["nats_server", "redis_server"]
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,0 +1,306 @@
+"""Landing: calling a loader under a lease, and storing what it brings, if nothing has overtaken it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cachebus.messages import (
+    CacheClosed,
+    CacheError,
+    CapabilityError,
+    Failed,
+    Found,
+    GetOrLease,
+    LeaseLost,
+    Loaded,
+    NotHeld,
+    NotStored,
+    Release,
+    Reply,
+    Set,
+    Stale,
+)
+
+from .flight import (
+    ABANDONED,
+    LEFT_OUT,
+    Flight,
+    LeftOut,
+    Raised,
+    Value,
+    Values,
+    carry_loads,
+    loads_of_this_context,
+)
+from .load_options import LoadOptions
+from .load_report import LoadReport
+from .loaders import LoadContext, Loader, LoadResult, as_result, with_arguments
+from .renewals import Renewals
+from .ways import Way
+
+logger = logging.getLogger("cachebus")
+
+
+class Job:
+    """A key to be loaded: how, and with which tags. `call` calls `loader` with what it wants to know; `remote` says that
+    the backend's answers take their time."""
+
+    __slots__ = ("call", "key", "loader", "options", "remote", "tags")
+
+    def __init__(
+        self,
+        key: str,
+        loader: object,
+        call: Callable[[LoadContext], Any],
+        options: LoadOptions,
+        tags: tuple[str, ...],
+        *,
+        remote: bool,
+    ) -> None:
+        self.remote = remote
+        self.key = key
+        self.loader = loader
+        self.call = call
+        self.options = options
+        self.tags = tags
+
+
+def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> Job:
+    """The job of loading a key with a loader that may want to know more."""
+    if not callable(loader):
+        raise TypeError(f"a loader must be callable, not {loader!r}")
+    return Job(key, loader, lambda context: with_arguments(loader, context)(), options, options.tags, remote=remote)
+
+
+class Group:
+    """The keys of a `get_or_load_many` that are loaded together: how, and what may be served instead."""
+
+    __slots__ = ("load", "stale")
+
+    def __init__(self, load: Loader, stale: Mapping[str, Stale]) -> None:
+        self.load = load
+        self.stale = stale
+
+
+class Start:
+    """What begins a flight that is listed already. `call_off` ends it if that did not happen, so that nobody who has found
+    it there waits for ever."""
+
+    __slots__ = ("_begin", "_ended", "begun")
+
+    def __init__(self, begin: Callable[[], None], ended: Callable[[], None]) -> None:
+        self._begin = begin
+        self._ended = ended
+        self.begun = False
+
+    def __call__(self) -> None:
+        self.begun = True
+        self._begin()
+
+    def call_off(self) -> None:
+        """End the flight, if it was not begun."""
+        if not self.begun:
+            self._ended()
+
+
+class Landings:
+    """The loads of one cache that are under way in this process, by the names of their leases."""
+
+    def __init__(self) -> None:
+        self._chance = random.Random()
+        self.forked()
+
+    def forked(self) -> None:
+        """Forget what stayed behind in the parent, with whoever was to land it."""
+        self._owner = f"{os.getpid()}-{os.urandom(6).hex()}"
+        self._numbers = itertools.count(1)
+        self.flights: dict[str, Flight] = {}
+        self.renewals = Renewals()
+
+    # Leases
+
+    def _token(self) -> str:
+        return f"{self._owner}-{next(self._numbers)}"
+
+    async def _lease(self, way: Way, job: Job, token: str, wait: float = 0.0, *, refresh: bool = False) -> Any:
+        try:
+            reply = await way.ask(self._lease_request(job, token, wait, refresh=refresh), wait)
+        except (CapabilityError, CacheClosed):
+            raise
+        except BaseException:
+            # It may be granted all the same, to nobody.
+            self._give_back(way, job, token)
+            raise
+        if isinstance(reply, NotHeld):
+            self._give_back(way, job, token)  # As above, with a reply that stands for the error.
+        return reply
+
+    def _lease_request(self, job: Job, token: str, wait: float = 0.0, *, refresh: bool = False) -> GetOrLease:
+        return GetOrLease(job.key, self._owner, token, job.options.lease_ttl, wait, job.tags, refresh)
+
+    def _give_back(self, way: Way, job: Job, token: str | None, error: str = "", late: Found | None = None) -> None:
+        if token:
+            way.link.send(Release(job.key, token, error, late))
+
+    # Loading
+
+    def _start(self, way: Way, job: Job, flight: Flight, token: str, stale: Stale | None, started: float) -> Start:
+        """What starts the load under a lease that was granted."""
+        options = job.options
+        alone = options.soft_timeout is not None or options.hard_timeout is not None
+
+        def begin() -> None:
+            self.renewals.hold(way.link, job.key, token, options.lease_ttl)
+            context = self._context(job, stale, started)
+            way.beside(flight, lambda way: self._fly(way, job, flight, token, context), ended, alone=alone)
+
+        def ended() -> None:
+            self._ended(way, job, flight, token)
+
+        return Start(begin, ended)
+
+    def _ended(self, way: Way, job: Job, flight: Flight, token: str) -> None:
+        self._forget(token)
+        if not flight.landed:
+            self._give_back(way, job, token)
+            flight.land(ABANDONED)
+
+    def _forget(self, token: str) -> None:
+        self.renewals.let_go(token)
+        self.flights.pop(token, None)
+
+    async def _fly(self, way: Way, job: Job, flight: Flight, token: str | None, context: LoadContext) -> None:
+        """Call the loader and land its flight. With a `token`, store what it brings."""
+        outcome: Any
+        try:
+            with carry_loads((*loads_of_this_context(), flight.load)):
+                report = LoadReport(way.link, job.key)
+                with report:
+                    loaded = await way.call(lambda: job.call(context), job.loader)
+            result = as_result(loaded).resolved(context)
+            outcome = Value(result.value)
+            if token is not None:
+                outcome = await self._keep(way, job, token, result, report.duration)
+        except LeftOut:
+            outcome = LEFT_OUT
+            self._give_back(way, job, token)
+        except Exception as error:
+            outcome = Raised(error)
+            self._give_back(way, job, token, type(error).__name__)
+        if token:
+            self._forget(token)
+        flight.land(outcome)
+
+    async def _fly_many(
+        self,
+        way: Way,
+        jobs: Mapping[str, Job],
+        flight: Flight,
+        tokens: Mapping[str, str | None],
+        started: float,
+        group: Group,
+    ) -> None:
+        """Call a loader of many keys and land the one flight of all of them, storing what it brings."""
+        outcome: Any
+        try:
+            with carry_loads((*loads_of_this_context(), flight.load)):
+                report = LoadReport(way.link, *jobs)
+                with report:
+                    loaded = await way.call(lambda: group.load(list(jobs)), group.load)
+            outcome = Values(await self._keep_many(way, jobs, tokens, loaded, report.duration, group.stale))
+        except Exception as error:
+            outcome = Raised(error)
+            for key, job in jobs.items():
+                self._give_back(way, job, tokens[key], type(error).__name__)
+        for token in tokens.values():
+            if token:
+                self._forget(token)
+        flight.land(outcome)
+
+    async def _keep_many(
+        self,
+        way: Way,
+        jobs: Mapping[str, Job],
+        tokens: Mapping[str, str | None],
+        loaded: Mapping[str, Any],
+        load_time: float,
+        stale: Mapping[str, Stale],
+    ) -> dict[str, Value]:
+        outcomes: dict[str, Value] = {}
+        requests: dict[str, Set] = {}
+        for key, job in jobs.items():
+            if key not in loaded:
+                self._give_back(way, job, tokens[key])
+                continue
+            result = as_result(loaded[key]).resolved(self._context(job, stale.get(key), 0.0))
+            outcomes[key] = Value(result.value, shared=self._declares_all(job, result))
+            token = tokens[key]
+            if token is None:
+                continue
+            if (request := self._request(way, job, token, result, load_time)) is not None:
+                requests[key] = request
+        replies = await way.ask_all(list(requests.values()))
+        for (key, request), reply in zip(requests.items(), replies, strict=True):
+            error = reply.error() if isinstance(reply, Failed) else None
+            if isinstance(error, CacheClosed):
+                raise error
+            stored = self._stored(way, jobs[key], request, error or reply)
+            if stored:
+                outcomes[key] = Value(request.value)
+        return outcomes
+
+    async def _keep(self, way: Way, job: Job, token: str, result: LoadResult, load_time: float) -> Value:
+        """Store a loaded value under its lease; `""` is that of a store without leases."""
+        request = self._request(way, job, token, result, load_time)
+        if request is not None:
+            outcome: Any
+            try:
+                outcome = await way.ask(request)
+            except CacheClosed:
+                raise
+            except CacheError as error:
+                outcome = error
+            if self._stored(way, job, request, outcome):
+                return Value(result.value)
+        return Value(result.value, shared=self._declares_all(job, result))
+
+    def _request(self, way: Way, job: Job, token: str, result: LoadResult, load_time: float) -> Set | None:
+        """What to store; `None`, if the loader said not to, and those who wait elsewhere were told."""
+        tags = tuple(dict.fromkeys((*job.tags, *result.tags)))
+        if not result.store:
+            late = Found(result.value, tags=tags) if self._declares_all(job, result) else None
+            self._give_back(way, job, token, "", late)
+            return None
+        ttl = job.options.time_to_live(result, self._chance)
+        return Set(job.key, result.value, ttl, tags, None, token or None, job.options.origin(load_time, result))
+
+    def _declares_all(self, job: Job, result: LoadResult) -> bool:
+        """Whether the backend knew of all tags from the beginning, so that no invalidation was missed."""
+        return set(result.tags) <= set(job.tags)
+
+    def _stored(self, way: Way, job: Job, request: Set, outcome: Reply | CacheError) -> bool:
+        """Whether a value was stored. It belongs to its callers in any case."""
+        if isinstance(outcome, CacheError):
+            logger.warning("a loaded value was not stored: %s", outcome.code)
+        elif not isinstance(outcome, NotStored):
+            return True
+        if not (isinstance(outcome, NotStored) and outcome.reason == "lease_lost"):
+            # It failed, or that reply stands for a failure: who waits elsewhere is told.
+            late = Found(request.value, tags=request.tags) if len(request.tags) == len(job.tags) else None
+            self._give_back(way, job, request.lease or "", "", late)
+            return False
+        if LeaseLost in way.link.emitter.audience.kinds:
+            way.link.emitter.emit(LeaseLost(key=job.key))
+        return False
+
+    def _context(self, job: Job, stale: Stale | Loaded | None, started: float) -> LoadContext:
+        hard = job.options.hard_timeout
+        deadline = None if hard is None else started + hard
+        if stale is None:
+            return LoadContext(job.key, job.tags, deadline=deadline)
+        return LoadContext(job.key, job.tags, True, stale.value, stale.etag, deadline)

@@ -1,0 +1,144 @@
+"""How a value is loaded: the options of `get_or_load`, checked."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import EllipsisType
+from typing import Literal, cast
+
+from cachebus.messages import Loaded, Origin, Ttl
+
+from .checks import TimeToLive, check_tags, check_ttl
+from .loaders import LoadResult
+
+Duration = float | timedelta
+"""Seconds, or a `timedelta`."""
+
+Refresh = Literal["xfetch"] | float | None
+"""When a live value is loaded anew: by chance, the likelier the nearer its end and the longer its load (`"xfetch"`), or
+after this part of its lifetime."""
+
+WaitPolicy = Literal["load", "stale", "raise"]
+"""What becomes of a caller who has waited for somebody else's load for as long as it may."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The options of a load, in the words of `Cache.get_or_load`. Durations are seconds."""
+
+    ttl: Ttl = "default"
+    tags: tuple[str, ...] = ()
+    stale_for: float = 0.0
+    soft_timeout: float | None = None
+    hard_timeout: float | None = None
+    refresh: Refresh = None
+    refresh_after: float | None = None
+    beta: float = 1.0
+    negative_ttl: float | None = None
+    ttl_jitter: float = 0.0
+    idle_ttl: float | None = None
+    wait: WaitPolicy = "load"
+    wait_limit: float = 30.0
+    lease_ttl: float = 10.0
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        ttl: TimeToLive = "default",
+        tags: Iterable[str] = (),
+        stale_for: Duration = 0.0,
+        soft_timeout: Duration | None = None,
+        hard_timeout: Duration | None = None,
+        refresh: Refresh = None,
+        refresh_after: Duration | None = None,
+        beta: float = 1.0,
+        negative_ttl: Duration | None = None,
+        ttl_jitter: float = 0.0,
+        idle_ttl: Duration | None = None,
+        wait: WaitPolicy = "load",
+        wait_limit: Duration = 30.0,
+        lease_ttl: Duration = 10.0,
+    ) -> LoadOptions:
+        """The options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
+        checked = cls(
+            ttl=check_ttl(ttl),
+            tags=check_tags(tags),
+            stale_for=_seconds("stale_for", stale_for, zero=True) or 0.0,
+            soft_timeout=_seconds("soft_timeout", soft_timeout, zero=True),
+            hard_timeout=_seconds("hard_timeout", hard_timeout),
+            refresh=refresh,
+            refresh_after=_seconds("refresh_after", refresh_after),
+            beta=beta,
+            negative_ttl=_seconds("negative_ttl", negative_ttl),
+            ttl_jitter=ttl_jitter,
+            idle_ttl=_seconds("idle_ttl", idle_ttl),
+            wait=wait,
+            wait_limit=cast("float", _seconds("wait_limit", wait_limit, zero=True)),
+            lease_ttl=cast("float", _seconds("lease_ttl", lease_ttl)),
+        )
+        if wait not in ("load", "stale", "raise"):
+            raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {wait!r}")
+        if refresh is not None and refresh != "xfetch" and not (type(refresh) is float and 0 < refresh < 1):
+            raise ValueError(f"refresh must be 'xfetch' or a part of the lifetime between 0 and 1, not {refresh!r}")
+        if not 0 <= ttl_jitter < 1:
+            raise ValueError(f"ttl_jitter must be a part of the ttl, from 0 to below 1, not {ttl_jitter!r}")
+        if not 0 < beta < math.inf:
+            raise ValueError(f"beta must be a positive number, not {beta!r}")
+        if idle_ttl is not None and not isinstance(checked.ttl, float):
+            raise ValueError("idle_ttl needs a ttl in seconds, which caps it")
+        return checked
+
+    def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
+        """What a loaded value is given: by its own loader if that said so, else by these options."""
+        if not isinstance(result.ttl, EllipsisType):
+            ttl = check_ttl(result.ttl)
+        elif result.value is None and self.negative_ttl is not None:
+            ttl = self.negative_ttl
+        else:
+            ttl = self.ttl
+        if isinstance(ttl, float) and self.ttl_jitter:
+            ttl *= 1 - self.ttl_jitter * chance.random()
+        if isinstance(ttl, float) and self.idle_ttl is not None:
+            ttl = min(ttl, self.idle_ttl)
+        return ttl
+
+    def origin(self, load_time: float, result: LoadResult) -> Origin | None:
+        """What is kept of the load beside the value, if anything will ask for it."""
+        stale_for = self.stale_for
+        if result.stale_for is not None:
+            stale_for = _seconds("stale_for", result.stale_for, zero=True) or 0.0
+        if not stale_for and self.refresh is None and self.refresh_after is None and result.etag is None:
+            return None
+        return Origin(load_time, stale_for, result.etag)
+
+    def wants_refresh(self, found: Loaded, chance: random.Random) -> bool:
+        """Whether a live value is to be loaded anew now.
+
+        XFetch: Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention" (VLDB 2015).
+        """
+        left = found.ttl
+        if left is None or found.lifetime is None:
+            return False
+        if self.refresh_after is not None and found.lifetime - left >= self.refresh_after:
+            return True
+        if self.refresh == "xfetch":
+            # 1 - random() is never 0, whose logarithm there is none of.
+            return -found.load_time * self.beta * math.log(1.0 - chance.random()) >= left
+        return self.refresh is not None and found.lifetime - left >= self.refresh * found.lifetime
+
+
+def _seconds(name: str, duration: object, *, zero: bool = False) -> float | None:
+    if duration is None:
+        return None
+    seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
+    if type(seconds) not in (int, float):
+        raise TypeError(f"{name} must be seconds or a timedelta, not {duration!r}")
+    number = float(cast("float", seconds))
+    if not (0 <= number < math.inf if zero else 0 < number < math.inf):
+        raise ValueError(f"{name} must be a {'' if zero else 'positive, '}finite time, not {duration!r}")
+    return number

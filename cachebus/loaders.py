@@ -1,0 +1,100 @@
+"""Loaders: what they are told, what they may answer, and how they are called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any, cast
+
+from cachebus.messages import CacheError
+
+from .checks import TimeToLive, check_tags
+
+Loader = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadContext:
+    """What a loader is told if it takes an argument.
+
+    `key` is the key that is loaded; `tags` are those that the value will have. `stale` is the value that was there before,
+    if `has_stale`, and `etag` the version that its loader gave it. `deadline` is when whoever asked stops waiting, on the
+    cache's monotonic clock; `None` where nobody does.
+    """
+
+    key: str
+    tags: tuple[str, ...] = ()
+    has_stale: bool = False
+    stale: Any = None
+    etag: str | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """What a loader may return instead of a bare value, to decide how it is kept.
+
+    `ttl` and `stale_for` count instead of those of the call, `tags` in addition to them. With `store=False` the value goes
+    to those who wait for it and is not kept. `etag` is its version at the source.
+    """
+
+    value: Any = None
+    ttl: TimeToLive | EllipsisType = ...
+    tags: Iterable[str] = ()
+    store: bool = True
+    etag: str | None = None
+    stale_for: float | None = None
+    unchanged: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tags", check_tags(self.tags))  # An iterator could be read only once.
+
+    @classmethod
+    def not_modified(cls, *, ttl: TimeToLive | EllipsisType = ..., etag: str | None = None) -> LoadResult:
+        """The value in `LoadContext.stale` is up to date: keep it as if it were loaded now."""
+        return cls(ttl=ttl, etag=etag, unchanged=True)
+
+    def resolved(self, context: LoadContext) -> LoadResult:
+        """Itself, with the value that `not_modified` stands for."""
+        if not self.unchanged:
+            return self
+        if not context.has_stale:
+            raise CacheError(
+                "a loader returned LoadResult.not_modified(), but there is no value that could be unchanged"
+            )
+        return LoadResult(context.stale, self.ttl, self.tags, self.store, self.etag or context.etag, self.stale_for)
+
+
+def as_result(loaded: object) -> LoadResult:
+    """What a loader returned, as a `LoadResult`."""
+    return loaded if isinstance(loaded, LoadResult) else LoadResult(loaded)
+
+
+def with_arguments(loader: Loader, *arguments: Any) -> Callable[[], Any]:
+    """The loader with as many of `arguments` as it must have."""
+    try:
+        parameters = inspect.signature(loader).parameters.values()
+    except (TypeError, ValueError):  # Written in C, and silent about its parameters.
+        parameters = ()  # type: ignore[assignment]
+    kinds = inspect.Parameter
+    wanted = sum(
+        1
+        for each in parameters
+        if each.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD) and each.default is kinds.empty
+    )
+    given = arguments[:wanted]
+    return lambda: loader(*given)
+
+
+def is_asynchronous(function: Any) -> bool:
+    """Whether calling it makes something to await, as far as can be seen without calling it."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+async def awaited(result: Any) -> Any:
+    """The result, awaited if it wants to be."""
+    while isinstance(result, Awaitable):
+        result = await cast("Any", result)
+    return result

@@ -1,0 +1,363 @@
+"""Loading: one load of a key in the whole fleet, shared by everybody who asks for it meanwhile.
+
+Whoever misses asks the backend for the lease of the key. One caller of the fleet is granted it, and loads. To everybody
+else the backend names the lease under which the key is being loaded; callers of one process share one `Flight` under that
+name, whoever loads. So each caller's own question to the backend decides what it waits for, and none is ever given a value
+whose load began before an invalidation that had returned when the caller asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, cast
+
+from cachebus.messages import (
+    CacheError,
+    CacheStampedeError,
+    CacheTimeoutError,
+    CapabilityError,
+    Exists,
+    Failed,
+    Found,
+    Get,
+    LeaseGranted,
+    Loaded,
+    Missing,
+    NotHeld,
+    Overloaded,
+    Present,
+    Stale,
+    StaleServed,
+)
+
+from .failures import MISSED
+from .flight import ABANDONED, LATE, LEFT_OUT, Flight, LeftOut, Raised, Value, Values
+from .landing import Group, Job, Start
+from .load_options import LoadOptions
+from .loaders import LoadContext, Loader
+from .rounds import Rounds
+from .watching import FIRST_PAUSE, LONGEST_PAUSE, Watches, name_of
+from .ways import Way
+
+
+class Flights(Watches):
+    """The loads of one cache that are under way in this process, and how a caller comes to a value."""
+
+    def forked(self) -> None:
+        super().forked()
+        self._leasing = True
+        self._alone: dict[str, Flight] = {}
+        self._rounds = Rounds()
+
+    # A caller
+
+    async def deliver(self, way: Way, job: Job, found: Found | Missing) -> Any:
+        """The value, from what reading the key has found: as it is, loaded, or stale."""
+        if not isinstance(found, Found):
+            if found is MISSED:
+                return await self._load_alone(way, job, way.link.bus.clock.monotonic())
+            return await self.fetch(way, job)
+        options = job.options
+        if isinstance(found, Loaded) and options.wants_refresh(found, self._chance):
+            self._refresh(way, job, found)
+        if options.idle_ttl is not None:
+            self._prolong(way, job, found, options.idle_ttl)
+        return found.value
+
+    async def fetch(self, way: Way, job: Job) -> Any:
+        """The value of a key that is missing."""
+        now = way.link.bus.clock.monotonic
+        started = now()
+        pause = FIRST_PAUSE
+        while True:
+            stale: Stale | None = None
+            start: Start | None = None
+            leads = False
+            if not self._leasing:
+                flight, start = self._alone_flight(way, job, started)
+                leads = start is not None
+            else:
+                try:
+                    reply, leads = await self._ask(way, job)
+                except CapabilityError:
+                    self._leasing = False
+                    continue
+                except Overloaded:
+                    return await self._load_alone(way, job, started)
+                if isinstance(reply, Found):
+                    return reply.value
+                if isinstance(reply, NotHeld):
+                    return await self._load_alone(way, job, started)
+                if isinstance(reply, Missing):
+                    # What stands there cannot be read, and somebody is replacing it: nobody says when that is done.
+                    if now() - started >= min(job.options.wait_limit, job.options.hard_timeout or math.inf):
+                        return await self._load_alone(way, job, started)
+                    await way.pause(pause * (0.5 + self._chance.random() / 2))
+                    pause = min(pause * 1.5, LONGEST_PAUSE)
+                    continue
+                stale = reply.stale if isinstance(reply, LeaseGranted) else reply if isinstance(reply, Stale) else None
+                name = name_of(reply)
+                if leads:
+                    flight = self.flights[name]
+                    start = self._start(way, job, flight, name, stale, started)
+                else:
+                    flight, start = self._joined(way, job, name, started)
+            outcome = await self._outcome(way, job.options, flight, start, leads, stale, started)
+            if isinstance(outcome, Values):
+                outcome = outcome.of(job.key)
+            if isinstance(outcome, Value) and (leads or outcome.shared):
+                return outcome.value
+            if isinstance(outcome, Raised):
+                if stale is not None:
+                    return self._serve(way, stale, job.key)
+                raise outcome.error
+            if isinstance(outcome, Stale):
+                return self._serve(way, outcome, job.key)
+            if outcome is LATE:
+                return await self._load_alone(way, job, started)
+            if outcome is LEFT_OUT and leads:
+                raise LeftOut(job.key)
+
+    async def _ask(self, way: Way, job: Job) -> tuple[Any, bool]:
+        """What the backend says to somebody who wants the lease of a key, and whether it is this caller who has got it."""
+        if not job.remote:
+            return await self._ask_alone(way, job)
+        reply, asked = await self._rounds.ask(way, job.key, lambda: self._ask_alone(way, job))
+        return reply[0], reply[1] and asked
+
+    async def _ask_alone(self, way: Way, job: Job) -> tuple[Any, bool]:
+        token = self._token()
+        # Listed before the lease is asked for: whoever asks in between is told its name, and must find it here.
+        flight = self.flights[token] = Flight()
+        granted = False
+        try:
+            reply = await self._lease(way, job, token)
+            granted = isinstance(reply, LeaseGranted)
+        finally:
+            if not granted:
+                del self.flights[token]
+                flight.land(ABANDONED)
+        return reply, granted
+
+    async def fetch_many(self, way: Way, keys: Sequence[str], load: Loader, options: LoadOptions) -> dict[str, Any]:
+        """The values of keys that are missing: those that nobody loads by one call of `load`, the others as they come."""
+        started = way.link.bus.clock.monotonic()
+        jobs = {key: Job(key, load, _calls_for_one(load, key), options, options.tags, remote=True) for key in keys}
+        flight = Flight()
+        asked = {key: self._token() for key in jobs}
+        self.flights.update(dict.fromkeys(asked.values(), flight))
+        try:
+            replies = await self._lease_many(way, jobs, asked)
+        except BaseException:
+            self._ended_many(way, jobs, flight, asked)
+            raise
+        tokens: dict[str, str | None] = {
+            key: token for key, token in asked.items() if isinstance(replies[key], LeaseGranted)
+        }
+        for key, token in asked.items():
+            if key not in tokens:
+                self.flights.pop(token, None)
+        values = {key: reply.value for key, reply in replies.items() if isinstance(reply, Found)}
+        stale = {key: reply.stale for key, reply in replies.items() if isinstance(reply, LeaseGranted) and reply.stale}
+        group = Group(load, stale)
+        # What could not be leased is loaded with the rest; it is stored only where the store has no leases at all.
+        unleased = None if self._leasing else ""
+        tokens |= {key: unleased for key, reply in replies.items() if reply is None}
+        ours = {key: jobs[key] for key in jobs if key in tokens}
+        if ours:
+            values |= await self._load_many(way, ours, flight, tokens, group, started)
+        for key in [each for each in jobs if each not in values and each not in ours]:
+            try:
+                values[key] = await self.fetch(way, jobs[key])
+            except LeftOut:
+                continue
+        return {key: values[key] for key in keys if key in values}
+
+    async def _lease_many(self, way: Way, jobs: dict[str, Job], tokens: dict[str, str]) -> dict[str, Any]:
+        """The replies by key; `None` for those that cannot be leased."""
+        if not self._leasing:
+            return dict.fromkeys(jobs)
+        replies: dict[str, Any] = {}
+        asked = await way.ask_all([self._lease_request(job, tokens[key]) for key, job in jobs.items()])
+        for key, reply in zip(jobs, asked, strict=True):
+            error = reply.error() if isinstance(reply, Failed) else None
+            if isinstance(error, CapabilityError):
+                self._leasing = False
+            elif error is not None and not isinstance(error, Overloaded):
+                raise error
+            if isinstance(reply, NotHeld):
+                self._give_back(way, jobs[key], tokens[key])
+            replies[key] = None if error is not None or isinstance(reply, NotHeld) else reply
+        return replies
+
+    async def _load_many(
+        self,
+        way: Way,
+        jobs: dict[str, Job],
+        flight: Flight,
+        tokens: dict[str, str | None],
+        group: Group,
+        started: float,
+    ) -> dict[str, Any]:
+        options = next(iter(jobs.values())).options
+
+        def begin() -> None:
+            for key, token in tokens.items():
+                if token:
+                    self.renewals.hold(way.link, key, token, options.lease_ttl)
+            way.beside(
+                flight,
+                lambda way: self._fly_many(way, jobs, flight, tokens, started, group),
+                lambda: self._ended_many(way, jobs, flight, tokens),
+                alone=options.soft_timeout is not None or options.hard_timeout is not None,
+            )
+
+        start = Start(begin, lambda: self._ended_many(way, jobs, flight, tokens))
+        # Served stale all together or not at all: their values come from one call.
+        stale = group.stale.get(next(iter(jobs))) if len(group.stale) == len(jobs) else None
+        outcome = await self._outcome(way, options, flight, start, True, stale, started)
+        if isinstance(outcome, Raised) and stale is None:
+            raise outcome.error
+        if isinstance(outcome, Raised | Stale):
+            return {key: self._serve(way, each, key) for key, each in group.stale.items()}
+        if not isinstance(outcome, Values):
+            raise CacheError("the load was broken off")
+        return {key: value.value for key, value in outcome.by_key.items()}
+
+    def _ended_many(self, way: Way, jobs: dict[str, Job], flight: Flight, tokens: Mapping[str, str | None]) -> None:
+        for token in tokens.values():
+            if token:
+                self._forget(token)
+        if not flight.landed:
+            for key, job in jobs.items():
+                self._give_back(way, job, tokens[key])
+            flight.land(ABANDONED)
+
+    async def _outcome(
+        self,
+        way: Way,
+        options: LoadOptions,
+        flight: Flight,
+        start: Start | None,
+        leads: bool,
+        stale: Stale | None,
+        started: float,
+    ) -> Any:
+        """What comes of a flight; the stale value, if that is to be served; `LATE`, if the caller is to load by itself."""
+        timeout, why = self._patience(way, options, leads, stale, started)
+        try:
+            if timeout == 0.0 and why == "soft":
+                if start is not None:
+                    flight.keep()
+                    start()
+                return stale
+            # Who has waited for as long as it may does not begin to wait for one more.
+            if timeout != 0.0 or why != "wait":
+                outcome = await way.wait(flight, timeout, keep=why != "wait", begin=start)
+                if outcome is not LATE:
+                    return outcome
+        finally:
+            if start is not None:
+                start.call_off()
+        if why == "soft" or (stale is not None and (why == "hard" or options.wait == "stale")):
+            return stale
+        if why == "hard":
+            raise CacheTimeoutError("the loader has not returned", way.link.address, options.hard_timeout or 0.0)
+        if options.wait == "raise":
+            raise CacheStampedeError(f"somebody else has been loading the key for {options.wait_limit:g} s")
+        return LATE
+
+    def _patience(
+        self, way: Way, options: LoadOptions, leads: bool, stale: Stale | None, started: float
+    ) -> tuple[float | None, str]:
+        """How long the caller waits, and what for: `soft`, `hard` or `wait` is the limit that comes first."""
+        spent = way.link.bus.clock.monotonic() - started
+        limits: list[tuple[float, str]] = []
+        if options.soft_timeout is not None and stale is not None:
+            limits.append((max(0.0, options.soft_timeout - spent), "soft"))
+        if options.hard_timeout is not None:
+            limits.append((max(0.0, options.hard_timeout - spent), "hard"))
+        if not leads:
+            limits.append((max(0.0, options.wait_limit - spent), "wait"))
+        return min(limits, default=(None, ""))
+
+    def _serve(self, way: Way, stale: Stale, key: str) -> Any:
+        emitter = way.link.emitter
+        if StaleServed in emitter.audience.kinds:
+            emitter.emit(StaleServed(key=key))
+        return stale.value
+
+    # Without a lease
+
+    async def _load_alone(self, way: Way, job: Job, started: float) -> Any:
+        """Load for this caller only, and store nothing: somebody else may be doing so."""
+        flight = Flight()
+        context = self._context(job, None, started)
+
+        def begin() -> None:
+            way.beside(
+                flight,
+                lambda way: self._fly(way, job, flight, None, context),
+                ended,
+                alone=job.options.hard_timeout is not None,
+            )
+
+        def ended() -> None:
+            flight.land(ABANDONED)
+
+        outcome = await self._outcome(way, job.options, flight, Start(begin, ended), True, None, started)
+        if isinstance(outcome, Raised):
+            raise outcome.error
+        if not isinstance(outcome, Value):
+            raise CacheError("the load was broken off")
+        return outcome.value
+
+    def _alone_flight(self, way: Way, job: Job, started: float) -> tuple[Flight, Start | None]:
+        """The flight of a key in a store that knows no leases: one for each process."""
+        mine = Flight()
+        flight = self._alone.setdefault(job.key, mine)
+        if flight is not mine:
+            return flight, None
+
+        def ended() -> None:
+            self._alone.pop(job.key, None)
+            flight.land(ABANDONED)
+
+        async def work(way: Way) -> None:
+            # Looked up again: another flight may have landed between the miss and this one's start. Asked whether it
+            # exists first, which counts neither as hit nor as miss.
+            try:
+                if isinstance(await way.ask(Exists(job.key)), Present):
+                    again = await way.ask(Get(job.key))
+                    if isinstance(again, Found):
+                        flight.land(Value(again.value))
+                        return
+            except CacheError as error:
+                flight.land(Raised(error))
+                return
+            await self._fly(way, job, flight, "", self._context(job, None, started))
+
+        options = job.options
+        alone = options.soft_timeout is not None or options.hard_timeout is not None
+        return flight, Start(lambda: way.beside(flight, work, ended, alone=alone), ended)
+
+
+def _calls_for_one(load: Loader, key: str) -> Callable[[LoadContext], Any]:
+    """What asks a loader of many for one key."""
+
+    def call(context: LoadContext) -> Any:
+        loaded = load([key])
+        return _awaited_one(cast("Any", loaded), key) if isinstance(loaded, Awaitable) else _one(loaded, key)
+
+    return call
+
+
+async def _awaited_one(loading: Awaitable[Any], key: str) -> Any:
+    return _one(await loading, key)
+
+
+def _one(loaded: Any, key: str) -> Any:
+    if key not in loaded:
+        raise LeftOut(key)
+    return loaded[key]

@@ -1,0 +1,126 @@
+"""Leases: the right of one caller in the whole fleet to load a key, and what the others are told meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from .base import Message, Reply, Request, message
+from .replies import Found
+
+
+@message("part.origin")
+class Origin(Message):
+    """How a value came to be, kept with its entry. `load_time` is the seconds that its loader took, `stale_for` the
+    seconds after its time to live for which it may be served where nothing fresher is to be had, `etag` its version at
+    the source."""
+
+    load_time: float = 0.0
+    stale_for: float = 0.0
+    etag: str | None = None
+
+
+@message("reply.loaded")
+class Loaded(Found):
+    """A live value with its origin, as `Origin` has it. `lifetime` is the seconds that it was given, `None` without
+    expiry."""
+
+    load_time: float = 0.0
+    stale_for: float = 0.0
+    etag: str | None = None
+    lifetime: float | None = None
+
+
+@message("reply.stale")
+class Stale(Reply):
+    """A value whose time to live is over, and that may still be served. `lease` is the token of the load that is under
+    way, empty where there is none; `remaining` the seconds that its lease has left. The rest is as in `Loaded`."""
+
+    value: Any
+    version: float = 0.0
+    tags: tuple[str, ...] = ()
+    stored_at: float = 0.0
+    load_time: float = 0.0
+    etag: str | None = None
+    lease: str = ""
+    remaining: float = 0.0
+
+
+@message("reply.lease_granted")
+class LeaseGranted(Reply):
+    """Whoever asked shall load the value, and store it with `token`. `stale` is what may be served until then."""
+
+    token: str
+    stale: Stale | None = None
+
+
+@message("reply.loading")
+class Loading(Reply):
+    """Somebody else loads the value, under the lease `token`, which has `remaining` seconds left."""
+
+    token: str
+    remaining: float = 0.0
+
+
+@message("reply.renewed")
+class Renewed(Reply):
+    """The lease is held for `ttl` seconds from now."""
+
+    ttl: float
+
+
+@message("reply.released")
+class Released(Reply):
+    """The lease was held and is free."""
+
+
+@message("reply.not_held")
+class NotHeld(Reply):
+    """There is no such lease any more: it ran out, was given back, or was lost to an invalidation."""
+
+
+@message("lease.get_or_lease")
+class GetOrLease(Request[Found | Stale | LeaseGranted | Loading]):
+    """Read one key; where it has no live value, be the one who loads it.
+
+    `token` names the lease that is asked for, and nobody has used it before; asked for twice, it is granted twice. The
+    lease is lost after `lease_ttl` seconds unless renewed, and to a delete, a clear, a plain write of the key, or the
+    invalidation of one of `tags`. Who is not granted it may wait for up to `wait` seconds: for the value, or for the
+    lease if the one who has it gives up. `owner` is a process, or a part of one, that shares loads within itself: it is
+    never made to wait for itself. With `refresh` a live value is loaded anew, if nobody does so already.
+
+    It counts neither as hit nor as miss.
+    """
+
+    key: str
+    owner: str
+    token: str
+    lease_ttl: float
+    wait: float = 0.0
+    tags: tuple[str, ...] = ()
+    refresh: bool = False
+    IDEMPOTENT: ClassVar[bool] = True
+
+
+@message("lease.renew")
+class Renew(Request[Renewed | NotHeld]):
+    """Hold a lease for `lease_ttl` seconds from now."""
+
+    key: str
+    token: str
+    lease_ttl: float
+    IDEMPOTENT: ClassVar[bool] = True
+
+
+@message("lease.release")
+class Release(Request[Released | NotHeld]):
+    """Give a lease back, without a value to store.
+
+    Those who wait get `late`, a value that is not to be stored; or the error that the loader failed, if `error` is the
+    name of what it raised; or else one of them gets the lease.
+    """
+
+    key: str
+    token: str
+    error: str = ""
+    late: Found | None = None
+    IDEMPOTENT: ClassVar[bool] = True

@@ -1,0 +1,76 @@
+"""The leases that this process holds, renewed for as long as their loads run."""
+
+from __future__ import annotations
+
+import threading
+
+from cachebus.messages import Renew
+
+from .link import Link
+
+PER_LEASE = 3
+"""How often a lease is renewed within its own time, so that one lost renewal does not lose it."""
+
+
+class _Held:
+    __slots__ = ("due", "key", "lease_ttl", "link")
+
+    def __init__(self, link: Link, key: str, lease_ttl: float, due: float) -> None:
+        self.link: Link = link
+        self.key = key
+        self.lease_ttl = lease_ttl
+        self.due: float = due
+
+
+class Renewals:
+    """Renews leases. One timer for all of them, and none while there are none. Usable from any thread."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._held: dict[str, _Held] = {}
+        self._armed_for: float = float("inf")
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def hold(self, link: Link, key: str, token: str, lease_ttl: float) -> None:
+        """Renew a lease from now on."""
+        now = link.bus.clock.monotonic()
+        due = now + lease_ttl / PER_LEASE
+        with self._guard:
+            self._held[token] = _Held(link, key, lease_ttl, due)
+            sooner = due < self._armed_for
+            if sooner:
+                self._armed_for = due
+        if sooner:
+            link.call_after(due - now, lambda: self._ring(due))
+
+    def let_go(self, token: str) -> None:
+        """Renew a lease no longer."""
+        with self._guard:
+            self._held.pop(token, None)
+
+    def _ring(self, when: float) -> None:
+        with self._guard:
+            if when != self._armed_for:
+                return  # An earlier one was set since, and goes on for both.
+            held = list(self._held.items())
+            self._armed_for = float("inf")
+        earliest: _Held | None = None
+        now = when
+        for token, each in held:
+            now = each.link.bus.clock.monotonic()
+            if each.due <= now:
+                each.due = now + each.lease_ttl / PER_LEASE
+                each.link.send(Renew(each.key, token, each.lease_ttl))
+            if earliest is None or each.due < earliest.due:
+                earliest = each
+        if earliest is None:
+            return
+        due = earliest.due
+        with self._guard:
+            sooner = due < self._armed_for
+            if sooner:
+                self._armed_for = due
+        if sooner:
+            earliest.link.call_after(due - now, lambda: self._ring(due))

@@ -1,0 +1,250 @@
+"""Leases: one loads, and what is invalidated meanwhile is not stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cachebus.messages import (
+    Add,
+    CapabilityError,
+    Clear,
+    CompareAndSet,
+    Delete,
+    DeleteMany,
+    DeletePattern,
+    Exists,
+    Found,
+    Get,
+    GetMany,
+    GetOrLease,
+    Increment,
+    LeaseGranted,
+    Loaded,
+    Loading,
+    Missing,
+    NotHeld,
+    NotStored,
+    Origin,
+    Release,
+    Released,
+    Renew,
+    Renewed,
+    Request,
+    Set,
+    SetMany,
+    Stale,
+    Stored,
+    Touch,
+)
+
+from .base import AnyStore, Conformance, ask, value_of
+
+LONG = 60.0
+
+
+def lease(token: str, *, key: str = "k", ttl: float = LONG, refresh: bool = False) -> GetOrLease:
+    """The request of one process for a lease."""
+    return GetOrLease(key, f"owner of {token}", token, ttl, refresh=refresh)
+
+
+def commit(token: str, value: Any, *, key: str = "k", **more: Any) -> Set:
+    """What a process stores under its lease."""
+    return Set(key, value, lease=token, **more)
+
+
+VOIDING: dict[str, Callable[[], Request[Any]]] = {
+    "delete": lambda: Delete("k"),
+    "delete many": lambda: DeleteMany(("j", "k")),
+    "delete pattern": lambda: DeletePattern("k*"),
+    "clear": Clear,
+    "set": lambda: Set("k", b"another"),
+    "set many": lambda: SetMany({"k": b"another"}),
+    "add": lambda: Add("k", b"another"),
+    "increment": lambda: Increment("k"),
+}
+"""Whatever makes the value that is being loaded out of date."""
+
+
+class Leasing(Conformance):
+    """The suite of `Capabilities.leases`."""
+
+    @pytest.fixture
+    def leasing(self, store: AnyStore) -> AnyStore:
+        """The store, if it can lease."""
+        self.needs(store, "leases")
+        return store
+
+    async def test_a_store_that_cannot_lease_says_so(self, store: AnyStore) -> None:
+        if store.capabilities.leases:
+            pytest.skip("the store says that it can lease")
+        with pytest.raises(CapabilityError):
+            await ask(store, lease("t1"))
+
+    async def test_one_is_granted_the_lease_and_the_others_are_told_its_name(self, leasing: AnyStore) -> None:
+        assert await ask(leasing, lease("t1")) == LeaseGranted("t1")
+        for token in ("t2", "t3"):
+            reply = await ask(leasing, lease(token))
+            assert isinstance(reply, Loading)
+            assert reply.token == "t1"  # noqa: S105
+            assert 0 < reply.remaining <= LONG
+        assert await ask(leasing, lease("t1")) == LeaseGranted("t1"), "asked for twice, granted twice"
+        assert isinstance(await ask(leasing, lease("t4", key="other")), LeaseGranted)
+
+    async def test_a_leased_key_has_no_value(self, leasing: AnyStore) -> None:
+        await ask(leasing, lease("t1"))
+        assert isinstance(await ask(leasing, Get("k")), Missing)
+        assert (await ask(leasing, GetMany(("k",)))).entries == {}
+        assert isinstance(await ask(leasing, Exists("k")), Missing)
+        assert isinstance(await ask(leasing, Touch("k", ttl=LONG)), Missing)
+        assert isinstance(await ask(leasing, Set("k", b"v", only_if="present")), NotStored)
+        assert isinstance(await ask(leasing, Increment("k", initial=None)), Missing)
+        assert isinstance(await ask(leasing, commit("t1", b"v")), Stored)
+
+    async def test_what_is_loaded_is_stored_and_ends_the_lease(self, leasing: AnyStore) -> None:
+        await ask(leasing, lease("t1"))
+        stored = await ask(leasing, commit("t1", b"v", ttl=LONG))
+        assert isinstance(stored, Stored)
+        found = await ask(leasing, lease("t2"))
+        assert isinstance(found, Found)
+        assert (found.value, found.version) == (b"v", stored.version)
+        assert found.ttl is not None
+        assert found.ttl == pytest.approx(LONG, abs=1.0)
+        again = await ask(leasing, commit("t1", b"again"))
+        assert isinstance(again, NotStored)
+        assert again.reason == "lease_lost"
+        assert await value_of(leasing, "k") == b"v"
+
+    async def test_nobody_else_may_store(self, leasing: AnyStore) -> None:
+        await ask(leasing, lease("t1"))
+        refused = await ask(leasing, commit("t2", b"v"))
+        assert isinstance(refused, NotStored)
+        assert refused.reason == "lease_lost"
+        assert isinstance(await ask(leasing, commit("never asked for", b"v", key="other")), NotStored)
+        assert isinstance(await ask(leasing, Get("k")), Missing)
+
+    @pytest.mark.parametrize("how", VOIDING)
+    async def test_what_is_invalidated_during_the_load_is_not_stored(self, leasing: AnyStore, how: str) -> None:
+        await ask(leasing, lease("t1"))
+        await ask(leasing, VOIDING[how]())
+        before = await ask(leasing, Get("k"))
+        refused = await ask(leasing, commit("t1", b"out of date"))
+        assert isinstance(refused, NotStored)
+        assert refused.reason == "lease_lost"
+        after = await ask(leasing, Get("k"))
+        assert isinstance(after, Found) == isinstance(before, Found)
+        if isinstance(after, Found) and isinstance(before, Found):
+            assert after.version == before.version
+        else:
+            assert isinstance(await ask(leasing, lease("t2")), LeaseGranted), "the next may load at once"
+
+    @pytest.mark.parametrize("how", [each for each in VOIDING if each not in ("add", "increment")])
+    async def test_a_live_value_that_is_loaded_anew_is_guarded_as_well(self, leasing: AnyStore, how: str) -> None:
+        await ask(leasing, Set("k", b"old", ttl=LONG))
+        assert isinstance(await ask(leasing, lease("t1", refresh=True)), LeaseGranted)
+        assert await value_of(leasing, "k") == b"old", "it is read meanwhile"
+        await ask(leasing, VOIDING[how]())
+        before = await value_of(leasing, "k")
+        refused = await ask(leasing, commit("t1", b"out of date"))
+        assert isinstance(refused, NotStored)
+        assert await value_of(leasing, "k") == before
+
+    async def test_a_live_value_is_loaded_anew_by_one(self, leasing: AnyStore) -> None:
+        await ask(leasing, Set("k", b"old", ttl=LONG))
+        assert isinstance(await ask(leasing, lease("t1")), Found)
+        assert isinstance(await ask(leasing, lease("t1", refresh=True)), LeaseGranted)
+        assert isinstance(await ask(leasing, lease("t2", refresh=True)), Found)
+        assert isinstance(await ask(leasing, commit("t2", b"no")), NotStored)
+        assert isinstance(await ask(leasing, commit("t1", b"new")), Stored)
+        assert await value_of(leasing, "k") == b"new"
+        found = await ask(leasing, Get("k"))
+        assert isinstance(found, Found)
+        assert isinstance(await ask(leasing, CompareAndSet("k", b"newer", found.version)), Stored)
+
+    async def test_a_lease_that_is_given_back_is_the_nexts(self, leasing: AnyStore) -> None:
+        await ask(leasing, lease("t1"))
+        assert isinstance(await ask(leasing, Release("k", "t2")), NotHeld), "not by somebody else"
+        assert isinstance(await ask(leasing, lease("t2")), Loading)
+        assert isinstance(await ask(leasing, Release("k", "t1", "LookupError")), Released)
+        assert isinstance(await ask(leasing, Release("k", "t1")), NotHeld)
+        assert isinstance(await ask(leasing, lease("t2")), LeaseGranted)
+        assert isinstance(await ask(leasing, commit("t1", b"v")), NotStored)
+
+    async def test_a_lease_runs_out_unless_it_is_renewed(self, leasing: AnyStore) -> None:
+        await ask(leasing, lease("t1", ttl=self.short_ttl))
+        assert isinstance(await ask(leasing, Renew("k", "t2", LONG)), NotHeld)
+        assert await ask(leasing, Renew("k", "t1", LONG)) == Renewed(LONG)
+        await self.elapse(self.short_ttl + self.slack)
+        assert isinstance(await ask(leasing, lease("t2")), Loading)
+        await ask(leasing, Renew("k", "t1", self.short_ttl))
+        await self.elapse(self.short_ttl + self.slack)
+        assert isinstance(await ask(leasing, Renew("k", "t1", LONG)), NotHeld)
+        assert isinstance(await ask(leasing, lease("t2")), LeaseGranted)
+        late = await ask(leasing, commit("t1", b"late"))
+        assert isinstance(late, NotStored)
+        assert isinstance(await ask(leasing, commit("t2", b"v")), Stored)
+
+    async def test_a_loaded_value_keeps_its_origin(self, leasing: AnyStore) -> None:
+        await ask(leasing, lease("t1"))
+        await ask(leasing, commit("t1", [1, "a"], ttl=LONG, origin=Origin(0.25, 5.0, "v1")))
+        for found in (await ask(leasing, Get("k")), await ask(leasing, lease("t2"))):
+            assert isinstance(found, Loaded)
+            assert found.value == [1, "a"]
+            assert (found.load_time, found.stale_for, found.etag, found.lifetime) == (0.25, 5.0, "v1", LONG)
+            assert found.ttl is not None
+            assert found.ttl == pytest.approx(LONG, abs=1.0)
+        assert (await ask(leasing, GetMany(("k",)))).entries["k"].value == [1, "a"]
+        await ask(leasing, Set("k", b"plain"))
+        assert type(await ask(leasing, Get("k"))) is Found
+
+    async def test_a_value_whose_time_is_up_may_be_served_stale_and_is_no_hit(self, leasing: AnyStore) -> None:
+        await ask(leasing, lease("t1"))
+        stored = await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG, "v1")))
+        assert isinstance(stored, Stored)
+        await self.elapse(self.short_ttl + self.slack)
+        assert isinstance(await ask(leasing, Get("k")), Missing)
+        assert isinstance(await ask(leasing, Exists("k")), Missing)
+        assert isinstance(await ask(leasing, Touch("k", ttl=LONG)), Missing)
+        granted = await ask(leasing, lease("t2"))
+        assert isinstance(granted, LeaseGranted)
+        told = await ask(leasing, lease("t3"))
+        for stale in (granted.stale, told):
+            assert isinstance(stale, Stale)
+            assert (stale.value, stale.version, stale.load_time, stale.etag) == (b"old", stored.version, 0.5, "v1")
+        assert isinstance(told, Stale)
+        assert told.lease == "t2"
+        await ask(leasing, Release("k", "t2"))
+        again = await ask(leasing, lease("t4"))
+        assert isinstance(again, LeaseGranted)
+        assert again.stale is not None, "it is there after a load that failed"
+        new = await ask(leasing, commit("t4", b"new"))
+        assert isinstance(new, Stored)
+        assert new.version > stored.version
+
+    @pytest.mark.parametrize("how", ["delete", "delete many", "delete pattern", "clear"])
+    @pytest.mark.parametrize("during", ["before a load", "during a load"])
+    async def test_what_was_removed_is_not_served_stale(self, leasing: AnyStore, how: str, during: str) -> None:
+        await ask(leasing, lease("t1"))
+        await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
+        await self.elapse(self.short_ttl + self.slack)
+        if during == "during a load":
+            await ask(leasing, lease("t2"))
+        await ask(leasing, VOIDING[how]())
+        assert await ask(leasing, lease("t3")) == LeaseGranted("t3")
+
+    async def test_a_stale_value_is_gone_when_its_time_is_up_too(self, leasing: AnyStore) -> None:
+        await ask(leasing, lease("t1"))
+        origin = Origin(0.5, self.short_ttl)
+        await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=origin))
+        await self.elapse(2 * self.short_ttl + 2 * self.slack)
+        assert await ask(leasing, lease("t2")) == LeaseGranted("t2")
+
+    async def test_a_value_may_be_added_in_the_place_of_a_stale_one(self, leasing: AnyStore) -> None:
+        await ask(leasing, lease("t1"))
+        await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
+        await self.elapse(self.short_ttl + self.slack)
+        assert isinstance(await ask(leasing, Set("k", b"no", only_if="present")), NotStored)
+        assert isinstance(await ask(leasing, Add("k", b"new")), Stored)
+        assert await value_of(leasing, "k") == b"new"

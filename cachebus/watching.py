@@ -1,0 +1,130 @@
+"""Waiting for another process's load, and loading a live value anew."""
+
+from __future__ import annotations
+
+from cachebus.messages import (
+    CacheError,
+    Found,
+    LeaseGranted,
+    Loaded,
+    LoaderFailed,
+    Loading,
+    Missing,
+    NotHeld,
+    Stale,
+    Touch,
+)
+
+from .flight import ABANDONED, Flight, Raised, Value
+from .landing import Job, Landings, Start
+from .ways import Way
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
+"""Seconds between two questions to a store that cannot let a caller wait: the first pause, and the longest."""
+
+
+class Watches(Landings):
+    """The loads of one cache, and what it waits for that others load."""
+
+    def forked(self) -> None:
+        super().forked()
+        self._refreshing: set[str] = set()
+
+    # Waiting for somebody else
+
+    def _joined(self, way: Way, job: Job, theirs: str, started: float) -> tuple[Flight, Start | None]:
+        """The flight of a load that is under way; where it is another process's, with what starts to wait for it on
+        behalf of everybody in this one."""
+        mine = Flight()
+        flight = self.flights.setdefault(theirs, mine)
+        if flight is not mine:
+            return flight, None
+
+        def ended() -> None:
+            if self.flights.get(theirs) is flight:
+                del self.flights[theirs]
+            flight.land(ABANDONED)
+
+        def begin() -> None:
+            way.beside(flight, lambda way: self._watch(way, job, flight, theirs, started), ended, alone=True)
+
+        return flight, Start(begin, ended)
+
+    async def _watch(self, way: Way, job: Job, flight: Flight, theirs: str, started: float) -> None:
+        pause = FIRST_PAUSE
+        now = way.link.bus.clock.monotonic
+        while (patience := started + job.options.wait_limit - now()) > 0:
+            token = self._token()
+            self.flights[token] = flight
+            granted = False
+            try:
+                reply = await self._lease(way, job, token, patience)
+                granted = isinstance(reply, LeaseGranted)
+            except LoaderFailed as error:
+                flight.land(Raised(error))
+                return
+            except CacheError:
+                return  # Who waits asks again, and is told what is wrong.
+            finally:
+                if not granted:
+                    self.flights.pop(token, None)
+            if isinstance(reply, Found):
+                flight.land(Value(reply.value))
+                return
+            if isinstance(reply, LeaseGranted):
+                self.renewals.hold(way.link, job.key, token, job.options.lease_ttl)
+                try:
+                    await self._fly(way, job, flight, token, self._context(job, reply.stale, now()))
+                finally:
+                    self._ended(way, job, flight, token)
+                return
+            if isinstance(reply, NotHeld):
+                return  # As where the question failed.
+            if not isinstance(reply, Missing) and (name := name_of(reply)) != theirs and name in self.flights:
+                return  # A caller of this process loads by now: who waits here asks again, and joins it.
+            await way.pause(pause * (0.5 + self._chance.random() / 2))
+            pause = min(pause * 1.5, LONGEST_PAUSE)
+
+    # Hits that are not only read
+
+    def _refresh(self, way: Way, job: Job, found: Loaded) -> None:
+        """Load a live value anew, beside whoever has read it, unless somebody does so already."""
+        key = job.key
+        if key in self._refreshing:
+            return
+        self._refreshing.add(key)
+        flight = Flight()
+        flight.keep()
+        token = self._token()
+        self.flights[token] = flight
+
+        async def work(way: Way) -> None:
+            try:
+                reply = await self._lease(way, job, token, refresh=True)
+            except CacheError:
+                return
+            if isinstance(reply, LeaseGranted):
+                self.renewals.hold(way.link, key, token, job.options.lease_ttl)
+                started = way.link.bus.clock.monotonic()
+                await self._fly(way, job, flight, token, self._context(job, found, started))
+            else:
+                flight.land(ABANDONED)
+
+        def ended() -> None:
+            self._refreshing.discard(key)
+            self._ended(way, job, flight, token)
+
+        way.beside(flight, work, ended, alone=True)
+
+    def _prolong(self, way: Way, job: Job, found: Found, idle_ttl: float) -> None:
+        """Let a value that was read live on, up to its cap. Not on each read: when half of its idle time is over."""
+        if found.ttl is None or found.ttl > idle_ttl / 2 or not isinstance(job.options.ttl, float):
+            return
+        cap = found.stored_at + job.options.ttl - way.link.bus.clock.wall()
+        if (ttl := min(idle_ttl, cap)) > found.ttl:
+            way.link.send(Touch(job.key, ttl))
+
+
+def name_of(reply: Loading | Stale | LeaseGranted) -> str:
+    """The name of the lease under which somebody else loads."""
+    return reply.lease if isinstance(reply, Stale) else reply.token

@@ -1,0 +1,192 @@
+"""Two ways to wait: as a task of an event loop, and as a thread. What loads is written once, over either."""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import threading
+import time
+from asyncio import CancelledError, _get_running_loop, current_task
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from cachebus.bus.tasks import spawn
+from cachebus.messages import CacheError, Failed, Request
+
+from .background import BACKGROUND
+from .flight import Flight, carry_loads, loads_of_this_context
+from .link import Link, run
+from .loaders import awaited, is_asynchronous
+
+R = TypeVar("R")
+Work = Callable[["Way"], Coroutine[Any, Any, None]]
+
+MAX_THREADS = 64
+"""Threads that plain loaders of synchronous caches run in at most, where they may have to go on by themselves. Beyond
+that, they run in the thread of whoever asks."""
+
+
+class Way(Protocol):
+    """How whoever asks waits."""
+
+    link: Link
+
+    async def ask(self, request: Request[R], patience: float = 0.0) -> R:
+        """Ask the backend, up to `patience` seconds longer than a call may take."""
+        ...
+
+    async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
+        """Ask the backend several things at once. What fails is a `Failed` among the replies."""
+        ...
+
+    async def wait(
+        self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
+    ) -> Any:
+        """As `Flight.wait`."""
+
+    async def call(self, function: Callable[[], Any], loader: object) -> Any:
+        """Call `function`, which calls `loader`, and await what it returns if that is to be awaited."""
+
+    async def pause(self, seconds: float) -> None:
+        """Let time pass."""
+
+    def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
+        """Do the work of a flight. `alone`, whoever asks does not wait for it."""
+
+
+class Awaiting:
+    """As a task of asyncio or trio."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.ask: Any = link.request
+
+    async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
+        replies: list[Any] = [None] * len(requests)
+
+        async def ask(at: int) -> None:
+            try:
+                replies[at] = await self.link.request(requests[at])
+            except CacheError as error:
+                replies[at] = Failed.of(error)
+
+        async with anyio.create_task_group() as tasks:
+            for at in range(len(requests)):
+                tasks.start_soon(ask, at)
+        return replies
+
+    async def wait(
+        self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
+    ) -> Any:
+        return await flight.wait(timeout, keep=keep, begin=begin)
+
+    async def call(self, function: Callable[[], Any], loader: object) -> Any:
+        try:
+            if is_asynchronous(loader):
+                return await awaited(function())
+            return await awaited(await _in_worker_thread(function))
+        except CancelledError:
+            task = current_task() if _get_running_loop() is not None else None
+            if task is not None and not task.cancelling():
+                # Nobody wants this task to end: as an outcome, everybody who waits would load again, one by one.
+                raise CacheError("the loader was cancelled by something that it awaits") from None
+            raise
+
+    async def pause(self, seconds: float) -> None:
+        clock = self.link.bus.clock
+        await clock.sleep_until(clock.monotonic() + seconds)
+
+    def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
+        flight.cancel = spawn(lambda: work(self), ended)
+
+
+async def _in_worker_thread(function: Callable[[], Any]) -> Any:
+    """What a plain loader returns, which may be a coroutine: of `lambda: load(1)`, say."""
+    results: list[Any] = []
+    gone = False
+
+    def call() -> None:
+        results.append(function())
+        if gone:
+            _close(results)
+
+    try:
+        await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+    except BaseException:
+        # The thread goes on by itself, and nobody will await what it brings.
+        gone = True
+        _close(results)
+        raise
+    return results[0]
+
+
+def _close(results: list[Any]) -> None:
+    for each in results:
+        if inspect.iscoroutine(each):
+            each.close()
+
+
+class Blocking:
+    """As a thread."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.ask: Any = link.request_blocking
+
+    async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
+        replies: list[Any] = []
+        for request in requests:
+            try:
+                replies.append(await self.link.request_blocking(request))
+            except CacheError as error:
+                replies.append(Failed.of(error))
+        return replies
+
+    async def wait(
+        self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
+    ) -> Any:
+        return flight.wait_in_thread(timeout, keep=keep, begin=begin)
+
+    async def call(self, function: Callable[[], Any], loader: object) -> Any:
+        result = function()
+        if not hasattr(result, "__await__"):
+            return result
+        loads = loads_of_this_context()
+
+        async def in_background() -> Any:
+            with carry_loads(loads):
+                return await awaited(result)
+
+        return BACKGROUND.run(in_background)
+
+    async def pause(self, seconds: float) -> None:
+        time.sleep(seconds)  # noqa: ASYNC251 (this coroutine runs in a thread that may block, and never suspends)
+
+    def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
+        if not alone or not _threads.acquire(blocking=False):
+            _work(self, work, ended)
+            return
+
+        def in_thread() -> None:
+            flight.load.thread = threading.get_ident()
+            try:
+                _work(self, work, ended)
+            finally:
+                _threads.release()
+
+        # A daemon, so that a loader which never returns does not keep the interpreter from ending.
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(in_thread,), name="cachebus-load", daemon=True).start()
+
+
+def _work(way: Blocking, work: Work, ended: Callable[[], None]) -> None:
+    try:
+        run(work(way))
+    finally:
+        ended()
+
+
+_threads = threading.BoundedSemaphore(MAX_THREADS)

@@ -1,0 +1,1 @@
+"""Loading: leases, flights, stale values, and that nothing out of date is ever stored."""
