@@ -145,6 +145,8 @@ def _sample(hint: Any, name: str) -> Any:
         return _VALUES.get(name, {"name": "Ada"})
     if hint is str:
         return _TEXTS.get(name, name)
+    if hint is bool:
+        return True
     if hint is int:
         return _NUMBERS.get(name, 1)
     if hint is float:
