@@ -29,6 +29,20 @@ async function ask(kind, fields) {
   return reply;
 }
 
+// A value is a payload: four bytes (version, serializer, compression, protection) and then what the serializer wrote. With
+// `payload: {serializer: json}` and nothing else that is JSON. Integers are no payloads.
+function valueOf(reply) {
+  const packed = reply.value?.$base64;
+  if (packed === undefined) {
+    return reply.value;
+  }
+  const payload = Buffer.from(packed, "base64");
+  if (payload.toString("latin1", 0, 4) !== "\x01j-\0") {
+    throw new Error("the value is no plain JSON payload");
+  }
+  return JSON.parse(payload.toString("utf8", 4));
+}
+
 // Every event is one message on a subject that names its kind and its backend. `seq` counts without a gap what one
 // origin, in one epoch, told on one subject.
 const last = new Map();
@@ -54,7 +68,7 @@ const late = setTimeout(() => {
 }, 10_000);
 
 const before = await ask("backend.get", { key });
-say("reply", { kind: before.kind, value: before.value, tags: before.tags });
+say("reply", { kind: before.kind, value: valueOf(before), tags: before.tags });
 const done = await ask("backend.invalidate_tags", { tags: [tag] });
 say("reply", { kind: done.kind });
 const after = await ask("backend.get", { key });

@@ -25,7 +25,10 @@ def test_node_listens_reads_and_invalidates(
     shutil.copy(EXAMPLE / "package.json", tmp_path)
     (tmp_path / "node_modules").symlink_to(folder / "node_modules", target_is_directory=True)
     run_worker("--backend", "primary=memory://")
-    cache = open_sync_cache("bus:primary", bus=nats_server.url, namespace=namespace, on_error="raise")
+    json_values = {"serializer": "json"}
+    cache = open_sync_cache(
+        "bus:primary", bus=nats_server.url, namespace=namespace, on_error="raise", payload=json_values
+    )
     try:
         cache.set("user:1", {"name": "Ada ☕", "bytes": b"\x00\xff"}, tags=["users"])
         cache.set("user:2", "stays", tags=["others"])
@@ -44,7 +47,7 @@ def test_node_listens_reads_and_invalidates(
             {
                 "what": "reply",
                 "kind": "reply.found",
-                "value": {"name": "Ada ☕", "bytes": {"$base64": "AP8="}},
+                "value": {"name": "Ada ☕", "bytes": {"$bytes": "AP8="}},
                 "tags": ["users"],
             },
             {"what": "reply", "kind": "reply.invalidated"},
