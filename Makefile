@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Tests mostly wait: for servers, timers and each other's processes. Four at a time keep two cores busy.
+WORKERS ?= 4
 
 BIN   := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.stamp
@@ -15,7 +17,7 @@ MAKEFLAGS += --no-builtin-rules
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo "  PYTHON=python3.12 chooses the interpreter, ARGS='-k lease' is handed on"
+	@echo "  PYTHON=python3.12 chooses the interpreter, ARGS='-k lease' is handed on, WORKERS=0 tests one after the other"
 
 demo: $(STAMP)-demo ## a cache at work, in the terminal
 	@$(BIN)/python examples/demo.py $(ARGS)
@@ -24,7 +26,7 @@ demo-cluster: $(STAMP)-dev ## NATS, Redis, two workers and an application; one w
 	@$(BIN)/python -m examples.demo_cluster $(ARGS)
 
 test: $(STAMP)-dev servers ## the whole test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 fuzz: $(STAMP)-dev ## a million random and mutated payloads
 	@CACHEBUS_FUZZ=1000000 $(BIN)/python -m pytest tests/payload/test_fuzz.py --timeout 0 $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -26,11 +27,16 @@ Probe = Callable[[socket.socket], bool]
 
 
 def free_port() -> int:
-    """A port of this machine's loopback interface that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of this machine's loopback interface that nobody uses now.
+
+    It is below those that systems give to outgoing connections (32768 and up on Linux, 49152 on the others), so that
+    nobody's client takes it while the server is down.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("100 ports between 20000 and 32767 were tried, and all are in use")
 
 
 def answers(port: int, probe: Probe, host: str = "127.0.0.1") -> bool:
