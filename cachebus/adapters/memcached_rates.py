@@ -4,8 +4,8 @@ What is under a limit's name is mostly what this connection has written there la
 in the same round trip: where nobody else was there meanwhile, one is all it takes. Somebody else costs one more, which has
 what it needs to know already.
 
-An item is three decimal numbers: level, Unix time of the server in microseconds, and the microseconds of `per`. It stands
-outside of the generations of the namespace, and goes when its level is at 0.
+An item is four decimal numbers: level, Unix time of the server in microseconds, limit, and the microseconds of `per`. It
+stands outside of the generations of the namespace, and goes when its level is at 0.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class LimitRounds:
         now = self._connection.now()
         reset = max(getattr(reply, "reset_after", 0.0) for reply in draft.replies.values())
         condition = b" C%d" % draft.token if draft.token else b" ME"
-        return store(name, b"%d %d %d" % draft.meter, server_expiry(now + reset, now), condition)
+        return store(name, b"%d %d %d %d" % draft.meter, server_expiry(now + reset, now), condition)
 
     def _remember(self, name: str, seen: Answer) -> None:
         meters = self._connection.meters
@@ -140,7 +140,7 @@ def _trouble(wrote: Answer | None, seen: Answer) -> Reply | None:
 def _read(raw: bytes) -> Meter | None:
     """The meter of an item; what is none of ours is as if there were nothing, and is written over."""
     try:
-        level, stamp, per = map(int, raw.split(b" "))
-        return Meter(level, stamp, per) if per > 0 else None
+        level, stamp, limit, per = map(int, raw.split(b" "))
+        return Meter(level, stamp, limit, per) if per > 0 else None
     except ValueError:
         return None

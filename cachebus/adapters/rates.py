@@ -28,10 +28,11 @@ A clock that is behind by more has been set back."""
 
 
 class Meter(NamedTuple):
-    """How much of a limit is used: the `level` at the time `stamp`, counted for a `per`."""
+    """How much of a limit is used: the `level` at the time `stamp`, which sinks as `limit` and `per` said then."""
 
     level: int
     stamp: int
+    limit: int
     per: int
 
 
@@ -64,22 +65,24 @@ def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | Ref
     """The reply to a checked request, and the meter that it leaves behind; `None` if nothing changes. `now` is in
     microseconds."""
     limit, per, at, level = request.limit, per_of(request), now, 0
+    set_back = None
     if meter is not None:
-        kept, stamp, counted_for = meter
+        kept, stamp, old_limit, old_per = meter
         if stamp - now > CLOCK_BACK:
-            stamp = now
+            # To be kept even if nothing is taken: else no time would pass until the clock is where it was.
+            stamp, set_back = now, Meter(kept, now, old_limit, old_per)
         at = max(now, stamp)
-        if counted_for != per:
-            kept = _up(kept * per, counted_for)
-        level = max(0, kept - (at - stamp) * limit)
+        level = max(0, kept - (at - stamp) * old_limit)
+        if old_per != per:
+            level = _up(level * per, old_per)
     room, after = request.burst * per, level + request.cost * per
     lag = at - now
     delay = lag + _up(after - room, limit) if after > room else 0
     if delay > microseconds(request.wait):
         left = max(0, room - level) // per
-        return Refused(left, delay / 1e6, (lag + _up(level, limit)) / 1e6), None
+        return Refused(left, delay / 1e6, (lag + _up(level, limit)) / 1e6), set_back
     reply = Admitted(max(0, room - after) // per, (lag + _up(after, limit)) / 1e6, delay / 1e6)
-    return reply, Meter(after, at, per)
+    return reply, Meter(after, at, limit, per)
 
 
 def _up(number: int, by: int) -> int:

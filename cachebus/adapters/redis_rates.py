@@ -1,7 +1,7 @@
 """Rate limits in Redis: the rule of `rates` in one script, by the server's clock.
 
 The level of a limit stands outside of the namespace's keys, under `<namespace>#rate:<name>`: no scan, pattern or clear sees
-it. It is three doubles: level, the server's time in microseconds, and the microseconds of `per`. It expires when it is at 0.
+it. It is four doubles: level, the server's time in microseconds, limit, and the microseconds of `per`. It expires when it is at 0.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ ADMIT = Script.of(
 local limit, per, burst = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local at, level = now, 0
 local raw = redis.call('GET', KEYS[1])
-if raw and #raw == 24 then
-  local kept, stamp, counted_for = struct.unpack('>ddd', raw)
-  if stamp - now > {CLOCK_BACK} then stamp = now end
+if raw and #raw == 32 then
+  local kept, stamp, old_limit, old_per = struct.unpack('>dddd', raw)
+  if stamp - now > {CLOCK_BACK} then
+    -- To be kept even if nothing is taken: else no time would pass until the clock is where it was.
+    stamp = now
+    redis.call('SET', KEYS[1], struct.pack('>dddd', kept, now, old_limit, old_per),
+      'PX', math.ceil(kept / old_limit / 1000))
+  end
   if stamp > now then at = stamp end
-  if counted_for ~= per then kept = math.ceil(kept * per / counted_for) end
-  level = math.max(0, kept - (at - stamp) * limit)
+  level = math.max(0, kept - (at - stamp) * old_limit)
+  if old_per ~= per then level = math.ceil(level * per / old_per) end
 end
 local room, after = burst * per, level + tonumber(ARGV[4]) * per
 local lag, delay = at - now, 0
@@ -36,7 +41,7 @@ if delay > tonumber(ARGV[5]) then
   return {{0, math.floor(math.max(0, room - level) / per), delay, lag + math.ceil(level / limit)}}
 end
 local reset = lag + math.ceil(after / limit)
-redis.call('SET', KEYS[1], struct.pack('>ddd', after, at, per), 'PX', math.ceil(reset / 1000))
+redis.call('SET', KEYS[1], struct.pack('>dddd', after, at, limit, per), 'PX', math.ceil(reset / 1000))
 return {{1, math.floor(math.max(0, room - after) / per), delay, reset}}
 """
 )
