@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from subprocess import PIPE
 from typing import Any
 from uuid import uuid4
 
@@ -46,16 +47,10 @@ def fleet(where: dict[str, Any]) -> Iterator[Fleet]:
 
     def run(**options: Any) -> list[dict[str, Any]]:
         told = json.dumps({"namespace": f"t{uuid4().hex}", **where, "callers": CALLERS, **options})
-        for _ in range(PROCESSES):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.limits.worker", told],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    cwd=ROOT,
-                )
-            )
+        command = [sys.executable, "-m", "tests.limits.worker", told]
+        processes.extend(
+            subprocess.Popen(command, text=True, cwd=ROOT, stdin=PIPE, stdout=PIPE) for _ in range(PROCESSES)
+        )
         for each in processes:
             assert each.stdout is not None
             assert each.stdout.readline().strip() == "ready"
@@ -77,11 +72,13 @@ def test_all_together_are_admitted_exactly_as_often_as_the_limit_says(fleet: Fle
     assert all(result["refused"] > 0 for result in results)
 
 
-def test_who_may_wait_goes_on_at_the_rate_of_the_limit(fleet: Fleet) -> None:
+def test_who_may_wait_goes_on_at_the_rate_of_the_limit(fleet: Fleet, where: dict[str, Any]) -> None:
     results = fleet(seconds=0.5, limit={"limit": 200, "per": 2, "burst": 20, "wait": 30})
     went = sorted(when for result in results for when in result["went"])
     assert sum(result["refused"] for result in results) == 0
     assert len(went) >= PROCESSES * CALLERS
+    # Memcached tells the time in whole seconds, so that processes take it to be a little different.
+    skew = 1.0 if where["backend"].startswith("memcached") else 0.01
     began = min(result["began"] for result in results)
     for count, when in enumerate(went, 1):
-        assert count <= 20 + (when - began + 0.01) * 100, "late, perhaps, and never early"
+        assert count <= 20 + (when - began + skew) * 100, "late, perhaps, and never early"
