@@ -27,6 +27,7 @@ from cachebus.messages import (
     Missing,
     NoSuchActor,
     Overloaded,
+    RateLimited,
     RemovalCause,
     Snapshot,
     Stale,
@@ -38,6 +39,7 @@ from .checks import escape_pattern
 from .loaders import LoadContext, LoadResult
 from .node import Node
 from .opening import open_cache, open_sync_cache
+from .rate_limits import RateLimit
 from .sync_cache import SyncCache
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ __all__ = [
     "NoSuchActor",
     "Node",
     "Overloaded",
+    "RateLimit",
+    "RateLimited",
     "RemovalCause",
     "Settings",
     "Snapshot",

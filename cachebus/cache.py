@@ -46,6 +46,7 @@ from cachebus.messages import (
     bare,
 )
 
+from .cache_limits import CacheLimits
 from .cache_loading import CacheLoading
 from .cached import Loads
 from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
@@ -78,7 +79,7 @@ class Health:
     circuit: str = ""
 
 
-class Cache(CacheLoading):
+class Cache(CacheLoading, CacheLimits):
     """A cache over one backend, on asyncio or trio. Made by `open_cache`; used within `async with`.
 
     Keys are non-empty `str`; anything else is a `CacheKeyError`. Times to live are seconds or a `timedelta`; left out,

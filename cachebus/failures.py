@@ -13,6 +13,7 @@ from cachebus.bus import Emitter
 from cachebus.messages import (
     ActorFailed,
     Add,
+    Admitted,
     CacheBackendError,
     CacheError,
     CacheInvalidationError,
@@ -81,8 +82,9 @@ class Failures:
     def __repr__(self) -> str:
         return f"<Failures {self.on_error}, {self.errors} errors, {self.dropped_writes} dropped writes>"
 
-    def settle(self, request: Request[Any], error: CacheError) -> Any:
-        """The reply that stands for the one that the backend did not give.
+    def settle(self, request: Request[Any], error: CacheError, *, allow: bool = False) -> Any:
+        """The reply that stands for the one that the backend did not give. `allow` is for a rate limit that lets everybody
+        go on then.
 
         Raises `error` where that is asked for, or where no reply would be true: nobody can make up the sum of an
         increment. An invalidation that may not have been carried out is a `CacheInvalidationError`: to go on in silence
@@ -92,6 +94,8 @@ class Failures:
             error.in_doubt = True
         kind = type(request)
         stand_in = (_READS.get(kind) or _WRITES.get(kind)) if self.on_error == "miss" else None
+        if allow:
+            stand_in = _admitted
         dropped = stand_in is not None and kind in _WRITES
         with self._guard:
             self.errors += 1
@@ -101,7 +105,13 @@ class Failures:
                 RequestFailed(
                     request=request.WIRE_NAME,
                     error=error.code,
-                    outcome="raised" if stand_in is None else "dropped" if dropped else "missed",
+                    outcome="raised"
+                    if stand_in is None
+                    else "admitted"
+                    if allow
+                    else "dropped"
+                    if dropped
+                    else "missed",
                     key=getattr(request, "key", ""),
                 )
             )
@@ -110,6 +120,10 @@ class Failures:
         if self.on_error == "miss" and request.INVALIDATES:
             raise CacheInvalidationError(f"{_named(request)} may not have been carried out: {error}") from error
         raise error
+
+
+def _admitted() -> Reply:
+    return Admitted(0)
 
 
 def _named(request: Request[Any]) -> str:

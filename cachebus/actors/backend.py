@@ -10,6 +10,7 @@ from typing import Any
 from cachebus.bus import Deferred, TaskPort, current_trace, turn_trace
 from cachebus.messages import (
     Add,
+    Admit,
     CacheCleared,
     CacheDeleted,
     CacheError,
@@ -35,6 +36,8 @@ from cachebus.messages import (
     InvalidateTags,
     Ping,
     Pong,
+    RateLimitExceeded,
+    Refused,
     Release,
     RemovalCause,
     Renew,
@@ -76,6 +79,7 @@ STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
     GetOrLease,
     Renew,
     Release,
+    Admit,
 )
 """What a backend hands to its store."""
 
@@ -152,6 +156,7 @@ class BackendActor(Actor):
                 table.plain[kind] = self._store.verb(kind) or _refuse(self._store, kind)
             table.plain[Clear] = self._clear(table.plain[Clear])
             table.plain[InvalidateTags] = self._invalidate_tags(table.plain[InvalidateTags])
+            table.plain[Admit] = self._admit(table.plain[Admit])
             self._store.on_due = self._due
             if isinstance(self._store, LeasingStore):
                 self._store.defer = self.ctx.defer
@@ -329,6 +334,15 @@ class BackendActor(Actor):
             return reply
 
         return invalidate_tags
+
+    def _admit(self, verb: PlainHandler) -> PlainHandler:
+        def admit(request: Admit) -> Reply | Deferred | None:
+            reply = verb(request)
+            if isinstance(reply, Refused):
+                self.ctx.tell(RateLimitExceeded, request.key, request.cost, reply.retry_after)
+            return reply
+
+        return admit
 
 
 _REMOVALS: dict[RemovalCause, type[CacheDeleted | CacheEvicted | CacheExpired]] = {

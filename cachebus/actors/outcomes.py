@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cachebus.messages import (
+    Admit,
     CacheCleared,
     CacheDeleted,
     CacheHit,
@@ -26,6 +27,8 @@ from cachebus.messages import (
     Invalidated,
     InvalidateTags,
     Missing,
+    RateLimitExceeded,
+    Refused,
     RemovalCause,
     Reply,
     Request,
@@ -107,6 +110,9 @@ def tell_facts(request: Request[Any], reply: Reply, tell: Tell) -> None:
     elif isinstance(request, DeleteMany) and isinstance(reply, Deleted):
         for key in dict.fromkeys(request.keys):
             tell(CacheDeleted, key=key)
+    elif isinstance(request, Admit):
+        if isinstance(reply, Refused):
+            tell(RateLimitExceeded, key=request.key, cost=request.cost, retry_after=reply.retry_after)
     elif isinstance(request, InvalidateTags) and isinstance(reply, Invalidated):
         tell(TagsInvalidated, tags=request.tags)
     elif isinstance(reply, Cleared):

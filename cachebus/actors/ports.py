@@ -40,6 +40,7 @@ class Capabilities:
     compare_and_set: bool = False
     counters: bool = False
     leases: bool = False
+    rate_limits: bool = False
     max_key_bytes: int | None = None
     max_value_bytes: int | None = None
     ttl_resolution: float = 0.0

@@ -105,12 +105,14 @@ class Connection:
     event loop.
 
     `epoch` is what the versions of the server's items begin at, `entry_max` how many bytes an entry may have, and
-    `generation` the one that the namespace had when it was last looked at.
+    `generation` the one that the namespace had when it was last looked at. `meters` is what was last seen of rate limits, by
+    their names on the wire: raw, with the CAS token.
     """
 
     def __init__(self, server: str, sock: socket.socket, clock: Clock, timeout: float, deadline: float) -> None:
         self.server = server
         self.generation: str | None = None
+        self.meters: dict[str, tuple[bytes, int]] = {}
         self.lost = False
         self._sock = sock
         self._timeout = timeout

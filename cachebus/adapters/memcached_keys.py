@@ -4,6 +4,7 @@
     <namespace>:<generation>#<hash>     any other: the hash is BLAKE2b with 32 bytes, in hexadecimal
     <namespace>:<generation>+<id>+<n>   the n-th chunk of a large value
     <namespace>::                       the generation of the namespace
+    <namespace>:~<name>                 a rate limit, whatever the generation; `<namespace>:~#<hash>` as above
 
 A namespace has no `:`, so that what stands before the first one is all of it. A generation has only hexadecimal digits,
 so that the character behind it says what follows.
@@ -68,6 +69,14 @@ class Keys:
             raise CacheKeyError("a cache key must be valid Unicode", ascii(key)[:60]) from None
         kept = raw if len(raw) <= KEPT_MAX else blake2b(raw, person=b"cachebus.kept").digest()
         return f"#{self._hasher(raw).hex()}", kept
+
+    def limit(self, name: str) -> str:
+        """What a rate limit is called on the wire. Raises `CacheKeyError` as `tail` does."""
+        tail, kept = self.tail(name)
+        if tail[0] == ":":
+            return f"{self.namespace}:~{tail}"
+        # An item of a limit keeps no name to compare, so that not any hash will do.
+        return f"{self.namespace}:~#{blake(kept).hex()}"
 
     def head(self, generation: str) -> str:
         """What stands before the tail."""

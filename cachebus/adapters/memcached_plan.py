@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cachebus.messages import (
+    Admit,
     CacheError,
     CapabilityError,
     Delete,
@@ -34,6 +35,7 @@ from .memcached_chunks import chunk_tails, whole
 from .memcached_connection import MISS, Answer, Connection, Talk
 from .memcached_entries import CHUNKED, MISSING, Entry, found_of, found_or_fail
 from .memcached_errors import BACKEND, in_doubt
+from .memcached_rates import LimitRounds
 from .memcached_rounds import Rounds, looks_first
 from .memcached_session import Commands, Moved, Session, first_error
 from .memcached_values import Values, entry_of, not_found
@@ -60,20 +62,21 @@ class Plan:
     def run(self) -> Talk[list[Reply]]:
         """Carry the batch out. What goes wrong is in the replies."""
         batch, at, end = self._batch, 0, len(self._batch)
-        first, looks = 0, True
+        first, kind = 0, _LOOKS
         rounds = Rounds(self._session, self._values, batch, self.replies)
+        limits = LimitRounds(self._session, batch, self.replies)
         try:
             while at < end:
-                first, looks = at, looks_first(batch[at])
-                while at < end and looks_first(batch[at]) == looks:
+                first, kind = at, _kind_of(batch[at])
+                while at < end and _kind_of(batch[at]) == kind:
                     at += 1
                 self._session.writing = False
-                if looks:
-                    yield from rounds.run(first, at)
-                else:
+                if kind == _DIRECT:
                     yield from self._directly(first, at)
+                else:
+                    yield from (rounds if kind == _LOOKS else limits).run(first, at)
         except CacheError as error:
-            if not looks:
+            if kind == _DIRECT:
                 self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
             self._give_up(error, at)
         return self.replies
@@ -130,6 +133,13 @@ class Plan:
         if large:
             yield from fetch(self._session, large, self.replies)
         return True
+
+
+_DIRECT, _LOOKS, _LIMITS = 0, 1, 2
+
+
+def _kind_of(request: Request[Any]) -> int:
+    return _LIMITS if type(request) is Admit else _LOOKS if looks_first(request) else _DIRECT
 
 
 class Mixed:

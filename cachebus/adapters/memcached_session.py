@@ -75,15 +75,18 @@ class Session:
         assert connection.generation is not None
         return self.keys.head(connection.generation)
 
-    def ask(self, commands: Commands) -> Talk[list[Answer]]:
+    def ask(self, commands: Commands, *, apart: bool = False) -> Talk[list[Answer]]:
         """The answers to commands. Raises `Moved` when they were made for another generation, and `CacheError` when
-        there are no answers."""
+        there are no answers. `apart` are commands that hold for all generations."""
         answers: list[Answer] = []
         for part, count in zip(commands.parts, commands.counts, strict=True):
             self._mark += 1
             question = f"mg {self.keys.generation_name} v O{self._mark}\r\n".encode()
             told = yield b"".join((question, *part)), count + 1
-            yield from self._check(told[0])
+            if apart:
+                self._check_mark(told[0])
+            else:
+                yield from self._check(told[0])
             answers += told[1:]
         return answers
 
@@ -97,10 +100,8 @@ class Session:
 
     def _check(self, answer: Answer) -> Talk[None]:
         connection = self.connection
+        self._check_mark(answer)
         if isinstance(answer, tuple) and is_generation(answer[0]):
-            if answer[1] != self._mark:
-                connection.close()
-                raise lost(Nonsense("an answer to another question"), connection.server, 0.0)
             if connection.generation is None or answer[0] != connection.generation.encode():
                 connection.generation = answer[0].decode()
                 raise Moved
@@ -108,6 +109,12 @@ class Session:
         connection.generation = None
         yield from self._learn(answer)
         raise Moved
+
+    def _check_mark(self, answer: Answer) -> None:
+        """Raise `CacheError` for an answer to another question."""
+        if isinstance(answer, tuple) and answer[1] != self._mark:
+            self.connection.close()
+            raise lost(Nonsense("an answer to another question"), self.connection.server, 0.0)
 
     def _learn(self, answer: Answer | None = None) -> Talk[None]:
         """Find out the generation, and make one where there is none. Whoever comes first makes it for all."""

@@ -8,6 +8,7 @@ from typing import Any
 from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Gauges
 from cachebus.messages import (
     Add,
+    Admit,
     Clear,
     Cleared,
     CompareAndSet,
@@ -48,6 +49,7 @@ from cachebus.messages import (
 from .eviction import NEVER, VISITS_MAX, Entry
 from .glob import compile_glob
 from .loads import LoadTable
+from .rates import MeterTable
 from .weigh import estimate_size
 
 _MISSING = Missing()
@@ -58,13 +60,16 @@ class MemoryStore(LoadTable):
 
     Bounded by `max_entries`, and by `max_bytes` of what `weigher` says of the values plus an overhead for each entry;
     `None` is no bound. `default_ttl` is in seconds, `None` for no expiry. `policy` names what is given up first when a
-    bound is reached. At most `max_leases` keys are loaded at a time. Values are kept by reference: who changes one changes it for everybody.
+    bound is reached. At most `max_leases` keys are loaded at a time, and `max_limits` rate limits are in use. Values are
+    kept by reference: who changes one changes it for everybody.
 
     Not safe for concurrent use by itself: its actor's turn makes it so.
     """
 
     name = "memory"
-    capabilities = Capabilities(patterns=True, tags=True, compare_and_set=True, counters=True, leases=True)
+    capabilities = Capabilities(
+        patterns=True, tags=True, compare_and_set=True, counters=True, leases=True, rate_limits=True
+    )
 
     def __init__(
         self,
@@ -76,6 +81,7 @@ class MemoryStore(LoadTable):
         weigher: Callable[[Any], int] = estimate_size,
         clock: Clock = SYSTEM_CLOCK,
         max_leases: int = 10_000,
+        max_limits: int = 100_000,
     ) -> None:
         super().__init__(
             max_entries=max_entries,
@@ -86,6 +92,7 @@ class MemoryStore(LoadTable):
             clock=clock,
             max_leases=max_leases,
         )
+        self._meters = MeterTable(clock.monotonic, self._announce_due, max_limits)
         self.get = self._reader()
         self._verbs: Mapping[type[Request[Any]], Callable[[Any], Any]] = {
             Get: self.get,
@@ -106,6 +113,7 @@ class MemoryStore(LoadTable):
             GetOrLease: self.get_or_lease,
             Renew: self.renew,
             Release: self.release,
+            Admit: self._meters.admit,
         }
 
     def __repr__(self) -> str:
@@ -118,6 +126,7 @@ class MemoryStore(LoadTable):
     async def close(self) -> None:
         """Let go of every value."""
         self._drop_all()
+        self._meters.clear()
         for _ in self._leases.clear():
             pass  # Whoever waits is answered by the actor, which is ending.
 
@@ -135,6 +144,11 @@ class MemoryStore(LoadTable):
             weight=self._weight,
             max_bytes=self._max_bytes,
         )
+
+    @property
+    def limits(self) -> int:
+        """How many rate limits are in use."""
+        return len(self._meters)
 
     # Reading
 
@@ -299,12 +313,13 @@ class MemoryStore(LoadTable):
 
     def next_expiry(self) -> float | None:
         due = self._wheel.due()
-        waited_for = self._leases.due()
-        return due if due is not None and due <= waited_for else waited_for if waited_for < NEVER else None
+        other = min(self._leases.due(), self._meters.due())
+        return due if due is not None and due <= other else other if other < NEVER else None
 
     def sweep(self, limit: int) -> int:
         now = self._now()
         self._leases.advance(now)
+        self._meters.sweep(limit)
         swept = 0
         for entry in self._wheel.take_expired(now, limit):
             kept = self._origins.get(entry.key)

@@ -48,7 +48,7 @@ class RedisStore:
 
     name = BACKEND
     capabilities = Capabilities(
-        patterns=True, compare_and_set=True, counters=True, leases=True, max_value_bytes=VALUE_MAX
+        patterns=True, compare_and_set=True, counters=True, leases=True, rate_limits=True, max_value_bytes=VALUE_MAX
     )
     max_batch = 128
     apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern})

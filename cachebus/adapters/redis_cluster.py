@@ -49,7 +49,7 @@ class RedisClusterStore:
 
     name = BACKEND
     capabilities = Capabilities(
-        patterns=True, compare_and_set=True, counters=True, leases=True, max_value_bytes=VALUE_MAX
+        patterns=True, compare_and_set=True, counters=True, leases=True, rate_limits=True, max_value_bytes=VALUE_MAX
     )
     max_batch = 64
     apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern, Scan})

@@ -14,6 +14,7 @@ import hiredis
 
 from cachebus.messages import (
     Add,
+    Admit,
     BadMessage,
     CacheError,
     CacheKeyError,
@@ -48,6 +49,7 @@ from .redis_commands import Command, Gets, Reads, Writes, unlink
 from .redis_connection import Argument
 from .redis_errors import translate
 from .redis_leases import commit_call, lease_call
+from .redis_rates import admit_call, limit_name
 from .redis_scripts import INCREMENT, TOUCH, Script
 from .redis_values import HEADER, LEASE, LOADED, MISSING, encode, left
 from .redis_walk import matching, scan_words
@@ -214,6 +216,11 @@ class Plan:
                 name = self._key(request.key)
                 words, script, make = lease_call(request, name)
                 self._add(at, words, name, make, script=script)
+            case Admit(key=key):
+                self._key(key)
+                name = limit_name(self._prefix, key)
+                words, script, make = admit_call(request, name)
+                self._add(at, words, name, make, script=script, writes=True)
             case Scan(pattern=pattern, cursor=cursor):
                 self._scan(at, pattern, cursor)
             case _:

@@ -30,6 +30,7 @@ from .errors import (
     LoaderFailed,
     NoSuchActor,
     Overloaded,
+    RateLimited,
     WrongType,
     error_class,
     error_codes,
@@ -60,6 +61,7 @@ from .events import (
     LoadSucceeded,
     PayloadRejected,
     PayloadSealed,
+    RateLimitExceeded,
     RemovalCause,
     RequestFailed,
     StaleServed,
@@ -78,6 +80,7 @@ from .leases import (
     Renewed,
     Stale,
 )
+from .rates import Admit, Admitted, Refused
 from .replies import (
     Cleared,
     Counted,
@@ -128,6 +131,8 @@ __all__ = [
     "ActorStopped",
     "Add",
     "AddressInUse",
+    "Admit",
+    "Admitted",
     "BackendConnected",
     "BackendDisconnected",
     "BadMessage",
@@ -197,6 +202,9 @@ __all__ = [
     "Ping",
     "Pong",
     "Present",
+    "RateLimitExceeded",
+    "RateLimited",
+    "Refused",
     "Release",
     "Released",
     "RemovalCause",

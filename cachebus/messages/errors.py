@@ -279,6 +279,20 @@ class BadMessage(CacheError, ValueError):
 
 
 @error
+class RateLimited(CacheError):
+    """Raised when a rate limit refuses whoever enters its block. `key` is its name; `retry_after` the seconds after which
+    it would not, if nobody else takes anything."""
+
+    detail: str = ""
+    key: str = ""
+    retry_after: float = 0.0
+    code: ClassVar[str] = "rate_limited"
+
+    def sentence(self) -> str:
+        return self.detail or f"the rate limit {self.key!r} is used up, try again in {self.retry_after:.3g} s"
+
+
+@error
 class CacheClosed(CacheError):
     """Raised when a cache is used before it is open or after it was closed."""
 

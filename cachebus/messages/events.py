@@ -139,6 +139,16 @@ class LeaseLost(Event):
     key: str
 
 
+@message("event.rate_limit_exceeded")
+class RateLimitExceeded(Event):
+    """A caller was refused: the limit that `key` names had no `cost` units left, and will have them after `retry_after`
+    seconds."""
+
+    key: str
+    cost: int = 1
+    retry_after: float = 0.0
+
+
 @message("event.backend_connected")
 class BackendConnected(Event):
     """A backend's store can be reached: for the first time, or again. `store` is the technology."""
@@ -173,12 +183,12 @@ class CircuitClosed(Event):
 @message("event.request_failed")
 class RequestFailed(Event):
     """A backend did not do what a caller asked, a request of the kind `request` (its wire name), for the reason `error`
-    (an error's code). A read was answered as a miss (`missed`), a write was not stored (`dropped`), or the caller got the
-    error (`raised`). `key` is empty where it was not about one."""
+    (an error's code). A read was answered as a miss (`missed`), a write was not stored (`dropped`), who asked a rate limit
+    went on (`admitted`), or the caller got the error (`raised`). `key` is empty where it was not about one."""
 
     request: str
     error: str
-    outcome: Literal["missed", "dropped", "raised"]
+    outcome: Literal["missed", "dropped", "raised", "admitted"]
     key: str = ""
 
 

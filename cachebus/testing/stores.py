@@ -6,6 +6,7 @@ from .suite.base import MISSING, AnyStore, ask, carry_out, value_of
 from .suite.batching import Batching
 from .suite.expiry import Counting
 from .suite.leasing import Leasing
+from .suite.limiting import Limiting
 from .suite.reading import Reading
 from .suite.removing import Removing
 from .suite.writing import Writing
@@ -13,7 +14,7 @@ from .suite.writing import Writing
 __all__ = ["MISSING", "AnyStore", "StoreConformance", "ask", "carry_out", "value_of"]
 
 
-class StoreConformance(Reading, Writing, Counting, Removing, Batching, Leasing):
+class StoreConformance(Reading, Writing, Counting, Removing, Batching, Leasing, Limiting):
     """Every guarantee of the store's port, for stores of both kinds.
 
     ::

@@ -1,0 +1,165 @@
+"""Rate limiting: the rule that every store obeys, and the limits of a memory store.
+
+The rule is the generic cell rate algorithm (ITU-T I.371, Annex A), in its form as a leaky bucket: each unit that is taken
+raises a level, which sinks by `limit` units in `per` seconds, and no unit is taken that would raise it above `burst`. So in
+any stretch of t seconds at most `burst + t * limit / per` units are taken.
+
+Instants are whole microseconds, and a level is counted in units times the microseconds of `per`: nothing is ever rounded,
+so that nothing adds up, however high the rate. `redis_rates` says the same in Lua.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cachebus.messages import Admit, Admitted, BadMessage, Refused
+
+MOST_UNITS = 10**9
+LONGEST = 1e9
+"""Seconds that `per`, `wait` and filling up again may take at most: beyond that numbers of 64 bits get short."""
+
+CLOCK_BACK = 2_000_000
+"""Microseconds. By so much the clocks of processes may differ that share a limit in a server without a clock to ask, and
+time then stands still for the slower one: if it went back, each change between two of them would be time that has passed.
+A clock that is behind by more has been set back."""
+
+
+class Meter(NamedTuple):
+    """How much of a limit is used: the `level` at the time `stamp`, which sinks as `limit` and `per` said then."""
+
+    level: int
+    stamp: int
+    limit: int
+    per: int
+
+
+def check_admit(request: Admit) -> None:
+    """Raise `BadMessage` for a request that no limit can answer."""
+    for name, units in (("limit", request.limit), ("burst", request.burst), ("cost", request.cost)):
+        if not 1 <= units <= MOST_UNITS:
+            raise BadMessage(f"{name} must be from 1 to {MOST_UNITS:,}, not {units!r}")
+    if not 0 < request.per <= LONGEST:
+        raise BadMessage(f"per must be a number of seconds above 0, and {LONGEST:g} at most, not {request.per!r}")
+    if not 0 <= request.wait <= LONGEST:
+        raise BadMessage(f"wait must be a number of seconds from 0 to {LONGEST:g}, not {request.wait!r}")
+    if request.cost > request.burst:
+        raise BadMessage(f"cost must not be above burst, else it is never admitted: {request.cost} > {request.burst}")
+    if request.burst * request.per / request.limit > LONGEST:
+        raise BadMessage(f"a burst of {request.burst} takes longer than {LONGEST:g} seconds to be there again")
+
+
+def microseconds(seconds: float) -> int:
+    """Seconds as whole microseconds."""
+    return round(seconds * 1e6)
+
+
+def per_of(request: Admit) -> int:
+    """The microseconds of the request's `per`."""
+    return max(1, microseconds(request.per))
+
+
+def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | Refused, Meter | None]:
+    """The reply to a checked request, and the meter that it leaves behind; `None` if nothing changes. `now` is in
+    microseconds."""
+    limit, per, at, level = request.limit, per_of(request), now, 0
+    set_back = None
+    if meter is not None:
+        kept, stamp, old_limit, old_per = meter
+        if stamp - now > CLOCK_BACK:
+            # To be kept even if nothing is taken: else no time would pass until the clock is where it was.
+            stamp, set_back = now, Meter(kept, now, old_limit, old_per)
+        at = max(now, stamp)
+        level = max(0, kept - (at - stamp) * old_limit)
+        if old_per != per:
+            level = _up(level * per, old_per)
+    room, after = request.burst * per, level + request.cost * per
+    lag = at - now
+    delay = lag + _up(after - room, limit) if after > room else 0
+    if delay > microseconds(request.wait):
+        left = max(0, room - level) // per
+        return Refused(left, delay / 1e6, (lag + _up(level, limit)) / 1e6), set_back
+    reply = Admitted(max(0, room - after) // per, (lag + _up(after, limit)) / 1e6, delay / 1e6)
+    return reply, Meter(after, at, limit, per)
+
+
+def _up(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+class MeterTable:
+    """The meters of a memory store, at most `most` of them.
+
+    One that is at 0 again is forgotten. Where there is no room for a new one, the one goes that would have been at 0 first:
+    who has used little gets it back early, and who has used a lot does not. `on_due` is told when `sweep` is needed.
+    """
+
+    def __init__(self, now: Callable[[], float], on_due: Callable[[float], None], most: int) -> None:
+        if most < 1:
+            raise ValueError(f"max_limits must be at least 1, not {most!r}")
+        self._now = now
+        self._on_due = on_due
+        self._most = most
+        self._meters: dict[str, tuple[Meter, float]] = {}
+        # Each key once, with a time at which it was to be at 0; it may have been used since.
+        self._heap: list[tuple[float, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._meters)
+
+    def __repr__(self) -> str:
+        return f"<MeterTable {len(self._meters)}/{self._most} limits>"
+
+    def admit(self, request: Admit) -> Admitted | Refused:
+        """The verb of `Admit`."""
+        check_admit(request)
+        now, kept = self._now(), self._meters.get(request.key)
+        reply, meter = admit(request, None if kept is None else kept[0], microseconds(now))
+        if meter is None:
+            return reply
+        if kept is None:
+            while len(self._meters) >= self._most:
+                self._make_room()
+        # To the whole second, so that thousands of limits need no more than one sweep a second.
+        empty = math.ceil(now + reply.reset_after)
+        self._meters[request.key] = (meter, empty)
+        if kept is None:
+            heapq.heappush(self._heap, (empty, request.key))
+            if self._heap[0][0] == empty:
+                self._on_due(empty)
+        return reply
+
+    def due(self) -> float:
+        """When to call `sweep` next; infinity while there are no meters."""
+        return self._heap[0][0] if self._heap else math.inf
+
+    def sweep(self, limit: int) -> None:
+        """Forget what is at 0 again, looking at no more than `limit` meters."""
+        now = self._now()
+        while self._heap and self._heap[0][0] <= now and limit > 0:
+            limit -= 1
+            key = self._heap[0][1]
+            empty = self._meters[key][1]
+            if empty <= now:
+                self._drop_first()
+            else:
+                heapq.heapreplace(self._heap, (empty, key))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._meters.clear()
+        self._heap.clear()
+
+    def _make_room(self) -> None:
+        while True:
+            noted, key = self._heap[0]
+            empty = self._meters[key][1]
+            if empty <= noted:
+                self._drop_first()
+                return
+            heapq.heapreplace(self._heap, (empty, key))
+
+    def _drop_first(self) -> None:
+        del self._meters[heapq.heappop(self._heap)[1]]

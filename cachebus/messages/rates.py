@@ -1,0 +1,41 @@
+"""Rate limits: whether one more may go on now, later, or not."""
+
+from __future__ import annotations
+
+from .base import Reply, Request, message
+
+
+@message("reply.admitted")
+class Admitted(Reply):
+    """Whoever asked may go on after `delay` seconds, 0.0 for at once. `remaining` is how many more could go on at once
+    now; nothing is used any more `reset_after` seconds from now."""
+
+    remaining: int
+    reset_after: float = 0.0
+    delay: float = 0.0
+
+
+@message("reply.refused")
+class Refused(Reply):
+    """Whoever asked may not go on, and nothing was used. If nobody else takes anything, the same will be admitted
+    `retry_after` seconds from now. The rest is as in `Admitted`."""
+
+    remaining: int
+    retry_after: float
+    reset_after: float = 0.0
+
+
+@message("rate.admit")
+class Admit(Request[Admitted | Refused]):
+    """Take `cost` units of a rate limit of `limit` units in `per` seconds, of which `burst` may be taken at once.
+
+    `key` names the limit; it has nothing to do with the value under the same key. Where the units will only be there
+    later, they are taken in advance if that is within `wait` seconds.
+    """
+
+    key: str
+    limit: int
+    per: float
+    burst: int
+    cost: int = 1
+    wait: float = 0.0
