@@ -32,6 +32,10 @@ def add(commands: Commands) -> None:
         *("--grace",), type=_seconds, default=10.0, metavar="SECONDS",
         help="what stopping may take: until then what has come in is answered (10)",
     )  # fmt: skip
+    worker.add_argument(
+        *("--wait",), type=_seconds, default=30.0, metavar="SECONDS",
+        help="how long the bus may be away at the start, tried again and again (30)",
+    )  # fmt: skip
     worker.add_argument("--log-format", choices=("text", "json"), default="text", help="one line for each fact")
     worker.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     worker.set_defaults(command=_worker)
@@ -42,7 +46,7 @@ def _worker(arguments: argparse.Namespace) -> int:
     settings = worker_settings(arguments)
 
     async def serve() -> int:
-        return await Worker(settings, grace=arguments.grace).run()
+        return await Worker(settings, grace=arguments.grace, wait=arguments.wait).run()
 
     return asyncio.run(serve())
 

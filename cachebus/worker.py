@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import signal
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from cachebus.bus import Subscription, origin
-from cachebus.messages import ActorGaveUp, CacheConfigurationError, Event
+from cachebus.messages import ActorGaveUp, CacheConfigurationError, CacheConnectionError, Event
 
 from .logs import say
 from .node import Node, StoreFactory, backend_address
@@ -27,6 +28,9 @@ _TOLD = ("actor_*", "backend_*", "circuit_*")
 _LOUD = frozenset({"actor_restarted", "actor_gave_up", "backend_disconnected", "circuit_opened"})
 _COMMON = frozenset(each.name for each in fields(Event))
 
+_PAUSE, _PAUSE_MAX = 0.1, 2.0
+"""Seconds: a pause at the start is drawn below the first, which doubles up to the second."""
+
 # Of the grace, so that the supervisor's two rounds and the bus have theirs before it is spent.
 _SHARE = 0.4
 
@@ -38,10 +42,14 @@ class Worker:
     """Serves every backend of the settings until `stop` is called or a signal comes. Used once, on asyncio.
 
     Stopping drains: nothing new comes in, what has come in is answered, and the connections are closed, all within `grace`
-    seconds; a second signal ends the process at once. `stores` replaces the way that stores are made.
+    seconds; a second signal ends the process at once. At the start the bus may be away for `wait` seconds, and with
+    `on_error="raise"` the backends too: whoever starts everything together need not start it in order. `stores` replaces
+    the way that stores are made.
     """
 
-    def __init__(self, settings: Settings, *, grace: float = 10.0, stores: StoreFactory | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, grace: float = 10.0, wait: float = 30.0, stores: StoreFactory | None = None
+    ) -> None:
         if settings.bus is None:
             raise CacheConfigurationError("a worker needs a bus, such as --bus nats://localhost:4222")
         self.addresses = [backend_address(each.name) for each in settings.backends if each.type != "bus"]
@@ -49,7 +57,9 @@ class Worker:
             raise CacheConfigurationError("a worker needs a backend of its own, such as --backend primary=redis://host")
         self.settings = settings
         self.grace = grace
-        self._node = Node(settings, serve=True, grace=grace * _SHARE, stores=stores)
+        self.wait = wait
+        self._stores = stores
+        self._node = self._new_node()
         self._stopping = asyncio.Event()
         self._code = 0
 
@@ -59,13 +69,16 @@ class Worker:
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> int:
         """Serve, and return the exit code: 0 when everything was answered. `on_ready` is called when others reach us.
 
-        Raises what starting the actors raises, such as `AddressInUse`.
+        Raises what starting the actors raises, such as `AddressInUse`, and `CacheConnectionError` when the wait is over.
         """
         loop = asyncio.get_running_loop()
         backstop: asyncio.TimerHandle | None = None
         try:
             with self._signals(loop):
-                async with self._node as node:
+                async with AsyncExitStack() as stack:
+                    if not await self._started(stack):
+                        return self._code
+                    node = self._node
                     with node.bus.subscribe(*_TOLD, capacity=10_000) as heard:
                         say(
                             logger, logging.INFO, "serving", worker=origin(), namespace=self.settings.namespace,
@@ -90,6 +103,31 @@ class Worker:
             say(logger, logging.WARNING, "asked twice to stop: ending at once", worker=origin())
             _end(OUT_OF_TIME)
         self._stopping.set()
+
+    async def _started(self, stack: AsyncExitStack) -> bool:
+        """Enter the node. `False` if we were asked to stop before what it needs was there."""
+        loop = asyncio.get_running_loop()
+        until, longest = loop.time() + self.wait, _PAUSE
+        while True:
+            try:
+                await stack.enter_async_context(self._node)
+            except CacheConnectionError as error:
+                pause = random.uniform(0.0, longest)
+                if loop.time() + pause >= until:
+                    raise
+                say(logger, logging.WARNING, "waiting", worker=origin(), reason=str(error))
+            else:
+                return True
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause)
+            if self._stopping.is_set():
+                say(logger, logging.INFO, "stopped", worker=origin(), code=self._code)
+                return False
+            longest = min(_PAUSE_MAX, longest * 2)
+            self._node = self._new_node()
+
+    def _new_node(self) -> Node:
+        return Node(self.settings, serve=True, grace=self.grace * _SHARE, stores=self._stores)
 
     @contextmanager
     def _signals(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:

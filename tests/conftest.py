@@ -1,9 +1,11 @@
-"""What every test gets: both event loops, a guard against blocking calls, and one hypothesis profile."""
+"""What every test gets: both event loops, a guard against blocking calls, a look-out for secrets, and one hypothesis profile."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 from blockbuster import blockbuster_ctx
@@ -12,6 +14,22 @@ from hypothesis import settings
 settings.register_profile("house", deadline=None)
 # Hypothesis's own "ci" profile: no deadline, the same examples on every run, nothing kept between runs.
 settings.load_profile("ci" if os.environ.get("CI") else "house")
+
+# Everything is logged in tests, so that what a log would show of a secret is seen.
+logging.getLogger().setLevel(logging.DEBUG)
+CANARY = "hunter" + "2"
+"""Part of the secrets of tests. Put together, because a traceback shows lines of source."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Generator[None, Any, Any]:
+    """Fails a test that has logged or printed a secret."""
+    report = yield
+    seen = [name for name, text in report.sections if CANARY in text]
+    if seen and report.passed:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} shows a secret in what was {', '.join(seen).lower()}"
+    return report
 
 
 @pytest.fixture(scope="module", params=["asyncio", "trio"])

@@ -23,7 +23,7 @@ from cachebus.messages import (
     Request,
 )
 
-from .redis_commands import Command
+from .redis_commands import Command, changes, sendable_again
 from .redis_connection import RedisConnection
 from .redis_dial import Dial, Identity, Place, TlsFiles, find_master
 from .redis_errors import BACKEND, STALE_ROLE, code_of
@@ -170,7 +170,7 @@ class RedisStore:
             if self._settle(connection, commands, replies, lambda: replied(plan.done())):
                 replied(plan.done())
 
-        connection.send(data, len(commands), answered)
+        connection.send(data, len(commands), answered, lambda: changes(commands))
 
     def _settle(
         self,
@@ -201,11 +201,16 @@ class RedisStore:
             return True
 
         # Somebody has emptied the script cache, so these did nothing: sent whole they run, and the server knows them again.
+        again = sendable_again(commands, unknown, connection.changes_in_flight)
+        if not again:
+            return True
+
         def answered(replies: list[Any] | CacheError) -> None:
-            if self._settle(connection, unknown, replies, then):
+            if self._settle(connection, again, replies, then):
                 then()
 
-        connection.send(b"".join([each.packed(whole=True) for each in unknown]), len(unknown), answered)
+        data = b"".join([each.packed(whole=True) for each in again])
+        connection.send(data, len(again), answered, lambda: changes(again))
         return False
 
     async def _ready(self, pool: RedisPool) -> RedisConnection:

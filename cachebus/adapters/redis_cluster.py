@@ -26,9 +26,10 @@ from cachebus.messages import (
 from .redis_cluster_walk import ClusterWalks
 from .redis_commands import Command
 from .redis_dial import Dial, Identity, Place, TlsFiles
-from .redis_errors import BACKEND, code_of, moving
+from .redis_errors import BACKEND, code_of, moving, overtaken
 from .redis_node import ClusterNode, Trip
 from .redis_plan import Plan
+from .redis_scripts import SCRIPTS
 from .redis_slots import SLOTS, SlotTraffic, read_redirection, slot_of
 from .redis_topology import Topology
 from .redis_values import VALUE_MAX
@@ -215,7 +216,7 @@ class RedisClusterStore:
         parts: dict[ClusterNode, list[Trip]] = {}
         hopeless: list[tuple[Trip, CacheError]] = []
         for trip in trips:
-            self._traffic.begin(trip.slot, trip)
+            self._traffic.begin(trip.slot, trip, changes=bool(trip.command.changes))
             try:
                 node = topology.node(topology.map.place(trip.slot))
                 if node.place in unreachable:
@@ -254,7 +255,11 @@ class RedisClusterStore:
         code = code_of(reply)
         command = trip.command
         if code == "NOSCRIPT" and command.script is not None and not trip.whole:
-            # Somebody has emptied the script cache, so it did nothing: sent whole it runs.
+            # Somebody has emptied the script cache, so it did nothing: sent whole it runs, unless what came after it has
+            # been done already.
+            if command.script in SCRIPTS and not self._traffic.is_newest_change(trip.slot, trip):
+                self._fail(trip, overtaken())
+                return True
             trip.whole, trip.packed = True, command.packed(whole=True)
             self._traffic.hold(trip.slot)
             node.send([trip])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, cast
 
 import hiredis
@@ -10,8 +11,8 @@ import hiredis
 from cachebus.messages import CacheError, Failed, Found, FoundMany, NotStored, Stored
 
 from .redis_connection import Argument, pack_words
-from .redis_errors import in_doubt, translate
-from .redis_scripts import WRITE, Script
+from .redis_errors import in_doubt, overtaken, translate
+from .redis_scripts import SCRIPTS, WRITE, Script
 from .redis_values import MISSING, read_or_fail
 
 Settle = Callable[[Any, float], None]
@@ -46,6 +47,13 @@ class Command:
         self.writes = writes
         self.parts = parts
 
+    @property
+    def changes(self) -> Sequence[Any]:
+        """The keys that it may change."""
+        if self.script is not None:
+            return self.words[1 : 1 + cast("int", self.words[0])]
+        return () if self.words[0] in _READS else self.words[1:]
+
     def packed(self, *, whole: bool = False) -> bytes:
         """The command as bytes; `whole` sends a script's text instead of its name."""
         if self.script is None:
@@ -63,6 +71,35 @@ class Command:
     def give_up(self, error: CacheError) -> None:
         """Take in that the connection was lost after the command was sent."""
         self.fail(in_doubt(error) if self.writes else error)
+
+
+_READS = frozenset({"MGET", "GETRANGE", "SCAN"})
+
+
+def changes(commands: Iterable[Command]) -> Iterable[Any]:
+    """The keys that commands may change."""
+    return chain.from_iterable(command.changes for command in commands)
+
+
+def sendable_again(commands: Sequence[Command], unknown: Iterable[Command], behind: Iterable[Any]) -> Sequence[Command]:
+    """Of a batch, those of the commands `unknown` to the server that may be sent once more; the others are failed.
+
+    `behind` are keys that what was sent after the batch may change. The server has done that, and the rest of the batch, or
+    is about to: a value that was written now would stand where it has been replaced or deleted.
+    """
+    changed, unknown = set(behind), set(unknown)
+    again: list[Command] = []
+    for command in reversed(commands):
+        if command not in unknown:
+            changed.update(command.changes)
+        elif command.script not in SCRIPTS or changed.isdisjoint(command.changes):
+            again.append(command)  # What is done under a lease finds out by itself whether the lease is still there.
+        elif command.parts is None:
+            command.fail(overtaken())
+        else:
+            again += reversed(sendable_again(parts := command.parts(), parts, changed))
+    again.reverse()
+    return again
 
 
 class Reads:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, TypeAlias, cast
 
 import hiredis
@@ -20,6 +21,9 @@ from .redis_errors import lost, translate, translate_greeting
 
 Answer: TypeAlias = Callable[["list[Any] | CacheError"], None]
 """Told the replies of a batch, in order; or why there will be none."""
+
+Changes: TypeAlias = Callable[[], Iterable[Any]]
+"""Says which keys a batch may change."""
 
 Argument: TypeAlias = str | bytes | int
 
@@ -36,11 +40,12 @@ def pack(*arguments: Argument) -> bytes:
 
 
 class _InFlight:
-    __slots__ = ("answer", "replies", "wanted")
+    __slots__ = ("answer", "changes", "replies", "wanted")
 
-    def __init__(self, wanted: int, answer: Answer) -> None:
+    def __init__(self, wanted: int, answer: Answer, changes: Changes) -> None:
         self.wanted = wanted
         self.answer = answer
+        self.changes = changes
         self.replies: list[Any] = []
 
 
@@ -91,12 +96,17 @@ class RedisConnection(asyncio.Protocol):
         if self.lost is not None:
             raise self.lost
 
-    def send(self, data: bytes, wanted: int, answer: Answer) -> None:
+    @property
+    def changes_in_flight(self) -> Iterable[Any]:
+        """The keys that what is in flight may change."""
+        return chain.from_iterable(batch.changes() for batch in self._in_flight)
+
+    def send(self, data: bytes, wanted: int, answer: Answer, changes: Changes = tuple) -> None:
         """Send commands with `wanted` replies. Never waits; a lost connection answers at once."""
         if self.lost is not None or self._transport is None:
             answer(self.lost or lost(self.server, "it is not up"))
             return
-        self._in_flight.append(_InFlight(wanted, answer))
+        self._in_flight.append(_InFlight(wanted, answer, changes))
         self._transport.write(data)
 
     def ask(self, *commands: bytes) -> asyncio.Future[list[Any]]:

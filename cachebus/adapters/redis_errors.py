@@ -117,3 +117,11 @@ def moving(how: str = "TRYAGAIN") -> CacheConnectionError:
 def in_doubt(error: CacheError) -> CacheError:
     """What a write is told that was sent on a connection before it was lost."""
     return CacheConnectionError(f"{error.detail}; whether the request was done is not known", BACKEND)
+
+
+def overtaken() -> CacheError:
+    """The error of a write that was refused, and may not be sent again because something newer has been done to its key."""
+    # Not transient: another attempt would be as late.
+    return CacheBackendError(
+        "the server had forgotten a script (NOSCRIPT); a newer request about the key was done, this was not", BACKEND
+    )

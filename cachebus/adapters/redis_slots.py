@@ -116,6 +116,7 @@ class SlotTraffic:
     def __init__(self) -> None:
         self._under_way: dict[int, int] = {}
         self._newest: dict[int, object] = {}
+        self._newest_change: dict[int, object] = {}
         self._held: set[int] = set()
         self._waiters: list[asyncio.Future[None]] = []
 
@@ -127,10 +128,12 @@ class SlotTraffic:
         """Whether nothing is under way."""
         return not self._under_way
 
-    def begin(self, slot: int, what: object) -> None:
-        """Note that `what` goes out."""
+    def begin(self, slot: int, what: object, *, changes: bool = True) -> None:
+        """Note that `what` goes out, and whether it may change anything."""
         self._under_way[slot] = self._under_way.get(slot, 0) + 1
         self._newest[slot] = what
+        if changes:
+            self._newest_change[slot] = what
 
     def end(self, slot: int) -> None:
         """Note that something of a slot has its answer."""
@@ -139,6 +142,7 @@ class SlotTraffic:
             self._under_way[slot] = left
             return
         del self._under_way[slot], self._newest[slot]
+        self._newest_change.pop(slot, None)
         self._held.discard(slot)
         if self._waiters:
             waiters, self._waiters = self._waiters, []
@@ -149,6 +153,10 @@ class SlotTraffic:
     def is_newest(self, slot: int, what: object) -> bool:
         """Whether nothing of the slot went out after `what`."""
         return self._newest.get(slot) is what
+
+    def is_newest_change(self, slot: int, what: object) -> bool:
+        """Whether nothing that may change anything in the slot went out after `what`."""
+        return self._newest_change.get(slot) is what
 
     def hold(self, slot: int) -> None:
         """Let nothing new out until the slot is idle."""

@@ -25,6 +25,10 @@ from .nats_options import NatsOptions
 PENDING = 64 * 1024 * 1024
 """Bytes that may wait for the socket. What is refused before that, the callers of `write` decide."""
 
+_NO_TLS = "the server offers no TLS"
+_PERMANENT = ("Authorization Violation", _NO_TLS)
+"""What servers say, in nats-py's words, that they will say again."""
+
 OnError = Callable[[Exception], None]
 
 
@@ -37,7 +41,7 @@ class CarefulClient(Client):
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         # nats-py goes on in the clear when the server says so, and so would it when somebody in between does.
         if initial_connection and self.tls_wanted and not info.get("tls_required"):
-            raise nats.errors.Error("the server offers no TLS")
+            raise nats.errors.Error(_NO_TLS)
         await super()._process_info(info, initial_connection)
 
     async def _process_pong(self) -> None:
@@ -53,10 +57,12 @@ async def connect(options: NatsOptions, servers: list[str], on_error: OnError, o
     """A client that is connected to one of the servers, tried in random order.
 
     `on_error` hears of what goes wrong later, and `on_end` is called when the client may have ended. Raises
-    `CacheConnectionError` with what each server said, `CacheConfigurationError` for files that cannot be used.
+    `CacheConnectionError` with what each server said; `CacheConfigurationError` for files that cannot be used, and where each
+    server said what another attempt will not mend, such as a wrong password.
     """
     secrets = await asyncio.to_thread(_secrets, options)
     reasons: list[str] = []
+    hopeless = 0
     for server in random.sample(servers, len(servers)):
         client = CarefulClient()
         client.tls_wanted = options.tls
@@ -67,11 +73,17 @@ async def connect(options: NatsOptions, servers: list[str], on_error: OnError, o
             return client
         except (nats.errors.Error, OSError, TimeoutError) as error:
             # What nats-py raises at last may be that no server is left; what it was told first says why.
-            reasons.append(f"{server}: {_reason(next(iter(faults), error))}")
+            first = next(iter(faults), error)
+            reasons.append(f"{server}: {_reason(first)}")
+            hopeless += isinstance(first, ssl.SSLCertVerificationError) or any(
+                each in str(first) for each in _PERMANENT
+            )
             abandon(client)
         except BaseException:
             abandon(client)
             raise
+    if hopeless == len(reasons):
+        raise CacheConfigurationError(f"no NATS server takes us in ({'; '.join(reasons)})")
     raise CacheConnectionError(f"no NATS server can be reached ({'; '.join(reasons)})", "nats")
 
 

@@ -60,6 +60,7 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
         self._wake: asyncio.Future[None] | None = None
         self._woken = False
+        self._idle: asyncio.Future[None] | None = None  # Answered when nothing can be sent any more, or now.
         self._task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -107,10 +108,10 @@ class Outbox:
         task, self._task = self._task, None
         if task is None:
             return
-        limit = self._loop.time() + grace
-        while self._events and self._connection.up and self._loop.time() < limit:
-            self.wake()
-            await asyncio.sleep(0.001)
+        if self._events and self._connection.up:
+            self._idle = self._loop.create_future()
+            self._wake_up()
+            await asyncio.wait([self._idle, task], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         await end_task(task)
         self._counters.events_dropped += len(self._events)
         for event in self._events:
@@ -128,6 +129,8 @@ class Outbox:
             # Not woken any more from here on: what is put in from now on wakes, and what was put in before is seen.
             self._woken = False
             if not self._events or not self._connection.up:
+                if self._idle is not None and not self._idle.done():
+                    self._idle.set_result(None)
                 await self._wake
                 continue
             while self._events and self._connection.up:

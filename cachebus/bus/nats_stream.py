@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+from collections import OrderedDict
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -34,8 +36,11 @@ _DUPLICATES = 120.0  # Seconds in which a stream knows an id again, if it keeps 
 _BATCH = 256
 _EXPIRES = 2.0  # Seconds that one question for more events may stay open.
 _IDLE = 60.0  # Seconds after which the server forgets a reader that has gone without a word.
-_FULL = 0.005  # Seconds until a replay looks again whether its listener has taken something.
-_AGAIN = 0.25
+_AGAIN, _AGAIN_MAX = (
+    0.25,
+    2.0,
+)  # Seconds until an interrupted replay tries again: below the first, doubling up to the second.
+_NUMBERINGS = 10_000  # That are remembered; of those not heard for longest, the next event begins anew.
 
 
 async def ensure_stream(connection: NatsConnection, subjects: Subjects) -> None:
@@ -78,6 +83,26 @@ class _NoStream(Exception):
     """Nobody keeps the events."""
 
 
+class _Paced(Subscription):
+    """A subscription that says when something was taken from it, from any thread."""
+
+    def __init__(
+        self, kinds: frozenset[EventKind], capacity: int, on_close: Callable[[], None], on_taken: Callable[[], None]
+    ) -> None:
+        super().__init__(kinds, capacity, lambda _: on_close())
+        self._on_taken = on_taken
+
+    @property
+    def room(self) -> int:
+        """How many events it takes now."""
+        return self.capacity - len(self)
+
+    def _pop(self) -> Event:
+        event = super()._pop()
+        self._on_taken()
+        return event
+
+
 class Replay:
     """Tells one subscription what a stream has kept since a time, and goes on with what happens now.
 
@@ -94,20 +119,23 @@ class Replay:
         capacity: int,
         on_end: Callable[[Replay], None],
     ) -> None:
-        self.subscription = Subscription(event_kinds(what), capacity, lambda _: self._closed())
+        self.subscription = _Paced(event_kinds(what), capacity, self._closed, self._taken)
         self._connection = connection
         self._subjects = subjects
         self._since = since
         self._on_end = on_end
         self._loop: asyncio.AbstractEventLoop = connection.loop
-        self._last: dict[tuple[str, int, str], int] = {}
+        self._last: OrderedDict[tuple[str, int, str], int] = OrderedDict()
+        self._full = False  # Somebody waits for room.
+        self._room = asyncio.Event()
         self._place = 0  # In the stream: the number of the last message that was read.
         self._task: asyncio.Task[None] | None = None
         self._begun = False
+        self._tries = 0
         self._ended = False
 
     def __repr__(self) -> str:
-        return f"<Replay at {self._place} for {self.subscription!r}>"
+        return f"<Replay at {self._place} of {len(self._last)}/{_NUMBERINGS} numberings for {self.subscription!r}>"
 
     def start(self) -> None:
         """Begin to read. On the loop of the connection."""
@@ -116,8 +144,15 @@ class Replay:
 
     def _closed(self) -> None:
         self._ended = True
+        self._on_loop(self._end)
+
+    def _taken(self) -> None:
+        if self._full:
+            self._on_loop(self._room.set)
+
+    def _on_loop(self, call: Callable[[], None]) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._end)
+            self._loop.call_soon_threadsafe(call)
         except RuntimeError:
             return  # The loop is closed, and the task with it.
 
@@ -133,17 +168,25 @@ class Replay:
             await end_task(self._task)
 
     async def _run(self) -> None:
-        while not self._ended:
-            try:
-                await self._read()
-            except _NoStream:
-                logger.error("no stream keeps the events of %s", self._subjects.namespace)
-                self._missed("", "", 0)
-                self.subscription.close()
-            except (nats.errors.Error, CacheError, OSError, TimeoutError) as error:
-                # Away, or the server has forgotten us: begin again where we were.
-                logger.info("a replay is interrupted: %s", type(error).__name__)
-                await asyncio.sleep(_AGAIN)
+        try:
+            while not self._ended:
+                try:
+                    await self._read()
+                except (nats.errors.Error, CacheError, OSError, TimeoutError) as error:
+                    # Away, or the server has forgotten us: begin again where we were.
+                    logger.info("a replay is interrupted: %s", type(error).__name__)
+                    self._tries += 1
+                    longest = min(_AGAIN_MAX, _AGAIN * 2.0 ** min(self._tries - 1, 10))
+                    await asyncio.sleep(random.uniform(0.0, longest))
+        except _NoStream:
+            logger.error("no stream keeps the events of %s", self._subjects.namespace)
+            await self._missed("", "", 0)
+        except Exception:
+            # Ours or nats-py's. A listener that is told nothing any more must not take it for silence.
+            logger.exception("a replay has failed")
+            await self._missed("", "", 0)
+        finally:
+            self.subscription.close()
 
     async def _read(self) -> None:
         jetstream = _jetstream(self._connection)
@@ -160,17 +203,15 @@ class Replay:
         reader: Any = await jetstream.pull_subscribe_bind(consumer=created.name, stream=stream)
         try:
             while not self._ended:
-                room = self.subscription.capacity - len(self.subscription)
-                if room <= 0:
-                    await asyncio.sleep(_FULL)
-                    continue
+                room = await self._some_room()
                 try:
                     messages: list[Msg] = await reader.fetch(min(room, _BATCH), timeout=_EXPIRES)
                 except TimeoutError:
                     if not self._connection.up:
                         raise
                     await jetstream.consumer_info(stream, created.name)  # Not found: begin again.
-                    continue
+                    messages = []
+                self._tries = 0
                 for msg in messages:
                     await self._tell(msg)
         finally:
@@ -182,14 +223,14 @@ class Replay:
         if state.first_seq <= self._place + 1:
             return
         if self._place:
-            self._missed("", "", 0)
+            await self._missed("", "", 0)
         elif state.messages:
             # Something was given up: was it later than what we are asked for?
             oldest = await jetstream.get_msg(stream, state.first_seq)
             if oldest.time is None or oldest.time.timestamp() > self._since:
-                self._missed("", "", 0)
+                await self._missed("", "", 0)
         else:
-            self._missed("", "", 0)
+            await self._missed("", "", 0)
 
     def _consumer(self) -> ConsumerConfig:
         wanted = [self._subjects.events(kind) for kind in self.subscription.kinds - {EventsMissed}]
@@ -219,18 +260,31 @@ class Replay:
         numbering = (event.origin, event.epoch, msg.subject)
         last = self._last.get(numbering)
         self._last[numbering] = event.seq
+        self._last.move_to_end(numbering)
+        if len(self._last) > _NUMBERINGS:
+            self._last.popitem(last=False)
         if last is not None and event.seq > last + 1:
-            self._missed(event.origin, event.WIRE_NAME, event.seq - last - 1)
-        # A subscription tells nobody that something was taken, because that would cost every listener.
-        while len(self.subscription) >= self.subscription.capacity and not self._ended:  # noqa: ASYNC110
-            await asyncio.sleep(_FULL)
+            await self._missed(event.origin, event.WIRE_NAME, event.seq - last - 1)
+        await self._some_room()
         self.subscription.offer(event)
 
-    def _missed(self, source: str, event: str, count: int) -> None:
+    async def _missed(self, source: str, event: str, count: int) -> None:
         if EventsMissed in self.subscription.kinds:
             told = EventsMissed(source=source, event=event, count=count)
             told.stamp({"namespace": self._subjects.namespace})
+            await self._some_room()
             self.subscription.offer(told)
+
+    async def _some_room(self) -> int:
+        """Wait until the listener takes something, if the subscription is full, and say how much fits."""
+        while (room := self.subscription.room) <= 0:
+            self._room.clear()
+            # Announced before looking again: what is taken in between finds us waiting or is found by the look.
+            self._full = True
+            if self.subscription.room <= 0:
+                await self._room.wait()
+            self._full = False
+        return room
 
 
 def _jetstream(connection: NatsConnection) -> Any:

@@ -68,12 +68,14 @@ class Set(Request[Stored | NotStored]):
 
 @message("backend.set_many")
 class SetMany(Request[StoredMany]):
-    """Store several values with one TTL and the same tags."""
+    """Store several values with one TTL and the same tags.
+
+    Not idempotent, as no write is: done once more, after what came in between, it brings back what that deleted.
+    """
 
     items: dict[str, Any]
     ttl: Ttl = "default"
     tags: tuple[str, ...] = ()
-    IDEMPOTENT: ClassVar[bool] = True
 
 
 @message("backend.add")

@@ -33,6 +33,7 @@ from cachebus.messages import (
     Reply,
     Request,
     Set,
+    SetMany,
     Stored,
     WrongType,
 )
@@ -161,7 +162,7 @@ async def test_what_may_be_done_twice_is_tried_again() -> None:
     assert stage.guard.statistics().retries == 2
 
 
-@pytest.mark.parametrize("request_", [Increment("a"), Set("a", b"1", only_if="absent")])
+@pytest.mark.parametrize("request_", [Increment("a"), Set("a", b"1"), SetMany({"a": b"1"})])
 async def test_what_may_not_be_done_twice_is_done_once(request_: Request[Any]) -> None:
     stage = Stage(is_down)
     assert failures(await stage.while_time_passes(request_)) == [CacheConnectionError]

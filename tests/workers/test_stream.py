@@ -166,6 +166,64 @@ async def test_a_number_that_is_left_out_is_a_gap(
             assert (told[2].source, told[2].event, told[2].count) == ("o", "event.cache_set", 3)
 
 
+async def published(jetstream: JetStreamContext, namespace: str, **stamps: Any) -> None:
+    """Keep an event of another process."""
+    event = CacheSet(key="k")
+    event.stamp({"namespace": namespace, "backend": "primary", "epoch": 1, "seq": 1, **stamps})
+    await jetstream.publish(Subjects(namespace).event(CacheSet, "primary"), encode(event, JSON))
+
+
+async def test_a_replay_remembers_so_many_numberings(
+    nats_server: Server, namespace: str, jetstream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cachebus.bus.nats_stream._NUMBERINGS", 3)
+    options = NatsOptions(servers=(f"{nats_server.host}:{nats_server.port}",), events_stream=namespace)
+    async with NatsBus(namespace, options) as bus:
+        for number in range(10):
+            await published(jetstream, namespace, origin=str(number % 5 if number < 5 else 4), seq=number)
+        with bus.subscribe(CacheSet, EventsMissed, since=0.0) as heard:
+            assert keys([await anext(heard) for _ in range(10)]) == ["k"] * 10
+            (replay,) = bus._replays
+            assert "of 3/3 numberings" in repr(replay)
+            # What was heard last is remembered.
+            await published(jetstream, namespace, origin="4", seq=12)
+            assert isinstance(await anext(heard), EventsMissed)
+
+
+async def test_a_replay_that_fails_says_so_and_ends(
+    nats_server: Server, namespace: str, jetstream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = NatsOptions(servers=(f"{nats_server.host}:{nats_server.port}",), events_stream=namespace)
+    async with NatsBus(namespace, options) as bus:
+        with bus.subscribe(CacheSet, EventsMissed, since=0.0) as heard:
+            await published(jetstream, namespace, origin="o")
+            assert keys([await anext(heard)]) == ["k"]
+
+            def broken(*_: Any) -> None:
+                raise AttributeError("as nats-py may")
+
+            monkeypatch.setattr("cachebus.bus.nats_stream.decode", broken)
+            await published(jetstream, namespace, origin="o", seq=2)
+            with anyio.fail_after(10):
+                assert isinstance(await anext(heard), EventsMissed)
+                with pytest.raises(StopAsyncIteration):
+                    await anext(heard)
+        await asyncio.sleep(0)
+        assert not bus._replays
+
+
+def test_a_thread_that_takes_one_at_a_time_gets_all(nats_server: Server, namespace: str) -> None:
+    url = bus_url(nats_server, namespace)
+    with open_sync_cache("memory://", bus=url, namespace=namespace) as cache:
+        cache.set_many({str(number): number for number in range(200)})
+        with cache.events(CacheSet, EventsMissed, since=600, capacity=1) as heard:
+            told = [heard.next(10) for _ in range(200)]
+            assert [getattr(each, "key", None) for each in told] == [*map(str, range(200))]
+            cache.set("more", 1)
+            assert keys([each for each in [heard.next(10)] if each]) == ["more"]
+            assert heard.dropped == 0
+
+
 async def test_a_replay_goes_on_after_the_server_was_away(namespace: str) -> None:
     with run_nats(jetstream=True) as server:
         options = NatsOptions(servers=(f"{server.host}:{server.port}",), events_stream="kept")

@@ -225,6 +225,43 @@ def test_every_line_of_a_log_is_one_fact(run_worker: RunWorker) -> None:
     assert not any("serving" in line for line in quiet.lines)
 
 
+@pytest.mark.parametrize("away", ["nats", "redis"])
+async def test_a_worker_waits_for_what_it_needs(
+    run_worker: RunWorker, namespace: str, tmp_path: Path, away: str
+) -> None:
+    with run_nats() as nats, run_redis() as redis:
+        late = nats if away == "nats" else redis
+        config = tmp_path / "cachebus.yaml"
+        config.write_text(f"on_error: raise\nbackends: ['{redis.url}']\n")
+        await anyio.to_thread.run_sync(late.kill)
+        worker = run_worker("--config", str(config), server=nats, serves=False)
+        for _ in range(2):
+            assert f"127.0.0.1:{late.port}" in await anyio.to_thread.run_sync(worker.wait_for, "waiting")
+        await anyio.to_thread.run_sync(late.start)
+        await anyio.to_thread.run_sync(worker.wait_for, "serving")
+        async with open_cache("bus:primary", bus=nats.url, namespace=namespace, on_error="raise") as cache:
+            await cache.set("k", 1)
+            assert await cache.get("k") == 1
+        worker.signal(signal.SIGTERM)
+        assert await anyio.to_thread.run_sync(worker.ended) == 0
+
+
+def test_a_worker_waits_so_long_and_no_longer(run_worker: RunWorker) -> None:
+    with run_nats() as nats:
+        nats.kill()
+        impatient = run_worker("--backend", "primary=memory://", "--wait", "0.2", server=nats, serves=False)
+        assert impatient.ended() == 3
+        assert "no NATS server can be reached" in impatient.lines[-1]
+        stopped = run_worker("--backend", "primary=memory://", server=nats, serves=False)
+        stopped.wait_for("waiting")
+        stopped.signal(signal.SIGTERM)
+        assert stopped.ended() == 0
+    with run_nats("--auth", "right") as nats:
+        refused = run_worker("--backend", "primary=memory://", server=nats, serves=False)
+        assert refused.ended() == 2
+        assert "Authorization Violation" in refused.lines[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

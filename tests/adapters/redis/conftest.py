@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -49,3 +50,13 @@ async def one(store: Any, request: Any) -> Any:
     """The reply to one request, sent alone."""
     (reply,) = await store.execute([request])
     return reply
+
+
+async def submitted(store: Any, *requests: Any) -> list[Any]:
+    """The replies to requests that were all sent, each alone, before any was answered."""
+    futures: list[asyncio.Future[Any]] = []
+    for request in requests:
+        future = asyncio.get_running_loop().create_future()
+        await store.submit([request], lambda replies, future=future: future.set_result(replies[0]))
+        futures.append(future)
+    return list(await asyncio.gather(*futures))

@@ -44,8 +44,8 @@ from tests.house.paths import ROOT
 
 from .conftest import one, opened
 
-SECRET = "p@ss:w/rd?#%é"
-ESCAPED = "p%40ss%3Aw%2Frd%3F%23%25%C3%A9"
+SECRET = "p@hunter2:w/rd?#%é"
+ESCAPED = "p%40hunter2%3Aw%2Frd%3F%23%25%C3%A9"
 
 
 async def sync(function: Any, *arguments: Any) -> Any:

@@ -50,7 +50,7 @@ from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
 from tests.faults.scene import guarded
 
-from .conftest import one, opened
+from .conftest import one, opened, submitted
 from .test_access import documented_rights
 
 
@@ -285,6 +285,20 @@ async def test_scripts_that_a_server_forgot_are_sent_again(store: Any, cluster: 
         await sync(tell, server, "SCRIPT", "FLUSH")
     assert all(isinstance(each, Stored) for each in await store.execute([Set(f"k{n}", n) for n in range(50)]))
     assert await one(store, Increment("n", 5)) == Counted(5)
+
+
+@pytest.mark.parametrize("last", [Delete("k"), Set("k", "new")])
+async def test_what_a_server_forgot_how_to_write_is_not_written_after_what_came_later(
+    store: Any, cluster: Sequence[Server], last: Any
+) -> None:
+    await store.execute([Set(f"k{n}", n) for n in range(50)])
+    await one(store, Delete("k"))
+    for server in cluster:
+        await sync(tell, server, "SCRIPT", "FLUSH")
+    replies = await submitted(store, Set("k", "old"), Get("k"), last)
+    assert not isinstance(replies[2], Failed)
+    found = await one(store, Get("k"))
+    assert (found.value if isinstance(found, Found) else None) == getattr(last, "value", None)
 
 
 # Leases

@@ -13,13 +13,26 @@ from cachebus.actors import BackendActor
 from cachebus.actors.ports import SYSTEM_CLOCK, PipelinedStore
 from cachebus.adapters.chaos import ChaosStore
 from cachebus.adapters.redis import RedisStore
-from cachebus.messages import Clear, Delete, Get, GetMany, Set, Stored
+from cachebus.messages import (
+    Add,
+    Clear,
+    Delete,
+    DeleteMany,
+    Failed,
+    Found,
+    Get,
+    GetMany,
+    Increment,
+    Set,
+    SetMany,
+    Stored,
+)
 from cachebus.settings import backend_from_url
 from cachebus.stores import build_store
 from cachebus.testing.servers import Server, redis_command
 from tests.faults.scene import guarded
 
-from .conftest import one, opened
+from .conftest import one, opened, submitted
 
 
 async def told(server: Server, *words: str) -> str:
@@ -161,6 +174,28 @@ async def test_scripts_that_the_server_forgot_are_sent_again(store: Any, server:
     await told(server, "CONFIG", "RESETSTAT")
     await one(store, Set("a", 1))
     assert "eval" not in await calls(server)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("last", [Delete("k"), DeleteMany(("x", "k")), Set("k", "new"), SetMany({"k": "new"})])
+@pytest.mark.parametrize("first", [Set("k", "old"), SetMany({"k": "old", "other": 1}), Add("k", "old"), Increment("k")])
+async def test_what_a_server_forgot_how_to_write_is_not_written_after_what_came_later(
+    store: Any, server: Server, first: Any, last: Any, together: bool
+) -> None:
+    await store.execute([Set("warm", 1), Delete("k"), Delete("other")])
+    await told(server, "SCRIPT", "FLUSH")
+    if together:
+        replies = await store.execute([first, last])
+    else:
+        replies = await submitted(store, first, last)
+    assert not isinstance(replies[1], Failed)
+    found = await one(store, Get("k"))
+    assert (found.value if isinstance(found, Found) else None) == ("new" if isinstance(last, Set | SetMany) else None)
+    if isinstance(replies[0], Failed):
+        assert "NOSCRIPT" in str(replies[0].error())
+        assert not replies[0].error().transient  # Else somebody would do it again, and later still.
+    if isinstance(first, SetMany):
+        assert isinstance(await one(store, Get("other")), Found)
 
 
 async def test_the_health_check_keeps_an_idle_connection_in_use(server: Server) -> None:

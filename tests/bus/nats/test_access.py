@@ -45,9 +45,11 @@ async def connects(server: Server, **given: Any) -> None:
             assert await other.request(PLACE, Get("k"), T) == Found("k")
 
 
-async def refused(server: Server, caplog: pytest.LogCaptureFixture, **given: Any) -> str:
+async def refused(
+    server: Server, caplog: pytest.LogCaptureFixture, error: type[CacheError] = CacheConfigurationError, **given: Any
+) -> str:
     """The error of a connection that is not let in, which shows no secret anywhere."""
-    with caplog.at_level(logging.DEBUG), pytest.raises(CacheConnectionError) as caught:
+    with caplog.at_level(logging.DEBUG), pytest.raises(error) as caught:
         await connects(server, **given)
     shown = [str(caught.value), repr(caught.value), caplog.text, repr(options(server, **given))]
     assert not any(SECRET in each for each in shown)
@@ -89,7 +91,7 @@ async def test_a_file_that_is_not_there_is_named(nats_server: Server, option: st
 async def test_nobody_there(caplog: pytest.LogCaptureFixture) -> None:
     with run_nats() as server:
         await anyio.to_thread.run_sync(server.stop)
-        assert "no NATS server can be reached (127.0.0.1:" in await refused(server, caplog)
+        assert "no NATS server can be reached (127.0.0.1:" in await refused(server, caplog, CacheConnectionError)
 
 
 async def test_the_second_of_two_servers_will_do(nats_server: Server) -> None:
@@ -128,7 +130,7 @@ async def test_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ) as server:
         ours = {"tls_cert_file": file("client.pem"), "tls_key_file": file("client.key")}
         await connects(server, tls=True, tls_ca_file=file("ca.pem"), **ours)
-        await refused(server, caplog, tls=True, tls_ca_file=file("ca.pem"))
+        await refused(server, caplog, CacheConnectionError, tls=True, tls_ca_file=file("ca.pem"))
 
 
 async def test_a_server_without_tls_learns_nothing_where_tls_was_asked_for(
