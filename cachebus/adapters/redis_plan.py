@@ -7,7 +7,7 @@ script. In a cluster a command is about keys of one slot.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import hiredis
@@ -30,6 +30,8 @@ from cachebus.messages import (
     GetMany,
     GetOrLease,
     Increment,
+    Invalidated,
+    InvalidateTags,
     Present,
     Release,
     Renew,
@@ -44,13 +46,20 @@ from cachebus.messages import (
     Ttl,
 )
 
-from .redis_commands import Command, Gets, Reads, Writes, unlink
+from .redis_commands import Command, Settle, unlink
 from .redis_connection import Argument
+from .redis_counters import Counters
+from .redis_doubts import settle_head, settle_lease
 from .redis_errors import translate
-from .redis_leases import commit_call, lease_call
-from .redis_scripts import INCREMENT, TOUCH, Script
-from .redis_values import HEADER, LEASE, LOADED, MISSING, encode, left
+from .redis_leases import Leases, Parsed, commit_call, lease_call
+from .redis_reads import Gets, Reads
+from .redis_script import Script
+from .redis_scripts import INCREMENT, PEEK, TOUCH
+from .redis_tag_scripts import INVALIDATE
+from .redis_tags import NO_STAMP, TagSpace, new_epoch, pack_tagged, pack_tags, split_tagged
+from .redis_values import HEADER, LEASE, LOADED, MISSING, TAGGED, encode, left
 from .redis_walk import matching, scan_words
+from .redis_writes import Writes
 
 _PX_MAX = 10**15  # 31,000 years; Redis refuses what overflows when it adds the time of day.
 COMMAND_BYTES = 8 << 20
@@ -61,7 +70,8 @@ class Plan:
     """A batch under way. `replies` fills up as `commands` are answered; what is refused outright is there at once.
 
     Keys that are no valid Unicode show when the commands are packed; a `careful` plan finds them, one by one.
-    `slot_of` is the cluster's rule of which keys go together; `None` outside of a cluster.
+    `slot_of` is the cluster's rule of which keys go together; `None` outside of a cluster. There the counters of `space`
+    are out of the scripts' reach, and `stamps` says what was read of them before, by the place of the request.
     """
 
     def __init__(
@@ -69,15 +79,19 @@ class Plan:
         batch: Sequence[Request[Any]],
         prefix: str,
         default_ttl: float | None,
+        space: TagSpace,
         slot_of: Callable[[str], int] | None = None,
         *,
+        stamps: Mapping[int, bytes | CacheError] | None = None,
         careful: bool = False,
     ) -> None:
         self.replies: list[Any] = [None] * len(batch)
         self.commands: list[Command] = []
         self._batch = batch
         self._prefix = prefix
-        self._default_px = _milliseconds(default_ttl)
+        self._default_px = milliseconds(default_ttl)
+        self._space = space
+        self._stamps = stamps or {}
         self._slot_of = slot_of
         self._careful = careful
         self._build()
@@ -124,6 +138,8 @@ class Plan:
         if self._slot_of is None and not self._careful and self._only_gets(first, end):
             return
         groups: dict[int, Reads] = {}
+        counters, hint = Counters(self._space), self._space.hint
+        hinted, bare = self._space.seen and not self._space.here, len(self._prefix)
         for position in range(first, end):
             request: Any = self._batch[position]
             try:
@@ -139,9 +155,13 @@ class Plan:
                 group = self._group(key)
                 reads = groups.get(group)
                 if reads is None:
-                    reads = groups[group] = Reads(self.replies, len(self._prefix))
+                    reads = groups[group] = Reads(self.replies, bare, self._space, counters)
                 reads.want(position, key)
+                if hinted:
+                    counters.want(hint(key[bare:]))
         self.commands += (reads.command() for reads in groups.values())
+        if (command := counters.command()) is not None:
+            self.commands.append(command)
 
     def _only_gets(self, first: int, end: int) -> bool:
         """The commonest run in its simplest form, which takes a third of the time; `False` if it is not that."""
@@ -153,7 +173,7 @@ class Plan:
             if type(request) is not Get:
                 return False
             places.append(keys.setdefault(prefix + request.key, len(keys)))
-        gets = Gets(self.replies, first, keys, places)
+        gets = Gets(self.replies, first, keys, places, self._space)
         self.commands.append(gets.command())
         return True
 
@@ -165,16 +185,18 @@ class Plan:
         for position in range(first, end):
             request: Any = self._batch[position]
             try:
-                if request.tags:
-                    raise CapabilityError(store="redis", capability="tags")
+                stamp = self._stamp(position, request.tags) if request.tags else NO_STAMP
                 many = isinstance(request, SetMany)
                 items = request.items if many else {request.key: request.value}
                 encoded = [(self._key(key), encode(value)) for key, value in items.items()]
                 if isinstance(request, Set) and request.lease is not None:
                     (name, body), groups = encoded[0], {}
-                    words, script, make = commit_call(request, name, body, self._px(request.ttl))
+                    here, px = self._space.here, self._px(request.ttl)
+                    words, script, make = commit_call(request, name, body, px, stamp, here)
                     calls.append(self._command(position, words, name, make, script=script, writes=True))
                     continue
+                if request.tags:
+                    encoded = [(name, pack_tagged(body, request.tags, stamp)) for name, body in encoded]
             except CacheError as error:
                 self.replies[position] = Failed.of(error)
                 continue
@@ -185,24 +207,35 @@ class Plan:
                 group = self._group(key)
                 writes = groups.get(group)
                 if writes is None or writes.size + len(body) > COMMAND_BYTES:
-                    writes = groups[group] = Writes(self.replies)
+                    writes = groups[group] = Writes(self.replies, self._space)
                     calls.append(writes)
                 writes.add(-1 - position if many else position, key, body, px, condition)
         self.commands += (call if isinstance(call, Command) else call.command() for call in calls)
 
     def _px(self, ttl: Ttl) -> str:
-        return self._default_px if ttl == "default" else _milliseconds(ttl)
+        return self._default_px if ttl == "default" else milliseconds(ttl)
+
+    def _stamp(self, at: int, tags: Sequence[str]) -> bytes:
+        """The 16 bytes that a request with tags begins with: of the counters as they were, in a cluster, and elsewhere an
+        epoch for a sequence that is not there."""
+        if not self._space.here:
+            stamp = self._stamps.get(at, NO_STAMP)
+            if isinstance(stamp, CacheError):
+                raise stamp
+            return stamp
+        if not tags:
+            return NO_STAMP
+        self._space.seen = True
+        return new_epoch() + NO_STAMP[8:]
 
     # Single commands
 
     def _one(self, at: int, request: Request[Any]) -> None:
         match request:
             case Exists(key=key):
-                name = self._key(key)
-                self._add(at, ["GETRANGE", name, 0, HEADER.size], name, _present)
+                self._exists(at, self._key(key))
             case Touch(key=key, ttl=ttl):
-                name, px = self._key(key), self._px(ttl)
-                self._add(at, [1, name, px], name, _touched(px), script=TOUCH)
+                self.commands.append(self._touch(at, self._key(key), self._px(ttl)))
             case Increment():
                 self._increment(at, request)
             case Delete(key=key):
@@ -211,9 +244,9 @@ class Plan:
             case DeleteMany(keys=keys):
                 self._delete_many(at, keys)
             case GetOrLease() | Renew() | Release():
-                name = self._key(request.key)
-                words, script, make = lease_call(request, name)
-                self._add(at, words, name, make, script=script)
+                self.commands.append(self._lease(at, request, b""))
+            case InvalidateTags(tags=tags):
+                self._invalidate(at, tags)
             case Scan(pattern=pattern, cursor=cursor):
                 self._scan(at, pattern, cursor)
             case _:
@@ -227,9 +260,8 @@ class Plan:
         make: Callable[[Any, float], Reply],
         *,
         script: Script | None = None,
-        writes: bool = False,
     ) -> None:
-        self.commands.append(self._command(at, words, key, make, script=script, writes=writes))
+        self.commands.append(self._command(at, words, key, make, script=script))
 
     def _command(
         self,
@@ -244,10 +276,85 @@ class Plan:
         def settle(reply: Any, now: float) -> None:
             self.replies[at] = make(reply, now)
 
+        return Command(words, key, settle, self._fails(at), script=script, writes=writes)
+
+    def _fails(self, at: int) -> Callable[[CacheError], None]:
         def fail(error: CacheError) -> None:
             self.replies[at] = Failed.of(error)
 
-        return Command(words, key, settle, fail, script=script, writes=writes)
+        return fail
+
+    # What may depend on tags
+
+    def _exists(self, at: int, name: str) -> None:
+        def settle(head: Any, now: float) -> Sequence[Command]:
+            def put(is_valid: bool) -> None:
+                self.replies[at] = _present(head, now) if is_valid else MISSING
+
+            if self._space.here or len(head) <= HEADER.size:
+                put(True)
+                return ()
+            return settle_head(head, put, self._fails(at), None, self._space)
+
+        self.commands.append(Command([1, name], name, settle, self._fails(at), script=PEEK.at(self._space.here)))
+
+    def _touch(self, at: int, name: str, px: str, verdict: bytes = b"") -> Command:
+        ttl = int(px) / 1000 if px else None
+
+        def settle(version: Any, now: float) -> Sequence[Command]:
+            if type(version) is bytes:
+                return settle_head(version, lambda _: None, self._fails(at), again, self._space, px)
+            self.replies[at] = Present(float(version), ttl) if version else MISSING
+            return ()
+
+        def again(verdict: bytes) -> Command:
+            return self._touch(at, name, px, verdict)
+
+        return self._judged([1, name, px], name, settle, at, TOUCH.at(self._space.here), verdict)
+
+    def _lease(self, at: int, request: Leases, verdict: bytes) -> Command:
+        name = self._key(request.key)
+        stamp = self._stamp(at, request.tags) if isinstance(request, GetOrLease) else NO_STAMP
+        here = self._space.here
+        words, script, make = lease_call(request, name, stamp, None if here else verdict)
+        if here:
+            return self._command(at, words, name, make, script=script)
+
+        def put(reply: Reply) -> None:
+            self.replies[at] = reply
+
+        def settle(reply: Any, now: float) -> Sequence[Command]:
+            return settle_lease(
+                request,
+                reply,
+                now,
+                make,
+                put,
+                self._fails(at),
+                lambda verdict: self._lease(at, request, verdict),
+                self._space,
+            )
+
+        return Command(words, name, settle, self._fails(at), script=script)
+
+    def _invalidate(self, at: int, tags: Sequence[str]) -> None:
+        pack_tags(tags)  # Refused, if one is no valid Unicode.
+        if not tags:
+            self.replies[at] = Invalidated()
+            return
+        self._space.seen = True
+        names = [self._space.sequence, *(self._space.counter(tag) for tag in dict.fromkeys(tags))]
+        words: list[Argument] = [len(names), *names, new_epoch()]
+        self._add(at, words, names[0], lambda *_: Invalidated(), script=INVALIDATE)
+
+    def _judged(
+        self, words: list[Argument], key: str, settle: Settle, at: int, script: Script, verdict: bytes, writes: bool = False
+    ) -> Command:
+        """A command whose script is told what is known of the counters, if it cannot look for itself."""
+        if not self._space.here:
+            words = [*words, verdict]
+        ordered = bool(verdict)
+        return Command(words, key, settle, self._fails(at), script=script, writes=writes, ordered=ordered)
 
     def _increment(self, at: int, request: Increment) -> None:
         name = self._key(request.key)
@@ -256,14 +363,19 @@ class Plan:
             if number and not -(2**63) <= int(number) < 2**63:
                 raise translate(hiredis.ReplyError("OUTOFRANGE"))
         words: list[Argument] = [1, name, str(request.delta), start, self._px(request.ttl)]
-        self._add(
-            at,
-            words,
-            name,
-            lambda reply, _: MISSING if reply is None else Counted(int(reply)),
-            script=INCREMENT,
-            writes=True,
-        )
+        self.commands.append(self._count(at, words, name, b""))
+
+    def _count(self, at: int, words: list[Argument], name: str, verdict: bytes) -> Command:
+        def settle(reply: Any, now: float) -> Sequence[Command]:
+            if type(reply) is list:
+                return settle_head(reply[0], lambda _: None, self._fails(at), again, self._space)
+            self.replies[at] = MISSING if reply is None else Counted(int(reply))
+            return ()
+
+        def again(verdict: bytes) -> Command:
+            return self._count(at, words, name, verdict)
+
+        return self._judged(words, name, settle, at, INCREMENT.at(self._space.here), verdict, writes=True)
 
     def _delete_many(self, at: int, keys: Sequence[str]) -> None:
         groups: dict[int, dict[str, None]] = {}
@@ -305,11 +417,14 @@ def _condition(request: Any) -> str:
     return ""
 
 
-def _milliseconds(ttl: float | None) -> str:
+def milliseconds(ttl: float | None) -> str:
+    """A time to live as Redis takes it; `""` is for ever."""
     return "" if ttl is None else str(min(math.ceil(ttl * 1000), _PX_MAX))
 
 
 def _present(reply: Any, now: float) -> Reply:
+    if len(reply) > HEADER.size and reply[HEADER.size] == TAGGED:
+        reply = split_tagged(reply)[1]
     if len(reply) <= HEADER.size or reply[HEADER.size] == LEASE:
         return MISSING
     version, expiry = HEADER.unpack_from(reply)
@@ -318,11 +433,6 @@ def _present(reply: Any, now: float) -> Reply:
     if reply[HEADER.size] == LOADED and expiry and expiry * 1e-3 <= now:
         return MISSING
     return Present(version, left(expiry, now) if expiry else None)
-
-
-def _touched(px: str) -> Callable[[Any, float], Reply]:
-    ttl = int(px) / 1000 if px else None
-    return lambda version, _: Present(float(version), ttl) if version else MISSING
 
 
 _FAMILIES: dict[type[Request[Any]], str] = {
