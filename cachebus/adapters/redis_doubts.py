@@ -14,7 +14,8 @@ from .redis_leases import Leases, Parsed
 from .redis_tags import Claim, TagSpace, split_tagged
 from .redis_values import HEADER, TAGGED
 
-Put = Callable[[Reply], None]
+Answer = Callable[[Reply], None]
+Put = Callable[[bool], None]
 Fail = Callable[[CacheError], None]
 Again = Callable[[bytes], Command]
 """Makes the command once more, with what is known of the counters."""
@@ -31,7 +32,7 @@ def _declared(stamp: bytes, tags: bytes) -> Claim | None:
 
 
 def settle_lease(
-    request: Leases, reply: Any, now: float, make: Parsed, put: Put, fail: Fail, again: Again, space: TagSpace
+    request: Leases, reply: Any, now: float, make: Parsed, put: Answer, fail: Fail, again: Again, space: TagSpace
 ) -> Sequence[Command]:
     """Take in the reply to a question about a lease: answer it, or say what has to be sent first."""
     if isinstance(request, Renew) and isinstance(reply, list):
@@ -60,7 +61,7 @@ def settle_lease(
 
 
 def _settle_renewal(
-    reply: list[Any], now: float, make: Parsed, put: Put, fail: Fail, space: TagSpace
+    reply: list[Any], now: float, make: Parsed, put: Answer, fail: Fail, space: TagSpace
 ) -> Sequence[Command]:
     claim = Claim(reply[0], tuple(unpack_plain(reply[1])))
 
@@ -71,19 +72,23 @@ def _settle_renewal(
 
 
 def settle_head(
-    head: bytes, put: Callable[[bool], None], fail: Fail, again: Again | None, space: TagSpace, px: str | None = None
+    head: bytes, put: Put | None, fail: Fail, again: Again | None, space: TagSpace, px: str | None = None
 ) -> Sequence[Command]:
-    """Find out about the entry whose head was the reply, and tell `put`, or send the command once more. With `px` the
-    counters are kept for so many milliseconds."""
-    claim = _claim_of(head)
-    if claim is None:
-        put(True)
+    """Find out about the entry whose head was the reply: tell `put` that it is valid, or that it is not; or send the command
+    once more, if there is one for that. With `px` the counters are kept for so many milliseconds."""
+    try:
+        claim = _claim_of(head)
+    except CacheError as error:
+        fail(error)
         return ()
+    if claim is None:
+        claim = Claim(b"", ())
 
     def decide(holds: Sequence[bool]) -> Command | None:
-        if again is not None:
+        if again is not None and (holds[0] or put is None):
             return again(claim.verdict(holds[0]))
-        put(holds[0])
+        if put is not None:
+            put(holds[0])
         return None
 
     return Counters(space, ordered=again is not None, px=px).judge([Doubt((claim,), decide, fail)])

@@ -216,9 +216,7 @@ Leases = GetOrLease | Renew | Release
 Parsed = Callable[[Any, float], Reply]
 
 
-def lease_call(
-    request: Leases, key: str, stamp: bytes, verdict: bytes | None
-) -> tuple[list[Argument], Script, Parsed]:
+def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -> tuple[list[Argument], Script, Parsed]:
     """The words after the script's name, the script, and how its reply is read. `key` is the key in Redis. `verdict` is
     what is known of the counters, where the script cannot look; `None` where it can."""
     here = verdict is None

@@ -10,7 +10,7 @@ from cachebus.messages import CacheError, Failed, Found, FoundMany, Missing
 from .redis_commands import Command
 from .redis_connection import Argument
 from .redis_counters import Counters, Doubt
-from .redis_scripts import READ
+from .redis_tag_scripts import READ
 from .redis_tags import TagSpace, read_tagged
 from .redis_values import MISSING, HasTags, read_or_fail
 

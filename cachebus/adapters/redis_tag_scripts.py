@@ -31,7 +31,11 @@ local function claim(raw)
 end
 """
 
-_SEQUENCE = f"local RETENTION = {RETENTION_MS}\n" + """
+_RETENTION = f"local RETENTION = {RETENTION_MS}\n"
+
+_SEQUENCE = (
+    _RETENTION
+    + """
 local function place()
   local namespace = string.match(KEYS[1], '^[^:]*')
   return namespace .. '#tags:{' .. namespace .. '}'
@@ -52,7 +56,7 @@ local function keep(name, px)
   if left < 0 then return end
   if px == '' then
     redis.call('PERSIST', name)
-  elseif left < px + RETENTION then
+  elseif left < px + RETENTION / 2 then
     redis.call('PEXPIRE', name, px + RETENTION)
   end
 end
@@ -79,6 +83,7 @@ local function is_after(counter, stamp)
     or struct.unpack('>d', counter, 9) > struct.unpack('>d', stamp, 9)
 end
 """
+)
 
 _HERE = """
 local function names(tags)

@@ -93,11 +93,12 @@ def read_tagged(raw: bytes, now: float, *, live: bool = False) -> tuple[Claim | 
             raise CacheSerializationError("the stored value is damaged")
     except CacheError as error:
         return None, Failed.of(error)
-    answer: Any = read_or_fail(plain, now, live=live)
-    if isinstance(answer, Found):
-        answer.tags = claim.tags
-        return claim, answer
-    return None, answer
+    answer = read_or_fail(plain, now, live=live)
+    if not isinstance(answer, Found):
+        return None, answer
+    found: Any = answer
+    found.tags = claim.tags
+    return claim, answer
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from .redis_connection import Argument
 from .redis_counters import Counters, Doubt
 from .redis_scripts import WRITE
 from .redis_tags import TagSpace, split_tagged
-from .redis_values import TAGGED
+from .redis_values import HEADER, TAGGED
 
 
 class Writes:
@@ -89,4 +89,17 @@ class Writes:
         except CacheError as error:
             alone.fail(error)
             return
-        doubts.append(Doubt((claim,), lambda holds: alone.command(claim.verdict(holds[0])), alone.fail))
+
+        def decide(holds: Sequence[bool]) -> Command | None:
+            refused = alone.refused(HEADER.unpack_from(head)[0] if holds[0] else 0.0)
+            return alone.command(claim.verdict(holds[0])) if refused is None else None
+
+        doubts.append(Doubt((claim,), decide, alone.fail))
+
+    def refused(self, version: float) -> NotStored | None:
+        """The answer to a write whose condition does not hold: what is there has `version`, 0 where nothing is valid."""
+        condition = self._arguments[2]
+        if version if condition == "absent" else not version or condition not in ("present", repr(version)):
+            reply = self._replies[self._positions[0]] = NotStored(version)
+            return reply
+        return None
