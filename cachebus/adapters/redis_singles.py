@@ -93,9 +93,7 @@ class Singles:
             if isinstance(stamp, CacheError):
                 raise stamp
             return stamp
-        if not tags:
-            return NO_STAMP
-        self._space.seen = True
+        self._space.seen = self._space.seen or bool(tags)
         return new_epoch() + NO_STAMP[8:]
 
     # Single commands

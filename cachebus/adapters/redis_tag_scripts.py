@@ -101,12 +101,10 @@ end
 local function stamp_of(tags, px, proposed)
   -- The stamp of now; the counters of the tags are there from now on.
   local sequence = place()
-  if tags == '' then
-    local stamp = redis.call('GETRANGE', sequence, 0, 15)
-    return #stamp == 16 and stamp or string.rep('\\0', 16)
-  end
   local stamp = stamp_at(sequence, proposed)
-  for _, name in ipairs(names(tags)) do ensure(sequence, stamp, name, px) end
+  if tags ~= '' then
+    for _, name in ipairs(names(tags)) do ensure(sequence, stamp, name, px) end
+  end
   return stamp
 end
 local function is_current(stamp, tags, px, proposed)

@@ -8,12 +8,13 @@ from .suite.expiry import Counting
 from .suite.leasing import Leasing
 from .suite.reading import Reading
 from .suite.removing import Removing
+from .suite.tagging import Tagging
 from .suite.writing import Writing
 
 __all__ = ["MISSING", "AnyStore", "StoreConformance", "ask", "carry_out", "value_of"]
 
 
-class StoreConformance(Reading, Writing, Counting, Removing, Batching, Leasing):
+class StoreConformance(Reading, Writing, Counting, Removing, Batching, Leasing, Tagging):
     """Every guarantee of the store's port, for stores of both kinds.
 
     ::
