@@ -29,6 +29,7 @@ from .redis_dial import Dial, Identity, Place, TlsFiles, find_master
 from .redis_errors import BACKEND, STALE_ROLE, code_of
 from .redis_plan import Plan
 from .redis_pool import RedisPool
+from .redis_tags import TagSpace
 from .redis_values import VALUE_MAX
 from .redis_walk import remove_matching
 
@@ -48,7 +49,13 @@ class RedisStore:
 
     name = BACKEND
     capabilities = Capabilities(
-        patterns=True, compare_and_set=True, counters=True, leases=True, rate_limits=True, max_value_bytes=VALUE_MAX
+        patterns=True,
+        tags=True,
+        compare_and_set=True,
+        counters=True,
+        leases=True,
+        rate_limits=True,
+        max_value_bytes=VALUE_MAX,
     )
     max_batch = 128
     apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern})
@@ -78,6 +85,7 @@ class RedisStore:
         self._tls = tls
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
+        self._space = TagSpace(namespace, here=True)
         self._dial = Dial(
             clock=clock,
             identity=identity or Identity(),
@@ -155,11 +163,11 @@ class RedisStore:
         return True
 
     def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], replied: Replied) -> None:
-        plan = Plan(batch, self._prefix, self._default_ttl)
+        plan = Plan(batch, self._prefix, self._default_ttl, self._space)
         try:
             data = plan.packed()
         except UnicodeEncodeError:
-            plan = Plan(batch, self._prefix, self._default_ttl, careful=True)
+            plan = Plan(batch, self._prefix, self._default_ttl, self._space, careful=True)
             data = plan.packed()
         commands = plan.commands
         if not commands:
@@ -179,13 +187,14 @@ class RedisStore:
         replies: list[Any] | CacheError,
         then: Callable[[], None],
     ) -> bool:
-        """Take in the replies. `False` if commands had to be sent once more, and `then` is called later."""
+        """Take in the replies. `False` if commands had to be sent on or once more, and `then` is called later."""
         if isinstance(replies, CacheError):
             for command in commands:
                 command.give_up(replies)
             return True
         now = connection.now()
         unknown: list[Command] = []
+        more: list[Command] = []
         stale = False
         for command, reply in zip(commands, replies, strict=True):
             if type(reply) is hiredis.ReplyError:
@@ -194,23 +203,24 @@ class RedisStore:
                     unknown.append(command)
                     continue
                 stale = stale or code in STALE_ROLE
-            command.take(reply, now)
+            more += command.take(reply, now)
         if stale:
             connection.drop(CacheConnectionError(f"{connection.server} has become a replica", BACKEND))
-        if not unknown:
+        if not unknown and not more:
             return True
 
-        # Somebody has emptied the script cache, so these did nothing: sent whole they run, and the server knows them again.
+        # Somebody has emptied the script cache, so the unknown did nothing: sent whole they run, and the server knows them
+        # again. What follows from an answer only reads.
         again = sendable_again(commands, unknown, connection.changes_in_flight)
-        if not again:
+        if not again and not more:
             return True
 
         def answered(replies: list[Any] | CacheError) -> None:
-            if self._settle(connection, again, replies, then):
+            if self._settle(connection, [*again, *more], replies, then):
                 then()
 
-        data = b"".join([each.packed(whole=True) for each in again])
-        connection.send(data, len(again), answered, lambda: changes(again))
+        data = [*(each.packed(whole=True) for each in again), *(each.packed() for each in more)]
+        connection.send(b"".join(data), len(data), answered, lambda: changes(again))
         return False
 
     async def _ready(self, pool: RedisPool) -> RedisConnection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,14 +23,16 @@ from cachebus.messages import (
     Scan,
 )
 
+from .redis_cluster_tags import Stamps, looks_for_tags, wants_stamps
 from .redis_cluster_walk import ClusterWalks
 from .redis_commands import Command
 from .redis_dial import Dial, Identity, Place, TlsFiles
 from .redis_errors import BACKEND, code_of, moving, overtaken
-from .redis_node import ClusterNode, Trip
+from .redis_node import ClusterNode, Trip, UnderWay
 from .redis_plan import Plan
-from .redis_scripts import SCRIPTS
+from .redis_scripts import LATE_IS_WRONG
 from .redis_slots import SLOTS, SlotTraffic, read_redirection, slot_of
+from .redis_tags import TagSpace
 from .redis_topology import Topology
 from .redis_values import VALUE_MAX
 
@@ -50,7 +52,13 @@ class RedisClusterStore:
 
     name = BACKEND
     capabilities = Capabilities(
-        patterns=True, compare_and_set=True, counters=True, leases=True, rate_limits=True, max_value_bytes=VALUE_MAX
+        patterns=True,
+        tags=True,
+        compare_and_set=True,
+        counters=True,
+        leases=True,
+        rate_limits=True,
+        max_value_bytes=VALUE_MAX,
     )
     max_batch = 64
     apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern, Scan})
@@ -69,18 +77,23 @@ class RedisClusterStore:
         health_check_interval: float | None = 2.0,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        if not namespace or ":" in namespace:
-            raise CacheConfigurationError(f"redis: a namespace is not empty and has no colon, unlike {namespace!r}")
+        if not namespace or ":" in namespace or "{}" in namespace:
+            # With an empty pair of braces in front the counters of its tags would not be in one slot.
+            raise CacheConfigurationError(
+                f"redis: a namespace is not empty and has no colon or {{}}, unlike {namespace!r}"
+            )
         self._seeds = tuple(places)
         self._tls = tls
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
+        self._space = TagSpace(namespace, here=False)
         self._dial = Dial(
             clock=clock,
             identity=identity or Identity(),
             timeout=connect_timeout,
             silence=health_check_interval,
             window=window,
+            counters_here=False,
         )
         self._max_connections = max_connections
         self._traffic = SlotTraffic()
@@ -142,7 +155,8 @@ class RedisClusterStore:
         if not self.apart.isdisjoint(map(type, batch)):
             self._walks.start(batch, self.apart, replied)
             return
-        trips = self._trips(batch, replied)
+        stamps = await self._stamps(self._topology, batch) if wants_stamps(batch, self._space) else None
+        trips = self._trips(batch, replied, stamps)
         unreachable = await self._room(self._topology, {trip.slot for trip in trips})
         # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
         self._send(self._topology, trips, unreachable)
@@ -150,6 +164,8 @@ class RedisClusterStore:
     def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
         topology = self._topology
         if topology is None or not self._traffic.idle or not self.apart.isdisjoint(map(type, batch)):
+            return False
+        if wants_stamps(batch, self._space):
             return False
         trips = self._trips(batch, replied)
         for trip in trips:
@@ -161,23 +177,44 @@ class RedisClusterStore:
 
     # Going out
 
-    def _trips(self, batch: Sequence[Request[Any]], replied: Replied) -> list[Trip]:
-        plan, packed = self._planned(batch)
+    async def _stamps(self, topology: Topology, batch: Sequence[Request[Any]]) -> Mapping[int, bytes | CacheError]:
+        """What has to be read of the counters before the batch goes out, by the places of its requests."""
+        stamps = Stamps(batch, self._space, self._default_ttl)
+        read = asyncio.Event()
+        under_way = UnderWay(len(stamps.commands), read.set)
+        trips = [Trip(command, slot_of(command.key), command.packed(), under_way) for command in stamps.commands]
+        if trips:
+            self._send(topology, trips, await self._room(topology, {trip.slot for trip in trips}))
+            await read.wait()
+        return stamps.by_place
+
+    def _trips(
+        self,
+        batch: Sequence[Request[Any]],
+        replied: Replied,
+        stamps: Mapping[int, bytes | CacheError] | None = None,
+    ) -> list[Trip]:
+        plan, packed = self._planned(batch, stamps)
         if not plan.commands:
             replied(plan.done())
-        under_way = _UnderWay(plan, replied)
+        under_way = UnderWay(len(plan.commands), lambda: replied(plan.done()))
         return [
             Trip(command, slot_of(command.key), data, under_way)
             for command, data in zip(plan.commands, packed, strict=True)
         ]
 
-    def _planned(self, batch: Sequence[Request[Any]]) -> tuple[Plan, list[bytes]]:
+    def _planned(
+        self, batch: Sequence[Request[Any]], stamps: Mapping[int, bytes | CacheError] | None
+    ) -> tuple[Plan, list[bytes]]:
+        look = looks_for_tags(batch, self._space)
         for careful in (False, True):
             # A key of a slot that is being moved is a group of its own, beyond the numbers of the slots.
             numbers: dict[str, int] = {}
             with contextlib.suppress(UnicodeEncodeError):
                 group = partial(self._group, numbers)
-                plan = Plan(batch, self._prefix, self._default_ttl, group, careful=careful)
+                plan = Plan(batch, self._prefix, self._default_ttl, self._space, group, stamps=stamps, careful=careful)
+                if look is not None:
+                    plan.commands.append(look)
                 return plan, [command.packed() for command in plan.commands]
         raise AssertionError("a careful plan has only keys that can be encoded")
 
@@ -236,8 +273,11 @@ class RedisClusterStore:
     def _arrived(self, node: ClusterNode, trip: Trip, reply: Any, now: float) -> None:
         if type(reply) is hiredis.ReplyError and self._sent_again(node, trip, reply):
             return
-        trip.command.take(reply, now)
-        self._end(trip)
+        following = trip.command.take(reply, now)
+        if following:
+            self._send_on(trip, following)
+        else:
+            self._end(trip)
 
     def _failed(self, node: ClusterNode, trips: Sequence[Trip], error: CacheError, sent: bool) -> None:
         for trip in trips:
@@ -257,7 +297,7 @@ class RedisClusterStore:
         if code == "NOSCRIPT" and command.script is not None and not trip.whole:
             # Somebody has emptied the script cache, so it did nothing: sent whole it runs, unless what came after it has
             # been done already.
-            if command.script in SCRIPTS and not self._traffic.is_newest_change(trip.slot, trip):
+            if command.script in LATE_IS_WRONG and not self._traffic.is_newest_change(trip.slot, trip):
                 self._fail(trip, overtaken())
                 return True
             trip.whole, trip.packed = True, command.packed(whole=True)
@@ -316,6 +356,30 @@ class RedisClusterStore:
         for part in parts:
             self._fail(part, moving())
 
+    def _send_on(self, trip: Trip, commands: Sequence[Command]) -> None:
+        """Send what the answer of a trip still needs. The trip ends with the last of it.
+
+        What writes after all must not come after what was sent behind it about its key.
+        """
+        assert self._topology is not None
+        first = trip.first
+        trips = [
+            Trip(command, slot_of(command.key), command.packed(), trip.batch.one_more(), trip) for command in commands
+        ]
+        trip.followed_by = len(trips)
+        for each in trips:
+            if each.command.ordered:
+                self._traffic.hold(first.slot)
+            if each.command.ordered and each.slot == first.slot and self._is_overtaken(first):
+                self._traffic.begin(each.slot, each)
+                self._fail(each, moving("its tags had to be looked up"))
+            else:
+                self._send(self._topology, [each], {})
+
+    def _is_overtaken(self, trip: Trip) -> bool:
+        later: Any = self._traffic.later(trip.slot, trip)
+        return later is None or any(trip.command.key in each.command.words for each in later if each.first is not trip)
+
     def _changed_hands(self, slots: Sequence[int]) -> None:
         """Note that slots have another owner: what is sent from now on must not be there before what follows them."""
         for slot in slots:
@@ -329,23 +393,7 @@ class RedisClusterStore:
     def _end(self, trip: Trip) -> None:
         self._traffic.end(trip.slot)
         trip.batch.one_done()
-
-
-class _UnderWay:
-    """A batch under way: how many of its commands have no answer yet."""
-
-    def __init__(self, plan: Plan, replied: Replied) -> None:
-        self._plan = plan
-        self._replied = replied
-        self._left = len(plan.commands)
-
-    def one_more(self) -> _UnderWay:
-        """One command has become two."""
-        self._left += 1
-        return self
-
-    def one_done(self) -> None:
-        """A command has its answer; the last one answers the batch."""
-        self._left -= 1
-        if not self._left:
-            self._replied(self._plan.done())
+        if (before := trip.follows) is not None:
+            before.followed_by -= 1
+            if not before.followed_by:
+                self._end(before)

@@ -241,7 +241,7 @@ class RedisConnection(asyncio.Protocol):
         assert self._transport is not None
         assert self._silence is not None
         unsent = self._transport.get_write_buffer_size()
-        if not self._heard and (not unsent or unsent >= self._unsent):
+        if not self._heard and unsent >= self._unsent:  # And it has taken nothing either.
             self.drop(lost(self.server, f"not a word for {self._silence:g} s"))
             return
         self._heard = False

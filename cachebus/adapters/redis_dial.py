@@ -15,7 +15,7 @@ from cachebus.messages import CacheConnectionError, CacheError
 
 from .redis_connection import RedisConnection, pack
 from .redis_errors import BACKEND, translate_greeting, unreachable
-from .redis_scripts import SCRIPTS
+from .redis_scripts import scripts
 from .tls import TlsFiles
 
 __all__ = ["Dial", "Identity", "Place", "TlsFiles", "find_master"]
@@ -63,6 +63,8 @@ class Dial:
     timeout: float = 1.0
     silence: float | None = 2.0
     window: int = 8
+    counters_here: bool = True
+    """Whether the scripts get at the counters of tags, which in a cluster are in another slot."""
 
     async def connect(self, place: Place, role: Role = "any") -> RedisConnection:
         """A connection that is ready. As a `master`, a server that is none is refused.
@@ -119,7 +121,7 @@ class Dial:
         needed = len(commands)
         # A user who may not load scripts may still send them whole: what comes of these is not asked.
         if role != "sentinel":
-            commands.extend(pack("SCRIPT", "LOAD", script.text) for script in SCRIPTS)
+            commands.extend(pack("SCRIPT", "LOAD", script.text) for script in scripts(self.counters_here))
         asked_at = self.clock.monotonic()
         replies = (await connection.ask(*commands))[:needed]
         connection.greeted = True

@@ -7,9 +7,11 @@ In the place of a missing value, or of one whose time is up, stands
     1 byte    form      l
     8 bytes   until     Unix time in milliseconds until which the value below may be served, 0 without one
     1 byte    length of the token, and the token
+    16 bytes  stamp     of the moment when the load began, as `redis_tags` has it
+    4 bytes   length of the packed tags that are known from the beginning, and these
     rest      the entry whose time is up, as it was
 
-A live value that is loaded anew stays where it is. Its lease is a key of its own, with the version of that value in it: if
+A live value that is loaded anew stays where it is. Its lease is a key of its own, with the version of that value and the stamp in it: if
 the value has another version by the time the new one comes, or is gone, the lease is lost.
 """
 
@@ -38,66 +40,80 @@ from cachebus.messages import (
 )
 
 from .redis_connection import Argument
-from .redis_scripts import Script
+from .redis_script import Script
 from .redis_slots import slot_of, tag_of
-from .redis_values import HEADER, decode, pack_origin, read_or_fail, split_origin
+from .redis_tag_scripts import Twin
+from .redis_tags import pack_tagged, pack_tags, read_tagged, split_tagged
+from .redis_values import HEADER, TAGGED, decode, pack_origin, read_or_fail, split_origin
 
 _MARK = """
 local MARK = struct.pack('>d', -1)
 local function parts(raw)
-  -- token, deadline, until when the stale entry may be served, and that entry: of a lease
+  -- token, deadline, until when the stale entry may be served, that entry, stamp and tags: of a lease
   local deadline = struct.unpack('>d', raw, 9)
   local until_ms = struct.unpack('>d', raw, 18)
   local length = string.byte(raw, 26)
-  local stale = string.sub(raw, 27 + length)
+  local at = 47 + length
+  local known = struct.unpack('>I4', raw, at - 4)
+  local stale = string.sub(raw, at + known)
   if until_ms <= now_ms then stale = '' end
-  return string.sub(raw, 27, 26 + length), deadline, until_ms, stale
+  return string.sub(raw, 27, 26 + length), deadline, until_ms, stale,
+    string.sub(raw, 27 + length, 42 + length), string.sub(raw, at, at + known - 1)
 end
 local function is_lease(raw)
-  return raw and #raw > 26 and string.sub(raw, 1, 8) == MARK and string.sub(raw, 17, 17) == 'l'
+  return raw and #raw > 46 and string.sub(raw, 1, 8) == MARK and string.sub(raw, 17, 17) == 'l'
 end
 local function expiry_of(raw)
   if #raw < 16 then return 0 end
   local _, expiry = struct.unpack('>dd', raw)
   return expiry
 end
-local function put_lease(key, token, lease_ms, until_ms, stale)
+local function put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
   local life = lease_ms
   if stale ~= '' and until_ms - now_ms > life then life = until_ms - now_ms end
   redis.call('SET', key, struct.pack('>dd', -1, now_ms + lease_ms) .. 'l' .. struct.pack('>d', until_ms)
-    .. string.char(#token) .. token .. stale, 'PX', math.ceil(life))
+    .. string.char(#token) .. token .. stamp .. struct.pack('>I4', #known) .. known .. stale, 'PX', math.ceil(life))
+end
+local function is_void(stamp, known)
+  return known ~= '' and holds(stamp, known) == false
 end
 """
 
-LEASE = Script.of(
+LEASE = Twin(
     _MARK
     + """
--- ARGV: token, milliseconds of the lease, '1' to load a live value anew. The answer begins with 0 found, 1 granted or 2
--- loading; then the entry, the stale entry, or token, milliseconds left and stale entry.
-local key, token, lease_ms = KEYS[1], ARGV[1], tonumber(ARGV[2])
+-- ARGV: token, milliseconds of the lease, '1' to load a live value anew, 16 bytes for the stamp, and tags. The answer begins
+-- with 0 found, 1 granted or 2 loading; then the entry, the stale entry, or token, milliseconds left, stale entry, stamp, tags.
+local key, token, lease_ms, tags = KEYS[1], ARGV[1], tonumber(ARGV[2]), ARGV[5]
 local raw = redis.call('GET', key)
 if is_lease(raw) then
-  local held, deadline, until_ms, stale = parts(raw)
-  if held ~= token and deadline > now_ms then return {2, held, deadline - now_ms, stale} end
-  put_lease(key, token, lease_ms, until_ms, stale)
+  local held, deadline, until_ms, stale, stamp, known = parts(raw)
+  local lost = is_void(stamp, known)
+  if stale ~= '' and valid(stale) == false then stale = '' end
+  if held ~= token and deadline > now_ms and not lost then
+    return {2, held, deadline - now_ms, stale, stamp, known}
+  end
+  if held ~= token or lost then stamp, known = stamp_of(tags, lease_ms, ARGV[4]), tags end
+  put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
   return {1, stale}
 end
-if not raw or #raw < 17 then
+if not raw or #raw < 17 or valid(raw) == false then
   -- Nothing, or what is nothing of ours.
-  put_lease(key, token, lease_ms, 0, '')
+  put_lease(key, token, lease_ms, 0, '', stamp_of(tags, lease_ms, ARGV[4]), tags)
   return {1, ''}
 end
 local expiry = expiry_of(raw)
 if expiry > 0 and expiry <= now_ms then
   -- Only what was loaded may be served stale. Anything else is about to be removed by Redis, within this millisecond.
-  local stale = string.sub(raw, 17, 17) == 'o' and raw or ''
-  put_lease(key, token, lease_ms, now_ms + redis.call('PTTL', key), stale)
+  local stale = string.sub(raw, inner(raw), inner(raw)) == 'o' and raw or ''
+  put_lease(key, token, lease_ms, now_ms + redis.call('PTTL', key), stale, stamp_of(tags, lease_ms, ARGV[4]), tags)
   return {1, stale}
 end
 if ARGV[3] == '1' then
   local version = struct.unpack('>d', raw)
-  local lease = token .. string.format('|%.17g', version)
-  if redis.call('SET', KEYS[2], lease, 'NX', 'PX', lease_ms) or redis.call('GET', KEYS[2]) == lease then
+  local lease = token .. string.format('|%.17g|', version)
+  if redis.call('SET', KEYS[2], lease .. stamp_of(tags, lease_ms, ARGV[4]), 'NX', 'PX', lease_ms)
+      or string.sub(redis.call('GET', KEYS[2]), 1, #lease) == lease then
     return {1, ''}
   end
 end
@@ -105,47 +121,62 @@ return {0, raw}
 """
 )
 
-COMMIT = Script.of(
+COMMIT = Twin(
     _MARK
     + """
--- ARGV: token, form and value, milliseconds to live, milliseconds to be kept; '' is for ever. The answer is the version, or
--- that of what is in the way, negated.
-local key, token = KEYS[1], ARGV[1]
+-- ARGV: token, form and value, milliseconds to live, milliseconds to be kept; '' is for ever; 16 bytes about tags. The answer
+-- is the version, or that of what is in the way, negated.
+local key, token, body = KEYS[1], ARGV[1], ARGV[2]
 local raw = redis.call('GET', key)
-local old = 0
+local old, stamp, known, back, back_until = 0, nil, '', '', 0
 if raw and #raw >= 8 and not is_lease(raw) then old = struct.unpack('>d', raw) end
 if is_lease(raw) then
-  local held, deadline, until_ms, stale = parts(raw)
+  local held, deadline
+  held, deadline, back_until, back, stamp, known = parts(raw)
   if held ~= token or deadline <= now_ms then return 0 end
-  if #stale >= 8 then old = struct.unpack('>d', stale) end
+  if #back >= 8 then old = struct.unpack('>d', back) end
 else
   local expiry = raw and expiry_of(raw) or 0
   if not raw or (expiry > 0 and expiry <= now_ms) then return 0 end
-  if redis.call('GET', KEYS[2]) ~= token .. string.format('|%.17g', old) then return -old end
+  local lease, prefix = redis.call('GET', KEYS[2]), token .. string.format('|%.17g|', old)
+  if not lease or string.sub(lease, 1, #prefix) ~= prefix then return -old end
+  stamp = string.sub(lease, #prefix + 1)
   redis.call('DEL', KEYS[2])
 end
+local tags = string.byte(body) == 116 and string.sub(body, 22, 21 + struct.unpack('>I4', body, 2)) or ''
+if is_void(stamp, known) or (tags ~= '' and not is_current(stamp, tags, ARGV[4], ARGV[5])) then
+  -- Invalidated since the load began. The lease ends with this all the same.
+  if not is_lease(raw) then return -old end
+  if back ~= '' then
+    redis.call('SET', key, back, 'PX', math.ceil(back_until - now_ms))
+  else
+    redis.call('DEL', key)
+  end
+  return 0
+end
+if tags ~= '' then body = string.sub(body, 1, 5) .. stamp .. string.sub(body, 22) end
 local version = now
 if old >= now then version = old + 1 end
 if ARGV[4] == '' then
-  redis.call('SET', key, header(version, ARGV[3]) .. ARGV[2])
+  redis.call('SET', key, header(version, ARGV[3]) .. body)
 else
-  redis.call('SET', key, header(version, ARGV[3]) .. ARGV[2], 'PX', ARGV[4])
+  redis.call('SET', key, header(version, ARGV[3]) .. body, 'PX', ARGV[4])
 end
 return version
 """
 )
 
-RENEW = Script.of(
+RENEW = Twin(
     _MARK
     + """
--- ARGV: token, milliseconds of the lease. The answer is 1 if it is held.
+-- ARGV: token, milliseconds of the lease. The answer is 1 if it is held; stamp and tags, if it is unless one was invalidated.
 local key, token, lease_ms = KEYS[1], ARGV[1], tonumber(ARGV[2])
 local raw = redis.call('GET', key)
 if is_lease(raw) then
-  local held, deadline, until_ms, stale = parts(raw)
-  if held ~= token or deadline <= now_ms then return 0 end
-  put_lease(key, token, lease_ms, until_ms, stale)
-  return 1
+  local held, deadline, until_ms, stale, stamp, known = parts(raw)
+  if held ~= token or deadline <= now_ms or is_void(stamp, known) then return 0 end
+  put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
+  return known ~= '' and {stamp, known} or 1
 end
 local lease = redis.call('GET', KEYS[2])
 if lease and string.sub(lease, 1, #token + 1) == token .. '|' then
@@ -156,21 +187,21 @@ return 0
 """
 )
 
-RELEASE = Script.of(
+RELEASE = Twin(
     _MARK
     + """
 -- ARGV: token. The answer is 1 if it was held.
 local key, token = KEYS[1], ARGV[1]
 local raw = redis.call('GET', key)
 if is_lease(raw) then
-  local held, deadline, until_ms, stale = parts(raw)
+  local held, deadline, until_ms, stale, stamp, known = parts(raw)
   if held ~= token then return 0 end
   if stale ~= '' then
     redis.call('SET', key, stale, 'PX', math.ceil(until_ms - now_ms))
   else
     redis.call('DEL', key)
   end
-  return deadline > now_ms and 1 or 0
+  return deadline > now_ms and not is_void(stamp, known) and 1 or 0
 end
 local lease = redis.call('GET', KEYS[2])
 if lease and string.sub(lease, 1, #token + 1) == token .. '|' then
@@ -181,14 +212,15 @@ return 0
 """
 )
 
-LEASE_SCRIPTS = (LEASE, COMMIT, RENEW, RELEASE)
-
 Leases = GetOrLease | Renew | Release
 Parsed = Callable[[Any, float], Reply]
 
 
-def lease_call(request: Leases, key: str) -> tuple[list[Argument], Script, Parsed]:
-    """The words after the script's name, the script, and how its reply is read. `key` is the key in Redis."""
+def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -> tuple[list[Argument], Script, Parsed]:
+    """The words after the script's name, the script, and how its reply is read. `key` is the key in Redis. `verdict` is
+    what is known of the counters, where the script cannot look; `None` where it can."""
+    here = verdict is None
+    more: list[Argument] = [] if verdict is None else [verdict]
     keys: list[Argument] = [2, key, _anew(key)]
     if len(request.token.encode()) > 255:
         raise BadMessage("the token of a lease has 255 bytes at most")
@@ -196,25 +228,34 @@ def lease_call(request: Leases, key: str) -> tuple[list[Argument], Script, Parse
         if not request.refresh:
             keys = [1, key]  # So that it does well in a slot of a cluster that is being moved.
         words = [*keys, request.token, _ms(request.lease_ttl), "1" if request.refresh else "0"]
-        return words, LEASE, lambda reply, now: _leased(reply, now, request.token)
+        words += (stamp, pack_tags(request.tags), *more)
+        return words, LEASE.at(here), lambda reply, now: _leased(reply, now, request.token)
     if isinstance(request, Renew):
         ttl = request.lease_ttl
-        return [*keys, request.token, _ms(ttl)], RENEW, lambda held, _: Renewed(ttl) if held else NotHeld()
-    return [*keys, request.token], RELEASE, lambda held, _: Released() if held else NotHeld()
+        words = [*keys, request.token, _ms(ttl), *more]
+        return words, RENEW.at(here), lambda held, _: Renewed(ttl) if held else NotHeld()
+    return [*keys, request.token, *more], RELEASE.at(here), lambda held, _: Released() if held else NotHeld()
 
 
-def commit_call(request: Set, key: str, body: bytes, px: str) -> tuple[list[Argument], Script, Parsed]:
-    """As `lease_call`, for a value that is stored under a lease. `px` is its time to live in milliseconds, as text."""
+def commit_call(
+    request: Set, key: str, body: bytes, px: str, stamp: bytes, here: bool
+) -> tuple[list[Argument], Script, Parsed]:
+    """As `lease_call`, for a value that is stored under a lease. `px` is its time to live in milliseconds, as text. `stamp` is
+    the latest of its counters, where the script cannot look for itself."""
     if request.only_if is not None:
         raise BadMessage("a value that is stored under a lease has no other condition")
-    kept = px
     if (origin := request.origin) is not None:
-        lifetime = int(px) / 1000 if px else None
-        body = pack_origin(origin, lifetime) + body
-        if px:
-            kept = str(int(px) + math.ceil(max(0.0, origin.stale_for) * 1000))
-    words: list[Argument] = [2, key, _anew(key), request.lease or "", body, px, kept]
-    return words, COMMIT, _committed
+        body = pack_origin(origin, int(px) / 1000 if px else None) + body
+    if request.tags:
+        body = pack_tagged(body, request.tags, stamp)
+    words: list[Argument] = [2, key, _anew(key), request.lease or "", body, px, kept_for(request, px), stamp]
+    return words, COMMIT.at(here), _committed
+
+
+def kept_for(request: Set, px: str) -> str:
+    """The milliseconds for which an entry is kept, the time in which it may be served stale included."""
+    stale_for = 0.0 if request.origin is None else max(0.0, request.origin.stale_for)
+    return str(int(px) + math.ceil(stale_for * 1000)) if px else px
 
 
 def _committed(version: Any, now: float) -> Reply:
@@ -224,7 +265,8 @@ def _committed(version: Any, now: float) -> Reply:
 def _leased(reply: Any, now: float, token: str) -> Reply:
     if reply[0] == 0:
         # It was live to the server, whatever our clock says.
-        return read_or_fail(reply[1], now, live=True)
+        raw = reply[1]
+        return read_tagged(raw, now, live=True)[1] if raw[16] == TAGGED else read_or_fail(raw, now, live=True)
     if reply[0] == 1:
         return LeaseGranted(token, _stale(reply[1], "", 0.0))
     holder, remaining = reply[1].decode(), reply[2] / 1000
@@ -234,13 +276,17 @@ def _leased(reply: Any, now: float, token: str) -> Reply:
 def _stale(raw: bytes, lease: str, remaining: float) -> Stale | None:
     if not raw:
         return None
+    tags: tuple[str, ...] = ()
     try:
+        if raw[16] == TAGGED:
+            claim, raw = split_tagged(raw)
+            tags = claim.tags
         origin, _, plain = split_origin(raw)
         value = decode(plain)
     except CacheSerializationError:
         return None  # Damaged, and so nothing to serve.
     version, _ = HEADER.unpack_from(raw)
-    return Stale(value, version, (), version * 1e-6, origin.load_time, origin.etag, lease, remaining)
+    return Stale(value, version, tags, version * 1e-6, origin.load_time, origin.etag, lease, remaining)
 
 
 def _anew(key: str) -> Argument:

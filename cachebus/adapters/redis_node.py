@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self
+from typing import Any
 
 from cachebus.messages import CacheClosed, CacheError
 
@@ -18,24 +18,35 @@ from .redis_pool import RedisPool
 _ASKING = pack("ASKING")
 
 
-class Travelling(Protocol):
-    """A batch of which commands are on their way."""
+class UnderWay:
+    """A batch under way: how many of its commands have no answer yet."""
 
-    def one_more(self) -> Self:
-        """One command has become two."""
-        ...
+    def __init__(self, commands: int, done: Callable[[], object]) -> None:
+        self._done = done
+        self._left = commands
+
+    def one_more(self) -> UnderWay:
+        """There is one command more."""
+        self._left += 1
+        return self
 
     def one_done(self) -> None:
         """A command has its answer; the last one answers the batch."""
+        self._left -= 1
+        if not self._left:
+            self._done()
 
 
 class Trip:
     """A command on its way through the cluster. `asking` is set where a server takes it though the slot is another's yet,
-    `whole` where it does not know the script by its name."""
+    `whole` where it does not know the script by its name. It `follows` another whose answer needs it, which is
+    `followed_by` so many."""
 
-    __slots__ = ("asking", "batch", "command", "hops", "packed", "slot", "whole")
+    __slots__ = ("asking", "batch", "command", "followed_by", "follows", "hops", "packed", "slot", "whole")
 
-    def __init__(self, command: Command, slot: int, packed: bytes, batch: Travelling) -> None:
+    def __init__(
+        self, command: Command, slot: int, packed: bytes, batch: UnderWay, follows: Trip | None = None
+    ) -> None:
         self.command = command
         self.slot = slot
         self.packed = packed
@@ -43,6 +54,13 @@ class Trip:
         self.hops = 0
         self.asking = False
         self.whole = False
+        self.follows = follows
+        self.followed_by = 0
+
+    @property
+    def first(self) -> Trip:
+        """The trip that it follows, or the one which that follows."""
+        return self if self.follows is None else self.follows.first
 
 
 Arrived = Callable[["ClusterNode", Trip, Any, float], None]

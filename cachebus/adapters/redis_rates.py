@@ -13,7 +13,7 @@ from cachebus.messages import Admit, Admitted, Refused, Reply
 
 from .rates import CLOCK_BACK, check_admit, microseconds, per_of
 from .redis_connection import Argument
-from .redis_scripts import Script
+from .redis_script import Script
 
 ADMIT = Script.of(
     f"""

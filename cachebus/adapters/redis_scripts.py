@@ -1,130 +1,127 @@
-"""Lua that runs in the Redis server: what must be one step, and what needs the server's clock.
-
-`TIME` is taken once a script. A version is larger than that of the value before it even if the clock was set back.
-"""
+"""Lua that runs in the Redis server: what must be one step, and what needs the server's clock."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from .redis_script import Script
+from .redis_tag_scripts import PEEK, READ, Twin
 
-_COMMON = """
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-local now_ms = math.floor(now / 1000)
-
--- The version and the expiry of what is stored, and whether anything is. What is not ours has version 0.
-local function head(key)
-  local raw = redis.pcall('GETRANGE', key, 0, 15)
-  if type(raw) ~= 'string' then return 0, 0, true end
-  if #raw < 16 then return 0, 0, #raw > 0 end
-  local version, expiry = struct.unpack('>dd', raw)
-  -- A lease is no value, and neither is what is only kept to be served stale.
-  if version == -1 or (expiry > 0 and expiry <= now_ms) then return 0, 0, false end
-  if not (version >= 1 and version < 9007199254740992 and version == math.floor(version)) then return 0, 0, true end
-  return version, expiry, true
-end
-
-local function header(version, px)
-  return struct.pack('>dd', version, px == '' and 0 or now_ms + tonumber(px))
-end
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A script and the name under which the server knows it."""
-
-    text: str
-    sha: str
-
-    @classmethod
-    def of(cls, body: str) -> Script:
-        """The script with the common functions before `body`."""
-        text = _COMMON + body
-        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
-
-
-WRITE = Script.of(
+WRITE = Twin(
     """
--- For each key: form and value, milliseconds to live or '', and the condition: '', 'absent', 'present' or a version.
--- The answer is the new version, or the old one negated where the condition did not hold. This is the busiest script:
--- it reads `head` out at length, which takes a fifth of its time away.
+-- For each key: form and value, milliseconds to live or '', and the condition: '', 'absent', 'present' or a version. One
+-- more argument is 't' where values have tags. The answer is the new version, or the old one negated where the condition did
+-- not hold, or an entry's head where that depends on its tags. This is the busiest script: it reads `head` out at length,
+-- which takes a fifth of its time away.
 local call, pcall, pack, unpack = redis.call, redis.pcall, struct.pack, struct.unpack
+local tagged = ARGV[3 * #KEYS + 1] == 't'
 local out = {}
 for i = 1, #KEYS do
   local key, px, only_if = KEYS[i], ARGV[3 * i - 1], ARGV[3 * i]
-  local raw = pcall('GETRANGE', key, 0, 15)
+  local raw = pcall('GETRANGE', key, 0, 16)
   local old, exists = 0, raw ~= ''
   if exists and type(raw) == 'string' and #raw >= 8 then
     old = unpack('>d', raw)
     if old == -1 then
       exists = false
-    elseif only_if ~= '' and #raw == 16 then
+    elseif only_if ~= '' and #raw >= 16 then
       local expiry = unpack('>d', raw, 9)
       exists = not (expiry > 0 and expiry <= now_ms)
+      if exists and string.byte(raw, 17) == 116 then
+        raw = call('GET', key)
+        exists = tags().valid(raw)
+      end
     end
     if not (old >= 1 and old < 9007199254740992) or old % 1 ~= 0 then old = 0 end
   end
-  if only_if == '' or (only_if == 'absent' and not exists) or (only_if == 'present' and exists)
+  if exists == nil then
+    out[i] = string.sub(raw, 1, tags().inner(raw))
+  elseif only_if == '' or (only_if == 'absent' and not exists) or (only_if == 'present' and exists)
       or (exists and old > 0 and tonumber(only_if) == old) then
     local version = now
     if old >= now then version = old + 1 end
+    local body = ARGV[3 * i - 2]
+    if tagged and string.byte(body) == 116 then body = tags().stamped(body, px) end
     if px == '' then
-      call('SET', key, pack('>dd', version, 0) .. ARGV[3 * i - 2])
+      call('SET', key, pack('>dd', version, 0) .. body)
     else
-      call('SET', key, pack('>dd', version, now_ms + px) .. ARGV[3 * i - 2], 'PX', px)
+      call('SET', key, pack('>dd', version, now_ms + px) .. body, 'PX', px)
     end
     out[i] = version
   else
-    out[i] = -old
+    out[i] = exists and -old or 0
   end
 end
 return out
-"""
+""",
+    later=True,
 )
 
-TOUCH = Script.of(
+TOUCH = Twin(
     """
--- Gives a value ARGV[1] milliseconds to live, '' for ever. The answer is its version, 0 where there is no value.
-local version, _, exists = head(KEYS[1])
+-- Gives a value ARGV[1] milliseconds to live, '' for ever. The answer is its version, 0 where there is no value, or an
+-- entry's head where that depends on its tags.
+local version, _, exists, form = head(KEYS[1])
 if not exists then return 0 end
 if version == 0 then return redis.error_reply('WRONGTYPE no entry') end
+if form == 116 then
+  local raw = redis.call('GET', KEYS[1])
+  local is_valid = valid(raw)
+  if is_valid == nil then return string.sub(raw, 1, inner(raw)) end
+  if not is_valid then return 0 end
+  local _, tags = claim(raw)
+  keep_all(tags, ARGV[1])
+end
 redis.call('SETRANGE', KEYS[1], 0, header(version, ARGV[1]))
 if ARGV[1] == '' then redis.call('PERSIST', KEYS[1]) else redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
 return version
 """
 )
 
-INCREMENT = Script.of(
+INCREMENT = Twin(
     """
 -- Adds ARGV[1] to a counter that keeps its expiry. A missing one becomes ARGV[2] and lives for ARGV[3] milliseconds; with
 -- ARGV[2] '' it stays missing. The answer is the number as text, because Lua's are exact to 53 bits only: the sum is
--- Redis's own.
+-- Redis's own. An entry's head in a list where it depends on its tags.
 local key = KEYS[1]
-local old, expiry, exists = head(key)
+local old, expiry, exists, form = head(key)
+if form == 116 then
+  local raw = redis.call('GET', key)
+  exists = valid(raw)
+  if exists == nil then return {string.sub(raw, 1, inner(raw))} end
+end
 if not exists then
   if ARGV[2] == '' then return false end
-  local body = 'I' .. ARGV[2]
+  local body, version = 'I' .. ARGV[2], math.max(now, old + 1)
   if ARGV[3] == '' then
-    redis.call('SET', key, header(now, '') .. body)
+    redis.call('SET', key, header(version, '') .. body)
   else
-    redis.call('SET', key, header(now, ARGV[3]) .. body, 'PX', ARGV[3])
+    redis.call('SET', key, header(version, ARGV[3]) .. body, 'PX', ARGV[3])
   end
   return ARGV[2]
 end
 if old == 0 then return redis.error_reply('WRONGTYPE no entry') end
 local raw = redis.call('GET', key)
-if string.sub(raw, 17, 17) ~= 'I' then return redis.error_reply('NOTCOUNTER not an int') end
-redis.call('SET', key, string.sub(raw, 18), 'KEEPTTL')
+local at = inner(raw)
+if string.sub(raw, at, at) ~= 'I' then return redis.error_reply('NOTCOUNTER not an int') end
+redis.call('SET', key, string.sub(raw, at + 1), 'KEEPTTL')
 if type(redis.pcall('INCRBY', key, ARGV[1])) == 'table' then
   redis.call('SET', key, raw, 'KEEPTTL')
   return redis.error_reply('OUTOFRANGE over 64 bits')
 end
 local sum = redis.call('GET', key)
-redis.call('SET', key, struct.pack('>dd', math.max(now, old + 1), expiry) .. 'I' .. sum, 'KEEPTTL')
+redis.call('SET', key, struct.pack('>dd', math.max(now, old + 1), expiry) .. string.sub(raw, 17, at) .. sum, 'KEEPTTL')
 return sum
 """
 )
 
-SCRIPTS = (WRITE, TOUCH, INCREMENT)
+
+LATE_IS_WRONG = frozenset(script for twin in (WRITE, TOUCH, INCREMENT) for script in (twin.here, twin.elsewhere))
+"""Those that must not be done after what was sent later. The others read, or look for themselves whether they come too late."""
+
+READING = frozenset({READ, PEEK.here, PEEK.elsewhere})
+"""Those that change nothing."""
+
+
+def scripts(here: bool) -> tuple[Script, ...]:
+    """Those that a server is told of when a connection is made."""
+    twins = (WRITE, TOUCH, INCREMENT, PEEK)
+    return (READ, *(each.here for each in twins)) if here else tuple(each.elsewhere for each in twins)

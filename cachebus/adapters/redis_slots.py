@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from binascii import crc_hqx
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,9 @@ from .redis_dial import Place
 from .redis_errors import BACKEND
 
 SLOTS = 16384
+
+REMEMBERED = 64
+"""How many of what went out in a slot are remembered, while it has something under way."""
 
 
 def slot_of(name: str) -> int:
@@ -115,7 +119,7 @@ class SlotTraffic:
 
     def __init__(self) -> None:
         self._under_way: dict[int, int] = {}
-        self._newest: dict[int, object] = {}
+        self._sent: dict[int, deque[object]] = {}
         self._newest_change: dict[int, object] = {}
         self._held: set[int] = set()
         self._waiters: list[asyncio.Future[None]] = []
@@ -131,7 +135,10 @@ class SlotTraffic:
     def begin(self, slot: int, what: object, *, changes: bool = True) -> None:
         """Note that `what` goes out, and whether it may change anything."""
         self._under_way[slot] = self._under_way.get(slot, 0) + 1
-        self._newest[slot] = what
+        sent = self._sent.get(slot)
+        if sent is None:
+            sent = self._sent[slot] = deque(maxlen=REMEMBERED)
+        sent.append(what)
         if changes:
             self._newest_change[slot] = what
 
@@ -141,7 +148,7 @@ class SlotTraffic:
         if left:
             self._under_way[slot] = left
             return
-        del self._under_way[slot], self._newest[slot]
+        del self._under_way[slot], self._sent[slot]
         self._newest_change.pop(slot, None)
         self._held.discard(slot)
         if self._waiters:
@@ -152,7 +159,15 @@ class SlotTraffic:
 
     def is_newest(self, slot: int, what: object) -> bool:
         """Whether nothing of the slot went out after `what`."""
-        return self._newest.get(slot) is what
+        return slot in self._sent and self._sent[slot][-1] is what
+
+    def later(self, slot: int, what: object) -> list[object] | None:
+        """What went out in the slot after `what`; `None` if that was too much to be remembered."""
+        sent = list(self._sent.get(slot, ()))
+        for at, each in enumerate(sent):
+            if each is what:
+                return sent[at + 1 :]
+        return None
 
     def is_newest_change(self, slot: int, what: object) -> bool:
         """Whether nothing that may change anything in the slot went out after `what`."""

@@ -2,7 +2,8 @@
 
     8 bytes   version   big-endian double: microseconds of the server's clock at the write, or one more than before
     8 bytes   expiry    big-endian double: Unix time of the server in milliseconds, 0 for none
-    1 byte    form      B bytes as they are, I decimal int, M msgpack; small letters are another layout (`redis_leases`)
+    1 byte    form      B bytes as they are, I decimal int, M msgpack; small letters are another layout: l is a lease
+                        (`redis_leases`), t an entry with tags (`redis_tags`), o a loaded one
     rest      value
 
 The expiry stands there as well as in Redis, so that reading a value with its time to live is one command.
@@ -35,7 +36,13 @@ VALUE_MAX = 512 * 2**20 - VALUE_AT
 
 MISSING = Missing()
 
-LEASE, LOADED = b"lo"
+LEASE, LOADED, TAGGED = b"lot"
+
+
+class HasTags(Exception):
+    """Raised when an entry has tags, so that its bytes alone do not say whether it is valid."""
+
+
 _unpack_header: Callable[[bytes], tuple[float, float]] = HEADER.unpack_from
 
 
@@ -57,14 +64,16 @@ def decode(raw: bytes) -> Any:
 
 def read_or_fail(raw: bytes, now: float, *, live: bool = False) -> Found | Missing | Failed:
     """The entry as a reply. `now` is the server's Unix time in seconds, as we know it; an entry that is `live` is live to
-    the server."""
+    the server. Raises `HasTags`."""
     # The hot path: as a bare object and with the commonest form first, 0.6 us.
     found: Any = bare(Found)
     if len(raw) > 16 and raw[16] == BYTES:
         found.value = raw[17:]
     else:
         try:
-            if len(raw) > 16 and raw[16] in (LEASE, LOADED):
+            if len(raw) > 16 and raw[16] in (LEASE, LOADED, TAGGED):
+                if raw[16] == TAGGED:
+                    raise HasTags
                 return MISSING if raw[16] == LEASE else read_loaded(raw, now, live=live) or MISSING
             found.value = decode(raw)
         except CacheError as error:

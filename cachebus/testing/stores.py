@@ -9,12 +9,13 @@ from .suite.leasing import Leasing
 from .suite.limiting import Limiting
 from .suite.reading import Reading
 from .suite.removing import Removing
+from .suite.tagging import Tagging
 from .suite.writing import Writing
 
 __all__ = ["MISSING", "AnyStore", "StoreConformance", "ask", "carry_out", "value_of"]
 
 
-class StoreConformance(Reading, Writing, Counting, Removing, Batching, Leasing, Limiting):
+class StoreConformance(Reading, Writing, Counting, Removing, Batching, Leasing, Tagging, Limiting):
     """Every guarantee of the store's port, for stores of both kinds.
 
     ::

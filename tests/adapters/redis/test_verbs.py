@@ -10,7 +10,6 @@ from cachebus.messages import (
     Add,
     BadMessage,
     CacheSerializationError,
-    CapabilityError,
     Clear,
     Cleared,
     CompareAndSet,
@@ -25,7 +24,6 @@ from cachebus.messages import (
     Get,
     GetMany,
     Increment,
-    InvalidateTags,
     Missing,
     NotStored,
     Present,
@@ -239,14 +237,6 @@ async def test_the_default_time_to_live_is_the_settings(server: Server) -> None:
         assert found["a"].ttl == pytest.approx(7.0, abs=0.1)
         assert found["b"].ttl is None
         assert found["c"].ttl == pytest.approx(7.0, abs=0.1)
-
-
-async def test_tags_are_refused_and_the_rest_of_the_batch_is_done(store: Any) -> None:
-    tagged, plain, invalidated = await store.execute([Set("a", 1, tags=("t",)), Set("b", 1), InvalidateTags(("t",))])
-    assert isinstance(tagged.error(), CapabilityError)
-    assert isinstance(invalidated.error(), CapabilityError)
-    assert isinstance(plain, Stored)
-    assert not store.capabilities.tags
 
 
 async def test_what_somebody_else_wrote_is_an_error_and_can_be_overwritten(store: Any, server: Server) -> None:

@@ -1,0 +1,260 @@
+"""Tags in Lua: what a script must know of counters, where they are in its reach and where they are in another slot.
+
+An entry with tags has, between its header and its form,
+
+    1 byte    form      t
+    4 bytes   length of the packed tags
+    16 bytes  stamp     epoch and number of the sequence, at the start of the entry's load
+    rest      the tags, a msgpack array of str
+
+The sequence of a namespace is one string: 8 random bytes, its *epoch*; a big-endian double, its *number*, which each
+invalidation makes larger by one; then 256 doubles, each the number at which a tag of that bucket was last invalidated.
+The counter of a tag is a string too: the epoch, and the number at the tag's last invalidation. `redis_tags` says why.
+"""
+
+from __future__ import annotations
+
+from .redis_script import Script
+
+RETENTION_MS = 600_000
+"""Milliseconds for which a counter is kept after an invalidation or a lease, and after the last entry that has its tag."""
+
+_LAYOUT = """
+local function inner(raw)
+  -- Where the form of the value itself stands.
+  if string.byte(raw, 17) ~= 116 then return 17 end
+  return 38 + struct.unpack('>I4', raw, 18)
+end
+local function claim(raw)
+  -- The stamp of an entry, and its tags as they are packed.
+  return string.sub(raw, 22, 37), string.sub(raw, 38, inner(raw) - 1)
+end
+"""
+
+_RETENTION = f"local RETENTION = {RETENTION_MS}\n"
+
+_SEQUENCE = (
+    _RETENTION
+    + """
+local function place()
+  local namespace = string.match(KEYS[1], '^[^:]*')
+  return namespace .. '#tags:{' .. namespace .. '}'
+end
+local function bucket(counter)
+  return 16 + 8 * tonumber(string.sub(redis.sha1hex(counter), 1, 2), 16)
+end
+local function stamp_at(sequence, proposed)
+  -- The stamp of now. A sequence that is not there, or was lost, begins with an epoch that no entry has.
+  local stamp = redis.call('GETRANGE', sequence, 0, 15)
+  if #stamp == 16 then return stamp end
+  stamp = string.sub(proposed, 1, 8) .. struct.pack('>d', 1)
+  redis.call('SET', sequence, stamp)
+  return stamp
+end
+local function keep(name, px)
+  local left = redis.call('PTTL', name)
+  if left < 0 then return end
+  if px == '' then
+    redis.call('PERSIST', name)
+  elseif left < px + RETENTION / 2 then
+    redis.call('PEXPIRE', name, px + RETENTION)
+  end
+end
+local function ensure(sequence, stamp, name, px)
+  -- Make sure that the counter is there for as long as an entry of `px` milliseconds. One that was lost gets the number of
+  -- its bucket: the tag was not invalidated later than that.
+  local epoch, counter = string.sub(stamp, 1, 8), redis.call('GET', name)
+  if counter and string.sub(counter, 1, 8) == epoch then
+    keep(name, px)
+    return counter
+  end
+  local at = bucket(name)
+  local number = redis.call('GETRANGE', sequence, at, at + 7)
+  counter = epoch .. (#number == 8 and number or struct.pack('>d', 0))
+  if px == '' then
+    redis.call('SET', name, counter)
+  else
+    redis.call('SET', name, counter, 'PX', px + RETENTION)
+  end
+  return counter
+end
+local function is_after(counter, stamp)
+  return not counter or string.sub(counter, 1, 8) ~= string.sub(stamp, 1, 8)
+    or struct.unpack('>d', counter, 9) > struct.unpack('>d', stamp, 9)
+end
+"""
+)
+
+_HERE = """
+local function names(tags)
+  local found, at = cmsgpack.unpack(tags), place() .. ':'
+  for i = 1, #found do found[i] = at .. found[i] end
+  return found
+end
+local function holds(stamp, tags)
+  -- Whether none of the tags was invalidated since.
+  for _, name in ipairs(names(tags)) do
+    if is_after(redis.call('GET', name), stamp) then return false end
+  end
+  return true
+end
+local function stamp_of(tags, px, proposed)
+  -- The stamp of now; the counters of the tags are there from now on.
+  local sequence = place()
+  local stamp = stamp_at(sequence, proposed)
+  if tags ~= '' then
+    for _, name in ipairs(names(tags)) do ensure(sequence, stamp, name, px) end
+  end
+  return stamp
+end
+local function is_current(stamp, tags, px, proposed)
+  -- Whether what began at `stamp` may be stored with the tags.
+  stamp_of(tags, px, proposed)
+  return holds(stamp, tags)
+end
+local function stamped(body, px)
+  local tags = string.sub(body, 22, 21 + struct.unpack('>I4', body, 2))
+  return string.sub(body, 1, 5) .. stamp_of(tags, px, string.sub(body, 6, 21)) .. string.sub(body, 22)
+end
+local function keep_all(tags, px)
+  for _, name in ipairs(names(tags)) do keep(name, px) end
+end
+"""
+
+_ELSEWHERE = """
+-- The counters are in another slot. Whoever asks has looked there: the last argument is what it found, a sign before the
+-- stamp and the tags that it is about. What it has not looked up is `nil`.
+local function holds(stamp, tags)
+  local verdict = ARGV[#ARGV]
+  if verdict == '+' .. stamp .. tags then return true end
+  if verdict == '-' .. stamp .. tags then return false end
+  return nil
+end
+local function stamp_of(tags, px, stamp)
+  return stamp
+end
+local function is_current(stamp, tags, px, latest)
+  -- `latest` is the largest of the counters.
+  return string.sub(stamp, 1, 8) == string.sub(latest, 1, 8)
+    and struct.unpack('>d', stamp, 9) >= struct.unpack('>d', latest, 9)
+end
+local function stamped(body, px)
+  return body
+end
+local function keep_all(tags, px)
+end
+"""
+
+_VALID = """
+local function valid(raw)
+  -- Whether an entry has no tag that was invalidated since; `nil` is not known. A damaged one is not valid.
+  if string.byte(raw, 17) ~= 116 then return true end
+  local understood, holding = pcall(function() return holds(claim(raw)) end)
+  if not understood then return false end
+  return holding
+end
+"""
+
+
+_LATER = """
+local function make_tags()
+%s
+  return {inner = inner, stamped = stamped, valid = valid}
+end
+local made
+local function tags()
+  made = made or make_tags()
+  return made
+end
+"""
+
+
+class Twin:
+    """A script in two versions: `here`, where the counters are in its reach, and `elsewhere`, where they are not.
+
+    With `later` it gets at the functions by `tags()`, which makes them when they are first wanted: that takes longer than
+    a small script does.
+    """
+
+    __slots__ = ("elsewhere", "here")
+
+    def __init__(self, body: str, *, later: bool = False) -> None:
+        here, elsewhere = _LAYOUT + _SEQUENCE + _HERE + _VALID, _LAYOUT + _ELSEWHERE + _VALID
+        if later:
+            here, elsewhere = _LATER % here, _LATER % elsewhere
+        self.here = Script.of(here + body)
+        self.elsewhere = Script.of(elsewhere + body)
+
+    def at(self, here: bool) -> Script:
+        """The version for a place."""
+        return self.here if here else self.elsewhere
+
+
+READ = Script.bare(
+    _LAYOUT
+    + _SEQUENCE
+    + _HERE
+    + _VALID
+    + """
+-- The entries of the keys, as MGET has them, without those that are not valid.
+local out = {}
+for first = 1, #KEYS, 1000 do
+  local raws = redis.call('MGET', unpack(KEYS, first, math.min(first + 999, #KEYS)))
+  for i = 1, #raws do
+    local raw = raws[i]
+    if raw and string.byte(raw, 17) == 116 and not valid(raw) then raw = false end
+    out[first + i - 1] = raw
+  end
+end
+return out
+"""
+)
+
+PEEK = Twin(
+    """
+-- The header and the form of an entry that is valid; with its stamp and tags, if it has any.
+local raw = redis.call('GETRANGE', KEYS[1], 0, 16)
+if string.byte(raw, 17) ~= 116 then return raw end
+raw = redis.call('GET', KEYS[1])
+if valid(raw) == false then return '' end
+return string.sub(raw, 1, inner(raw))
+"""
+)
+
+INVALIDATE = Script.bare(
+    _SEQUENCE
+    + """
+-- KEYS: the sequence, then counters. ARGV: an epoch, for a sequence that is not there.
+local sequence = KEYS[1]
+local stamp = stamp_at(sequence, ARGV[1])
+local epoch, number = string.sub(stamp, 1, 8), struct.pack('>d', struct.unpack('>d', stamp, 9) + 1)
+redis.call('SETRANGE', sequence, 0, epoch .. number)
+for i = 2, #KEYS do
+  redis.call('SETRANGE', sequence, bucket(KEYS[i]), number)
+  -- Without a counter nothing valid has the tag. With one, nothing that is older needs it any more.
+  redis.call('SET', KEYS[i], epoch .. number, 'XX', 'PX', RETENTION)
+end
+return 1
+"""
+)
+
+STAMP = Script.bare(
+    _SEQUENCE
+    + """
+-- KEYS: the sequence, then counters. ARGV: an epoch, for a sequence that is not there, and milliseconds, '' for ever. The
+-- answer is the stamp of now, then the counters.
+local sequence = KEYS[1]
+local out = {stamp_at(sequence, ARGV[1])}
+for i = 2, #KEYS do out[i] = ensure(sequence, out[1], KEYS[i], ARGV[2]) end
+return out
+"""
+)
+
+KEEP = Script.bare(
+    _SEQUENCE
+    + """
+-- KEYS: counters. ARGV: milliseconds, '' for ever. The answer is the counters, which stay for that long.
+for i = 1, #KEYS do keep(KEYS[i], ARGV[1]) end
+return redis.call('MGET', unpack(KEYS))
+"""
+)
