@@ -14,6 +14,7 @@ from cachebus import CacheConnectionError, CacheError, open_cache, open_sync_cac
 from cachebus.adapters.redis import RedisStore
 from cachebus.messages import (
     Add,
+    Admit,
     CacheConfigurationError,
     Clear,
     Delete,
@@ -90,14 +91,15 @@ def documented_rights() -> list[list[str]]:
     """The commands that the page on backends says a user needs: of the store, of its scripts, elsewhere."""
     page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
     rights = page.partition("### Rights")[2].partition("###")[0]
-    _, _, ours, scripts, *others = re.findall(r"`([^`]+)`", rights)
+    _, _, _, ours, scripts, *others = re.findall(r"`([^`]+)`", rights)
     return [ours.split(), scripts.split(), others]
 
 
 async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> None:
     ours, scripts, _ = documented_rights()
     rights = [f"+{each}" for each in (*ours, *scripts)]
-    await sync(redis_command, server, "ACL", "SETUSER", "least", "on", ">pw", "~tests:*", "~tests#lease:*", *rights)
+    keys = ("~tests:*", "~tests#lease:*", "~tests#rate:*")
+    await sync(redis_command, server, "ACL", "SETUSER", "least", "on", ">pw", *keys, *rights)
     async with opened(f"redis://least:pw@127.0.0.1:{server.port}?health_check_interval=0.05") as store:
         replies = await store.execute(
             [
@@ -106,7 +108,7 @@ async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> No
                 *(GetOrLease("a", "p", "t1", 9.0, refresh=True), Renew("a", "t1", 9.0), Release("a", "t1")),
                 *(GetOrLease("l", "p", "t2", 9.0), Renew("l", "t2", 9.0)),
                 *(Set("l", 1, 0.001, lease="t2", origin=Origin(0.0, 9.0)), GetOrLease("l", "p", "t3", 9.0)),
-                *(Release("l", "t3"), Exists("l")),
+                *(Release("l", "t3"), Exists("l"), Admit("a", 1, 9.0, 1), Admit("a", 1, 9.0, 1)),
                 *(Delete("a"), DeleteMany(("c", "d")), Scan(), DeletePattern("x*"), Clear()),
             ]
         )
