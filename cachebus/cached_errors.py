@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cachebus.messages import Found, FoundMany, LeaseGranted, Loaded, Loading, Missing, Stale
 
 logger = logging.getLogger("cachebus")
 
+_type_of: Callable[[Any], Any] = type
 DEEPEST = 20
 """Containers in containers that an argument of an exception may have."""
 
@@ -83,7 +84,7 @@ class Remembered(Missing):
 
 def seen(reply: Any) -> Any:
     """The reply of a store to whoever looks for values: an exception in the place of one is none."""
-    kind: Any = type(reply)
+    kind = _type_of(reply)
     if kind is Loaded or kind is Found:
         return Remembered(reply.value) if type(reply.value) is CachedError else reply
     if kind is FoundMany:
@@ -122,7 +123,7 @@ def _derived(listed: Iterable[type[Exception]]) -> Iterable[type[Exception]]:
 
 def _check_plain(value: Any, depth: int = 0) -> None:
     """Raise `_Unfit` for what JSON would change."""
-    kind: Any = type(value)
+    kind = _type_of(value)
     if value is None or kind is bool or kind is int or kind is str or (kind is float and math.isfinite(value)):
         return
     if depth > DEEPEST or not (kind is list or (kind is dict and all(type(key) is str for key in value))):
