@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from cachebus import open_cache
 from cachebus.testing.servers import run_redis
+from examples import invalidate_during_load
 
 CALLERS = 500
 LOADER = 0.01
@@ -120,7 +121,14 @@ def main() -> bool:
         seconds = statistics.median(run[0] for run in runs)
         print(f"  {which:18} {seconds * 1e3:8.1f} ms, loads {[run[1] for run in runs]}")
         good = good and (which != "cachebus" or all(run[1] == 1 for run in runs))
-    return good
+    print(
+        "A load begins, the row changes and its key is invalidated, the load ends; what is read then (2 is up to date):"
+    )
+    with run_redis() as server:
+        table = invalidate_during_load.results(server.url)
+    for which, row in table.items():
+        print(f"  {which:18} {', '.join(f'{way} {value}' for way, value in row.items())}")
+    return good and set(table["cachebus"].values()) == {2}
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from cachebus.messages import (
 from .cache_limits import CacheLimits
 from .cache_loading import CacheLoading
 from .cached import Loads
+from .cached_errors import seen
 from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
 from .failures import BACKEND_FAILURES
 from .link import Link, NoLink
@@ -196,7 +197,8 @@ class Cache(CacheLoading, CacheLimits):
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
         if isinstance(reply, Found):
-            return reply
+            shown: Found | Missing = seen(reply)
+            return shown
         check_key(request.key)
         found: Found | Missing = reply if isinstance(reply, Missing) else await self._finish(request, reply)
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .link import Link
-from .rate_limits import Duration, OnLimitError, RateLimiter, SyncRateLimiter, admit_request
+from .rate_limits import AsyncRateLimiter, Duration, OnLimitError, RateLimiter, admit_request
 from .ways import Awaiting, Blocking
 
 
@@ -24,7 +24,7 @@ class CacheLimits:
         cost: int = 1,
         wait: Duration = 0.0,
         on_error: OnLimitError = "raise",
-    ) -> RateLimiter:
+    ) -> AsyncRateLimiter:
         """A limit of `limit` units in `per` seconds, shared by all who use the same backend and namespace.
 
         ::
@@ -51,7 +51,7 @@ class CacheLimits:
         with a store that cannot do it.
         """
         request = admit_request(name, limit, per, burst, cost, wait, on_error)
-        return RateLimiter(lambda: Awaiting(self._link), request, on_error)
+        return AsyncRateLimiter(lambda: Awaiting(self._link), request, on_error)
 
 
 class SyncCacheLimits:
@@ -72,7 +72,7 @@ class SyncCacheLimits:
         cost: int = 1,
         wait: Duration = 0.0,
         on_error: OnLimitError = "raise",
-    ) -> SyncRateLimiter:
+    ) -> RateLimiter:
         """As `Cache.rate_limit`: `cache.rate_limit(...).check()` is a `RateLimit`, and `with` enters a block."""
         request = admit_request(name, limit, per, burst, cost, wait, on_error)
-        return SyncRateLimiter(lambda: Blocking(self.link), request, on_error)
+        return RateLimiter(lambda: Blocking(self.link), request, on_error)

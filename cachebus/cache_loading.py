@@ -9,10 +9,10 @@ from cachebus.bus import Turn
 from cachebus.messages import Found, Get, Missing, bare
 
 from .cached import Decorator, Loads
-from .checks import TimeToLive, check_key, check_keys
+from .checks import check_key, check_keys
 from .landing import job_of
 from .link import Link, run
-from .load_options import Duration, LoadOptions, Refresh, WaitPolicy
+from .load_options import Duration, ErrorClasses, LoadOptions, LoadTtl, Refresh, WaitPolicy
 from .loaders import Loader
 from .ways import Awaiting, Blocking
 
@@ -43,7 +43,7 @@ class CacheLoading:
         key: str,
         loader: Loader,
         *,
-        ttl: TimeToLive = "default",
+        ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
         stale_for: Duration = 0.0,
         soft_timeout: Duration | None = None,
@@ -57,6 +57,8 @@ class CacheLoading:
         wait: WaitPolicy = "load",
         wait_limit: Duration = 30.0,
         lease_ttl: Duration = 10.0,
+        cache_errors: ErrorClasses = (),
+        error_ttl: Duration | None = None,
     ) -> Any:
         """The value under `key`; where there is none, what `loader` returns, which is stored.
 
@@ -74,6 +76,10 @@ class CacheLoading:
         * `refresh`, `refresh_after`: load a live value anew, in the background: by chance, the likelier the nearer its end
           and the longer it takes to load (`"xfetch"`, `beta` above 1 is earlier), after a part of its lifetime, or after
           so many seconds.
+        * `ttl`: seconds, or a function of the loaded value that returns them.
+        * `cache_errors`, `error_ttl`: what the loader raises of these classes is kept for so long, and raised again without
+          asking the loader, for callers who list it; for all others the key has no value. Where a stale value is served
+          instead, nothing is kept.
         * `negative_ttl`: the `ttl` of a loaded `None`. `ttl_jitter`: the part of the `ttl` that chance may take off.
         * `idle_ttl`: the value goes when nobody has asked for it here for so long, and after `ttl` in any case.
         * `wait_limit`: wait so long for somebody else's load, and then do as `wait` says: `"load"` loads too, and does
@@ -104,6 +110,8 @@ class CacheLoading:
             wait=wait,
             wait_limit=wait_limit,
             lease_ttl=lease_ttl,
+            cache_errors=cache_errors,
+            error_ttl=error_ttl,
         )
         return await self._loads.deliver(
             Awaiting(self._link), job_of(key, loader, options, remote=reply is None), found
@@ -114,7 +122,7 @@ class CacheLoading:
         keys: Iterable[str],
         loader: Loader,
         *,
-        ttl: TimeToLive = "default",
+        ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
         stale_for: Duration = 0.0,
         soft_timeout: Duration | None = None,
@@ -153,7 +161,7 @@ class CacheLoading:
         self,
         *,
         key: str | Callable[..., str],
-        ttl: TimeToLive = "default",
+        ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
         stale_for: Duration = 0.0,
         soft_timeout: Duration | None = None,
@@ -167,6 +175,8 @@ class CacheLoading:
         wait: WaitPolicy = "load",
         wait_limit: Duration = 30.0,
         lease_ttl: Duration = 10.0,
+        cache_errors: ErrorClasses = (),
+        error_ttl: Duration | None = None,
     ) -> Decorator:
         """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
         options = LoadOptions.of(
@@ -184,6 +194,8 @@ class CacheLoading:
             wait=wait,
             wait_limit=wait_limit,
             lease_ttl=lease_ttl,
+            cache_errors=cache_errors,
+            error_ttl=error_ttl,
         )
         return self._loads.cached(key=key, options=options)
 
@@ -208,7 +220,7 @@ class SyncCacheLoading:
         key: str,
         loader: Loader,
         *,
-        ttl: TimeToLive = "default",
+        ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
         stale_for: Duration = 0.0,
         soft_timeout: Duration | None = None,
@@ -222,6 +234,8 @@ class SyncCacheLoading:
         wait: WaitPolicy = "load",
         wait_limit: Duration = 30.0,
         lease_ttl: Duration = 10.0,
+        cache_errors: ErrorClasses = (),
+        error_ttl: Duration | None = None,
     ) -> Any:
         """As `Cache.get_or_load`. A plain loader runs in the calling thread, or, where it may have to go on by itself, in
         one of its own; a coroutine function runs in the event loop of the cache."""
@@ -249,6 +263,8 @@ class SyncCacheLoading:
             wait=wait,
             wait_limit=wait_limit,
             lease_ttl=lease_ttl,
+            cache_errors=cache_errors,
+            error_ttl=error_ttl,
         )
         return run(self._loads.deliver(Blocking(cache.link), job_of(key, loader, options, remote=reply is None), found))
 
@@ -257,7 +273,7 @@ class SyncCacheLoading:
         keys: Iterable[str],
         loader: Loader,
         *,
-        ttl: TimeToLive = "default",
+        ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
         stale_for: Duration = 0.0,
         soft_timeout: Duration | None = None,
@@ -291,7 +307,7 @@ class SyncCacheLoading:
         self,
         *,
         key: str | Callable[..., str],
-        ttl: TimeToLive = "default",
+        ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
         stale_for: Duration = 0.0,
         soft_timeout: Duration | None = None,
@@ -305,6 +321,8 @@ class SyncCacheLoading:
         wait: WaitPolicy = "load",
         wait_limit: Duration = 30.0,
         lease_ttl: Duration = 10.0,
+        cache_errors: ErrorClasses = (),
+        error_ttl: Duration | None = None,
     ) -> Decorator:
         """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
         options = LoadOptions.of(
@@ -322,5 +340,7 @@ class SyncCacheLoading:
             wait=wait,
             wait_limit=wait_limit,
             lease_ttl=lease_ttl,
+            cache_errors=cache_errors,
+            error_ttl=error_ttl,
         )
         return self._loads.cached(key=key, options=options)

@@ -20,10 +20,12 @@ from cachebus.messages import (
     Loaded,
     NotHeld,
     NotStored,
+    Origin,
     Release,
     Reply,
     Set,
     Stale,
+    Stored,
 )
 
 from .flight import (
@@ -191,10 +193,26 @@ class Landings:
             self._give_back(way, job, token)
         except Exception as error:
             outcome = Raised(error)
-            self._give_back(way, job, token, type(error).__name__)
+            if not await self._remember(way, job, token, error, context):
+                self._give_back(way, job, token, type(error).__name__)
         if token:
             self._forget(token)
         flight.land(outcome)
+
+    async def _remember(self, way: Way, job: Job, token: str | None, error: Exception, context: LoadContext) -> bool:
+        """Store what a loader raised, where that is asked for; says whether it did. A value that may be served stale stays."""
+        if token is None or context.has_stale or (not token and way.link.pipeline is None):
+            return False  # Of the last, a read that takes a shortcut would not know that it is no value.
+        if (record := job.options.record_of(error)) is None:
+            return False
+        ttl = job.options.time_of_error(self._chance)
+        # With an origin, however empty, a read of it takes no shortcut.
+        request = Set(job.key, record, ttl, job.tags, None, token or None, Origin())
+        try:
+            return isinstance(await way.ask(request), Stored)
+        except Exception as why:  # The loader's own is what its callers are to get.
+            logger.warning("an exception of a loader was not cached: %s", type(why).__name__)
+            return False
 
     async def _fly_many(
         self,

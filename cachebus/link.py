@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
 from cachebus.messages import CacheClosed, Event, Get, Request, Set
 
+from .cached_errors import seen
 from .checks import Since, check_since
 from .failures import BACKEND_FAILURES, Failures, OnError
 
@@ -55,14 +56,14 @@ class Link:
         """Ask, awaiting the reply for `patience` seconds more than a call may take, or what stands for it (see
         `Failures`)."""
         try:
-            return await self.bus.request(self.address, message, self.timeout + patience)
+            return seen(await self.bus.request(self.address, message, self.timeout + patience))  # type: ignore[no-any-return]
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
     async def request_blocking(self, message: Request[R], patience: float = 0.0) -> R:
         """Ask, blocking this thread; a coroutine that never suspends, so that the facades can share their code."""
         try:
-            return self.bus.request_blocking(self.address, message, self.timeout + patience)
+            return seen(self.bus.request_blocking(self.address, message, self.timeout + patience))  # type: ignore[no-any-return]
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
@@ -81,14 +82,14 @@ class Link:
     async def finish(self, message: Request[R], reply: Any) -> R:
         """Come to the reply from what a turn has returned."""
         try:
-            return await self.bus.finish(self.address, message, reply, self.timeout)
+            return seen(await self.bus.finish(self.address, message, reply, self.timeout))  # type: ignore[no-any-return]
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)  # type: ignore[no-any-return]
 
     async def finish_blocking(self, message: Request[R], reply: Any) -> R:
         """As `finish`, in the manner of `request_blocking`."""
         try:
-            return self.bus.finish_blocking(self.address, message, reply, self.timeout)
+            return seen(self.bus.finish_blocking(self.address, message, reply, self.timeout))  # type: ignore[no-any-return]
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)  # type: ignore[no-any-return]
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import EllipsisType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from cachebus.messages import Loaded, Origin, Ttl
 
+from .cached_errors import CachedError, Remembered, check_classes
 from .checks import TimeToLive, check_tags, check_ttl
 from .loaders import LoadResult
 
 Duration = float | timedelta
 """Seconds, or a `timedelta`."""
+
+LoadTtl = TimeToLive | Callable[[Any], TimeToLive]
+"""As a `TimeToLive`, or a function of the loaded value that gives one."""
+
+ErrorClasses = Iterable[type[Exception]] | type[Exception]
+"""Classes of exceptions, or one."""
 
 Refresh = Literal["xfetch"] | float | None
 """When a live value is loaded anew: by chance, the likelier the nearer its end and the longer its load (`"xfetch"`), or
@@ -44,12 +51,16 @@ class LoadOptions:
     wait: WaitPolicy = "load"
     wait_limit: float = 30.0
     lease_ttl: float = 10.0
+    cache_errors: tuple[type[Exception], ...] = ()
+    error_ttl: float | None = None
+    ttl_of: Callable[[Any], TimeToLive] | None = None
+    """What gives the `ttl` of a value, where that is no number."""
 
     @classmethod
     def of(
         cls,
         *,
-        ttl: TimeToLive = "default",
+        ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
         stale_for: Duration = 0.0,
         soft_timeout: Duration | None = None,
@@ -63,10 +74,15 @@ class LoadOptions:
         wait: WaitPolicy = "load",
         wait_limit: Duration = 30.0,
         lease_ttl: Duration = 10.0,
+        cache_errors: ErrorClasses = (),
+        error_ttl: Duration | None = None,
     ) -> LoadOptions:
         """The options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
         checked = cls(
-            ttl=check_ttl(ttl),
+            ttl="default" if callable(ttl) else check_ttl(ttl),
+            ttl_of=ttl if callable(ttl) else None,
+            cache_errors=check_classes(cache_errors) if cache_errors else (),
+            error_ttl=_seconds("error_ttl", error_ttl),
             tags=check_tags(tags),
             stale_for=_seconds("stale_for", stale_for, zero=True) or 0.0,
             soft_timeout=_seconds("soft_timeout", soft_timeout, zero=True),
@@ -91,6 +107,8 @@ class LoadOptions:
             raise ValueError(f"beta must be a positive number, not {beta!r}")
         if idle_ttl is not None and not isinstance(checked.ttl, float):
             raise ValueError("idle_ttl needs a ttl in seconds, which caps it")
+        if bool(checked.cache_errors) != (error_ttl is not None):
+            raise ValueError("cache_errors and error_ttl need each other: which exceptions are kept, and for how long")
         return checked
 
     def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
@@ -100,12 +118,24 @@ class LoadOptions:
         elif result.value is None and self.negative_ttl is not None:
             ttl = self.negative_ttl
         else:
-            ttl = self.ttl
+            ttl = self.ttl if self.ttl_of is None else check_ttl(self.ttl_of(result.value))
         if isinstance(ttl, float) and self.ttl_jitter:
             ttl *= 1 - self.ttl_jitter * chance.random()
         if isinstance(ttl, float) and self.idle_ttl is not None:
             ttl = min(ttl, self.idle_ttl)
         return ttl
+
+    def record_of(self, error: Exception) -> CachedError | None:
+        """What is to be stored of a loader's exception, if anything."""
+        return CachedError.of(error) if self.cache_errors and isinstance(error, self.cache_errors) else None
+
+    def time_of_error(self, chance: random.Random) -> float:
+        """The seconds for which an exception is kept."""
+        return (self.error_ttl or 0.0) * (1 - self.ttl_jitter * chance.random())
+
+    def recalled(self, remembered: Remembered) -> Exception | None:
+        """The exception that was kept, if this caller asks for such."""
+        return remembered.error.rebuilt(self.cache_errors) if self.cache_errors else None
 
     def origin(self, load_time: float, result: LoadResult) -> Origin | None:
         """What is kept of the load beside the value, if anything will ask for it."""

@@ -31,6 +31,7 @@ from cachebus.messages import (
     StaleServed,
 )
 
+from .cached_errors import Remembered, seen
 from .failures import MISSED
 from .flight import ABANDONED, LATE, LEFT_OUT, Flight, LeftOut, Raised, Value, Values
 from .landing import Group, Job, Start
@@ -54,9 +55,11 @@ class Flights(Watches):
 
     async def deliver(self, way: Way, job: Job, found: Found | Missing) -> Any:
         """The value, from what reading the key has found: as it is, loaded, or stale."""
+        found = seen(found)
         if not isinstance(found, Found):
             if found is MISSED:
                 return await self._load_alone(way, job, way.link.bus.clock.monotonic())
+            _raise_again(found, job)
             return await self.fetch(way, job)
         options = job.options
         if isinstance(found, Loaded) and options.wants_refresh(found, self._chance):
@@ -90,6 +93,7 @@ class Flights(Watches):
                 if isinstance(reply, NotHeld):
                     return await self._load_alone(way, job, started)
                 if isinstance(reply, Missing):
+                    _raise_again(reply, job)
                     # What stands there cannot be read, and somebody is replacing it: nobody says when that is done.
                     if now() - started >= min(job.options.wait_limit, job.options.hard_timeout or math.inf):
                         return await self._load_alone(way, job, started)
@@ -133,6 +137,9 @@ class Flights(Watches):
         granted = False
         try:
             reply = await self._lease(way, job, token)
+            if isinstance(reply, Remembered) and job.options.recalled(reply) is None:
+                # An exception that this caller did not ask for: to be loaded anew, in its place.
+                reply = await self._lease(way, job, token, refresh=True)
             granted = isinstance(reply, LeaseGranted)
         finally:
             if not granted:
@@ -333,6 +340,9 @@ class Flights(Watches):
                     if isinstance(again, Found):
                         flight.land(Value(again.value))
                         return
+                    if isinstance(again, Remembered) and (error := job.options.recalled(again)) is not None:
+                        flight.land(Raised(error))
+                        return
             except CacheError as error:
                 flight.land(Raised(error))
                 return
@@ -341,6 +351,12 @@ class Flights(Watches):
         options = job.options
         alone = options.soft_timeout is not None or options.hard_timeout is not None
         return flight, Start(lambda: way.beside(flight, work, ended, alone=alone), ended)
+
+
+def _raise_again(missing: Missing, job: Job) -> None:
+    """Raise what the loader raised, if that was kept and this caller asks for it."""
+    if isinstance(missing, Remembered) and (error := job.options.recalled(missing)) is not None:
+        raise error
 
 
 def _calls_for_one(load: Loader, key: str) -> Callable[[LoadContext], Any]:

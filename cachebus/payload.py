@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 from cachebus.messages import CacheCapacityError, CacheConfigurationError, CacheSerializationError
 
+from .cached_errors import CachedError
 from .payload_auto import AutoSerializer
 from .payload_compression import Compressor, compressor_of, make_compressor
 from .payload_extras import load
 from .payload_format import (
     CHECKSUMMED,
     COMPRESSION_CODES,
+    ERROR_CODE,
     HEADER_SIZE,
     SEALED,
     SERIALIZER_CODES,
@@ -155,6 +157,8 @@ class PayloadPipeline:
 
     def encode(self, key: str, value: Any) -> bytes:
         """The payload of a value. Raises `CacheSerializationError` and `CacheCapacityError`."""
+        if type(value) is CachedError:
+            return self.protect(key, value.content, error=True)
         content = self.serialize(value)
         if self._plain and self._compressor is None:
             self.statistics.written += 1
@@ -168,15 +172,17 @@ class PayloadPipeline:
             raise CacheCapacityError("the value is too large for a payload", len(content), self._max_size)
         return content
 
-    def protect(self, key: str, content: bytes) -> bytes:
-        """The other steps of `encode`: compression, signature or checksum, and seal."""
+    def protect(self, key: str, content: bytes, *, error: bool = False) -> bytes:
+        """The other steps of `encode`: compression, signature or checksum, and seal. `error`, the content is that of an
+        exception."""
         self.statistics.written += 1
-        header = self._bare
+        code = ERROR_CODE if error else self._code
+        header = bytes((VERSION, code, _PLAIN, 0)) if error else self._bare
         if self._compressor is not None and len(content) >= self._threshold:
             content, compression = self._packed(content, self._compressor)
-            header = bytes((VERSION, self._code, compression, self._protection))
+            header = bytes((VERSION, code, compression, self._protection))
         elif self._protection:
-            header = bytes((VERSION, self._code, _PLAIN, self._protection))
+            header = bytes((VERSION, code, _PLAIN, self._protection))
         if not self._protection:
             return header + content
         if self._checksum is not None:
@@ -216,7 +222,7 @@ class PayloadPipeline:
         trusted = False
         if not payload.startswith(self._bare):
             header = payload[:HEADER_SIZE]
-            if header[1] != self._code:
+            if header[1] not in (self._code, ERROR_CODE):
                 raise _rejected("serializer", "another serializer wrote the payload")
             if header[3] != self._protection:
                 raise _rejected("protection", "the payload is not protected as the settings demand")
@@ -229,6 +235,8 @@ class PayloadPipeline:
             raise _rejected("protection", "the payload is not protected as the settings demand")
         if len(content) > self._max_size:
             raise _rejected("capacity", f"the payload holds more than {self._max_size:,} bytes")
+        if payload[1] == ERROR_CODE:
+            return CachedError(bytes(content))
         try:
             return self._serializer.loads(content, trusted=trusted)
         except Exception:

@@ -1,7 +1,7 @@
 """How a payload is laid out: one header, the same whatever is inside, and what a signature or a seal is bound to.
 
     1 byte   version      1
-    1 byte   serializer   m msgpack, j json, a auto, d arrow, p pickle
+    1 byte   serializer   m msgpack, j json, a auto, d arrow, p pickle; e an exception (see `cached_errors`)
     1 byte   compression  - none, z zlib, g gzip, l lz4, s zstd
     1 byte   protection   bits: 1 checksum, 2 signature, 4 seal
     rest     sealed:      1 byte length of the key id, key id, 12 bytes nonce, ciphertext, 16 bytes tag
@@ -34,6 +34,7 @@ SERIALIZER_CODES: dict[str, int] = {
     "arrow": ord("d"),
     "pickle": ord("p"),
 }
+ERROR_CODE = ord("e")
 COMPRESSION_CODES: dict[str, int] = {
     "none": ord("-"),
     "zlib": ord("z"),

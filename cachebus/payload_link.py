@@ -39,6 +39,7 @@ from cachebus.messages import (
     Stored,
 )
 
+from .cached_errors import CachedError, Remembered
 from .failures import BACKEND_FAILURES, OnError
 from .link import CallAfter, Link
 from .payload import PayloadPipeline
@@ -199,6 +200,8 @@ class PayloadLink(Link):
         return message
 
     async def _written(self, message: Any, value: Any, serialized: bytes | None = None) -> Any:
+        if type(value) is CachedError:
+            return with_value(message, self._encoded(message.key, value))
         content = self._number_or_content(value) if serialized is None else serialized
         if type(content) is not bytes:
             return with_value(message, content)
@@ -222,11 +225,13 @@ class PayloadLink(Link):
         return self._pipeline.serialize(value)
 
     def _encoded(self, key: str, value: Any) -> int | bytes:
+        if type(value) is CachedError:
+            return self._protected(key, value.content, error=True)
         content = self._number_or_content(value)
         return self._protected(key, content) if type(content) is bytes else content
 
-    def _protected(self, key: str, content: bytes) -> bytes:
-        payload = self._pipeline.protect(key, content)
+    def _protected(self, key: str, content: bytes, *, error: bool = False) -> bytes:
+        payload = self._pipeline.protect(key, content, error=error)
         sealer = self._pipeline.sealer
         if sealer is not None and PayloadSealed in self.emitter.audience.kinds:
             self.emitter.emit(PayloadSealed(key=key, key_id=sealer.key_id, tenant=sealer.tenant, size=len(payload)))
@@ -344,6 +349,8 @@ class PayloadLink(Link):
             except CacheSerializationError as error:
                 self._tell_rejected(key, error.reason, str(error))
                 return _MISSING
+            if type(value) is CachedError:
+                return Remembered(value)
         return with_value(reply, value)
 
     def _rejected(self, key: str, error: CacheSerializationError) -> None:

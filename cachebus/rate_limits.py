@@ -9,7 +9,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-from cachebus.adapters.rates import LONGEST, MOST_UNITS
 from cachebus.messages import Admit, RateLimited, Refused
 
 from .checks import check_key
@@ -55,9 +54,9 @@ def admit_request(
     seconds, patience = _seconds("per", per), _seconds("wait", wait)
     if not seconds:
         raise ValueError(f"per must be above 0 seconds, not {per!r}")
-    if burst * seconds / limit > LONGEST:
+    if burst * seconds / limit > Admit.LONGEST:
         raise ValueError(
-            f"a burst of {burst} at {limit} in {seconds:g} s takes longer than {LONGEST:g} s to be there again"
+            f"a burst of {burst} at {limit} in {seconds:g} s takes longer than {Admit.LONGEST:g} s to be there again"
         )
     return Admit(name, limit, seconds, burst, cost, patience)
 
@@ -65,8 +64,8 @@ def admit_request(
 def _units(name: str, units: Any) -> int:
     if type(units) not in (int, float):
         raise TypeError(f"{name} must be a whole number, not {units!r}")
-    if not (1 <= units <= MOST_UNITS and units == int(units)):
-        raise ValueError(f"{name} must be a whole number from 1 to {MOST_UNITS:,}, not {units!r}")
+    if not (1 <= units <= Admit.MOST and units == int(units)):
+        raise ValueError(f"{name} must be a whole number from 1 to {Admit.MOST:,}, not {units!r}")
     return int(units)
 
 
@@ -76,8 +75,8 @@ def _seconds(name: str, duration: Any) -> float:
     if type(duration) not in (int, float):
         raise TypeError(f"{name} must be seconds or a timedelta, not {duration!r}")
     seconds = float(duration) if abs(duration) < 1e300 else math.inf
-    if not 0 <= seconds <= LONGEST:
-        raise ValueError(f"{name} must be a number of seconds from 0 to {LONGEST:g}, not {duration!r}")
+    if not 0 <= seconds <= Admit.LONGEST:
+        raise ValueError(f"{name} must be a number of seconds from 0 to {Admit.LONGEST:g}, not {duration!r}")
     return seconds
 
 
@@ -103,7 +102,7 @@ def _entered(request: Admit, limit: RateLimit) -> RateLimit:
     return limit
 
 
-class RateLimiter:
+class AsyncRateLimiter:
     """A rate limit of a `Cache`, to be used as often as you like. Made by `Cache.rate_limit`.
 
     `await limiter` takes from it and says what became of that; `async with limiter` is entered when it is allowed, and
@@ -134,8 +133,8 @@ class RateLimiter:
         """Nothing to give back: what was taken comes back with time."""
 
 
-class SyncRateLimiter:
-    """As `RateLimiter`, of a `SyncCache`: `limiter.check()`, and `with limiter`."""
+class RateLimiter:
+    """As `AsyncRateLimiter`, of a `SyncCache`: `limiter.check()`, and `with limiter`."""
 
     def __init__(self, way: Callable[[], Blocking], request: Admit, on_error: OnLimitError) -> None:
         self._way = way

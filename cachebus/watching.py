@@ -15,6 +15,7 @@ from cachebus.messages import (
     Touch,
 )
 
+from .cached_errors import Remembered
 from .flight import ABANDONED, Flight, Raised, Value
 from .landing import Job, Landings, Start
 from .ways import Way
@@ -78,7 +79,7 @@ class Watches(Landings):
                 finally:
                     self._ended(way, job, flight, token)
                 return
-            if isinstance(reply, NotHeld):
+            if isinstance(reply, NotHeld | Remembered):
                 return  # As where the question failed.
             if not isinstance(reply, Missing) and (name := name_of(reply)) != theirs and name in self.flights:
                 return  # A caller of this process loads by now: who waits here asks again, and joins it.

@@ -1,16 +1,23 @@
-"""What other caches lose: a load begins, the row changes and its key is deleted, the load ends, somebody reads.
+"""What other caches lose: a load begins, the row changes and its key is invalidated, the load ends, somebody reads.
 
-`python examples/invalidate_during_load.py` plays it with cachebus, and with those of cashews, aiocache and dogpile.cache that
-are installed (`pip install cachebus[bench]`). The source holds 1 at first and 2 from the delete on: a read that gives 1 is
-out of date, and stays so until the entry expires.
+`python examples/invalidate_during_load.py [redis://...]` plays it with cachebus, and with those of cashews, aiocache and
+dogpile.cache that are installed (`pip install cachebus[bench]`): with a delete, a tag, and a clear, and where a Redis is
+named, with a delete by another process. The source holds 1 at first and 2 from the invalidation on: a read that gives 1 is
+out of date, and stays so until the entry expires. A dash is what a library does not offer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
+from uuid import uuid4
+
+WAYS = ("delete", "tag", "clear", "another process")
+Load = Callable[[], Awaitable[int]]
+Invalidate = Callable[[], Awaitable[Any]]
 
 
 class Source:
@@ -28,69 +35,112 @@ class Source:
         return value
 
 
-async def play(
-    get_or_load: Callable[[Callable[[], Awaitable[int]]], Awaitable[int]], delete: Callable[[], Awaitable[Any]]
-) -> int:
+async def play(get_or_load: Callable[[Load], Awaitable[int]], invalidate: Invalidate) -> int:
     """The interleaving; what the last read gives."""
     source = Source()
     first = asyncio.ensure_future(get_or_load(source.load))
     await source.begun.wait()
     source.row = 2
-    await delete()
+    await invalidate()
     source.go_on.set()
     await first
     return await get_or_load(source.load)
 
 
-async def with_cachebus() -> int:
+async def elsewhere(program: str, *arguments: str) -> None:
+    """Run a program in a process of its own."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, *arguments)
+    if await process.wait():
+        raise RuntimeError("the other process has failed")
+
+
+async def with_cachebus(way: str, url: str, key: str) -> int | None:
     from cachebus import open_cache
 
-    async with open_cache() as cache:
-        return await play(lambda load: cache.get_or_load("row", load, ttl=60), lambda: cache.delete("row"))
+    delete = (
+        "import sys, cachebus\nwith cachebus.open_sync_cache(sys.argv[1]) as cache: assert cache.delete(sys.argv[2])"
+    )
+    async with open_cache(url or "memory://") as cache:
+        ways: dict[str, Invalidate] = {
+            "delete": lambda: cache.delete(key),
+            "tag": lambda: cache.invalidate_tags("rows"),
+            "clear": cache.clear,
+            "another process": lambda: elsewhere(delete, url, key),
+        }
+        tags = ["rows"] if way == "tag" else []
+        return await play(lambda load: cache.get_or_load(key, load, ttl=60, tags=tags), ways[way])
 
 
-async def with_cashews() -> int:
+async def with_cashews(way: str, url: str, key: str) -> int | None:
     from cashews import Cache
 
+    delete = (
+        "import sys, asyncio, cashews\ncashews.cache.setup(sys.argv[1])\nasyncio.run(cashews.cache.delete(sys.argv[2]))"
+    )
     cache = Cache()
-    cache.setup("mem://")
-    return await play(lambda load: cache(ttl="60s", key="row", lock=True)(load)(), lambda: cache.delete("row"))
+    cache.setup(url or "mem://")
+    ways: dict[str, Invalidate] = {
+        "delete": lambda: cache.delete(key),
+        "tag": lambda: cache.delete_tags("rows"),
+        "clear": cache.clear,
+        "another process": lambda: elsewhere(delete, url, key),
+    }
+    cache.register_tag("rows", key)
+    tags = ("rows",) if way == "tag" else ()
+    value = await play(lambda load: cache(ttl="60s", key=key, lock=True, tags=tags)(load)(), ways[way])
+    await cache.close()
+    return value
 
 
-async def with_aiocache() -> int:
+async def with_aiocache(way: str, url: str, key: str) -> int | None:
     from aiocache import cached_stampede
 
-    loaders: list[Callable[[], Awaitable[int]]] = []
+    if way not in ("delete", "clear"):
+        return None  # No tags; and its store in Redis is left out, because the way of storing is the same.
+    loaders: list[Load] = []
 
     async def newest() -> int:
         return await loaders[-1]()
 
-    decorate: Any = cached_stampede(key="row", ttl=60)
+    decorate: Any = cached_stampede(key=key, ttl=60)
     read = decorate(newest)
 
-    def get_or_load(load: Callable[[], Awaitable[int]]) -> Any:
+    def get_or_load(load: Load) -> Any:
         loaders.append(load)
         return read()
 
-    return await play(get_or_load, lambda: read.cache.delete("row"))
+    return await play(get_or_load, lambda: read.cache.delete(key) if way == "delete" else read.cache.clear())
 
 
-async def with_dogpile() -> int:
+async def with_dogpile(way: str, url: str, key: str) -> int | None:
     from dogpile.cache import make_region
 
-    region = make_region().configure("dogpile.cache.memory", expiration_time=60)
+    delete = (
+        "import sys\nfrom dogpile.cache import make_region\n"
+        "make_region().configure('dogpile.cache.redis', arguments={'url': sys.argv[1]}).delete(sys.argv[2])"
+    )
+    region: Any = make_region()
+    if url:
+        region.configure("dogpile.cache.redis", expiration_time=60, arguments={"url": url})
+    else:
+        region.configure("dogpile.cache.memory", expiration_time=60)
     loop = asyncio.get_running_loop()
 
-    def get_or_load(load: Callable[[], Awaitable[int]]) -> Awaitable[int]:
+    def get_or_load(load: Load) -> Awaitable[int]:
         async def call() -> int:
             return await load()
 
         def create() -> int:
             return asyncio.run_coroutine_threadsafe(call(), loop).result()
 
-        return asyncio.to_thread(region.get_or_create, "row", create)
+        return asyncio.to_thread(region.get_or_create, key, create)
 
-    return await play(get_or_load, lambda: asyncio.to_thread(region.delete, "row"))
+    ways: dict[str, Invalidate] = {
+        "delete": lambda: asyncio.to_thread(region.delete, key),
+        "clear": lambda: asyncio.to_thread(region.invalidate),
+        "another process": lambda: elsewhere(delete, url, key),
+    }
+    return await play(get_or_load, ways[way]) if way in ways else None
 
 
 PLAYERS = {
@@ -101,14 +151,31 @@ PLAYERS = {
 }
 
 
-def main() -> None:
+def results(redis: str = "") -> dict[str, dict[str, int | None]]:
+    """What each installed library reads at the end, by the way of invalidating."""
+    found: dict[str, dict[str, int | None]] = {}
     for name, player in PLAYERS.items():
-        if importlib.util.find_spec(name.partition(".")[0]) is None:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            ways = [way for way in WAYS if redis or way != "another process"]
+            found[name] = {
+                way: asyncio.run(player(way, redis if way == "another process" else "", f"row {uuid4().hex}"))
+                for way in ways
+            }
+    return found
+
+
+def main(redis: str = "") -> None:
+    """Print what each library reads: 2 is up to date."""
+    table = results(redis)
+    ways = list(table["cachebus"])
+    print(f"{'':14}", *(f"{way:>15}" for way in ways))
+    for name, row in table.items():
+        said = {None: "-", 2: "2", 1: "1, out of date"}
+        print(f"{name:14}", *(f"{said[row[way]]:>15}" for way in ways))
+    for name in PLAYERS:
+        if name not in table:
             print(f"{name:14} is not installed")
-            continue
-        value = asyncio.run(player())
-        print(f"{name:14} reads {value}: {'up to date' if value == 2 else 'what was deleted'}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -17,10 +17,6 @@ from typing import NamedTuple
 
 from cachebus.messages import Admit, Admitted, BadMessage, Refused
 
-MOST_UNITS = 10**9
-LONGEST = 1e9
-"""Seconds that `per`, `wait` and filling up again may take at most: beyond that numbers of 64 bits get short."""
-
 CLOCK_BACK = 2_000_000
 """Microseconds. By so much the clocks of processes may differ that share a limit in a server without a clock to ask, and
 time then stands still for the slower one: if it went back, each change between two of them would be time that has passed.
@@ -39,16 +35,16 @@ class Meter(NamedTuple):
 def check_admit(request: Admit) -> None:
     """Raise `BadMessage` for a request that no limit can answer."""
     for name, units in (("limit", request.limit), ("burst", request.burst), ("cost", request.cost)):
-        if not 1 <= units <= MOST_UNITS:
-            raise BadMessage(f"{name} must be from 1 to {MOST_UNITS:,}, not {units!r}")
-    if not 0 < request.per <= LONGEST:
-        raise BadMessage(f"per must be a number of seconds above 0, and {LONGEST:g} at most, not {request.per!r}")
-    if not 0 <= request.wait <= LONGEST:
-        raise BadMessage(f"wait must be a number of seconds from 0 to {LONGEST:g}, not {request.wait!r}")
+        if not 1 <= units <= Admit.MOST:
+            raise BadMessage(f"{name} must be from 1 to {Admit.MOST:,}, not {units!r}")
+    if not 0 < request.per <= Admit.LONGEST:
+        raise BadMessage(f"per must be a number of seconds above 0, and {Admit.LONGEST:g} at most, not {request.per!r}")
+    if not 0 <= request.wait <= Admit.LONGEST:
+        raise BadMessage(f"wait must be a number of seconds from 0 to {Admit.LONGEST:g}, not {request.wait!r}")
     if request.cost > request.burst:
         raise BadMessage(f"cost must not be above burst, else it is never admitted: {request.cost} > {request.burst}")
-    if request.burst * request.per / request.limit > LONGEST:
-        raise BadMessage(f"a burst of {request.burst} takes longer than {LONGEST:g} seconds to be there again")
+    if request.burst * request.per / request.limit > Admit.LONGEST:
+        raise BadMessage(f"a burst of {request.burst} takes longer than {Admit.LONGEST:g} seconds to be there again")
 
 
 def microseconds(seconds: float) -> int:

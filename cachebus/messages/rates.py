@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from .base import Reply, Request, message
 
 
@@ -39,3 +41,9 @@ class Admit(Request[Admitted | Refused]):
     burst: int
     cost: int = 1
     wait: float = 0.0
+
+    MOST: ClassVar[int] = 10**9
+    """Units that `limit`, `burst` and `cost` may be."""
+
+    LONGEST: ClassVar[float] = 1e9
+    """Seconds that `per`, `wait` and filling up again may take: beyond that numbers of 64 bits get short."""

@@ -39,6 +39,7 @@ from cachebus.messages import (
     CacheSet,
     TagsInvalidated,
 )
+from cachebus.rate_limits import RateLimiter
 from tests.clock import ManualClock
 
 from .faces import SilentStore, a_cache, a_sync_cache, awaited, heard, settings
@@ -427,7 +428,15 @@ async def health_is_well(cache: Cache, clock: ManualClock) -> None:
 # What is refused
 
 A_LONG_NUMBER = 10**400
+
+
+async def limited(cache: Any, key: Any) -> Any:
+    limit = await cache.rate_limit(key, 1, 1)
+    return limit.check() if isinstance(limit, RateLimiter) else limit
+
+
 KEY_METHODS: dict[str, CallWith] = {
+    "rate_limit": limited,
     "get": lambda cache, key: cache.get(key),
     "lookup": lambda cache, key: cache.lookup(key),
     "exists": lambda cache, key: cache.exists(key),
@@ -593,7 +602,7 @@ def test_both_facades_have_the_same_signatures(name: str) -> None:
     assert str(asynchronous.return_annotation).removeprefix("Async") == str(synchronous.return_annotation)
     assert not inspect.iscoroutinefunction(getattr(SyncCache, name))
     waits = inspect.iscoroutinefunction(getattr(Cache, name)) or inspect.isasyncgenfunction(getattr(Cache, name))
-    assert waits == (name not in ("cached", "events"))
+    assert waits == (name not in ("cached", "events", "rate_limit"))
 
 
 def test_every_method_is_in_the_table() -> None:

@@ -25,6 +25,12 @@ def write() -> list[str]:
         if not file.exists():
             file.write_bytes(payloads.golden_pipeline(name).encode("golden", EXAMPLE))
             written.append(file.name)
+    payloads.ERRORS.mkdir(exist_ok=True)
+    for name in payloads.golden_names():
+        file = payloads.ERRORS / f"{name}.bin"
+        if not file.exists():
+            file.write_bytes(payloads.golden_pipeline(name).encode("golden", payloads.ERROR))
+            written.append(file.name)
     return written
 
 

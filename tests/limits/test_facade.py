@@ -40,7 +40,7 @@ async def test_a_check_says_whether_how_many_are_left_and_when_to_retry(cache: C
     assert not refused
     clock.advance(5)
     assert await limit
-    assert repr(limit) == "<RateLimiter 'api' 2 in 10 s, burst 2>"
+    assert repr(limit) == "<AsyncRateLimiter 'api' 2 in 10 s, burst 2>"
 
 
 async def test_a_block_is_entered_or_raises(cache: Cache) -> None:
@@ -263,7 +263,7 @@ def test_a_sync_cache_has_the_same() -> None:
             raise AssertionError("entered")
         clock.advance(10)
         assert limit.check()
-        assert repr(limit) == "<SyncRateLimiter 'api' 2 in 10 s, burst 2>"
+        assert repr(limit) == "<RateLimiter 'api' 2 in 10 s, burst 2>"
 
 
 def test_threads_wait_for_their_turn_and_no_more_than_the_rate_go_on() -> None:

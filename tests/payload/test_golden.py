@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.golden.payloads import FOLDER, golden_names, golden_pipeline
+from cachebus.cached_errors import CachedError
+from tests.golden.payloads import ERROR, ERRORS, FOLDER, golden_names, golden_pipeline
 
 from .pipelines import EXAMPLE, same
 
@@ -22,3 +23,14 @@ def test_a_payload_is_still_written_as_the_golden_one(name: str) -> None:
 
 def test_every_golden_file_is_read() -> None:
     assert {file.stem for file in FOLDER.glob("*.bin")} == set(golden_names())
+
+
+@pytest.mark.parametrize("name", golden_names())
+def test_a_golden_exception_is_still_read(name: str) -> None:
+    read = golden_pipeline(name).decode("golden", (ERRORS / f"{name}.bin").read_bytes())
+    assert isinstance(read, CachedError)
+    assert read.content == ERROR.content
+    error = read.rebuilt((LookupError,))
+    assert type(error) is LookupError
+    assert error.args == ("no row", 7, None)
+    assert vars(error) == {"hint": [1.5, {"a": True}]}

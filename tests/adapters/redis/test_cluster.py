@@ -19,6 +19,7 @@ from cachebus.adapters.redis_cluster import RedisClusterStore
 from cachebus.adapters.redis_dial import Place
 from cachebus.adapters.redis_slots import SlotMap, SlotTraffic, read_redirection, read_slots, slot_of, tag_of
 from cachebus.messages import (
+    Admit,
     BadMessage,
     CacheConfigurationError,
     Clear,
@@ -239,7 +240,9 @@ async def test_a_user_of_a_cluster_needs_no_more_rights_than_documented(cluster:
     async with opened(url) as store:
         move = Move(cluster, slot_of("tests:r"))
         await sync(move.begin)
-        replies = await store.execute([Set("r", 1), Get("r"), SetMany({f"k{n}": n for n in range(50)}), Increment("n")])
+        replies = await store.execute(
+            [Set("r", 1), Get("r"), SetMany({f"k{n}": n for n in range(50)}), Increment("n"), Admit("a", 1, 9.0, 1)]
+        )
         assert [reply for reply in replies if isinstance(reply, Failed)] == []
         await sync(move.end)
         replies = await store.execute([Get("r"), Scan(), DeletePattern("k*"), Clear()])

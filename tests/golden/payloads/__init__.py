@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cachebus.cached_errors import CachedError
 from cachebus.payload import PayloadPipeline
 from tests.payload.pipelines import COMPRESSIONS, PROTECTIONS, pipeline
 
 FOLDER = Path(__file__).parent / "v1"
+ERRORS = Path(__file__).parent / "v1-errors"
+ERROR = CachedError(b'{"kind":"builtins.LookupError","args":["no row",7,null],"state":{"hint":[1.5,{"a":true}]}}')
+"""The record of a cached exception, which the same pipelines carry."""
 
 
 def golden_names() -> list[str]:
