@@ -142,6 +142,12 @@ class Connection:
         """Whether the server's clock was read so long ago that it may have drifted from ours."""
         return self._clock.monotonic() - self._synced > RESYNC
 
+    def look(self) -> None:
+        """Close the connection if it is of no use any more: closed by the server, or with words on it that nobody asked
+        for, which the next question would take for its answer."""
+        if self._line is not None and not self._line.fit:
+            self.close()
+
     def resync(self) -> None:
         """Read the server's clock anew. Blocks. Raises `CacheConnectionError`."""
         client: Any = Client(("", 0))

@@ -93,7 +93,8 @@ class Lane:
         async with self._turn:
             if self._closed:
                 raise CacheClosed("the connection to memcached was closed")
-            connection = self.connection
+            if (connection := self.connection) is not None:
+                connection.look()
             if connection is None or connection.lost:
                 connection = self.connection = self._found() if self._ill else await self._connect()
             elif connection.out_of_sync:

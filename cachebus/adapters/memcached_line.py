@@ -9,6 +9,7 @@ import socket
 import ssl
 from asyncio import _get_running_loop
 from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import anyio
@@ -18,10 +19,16 @@ SLOWEST_LINE = 10e6
 """Bytes a second below which a server counts as not answering."""
 
 _NOT_YET = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_Wait = Callable[[socket.socket], Awaitable[None]]
 
 
 class Line(Protocol):
     """What a connection talks over. What goes wrong is an `OSError`, `TimeoutError` past the deadline, or `EOFError`."""
+
+    @property
+    def fit(self) -> bool:
+        """Whether a question may be asked: the other end is there, and nothing has come that answers none."""
+        ...
 
     def allow(self, seconds: float) -> None:
         """Let what follows take so long."""
@@ -49,7 +56,16 @@ class AnyLine:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._come: deque[bytes] = deque()
+        self._hears: _Wait = anyio.wait_readable
         self._deadline = 0.0
+
+    @property
+    def fit(self) -> bool:
+        try:
+            return not self._come and not self._read()
+        except (OSError, EOFError):
+            return False
 
     def allow(self, seconds: float) -> None:
         self._deadline = anyio.current_time() + seconds
@@ -59,30 +75,52 @@ class AnyLine:
         while rest:
             try:
                 sent = self._sock.send(rest)
-            except _NOT_YET as error:
-                await self._wait(writable=not isinstance(error, ssl.SSLWantReadError))
+            except ssl.SSLWantReadError:
+                await self._wait(anyio.wait_readable)
+            except _NOT_YET:
+                # A server whose answers nobody reads reads no more commands, and both would wait for ever.
+                if not self._read():
+                    await self._wait(anyio.wait_readable, anyio.wait_writable)
             else:
                 rest = rest[sent:]
                 self._deadline += sent / SLOWEST_LINE
 
     async def receive(self) -> bytes:
-        while True:
-            try:
-                data = self._sock.recv(READ_BYTES)
-            except _NOT_YET as error:
-                await self._wait(writable=isinstance(error, ssl.SSLWantWriteError))
-            else:
-                if not data:
-                    raise EOFError
-                self._deadline += len(data) / SLOWEST_LINE
-                return data
+        while not self._come and not self._read():
+            await self._wait(self._hears)
+        data = self._come.popleft()
+        self._deadline += len(data) / SLOWEST_LINE
+        return data
 
     def close(self) -> None:
         pass
 
-    async def _wait(self, *, writable: bool) -> None:
+    def _read(self) -> bool:
+        """Take in what has come; whether anything has."""
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except _NOT_YET as error:
+            self._hears = anyio.wait_writable if isinstance(error, ssl.SSLWantWriteError) else anyio.wait_readable
+            return False
+        if not data:
+            raise EOFError
+        self._come.append(data)
+        return True
+
+    async def _wait(self, *things: _Wait) -> None:
+        """Return when one of these things has happened. Raises `TimeoutError` at the deadline."""
         with anyio.fail_after(max(self._deadline - anyio.current_time(), 0)):
-            await (anyio.wait_writable if writable else anyio.wait_readable)(self._sock)
+            if len(things) == 1:
+                await things[0](self._sock)
+                return
+            async with anyio.create_task_group() as tasks:
+
+                async def wait(thing: _Wait) -> None:
+                    await thing(self._sock)
+                    tasks.cancel_scope.cancel()
+
+                for thing in things:
+                    tasks.start_soon(wait, thing)
 
 
 class AsyncioLine:
@@ -98,6 +136,10 @@ class AsyncioLine:
         self._alarm: asyncio.TimerHandle | None = None
         self._descriptor = sock.fileno()
         self._loop.add_reader(self._descriptor, self._readable)
+
+    @property
+    def fit(self) -> bool:
+        return self._end is None and not self._come
 
     def allow(self, seconds: float) -> None:
         self._deadline = self._loop.time() + seconds

@@ -30,6 +30,7 @@ from cachebus.testing.servers import Server, run_nats
 
 from .actors import Answering
 from .conftest import ROOT, options
+from .operators import Operator
 
 pytestmark = pytest.mark.anyio
 PLACE = Address("test.place")
@@ -79,6 +80,47 @@ async def test_an_nkey(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     with run_nats("--config", str(settings)) as server:
         await connects(server, nkey_seed_file=str(seed))
         assert "Authorization Violation" in await refused(server, caplog)
+
+
+async def test_a_file_of_credentials_opens_requests_events_and_streams(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    operator = Operator()
+    config = tmp_path / "operator.conf"
+    config.write_text(operator.config)
+    mine = operator.credentials(tmp_path / "mine.creds")
+    theirs = Operator().credentials(tmp_path / "theirs.creds")
+    with run_nats("--config", str(config), jetstream=True) as server:
+        await connects(server, credentials_file=mine)
+        assert "Authorization Violation" in await refused(server, caplog)
+        assert "Authorization Violation" in await refused(server, caplog, credentials_file=theirs)
+        given = options(server, credentials_file=mine, events_stream="kept")
+        async with NatsBus("shop", given) as bus, NatsBus("shop", options(server, credentials_file=mine)) as other:
+            Emitter(bus, "primary").emit(CacheSet(key="before"))
+            with other.subscribe(CacheSet, since=0.0) as heard:
+                assert (await anext(heard)).key == "before"  # type: ignore[attr-defined]
+            await anyio.to_thread.run_sync(server.restart)
+            with anyio.fail_after(20), other.subscribe(CacheSet) as heard:
+                # Signed in anew by itself: the file is read at every connect.
+                while not (bus.connection.up and other.connection.up):
+                    await anyio.sleep(0.01)
+                await other.settled()
+                Emitter(bus, "primary").emit(CacheSet(key="after"))
+                assert (await anext(heard)).key == "after"  # type: ignore[attr-defined]
+    secret = Path(mine).read_text().splitlines()[-2]
+    assert secret.startswith("SU")
+    assert secret not in caplog.text
+
+
+async def test_credentials_that_allow_no_streams_say_which_stream_is_not_there(tmp_path: Path) -> None:
+    operator = Operator()
+    config = tmp_path / "operator.conf"
+    config.write_text(operator.config)
+    caller = operator.credentials(tmp_path / "caller.creds", pub={"deny": ["$JS.API.>"]})
+    with run_nats("--config", str(config), jetstream=True) as server:
+        await connects(server, credentials_file=caller)
+        with pytest.raises(CacheError, match="events_stream 'kept'"):
+            await connects(server, credentials_file=caller, events_stream="kept")
 
 
 @pytest.mark.parametrize("option", ["nkey_seed_file", "credentials_file", "tls_ca_file"])
