@@ -35,7 +35,7 @@ def settle_lease(
     request: Leases, reply: Any, now: float, make: Parsed, put: Answer, fail: Fail, again: Again, space: TagSpace
 ) -> Sequence[Command]:
     """Take in the reply to a question about a lease: answer it, or say what has to be sent first."""
-    if isinstance(request, Renew) and isinstance(reply, list):
+    if type(request) is Renew and reply not in (0, 1):
         return _settle_renewal(reply, now, make, put, fail, space)
     if not isinstance(request, GetOrLease):
         put(make(reply, now))
