@@ -7,7 +7,7 @@ invalidated meanwhile is invalid when it is stored, because its stamp is older t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from cachebus.messages import (
     Add,
@@ -36,7 +36,7 @@ def wants_stamps(batch: Sequence[Request[Any]], space: TagSpace) -> bool:
 
 
 def _wants_stamp(request: Any, space: TagSpace) -> bool:
-    kind: Any = type(request)
+    kind = cast("type[object]", type(request))
     return bool((kind in _STORING and request.tags) or (kind is GetOrLease and (space.seen or request.tags)))
 
 

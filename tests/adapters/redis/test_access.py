@@ -26,6 +26,7 @@ from cachebus.messages import (
     GetMany,
     GetOrLease,
     Increment,
+    InvalidateTags,
     Origin,
     Release,
     Renew,
@@ -90,14 +91,26 @@ def documented_rights() -> list[list[str]]:
     """The commands that the page on backends says a user needs: of the store, of its scripts, elsewhere."""
     page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
     rights = page.partition("### Rights")[2].partition("###")[0]
-    _, _, ours, scripts, *others = re.findall(r"`([^`]+)`", rights)
+    _, _, _, ours, scripts, *others = re.findall(r"`([^`]+)`", rights)
     return [ours.split(), scripts.split(), others]
 
 
 async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> None:
     ours, scripts, _ = documented_rights()
     rights = [f"+{each}" for each in (*ours, *scripts)]
-    await sync(redis_command, server, "ACL", "SETUSER", "least", "on", ">pw", "~tests:*", "~tests#lease:*", *rights)
+    await sync(
+        redis_command,
+        server,
+        "ACL",
+        "SETUSER",
+        "least",
+        "on",
+        ">pw",
+        "~tests:*",
+        "~tests#lease:*",
+        "~tests#tags:*",
+        *rights,
+    )
     async with opened(f"redis://least:pw@127.0.0.1:{server.port}?health_check_interval=0.05") as store:
         replies = await store.execute(
             [
@@ -107,6 +120,16 @@ async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> No
                 *(GetOrLease("l", "p", "t2", 9.0), Renew("l", "t2", 9.0)),
                 *(Set("l", 1, 0.001, lease="t2", origin=Origin(0.0, 9.0)), GetOrLease("l", "p", "t3", 9.0)),
                 *(Release("l", "t3"), Exists("l")),
+                *(
+                    Set("t", 1, 9.0, ("x",)),
+                    Get("t"),
+                    Exists("t"),
+                    Touch("t", ttl=99.0),
+                    Touch("t", ttl=None),
+                    Increment("t"),
+                ),
+                *(GetOrLease("m", "p", "t4", 9.0, tags=("x",)), Set("m", 1, tags=("x", "y"), lease="t4")),
+                *(InvalidateTags(("x", "z")), GetMany(("t", "m"))),
                 *(Delete("a"), DeleteMany(("c", "d")), Scan(), DeletePattern("x*"), Clear()),
             ]
         )

@@ -32,6 +32,7 @@ from cachebus.messages import (
     GetMany,
     GetOrLease,
     Increment,
+    InvalidateTags,
     LeaseGranted,
     Loading,
     Missing,
@@ -43,6 +44,7 @@ from cachebus.messages import (
     Set,
     SetMany,
     Stored,
+    Touch,
 )
 from cachebus.redis_settings import RedisSettings
 from cachebus.settings import backend_from_url
@@ -235,7 +237,9 @@ async def test_a_user_of_a_cluster_needs_no_more_rights_than_documented(cluster:
         f"+{each}" for each in (*ours, *scripts, *(each for each in others if each.startswith(("cluster|", "ask"))))
     ]
     for server in cluster:
-        await sync(tell, server, "ACL", "SETUSER", "least", "on", ">pw", "~tests:*", "~tests#lease:*", *rights)
+        await sync(
+            tell, server, "ACL", "SETUSER", "least", "on", ">pw", "~tests:*", "~tests#lease:*", "~tests#tags:*", *rights
+        )
     url = url_of(cluster).replace("://", "://least:pw@")
     async with opened(url) as store:
         move = Move(cluster, slot_of("tests:r"))
@@ -243,7 +247,11 @@ async def test_a_user_of_a_cluster_needs_no_more_rights_than_documented(cluster:
         replies = await store.execute([Set("r", 1), Get("r"), SetMany({f"k{n}": n for n in range(50)}), Increment("n")])
         assert [reply for reply in replies if isinstance(reply, Failed)] == []
         await sync(move.end)
-        replies = await store.execute([Get("r"), Scan(), DeletePattern("k*"), Clear()])
+        replies = await store.execute([Get("r"), Scan(), DeletePattern("k*"), GetOrLease("l", "p", "t", 9.0)])
+        assert [reply for reply in replies if isinstance(reply, Failed)] == []
+        replies = await store.execute([Set("t", 1, 9.0, ("x",)), Touch("r", 9.0)])
+        assert [reply for reply in replies if isinstance(reply, Failed)] == []
+        replies = await store.execute([Touch("t", 99.0), InvalidateTags(("x",)), Get("r"), Clear()])
         assert [reply for reply in replies if isinstance(reply, Failed)] == []
 
 
