@@ -7,7 +7,7 @@ invalidated meanwhile is invalid when it is stored, because its stamp is older t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from cachebus.messages import (
     Add,
@@ -32,11 +32,12 @@ _STORING = frozenset({Set, SetMany, Add, CompareAndSet})
 
 def wants_stamps(batch: Sequence[Request[Any]], space: TagSpace) -> bool:
     """Whether something in a batch has tags, or may get some that only its loader knows."""
-    for request in batch:
-        kind: Any = type(request)
-        if (kind in _STORING and request.tags) or (kind is GetOrLease and (space.seen or request.tags)):  # type: ignore[attr-defined]
-            return True
-    return False
+    return any(_wants_stamp(request, space) for request in batch)
+
+
+def _wants_stamp(request: Any, space: TagSpace) -> bool:
+    kind = cast("type[object]", type(request))
+    return bool((kind in _STORING and request.tags) or (kind is GetOrLease and (space.seen or request.tags)))
 
 
 def looks_for_tags(batch: Sequence[Request[Any]], space: TagSpace) -> Command | None:
@@ -57,11 +58,12 @@ class Stamps:
         self.by_place: dict[int, bytes | CacheError] = {}
         self._space = space
         groups: dict[str, list[tuple[int, Any]]] = {}
+        request: Any
         for place, request in enumerate(batch):
-            if not wants_stamps((request,), space):
+            if not _wants_stamp(request, space):
                 continue
             try:
-                pack_tags(request.tags)  # type: ignore[attr-defined]
+                pack_tags(request.tags)
                 groups.setdefault(_kept(request, default_ttl), []).append((place, request))
             except (CacheError, ValueError, OverflowError):
                 # It will be refused.

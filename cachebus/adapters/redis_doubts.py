@@ -35,7 +35,7 @@ def settle_lease(
     request: Leases, reply: Any, now: float, make: Parsed, put: Answer, fail: Fail, again: Again, space: TagSpace
 ) -> Sequence[Command]:
     """Take in the reply to a question about a lease: answer it, or say what has to be sent first."""
-    if isinstance(request, Renew) and isinstance(reply, list):
+    if type(request) is Renew:
         return _settle_renewal(reply, now, make, put, fail, space)
     if not isinstance(request, GetOrLease):
         put(make(reply, now))
@@ -61,8 +61,11 @@ def settle_lease(
 
 
 def _settle_renewal(
-    reply: list[Any], now: float, make: Parsed, put: Answer, fail: Fail, space: TagSpace
+    reply: Any, now: float, make: Parsed, put: Answer, fail: Fail, space: TagSpace
 ) -> Sequence[Command]:
+    if isinstance(reply, int):
+        put(make(reply, now))
+        return ()
     claim = Claim(reply[0], tuple(unpack_plain(reply[1])))
 
     def decide(holds: Sequence[bool]) -> None:

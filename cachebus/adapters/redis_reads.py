@@ -58,7 +58,7 @@ class Reads:
             try:
                 self._put(position, key, MISSING if raw is None else read_or_fail(raw, now))
             except HasTags:
-                self._tagged(position, key, raw, now, doubts)
+                self._tagged(position, key, reply[place], now, doubts)
         return self._counters.judge(doubts) if doubts else ()
 
     def _tagged(self, position: int, key: str, raw: bytes, now: float, doubts: list[Doubt]) -> None:
@@ -129,7 +129,7 @@ class Gets:
             try:
                 self._replies[position] = MISSING if raw is None else read_or_fail(raw, now)
             except HasTags:
-                claim, answer = read_tagged(raw, now)
+                claim, answer = read_tagged(raws[position - self._first], now)
                 if claim is None or self._checked:
                     self._replies[position] = answer
                 else:

@@ -223,7 +223,7 @@ class Singles:
         self._space.seen = True
         names = [self._space.sequence, *(self._space.counter(tag) for tag in dict.fromkeys(tags))]
         words: list[Argument] = [len(names), *names, new_epoch()]
-        self._add(at, words, names[0], lambda *_: Invalidated(), script=INVALIDATE)
+        self._add(at, words, names[0], lambda reply, now: Invalidated(), script=INVALIDATE)
 
     def _judged(
         self,
@@ -252,7 +252,7 @@ class Singles:
 
     def _count(self, at: int, words: list[Argument], name: str, verdict: bytes) -> Command:
         def settle(reply: Any, now: float) -> Sequence[Command]:
-            if type(reply) is list:
+            if reply is not None and not isinstance(reply, bytes):
                 return settle_head(reply[0], None, self._fails(at), again, self._space)
             self.replies[at] = MISSING if reply is None else Counted(int(reply))
             return ()

@@ -149,7 +149,7 @@ _VALID = """
 local function valid(raw)
   -- Whether an entry has no tag that was invalidated since; `nil` is not known. A damaged one is not valid.
   if string.byte(raw, 17) ~= 116 then return true end
-  local understood, holding = pcall(function() return holds(claim(raw)) end)
+  local understood, holding = pcall(function() return inner(raw) <= #raw and holds(claim(raw)) end)
   if not understood then return false end
   return holding
 end

@@ -27,6 +27,7 @@ from cachebus.messages import (
     GetMany,
     GetOrLease,
     Increment,
+    InvalidateTags,
     Origin,
     Release,
     Renew,
@@ -111,6 +112,16 @@ async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> No
                 *(GetOrLease("l", "p", "t2", 9.0), Renew("l", "t2", 9.0)),
                 *(Set("l", 1, 0.001, lease="t2", origin=Origin(0.0, 9.0)), GetOrLease("l", "p", "t3", 9.0)),
                 *(Release("l", "t3"), Exists("l"), Admit("calls", 5, 1.0, 5)),
+                *(
+                    Set("t", 1, 9.0, ("x",)),
+                    Get("t"),
+                    Exists("t"),
+                    Touch("t", ttl=99.0),
+                    Touch("t", ttl=None),
+                    Increment("t"),
+                ),
+                *(GetOrLease("m", "p", "t4", 9.0, tags=("x",)), Set("m", 1, tags=("x", "y"), lease="t4")),
+                *(InvalidateTags(("x", "z")), GetMany(("t", "m"))),
                 *(Delete("a"), DeleteMany(("c", "d")), Scan(), DeletePattern("x*"), Clear()),
             ]
         )

@@ -33,6 +33,7 @@ from cachebus.messages import (
     GetMany,
     GetOrLease,
     Increment,
+    InvalidateTags,
     LeaseGranted,
     Loading,
     Missing,
@@ -44,6 +45,7 @@ from cachebus.messages import (
     Set,
     SetMany,
     Stored,
+    Touch,
 )
 from cachebus.redis_settings import RedisSettings
 from cachebus.settings import backend_from_url
@@ -245,7 +247,11 @@ async def test_a_user_of_a_cluster_needs_no_more_rights_than_documented(cluster:
         )
         assert [reply for reply in replies if isinstance(reply, Failed)] == []
         await sync(move.end)
-        replies = await store.execute([Get("r"), Scan(), DeletePattern("k*"), Clear()])
+        replies = await store.execute([Get("r"), Scan(), DeletePattern("k*"), GetOrLease("l", "p", "t", 9.0)])
+        assert [reply for reply in replies if isinstance(reply, Failed)] == []
+        replies = await store.execute([Set("t", 1, 9.0, ("x",)), Touch("r", 9.0)])
+        assert [reply for reply in replies if isinstance(reply, Failed)] == []
+        replies = await store.execute([Touch("t", 99.0), InvalidateTags(("x",)), Get("r"), Clear()])
         assert [reply for reply in replies if isinstance(reply, Failed)] == []
 
 

@@ -1,0 +1,300 @@
+"""Several stores over one real Redis whose every message waits until a seed lets it go: one seed is one interleaving.
+
+`python -m tests.adapters.redis.schedule SEED` replays one on a single server and tells it; with `--cluster`, on three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any, Self
+
+from cachebus.adapters.redis import RedisStore
+from cachebus.adapters.redis_cluster import RedisClusterStore
+from cachebus.adapters.redis_connection import RedisConnection
+from cachebus.adapters.redis_dial import Place
+from cachebus.adapters.redis_slots import slot_of
+from cachebus.messages import (
+    Add,
+    Clear,
+    CompareAndSet,
+    Delete,
+    DeletePattern,
+    Failed,
+    Found,
+    FoundMany,
+    Get,
+    GetMany,
+    GetOrLease,
+    InvalidateTags,
+    LeaseGranted,
+    Request,
+    Set,
+    SetMany,
+    Touch,
+)
+from cachebus.testing.servers import Server, run_redis, run_redis_cluster
+
+STORES, KEYS, TAGS = 3, 2, 2
+OPERATIONS = 7
+"""Of each of the clients, in one run."""
+
+SETTLING = 12
+"""Turns of the loop after which everybody who could go on has done so."""
+
+
+class Gate:
+    """Holds what is sent on any connection, and lets go one message at a time."""
+
+    def __init__(self) -> None:
+        self.chance = random.Random(0)
+        self.waiting: dict[RedisConnection, deque[tuple[bytes, int, Callable[[Any], None]]]] = {}
+        self.open = True
+        self._send = RedisConnection.send
+
+    def __enter__(self) -> Self:
+        gate, send = self, self._send
+
+        def held(connection: RedisConnection, data: bytes, wanted: int, answer: Callable[[Any], None]) -> None:
+            if gate.open:
+                send(connection, data, wanted, answer)
+            else:
+                gate.waiting.setdefault(connection, deque()).append((data, wanted, answer))
+
+        RedisConnection.send = held  # type: ignore[method-assign,assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        RedisConnection.send = self._send  # type: ignore[method-assign]
+
+    async def step(self) -> bool:
+        """Let one message go, and return when its reply was taken in. `False` if none waits."""
+        for _ in range(SETTLING):
+            await asyncio.sleep(0)
+        ready = [connection for connection, queue in self.waiting.items() if queue]
+        if not ready:
+            return False
+        connection = self.chance.choice(ready)
+        data, wanted, answer = self.waiting[connection].popleft()
+        done = asyncio.Event()
+
+        def answered(replies: Any) -> None:
+            answer(replies)
+            done.set()
+
+        self._send(connection, data, wanted, answered)
+        await done.wait()
+        return True
+
+
+class Loss:
+    """What a server may lose under the feet of everybody, sent over a connection of a store."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    async def of(self, *names: str) -> None:
+        if isinstance(self.store, RedisStore):
+            assert self.store._pool is not None
+            connection = await self.store._pool.main()
+            await connection.call("UNLINK", *names)
+        else:
+            for name in names:
+                node = self.store._topology.node(self.store._topology.map.place(slot_of(name)))
+                await (await node.pool.main()).call("UNLINK", name)
+
+
+class World:
+    """A versioned source of truth, and clients that load from it, change it, and invalidate what they changed.
+
+    A key has fixed tags, of which some are known to whoever asks and the others only to the loader. `floor` is the version
+    that every read must show that begins now, `hits` counts what was read.
+    """
+
+    def __init__(
+        self, seed: int, stores: Sequence[Any], gate: Gate, prefix: str, story: list[str] | None = None
+    ) -> None:
+        self.chance = random.Random(seed)
+        self.seed = seed
+        self.stores = stores
+        self.gate = gate
+        self.gate.chance = random.Random(seed + 1)
+        self.story = story
+        self.keys = [f"{prefix}{seed}k{number}" for number in range(KEYS)]
+        self.tags = [f"{prefix}{seed}t{number}" for number in range(TAGS)]
+        self.tags_of = {
+            key: tuple(self.chance.sample(self.tags, self.chance.randrange(1, TAGS + 1))) for key in self.keys
+        }
+        self.truth = dict.fromkeys(self.keys, 1)
+        self.floor = dict.fromkeys(self.keys, 1)
+        self.locks = {key: asyncio.Lock() for key in self.keys}
+        self.hits = 0
+        self.stored = 0
+        self.tokens = 0
+        self.failures: list[str] = []
+
+    async def run(self) -> None:
+        self.gate.open = False
+        clients = [self.reader, self.reader, self.loader, self.loader, self.loader, self.writer, self.writer]
+        tasks = [
+            asyncio.create_task(client(self.stores[number % len(self.stores)])) for number, client in enumerate(clients)
+        ]
+        try:
+            while not all(task.done() for task in tasks):
+                if not await self.gate.step():
+                    assert all(task.done() for task in tasks), "everybody waits, and nothing is on its way"
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.gate.open = True
+        for task in tasks:
+            await task
+        if self.failures:
+            raise AssertionError(f"seed {self.seed}: {self.failures[0]}")
+
+    def tell(self, what: str) -> None:
+        if self.story is not None:
+            self.story.append(what)
+
+    async def ask(self, store: Any, request: Request[Any]) -> Any:
+        self.tell(f"{self.stores.index(store)} asks {request}")
+        (reply,) = await store.execute([request])
+        self.tell(f"{self.stores.index(store)} hears {reply} to {type(request).__name__}")
+        if isinstance(reply, Failed) and "had to be looked up" not in reply.detail:
+            self.failures.append(f"{request} failed: {reply}")
+        return reply
+
+    def seen(self, key: str, value: int, floor: int) -> None:
+        self.hits += 1
+        if value < floor:
+            self.failures.append(f"{key} was read as {value}, but {floor} had been made known")
+
+    async def reader(self, store: Any) -> None:
+        for _ in range(OPERATIONS):
+            key = self.chance.choice(self.keys)
+            floors = dict(self.floor)
+            reply = await self.ask(store, self.chance.choice((Get(key), GetMany(tuple(self.keys)))))
+            if isinstance(reply, Found):
+                self.seen(key, reply.value, floors[key])
+            elif isinstance(reply, FoundMany):
+                for each, found in reply.entries.items():
+                    self.seen(each, found.value, floors[each])
+
+    async def loader(self, store: Any) -> None:
+        for _ in range(OPERATIONS):
+            key = self.chance.choice(self.keys)
+            tags = self.tags_of[key]
+            declared = self.chance.choice((tags, tags[:1], ()))
+            self.tokens += 1
+            token = f"{self.seed}-{self.tokens}"
+            floor = self.floor[key]
+            refresh = self.chance.random() < 0.3
+            reply = await self.ask(store, GetOrLease(key, token, token, 60.0, tags=declared, refresh=refresh))
+            if isinstance(reply, Found):
+                self.seen(key, reply.value, floor)
+            if not isinstance(reply, LeaseGranted):
+                continue
+            value = self.truth[key]
+            for _ in range(self.chance.randrange(3)):
+                await self.ask(store, Get(f"{self.seed}none"))  # The loader takes its time.
+            stored = await self.ask(store, Set(key, value, 60.0, tags, lease=token))
+            self.stored += type(stored).__name__ == "Stored"
+
+    async def writer(self, store: Any) -> None:
+        for _ in range(OPERATIONS):
+            how = self.chance.choice(("delete", "pattern", "tag", "tag", "tags", "clear", "write", "touch", "lose"))
+            key, tag = self.chance.choice(self.keys), self.chance.choice(self.tags)
+            if how == "touch":
+                await self.ask(store, Touch(key, 90.0))
+                continue
+            if how == "lose":
+                sequence = store._space.sequence
+                lost = self.chance.choice(
+                    ([sequence], [store._space.counter(tag)], [sequence, store._space.counter(tag)])
+                )
+                self.tell(f"lost: {lost}")
+                await Loss(store).of(*lost)
+                continue
+            affected = {
+                "tag": [each for each in self.keys if tag in self.tags_of[each]],
+                "tags": self.keys,
+                "clear": self.keys,
+            }.get(how, [key])
+            async with AsyncExitStack() as held:
+                for each in sorted(affected):
+                    await held.enter_async_context(self.locks[each])
+                for each in affected:
+                    self.truth[each] += 1
+                versions = {each: self.truth[each] for each in affected}
+                self.tell(f"truth: {versions}")
+                for request in self.changes(how, key, tag, versions):
+                    reply = await self.ask(store, request)
+                    while isinstance(reply, Failed):
+                        reply = await self.ask(store, request)
+                self.floor.update(versions)
+                self.tell(f"made known: {versions}")
+
+    def changes(self, how: str, key: str, tag: str, versions: dict[str, int]) -> list[Request[Any]]:
+        match how:
+            case "delete":
+                return [Delete(key)]
+            case "pattern":
+                return [DeletePattern(f"{key}*")]
+            case "tag":
+                return [InvalidateTags((tag,))]
+            case "tags":
+                return [InvalidateTags(tuple(self.tags))]
+            case "clear":
+                return [Clear()]
+        tags = self.tags_of[key]
+        plain: list[Request[Any]] = [Set(key, versions[key], 60.0, tags), SetMany({key: versions[key]}, 60.0, tags)]
+        # One that may be refused makes nothing known by itself.
+        careful = [Add(key, versions[key], 60.0, tags), CompareAndSet(key, versions[key], 1.0, 60.0, tags)]
+        return [self.chance.choice(plain)] if self.chance.random() < 0.7 else [Delete(key), self.chance.choice(careful)]
+
+
+async def open_stores(servers: Sequence[Server], stack: AsyncExitStack, namespace: str) -> list[Any]:
+    """Stores of one namespace, each with connections of its own."""
+    places = [Place(host=server.host, port=server.port) for server in servers]
+    stores: list[Any] = []
+    for _ in range(STORES):
+        store: Any
+        if len(servers) == 1:
+            store = RedisStore(places, namespace=namespace, health_check_interval=None, max_connections=1)
+        else:
+            store = RedisClusterStore(places, namespace=namespace, health_check_interval=None, max_connections=1)
+        await store.open()
+        stack.push_async_callback(store.close)
+        stores.append(store)
+    return stores
+
+
+async def replay(seed: int, servers: Sequence[Server]) -> World:
+    """One run, told."""
+    async with AsyncExitStack() as stack:
+        stores = await open_stores(servers, stack, f"seed{seed}")
+        with Gate() as gate:
+            world = World(seed, stores, gate, "", [])
+            try:
+                await world.run()
+            finally:
+                print(*(world.story or ()), sep="\n")
+    return world
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--cluster", action="store_true")
+    arguments = parser.parse_args()
+    with ExitStack() as servers_of:
+        running: Sequence[Server]
+        if arguments.cluster:
+            running = servers_of.enter_context(run_redis_cluster())
+        else:
+            running = [servers_of.enter_context(run_redis())]
+        asyncio.run(replay(arguments.seed, running))
