@@ -103,7 +103,7 @@ class Loads(Flights):
             def call(context: object) -> Any:
                 return function(*args, **kwargs)
 
-            job = Job(request.key, function, call, options, tags, remote=reply is None)
+            job = Job(request.key, call, options, tags, asynchronous=True, remote=reply is None)
             return await self.deliver(Awaiting(link), job, found)
 
         return cached
@@ -135,7 +135,7 @@ class Loads(Flights):
             def call(context: object) -> Any:
                 return _no_coroutine(function(*args, **kwargs), function)
 
-            job = Job(request.key, function, call, options, tags, remote=reply is None)
+            job = Job(request.key, call, options, tags, asynchronous=False, remote=reply is None)
             return run(self.deliver(Blocking(link), job, found))
 
         return cached

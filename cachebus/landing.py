@@ -16,6 +16,7 @@ from cachebus.messages import (
     Failed,
     Found,
     GetOrLease,
+    LeaseGranted,
     LeaseLost,
     Loaded,
     NotHeld,
@@ -24,6 +25,7 @@ from cachebus.messages import (
     Reply,
     Set,
     Stale,
+    Stored,
 )
 
 from .flight import (
@@ -39,7 +41,7 @@ from .flight import (
 )
 from .load_options import LoadOptions
 from .load_report import LoadReport
-from .loaders import LoadContext, Loader, LoadResult, as_result, with_arguments
+from .loaders import Bare, LoadContext, Loader, LoadResult, as_result, is_asynchronous, wants_argument
 from .renewals import Renewals
 from .ways import Way
 
@@ -47,24 +49,26 @@ logger = logging.getLogger("cachebus")
 
 
 class Job:
-    """A key to be loaded: how, and with which tags. `call` calls `loader` with what it wants to know; `remote` says that
-    the backend's answers take their time."""
+    """A key to be loaded: how, and with which tags. `call` calls the loader, `asynchronous` if it is a coroutine function,
+    with what it wants to know if it is `told`; `remote` says that the backend's answers take their time."""
 
-    __slots__ = ("call", "key", "loader", "options", "remote", "tags")
+    __slots__ = ("asynchronous", "call", "key", "options", "remote", "tags", "told")
 
     def __init__(
         self,
         key: str,
-        loader: object,
-        call: Callable[[LoadContext], Any],
+        call: Callable[[Any], Any],
         options: LoadOptions,
         tags: tuple[str, ...],
         *,
+        asynchronous: bool,
         remote: bool,
+        told: bool = False,
     ) -> None:
+        self.asynchronous = asynchronous
         self.remote = remote
+        self.told = told
         self.key = key
-        self.loader = loader
         self.call = call
         self.options = options
         self.tags = tags
@@ -74,7 +78,9 @@ def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> J
     """The job of loading a key with a loader that may want to know more."""
     if not callable(loader):
         raise TypeError(f"a loader must be callable, not {loader!r}")
-    return Job(key, loader, lambda context: with_arguments(loader, context)(), options, options.tags, remote=remote)
+    told = wants_argument(loader)
+    call = loader if told else lambda context: loader()
+    return Job(key, call, options, options.tags, asynchronous=is_asynchronous(loader), remote=remote, told=told)
 
 
 class Group:
@@ -128,8 +134,14 @@ class Landings:
         return f"{self._owner}-{next(self._numbers)}"
 
     async def _lease(self, way: Way, job: Job, token: str, wait: float = 0.0, *, refresh: bool = False) -> Any:
+        request = self._lease_request(job, token, wait, refresh=refresh)
         try:
-            reply = await way.ask(self._lease_request(job, token, wait, refresh=refresh), wait)
+            if wait:
+                reply = await way.ask(request, wait)
+            else:
+                reply = way.link.turn_lease(request)
+                if type(reply) is not LeaseGranted:
+                    reply = await way.finish(request, reply)
         except (CapabilityError, CacheClosed):
             raise
         except BaseException:
@@ -156,8 +168,7 @@ class Landings:
 
         def begin() -> None:
             self.renewals.hold(way.link, job.key, token, options.lease_ttl)
-            context = self._context(job, stale, started)
-            way.beside(flight, lambda way: self._fly(way, job, flight, token, context), ended, alone=alone)
+            way.beside(flight, lambda way: self._fly(way, job, flight, token, stale, started), ended, alone=alone)
 
         def ended() -> None:
             self._ended(way, job, flight, token)
@@ -165,7 +176,8 @@ class Landings:
         return Start(begin, ended)
 
     def _ended(self, way: Way, job: Job, flight: Flight, token: str) -> None:
-        self._forget(token)
+        if token in self.flights:
+            self._forget(token)
         if not flight.landed:
             self._give_back(way, job, token)
             flight.land(ABANDONED)
@@ -174,15 +186,20 @@ class Landings:
         self.renewals.let_go(token)
         self.flights.pop(token, None)
 
-    async def _fly(self, way: Way, job: Job, flight: Flight, token: str | None, context: LoadContext) -> None:
+    async def _fly(
+        self, way: Way, job: Job, flight: Flight, token: str | None, stale: Stale | Loaded | None, started: float
+    ) -> None:
         """Call the loader and land its flight. With a `token`, store what it brings."""
         outcome: Any
         try:
+            context = self._context(job, stale, started) if job.told else None
             with carry_loads((*loads_of_this_context(), flight.load)):
                 report = LoadReport(way.link, job.key)
                 with report:
-                    loaded = await way.call(lambda: job.call(context), job.loader)
-            result = as_result(loaded).resolved(context)
+                    loaded = await way.call(job.call, context, asynchronous=job.asynchronous)
+            result: Any = as_result(loaded)
+            if result.unchanged:
+                result = result.resolved(self._context(job, stale, started))
             outcome = Value(result.value)
             if token is not None:
                 outcome = await self._keep(way, job, token, result, report.duration)
@@ -211,7 +228,7 @@ class Landings:
             with carry_loads((*loads_of_this_context(), flight.load)):
                 report = LoadReport(way.link, *jobs)
                 with report:
-                    loaded = await way.call(lambda: group.load(list(jobs)), group.load)
+                    loaded = await way.call(group.load, list(jobs), asynchronous=is_asynchronous(group.load))
             outcome = Values(await self._keep_many(way, jobs, tokens, loaded, report.duration, group.stale))
         except Exception as error:
             outcome = Raised(error)
@@ -237,7 +254,9 @@ class Landings:
             if key not in loaded:
                 self._give_back(way, job, tokens[key])
                 continue
-            result = as_result(loaded[key]).resolved(self._context(job, stale.get(key), 0.0))
+            result: Any = as_result(loaded[key])
+            if result.unchanged:
+                result = result.resolved(self._context(job, stale.get(key), 0.0))
             outcomes[key] = Value(result.value, shared=self._declares_all(job, result))
             token = tokens[key]
             if token is None:
@@ -254,13 +273,15 @@ class Landings:
                 outcomes[key] = Value(request.value)
         return outcomes
 
-    async def _keep(self, way: Way, job: Job, token: str, result: LoadResult, load_time: float) -> Value:
+    async def _keep(self, way: Way, job: Job, token: str, result: LoadResult | Bare, load_time: float) -> Value:
         """Store a loaded value under its lease; `""` is that of a store without leases."""
         request = self._request(way, job, token, result, load_time)
         if request is not None:
             outcome: Any
             try:
-                outcome = await way.ask(request)
+                outcome = way.link.turn_set(request)
+                if type(outcome) is not Stored:
+                    outcome = await way.finish(request, outcome)
             except CacheClosed:
                 raise
             except CacheError as error:
@@ -269,9 +290,9 @@ class Landings:
                 return Value(result.value)
         return Value(result.value, shared=self._declares_all(job, result))
 
-    def _request(self, way: Way, job: Job, token: str, result: LoadResult, load_time: float) -> Set | None:
+    def _request(self, way: Way, job: Job, token: str, result: LoadResult | Bare, load_time: float) -> Set | None:
         """What to store; `None`, if the loader said not to, and those who wait elsewhere were told."""
-        tags = tuple(dict.fromkeys((*job.tags, *result.tags)))
+        tags = tuple(dict.fromkeys((*job.tags, *result.tags))) if result.tags else job.tags
         if not result.store:
             late = Found(result.value, tags=tags) if self._declares_all(job, result) else None
             self._give_back(way, job, token, "", late)
@@ -279,9 +300,9 @@ class Landings:
         ttl = job.options.time_to_live(result, self._chance)
         return Set(job.key, result.value, ttl, tags, None, token or None, job.options.origin(load_time, result))
 
-    def _declares_all(self, job: Job, result: LoadResult) -> bool:
+    def _declares_all(self, job: Job, result: LoadResult | Bare) -> bool:
         """Whether the backend knew of all tags from the beginning, so that no invalidation was missed."""
-        return set(result.tags) <= set(job.tags)
+        return not result.tags or set(result.tags) <= set(job.tags)
 
     def _stored(self, way: Way, job: Job, request: Set, outcome: Reply | CacheError) -> bool:
         """Whether a value was stored. It belongs to its callers in any case."""

@@ -35,7 +35,7 @@ from .failures import MISSED
 from .flight import ABANDONED, LATE, LEFT_OUT, Flight, LeftOut, Raised, Value, Values
 from .landing import Group, Job, Start
 from .load_options import LoadOptions
-from .loaders import LoadContext, Loader
+from .loaders import LoadContext, Loader, is_asynchronous
 from .rounds import Rounds
 from .watching import FIRST_PAUSE, LONGEST_PAUSE, Watches, name_of
 from .ways import Way
@@ -143,7 +143,11 @@ class Flights(Watches):
     async def fetch_many(self, way: Way, keys: Sequence[str], load: Loader, options: LoadOptions) -> dict[str, Any]:
         """The values of keys that are missing: those that nobody loads by one call of `load`, the others as they come."""
         started = way.link.bus.clock.monotonic()
-        jobs = {key: Job(key, load, _calls_for_one(load, key), options, options.tags, remote=True) for key in keys}
+        asynchronous = is_asynchronous(load)
+        jobs = {
+            key: Job(key, _calls_for_one(load, key), options, options.tags, asynchronous=asynchronous, remote=True)
+            for key in keys
+        }
         flight = Flight()
         asked = {key: self._token() for key in jobs}
         self.flights.update(dict.fromkeys(asked.values(), flight))
@@ -272,6 +276,8 @@ class Flights(Watches):
         self, way: Way, options: LoadOptions, leads: bool, stale: Stale | None, started: float
     ) -> tuple[float | None, str]:
         """How long the caller waits, and what for: `soft`, `hard` or `wait` is the limit that comes first."""
+        if leads and options.soft_timeout is None and options.hard_timeout is None:
+            return None, ""
         spent = way.link.bus.clock.monotonic() - started
         limits: list[tuple[float, str]] = []
         if options.soft_timeout is not None and stale is not None:
@@ -293,12 +299,11 @@ class Flights(Watches):
     async def _load_alone(self, way: Way, job: Job, started: float) -> Any:
         """Load for this caller only, and store nothing: somebody else may be doing so."""
         flight = Flight()
-        context = self._context(job, None, started)
 
         def begin() -> None:
             way.beside(
                 flight,
-                lambda way: self._fly(way, job, flight, None, context),
+                lambda way: self._fly(way, job, flight, None, None, started),
                 ended,
                 alone=job.options.hard_timeout is not None,
             )
@@ -336,7 +341,7 @@ class Flights(Watches):
             except CacheError as error:
                 flight.land(Raised(error))
                 return
-            await self._fly(way, job, flight, "", self._context(job, None, started))
+            await self._fly(way, job, flight, "", None, started)
 
         options = job.options
         alone = options.soft_timeout is not None or options.hard_timeout is not None

@@ -74,7 +74,7 @@ class Watches(Landings):
             if isinstance(reply, LeaseGranted):
                 self.renewals.hold(way.link, job.key, token, job.options.lease_ttl)
                 try:
-                    await self._fly(way, job, flight, token, self._context(job, reply.stale, now()))
+                    await self._fly(way, job, flight, token, reply.stale, now())
                 finally:
                     self._ended(way, job, flight, token)
                 return
@@ -106,7 +106,7 @@ class Watches(Landings):
             if isinstance(reply, LeaseGranted):
                 self.renewals.hold(way.link, key, token, job.options.lease_ttl)
                 started = way.link.bus.clock.monotonic()
-                await self._fly(way, job, flight, token, self._context(job, found, started))
+                await self._fly(way, job, flight, token, found, started)
             else:
                 flight.land(ABANDONED)
 

@@ -7,7 +7,7 @@ import inspect
 import threading
 import time
 from asyncio import CancelledError, _get_running_loop, current_task
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import anyio
@@ -19,7 +19,7 @@ from cachebus.messages import CacheError, Failed, Request
 from .background import BACKGROUND
 from .flight import Flight, carry_loads, loads_of_this_context
 from .link import Link, run
-from .loaders import awaited, is_asynchronous
+from .loaders import awaited
 
 R = TypeVar("R")
 Work = Callable[["Way"], Coroutine[Any, Any, None]]
@@ -38,6 +38,10 @@ class Way(Protocol):
         """Ask the backend, up to `patience` seconds longer than a call may take."""
         ...
 
+    async def finish(self, request: Request[R], reply: Any) -> R:
+        """Come to the reply from what a turn has returned."""
+        ...
+
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         """Ask the backend several things at once. What fails is a `Failed` among the replies."""
         ...
@@ -47,8 +51,8 @@ class Way(Protocol):
     ) -> Any:
         """As `Flight.wait`."""
 
-    async def call(self, function: Callable[[], Any], loader: object) -> Any:
-        """Call `function`, which calls `loader`, and await what it returns if that is to be awaited."""
+    async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
+        """Call `function`, which calls a loader, and await what it returns if that is to be awaited."""
 
     async def pause(self, seconds: float) -> None:
         """Let time pass."""
@@ -63,6 +67,7 @@ class Awaiting:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.ask: Any = link.request
+        self.finish: Any = link.finish
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         replies: list[Any] = [None] * len(requests)
@@ -83,11 +88,12 @@ class Awaiting:
     ) -> Any:
         return await flight.wait(timeout, keep=keep, begin=begin)
 
-    async def call(self, function: Callable[[], Any], loader: object) -> Any:
+    async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
         try:
-            if is_asynchronous(loader):
-                return await awaited(function())
-            return await awaited(await _in_worker_thread(function))
+            if asynchronous:
+                result = await function(argument)
+                return await awaited(result) if isinstance(result, Awaitable) else result
+            return await awaited(await _in_worker_thread(lambda: function(argument)))
         except CancelledError:
             task = current_task() if _get_running_loop() is not None else None
             if task is not None and not task.cancelling():
@@ -135,6 +141,7 @@ class Blocking:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.ask: Any = link.request_blocking
+        self.finish: Any = link.finish_blocking
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         replies: list[Any] = []
@@ -150,8 +157,8 @@ class Blocking:
     ) -> Any:
         return flight.wait_in_thread(timeout, keep=keep, begin=begin)
 
-    async def call(self, function: Callable[[], Any], loader: object) -> Any:
-        result = function()
+    async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
+        result = function(argument)
         if not hasattr(result, "__await__"):
             return result
         loads = loads_of_this_context()
