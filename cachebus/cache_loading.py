@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cachebus.bus import Turn
 from cachebus.messages import Found, Get, Missing, bare
 
-from .cached import Decorator, Loads
+from .cached import TURNS_OF_A_MISS, Decorator, Loads
 from .checks import TimeToLive, check_key, check_keys
 from .landing import job_of
 from .link import Link, run
@@ -88,7 +88,10 @@ class CacheLoading:
         self._turns_left = left = self._turns_left - 1
         if type(reply) is Found and left > 0 and idle_ttl is None:
             return reply.value
-        found = await self.finish_get(request, reply)
+        self._turns_left = left - TURNS_OF_A_MISS
+        # The commonest miss, without the coroutine.
+        missed = type(reply) is Missing and left > 0 and key and key.isascii()
+        found = reply if missed else await self.finish_get(request, reply)
         options = LoadOptions.of(
             ttl=ttl,
             tags=tags,
@@ -233,7 +236,8 @@ class SyncCacheLoading:
         if type(reply) is Found and idle_ttl is None:
             return reply.value
         cache = self._opened()
-        found = run(cache.finish_get(request, reply))
+        missed = type(reply) is Missing and key and key.isascii()
+        found = reply if missed else run(cache.finish_get(request, reply))
         options = LoadOptions.of(
             ttl=ttl,
             tags=tags,

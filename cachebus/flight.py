@@ -76,11 +76,14 @@ class Raised:
 class Load:
     """The call of one loader: a node of the wait-for graph. `thread` is where it runs, or where its event loop does."""
 
-    __slots__ = ("done", "thread", "waits_for")
+    __slots__ = ("landed", "thread", "waits_for")
+
+    landed: bool
+    """Whether there is an outcome."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.done = False
+        self.landed = False
         self.waits_for: dict[Load, int] = {}
 
 
@@ -116,7 +119,7 @@ class _Waiting:
     def __init__(self, load: Load) -> None:
         self._for = load
         loads = _loading.get()
-        self._chain = [each for each in loads if not each.done] if loads else loads
+        self._chain = [each for each in loads if not each.landed] if loads else loads
         self._me = self._chain[-1] if self._chain else None
 
     def __enter__(self) -> None:
@@ -151,27 +154,23 @@ def _reaches(start: Load, goal: Load) -> bool:
     return False
 
 
-class Flight:
+class Flight(Load):
     """What everybody waits for who wants the value of one load. Tasks of any event loop and threads may wait.
 
     When the last of them stops waiting, `cancel` is called, unless one of them has said that the load shall go on.
     """
 
-    __slots__ = ("_guard", "_kept", "_landed", "_outcome", "_ports", "cancel", "load")
+    __slots__ = ("_guard", "_kept", "_outcome", "_ports", "cancel")
 
-    def __init__(self, load: Load | None = None) -> None:
-        self.load = load or Load()
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.waits_for = {}
+        self.landed = False
         self.cancel: Callable[[], None] | None = None
         self._guard = threading.Lock()
         self._ports: dict[Port, None] = {}
         self._kept = False
-        self._landed = False
         self._outcome: Any = None
-
-    @property
-    def landed(self) -> bool:
-        """Whether there is an outcome."""
-        return self._landed
 
     def keep(self) -> None:
         """Let the load go on when nobody waits for it any more."""
@@ -182,7 +181,7 @@ class Flight:
     ) -> Any:
         """The outcome, or `LATE` after `timeout` seconds; with `keep` the load goes on all the same then. `begin` is
         called once the caller counts as waiting."""
-        with _Waiting(self.load):
+        with _Waiting(self):
             if begin is not None and not self._begin(begin):
                 return self._outcome
             port = open_port()
@@ -201,8 +200,8 @@ class Flight:
         self, timeout: float | None = None, *, keep: bool = False, begin: Callable[[], None] | None = None
     ) -> Any:
         """As `wait`, blocking this thread. Raises `CacheError` if it is the thread that loads."""
-        with _Waiting(self.load):
-            if begin is None and self.load.thread == threading.get_ident() and not self._landed:
+        with _Waiting(self):
+            if begin is None and self.thread == threading.get_ident() and not self.landed:
                 raise CacheError(
                     "the key is being loaded by a task of this very thread, which a blocking call would stop;"
                     " await a coroutine function, or call from another thread"
@@ -224,10 +223,9 @@ class Flight:
     def land(self, outcome: Any) -> None:
         """Give everybody who waits the outcome. Only the first one counts."""
         with self._guard:
-            if self._landed:
+            if self.landed:
                 return
-            self._landed = True
-            self.load.done = True
+            self.landed = True
             self._outcome = outcome
         for port in self._ports:
             port.answer(outcome)
@@ -242,20 +240,20 @@ class Flight:
         except BaseException:
             self._leave(_LEADER)
             raise
-        return not self._landed
+        return not self.landed
 
     def _board(self, port: Port) -> bool:
         with self._guard:
-            if not self._landed:
+            if not self.landed:
                 self._ports[port] = None
                 return True
         return False
 
     def _leave(self, port: Port) -> None:
-        if self._landed:
+        if self.landed:
             return
         with self._guard:
-            if self._landed:
+            if self.landed:
                 return
             del self._ports[port]
             forsaken = not self._ports and not self._kept

@@ -47,6 +47,8 @@ from .ways import Way
 
 logger = logging.getLogger("cachebus")
 
+_NO_TURN: Any = object()
+
 
 class Job:
     """A key to be loaded: how, and with which tags. `call` calls the loader, `asynchronous` if it is a coroutine function,
@@ -133,31 +135,26 @@ class Landings:
     def _token(self) -> str:
         return f"{self._owner}-{next(self._numbers)}"
 
-    async def _lease(self, way: Way, job: Job, token: str, wait: float = 0.0, *, refresh: bool = False) -> Any:
-        request = self._lease_request(job, token, wait, refresh=refresh)
+    async def _lease(self, way: Way, request: GetOrLease, turned: Any = _NO_TURN) -> Any:
+        """The reply to somebody who wants a lease, from what its turn has returned if it was taken."""
         try:
-            if wait:
-                reply = await way.ask(request, wait)
-            else:
-                reply = way.link.turn_lease(request)
-                if type(reply) is not LeaseGranted:
-                    reply = await way.finish(request, reply)
+            reply: Any = await (way.ask(request, request.wait) if turned is _NO_TURN else way.finish(request, turned))
         except (CapabilityError, CacheClosed):
             raise
         except BaseException:
             # It may be granted all the same, to nobody.
-            self._give_back(way, job, token)
+            self._give_back(way, request.key, request.token)
             raise
         if isinstance(reply, NotHeld):
-            self._give_back(way, job, token)  # As above, with a reply that stands for the error.
+            self._give_back(way, request.key, request.token)  # As above, with a reply that stands for the error.
         return reply
 
     def _lease_request(self, job: Job, token: str, wait: float = 0.0, *, refresh: bool = False) -> GetOrLease:
         return GetOrLease(job.key, self._owner, token, job.options.lease_ttl, wait, job.tags, refresh)
 
-    def _give_back(self, way: Way, job: Job, token: str | None, error: str = "", late: Found | None = None) -> None:
+    def _give_back(self, way: Way, key: str, token: str | None, error: str = "", late: Found | None = None) -> None:
         if token:
-            way.link.send(Release(job.key, token, error, late))
+            way.link.send(Release(key, token, error, late))
 
     # Loading
 
@@ -179,7 +176,7 @@ class Landings:
         if token in self.flights:
             self._forget(token)
         if not flight.landed:
-            self._give_back(way, job, token)
+            self._give_back(way, job.key, token)
             flight.land(ABANDONED)
 
     def _forget(self, token: str) -> None:
@@ -193,7 +190,7 @@ class Landings:
         outcome: Any
         try:
             context = self._context(job, stale, started) if job.told else None
-            with carry_loads((*loads_of_this_context(), flight.load)):
+            with carry_loads((*loads_of_this_context(), flight)):
                 report = LoadReport(way.link, job.key)
                 with report:
                     loaded = await way.call(job.call, context, asynchronous=job.asynchronous)
@@ -205,10 +202,10 @@ class Landings:
                 outcome = await self._keep(way, job, token, result, report.duration)
         except LeftOut:
             outcome = LEFT_OUT
-            self._give_back(way, job, token)
+            self._give_back(way, job.key, token)
         except Exception as error:
             outcome = Raised(error)
-            self._give_back(way, job, token, type(error).__name__)
+            self._give_back(way, job.key, token, type(error).__name__)
         if token:
             self._forget(token)
         flight.land(outcome)
@@ -225,7 +222,7 @@ class Landings:
         """Call a loader of many keys and land the one flight of all of them, storing what it brings."""
         outcome: Any
         try:
-            with carry_loads((*loads_of_this_context(), flight.load)):
+            with carry_loads((*loads_of_this_context(), flight)):
                 report = LoadReport(way.link, *jobs)
                 with report:
                     loaded = await way.call(group.load, list(jobs), asynchronous=is_asynchronous(group.load))
@@ -233,7 +230,7 @@ class Landings:
         except Exception as error:
             outcome = Raised(error)
             for key, job in jobs.items():
-                self._give_back(way, job, tokens[key], type(error).__name__)
+                self._give_back(way, job.key, tokens[key], type(error).__name__)
         for token in tokens.values():
             if token:
                 self._forget(token)
@@ -252,7 +249,7 @@ class Landings:
         requests: dict[str, Set] = {}
         for key, job in jobs.items():
             if key not in loaded:
-                self._give_back(way, job, tokens[key])
+                self._give_back(way, job.key, tokens[key])
                 continue
             result: Any = as_result(loaded[key])
             if result.unchanged:
@@ -295,7 +292,7 @@ class Landings:
         tags = tuple(dict.fromkeys((*job.tags, *result.tags))) if result.tags else job.tags
         if not result.store:
             late = Found(result.value, tags=tags) if self._declares_all(job, result) else None
-            self._give_back(way, job, token, "", late)
+            self._give_back(way, job.key, token, "", late)
             return None
         ttl = job.options.time_to_live(result, self._chance)
         return Set(job.key, result.value, ttl, tags, None, token or None, job.options.origin(load_time, result))
@@ -313,7 +310,7 @@ class Landings:
         if not (isinstance(outcome, NotStored) and outcome.reason == "lease_lost"):
             # It failed, or that reply stands for a failure: who waits elsewhere is told.
             late = Found(request.value, tags=request.tags) if len(request.tags) == len(job.tags) else None
-            self._give_back(way, job, request.lease or "", "", late)
+            self._give_back(way, job.key, request.lease or "", "", late)
             return False
         if LeaseLost in way.link.emitter.audience.kinds:
             way.link.emitter.emit(LeaseLost(key=job.key))

@@ -79,7 +79,7 @@ class Flights(Watches):
                 leads = start is not None
             else:
                 try:
-                    reply, leads = await self._ask(way, job)
+                    reply, leads = await (self._ask(way, job) if job.remote else self._ask_alone(way, job))
                 except CapabilityError:
                     self._leasing = False
                     continue
@@ -121,8 +121,6 @@ class Flights(Watches):
 
     async def _ask(self, way: Way, job: Job) -> tuple[Any, bool]:
         """What the backend says to somebody who wants the lease of a key, and whether it is this caller who has got it."""
-        if not job.remote:
-            return await self._ask_alone(way, job)
         reply, asked = await self._rounds.ask(way, job.key, lambda: self._ask_alone(way, job))
         return reply[0], reply[1] and asked
 
@@ -132,7 +130,9 @@ class Flights(Watches):
         flight = self.flights[token] = Flight()
         granted = False
         try:
-            reply = await self._lease(way, job, token)
+            reply = way.link.turn_lease(request := self._lease_request(job, token))
+            if type(reply) is not LeaseGranted:
+                reply = await self._lease(way, request, reply)
             granted = isinstance(reply, LeaseGranted)
         finally:
             if not granted:
@@ -191,7 +191,7 @@ class Flights(Watches):
             elif error is not None and not isinstance(error, Overloaded):
                 raise error
             if isinstance(reply, NotHeld):
-                self._give_back(way, jobs[key], tokens[key])
+                self._give_back(way, key, tokens[key])
             replies[key] = None if error is not None or isinstance(reply, NotHeld) else reply
         return replies
 
@@ -235,7 +235,7 @@ class Flights(Watches):
                 self._forget(token)
         if not flight.landed:
             for key, job in jobs.items():
-                self._give_back(way, job, tokens[key])
+                self._give_back(way, job.key, tokens[key])
             flight.land(ABANDONED)
 
     async def _outcome(
@@ -249,6 +249,12 @@ class Flights(Watches):
         started: float,
     ) -> Any:
         """What comes of a flight; the stale value, if that is to be served; `LATE`, if the caller is to load by itself."""
+        if leads and options.soft_timeout is None and options.hard_timeout is None:
+            try:
+                return await way.wait(flight, None, begin=start)
+            finally:
+                if start is not None and not start.begun:
+                    start.call_off()
         timeout, why = self._patience(way, options, leads, stale, started)
         try:
             if timeout == 0.0 and why == "soft":
@@ -276,8 +282,6 @@ class Flights(Watches):
         self, way: Way, options: LoadOptions, leads: bool, stale: Stale | None, started: float
     ) -> tuple[float | None, str]:
         """How long the caller waits, and what for: `soft`, `hard` or `wait` is the limit that comes first."""
-        if leads and options.soft_timeout is None and options.hard_timeout is None:
-            return None, ""
         spent = way.link.bus.clock.monotonic() - started
         limits: list[tuple[float, str]] = []
         if options.soft_timeout is not None and stale is not None:

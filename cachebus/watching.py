@@ -58,7 +58,7 @@ class Watches(Landings):
             self.flights[token] = flight
             granted = False
             try:
-                reply = await self._lease(way, job, token, patience)
+                reply = await self._lease(way, self._lease_request(job, token, patience))
                 granted = isinstance(reply, LeaseGranted)
             except LoaderFailed as error:
                 flight.land(Raised(error))
@@ -100,7 +100,7 @@ class Watches(Landings):
 
         async def work(way: Way) -> None:
             try:
-                reply = await self._lease(way, job, token, refresh=True)
+                reply = await self._lease(way, self._lease_request(job, token, refresh=True))
             except CacheError:
                 return
             if isinstance(reply, LeaseGranted):

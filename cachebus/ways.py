@@ -178,7 +178,7 @@ class Blocking:
             return
 
         def in_thread() -> None:
-            flight.load.thread = threading.get_ident()
+            flight.thread = threading.get_ident()
             try:
                 _work(self, work, ended)
             finally:
