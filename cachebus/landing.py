@@ -16,7 +16,6 @@ from cachebus.messages import (
     Failed,
     Found,
     GetOrLease,
-    LeaseGranted,
     LeaseLost,
     Loaded,
     NotHeld,

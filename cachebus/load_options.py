@@ -6,8 +6,8 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from datetime import timedelta
+from functools import lru_cache
 from types import EllipsisType
 from typing import Literal, cast
 

@@ -42,6 +42,10 @@ class Way(Protocol):
         """Come to the reply from what a turn has returned."""
         ...
 
+    async def probe(self, request: Request[R], patience: float) -> R:
+        """As `ask`, for the error as it is, which counts nowhere."""
+        ...
+
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         """Ask the backend several things at once. What fails is a `Failed` among the replies."""
         ...
@@ -68,6 +72,9 @@ class Awaiting:
         self.link = link
         self.ask: Any = link.request
         self.finish: Any = link.finish
+
+    async def probe(self, request: Request[R], patience: float) -> R:
+        return await self.link.probe(request, self.link.timeout + patience)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         replies: list[Any] = [None] * len(requests)
@@ -142,6 +149,9 @@ class Blocking:
         self.link = link
         self.ask: Any = link.request_blocking
         self.finish: Any = link.finish_blocking
+
+    async def probe(self, request: Request[R], patience: float) -> R:
+        return await self.link.probe_blocking(request, self.link.timeout + patience)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         replies: list[Any] = []

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from cachebus.messages import (
     Reply,
     Request,
     Scan,
+    WatchLease,
 )
 
 from .redis_cluster_walk import ClusterWalks
@@ -35,6 +36,7 @@ from .redis_plan import Plan
 from .redis_slots import SLOTS, SlotTraffic, read_redirection, slot_of
 from .redis_topology import Topology
 from .redis_values import VALUE_MAX
+from .redis_watch import LeaseWatch
 
 __all__ = ["RedisClusterStore"]
 
@@ -88,6 +90,7 @@ class RedisClusterStore:
         self._traffic = SlotTraffic()
         self._topology: Topology | None = None
         self._walks: ClusterWalks | None = None
+        self._watch = LeaseWatch(self.listener, namespace)
         # Slots that are being moved, of which each command takes one key only: one about keys at two servers is refused.
         self._moving: set[int] = set()
 
@@ -117,6 +120,7 @@ class RedisClusterStore:
         if self._topology is None or self._walks is None:
             return
         try:
+            await self._watch.close()
             await self._walks.finish()
             while not self._traffic.idle:
                 await self._traffic.change()
@@ -139,6 +143,9 @@ class RedisClusterStore:
             except CacheError as error:
                 reason = error
         raise reason
+
+    def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:
+        self._watch.watch(request, told)
 
     def gauges(self) -> Gauges:
         return Gauges()

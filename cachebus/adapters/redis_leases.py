@@ -61,6 +61,10 @@ local function expiry_of(raw)
   local _, expiry = struct.unpack('>dd', raw)
   return expiry
 end
+local function tell_end(key, token, error)
+  -- On the channel of the namespace, to those who wait elsewhere. If that is forbidden to us, they ask again by themselves.
+  redis.pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.char(#token) .. token .. error)
+end
 local function put_lease(key, token, lease_ms, until_ms, stale)
   local life = lease_ms
   if stale ~= '' and until_ms - now_ms > life then life = until_ms - now_ms end
@@ -111,6 +115,7 @@ COMMIT = Script.of(
 -- ARGV: token, form and value, milliseconds to live, milliseconds to be kept; '' is for ever. The answer is the version, or
 -- that of what is in the way, negated.
 local key, token = KEYS[1], ARGV[1]
+tell_end(key, token, '')
 local raw = redis.call('GET', key)
 local old = 0
 if raw and #raw >= 8 and not is_lease(raw) then old = struct.unpack('>d', raw) end
@@ -159,8 +164,9 @@ return 0
 RELEASE = Script.of(
     _MARK
     + """
--- ARGV: token. The answer is 1 if it was held.
+-- ARGV: token, name of the error that the loader has failed with. The answer is 1 if it was held.
 local key, token = KEYS[1], ARGV[1]
+tell_end(key, token, ARGV[2])
 local raw = redis.call('GET', key)
 if is_lease(raw) then
   local held, deadline, until_ms, stale = parts(raw)
@@ -200,7 +206,7 @@ def lease_call(request: Leases, key: str) -> tuple[list[Argument], Script, Parse
     if isinstance(request, Renew):
         ttl = request.lease_ttl
         return [*keys, request.token, _ms(ttl)], RENEW, lambda held, _: Renewed(ttl) if held else NotHeld()
-    return [*keys, request.token], RELEASE, lambda held, _: Released() if held else NotHeld()
+    return [*keys, request.token, request.error], RELEASE, lambda held, _: Released() if held else NotHeld()
 
 
 def commit_call(request: Set, key: str, body: bytes, px: str) -> tuple[list[Argument], Script, Parsed]:

@@ -77,6 +77,7 @@ from .leases import (
     Renew,
     Renewed,
     Stale,
+    WatchLease,
 )
 from .replies import (
     Cleared,
@@ -219,6 +220,7 @@ __all__ = [
     "TakeSnapshot",
     "Touch",
     "Ttl",
+    "WatchLease",
     "WrongType",
     "bare",
     "error_class",
