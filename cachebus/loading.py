@@ -283,6 +283,8 @@ class Flights(Watches):
     ) -> tuple[float | None, str]:
         """How long the caller waits, and what for: `soft`, `hard` or `wait` is the limit that comes first."""
         spent = way.link.bus.clock.monotonic() - started
+        if not leads and options.hard_timeout is None and (stale is None or options.soft_timeout is None):
+            return max(0.0, options.wait_limit - spent), "wait"
         limits: list[tuple[float, str]] = []
         if options.soft_timeout is not None and stale is not None:
             limits.append((max(0.0, options.soft_timeout - spent), "soft"))

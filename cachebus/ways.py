@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
+from anyio.lowlevel import checkpoint
 
 from cachebus.bus.tasks import spawn
 from cachebus.messages import CacheError, Failed, Request
@@ -50,16 +51,20 @@ class Way(Protocol):
         """Ask the backend several things at once. What fails is a `Failed` among the replies."""
         ...
 
-    async def wait(
+    def wait(
         self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """As `Flight.wait`."""
+        ...
 
     async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
         """Call `function`, which calls a loader, and await what it returns if that is to be awaited."""
 
     async def pause(self, seconds: float) -> None:
         """Let time pass."""
+
+    async def gather(self) -> None:
+        """Let those come who are about to come by themselves."""
 
     def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
         """Do the work of a flight. `alone`, whoever asks does not wait for it."""
@@ -90,10 +95,10 @@ class Awaiting:
                 tasks.start_soon(ask, at)
         return replies
 
-    async def wait(
+    def wait(
         self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
-    ) -> Any:
-        return await flight.wait(timeout, keep=keep, begin=begin)
+    ) -> Coroutine[Any, Any, Any]:
+        return flight.wait(timeout, keep=keep, begin=begin)
 
     async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
         try:
@@ -111,6 +116,9 @@ class Awaiting:
     async def pause(self, seconds: float) -> None:
         clock = self.link.bus.clock
         await clock.sleep_until(clock.monotonic() + seconds)
+
+    async def gather(self) -> None:
+        await checkpoint()
 
     def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
         flight.cancel = spawn(lambda: work(self), ended)
@@ -181,6 +189,9 @@ class Blocking:
 
     async def pause(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 (this coroutine runs in a thread that may block, and never suspends)
+
+    async def gather(self) -> None:
+        """Nobody: threads come when they like."""
 
     def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
         if not alone or not _threads.acquire(blocking=False):
