@@ -90,8 +90,9 @@ class CacheLoading:
             return reply.value
         self._turns_left = left - TURNS_OF_A_MISS
         # The commonest miss, without the coroutine.
-        missed = type(reply) is Missing and left > 0 and key and key.isascii()
-        found = reply if missed else await self.finish_get(request, reply)
+        found: Any = reply
+        if type(reply) is not Missing or left <= 0 or not key or not key.isascii():
+            found = await self.finish_get(request, reply)
         options = LoadOptions.of(
             ttl=ttl,
             tags=tags,
@@ -236,8 +237,9 @@ class SyncCacheLoading:
         if type(reply) is Found and idle_ttl is None:
             return reply.value
         cache = self._opened()
-        missed = type(reply) is Missing and key and key.isascii()
-        found = reply if missed else run(cache.finish_get(request, reply))
+        found: Any = reply
+        if type(reply) is not Missing or not key or not key.isascii():
+            found = run(cache.finish_get(request, reply))
         options = LoadOptions.of(
             ttl=ttl,
             tags=tags,

@@ -80,7 +80,11 @@ def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> J
     if not callable(loader):
         raise TypeError(f"a loader must be callable, not {loader!r}")
     told = wants_argument(loader)
-    call = loader if told else lambda context: loader()
+
+    def untold(context: object) -> Any:
+        return loader()
+
+    call = loader if told else untold
     return Job(key, call, options, options.tags, asynchronous=is_asynchronous(loader), remote=remote, told=told)
 
 

@@ -90,7 +90,7 @@ def as_result(loaded: object) -> LoadResult | Bare:
 
 def wants_argument(loader: Loader) -> bool:
     """Whether a loader has a parameter that must be given."""
-    function, bound = (loader.__func__, 1) if type(loader) is MethodType else (loader, 0)
+    function, bound = (loader.__func__, 1) if isinstance(loader, MethodType) else (loader, 0)
     if type(function) is FunctionType and not function.__dict__:
         # Most are this, and reading it off takes a twentieth of the time of making a signature.
         return function.__code__.co_argcount - len(function.__defaults__ or ()) > bound

@@ -33,7 +33,18 @@ def sharing(kind: str) -> Iterator[Shared]:
             return
         nats = stack.enter_context(run_nats())
         backend = stack.enter_context(run_redis()).url if kind == "worker on redis" else "memory://"
-        command = [sys.executable, "-m", "cachebus", "worker", "--bus", nats.url, "--namespace", "fleet", "--backend", backend]
+        command = [
+            sys.executable,
+            "-m",
+            "cachebus",
+            "worker",
+            "--bus",
+            nats.url,
+            "--namespace",
+            "fleet",
+            "--backend",
+            backend,
+        ]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CACHEBUS_")}
         worker = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -53,9 +53,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._now = 0.0
         self._numbers = itertools.count()
 
-    def create_task(self, coroutine: Any, **options: Any) -> Any:
+    def create_task(self, coro: Any, *, name: object = None, context: Any = None) -> Any:
         # Not by a factory, with which loads would not begin at once.
-        return NumberedTask(coroutine, loop=self, **options)
+        return NumberedTask(coro, loop=self, context=context)
 
     def next_number(self) -> int:
         return next(self._numbers)

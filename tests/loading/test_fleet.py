@@ -60,7 +60,11 @@ def test_when_whoever_loads_is_killed_there_is_exactly_one_more_load(shared: Sha
 @pytest.mark.parametrize("shared", ["redis", "worker", "worker on redis"], indirect=True)
 def test_the_error_of_a_loader_goes_to_all_who_wait_and_the_next_may_try_at_once(shared: Shared) -> None:
     waiting = ("--callers", "200", "--name", "of another")
-    with fleet(shared, ("--callers", "200", "--seconds", "1.0", "--fails"), waiting, waiting) as (first, *others, next_):
+    with fleet(shared, ("--callers", "200", "--seconds", "1.0", "--fails"), waiting, waiting) as (
+        first,
+        *others,
+        next_,
+    ):
         first.begin()
         first.says("loading")
         for each in others:
@@ -109,7 +113,13 @@ def test_those_who_wait_are_told_and_do_not_ask_again_and_again(redis: Shared) -
         first.says("loading")
         before = _calls(redis.redis, "evalsha")
         other.begin()
-        assert other.result() | {"took": 0} == {"loads": 0, "values": ["value"], "errors": [], "answers": 500, "took": 0}
+        assert other.result() | {"took": 0} == {
+            "loads": 0,
+            "values": ["value"],
+            "errors": [],
+            "answers": 500,
+            "took": 0,
+        }
         asked = _calls(redis.redis, "evalsha") - before
         assert first.result()["values"] == ["value"]
     assert asked <= 2 + 1.0 / 0.125 + 4, "no more than as a backstop, in a second of waiting"
