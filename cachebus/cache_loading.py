@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cachebus.bus import Turn
 from cachebus.messages import Found, Get, Missing, bare
 
-from .cached import Decorator, Loads
+from .cached import TURNS_OF_A_MISS, Decorator, Loads
 from .checks import check_key, check_keys
 from .landing import job_of
 from .link import Link, run
@@ -94,7 +94,11 @@ class CacheLoading:
         self._turns_left = left = self._turns_left - 1
         if type(reply) is Found and left > 0 and idle_ttl is None:
             return reply.value
-        found = await self.finish_get(request, reply)
+        self._turns_left = left - TURNS_OF_A_MISS
+        # The commonest miss, without the coroutine.
+        found: Any = reply
+        if type(reply) is not Missing or left <= 0 or not key or not key.isascii():
+            found = await self.finish_get(request, reply)
         options = LoadOptions.of(
             ttl=ttl,
             tags=tags,
@@ -247,7 +251,9 @@ class SyncCacheLoading:
         if type(reply) is Found and idle_ttl is None:
             return reply.value
         cache = self._opened()
-        found = run(cache.finish_get(request, reply))
+        found: Any = reply
+        if type(reply) is not Missing or not key or not key.isascii():
+            found = run(cache.finish_get(request, reply))
         options = LoadOptions.of(
             ttl=ttl,
             tags=tags,

@@ -25,6 +25,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+TURNS_OF_A_MISS = 16
+"""What a miss counts for among the turns after which an event loop lets other tasks run: it takes so much longer than a hit,
+and where its loader does not wait, nothing else lets them."""
+
+
 class Decorator(Protocol):
     """Turns a function, coroutine function or plain one, into its cached self, with the same signature and types."""
 
@@ -62,7 +67,7 @@ class Loads(Flights):
 
             def tags_of(args: Any, kwargs: Any) -> tuple[str, ...]:
                 # Checked again: two templates may give the same tag, or none.
-                return check_tags([each(*args, **kwargs) for each in tag_templates])
+                return check_tags([each(*args, **kwargs) for each in tag_templates]) if tag_templates else ()
 
             make: Any = self._coroutine if is_asynchronous(function) else self._plain
             return cast("Callable[P, T]", functools.wraps(function)(make(function, key_of, tags_of, options)))
@@ -89,6 +94,7 @@ class Loads(Flights):
             turns_left -= 1
             if type(reply) is Found and turns_left > 0 and not slides:
                 return reply.value
+            turns_left -= TURNS_OF_A_MISS
             if turns_left <= 0:
                 turns_left = TURNS_PER_CHECKPOINT
                 await checkpoint()
@@ -103,7 +109,7 @@ class Loads(Flights):
             def call(context: object) -> Any:
                 return function(*args, **kwargs)
 
-            job = Job(request.key, function, call, options, tags, remote=reply is None)
+            job = Job(request.key, call, options, tags, asynchronous=True, remote=reply is None)
             return await self.deliver(Awaiting(link), job, found)
 
         return cached
@@ -135,7 +141,7 @@ class Loads(Flights):
             def call(context: object) -> Any:
                 return _no_coroutine(function(*args, **kwargs), function)
 
-            job = Job(request.key, function, call, options, tags, remote=reply is None)
+            job = Job(request.key, call, options, tags, asynchronous=False, remote=reply is None)
             return run(self.deliver(Blocking(link), job, found))
 
         return cached

@@ -5,10 +5,8 @@ Who waits for whom is kept as a graph, so that loaders that would wait for each 
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -78,12 +76,15 @@ class Raised:
 class Load:
     """The call of one loader: a node of the wait-for graph. `thread` is where it runs, or where its event loop does."""
 
-    __slots__ = ("done", "thread", "waits_for")
+    __slots__ = ("landed", "thread", "waits_for")
+
+    landed: bool
+    """Whether there is an outcome."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.done = False
-        self.waits_for: Counter[Load] = Counter()
+        self.landed = False
+        self.waits_for: dict[Load, int] = {}
 
 
 _graph = threading.Lock()
@@ -95,14 +96,19 @@ def loads_of_this_context() -> tuple[Load, ...]:
     return _loading.get()
 
 
-@contextlib.contextmanager
-def carry_loads(loads: tuple[Load, ...]) -> Generator[None, None, None]:
-    """Work for these loads, so that their loader can be told from others."""
-    token = _loading.set(loads)
-    try:
-        yield
-    finally:
-        _loading.reset(token)
+class carry_loads:  # noqa: N801 (a function to whoever uses it; a generator would take four times as long)
+    """Work for these loads, so that their loader can be told from others: a context manager."""
+
+    __slots__ = ("_loads", "_token")
+
+    def __init__(self, loads: tuple[Load, ...]) -> None:
+        self._loads = loads
+
+    def __enter__(self) -> None:
+        self._token = _loading.set(self._loads)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _loading.reset(self._token)
 
 
 class _Waiting:
@@ -112,7 +118,8 @@ class _Waiting:
 
     def __init__(self, load: Load) -> None:
         self._for = load
-        self._chain = [each for each in _loading.get() if not each.done]
+        loads = _loading.get()
+        self._chain = [each for each in loads if not each.landed] if loads else loads
         self._me = self._chain[-1] if self._chain else None
 
     def __enter__(self) -> None:
@@ -124,7 +131,7 @@ class _Waiting:
                 raise CacheError("a loader asks for the very key that it is loading, and would wait for itself")
             if _reaches(self._for, me):
                 raise CacheError("a loader asks for a key whose loader waits for it: they would wait for ever")
-            me.waits_for[self._for] += 1
+            me.waits_for[self._for] = me.waits_for.get(self._for, 0) + 1
 
     def __exit__(self, *exc_info: object) -> None:
         if self._me is not None:
@@ -147,27 +154,23 @@ def _reaches(start: Load, goal: Load) -> bool:
     return False
 
 
-class Flight:
+class Flight(Load):
     """What everybody waits for who wants the value of one load. Tasks of any event loop and threads may wait.
 
     When the last of them stops waiting, `cancel` is called, unless one of them has said that the load shall go on.
     """
 
-    __slots__ = ("_guard", "_kept", "_landed", "_outcome", "_ports", "cancel", "load")
+    __slots__ = ("_guard", "_kept", "_outcome", "_ports", "cancel")
 
-    def __init__(self, load: Load | None = None) -> None:
-        self.load = load or Load()
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.waits_for = {}
+        self.landed = False
         self.cancel: Callable[[], None] | None = None
         self._guard = threading.Lock()
         self._ports: dict[Port, None] = {}
         self._kept = False
-        self._landed = False
         self._outcome: Any = None
-
-    @property
-    def landed(self) -> bool:
-        """Whether there is an outcome."""
-        return self._landed
 
     def keep(self) -> None:
         """Let the load go on when nobody waits for it any more."""
@@ -178,13 +181,15 @@ class Flight:
     ) -> Any:
         """The outcome, or `LATE` after `timeout` seconds; with `keep` the load goes on all the same then. `begin` is
         called once the caller counts as waiting."""
-        port = open_port()
-        with _Waiting(self.load):
-            if not self._board(port):
+        with _Waiting(self):
+            if begin is not None and not self._begin(begin):
                 return self._outcome
+            port = open_port()
             try:
+                if not self._board(port):
+                    return self._outcome
                 if begin is not None:
-                    begin()
+                    self._leave(_LEADER)
                 outcome = await port.wait(timeout, lambda: LATE)
                 self._kept = self._kept or (keep and outcome is LATE)
                 return outcome
@@ -195,18 +200,20 @@ class Flight:
         self, timeout: float | None = None, *, keep: bool = False, begin: Callable[[], None] | None = None
     ) -> Any:
         """As `wait`, blocking this thread. Raises `CacheError` if it is the thread that loads."""
-        port = ThreadPort()
-        with _Waiting(self.load):
-            if begin is None and self.load.thread == threading.get_ident() and not self._landed:
+        with _Waiting(self):
+            if begin is None and self.thread == threading.get_ident() and not self.landed:
                 raise CacheError(
                     "the key is being loaded by a task of this very thread, which a blocking call would stop;"
                     " await a coroutine function, or call from another thread"
                 )
-            if not self._board(port):
+            if begin is not None and not self._begin(begin):
                 return self._outcome
+            port = ThreadPort()
             try:
+                if not self._board(port):
+                    return self._outcome
                 if begin is not None:
-                    begin()
+                    self._leave(_LEADER)
                 outcome = port.wait(timeout, lambda: LATE)
                 self._kept = self._kept or (keep and outcome is LATE)
                 return outcome
@@ -216,26 +223,51 @@ class Flight:
     def land(self, outcome: Any) -> None:
         """Give everybody who waits the outcome. Only the first one counts."""
         with self._guard:
-            if self._landed:
+            if self.landed:
                 return
-            self._landed = True
-            self.load.done = True
+            self.landed = True
             self._outcome = outcome
         for port in self._ports:
             port.answer(outcome)
 
+    def _begin(self, begin: Callable[[], None]) -> bool:
+        """Begin the load with the caller among those who wait; says whether there is still something to wait for."""
+        # By a stand-in: a load that ends at once, as a plain one does in its caller's thread, needs no port.
+        if not self._board(_LEADER):
+            return False
+        try:
+            begin()
+        except BaseException:
+            self._leave(_LEADER)
+            raise
+        return not self.landed
+
     def _board(self, port: Port) -> bool:
         with self._guard:
-            if not self._landed:
+            if not self.landed:
                 self._ports[port] = None
                 return True
         return False
 
     def _leave(self, port: Port) -> None:
+        if self.landed:
+            return
         with self._guard:
-            if self._landed:
+            if self.landed:
                 return
             del self._ports[port]
             forsaken = not self._ports and not self._kept
         if forsaken and self.cancel is not None:
             self.cancel()
+
+
+class _Leader:
+    """In the place of a port: of the caller who begins a load, until there is something to wait for."""
+
+    waiting = False
+
+    def answer(self, reply: Any) -> None:
+        """Nothing to do: the caller looks for the outcome itself."""
+
+
+_LEADER: Final = _Leader()

@@ -41,32 +41,36 @@ from .flight import (
 )
 from .load_options import LoadOptions
 from .load_report import LoadReport
-from .loaders import LoadContext, Loader, LoadResult, as_result, with_arguments
+from .loaders import Bare, LoadContext, Loader, LoadResult, as_result, is_asynchronous, wants_argument
 from .renewals import Renewals
 from .ways import Way
 
 logger = logging.getLogger("cachebus")
 
+_NO_TURN: Any = object()
+
 
 class Job:
-    """A key to be loaded: how, and with which tags. `call` calls `loader` with what it wants to know; `remote` says that
-    the backend's answers take their time."""
+    """A key to be loaded: how, and with which tags. `call` calls the loader, `asynchronous` if it is a coroutine function,
+    with what it wants to know if it is `told`; `remote` says that the backend's answers take their time."""
 
-    __slots__ = ("call", "key", "loader", "options", "remote", "tags")
+    __slots__ = ("asynchronous", "call", "key", "options", "remote", "tags", "told")
 
     def __init__(
         self,
         key: str,
-        loader: object,
-        call: Callable[[LoadContext], Any],
+        call: Callable[[Any], Any],
         options: LoadOptions,
         tags: tuple[str, ...],
         *,
+        asynchronous: bool,
         remote: bool,
+        told: bool = False,
     ) -> None:
+        self.asynchronous = asynchronous
         self.remote = remote
+        self.told = told
         self.key = key
-        self.loader = loader
         self.call = call
         self.options = options
         self.tags = tags
@@ -76,7 +80,13 @@ def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> J
     """The job of loading a key with a loader that may want to know more."""
     if not callable(loader):
         raise TypeError(f"a loader must be callable, not {loader!r}")
-    return Job(key, loader, lambda context: with_arguments(loader, context)(), options, options.tags, remote=remote)
+    told = wants_argument(loader)
+
+    def untold(context: object) -> Any:
+        return loader()
+
+    call = loader if told else untold
+    return Job(key, call, options, options.tags, asynchronous=is_asynchronous(loader), remote=remote, told=told)
 
 
 class Group:
@@ -129,25 +139,26 @@ class Landings:
     def _token(self) -> str:
         return f"{self._owner}-{next(self._numbers)}"
 
-    async def _lease(self, way: Way, job: Job, token: str, wait: float = 0.0, *, refresh: bool = False) -> Any:
+    async def _lease(self, way: Way, request: GetOrLease, turned: Any = _NO_TURN) -> Any:
+        """The reply to somebody who wants a lease, from what its turn has returned if it was taken."""
         try:
-            reply = await way.ask(self._lease_request(job, token, wait, refresh=refresh), wait)
+            reply: Any = await (way.ask(request, request.wait) if turned is _NO_TURN else way.finish(request, turned))
         except (CapabilityError, CacheClosed):
             raise
         except BaseException:
             # It may be granted all the same, to nobody.
-            self._give_back(way, job, token)
+            self._give_back(way, request.key, request.token)
             raise
         if isinstance(reply, NotHeld):
-            self._give_back(way, job, token)  # As above, with a reply that stands for the error.
+            self._give_back(way, request.key, request.token)  # As above, with a reply that stands for the error.
         return reply
 
     def _lease_request(self, job: Job, token: str, wait: float = 0.0, *, refresh: bool = False) -> GetOrLease:
         return GetOrLease(job.key, self._owner, token, job.options.lease_ttl, wait, job.tags, refresh)
 
-    def _give_back(self, way: Way, job: Job, token: str | None, error: str = "", late: Found | None = None) -> None:
+    def _give_back(self, way: Way, key: str, token: str | None, error: str = "", late: Found | None = None) -> None:
         if token:
-            way.link.send(Release(job.key, token, error, late))
+            way.link.send(Release(key, token, error, late))
 
     # Loading
 
@@ -158,8 +169,7 @@ class Landings:
 
         def begin() -> None:
             self.renewals.hold(way.link, job.key, token, options.lease_ttl)
-            context = self._context(job, stale, started)
-            way.beside(flight, lambda way: self._fly(way, job, flight, token, context), ended, alone=alone)
+            way.beside(flight, lambda way: self._fly(way, job, flight, token, stale, started), ended, alone=alone)
 
         def ended() -> None:
             self._ended(way, job, flight, token)
@@ -167,41 +177,49 @@ class Landings:
         return Start(begin, ended)
 
     def _ended(self, way: Way, job: Job, flight: Flight, token: str) -> None:
-        self._forget(token)
+        if token in self.flights:
+            self._forget(token)
         if not flight.landed:
-            self._give_back(way, job, token)
+            self._give_back(way, job.key, token)
             flight.land(ABANDONED)
 
     def _forget(self, token: str) -> None:
         self.renewals.let_go(token)
         self.flights.pop(token, None)
 
-    async def _fly(self, way: Way, job: Job, flight: Flight, token: str | None, context: LoadContext) -> None:
+    async def _fly(
+        self, way: Way, job: Job, flight: Flight, token: str | None, stale: Stale | Loaded | None, started: float
+    ) -> None:
         """Call the loader and land its flight. With a `token`, store what it brings."""
         outcome: Any
         try:
-            with carry_loads((*loads_of_this_context(), flight.load)):
+            context = self._context(job, stale, started) if job.told else None
+            with carry_loads((*loads_of_this_context(), flight)):
                 report = LoadReport(way.link, job.key)
                 with report:
-                    loaded = await way.call(lambda: job.call(context), job.loader)
-            result = as_result(loaded).resolved(context)
+                    loaded = await way.call(job.call, context, asynchronous=job.asynchronous)
+            result: Any = as_result(loaded)
+            if result.unchanged:
+                result = result.resolved(self._context(job, stale, started))
             outcome = Value(result.value)
             if token is not None:
                 outcome = await self._keep(way, job, token, result, report.duration)
         except LeftOut:
             outcome = LEFT_OUT
-            self._give_back(way, job, token)
+            self._give_back(way, job.key, token)
         except Exception as error:
             outcome = Raised(error)
-            if not await self._remember(way, job, token, error, context):
-                self._give_back(way, job, token, type(error).__name__)
+            if not await self._remember(way, job, token, error, stale):
+                self._give_back(way, job.key, token, type(error).__name__)
         if token:
             self._forget(token)
         flight.land(outcome)
 
-    async def _remember(self, way: Way, job: Job, token: str | None, error: Exception, context: LoadContext) -> bool:
+    async def _remember(
+        self, way: Way, job: Job, token: str | None, error: Exception, stale: Stale | Loaded | None
+    ) -> bool:
         """Store what a loader raised, where that is asked for; says whether it did. A value that may be served stale stays."""
-        if token is None or context.has_stale or (not token and way.link.pipeline is None):
+        if token is None or stale is not None or (not token and way.link.pipeline is None):
             return False  # Of the last, a read that takes a shortcut would not know that it is no value.
         if (record := job.options.record_of(error)) is None:
             return False
@@ -226,15 +244,15 @@ class Landings:
         """Call a loader of many keys and land the one flight of all of them, storing what it brings."""
         outcome: Any
         try:
-            with carry_loads((*loads_of_this_context(), flight.load)):
+            with carry_loads((*loads_of_this_context(), flight)):
                 report = LoadReport(way.link, *jobs)
                 with report:
-                    loaded = await way.call(lambda: group.load(list(jobs)), group.load)
+                    loaded = await way.call(group.load, list(jobs), asynchronous=is_asynchronous(group.load))
             outcome = Values(await self._keep_many(way, jobs, tokens, loaded, report.duration, group.stale))
         except Exception as error:
             outcome = Raised(error)
             for key, job in jobs.items():
-                self._give_back(way, job, tokens[key], type(error).__name__)
+                self._give_back(way, job.key, tokens[key], type(error).__name__)
         for token in tokens.values():
             if token:
                 self._forget(token)
@@ -253,9 +271,11 @@ class Landings:
         requests: dict[str, Set] = {}
         for key, job in jobs.items():
             if key not in loaded:
-                self._give_back(way, job, tokens[key])
+                self._give_back(way, job.key, tokens[key])
                 continue
-            result = as_result(loaded[key]).resolved(self._context(job, stale.get(key), 0.0))
+            result: Any = as_result(loaded[key])
+            if result.unchanged:
+                result = result.resolved(self._context(job, stale.get(key), 0.0))
             outcomes[key] = Value(result.value, shared=self._declares_all(job, result))
             token = tokens[key]
             if token is None:
@@ -272,13 +292,15 @@ class Landings:
                 outcomes[key] = Value(request.value)
         return outcomes
 
-    async def _keep(self, way: Way, job: Job, token: str, result: LoadResult, load_time: float) -> Value:
+    async def _keep(self, way: Way, job: Job, token: str, result: LoadResult | Bare, load_time: float) -> Value:
         """Store a loaded value under its lease; `""` is that of a store without leases."""
         request = self._request(way, job, token, result, load_time)
         if request is not None:
             outcome: Any
             try:
-                outcome = await way.ask(request)
+                outcome = way.link.turn_set(request)
+                if type(outcome) is not Stored:
+                    outcome = await way.finish(request, outcome)
             except CacheClosed:
                 raise
             except CacheError as error:
@@ -287,19 +309,19 @@ class Landings:
                 return Value(result.value)
         return Value(result.value, shared=self._declares_all(job, result))
 
-    def _request(self, way: Way, job: Job, token: str, result: LoadResult, load_time: float) -> Set | None:
+    def _request(self, way: Way, job: Job, token: str, result: LoadResult | Bare, load_time: float) -> Set | None:
         """What to store; `None`, if the loader said not to, and those who wait elsewhere were told."""
-        tags = tuple(dict.fromkeys((*job.tags, *result.tags)))
+        tags = tuple(dict.fromkeys((*job.tags, *result.tags))) if result.tags else job.tags
         if not result.store:
             late = Found(result.value, tags=tags) if self._declares_all(job, result) else None
-            self._give_back(way, job, token, "", late)
+            self._give_back(way, job.key, token, "", late)
             return None
         ttl = job.options.time_to_live(result, self._chance)
         return Set(job.key, result.value, ttl, tags, None, token or None, job.options.origin(load_time, result))
 
-    def _declares_all(self, job: Job, result: LoadResult) -> bool:
+    def _declares_all(self, job: Job, result: LoadResult | Bare) -> bool:
         """Whether the backend knew of all tags from the beginning, so that no invalidation was missed."""
-        return set(result.tags) <= set(job.tags)
+        return not result.tags or set(result.tags) <= set(job.tags)
 
     def _stored(self, way: Way, job: Job, request: Set, outcome: Reply | CacheError) -> bool:
         """Whether a value was stored. It belongs to its callers in any case."""
@@ -310,7 +332,7 @@ class Landings:
         if not (isinstance(outcome, NotStored) and outcome.reason == "lease_lost"):
             # It failed, or that reply stands for a failure: who waits elsewhere is told.
             late = Found(request.value, tags=request.tags) if len(request.tags) == len(job.tags) else None
-            self._give_back(way, job, request.lease or "", "", late)
+            self._give_back(way, job.key, request.lease or "", "", late)
             return False
         if LeaseLost in way.link.emitter.audience.kinds:
             way.link.emitter.emit(LeaseLost(key=job.key))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
-from cachebus.messages import CacheClosed, Event, Get, Request, Set
+from cachebus.messages import CacheClosed, Event, Get, GetOrLease, Request, Set
 
 from .cached_errors import seen
 from .checks import Since, check_since
@@ -22,11 +22,11 @@ CallAfter = Callable[[float, Callable[[], None]], object]
 class Link:
     """A bus, an address on it, the time that a call may take, in seconds, and what failures mean to the caller.
 
-    `turn_get` and `turn_set` take a message's turn on the caller's stack where that is possible. `call_after` calls a
+    `turn_get`, `turn_set` and `turn_lease` take a message's turn on the caller's stack where that is possible. `call_after` calls a
     function that does not wait after so many seconds, on the event loop of the node; it may be called from any thread.
     """
 
-    __slots__ = ("address", "bus", "call_after", "emitter", "failures", "timeout", "turn_get", "turn_set")
+    __slots__ = ("address", "bus", "call_after", "emitter", "failures", "timeout", "turn_get", "turn_lease", "turn_set")
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class Link:
         recipient = bus.recipient(address)
         self.turn_get: Turn = recipient.turn(Get)
         self.turn_set: Turn = recipient.turn(Set)
+        self.turn_lease: Turn = recipient.turn(GetOrLease)
 
     @property
     def pipeline(self) -> PayloadPipeline | None:
@@ -110,7 +111,7 @@ class NoLink(Link):
 
     def __init__(self, why: str) -> None:
         self._why = why
-        self.turn_get = self.turn_set = self._refuse
+        self.turn_get = self.turn_set = self.turn_lease = self._refuse
 
     @property
     def pipeline(self) -> NoReturn:

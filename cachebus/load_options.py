@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from types import EllipsisType
 from typing import Any, Literal, cast
 
@@ -14,7 +15,7 @@ from cachebus.messages import Loaded, Origin, Ttl
 
 from .cached_errors import CachedError, Remembered, check_classes
 from .checks import TimeToLive, check_tags, check_ttl
-from .loaders import LoadResult
+from .loaders import Bare, LoadResult
 
 Duration = float | timedelta
 """Seconds, or a `timedelta`."""
@@ -78,40 +79,32 @@ class LoadOptions:
         error_ttl: Duration | None = None,
     ) -> LoadOptions:
         """The options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
-        checked = cls(
-            ttl="default" if callable(ttl) else check_ttl(ttl),
-            ttl_of=ttl if callable(ttl) else None,
-            cache_errors=check_classes(cache_errors) if cache_errors else (),
-            error_ttl=_seconds("error_ttl", error_ttl),
-            tags=check_tags(tags),
-            stale_for=_seconds("stale_for", stale_for, zero=True) or 0.0,
-            soft_timeout=_seconds("soft_timeout", soft_timeout, zero=True),
-            hard_timeout=_seconds("hard_timeout", hard_timeout),
-            refresh=refresh,
-            refresh_after=_seconds("refresh_after", refresh_after),
-            beta=beta,
-            negative_ttl=_seconds("negative_ttl", negative_ttl),
-            ttl_jitter=ttl_jitter,
-            idle_ttl=_seconds("idle_ttl", idle_ttl),
-            wait=wait,
-            wait_limit=cast("float", _seconds("wait_limit", wait_limit, zero=True)),
-            lease_ttl=cast("float", _seconds("lease_ttl", lease_ttl)),
+        given = (
+            ttl,
+            check_tags(tags),
+            stale_for,
+            soft_timeout,
+            hard_timeout,
+            refresh,
+            refresh_after,
+            beta,
+            negative_ttl,
+            ttl_jitter,
+            idle_ttl,
+            wait,
+            wait_limit,
+            lease_ttl,
+            check_classes(cache_errors) if cache_errors else (),
+            error_ttl,
         )
-        if wait not in ("load", "stale", "raise"):
-            raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {wait!r}")
-        if refresh is not None and refresh != "xfetch" and not (type(refresh) is float and 0 < refresh < 1):
-            raise ValueError(f"refresh must be 'xfetch' or a part of the lifetime between 0 and 1, not {refresh!r}")
-        if not 0 <= ttl_jitter < 1:
-            raise ValueError(f"ttl_jitter must be a part of the ttl, from 0 to below 1, not {ttl_jitter!r}")
-        if not 0 < beta < math.inf:
-            raise ValueError(f"beta must be a positive number, not {beta!r}")
-        if idle_ttl is not None and not isinstance(checked.ttl, float):
-            raise ValueError("idle_ttl needs a ttl in seconds, which caps it")
-        if bool(checked.cache_errors) != (error_ttl is not None):
-            raise ValueError("cache_errors and error_ttl need each other: which exceptions are kept, and for how long")
-        return checked
+        if callable(ttl):
+            return _checked(*given)  # Mostly one of each call's own, which is not to be kept.
+        try:
+            return _checked_once(*given)
+        except TypeError:
+            return _checked(*given)  # Something that cannot be hashed, or is wrong: the error says which.
 
-    def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
+    def time_to_live(self, result: LoadResult | Bare, chance: random.Random) -> Ttl:
         """What a loaded value is given: by its own loader if that said so, else by these options."""
         if not isinstance(result.ttl, EllipsisType):
             ttl = check_ttl(result.ttl)
@@ -137,7 +130,7 @@ class LoadOptions:
         """The exception that was kept, if this caller asks for such."""
         return remembered.error.rebuilt(self.cache_errors) if self.cache_errors else None
 
-    def origin(self, load_time: float, result: LoadResult) -> Origin | None:
+    def origin(self, load_time: float, result: LoadResult | Bare) -> Origin | None:
         """What is kept of the load beside the value, if anything will ask for it."""
         stale_for = self.stale_for
         if result.stale_for is not None:
@@ -160,6 +153,62 @@ class LoadOptions:
             # 1 - random() is never 0, whose logarithm there is none of.
             return -found.load_time * self.beta * math.log(1.0 - chance.random()) >= left
         return self.refresh is not None and found.lifetime - left >= self.refresh * found.lifetime
+
+
+def _checked(
+    ttl: LoadTtl,
+    tags: tuple[str, ...],
+    stale_for: Duration,
+    soft_timeout: Duration | None,
+    hard_timeout: Duration | None,
+    refresh: Refresh,
+    refresh_after: Duration | None,
+    beta: float,
+    negative_ttl: Duration | None,
+    ttl_jitter: float,
+    idle_ttl: Duration | None,
+    wait: WaitPolicy,
+    wait_limit: Duration,
+    lease_ttl: Duration,
+    cache_errors: tuple[type[Exception], ...],
+    error_ttl: Duration | None,
+) -> LoadOptions:
+    checked = LoadOptions(
+        ttl="default" if callable(ttl) else check_ttl(ttl),
+        ttl_of=ttl if callable(ttl) else None,
+        cache_errors=cache_errors,
+        error_ttl=_seconds("error_ttl", error_ttl),
+        tags=tags,
+        stale_for=_seconds("stale_for", stale_for, zero=True) or 0.0,
+        soft_timeout=_seconds("soft_timeout", soft_timeout, zero=True),
+        hard_timeout=_seconds("hard_timeout", hard_timeout),
+        refresh=refresh,
+        refresh_after=_seconds("refresh_after", refresh_after),
+        beta=beta,
+        negative_ttl=_seconds("negative_ttl", negative_ttl),
+        ttl_jitter=ttl_jitter,
+        idle_ttl=_seconds("idle_ttl", idle_ttl),
+        wait=wait,
+        wait_limit=cast("float", _seconds("wait_limit", wait_limit, zero=True)),
+        lease_ttl=cast("float", _seconds("lease_ttl", lease_ttl)),
+    )
+    if wait not in ("load", "stale", "raise"):
+        raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {wait!r}")
+    if refresh is not None and refresh != "xfetch" and not (type(refresh) is float and 0 < refresh < 1):
+        raise ValueError(f"refresh must be 'xfetch' or a part of the lifetime between 0 and 1, not {refresh!r}")
+    if not 0 <= ttl_jitter < 1:
+        raise ValueError(f"ttl_jitter must be a part of the ttl, from 0 to below 1, not {ttl_jitter!r}")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be a positive number, not {beta!r}")
+    if idle_ttl is not None and not isinstance(checked.ttl, float):
+        raise ValueError("idle_ttl needs a ttl in seconds, which caps it")
+    if bool(cache_errors) != (error_ttl is not None):
+        raise ValueError("cache_errors and error_ttl need each other: which exceptions are kept, and for how long")
+    return checked
+
+
+_checked_once = lru_cache(maxsize=256, typed=True)(_checked)
+"""Checking takes as long as storing the value. By type, because 1 and True are equal, and `True` is no time."""
 
 
 def _seconds(name: str, duration: object, *, zero: bool = False) -> float | None:

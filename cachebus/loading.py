@@ -36,7 +36,7 @@ from .failures import MISSED
 from .flight import ABANDONED, LATE, LEFT_OUT, Flight, LeftOut, Raised, Value, Values
 from .landing import Group, Job, Start
 from .load_options import LoadOptions
-from .loaders import LoadContext, Loader
+from .loaders import LoadContext, Loader, is_asynchronous
 from .rounds import Rounds
 from .watching import FIRST_PAUSE, LONGEST_PAUSE, Watches, name_of
 from .ways import Way
@@ -82,7 +82,7 @@ class Flights(Watches):
                 leads = start is not None
             else:
                 try:
-                    reply, leads = await self._ask(way, job)
+                    reply, leads = await (self._ask(way, job) if job.remote else self._ask_alone(way, job))
                 except CapabilityError:
                     self._leasing = False
                     continue
@@ -125,8 +125,6 @@ class Flights(Watches):
 
     async def _ask(self, way: Way, job: Job) -> tuple[Any, bool]:
         """What the backend says to somebody who wants the lease of a key, and whether it is this caller who has got it."""
-        if not job.remote:
-            return await self._ask_alone(way, job)
         reply, asked = await self._rounds.ask(way, job.key, lambda: self._ask_alone(way, job))
         return reply[0], reply[1] and asked
 
@@ -136,10 +134,12 @@ class Flights(Watches):
         flight = self.flights[token] = Flight()
         granted = False
         try:
-            reply = await self._lease(way, job, token)
-            if isinstance(reply, Remembered) and job.options.recalled(reply) is None:
-                # An exception that this caller did not ask for: to be loaded anew, in its place.
-                reply = await self._lease(way, job, token, refresh=True)
+            reply = way.link.turn_lease(request := self._lease_request(job, token))
+            if type(reply) is not LeaseGranted:
+                reply = await self._lease(way, request, reply)
+                if isinstance(reply, Remembered) and job.options.recalled(reply) is None:
+                    # An exception that this caller did not ask for: to be loaded anew, in its place.
+                    reply = await self._lease(way, self._lease_request(job, token, refresh=True))
             granted = isinstance(reply, LeaseGranted)
         finally:
             if not granted:
@@ -150,7 +150,11 @@ class Flights(Watches):
     async def fetch_many(self, way: Way, keys: Sequence[str], load: Loader, options: LoadOptions) -> dict[str, Any]:
         """The values of keys that are missing: those that nobody loads by one call of `load`, the others as they come."""
         started = way.link.bus.clock.monotonic()
-        jobs = {key: Job(key, load, _calls_for_one(load, key), options, options.tags, remote=True) for key in keys}
+        asynchronous = is_asynchronous(load)
+        jobs = {
+            key: Job(key, _calls_for_one(load, key), options, options.tags, asynchronous=asynchronous, remote=True)
+            for key in keys
+        }
         flight = Flight()
         asked = {key: self._token() for key in jobs}
         self.flights.update(dict.fromkeys(asked.values(), flight))
@@ -194,7 +198,7 @@ class Flights(Watches):
             elif error is not None and not isinstance(error, Overloaded):
                 raise error
             if isinstance(reply, NotHeld):
-                self._give_back(way, jobs[key], tokens[key])
+                self._give_back(way, key, tokens[key])
             replies[key] = None if error is not None or isinstance(reply, NotHeld) else reply
         return replies
 
@@ -238,7 +242,7 @@ class Flights(Watches):
                 self._forget(token)
         if not flight.landed:
             for key, job in jobs.items():
-                self._give_back(way, job, tokens[key])
+                self._give_back(way, job.key, tokens[key])
             flight.land(ABANDONED)
 
     async def _outcome(
@@ -252,6 +256,12 @@ class Flights(Watches):
         started: float,
     ) -> Any:
         """What comes of a flight; the stale value, if that is to be served; `LATE`, if the caller is to load by itself."""
+        if leads and options.soft_timeout is None and options.hard_timeout is None:
+            try:
+                return await way.wait(flight, None, begin=start)
+            finally:
+                if start is not None and not start.begun:
+                    start.call_off()
         timeout, why = self._patience(way, options, leads, stale, started)
         try:
             if timeout == 0.0 and why == "soft":
@@ -280,6 +290,8 @@ class Flights(Watches):
     ) -> tuple[float | None, str]:
         """How long the caller waits, and what for: `soft`, `hard` or `wait` is the limit that comes first."""
         spent = way.link.bus.clock.monotonic() - started
+        if not leads and options.hard_timeout is None and (stale is None or options.soft_timeout is None):
+            return max(0.0, options.wait_limit - spent), "wait"
         limits: list[tuple[float, str]] = []
         if options.soft_timeout is not None and stale is not None:
             limits.append((max(0.0, options.soft_timeout - spent), "soft"))
@@ -300,12 +312,11 @@ class Flights(Watches):
     async def _load_alone(self, way: Way, job: Job, started: float) -> Any:
         """Load for this caller only, and store nothing: somebody else may be doing so."""
         flight = Flight()
-        context = self._context(job, None, started)
 
         def begin() -> None:
             way.beside(
                 flight,
-                lambda way: self._fly(way, job, flight, None, context),
+                lambda way: self._fly(way, job, flight, None, None, started),
                 ended,
                 alone=job.options.hard_timeout is not None,
             )
@@ -346,7 +357,7 @@ class Flights(Watches):
             except CacheError as error:
                 flight.land(Raised(error))
                 return
-            await self._fly(way, job, flight, "", self._context(job, None, started))
+            await self._fly(way, job, flight, "", None, started)
 
         options = job.options
         alone = options.soft_timeout is not None or options.hard_timeout is not None

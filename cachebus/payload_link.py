@@ -77,7 +77,7 @@ class PayloadLink(Link):
     `offload_above` bytes or more are packed and unpacked in a worker thread.
     """
 
-    __slots__ = ("_debug", "_inner_get", "_inner_set", "_offload_above", "_pipeline", "_told")
+    __slots__ = ("_debug", "_inner_get", "_inner_lease", "_inner_set", "_offload_above", "_pipeline", "_told")
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class PayloadLink(Link):
         self._offload_above = offload_above
         self._debug = debug
         self._told: set[str] = set()
-        self._inner_get, self._inner_set = self.turn_get, self.turn_set
-        self.turn_get, self.turn_set = self._coded_get, self._coded_set
+        self._inner_get, self._inner_set, self._inner_lease = self.turn_get, self.turn_set, self.turn_lease
+        self.turn_get, self.turn_set, self.turn_lease = self._coded_get, self._coded_set, self._coded_lease
 
     @property
     def pipeline(self) -> PayloadPipeline:
@@ -132,6 +132,8 @@ class PayloadLink(Link):
         """As `Link.finish`."""
         # What most calls of a remote backend come by: it does the commonest of what `_settle` does, in a third of the time.
         coded: Any = message
+        if type(message) is GetOrLease:
+            return cast("R", await self._answer(_WAITING, message, message, reply))
         if type(reply) is _Content:
             write: Any = message
             return cast("R", await self._answer(_WAITING, message, await self._written(write, None, reply.serialized)))
@@ -186,6 +188,11 @@ class PayloadLink(Link):
         coded = with_value(message, value)
         reply = self._inner_set(coded)
         return reply if type(reply) is Stored else _Handed(coded, reply)
+
+    def _coded_lease(self, message: GetOrLease) -> Any:
+        reply = self._inner_lease(message)
+        # A grant without a value is ready. What has a value to be read is, like what is not answered, to be finished.
+        return reply if type(reply) is LeaseGranted and reply.stale is None else _Handed(message, reply)
 
     def _prepared(self, message: Any) -> Any:
         """The message with payloads for values. Raises `CacheSerializationError` and the like before anything is sent."""

@@ -2,7 +2,8 @@
 
 An answer is only good for those who asked before the question left: to a later one it may be out of date. So whoever comes
 while a question is under way belongs to the next round, which begins when this one has ended. However many ask, there are
-two questions: one under way, and one to come.
+two questions: one under way, and one to come. Tasks that an event loop has woken together, as with the replies of one
+batch, are in one round.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from .ways import Way
 class Round(Flight):
     """The callers that one question is asked for."""
 
-    __slots__ = ("next",)
+    __slots__ = ("left", "next")
 
     def __init__(self) -> None:
         super().__init__()
         self.next: Round | None = None
+        self.left = False  # The question, on its way.
 
 
 class Rounds:
@@ -50,7 +52,9 @@ class Rounds:
             try:
                 if before is not None:
                     await way.wait(before, None)
-                    self._begin(key, mine)
+                else:
+                    await way.gather()
+                self._begin(key, mine)
                 answer = await question()
                 outcome = Value(answer)
                 return answer, True
@@ -68,6 +72,8 @@ class Rounds:
             if current is None:
                 mine = self._rounds[key] = Round()
                 return mine, None, True
+            if not current.left:
+                return current, None, False
             if current.next is None:
                 current.next = Round()
                 return current.next, current, True
@@ -76,6 +82,7 @@ class Rounds:
     def _begin(self, key: str, mine: Round) -> None:
         with self._guard:
             self._rounds[key] = mine
+            mine.left = True
 
     def _end(self, key: str, mine: Round, before: Round | None) -> None:
         with self._guard:

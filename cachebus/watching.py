@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from cachebus.messages import (
+    BadMessage,
     CacheError,
+    CapabilityError,
     Found,
     LeaseGranted,
     Loaded,
@@ -13,6 +15,7 @@ from cachebus.messages import (
     NotHeld,
     Stale,
     Touch,
+    WatchLease,
 )
 
 from .cached_errors import Remembered
@@ -21,7 +24,8 @@ from .landing import Job, Landings, Start
 from .ways import Way
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
-"""Seconds between two questions to a store that cannot let a caller wait: the first pause, and the longest."""
+"""Seconds between two questions to a store that does not let a caller wait: the first pause, and the longest. Where the
+store tells the end of a lease it is asked after that, or after the longest."""
 
 
 class Watches(Landings):
@@ -30,6 +34,7 @@ class Watches(Landings):
     def forked(self) -> None:
         super().forked()
         self._refreshing: set[str] = set()
+        self._told = True
 
     # Waiting for somebody else
 
@@ -59,7 +64,7 @@ class Watches(Landings):
             self.flights[token] = flight
             granted = False
             try:
-                reply = await self._lease(way, job, token, patience)
+                reply = await self._lease(way, self._lease_request(job, token, patience))
                 granted = isinstance(reply, LeaseGranted)
             except LoaderFailed as error:
                 flight.land(Raised(error))
@@ -75,16 +80,41 @@ class Watches(Landings):
             if isinstance(reply, LeaseGranted):
                 self.renewals.hold(way.link, job.key, token, job.options.lease_ttl)
                 try:
-                    await self._fly(way, job, flight, token, self._context(job, reply.stale, now()))
+                    await self._fly(way, job, flight, token, reply.stale, now())
                 finally:
                     self._ended(way, job, flight, token)
                 return
             if isinstance(reply, NotHeld | Remembered):
                 return  # As where the question failed.
-            if not isinstance(reply, Missing) and (name := name_of(reply)) != theirs and name in self.flights:
+            seconds = pause * (0.5 + self._chance.random() / 2)
+            if isinstance(reply, Missing):
+                await way.pause(seconds)
+            elif (name := name_of(reply)) != theirs and name in self.flights:
                 return  # A caller of this process loads by now: who waits here asks again, and joins it.
-            await way.pause(pause * (0.5 + self._chance.random() / 2))
+            else:
+                left = min(patience, max(reply.remaining, FIRST_PAUSE))
+                if (failed := await self._ended_elsewhere(way, job, name, seconds, left)) is not None:
+                    flight.land(Raised(failed))
+                    return
             pause = min(pause * 1.5, LONGEST_PAUSE)
+
+    async def _ended_elsewhere(self, way: Way, job: Job, name: str, pause: float, left: float) -> LoaderFailed | None:
+        """Wait for the end of a lease that another process holds: until the store tells, where it can, or for `pause`
+        seconds. It may say that the loader has failed."""
+        if self._told:
+            # An end that is not told, as that of a lease that a delete has taken away, is found a little later.
+            wait = min(left, LONGEST_PAUSE * (0.5 + self._chance.random() / 2))
+            try:
+                await way.probe(WatchLease(job.key, name, wait), wait)
+                return None
+            except LoaderFailed as error:
+                return error
+            except (CapabilityError, BadMessage):
+                self._told = False
+            except CacheError:
+                pass  # Whatever is wrong: the next question says it.
+        await way.pause(pause)
+        return None
 
     # Hits that are not only read
 
@@ -101,13 +131,13 @@ class Watches(Landings):
 
         async def work(way: Way) -> None:
             try:
-                reply = await self._lease(way, job, token, refresh=True)
+                reply = await self._lease(way, self._lease_request(job, token, refresh=True))
             except CacheError:
                 return
             if isinstance(reply, LeaseGranted):
                 self.renewals.hold(way.link, key, token, job.options.lease_ttl)
                 started = way.link.bus.clock.monotonic()
-                await self._fly(way, job, flight, token, self._context(job, found, started))
+                await self._fly(way, job, flight, token, found, started)
             else:
                 flight.land(ABANDONED)
 

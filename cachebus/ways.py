@@ -7,11 +7,12 @@ import inspect
 import threading
 import time
 from asyncio import CancelledError, _get_running_loop, current_task
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
+from anyio.lowlevel import checkpoint
 
 from cachebus.bus.tasks import spawn
 from cachebus.messages import CacheError, Failed, Request
@@ -19,7 +20,7 @@ from cachebus.messages import CacheError, Failed, Request
 from .background import BACKGROUND
 from .flight import Flight, carry_loads, loads_of_this_context
 from .link import Link, run
-from .loaders import awaited, is_asynchronous
+from .loaders import awaited
 
 R = TypeVar("R")
 Work = Callable[["Way"], Coroutine[Any, Any, None]]
@@ -38,20 +39,32 @@ class Way(Protocol):
         """Ask the backend, up to `patience` seconds longer than a call may take."""
         ...
 
+    async def finish(self, request: Request[R], reply: Any) -> R:
+        """Come to the reply from what a turn has returned."""
+        ...
+
+    async def probe(self, request: Request[R], patience: float) -> R:
+        """As `ask`, for the error as it is, which counts nowhere."""
+        ...
+
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         """Ask the backend several things at once. What fails is a `Failed` among the replies."""
         ...
 
-    async def wait(
+    def wait(
         self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """As `Flight.wait`."""
+        ...
 
-    async def call(self, function: Callable[[], Any], loader: object) -> Any:
-        """Call `function`, which calls `loader`, and await what it returns if that is to be awaited."""
+    async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
+        """Call `function`, which calls a loader, and await what it returns if that is to be awaited."""
 
     async def pause(self, seconds: float) -> None:
         """Let time pass."""
+
+    async def gather(self) -> None:
+        """Let those come who are about to come by themselves."""
 
     def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
         """Do the work of a flight. `alone`, whoever asks does not wait for it."""
@@ -63,6 +76,10 @@ class Awaiting:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.ask: Any = link.request
+        self.finish: Any = link.finish
+
+    async def probe(self, request: Request[R], patience: float) -> R:
+        return await self.link.probe(request, self.link.timeout + patience)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         replies: list[Any] = [None] * len(requests)
@@ -78,16 +95,17 @@ class Awaiting:
                 tasks.start_soon(ask, at)
         return replies
 
-    async def wait(
+    def wait(
         self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
-    ) -> Any:
-        return await flight.wait(timeout, keep=keep, begin=begin)
+    ) -> Coroutine[Any, Any, Any]:
+        return flight.wait(timeout, keep=keep, begin=begin)
 
-    async def call(self, function: Callable[[], Any], loader: object) -> Any:
+    async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
         try:
-            if is_asynchronous(loader):
-                return await awaited(function())
-            return await awaited(await _in_worker_thread(function))
+            if asynchronous:
+                result = await function(argument)
+                return await awaited(result) if isinstance(result, Awaitable) else result
+            return await awaited(await _in_worker_thread(lambda: function(argument)))
         except CancelledError:
             task = current_task() if _get_running_loop() is not None else None
             if task is not None and not task.cancelling():
@@ -98,6 +116,9 @@ class Awaiting:
     async def pause(self, seconds: float) -> None:
         clock = self.link.bus.clock
         await clock.sleep_until(clock.monotonic() + seconds)
+
+    async def gather(self) -> None:
+        await checkpoint()
 
     def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
         flight.cancel = spawn(lambda: work(self), ended)
@@ -135,6 +156,10 @@ class Blocking:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.ask: Any = link.request_blocking
+        self.finish: Any = link.finish_blocking
+
+    async def probe(self, request: Request[R], patience: float) -> R:
+        return await self.link.probe_blocking(request, self.link.timeout + patience)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         replies: list[Any] = []
@@ -150,8 +175,8 @@ class Blocking:
     ) -> Any:
         return flight.wait_in_thread(timeout, keep=keep, begin=begin)
 
-    async def call(self, function: Callable[[], Any], loader: object) -> Any:
-        result = function()
+    async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
+        result = function(argument)
         if not hasattr(result, "__await__"):
             return result
         loads = loads_of_this_context()
@@ -165,13 +190,16 @@ class Blocking:
     async def pause(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 (this coroutine runs in a thread that may block, and never suspends)
 
+    async def gather(self) -> None:
+        """Nobody: threads come when they like."""
+
     def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
         if not alone or not _threads.acquire(blocking=False):
             _work(self, work, ended)
             return
 
         def in_thread() -> None:
-            flight.load.thread = threading.get_ident()
+            flight.thread = threading.get_ident()
             try:
                 _work(self, work, ended)
             finally:

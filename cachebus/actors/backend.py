@@ -51,13 +51,14 @@ from cachebus.messages import (
     TagsInvalidated,
     TakeSnapshot,
     Touch,
+    WatchLease,
 )
 
 from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
 from .late import LateStore
 from .outcomes import Tally, tell_facts
-from .ports import BatchStore, InlineStore, LeasingStore, PipelinedStore, Store
+from .ports import BatchStore, InlineStore, LeasingStore, PipelinedStore, Store, WatchfulStore
 from .resilience import Guard
 
 STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
@@ -167,6 +168,10 @@ class BackendActor(Actor):
             table.batch.update(dict.fromkeys(self._pipelined.apart, self._on_apart))
         else:
             table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_batch))
+        if isinstance(self._store, WatchfulStore):
+            table.waiting[WatchLease] = self._watch
+        else:
+            table.plain[WatchLease] = _refuse(self._store, WatchLease)
         return table
 
     def pause(self, waiting: int) -> TaskPort | None:
@@ -297,6 +302,13 @@ class BackendActor(Actor):
                 tell_facts(request, reply, self.ctx.tell)
         finally:
             turn_trace.reset(token)
+
+    async def _watch(self, request: WatchLease) -> Deferred:
+        # It waits for nothing: a coroutine, so that it is the actor's task that asks, on the store's event loop.
+        assert isinstance(self._store, WatchfulStore)
+        promise = self.ctx.defer()
+        self._store.watch(request, promise.answer)
+        return promise
 
     # Events of an inline store
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred
-from cachebus.messages import RemovalCause, Reply, Request
+from cachebus.messages import RemovalCause, Reply, Request, WatchLease
 
 __all__ = [
     "SYSTEM_CLOCK",
@@ -23,6 +23,7 @@ __all__ = [
     "RemovalListener",
     "Replied",
     "Store",
+    "WatchfulStore",
     "WriteListener",
 ]
 
@@ -140,6 +141,14 @@ class PipelinedStore(BatchStore, Protocol):
         Called on the store's event loop, but not from its actor's task. It saves a lone caller the way to that task.
         """
         ...
+
+
+@runtime_checkable
+class WatchfulStore(Store, Protocol):
+    """A store that is told by its server when a lease has ended, and tells who waits for it."""
+
+    def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:
+        """Call `told` once, with a reply to `request`, now or later. Called on the store's event loop; does not wait."""
 
 
 @runtime_checkable

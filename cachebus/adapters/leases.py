@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from cachebus.actors.ports import Deferred
 from cachebus.messages import GetOrLease, Overloaded, Reply
@@ -173,9 +173,9 @@ class LeaseTable:
             self._floor = version
             self._lost_tags.clear()
 
-    def was_lost(self, lease: Lease, tags: Iterable[str]) -> bool:
+    def was_lost(self, lease: Lease, tags: Collection[str]) -> bool:
         """Whether one of `tags` was invalidated since the lease was granted."""
-        return any(max(self._lost_tags.get(tag, 0.0), self._floor) > lease.granted for tag in tags)
+        return bool(tags) and any(max(self._lost_tags.get(tag, 0.0), self._floor) > lease.granted for tag in tags)
 
     # Time
 

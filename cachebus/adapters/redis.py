@@ -21,17 +21,20 @@ from cachebus.messages import (
     Failed,
     Reply,
     Request,
+    WatchLease,
 )
 
 from .redis_commands import Command, changes, sendable_again
 from .redis_connection import RedisConnection
 from .redis_dial import Dial, Identity, Place, TlsFiles, find_master
 from .redis_errors import BACKEND, STALE_ROLE, code_of
+from .redis_listener import RedisListener
 from .redis_plan import Plan
 from .redis_pool import RedisPool
 from .redis_tags import TagSpace
 from .redis_values import VALUE_MAX
 from .redis_walk import remove_matching
+from .redis_watch import LeaseWatch
 
 __all__ = ["Identity", "Place", "RedisStore", "TlsFiles"]
 
@@ -98,6 +101,7 @@ class RedisStore:
         self._max_connections = max_connections
         self._pool: RedisPool | None = None
         self._walks: set[asyncio.Task[None]] = set()
+        self._watch = LeaseWatch(self.listener, namespace)
 
     def __repr__(self) -> str:
         return f"<RedisStore {self._prefix!r} at {', '.join(map(str, self._places))}>"
@@ -116,6 +120,7 @@ class RedisStore:
     async def close(self) -> None:
         """Finish what is under way, then close; cancelled, break it off."""
         try:
+            await self._watch.close()
             while self._walks:
                 await asyncio.wait(self._walks)
             if self._pool is not None:
@@ -125,6 +130,13 @@ class RedisStore:
                 walk.cancel()
             if self._pool is not None:
                 self._pool.drop()
+
+    def listener(self) -> RedisListener:
+        """A listener to the server's channels, with a connection of its own. Whoever asks for it closes it."""
+        return RedisListener(self._connect, clock=self._dial.clock)
+
+    def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:
+        self._watch.watch(request, told)
 
     def gauges(self) -> Gauges:
         return Gauges()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,13 +22,16 @@ from cachebus.messages import (
     Reply,
     Request,
     Scan,
+    WatchLease,
 )
 
 from .redis_cluster_tags import Stamps, looks_for_tags, wants_stamps
 from .redis_cluster_walk import ClusterWalks
 from .redis_commands import Command
+from .redis_connection import RedisConnection
 from .redis_dial import Dial, Identity, Place, TlsFiles
 from .redis_errors import BACKEND, code_of, moving, overtaken
+from .redis_listener import RedisListener
 from .redis_node import ClusterNode, Trip, UnderWay
 from .redis_plan import Plan
 from .redis_scripts import LATE_IS_WRONG
@@ -35,6 +39,7 @@ from .redis_slots import SLOTS, SlotTraffic, read_redirection, slot_of
 from .redis_tags import TagSpace
 from .redis_topology import Topology
 from .redis_values import VALUE_MAX
+from .redis_watch import LeaseWatch
 
 __all__ = ["RedisClusterStore"]
 
@@ -99,6 +104,7 @@ class RedisClusterStore:
         self._traffic = SlotTraffic()
         self._topology: Topology | None = None
         self._walks: ClusterWalks | None = None
+        self._watch = LeaseWatch(self.listener, namespace)
         # Slots that are being moved, of which each command takes one key only: one about keys at two servers is refused.
         self._moving: set[int] = set()
 
@@ -128,6 +134,7 @@ class RedisClusterStore:
         if self._topology is None or self._walks is None:
             return
         try:
+            await self._watch.close()
             await self._walks.finish()
             while not self._traffic.idle:
                 await self._traffic.change()
@@ -135,6 +142,24 @@ class RedisClusterStore:
         finally:
             self._walks.cancel()
             self._topology.drop()
+
+    def listener(self) -> RedisListener:
+        """A listener to the cluster's channels, with a connection of its own to any server. Whoever asks for it closes
+        it."""
+        return RedisListener(self._connect_anywhere, clock=self._dial.clock)
+
+    async def _connect_anywhere(self) -> RedisConnection:
+        places = [] if self._topology is None else self._topology.map.places()
+        reason: CacheError = CacheConnectionError("no server of the cluster is known", BACKEND)
+        for place in dict.fromkeys((*random.sample(places, len(places)), *self._seeds)):
+            try:
+                return await self._dial.connect(place)
+            except CacheError as error:
+                reason = error
+        raise reason
+
+    def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:
+        self._watch.watch(request, told)
 
     def gauges(self) -> Gauges:
         return Gauges()

@@ -68,6 +68,10 @@ local function expiry_of(raw)
   local _, expiry = struct.unpack('>dd', raw)
   return expiry
 end
+local function tell_end(key, token, error)
+  -- On the channel of the namespace, to those who wait elsewhere. If that is forbidden to us, they ask again by themselves.
+  redis.pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.char(#token) .. token .. error)
+end
 local function put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
   local life = lease_ms
   if stale ~= '' and until_ms - now_ms > life then life = until_ms - now_ms end
@@ -127,6 +131,7 @@ COMMIT = Twin(
 -- ARGV: token, form and value, milliseconds to live, milliseconds to be kept; '' is for ever; 16 bytes about tags. The answer
 -- is the version, or that of what is in the way, negated.
 local key, token, body = KEYS[1], ARGV[1], ARGV[2]
+tell_end(key, token, '')
 local raw = redis.call('GET', key)
 local old, stamp, known, back, back_until = 0, nil, '', '', 0
 if raw and #raw >= 8 and not is_lease(raw) then old = struct.unpack('>d', raw) end
@@ -190,8 +195,9 @@ return 0
 RELEASE = Twin(
     _MARK
     + """
--- ARGV: token. The answer is 1 if it was held.
+-- ARGV: token, name of the error that the loader has failed with. The answer is 1 if it was held.
 local key, token = KEYS[1], ARGV[1]
+tell_end(key, token, ARGV[2])
 local raw = redis.call('GET', key)
 if is_lease(raw) then
   local held, deadline, until_ms, stale, stamp, known = parts(raw)
@@ -234,7 +240,11 @@ def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -
         ttl = request.lease_ttl
         words = [*keys, request.token, _ms(ttl), *more]
         return words, RENEW.at(here), lambda held, _: Renewed(ttl) if held else NotHeld()
-    return [*keys, request.token, *more], RELEASE.at(here), lambda held, _: Released() if held else NotHeld()
+    return (
+        [*keys, request.token, request.error, *more],
+        RELEASE.at(here),
+        lambda held, _: Released() if held else NotHeld(),
+    )
 
 
 def commit_call(

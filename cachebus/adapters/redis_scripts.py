@@ -22,6 +22,11 @@ for i = 1, #KEYS do
     old = unpack('>d', raw)
     if old == -1 then
       exists = false
+      -- The lease of a load that is overtaken: whoever waits for it finds this value (see redis_watch.py).
+      local lease = call('GETRANGE', key, 25, 280)
+      if lease ~= '' then
+        pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.sub(lease, 1, 1 + string.byte(lease)))
+      end
     elseif only_if ~= '' and #raw >= 16 then
       local expiry = unpack('>d', raw, 9)
       exists = not (expiry > 0 and expiry <= now_ms)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 from asyncio import _get_running_loop
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 _running: set[asyncio.Task[None]] = set()  # A loop holds its tasks weakly.
@@ -17,12 +17,23 @@ def spawn(function: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[],
     thread.
 
     `function` must not raise. `ended` is called once, whatever happens: also when it is cancelled before its first step,
-    and when the event loop ends first.
+    and when the event loop ends first. On asyncio the first step is taken at once, on this stack: what does not have to
+    wait has ended when this returns, and nobody waited for the event loop to come round.
     """
     loop = _get_running_loop()
     if loop is None:
         return _spawn_in_trio(function, ended)
-    task = loop.create_task(function())
+    if loop.get_task_factory() is None:
+        work = _Begun(function())
+        context = contextvars.copy_context()
+        task = loop.create_task(work, context=context)
+        context.run(work.begin, loop, task)
+        if work.over:
+            ended()  # The task has one step left, which finds that nothing is left to do.
+            return _nothing
+    else:
+        # Whose tasks are of another kind, and may begin when they like.
+        task = loop.create_task(function())
     _running.add(task)
 
     def done(task: asyncio.Task[None]) -> None:
@@ -39,6 +50,68 @@ def spawn(function: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[],
             loop.call_soon_threadsafe(task.cancel)
 
     return cancel
+
+
+def _nothing() -> None:
+    """Cancel what is over."""
+
+
+class _Begun(Coroutine[Any, Any, None]):
+    """A coroutine whose task takes it over after its first step.
+
+    That step is taken in the name of the task, so that what looks for the current task in it (a timeout, a task group, a
+    cancel scope) finds the one that will go on. Python 3.12 can do this by itself (`eager_start`); 3.11 cannot.
+    """
+
+    __slots__ = ("_awaits", "_coroutine", "_error", "over")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._coroutine = coroutine
+        self._awaits: Any = None
+        self._error: BaseException | None = None
+        self.over = False
+
+    def begin(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
+        """Take the first step. What it raises is raised by the task."""
+        present = asyncio.current_task(loop)
+        if present is not None:
+            asyncio._leave_task(loop, present)
+        asyncio._enter_task(loop, task)
+        try:
+            self._awaits = self._coroutine.send(None)
+        except StopIteration:
+            self.over = True
+        except BaseException as error:
+            self._error = error
+        finally:
+            asyncio._leave_task(loop, task)
+            if present is not None:
+                asyncio._enter_task(loop, present)
+
+    def send(self, value: Any) -> Any:
+        if self.over:
+            raise StopIteration
+        if self._error is not None:
+            raise self._error
+        if self._awaits is not None:
+            awaits, self._awaits = self._awaits, None
+            return awaits
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        if self.over:
+            raise StopIteration
+        if self._awaits is not None:
+            awaits, self._awaits = self._awaits, None
+            if isinstance(error[0], asyncio.CancelledError) and awaits.cancel():
+                return awaits  # Cancelled before its second step: what it waits for is cancelled, as for any task.
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        raise NotImplementedError("a task drives it")
 
 
 def _spawn_in_trio(function: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[], None]) -> Callable[[], None]:

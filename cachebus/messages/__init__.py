@@ -79,6 +79,7 @@ from .leases import (
     Renew,
     Renewed,
     Stale,
+    WatchLease,
 )
 from .rates import Admit, Admitted, Refused
 from .replies import (
@@ -227,6 +228,7 @@ __all__ = [
     "TakeSnapshot",
     "Touch",
     "Ttl",
+    "WatchLease",
     "WrongType",
     "bare",
     "error_class",

@@ -101,6 +101,21 @@ class GetOrLease(Request[Found | Stale | LeaseGranted | Loading]):
     IDEMPOTENT: ClassVar[bool] = True
 
 
+@message("lease.watch")
+class WatchLease(Request[NotHeld | Loading]):
+    """Wait for up to `wait` seconds until the lease `token` of a key, which somebody else holds, has ended.
+
+    The reply says no more than that: whoever asked looks what is there now. It is `Loading` when time is up. Where the
+    loader has failed, it is the error `LoaderFailed`. A store that lets callers wait with `GetOrLease`, or that hears
+    nothing of the end of a lease, refuses it with `CapabilityError`.
+    """
+
+    key: str
+    token: str
+    wait: float
+    IDEMPOTENT: ClassVar[bool] = True
+
+
 @message("lease.renew")
 class Renew(Request[Renewed | NotHeld]):
     """Hold a lease for `lease_ttl` seconds from now."""

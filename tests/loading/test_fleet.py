@@ -1,87 +1,49 @@
-"""Real processes over a real Redis: one load in all of them, whoever dies."""
+"""Real processes over a real Redis, and over a worker on a real NATS: one load in all of them, whoever dies or is stopped."""
 
 from __future__ import annotations
 
-import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from cachebus.testing.servers import Server, run_redis
-from tests.house.paths import ROOT
+from cachebus.testing.servers import Server, redis_command
+from tests.loading.fleet import Shared, fleet, sharing
+
+STOPS = int(os.environ.get("CACHEBUS_TEST_STOPS", "1"))
+"""How often the holder of a lease is stopped: 200 in a soak."""
+
+
+@pytest.fixture(params=["redis", "worker"])
+def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
+    with sharing(request.param) as shared:
+        yield shared
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with run_redis() as running:
-        yield running
+def redis() -> Iterator[Shared]:
+    with sharing("redis") as shared:
+        yield shared
 
 
-class Process:
-    """A worker under way."""
-
-    def __init__(self, url: str, callers: int, seconds: float, lease_ttl: float) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.loading.worker", url, str(callers), str(seconds), str(lease_ttl)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-
-    def says(self, what: str) -> None:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        assert line == what
-
-    def begin(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def result(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        raise AssertionError(f"no result, exit code {self.process.wait()}")
-
-
-@contextmanager
-def fleet(count: int, *, url: str, callers: int, seconds: float, lease_ttl: float = 10.0) -> Iterator[list[Process]]:
-    """So many workers, ready to begin."""
-    processes = [Process(url, callers, seconds, lease_ttl) for _ in range(count)]
-    try:
-        for each in processes:
-            each.says("ready")
-        yield processes
-    finally:
-        for each in processes:
-            each.process.kill()
-            each.process.communicate()
-
-
+@pytest.mark.parametrize("shared", ["redis", "worker", "worker on redis"], indirect=True)
 @pytest.mark.parametrize("count", [2, 4])
-def test_1000_callers_in_several_processes_make_one_load(server: Server, count: int) -> None:
-    with fleet(count, url=server.url, callers=1000 // count, seconds=0.01) as processes:
+def test_1000_callers_in_several_processes_make_one_load(shared: Shared, count: int) -> None:
+    with fleet(shared, *[("--callers", str(1000 // count))] * count) as processes:
         for each in processes:
             each.begin()
         results = [each.result() for each in processes]
     assert sum(result["loads"] for result in results) == 1
-    assert [result["values"] for result in results] == [["value"]] * count
+    assert [(result["values"], result["errors"]) for result in results] == [(["value"], [])] * count
     assert sum(result["answers"] for result in results) == 1000
 
 
-def test_when_whoever_loads_is_killed_there_is_exactly_one_more_load(server: Server) -> None:
-    with fleet(3, url=server.url, callers=50, seconds=1.0, lease_ttl=0.5) as processes:
-        first, *others = processes
+def test_when_whoever_loads_is_killed_there_is_exactly_one_more_load(shared: Shared) -> None:
+    words = ("--callers", "50", "--seconds", "1.0", "--lease-ttl", "0.5")
+    with fleet(shared, words, words, words) as (first, *others):
         first.begin()
         first.says("loading")
         for each in others:
@@ -95,24 +57,78 @@ def test_when_whoever_loads_is_killed_there_is_exactly_one_more_load(server: Ser
     assert took < 0.5 + 1.0 + 1.5, "the lease, the load, and a little"
 
 
-def test_whoever_was_stopped_for_longer_than_its_lease_does_not_store(server: Server) -> None:
-    with fleet(2, url=server.url, callers=1, seconds=0.3, lease_ttl=0.5) as (paused, other):
-        paused.begin()
-        paused.says("loading")
-        paused.process.send_signal(signal.SIGSTOP)
+@pytest.mark.parametrize("shared", ["redis", "worker", "worker on redis"], indirect=True)
+def test_the_error_of_a_loader_goes_to_all_who_wait_and_the_next_may_try_at_once(shared: Shared) -> None:
+    waiting = ("--callers", "200", "--name", "of another")
+    with fleet(shared, ("--callers", "200", "--seconds", "1.0", "--fails"), waiting, waiting) as (
+        first,
+        *others,
+        next_,
+    ):
+        first.begin()
+        first.says("loading")
+        for each in others:
+            each.begin()
+        results = [each.result() for each in (first, *others)]
+        next_.begin()
+        last = next_.result()
+    assert [result["loads"] for result in results] == [1, 0], "who waits does not load"
+    assert [result["values"] for result in results] == [[], []]
+    assert [result["errors"] for result in results] == [["OSError: the source is away"], ["LoaderFailed: OSError"]]
+    assert (last["loads"], last["values"]) == (1, ["value of another"])
+    assert last["took"] < 0.5, "the lease was given back"
+
+
+def test_with_a_stale_value_the_error_of_a_loader_is_nobodys(shared: Shared) -> None:
+    failing = ("--callers", "20", "--seconds", "0.5", "--fails")
+    with fleet(shared, ("--ttl", "0.01"), failing, failing) as (first, *others):
+        first.begin()
+        assert first.result()["values"] == ["value"]
+        for each in others:
+            each.begin()
+        results = [each.result() for each in others]
+    assert [(result["values"], result["errors"]) for result in results] == [(["value"], [])] * 2
+
+
+def test_whoever_was_stopped_for_longer_than_its_lease_does_not_store(shared: Shared) -> None:
+    for number in range(STOPS):
+        key = ("--key", f"key{number}")
+        paused = (*key, "--seconds", "0.2", "--lease-ttl", "0.2", "--name", "too late")
+        with fleet(shared, paused, (*key, "--name", "in time"), (*key, "--name", "new")) as (stopped, loads, reads):
+            stopped.begin()
+            stopped.says("loading")
+            stopped.process.send_signal(signal.SIGSTOP)
+            loads.begin()
+            assert loads.result()["values"] == ["value in time"]
+            stopped.process.send_signal(signal.SIGCONT)
+            assert stopped.result()["values"] == ["value too late"], "its callers have what it has loaded"
+            reads.begin()
+            assert reads.result()["values"] == ["value in time"], "and the store has not"
+
+
+def test_those_who_wait_are_told_and_do_not_ask_again_and_again(redis: Shared) -> None:
+    assert redis.redis is not None
+    with fleet(redis, ("--seconds", "1.0"), ("--callers", "500")) as (first, other):
+        first.begin()
+        first.says("loading")
+        before = _calls(redis.redis, "evalsha")
         other.begin()
-        assert other.result()["loads"] == 1
-        stored = server_version(server)
-        paused.process.send_signal(signal.SIGCONT)
-        result = paused.result()
-    assert result["values"] == ["value"], "its callers have what it has loaded"
-    assert server_version(server) == stored, "and the store what the other has"
+        assert other.result() | {"took": 0} == {
+            "loads": 0,
+            "values": ["value"],
+            "errors": [],
+            "answers": 500,
+            "took": 0,
+        }
+        asked = _calls(redis.redis, "evalsha") - before
+        assert first.result()["values"] == ["value"]
+    assert asked <= 2 + 1.0 / 0.125 + 4, "no more than as a backstop, in a second of waiting"
 
 
-def server_version(server: Server) -> Any:
-    """The version of the entry under the key, read past cachebus."""
-    import redis
-
-    with redis.Redis.from_url(server.url) as client:
-        raw: Any = client.get("fleet:key")
-        return raw[:8]
+def _calls(server: Server, command: str) -> int:
+    """How often a server was given a command."""
+    for line in redis_command(server, "INFO", "commandstats").decode().splitlines():
+        if line.startswith(f"cmdstat_{command}:"):
+            found: Any = line.split("calls=")[1].split(",")[0]
+            return int(found)
+    return 0

@@ -136,6 +136,7 @@ def test_a_loader_that_is_cancelled_from_inside_is_an_error_and_not_everybodys_n
         async def load() -> None:
             nonlocal calls
             calls += 1
+            await asyncio.sleep(0)  # So that the others come meanwhile.
             never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             never.cancel()
             await never

@@ -219,3 +219,69 @@ async def test_who_waits_too_long_for_another_does_as_it_has_said(cache: Cache) 
         assert await cache.get("k") is None, "it is not stored"
         source.go_on.set()
     assert await cache.get("k") == 1
+
+
+async def test_who_waits_too_long_takes_a_stale_value_if_it_has_said_so(cache: Cache, clock: ManualClock) -> None:
+    await cache.get_or_load("k", lambda: "old", ttl=1, stale_for=60)
+    clock.advance(1)
+    source = Source(held=True)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cache.get_or_load, "k", source)
+        await source.begun.wait()
+        with cache.events(StaleServed) as events:
+            assert await cache.get_or_load("k", source, wait="stale", wait_limit=0.01) == "old"
+            assert len(heard(events)) == 1
+        assert await cache.get_or_load("other", lambda: "mine", wait="stale", wait_limit=0.01) == "mine"
+        source.go_on.set()
+    assert source.calls == 1
+
+
+async def test_a_value_that_is_too_big_to_store_goes_to_everybody_and_the_next_may_load(clock: ManualClock) -> None:
+    async with a_cache(clock=clock, max_bytes=10_000) as cache:
+        source = Source(held=True)
+        values: list[Any] = []
+
+        async def load() -> bytes:
+            await source()
+            return bytes(20_000)
+
+        async def call() -> None:
+            values.append(await cache.get_or_load("k", load))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(5):
+                tasks.start_soon(call)
+            await source.begun.wait()
+            source.go_on.set()
+        assert values == [bytes(20_000)] * 5
+        assert source.calls == 1
+        assert await cache.get("k") is None
+        assert await cache.get_or_load("k", lambda: "small") == "small"
+
+
+async def test_misses_that_never_wait_let_other_tasks_run(cache: Cache) -> None:
+    others = 0
+    done = anyio.Event()
+
+    async def other() -> None:
+        nonlocal others
+        while not done.is_set():
+            others += 1
+            await anyio.lowlevel.checkpoint()
+
+    async def load() -> int:
+        return 1
+
+    @cache.cached(key="d{number}")
+    async def decorated(number: int) -> int:
+        return number
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(other)
+        await anyio.lowlevel.checkpoint()
+        for way in ("get_or_load", "decorated"):
+            before = others
+            for number in range(200):
+                await (cache.get_or_load(f"k{number}", load) if way == "get_or_load" else decorated(number))
+            assert others >= before + 3, way
+        done.set()

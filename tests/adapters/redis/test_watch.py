@@ -1,0 +1,219 @@
+"""Waiting for the end of a lease that another process holds in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import anyio
+import pytest
+
+from cachebus.adapters import redis_watch
+from cachebus.adapters.redis_watch import LeaseWatch
+from cachebus.messages import (
+    CacheClosed,
+    CacheConfigurationError,
+    CacheConnectionError,
+    Failed,
+    GetOrLease,
+    LoaderFailed,
+    Loading,
+    NotHeld,
+    Overloaded,
+    Release,
+    Reply,
+    Set,
+    WatchLease,
+)
+from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
+
+from .conftest import one, opened
+
+LONG = 30.0
+
+
+class Told:
+    """What a waiter was told."""
+
+    def __init__(self) -> None:
+        self._reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+    def __call__(self, reply: Reply) -> None:
+        self._reply.set_result(reply)  # Raises if it is told twice.
+
+    @property
+    def is_told(self) -> bool:
+        return self._reply.done()
+
+    async def reply(self) -> Reply:
+        async with asyncio.timeout(10):
+            return await self._reply
+
+
+async def wait(store: Any, token: str, *, key: str = "k", wait: float = LONG) -> Told:
+    """Wait for a lease, once the channel is heard."""
+    # The first who waits is told to look again when it is.
+    while True:
+        told = Told()
+        store.watch(WatchLease(key, token, wait), told)
+        if "0/" in repr(store._watch):
+            return told
+        if store._watch._standing.done():
+            return told
+        await told.reply()
+
+
+async def lease(store: Any, token: str, key: str = "k") -> None:
+    await one(store, GetOrLease(key, "owner", token, 60.0))
+
+
+async def test_who_waits_is_told_when_the_value_is_stored(server: Server) -> None:
+    async with opened(server.url) as store, opened(server.url) as holder:
+        await lease(holder, "stored")
+        told, other = await wait(store, "stored"), await wait(store, "another")
+        await one(holder, Set("k", b"v", lease="stored"))
+        assert await told.reply() == NotHeld()
+        assert not other.is_told
+
+
+async def test_who_waits_is_told_what_the_loader_has_failed_with(server: Server) -> None:
+    async with opened(server.url) as store, opened(server.url) as holder:
+        await lease(holder, "given back", "k2")
+        told = await wait(store, "given back", key="k2")
+        await one(holder, Release("k2", "given back"))
+        assert await told.reply() == NotHeld()
+        await lease(holder, "failed", "k2")
+        told = await wait(store, "failed", key="k2")
+        await one(holder, Release("k2", "failed", "OSError"))
+        reply = await told.reply()
+        assert isinstance(reply, Failed)
+        assert isinstance(reply.error(), LoaderFailed)
+        assert "OSError" in str(reply.error())
+
+
+async def test_who_waits_is_told_of_a_write_that_overtakes_the_load(server: Server) -> None:
+    async with opened(server.url) as store, opened(server.url) as holder:
+        await lease(holder, "overtaken", "k3")
+        told = await wait(store, "overtaken", key="k3")
+        await one(store, Set("k3", b"v"))
+        assert await told.reply() == NotHeld()
+
+
+async def test_the_end_of_a_lease_is_remembered_for_those_who_ask_after_it(server: Server) -> None:
+    async with opened(server.url) as store, opened(server.url) as holder:
+        told = await wait(store, "the last")
+        for token in ("early", "the last"):
+            await lease(holder, token, token)
+            await one(holder, Release(token, token, "KeyError" if token == "early" else ""))
+        await told.reply()
+        late = Told()
+        store.watch(WatchLease("early", "early", LONG), late)
+        assert late.is_told
+        assert isinstance(await late.reply(), Failed)
+
+
+async def test_nobody_waits_for_longer_than_it_has_said(server: Server) -> None:
+    async with opened(server.url) as store:
+        told = await wait(store, "silence", wait=0.01)
+        assert await told.reply() == Loading("silence")
+        assert repr(store._watch) == "<LeaseWatch 'tests#leases', 0/10000 waiting>"
+
+
+async def test_the_channel_is_of_the_namespace(server: Server) -> None:
+    async with opened(server.url, namespace="one") as store, opened(server.url, namespace="two") as other:
+        await lease(other, "same name")
+        told = await wait(store, "same name")
+        await one(other, Release("k", "same name"))
+        await wait(other, "x")
+        await one(other, Release("k", "x"))
+        assert not told.is_told
+
+
+async def test_nothing_is_connected_before_somebody_waits_and_an_idle_channel_is_left(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def channels() -> bytes:
+        return await anyio.to_thread.run_sync(lambda: redis_command(server, "PUBSUB", "CHANNELS", "idle#*"))
+
+    monkeypatch.setattr(redis_watch, "IDLE", 0.01)
+    async with opened(server.url, namespace="idle") as store:
+        await lease(store, "t")
+        assert b"idle#leases" not in await channels()
+        told = await wait(store, "t")
+        assert b"idle#leases" in await channels()
+        await one(store, Release("k", "t"))
+        assert await told.reply() == NotHeld()
+        with anyio.fail_after(10):
+            while b"idle#leases" in await channels():
+                await asyncio.sleep(0.01)
+        told = await wait(store, "again")
+        await one(store, Release("k", "again"))
+        assert await told.reply() == NotHeld()
+
+
+async def test_after_a_gap_everybody_looks_for_itself() -> None:
+    with run_redis() as server:
+        async with opened(f"{server.url}?connect_timeout=0.5&health_check_interval=0.3") as store:
+            told = await wait(store, "t")
+            await anyio.to_thread.run_sync(server.kill)
+            await anyio.to_thread.run_sync(server.start)
+            assert await told.reply() == NotHeld()
+
+
+async def test_a_server_that_is_away_or_forbids_the_channel_is_not_waited_for() -> None:
+    with run_redis() as server:
+        async with opened(f"{server.url}?connect_timeout=0.5") as store:
+            await anyio.to_thread.run_sync(server.kill)
+            told = Told()
+            store.watch(WatchLease("k", "t", LONG), told)
+            reply = await told.reply()
+            assert isinstance(reply, Failed)
+            assert isinstance(reply.error(), CacheConnectionError)
+            await anyio.to_thread.run_sync(server.start)
+            with anyio.fail_after(10):
+                while isinstance(reply, Failed):
+                    told = Told()
+                    store.watch(WatchLease("k", "t", 0.05), told)
+                    reply = await told.reply()
+                    await asyncio.sleep(0.01)
+        words = ("ACL", "SETUSER", "me", "on", ">pw", "+@all", "~*", "resetchannels")
+        await anyio.to_thread.run_sync(lambda: redis_command(server, *words))
+        async with opened(f"redis://me:pw@127.0.0.1:{server.port}") as store:
+            for _ in range(2):
+                told = Told()
+                store.watch(WatchLease("k", "t", LONG), told)
+                reply = await told.reply()
+                assert isinstance(reply, Failed)
+                assert isinstance(reply.error(), CacheConfigurationError)
+            # The lease itself needs no channel.
+            await lease(store, "t")
+            assert await one(store, Set("k", b"v", lease="t"))
+            assert type(await one(store, Set("k", b"v"))).__name__ == "Stored"
+
+
+async def test_no_more_than_so_many_wait_and_closing_lets_nobody_wait(server: Server) -> None:
+    async with opened(server.url) as store:
+        watch = LeaseWatch(store.listener, "tests", limit=2)
+        all_told = [Told() for _ in range(3)]
+        for number, told in enumerate(all_told):
+            watch.watch(WatchLease("k", f"t{number}", LONG), told)
+        reply = await all_told[2].reply()
+        assert isinstance(reply, Failed)
+        assert isinstance(reply.error(), Overloaded)
+        await watch.close()
+        await watch.close()
+        reply = await all_told[0].reply()
+        assert isinstance(reply, Failed)
+        assert isinstance(reply.error(), CacheClosed)
+
+
+async def test_in_a_cluster_it_is_told_by_whichever_server_has_the_key() -> None:
+    with run_redis_cluster() as servers:
+        hosts = ",".join(f"127.0.0.1:{each.port}" for each in servers)
+        async with opened(f"redis+cluster://{hosts}") as store, opened(f"redis+cluster://{hosts}") as holder:
+            for number in range(6):
+                token, key = f"t{number}", f"key{number}"
+                await lease(holder, token, key)
+                told = await wait(store, token, key=key)
+                await one(holder, Set(key, b"v", lease=token))
+                assert await told.reply() == NotHeld()
