@@ -91,21 +91,14 @@ class Gate:
         return True
 
 
-class Loss:
-    """What a server may lose under the feet of everybody, sent over a connection of a store."""
-
-    def __init__(self, store: Any) -> None:
-        self.store = store
-
-    async def of(self, *names: str) -> None:
-        if isinstance(self.store, RedisStore):
-            assert self.store._pool is not None
-            connection = await self.store._pool.main()
-            await connection.call("UNLINK", *names)
+async def lose(store: Any, *names: str) -> None:
+    """Let a server lose some keys under the feet of everybody."""
+    for name in names:
+        if isinstance(store, RedisStore):
+            (connection,) = await connections(store)
         else:
-            for name in names:
-                node = self.store._topology.node(self.store._topology.map.place(slot_of(name)))
-                await (await node.pool.main()).call("UNLINK", name)
+            connection = await store._topology.node(store._topology.map.place(slot_of(name))).pool.main()
+        await connection.call("UNLINK", name)
 
 
 class World:
@@ -115,17 +108,15 @@ class World:
     that every read must show that begins now, `hits` counts what was read.
     """
 
-    def __init__(
-        self, seed: int, stores: Sequence[Any], gate: Gate, prefix: str, story: list[str] | None = None
-    ) -> None:
+    def __init__(self, seed: int, stores: Sequence[Any], gate: Gate) -> None:
         self.chance = random.Random(seed)
         self.seed = seed
         self.stores = stores
         self.gate = gate
         self.gate.chance = random.Random(seed + 1)
-        self.story = story
-        self.keys = [f"{prefix}{seed}k{number}" for number in range(KEYS)]
-        self.tags = [f"{prefix}{seed}t{number}" for number in range(TAGS)]
+        self.story: list[str] = []
+        self.keys = [f"k{number}" for number in range(KEYS)]
+        self.tags = [f"t{number}" for number in range(TAGS)]
         self.tags_of = {
             key: tuple(self.chance.sample(self.tags, self.chance.randrange(1, TAGS + 1))) for key in self.keys
         }
@@ -138,6 +129,7 @@ class World:
         self.failures: list[str] = []
 
     async def run(self) -> None:
+        await self.begin()
         self.gate.open = False
         clients = [self.reader, self.reader, self.loader, self.loader, self.loader, self.writer, self.writer]
         tasks = [
@@ -156,14 +148,22 @@ class World:
         if self.failures:
             raise AssertionError(f"seed {self.seed}: {self.failures[0]}")
 
-    def tell(self, what: str) -> None:
-        if self.story is not None:
-            self.story.append(what)
+    async def begin(self) -> None:
+        """Make sure that nothing is there of the worlds before."""
+        self.gate.waiting.clear()
+        for store in self.stores:
+            store._space._hints.clear()
+            store._space.seen = self.chance.random() < 0.7
+        for connection in await connections(self.stores[0]):
+            await connection.call("FLUSHALL")
 
     async def ask(self, store: Any, request: Request[Any]) -> Any:
-        self.tell(f"{self.stores.index(store)} asks {request}")
+        who = self.stores.index(store)
+        self.story.append(f"{who} asks {request}")
         (reply,) = await store.execute([request])
-        self.tell(f"{self.stores.index(store)} hears {reply} to {type(request).__name__}")
+        # Without versions and times, which are the server's.
+        shown = reply.value if isinstance(reply, Found) else ""
+        self.story.append(f"{who} hears {type(reply).__name__} {shown} to {type(request).__name__}")
         if isinstance(reply, Failed) and "had to be looked up" not in reply.detail:
             self.failures.append(f"{request} failed: {reply}")
         return reply
@@ -200,7 +200,7 @@ class World:
                 continue
             value = self.truth[key]
             for _ in range(self.chance.randrange(3)):
-                await self.ask(store, Get(f"{self.seed}none"))  # The loader takes its time.
+                await self.ask(store, Get("none"))  # The loader takes its time.
             stored = await self.ask(store, Set(key, value, 60.0, tags, lease=token))
             self.stored += type(stored).__name__ == "Stored"
 
@@ -216,8 +216,8 @@ class World:
                 lost = self.chance.choice(
                     ([sequence], [store._space.counter(tag)], [sequence, store._space.counter(tag)])
                 )
-                self.tell(f"lost: {lost}")
-                await Loss(store).of(*lost)
+                self.story.append(f"lost: {lost}")
+                await lose(store, *lost)
                 continue
             affected = {
                 "tag": [each for each in self.keys if tag in self.tags_of[each]],
@@ -230,13 +230,13 @@ class World:
                 for each in affected:
                     self.truth[each] += 1
                 versions = {each: self.truth[each] for each in affected}
-                self.tell(f"truth: {versions}")
+                self.story.append(f"truth: {versions}")
                 for request in self.changes(how, key, tag, versions):
                     reply = await self.ask(store, request)
                     while isinstance(reply, Failed):
                         reply = await self.ask(store, request)
                 self.floor.update(versions)
-                self.tell(f"made known: {versions}")
+                self.story.append(f"made known: {versions}")
 
     def changes(self, how: str, key: str, tag: str, versions: dict[str, int]) -> list[Request[Any]]:
         match how:
@@ -257,32 +257,42 @@ class World:
         return [self.chance.choice(plain)] if self.chance.random() < 0.7 else [Delete(key), self.chance.choice(careful)]
 
 
-async def open_stores(servers: Sequence[Server], stack: AsyncExitStack, namespace: str) -> list[Any]:
-    """Stores of one namespace, each with connections of its own."""
+async def open_stores(servers: Sequence[Server], stack: AsyncExitStack) -> list[Any]:
+    """Stores of one namespace on servers of the test's own, each with connections of its own."""
     places = [Place(host=server.host, port=server.port) for server in servers]
     stores: list[Any] = []
     for _ in range(STORES):
         store: Any
         if len(servers) == 1:
-            store = RedisStore(places, namespace=namespace, health_check_interval=None, max_connections=1)
+            store = RedisStore(places, namespace="schedule", health_check_interval=None, max_connections=1)
         else:
-            store = RedisClusterStore(places, namespace=namespace, health_check_interval=None, max_connections=1)
+            store = RedisClusterStore(places, namespace="schedule", health_check_interval=None, max_connections=1)
         await store.open()
         stack.push_async_callback(store.close)
+        for connection in await connections(store):
+            await connection.call("PING")
         stores.append(store)
     return stores
 
 
+async def connections(store: Any) -> list[RedisConnection]:
+    """The connection of a store to each of its servers, made if there is none yet."""
+    if isinstance(store, RedisStore):
+        assert store._pool is not None
+        return [await store._pool.main()]
+    return [await store._topology.node(place).pool.main() for place in store._topology.map.places()]
+
+
 async def replay(seed: int, servers: Sequence[Server]) -> World:
-    """One run, told."""
+    """One run. What it tells is in its `story`, also if it fails."""
     async with AsyncExitStack() as stack:
-        stores = await open_stores(servers, stack, f"seed{seed}")
+        stores = await open_stores(servers, stack)
         with Gate() as gate:
-            world = World(seed, stores, gate, "", [])
+            world = World(seed, stores, gate)
             try:
                 await world.run()
-            finally:
-                print(*(world.story or ()), sep="\n")
+            except AssertionError as error:
+                world.story.append(str(error))
     return world
 
 
@@ -297,4 +307,4 @@ if __name__ == "__main__":
             running = servers_of.enter_context(run_redis_cluster())
         else:
             running = [servers_of.enter_context(run_redis())]
-        asyncio.run(replay(arguments.seed, running))
+        print(*asyncio.run(replay(arguments.seed, running)).story, sep="\n")

@@ -85,7 +85,7 @@ def test_a_value_comes_back_as_it_went(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        (object(), "object"),
+        pytest.param(object(), "object", id="object"),
         ((1, 2), "tuple"),
         ([(1,)], "tuple"),
         ({1, 2}, "set"),

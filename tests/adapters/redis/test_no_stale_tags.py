@@ -23,7 +23,7 @@ from cachebus.adapters.redis_tag_scripts import Twin
 from cachebus.adapters.redis_tags import Claim
 from cachebus.testing.servers import Server, run_redis_cluster
 
-from .schedule import Gate, World, open_stores
+from .schedule import Gate, World, open_stores, replay
 
 SEEDS = int(os.environ.get("CACHEBUS_SEEDS", "200"))
 FIRST = int(os.environ.get("CACHEBUS_FIRST_SEED", "1"))
@@ -33,7 +33,7 @@ PART = 100
 @pytest.fixture
 async def stores(server: Server) -> AsyncIterator[Sequence[Any]]:
     async with AsyncExitStack() as stack:
-        yield await open_stores([server], stack, "schedule")
+        yield await open_stores([server], stack)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ async def worlds(first: int, count: int, stores: Sequence[Any]) -> tuple[int, in
     hits = stored = 0
     with Gate() as gate:
         for seed in range(first, first + count):
-            world = World(seed, stores, gate, f"{first}/")
+            world = World(seed, stores, gate)
             await world.run()
             hits, stored = hits + world.hits, stored + world.stored
     return hits, stored
@@ -62,9 +62,18 @@ async def test_no_read_returns_what_was_invalidated_before_it_began(first: int, 
 
 async def test_nor_in_a_cluster(cluster: Sequence[Server]) -> None:
     async with AsyncExitStack() as stack:
-        hits, stored = await worlds(FIRST, SEEDS // 4, await open_stores(cluster, stack, "schedule"))
+        hits, stored = await worlds(FIRST, SEEDS // 4, await open_stores(cluster, stack))
     assert hits > SEEDS // 4
     assert stored > SEEDS // 8
+
+
+@pytest.mark.parametrize("where", ["one server", "a cluster"])
+async def test_a_seed_is_the_same_run_each_time(server: Server, cluster: Sequence[Server], where: str) -> None:
+    servers = [server] if where == "one server" else cluster
+    first, second, other = [(await replay(seed, servers)).story for seed in (7, 7, 8)]
+    assert first == second
+    assert len(first) > 50
+    assert other != first
 
 
 def scripts_with(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -131,6 +140,6 @@ async def test_a_planted_bug_is_found(
     plant, in_cluster = PLANTED[bug]
     plant(monkeypatch)
     async with AsyncExitStack() as stack:
-        stores = await open_stores(cluster if in_cluster else [server], stack, "planted")
+        stores = await open_stores(cluster if in_cluster else [server], stack)
         with pytest.raises(AssertionError, match=r"seed \d+: .* was read as \d+, but \d+ had been made known"):
             await worlds(1, 300, stores)
