@@ -203,6 +203,7 @@ class LineLink(Link):
         self.bus = line  # type: ignore[assignment]
         self.address = address
         self.timeout = TIMEOUT
+        self.epoch = line.clock.wall() - line.clock.monotonic()
         self.emitter = Emitter(line.bus, "sim")
         self.failures = Failures("raise", self.emitter)
         self.call_after = line.call_after
