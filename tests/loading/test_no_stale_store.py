@@ -161,7 +161,7 @@ PLANTED: list[tuple[type[MemoryStore], Callable[[Cache], None]]] = [
 ]
 
 
-FOUND_NEAR: dict[type[MemoryStore], int] = {DeletesLeaveTheStale: 70}
+FOUND_NEAR: dict[type[MemoryStore], int] = {InvalidTagsAreServedStale: 440}
 """The rarest is in one world of some hundreds: its search begins a little before one of them."""
 
 
