@@ -24,11 +24,58 @@ class _Opened(Protocol):
     async def finish_get(self, request: Get, reply: Any) -> Found | Missing: ...
 
 
-class CacheLoading:
+class Decorating:
+    """The decorator of both facades. The functions say which one they want: a coroutine function waits, a plain one blocks."""
+
+    _loads: Loads
+
+    def cached(
+        self,
+        *,
+        key: str | Callable[..., str],
+        ttl: LoadTtl = "default",
+        tags: Iterable[str] = (),
+        stale_for: Duration = 0.0,
+        soft_timeout: Duration | None = None,
+        hard_timeout: Duration | None = None,
+        refresh: Refresh = None,
+        refresh_after: Duration | None = None,
+        beta: float = 1.0,
+        negative_ttl: Duration | None = None,
+        ttl_jitter: float = 0.0,
+        idle_ttl: Duration | None = None,
+        wait: WaitPolicy = "load",
+        wait_limit: Duration = 30.0,
+        lease_ttl: Duration = 10.0,
+        cache_errors: ErrorClasses = (),
+        error_ttl: Duration | None = None,
+    ) -> Decorator:
+        """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
+        options = LoadOptions.of(
+            ttl=ttl,
+            tags=tags,
+            stale_for=stale_for,
+            soft_timeout=soft_timeout,
+            hard_timeout=hard_timeout,
+            refresh=refresh,
+            refresh_after=refresh_after,
+            beta=beta,
+            negative_ttl=negative_ttl,
+            ttl_jitter=ttl_jitter,
+            idle_ttl=idle_ttl,
+            wait=wait,
+            wait_limit=wait_limit,
+            lease_ttl=lease_ttl,
+            cache_errors=cache_errors,
+            error_ttl=error_ttl,
+        )
+        return self._loads.cached(key=key, options=options)
+
+
+class CacheLoading(Decorating):
     """What `Cache` does about loaders."""
 
     _link: Link
-    _loads: Loads
     _turn_get: Turn
     _turns_left: int
 
@@ -161,53 +208,10 @@ class CacheLoading:
             found |= await self._loads.fetch_many(Awaiting(self._link), missing, loader, options)
         return {key: found[key] for key in wanted if key in found}
 
-    def cached(
-        self,
-        *,
-        key: str | Callable[..., str],
-        ttl: LoadTtl = "default",
-        tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-        cache_errors: ErrorClasses = (),
-        error_ttl: Duration | None = None,
-    ) -> Decorator:
-        """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
-        options = LoadOptions.of(
-            ttl=ttl,
-            tags=tags,
-            stale_for=stale_for,
-            soft_timeout=soft_timeout,
-            hard_timeout=hard_timeout,
-            refresh=refresh,
-            refresh_after=refresh_after,
-            beta=beta,
-            negative_ttl=negative_ttl,
-            ttl_jitter=ttl_jitter,
-            idle_ttl=idle_ttl,
-            wait=wait,
-            wait_limit=wait_limit,
-            lease_ttl=lease_ttl,
-            cache_errors=cache_errors,
-            error_ttl=error_ttl,
-        )
-        return self._loads.cached(key=key, options=options)
 
-
-class SyncCacheLoading:
+class SyncCacheLoading(Decorating):
     """What `SyncCache` does about loaders."""
 
-    _loads: Loads
     _turn_get: Turn
 
     if TYPE_CHECKING:
@@ -308,45 +312,3 @@ class SyncCacheLoading:
             )
             found |= run(self._loads.fetch_many(Blocking(self.link), missing, loader, options))
         return {key: found[key] for key in wanted if key in found}
-
-    def cached(
-        self,
-        *,
-        key: str | Callable[..., str],
-        ttl: LoadTtl = "default",
-        tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-        cache_errors: ErrorClasses = (),
-        error_ttl: Duration | None = None,
-    ) -> Decorator:
-        """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
-        options = LoadOptions.of(
-            ttl=ttl,
-            tags=tags,
-            stale_for=stale_for,
-            soft_timeout=soft_timeout,
-            hard_timeout=hard_timeout,
-            refresh=refresh,
-            refresh_after=refresh_after,
-            beta=beta,
-            negative_ttl=negative_ttl,
-            ttl_jitter=ttl_jitter,
-            idle_ttl=idle_ttl,
-            wait=wait,
-            wait_limit=wait_limit,
-            lease_ttl=lease_ttl,
-            cache_errors=cache_errors,
-            error_ttl=error_ttl,
-        )
-        return self._loads.cached(key=key, options=options)

@@ -41,7 +41,7 @@ from .flight import (
 )
 from .load_options import LoadOptions
 from .load_report import LoadReport
-from .loaders import Bare, LoadContext, Loader, LoadResult, as_result, is_asynchronous, wants_argument
+from .loaders import Bare, LoadContext, Loader, LoadResult, as_result, is_asynchronous, kind_of
 from .renewals import Renewals
 from .ways import Way
 
@@ -80,13 +80,13 @@ def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> J
     """The job of loading a key with a loader that may want to know more."""
     if not callable(loader):
         raise TypeError(f"a loader must be callable, not {loader!r}")
-    told = wants_argument(loader)
+    told, asynchronous = kind_of(loader)
 
     def untold(context: object) -> Any:
         return loader()
 
     call = loader if told else untold
-    return Job(key, call, options, options.tags, asynchronous=is_asynchronous(loader), remote=remote, told=told)
+    return Job(key, call, options, options.tags, asynchronous=asynchronous, remote=remote, told=told)
 
 
 class Group:
@@ -168,8 +168,12 @@ class Landings:
         alone = options.soft_timeout is not None or options.hard_timeout is not None
 
         def begin() -> None:
-            self.renewals.hold(way.link, job.key, token, options.lease_ttl)
+            if way.blocks:
+                self.renewals.hold(way.link, job.key, token, options.lease_ttl)
             way.beside(flight, lambda way: self._fly(way, job, flight, token, stale, started), ended, alone=alone)
+            if not (way.blocks or flight.landed):
+                # A load that has ended at once needs none.
+                self.renewals.hold(way.link, job.key, token, options.lease_ttl)
 
         def ended() -> None:
             self._ended(way, job, flight, token)

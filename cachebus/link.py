@@ -22,11 +22,23 @@ CallAfter = Callable[[float, Callable[[], None]], object]
 class Link:
     """A bus, an address on it, the time that a call may take, in seconds, and what failures mean to the caller.
 
-    `turn_get`, `turn_set` and `turn_lease` take a message's turn on the caller's stack where that is possible. `call_after` calls a
+    `turn_get`, `turn_set` and `turn_lease` take a message's turn on the caller's stack where that is possible. `epoch` is
+    the Unix time at which the monotonic clock was 0, as of the beginning: a later jump of the wall clock changes nothing. `call_after` calls a
     function that does not wait after so many seconds, on the event loop of the node; it may be called from any thread.
     """
 
-    __slots__ = ("address", "bus", "call_after", "emitter", "failures", "timeout", "turn_get", "turn_lease", "turn_set")
+    __slots__ = (
+        "address",
+        "bus",
+        "call_after",
+        "emitter",
+        "epoch",
+        "failures",
+        "timeout",
+        "turn_get",
+        "turn_lease",
+        "turn_set",
+    )
 
     def __init__(
         self,
@@ -42,6 +54,7 @@ class Link:
         self.address = address
         self.timeout = timeout
         self.emitter = emitter
+        self.epoch = bus.clock.wall() - bus.clock.monotonic()
         self.failures = Failures(on_error, emitter)
         recipient = bus.recipient(address)
         self.turn_get: Turn = recipient.turn(Get)

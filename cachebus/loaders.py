@@ -88,12 +88,18 @@ def as_result(loaded: object) -> LoadResult | Bare:
     return loaded if isinstance(loaded, LoadResult) else Bare(loaded)
 
 
-def wants_argument(loader: Loader) -> bool:
-    """Whether a loader has a parameter that must be given."""
+def kind_of(loader: Loader) -> tuple[bool, bool]:
+    """Whether a loader has a parameter that must be given, and whether it is a coroutine function."""
     function, bound = (loader.__func__, 1) if isinstance(loader, MethodType) else (loader, 0)
     if type(function) is FunctionType and not function.__dict__:
         # Most are this, and reading it off takes a twentieth of the time of making a signature.
-        return function.__code__.co_argcount - len(function.__defaults__ or ()) > bound
+        code = function.__code__
+        wants = code.co_argcount - len(function.__defaults__ or ()) > bound
+        return wants, bool(code.co_flags & inspect.CO_COROUTINE)
+    return _wants_argument(loader), is_asynchronous(loader)
+
+
+def _wants_argument(loader: Loader) -> bool:
     try:
         parameters = inspect.signature(loader).parameters.values()
     except (TypeError, ValueError):  # Written in C, and silent about its parameters.

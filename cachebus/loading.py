@@ -88,11 +88,15 @@ class Flights(Watches):
                     continue
                 except Overloaded:
                     return await self._load_alone(way, job, started)
-                if isinstance(reply, Found):
+                if leads:
+                    stale = reply.stale
+                    flight = self.flights[reply.token]
+                    start = self._start(way, job, flight, reply.token, stale, started)
+                elif isinstance(reply, Found):
                     return reply.value
-                if isinstance(reply, NotHeld):
+                elif isinstance(reply, NotHeld):
                     return await self._load_alone(way, job, started)
-                if isinstance(reply, Missing):
+                elif isinstance(reply, Missing):
                     _raise_again(reply, job)
                     # What stands there cannot be read, and somebody is replacing it: nobody says when that is done.
                     if now() - started >= min(job.options.wait_limit, job.options.hard_timeout or math.inf):
@@ -100,13 +104,11 @@ class Flights(Watches):
                     await way.pause(pause * (0.5 + self._chance.random() / 2))
                     pause = min(pause * 1.5, LONGEST_PAUSE)
                     continue
-                stale = reply.stale if isinstance(reply, LeaseGranted) else reply if isinstance(reply, Stale) else None
-                name = name_of(reply)
-                if leads:
-                    flight = self.flights[name]
-                    start = self._start(way, job, flight, name, stale, started)
                 else:
-                    flight, start = self._joined(way, job, name, started)
+                    stale = (
+                        reply.stale if isinstance(reply, LeaseGranted) else reply if isinstance(reply, Stale) else None
+                    )
+                    flight, start = self._joined(way, job, name_of(reply), started)
             outcome = await self._outcome(way, job.options, flight, start, leads, stale, started)
             if isinstance(outcome, Values):
                 outcome = outcome.of(job.key)

@@ -47,6 +47,8 @@ class Renewals:
 
     def let_go(self, token: str) -> None:
         """Renew a lease no longer."""
+        if token not in self._held:
+            return
         with self._guard:
             self._held.pop(token, None)
 

@@ -151,7 +151,8 @@ class Watches(Landings):
         """Let a value that was read live on, up to its cap. Not on each read: when half of its idle time is over."""
         if found.ttl is None or found.ttl > idle_ttl / 2 or not isinstance(job.options.ttl, float):
             return
-        cap = found.stored_at + job.options.ttl - way.link.bus.clock.wall()
+        now = way.link.epoch + way.link.bus.clock.monotonic()
+        cap = found.stored_at + job.options.ttl - now
         if (ttl := min(idle_ttl, cap)) > found.ttl:
             way.link.send(Touch(job.key, ttl))
 

@@ -31,8 +31,9 @@ that, they run in the thread of whoever asks."""
 
 
 class Way(Protocol):
-    """How whoever asks waits."""
+    """How whoever asks waits. One that `blocks` has done the work of a flight when `beside` returns, unless it is `alone`."""
 
+    blocks: bool
     link: Link
 
     async def ask(self, request: Request[R], patience: float = 0.0) -> R:
@@ -72,6 +73,8 @@ class Way(Protocol):
 
 class Awaiting:
     """As a task of asyncio or trio."""
+
+    blocks = False
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -152,6 +155,8 @@ def _close(results: list[Any]) -> None:
 
 class Blocking:
     """As a thread."""
+
+    blocks = True
 
     def __init__(self, link: Link) -> None:
         self.link = link

@@ -100,10 +100,11 @@ class Cell:
     def turn(self, kind: type[Message]) -> Turn:
         turn = self._turns.get(kind)
         if turn is None:
-            turn = self._turns[kind] = self._turn(kind)
+            turn = self._turns[kind] = self.make_turn(kind)
         return turn
 
-    def _turn(self, kind: type[Message]) -> Turn:
+    def make_turn(self, kind: type[Message]) -> Turn:
+        """As `turn`, which makes one for each kind."""
         # A closure over everything it needs: this is the hot path of a cache, and each lookup on self costs 10-20 ns.
         mailbox, take, give, handler_of = self._mailbox, self._token.pop, self._token.append, self._inline.get
         eager_of = self._eager.get
@@ -387,5 +388,5 @@ class Cell:
 
 
 _TURN_CODES = {vars(Cell)[name].__code__ for name in ("_serve_mail", "_take_turns")} | {
-    each for each in Cell._turn.__code__.co_consts if hasattr(each, "co_code")
+    each for each in Cell.make_turn.__code__.co_consts if hasattr(each, "co_code")
 }

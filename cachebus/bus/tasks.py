@@ -9,6 +9,8 @@ from asyncio import _get_running_loop
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
+from .deadlines import running_deadlines
+
 _running: set[asyncio.Task[None]] = set()  # A loop holds its tasks weakly.
 
 
@@ -20,9 +22,10 @@ def spawn(function: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[],
     and when the event loop ends first. On asyncio the first step is taken at once, on this stack: what does not have to
     wait has ended when this returns, and nobody waited for the event loop to come round.
     """
-    loop = _get_running_loop()
-    if loop is None:
+    deadlines = running_deadlines()  # Who knows the loop without the system call that asking for it costs Python 3.11.
+    if deadlines is None:
         return _spawn_in_trio(function, ended)
+    loop = deadlines.loop
     if loop.get_task_factory() is None:
         work = _Begun(function())
         context = contextvars.copy_context()

@@ -569,7 +569,8 @@ async def test_a_value_that_cannot_be_stored_is_returned_with_a_warning(
         with caplog.at_level(logging.WARNING, "cachebus"):
             for _ in range(2):
                 assert (await load() if shape == "coroutine" else plain()) is big
-        assert [record.getMessage() for record in caplog.records] == ["a loaded value was not stored: capacity"] * 2
+        told = [record.getMessage() for record in caplog.records if record.name == "cachebus"]
+        assert told == ["a loaded value was not stored: capacity"] * 2
         assert calls == 2
         assert await cache.exists("key") is False
 

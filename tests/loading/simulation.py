@@ -203,6 +203,7 @@ class LineLink(Link):
         self.bus = line  # type: ignore[assignment]
         self.address = address
         self.timeout = TIMEOUT
+        self.epoch = line.clock.wall() - line.clock.monotonic()
         self.emitter = Emitter(line.bus, "sim")
         self.failures = Failures("raise", self.emitter)
         self.call_after = line.call_after
@@ -218,6 +219,8 @@ class World:
         self.store = store
         self.prepare = prepare
         self.truth = [1] * KEYS
+        self.absent: list[set[int]] = [set() for _ in range(KEYS)]
+        """The versions at which the source has nothing: what is loaded then is `None`."""
         self.floor = [1] * KEYS
         """What a read that begins now must at least see: an invalidation that came after this version has returned."""
         self.writing = [asyncio.Lock() for _ in range(KEYS)]
@@ -288,6 +291,8 @@ class World:
                 "wait": self.chance.choice(("load", "stale")),
                 "soft_timeout": self.chance.choice((None, None, 0.0, 0.1)),
                 "hard_timeout": self.chance.choice((None, None, 1.0)),
+                "negative_ttl": self.chance.choice((None, 0.1)),
+                "idle_ttl": self.chance.choice((None, None, 0.4)),
             }
             declared = self.chance.random() < 0.5
             if declared:
@@ -300,7 +305,7 @@ class World:
                         reply = await cache.lookup(name_of(key))
                         values = {} if isinstance(reply, Missing) else {key: reply.value}
                     case "many":
-                        del options["refresh"]
+                        del options["refresh"], options["idle_ttl"]
                         loaded = await cache.get_or_load_many(
                             [name_of(each) for each in range(KEYS)], self.loader_of_many(), **options
                         )
@@ -322,6 +327,9 @@ class World:
             for each, value in values.items():
                 self.reads += 1
                 self.tell(f"process {process} reads {name_of(each)}: {value} by {doing}, at least {floors[each]}")
+                if value is None:
+                    # Which version that is nobody can tell; there must be one that may be seen.
+                    value = max(self.absent[each], default=0)
                 if value < floors[each]:
                     raise AssertionError(f"{name_of(each)} was read as {value}, but {floors[each]} had been made known")
 
@@ -338,6 +346,8 @@ class World:
                     await locks.enter_async_context(self.writing[each])
                 for each in changed:
                     self.truth[each] += 1
+                    if self.chance.random() < 0.2:
+                        self.absent[each].add(self.truth[each])
                 versions = {each: self.truth[each] for each in changed}
                 self.tell(f"process {process} writes {versions} and begins to {how}")
                 try:
@@ -362,13 +372,17 @@ class World:
             case "clear":
                 await cache.clear()
             case _:
-                await cache.set(name, version, ttl=1.0, tags=[tag_of(key)])
+                await cache.set(name, self.value(key, version), ttl=1.0, tags=[tag_of(key)])
+
+    def value(self, key: int, version: int) -> int | None:
+        """What the source says of a key at a version."""
+        return None if version in self.absent[key] else version
 
     def loader(self, key: int, declared: bool) -> Callable[[], Awaitable[Any]]:
         async def load() -> Any:
             self.loads += 1
             await asyncio.sleep(self.chance.choice((0.0, 0.01, 0.2)))
-            value = self.truth[key]
+            value = self.value(key, self.truth[key])
             self.tell(f"a loader reads {name_of(key)}: {value}")
             await asyncio.sleep(self.chance.choice((0.0, 0.01, 0.2, 1.0)))
             if self.chance.random() < 0.1:
@@ -382,7 +396,8 @@ class World:
     def loader_of_many(self) -> Callable[[list[str]], Awaitable[Any]]:
         async def load(names: list[str]) -> dict[str, Any]:
             self.loads += 1
-            values = {name: LoadResult(self.truth[key_of(name)], tags=(tag_of(key_of(name)),)) for name in names}
+            found = {name: self.value(key_of(name), self.truth[key_of(name)]) for name in names}
+            values = {name: LoadResult(value, tags=(tag_of(key_of(name)),)) for name, value in found.items()}
             self.tell(f"a loader reads {values}")
             await asyncio.sleep(self.chance.choice((0.0, 0.01, 0.2, 1.0)))
             if self.chance.random() < 0.1:

@@ -142,6 +142,33 @@ async def test_idle_ttl_lets_a_value_live_while_it_is_asked_for_but_not_for_ever
     assert await cache.get_or_load("k", load, **options) == 3, "nobody has asked for 10 s"
 
 
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+async def test_a_jump_of_the_wall_clock_changes_nothing(cache: Cache, clock: ManualClock, jump: float) -> None:
+    begun, go_on = anyio.Event(), anyio.Event()
+
+    async def slow() -> str:
+        begun.set()
+        await go_on.wait()
+        return "value"
+
+    load = Counting()
+    sliding: dict[str, Any] = {"ttl": 25, "idle_ttl": 10}
+    await cache.get_or_load("sliding", load, **sliding)
+    await cache.get_or_load("due", load, ttl=10, refresh=0.5, stale_for=60)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: cache.get_or_load("slow", slow, ttl=60, lease_ttl=3))
+        await begun.wait()
+        clock.jump(jump)
+        go_on.set()
+    assert await cache.ttl("slow") == 60.0, "stored: its lease was held"
+    assert await cache.get_or_load("due", load, ttl=10, refresh=0.5) == 2, "not due"
+    for _ in range(4):
+        clock.advance(6)
+        assert await cache.get_or_load("sliding", load, **sliding) == 1
+    assert await cache.ttl("sliding") == 1.0, "24 s have passed, and 25 are the most"
+    assert load.calls == 2
+
+
 async def test_a_decorated_function_takes_the_same_options(cache: Cache, clock: ManualClock) -> None:
     calls = 0
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_connection import RedisConnection
+from cachebus.adapters.redis_connection import Changes, RedisConnection
 from cachebus.adapters.redis_dial import Place
 from cachebus.adapters.redis_slots import slot_of
 from cachebus.messages import (
@@ -52,18 +52,24 @@ class Gate:
 
     def __init__(self) -> None:
         self.chance = random.Random(0)
-        self.waiting: dict[RedisConnection, deque[tuple[bytes, int, Callable[[Any], None]]]] = {}
+        self.waiting: dict[RedisConnection, deque[tuple[bytes, int, Callable[[Any], None], Changes]]] = {}
         self.open = True
         self._send = RedisConnection.send
 
     def __enter__(self) -> Self:
         gate, send = self, self._send
 
-        def held(connection: RedisConnection, data: bytes, wanted: int, answer: Callable[[Any], None]) -> None:
+        def held(
+            connection: RedisConnection,
+            data: bytes,
+            wanted: int,
+            answer: Callable[[Any], None],
+            changes: Changes = tuple,
+        ) -> None:
             if gate.open:
-                send(connection, data, wanted, answer)
+                send(connection, data, wanted, answer, changes)
             else:
-                gate.waiting.setdefault(connection, deque()).append((data, wanted, answer))
+                gate.waiting.setdefault(connection, deque()).append((data, wanted, answer, changes))
 
         RedisConnection.send = held  # type: ignore[method-assign,assignment]
         return self
@@ -79,14 +85,14 @@ class Gate:
         if not ready:
             return False
         connection = self.chance.choice(ready)
-        data, wanted, answer = self.waiting[connection].popleft()
+        data, wanted, answer, changes = self.waiting[connection].popleft()
         done = asyncio.Event()
 
         def answered(replies: Any) -> None:
             answer(replies)
             done.set()
 
-        self._send(connection, data, wanted, answered)
+        self._send(connection, data, wanted, answered, changes)
         await done.wait()
         return True
 
