@@ -77,6 +77,9 @@ class Hosted:
             if opened.done():
                 raise
             opened.set_exception(error)
+        except BaseException:
+            opened.cancel()  # Whoever waits for it would wait for ever.
+            raise
 
 
 async def _call(function: Callable[..., Awaitable[T]], *args: Any) -> T:

@@ -15,6 +15,7 @@ import itertools
 import random
 import statistics
 import sysconfig
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from cachebus.messages import CacheEvicted, CacheHit, CacheMiss
 
 SHOWN_PER_KIND_AND_SECOND = 1.5
 
+# Two threads in CPython's parser may find each other's depth of recursion in it, which is a SystemError.
+_PARSER = threading.Lock()
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -49,7 +53,8 @@ class Analysis:
 def analyse(path: str) -> Analysis:
     """Parse a module and measure it: some milliseconds to a second of work."""
     text = Path(path).read_text(encoding="utf-8", errors="replace")
-    tree = ast.parse(text)
+    with _PARSER:
+        tree = ast.parse(text)
     kinds: Counter[type[ast.AST]] = Counter()
     deepest = 0
     pending: list[tuple[ast.AST, int]] = [(tree, 0)]

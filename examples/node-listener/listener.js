@@ -1,7 +1,7 @@
 // Listens to the events of a cachebus namespace, reads a key and invalidates tags; the messages are those of
 // `python -m cachebus asyncapi`. Prints one JSON object a line.
 //
-//   npm install && node listener.js nats://localhost:4222 default primary user:1 users
+//   npm ci && node listener.js nats://localhost:4222 default primary user:1 users
 //
 // It ends when it has heard of its own invalidation, or after ten seconds with exit code 1.
 import { connect, headers } from "@nats-io/transport-node";

@@ -1,4 +1,5 @@
-"""Packages of npm for tests: installed once into a cache folder of the user's, by the exact versions in a `package.json`."""
+"""Packages of npm for tests: installed once into a cache folder of the user's, by the `package-lock.json` beside a
+`package.json`, which names every version, down to the last, and the hash of what is fetched."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ def tool(program: str) -> str:
 
 def packages(manifest: Path) -> Path:
     """A folder with a `package.json` and everything that it names. Blocks: the first time npm fetches it."""
-    text = manifest.read_bytes()
+    files = {each: manifest.with_name(each).read_bytes() for each in ("package.json", "package-lock.json")}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachebus-tests"
-    folder = cache / hashlib.sha256(text).hexdigest()[:16]
+    folder = cache / hashlib.sha256(b"".join(files.values())).hexdigest()[:16]
     if folder.is_dir():
         return folder
     npm = tool("npm")
@@ -36,8 +37,9 @@ def packages(manifest: Path) -> Path:
     # Beside its place and then moved there, so that what is there is whole, also when two test runs meet.
     making = Path(tempfile.mkdtemp(dir=cache))
     try:
-        (making / "package.json").write_bytes(text)
-        command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
+        for name, text in files.items():
+            (making / name).write_bytes(text)
+        command = [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"]
         done = subprocess.run(command, cwd=making, capture_output=True, text=True, timeout=110)
         if done.returncode:
             pytest.fail(f"npm could not install what {manifest.name} names:\n{done.stdout}{done.stderr}")
