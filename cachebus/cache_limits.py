@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .link import Link
+from .load_options import Duration
 from .rate_limits import AsyncRateLimiter, Duration, OnLimitError, RateLimiter, admit_request
 from .ways import Awaiting, Blocking
 
