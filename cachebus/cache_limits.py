@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .link import Link
 from .load_options import Duration
-from .rate_limits import AsyncRateLimiter, Duration, OnLimitError, RateLimiter, admit_request
+from .rate_limits import AsyncRateLimiter, OnLimitError, RateLimiter, admit_request
 from .ways import Awaiting, Blocking
 
 
