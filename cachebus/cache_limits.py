@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .link import Link
-from .rate_limits import AsyncRateLimiter, Duration, OnLimitError, RateLimiter, admit_request
+from .load_options import Duration
+from .rate_limits import AsyncRateLimiter, OnLimitError, RateLimiter, admit_request
 from .ways import Awaiting, Blocking
 
 

@@ -233,12 +233,14 @@ class PayloadLink(Link):
 
     def _encoded(self, key: str, value: Any) -> int | bytes:
         if type(value) is CachedError:
-            return self._protected(key, value.content, error=True)
+            return self._told_of(key, self._pipeline.encode(key, value))
         content = self._number_or_content(value)
         return self._protected(key, content) if type(content) is bytes else content
 
-    def _protected(self, key: str, content: bytes, *, error: bool = False) -> bytes:
-        payload = self._pipeline.protect(key, content, error=error)
+    def _protected(self, key: str, content: bytes) -> bytes:
+        return self._told_of(key, self._pipeline.protect(key, content))
+
+    def _told_of(self, key: str, payload: bytes) -> bytes:
         sealer = self._pipeline.sealer
         if sealer is not None and PayloadSealed in self.emitter.audience.kinds:
             self.emitter.emit(PayloadSealed(key=key, key_id=sealer.key_id, tenant=sealer.tenant, size=len(payload)))

@@ -14,9 +14,9 @@ from cachebus.messages import Admit, RateLimited, Refused
 from .checks import check_key
 from .failures import BACKEND_FAILURES
 from .link import run
+from .load_options import Duration
 from .ways import Awaiting, Blocking
 
-Duration: TypeAlias = float | timedelta
 OnLimitError: TypeAlias = Literal["raise", "allow"]
 
 
