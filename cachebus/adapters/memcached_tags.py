@@ -47,6 +47,10 @@ class TagMemory:
     def __bool__(self) -> bool:
         return bool(self._names)
 
+    def clear(self) -> None:
+        """Forget every key."""
+        self._names.clear()
+
     def of(self, key: str) -> tuple[str, ...]:
         """The names of the tags of a key, as far as is known."""
         return self._names.get(key, ())
@@ -147,7 +151,7 @@ def invalidate(session: Session, tags: Iterable[str]) -> Talk[None]:
 
     One that is missing stays so: nothing is good under it, and whoever makes it makes one that never was.
     """
-    names = [ALL_TAGS, *dict.fromkeys(map(session.keys.tag, tags))]
+    names = (ALL_TAGS, *dict.fromkeys(map(session.keys.tag, tags)))
     while True:
         head = yield from session.head()
         commands = Commands()
