@@ -5,7 +5,6 @@ Decision 27 has the interleavings that the order of the commands here is about.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from cachebus.messages import (
@@ -31,16 +30,16 @@ from cachebus.messages import (
 
 from .forms import decode_form, encode_form
 from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Talk
-from .memcached_entries import Entry, any_entry, found_of, kept_until, server_expiry
+from .memcached_entries import Entry, found_of, kept_until, server_expiry
 from .memcached_errors import BACKEND
 from .memcached_keys import ALL_TAGS
-from .memcached_leases import Held, check_lease, held_of, is_live, kept_as, servable, stale_in, stale_of
-from .memcached_notes import NO_NOTES, Marks, Notes
-from .memcached_readings import content_of
+from .memcached_lease_look import Draft, Looking, State
+from .memcached_leases import Held, check_lease, kept_as, stale_of
+from .memcached_notes import NO_NOTES, Notes
 from .memcached_rounds import TRIES
-from .memcached_session import Commands, Moved, Session, first_error
-from .memcached_tags import Generations
-from .memcached_values import Values, not_found, store
+from .memcached_session import Commands, Moved, first_error
+from .memcached_tags import Generations, fresh
+from .memcached_values import not_found, store
 
 
 def leases(request: Request[Any]) -> bool:
@@ -51,62 +50,8 @@ def leases(request: Request[Any]) -> bool:
 _ABOUT = frozenset[type[Request[Any]]]({GetOrLease, Renew, Release})
 
 
-class _Draft:
-    """What is to be written for a request, the last command deciding whether it was, and the reply if so; `None` is `Stored`,
-    if `marks` are good even then."""
-
-    __slots__ = ("commands", "marks", "position", "reply")
-
-    def __init__(self, position: int, commands: list[bytes], reply: Reply | None, marks: Marks = ()) -> None:
-        self.position = position
-        self.commands = commands
-        self.reply = reply
-        self.marks = marks
-
-
-class _State:
-    """A key: what is under it, the lease that this is, and that of its live value; and what may be served."""
-
-    __slots__ = (
-        "anew",
-        "anew_answer",
-        "anew_held",
-        "answer",
-        "content",
-        "draft",
-        "entry",
-        "held",
-        "kept",
-        "served",
-        "tail",
-    )
-
-    def __init__(self, tail: str, kept: bytes) -> None:
-        self.tail = tail
-        self.kept = kept
-        self.anew = ""
-        self.answer: Answer = MISS
-        self.anew_answer: Answer = MISS
-        self.entry: Entry | None = None
-        self.held: Held | None = None
-        self.anew_held: Held | None = None
-        self.served: Entry | None = None
-        self.content: Any = None
-        self.draft: _Draft | None = None
-
-
-class LeaseRounds:
+class LeaseRounds(Looking):
     """Carries such requests out, all of a run at once, in rounds of looking and writing."""
-
-    def __init__(self, session: Session, values: Values, batch: Sequence[Request[Any]], replies: list[Any]) -> None:
-        self._session = session
-        self._connection = session.connection
-        self._values = values
-        self._batch = batch
-        self._replies = replies
-        self._generations = Generations(session)
-        self._now = 0.0
-        self._head = ""
 
     def run(self, first: int, end: int) -> Talk[None]:
         """Carry out the requests from `first` to before `end`."""
@@ -140,89 +85,9 @@ class LeaseRounds:
             again += yield from self._write(list(dict.fromkeys(drafts)))
         return sorted(again)
 
-    # Looking
-
-    def _look(self, waiting: list[int]) -> Talk[list[tuple[int, _State]]]:
-        states: dict[tuple[str, bytes], _State] = {}
-        keyed: list[tuple[int, _State]] = []
-        names: dict[str, None] = {}
-        keys = self._values.keys
-        served = grants = False
-        for position in waiting:
-            request: Any = self._batch[position]
-            try:
-                name = keys.tail(request.key)
-                names.update(dict.fromkeys(map(keys.tag, getattr(request, "tags", ()))))
-            except CacheError as error:
-                self._replies[position] = Failed.of(error)
-                continue
-            state = states.setdefault(name, _State(*name))
-            asks = isinstance(request, GetOrLease)
-            served, grants = served or asks, grants or asks or isinstance(request, Set)
-            if not asks or request.refresh:
-                state.anew = keys.anew(request.key)
-            keyed.append((position, state))
-        commands = Commands()
-        wanted: list[tuple[_State, str]] = []
-        for state in states.values():
-            for slot, tail in (("answer", state.tail), ("anew_answer", state.anew)):
-                if tail:
-                    wanted.append((state, slot))
-                    commands.add(f"mg {self._head}{tail} v c\r\n".encode(), reads=True)
-        # That of all tags comes last: who stores under a tag that was not known at the grant must see it after the tag's.
-        made = [*names, ALL_TAGS] if grants else list(names)
-        generations = self._generations = Generations(self._session)
-        generations.make(commands, self._head, made)
-        answers = (yield from self._session.ask(commands)) if states else []
-        generations.learn_made(made, answers[len(wanted) :])
-        self._now = self._connection.now()
-        for (state, slot), answer in zip(wanted, answers, strict=False):
-            setattr(state, slot, answer)
-        for state in states.values():
-            self._take_apart(state)
-        yield from generations.read(name for state in states.values() for name in self._names(state))
-        for state in states.values():
-            if state.served is not None and not generations.good(state.served.notes.marks):
-                state.served = None
-            if served and state.served is not None:
-                state.content = yield from content_of(self._session, state.served)
-                if state.content is None:
-                    state.served = None
-        return keyed
-
-    def _take_apart(self, state: _State) -> None:
-        state.entry = self._entry(state.answer, state.kept)
-        state.held = held_of(state.entry)
-        state.anew_held = held_of(self._entry(state.anew_answer, state.kept))
-        served = state.entry if state.held is None else stale_in(state.held, state.kept)
-        state.served = served if servable(served, self._now) else None
-
-    def _entry(self, answer: Answer, kept: bytes) -> Entry | None:
-        if not isinstance(answer, tuple):
-            return None
-        try:
-            return any_entry(answer[0], answer[1], kept, self._connection.epoch)
-        except CacheError:
-            return None  # Not ours, and so in nobody's way.
-
-    def _names(self, state: _State) -> tuple[str, ...]:
-        marks: Marks = ()
-        for held in (state.held, state.anew_held):
-            marks += held.marks if held is not None else ()
-        marks += state.served.notes.marks if state.served is not None else ()
-        return self._generations.names(marks)
-
-    def _live(self, state: _State) -> Entry | None:
-        served = state.served
-        return served if served is not None and state.held is None and is_live(served, self._now) else None
-
-    def _current(self, held: Held | None) -> bool:
-        """Whether a lease has neither run out nor been lost to the invalidation of a tag."""
-        return held is not None and held.deadline > self._now and self._generations.good(held.marks)
-
     # Deciding
 
-    def _decide(self, position: int, request: Request[Any], state: _State) -> None:
+    def _decide(self, position: int, request: Request[Any], state: State) -> None:
         """Say what becomes of a request, or what is to be written for it. Raises `CacheError`."""
         for answer in (state.answer, state.anew_answer):
             if isinstance(answer, CacheError):
@@ -239,7 +104,7 @@ class LeaseRounds:
             case _:
                 raise BadMessage(f"{type(request).__name__} is not about leases")
 
-    def _lease(self, position: int, request: GetOrLease, state: _State) -> None:
+    def _lease(self, position: int, request: GetOrLease, state: State) -> None:
         check_lease(request.token, request.lease_ttl)
         now, token = self._now, request.token
         live = self._live(state)
@@ -254,6 +119,7 @@ class LeaseRounds:
             # Asked for twice, it is granted twice, on the terms of the first time: the load may have begun by then.
             self._replies[position] = LeaseGranted(token, stale)
             if held.deadline > now:
+                self._values.grants.note(held)
                 return
             held = held.until(now + request.lease_ttl)
         elif held is not None and self._current(held):
@@ -266,14 +132,15 @@ class LeaseRounds:
         else:
             version = 0.0 if live is None else live.version
             marks = self._generations.present(request.tags)
-            held = Held(token, now + request.lease_ttl, version, self._generations.seen(ALL_TAGS), marks)
+            all_tags = self._generations.seen(ALL_TAGS)
+            held = Held(token, fresh(), now + request.lease_ttl, version, all_tags, marks)
         self._place(position, state, held, LeaseGranted(token, stale), anew=live is not None)
 
-    def _commit(self, position: int, request: Set, state: _State) -> None:
+    def _commit(self, position: int, request: Set, state: State) -> None:
         if request.only_if is not None:
             raise BadMessage("a value that is stored under a lease has no other condition")
         held = self._held(request.lease or "", state)
-        if held is None or held.deadline <= self._now:
+        if held is None or held.deadline <= self._now or self._values.grants.is_other(held):
             live = self._live(state)
             self._replies[position] = NotStored(0.0 if live is None else live.version, "lease_lost")
             return
@@ -292,9 +159,9 @@ class LeaseRounds:
         packed = self._values.pack(encode_form(request.value), state.kept, expiry, self._connection, notes)
         # Over the lease, or over the value that is loaded anew, if it is still the one that was looked at.
         commands = packed.commands(self._head, state.tail, _over(state.answer))
-        state.draft = _Draft(position, commands, None, marks)
+        state.draft = Draft(position, commands, None, marks)
 
-    def _renew(self, position: int, request: Renew, state: _State) -> None:
+    def _renew(self, position: int, request: Renew, state: State) -> None:
         check_lease(request.token, request.lease_ttl)
         held = self._held(request.token, state)
         if held is None or not self._current(held):
@@ -303,14 +170,14 @@ class LeaseRounds:
         anew = held is state.anew_held
         self._place(position, state, held.until(self._now + request.lease_ttl), Renewed(request.lease_ttl), anew=anew)
 
-    def _release(self, position: int, request: Release, state: _State) -> None:
+    def _release(self, position: int, request: Release, state: State) -> None:
         held = self._held(request.token, state)
         if held is None:
             self._replies[position] = NotHeld()
             return
         self._end(position, state, Released() if self._current(held) else NotHeld(), anew=held is state.anew_held)
 
-    def _held(self, token: str, state: _State) -> Held | None:
+    def _held(self, token: str, state: State) -> Held | None:
         """The lease of that name, in the place of a value or beside one."""
         if state.held is not None and state.held.token == token:
             return state.held
@@ -321,10 +188,10 @@ class LeaseRounds:
 
     # What is said and written
 
-    def _found(self, live: Entry, state: _State) -> Reply:
+    def _found(self, live: Entry, state: State) -> Reply:
         return found_of(live, decode_form(*state.content), self._now)
 
-    def _stale(self, state: _State, lease: str, remaining: float) -> Stale | None:
+    def _stale(self, state: State, lease: str, remaining: float) -> Stale | None:
         if state.served is None:
             return None
         try:
@@ -332,7 +199,7 @@ class LeaseRounds:
         except CacheError:
             return None  # Damaged, and so nothing to serve.
 
-    def _place(self, position: int, state: _State, held: Held, reply: Reply, *, anew: bool) -> None:
+    def _place(self, position: int, state: State, held: Held, reply: Reply, *, anew: bool) -> None:
         """Write a lease: in the place of the key's value with what is stale, or beside it."""
         keep, tail, answer = held.deadline, state.tail, state.answer
         if anew:
@@ -347,9 +214,10 @@ class LeaseRounds:
             # No room for both: the stale value goes.
             item = held.with_stale(b"").pack(state.kept)
         command = store(self._head + tail, item, server_expiry(keep, self._now), _over(answer))
-        state.draft = _Draft(position, [command], reply)
+        state.draft = Draft(position, [command], reply)
+        state.draft.held = held
 
-    def _end(self, position: int, state: _State, reply: Reply, *, anew: bool) -> None:
+    def _end(self, position: int, state: State, reply: Reply, *, anew: bool) -> None:
         """Remove a lease, and put back what is stale."""
         tail, answer = (state.anew, state.anew_answer) if anew else (state.tail, state.answer)
         served = None if anew else state.served
@@ -358,9 +226,9 @@ class LeaseRounds:
             command = store(self._head + tail, kept_as(served, state.kept), seconds, _over(answer))
         else:
             command = f"md {self._head}{tail}{_over(answer).decode()}\r\n".encode()
-        state.draft = _Draft(position, [command], reply)
+        state.draft = Draft(position, [command], reply)
 
-    def _write(self, drafts: list[_Draft]) -> Talk[list[int]]:
+    def _write(self, drafts: list[Draft]) -> Talk[list[int]]:
         """Write what was decided; the positions of requests that somebody came before."""
         commands = Commands()
         for draft in drafts:
@@ -385,6 +253,8 @@ class LeaseRounds:
             if isinstance(answer, int) and answer >= 0:
                 stored = Stored(self._connection.epoch + answer)
                 good = after.good(draft.marks)
+                if isinstance(draft.reply, LeaseGranted) and draft.held is not None:
+                    self._values.grants.note(draft.held)
                 self._replies[draft.position] = draft.reply or (stored if good else NotStored(0.0, "lease_lost"))
             elif answer in (MISS, NOT_STORED, EXISTS):
                 again.append(draft.position)

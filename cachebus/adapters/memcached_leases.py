@@ -5,6 +5,7 @@ In the place of a missing value, or of one whose time is up, stands an entry of 
 over, so that to everybody else there is no value. It holds, as msgpack:
 
     token       of the lease
+    nonce       of the write that granted it
     deadline    of the lease: Unix time of the server in seconds
     version     of the live value that is loaded anew; 0 in the place of a value
     all tags    the generation that all tags had when the lease was granted
@@ -29,6 +30,7 @@ from .memcached_entries import Entry, any_entry, kept_until, pack_entry
 from .memcached_notes import Marks, marks_of, pack_marked
 
 LEASE = b"l"[0]
+GRANTS_MAX = 10_000
 TOKEN_MAX = 255
 """Bytes of a token, at most."""
 
@@ -36,15 +38,49 @@ _OVER = 1.0
 """An expiry that is over for everybody, whatever their clocks say."""
 
 
+class Grants:
+    """The nonces of the leases that this process has been told it holds, at most `GRANTS_MAX`.
+
+    A question for a lease may be asked twice, and the first one may be carried out when all is over: late enough to put back
+    a lease that an invalidation has taken away. Such a one has another nonce.
+    """
+
+    __slots__ = ("_nonces",)
+
+    def __init__(self) -> None:
+        self._nonces: dict[str, bytes] = {}
+
+    def __repr__(self) -> str:
+        return f"<Grants {len(self._nonces)}/{GRANTS_MAX}>"
+
+    def note(self, held: Held) -> None:
+        """Remember which lease was granted. The first one of a name counts: its load may have begun."""
+        if len(self._nonces) >= GRANTS_MAX:
+            del self._nonces[next(iter(self._nonces))]
+        self._nonces.setdefault(held.token, held.nonce)
+
+    def is_other(self, held: Held) -> bool:
+        """Whether another lease was granted under that name. One that another process was told of is not known here."""
+        return self._nonces.get(held.token, held.nonce) != held.nonce
+
+
 class Held:
     """A lease as it stands in the server."""
 
-    __slots__ = ("all_tags", "deadline", "marks", "stale", "token", "version")
+    __slots__ = ("all_tags", "deadline", "marks", "nonce", "stale", "token", "version")
 
     def __init__(
-        self, token: str, deadline: float, version: float, all_tags: bytes, marks: Marks, stale: bytes = b""
+        self,
+        token: str,
+        nonce: bytes,
+        deadline: float,
+        version: float,
+        all_tags: bytes,
+        marks: Marks,
+        stale: bytes = b"",
     ) -> None:
         self.token = token
+        self.nonce = nonce
         self.deadline = deadline
         self.version = version
         self.all_tags = all_tags
@@ -53,16 +89,16 @@ class Held:
 
     def until(self, deadline: float) -> Held:
         """The same lease with another deadline."""
-        return Held(self.token, deadline, self.version, self.all_tags, self.marks, self.stale)
+        return Held(self.token, self.nonce, deadline, self.version, self.all_tags, self.marks, self.stale)
 
     def with_stale(self, stale: bytes) -> Held:
         """The same lease over another stale entry."""
-        return Held(self.token, self.deadline, self.version, self.all_tags, self.marks, stale)
+        return Held(self.token, self.nonce, self.deadline, self.version, self.all_tags, self.marks, stale)
 
     def pack(self, kept: bytes) -> bytes:
         """The bytes of its item."""
         marks = [list(mark) for mark in self.marks]
-        body = pack_marked([self.token, self.deadline, self.version, self.all_tags, marks, self.stale])
+        body = pack_marked([self.token, self.nonce, self.deadline, self.version, self.all_tags, marks, self.stale])
         return pack_entry(b"l" + body, kept, _OVER, 0.0)
 
 
@@ -71,8 +107,8 @@ def held_of(entry: Entry | None) -> Held | None:
     if entry is None or entry.form != LEASE:
         return None
     try:
-        token, deadline, version, all_tags, marks, stale = unpack_plain(bytes(entry.body))
-        return Held(token, deadline, version, all_tags, marks_of(marks), stale)
+        token, nonce, deadline, version, all_tags, marks, stale = unpack_plain(bytes(entry.body))
+        return Held(token, nonce, deadline, version, all_tags, marks_of(marks), stale)
     except (ValueError, TypeError):
         return None  # Damaged, and so nobody's.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import random
 import re
 import socket
@@ -17,8 +18,9 @@ from uuid import uuid4
 
 from cachebus import CacheError
 from cachebus.actors import BackendActor, Supervisor
+from cachebus.actors.breaker import BreakerPolicy
 from cachebus.actors.cell import Cell
-from cachebus.actors.guard_policy import BreakerPolicy, GuardPolicy
+from cachebus.actors.guard_policy import GuardPolicy
 from cachebus.adapters.memcached import MemcachedStore, Place
 from cachebus.adapters.memcached_connection import Connection, Dial
 from cachebus.adapters.memcached_keys import ALL_TAGS
@@ -169,16 +171,14 @@ class MemcachedWorld(World):
         self.lost = 0
 
     async def backends(self, supervisor: Supervisor, clock: SimulatedClock, lines: list[Line]) -> list[Cell]:
+        """The backends: one in each process."""
         cells: list[Cell] = []
         for number, line in enumerate(lines):
             process = Process(line, clock, self.chance)
             store = self.make(self.places, process, namespace=self.namespace, clock=clock)
             self.stores.append(store)
-            cells.append(
-                await supervisor.start(
-                    Address(f"backend.process{number}"), lambda store=store: BackendActor(store, POLICY)
-                )
-            )
+            address = Address(f"backend.process{number}")
+            cells.append(await supervisor.start(address, functools.partial(BackendActor, store, POLICY)))
         return cells
 
     async def trouble(self, lines: list[Line], groups: list[list[asyncio.Task[None]]]) -> None:

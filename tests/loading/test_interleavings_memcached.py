@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from cachebus.adapters import memcached_lease_rounds, memcached_tags
+from cachebus.adapters import memcached_lease_look, memcached_lease_rounds, memcached_tags
 from cachebus.adapters.memcached_keys import ALL_TAGS
 from cachebus.adapters.memcached_lease_rounds import LeaseRounds
 from cachebus.adapters.memcached_session import Commands, Session
@@ -123,9 +123,9 @@ def late_tags_are_not_looked_at(patch: pytest.MonkeyPatch) -> None:
 
 
 def nothing_is_looked_at_after_storing(patch: pytest.MonkeyPatch) -> None:
-    make = memcached_lease_rounds._Draft.__init__
+    make = memcached_lease_look.Draft.__init__
     patch.setattr(
-        memcached_lease_rounds._Draft,
+        memcached_lease_look.Draft,
         "__init__",
         lambda self, at, commands, reply, marks=(): make(self, at, commands, reply),
     )
