@@ -32,7 +32,7 @@ class Case:
 
     def __init__(self, clients: list[Client], number: int, how: str, declared: bool, joins: bool) -> None:
         self.loader, self.writer, self.reader = clients
-        self.key, self.tag = f"k{number}", f"t{number}"
+        self.key, self.tag, self.token = f"k{number}", f"tag{number}", f"token{number}"
         self.how = how
         self.declared = (self.tag,) if declared else ()
         self.truth = 1
@@ -41,14 +41,14 @@ class Case:
         self.told: Any = None
 
     def load(self) -> Steps:
-        granted = yield from self.loader.steps(GetOrLease(self.key, "p1", "t1", TTL, tags=self.declared))
+        granted = yield from self.loader.steps(GetOrLease(self.key, "p1", self.token, TTL, tags=self.declared))
         if not isinstance(granted, LeaseGranted):
             return None
         yield
         self.loaded = self.truth
         yield
         tags = (self.tag,) if self.how == "tag" else ()
-        return (yield from self.loader.steps(Set(self.key, self.loaded, TTL, tags, lease="t1")))
+        return (yield from self.loader.steps(Set(self.key, self.loaded, TTL, tags, lease=self.token)))
 
     def change(self) -> Steps:
         steps = self.writer.steps(
@@ -59,14 +59,14 @@ class Case:
         yield from steps
         if self.joins:
             # Somebody in the loader's process asks for the key now.
-            self.told = self.reader.do(GetOrLease(self.key, "p1", "t2", TTL))
+            self.told = self.reader.do(GetOrLease(self.key, "p1", f"another{self.token}", TTL))
 
     def check(self, stored: Any) -> None:
         self.reader.forget_tags()
         found = self.reader.do(Get(self.key))
         assert not isinstance(found, Found) or found.value == 2, "an invalidated value was read"
         assert not isinstance(self.told, Found) or self.told.value == 2, "an invalidated value was read"
-        if isinstance(self.told, Loading) and self.told.token == "t1":
+        if isinstance(self.told, Loading) and self.told.token == self.token:
             # It waits for that load, and is given its value if it was stored, or all its tags were known before.
             given = isinstance(stored, Stored) or self.declared
             assert not given or self.loaded == 2, "an invalidated value was given to who joined"
