@@ -1,4 +1,4 @@
-"""Real processes over a real Redis: one load in all of them, whoever dies."""
+"""Real processes over a real Redis or Memcached: one load in all of them, whoever dies."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pymemcache
 import pytest
+import redis
 
-from cachebus.testing.servers import Server, run_redis
+from cachebus.testing.servers import Server, run_memcached, run_redis
 from tests.house.paths import ROOT
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with run_redis() as running:
+@pytest.fixture(params=[run_redis, run_memcached], ids=["redis", "memcached"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with request.param() as running:
         yield running
 
 
@@ -111,8 +113,13 @@ def test_whoever_was_stopped_for_longer_than_its_lease_does_not_store(server: Se
 
 def server_version(server: Server) -> Any:
     """The version of the entry under the key, read past cachebus."""
-    import redis
-
+    if server.url.startswith("memcached"):
+        client = pymemcache.Client((server.host, server.port))
+        generation: Any = client.get("fleet::")
+        item: Any = client.gets(f"fleet:{generation.decode()}:key")
+        client.close()
+        assert item[0]
+        return item[1]
     with redis.Redis.from_url(server.url) as client:
         raw: Any = client.get("fleet:key")
         return raw[:8]
