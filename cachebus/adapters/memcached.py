@@ -46,7 +46,7 @@ __all__ = ["MemcachedStore", "Place", "TlsFiles"]
 
 
 class MemcachedStore:
-    """A `BatchStore` in one or several Memcached servers, version 1.6 or newer, on asyncio and on trio.
+    """A `BatchStore` in one or several Memcached servers, version 1.6.10 or newer, on asyncio and on trio.
 
     The keys of several servers are shared out by rendezvous hashing: a server that comes or goes moves its own keys only,
     and one that does not answer costs its own keys only. Every server has a generation of the namespace, which `Clear`
