@@ -199,15 +199,15 @@ class Mixed:
 
     def _make_tags(self, first: int, end: int, head: str) -> Talk[None]:
         """Read the generations under which values are stored, before they are."""
-        tags = {tag for request in self._batch[first:end] if isinstance(request, Set | SetMany) for tag in request.tags}
-        names: list[str] = []
-        for tag in tags:
-            with contextlib.suppress(CacheError):  # Told to whoever stores under it.
-                names.append(self._values.keys.tag(tag))
+        names: dict[str, None] = {}
+        for request in self._batch[first:end]:
+            for tag in request.tags if isinstance(request, Set | SetMany) else ():
+                with contextlib.suppress(CacheError):  # Told to whoever stores under it.
+                    names[self._values.keys.tag(tag)] = None
         if names:
-            commands = Commands()
-            self._generations.make(commands, head, names)
-            self._generations.learn_made(names, (yield from self._session.ask(commands)))
+            commands, made = Commands(), list(names)
+            self._generations.make(commands, head, made)
+            self._generations.learn_made(made, (yield from self._session.ask(commands)))
 
     def _add(self, position: int, request: Any, head: str) -> None:
         match request:

@@ -73,12 +73,13 @@ class Generations:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._keys: Keys = session.keys
+        self._named: dict[str, str] = {}
         self._seen: dict[str, bytes] = {}  # By what follows the namespace's generation; empty where there is none.
         self._errors: dict[str, CacheError] = {}
 
     def names(self, marks: Marks) -> tuple[str, ...]:
         """The names of the generations of an entry's tags."""
-        return tuple([self._keys.tag(tag) for tag, _ in marks])
+        return tuple([self._name(tag) for tag, _ in marks])
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Those of which the generation has not been read."""
@@ -135,7 +136,7 @@ class Generations:
         be read nor made."""
         marks: list[tuple[str, bytes]] = []
         for tag in dict.fromkeys(tags):
-            name = self._keys.tag(tag)
+            name = self._name(tag)
             if not (generation := self.seen(name)):
                 raise self._errors.get(name) or CacheBackendError(f"the generation of the tag {tag!r} is lost", BACKEND)
             marks.append((tag, generation))
@@ -143,7 +144,16 @@ class Generations:
 
     def good(self, marks: Marks) -> bool:
         """Whether all these are the present generations, which have been read."""
-        return all(generation and self.seen(self._keys.tag(tag)) == generation for tag, generation in marks)
+        for tag, generation in marks:
+            if not generation or self._seen.get(self._name(tag)) != generation:
+                return False
+        return True
+
+    def _name(self, tag: str) -> str:
+        name = self._named.get(tag)
+        if name is None:
+            name = self._named[tag] = self._keys.tag(tag)
+        return name
 
 
 def invalidate(session: Session, tags: Iterable[str]) -> Talk[None]:

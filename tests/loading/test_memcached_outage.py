@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import anyio
 import pytest
@@ -68,7 +69,8 @@ async def test_what_was_loaded_before_a_restart_is_not_stored_after_it(server: S
                 go_on.set()
             assert got == [1], "who asked before has what was loaded for it"
             with anyio.fail_after(5):
-                assert (await anext(aiter(lost))).key == "k"
+                event: Any = await anext(aiter(lost))
+            assert event.key == "k"
         assert await other.get("k") is None
         assert await other.get_or_load("k", load, ttl=60, tags=["t"]) == 2
 
