@@ -76,6 +76,20 @@ async def rows_of(ours: Cache, theirs: Any, rounds: int) -> list[Row]:
     return done
 
 
+async def tagged_row(ours: Cache, rounds: int) -> Row:
+    """Reads of what has a tag, beside our own reads of what has none."""
+    for key in KEYS:
+        await ours.set(key, bytes(SIZE))
+        await ours.set(f"tagged:{key}", bytes(SIZE), tags=["users"])
+    callers = 100
+    row = Row(
+        f"memcached tagged get, {SIZE} bytes, {callers} callers",
+        Contender("cachebus", by(callers, lambda key: ours.get(f"tagged:{key}"))),
+        [Contender("cachebus, without a tag", by(callers, ours.get))],
+    )
+    return await measure_async(row, operations=CALLERS[callers], rounds=rounds)
+
+
 async def batch_row(server: Server, rounds: int) -> Row:
     """Batches of reads by our store, and by the driver in a worker thread."""
     store: Any = build_store(backend_from_url(server.url), namespace="batches", clock=SYSTEM_CLOCK)
@@ -109,7 +123,7 @@ async def compare(server: Server, rounds: int) -> list[Row]:
     theirs = aiomcache.Client(server.host, server.port)
     try:
         async with open_cache(server.url, timeout=30.0) as ours:
-            done = await rows_of(ours, theirs, rounds)
+            done = [*await rows_of(ours, theirs, rounds), await tagged_row(ours, rounds)]
         return [*done, await batch_row(server, rounds)]
     finally:
         await theirs.close()

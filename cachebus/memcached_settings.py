@@ -14,7 +14,7 @@ from .redis_settings import Hosts
 
 
 class MemcachedSettings(GuardSettings):
-    """A store in one or several Memcached servers, version 1.6 or newer. Durations are seconds.
+    """A store in one or several Memcached servers, version 1.6.10 or newer. Durations are seconds.
 
     As a URL: `memcached://host1:11211,host2?timeout=0.5`.
     """

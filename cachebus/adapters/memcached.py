@@ -22,6 +22,8 @@ from cachebus.messages import (
     Failed,
     FoundMany,
     GetMany,
+    Invalidated,
+    InvalidateTags,
     Reply,
     Request,
     SetMany,
@@ -36,6 +38,7 @@ from .memcached_keys import Hasher, Keys, blake
 from .memcached_lane import Lane, common
 from .memcached_plan import Plan
 from .memcached_session import Session
+from .memcached_tags import invalidate
 from .memcached_values import Values
 from .tls import TlsFiles
 
@@ -43,11 +46,11 @@ __all__ = ["MemcachedStore", "Place", "TlsFiles"]
 
 
 class MemcachedStore:
-    """A `BatchStore` in one or several Memcached servers, version 1.6 or newer, on asyncio and on trio.
+    """A `BatchStore` in one or several Memcached servers, version 1.6.10 or newer, on asyncio and on trio.
 
     The keys of several servers are shared out by rendezvous hashing: a server that comes or goes moves its own keys only,
     and one that does not answer costs its own keys only. Every server has a generation of the namespace, which `Clear`
-    makes anew on each. Times to live are rounded up to whole seconds.
+    makes anew on each, and one of every tag. Times to live are rounded up to whole seconds.
     """
 
     name = BACKEND
@@ -66,7 +69,9 @@ class MemcachedStore:
         hasher: Hasher = blake,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self.capabilities = Capabilities(compare_and_set=True, counters=True, rate_limits=True, ttl_resolution=1.0)
+        self.capabilities = Capabilities(
+            tags=True, compare_and_set=True, counters=True, leases=True, rate_limits=True, ttl_resolution=1.0
+        )
         self._keys = Keys(namespace, hasher)
         self._places = tuple(places)
         self._tls = tls
@@ -117,15 +122,15 @@ class MemcachedStore:
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         if not self._lanes:
             raise CacheConnectionError("the store is not open", BACKEND)
-        if len(self._lanes) == 1 and not any(type(request) is Clear for request in batch):
+        if len(self._lanes) == 1 and not any(type(request) in _EVERYWHERE for request in batch):
             (lane,) = self._lanes.values()
             return await self._on(lane, batch)
         replies: list[Reply] = []
         part: list[Request[Any]] = []
         for request in batch:
-            if type(request) is Clear:
+            if type(request) in _EVERYWHERE:
                 replies += await self._shared_out(part)
-                replies.append(await self._clear())
+                replies.append(await self._everywhere(request))
                 part = []
             else:
                 part.append(request)
@@ -136,19 +141,25 @@ class MemcachedStore:
 
         return await lane.run(lambda connection: Plan(connection, self._values, batch).run())
 
-    async def _clear(self) -> Reply:
+    async def _everywhere(self, request: Any) -> Reply:
+        """The reply to what every server has to do."""
         failures: list[CacheError] = []
 
-        async def clear(lane: Lane) -> None:
+        async def ask(lane: Lane) -> None:
             try:
-                await lane.run(lambda connection: Session(connection, self._keys).clear())
+                if isinstance(request, InvalidateTags):
+                    await lane.run(lambda connection: invalidate(Session(connection, self._keys), request.tags))
+                else:
+                    await lane.run(lambda connection: Session(connection, self._keys).clear())
             except CacheError as error:
                 failures.append(error)
 
         async with anyio.create_task_group() as tasks:
             for lane in self._lanes.values():
-                tasks.start_soon(clear, lane)
-        return Failed.of(failures[0]) if failures else Cleared()
+                tasks.start_soon(ask, lane)
+        if failures:
+            return Failed.of(failures[0])
+        return Invalidated() if isinstance(request, InvalidateTags) else Cleared()
 
     async def _shared_out(self, batch: Sequence[Request[Any]]) -> list[Reply]:
         """The replies of the servers to their parts of a batch."""
@@ -196,6 +207,10 @@ class MemcachedStore:
     def _server(self, key: str) -> str:
         server: str = self._shares.get_node(key)
         return server
+
+
+_EVERYWHERE = frozenset[type[Request[Any]]]({Clear, InvalidateTags})
+"""What is for all servers, and stands between its neighbours in a batch."""
 
 
 def _weight(text: str, seed: int) -> int:

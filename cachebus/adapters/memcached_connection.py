@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import Generator
@@ -25,6 +26,10 @@ server had to say against one command."""
 T = TypeVar("T")
 Talk: TypeAlias = Generator[tuple[bytes, int], list[Answer], T]
 """Commands and how many they are; their answers; and what came of it all."""
+
+OLDEST = (1, 6, 10)
+"""The version in which the meta commands came to be what they are: `ms` with the length after the key and a CAS token in its
+answer, `md` with one in its question."""
 
 RESYNC = 60.0
 """Seconds after which the server's clock is read anew."""
@@ -249,6 +254,12 @@ class Connection:
         before = self._clock.monotonic()
         stats: Any = client.stats()
         after = self._clock.monotonic()
+        version = bytes(stats[b"version"])
+        if tuple(map(int, re.findall(rb"\d+", version)[:3])) < OLDEST:
+            needed = ".".join(map(str, OLDEST))
+            raise CacheConfigurationError(
+                f"memcached: {self.server} is Memcached {version.decode('ascii', 'replace')[:20]}, and {needed} is needed"
+            )
         at, uptime = int(stats[b"time"]), int(stats[b"uptime"])
         # It names the second that has begun, at some moment between asking and hearing.
         earliest, latest = at - after, at + 1 - before

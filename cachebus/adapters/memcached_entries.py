@@ -1,6 +1,7 @@
 """What stands in a Memcached item, and what it says.
 
-    1 byte    form       B bytes as they are, I decimal int, M msgpack, C chunked (see `memcached_chunks`)
+    1 byte    form       B bytes as they are, I decimal int, M msgpack, C chunked (see `memcached_chunks`); small letters
+                         are another layout: o with notes (see `memcached_notes`), l a lease (see `memcached_leases`)
     2 bytes   key size   big-endian; 0 where the name on the wire is the key itself
     8 bytes   expiry     big-endian double: Unix time of the server in seconds, 0 for none
     8 bytes   stored at  big-endian double: Unix time of the server in seconds
@@ -16,11 +17,13 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from typing import Any, cast
 
-from cachebus.messages import CacheError, CacheSerializationError, Failed, Found, Missing, Present, bare
+from cachebus.messages import CacheError, CacheSerializationError, Failed, Found, Loaded, Missing, Present, bare
 
 from .forms import BYTES, decode_form
+from .memcached_notes import NO_NOTES, NOTED, Notes, pack_noted, split_noted
 
 HEADER = struct.Struct(">cHddd")
 CHUNKED = b"C"[0]
@@ -29,7 +32,7 @@ THIRTY_DAYS = 30 * 86_400
 _LATEST = 2**31 - 1
 """Memcached reads times as 32 bits."""
 
-_unpack_header = HEADER.unpack_from
+_unpack_header: Callable[[bytes], tuple[bytes, int, float, float, float]] = HEADER.unpack_from
 _HEADER_SIZE = HEADER.size
 _B = b"B"
 
@@ -37,11 +40,14 @@ _B = b"B"
 class Entry:
     """An item of ours, taken apart. `token` is its CAS token, `version` what callers know of it."""
 
-    __slots__ = ("body", "expiry", "form", "stored_at", "token", "version")
+    __slots__ = ("body", "expiry", "form", "notes", "stored_at", "token", "version")
 
     def __init__(
         self, form: int, expiry: float, stored_at: float, version: float, body: memoryview, token: int
     ) -> None:
+        self.notes = NO_NOTES
+        if form == NOTED:
+            self.notes, form, body = split_noted(body)
         self.form = form
         self.expiry = expiry
         self.stored_at = stored_at
@@ -57,8 +63,12 @@ class Entry:
         return Present(self.version, self.left(now))
 
 
-def pack_entry(form_and_body: bytes, kept: bytes, expiry: float, now: float, version: float = 0.0) -> bytes:
+def pack_entry(
+    form_and_body: bytes, kept: bytes, expiry: float, now: float, version: float = 0.0, notes: Notes = NO_NOTES
+) -> bytes:
     """The bytes of an item."""
+    if notes is not NO_NOTES:
+        form_and_body = pack_noted(notes, form_and_body)
     return b"".join(
         (HEADER.pack(form_and_body[:1], len(kept), expiry, now, version), kept, memoryview(form_and_body)[1:])
     )
@@ -69,18 +79,27 @@ def read_entry(raw: bytes, token: int, kept: bytes, epoch: float, now: float) ->
 
     Raises `CacheSerializationError` for what was not written by us.
     """
-    try:
-        form, size, expiry, stored_at, version = _unpack_header(raw)
-    except struct.error:
-        raise CacheSerializationError("what is stored under the key was not written by cachebus") from None
+    form, size, expiry, stored_at, version = _header(raw)
     start = _HEADER_SIZE + size
     if (expiry and expiry <= now) or raw[_HEADER_SIZE:start] != kept:
         return None
     return Entry(form[0], expiry, stored_at, version or epoch + token, memoryview(raw)[start:], token)
 
 
+def any_entry(raw: bytes, token: int, kept: bytes, epoch: float) -> Entry | None:
+    """As `read_entry`, whether its time is up or not."""
+    return read_entry(raw, token, kept, epoch, 0.0)
+
+
+def _header(raw: bytes) -> tuple[bytes, int, float, float, float]:
+    try:
+        return _unpack_header(raw)
+    except struct.error:
+        raise CacheSerializationError("what is stored under the key was not written by cachebus") from None
+
+
 def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float) -> Found | Missing | Failed | Entry:
-    """What an item says to whoever asked for its key. A chunked one comes back as its entry."""
+    """What an item says to whoever asked for its key. One that is chunked, or has tags, comes back as its entry."""
     if not kept and len(raw) >= _HEADER_SIZE and raw[0] == BYTES:
         # The hot path: as a bare object and with the commonest form first, 0.7 us.
         _, size, expiry, stored_at, version = _unpack_header(raw)
@@ -97,14 +116,25 @@ def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float)
         entry = read_entry(raw, token, kept, epoch, now)
         if entry is None:
             return MISSING
-        return entry if entry.form == CHUNKED else found_of(entry, decode_form(entry.form, entry.body), now)
+        if entry.form == CHUNKED or entry.notes.marks:
+            return entry
+        return found_of(entry, decode_form(entry.form, entry.body), now)
     except CacheError as error:
         return Failed.of(error)
 
 
 def found_of(entry: Entry, value: Any, now: float) -> Found:
     """The reply that carries a value."""
-    return Found(value, entry.version, entry.left(now), (), entry.stored_at)
+    notes, left = entry.notes, entry.left(now)
+    if (origin := notes.origin) is None:
+        return Found(value, entry.version, left, notes.tags, entry.stored_at)
+    load_time, stale_for, etag = origin.load_time, origin.stale_for, origin.etag
+    return Loaded(value, entry.version, left, notes.tags, entry.stored_at, load_time, stale_for, etag, notes.lifetime)
+
+
+def kept_until(expiry: float, notes: Notes) -> float:
+    """When the server may forget an entry: after its time, if it may be served stale. 0 for never."""
+    return expiry and expiry + notes.stale_for
 
 
 def expiry_of(ttl: float | None, now: float) -> float:

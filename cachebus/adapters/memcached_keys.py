@@ -3,6 +3,10 @@
     <namespace>:<generation>:<key>      a key that Memcached can hold as it is
     <namespace>:<generation>#<hash>     any other: the hash is BLAKE2b with 32 bytes, in hexadecimal
     <namespace>:<generation>+<id>+<n>   the n-th chunk of a large value
+    <namespace>:<generation>!<hash>     the lease of a live value that is loaded anew, by its key
+    <namespace>:<generation>=<tag>      the generation of a tag that Memcached can hold as it is
+    <namespace>:<generation>%<hash>     that of any other tag
+    <namespace>:<generation>@           the generation of all tags, which each invalidation of one makes anew
     <namespace>::                       the generation of the namespace
     <namespace>:~<name>                 a rate limit, whatever the generation; `<namespace>:~#<hash>` as above
 
@@ -30,6 +34,9 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _GENERATION = re.compile(rb"[0-9a-f]{%d}" % GENERATION_DIGITS)
 
 Hasher = Callable[[bytes], bytes]
+
+ALL_TAGS = "@"
+"""What follows the namespace's generation in the name of the generation of all tags."""
 
 
 def blake(raw: bytes) -> bytes:
@@ -60,8 +67,7 @@ class Keys:
 
         Raises `CacheKeyError` for a key that is no valid Unicode.
         """
-        # Printable ASCII is what lies between the control characters and DEL; a space is printable too.
-        if key.isascii() and key.isprintable() and " " not in key and len(key) <= self._room:
+        if self._fits(key):
             return f":{key}", b""
         try:
             raw = key.encode()
@@ -77,6 +83,25 @@ class Keys:
             return f"{self.namespace}:~{tail}"
         # An item of a limit keeps no name to compare, so that not any hash will do.
         return f"{self.namespace}:~#{blake(kept).hex()}"
+
+    def anew(self, key: str) -> str:
+        """What follows the generation in the name of the lease of a live value, whose key has a tail."""
+        return f"!{self._hasher(key.encode()).hex()}"
+
+    def tag(self, tag: str) -> str:
+        """What follows the generation in the name of a tag's generation. Raises `CacheKeyError` for a tag that is no
+        valid Unicode."""
+        if self._fits(tag):
+            return f"={tag}"
+        try:
+            # Two tags with one hash would be invalidated together, and no worse.
+            return f"%{self._hasher(tag.encode()).hex()}"
+        except UnicodeEncodeError:
+            raise CacheKeyError("a tag must be valid Unicode", ascii(tag)[:60]) from None
+
+    def _fits(self, text: str) -> bool:
+        # Printable ASCII is what lies between the control characters and DEL; a space is printable too.
+        return text.isascii() and text.isprintable() and " " not in text and len(text) <= self._room
 
     def head(self, generation: str) -> str:
         """What stands before the tail."""

@@ -1,11 +1,13 @@
 """From requests to Memcached commands and back: a batch for one server becomes as few round trips as keep its order.
 
 Neighbours that need not look before they write go in one piece: reads (equal keys share a place), plain writes and
-removals. The others go in rounds (`memcached_rounds`).
+removals. The others go in rounds (`memcached_rounds`), and what is about leases in rounds of its own
+(`memcached_lease_rounds`).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,14 +32,18 @@ from cachebus.messages import (
     StoredMany,
 )
 
-from .forms import decode_form, encode_form
-from .memcached_chunks import chunk_tails, whole
+from .forms import encode_form
+from .memcached_chunks import chunk_tails
 from .memcached_connection import MISS, Answer, Connection, Talk
-from .memcached_entries import CHUNKED, MISSING, Entry, found_of, found_or_fail
+from .memcached_entries import CHUNKED, MISSING, Entry, found_or_fail
 from .memcached_errors import BACKEND, in_doubt
+from .memcached_lease_rounds import LeaseRounds, leases
+from .memcached_notes import NO_NOTES, Notes
 from .memcached_rates import LimitRounds
+from .memcached_readings import Readings
 from .memcached_rounds import Rounds, looks_first
-from .memcached_session import Commands, Moved, Session, first_error
+from .memcached_session import Commands, Moved, Session
+from .memcached_tags import Generations
 from .memcached_values import Values, entry_of, not_found
 
 GETS_PART = 100
@@ -62,21 +68,21 @@ class Plan:
     def run(self) -> Talk[list[Reply]]:
         """Carry the batch out. What goes wrong is in the replies."""
         batch, at, end = self._batch, 0, len(self._batch)
-        first, kind = 0, _LOOKS
-        rounds = Rounds(self._session, self._values, batch, self.replies)
-        limits = LimitRounds(self._session, batch, self.replies)
+        first, way = 0, None
         try:
             while at < end:
-                first, kind = at, _kind_of(batch[at])
-                while at < end and _kind_of(batch[at]) == kind:
+                first, way = at, _way(batch[at])
+                while at < end and _way(batch[at]) is way:
                     at += 1
                 self._session.writing = False
-                if kind == _DIRECT:
+                if way is None:
                     yield from self._directly(first, at)
+                elif issubclass(way, LimitRounds):
+                    yield from way(self._session, batch, self.replies).run(first, at)
                 else:
-                    yield from (rounds if kind == _LOOKS else limits).run(first, at)
+                    yield from way(self._session, self._values, batch, self.replies).run(first, at)
         except CacheError as error:
-            if kind == _DIRECT:
+            if way is None:
                 self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
             self._give_up(error, at)
         return self.replies
@@ -106,40 +112,49 @@ class Plan:
             if type(request) is not Get:
                 return False
             places.append(slots.setdefault(request.key, len(slots)))
-        tail = self._tail
+        tail, memory, keys = self._tail, self._values.memory, list(slots)
         try:
-            tails = [tail(key) for key in slots]
+            tails = [tail(key) for key in keys]
         except CacheError:
             return False
         head = yield from self._session.head()
         lines = [f"mg {head}{name} v c\r\n" for name, _ in tails]
+        generations = Generations(self._session)
+        guessed = generations.unknown(name for key in keys for name in memory.of(key)) if memory else []
+        lines += [f"mg {head}{name} v c\r\n" for name in guessed]
         commands = Commands()
         for at in range(0, len(lines), GETS_PART):
             piece = lines[at : at + GETS_PART]
             commands.add("".join(piece).encode(), reads=True, count=len(piece))
         answers = yield from self._session.ask(commands)
         epoch, now = self._connection.epoch, self._connection.now()
-        large: list[tuple[int, str | None, Entry]] = []
+        generations.learn(guessed, answers[len(keys) :])
+        readings = Readings(self._session, generations, memory)
         for position, place in enumerate(places, first):
             answer = answers[place]
             if type(answer) is tuple:
                 # Taken apart for each, so that no two callers share a list or a dict.
                 reply = found_or_fail(answer[0], answer[1], tails[place][1], epoch, now)
                 if type(reply) is Entry:
-                    large.append((position, None, reply))
+                    readings.value(keys[place], reply, self._filler(position))
+                elif guessed and memory.of(keys[place]):
+                    memory.note(keys[place], ())
                 self.replies[position] = reply
             else:
                 self.replies[position] = MISSING if answer == MISS else not_found(answer)
-        if large:
-            yield from fetch(self._session, large, self.replies)
+        if readings:
+            yield from readings.finish()
         return True
 
+    def _filler(self, position: int) -> Callable[[Reply], None]:
+        return lambda reply: fill(self.replies, position, None, reply)
 
-_DIRECT, _LOOKS, _LIMITS = 0, 1, 2
 
-
-def _kind_of(request: Request[Any]) -> int:
-    return _LIMITS if type(request) is Admit else _LOOKS if looks_first(request) else _DIRECT
+def _way(request: Request[Any]) -> type[Rounds | LeaseRounds | LimitRounds] | None:
+    """Who carries out a request that looks before it writes."""
+    if type(request) is Admit:
+        return LimitRounds
+    return LeaseRounds if leases(request) else Rounds if looks_first(request) else None
 
 
 class Mixed:
@@ -155,12 +170,15 @@ class Mixed:
         self._commands = Commands()
         self._settles: list[list[Settle]] = []
         self._reads: dict[str, list[Settle]] = {}
-        self._large: list[tuple[int, str | None, Entry]] = []
+        self._guessed: dict[str, None] = {}
         self._orphans: list[str] = []
+        self._generations = Generations(session)
+        self._readings = Readings(session, self._generations, values.memory)
 
     def run(self, first: int, end: int) -> Talk[None]:
         """Carry out the requests from `first` to before `end`."""
         head = yield from self._session.head()
+        yield from self._make_tags(first, end, head)
         for position in range(first, end):
             try:
                 self._add(position, self._batch[position], head)
@@ -168,32 +186,47 @@ class Mixed:
                 self._replies[position] = Failed.of(error)
         if not self._settles:
             return
+        guessed = self._generations.unknown(self._guessed)
+        self._generations.ask(self._commands, head, guessed)
         self._session.writing = True
         answers = yield from self._session.ask(self._commands)
-        for answer, wanted in zip(answers, self._settles, strict=True):
+        self._generations.learn(guessed, answers[len(self._settles) :])
+        for answer, wanted in zip(answers, self._settles, strict=False):
             for settle in wanted:
                 settle(answer)
         self._session.writing = False
-        if self._large:
-            yield from fetch(self._session, self._large, self._replies)
+        if self._readings:
+            yield from self._readings.finish()
         if self._orphans:
             commands = Commands()
             for name in self._orphans:
                 commands.add(f"md {head}{name}\r\n".encode(), reads=False)
             yield from self._session.ask(commands)
 
+    def _make_tags(self, first: int, end: int, head: str) -> Talk[None]:
+        """Read the generations under which values are stored, before they are."""
+        names: dict[str, None] = {}
+        for request in self._batch[first:end]:
+            for tag in request.tags if isinstance(request, Set | SetMany) else ():
+                with contextlib.suppress(CacheError):  # Told to whoever stores under it.
+                    names[self._values.keys.tag(tag)] = None
+        if names:
+            commands, made = Commands(), list(names)
+            self._generations.make(commands, head, made)
+            self._generations.learn_made(made, (yield from self._session.ask(commands)))
+
     def _add(self, position: int, request: Any, head: str) -> None:
         match request:
             case Get(key=key):
-                self._read(head, key, self._got(position))
+                self._read(head, key, self._got(position, key, None))
             case Exists(key=key):
-                self._read(head, key, self._existing(position))
+                self._read(head, key, self._existing(position, key))
             case GetMany(keys=keys):
                 for key in keys:
                     self._tail(key)
                 self._replies[position] = FoundMany({})
                 for key in dict.fromkeys(keys):
-                    self._read(head, key, self._got(position, key))
+                    self._read(head, key, self._got(position, key, key))
             case Set() | SetMany():
                 self._set(position, request, head)
             case Delete(key=key):
@@ -205,6 +238,8 @@ class Mixed:
 
     def _read(self, head: str, key: str, make: Read) -> None:
         name, kept = self._tail(key)
+        if self._values.memory:
+            self._guessed.update(dict.fromkeys(self._values.memory.of(key)))
         wanted = self._reads.get(name)
         if wanted is None:
             wanted = self._reads[name] = []
@@ -217,38 +252,44 @@ class Mixed:
         self._settles.append([settle])
         self._commands.add(command, reads=False)
 
-    def _got(self, position: int, key: str | None = None) -> Read:
+    def _got(self, position: int, key: str, among: str | None) -> Read:
         def settle(kept: bytes, answer: Answer) -> None:
             reply: Any = not_found(answer) if type(answer) is not tuple else None
             if type(answer) is tuple:
                 connection = self._connection
                 reply = found_or_fail(answer[0], answer[1], kept, connection.epoch, connection.now())
                 if type(reply) is Entry:
-                    self._large.append((position, key, reply))
+                    self._readings.value(key, reply, lambda told: fill(self._replies, position, among, told))
                     reply = MISSING
-            fill(self._replies, position, key, reply)
+            fill(self._replies, position, among, reply)
 
         return settle
 
-    def _existing(self, position: int) -> Read:
+    def _existing(self, position: int, key: str) -> Read:
+        def present(entry: Entry | None) -> None:
+            self._replies[position] = MISSING if entry is None else entry.present(self._connection.now())
+
         def settle(kept: bytes, answer: Answer) -> None:
             try:
                 entry = entry_of(self._connection, kept, answer)
-                self._replies[position] = MISSING if entry is None else entry.present(self._connection.now())
             except CacheError as error:
                 self._replies[position] = Failed.of(error)
+                return
+            present(entry)
+            if entry is not None and entry.notes.marks:
+                self._readings.entry(key, entry, present)
 
         return settle
 
     def _set(self, position: int, request: Set | SetMany, head: str) -> None:
-        if request.tags:
-            raise CapabilityError(store=BACKEND, capability="tags")
+        notes = Notes(self._generations.present(request.tags)) if request.tags else NO_NOTES
         items = request.items if isinstance(request, SetMany) else {request.key: request.value}
         expiry = self._values.expiry(request.ttl, self._connection.now())
         commands: list[bytes] = []
         for key, value in items.items():
             name, kept = self._tail(key)
-            commands += self._values.pack(encode_form(value), kept, expiry, self._connection).commands(head, name)
+            packed = self._values.pack(encode_form(value), kept, expiry, self._connection, notes)
+            commands += packed.commands(head, name)
         if isinstance(request, SetMany):
             self._replies[position] = StoredMany(len(items))
 
@@ -267,18 +308,27 @@ class Mixed:
             self._tail(key)
         self._replies[position] = Deleted(0)
 
-        def settle(kept: bytes, answer: Answer) -> None:
-            try:
-                entry = entry_of(self._connection, kept, answer)
-            except CacheError as error:
-                if isinstance(answer, CacheError):
-                    self._replies[position] = Failed.of(error)
-                return  # Not ours, and gone all the same.
+        def count(entry: Entry | None) -> None:
             deleted = self._replies[position]
             if entry is not None and isinstance(deleted, Deleted):
                 self._replies[position] = Deleted(deleted.count + 1)
-                if entry.form == CHUNKED:
+
+        def settling(key: str) -> Read:
+            def settle(kept: bytes, answer: Answer) -> None:
+                try:
+                    entry = entry_of(self._connection, kept, answer)
+                except CacheError as error:
+                    if isinstance(answer, CacheError):
+                        self._replies[position] = Failed.of(error)
+                    return  # Not ours, and gone all the same.
+                if entry is not None and entry.form == CHUNKED:
                     self._orphans += chunk_tails(entry.body)
+                if entry is not None and entry.notes.marks:
+                    self._readings.entry(key, entry, count)
+                else:
+                    count(entry)
+
+            return settle
 
         def gone(answer: Answer) -> None:
             if isinstance(answer, CacheError):
@@ -286,27 +336,8 @@ class Mixed:
 
         for key in dict.fromkeys(keys):
             # Looked at before it is removed, because Memcached still has what has expired for its readers.
-            self._read(head, key, settle)
+            self._read(head, key, settling(key))
             self._write(f"md {head}{self._tail(key)[0]}\r\n".encode(), gone)
-
-
-def fetch(session: Session, large: list[tuple[int, str | None, Entry]], replies: list[Any]) -> Talk[None]:
-    """Read the chunks of large values for those who asked: positions, keys of a `GetMany`, and manifests."""
-    head = yield from session.head()
-    for position, key, entry in large:
-        tails = chunk_tails(entry.body)
-        commands = Commands()
-        for name in tails:
-            commands.add(f"mg {head}{name} v c\r\n".encode(), reads=True)
-        answers = (yield from session.ask(commands)) if tails else []
-        failure = first_error(answers)
-        reply: Reply = MISSING if failure is None else Failed.of(failure)
-        if failure is None and (found := whole(entry.body, answers) if tails else None) is not None:
-            try:
-                reply = found_of(entry, decode_form(*found), session.connection.now())
-            except CacheError as error:
-                reply = Failed.of(error)
-        fill(replies, position, key, reply)
 
 
 def fill(replies: list[Any], position: int, key: str | None, reply: Any) -> None:
@@ -315,7 +346,7 @@ def fill(replies: list[Any], position: int, key: str | None, reply: Any) -> None
     if key is None:
         replies[position] = reply
     elif type(many) is FoundMany:
-        if type(reply) is Found:
+        if isinstance(reply, Found):
             many.entries[key] = reply
         elif type(reply) is Failed:
             replies[position] = reply

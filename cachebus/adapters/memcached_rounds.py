@@ -7,6 +7,7 @@ CAS token has all of that, and costs one round trip more; counts of one key in o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +33,11 @@ from cachebus.messages import (
 from .forms import INT, encode_form
 from .memcached_chunks import chunk_tails
 from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Talk
-from .memcached_entries import CHUNKED, MISSING, Entry, pack_entry, server_expiry
+from .memcached_entries import CHUNKED, MISSING, Entry, kept_until, pack_entry, server_expiry
 from .memcached_errors import BACKEND
+from .memcached_notes import NO_NOTES, Notes
 from .memcached_session import Commands, Moved, Session, first_error
+from .memcached_tags import Generations
 from .memcached_values import Packed, Values, entry_of, not_found
 
 TRIES = 100
@@ -52,7 +55,7 @@ _CAREFUL = frozenset[type[Request[Any]]]({Add, CompareAndSet, Touch, Increment})
 class _State:
     """A key of which several requests may want something: what is under it, and what is to be."""
 
-    __slots__ = ("answer", "before", "closed", "drafts", "expiry", "kept", "number", "packed", "tail")
+    __slots__ = ("answer", "before", "closed", "drafts", "expiry", "kept", "notes", "number", "packed", "tail")
 
     def __init__(self, tail: str, kept: bytes) -> None:
         self.tail = tail
@@ -63,6 +66,7 @@ class _State:
         self.before: list[str] = []
         self.number: int | None = None
         self.expiry = 0.0
+        self.notes = NO_NOTES
         self.drafts: dict[int, Reply | None] = {}
 
     def write(self, position: int, packed: Packed, reply: Reply | None) -> None:
@@ -87,6 +91,7 @@ class Rounds:
         self._values = values
         self._batch = batch
         self._replies = replies
+        self._generations = Generations(session)
 
     def run(self, first: int, end: int) -> Talk[None]:
         """Carry out the requests from `first` to before `end`."""
@@ -127,10 +132,12 @@ class Rounds:
         states: dict[tuple[str, bytes], _State] = {}
         keyed: list[tuple[int, _State]] = []
         commands = Commands()
+        tags: dict[str, None] = {}
         for position in waiting:
             request: Any = self._batch[position]
             try:
                 name = self._values.keys.tail(request.key)
+                tags.update(dict.fromkeys(map(self._values.keys.tag, getattr(request, "tags", ()))))
             except CacheError as error:
                 self._replies[position] = Failed.of(error)
                 continue
@@ -139,10 +146,21 @@ class Rounds:
                 commands.add(f"mg {head}{name[0]} v c\r\n".encode(), reads=True)
             keyed.append((position, states[name]))
         if states:
+            generations = self._generations = Generations(self._session)
+            generations.make(commands, head, list(tags))
             answers = yield from self._session.ask(commands)
-            for state, answer in zip(states.values(), answers, strict=True):
+            generations.learn_made(list(tags), answers[len(states) :])
+            for state, answer in zip(states.values(), answers, strict=False):
                 state.answer = answer
+            yield from generations.read(name for state in states.values() for name in self._names(state))
         return keyed
+
+    def _names(self, state: _State) -> tuple[str, ...]:
+        """The names of the generations of what is under a key."""
+        with contextlib.suppress(CacheError):  # Told to whoever asked.
+            if (entry := entry_of(self._connection, state.kept, state.answer)) is not None and entry.notes.marks:
+                return self._generations.names(entry.notes.marks)
+        return ()
 
     def _write(self, writing: list[_State], head: str) -> Talk[list[int]]:
         """Write what was decided; the positions of requests that somebody came before."""
@@ -177,6 +195,8 @@ class Rounds:
         """Say what becomes of a request, or what is to be written for it. Raises `CacheError`."""
         now = self._connection.now()
         entry = entry_of(self._connection, state.kept, state.answer) if state.number is None else None
+        if entry is not None and not self._generations.good(entry.notes.marks):
+            entry = None
         match request:
             case Set() | Add() | CompareAndSet():
                 self._store(position, request, state, entry, now)
@@ -190,15 +210,14 @@ class Rounds:
     def _store(
         self, position: int, request: Set | Add | CompareAndSet, state: _State, entry: Entry | None, now: float
     ) -> None:
-        if request.tags:
-            raise CapabilityError(store=BACKEND, capability="tags")
+        notes = Notes(self._generations.present(request.tags)) if request.tags else NO_NOTES
         form = encode_form(request.value)
         version = 0.0 if entry is None else entry.version
         if isinstance(request, CompareAndSet):
             fits = entry is not None and version == request.version
         else:
             fits = (entry is None) == (isinstance(request, Add) or request.only_if == "absent")
-        packed = self._values.pack(form, state.kept, self._values.expiry(request.ttl, now), self._connection)
+        packed = self._values.pack(form, state.kept, self._values.expiry(request.ttl, now), self._connection, notes)
         if fits:
             state.write(position, packed, None)
         else:
@@ -213,8 +232,10 @@ class Rounds:
         expiry = self._values.expiry(request.ttl, now)
         form = bytes((entry.form,)) + entry.body
         # The version is kept: the item's own token is a new one.
+        notes = entry.notes
         packed = Packed(
-            pack_entry(form, state.kept, expiry, entry.stored_at, entry.version), server_expiry(expiry, now)
+            pack_entry(form, state.kept, expiry, entry.stored_at, entry.version, notes),
+            server_expiry(kept_until(expiry, notes), now),
         )
         state.write(position, packed, Present(entry.version, expiry - now if expiry else None))
 
@@ -224,7 +245,7 @@ class Rounds:
         elif entry is not None:
             if entry.form != INT:
                 raise WrongType("increment needs an int under the key")
-            number, expiry = _integer(entry.body) + request.delta, entry.expiry
+            number, expiry, state.notes = _integer(entry.body) + request.delta, entry.expiry, entry.notes
         elif request.initial is None:
             self._replies[position] = MISSING
             return
@@ -232,7 +253,7 @@ class Rounds:
             number, expiry = request.initial + request.delta, self._values.expiry(request.ttl, now)
         if not -(2**63) <= number < 2**63:
             raise WrongType("increment leaves the range of a signed 64-bit integer; the value is unchanged")
-        packed = self._values.pack(b"I%d" % number, state.kept, expiry, self._connection)
+        packed = self._values.pack(b"I%d" % number, state.kept, expiry, self._connection, state.notes)
         state.number, state.expiry = number, expiry
         state.write(position, packed, Counted(number))
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from cachebus.messages import CacheBackendError, CacheCapacityError, CacheError, Failed, Missing, Ttl
 
 from .forms import INT
 from .memcached_chunks import CHUNKED_MAX, split
 from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection
-from .memcached_entries import HEADER, MISSING, Entry, expiry_of, pack_entry, read_entry, server_expiry
+from .memcached_entries import HEADER, MISSING, Entry, expiry_of, kept_until, pack_entry, read_entry, server_expiry
 from .memcached_errors import BACKEND
 from .memcached_keys import Keys
+from .memcached_leases import Grants
+from .memcached_notes import NO_NOTES, Notes, pack_noted
+from .memcached_tags import TagMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +41,32 @@ class Values:
     keys: Keys
     default_ttl: float | None
     chunked: bool
+    memory: TagMemory = field(default_factory=TagMemory)
+    grants: Grants = field(default_factory=Grants)
 
     def expiry(self, ttl: Ttl, now: float) -> float:
         """The time at which a value's time is up; 0 for never."""
         return expiry_of(self.default_ttl if ttl == "default" else ttl, now)
 
-    def pack(self, form: bytes, kept: bytes, expiry: float, connection: Connection) -> Packed:
+    def lifetime(self, ttl: Ttl) -> float | None:
+        """The seconds that a value is given, which the server counts whole; `None` for ever."""
+        seconds = self.default_ttl if ttl == "default" else ttl
+        return None if seconds is None else float(math.ceil(seconds))
+
+    def pack(self, form: bytes, kept: bytes, expiry: float, connection: Connection, notes: Notes = NO_NOTES) -> Packed:
         """A value, by its form and bytes, as an entry. Raises `CacheCapacityError` for what there is no room for."""
         now = connection.now()
-        seconds = server_expiry(expiry, now)
+        seconds = server_expiry(kept_until(expiry, notes), now)
         room = connection.entry_max - HEADER.size - len(kept)
+        if notes is not NO_NOTES:
+            room -= len(pack_noted(notes, b""))
         if len(form) - 1 <= room:
-            return Packed(pack_entry(form, kept, expiry, now), seconds)
-        limit = CHUNKED_MAX if self.chunked else room
+            return Packed(pack_entry(form, kept, expiry, now, 0.0, notes), seconds)
+        limit = CHUNKED_MAX if self.chunked else max(room, 0)
         if len(form) - 1 > limit or form[0] == INT:
             raise CacheCapacityError("the value is too large for Memcached", len(form) - 1, limit)
         manifest, chunks = split(form, connection.entry_max)
-        return Packed(pack_entry(manifest, kept, expiry, now), seconds, tuple(chunks))
+        return Packed(pack_entry(manifest, kept, expiry, now, 0.0, notes), seconds, tuple(chunks))
 
 
 def entry_of(connection: Connection, kept: bytes, answer: Answer) -> Entry | None:

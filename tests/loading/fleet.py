@@ -1,4 +1,4 @@
-"""Processes that ask for one key together, and what they share: a Redis, or a worker on NATS with a store in its memory."""
+"""Processes that ask for one key together, and what they share: a Redis, a Memcached, or a worker on NATS with a store in its memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from cachebus.testing.servers import Server, run_nats, run_redis
+from cachebus.testing.servers import Server, run_memcached, run_nats, run_redis
 from tests.house.paths import ROOT
 
 
@@ -30,6 +30,9 @@ def sharing(kind: str) -> Iterator[Shared]:
         if kind == "redis":
             redis = stack.enter_context(run_redis())
             yield Shared((redis.url,), redis)
+            return
+        if kind == "memcached":
+            yield Shared((stack.enter_context(run_memcached()).url,))
             return
         nats = stack.enter_context(run_nats())
         backend = stack.enter_context(run_redis()).url if kind == "worker on redis" else "memory://"

@@ -15,10 +15,11 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from cachebus import Cache, CacheError, LoadResult
 from cachebus.actors import BackendActor, Supervisor
+from cachebus.actors.cell import Cell
 from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import Address, Emitter, LocalBus
 from cachebus.failures import Failures
@@ -26,6 +27,7 @@ from cachebus.link import Link
 from cachebus.messages import CacheTimeoutError, Missing
 
 T = TypeVar("T")
+W = TypeVar("W", bound="World")
 
 PROCESSES, KEYS, TAGS = 3, 2, 2
 TIMEOUT = 5.0
@@ -213,6 +215,9 @@ class LineLink(Link):
 class World:
     """A versioned source of truth, and who reads, writes and breaks."""
 
+    WAYS: ClassVar[tuple[str, ...]] = ("delete", "delete_many", "pattern", "tag", "clear", "set")
+    """Of making a change known."""
+
     def __init__(self, loop: SimulatedLoop, store: type[MemoryStore], prepare: Callable[[Cache], None]) -> None:
         self.loop = loop
         self.chance = loop.chance
@@ -236,14 +241,13 @@ class World:
     async def run(self) -> None:
         clock = SimulatedClock(self.loop)
         bus = LocalBus("sim", clock=clock)
-        address = Address("backend.sim")
         async with Supervisor(bus, seed=1, inline_turns=self.chance.random() < 0.5) as supervisor:
-            cell = await supervisor.start(address, lambda: BackendActor(self.store(clock=clock, max_leases=100)))
             lost = self.chance.choice((0.0, 0.0, 0.02))
             lines = [Line(bus, self.chance, lost=lost) for _ in range(PROCESSES)]
+            cells = await self.backends(supervisor, clock, lines)
             groups: list[list[asyncio.Task[None]]] = []
-            for number, line in enumerate(lines):
-                cache = Cache(lambda: None).attach(LineLink(line, address))  # type: ignore[arg-type, return-value]
+            for number, (line, cell) in enumerate(zip(lines, cells, strict=True)):
+                cache = Cache(lambda: None).attach(LineLink(line, cell.address))  # type: ignore[arg-type, return-value]
                 cache._loads._chance = random.Random(self.chance.random())
                 self.prepare(cache)
                 work = [self.reader(cache, number) for _ in range(2)] + [self.writer(cache, number)]
@@ -256,8 +260,14 @@ class World:
                     raise error
             for line in lines:
                 line.close()
-            assert cell.restarts == 0, "the store crashed"
+            assert not any(cell.restarts for cell in cells), "the store crashed"
         bus.close()
+
+    async def backends(self, supervisor: Supervisor, clock: SimulatedClock, lines: list[Line]) -> list[Cell]:
+        """The backend of each process: here one for all of them."""
+        address = Address("backend.sim")
+        cell = await supervisor.start(address, lambda: BackendActor(self.store(clock=clock, max_leases=100)))
+        return [cell] * len(lines)
 
     async def trouble(self, lines: list[Line], groups: list[list[asyncio.Task[None]]]) -> None:
         """Crash a process, or pause one for longer than a lease, or neither."""
@@ -337,7 +347,7 @@ class World:
         for _ in range(self.chance.randint(1, 4)):
             await asyncio.sleep(self.chance.choice((0.0, 0.05, 0.5)))
             key = self.chance.randrange(KEYS)
-            how = self.chance.choice(("delete", "delete_many", "pattern", "tag", "clear", "set"))
+            how = self.chance.choice(self.WAYS)
             keys = {"tag": [each for each in range(KEYS) if tag_of(each) == tag_of(key)], "clear": list(range(KEYS))}
             changed = keys.get(how, [key])
             # One writer of a key at a time: which of two racing writes is the last is not the cache's to say.
@@ -426,11 +436,16 @@ def tag_of(key: int) -> str:
 def simulate(
     seed: int, store: type[MemoryStore] = MemoryStore, prepare: Callable[[Cache], None] = lambda cache: None
 ) -> World:
-    """Run one seed. Raises `AssertionError`, with the seed and the story, if a read saw what was out of date, or if
-    somebody waits for ever."""
+    """As `play`, of processes over one store in memory."""
+    return play(seed, lambda loop: World(loop, store, prepare))
+
+
+def play(seed: int, make: Callable[[SimulatedLoop], W]) -> W:
+    """Run one seed of a world. Raises `AssertionError`, with the seed and the story, if a read saw what was out of date,
+    or if somebody waits for ever."""
     loop = SimulatedLoop(seed)
     asyncio.set_event_loop(loop)
-    world = World(loop, store, prepare)
+    world = make(loop)
     logger = logging.getLogger("cachebus")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # Lost replies are many here, and expected.

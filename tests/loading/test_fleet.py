@@ -1,4 +1,4 @@
-"""Real processes over a real Redis, and over a worker on a real NATS: one load in all of them, whoever dies or is stopped."""
+"""Real processes over a real Redis, a real Memcached, and over a worker on a real NATS: one load in all of them, whoever dies or is stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STOPS = int(os.environ.get("CACHEBUS_TEST_STOPS", "1"))
 """How often the holder of a lease is stopped: 200 in a soak."""
 
 
-@pytest.fixture(params=["redis", "worker"])
+@pytest.fixture(params=["redis", "memcached", "worker"])
 def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     with sharing(request.param) as shared:
         yield shared
@@ -29,7 +29,7 @@ def redis() -> Iterator[Shared]:
         yield shared
 
 
-@pytest.mark.parametrize("shared", ["redis", "worker", "worker on redis"], indirect=True)
+@pytest.mark.parametrize("shared", ["redis", "memcached", "worker", "worker on redis"], indirect=True)
 @pytest.mark.parametrize("count", [2, 4])
 def test_1000_callers_in_several_processes_make_one_load(shared: Shared, count: int) -> None:
     with fleet(shared, *[("--callers", str(1000 // count))] * count) as processes:

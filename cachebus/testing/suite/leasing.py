@@ -77,6 +77,17 @@ class Leasing(Conformance):
         self.needs(store, "leases")
         return store
 
+    async def invalidate(self, store: AnyStore, how: str) -> None:
+        """Make the value out of date, if the store can do that in this way."""
+        if how == "delete pattern":
+            self.needs(store, "patterns")
+        await ask(store, VOIDING[how]())
+
+    async def expire(self, store: AnyStore, *, times: int = 1) -> None:
+        """Let the time of a value of `short_ttl` pass, as the store rounds it, and of what comes after it."""
+        rounded = max(self.short_ttl, store.capabilities.ttl_resolution)
+        await self.elapse(rounded + (times - 1) * self.short_ttl + times * self.slack)
+
     async def test_a_store_that_cannot_lease_says_so(self, store: AnyStore) -> None:
         if store.capabilities.leases:
             pytest.skip("the store says that it can lease")
@@ -128,7 +139,7 @@ class Leasing(Conformance):
     @pytest.mark.parametrize("how", VOIDING)
     async def test_what_is_invalidated_during_the_load_is_not_stored(self, leasing: AnyStore, how: str) -> None:
         await ask(leasing, lease("t1"))
-        await ask(leasing, VOIDING[how]())
+        await self.invalidate(leasing, how)
         before = await ask(leasing, Get("k"))
         refused = await ask(leasing, commit("t1", b"out of date"))
         assert isinstance(refused, NotStored)
@@ -145,7 +156,7 @@ class Leasing(Conformance):
         await ask(leasing, Set("k", b"old", ttl=LONG))
         assert isinstance(await ask(leasing, lease("t1", refresh=True)), LeaseGranted)
         assert await value_of(leasing, "k") == b"old", "it is read meanwhile"
-        await ask(leasing, VOIDING[how]())
+        await self.invalidate(leasing, how)
         before = await value_of(leasing, "k")
         refused = await ask(leasing, commit("t1", b"out of date"))
         assert isinstance(refused, NotStored)
@@ -203,7 +214,7 @@ class Leasing(Conformance):
         await ask(leasing, lease("t1"))
         stored = await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG, "v1")))
         assert isinstance(stored, Stored)
-        await self.elapse(self.short_ttl + self.slack)
+        await self.expire(leasing)
         assert isinstance(await ask(leasing, Get("k")), Missing)
         assert isinstance(await ask(leasing, Exists("k")), Missing)
         assert isinstance(await ask(leasing, Touch("k", ttl=LONG)), Missing)
@@ -228,23 +239,23 @@ class Leasing(Conformance):
     async def test_what_was_removed_is_not_served_stale(self, leasing: AnyStore, how: str, during: str) -> None:
         await ask(leasing, lease("t1"))
         await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
-        await self.elapse(self.short_ttl + self.slack)
+        await self.expire(leasing)
         if during == "during a load":
             await ask(leasing, lease("t2"))
-        await ask(leasing, VOIDING[how]())
+        await self.invalidate(leasing, how)
         assert await ask(leasing, lease("t3")) == LeaseGranted("t3")
 
     async def test_a_stale_value_is_gone_when_its_time_is_up_too(self, leasing: AnyStore) -> None:
         await ask(leasing, lease("t1"))
         origin = Origin(0.5, self.short_ttl)
         await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=origin))
-        await self.elapse(2 * self.short_ttl + 2 * self.slack)
+        await self.expire(leasing, times=2)
         assert await ask(leasing, lease("t2")) == LeaseGranted("t2")
 
     async def test_a_value_may_be_added_in_the_place_of_a_stale_one(self, leasing: AnyStore) -> None:
         await ask(leasing, lease("t1"))
         await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
-        await self.elapse(self.short_ttl + self.slack)
+        await self.expire(leasing)
         assert isinstance(await ask(leasing, Set("k", b"no", only_if="present")), NotStored)
         assert isinstance(await ask(leasing, Add("k", b"new")), Stored)
         assert await value_of(leasing, "k") == b"new"

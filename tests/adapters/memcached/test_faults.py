@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from cachebus import CacheConnectionError, CacheError, open_cache
+from cachebus import CacheConfigurationError, CacheConnectionError, CacheError, open_cache
 from cachebus.adapters.memcached import Place
 from cachebus.messages import (
     BackendConnected,
@@ -244,6 +244,15 @@ async def test_what_is_no_memcached_is_said_within_the_time_to_connect(answer: b
             async with opened(place, connect_timeout=0.2):
                 pass
         assert time.monotonic() - started < 3.0
+
+
+@pytest.mark.parametrize("version", ["1.4.39", "1.5.22", "1.6.9"])
+async def test_a_server_that_is_too_old_is_refused_with_both_versions(version: str) -> None:
+    stats = f"STAT uptime 5\r\nSTAT time 1700000000\r\nSTAT version {version}\r\nEND\r\n"
+    said = rf"is Memcached {version}, and 1\.6\.10 is needed"
+    with impostor(stats.encode()) as place, pytest.raises(CacheConfigurationError, match=said):
+        async with opened(place):
+            pass
 
 
 async def test_a_full_server_refuses_writes_and_answers_reads() -> None:

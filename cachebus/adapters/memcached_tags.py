@@ -1,0 +1,176 @@
+"""Tags: each has a generation, which an invalidation makes anew, and an entry is good while those that it was made with
+are the present ones.
+
+Every server has its own generation of each tag, beside the entries whose tags it guards: they are read together, and lost
+together. A generation is 96 bits of chance and never counted up, so that one that was lost, to an eviction or a restart,
+never comes back, and with it nothing that was made before. One that is missing is that of no entry.
+
+`ALL_TAGS` has one more. An invalidation makes it anew before those of its tags, so that whoever loads under tags that it did
+not know at the beginning can see at the end whether any was invalidated meanwhile. Decision 27 has the interleavings.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+
+from cachebus.messages import CacheBackendError, CacheError
+
+from .memcached_connection import Answer, Talk
+from .memcached_errors import BACKEND
+from .memcached_keys import ALL_TAGS, Keys
+from .memcached_notes import Marks
+from .memcached_session import Commands, Moved, Session, first_error
+
+GENERATION_MAX = 64
+REMEMBERED_KEYS, REMEMBERED_TAGS = 10_000, 8
+"""Bounds of a `TagMemory`: keys, and tags of one of them."""
+
+
+def fresh() -> bytes:
+    """A generation that never was and never will be."""
+    return secrets.token_bytes(12)
+
+
+class TagMemory:
+    """Which tags keys had when they were last read: their generations are asked for in the same round trip as the value.
+    Where it is wrong, or has forgotten a key, there is one round trip more."""
+
+    __slots__ = ("_names",)
+
+    def __init__(self) -> None:
+        self._names: dict[str, tuple[str, ...]] = {}
+
+    def __repr__(self) -> str:
+        return f"<TagMemory {len(self._names)}/{REMEMBERED_KEYS} keys>"
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def clear(self) -> None:
+        """Forget every key."""
+        self._names.clear()
+
+    def of(self, key: str) -> tuple[str, ...]:
+        """The names of the tags of a key, as far as is known."""
+        return self._names.get(key, ())
+
+    def note(self, key: str, names: tuple[str, ...]) -> None:
+        """Remember the names of a key's tags."""
+        if not names:
+            self._names.pop(key, None)
+        if not names or self._names.get(key) == names or len(names) > REMEMBERED_TAGS:
+            return
+        if len(self._names) >= REMEMBERED_KEYS:
+            del self._names[next(iter(self._names))]
+        self._names[key] = names
+
+
+class Generations:
+    """The generations of tags as one run of requests has seen them. Each was read after the run began, so that an
+    invalidation which had returned by then is seen."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._keys: Keys = session.keys
+        self._named: dict[str, str] = {}
+        self._seen: dict[str, bytes] = {}  # By what follows the namespace's generation; empty where there is none.
+        self._errors: dict[str, CacheError] = {}
+
+    def names(self, marks: Marks) -> tuple[str, ...]:
+        """The names of the generations of an entry's tags."""
+        return tuple([self._name(tag) for tag, _ in marks])
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Those of which the generation has not been read."""
+        return [name for name in dict.fromkeys(names) if name not in self._seen]
+
+    # Asking
+
+    def ask(self, commands: Commands, head: str, names: Sequence[str]) -> None:
+        """Add the commands that read generations; `learn` takes the answers."""
+        for name in names:
+            commands.add(f"mg {head}{name} v c\r\n".encode(), reads=True)
+
+    def make(self, commands: Commands, head: str, names: Sequence[str]) -> None:
+        """As `ask`, and make those that are missing; `learn_made` takes the answers."""
+        for name in names:
+            generation = fresh()
+            begin = f"ms {head}{name} {len(generation)} T0 ME\r\n".encode()
+            commands.add(b"".join((begin, generation, f"\r\nmg {head}{name} v c\r\n".encode())), reads=True, count=2)
+
+    def learn(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
+        for name, answer in zip(names, answers, strict=True):
+            self._seen[name] = b""
+            if isinstance(answer, CacheError):
+                self._errors[name] = answer
+            elif isinstance(answer, tuple) and len(answer[0]) <= GENERATION_MAX:
+                self._seen[name] = answer[0]
+
+    def learn_made(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
+        self.learn(names, answers[1::2])
+        for name, answer in zip(names, answers[::2], strict=True):
+            if isinstance(answer, CacheError):
+                self._errors[name] = answer
+
+    def read(self, names: Iterable[str]) -> Talk[None]:
+        """Read those that have not been read, if there are any. Raises `Moved`."""
+        if unknown := self.unknown(names):
+            commands = Commands()
+            self.ask(commands, (yield from self._session.head()), unknown)
+            self.learn(unknown, (yield from self._session.ask(commands)))
+
+    def forget(self) -> None:
+        """Take nothing for known any more."""
+        self._seen.clear()
+        self._errors.clear()
+
+    # What they say
+
+    def seen(self, name: str) -> bytes:
+        """The generation of that name; empty where there is none."""
+        return self._seen.get(name, b"")
+
+    def present(self, tags: Iterable[str]) -> Marks:
+        """The tags with their generations, for an entry that is made now. Raises `CacheError` for one that could neither
+        be read nor made."""
+        marks: list[tuple[str, bytes]] = []
+        for tag in dict.fromkeys(tags):
+            name = self._name(tag)
+            if not (generation := self.seen(name)):
+                raise self._errors.get(name) or CacheBackendError(f"the generation of the tag {tag!r} is lost", BACKEND)
+            marks.append((tag, generation))
+        return tuple(marks)
+
+    def good(self, marks: Marks) -> bool:
+        """Whether all these are the present generations, which have been read."""
+        return all(generation and self._seen.get(self._name(tag)) == generation for tag, generation in marks)
+
+    def _name(self, tag: str) -> str:
+        name = self._named.get(tag)
+        if name is None:
+            name = self._named[tag] = self._keys.tag(tag)
+        return name
+
+
+def invalidate(session: Session, tags: Iterable[str]) -> Talk[None]:
+    """Make the generations of tags anew, and before them that of all tags. Raises `CacheError`.
+
+    One that is missing stays so: nothing is good under it, and whoever makes it makes one that never was.
+    """
+    names = (ALL_TAGS, *dict.fromkeys(map(session.keys.tag, tags)))
+    while True:
+        head = yield from session.head()
+        commands = Commands()
+        for name in names:
+            generation = fresh()
+            commands.add(
+                b"".join((f"ms {head}{name} {len(generation)} T0 MR\r\n".encode(), generation, b"\r\n")), reads=False
+            )
+        try:
+            answers = yield from session.ask(commands)
+        except Moved:
+            continue
+        if (error := first_error(answers)) is not None:
+            raise error
+        return

@@ -1,0 +1,109 @@
+"""Talks with a real Memcached, one command at a time: who says the next one is up to the test.
+
+What happens between two commands of one piece cannot be had by chance alone, and is where a race is lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+from cachebus.actors.ports import SYSTEM_CLOCK
+from cachebus.adapters.memcached_connection import Connection, Dial, Place
+from cachebus.adapters.memcached_keys import Keys
+from cachebus.adapters.memcached_plan import Plan
+from cachebus.adapters.memcached_session import Session
+from cachebus.adapters.memcached_tags import invalidate
+from cachebus.adapters.memcached_values import Values
+from cachebus.link import run
+from cachebus.messages import Clear, InvalidateTags
+from cachebus.testing.servers import Server
+
+from .real_server_memcached import BlockingLine, commands_of
+
+Steps = Generator[None, None, Any]
+"""What a client does: it stops before each command, and returns what came of it."""
+
+
+class Client:
+    """One client of a server, with a connection of its own."""
+
+    def __init__(self, server: Server, namespace: str) -> None:
+        self.connection: Connection = Dial(clock=SYSTEM_CLOCK).connect(Place(server.host, server.port))
+        self._line = BlockingLine(self.connection._sock)
+        self._values = Values(Keys(namespace), None, False)
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def steps(self, request: Any) -> Steps:
+        """Carry out a request, stopping before each command."""
+        session = Session(self.connection, self._values.keys)
+        match request:
+            case InvalidateTags(tags=tags):
+                talk: Any = invalidate(session, tags)
+            case Clear():
+                talk = session.clear()
+            case _:
+                talk = Plan(self.connection, self._values, [request]).run()
+        try:
+            question = next(talk)
+            while True:
+                answers: list[Any] = []
+                for command in commands_of(question[0]):
+                    yield
+                    answers += run(self.connection._ask(self._line, command, 1))
+                question = talk.send(answers)
+        except StopIteration as done:
+            return done.value[0] if isinstance(done.value, list) else done.value
+
+    def do(self, request: Any) -> Any:
+        """Carry out a request in one go."""
+        return finish(self.steps(request))
+
+    def forget_tags(self) -> None:
+        """Know nothing of the tags of keys, as a client that has just come."""
+        self._values.memory.clear()
+
+
+def finish(steps: Steps) -> Any:
+    """What comes of all the steps that are left."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
+
+
+def interleave(first: Steps, second: Steps, when: Sequence[int]) -> tuple[Any, Any]:
+    """What comes of both: the n-th step of `second` is made when `first` has made `when[n]` of its own."""
+    made, results = 0, [None, None]
+    ended = [False, False]
+
+    def step(which: int, steps: Steps) -> None:
+        if not ended[which]:
+            try:
+                next(steps)
+            except StopIteration as done:
+                ended[which], results[which] = True, done.value
+
+    for moment in when:
+        while made < moment and not ended[0]:
+            step(0, first)
+            made += 1
+        step(1, second)
+    for which, steps in ((1, second), (0, first)):
+        while not ended[which]:
+            step(which, steps)
+    return results[0], results[1]
+
+
+def moments(length: int, others: int) -> Iterator[tuple[int, ...]]:
+    """Every way in which `others` steps can lie between `length` steps."""
+    return itertools.combinations_with_replacement(range(length + 1), others)
+
+
+def count(make: Callable[[], Steps]) -> int:
+    """How many steps there are."""
+    return sum(1 for _ in make())

@@ -1,0 +1,194 @@
+"""Every interleaving of a load with an invalidation, command by command, over a real Memcached."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from cachebus.adapters import memcached_lease_look, memcached_lease_rounds, memcached_tags
+from cachebus.adapters.memcached_keys import ALL_TAGS
+from cachebus.adapters.memcached_lease_rounds import LeaseRounds
+from cachebus.adapters.memcached_session import Commands, Session
+from cachebus.adapters.memcached_tags import Generations
+from cachebus.messages import Clear, Delete, Found, Get, GetOrLease, InvalidateTags, LeaseGranted, Loading, Set, Stored
+from cachebus.testing.servers import Server
+
+from . import real_server_interleaving
+from .real_server_interleaving import Client, Steps, count, interleave, moments
+
+TTL = 60.0
+
+
+class Case:
+    """A source with one value, a process that loads it, and another that changes it and makes that known.
+
+    `declared` is whether the tag is known at the beginning; `joins` whether somebody asks for the key as soon as it is
+    invalidated.
+    """
+
+    def __init__(self, clients: list[Client], number: int, how: str, declared: bool, joins: bool) -> None:
+        self.loader, self.writer, self.reader = clients
+        self.key, self.tag, self.token = f"k{number}", f"tag{number}", f"token{number}"
+        self.how = how
+        self.declared = (self.tag,) if declared else ()
+        self.truth = 1
+        self.loaded = 0
+        self.joins = joins
+        self.told: Any = None
+
+    def load(self) -> Steps:
+        granted = yield from self.loader.steps(GetOrLease(self.key, "p1", self.token, TTL, tags=self.declared))
+        if not isinstance(granted, LeaseGranted):
+            return None
+        yield
+        self.loaded = self.truth
+        yield
+        tags = (self.tag,) if self.how == "tag" else ()
+        return (yield from self.loader.steps(Set(self.key, self.loaded, TTL, tags, lease=self.token)))
+
+    def change(self) -> Steps:
+        steps = self.writer.steps(
+            {"tag": InvalidateTags((self.tag,)), "delete": Delete(self.key), "clear": Clear()}[self.how]
+        )
+        self.truth = 2
+        next(steps)  # It changes the source when it says its first word.
+        yield from steps
+        if self.joins:
+            # Somebody in the loader's process asks for the key now.
+            self.told = self.reader.do(GetOrLease(self.key, "p1", f"another{self.token}", TTL))
+
+    def check(self, stored: Any) -> None:
+        self.reader.forget_tags()
+        found = self.reader.do(Get(self.key))
+        assert not isinstance(found, Found) or found.value == 2, "an invalidated value was read"
+        assert not isinstance(self.told, Found) or self.told.value == 2, "an invalidated value was read"
+        if isinstance(self.told, Loading) and self.told.token == self.token:
+            # It waits for that load, and is given its value if it was stored, or all its tags were known before.
+            given = isinstance(stored, Stored) or self.declared
+            assert not given or self.loaded == 2, "an invalidated value was given to who joined"
+
+
+CASES = [("tag", False, 1), ("tag", True, 3), ("delete", True, 3), ("clear", True, 1)]
+"""Each with its stride: not all of the many where the tag's generation stands in the lease, or the lease is removed."""
+
+
+@pytest.fixture
+def clients(memcached_server: Server) -> Iterator[list[Client]]:
+    namespace = f"i{uuid4().hex}"
+    made = [Client(memcached_server, namespace) for _ in range(3)]
+    yield made
+    for each in made:
+        each.close()
+
+
+def explore(clients: list[Client], how: str, declared: bool, stride: int) -> int:
+    """Play every `stride`-th interleaving, and say how many there were."""
+    clients[1].do(Set("warm", 1))
+    warm = Case(clients, 0, how, declared, False)
+    ways = moments(count(warm.load) + 1, count(warm.change) + 1)
+    number = 0
+    for number, when in enumerate(itertools.islice(ways, 0, None, stride), 1):
+        case = Case(clients, number, how, declared, number % 2 > 0)
+        if number % 3:
+            # Most of the time there is such a tag already.
+            clients[1].do(Set("other", 1, tags=(case.tag,)))
+        stored, _ = interleave(case.load(), case.change(), when)
+        case.check(stored)
+    return number
+
+
+@pytest.mark.parametrize(("how", "declared", "stride"), CASES)
+def test_no_interleaving_lets_an_invalidated_value_be_read(
+    clients: list[Client], how: str, declared: bool, stride: int
+) -> None:
+    assert explore(clients, how, declared, stride) > (20 if how == "clear" else 500)
+
+
+# A test that finds nothing shows nothing: each of these is found.
+
+
+def late_tags_are_not_looked_at(patch: pytest.MonkeyPatch) -> None:
+    commit = LeaseRounds._commit
+
+    def careless(self: Any, position: int, request: Set, state: Any) -> None:
+        if (held := self._held(request.lease or "", state)) is not None:
+            held.all_tags = self._generations.seen(ALL_TAGS)
+        commit(self, position, request, state)
+
+    patch.setattr(LeaseRounds, "_commit", careless)
+
+
+def nothing_is_looked_at_after_storing(patch: pytest.MonkeyPatch) -> None:
+    make = memcached_lease_look.Draft.__init__
+    patch.setattr(
+        memcached_lease_look.Draft,
+        "__init__",
+        lambda self, at, commands, reply, marks=(): make(self, at, commands, reply),
+    )
+
+
+def all_tags_are_made_anew_last(patch: pytest.MonkeyPatch) -> None:
+    def careless(session: Session, tags: Any) -> Any:
+        head = yield from session.head()
+        commands = Commands()
+        for name in (*map(session.keys.tag, tags), ALL_TAGS):
+            commands.add(f"ms {head}{name} 12 T0 MR\r\n".encode() + memcached_tags.fresh() + b"\r\n", reads=False)
+        yield from session.ask(commands)
+
+    patch.setattr(real_server_interleaving, "invalidate", careless)
+
+
+def all_tags_are_read_first(patch: pytest.MonkeyPatch) -> None:
+    make, learn = Generations.make, Generations.learn_made
+
+    def reversed_make(self: Any, commands: Any, head: str, names: Any) -> None:
+        make(self, commands, head, names[::-1])
+
+    def reversed_learn(self: Any, names: Any, answers: Any) -> None:
+        learn(self, names[::-1], answers)
+
+    patch.setattr(Generations, "make", reversed_make)
+    patch.setattr(Generations, "learn_made", reversed_learn)
+
+
+def a_lease_whose_tags_have_moved_is_joined(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LeaseRounds, "_current", lambda self, held: held is not None and held.deadline > self._now)
+
+
+def values_are_stored_over_anything(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(memcached_lease_rounds, "_over", lambda answer: b"")
+
+
+def generations_are_those_of_the_end(patch: pytest.MonkeyPatch) -> None:
+    commit = LeaseRounds._commit
+
+    def careless(self: Any, position: int, request: Set, state: Any) -> None:
+        if (held := self._held(request.lease or "", state)) is not None:
+            held.marks = self._generations.present(tag for tag, _ in held.marks)
+        commit(self, position, request, state)
+
+    patch.setattr(LeaseRounds, "_commit", careless)
+
+
+PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, bool]] = [
+    (late_tags_are_not_looked_at, "tag", False),
+    (nothing_is_looked_at_after_storing, "tag", False),
+    (all_tags_are_made_anew_last, "tag", False),
+    (all_tags_are_read_first, "tag", False),
+    (a_lease_whose_tags_have_moved_is_joined, "tag", True),
+    (values_are_stored_over_anything, "delete", True),
+    (generations_are_those_of_the_end, "tag", True),
+]
+
+
+@pytest.mark.parametrize(("plant", "how", "declared"), PLANTED, ids=lambda each: getattr(each, "__name__", ""))
+def test_a_planted_bug_is_found(
+    clients: list[Client], monkeypatch: pytest.MonkeyPatch, plant: Callable[[Any], None], how: str, declared: bool
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match="an invalidated value was"):
+        explore(clients, how, declared, 5)
