@@ -27,6 +27,7 @@ from .redis_commands import Command
 from .redis_connection import RedisConnection
 from .redis_dial import Dial, Identity, Place, TlsFiles, find_master
 from .redis_errors import BACKEND, STALE_ROLE, code_of
+from .redis_listener import RedisListener
 from .redis_plan import Plan
 from .redis_pool import RedisPool
 from .redis_values import VALUE_MAX
@@ -117,6 +118,10 @@ class RedisStore:
                 walk.cancel()
             if self._pool is not None:
                 self._pool.drop()
+
+    def listener(self) -> RedisListener:
+        """A listener to the server's channels, with a connection of its own. Whoever asks for it closes it."""
+        return RedisListener(self._connect, clock=self._dial.clock)
 
     def gauges(self) -> Gauges:
         return Gauges()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import random
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -25,8 +26,10 @@ from cachebus.messages import (
 
 from .redis_cluster_walk import ClusterWalks
 from .redis_commands import Command
+from .redis_connection import RedisConnection
 from .redis_dial import Dial, Identity, Place, TlsFiles
 from .redis_errors import BACKEND, code_of, moving
+from .redis_listener import RedisListener
 from .redis_node import ClusterNode, Trip
 from .redis_plan import Plan
 from .redis_slots import SLOTS, SlotTraffic, read_redirection, slot_of
@@ -121,6 +124,21 @@ class RedisClusterStore:
         finally:
             self._walks.cancel()
             self._topology.drop()
+
+    def listener(self) -> RedisListener:
+        """A listener to the cluster's channels, with a connection of its own to any server. Whoever asks for it closes
+        it."""
+        return RedisListener(self._connect_anywhere, clock=self._dial.clock)
+
+    async def _connect_anywhere(self) -> RedisConnection:
+        places = [] if self._topology is None else self._topology.map.places()
+        reason: CacheError = CacheConnectionError("no server of the cluster is known", BACKEND)
+        for place in dict.fromkeys((*random.sample(places, len(places)), *self._seeds)):
+            try:
+                return await self._dial.connect(place)
+            except CacheError as error:
+                reason = error
+        raise reason
 
     def gauges(self) -> Gauges:
         return Gauges()

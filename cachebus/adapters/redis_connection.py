@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import hiredis
@@ -49,12 +49,14 @@ class RedisConnection(asyncio.Protocol):
 
     `server` names it in errors, `greeted` says that the server has taken us in. `silence` is in seconds: as often the server is asked for its time, which keeps the
     connection alive and our idea of the server's clock good; a server that says nothing at all for so long is given up.
+    `on_push` is told what the server says unasked, such as a message of a channel.
     """
 
     def __init__(self, server: str, clock: Clock, *, window: int, silence: float | None) -> None:
         self.server = server
         self.lost: CacheError | None = None
         self.greeted = False
+        self.on_push: Callable[[Sequence[Any]], None] | None = None
         self._clock = clock
         self._window = window
         self._silence = silence
@@ -146,6 +148,12 @@ class RedisConnection(asyncio.Protocol):
         while self._in_flight:
             await self._change()
 
+    async def gone(self) -> CacheError:
+        """Wait until the connection is lost, and say why."""
+        while self.lost is None:
+            await self._change()
+        return self.lost
+
     def drop(self, error: CacheError) -> None:
         """Give the connection up: what is in flight is answered with `error`."""
         if self.lost is None:
@@ -188,6 +196,8 @@ class RedisConnection(asyncio.Protocol):
             self._reader.feed(data)
             while (reply := gets()) is not _MORE:
                 if type(reply) is hiredis.PushNotification:
+                    if self.on_push is not None:
+                        self.on_push(reply)
                     continue
                 if not in_flight:
                     if type(reply) is hiredis.ReplyError and not self.greeted:
