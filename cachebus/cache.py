@@ -47,6 +47,7 @@ from cachebus.messages import (
 )
 
 from .cache_loading import CacheLoading
+from .cache_locks import CacheLocks
 from .cached import Loads
 from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
 from .failures import BACKEND_FAILURES
@@ -78,7 +79,7 @@ class Health:
     circuit: str = ""
 
 
-class Cache(CacheLoading):
+class Cache(CacheLoading, CacheLocks):
     """A cache over one backend, on asyncio or trio. Made by `open_cache`; used within `async with`.
 
     Keys are non-empty `str`; anything else is a `CacheKeyError`. Times to live are seconds or a `timedelta`; left out,

@@ -12,6 +12,7 @@ from .checks import Since, check_since
 from .failures import BACKEND_FAILURES, Failures, OnError
 
 if TYPE_CHECKING:
+    from .lock_ways import LockWay
     from .payload import PayloadPipeline
 
 R = TypeVar("R")
@@ -23,9 +24,12 @@ class Link:
 
     `turn_get` and `turn_set` take a message's turn on the caller's stack where that is possible. `call_after` calls a
     function that does not wait after so many seconds, on the event loop of the node; it may be called from any thread.
+    `locks` is the way to the node's lock manager.
     """
 
-    __slots__ = ("address", "bus", "call_after", "emitter", "failures", "timeout", "turn_get", "turn_set")
+    __slots__ = ("address", "bus", "call_after", "emitter", "failures", "locks", "timeout", "turn_get", "turn_set")
+
+    locks: LockWay
 
     def __init__(
         self,

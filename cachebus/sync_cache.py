@@ -18,6 +18,7 @@ from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot,
 from .background import BACKGROUND, Hosted
 from .cache import Cache, Health
 from .cache_loading import SyncCacheLoading
+from .cache_locks import SyncCacheLocks
 from .cached import Loads
 from .checks import Since, TimeToLive, check_key, set_request
 from .link import Link, run
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .payload import PayloadPipeline
 
 
-class SyncCache(SyncCacheLoading):
+class SyncCache(SyncCacheLoading, SyncCacheLocks):
     """A cache over one backend for code without an event loop, usable from any number of threads.
 
     Made by `open_sync_cache`. It opens at its first use, or with `with`, and in the child of a fork anew: a child begins

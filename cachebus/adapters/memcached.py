@@ -66,7 +66,7 @@ class MemcachedStore:
         hasher: Hasher = blake,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self.capabilities = Capabilities(compare_and_set=True, counters=True, ttl_resolution=1.0)
+        self.capabilities = Capabilities(compare_and_set=True, counters=True, locks=True, ttl_resolution=1.0)
         self._keys = Keys(namespace, hasher)
         self._places = tuple(places)
         self._tls = tls

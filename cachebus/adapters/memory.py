@@ -64,7 +64,7 @@ class MemoryStore(LoadTable):
     """
 
     name = "memory"
-    capabilities = Capabilities(patterns=True, tags=True, compare_and_set=True, counters=True, leases=True)
+    capabilities = Capabilities(patterns=True, tags=True, compare_and_set=True, counters=True, leases=True, locks=True)
 
     def __init__(
         self,

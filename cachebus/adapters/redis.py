@@ -49,7 +49,7 @@ class RedisStore:
 
     name = BACKEND
     capabilities = Capabilities(
-        patterns=True, compare_and_set=True, counters=True, leases=True, max_value_bytes=VALUE_MAX
+        patterns=True, compare_and_set=True, counters=True, leases=True, locks=True, max_value_bytes=VALUE_MAX
     )
     max_batch = 128
     apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern})
@@ -70,6 +70,7 @@ class RedisStore:
         connect_timeout: float = 1.0,
         health_check_interval: float | None = 2.0,
         clock: Clock = SYSTEM_CLOCK,
+        planner: Callable[..., Plan] = Plan,
     ) -> None:
         if not namespace or ":" in namespace:
             # Else the keys of "a:b" would be keys of "a" too.
@@ -79,6 +80,7 @@ class RedisStore:
         self._tls = tls
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
+        self._planner = planner
         self._dial = Dial(
             clock=clock,
             identity=identity or Identity(),
@@ -160,11 +162,11 @@ class RedisStore:
         return True
 
     def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], replied: Replied) -> None:
-        plan = Plan(batch, self._prefix, self._default_ttl)
+        plan = self._planner(batch, self._prefix, self._default_ttl)
         try:
             data = plan.packed()
         except UnicodeEncodeError:
-            plan = Plan(batch, self._prefix, self._default_ttl, careful=True)
+            plan = self._planner(batch, self._prefix, self._default_ttl, careful=True)
             data = plan.packed()
         commands = plan.commands
         if not commands:

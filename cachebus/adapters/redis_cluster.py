@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,7 @@ class RedisClusterStore:
 
     name = BACKEND
     capabilities = Capabilities(
-        patterns=True, compare_and_set=True, counters=True, leases=True, max_value_bytes=VALUE_MAX
+        patterns=True, compare_and_set=True, counters=True, leases=True, locks=True, max_value_bytes=VALUE_MAX
     )
     max_batch = 64
     apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern, Scan})
@@ -70,6 +70,7 @@ class RedisClusterStore:
         connect_timeout: float = 1.0,
         health_check_interval: float | None = 2.0,
         clock: Clock = SYSTEM_CLOCK,
+        planner: Callable[..., Plan] = Plan,
     ) -> None:
         if not namespace or ":" in namespace:
             raise CacheConfigurationError(f"redis: a namespace is not empty and has no colon, unlike {namespace!r}")
@@ -77,6 +78,7 @@ class RedisClusterStore:
         self._tls = tls
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
+        self._planner = planner
         self._dial = Dial(
             clock=clock,
             identity=identity or Identity(),
@@ -194,7 +196,7 @@ class RedisClusterStore:
             numbers: dict[str, int] = {}
             with contextlib.suppress(UnicodeEncodeError):
                 group = partial(self._group, numbers)
-                plan = Plan(batch, self._prefix, self._default_ttl, group, careful=careful)
+                plan = self._planner(batch, self._prefix, self._default_ttl, group, careful=careful)
                 return plan, [command.packed() for command in plan.commands]
         raise AssertionError("a careful plan has only keys that can be encoded")
 
