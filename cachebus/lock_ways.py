@@ -14,7 +14,7 @@ R = TypeVar("R")
 CallAfter = Callable[[float, Callable[[], None]], object]
 
 LOCKS = Address("locks")
-"""Where the lock manager is."""
+"""Where the lock manager is, if settings say where locks are kept; else one is beside each backend, at `locks.<backend>`."""
 
 PER_LEASE = 3
 """How often a lock is renewed within its own time."""
@@ -43,14 +43,17 @@ class _Held:
 
 
 class LockWay:
-    """A bus, the time that a call may take, in seconds, and the locks that are held over it. One for each node.
+    """A bus, where the manager is, the time that a call may take, in seconds, and the locks that are held over it. One for each node.
 
     One timer, on the node's event loop, renews all of them, and none runs while there are none. Usable from any thread.
     `why_not` is set where there is no manager to ask.
     """
 
-    def __init__(self, bus: Bus, timeout: float, call_after: CallAfter, why_not: CacheError | None = None) -> None:
+    def __init__(
+        self, bus: Bus, address: Address, timeout: float, call_after: CallAfter, why_not: CacheError | None = None
+    ) -> None:
         self.bus = bus
+        self.address = address
         self.timeout = timeout
         self._why_not = why_not
         self._call_after = call_after
@@ -59,7 +62,7 @@ class LockWay:
         self._armed_for: float = float("inf")
 
     def __repr__(self) -> str:
-        return f"<LockWay of {self.bus!r}, {len(self._held)} held>"
+        return f"<LockWay to {self.address}, {len(self._held)} held>"
 
     def now(self) -> float:
         """The clock by which leases end."""
@@ -68,17 +71,17 @@ class LockWay:
     async def ask(self, request: Request[R], patience: float = 0.0) -> R:
         """Ask the manager, awaiting the reply for `patience` seconds more than a call may take."""
         self._check()
-        return await self.bus.request(LOCKS, request, self.timeout + patience)
+        return await self.bus.request(self.address, request, self.timeout + patience)
 
     async def ask_blocking(self, request: Request[R], patience: float = 0.0) -> R:
         """As `ask`, blocking this thread; a coroutine that never suspends."""
         self._check()
-        return self.bus.request_blocking(LOCKS, request, self.timeout + patience)
+        return self.bus.request_blocking(self.address, request, self.timeout + patience)
 
     def send(self, request: Request[Any]) -> None:
         """Send what nobody waits for."""
         if self._why_not is None:
-            self.bus.send(LOCKS, request)
+            self.bus.send(self.address, request)
 
     def hold(self, ticket: str, lock: Renewable) -> None:
         """Renew a lock from now on."""

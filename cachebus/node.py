@@ -24,7 +24,7 @@ from cachebus.actors import (
     Supervisor,
 )
 from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, Visibility
-from cachebus.messages import AddressInUse, CacheClosed, CacheConfigurationError, CapabilityError
+from cachebus.messages import CacheClosed, CacheConfigurationError, CapabilityError
 
 from .link import Link
 from .lock_ways import LOCKS, LockWay
@@ -86,8 +86,8 @@ class Node:
         if kept.type in LOCKLESS:
             said = f"a {kept.type} backend keeps no locks: say where they are, as in locks='redis://host'"
             why_not = CapabilityError(said, kept.type, "locks")
-        self._lock_way = LockWay(self.bus, settings.timeout, self._alarm.set, why_not)
-        self._lock_table: LockStore | None = None
+        self._lock_way = LockWay(self.bus, self._lock_address(kept), settings.timeout, self._alarm.set, why_not)
+        self._lock_tables: dict[str, LockStore] = {}
 
     def __repr__(self) -> str:
         names = ", ".join(each.name for each in self.settings.backends)
@@ -156,17 +156,21 @@ class Node:
         return link
 
     async def _start_locks(self) -> None:
-        kept = self.settings.locks_kept
-        if kept.type == "bus" or kept.type in LOCKLESS:
-            return
-        try:
-            await self.supervisor.start(
-                LOCKS, lambda: self._lock_manager(kept), backend="locks", visibility=self.visibility(kept)
-            )
-        except AddressInUse:
-            # Nobody has said that it must be this one: several workers may have a memory each.
-            if self.settings.locks is not None:
-                raise
+        """Start a lock manager: of all that serves, one for each backend, because their clients know them by these."""
+        settings = self.settings
+        kept = settings.backends if self.serve and settings.locks is None else (settings.locks_kept,)
+        for each in kept:
+            if each.type != "bus" and each.type not in LOCKLESS:
+                await self.supervisor.start(
+                    self._lock_address(each),
+                    lambda each=each: self._lock_manager(each),  # type: ignore[misc]
+                    backend="locks",
+                    visibility=self.visibility(each),
+                )
+
+    def _lock_address(self, kept: BackendSettings) -> Address:
+        # By the backend, where nobody says otherwise: so all who share its values share its locks, and nobody else does.
+        return LOCKS if self.settings.locks is not None else Address(f"{LOCKS}.{kept.name}")
 
     def _lock_manager(self, kept: BackendSettings) -> LockManager:
         from .guard_settings import GuardSettings, guard_policy  # As in `_build_store`.
@@ -175,9 +179,11 @@ class Node:
         if isinstance(kept, GuardSettings):
             store = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
             return LockManager(store, guard_policy(kept))
-        if self._lock_table is None:  # One for all lives of the actor.
-            self._lock_table = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
-        return LockManager(self._lock_table)
+        table = self._lock_tables.get(kept.name)  # One for all lives of the actor.
+        if table is None:
+            table = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
+            self._lock_tables[kept.name] = table
+        return LockManager(table)
 
     def visibility(self, backend: BackendSettings) -> Visibility:
         """Who reaches the actor of a backend."""

@@ -248,7 +248,8 @@ class Settings(_Root):
     events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()
     """What events say, and how many of them are told."""
     locks: _Entry | None = None
-    """Where locks are kept, as a backend is given; `None` is where the default backend is. `bus:locks` is a worker's."""
+    """Where locks are kept, given as a backend is; `None` is where the default backend keeps its values. `bus:locks` is in
+    workers that say where."""
     profile: Literal["dev", "production", "test"] | None = None
     """A set of settings below all others: `dev` is `debug`; `production` is `environment: production`, zstd compression and
     checksums; `test` is a timeout of 30 s."""

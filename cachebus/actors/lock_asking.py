@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from cachebus.bus import TaskPort, open_port
@@ -27,6 +28,13 @@ class Asking(Protocol):
     def ask(self, request: Request[Any], then: Then) -> None:
         """Have the store carry out a request. What is asked first is done first."""
 
+    def sweep(self) -> None:
+        """Have the store take their locks from holders whose time is up, where it does so only if it is asked."""
+
+    def statistics(self) -> dict[str, Any]:
+        """What the guard has seen; empty where there is none."""
+        ...
+
     async def close(self, last: Sequence[Request[Any]]) -> None:
         """Ask nothing any more, but for these."""
 
@@ -43,10 +51,18 @@ class AskingInline:
         """As `Asking.ask`."""
         # One after the other, and not one within the other: a chain of waiters who are gone would fill the stack.
         self._waiting.append((request, then))
+        self._work(lambda: None)
+
+    def sweep(self) -> None:
+        """As `Asking.sweep`."""
+        self._work(self._store.sweep)
+
+    def _work(self, first: Callable[[], None]) -> None:
         if self._busy:
             return
         self._busy = True
         try:
+            first()
             while self._waiting:
                 request, then = self._waiting.popleft()
                 try:
@@ -56,6 +72,10 @@ class AskingInline:
                 then(reply)
         finally:
             self._busy = False
+
+    def statistics(self) -> dict[str, Any]:
+        """As `Asking.statistics`."""
+        return {}
 
     async def close(self, last: Sequence[Request[Any]]) -> None:
         """As `Asking.close`."""
@@ -90,6 +110,13 @@ class AskingBatches:
         self._outbox.append((request, then))
         if self._wake is not None:
             self._wake.answer(None)
+
+    def sweep(self) -> None:
+        """As `Asking.sweep`: a server does so by itself."""
+
+    def statistics(self) -> dict[str, Any]:
+        """As `Asking.statistics`."""
+        return asdict(self._guard.statistics())
 
     async def close(self, last: Sequence[Request[Any]]) -> None:
         """As `Asking.close`."""

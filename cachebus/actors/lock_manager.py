@@ -36,7 +36,9 @@ from cachebus.messages import (
     RenewLock,
     Reply,
     Request,
+    Snapshot,
     Sweep,
+    TakeSnapshot,
     error_class,
 )
 
@@ -101,10 +103,10 @@ class LockManager(Actor):
         self._store.told = self
 
     async def on_stop(self) -> None:
-        places = [each.request for each in self._waiters.values()]
+        places = [each.abandoned() for each in self._waiters.values()]
         self._waiters.clear()
         self._rooms.clear()
-        await self._asking.close([_abandon(each) for each in places])
+        await self._asking.close(places)
 
     def handlers(self) -> Handlers:
         table = super().handlers()
@@ -125,6 +127,11 @@ class LockManager(Actor):
         # the lock may be given back by a task of this very loop.
         limits: dict[str, int | None] = {"max_waiters": self._max_waiters}
         return Description(self.ctx.address, self._store.name, ("locks",), limits)
+
+    def on_take_snapshot(self, request: TakeSnapshot) -> Snapshot:
+        guard = self._asking.statistics()
+        restarts, overloaded = self.ctx.restarts, self.ctx.overloaded
+        return Snapshot(self.ctx.address, self._store.name, restarts=restarts, overloaded=overloaded, guard=guard)
 
     # Requests
 
@@ -195,7 +202,7 @@ class LockManager(Actor):
             waiter.left = True  # What comes of it is given back.
             answer.give(Released())
         else:
-            self._asking.ask(_abandon(waiter.request), answer.give)
+            self._asking.ask(waiter.abandoned(), answer.give)
 
     # What the store says
 
@@ -280,12 +287,11 @@ class LockManager(Actor):
             if self._store.poll is not None:
                 self.look(name)
 
-        self._asking.ask(_abandon(waiter.request), gone)
+        self._asking.ask(waiter.abandoned(), gone)
 
     # For the store: `LockListener`
 
     def granted(self, name: str, ticket: str, grant: LockGranted) -> None:
-        """As `LockListener.granted`."""
         waiter = self._waiters.get(ticket)
         if waiter is None:
             # Nobody of ours, or of a life before this one.
@@ -296,7 +302,6 @@ class LockManager(Actor):
             self._grant(waiter, grant)
 
     def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
-        """As `LockListener.look`."""
         if delay > 0:
             self.ctx.call_after(delay, lambda: self._asking.ask(DescribeLock(name), lambda reply: None))
             return
@@ -311,13 +316,11 @@ class LockManager(Actor):
             self._ask_for(next(iter(room.waiters.values())))
 
     def look_everywhere(self) -> None:
-        """As `LockListener.look_everywhere`."""
         for room in [*self._rooms.values()]:
             for waiter in [*room.waiters.values()]:
                 self._ask_for(waiter)
 
     def expired(self, name: str, owner: str, token: int) -> None:
-        """As `LockListener.expired`."""
         self.ctx.tell(LockExpired, name, owner, token)
 
     # Time
@@ -325,8 +328,7 @@ class LockManager(Actor):
     def on_sweep(self, request: Sweep) -> Released:
         """Look at what is due."""
         now = self.ctx.clock.monotonic()
-        if self._inline is not None:
-            self._inline.sweep()
+        self._asking.sweep()
         for name, ticket in self._agenda.due(now):
             if ticket:
                 if (waiter := self._waiters.get(ticket)) is not None and waiter.until <= now:
@@ -392,7 +394,3 @@ class LockManager(Actor):
                 del self._rooms[name]
             elif self._store.poll is not None:
                 self._check_at(name, room, self.ctx.clock.monotonic() + self._store.poll * (0.5 + self._draw()))
-
-
-def _abandon(request: Acquire) -> ReleaseLock:
-    return ReleaseLock(request.name, request.ticket, abandon=True)

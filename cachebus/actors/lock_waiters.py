@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from cachebus.bus import Clock, Deferred
-from cachebus.messages import Acquire, Failed, Reply
+from cachebus.messages import Acquire, Failed, ReleaseLock, Reply
 
 
 class Answer:
@@ -65,6 +65,10 @@ class Waiter:
     def is_there(self) -> bool:
         """Whether the caller waits for an answer."""
         return self.answer is not None and self.answer.waiting
+
+    def abandoned(self) -> ReleaseLock:
+        """The request that takes back what was asked for it."""
+        return ReleaseLock(self.request.name, self.request.ticket, abandon=True)
 
 
 class Room:

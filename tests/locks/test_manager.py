@@ -242,3 +242,12 @@ async def test_a_description_hands_nothing_out(locks: Managed) -> None:
     assert (info.owner, info.token, info.remaining) == ("owner 0", token, pytest.approx(3))
     locks.clock.advance(4)  # Before anybody was called back.
     assert locks.ask(DescribeLock("a")).reply == LockFree()
+
+
+async def test_a_lock_that_ends_passes_by_thousands_who_went_away(locks: Managed) -> None:
+    locks.ask(want("0", ttl=5))
+    for n in range(3000):
+        locks.ask(want(f"gone {n}", wait=60)).gone = True
+    there = locks.ask(want("there", wait=60))
+    locks.advance(5.1)
+    token_of(there)

@@ -79,14 +79,15 @@ class Locks(RuleBasedStateMachine):
                 continue
             if isinstance(reply, LockGranted):
                 self.granted(attempt, reply)
+            elif attempt.dead:
+                self.leave(attempt, "over")  # Whatever it is told.
             elif isinstance(reply, LockDenied):
                 assert self.now >= attempt.ends - EPSILON, "denied before its patience ended"
                 self.leave(attempt, "over")
             else:
                 assert isinstance(reply, LockQueued)
                 assert self.now >= min(attempt.ends, attempt.asked_at + PARKED) - EPSILON
-                if not attempt.dead:
-                    self.ask(attempt)
+                self.ask(attempt)
 
     def granted(self, attempt: Attempt, reply: LockGranted) -> None:
         assert not attempt.dead, "a caller who is gone has the lock"
@@ -200,5 +201,5 @@ class Locks(RuleBasedStateMachine):
                 assert self.now < there[0].asked_at + 60
 
 
-Locks.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+Locks.TestCase.settings = settings(max_examples=300, stateful_step_count=40)
 TestLocks = Locks.TestCase

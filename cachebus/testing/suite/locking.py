@@ -61,7 +61,7 @@ async def managed(store: LockStore, clock: Clock = SYSTEM_CLOCK) -> AsyncGenerat
     async with Supervisor(bus) as supervisor, anyio.create_task_group() as tasks:
         await supervisor.start(LOCKS, lambda: LockManager(store))
         tasks.start_soon(alarm.run)
-        yield LockWay(bus, 5.0, alarm.set)
+        yield LockWay(bus, LOCKS, 5.0, alarm.set)
         tasks.cancel_scope.cancel()
 
 
