@@ -2,6 +2,7 @@
 
     <namespace>:@<hash>     until|ticket|owner   there while the lock is held; its time to live is that of the lock
     <namespace>:@<hash>+    the last token, kept for a week
+    <namespace>:@<hash>-<hash of a ticket>   there for a minute after the ticket was given up
 
 The token is counted after the item was added, so of two holders the later one has the larger token. A counter that is lost
 (evicted, `flush_all`, a restart) begins again at the server's time in microseconds, which is more than it ever was.
@@ -47,6 +48,8 @@ __all__ = ["MemcachedLockStore"]
 
 RETAIN = 7 * 86_400
 """Seconds for which a counter is kept that nobody counts."""
+
+GONE = 60
 
 TRIES = 100
 """How often an item is looked at that others change in between."""
@@ -120,8 +123,14 @@ class _Locks:
     def _acquire(self, request: Acquire) -> Talk[Reply]:
         item, started = self._item(request.name), self._connection.now()
         command = self._put(item, request, request.owner, request.ttl, "ME")
+        gone = f"mg {self._gone(item, request.ticket)} v c\r\n".encode()
         for _ in range(TRIES):
-            answer = yield from self._ask(command)
+            answer, given_up = yield command + gone, 2
+            if isinstance(given_up, tuple):
+                yield from self._release(ReleaseLock(request.name, request.ticket, abandon=True))
+                return LockDenied("", 0.0)
+            if isinstance(answer, CacheError):
+                raise answer
             if answer == 0:
                 break
             found = yield from self._look(item)
@@ -157,6 +166,8 @@ class _Locks:
 
     def _release(self, request: ReleaseLock) -> Talk[Reply]:
         item = self._item(request.name)
+        if request.abandon:
+            yield from self._ask(f"ms {self._gone(item, request.ticket)} 0 T{GONE}\r\n\r\n".encode())
         for _ in range(TRIES):
             found = yield from self._look(item)
             if found is None:
@@ -209,6 +220,9 @@ class _Locks:
     def _item(self, name: str) -> str:
         raw = name.encode("utf-8", "surrogatepass")
         return f"{self._namespace}:@{blake2b(raw, digest_size=32, person=b'cachebus.lock').hexdigest()}"
+
+    def _gone(self, item: str, ticket: str) -> str:
+        return f"{item}-{blake2b(ticket.encode(), digest_size=16, person=b'cachebus.lock').hexdigest()}"
 
 
 def _contended() -> CacheError:

@@ -7,7 +7,7 @@ A lock named N in a namespace S is in these keys, which a cluster keeps in one s
                                  last; q the last number of a place in the queue
     S#lock:{N}:queue      sorted set of tickets that wait, by the number of their places
     S#lock:{N}:waiting    hash   ticket -> inbox|until|ttl|owner, the times in milliseconds
-    S#lock:{N}:gone:T     there for a minute if the ticket T was given up before it came
+    S#lock:{N}:gone:T     there for a minute after the ticket T was given up
 
 An inbox is a channel, `S#lock:to:<process>`: there a process is told `ticket|name` when a lock is offered to one that waits in
 it. It then has CLAIM milliseconds to ask for it. If it does not, all that waits there loses its place: it is away.
@@ -158,8 +158,9 @@ return answer(holder == '' and 2 or 1)
 RELEASE = Script.of(
     _LOCK
     + f"""
--- More: 6 '1' to give up what may not have come yet. The codes are those of RENEW.
-local abandon, GONE = ARGV[6] == '1', {GONE_MS}
+-- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then.
+-- The codes are those of RENEW.
+if ARGV[6] == '1' then redis.call('SET', KEYS[4], '', 'PX', {GONE_MS}) end
 """
     + """
 if holder == ticket then
@@ -171,9 +172,7 @@ end
 local code = 2
 if s[6] == ticket or leave(ticket) == 1 then
   code = 0
-elseif abandon then
-  redis.call('SET', KEYS[4], '', 'PX', GONE)
-elseif holder ~= '' then
+elseif holder ~= '' and ARGV[6] ~= '1' then
   code = 1
 end
 if holder == '' then pass_on() end

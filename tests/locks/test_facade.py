@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
@@ -69,7 +70,7 @@ async def test_what_cannot_be_is_refused_at_once(
     cache: Cache, options: dict[str, Any], error: type[Exception], named: str
 ) -> None:
     with pytest.raises(error, match=named):
-        cache.lock(options.pop("name", "a"), **options)
+        cache.lock(**{"name": "a", **options})
 
 
 async def test_a_lock_is_had_and_given_back(cache: Cache) -> None:
@@ -115,7 +116,7 @@ async def test_one_object_holds_one_lock(cache: Cache) -> None:
 async def test_who_cannot_have_it_is_told_why(cache: Cache) -> None:
     async with cache.lock("a", owner="me"):
         for wait in (0, 0.05):
-            with pytest.raises(LockNotAcquired, match="'a' was not to be had within .* s: 'me' holds it") as refused:
+            with pytest.raises(LockNotAcquired, match=r"'a' was not to be had within .* s: 'me' holds it") as refused:
                 async with cache.lock("a", wait=wait):
                     raise AssertionError("two have it")
             assert isinstance(refused.value, CacheTimeoutError)
@@ -136,10 +137,14 @@ async def test_the_error_of_the_body_comes_out_and_the_lock_is_free(cache: Cache
     with pytest.raises(KeyError):
         async with cache.lock("a"):
             raise KeyError("mine")
-    with pytest.raises(KeyError) as failed:
+
+    async def body() -> None:
         async with cache.lock("a") as lock:
             await cache.link.locks.ask(steal(lock))
             raise KeyError("mine")
+
+    with pytest.raises(KeyError) as failed:
+        await body()
     assert any("could not be given back" in note for note in failed.value.__notes__)
     async with cache.lock("a", wait=0):
         pass
@@ -168,7 +173,7 @@ async def test_a_body_may_give_it_back_itself(cache: Cache) -> None:
 
 
 async def test_leaving_a_lock_that_was_lost_raises(cache: Cache) -> None:
-    with pytest.raises(LockNotHeld):
+    async def body() -> None:
         async with cache.lock("a") as lock:
             await cache.link.locks.ask(steal(lock))
             with pytest.raises(LockNotHeld):
@@ -176,6 +181,9 @@ async def test_leaving_a_lock_that_was_lost_raises(cache: Cache) -> None:
             assert lock.lost
             assert not lock.held
             assert "lost" in repr(lock)
+
+    with pytest.raises(LockNotHeld):
+        await body()
 
 
 async def renewals(clock: ManualClock, cache: Cache, *, renew: bool, seconds: float) -> Lock:
@@ -381,9 +389,20 @@ def test_a_thread_waits_for_another() -> None:
         assert had[0] > lock.token
 
 
-async def test_no_thread_of_an_event_loop_is_stopped_for_a_lock() -> None:
+def test_no_thread_of_an_event_loop_is_stopped_for_a_lock() -> None:
     with open_sync_cache("memory://") as cache, cache.lock("a"):
-        with pytest.raises(CacheError, match="await an asynchronous cache"):
-            cache.lock("a", wait=5).acquire()
-        with pytest.raises(LockNotAcquired):
-            cache.lock("a", wait=0).acquire()
+
+        async def wait() -> None:
+            with pytest.raises(CacheError, match="await an asynchronous cache"):
+                cache.lock("a", wait=5).acquire()
+            with pytest.raises(LockNotAcquired):
+                cache.lock("a", wait=0).acquire()
+
+        asyncio.run(wait())
+    with open_sync_cache("memory://") as cache:
+        asyncio.run(_try(cache))
+
+
+async def _try(cache: Any) -> None:
+    with cache.lock("a", wait=0):
+        pass

@@ -312,6 +312,14 @@ class LockConformance:
             assert tokens == sorted(set(tokens))
             assert len(tokens) == 40
 
+    async def test_what_was_given_up_elsewhere_is_refused_when_it_is_asked_for(
+        self, store: LockStore, sibling: LockStore
+    ) -> None:
+        async with managed(store) as way, managed(sibling) as other:
+            await other.ask(ReleaseLock("a", "ticket", abandon=True))
+            assert isinstance(await way.ask(Acquire("a", "me", "ticket", LONG)), LockDenied)
+            assert isinstance(await way.ask(Acquire("a", "me", "another", LONG)), LockGranted)
+
     async def test_namespaces_have_locks_of_their_own(self, store: LockStore, neighbour: LockStore) -> None:
         async with managed(store) as way, managed(neighbour) as other, Lock(way, "a"), Lock(other, "a", wait=0):
             pass
