@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import footprint, hit_ratio, loading, memcached, memory, nats, payload, redis
+from . import footprint, hit_ratio, loading, locks, memcached, memory, nats, payload, redis
 from .timing import Row
 
 console = Console(width=120)
-PARTS = ["memory", "redis", "memcached", "nats", "payload", "loading", "footprint", "hit-ratio"]
+PARTS = ["memory", "redis", "memcached", "nats", "payload", "loading", "locks", "footprint", "hit-ratio"]
 
 
 def show(rows: list[Row]) -> bool:
@@ -94,6 +94,8 @@ def main() -> int:
         good &= show(payload.rows()) & show_figures(payload.figures())
     if "loading" in what:
         good &= loading.main()
+    if "locks" in what:
+        good &= show(locks.rows())
     if "footprint" in what:
         good &= show_footprint(options.entries)
     if "hit-ratio" in what:
