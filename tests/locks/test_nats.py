@@ -103,12 +103,8 @@ async def test_a_client_that_is_killed_loses_the_lock_when_its_time_is_up(
 
 
 async def test_locks_that_are_somewhere_else_are_at_an_address_of_their_own(nats: Server) -> None:
-    settings: Any = Settings(
-        namespace="elsewhere",
-        bus=nats.url,
-        backends=["memory://"],
-        locks="memory://",  # type: ignore[arg-type]
-    )
+    options: dict[str, Any] = {"bus": nats.url, "backends": ["memory://"], "locks": "memory://"}
+    settings = Settings(namespace="elsewhere", **options)
     async with (
         Node(settings, serve=True),
         open_cache("memory://", bus=nats.url, namespace="elsewhere", locks="bus:locks") as one,

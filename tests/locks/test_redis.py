@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from cachebus.messages import (
     ReleaseLock,
 )
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
+from tests.house.paths import ROOT
 
 from .fleet import Resource, check_journal, fleet, token_of
 
@@ -317,6 +319,40 @@ async def test_nothing_is_left_of_locks_that_were_given_back_but_their_tokens(se
     assert keys == 20
     ttl = int((await tell(server, "TTL", "fleet#lock:{n1}")).strip(b":\r\n"))
     assert 6 * 86_400 < ttl <= 7 * 86_400
+
+
+async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> None:
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    paragraph = page.split("For [locks](locks.md), on ")[1].split("\n\n")[0]
+    places, *commands = re.findall(r"`([^`]*)`", paragraph.replace("`~<namespace>#lock:*` and the channels ", "", 1))
+    assert places == "&<namespace>#lock:*"
+    rights = [f"+{each}" for group in commands for each in group.split()]
+    await tell(
+        server, "ACL", "SETUSER", "least", "on", ">pw", "resetchannels", "~fleet#lock:*", "&fleet#lock:*", *rights
+    )
+    url = f"redis://least:pw@127.0.0.1:{server.port}?health_check_interval=0.2"
+    async with (
+        open_cache("memory://", locks=url, namespace="fleet") as one,
+        open_cache("memory://", locks=url, namespace="fleet") as two,
+    ):
+        lock = await one.lock("a", ttl=60).acquire()
+        await lock.extend()
+
+        async def wait(cache: Cache) -> None:
+            async with cache.lock("a", wait=60):
+                pass
+
+        waiting = [asyncio.create_task(wait(each)) for each in (one, two, one, two)]
+        await queued(server, 4)
+        await asyncio.sleep(0.3)
+        waiting.pop().cancel()
+        await queued(server, 3)
+        await lock.release()
+        async with asyncio.timeout(CLAIM):  # By pushes: without them it would take the time of the lock.
+            await asyncio.gather(*waiting)
+        expired = await one.lock("a", ttl=0.05, renew=False).acquire()
+        async with two.lock("a", wait=5):
+            assert expired.lost
 
 
 # A cluster
