@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import footprint, hit_ratio, limits, loading, memcached, memory, nats, payload, redis
+from . import footprint, hit_ratio, limits, loading, locks, memcached, memory, nats, payload, redis
 from .timing import Row
 
 console = Console(width=120)
-PARTS = ["memory", "redis", "memcached", "nats", "payload", "loading", "limits", "footprint", "hit-ratio"]
+PARTS = ["memory", "redis", "memcached", "nats", "payload", "loading", "locks", "limits", "footprint", "hit-ratio"]
 
 
 def show(rows: list[Row]) -> bool:
@@ -96,6 +96,8 @@ def main() -> int:
         good &= loading.main()
     if "limits" in what:
         good &= show(limits.rows())
+    if "locks" in what:
+        good &= show(locks.rows())
     if "footprint" in what:
         good &= show_footprint(options.entries)
     if "hit-ratio" in what:

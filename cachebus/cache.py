@@ -48,6 +48,7 @@ from cachebus.messages import (
 
 from .cache_limits import CacheLimits
 from .cache_loading import CacheLoading
+from .cache_locks import CacheLocks
 from .cached import Loads
 from .cached_errors import seen
 from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
@@ -80,7 +81,7 @@ class Health:
     circuit: str = ""
 
 
-class Cache(CacheLoading, CacheLimits):
+class Cache(CacheLoading, CacheLimits, CacheLocks):
     """A cache over one backend, on asyncio or trio. Made by `open_cache`; used within `async with`.
 
     Keys are non-empty `str`; anything else is a `CacheKeyError`. Times to live are seconds or a `timedelta`; left out,

@@ -13,6 +13,7 @@ from .checks import Since, check_since
 from .failures import BACKEND_FAILURES, Failures, OnError
 
 if TYPE_CHECKING:
+    from .lock_ways import LockWay
     from .payload import PayloadPipeline
 
 R = TypeVar("R")
@@ -25,6 +26,7 @@ class Link:
     `turn_get`, `turn_set` and `turn_lease` take a message's turn on the caller's stack where that is possible. `epoch` is
     the Unix time at which the monotonic clock was 0, as of the beginning: a later jump of the wall clock changes nothing. `call_after` calls a
     function that does not wait after so many seconds, on the event loop of the node; it may be called from any thread.
+    `locks` is the way to the node's lock manager.
     """
 
     __slots__ = (
@@ -34,11 +36,14 @@ class Link:
         "emitter",
         "epoch",
         "failures",
+        "locks",
         "timeout",
         "turn_get",
         "turn_lease",
         "turn_set",
     )
+
+    locks: LockWay
 
     def __init__(
         self,

@@ -13,11 +13,21 @@ from typing import TYPE_CHECKING, Self
 import anyio
 from anyio.lowlevel import checkpoint
 
-from cachebus.actors import Alarm, BackendActor, BatchStore, InlineStore, RestartPolicy, Supervisor
+from cachebus.actors import (
+    Alarm,
+    BackendActor,
+    BatchStore,
+    InlineStore,
+    LockManager,
+    LockStore,
+    RestartPolicy,
+    Supervisor,
+)
 from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, Visibility
-from cachebus.messages import CacheClosed, CacheConfigurationError
+from cachebus.messages import CacheClosed, CacheConfigurationError, CapabilityError
 
 from .link import Link
+from .lock_ways import LOCKS, LockWay
 
 if TYPE_CHECKING:
     from .payload import PayloadPipeline
@@ -71,6 +81,13 @@ class Node:
         self._resources = AsyncExitStack()
         self._closed = False
         self._pipelines: dict[str, PayloadPipeline | None] = {}
+        kept = settings.locks_kept
+        why_not = None
+        if kept.type in LOCKLESS:
+            said = f"a {kept.type} backend keeps no locks: say where they are, as in locks='redis://host'"
+            why_not = CapabilityError(said, kept.type, "locks")
+        self._lock_way = LockWay(self.bus, self._lock_address(kept), settings.timeout, self._alarm.set, why_not)
+        self._lock_tables: dict[str, LockStore] = {}
 
     def __repr__(self) -> str:
         names = ", ".join(each.name for each in self.settings.backends)
@@ -93,6 +110,7 @@ class Node:
                     backend=backend.name,
                     visibility=self.visibility(backend),
                 )
+            await self._start_locks()
         except BaseException:
             await self._resources.aclose()
             raise
@@ -116,11 +134,14 @@ class Node:
         emitter = Emitter(self.bus, backend.name)
         address = backend_address(backend.name)
         pipeline = self._pipeline(backend)
+        link: Link
         if pipeline is None:
-            return Link(self.bus, address, settings.timeout, emitter, self._alarm.set, settings.on_error)
+            link = Link(self.bus, address, settings.timeout, emitter, self._alarm.set, settings.on_error)
+            link.locks = self._lock_way
+            return link
         from .payload_link import PayloadLink  # Caches that keep objects do without.
 
-        return PayloadLink(
+        link = PayloadLink(
             self.bus,
             address,
             settings.timeout,
@@ -131,6 +152,38 @@ class Node:
             offload_above=settings.payload.offload_above,
             debug=settings.debug,
         )
+        link.locks = self._lock_way
+        return link
+
+    async def _start_locks(self) -> None:
+        """Start a lock manager: of all that serves, one for each backend, because their clients know them by these."""
+        settings = self.settings
+        kept = settings.backends if self.serve and settings.locks is None else (settings.locks_kept,)
+        for each in kept:
+            if each.type != "bus" and each.type not in LOCKLESS:
+                await self.supervisor.start(
+                    self._lock_address(each),
+                    lambda each=each: self._lock_manager(each),  # type: ignore[misc]
+                    backend="locks",
+                    visibility=self.visibility(each),
+                )
+
+    def _lock_address(self, kept: BackendSettings) -> Address:
+        # By the backend, where nobody says otherwise: so all who share its values share its locks, and nobody else does.
+        return LOCKS if self.settings.locks is not None else Address(f"{LOCKS}.{kept.name}")
+
+    def _lock_manager(self, kept: BackendSettings) -> LockManager:
+        from .guard_settings import GuardSettings, guard_policy  # As in `_build_store`.
+        from .stores import build_lock_store
+
+        if isinstance(kept, GuardSettings):
+            store = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
+            return LockManager(store, guard_policy(kept))
+        table = self._lock_tables.get(kept.name)  # One for all lives of the actor.
+        if table is None:
+            table = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
+            self._lock_tables[kept.name] = table
+        return LockManager(table)
 
     def visibility(self, backend: BackendSettings) -> Visibility:
         """Who reaches the actor of a backend."""
@@ -179,6 +232,10 @@ class Node:
 
 SHARABLE = frozenset({"redis", "memcached", "null"})
 """Types of backends whose data are not in the process: several workers may serve the same one."""
+
+
+LOCKLESS = frozenset({"null", "plugin"})
+"""Types of backends that keep no locks."""
 
 
 def nats_bus(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> LocalBus:

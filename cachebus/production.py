@@ -28,12 +28,17 @@ def insecurities(settings: Any) -> Iterator[tuple[Path, str]]:
         at: Path = ("backends", place)
         if backend.type == "memory" and backend.max_entries is None and backend.max_bytes is None:
             yield (*at, "max_entries"), "the memory backend has no bound; give max_entries or max_bytes"
-        if isinstance(backend, RedisSettings) and not backend.socket:
-            yield from _plain_text(at, backend, "use rediss:// (tls: true)")
-        if isinstance(backend, MemcachedSettings):
-            yield from _plain_text(at, backend, "say tls: true")
+        yield from _plain_store(at, backend)
+    yield from _plain_store(("locks",), settings.locks)
     if settings.bus is not None:
         yield from _plain_text(("bus",), settings.bus, "use tls:// (tls: true)")
+
+
+def _plain_store(at: Path, store: Any) -> Iterator[tuple[Path, str]]:
+    if isinstance(store, RedisSettings) and not store.socket:
+        yield from _plain_text(at, store, "use rediss:// (tls: true)")
+    if isinstance(store, MemcachedSettings):
+        yield from _plain_text(at, store, "say tls: true")
 
 
 def _plain_text(

@@ -247,6 +247,9 @@ class Settings(_Root):
     """How values become bytes."""
     events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()
     """What events say, and how many of them are told."""
+    locks: _Entry | None = None
+    """Where locks are kept, given as a backend is; `None` is where the default backend keeps its values. `bus:locks` is in
+    workers that say where."""
     profile: Literal["dev", "production", "test"] | None = None
     """A set of settings below all others: `dev` is `debug`; `production` is `environment: production`, zstd compression and
     checksums; `test` is a timeout of 30 s."""
@@ -285,7 +288,20 @@ class Settings(_Root):
         for backend in self.backends:
             if isinstance(backend, BusSettings) and self.bus is None:
                 raise CacheConfigurationError(f"backend {backend.name!r} is on a bus: give its URL, bus='nats://host'")
+        if isinstance(self.locks, BusSettings) and self.bus is None:
+            raise CacheConfigurationError("locks are on a bus: give its URL, bus='nats://host'")
         return self
+
+    @field_validator("locks")
+    @classmethod
+    def _can_be_kept(cls, locks: BackendSettings | None) -> BackendSettings | None:
+        if isinstance(locks, BusSettings) and locks.name != "locks":
+            raise CacheConfigurationError("the lock manager of a worker is at bus:locks")
+        if isinstance(locks, NullSettings | PluginSettings):
+            raise CacheConfigurationError(
+                f"a {locks.type} backend keeps no locks: memory, redis, memcached or bus:locks"
+            )
+        return locks
 
     @model_validator(mode="after")
     def _fit_for_production(self) -> Settings:
@@ -303,6 +319,11 @@ class Settings(_Root):
                 f"payload.serializer: none is for the memory backend, and {', '.join(remote)} keeps bytes"
             )
         return self
+
+    @property
+    def locks_kept(self) -> BackendSettings:
+        """What says where locks are kept."""
+        return self.default_backend if self.locks is None else self.locks
 
     @property
     def default_backend(self) -> BackendSettings:

@@ -52,8 +52,8 @@ class Environment(EnvSettingsSource):
         return names
 
     def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
-        """What a variable holds that is more than one word. It is written as JSON, but for the URL of the bus."""
-        if field_name == "bus" and isinstance(value, str) and is_url(value):
+        """What a variable holds that is more than one word. It is written as JSON, but for a URL."""
+        if field_name in ("bus", "locks") and isinstance(value, str) and is_url(value):
             return value
         try:
             return json.loads(value)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, assert_never
 
 from pydantic import SecretStr
 
-from cachebus.actors.ports import BatchStore, Clock, InlineStore
-from cachebus.messages import CacheConfigurationError
+from cachebus.actors.ports import BatchStore, Clock, InlineStore, LockStore
+from cachebus.messages import CacheConfigurationError, CapabilityError
 
 from .memcached_settings import MemcachedSettings
 from .nats_settings import BusSettings
@@ -50,11 +51,34 @@ def build_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> I
     return store  # type: ignore[no-any-return]
 
 
-def _redis(settings: RedisSettings, namespace: str, clock: Clock) -> Any:
+def build_lock_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> LockStore:
+    """Where locks are kept by these settings, not yet open. As `build_store`."""
+    store: Any
+    match settings:
+        case MemorySettings():
+            store = import_module("cachebus.adapters.lock_table").LockTable(clock=clock)
+        case RedisSettings():
+            clustered = settings.topology == "cluster"
+            transport = partial(_redis, settings, namespace, clock)
+            _redis_adapter()
+            locks = import_module("cachebus.adapters.redis_locks")
+            store = locks.RedisLockStore(transport, namespace=namespace, clustered=clustered)
+        case MemcachedSettings():
+            store = _memcached(settings, namespace, clock, "memcached_locks", "MemcachedLockStore")
+        case _:
+            raise CapabilityError(store=settings.type, capability="locks")
+    return store  # type: ignore[no-any-return]
+
+
+def _redis_adapter() -> Any:
     try:
-        redis = import_module("cachebus.adapters.redis")
+        return import_module("cachebus.adapters.redis")
     except ModuleNotFoundError as error:
         raise CacheConfigurationError(f"redis needs {error.name}: pip install 'cachebus[redis]'") from error
+
+
+def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -> Any:
+    redis = _redis_adapter()
     port = 26379 if settings.topology == "sentinel" else 6379
     if settings.socket is not None:
         places = [redis.Place(path=settings.socket)]
@@ -70,6 +94,7 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock) -> Any:
         "connect_timeout": settings.connect_timeout,
         "health_check_interval": settings.health_check_interval,
         "clock": clock,
+        **more,
     }
     if settings.topology == "cluster":
         return import_module("cachebus.adapters.redis_cluster").RedisClusterStore(places, **common)
@@ -82,12 +107,14 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock) -> Any:
     )
 
 
-def _memcached(settings: MemcachedSettings, namespace: str, clock: Clock) -> Any:
+def _memcached(
+    settings: MemcachedSettings, namespace: str, clock: Clock, adapter: str = "memcached", store: str = "MemcachedStore"
+) -> Any:
     try:
         memcached = import_module("cachebus.adapters.memcached")
     except ModuleNotFoundError as error:
         raise CacheConfigurationError(f"memcached needs {error.name}: pip install 'cachebus[memcached]'") from error
-    return memcached.MemcachedStore(
+    return getattr(import_module(f"cachebus.adapters.{adapter}"), store)(
         [memcached.Place(*host_and_port(host, 11211)) for host in settings.hosts],
         namespace=namespace,
         tls=_tls(memcached, settings),

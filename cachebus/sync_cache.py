@@ -19,6 +19,7 @@ from .background import BACKGROUND, Hosted
 from .cache import Cache, Health
 from .cache_limits import SyncCacheLimits
 from .cache_loading import SyncCacheLoading
+from .cache_locks import SyncCacheLocks
 from .cached import Loads
 from .checks import Since, TimeToLive, check_key, set_request
 from .link import Link, run
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .payload import PayloadPipeline
 
 
-class SyncCache(SyncCacheLoading, SyncCacheLimits):
+class SyncCache(SyncCacheLoading, SyncCacheLimits, SyncCacheLocks):
     """A cache over one backend for code without an event loop, usable from any number of threads.
 
     Made by `open_sync_cache`. It opens at its first use, or with `with`, and in the child of a fork anew: a child begins

@@ -7,7 +7,8 @@ from .breaker import BreakerPolicy, CircuitState
 from .cell import Cell
 from .context import Context
 from .guard_policy import GuardPolicy, GuardStatistics
-from .ports import BatchStore, Capabilities, Gauges, InlineStore, PipelinedStore, Store
+from .lock_manager import LockManager
+from .ports import BatchStore, Capabilities, Gauges, InlineStore, LockStore, PipelinedStore, Store
 from .resilience import Guard
 from .retrying import RetryPolicy
 from .supervisor import RestartPolicy, Supervisor
@@ -29,6 +30,8 @@ __all__ = [
     "GuardStatistics",
     "Handlers",
     "InlineStore",
+    "LockManager",
+    "LockStore",
     "PipelinedStore",
     "RestartPolicy",
     "RetryPolicy",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred
-from cachebus.messages import RemovalCause, Reply, Request, WatchLease
+from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
 __all__ = [
     "SYSTEM_CLOCK",
@@ -16,8 +16,11 @@ __all__ = [
     "Clock",
     "Deferred",
     "Gauges",
+    "InlineLockStore",
     "InlineStore",
     "LeasingStore",
+    "LockListener",
+    "LockStore",
     "PipelinedStore",
     "ReadListener",
     "RemovalListener",
@@ -42,6 +45,7 @@ class Capabilities:
     counters: bool = False
     leases: bool = False
     rate_limits: bool = False
+    locks: bool = False
     max_key_bytes: int | None = None
     max_value_bytes: int | None = None
     ttl_resolution: float = 0.0
@@ -181,3 +185,50 @@ class LeasingStore(InlineStore, Protocol):
     of a reply. While `defer` is `None` nobody waits."""
 
     defer: Callable[[], Deferred] | None
+
+
+class LockListener(Protocol):
+    """Who waits for the locks of a store, and is told by it, on the store's event loop."""
+
+    def granted(self, name: str, ticket: str, grant: LockGranted) -> None:
+        """A ticket that waited holds the lock now."""
+
+    def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
+        """A ticket may hold the lock now, or somebody may have to say that its time is over: ask again, in so many
+        seconds."""
+
+    def look_everywhere(self) -> None:
+        """Something may have been missed: ask again for everybody who waits."""
+
+    def expired(self, name: str, owner: str, token: int) -> None:
+        """The time of a holder has run out."""
+
+
+@runtime_checkable
+class LockStore(Protocol):
+    """Where locks are kept, as the `LockManager` sees it: it carries out `Acquire`, `RenewLock`, `ReleaseLock` and
+    `DescribeLock`, each at once. One that waits for its answers is a `BatchStore` too.
+
+    With `poll` being `None` it keeps the queue: an `Acquire` that waits is answered `LockQueued`, and `told` when its turn
+    may have come. A store that cannot tell keeps no queue and answers `LockDenied`; it is asked again for the first who
+    waits, after `poll` seconds or several times as many.
+    """
+
+    name: str
+    poll: float | None
+    told: LockListener | None
+
+
+@runtime_checkable
+class InlineLockStore(LockStore, Protocol):
+    """A lock store that never waits."""
+
+    def decide(self, request: Request[Any]) -> Reply:
+        """Carry out one request. Raises `CacheError`."""
+        ...
+
+    def next_expiry(self) -> float | None:
+        """When the time of the next holder may be up, on the store's monotonic clock."""
+
+    def sweep(self) -> None:
+        """Take their locks from holders whose time is up."""

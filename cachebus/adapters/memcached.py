@@ -70,7 +70,13 @@ class MemcachedStore:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.capabilities = Capabilities(
-            tags=True, compare_and_set=True, counters=True, leases=True, rate_limits=True, ttl_resolution=1.0
+            tags=True,
+            compare_and_set=True,
+            counters=True,
+            leases=True,
+            rate_limits=True,
+            locks=True,
+            ttl_resolution=1.0,
         )
         self._keys = Keys(namespace, hasher)
         self._places = tuple(places)

@@ -68,7 +68,7 @@ class MemoryStore(LoadTable):
 
     name = "memory"
     capabilities = Capabilities(
-        patterns=True, tags=True, compare_and_set=True, counters=True, leases=True, rate_limits=True
+        patterns=True, tags=True, compare_and_set=True, counters=True, leases=True, rate_limits=True, locks=True
     )
 
     def __init__(

@@ -58,6 +58,7 @@ class RedisStore:
         counters=True,
         leases=True,
         rate_limits=True,
+        locks=True,
         max_value_bytes=VALUE_MAX,
     )
     max_batch = 128
@@ -79,6 +80,7 @@ class RedisStore:
         connect_timeout: float = 1.0,
         health_check_interval: float | None = 2.0,
         clock: Clock = SYSTEM_CLOCK,
+        planner: Callable[..., Plan] = Plan,
     ) -> None:
         if not namespace or ":" in namespace:
             # Else the keys of "a:b" would be keys of "a" too.
@@ -89,6 +91,7 @@ class RedisStore:
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
         self._space = TagSpace(namespace, here=True)
+        self._planner = planner
         self._dial = Dial(
             clock=clock,
             identity=identity or Identity(),
@@ -175,11 +178,11 @@ class RedisStore:
         return True
 
     def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], replied: Replied) -> None:
-        plan = Plan(batch, self._prefix, self._default_ttl, self._space)
+        plan = self._planner(batch, self._prefix, self._default_ttl, self._space)
         try:
             data = plan.packed()
         except UnicodeEncodeError:
-            plan = Plan(batch, self._prefix, self._default_ttl, self._space, careful=True)
+            plan = self._planner(batch, self._prefix, self._default_ttl, self._space, careful=True)
             data = plan.packed()
         commands = plan.commands
         if not commands:

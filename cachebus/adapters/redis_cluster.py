@@ -57,6 +57,7 @@ class RedisClusterStore(ClusterTraffic):
         counters=True,
         leases=True,
         rate_limits=True,
+        locks=True,
         max_value_bytes=VALUE_MAX,
     )
     max_batch = 64
@@ -75,6 +76,7 @@ class RedisClusterStore(ClusterTraffic):
         connect_timeout: float = 1.0,
         health_check_interval: float | None = 2.0,
         clock: Clock = SYSTEM_CLOCK,
+        planner: Callable[..., Plan] = Plan,
     ) -> None:
         if not namespace or ":" in namespace or "{}" in namespace:
             # With an empty pair of braces in front the counters of its tags would not be in one slot.
@@ -87,6 +89,7 @@ class RedisClusterStore(ClusterTraffic):
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
         self._space = TagSpace(namespace, here=False)
+        self._planner = planner
         self._dial = Dial(
             clock=clock,
             identity=identity or Identity(),
@@ -228,7 +231,9 @@ class RedisClusterStore(ClusterTraffic):
             numbers: dict[str, int] = {}
             with contextlib.suppress(UnicodeEncodeError):
                 group = partial(self._group, numbers)
-                plan = Plan(batch, self._prefix, self._default_ttl, self._space, group, stamps=stamps, careful=careful)
+                plan = self._planner(
+                    batch, self._prefix, self._default_ttl, self._space, group, stamps=stamps, careful=careful
+                )
                 if look is not None:
                     plan.commands.append(look)
                 return plan, [command.packed() for command in plan.commands]

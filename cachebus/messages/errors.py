@@ -233,6 +233,44 @@ class Overloaded(CacheError):
 
 
 @error
+class LockNotAcquired(CacheTimeoutError):
+    """Raised when a lock could not be had in time: `owner` holds it, for `remaining` seconds more unless it renews it."""
+
+    name: str = ""
+    owner: str = ""
+    remaining: float = 0.0
+    code: ClassVar[str] = "lock_not_acquired"
+
+    def sentence(self) -> str:
+        holder = f"{self.owner!r} holds it" if self.owner else "others were first"
+        return f"the lock {self.name!r} was not to be had within {self.timeout:g} s: {holder}"
+
+
+@error
+class LockNotHeld(CacheError):
+    """Raised when a lock is extended, given back or relied on by whoever does not hold it: it was given back before, its
+    time ran out, or its store has lost it. Somebody else may hold it by now."""
+
+    detail: str = ""
+    name: str = ""
+    code: ClassVar[str] = "lock_not_held"
+
+    def sentence(self) -> str:
+        return self.detail or f"the lock {self.name!r} is not held: it was given back, ran out, or was lost"
+
+
+@error
+class LockNotOwned(LockNotHeld):
+    """Raised when a lock is extended or given back, and `owner` holds it."""
+
+    owner: str = ""
+    code: ClassVar[str] = "lock_not_owned"
+
+    def sentence(self) -> str:
+        return self.detail or f"the lock {self.name!r} is held by {self.owner!r}"
+
+
+@error
 class NoSuchActor(CacheError, LookupError):
     """Raised when nobody serves the address that a request was sent to."""
 

@@ -149,6 +149,33 @@ class RateLimitExceeded(Event):
     retry_after: float = 0.0
 
 
+@message("event.lock_acquired")
+class LockAcquired(Event):
+    """`owner` holds the lock named `key`, with the fencing token `token`."""
+
+    key: str
+    owner: str
+    token: int
+
+
+@message("event.lock_released")
+class LockReleased(Event):
+    """`owner` gave the lock named `key` back."""
+
+    key: str
+    owner: str = ""
+    token: int = 0
+
+
+@message("event.lock_expired")
+class LockExpired(Event):
+    """The time of `owner`, who held the lock named `key`, ran out. It was so from that moment, whenever this is said."""
+
+    key: str
+    owner: str = ""
+    token: int = 0
+
+
 @message("event.backend_connected")
 class BackendConnected(Event):
     """A backend's store can be reached: for the first time, or again. `store` is the technology."""

@@ -733,5 +733,13 @@ def test_its_repr_shows_how_full_it_is(clock: ManualClock) -> None:
 
 def test_it_names_what_it_can_do(store: MemoryStore) -> None:
     assert store.name == "memory"
-    assert store.capabilities.names() == ("patterns", "tags", "compare_and_set", "counters", "leases", "rate_limits")
+    assert store.capabilities.names() == (
+        "patterns",
+        "tags",
+        "compare_and_set",
+        "counters",
+        "leases",
+        "rate_limits",
+        "locks",
+    )
     assert store.verb(Ping) is None

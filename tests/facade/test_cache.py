@@ -37,6 +37,8 @@ from cachebus.messages import (
     CacheHit,
     CacheMiss,
     CacheSet,
+    LockNotAcquired,
+    LockNotHeld,
     TagsInvalidated,
 )
 from cachebus.rate_limits import RateLimiter
@@ -110,6 +112,28 @@ async def exists_and_ttl_tell_of_live_values_and_count_nothing(cache: Cache, clo
     assert await cache.exists("key") is False
     assert await cache.ttl("key") == 0.0
     assert (await cache.statistics()).requests == 0
+
+
+@behaviour
+async def a_lock_has_one_holder(cache: Cache, clock: ManualClock) -> None:
+    lock = await plain(cache.lock("a", owner="me", wait=0))
+    await plain(lock.acquire())
+    with pytest.raises(LockNotAcquired):
+        await plain((await plain(cache.lock("a", wait=0))).acquire())
+    info: Any = await plain(lock.info())
+    assert (info.owner, info.token, info.remaining) == ("me", lock.token, 30.0)
+    await plain(lock.extend(60))
+    clock.advance(59)
+    assert lock.held
+    await plain(lock.release())
+    assert not await plain(lock.is_locked())
+    with pytest.raises(LockNotHeld):
+        await plain(lock.release())
+
+
+async def plain(result: Any) -> Any:
+    """What a method returned, of either facade."""
+    return await result if inspect.isawaitable(result) else result
 
 
 @behaviour
@@ -599,10 +623,12 @@ def test_both_facades_have_the_same_signatures(name: str) -> None:
     asynchronous = inspect.signature(getattr(Cache, name))
     synchronous = inspect.signature(getattr(SyncCache, name))
     assert asynchronous.parameters == synchronous.parameters
-    assert str(asynchronous.return_annotation).removeprefix("Async") == str(synchronous.return_annotation)
+    assert str(asynchronous.return_annotation).removeprefix("Async") == str(synchronous.return_annotation).removeprefix(
+        "Sync"
+    )
     assert not inspect.iscoroutinefunction(getattr(SyncCache, name))
     waits = inspect.iscoroutinefunction(getattr(Cache, name)) or inspect.isasyncgenfunction(getattr(Cache, name))
-    assert waits == (name not in ("cached", "events", "rate_limit"))
+    assert waits == (name not in ("cached", "events", "lock", "rate_limit"))
 
 
 def test_every_method_is_in_the_table() -> None:

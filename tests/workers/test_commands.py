@@ -196,8 +196,13 @@ def test_the_topology_says_what_runs_where(run_worker: RunWorker, run: Run) -> N
             assert run("get", "k", "--address", "backend.near")[0] == 1
         code, out, _ = run("topology", "--json", "--interval", "0")
         assert code == 0
-        found = json.loads(out)
+        everything = json.loads(out)
+        found = [each for each in everything if each["address"].startswith("backend.")]
         assert [each["address"] for each in found] == ["backend.near", "backend.primary", "backend.primary"]
+        locks = [each for each in everything if each not in found]
+        assert [each["address"] for each in locks] == ["locks.near", "locks.primary", "locks.primary"]
+        assert [each["shared"] for each in locks] == [False, True, True]
+        assert [each["breaker"] for each in locks] == ["", "closed", "closed"]
         assert [each["shared"] for each in found] == [False, True, True]
         assert [each["breaker"] for each in found] == ["", "closed", "closed"]
         assert found[0]["requests"] == 4
@@ -211,7 +216,7 @@ def test_the_topology_says_what_runs_where(run_worker: RunWorker, run: Run) -> N
         assert lines[0].split() == [
             *("ADDRESS", "WORKER", "HOST", "VERSION", "SHARED", "UPTIME", "MAILBOX", "REQUESTS/S", "ERRORS", "BREAKER")
         ]
-        assert len(lines) == 4
+        assert len(lines) == 7
         assert lines[1].split()[7] == "0.0"
     assert main_topology_of_another_namespace(run) == 1
 

@@ -114,7 +114,7 @@ async def test_everybody_who_asks_at_once_is_answered(node: Node, stranger: Clie
 async def test_an_address_that_is_left_is_no_endpoint_any_more(node: Node, stranger: Client, namespace: str) -> None:
     await node.supervisor.stop(Address("backend.other"))
     told = await said(stranger, "$SRV.INFO", namespace)
-    assert [each["name"] for each in told["endpoints"]] == ["backend-primary"]
+    assert [each["name"] for each in told["endpoints"]] == ["backend-primary", "locks-primary"]
 
 
 async def test_who_serves_nobody_is_no_service(nats_server: Server, stranger: Client, namespace: str) -> None:

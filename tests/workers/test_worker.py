@@ -215,7 +215,7 @@ def test_every_line_of_a_log_is_one_fact(run_worker: RunWorker) -> None:
     worker.signal(signal.SIGTERM)
     assert worker.ended() == 0
     lines = [json.loads(line) for line in worker.lines]
-    assert [each["message"] for each in lines] == ["serving", "draining", "actor stopped", "stopped"]
+    assert [each["message"] for each in lines] == ["serving", "draining", "actor stopped", "actor stopped", "stopped"]
     assert all({"time", "level", "message"} <= each.keys() for each in lines)
     assert lines[0]["addresses"] == "backend.primary:sole"
     quiet = run_worker("--backend", "primary=memory://", "--log-level", "error", serves=False)

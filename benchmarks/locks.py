@@ -1,0 +1,74 @@
+"""Locks on Redis beside redis-py's `Lock`: to have one and give it back, and to hand it from one of 50 callers to the next."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import redis.asyncio as redis_py
+
+from cachebus import Cache, open_cache
+from cachebus.testing.servers import run_redis
+
+from .timing import Bar, Contender, Row, measure_async
+
+PEER = "redis-py Lock"
+CONTENDERS = 50
+UNCONTENDED, HANDED_OVER = 500, 100
+"""How often a lock is had in a round, alone and among 50."""
+
+
+async def uncontended(ours: Cache, theirs: Any, rounds: int) -> Row:
+    """One caller, one name after another."""
+
+    async def mine(operations: int) -> None:
+        for number in range(operations):
+            async with ours.lock(f"ours {number % 100}"):
+                pass
+
+    async def peers(operations: int) -> None:
+        for number in range(operations):
+            async with theirs.lock(f"theirs {number % 100}", timeout=30):
+                pass
+
+    row = Row("lock: have it, give it back", Contender("cachebus", mine), [Contender(PEER, peers)], [Bar(PEER, 1.2)])
+    return await measure_async(row, operations=UNCONTENDED, rounds=rounds)
+
+
+async def handed_over(ours: Cache, theirs: Any, rounds: int) -> Row:
+    """50 callers who want one lock all the time."""
+
+    def by_all(lock: Any) -> Any:
+        async def work(operations: int) -> None:
+            async def caller() -> None:
+                for _ in range(operations // CONTENDERS):
+                    async with lock():
+                        await asyncio.sleep(0)
+
+            await asyncio.gather(*(caller() for _ in range(CONTENDERS)))
+
+        return work
+
+    row = Row(
+        f"lock: handed over, {CONTENDERS} contenders",
+        Contender("cachebus", by_all(lambda: ours.lock("ours", wait=60))),
+        [Contender(PEER, by_all(lambda: theirs.lock("theirs", timeout=30)))],
+        [Bar(PEER, 1 / 3)],
+    )
+    return await measure_async(row, operations=HANDED_OVER, rounds=rounds)
+
+
+async def compare(url: str, rounds: int) -> list[Row]:
+    """Both rows, against the server at `url`."""
+    theirs = redis_py.Redis.from_url(url)
+    try:
+        async with open_cache(url) as ours:
+            return [await uncontended(ours, theirs, rounds), await handed_over(ours, theirs, 2)]
+    finally:
+        await theirs.aclose()
+
+
+def rows(rounds: int = 9) -> list[Row]:
+    """Every row of this module, against a server of its own."""
+    with run_redis() as server:
+        return asyncio.run(compare(server.url, rounds))

@@ -1,0 +1,396 @@
+"""The actor that gives out locks: it keeps whoever waits, in the order in which they came, and asks nobody twice a second.
+
+What decides who holds a lock is the store, in one step each time. The manager asks it for one caller, and again when
+something may have changed: the store says so, a lease ends, a connection came back. Each `Acquire` may be asked any number
+of times, so none of these ever does harm, and none has to be the last word.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from threading import get_ident
+from typing import Any, cast
+
+from cachebus.bus import Deferred
+from cachebus.messages import (
+    Acquire,
+    BadMessage,
+    CacheKeyError,
+    Describe,
+    DescribeLock,
+    Description,
+    Failed,
+    LockAcquired,
+    LockDenied,
+    LockExpired,
+    LockGranted,
+    LockQueued,
+    LockReleased,
+    Overloaded,
+    Ping,
+    Pong,
+    Released,
+    ReleaseLock,
+    RenewLock,
+    Reply,
+    Request,
+    Snapshot,
+    Sweep,
+    TakeSnapshot,
+    error_class,
+)
+
+from .actor import Actor, Handlers
+from .guard_policy import GuardPolicy
+from .lock_asking import Asking, AskingBatches, AskingInline
+from .lock_checks import check_lock_request
+from .lock_waiters import Agenda, Answer, Room, Waiter
+from .ports import BatchStore, InlineLockStore, LockStore
+
+LOCK_REQUESTS: tuple[type[Request[Any]], ...] = (Acquire, RenewLock, ReleaseLock, DescribeLock)
+
+PARKED = 10.0
+"""Seconds after which a caller who waits is told so, and asks again: that shows that it is alive."""
+
+KEPT = 5.0
+"""Seconds for which the place of such a caller is kept."""
+
+AGAIN = 1.0
+"""Seconds after which a store that failed is asked again for those who wait."""
+
+SLACK = 0.001
+"""Seconds after the end of a lease at which its store surely knows of it."""
+
+POLL_MAX = 12
+"""How many times its shortest pause a store that cannot tell is left alone, at most."""
+
+
+class LockManager(Actor):
+    """Stands before a `LockStore`. At most `max_waiters` callers wait for locks, or for the store to answer."""
+
+    def __init__(
+        self,
+        store: LockStore,
+        guard: GuardPolicy | None = None,
+        *,
+        max_waiters: int = 10_000,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._store = store
+        self._policy = guard or GuardPolicy()
+        self._max_waiters = max_waiters
+        self._draw = draw
+        self._asking: Asking
+        self._inline = store if isinstance(store, InlineLockStore) else None
+        self._waiters: dict[str, Waiter] = {}
+        self._rooms: dict[str, Room] = {}
+        self._agenda: Agenda
+        self._thread = 0
+
+    def __repr__(self) -> str:
+        return f"<LockManager over {self._store!r}, {len(self._waiters)}/{self._max_waiters} waiting>"
+
+    async def on_start(self) -> None:
+        self._thread = get_ident()
+        self._agenda = Agenda(self.ctx.clock, lambda delay: self.ctx.send_after(delay, Sweep()))
+        if self._inline is not None:
+            self._asking = AskingInline(self._inline)
+        else:
+            assert isinstance(self._store, BatchStore)
+            self._asking = AskingBatches(self._store, self._policy, self.ctx)
+        self._store.told = self
+
+    async def on_stop(self) -> None:
+        places = [each.abandoned() for each in self._waiters.values()]
+        self._waiters.clear()
+        self._rooms.clear()
+        await self._asking.close(places)
+
+    def handlers(self) -> Handlers:
+        table = super().handlers()
+        if self._inline is not None:
+            table.plain.update(dict.fromkeys(LOCK_REQUESTS, self._serve))
+        else:
+            table.batch.update(dict.fromkeys(LOCK_REQUESTS, self._on_batch))
+            table.eager.update(dict.fromkeys(LOCK_REQUESTS, self._at_once))
+        return table
+
+    # What every actor answers
+
+    def on_ping(self, request: Ping) -> Pong:
+        return Pong(self.ctx.address)
+
+    async def on_describe(self, request: Describe) -> Description:
+        # It need not wait. But whoever would block for a lock in the thread of an event loop is refused because of it:
+        # the lock may be given back by a task of this very loop.
+        limits: dict[str, int | None] = {"max_waiters": self._max_waiters}
+        return Description(self.ctx.address, self._store.name, ("locks",), limits)
+
+    def on_take_snapshot(self, request: TakeSnapshot) -> Snapshot:
+        guard = self._asking.statistics()
+        restarts, overloaded = self.ctx.restarts, self.ctx.overloaded
+        return Snapshot(self.ctx.address, self._store.name, restarts=restarts, overloaded=overloaded, guard=guard)
+
+    # Requests
+
+    async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply | Deferred]:
+        return [self._served(request) for request in batch]
+
+    def _at_once(self, request: Request[Any]) -> Reply | Deferred | None:
+        return self._served(request) if get_ident() == self._thread else None
+
+    def _served(self, request: Request[Any]) -> Reply | Deferred:
+        try:
+            return self._serve(request)
+        except (BadMessage, CacheKeyError, Overloaded) as error:
+            return Failed.of(error)
+
+    def _serve(self, request: Request[Any]) -> Reply | Deferred:
+        answer = Answer()
+        check_lock_request(cast("Any", request))
+        match request:
+            case Acquire():
+                self._acquire(request, answer)
+            case ReleaseLock():
+                self._release(request, answer)
+            case _:
+                self._asking.ask(request, answer.give)
+        if self._inline is not None:
+            self._watch_expiry(self._inline)
+        return answer.take(self.ctx.defer)
+
+    def _acquire(self, request: Acquire, answer: Answer) -> None:
+        now = self.ctx.clock.monotonic()
+        waiter = self._waiters.get(request.ticket)
+        if waiter is not None:
+            if waiter.answer is not None:  # Asked twice: who asked first is not the one who waits.
+                waiter.answer.give(LockQueued("", 0.0))
+            waiter.request, waiter.answer, waiter.ends = request, answer, now + request.wait
+            self._await(waiter, now)
+            if waiter.request.wait <= 0 or not waiter.queued:
+                self._ask_for(waiter)
+            return
+        if len(self._waiters) >= self._max_waiters:
+            raise Overloaded(f"{self._max_waiters} callers wait for locks, which is the most", "", self._max_waiters)
+        waiter = self._waiters[request.ticket] = Waiter(request, answer, now + request.wait)
+        room = self._rooms.get(request.name)
+        if room is not None and self._store.poll is not None and request.wait > 0:
+            # The store keeps no queue, so this is the queue.
+            self._queue(waiter, room.owner, max(0.0, room.ends_at - now), now)
+            return
+        self._ask_for(waiter)
+
+    def _release(self, request: ReleaseLock, answer: Answer) -> None:
+        waiter = self._waiters.get(request.ticket)
+        if waiter is None:
+
+            def released(reply: Reply) -> None:
+                if isinstance(reply, Released) and request.token:
+                    self.ctx.tell(LockReleased, request.name, request.owner, request.token)
+                answer.give(reply)
+                if self._store.poll is not None:
+                    self.look(request.name)
+
+            self._asking.ask(request, released)
+            return
+        self._forget(waiter)
+        if waiter.is_there and waiter.answer is not None:
+            waiter.answer.give(LockDenied("", 0.0))
+        if waiter.asking:
+            waiter.left = True  # What comes of it is given back.
+            answer.give(Released())
+        else:
+            self._asking.ask(waiter.abandoned(), answer.give)
+
+    # What the store says
+
+    def _ask_for(self, waiter: Waiter) -> None:
+        if waiter.asking:
+            waiter.again = True
+            return
+        waiter.asking, waiter.again = True, False
+        self._asking.ask(waiter.request, lambda reply: self._replied(waiter, reply))
+
+    def _replied(self, waiter: Waiter, reply: Reply) -> None:
+        waiter.asking = False
+        request, now = waiter.request, self.ctx.clock.monotonic()
+        if waiter.left:
+            self._give_up(waiter)
+            return
+        if isinstance(reply, LockGranted):
+            self._grant(waiter, reply)
+            return
+        if isinstance(reply, Failed):
+            self._failed(waiter, reply, now)
+            return
+        assert isinstance(reply, LockQueued | LockDenied)
+        waiter.trouble = None
+        if isinstance(reply, LockDenied) and (self._store.poll is None or request.wait <= 0):
+            self._forget(waiter)
+            self._answer(waiter, reply)
+            return
+        fresh = isinstance(reply, LockQueued) and reply.fresh and waiter.queued
+        self._queue(waiter, reply.owner, reply.remaining, now)
+        if fresh:
+            # It had a place and lost it, and so have the others.
+            for each in [*self._rooms[request.name].waiters.values()]:
+                if each is not waiter:
+                    self._ask_for(each)
+        if waiter.again:
+            self._ask_for(waiter)
+
+    def _queue(self, waiter: Waiter, owner: str, remaining: float, now: float) -> None:
+        request = waiter.request
+        room = self._rooms.setdefault(request.name, Room())
+        room.owner, room.ends_at = owner, now + remaining
+        if not waiter.queued:
+            waiter.queued = True
+            room.waiters[request.ticket] = waiter
+            self._await(waiter, now)
+        if self._store.poll is None:
+            self._check_at(request.name, room, room.ends_at + SLACK)
+        elif next(iter(room.waiters)) == request.ticket:
+            room.pause = min(max(self._store.poll, room.pause * 1.5), self._store.poll * POLL_MAX)
+            self._check_at(request.name, room, now + room.pause * (0.5 + self._draw()))
+
+    def _grant(self, waiter: Waiter, grant: LockGranted) -> None:
+        request = waiter.request
+        self._leave_room(waiter)
+        if waiter.answer is None and waiter.until > self.ctx.clock.monotonic():
+            waiter.queued = False  # It was told to ask again, and finds the lock then.
+            return
+        self._forget(waiter)
+        if not waiter.is_there:
+            self._give_up(waiter)
+            return
+        self.ctx.tell(LockAcquired, request.name, request.owner, grant.token)
+        self._answer(waiter, grant)
+
+    def _failed(self, waiter: Waiter, reply: Failed, now: float) -> None:
+        transient = error_class(reply.code).transient
+        if waiter.queued and transient and waiter.ends > now:
+            waiter.trouble = reply
+            if (room := self._rooms.get(waiter.request.name)) is not None:
+                self._check_at(waiter.request.name, room, now + AGAIN)
+            return
+        self._forget(waiter)
+        self._answer(waiter, reply)
+        if transient:
+            self._give_up(waiter)  # Whether it was done is not known.
+
+    def _give_up(self, waiter: Waiter) -> None:
+        name = waiter.request.name
+
+        def gone(reply: Reply) -> None:
+            if self._store.poll is not None:
+                self.look(name)
+
+        self._asking.ask(waiter.abandoned(), gone)
+
+    # For the store: `LockListener`
+
+    def granted(self, name: str, ticket: str, grant: LockGranted) -> None:
+        waiter = self._waiters.get(ticket)
+        if waiter is None:
+            # Nobody of ours, or of a life before this one.
+            self._asking.ask(ReleaseLock(name, ticket, abandon=True), lambda reply: None)
+        elif waiter.asking:
+            waiter.again = True
+        else:
+            self._grant(waiter, grant)
+
+    def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
+        if delay > 0:
+            self.ctx.call_after(delay, lambda: self._asking.ask(DescribeLock(name), lambda reply: None))
+            return
+        if ticket:
+            waiter = self._waiters.get(ticket)
+            if waiter is None:
+                self._asking.ask(ReleaseLock(name, ticket, abandon=True), lambda reply: None)
+                return
+            self._ask_for(waiter)
+        elif (room := self._rooms.get(name)) is not None:
+            room.pause = 0.0
+            self._ask_for(next(iter(room.waiters.values())))
+
+    def look_everywhere(self) -> None:
+        for room in [*self._rooms.values()]:
+            for waiter in [*room.waiters.values()]:
+                self._ask_for(waiter)
+
+    def expired(self, name: str, owner: str, token: int) -> None:
+        self.ctx.tell(LockExpired, name, owner, token)
+
+    # Time
+
+    def on_sweep(self, request: Sweep) -> Released:
+        """Look at what is due."""
+        now = self.ctx.clock.monotonic()
+        self._asking.sweep()
+        for name, ticket in self._agenda.due(now):
+            if ticket:
+                if (waiter := self._waiters.get(ticket)) is not None and waiter.until <= now:
+                    self._waited(waiter, now)
+            elif (room := self._rooms.get(name)) is not None and room.check_at <= now:
+                room.check_at = math.inf
+                self._ask_for(next(iter(room.waiters.values())))
+        if self._inline is not None:
+            self._watch_expiry(self._inline)
+        return Released()
+
+    def _waited(self, waiter: Waiter, now: float) -> None:
+        """The caller has waited long enough, for now or altogether; or it has not asked again."""
+        if waiter.is_there and waiter.ends > now and waiter.answer is not None:
+            room = self._rooms.get(waiter.request.name, Room())
+            answer, waiter.answer = waiter.answer, None
+            waiter.until = now + KEPT
+            self._agenda.add(waiter.until, waiter.request.name, waiter.request.ticket)
+            answer.give(LockQueued(room.owner, max(0.0, room.ends_at - now)))
+            return
+        room = self._rooms.get(waiter.request.name, Room())
+        self._forget(waiter)
+        self._answer(waiter, waiter.trouble or LockDenied(room.owner, max(0.0, room.ends_at - now)))
+        if waiter.asking:
+            waiter.left = True
+        else:
+            self._give_up(waiter)
+
+    def _await(self, waiter: Waiter, now: float) -> None:
+        waiter.until = min(waiter.ends, now + PARKED)
+        self._agenda.add(waiter.until, waiter.request.name, waiter.request.ticket)
+        self._tidy()
+
+    def _check_at(self, name: str, room: Room, when: float) -> None:
+        room.check_at = when
+        self._agenda.add(when, name)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if len(self._agenda) > 4 * (len(self._waiters) + len(self._rooms)) + 256:
+            tickets = [(each.until, each.request.name, ticket) for ticket, each in self._waiters.items()]
+            rooms = [(room.check_at, name, "") for name, room in self._rooms.items() if room.check_at < math.inf]
+            self._agenda.keep(tickets + rooms)
+
+    def _watch_expiry(self, store: InlineLockStore) -> None:
+        if (due := store.next_expiry()) is not None:
+            self._agenda.arm(due)
+
+    # Helpers
+
+    def _answer(self, waiter: Waiter, reply: Reply) -> None:
+        if waiter.answer is not None:
+            waiter.answer.give(reply)
+
+    def _forget(self, waiter: Waiter) -> None:
+        self._waiters.pop(waiter.request.ticket, None)
+        self._leave_room(waiter)
+
+    def _leave_room(self, waiter: Waiter) -> None:
+        name = waiter.request.name
+        if (room := self._rooms.get(name)) is not None and room.waiters.pop(waiter.request.ticket, None) is not None:
+            if not room.waiters:
+                del self._rooms[name]
+            elif self._store.poll is not None:
+                self._check_at(name, room, self.ctx.clock.monotonic() + self._store.poll * (0.5 + self._draw()))

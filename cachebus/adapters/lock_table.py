@@ -1,0 +1,196 @@
+"""Locks in the memory of this process."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from typing import Any
+
+from cachebus.actors.ports import SYSTEM_CLOCK, Clock, LockListener
+from cachebus.messages import (
+    Acquire,
+    CapabilityError,
+    DescribeLock,
+    LockDenied,
+    LockFree,
+    LockGranted,
+    LockInfo,
+    LockNotOwned,
+    LockQueued,
+    NotHeld,
+    Overloaded,
+    Released,
+    ReleaseLock,
+    Renewed,
+    RenewLock,
+    Reply,
+    Request,
+)
+
+
+class _Held:
+    __slots__ = ("expires_at", "owner", "ticket", "token")
+
+    def __init__(self, ticket: str, owner: str, token: int, expires_at: float) -> None:
+        self.ticket = ticket
+        self.owner = owner
+        self.token = token
+        self.expires_at = expires_at
+
+
+class LockTable:
+    """An `InlineLockStore` for one process: at most `max_locks` locks that are held, and the queues before them.
+
+    Tokens are microseconds of Unix time, or one more than the last where the clock has not moved on: so they grow also over
+    a restart of the process, as long as nobody sets the clock back, and within its life in any case. It outlives its actor,
+    so that a crash of that frees no lock.
+    """
+
+    name = "memory"
+    poll: float | None = None
+
+    def __init__(self, *, clock: Clock = SYSTEM_CLOCK, max_locks: int = 100_000) -> None:
+        self.told: LockListener | None = None
+        self._clock = clock
+        self._now = clock.monotonic
+        self._max_locks = max_locks
+        self._held: dict[str, _Held] = {}
+        self._queues: dict[str, dict[str, Acquire]] = {}
+        self._last_token = 0
+        self._heap: list[tuple[float, int, str, _Held]] = []
+        self._numbers = itertools.count()
+
+    def __repr__(self) -> str:
+        waiting = sum(map(len, self._queues.values()))
+        return f"<LockTable {len(self._held)}/{self._max_locks} held, {waiting} waiting>"
+
+    def decide(self, request: Request[Any]) -> Reply:
+        """As `InlineLockStore.decide`."""
+        match request:
+            case Acquire():
+                return self._acquire(request)
+            case RenewLock():
+                return self._renew(request)
+            case ReleaseLock():
+                return self._release(request)
+            case DescribeLock():
+                return self._describe(request)
+            case _:
+                raise CapabilityError(store=self.name, capability=type(request).__name__)
+
+    def next_expiry(self) -> float | None:
+        """As `InlineLockStore.next_expiry`."""
+        heap = self._heap
+        while heap and self._held.get(heap[0][2]) is not heap[0][3]:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def sweep(self) -> None:
+        """As `InlineLockStore.sweep`."""
+        now = self._now()
+        while (due := self.next_expiry()) is not None and due <= now:
+            _, _, name, held = heapq.heappop(self._heap)
+            if held.expires_at > now:
+                self._watch(name, held)  # Renewed since.
+            elif self._holder(name, now) is None:
+                self._pass_on(name, now)
+
+    def _acquire(self, request: Acquire) -> Reply:
+        name, ticket, now = request.name, request.ticket, self._now()
+        held = self._holder(name, now)
+        if held is None and name in self._queues:
+            held = self._pass_on(name, now, asks=ticket)
+        if held is None:
+            return self._grant(request, now)
+        if held.ticket == ticket:
+            held.expires_at = now + request.ttl
+            self._watch(name, held)
+            return LockGranted(held.token, request.ttl)
+        remaining = held.expires_at - now
+        if request.wait <= 0:
+            self._leave(name, ticket)
+            return LockDenied(held.owner, remaining)
+        queue = self._queues.setdefault(name, {})
+        fresh = ticket not in queue
+        queue[ticket] = request
+        return LockQueued(held.owner, remaining, fresh)
+
+    def _renew(self, request: RenewLock) -> Reply:
+        now = self._now()
+        held = self._holder(request.name, now)
+        if held is None:
+            self._pass_on(request.name, now)
+            return NotHeld()
+        if held.ticket != request.ticket:
+            raise LockNotOwned(name=request.name, owner=held.owner)
+        held.expires_at = now + request.ttl
+        self._watch(request.name, held)
+        return Renewed(request.ttl)
+
+    def _release(self, request: ReleaseLock) -> Reply:
+        name, now = request.name, self._now()
+        held = self._holder(name, now)
+        if held is not None and held.ticket == request.ticket:
+            del self._held[name]
+            self._pass_on(name, now)
+            return Released()
+        if held is None:
+            self._pass_on(name, now)
+        if self._leave(name, request.ticket):
+            return Released()
+        if held is not None and not request.abandon:
+            raise LockNotOwned(name=name, owner=held.owner)
+        return NotHeld()
+
+    def _describe(self, request: DescribeLock) -> Reply:
+        now = self._now()
+        held = self._holder(request.name, now) or self._pass_on(request.name, now)
+        return LockFree() if held is None else LockInfo(held.owner, held.token, held.expires_at - now)
+
+    def _holder(self, name: str, now: float) -> _Held | None:
+        """Who holds a lock now. Whose time is up loses it here."""
+        held = self._held.get(name)
+        if held is not None and held.expires_at <= now:
+            del self._held[name]
+            if self.told is not None:
+                self.told.expired(name, held.owner, held.token)
+            return None
+        return held
+
+    def _pass_on(self, name: str, now: float, asks: str = "") -> _Held | None:
+        """Give a free lock to the first who waits for it, and tell it, unless it is the one who asks."""
+        queue = self._queues.get(name)
+        if not queue:
+            return None
+        request = queue[next(iter(queue))]
+        granted = self._grant(request, now)
+        if self.told is not None and request.ticket != asks:
+            self.told.granted(name, request.ticket, granted)
+        return self._held[name]
+
+    def _grant(self, request: Acquire, now: float) -> LockGranted:
+        if len(self._held) >= self._max_locks:
+            self.sweep()
+            if len(self._held) >= self._max_locks:
+                raise Overloaded(f"{self._max_locks} locks are held, which is the most", "", self._max_locks)
+        self._leave(request.name, request.ticket)
+        self._last_token = token = max(self._last_token + 1, int(self._clock.wall() * 1e6))
+        held = self._held[request.name] = _Held(request.ticket, request.owner, token, now + request.ttl)
+        self._watch(request.name, held)
+        return LockGranted(token, request.ttl)
+
+    def _leave(self, name: str, ticket: str) -> bool:
+        queue = self._queues.get(name)
+        if queue is None or queue.pop(ticket, None) is None:
+            return False
+        if not queue:
+            del self._queues[name]
+        return True
+
+    def _watch(self, name: str, held: _Held) -> None:
+        if len(self._heap) > 2 * len(self._held) + 64:
+            # Leftovers of locks that were given back, or renewed.
+            self._heap = [(each.expires_at, next(self._numbers), name, each) for name, each in self._held.items()]
+            heapq.heapify(self._heap)
+        else:
+            heapq.heappush(self._heap, (held.expires_at, next(self._numbers), name, held))

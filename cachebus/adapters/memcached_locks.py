@@ -1,0 +1,229 @@
+"""Locks in Memcached: an item that only one can add, and a counter beside it.
+
+    <namespace>:@<hash>     until|ticket|owner   there while the lock is held; its time to live is that of the lock
+    <namespace>:@<hash>+    the last token, kept for a week
+    <namespace>:@<hash>-<hash of a ticket>   there for a minute after the ticket was given up
+
+The token is counted after the item was added, so of two holders the later one has the larger token. A counter that is lost
+(evicted, `flush_all`, a restart) begins again at the server's time in microseconds, which is more than it ever was.
+Memcached tells nobody anything and keeps no queue: the manager has both, for its own process, and asks again in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+from cachebus.actors.ports import Capabilities, LockListener
+from cachebus.messages import (
+    Acquire,
+    CacheBackendError,
+    CacheConnectionError,
+    CacheError,
+    CapabilityError,
+    DescribeLock,
+    Failed,
+    LockDenied,
+    LockFree,
+    LockGranted,
+    LockInfo,
+    LockNotOwned,
+    NotHeld,
+    Released,
+    ReleaseLock,
+    Renewed,
+    RenewLock,
+    Reply,
+    Request,
+)
+
+from .memcached import MemcachedStore
+from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection, Talk
+from .memcached_errors import BACKEND
+from .memcached_lane import Lane
+
+__all__ = ["MemcachedLockStore"]
+
+RETAIN = 7 * 86_400
+"""Seconds for which a counter is kept that nobody counts."""
+
+GONE = 60
+
+TRIES = 100
+"""How often an item is looked at that others change in between."""
+
+_RELATIVE_MAX = 30 * 86_400  # A longer time to live is taken for a date.
+
+
+class MemcachedLockStore(MemcachedStore):
+    """A `LockStore` in one or several Memcached servers: a lock is at the server that its name falls to.
+
+    Leases are whole seconds in the server, rounded up, and one more: a holder that dies keeps the lock so much longer.
+    """
+
+    poll: float | None = 0.02
+    told: LockListener | None = None
+
+    async def open(self) -> None:
+        await super().open()
+        self.capabilities = Capabilities(locks=True, ttl_resolution=1.0)
+
+    async def _on(self, lane: Lane, batch: Sequence[Request[Any]]) -> list[Reply]:
+        return await lane.run(lambda connection: _Locks(connection, self._keys.namespace).run(batch))
+
+    def _parts(self, request: Any) -> list[tuple[str, Request[Any]]]:
+        return [(self._server(request.name), request)]
+
+
+class _Found:
+    """The item of a lock that is held."""
+
+    __slots__ = ("cas", "owner", "ticket", "until")
+
+    def __init__(self, body: bytes, cas: int) -> None:
+        until, ticket, owner = bytes(body).decode().split("|", 2)
+        self.until = int(until) / 1000
+        self.ticket = ticket
+        self.owner = owner
+        self.cas = cas
+
+
+class _Locks:
+    """Requests about locks, on their way over one connection."""
+
+    def __init__(self, connection: Connection, namespace: str) -> None:
+        self._connection = connection
+        self._namespace = namespace
+
+    def run(self, batch: Sequence[Request[Any]]) -> Talk[list[Reply]]:
+        """Carry out one after the other. What goes wrong is in the replies."""
+        replies: list[Reply] = []
+        for request in batch:
+            try:
+                replies.append((yield from self._one(request)))
+            except CacheError as error:
+                replies.append(Failed.of(error))
+        return replies
+
+    def _one(self, request: Request[Any]) -> Talk[Reply]:
+        match request:
+            case Acquire():
+                return (yield from self._acquire(request))
+            case RenewLock():
+                return (yield from self._renew(request))
+            case ReleaseLock():
+                return (yield from self._release(request))
+            case DescribeLock():
+                return (yield from self._describe(request))
+            case _:
+                raise CapabilityError(store=BACKEND, capability=type(request).__name__)
+
+    def _acquire(self, request: Acquire) -> Talk[Reply]:
+        item, started = self._item(request.name), self._connection.now()
+        command = self._put(item, request, request.owner, request.ttl, "ME")
+        gone = f"mg {self._gone(item, request.ticket)} v c\r\n".encode()
+        for _ in range(TRIES):
+            answer, given_up = yield command + gone, 2
+            if isinstance(given_up, tuple):
+                yield from self._release(ReleaseLock(request.name, request.ticket, abandon=True))
+                return LockDenied("", 0.0)
+            if isinstance(answer, CacheError):
+                raise answer
+            if answer == 0:
+                break
+            found = yield from self._look(item)
+            if found is None:
+                command = self._put(item, request, request.owner, request.ttl, "ME")
+            elif found.ticket == request.ticket:
+                command = self._put(item, request, request.owner, request.ttl, f"C{found.cas}")
+            else:
+                return LockDenied(found.owner, self._left(found))
+        else:
+            raise _contended()
+        # Not before: whoever counts first and adds later would hold the lock with the smaller number.
+        first = int(self._connection.now() * 1e6)
+        counted = yield from self._ask(f"ma {item}+ N{RETAIN} J{first} D1 T{RETAIN} v c\r\n".encode())
+        if not isinstance(counted, tuple):
+            raise CacheBackendError("the counter of a lock is no number", BACKEND)
+        if self._connection.now() - started >= request.ttl:
+            raise CacheConnectionError("a lock was had only when its time was over", BACKEND)
+        return LockGranted(int(counted[0]), request.ttl)
+
+    def _renew(self, request: RenewLock) -> Talk[Reply]:
+        item = self._item(request.name)
+        for _ in range(TRIES):
+            found = yield from self._look(item)
+            if found is None:
+                return NotHeld()
+            if found.ticket != request.ticket:
+                raise LockNotOwned(name=request.name, owner=found.owner)
+            answer = yield from self._ask(self._put(item, request, found.owner, request.ttl, f"C{found.cas}"))
+            if answer == 0:
+                return Renewed(request.ttl)
+        raise _contended()
+
+    def _release(self, request: ReleaseLock) -> Talk[Reply]:
+        item = self._item(request.name)
+        if request.abandon:
+            yield from self._ask(f"ms {self._gone(item, request.ticket)} 0 T{GONE}\r\n\r\n".encode())
+        for _ in range(TRIES):
+            found = yield from self._look(item)
+            if found is None:
+                return NotHeld()
+            if found.ticket != request.ticket:
+                if request.abandon:
+                    return NotHeld()
+                raise LockNotOwned(name=request.name, owner=found.owner)
+            answer = yield from self._ask(f"md {item} C{found.cas}\r\n".encode())
+            if answer == 0:
+                return Released()
+        raise _contended()
+
+    def _describe(self, request: DescribeLock) -> Talk[Reply]:
+        item = self._item(request.name)
+        found = yield from self._look(item)
+        if found is None:
+            return LockFree()
+        counter = yield from self._ask(f"mg {item}+ v c\r\n".encode())
+        token = int(counter[0]) if isinstance(counter, tuple) else 0
+        return LockInfo(found.owner, token, self._left(found))
+
+    def _look(self, item: str) -> Talk[_Found | None]:
+        answer = yield from self._ask(f"mg {item} v c\r\n".encode())
+        if not isinstance(answer, tuple):
+            return None
+        try:
+            return _Found(*answer)
+        except ValueError:
+            raise CacheBackendError("what stands in the place of a lock is none", BACKEND) from None
+
+    def _ask(self, command: bytes) -> Talk[Answer]:
+        (answer,) = yield command, 1
+        if isinstance(answer, CacheError):
+            raise answer
+        assert isinstance(answer, tuple) or answer in (MISS, NOT_STORED, EXISTS) or answer >= 0
+        return answer
+
+    def _put(self, item: str, request: Acquire | RenewLock, owner: str, ttl: float, condition: str) -> bytes:
+        now = self._connection.now()
+        body = f"{math.ceil((now + ttl) * 1000)}|{request.ticket}|{owner}".encode()
+        # The server's seconds begin when it likes: the first of them may be over at once.
+        seconds = math.ceil(ttl) + 1
+        expiry = seconds if seconds <= _RELATIVE_MAX else math.ceil(now) + seconds
+        return b"ms %s %d T%d %s\r\n%s\r\n" % (item.encode(), len(body), expiry, condition.encode(), body)
+
+    def _left(self, found: _Found) -> float:
+        return max(0.0, found.until - self._connection.now())
+
+    def _item(self, name: str) -> str:
+        raw = name.encode("utf-8", "surrogatepass")
+        return f"{self._namespace}:@{blake2b(raw, digest_size=32, person=b'cachebus.lock').hexdigest()}"
+
+    def _gone(self, item: str, ticket: str) -> str:
+        return f"{item}-{blake2b(ticket.encode(), digest_size=16, person=b'cachebus.lock').hexdigest()}"
+
+
+def _contended() -> CacheError:
+    return CacheConnectionError(f"others took the lock in between, {TRIES} times in a row", BACKEND)

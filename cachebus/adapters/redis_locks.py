@@ -1,0 +1,230 @@
+"""Locks in Redis, for every process that shares the server; who waits is told by a channel, and asks nothing meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from cachebus.actors.ports import Capabilities, Gauges, LockListener, Replied
+from cachebus.messages import (
+    Acquire,
+    CacheError,
+    CapabilityError,
+    DescribeLock,
+    Failed,
+    LockDenied,
+    LockFree,
+    LockGranted,
+    LockInfo,
+    LockNotOwned,
+    LockQueued,
+    NotHeld,
+    Released,
+    ReleaseLock,
+    Renewed,
+    RenewLock,
+    Reply,
+    Request,
+)
+
+from .redis_connection import Argument
+from .redis_errors import BACKEND
+from .redis_listener import Listening, RedisListener
+from .redis_lock_scripts import ACQUIRE, CLAIM_MS, DESCRIBE, RELEASE, RENEW
+from .redis_plan import Plan
+from .redis_script import Script
+
+
+class _Transport(Protocol):
+    """A `RedisStore` or a `RedisClusterStore`."""
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    def listener(self) -> RedisListener: ...
+    async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]: ...
+    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None: ...
+    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool: ...
+
+
+class RedisLockStore:
+    """A `LockStore` and `PipelinedStore` in a Redis server or cluster. `transport` makes the way there, given what plans its
+    commands; `clustered` says that `PUBLISH` counts the listeners of one server only.
+
+    Uncontended, a lock costs one round trip to have and one to give back. Who has to wait stands in a queue in Redis. A lock
+    that is given back goes to the first in it, in the same step: of our own process the reply tells it, of another its
+    inbox does. Tokens are microseconds of the server's clock, or one more than the last.
+    """
+
+    name = BACKEND
+    capabilities = Capabilities(locks=True)
+    poll: float | None = None
+    max_batch = 128
+    apart: frozenset[type[Request[Any]]] = frozenset()
+
+    def __init__(self, transport: Callable[..., _Transport], *, namespace: str, clustered: bool) -> None:
+        self.told: LockListener | None = None
+        self.inbox = os.urandom(8).hex()
+        self._prefix = f"{namespace}#lock:"
+        self._clustered = clustered
+        self._transport = transport(planner=partial(_LockPlan, self))
+        self._listener: RedisListener | None = None
+        self._place: Listening | None = None
+        self._entering: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<RedisLockStore over {self._transport!r}, {'listening' if self._place else 'nobody waited'}>"
+
+    async def open(self) -> None:
+        await self._transport.open()
+        self._listener = self._transport.listener()
+
+    async def close(self) -> None:
+        if self._entering is not None:
+            self._entering.cancel()
+        try:
+            if self._listener is not None:
+                await self._listener.close()
+        finally:
+            await self._transport.close()
+
+    def gauges(self) -> Gauges:
+        return Gauges()
+
+    async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        return await self._transport.execute(batch)
+
+    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
+        await self._transport.submit(batch, replied)
+
+    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
+        return self._transport.submit_at_once(batch, replied)
+
+    # Commands
+
+    def call(self, request: Request[Any]) -> tuple[list[Argument], str, Script, Callable[[Any, float], Reply]]:
+        """The words after the script's name, the key that says which server, the script, and how its reply is read."""
+        name = getattr(request, "name", "")
+        state = f"{self._prefix}{{{_tag(name)}}}"
+        keys: list[Argument] = [state, f"{state}:queue", f"{state}:waiting"]
+        ticket = getattr(request, "ticket", "")
+        ours: list[Argument] = [ticket, self.inbox, f"{self._prefix}to:", name, "1" if self._clustered else "0"]
+        gone = f"{state}:gone:{ticket}"
+        read: Callable[[Any], Reply]
+        match request:
+            case Acquire(owner=owner, ttl=ttl, wait=wait):
+                keys.append(gone)
+                ours += [owner, _ms(ttl), _ms(wait)]
+                script, read = ACQUIRE, partial(_acquired, ttl)
+            case RenewLock(ttl=ttl):
+                ours.append(_ms(ttl))
+                script, read = RENEW, partial(_held, Renewed(ttl), name)
+            case ReleaseLock(abandon=abandon):
+                keys.append(gone)
+                ours.append("1" if abandon else "0")
+                script, read = RELEASE, partial(_held, Released(), name)
+            case DescribeLock():
+                script, read = DESCRIBE, _described
+            case _:
+                raise CapabilityError(store=BACKEND, capability=type(request).__name__)
+
+        def make(reply: Any, now: float) -> Reply:
+            self._told(name, reply)
+            answer = read(reply)
+            if type(answer) is LockQueued:
+                self._enter()
+            return answer
+
+        return [len(keys), *keys, *ours], state, script, make
+
+    def _told(self, name: str, reply: Any) -> None:
+        """Pass on what a reply says about others than who asked."""
+        token = reply[2]
+        next_ticket, next_ttl, offered, lost, lost_token = reply[5:10]
+        if self.told is None:
+            return
+        if lost_token:
+            self.told.expired(name, lost.decode(), lost_token)
+        if next_ticket:
+            self.told.granted(name, next_ticket.decode(), LockGranted(token, next_ttl / 1000))
+        if offered:
+            # Should nobody be there to take it, somebody must notice.
+            self.told.look(name, delay=CLAIM_MS / 1000 + 0.1)
+
+    # The inbox
+
+    def _enter(self) -> None:
+        """Listen to the inbox, from when somebody waits for the first time."""
+        if self._place is None and self._listener is not None:
+            self._place = self._listener.subscribe(f"{self._prefix}to:{self.inbox}", self._heard, self._missed)
+            self._entering = asyncio.create_task(self._entered(self._place))
+
+    async def _entered(self, place: Listening) -> None:
+        while True:
+            try:
+                await place.ready()
+                break
+            except CacheError as error:
+                if not error.transient:
+                    raise  # The user may not listen. Who waits asks when leases end.
+        self._missed()
+
+    def _heard(self, payload: bytes) -> None:
+        ticket, _, name = payload.decode().partition("|")
+        if self.told is not None:
+            self.told.look(name, ticket)
+
+    def _missed(self) -> None:
+        if self.told is not None:
+            self.told.look_everywhere()
+
+
+class _LockPlan(Plan):
+    """A batch about locks: each request is one call of a script."""
+
+    def __init__(self, store: RedisLockStore, *arguments: Any, **named: Any) -> None:
+        self._store = store
+        super().__init__(*arguments, **named)
+
+    def _one(self, at: int, request: Request[Any]) -> None:
+        words, key, script, make = self._store.call(request)
+        self._add(at, words, key, make, script=script)
+
+
+def _tag(name: str) -> str:
+    """What stands for a name between the braces that say which slot its keys are in."""
+    raw = name.encode("utf-8", "surrogatepass")
+    if len(raw) <= 200 and name.isprintable() and "{" not in name and "}" not in name:
+        return name
+    return f"\x01{blake2b(raw, digest_size=32, person=b'cachebus.lock').hexdigest()}"
+
+
+def _ms(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
+
+
+def _acquired(ttl: float, reply: Any) -> Reply:
+    code, owner, token, remaining, fresh = reply[:5]
+    if code == 0:
+        return LockGranted(token, ttl)
+    if code == 1:
+        return LockQueued(owner.decode(), remaining / 1000, bool(fresh))
+    return LockDenied(owner.decode(), remaining / 1000)
+
+
+def _held(good: Reply, name: str, reply: Any) -> Reply:
+    code, owner = reply[:2]
+    if code == 0:
+        return good
+    if code == 1:
+        return Failed.of(LockNotOwned(name=name, owner=owner.decode()))
+    return NotHeld()
+
+
+def _described(reply: Any) -> Reply:
+    code, owner, token, remaining = reply[:4]
+    return LockFree() if code else LockInfo(owner.decode(), token, remaining / 1000)

@@ -1,0 +1,374 @@
+"""Locks as callers hold them: `Lock` to be awaited, `SyncLock` for code without an event loop."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import socket
+from datetime import timedelta
+from functools import cache
+from types import TracebackType
+from typing import Any, Self
+
+from cachebus.bus import origin
+from cachebus.messages import (
+    Acquire,
+    CacheError,
+    CacheKeyError,
+    DescribeLock,
+    LockDenied,
+    LockGranted,
+    LockInfo,
+    LockNotAcquired,
+    LockNotHeld,
+    LockQueued,
+    NotHeld,
+    ReleaseLock,
+    RenewLock,
+)
+
+from .checks import check_key
+from .link import run
+from .lock_ways import LockWay
+
+__all__ = ["Lock", "LockInfo", "SyncLock"]
+
+LONGEST = 1e9
+"""Seconds that a lock may be held or waited for: thirty years."""
+
+SLICE = 10.0
+"""Seconds after which the manager says that we still wait, at the latest."""
+
+CONFIRMED = 4
+"""What took longer than this part of the lease, counted from when it was asked for, is renewed before it is relied on."""
+
+Duration = float | timedelta
+"""Seconds, or a `timedelta`."""
+
+
+class Lock:
+    """A lock of one name, had by one holder in the whole fleet at a time. Made by `Cache.lock`; used with `async with`, or with
+    `acquire` and `release`, and again after that.
+
+    It is a lease: it ends `ttl` seconds after it was had, or renewed, whatever its holder does, and it is renewed by
+    itself three times in that time. `lost` tells whether it has ended; who is paused may notice that too late, so what the
+    lock protects should refuse a `token` that is smaller than one it has seen. See `docs/locks.md`.
+    """
+
+    def __init__(
+        self,
+        way: LockWay,
+        name: str,
+        *,
+        ttl: Duration = 30.0,
+        wait: Duration | None = None,
+        renew: bool = True,
+        owner: str | None = None,
+        blocking: bool = False,
+    ) -> None:
+        self.name = check_key(name)
+        self.ttl = _seconds("ttl", ttl, zero=False)
+        self.wait = way.timeout if wait is None else _seconds("wait", wait, zero=True)
+        self.owner = _default_owner() if owner is None else check_owner(owner)
+        self._way = way
+        self._ask: Any = way.ask_blocking if blocking else way.ask
+        self._renews = renew
+        self._ticket = ""
+        self._waits = False
+        self._token = 0
+        self._expires_at = -math.inf
+        self._lost = False
+
+    def __repr__(self) -> str:
+        state = "not held" if not self._ticket else "lost" if self.lost else f"held, token {self._token}"
+        return f"<{type(self).__name__} {self.name!r} {state}>"
+
+    @property
+    def token(self) -> int:
+        """The fencing token: larger than that of every holder before. Of a lock that was held before, the last one.
+
+        Raises `LockNotHeld` if it never was.
+        """
+        if not self._token:
+            raise LockNotHeld(name=self.name)
+        return self._token
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lock was had, was not given back, and is not surely held any more."""
+        return bool(self._ticket) and (self._lost or self._way.now() >= self._expires_at)
+
+    @property
+    def held(self) -> bool:
+        """Whether the lock is held, as far as is known here."""
+        return bool(self._ticket) and not self.lost
+
+    @property
+    def remaining(self) -> float:
+        """Seconds for which the lock is surely held without being renewed; 0 where it is not."""
+        return max(0.0, self._expires_at - self._way.now()) if self.held else 0.0
+
+    def check(self) -> None:
+        """Raise `LockNotHeld` unless the lock is held, as far as is known here. Asks nobody."""
+        if not self.held:
+            raise LockNotHeld(name=self.name)
+
+    async def acquire(self) -> Self:
+        """Have the lock, waiting for up to `wait` seconds; 0 is one attempt. First come, first served.
+
+        Raises `LockNotAcquired` when it was not to be had in time, and a `CacheError` of its own when the manager or its
+        store fails: a lock is never taken for granted. One object holds one lock: a second `acquire` is an error.
+        """
+        if self._waits or self.held:
+            raise CacheError(f"this object holds the lock {self.name!r} already, or waits for it: make another one")
+        self._end()
+        self._waits = True
+        ticket, refused = next_ticket(), False
+        try:
+            reply, sent = await self._attempt(ticket)
+            if refused := not isinstance(reply, LockGranted):
+                owner, remaining = reply.owner, reply.remaining
+                raise LockNotAcquired(timeout=self.wait, name=self.name, owner=owner, remaining=remaining)
+            self._ticket, self._token, self._expires_at = ticket, reply.token, sent + self.ttl
+            if self._way.now() - sent >= self.ttl / CONFIRMED and not await self._confirmed():
+                raise LockNotAcquired(timeout=self.wait, name=self.name)  # It was lost before we knew of it.
+        except BaseException:
+            self._end()
+            if not refused:
+                # Whatever became of it, nobody here will give it back.
+                self._way.send(ReleaseLock(self.name, ticket, abandon=True))
+            raise
+        finally:
+            self._waits = False
+        if self._renews:
+            self._way.hold(ticket, self)
+        return self
+
+    async def _attempt(self, ticket: str) -> tuple[LockGranted | LockDenied, float]:
+        """How it ended, and when that was asked for."""
+        ends = self._way.now() + self.wait
+        while True:
+            sent = self._way.now()
+            left = max(0.0, ends - sent)
+            reply = await self._ask(Acquire(self.name, self.owner, ticket, self.ttl, left), min(left, SLICE))
+            if not isinstance(reply, LockQueued):
+                return reply, sent
+
+    async def _confirmed(self) -> bool:
+        try:
+            return await self._renew(self._ask)
+        except LockNotHeld:
+            return False
+
+    async def release(self) -> None:
+        """Give the lock back. Raises `LockNotHeld` when it is not held any more: what was done under it since its time ran
+        out was not protected. `LockNotOwned`, which is one, says who has it."""
+        ticket, lost = self._ticket, self._lost
+        if not ticket:
+            raise LockNotHeld(name=self.name)
+        self._end()
+        request = ReleaseLock(self.name, ticket, self.owner, self._token)
+        try:
+            reply = await self._ask(request)
+        except Exception:
+            raise
+        except BaseException:
+            self._way.send(request)
+            raise
+        if lost or isinstance(reply, NotHeld):
+            raise LockNotHeld(name=self.name)
+
+    async def extend(self, ttl: Duration | None = None) -> None:
+        """Hold the lock for `ttl` seconds from now, and have it renewed for as long from then on; left out, for as long as
+        before. Raises `LockNotHeld` when it was lost."""
+        if not self._ticket:
+            raise LockNotHeld(name=self.name)
+        if ttl is not None:
+            self.ttl = _seconds("ttl", ttl, zero=False)
+        if not await self._renew(self._ask):
+            raise LockNotHeld(name=self.name)
+        if self._renews:
+            self._way.hold(self._ticket, self)
+
+    async def renew(self) -> bool:
+        """As `Renewable.renew`: on the event loop of the node, whoever holds the lock."""
+        return await self._renew(self._way.ask)
+
+    async def _renew(self, ask: Any) -> bool:
+        ticket, sent = self._ticket, self._way.now()
+        if self._lost or not ticket:
+            return False
+        try:
+            reply = await ask(RenewLock(self.name, ticket, self.ttl))
+        except LockNotHeld:
+            self._lose(ticket)
+            raise
+        if isinstance(reply, NotHeld):
+            self._lose(ticket)
+            return False
+        if self._ticket == ticket:
+            self._expires_at = sent + self.ttl
+        return True
+
+    async def is_locked(self) -> bool:
+        """Whether anybody holds the lock of this name."""
+        return await self.info() is not None
+
+    async def info(self) -> LockInfo | None:
+        """Who holds the lock of this name, its token, and the seconds that it has left; `None` if nobody does."""
+        reply = await self._ask(DescribeLock(self.name))
+        return reply if isinstance(reply, LockInfo) else None
+
+    async def __aenter__(self) -> Self:
+        return await self.acquire()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.leave(error)
+
+    async def leave(self, error: BaseException | None) -> None:
+        """Give the lock back at the end of a `with`, which `error` has ended. That is never hidden by what goes wrong here."""
+        if not self._ticket:
+            return  # The body has given it back.
+        if error is None:
+            await self.release()
+            return
+        if not isinstance(error, Exception):
+            # Cancelled, or broken off: nothing may be awaited.
+            ticket = self._ticket
+            self._end()
+            self._way.send(ReleaseLock(self.name, ticket, self.owner, self._token))
+            return
+        try:
+            await self.release()
+        except CacheError as trouble:
+            error.add_note(f"and the lock {self.name!r} could not be given back: {trouble}")
+
+    def _lose(self, ticket: str) -> None:
+        self._way.let_go(ticket)
+        if self._ticket == ticket:
+            self._lost = True
+
+    def _end(self) -> None:
+        self._way.let_go(self._ticket)
+        self._ticket, self._lost, self._expires_at = "", False, -math.inf
+
+
+class SyncLock:
+    """A `Lock` for code without an event loop: used with `with`, and everything else without `await`. Made by
+    `SyncCache.lock`. It is renewed in the background, whatever its thread does."""
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock = lock
+
+    def __repr__(self) -> str:
+        return repr(self._lock).replace("<Lock", "<SyncLock", 1)
+
+    @property
+    def name(self) -> str:
+        """The name of the lock."""
+        return self._lock.name
+
+    @property
+    def owner(self) -> str:
+        """What others are told that its holder is."""
+        return self._lock.owner
+
+    @property
+    def ttl(self) -> float:
+        """Seconds for which it is held without being renewed."""
+        return self._lock.ttl
+
+    @property
+    def token(self) -> int:
+        """As `Lock.token`."""
+        return self._lock.token
+
+    @property
+    def lost(self) -> bool:
+        """As `Lock.lost`."""
+        return self._lock.lost
+
+    @property
+    def held(self) -> bool:
+        """As `Lock.held`."""
+        return self._lock.held
+
+    @property
+    def remaining(self) -> float:
+        """As `Lock.remaining`."""
+        return self._lock.remaining
+
+    def check(self) -> None:
+        """As `Lock.check`."""
+        self._lock.check()
+
+    def acquire(self) -> Self:
+        """As `Lock.acquire`."""
+        run(self._lock.acquire())
+        return self
+
+    def release(self) -> None:
+        """As `Lock.release`."""
+        run(self._lock.release())
+
+    def extend(self, ttl: Duration | None = None) -> None:
+        """As `Lock.extend`."""
+        run(self._lock.extend(ttl))
+
+    def is_locked(self) -> bool:
+        """As `Lock.is_locked`."""
+        return run(self._lock.is_locked())
+
+    def info(self) -> LockInfo | None:
+        """As `Lock.info`."""
+        return run(self._lock.info())
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        run(self._lock.leave(error))
+
+
+def next_ticket() -> str:
+    """What names one attempt to have a lock: nobody else's is called the same."""
+    return f"{origin()}-{next(_numbers)}"
+
+
+def check_owner(owner: object) -> str:
+    """Return `owner` if others can be told it, else raise `TypeError` or `ValueError`."""
+    if not isinstance(owner, str):
+        raise TypeError(f"the owner of a lock must be a str, not {type(owner).__name__}")
+    try:
+        return check_key(owner)
+    except CacheKeyError as error:
+        raise ValueError(f"the owner of a lock must be a str that is not empty, and valid Unicode: {error}") from None
+
+
+def _seconds(option: str, value: object, *, zero: bool) -> float:
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif type(value) in (int, float):
+        number: Any = value
+        seconds = float(number) if abs(number) < 1e300 else math.inf
+    else:
+        raise TypeError(f"{option} must be seconds or a timedelta, not {value!r}")
+    if not ((0 if zero else 5e-324) <= seconds <= LONGEST):
+        least = "from 0" if zero else "over 0"
+        raise ValueError(f"{option} must be seconds {least} to {LONGEST:g}, not {value!r}")
+    return seconds
+
+
+@cache
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _default_owner() -> str:
+    return f"process {os.getpid()} on {_host()}"
+
+
+_numbers = itertools.count()

@@ -1,0 +1,99 @@
+"""Locks: the right of one holder in the whole fleet, for a time, with a number that grows from holder to holder."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .base import Reply, Request, message
+from .leases import NotHeld, Released, Renewed
+
+
+@message("reply.lock_granted")
+class LockGranted(Reply):
+    """Whoever asked holds the lock for `ttl` seconds, from when it asked or later. `token` is larger than that of every
+    holder before."""
+
+    token: int
+    ttl: float
+
+
+@message("reply.lock_queued")
+class LockQueued(Reply):
+    """`owner` holds the lock, for `remaining` seconds more if it does not renew it, and whoever asked has a place in the
+    queue. It asks again with the same ticket, soon, to keep that. `fresh` says that it had no place before."""
+
+    owner: str
+    remaining: float
+    fresh: bool = False
+
+
+@message("reply.lock_denied")
+class LockDenied(Reply):
+    """`owner` holds the lock, for `remaining` seconds more if it does not renew it; whoever asked does not wait."""
+
+    owner: str
+    remaining: float
+
+
+@message("reply.lock_info")
+class LockInfo(Reply):
+    """Who holds a lock: what it calls itself, its fencing token, and the seconds that it has left."""
+
+    owner: str
+    token: int
+    remaining: float
+
+
+@message("reply.lock_free")
+class LockFree(Reply):
+    """Nobody holds the lock."""
+
+
+@message("lock.acquire")
+class Acquire(Request[LockGranted | LockQueued | LockDenied]):
+    """Hold the lock `name` for `ttl` seconds.
+
+    `ticket` names this one attempt, and nobody has used it before; asked for twice, the lock is granted once, and held
+    for `ttl` seconds from then. `owner` is who others are told that it is. Who cannot have it yet waits in a queue for up
+    to `wait` seconds: first come, first served.
+    """
+
+    name: str
+    owner: str
+    ticket: str
+    ttl: float
+    wait: float = 0.0
+    IDEMPOTENT: ClassVar[bool] = True
+
+
+@message("lock.renew")
+class RenewLock(Request[Renewed | NotHeld]):
+    """Hold a lock for `ttl` seconds from now. One that was lost is not held again."""
+
+    name: str
+    ticket: str
+    ttl: float
+    IDEMPOTENT: ClassVar[bool] = True
+
+
+@message("lock.release")
+class ReleaseLock(Request[Released | NotHeld]):
+    """Give a lock back, or the place in its queue. `owner` and `token` are for those who listen.
+
+    With `abandon` whoever asked does not know what became of its `Acquire`: should that come only now, it is refused.
+    """
+
+    name: str
+    ticket: str
+    owner: str = ""
+    token: int = 0
+    abandon: bool = False
+    IDEMPOTENT: ClassVar[bool] = True
+
+
+@message("lock.describe")
+class DescribeLock(Request[LockInfo | LockFree]):
+    """Say who holds a lock."""
+
+    name: str
+    IDEMPOTENT: ClassVar[bool] = True

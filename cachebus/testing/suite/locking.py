@@ -1,0 +1,330 @@
+"""Locks: one holder at a time, first come first served, with a number that grows, and an end in any case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar
+
+import anyio
+import pytest
+
+from cachebus.actors import Alarm, LockManager, LockStore, Supervisor
+from cachebus.bus import SYSTEM_CLOCK, Clock, LocalBus
+from cachebus.messages import (
+    Acquire,
+    BadMessage,
+    CacheKeyError,
+    DescribeLock,
+    LockDenied,
+    LockFree,
+    LockGranted,
+    LockInfo,
+    LockNotAcquired,
+    LockNotHeld,
+    LockNotOwned,
+    NotHeld,
+    Released,
+    ReleaseLock,
+    Renewed,
+    RenewLock,
+)
+
+from ...lock_ways import LOCKS, LockWay
+from ...locks import Lock
+
+LONG = 60.0
+ODD_NAMES = (
+    "a",
+    "with space",
+    "with\nline\r\nend",
+    "ü☕",
+    "{",
+    "}",
+    "{a}b",
+    "a}b{c",
+    "|",
+    "a|b",
+    "\x00",
+    "x" * 5000,
+    "*",
+    ":",
+)
+
+
+@asynccontextmanager
+async def managed(store: LockStore, clock: Clock = SYSTEM_CLOCK) -> AsyncGenerator[LockWay]:
+    """The way to a lock manager over a store, in a bus of its own."""
+    bus = LocalBus(clock=clock)
+    alarm = Alarm(clock)
+    async with Supervisor(bus) as supervisor, anyio.create_task_group() as tasks:
+        await supervisor.start(LOCKS, lambda: LockManager(store))
+        tasks.start_soon(alarm.run)
+        yield LockWay(bus, LOCKS, 5.0, alarm.set)
+        tasks.cancel_scope.cancel()
+
+
+class LockConformance:
+    """The fixtures and tests of the suite. See `cachebus.testing.locks.LockStoreConformance`."""
+
+    pytestmark = pytest.mark.anyio
+
+    short_ttl: ClassVar[float] = 0.2
+    """Seconds of a lock that shall end while a test runs."""
+
+    lag: ClassVar[float] = 0.5
+    """Seconds after its end by which a lock is surely to be had."""
+
+    @pytest.fixture
+    def store(self) -> LockStore:
+        """The store to test, not yet open. Override it."""
+        raise NotImplementedError("a subclass of LockStoreConformance provides the fixture `store`")
+
+    @pytest.fixture
+    def sibling(self) -> LockStore:
+        """Another store, as of another process, in the same place and namespace. Override it unless locks are kept in this
+        process."""
+        pytest.skip("the locks are kept in this process")
+
+    @pytest.fixture
+    def neighbour(self) -> LockStore:
+        """Another store in the same place and another namespace, as `sibling`."""
+        pytest.skip("the locks are kept in this process")
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        """The clock of the store. Override it where it is yours to move, and `elapse` with it."""
+        return SYSTEM_CLOCK
+
+    async def elapse(self, seconds: float) -> None:
+        """Let time pass for the store."""
+        await anyio.sleep(seconds)
+
+    async def test_a_lock_has_one_holder_and_is_free_after_it(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            async with Lock(way, "a", owner="me") as lock:
+                assert lock.held
+                with pytest.raises(LockNotAcquired) as refused:
+                    await Lock(way, "a", wait=0).acquire()
+                assert refused.value.owner == "me"
+                assert 0 < refused.value.remaining <= 30
+                async with Lock(way, "b", wait=0):
+                    pass
+            async with Lock(way, "a", wait=0) as after:
+                assert after.token > lock.token
+
+    async def test_it_says_who_holds_it(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            asking = Lock(way, "a")
+            assert await asking.info() is None
+            assert not await asking.is_locked()
+            async with Lock(way, "a", owner="me | and you\n", ttl=LONG) as lock:
+                info = await asking.info()
+                assert isinstance(info, LockInfo)
+                assert (info.owner, info.token) == ("me | and you\n", lock.token)
+                assert LONG - 5 < info.remaining <= LONG + 1
+                assert await asking.is_locked()
+            assert not await asking.is_locked()
+
+    async def test_who_waits_gets_it_in_turn(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            order: list[int] = []
+            tokens: list[int] = []
+
+            async def work(number: int) -> None:
+                async with Lock(way, "a", wait=LONG) as lock:
+                    order.append(number)
+                    tokens.append(lock.token)
+                    await anyio.lowlevel.checkpoint()
+
+            async with anyio.create_task_group() as tasks, Lock(way, "a"):
+                for number in range(10):
+                    tasks.start_soon(work, number, name=f"worker {number}")
+                    await anyio.wait_all_tasks_blocked()
+            assert order == list(range(10))
+            assert tokens == sorted(set(tokens))
+
+    async def test_whose_time_is_up_has_lost_it(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            first = await Lock(way, "a", ttl=self.short_ttl, renew=False).acquire()
+            assert not first.lost
+            await self.elapse(self.short_ttl + self.lag)
+            assert first.lost
+            assert not first.held
+            with pytest.raises(LockNotHeld):
+                first.check()
+            second = await Lock(way, "a", wait=self.lag + 2).acquire()
+            assert second.token > first.token
+            with pytest.raises(LockNotHeld):
+                await first.extend()
+            with pytest.raises(LockNotHeld):
+                await first.release()
+            assert second.held
+            assert await second.is_locked()
+            await second.release()
+
+    async def test_a_lock_is_given_back_once_and_by_its_holder_only(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            lock = await Lock(way, "a").acquire()
+            with pytest.raises(LockNotOwned):
+                await way.ask(ReleaseLock("a", "of-somebody-else"))
+            with pytest.raises(LockNotOwned):
+                await way.ask(RenewLock("a", "of-somebody-else", 1.0))
+            assert lock.held
+            await lock.release()
+            with pytest.raises(LockNotHeld):
+                await lock.release()
+            with pytest.raises(LockNotHeld):
+                await lock.extend()
+            assert isinstance(await way.ask(ReleaseLock("a", "of-somebody-else")), NotHeld)
+            assert isinstance(await way.ask(RenewLock("a", "of-somebody-else", 1.0)), NotHeld)
+
+    async def test_what_is_extended_is_held_for_longer(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            lock = await Lock(way, "a", ttl=self.short_ttl * 2, renew=False).acquire()
+            await lock.extend(LONG)
+            await self.elapse(self.short_ttl * 2 + self.lag)
+            assert lock.held
+            info = await lock.info()
+            assert info is not None
+            assert info.remaining > LONG - 20
+            await lock.release()
+
+    async def test_asking_twice_with_one_ticket_is_asking_once(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            ask = Acquire("a", "me", "ticket", LONG)
+            first, second = await way.ask(ask), await way.ask(ask)
+            assert isinstance(first, LockGranted)
+            assert isinstance(second, LockGranted)
+            assert isinstance(await way.ask(Acquire("a", "me", "another", LONG)), LockDenied)
+            assert isinstance(await way.ask(RenewLock("a", "ticket", LONG)), Renewed)
+            assert isinstance(await way.ask(ReleaseLock("a", "ticket")), Released)
+            assert isinstance(await way.ask(DescribeLock("a")), LockFree)
+
+    async def test_who_waits_no_longer_leaves_the_queue(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            lock = await Lock(way, "a", ttl=LONG).acquire()
+
+            async def give_up() -> None:
+                with anyio.CancelScope() as scope:
+                    tasks.start_soon(_cancel_soon, scope)
+                    await Lock(way, "a", wait=LONG).acquire()
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(5):
+                    tasks.start_soon(give_up)
+            await lock.release()
+            async with Lock(way, "a", wait=2):
+                pass
+
+    async def test_names_are_data(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            held = [await Lock(way, name, wait=0, owner=name[:9]).acquire() for name in ODD_NAMES]
+            for name, lock in zip(ODD_NAMES, held, strict=True):
+                info = await lock.info()
+                assert info is not None
+                assert info.owner == name[:9]
+                await lock.release()
+
+    async def test_a_waiter_of_an_odd_name_gets_it_too(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+
+            async def wait(name: str) -> None:
+                async with Lock(way, name, wait=LONG):
+                    pass
+
+            async with anyio.create_task_group() as tasks:
+                held = [await Lock(way, name).acquire() for name in ODD_NAMES]
+                for name in ODD_NAMES:
+                    tasks.start_soon(wait, name)
+                await anyio.wait_all_tasks_blocked()
+                for lock in held:
+                    await lock.release()
+
+    async def test_nonsense_is_refused(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            for ttl in (0.0, -1.0, math.nan, math.inf):
+                with pytest.raises(BadMessage, match="ttl"):
+                    await way.ask(Acquire("a", "me", "t", ttl))
+                with pytest.raises(BadMessage, match="ttl"):
+                    await way.ask(RenewLock("a", "t", ttl))
+            for wait in (-1.0, math.nan, math.inf):
+                with pytest.raises(BadMessage, match="wait"):
+                    await way.ask(Acquire("a", "me", "t", 1.0, wait))
+            for name in ("", "\ud800"):
+                with pytest.raises(CacheKeyError):
+                    await way.ask(DescribeLock(name))
+            for ticket in ("", "a|b", "a\n", "x" * 256):
+                with pytest.raises(BadMessage, match="ticket"):
+                    await way.ask(ReleaseLock("a", ticket))
+            with pytest.raises(BadMessage, match="owner"):
+                await way.ask(Acquire("a", "\ud800", "t", 1.0))
+
+    # Of a store that several processes share
+
+    async def test_another_process_sees_the_same_lock(self, store: LockStore, sibling: LockStore) -> None:
+        async with managed(store) as way, managed(sibling) as other:
+            async with Lock(way, "a", owner="me") as lock:
+                info = await Lock(other, "a").info()
+                assert info is not None
+                assert (info.owner, info.token) == ("me", lock.token)
+                with pytest.raises(LockNotAcquired):
+                    await Lock(other, "a", wait=0).acquire()
+            async with Lock(other, "a", wait=0) as after:
+                assert after.token > lock.token
+
+    async def test_who_waits_in_another_process_gets_it(self, store: LockStore, sibling: LockStore) -> None:
+        async with managed(store) as way, managed(sibling) as other:
+            had: list[int] = []
+
+            async def wait() -> None:
+                async with Lock(other, "a", wait=LONG) as lock:
+                    had.append(lock.token)
+
+            lock = await Lock(way, "a").acquire()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(wait)
+                await anyio.sleep(0.1)
+                assert had == []
+                await lock.release()
+            assert had[0] > lock.token
+
+    async def test_two_processes_never_hold_it_at_once(self, store: LockStore, sibling: LockStore) -> None:
+        async with managed(store) as way, managed(sibling) as other:
+            inside = 0
+            tokens: list[int] = []
+
+            async def work(way: LockWay) -> None:
+                nonlocal inside
+                for _ in range(5):
+                    async with Lock(way, "a", wait=LONG) as lock:
+                        inside += 1
+                        assert inside == 1
+                        tokens.append(lock.token)
+                        await anyio.sleep(0.001)
+                        inside -= 1
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(4):
+                    tasks.start_soon(work, way)
+                    tasks.start_soon(work, other)
+            assert tokens == sorted(set(tokens))
+            assert len(tokens) == 40
+
+    async def test_what_was_given_up_elsewhere_is_refused_when_it_is_asked_for(
+        self, store: LockStore, sibling: LockStore
+    ) -> None:
+        async with managed(store) as way, managed(sibling) as other:
+            await other.ask(ReleaseLock("a", "ticket", abandon=True))
+            assert isinstance(await way.ask(Acquire("a", "me", "ticket", LONG)), LockDenied)
+            assert isinstance(await way.ask(Acquire("a", "me", "another", LONG)), LockGranted)
+
+    async def test_namespaces_have_locks_of_their_own(self, store: LockStore, neighbour: LockStore) -> None:
+        async with managed(store) as way, managed(neighbour) as other, Lock(way, "a"), Lock(other, "a", wait=0):
+            pass
+
+
+async def _cancel_soon(scope: anyio.CancelScope) -> Any:
+    await anyio.sleep(0.05)
+    scope.cancel()

@@ -1,0 +1,93 @@
+"""A lock manager without a bus, on a clock that stands still until it is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cachebus.actors import LockManager
+from cachebus.adapters.lock_table import LockTable
+from cachebus.bus import Deferred
+from cachebus.messages import CacheError, Event, Failed, Message, Reply, Sweep
+from cachebus.testing.fakes import RecordingContext
+from tests.clock import ManualClock
+
+
+class Caller:
+    """Whoever waits for one reply: a port that can go away."""
+
+    def __init__(self) -> None:
+        self.reply: Any = None
+        self.gone = False
+
+    @property
+    def waiting(self) -> bool:
+        return self.reply is None and not self.gone
+
+    def answer(self, reply: Any) -> None:
+        if self.reply is None:
+            self.reply = reply
+
+
+class TimedContext(RecordingContext):
+    """A context that knows when its actor wants to be called back."""
+
+    def __init__(self, clock: ManualClock, *kinds: type[Event]) -> None:
+        super().__init__(*kinds, clock=clock)
+        self.due: list[tuple[float, Message]] = []
+
+    def send_after(self, delay: float, message: Message) -> Callable[[], None]:
+        entry = (self.clock.monotonic() + delay, message)
+        self.due.append(entry)
+
+        def call_off() -> None:
+            if entry in self.due:
+                self.due.remove(entry)
+
+        return call_off
+
+
+class Managed:
+    """A manager over a `LockTable`."""
+
+    def __init__(self, **options: Any) -> None:
+        self.clock = ManualClock()
+        self.table = LockTable(clock=self.clock, **{k: options.pop(k) for k in list(options) if k == "max_locks"})
+        self.context = TimedContext(self.clock)
+        self._options = options
+
+    async def start(self) -> None:
+        """Begin a life of the manager."""
+        self.manager = LockManager(self.table, **self._options)
+        self.manager.ctx = self.context
+        await self.manager.on_start()
+        self._serve = self.manager.handlers().plain
+
+    def ask(self, request: Any) -> Caller:
+        """Ask; the reply, or later the reply, is the caller's."""
+        caller = Caller()
+        reply: Reply | Deferred | None
+        try:
+            reply = self._serve[type(request)](request)
+        except CacheError as error:
+            reply = Failed.of(error)
+        if isinstance(reply, Deferred):
+            reply.attach(caller)
+        else:
+            caller.answer(reply)
+        return caller
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and call the manager back whenever it wants to be."""
+        until = self.clock.monotonic() + seconds
+        while self.context.due and min(self.context.due, key=_when)[0] <= until:
+            entry = min(self.context.due, key=_when)
+            self.context.due.remove(entry)
+            self.clock.advance(max(0.0, entry[0] - self.clock.monotonic()))
+            assert isinstance(entry[1], Sweep)
+            self.manager.on_sweep(entry[1])
+        self.clock.advance(until - self.clock.monotonic())
+
+
+def _when(entry: tuple[float, Message]) -> float:
+    return entry[0]
