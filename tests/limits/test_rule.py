@@ -272,6 +272,16 @@ def test_where_there_is_no_room_who_has_used_the_least_is_forgotten_first() -> N
         time.table(0)
 
 
+def test_who_has_used_more_since_is_not_the_first_to_be_forgotten() -> None:
+    time = Time()
+    table = time.table(2)
+    for key, per in (("most", 60.0), ("little", 70.0), ("most", 60.0), ("most", 60.0)):
+        table.admit(Admit(key, 1, per, 3))
+    table.admit(Admit("another", 1, 500.0, 1))
+    assert isinstance(table.admit(Admit("most", 1, 60.0, 3)), Refused)
+    assert isinstance(table.admit(Admit("another", 1, 500.0, 1)), Refused)
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 20), st.integers(0, 4)), max_size=100))
 def test_a_table_that_forgets_says_what_one_that_does_not_says(calls: list[tuple[int, int, int]]) -> None:
     time = Time()
