@@ -16,6 +16,9 @@ from cachebus.adapters.redis_tag_scripts import RETENTION_MS
 from cachebus.messages import (
     BadMessage,
     CacheConfigurationError,
+    CacheInvalidationError,
+    Clear,
+    Cleared,
     CompareAndSet,
     Found,
     Get,
@@ -361,3 +364,28 @@ def set_raw(server: Server, name: str, raw: bytes) -> None:
         words = (b"SET", name.encode(), raw)
         connection.sendall(b"*3\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
         assert connection.recv(64) == b"+OK\r\n"
+
+
+# Clearing
+
+
+async def test_a_clear_whose_caller_gave_up_goes_on_to_its_end(server: Server) -> None:
+    async with opened(server.url) as store:
+        for start in range(0, 20_000, 5_000):
+            await one(store, SetMany({f"k{start + number}": number for number in range(5_000)}, tags=("x",)))
+        replies: list[Any] = []
+        await store.submit([Clear()], replies.append)
+        clear = asyncio.create_task(one(store, Clear()))
+        await asyncio.sleep(0)
+        clear.cancel()
+        assert replies == []
+    assert replies == [[Cleared()]]
+    assert (await told(server, "DBSIZE")).strip() == ":2", "the sequence and a counter"
+
+
+async def test_who_cannot_wait_for_a_clear_is_told_so(server: Server) -> None:
+    async with open_cache(server.url) as cache:
+        await cache.set_many(dict.fromkeys((f"k{number}" for number in range(20_000)), 1))
+    async with open_cache(server.url, timeout=0.002) as cache:
+        with pytest.raises(CacheInvalidationError):
+            await cache.clear()
