@@ -11,11 +11,14 @@ import pytest
 
 from cachebus import LoadResult, open_cache
 from cachebus.adapters.redis_cluster import RedisClusterStore
+from cachebus.adapters.redis_cluster_tags import Stamps
 from cachebus.adapters.redis_dial import Place
 from cachebus.adapters.redis_tag_scripts import RETENTION_MS
+from cachebus.adapters.redis_tags import NO_STAMP, TagSpace
 from cachebus.messages import (
     BadMessage,
     CacheConfigurationError,
+    CacheConnectionError,
     CacheInvalidationError,
     Clear,
     Cleared,
@@ -345,6 +348,15 @@ async def test_in_a_cluster_a_condition_on_a_tagged_value_is_judged_and_then_wri
     await one(spread, InvalidateTags(("x",)))
     assert await one(spread, CompareAndSet("a", b"3", second.version)) == NotStored(0.0)
     assert (await one(spread, Get("b"))).value == b"1"
+
+
+async def test_in_a_cluster_a_lease_without_tags_does_not_need_the_counters() -> None:
+    space = TagSpace("tests", here=False, seen=True)
+    stamps = Stamps([GetOrLease("k", "p", "t", 9.0), Set("a", 1, tags=("x",)), Get("b")], space, None)
+    error = CacheConnectionError("away", "redis")
+    for command in stamps.commands:
+        command.fail(error)
+    assert stamps.by_place == {0: NO_STAMP, 1: error}
 
 
 async def test_a_namespace_whose_counters_would_be_all_over_the_cluster_is_refused() -> None:
