@@ -25,7 +25,7 @@ from .redis_connection import Argument
 from .redis_leases import kept_for
 from .redis_singles import milliseconds
 from .redis_tag_scripts import STAMP
-from .redis_tags import TagSpace, new_epoch, pack_tags
+from .redis_tags import NO_STAMP, TagSpace, new_epoch, pack_tags
 
 _STORING = frozenset({Set, SetMany, Add, CompareAndSet})
 
@@ -84,7 +84,8 @@ class Stamps:
                 self.by_place[place] = max(counters[tag] for tag in request.tags) if leased else reply[0]
 
         def fail(error: CacheError) -> None:
-            self.by_place.update((place, error) for place, _ in members)
+            # Without a stamp a lease is as good for what will have no tags.
+            self.by_place.update((place, error if request.tags else NO_STAMP) for place, request in members)
 
         return Command(words, names[0], settle, fail, script=STAMP)
 

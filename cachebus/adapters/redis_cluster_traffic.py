@@ -121,7 +121,11 @@ class ClusterTraffic:
         if not self._traffic.is_newest(trip.slot, trip):
             self._fail(trip, moving())
             return
-        parts = [Trip(command, trip.slot, command.packed(), trip.batch.one_more()) for command in commands]
+        parts = [
+            Trip(command, trip.slot, command.packed(), trip.batch.one_more(), trip.follows) for command in commands
+        ]
+        if trip.follows is not None:
+            trip.follows.followed_by += len(parts)
         for part in parts:
             part.hops = trip.hops
             self._traffic.begin(trip.slot, part)

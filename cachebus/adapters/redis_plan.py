@@ -138,7 +138,8 @@ class Plan(Singles):
         for position in range(first, end):
             request: Any = self._batch[position]
             try:
-                stamp = self._stamp(position, request.tags) if request.tags else NO_STAMP
+                tags = request.tags
+                stamp = self._stamp(position, tags) if tags else NO_STAMP
                 many = isinstance(request, SetMany)
                 items = request.items if many else {request.key: request.value}
                 encoded = [(self._key(key), encode(value)) for key, value in items.items()]
@@ -148,8 +149,8 @@ class Plan(Singles):
                     words, script, make = commit_call(request, name, body, px, stamp, here)
                     calls.append(self._command(position, words, name, make, script=script, writes=True))
                     continue
-                if request.tags:
-                    encoded = [(name, pack_tagged(body, request.tags, stamp)) for name, body in encoded]
+                if tags:
+                    encoded = [(name, pack_tagged(body, tags, stamp)) for name, body in encoded]
             except CacheError as error:
                 self.replies[position] = Failed.of(error)
                 continue
@@ -163,6 +164,8 @@ class Plan(Singles):
                     writes = groups[group] = Writes(self.replies, self._space)
                     calls.append(writes)
                 writes.add(-1 - position if many else position, key, body, px, condition)
+                if tags:
+                    writes.tagged = True
         self.commands += (call if isinstance(call, Command) else call.command() for call in calls)
 
 

@@ -11,11 +11,17 @@ import pytest
 
 from cachebus import LoadResult, open_cache
 from cachebus.adapters.redis_cluster import RedisClusterStore
+from cachebus.adapters.redis_cluster_tags import Stamps
 from cachebus.adapters.redis_dial import Place
 from cachebus.adapters.redis_tag_scripts import RETENTION_MS
+from cachebus.adapters.redis_tags import NO_STAMP, TagSpace
 from cachebus.messages import (
     BadMessage,
     CacheConfigurationError,
+    CacheConnectionError,
+    CacheInvalidationError,
+    Clear,
+    Cleared,
     CompareAndSet,
     Found,
     Get,
@@ -344,6 +350,15 @@ async def test_in_a_cluster_a_condition_on_a_tagged_value_is_judged_and_then_wri
     assert (await one(spread, Get("b"))).value == b"1"
 
 
+async def test_in_a_cluster_a_lease_without_tags_does_not_need_the_counters() -> None:
+    space = TagSpace("tests", here=False, seen=True)
+    stamps = Stamps([GetOrLease("k", "p", "t", 9.0), Set("a", 1, tags=("x",)), Get("b")], space, None)
+    error = CacheConnectionError("away", "redis")
+    for command in stamps.commands:
+        command.fail(error)
+    assert stamps.by_place == {0: NO_STAMP, 1: error}
+
+
 async def test_a_namespace_whose_counters_would_be_all_over_the_cluster_is_refused() -> None:
     with pytest.raises(CacheConfigurationError, match="no colon or"):
         RedisClusterStore([Place("localhost")], namespace="a{}")
@@ -361,3 +376,28 @@ def set_raw(server: Server, name: str, raw: bytes) -> None:
         words = (b"SET", name.encode(), raw)
         connection.sendall(b"*3\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
         assert connection.recv(64) == b"+OK\r\n"
+
+
+# Clearing
+
+
+async def test_a_clear_whose_caller_gave_up_goes_on_to_its_end(server: Server) -> None:
+    async with opened(server.url) as store:
+        for start in range(0, 20_000, 5_000):
+            await one(store, SetMany({f"k{start + number}": number for number in range(5_000)}, tags=("x",)))
+        replies: list[Any] = []
+        await store.submit([Clear()], replies.append)
+        clear = asyncio.create_task(one(store, Clear()))
+        await asyncio.sleep(0)
+        clear.cancel()
+        assert replies == []
+    assert replies == [[Cleared()]]
+    assert (await told(server, "DBSIZE")).strip() == ":2", "the sequence and a counter"
+
+
+async def test_who_cannot_wait_for_a_clear_is_told_so(server: Server) -> None:
+    async with open_cache(server.url) as cache:
+        await cache.set_many(dict.fromkeys((f"k{number}" for number in range(20_000)), 1))
+    async with open_cache(server.url, timeout=0.002) as cache:
+        with pytest.raises(CacheInvalidationError):
+            await cache.clear()
