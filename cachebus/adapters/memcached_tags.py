@@ -144,10 +144,7 @@ class Generations:
 
     def good(self, marks: Marks) -> bool:
         """Whether all these are the present generations, which have been read."""
-        for tag, generation in marks:
-            if not generation or self._seen.get(self._name(tag)) != generation:
-                return False
-        return True
+        return all(generation and self._seen.get(self._name(tag)) == generation for tag, generation in marks)
 
     def _name(self, tag: str) -> str:
         name = self._named.get(tag)
