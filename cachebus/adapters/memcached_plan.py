@@ -119,30 +119,38 @@ class Plan:
             return False
         head = yield from self._session.head()
         lines = [f"mg {head}{name} v c\r\n" for name, _ in tails]
-        generations = Generations(self._session)
-        guessed = generations.unknown(name for key in keys for name in memory.of(key)) if memory else []
-        lines += [f"mg {head}{name} v c\r\n" for name in guessed]
+        # Made when they are needed: what has no tags shall cost nothing more than it did.
+        generations: Generations | None = None
+        readings: Readings | None = None
+        guessed: list[str] = []
+        if memory and (known := [name for key in keys for name in memory.of(key)]):
+            generations = Generations(self._session)
+            guessed = generations.unknown(known)
+            lines += [f"mg {head}{name} v c\r\n" for name in guessed]
         commands = Commands()
         for at in range(0, len(lines), GETS_PART):
             piece = lines[at : at + GETS_PART]
             commands.add("".join(piece).encode(), reads=True, count=len(piece))
         answers = yield from self._session.ask(commands)
         epoch, now = self._connection.epoch, self._connection.now()
-        generations.learn(guessed, answers[len(keys) :])
-        readings = Readings(self._session, generations, memory)
+        if generations is not None:
+            generations.learn(guessed, answers[len(keys) :])
         for position, place in enumerate(places, first):
             answer = answers[place]
             if type(answer) is tuple:
                 # Taken apart for each, so that no two callers share a list or a dict.
                 reply = found_or_fail(answer[0], answer[1], tails[place][1], epoch, now)
                 if type(reply) is Entry:
+                    if readings is None:
+                        generations = generations or Generations(self._session)
+                        readings = Readings(self._session, generations, memory)
                     readings.value(keys[place], reply, self._filler(position))
                 elif guessed and memory.of(keys[place]):
                     memory.note(keys[place], ())
                 self.replies[position] = reply
             else:
                 self.replies[position] = MISSING if answer == MISS else not_found(answer)
-        if readings:
+        if readings is not None:
             yield from readings.finish()
         return True
 
@@ -152,6 +160,8 @@ class Plan:
 
 def _way(request: Request[Any]) -> type[Rounds | LeaseRounds | LimitRounds] | None:
     """Who carries out a request that looks before it writes."""
+    if type(request) is Get:
+        return None
     if type(request) is Admit:
         return LimitRounds
     return LeaseRounds if leases(request) else Rounds if looks_first(request) else None

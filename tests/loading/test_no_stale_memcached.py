@@ -20,7 +20,7 @@ from cachebus.testing.servers import Server, run_memcached
 
 from .real_server_memcached import play_memcached
 
-SEEDS = int(os.environ.get("CACHEBUS_SERVER_SEEDS", "200"))
+SEEDS = int(os.environ.get("CACHEBUS_SERVER_SEEDS", "150"))
 FIRST = int(os.environ.get("CACHEBUS_FIRST_SEED", "1"))
 PART = 50
 
