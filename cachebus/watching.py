@@ -59,6 +59,10 @@ class Watches(Landings):
     async def _watch(self, way: Way, job: Job, flight: Flight, theirs: str, started: float) -> None:
         pause = FIRST_PAUSE
         now = way.link.bus.clock.monotonic
+        # Asked first, because a store that tells the end of a lease would answer every question before that in vain.
+        if (failed := await self._ended_elsewhere(way, job, theirs, 0.0, job.options.wait_limit)) is not None:
+            flight.land(Raised(failed))
+            return
         while (patience := started + job.options.wait_limit - now()) > 0:
             token = self._token()
             self.flights[token] = flight
@@ -113,7 +117,8 @@ class Watches(Landings):
                 self._told = False
             except CacheError:
                 pass  # Whatever is wrong: the next question says it.
-        await way.pause(pause)
+        if pause:
+            await way.pause(pause)
         return None
 
     # Hits that are not only read

@@ -78,9 +78,6 @@ class LeaseWatch:
         if (ended := self._ended.get(request.token)) is not None:
             told(ended)
             return
-        if self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
         if self._place is None:
             self._listen()
         if self._trouble is not None:
@@ -113,6 +110,9 @@ class LeaseWatch:
             self._leaves(1)
             told(Loading(token))
 
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
         alarm = asyncio.get_running_loop().call_later(min(request.wait, LONGEST), late)
         waiting = _Waiting(told, alarm)
         self._waiting.setdefault(token, []).append(waiting)

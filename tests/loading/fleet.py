@@ -48,9 +48,8 @@ def sharing(kind: str) -> Iterator[Shared]:
             "--backend",
             backend,
         ]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CACHEBUS_")}
         worker = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         stack.callback(_end, worker)
         assert worker.stdout is not None
@@ -74,6 +73,7 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=_environment(),
         )
 
     def says(self, what: str) -> None:
@@ -109,6 +109,10 @@ def fleet(shared: Shared, *each_words: tuple[str, ...]) -> Iterator[list[Process
         for process in processes:
             process.says("ready")
         yield processes
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("CACHEBUS_")}
 
 
 def _end(process: subprocess.Popen[str]) -> None:

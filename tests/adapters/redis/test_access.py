@@ -95,7 +95,7 @@ def documented_rights() -> list[list[str]]:
     rights = page.partition("### Rights")[2].partition("###")[0]
     words = re.findall(r"`([^`]+)`", rights)
     keys = [each.replace("<namespace>", "tests") for each in words if each.startswith("~")]
-    ours, scripts, *others = [each for each in words if not each.startswith("~")]
+    ours, scripts, *others = [each for each in words if not each.startswith(("~", "&"))]
     return [keys, ours.split(), scripts.split(), others]
 
 

@@ -176,7 +176,7 @@ async def test_a_server_that_is_away_or_forbids_the_channel_is_not_waited_for() 
                     store.watch(WatchLease("k", "t", 0.05), told)
                     reply = await told.reply()
                     await asyncio.sleep(0.01)
-        words = ("ACL", "SETUSER", "me", "on", ">pw", "+@all", "~*", "resetchannels")
+        words = ("ACL", "SETUSER", "me", "on", ">pw", "+@all", "-publish", "~*", "resetchannels")
         await anyio.to_thread.run_sync(lambda: redis_command(server, *words))
         async with opened(f"redis://me:pw@127.0.0.1:{server.port}") as store:
             for _ in range(2):
