@@ -140,10 +140,9 @@ async def test_a_wait_goes_from_worker_to_worker_and_keeps_its_place(
                     await asyncio.sleep(0.6)  # Whoever has forgotten it would give it back by now.
                     await lock.extend()
 
-            async with asyncio.TaskGroup() as tasks:
-                async with one.lock("a", ttl=60):
-                    for number in range(3):
-                        tasks.create_task(work(number))
-                        await asyncio.sleep(0.1)
-                    await asyncio.sleep(2)
+            async with asyncio.TaskGroup() as tasks, one.lock("a", ttl=60):
+                for number in range(3):
+                    tasks.create_task(work(number))
+                    await asyncio.sleep(0.1)
+                await asyncio.sleep(2)
             assert order == [0, 1, 2]
