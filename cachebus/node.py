@@ -178,7 +178,7 @@ class Node:
 
         if isinstance(kept, GuardSettings):
             store = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
-            return LockManager(store, guard_policy(kept))
+            return LockManager(store, guard_policy(kept), shared=self.visibility(kept) == "shared")
         table = self._lock_tables.get(kept.name)  # One for all lives of the actor.
         if table is None:
             table = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)

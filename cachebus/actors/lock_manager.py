@@ -68,7 +68,8 @@ POLL_MAX = 12
 
 
 class LockManager(Actor):
-    """Stands before a `LockStore`. At most `max_waiters` callers wait for locks, or for the store to answer."""
+    """Stands before a `LockStore`. At most `max_waiters` callers wait for locks, or for the store to answer. `shared`, it is
+    one of several at its address: a caller may be here now and there the next time."""
 
     def __init__(
         self,
@@ -76,11 +77,13 @@ class LockManager(Actor):
         guard: GuardPolicy | None = None,
         *,
         max_waiters: int = 10_000,
+        shared: bool = False,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
         self._policy = guard or GuardPolicy()
         self._max_waiters = max_waiters
+        self._shared = shared
         self._draw = draw
         self._asking: Asking
         self._inline = store if isinstance(store, InlineLockStore) else None
@@ -103,7 +106,9 @@ class LockManager(Actor):
         self._store.told = self
 
     async def on_stop(self) -> None:
-        places = [each.abandoned() for each in self._waiters.values()]
+        places = [each.abandoned(unclaimed=True) for each in self._waiters.values()]
+        for each in self._waiters.values():
+            self._answer(each, LockQueued("", 0.0))  # Another manager may serve the same store.
         self._waiters.clear()
         self._rooms.clear()
         await self._asking.close(places)
@@ -125,8 +130,7 @@ class LockManager(Actor):
     async def on_describe(self, request: Describe) -> Description:
         # It need not wait. But whoever would block for a lock in the thread of an event loop is refused because of it:
         # the lock may be given back by a task of this very loop.
-        limits: dict[str, int | None] = {"max_waiters": self._max_waiters}
-        return Description(self.ctx.address, self._store.name, ("locks",), limits)
+        return Description(self.ctx.address, self._store.name, ("locks",), {"max_waiters": self._max_waiters})
 
     def on_take_snapshot(self, request: TakeSnapshot) -> Snapshot:
         guard = self._asking.statistics()
@@ -169,7 +173,7 @@ class LockManager(Actor):
                 waiter.answer.give(LockQueued("", 0.0))
             waiter.request, waiter.answer, waiter.ends = request, answer, now + request.wait
             self._await(waiter, now)
-            if waiter.request.wait <= 0 or not waiter.queued:
+            if self._shared or request.wait <= 0 or not waiter.queued:
                 self._ask_for(waiter)
             return
         if len(self._waiters) >= self._max_waiters:
@@ -231,13 +235,13 @@ class LockManager(Actor):
             self._forget(waiter)
             self._answer(waiter, reply)
             return
-        fresh = isinstance(reply, LockQueued) and reply.fresh and waiter.queued
+        lost_its_place = isinstance(reply, LockQueued) and reply.fresh and waiter.queued
         self._queue(waiter, reply.owner, reply.remaining, now)
-        if fresh:
-            # It had a place and lost it, and so have the others.
-            for each in [*self._rooms[request.name].waiters.values()]:
-                if each is not waiter:
-                    self._ask_for(each)
+        others = self._rooms[request.name].waiters
+        if lost_its_place and next(iter(others)) == request.ticket:
+            # And so have the others.
+            for each in [*others.values()][1:]:
+                self._ask_for(each)
         if waiter.again:
             self._ask_for(waiter)
 
@@ -263,7 +267,7 @@ class LockManager(Actor):
             return
         self._forget(waiter)
         if not waiter.is_there:
-            self._give_up(waiter)
+            self._give_up(waiter, unclaimed=True)
             return
         self.ctx.tell(LockAcquired, request.name, request.owner, grant.token)
         self._answer(waiter, grant)
@@ -280,14 +284,14 @@ class LockManager(Actor):
         if transient:
             self._give_up(waiter)  # Whether it was done is not known.
 
-    def _give_up(self, waiter: Waiter) -> None:
+    def _give_up(self, waiter: Waiter, *, unclaimed: bool = False) -> None:
         name = waiter.request.name
 
         def gone(reply: Reply) -> None:
             if self._store.poll is not None:
                 self.look(name)
 
-        self._asking.ask(waiter.abandoned(), gone)
+        self._asking.ask(waiter.abandoned(unclaimed=unclaimed), gone)
 
     # For the store: `LockListener`
 
@@ -295,7 +299,7 @@ class LockManager(Actor):
         waiter = self._waiters.get(ticket)
         if waiter is None:
             # Nobody of ours, or of a life before this one.
-            self._asking.ask(ReleaseLock(name, ticket, abandon=True), lambda reply: None)
+            self._asking.ask(ReleaseLock(name, ticket, unclaimed=True), lambda reply: None)
         elif waiter.asking:
             waiter.again = True
         else:
@@ -308,7 +312,7 @@ class LockManager(Actor):
         if ticket:
             waiter = self._waiters.get(ticket)
             if waiter is None:
-                self._asking.ask(ReleaseLock(name, ticket, abandon=True), lambda reply: None)
+                self._asking.ask(ReleaseLock(name, ticket, unclaimed=True), lambda reply: None)
                 return
             self._ask_for(waiter)
         elif (room := self._rooms.get(name)) is not None:
@@ -349,13 +353,13 @@ class LockManager(Actor):
             self._agenda.add(waiter.until, waiter.request.name, waiter.request.ticket)
             answer.give(LockQueued(room.owner, max(0.0, room.ends_at - now)))
             return
-        room = self._rooms.get(waiter.request.name, Room())
+        room, was_there = self._rooms.get(waiter.request.name, Room()), waiter.is_there
         self._forget(waiter)
         self._answer(waiter, waiter.trouble or LockDenied(room.owner, max(0.0, room.ends_at - now)))
         if waiter.asking:
             waiter.left = True
         else:
-            self._give_up(waiter)
+            self._give_up(waiter, unclaimed=not was_there)
 
     def _await(self, waiter: Waiter, now: float) -> None:
         waiter.until = min(waiter.ends, now + PARKED)

@@ -66,9 +66,9 @@ class Waiter:
         """Whether the caller waits for an answer."""
         return self.answer is not None and self.answer.waiting
 
-    def abandoned(self) -> ReleaseLock:
-        """The request that takes back what was asked for it."""
-        return ReleaseLock(self.request.name, self.request.ticket, abandon=True)
+    def abandoned(self, *, unclaimed: bool = False) -> ReleaseLock:
+        """The request that takes back what was asked for it. `unclaimed`, its caller may ask again, of another manager."""
+        return ReleaseLock(self.request.name, self.request.ticket, abandon=not unclaimed, unclaimed=unclaimed)
 
 
 class Room:

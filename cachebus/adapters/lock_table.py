@@ -138,7 +138,7 @@ class LockTable:
             self._pass_on(name, now)
         if self._leave(name, request.ticket):
             return Released()
-        if held is not None and not request.abandon:
+        if held is not None and not (request.abandon or request.unclaimed):
             raise LockNotOwned(name=name, owner=held.owner)
         return NotHeld()
 

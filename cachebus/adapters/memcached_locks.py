@@ -166,6 +166,8 @@ class _Locks:
 
     def _release(self, request: ReleaseLock) -> Talk[Reply]:
         item = self._item(request.name)
+        if request.unclaimed:
+            return NotHeld()  # Another manager may have been asked, and the item does not say: it ends by itself.
         if request.abandon:
             yield from self._ask(f"ms {self._gone(item, request.ticket)} 0 T{GONE}\r\n\r\n".encode())
         for _ in range(TRIES):

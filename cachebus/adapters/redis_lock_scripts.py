@@ -158,11 +158,17 @@ return answer(holder == '' and 2 or 1)
 RELEASE = Script.of(
     _LOCK
     + f"""
--- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then.
+-- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then;
+-- '2' to give up only what is told to our inbox.
 -- The codes are those of RENEW.
 if ARGV[6] == '1' then redis.call('SET', KEYS[4], '', 'PX', {GONE_MS}) end
 """
     + """
+if ARGV[6] == '2' then
+  local row = redis.call('HGET', rows, ticket)
+  local where = holder == ticket and s[7] or row and string.match(row, '^([^|]*)|')
+  if where ~= inbox then return answer(2) end
+end
 if holder == ticket then
   holder, owner, until_ms = '', '', 0
   redis.call('HSET', state, 't', '', 'u', 0, 'l', ticket)
@@ -172,7 +178,7 @@ end
 local code = 2
 if s[6] == ticket or leave(ticket) == 1 then
   code = 0
-elseif holder ~= '' and ARGV[6] ~= '1' then
+elseif holder ~= '' and ARGV[6] == '0' then
   code = 1
 end
 if holder == '' then pass_on() end

@@ -80,7 +80,8 @@ class RenewLock(Request[Renewed | NotHeld]):
 class ReleaseLock(Request[Released | NotHeld]):
     """Give a lock back, or the place in its queue. `owner` and `token` are for those who listen.
 
-    With `abandon` whoever asked does not know what became of its `Acquire`: should that come only now, it is refused.
+    With `abandon` whoever asked does not know what became of its `Acquire`: should that come only now, it is refused. With
+    `unclaimed` a manager gives up what it was not asked for again; only if no other manager was, and it may come again.
     """
 
     name: str
@@ -88,6 +89,7 @@ class ReleaseLock(Request[Released | NotHeld]):
     owner: str = ""
     token: int = 0
     abandon: bool = False
+    unclaimed: bool = False
     IDEMPOTENT: ClassVar[bool] = True
 
 

@@ -116,3 +116,33 @@ async def test_locks_that_are_somewhere_else_are_at_an_address_of_their_own(nats
                 await one.lock("a", wait=0).acquire()
             with pytest.raises(NoSuchActor):
                 await two.lock("a", wait=0).acquire()
+
+
+async def test_a_wait_goes_from_worker_to_worker_and_keeps_its_place(
+    nats: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("PARKED", 0.2), ("KEPT", 0.3)):
+        monkeypatch.setattr(f"cachebus.actors.lock_manager.{name}", seconds)
+    with run_redis() as redis:
+        options: dict[str, Any] = {"bus": nats.url, "backends": [redis.url]}
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                await stack.enter_async_context(Node(Settings(namespace="moving", **options), serve=True))
+            one, two = [
+                await stack.enter_async_context(open_cache("bus:primary", bus=nats.url, namespace="moving"))
+                for _ in range(2)
+            ]
+            order: list[int] = []
+
+            async def work(number: int) -> None:
+                async with two.lock("a", wait=60) as lock:
+                    order.append(number)
+                    await asyncio.sleep(0.6)  # Whoever has forgotten it would give it back by now.
+                    await lock.extend()
+
+            async with asyncio.TaskGroup() as tasks, one.lock("a", ttl=60):
+                for number in range(3):
+                    tasks.create_task(work(number))
+                    await asyncio.sleep(0.1)
+                await asyncio.sleep(2)
+            assert order == [0, 1, 2]
