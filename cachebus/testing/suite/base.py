@@ -116,6 +116,11 @@ class Conformance:
         """Let time pass for the store. Override it where the store's clock is yours to move."""
         await anyio.sleep(seconds)
 
+    async def expire(self, store: AnyStore, *, times: int = 1) -> None:
+        """Let the time of a value of `short_ttl` pass, as the store rounds it, and of what comes after it."""
+        rounded = max(self.short_ttl, store.capabilities.ttl_resolution)
+        await self.elapse(rounded + (times - 1) * self.short_ttl + times * self.slack)
+
     def now(self) -> float:
         """Monotonic seconds of the clock that `elapse` moves."""
         return time.monotonic()

@@ -83,11 +83,6 @@ class Leasing(Conformance):
             self.needs(store, "patterns")
         await ask(store, VOIDING[how]())
 
-    async def expire(self, store: AnyStore, *, times: int = 1) -> None:
-        """Let the time of a value of `short_ttl` pass, as the store rounds it, and of what comes after it."""
-        rounded = max(self.short_ttl, store.capabilities.ttl_resolution)
-        await self.elapse(rounded + (times - 1) * self.short_ttl + times * self.slack)
-
     async def test_a_store_that_cannot_lease_says_so(self, store: AnyStore) -> None:
         if store.capabilities.leases:
             pytest.skip("the store says that it can lease")
