@@ -237,10 +237,10 @@ class LockManager(Actor):
             return
         lost_its_place = isinstance(reply, LockQueued) and reply.fresh and waiter.queued
         self._queue(waiter, reply.owner, reply.remaining, now)
-        others = self._rooms[request.name].waiters
-        if lost_its_place and next(iter(others)) == request.ticket:
-            # And so have the others.
-            for each in [*others.values()][1:]:
+        if lost_its_place:
+            # And so have the others, who ask when the first of them has.
+            first, *others = self._rooms[request.name].waiters.values()
+            for each in others if first is waiter else [first]:
                 self._ask_for(each)
         if waiter.again:
             self._ask_for(waiter)
@@ -248,7 +248,7 @@ class LockManager(Actor):
     def _queue(self, waiter: Waiter, owner: str, remaining: float, now: float) -> None:
         request = waiter.request
         room = self._rooms.setdefault(request.name, Room())
-        room.owner, room.ends_at = owner, now + remaining
+        room.owner, room.ends_at, room.overdue = owner, now + remaining, False
         if not waiter.queued:
             waiter.queued = True
             room.waiters[request.ticket] = waiter
@@ -285,11 +285,9 @@ class LockManager(Actor):
             self._give_up(waiter)  # Whether it was done is not known.
 
     def _give_up(self, waiter: Waiter, *, unclaimed: bool = False) -> None:
-        name = waiter.request.name
-
         def gone(reply: Reply) -> None:
             if self._store.poll is not None:
-                self.look(name)
+                self.look(waiter.request.name)
 
         self._asking.ask(waiter.abandoned(unclaimed=unclaimed), gone)
 
@@ -338,7 +336,7 @@ class LockManager(Actor):
                 if (waiter := self._waiters.get(ticket)) is not None and waiter.until <= now:
                     self._waited(waiter, now)
             elif (room := self._rooms.get(name)) is not None and room.check_at <= now:
-                room.check_at = math.inf
+                room.check_at, room.overdue = math.inf, True
                 self._ask_for(next(iter(room.waiters.values())))
         if self._inline is not None:
             self._watch_expiry(self._inline)
@@ -396,5 +394,6 @@ class LockManager(Actor):
         if (room := self._rooms.get(name)) is not None and room.waiters.pop(waiter.request.ticket, None) is not None:
             if not room.waiters:
                 del self._rooms[name]
-            elif self._store.poll is not None:
-                self._check_at(name, room, self.ctx.clock.monotonic() + self._store.poll * (0.5 + self._draw()))
+            elif self._store.poll is not None or room.overdue:
+                delay = (self._store.poll or 0.0) * (0.5 + self._draw())
+                self._check_at(name, room, self.ctx.clock.monotonic() + delay)

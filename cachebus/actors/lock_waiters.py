@@ -73,15 +73,17 @@ class Waiter:
 
 class Room:
     """Those who wait for one lock, in the order in which they came. `owner` holds it, to `ends_at` as far as is known; at
-    `check_at` the store is asked again, `pause` after the last time where it cannot tell."""
+    `check_at` the store is asked again, `pause` after the last time where it cannot tell. While it is `overdue` nobody has
+    been told since that somebody else has the lock: the store may have lost everybody's place."""
 
-    __slots__ = ("check_at", "ends_at", "owner", "pause", "waiters")
+    __slots__ = ("check_at", "ends_at", "overdue", "owner", "pause", "waiters")
 
     def __init__(self) -> None:
         self.waiters: dict[str, Waiter] = {}
         self.owner = ""
         self.ends_at = 0.0
         self.check_at = math.inf
+        self.overdue = False
         self.pause = 0.0
 
 

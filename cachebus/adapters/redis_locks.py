@@ -135,6 +135,8 @@ class RedisLockStore:
         def make(reply: Any, now: float) -> Reply:
             self._told(name, reply)
             answer = read(reply)
+            if type(answer) is Released and not reply[5] and not reply[7] and self.told is not None:
+                self.told.look(name)  # Nobody waits there. Whoever does here has lost its place, as after a flush.
             if type(answer) is LockQueued:
                 self._enter()
             return answer

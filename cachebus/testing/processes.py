@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -26,17 +27,25 @@ Probe = Callable[[socket.socket], bool]
 """Asks a server over a fresh connection whether it is ready to work."""
 
 
-def free_port() -> int:
-    """A port of this machine's loopback interface that nobody uses now.
+_LOWEST, _SHARE, _SHARES = 20_000, 1_500, 8
+"""Ports from 20000 to 31999: below those that systems give to outgoing connections (32768 and up on Linux, 49152 on the
+others), so that nobody's client takes one while its server is down. Each process of a test run has its own share of them."""
 
-    It is below those that systems give to outgoing connections (32768 and up on Linux, 49152 on the others), so that
-    nobody's client takes it while the server is down.
+_ports = itertools.count(random.SystemRandom().randrange(_SHARE))
+
+
+def free_port() -> int:
+    """A port of this machine's loopback interface that nobody uses now, and nobody else in this test run will be given.
+
+    A server may be down when another one is started, so no port is given twice before all have been.
     """
-    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+    share = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _SHARES
+    for _ in range(_SHARE):
+        port = _LOWEST + share * _SHARE + next(_ports) % _SHARE
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise RuntimeError("100 ports between 20000 and 32767 were tried, and all are in use")
+    raise RuntimeError("every port of this process's share is in use")
 
 
 def answers(port: int, probe: Probe, host: str = "127.0.0.1") -> bool:

@@ -236,12 +236,16 @@ async def test_tokens_grow_over_a_flush_and_the_holder_notices(server: Server, c
 
 async def test_who_waits_when_everything_is_flushed_gets_the_lock_all_the_same(server: Server, cache: Cache) -> None:
     lock = await cache.lock("a", ttl=1, renew=False).acquire()
-    waiting = [asyncio.create_task(cache.lock("a", wait=20).acquire()) for _ in range(5)]
+
+    async def hold() -> None:
+        async with cache.lock("a", wait=20):
+            pass
+
+    waiting = [asyncio.create_task(hold()) for _ in range(5)]
     await queued(server, 5)
     await tell(server, "FLUSHALL")
-    for each in waiting:
-        async with asyncio.timeout(5):
-            await (await each).release()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*waiting)  # In what order is lost with the queue.
     with pytest.raises(LockNotHeld):
         await lock.release()
 

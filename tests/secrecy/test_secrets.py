@@ -227,7 +227,7 @@ def test_the_commands_show_no_secret(redis: Server, nats: Server, tmp_path: Path
         ran("topology", "--bus", f"nats://{TOKEN}x@{nats.host}:{nats.port}"),
         ran("ping", "backend.primary", "--bus", f"nats://{TOKEN}x@{nats.host}:{nats.port}"),
         ran("worker", "--backend", f"redis://:{CANARY}x@{redis.host}:{redis.port}", "--bus", f"nats://{CANARY}@nowhere.invalid",
-            "--log-level", "debug"),
+            "--wait", "0.2", "--log-level", "debug"),
     ]  # fmt: skip
     assert all(shown)
     clean(shown)
