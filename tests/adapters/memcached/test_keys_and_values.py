@@ -203,6 +203,5 @@ async def test_a_part_of_a_second_is_rounded_up_and_the_value_then_goes(server: 
         assert 0.5 < seen.ttl <= 1.0
         while isinstance(await one(store, Get("a")), Found):
             pass
-        assert (
-            0.05 < time.monotonic() - before < 2.5
-        )  # Memcached's clock goes by whole seconds, and late on a busy machine.
+        # Memcached's clock goes by whole seconds, and late on a busy machine.
+        assert 0.05 < time.monotonic() - before < 2.5
