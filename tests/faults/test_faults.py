@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from .faults import FAULTS
 from .scene import DEADLINE, RECOVERY, SLACK, Fault, play
+
+BESIDE_OTHERS = 0.9 if "PYTEST_XDIST_WORKER" in os.environ else 0.0
+"""Seconds for which the other test processes may keep ours from the processor. `make faults`, alone, holds the bound itself."""
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +24,7 @@ async def test_a_fault_hurts_nobody_for_longer_than_it_lasts(fault: Fault) -> No
     assert report.wrong == []
     assert set(report.errors) <= fault.errors
     assert report.calls == report.answered + report.errors.total()
-    assert report.longest <= DEADLINE + SLACK
+    assert report.longest <= DEADLINE + SLACK + BESIDE_OTHERS
     assert report.recovery <= RECOVERY
     # The fault was one: a list of faults that never happen proves nothing.
     assert any(fault.says in each for each in report.told or {""})
