@@ -40,6 +40,19 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
+def logging_is_left_as_it_was() -> Iterator[None]:
+    """Takes away what a test has done to the root logger: the worker command turns it to the standard error of that test,
+    which is closed when the next one logs, and to a level that hides secrets from the look-out."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
 def nothing_blocks_the_loop(request: pytest.FixtureRequest) -> Iterator[None]:
     """Makes a blocking call on the asyncio loop raise ``BlockingError`` if code of cachebus is on the stack.
 

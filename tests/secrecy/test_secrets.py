@@ -236,11 +236,13 @@ def test_the_commands_show_no_secret(redis: Server, nats: Server, tmp_path: Path
 LEAKS = {
     "logs": "import logging\n\ndef test() -> None:\n    logging.getLogger('cachebus').debug('a %s', {canary!r})\n",
     "prints": "def test() -> None:\n    print({canary!r})\n",
+    "logs later": "import logging\nfrom cachebus.logs import log_to_stderr\n\ndef test_a() -> None:\n    log_to_stderr('text', 'info')\n\n"
+    "def test_b() -> None:\n    logging.getLogger('cachebus').debug('a %s', {canary!r})\n",
     "keeps": "def test() -> None:\n    {canary!r}\n",
 }
 
 
-@pytest.mark.parametrize(("leak", "failed"), [("logs", 1), ("prints", 1), ("keeps", 0)])
+@pytest.mark.parametrize(("leak", "failed"), [("logs", 1), ("prints", 1), ("logs later", 1), ("keeps", 0)])
 def test_the_suite_looks_out_for_secrets(leak: str, failed: int, tmp_path: Path) -> None:
     (tmp_path / "test_leak.py").write_text(LEAKS[leak].format(canary=CANARY), encoding="utf-8")
     command = [
