@@ -6,7 +6,7 @@ Who waits for whom is kept as a graph, so that loaders that would wait for each 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -157,16 +157,18 @@ def _reaches(start: Load, goal: Load) -> bool:
 class Flight(Load):
     """What everybody waits for who wants the value of one load. Tasks of any event loop and threads may wait.
 
-    When the last of them stops waiting, `cancel` is called, unless one of them has said that the load shall go on.
+    When the last of them stops waiting, `cancel` is called, unless one of them has said that the load shall go on. `names`
+    are those of the leases that it loads under, or waits for.
     """
 
-    __slots__ = ("_guard", "_kept", "_outcome", "_ports", "cancel")
+    __slots__ = ("_guard", "_kept", "_outcome", "_ports", "cancel", "names")
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.waits_for = {}
         self.landed = False
         self.cancel: Callable[[], None] | None = None
+        self.names: Collection[str] = ()
         self._guard = threading.Lock()
         self._ports: dict[Port, None] = {}
         self._kept = False

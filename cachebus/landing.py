@@ -121,7 +121,8 @@ class Start:
 
 
 class Landings:
-    """The loads of one cache that are under way in this process, by the names of their leases."""
+    """The loads of one cache that are under way in this process, by the names of their leases; while a question for a lease
+    has no answer, by what is asked for."""
 
     def __init__(self) -> None:
         self._chance = random.Random()
@@ -186,6 +187,14 @@ class Landings:
         if not flight.landed:
             self._give_back(way, job.key, token)
             flight.land(ABANDONED)
+
+    def _granted(self, flight: Flight, asked: str, name: str) -> None:
+        """List a flight under the lease that it was granted."""
+        flight.names = (*flight.names, name)
+        self.flights[name] = flight
+        if name != asked:
+            # Last, so that another thread finds it at any time: it looks for the name first.
+            self.flights.pop(asked, None)
 
     def _forget(self, token: str) -> None:
         self.renewals.let_go(token)

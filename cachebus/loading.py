@@ -77,6 +77,7 @@ class Flights(Watches):
             stale: Stale | None = None
             start: Start | None = None
             leads = False
+            told = ""
             if not self._leasing:
                 flight, start = self._alone_flight(way, job, started)
                 leads = start is not None
@@ -108,8 +109,13 @@ class Flights(Watches):
                     stale = (
                         reply.stale if isinstance(reply, LeaseGranted) else reply if isinstance(reply, Stale) else None
                     )
-                    flight, start = self._joined(way, job, name_of(reply), started)
+                    told = name_of(reply)
+                    flight, start = self._joined(way, job, told, started)
             outcome = await self._outcome(way, job.options, flight, start, leads, stale, started)
+            if told and told not in flight.names and not (outcome is LATE or isinstance(outcome, Stale)):
+                # It was asked for by the same question, and is not the lease that this caller was told of: one may have
+                # been lost to an invalidation that had returned when this caller asked.
+                continue
             if isinstance(outcome, Values):
                 outcome = outcome.of(job.key)
             if isinstance(outcome, Value) and (leads or outcome.shared):
@@ -134,7 +140,6 @@ class Flights(Watches):
         token = self._token()
         # Listed before the lease is asked for: whoever asks in between is told its name, and must find it here.
         flight = self.flights[token] = Flight()
-        granted = False
         try:
             reply = way.link.turn_lease(request := self._lease_request(job, token))
             if type(reply) is not LeaseGranted:
@@ -142,12 +147,13 @@ class Flights(Watches):
                 if isinstance(reply, Remembered) and job.options.recalled(reply) is None:
                     # An exception that this caller did not ask for: to be loaded anew, in its place.
                     reply = await self._lease(way, self._lease_request(job, token, refresh=True))
-            granted = isinstance(reply, LeaseGranted)
+            if isinstance(reply, LeaseGranted):
+                self._granted(flight, token, reply.token)
         finally:
-            if not granted:
+            if not flight.names:
                 del self.flights[token]
                 flight.land(ABANDONED)
-        return reply, granted
+        return reply, bool(flight.names)
 
     async def fetch_many(self, way: Way, keys: Sequence[str], load: Loader, options: LoadOptions) -> dict[str, Any]:
         """The values of keys that are missing: those that nobody loads by one call of `load`, the others as they come."""
@@ -166,10 +172,12 @@ class Flights(Watches):
             self._ended_many(way, jobs, flight, asked)
             raise
         tokens: dict[str, str | None] = {
-            key: token for key, token in asked.items() if isinstance(replies[key], LeaseGranted)
+            key: reply.token for key, reply in replies.items() if isinstance(reply, LeaseGranted)
         }
-        for key, token in asked.items():
-            if key not in tokens:
+        flight.names = frozenset(token for token in tokens.values() if token)
+        self.flights.update(dict.fromkeys(flight.names, flight))
+        for token in asked.values():
+            if token not in flight.names:
                 self.flights.pop(token, None)
         values = {key: reply.value for key, reply in replies.items() if isinstance(reply, Found)}
         stale = {key: reply.stale for key, reply in replies.items() if isinstance(reply, LeaseGranted) and reply.stale}

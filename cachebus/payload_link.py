@@ -334,7 +334,7 @@ class PayloadLink(Link):
             with contextlib.suppress(CacheSerializationError):
                 found = self._arrived(message, await ask(Get(message.key)))
                 if isinstance(found, Found):
-                    self.send(Release(message.key, message.token))
+                    self.send(Release(message.key, arrived.token))
                     return found
         return arrived
 

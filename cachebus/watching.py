@@ -17,6 +17,7 @@ from cachebus.messages import (
     Touch,
     WatchLease,
 )
+from cachebus.messages.lease_names import asked_as
 
 from .cached_errors import Remembered
 from .flight import ABANDONED, Flight, Raised, Value
@@ -41,7 +42,10 @@ class Watches(Landings):
     def _joined(self, way: Way, job: Job, theirs: str, started: float) -> tuple[Flight, Start | None]:
         """The flight of a load that is under way; where it is another process's, with what starts to wait for it on
         behalf of everybody in this one."""
+        if (known := self._flight_of(theirs)) is not None:
+            return known, None
         mine = Flight()
+        mine.names = (theirs,)
         flight = self.flights.setdefault(theirs, mine)
         if flight is not mine:
             return flight, None
@@ -55,6 +59,11 @@ class Watches(Landings):
             way.beside(flight, lambda way: self._watch(way, job, flight, theirs, started), ended, alone=True)
 
         return flight, Start(begin, ended)
+
+    def _flight_of(self, name: str) -> Flight | None:
+        """The flight under a lease, or the one that may come to be: somebody of this process has asked for it, and has no
+        answer yet."""
+        return self.flights.get(name) or self.flights.get(asked_as(name))
 
     async def _watch(self, way: Way, job: Job, flight: Flight, theirs: str, started: float) -> None:
         pause = FIRST_PAUSE
@@ -82,18 +91,19 @@ class Watches(Landings):
                 flight.land(Value(reply.value))
                 return
             if isinstance(reply, LeaseGranted):
-                self.renewals.hold(way.link, job.key, token, job.options.lease_ttl)
+                self._granted(flight, token, reply.token)
+                self.renewals.hold(way.link, job.key, reply.token, job.options.lease_ttl)
                 try:
-                    await self._fly(way, job, flight, token, reply.stale, now())
+                    await self._fly(way, job, flight, reply.token, reply.stale, now())
                 finally:
-                    self._ended(way, job, flight, token)
+                    self._ended(way, job, flight, reply.token)
                 return
             if isinstance(reply, NotHeld | Remembered):
                 return  # As where the question failed.
             seconds = pause * (0.5 + self._chance.random() / 2)
             if isinstance(reply, Missing):
                 await way.pause(seconds)
-            elif (name := name_of(reply)) != theirs and name in self.flights:
+            elif (name := name_of(reply)) != theirs and self._flight_of(name) is not None:
                 return  # A caller of this process loads by now: who waits here asks again, and joins it.
             else:
                 left = min(patience, max(reply.remaining, FIRST_PAUSE))
@@ -140,15 +150,17 @@ class Watches(Landings):
             except CacheError:
                 return
             if isinstance(reply, LeaseGranted):
-                self.renewals.hold(way.link, key, token, job.options.lease_ttl)
+                self._granted(flight, token, reply.token)
+                self.renewals.hold(way.link, key, reply.token, job.options.lease_ttl)
                 started = way.link.bus.clock.monotonic()
-                await self._fly(way, job, flight, token, found, started)
+                await self._fly(way, job, flight, reply.token, found, started)
             else:
                 flight.land(ABANDONED)
 
         def ended() -> None:
             self._refreshing.discard(key)
-            self._ended(way, job, flight, token)
+            for name in flight.names or (token,):
+                self._ended(way, job, flight, name)
 
         way.beside(flight, work, ended, alone=True)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from cachebus.actors.ports import Deferred
 from cachebus.messages import GetOrLease, Overloaded, Reply
+from cachebus.messages.lease_names import new_lease_name
 
 
 class Waiter:
@@ -27,13 +28,15 @@ class Waiter:
 
 
 class Lease:
-    """The right to load a key, and those who wait for what comes of it. `granted` is the store's version then."""
+    """The right to load a key, and those who wait for what comes of it. `granted` is the store's version then. It is called
+    `token`, and was asked for as `asked`."""
 
-    __slots__ = ("expires_at", "granted", "key", "owner", "tags", "token", "waiters")
+    __slots__ = ("asked", "expires_at", "granted", "key", "owner", "tags", "token", "waiters")
 
     def __init__(self, request: GetOrLease, granted: float, expires_at: float) -> None:
         self.key = request.key
-        self.token = request.token
+        self.asked = request.token
+        self.token = new_lease_name(request.token)
         self.owner = request.owner
         self.tags = request.tags
         self.granted = granted
@@ -141,6 +144,15 @@ class LeaseTable:
         if lease is None or lease.key != key:
             return None
         return self._void.pop(token)
+
+    def name_of(self, key: str, asked: str) -> str:
+        """The name of the lease that was asked for as `asked`, be it current or void; `asked` itself if there is none."""
+        lease = self.by_key.get(key)
+        if lease is not None and lease.asked == asked:
+            return lease.token
+        if asked in self._void:
+            return asked
+        return next((each.token for each in self._void.values() if each.asked == asked), asked)
 
     def empty(self, lease: Lease) -> list[Waiter]:
         """Let nobody wait for a lease any more: hand over who does."""

@@ -31,6 +31,7 @@ from cachebus.messages import (
 )
 
 from .eviction import NEVER, Entry
+from .lease_checks import check_lease
 from .leases import Lease, LeaseTable, Waiter, answer_all
 from .table import EntryTable, Kept
 
@@ -69,8 +70,7 @@ class LoadTable(EntryTable):
 
     def get_or_lease(self, request: GetOrLease) -> Reply | Deferred:
         """Read, or lease, or wait."""
-        if not 0 < request.lease_ttl < NEVER:
-            raise BadMessage(f"lease_ttl must be a positive number of seconds, not {request.lease_ttl!r}")
+        check_lease(request)
         now = self._now()
         reply = self._read_or_lease(request, now)
         if type(reply) in (Loading, Stale) and request.wait > 0 and self.defer is not None:
@@ -90,12 +90,13 @@ class LoadTable(EntryTable):
     def release(self, request: Release) -> Released | NotHeld:
         """Give a lease back, with what those who wait shall be told."""
         now = self._now()
-        lease = self._leases.held(request.key, request.token, now)
+        token = self._leases.name_of(request.key, request.token)
+        lease = self._leases.held(request.key, token, now)
         ended = lease
         if lease is not None:
             self._leases.take(lease)
         else:
-            ended = self._leases.take_void(request.key, request.token)
+            ended = self._leases.take_void(request.key, token)
         if ended is not None:
             if request.late is not None:
                 self._bring_late(ended, request.late, now)
@@ -176,7 +177,7 @@ class LoadTable(EntryTable):
         lease = self._leases.current(request.key, now)
         if lease is None:
             lease = self._leases.grant(request, self._version, now)
-        if lease.token == request.token:
+        if lease.asked == request.token:
             return LeaseGranted(lease.token, self._stale(request.key, now))
         if entry is not None:
             return self._found(entry, now)

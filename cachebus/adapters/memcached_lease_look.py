@@ -22,14 +22,13 @@ class Draft:
     """What is to be written for a request, the last command deciding whether it was, and the reply if so; `None` is `Stored`,
     if `marks` are good even then."""
 
-    __slots__ = ("commands", "held", "marks", "position", "reply")
+    __slots__ = ("commands", "marks", "position", "reply")
 
     def __init__(self, position: int, commands: list[bytes], reply: Reply | None, marks: Marks = ()) -> None:
         self.position = position
         self.commands = commands
         self.reply = reply
         self.marks = marks
-        self.held: Held | None = None
 
 
 class State:

@@ -27,18 +27,20 @@ from cachebus.messages import (
     Stale,
     Stored,
 )
+from cachebus.messages.lease_names import asked_as, new_lease_name
 
 from .forms import decode_form, encode_form
+from .lease_checks import check_lease
 from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Talk
 from .memcached_entries import Entry, found_of, kept_until, server_expiry
 from .memcached_errors import BACKEND
 from .memcached_keys import ALL_TAGS
 from .memcached_lease_look import Draft, Looking, State
-from .memcached_leases import Held, check_lease, kept_as, stale_of
+from .memcached_leases import Held, kept_as, stale_of
 from .memcached_notes import NO_NOTES, Notes
 from .memcached_rounds import TRIES
 from .memcached_session import Commands, Moved, first_error
-from .memcached_tags import Generations, fresh
+from .memcached_tags import Generations
 from .memcached_values import not_found, store
 
 
@@ -105,8 +107,8 @@ class LeaseRounds(Looking):
                 raise BadMessage(f"{type(request).__name__} is not about leases")
 
     def _lease(self, position: int, request: GetOrLease, state: State) -> None:
-        check_lease(request.token, request.lease_ttl)
-        now, token = self._now, request.token
+        check_lease(request)
+        now = self._now
         live = self._live(state)
         if live is not None and not request.refresh:
             self._replies[position] = self._found(live, state)
@@ -115,11 +117,10 @@ class LeaseRounds(Looking):
         if live is not None and held is not None and held.version != live.version:
             held = None
         stale = self._stale(state, "", 0.0) if live is None else None
-        if held is not None and held.token == token:
+        if held is not None and asked_as(held.token) == request.token and self._generations.good(held.marks):
             # Asked for twice, it is granted twice, on the terms of the first time: the load may have begun by then.
-            self._replies[position] = LeaseGranted(token, stale)
+            self._replies[position] = LeaseGranted(held.token, stale)
             if held.deadline > now:
-                self._values.grants.note(held)
                 return
             held = held.until(now + request.lease_ttl)
         elif held is not None and self._current(held):
@@ -133,14 +134,14 @@ class LeaseRounds(Looking):
             version = 0.0 if live is None else live.version
             marks = self._generations.present(request.tags)
             all_tags = self._generations.seen(ALL_TAGS)
-            held = Held(token, fresh(), now + request.lease_ttl, version, all_tags, marks)
-        self._place(position, state, held, LeaseGranted(token, stale), anew=live is not None)
+            held = Held(new_lease_name(request.token), now + request.lease_ttl, version, all_tags, marks)
+        self._place(position, state, held, LeaseGranted(held.token, stale), anew=live is not None)
 
     def _commit(self, position: int, request: Set, state: State) -> None:
         if request.only_if is not None:
             raise BadMessage("a value that is stored under a lease has no other condition")
         held = self._held(request.lease or "", state)
-        if held is None or held.deadline <= self._now or self._values.grants.is_other(held):
+        if held is None or held.deadline <= self._now:
             live = self._live(state)
             self._replies[position] = NotStored(0.0 if live is None else live.version, "lease_lost")
             return
@@ -162,7 +163,7 @@ class LeaseRounds(Looking):
         state.draft = Draft(position, commands, None, marks)
 
     def _renew(self, position: int, request: Renew, state: State) -> None:
-        check_lease(request.token, request.lease_ttl)
+        check_lease(request)
         held = self._held(request.token, state)
         if held is None or not self._current(held):
             self._replies[position] = NotHeld()
@@ -171,7 +172,12 @@ class LeaseRounds(Looking):
         self._place(position, state, held.until(self._now + request.lease_ttl), Renewed(request.lease_ttl), anew=anew)
 
     def _release(self, position: int, request: Release, state: State) -> None:
-        held = self._held(request.token, state)
+        token = request.token
+        # It may be what the lease was asked for as, by somebody who was not told its name.
+        for each in (state.held, state.anew_held):
+            if each is not None and asked_as(each.token) == request.token:
+                token = each.token
+        held = self._held(token, state)
         if held is None:
             self._replies[position] = NotHeld()
             return
@@ -215,7 +221,6 @@ class LeaseRounds(Looking):
             item = held.with_stale(b"").pack(state.kept)
         command = store(self._head + tail, item, server_expiry(keep, self._now), _over(answer))
         state.draft = Draft(position, [command], reply)
-        state.draft.held = held
 
     def _end(self, position: int, state: State, reply: Reply, *, anew: bool) -> None:
         """Remove a lease, and put back what is stale."""
@@ -253,8 +258,6 @@ class LeaseRounds(Looking):
             if isinstance(answer, int) and answer >= 0:
                 stored = Stored(self._connection.epoch + answer)
                 good = after.good(draft.marks)
-                if isinstance(draft.reply, LeaseGranted) and draft.held is not None:
-                    self._values.grants.note(draft.held)
                 self._replies[draft.position] = draft.reply or (stored if good else NotStored(0.0, "lease_lost"))
             elif answer in (MISS, NOT_STORED, EXISTS):
                 again.append(draft.position)

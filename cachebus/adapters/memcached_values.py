@@ -13,7 +13,6 @@ from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection
 from .memcached_entries import HEADER, MISSING, Entry, expiry_of, kept_until, pack_entry, read_entry, server_expiry
 from .memcached_errors import BACKEND
 from .memcached_keys import Keys
-from .memcached_leases import Grants
 from .memcached_notes import NO_NOTES, Notes, pack_noted
 from .memcached_tags import TagMemory
 
@@ -42,7 +41,6 @@ class Values:
     default_ttl: float | None
     chunked: bool
     memory: TagMemory = field(default_factory=TagMemory)
-    grants: Grants = field(default_factory=Grants)
 
     def expiry(self, ttl: Ttl, now: float) -> float:
         """The time at which a value's time is up; 0 for never."""

@@ -6,7 +6,7 @@ In the place of a missing value, or of one whose time is up, stands
     8 bytes   deadline  of the lease: Unix time of the server in milliseconds
     1 byte    form      l
     8 bytes   until     Unix time in milliseconds until which the value below may be served, 0 without one
-    1 byte    length of the token, and the token
+    1 byte    length of the token, and the token: what was asked for, a dot and a nonce
     16 bytes  stamp     of the moment when the load began, as `redis_tags` has it
     4 bytes   length of the packed tags that are known from the beginning, and these
     rest      the entry whose time is up, as it was
@@ -38,7 +38,9 @@ from cachebus.messages import (
     Stale,
     Stored,
 )
+from cachebus.messages.lease_names import NONCE_LENGTH, new_lease_name
 
+from .lease_checks import check_lease
 from .redis_connection import Argument
 from .redis_script import Script
 from .redis_slots import slot_of, tag_of
@@ -70,6 +72,7 @@ local function expiry_of(raw)
 end
 local function tell_end(key, token, error)
   -- On the channel of the namespace, to those who wait elsewhere. If that is forbidden to us, they ask again by themselves.
+  if #token > 255 then return end
   redis.pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.char(#token) .. token .. error)
 end
 local function put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
@@ -78,47 +81,56 @@ local function put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
   redis.call('SET', key, struct.pack('>dd', -1, now_ms + lease_ms) .. 'l' .. struct.pack('>d', until_ms)
     .. string.char(#token) .. token .. stamp .. struct.pack('>I4', #known) .. known .. stale, 'PX', math.ceil(life))
 end
+local function asked(token)
+  return string.sub(token, 1, NAMELESS) -- without the dot and the nonce
+end
 local function is_void(stamp, known)
   return known ~= '' and holds(stamp, known) == false
 end
-"""
+""".replace("NAMELESS", str(-NONCE_LENGTH - 2))
 
 LEASE = Twin(
     _MARK
     + """
--- ARGV: token, milliseconds of the lease, '1' to load a live value anew, 16 bytes for the stamp, and tags. The answer begins
--- with 0 found, 1 granted or 2 loading; then the entry, the stale entry, or token, milliseconds left, stale entry, stamp, tags.
+-- ARGV: token for a new lease, milliseconds of it, '1' to load a live value anew, 16 bytes for the stamp, and tags. The answer
+-- begins with 0 found, 1 granted or 2 loading; then the entry; the stale entry and the token; or the token, milliseconds left,
+-- stale entry, stamp, tags. A lease that was asked for by the same question, and is still there, is granted as it is.
 local key, token, lease_ms, tags = KEYS[1], ARGV[1], tonumber(ARGV[2]), ARGV[5]
 local raw = redis.call('GET', key)
 if is_lease(raw) then
   local held, deadline, until_ms, stale, stamp, known = parts(raw)
   local lost = is_void(stamp, known)
   if stale ~= '' and valid(stale) == false then stale = '' end
-  if held ~= token and deadline > now_ms and not lost then
+  local again = asked(held) == asked(token)
+  if not again and deadline > now_ms and not lost then
     return {2, held, deadline - now_ms, stale, stamp, known}
   end
-  if held ~= token or lost then stamp, known = stamp_of(tags, lease_ms, ARGV[4]), tags end
+  if again and not lost then token = held else stamp, known = stamp_of(tags, lease_ms, ARGV[4]), tags end
   put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
-  return {1, stale}
+  return {1, stale, token}
 end
 if not raw or #raw < 17 or valid(raw) == false then
   -- Nothing, or what is nothing of ours.
   put_lease(key, token, lease_ms, 0, '', stamp_of(tags, lease_ms, ARGV[4]), tags)
-  return {1, ''}
+  return {1, '', token}
 end
 local expiry = expiry_of(raw)
 if expiry > 0 and expiry <= now_ms then
   -- Only what was loaded may be served stale. Anything else is about to be removed by Redis, within this millisecond.
   local stale = string.sub(raw, inner(raw), inner(raw)) == 'o' and raw or ''
   put_lease(key, token, lease_ms, now_ms + redis.call('PTTL', key), stale, stamp_of(tags, lease_ms, ARGV[4]), tags)
-  return {1, stale}
+  return {1, stale, token}
 end
 if ARGV[3] == '1' then
   local version = struct.unpack('>d', raw)
-  local lease = token .. string.format('|%.17g|', version)
-  if redis.call('SET', KEYS[2], lease .. stamp_of(tags, lease_ms, ARGV[4]), 'NX', 'PX', lease_ms)
-      or string.sub(redis.call('GET', KEYS[2]), 1, #lease) == lease then
-    return {1, ''}
+  local mark = string.format('|%.17g|', version)
+  if redis.call('SET', KEYS[2], token .. mark .. stamp_of(tags, lease_ms, ARGV[4]), 'NX', 'PX', lease_ms) then
+    return {1, '', token}
+  end
+  local lease = redis.call('GET', KEYS[2])
+  local held = string.sub(lease, 1, #token)
+  if asked(held) == asked(token) and string.sub(lease, #token + 1, #token + #mark) == mark then
+    return {1, '', held}
   end
 end
 return {0, raw}
@@ -195,12 +207,13 @@ return 0
 RELEASE = Twin(
     _MARK
     + """
--- ARGV: token, name of the error that the loader has failed with. The answer is 1 if it was held.
+-- ARGV: token, or what it was asked for as; name of the error that the loader has failed with. The answer is 1 if it was held.
 local key, token = KEYS[1], ARGV[1]
-tell_end(key, token, ARGV[2])
 local raw = redis.call('GET', key)
 if is_lease(raw) then
   local held, deadline, until_ms, stale, stamp, known = parts(raw)
+  if asked(held) == token then token = held end
+  tell_end(key, token, ARGV[2])
   if held ~= token then return 0 end
   if stale ~= '' then
     redis.call('SET', key, stale, 'PX', math.ceil(until_ms - now_ms))
@@ -210,7 +223,11 @@ if is_lease(raw) then
   return deadline > now_ms and not is_void(stamp, known) and 1 or 0
 end
 local lease = redis.call('GET', KEYS[2])
-if lease and string.sub(lease, 1, #token + 1) == token .. '|' then
+local stop = lease and string.find(lease, '|', #token + 1, true)
+local held = stop and string.sub(lease, 1, stop - 1)
+if held and asked(held) == token then token = held end
+tell_end(key, token, ARGV[2])
+if held == token then
   redis.call('DEL', KEYS[2])
   return 1
 end
@@ -228,16 +245,16 @@ def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -
     here = verdict is None
     more: list[Argument] = [] if verdict is None else [verdict]
     keys: list[Argument] = [2, key, _anew(key)]
-    if len(request.token.encode()) > 255:
-        raise BadMessage("the token of a lease has 255 bytes at most")
     if isinstance(request, GetOrLease):
+        check_lease(request)
         if not request.refresh:
             keys = [1, key]  # So that it does well in a slot of a cluster that is being moved.
-        words = [*keys, request.token, _ms(request.lease_ttl), "1" if request.refresh else "0"]
+        words = [*keys, new_lease_name(request.token), _ms(request.lease_ttl), "1" if request.refresh else "0"]
         words += (stamp, pack_tags(request.tags), *more)
-        return words, LEASE.at(here), lambda reply, now: _leased(reply, now, request.token)
+        return words, LEASE.at(here), _leased
     if isinstance(request, Renew):
         ttl = request.lease_ttl
+        check_lease(request)
         words = [*keys, request.token, _ms(ttl), *more]
         return words, RENEW.at(here), lambda held, _: Renewed(ttl) if held else NotHeld()
     return (
@@ -272,13 +289,13 @@ def _committed(version: Any, now: float) -> Reply:
     return Stored(float(version)) if version > 0 else NotStored(float(-version), "lease_lost")
 
 
-def _leased(reply: Any, now: float, token: str) -> Reply:
+def _leased(reply: Any, now: float) -> Reply:
     if reply[0] == 0:
         # It was live to the server, whatever our clock says.
         raw = reply[1]
         return read_tagged(raw, now, live=True)[1] if raw[16] == TAGGED else read_or_fail(raw, now, live=True)
     if reply[0] == 1:
-        return LeaseGranted(token, _stale(reply[1], "", 0.0))
+        return LeaseGranted(reply[2].decode(), _stale(reply[1], "", 0.0))
     holder, remaining = reply[1].decode(), reply[2] / 1000
     return _stale(reply[3], holder, remaining) or Loading(holder, remaining)
 
@@ -318,6 +335,4 @@ def _anew(key: str) -> Argument:
 
 
 def _ms(seconds: float) -> int:
-    if not 0 < seconds < math.inf:
-        raise BadMessage(f"lease_ttl must be a positive number of seconds, not {seconds!r}")
     return max(1, math.ceil(seconds * 1000))

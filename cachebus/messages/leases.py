@@ -47,7 +47,8 @@ class Stale(Reply):
 
 @message("reply.lease_granted")
 class LeaseGranted(Reply):
-    """Whoever asked shall load the value, and store it with `token`. `stale` is what may be served until then."""
+    """Whoever asked shall load the value, and store it with `token`, which is the name of this lease and of no other: what
+    was asked for, with a nonce of the store's. `stale` is what may be served until then."""
 
     token: str
     stale: Stale | None = None
@@ -82,7 +83,8 @@ class NotHeld(Reply):
 class GetOrLease(Request[Found | Stale | LeaseGranted | Loading]):
     """Read one key; where it has no live value, be the one who loads it.
 
-    `token` names the lease that is asked for, and nobody has used it before; asked for twice, it is granted twice. The
+    `token` names the question, and nobody has used it before. The lease is named by it and by a nonce. Asked for twice, the
+    same lease is granted twice while it is held, and another one once it was lost. The
     lease is lost after `lease_ttl` seconds unless renewed, and to a delete, a clear, a plain write of the key, or the
     invalidation of one of `tags`. Who is not granted it may wait for up to `wait` seconds: for the value, or for the
     lease if the one who has it gives up. `owner` is a process, or a part of one, that shares loads within itself: it is
@@ -128,7 +130,7 @@ class Renew(Request[Renewed | NotHeld]):
 
 @message("lease.release")
 class Release(Request[Released | NotHeld]):
-    """Give a lease back, without a value to store.
+    """Give a lease back, without a value to store. `token` is its name, or where no answer came, what it was asked for as.
 
     Those who wait get `late`, a value that is not to be stored; or the error that the loader failed, if `error` is the
     name of what it raised; or else one of them gets the lease.

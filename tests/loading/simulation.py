@@ -24,7 +24,7 @@ from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import Address, Emitter, LocalBus
 from cachebus.failures import Failures
 from cachebus.link import Link
-from cachebus.messages import CacheTimeoutError, Missing
+from cachebus.messages import CacheTimeoutError, GetOrLease, Missing, Release, Renew
 
 T = TypeVar("T")
 W = TypeVar("W", bound="World")
@@ -118,10 +118,13 @@ class SimulatedClock:
 class Line:
     """What a process has of the bus: messages go out one after the other and answers come back, each when it likes.
 
-    A process that has crashed says nothing more and hears nothing more; one that is paused says it later.
+    A process that has crashed says nothing more and hears nothing more; one that is paused says it later. What is said about
+    leases may be carried out once more, much later, as a copy is that was sent for want of an answer and was held up.
     """
 
-    def __init__(self, bus: LocalBus, chance: random.Random, *, lost: float) -> None:
+    COPIED = (GetOrLease, Renew, Release)
+
+    def __init__(self, bus: LocalBus, chance: random.Random, *, lost: float, copied: float = 0.0) -> None:
         self.bus = bus
         self.clock = bus.clock
         self.audience = bus.audience
@@ -129,6 +132,7 @@ class Line:
         self.paused_until = 0.0
         self._chance = chance
         self._lost = lost
+        self._copied = copied
         self._out: asyncio.Queue[tuple[Any, Any, asyncio.Future[Any] | None]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = {asyncio.ensure_future(self._send_out())}
 
@@ -154,12 +158,19 @@ class Line:
                 await asyncio.sleep(self.paused_until - self.clock.monotonic())
             if self.crashed:
                 return
+            if isinstance(message, self.COPIED) and self._chance.random() < self._copied:
+                self._beside(self._copy(address, message, answer))
             if answer is None:
                 self.bus.send(address, message)
             elif not answer.done():
                 # Posted now, so that the order of sending holds; answered whenever.
                 reply = self.bus.recipient(address).turn(type(message))(message)
                 self._beside(self._answer(address, message, reply, answer))
+
+    async def _copy(self, address: Address, message: Any, answer: asyncio.Future[Any] | None) -> None:
+        await asyncio.sleep(self._chance.choice((0.01, 0.2, 1.0, 3.0)))
+        reply = self.bus.recipient(address).turn(type(message))(message)
+        await self._answer(address, message, reply, answer or asyncio.get_running_loop().create_future())
 
     async def _answer(self, address: Address, message: Any, reply: Any, answer: asyncio.Future[Any]) -> None:
         try:
@@ -243,7 +254,8 @@ class World:
         bus = LocalBus("sim", clock=clock)
         async with Supervisor(bus, seed=1, inline_turns=self.chance.random() < 0.5) as supervisor:
             lost = self.chance.choice((0.0, 0.0, 0.02))
-            lines = [Line(bus, self.chance, lost=lost) for _ in range(PROCESSES)]
+            copied = self.chance.choice((0.0, 0.0, 0.3))
+            lines = [Line(bus, self.chance, lost=lost, copied=copied) for _ in range(PROCESSES)]
             cells = await self.backends(supervisor, clock, lines)
             groups: list[list[asyncio.Task[None]]] = []
             for number, (line, cell) in enumerate(zip(lines, cells, strict=True)):

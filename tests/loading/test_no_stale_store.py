@@ -7,7 +7,7 @@ hundred of them: a test that finds nothing shows nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from cachebus import Cache
 from cachebus.adapters.eviction import Entry
 from cachebus.adapters.leases import Lease
 from cachebus.adapters.memory import MemoryStore
-from cachebus.flight import Value
+from cachebus.flight import Flight, Value
 from cachebus.messages import Delete, Deleted, Found, Stale
 
 from .simulation import simulate
@@ -81,12 +81,28 @@ class LeasesNeverEnd(MemoryStore):
         held, grant, forget = self._leases.held, self._leases.grant, self._leases._forget
 
         def remember(request: Any, version: float, now: float) -> Lease:
-            lease = forever[request.key, request.token] = grant(request, version, now)
+            lease = grant(request, version, now)
+            forever[request.key, lease.token] = lease
             return lease
 
         self._leases.grant = remember  # type: ignore[method-assign]
         self._leases.held = lambda key, token, now: held(key, token, now) or forever.get((key, token))  # type: ignore[method-assign]
         self._leases._forget = lambda lease: forget(lease) if self._leases.by_key.get(lease.key) is lease else None  # type: ignore[method-assign]
+
+
+class LeasesAreNamedByTheirQuestion(MemoryStore):
+    """What was lost to an invalidation and is granted once more, to a late copy of the question, is the same lease again."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        grant = self._leases.grant
+
+        def unnamed(request: Any, version: float, now: float) -> Lease:
+            lease = grant(request, version, now)
+            lease.token = request.token
+            return lease
+
+        self._leases.grant = unnamed  # type: ignore[method-assign]
 
 
 class DeletesLeaveTheStale(MemoryStore):
@@ -142,6 +158,25 @@ def joins_without_asking(cache: Cache) -> None:
     loads._start = remember  # type: ignore[assignment, method-assign]
 
 
+def joins_whoever_asked(cache: Cache) -> None:
+    """A caller takes what comes of the question that the lease was asked for with, under whatever lease that is."""
+
+    class Any_:
+        def __contains__(self, name: object) -> bool:
+            return True
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(())
+
+    granted = cache._loads._granted
+
+    def anything(flight: Flight, asked: str, name: str) -> None:
+        granted(flight, asked, name)
+        flight.names = Any_()  # type: ignore[assignment]
+
+    cache._loads._granted = anything  # type: ignore[method-assign]
+
+
 def nothing(cache: Cache) -> None:
     """Leave the facade as it is."""
 
@@ -153,11 +188,13 @@ PLANTED: list[tuple[type[MemoryStore], Callable[[Cache], None]]] = [
     (TagsThatTheLoaderNamesAreForgotten, nothing),
     (WritesLeaveLeases, nothing),
     (LeasesNeverEnd, nothing),
+    (LeasesAreNamedByTheirQuestion, nothing),
     (DeletesLeaveTheStale, nothing),
     (InvalidTagsAreServedStale, nothing),
     (LateValuesGoToEverybody, nothing),
     (MemoryStore, everybody_shares),
     (MemoryStore, joins_without_asking),
+    (MemoryStore, joins_whoever_asked),
 ]
 
 
