@@ -32,7 +32,8 @@ class Case:
 
     def __init__(self, clients: list[Client], number: int, how: str, declared: bool, joins: bool) -> None:
         self.loader, self.writer, self.reader = clients
-        self.key, self.tag, self.token = f"k{number}", f"tag{number}", f"token{number}"
+        self.key, self.tag, self.asked = f"k{number}", f"tag{number}", f"token{number}"
+        self.token = ""
         self.how = how
         self.declared = (self.tag,) if declared else ()
         self.truth = 1
@@ -41,9 +42,10 @@ class Case:
         self.told: Any = None
 
     def load(self) -> Steps:
-        granted = yield from self.loader.steps(GetOrLease(self.key, "p1", self.token, TTL, tags=self.declared))
+        granted = yield from self.loader.steps(GetOrLease(self.key, "p1", self.asked, TTL, tags=self.declared))
         if not isinstance(granted, LeaseGranted):
             return None
+        self.token = granted.token
         yield
         self.loaded = self.truth
         yield
@@ -59,7 +61,7 @@ class Case:
         yield from steps
         if self.joins:
             # Somebody in the loader's process asks for the key now.
-            self.told = self.reader.do(GetOrLease(self.key, "p1", f"another{self.token}", TTL))
+            self.told = self.reader.do(GetOrLease(self.key, "p1", f"another{self.asked}", TTL))
 
     def check(self, stored: Any) -> None:
         self.reader.forget_tags()

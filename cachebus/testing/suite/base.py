@@ -17,6 +17,8 @@ from cachebus.messages import (
     Failed,
     Found,
     Get,
+    GetOrLease,
+    LeaseGranted,
     Missing,
     Reply,
     Request,
@@ -56,6 +58,13 @@ async def ask(store: AnyStore, request: Request[R]) -> R:
     if isinstance(reply, Failed):
         raise reply.error()
     return cast("R", reply)
+
+
+async def granted(store: AnyStore, request: GetOrLease) -> str:
+    """The name of a lease that is asked for and granted."""
+    reply = await ask(store, request)
+    assert isinstance(reply, LeaseGranted), reply
+    return reply.token
 
 
 async def value_of(store: AnyStore, key: str) -> Any:

@@ -40,7 +40,7 @@ from cachebus.messages import (
     Touch,
 )
 
-from .base import AnyStore, Conformance, ask, value_of
+from .base import AnyStore, Conformance, ask, granted, value_of
 
 LONG = 60.0
 
@@ -90,53 +90,88 @@ class Leasing(Conformance):
             await ask(store, lease("t1"))
 
     async def test_one_is_granted_the_lease_and_the_others_are_told_its_name(self, leasing: AnyStore) -> None:
-        assert await ask(leasing, lease("t1")) == LeaseGranted("t1")
+        t1 = await granted(leasing, lease("t1"))
         for token in ("t2", "t3"):
             reply = await ask(leasing, lease(token))
             assert isinstance(reply, Loading)
-            assert reply.token == "t1"  # noqa: S105
+            assert reply.token == t1
             assert 0 < reply.remaining <= LONG
-        assert await ask(leasing, lease("t1")) == LeaseGranted("t1"), "asked for twice, granted twice"
+        assert await granted(leasing, lease("t1")) == t1, "asked for twice, granted twice"
         assert isinstance(await ask(leasing, lease("t4", key="other")), LeaseGranted)
 
     async def test_a_leased_key_has_no_value(self, leasing: AnyStore) -> None:
-        await ask(leasing, lease("t1"))
+        t1 = await granted(leasing, lease("t1"))
         assert isinstance(await ask(leasing, Get("k")), Missing)
         assert (await ask(leasing, GetMany(("k",)))).entries == {}
         assert isinstance(await ask(leasing, Exists("k")), Missing)
         assert isinstance(await ask(leasing, Touch("k", ttl=LONG)), Missing)
         assert isinstance(await ask(leasing, Set("k", b"v", only_if="present")), NotStored)
         assert isinstance(await ask(leasing, Increment("k", initial=None)), Missing)
-        assert isinstance(await ask(leasing, commit("t1", b"v")), Stored)
+        assert isinstance(await ask(leasing, commit(t1, b"v")), Stored)
 
     async def test_what_is_loaded_is_stored_and_ends_the_lease(self, leasing: AnyStore) -> None:
-        await ask(leasing, lease("t1"))
-        stored = await ask(leasing, commit("t1", b"v", ttl=LONG))
+        t1 = await granted(leasing, lease("t1"))
+        stored = await ask(leasing, commit(t1, b"v", ttl=LONG))
         assert isinstance(stored, Stored)
         found = await ask(leasing, lease("t2"))
         assert isinstance(found, Found)
         assert (found.value, found.version) == (b"v", stored.version)
         assert found.ttl is not None
         assert found.ttl == pytest.approx(LONG, abs=1.0)
-        again = await ask(leasing, commit("t1", b"again"))
+        again = await ask(leasing, commit(t1, b"again"))
         assert isinstance(again, NotStored)
         assert again.reason == "lease_lost"
         assert await value_of(leasing, "k") == b"v"
 
     async def test_nobody_else_may_store(self, leasing: AnyStore) -> None:
-        await ask(leasing, lease("t1"))
+        await granted(leasing, lease("t1"))
+        for token in ("t1", "t2", await granted(leasing, lease("t3", key="another"))):
+            assert isinstance(await ask(leasing, commit(token, b"v")), NotStored), token
         refused = await ask(leasing, commit("t2", b"v"))
         assert isinstance(refused, NotStored)
         assert refused.reason == "lease_lost"
         assert isinstance(await ask(leasing, commit("never asked for", b"v", key="other")), NotStored)
         assert isinstance(await ask(leasing, Get("k")), Missing)
 
+    @pytest.mark.parametrize("how", ["delete", "delete many", "delete pattern", "clear"])
+    @pytest.mark.parametrize("refresh", [False, True])
+    async def test_what_was_lost_and_is_granted_anew_is_another_lease(
+        self, leasing: AnyStore, how: str, refresh: bool
+    ) -> None:
+        """A question that was held up on its way, with another copy long answered, may be carried out when all is over."""
+        if refresh:
+            await ask(leasing, Set("k", b"old", ttl=LONG))
+        first = await granted(leasing, lease("t1", refresh=refresh))
+        await self.invalidate(leasing, how)
+        second = await granted(leasing, lease("t1", refresh=refresh))
+        assert second != first
+        assert isinstance(await ask(leasing, commit(first, b"out of date")), NotStored)
+        assert isinstance(await ask(leasing, Renew("k", first, LONG)), NotHeld)
+        assert isinstance(await ask(leasing, Release("k", first)), NotHeld)
+        assert isinstance(await ask(leasing, Get("k")), Missing)
+        told = await ask(leasing, lease("t2"))
+        assert isinstance(told, Loading)
+        assert told.token == second
+        assert isinstance(await ask(leasing, commit(second, b"new")), Stored)
+
+    @pytest.mark.parametrize("refresh", [False, True])
+    async def test_a_lease_can_be_given_back_by_whoever_was_not_told_its_name(
+        self, leasing: AnyStore, refresh: bool
+    ) -> None:
+        if refresh:
+            await ask(leasing, Set("k", b"old", ttl=LONG))
+        t1 = await granted(leasing, lease("t1", refresh=refresh))
+        assert isinstance(await ask(leasing, Release("k", "t2")), NotHeld)
+        assert isinstance(await ask(leasing, Release("k", "t1")), Released)
+        assert isinstance(await ask(leasing, commit(t1, b"v")), NotStored)
+        await granted(leasing, lease("t2", refresh=refresh))
+
     @pytest.mark.parametrize("how", VOIDING)
     async def test_what_is_invalidated_during_the_load_is_not_stored(self, leasing: AnyStore, how: str) -> None:
-        await ask(leasing, lease("t1"))
+        t1 = await granted(leasing, lease("t1"))
         await self.invalidate(leasing, how)
         before = await ask(leasing, Get("k"))
-        refused = await ask(leasing, commit("t1", b"out of date"))
+        refused = await ask(leasing, commit(t1, b"out of date"))
         assert isinstance(refused, NotStored)
         assert refused.reason == "lease_lost"
         after = await ask(leasing, Get("k"))
@@ -149,52 +184,52 @@ class Leasing(Conformance):
     @pytest.mark.parametrize("how", [each for each in VOIDING if each not in ("add", "increment")])
     async def test_a_live_value_that_is_loaded_anew_is_guarded_as_well(self, leasing: AnyStore, how: str) -> None:
         await ask(leasing, Set("k", b"old", ttl=LONG))
-        assert isinstance(await ask(leasing, lease("t1", refresh=True)), LeaseGranted)
+        t1 = await granted(leasing, lease("t1", refresh=True))
         assert await value_of(leasing, "k") == b"old", "it is read meanwhile"
         await self.invalidate(leasing, how)
         before = await value_of(leasing, "k")
-        refused = await ask(leasing, commit("t1", b"out of date"))
+        refused = await ask(leasing, commit(t1, b"out of date"))
         assert isinstance(refused, NotStored)
         assert await value_of(leasing, "k") == before
 
     async def test_a_live_value_is_loaded_anew_by_one(self, leasing: AnyStore) -> None:
         await ask(leasing, Set("k", b"old", ttl=LONG))
         assert isinstance(await ask(leasing, lease("t1")), Found)
-        assert isinstance(await ask(leasing, lease("t1", refresh=True)), LeaseGranted)
+        t1 = await granted(leasing, lease("t1", refresh=True))
         assert isinstance(await ask(leasing, lease("t2", refresh=True)), Found)
         assert isinstance(await ask(leasing, commit("t2", b"no")), NotStored)
-        assert isinstance(await ask(leasing, commit("t1", b"new")), Stored)
+        assert isinstance(await ask(leasing, commit(t1, b"new")), Stored)
         assert await value_of(leasing, "k") == b"new"
         found = await ask(leasing, Get("k"))
         assert isinstance(found, Found)
         assert isinstance(await ask(leasing, CompareAndSet("k", b"newer", found.version)), Stored)
 
     async def test_a_lease_that_is_given_back_is_the_nexts(self, leasing: AnyStore) -> None:
-        await ask(leasing, lease("t1"))
+        t1 = await granted(leasing, lease("t1"))
         assert isinstance(await ask(leasing, Release("k", "t2")), NotHeld), "not by somebody else"
         assert isinstance(await ask(leasing, lease("t2")), Loading)
-        assert isinstance(await ask(leasing, Release("k", "t1", "LookupError")), Released)
-        assert isinstance(await ask(leasing, Release("k", "t1")), NotHeld)
+        assert isinstance(await ask(leasing, Release("k", t1, "LookupError")), Released)
+        assert isinstance(await ask(leasing, Release("k", t1)), NotHeld)
         assert isinstance(await ask(leasing, lease("t2")), LeaseGranted)
-        assert isinstance(await ask(leasing, commit("t1", b"v")), NotStored)
+        assert isinstance(await ask(leasing, commit(t1, b"v")), NotStored)
 
     async def test_a_lease_runs_out_unless_it_is_renewed(self, leasing: AnyStore) -> None:
-        await ask(leasing, lease("t1", ttl=self.short_ttl))
+        t1 = await granted(leasing, lease("t1", ttl=self.short_ttl))
         assert isinstance(await ask(leasing, Renew("k", "t2", LONG)), NotHeld)
-        assert await ask(leasing, Renew("k", "t1", LONG)) == Renewed(LONG)
+        assert await ask(leasing, Renew("k", t1, LONG)) == Renewed(LONG)
         await self.elapse(self.short_ttl + self.slack)
         assert isinstance(await ask(leasing, lease("t2")), Loading)
-        await ask(leasing, Renew("k", "t1", self.short_ttl))
+        await ask(leasing, Renew("k", t1, self.short_ttl))
         await self.elapse(self.short_ttl + self.slack)
-        assert isinstance(await ask(leasing, Renew("k", "t1", LONG)), NotHeld)
-        assert isinstance(await ask(leasing, lease("t2")), LeaseGranted)
-        late = await ask(leasing, commit("t1", b"late"))
+        assert isinstance(await ask(leasing, Renew("k", t1, LONG)), NotHeld)
+        t2 = await granted(leasing, lease("t2"))
+        late = await ask(leasing, commit(t1, b"late"))
         assert isinstance(late, NotStored)
-        assert isinstance(await ask(leasing, commit("t2", b"v")), Stored)
+        assert isinstance(await ask(leasing, commit(t2, b"v")), Stored)
 
     async def test_a_loaded_value_keeps_its_origin(self, leasing: AnyStore) -> None:
-        await ask(leasing, lease("t1"))
-        await ask(leasing, commit("t1", [1, "a"], ttl=LONG, origin=Origin(0.25, 5.0, "v1")))
+        t1 = await granted(leasing, lease("t1"))
+        await ask(leasing, commit(t1, [1, "a"], ttl=LONG, origin=Origin(0.25, 5.0, "v1")))
         for found in (await ask(leasing, Get("k")), await ask(leasing, lease("t2"))):
             assert isinstance(found, Loaded)
             assert found.value == [1, "a"]
@@ -206,50 +241,52 @@ class Leasing(Conformance):
         assert type(await ask(leasing, Get("k"))) is Found
 
     async def test_a_value_whose_time_is_up_may_be_served_stale_and_is_no_hit(self, leasing: AnyStore) -> None:
-        await ask(leasing, lease("t1"))
-        stored = await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG, "v1")))
+        t1 = await granted(leasing, lease("t1"))
+        stored = await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG, "v1")))
         assert isinstance(stored, Stored)
         await self.expire(leasing)
         assert isinstance(await ask(leasing, Get("k")), Missing)
         assert isinstance(await ask(leasing, Exists("k")), Missing)
         assert isinstance(await ask(leasing, Touch("k", ttl=LONG)), Missing)
-        granted = await ask(leasing, lease("t2"))
-        assert isinstance(granted, LeaseGranted)
+        mine = await ask(leasing, lease("t2"))
+        assert isinstance(mine, LeaseGranted)
         told = await ask(leasing, lease("t3"))
-        for stale in (granted.stale, told):
+        for stale in (mine.stale, told):
             assert isinstance(stale, Stale)
             assert (stale.value, stale.version, stale.load_time, stale.etag) == (b"old", stored.version, 0.5, "v1")
         assert isinstance(told, Stale)
-        assert told.lease == "t2"
-        await ask(leasing, Release("k", "t2"))
+        assert told.lease == mine.token
+        await ask(leasing, Release("k", mine.token))
         again = await ask(leasing, lease("t4"))
         assert isinstance(again, LeaseGranted)
         assert again.stale is not None, "it is there after a load that failed"
-        new = await ask(leasing, commit("t4", b"new"))
+        new = await ask(leasing, commit(again.token, b"new"))
         assert isinstance(new, Stored)
         assert new.version > stored.version
 
     @pytest.mark.parametrize("how", ["delete", "delete many", "delete pattern", "clear"])
     @pytest.mark.parametrize("during", ["before a load", "during a load"])
     async def test_what_was_removed_is_not_served_stale(self, leasing: AnyStore, how: str, during: str) -> None:
-        await ask(leasing, lease("t1"))
-        await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
+        t1 = await granted(leasing, lease("t1"))
+        await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
         await self.expire(leasing)
         if during == "during a load":
-            await ask(leasing, lease("t2"))
+            await granted(leasing, lease("t2"))
         await self.invalidate(leasing, how)
-        assert await ask(leasing, lease("t3")) == LeaseGranted("t3")
+        t3 = await granted(leasing, lease("t3"))
+        assert await ask(leasing, lease("t3")) == LeaseGranted(t3, None)
 
     async def test_a_stale_value_is_gone_when_its_time_is_up_too(self, leasing: AnyStore) -> None:
-        await ask(leasing, lease("t1"))
+        t1 = await granted(leasing, lease("t1"))
         origin = Origin(0.5, self.short_ttl)
-        await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=origin))
+        await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, origin=origin))
         await self.expire(leasing, times=2)
-        assert await ask(leasing, lease("t2")) == LeaseGranted("t2")
+        t2 = await granted(leasing, lease("t2"))
+        assert await ask(leasing, lease("t2")) == LeaseGranted(t2, None)
 
     async def test_a_value_may_be_added_in_the_place_of_a_stale_one(self, leasing: AnyStore) -> None:
-        await ask(leasing, lease("t1"))
-        await ask(leasing, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
+        t1 = await granted(leasing, lease("t1"))
+        await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
         await self.expire(leasing)
         assert isinstance(await ask(leasing, Set("k", b"no", only_if="present")), NotStored)
         assert isinstance(await ask(leasing, Add("k", b"new")), Stored)

@@ -41,7 +41,7 @@ from cachebus.messages import (
     Touch,
 )
 
-from .base import AnyStore, Conformance, ask, carry_out, value_of
+from .base import AnyStore, Conformance, ask, carry_out, granted, value_of
 
 LONG = 60.0
 RED = ("red",)
@@ -222,14 +222,15 @@ class Tagging(Conformance):
         return tagging
 
     async def test_what_is_loaded_has_its_tags(self, loading: AnyStore) -> None:
-        await ask(loading, lease("t1", "red"))
-        assert isinstance(await ask(loading, commit("t1", b"v", "red", "late", origin=Origin(0.5, LONG, "e"))), Stored)
+        t1 = await granted(loading, lease("t1", "red"))
+        assert isinstance(await ask(loading, commit(t1, b"v", "red", "late", origin=Origin(0.5, LONG, "e"))), Stored)
         for found in (await ask(loading, Get("k")), await ask(loading, lease("t2", "red"))):
             assert isinstance(found, Loaded)
             assert (found.value, found.tags, found.etag) == (b"v", ("red", "late"), "e")
         await ask(loading, InvalidateTags(("late",)))
         assert isinstance(await ask(loading, Get("k")), Missing)
-        assert await ask(loading, lease("t3", "red")) == LeaseGranted("t3"), "and nothing is served stale"
+        t3 = await granted(loading, lease("t3", "red"))
+        assert await ask(loading, lease("t3", "red")) == LeaseGranted(t3), "and nothing is served stale"
 
     @pytest.mark.parametrize("known", ["from the beginning", "at the end"])
     @pytest.mark.parametrize("refresh", [False, True])
@@ -240,44 +241,43 @@ class Tagging(Conformance):
             await ask(loading, Set("k", b"live", LONG))
         declared = RED if known == "from the beginning" else ()
         for number in range(3):
-            token = f"t{number}"
-            assert isinstance(await ask(loading, lease(token, *declared, refresh=refresh)), LeaseGranted)
+            token = await granted(loading, lease(f"t{number}", *declared, refresh=refresh))
             await ask(loading, InvalidateTags(("other", "red")))
             refused = await ask(loading, commit(token, b"out of date", "red"))
             assert isinstance(refused, NotStored)
             assert refused.reason == "lease_lost"
             assert await value_of(loading, "k") == (b"live" if refresh else await value_of(loading, "none"))
-        assert isinstance(await ask(loading, lease("t9", *declared, refresh=refresh)), LeaseGranted), "at once"
-        assert isinstance(await ask(loading, commit("t9", b"new", "red")), Stored)
+        t9 = await granted(loading, lease("t9", *declared, refresh=refresh))
+        assert isinstance(await ask(loading, commit(t9, b"new", "red")), Stored)
         assert await value_of(loading, "k") == b"new"
 
     async def test_the_invalidation_of_another_tag_voids_nothing(self, loading: AnyStore) -> None:
         await ask(loading, InvalidateTags(RED))
-        await ask(loading, lease("t1", "red"))
+        t1 = await granted(loading, lease("t1", "red"))
         await ask(loading, InvalidateTags(("blue",)))
-        assert await ask(loading, Renew("k", "t1", LONG)) == Renewed(LONG)
-        assert isinstance(await ask(loading, commit("t1", b"v", "red")), Stored)
+        assert await ask(loading, Renew("k", t1, LONG)) == Renewed(LONG)
+        assert isinstance(await ask(loading, commit(t1, b"v", "red")), Stored)
         assert await value_of(loading, "k") == b"v"
 
     async def test_who_comes_after_the_invalidation_does_not_wait_for_a_load_that_began_before(
         self, loading: AnyStore
     ) -> None:
-        await ask(loading, lease("t1", "red"))
+        t1 = await granted(loading, lease("t1", "red"))
         assert isinstance(await ask(loading, lease("t2", "red")), Loading)
         await ask(loading, InvalidateTags(RED))
-        assert isinstance(await ask(loading, Renew("k", "t1", LONG)), NotHeld)
-        assert isinstance(await ask(loading, lease("t3", "red")), LeaseGranted)
+        assert isinstance(await ask(loading, Renew("k", t1, LONG)), NotHeld)
+        t3 = await granted(loading, lease("t3", "red"))
         assert isinstance(await ask(loading, lease("t4", "red")), Loading)
-        refused = await ask(loading, commit("t1", b"out of date", "red"))
+        refused = await ask(loading, commit(t1, b"out of date", "red"))
         assert isinstance(refused, NotStored)
-        assert isinstance(await ask(loading, commit("t3", b"v", "red")), Stored)
+        assert isinstance(await ask(loading, commit(t3, b"v", "red")), Stored)
         assert await value_of(loading, "k") == b"v"
 
     async def test_a_lease_whose_tag_is_invalidated_is_not_held(self, loading: AnyStore) -> None:
-        await ask(loading, lease("t1", "red"))
+        t1 = await granted(loading, lease("t1", "red"))
         await ask(loading, InvalidateTags(RED))
-        await ask(loading, Release("k", "t1"))
-        assert isinstance(await ask(loading, commit("t1", b"v")), NotStored)
+        await ask(loading, Release("k", t1))
+        assert isinstance(await ask(loading, commit(t1, b"v")), NotStored)
         assert isinstance(await ask(loading, lease("t2", "red")), LeaseGranted)
 
     async def test_what_is_invalid_is_loaded_anew_by_one(self, loading: AnyStore) -> None:
@@ -285,22 +285,22 @@ class Tagging(Conformance):
         assert isinstance(stored, Stored)
         assert isinstance(await ask(loading, lease("t0", "red")), Found)
         await ask(loading, InvalidateTags(RED))
-        assert await ask(loading, lease("t1", "red")) == LeaseGranted("t1")
+        t1 = await granted(loading, lease("t1", "red"))
         assert isinstance(await ask(loading, lease("t2", "red")), Loading)
-        new = await ask(loading, commit("t1", b"new", "red", ttl=LONG))
+        new = await ask(loading, commit(t1, b"new", "red", ttl=LONG))
         assert isinstance(new, Stored)
         assert await value_of(loading, "k") == b"new"
 
     @pytest.mark.parametrize("during", ["before a load", "during a load"])
     async def test_what_is_invalidated_is_not_served_stale(self, loading: AnyStore, during: str) -> None:
-        await ask(loading, lease("t1", "red"))
-        await ask(loading, commit("t1", b"old", "red", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
+        t1 = await granted(loading, lease("t1", "red"))
+        await ask(loading, commit(t1, b"old", "red", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
         await self.expire(loading)
         if during == "during a load":
-            granted = await ask(loading, lease("t2"))
-            assert isinstance(granted, LeaseGranted)
-            assert isinstance(granted.stale, Stale)
-            assert (granted.stale.value, granted.stale.tags) == (b"old", RED)
+            mine = await ask(loading, lease("t2"))
+            assert isinstance(mine, LeaseGranted)
+            assert isinstance(mine.stale, Stale)
+            assert (mine.stale.value, mine.stale.tags) == (b"old", RED)
         await ask(loading, InvalidateTags(RED))
         reply = await ask(loading, lease("t3"))
         if during == "during a load":
@@ -311,15 +311,15 @@ class Tagging(Conformance):
         assert reply.stale is None
 
     async def test_a_valid_value_with_tags_is_served_stale(self, loading: AnyStore) -> None:
-        await ask(loading, lease("t1", "red"))
-        await ask(loading, commit("t1", b"old", "red", ttl=self.short_ttl, origin=Origin(0.5, LONG, "e")))
+        t1 = await granted(loading, lease("t1", "red"))
+        await ask(loading, commit(t1, b"old", "red", ttl=self.short_ttl, origin=Origin(0.5, LONG, "e")))
         await self.expire(loading)
         assert isinstance(await ask(loading, Get("k")), Missing)
         assert isinstance(await ask(loading, Exists("k")), Missing)
         await ask(loading, InvalidateTags(("blue",)))
-        granted = await ask(loading, lease("t2", "red"))
-        assert isinstance(granted, LeaseGranted)
+        mine = await ask(loading, lease("t2", "red"))
+        assert isinstance(mine, LeaseGranted)
         told = await ask(loading, lease("t3", "red"))
-        for stale in (granted.stale, told):
+        for stale in (mine.stale, told):
             assert isinstance(stale, Stale)
             assert (stale.value, stale.tags, stale.etag) == (b"old", RED, "e")

@@ -12,7 +12,6 @@ import pytest
 
 from cachebus.adapters.memcached import MemcachedStore
 from cachebus.adapters.memcached_connection import Connection
-from cachebus.adapters.memcached_leases import GRANTS_MAX, Grants, Held
 from cachebus.messages import (
     BadMessage,
     Clear,
@@ -37,6 +36,7 @@ from cachebus.messages import (
     Touch,
 )
 from cachebus.testing.servers import Server, run_memcached
+from cachebus.testing.suite.base import granted, value_of
 
 from .conftest import name_of, one, opened, raw
 
@@ -65,13 +65,13 @@ def connection_of(store: MemcachedStore) -> Connection:
 
 
 async def test_a_tag_that_was_known_voids_the_lease_for_those_who_come(store: MemcachedStore) -> None:
-    await one(store, lease("t1", tags=("a", "b")))
+    t1 = await granted(store, lease("t1", tags=("a", "b")))
     assert isinstance(await one(store, lease("t2")), Loading)
     await one(store, InvalidateTags(("b",)))
-    assert await one(store, Renew("k", "t1", LONG)) == NotHeld()
-    assert isinstance(await one(store, lease("t3")), LeaseGranted), "nobody joins a load that is out of date"
-    assert is_lost(await one(store, commit("t1", 1, tags=("a", "b"))))
-    assert isinstance(await one(store, commit("t3", 2)), Stored)
+    assert await one(store, Renew("k", t1, LONG)) == NotHeld()
+    t3 = await granted(store, lease("t3"))
+    assert is_lost(await one(store, commit(t1, 1, tags=("a", "b"))))
+    assert isinstance(await one(store, commit(t3, 2)), Stored)
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -82,9 +82,9 @@ async def test_a_tag_that_is_invalidated_during_the_load_keeps_the_value_out(
     if refresh:
         await one(store, Set("k", b"old", LONG))
     await one(store, Set("other", 1, tags=("a",)))
-    await one(store, lease("t1", tags=("a",) if declared else (), refresh=refresh))
+    t1 = await granted(store, lease("t1", tags=("a",) if declared else (), refresh=refresh))
     await one(store, InvalidateTags(("a",)))
-    assert is_lost(await one(store, commit("t1", b"new", tags=("a",))))
+    assert is_lost(await one(store, commit(t1, b"new", tags=("a",))))
     found = await one(store, Get("k"))
     assert found.value == b"old" if refresh else found == Missing()
     assert isinstance(await one(store, lease("t2", refresh=refresh)), LeaseGranted), "the next may load at once"
@@ -93,14 +93,14 @@ async def test_a_tag_that_is_invalidated_during_the_load_keeps_the_value_out(
 async def test_another_tags_invalidation_only_matters_where_tags_come_late(store: MemcachedStore) -> None:
     for declared, outcome in ((("a",), Stored), ((), NotStored)):
         await one(store, Delete("k"))
-        await one(store, lease("t" + str(len(declared)), tags=declared))
+        token = await granted(store, lease("t" + str(len(declared)), tags=declared))
         await one(store, InvalidateTags(("quite another",)))
-        assert isinstance(await one(store, commit("t" + str(len(declared)), 1, tags=("a",))), outcome)
+        assert isinstance(await one(store, commit(token, 1, tags=("a",))), outcome)
 
 
 async def test_a_value_is_stored_with_the_generations_of_its_grant(store: MemcachedStore) -> None:
-    await one(store, lease("t1", tags=("a",)))
-    assert isinstance(await one(store, commit("t1", 1, tags=("a", "late"))), Stored)
+    t1 = await granted(store, lease("t1", tags=("a",)))
+    assert isinstance(await one(store, commit(t1, 1, tags=("a", "late"))), Stored)
     found = await one(store, Get("k"))
     assert (found.value, found.tags) == (1, ("a", "late"))
     await one(store, InvalidateTags(("late",)))
@@ -111,11 +111,15 @@ async def test_a_value_is_stored_with_the_generations_of_its_grant(store: Memcac
 
 
 async def test_a_lease_that_is_asked_for_twice_keeps_the_terms_of_the_first_time(store: MemcachedStore) -> None:
-    await one(store, lease("t1", tags=("a",)))
+    first = await granted(store, lease("t1", tags=("a",)))
+    await one(store, InvalidateTags(("other",)))
+    assert await granted(store, lease("t1", tags=("a",))) == first
     await one(store, InvalidateTags(("a",)))
+    second = await granted(store, lease("t1", tags=("a",)))
+    assert second != first
     # Its load may have begun before the invalidation.
-    assert await one(store, lease("t1", tags=("a",))) == LeaseGranted("t1")
-    assert is_lost(await one(store, commit("t1", 1, tags=("a",))))
+    assert is_lost(await one(store, commit(first, 1, tags=("a",))))
+    assert isinstance(await one(store, commit(second, 2, tags=("a",))), Stored)
 
 
 @pytest.mark.parametrize("refresh", [True, False])
@@ -123,26 +127,13 @@ async def test_a_lease_that_is_put_back_when_all_is_over_stores_nothing(server: 
     namespace = uuid4().hex
     async with opened(server, namespace=namespace) as store, opened(server, namespace=namespace) as other:
         await one(store, Set("k", b"old", LONG)) if refresh else None
-        await one(store, lease("t1", refresh=refresh))
+        first = await granted(store, lease("t1", refresh=refresh))
         await one(other, Delete("k"))
         await one(other, Set("k", b"changed", LONG)) if refresh else None
         # The same question once more, delayed on its way: it is a lease as good as any.
-        assert await one(other, lease("t1", refresh=refresh)) == LeaseGranted("t1")
-        assert is_lost(await one(store, commit("t1", b"loaded before")))
+        assert await granted(other, lease("t1", refresh=refresh)) != first
+        assert is_lost(await one(store, commit(first, b"loaded before")))
         assert (await one(store, Get("k"))) == Missing() or (await one(store, Get("k"))).value == b"changed"
-
-
-def test_the_memory_of_grants_is_bounded_and_the_first_counts() -> None:
-    grants = Grants()
-    first, second = (Held("t", nonce, 0.0, 0.0, b"", ()) for nonce in (b"1", b"2"))
-    grants.note(first)
-    grants.note(second)
-    assert not grants.is_other(first)
-    assert grants.is_other(second)
-    for number in range(GRANTS_MAX):
-        grants.note(Held(f"t{number}", b"n", 0.0, 0.0, b"", ()))
-    assert repr(grants) == f"<Grants {GRANTS_MAX}/{GRANTS_MAX}>"
-    assert not grants.is_other(second), "what is forgotten is taken as it is"
 
 
 # Time
@@ -151,36 +142,36 @@ def test_the_memory_of_grants_is_bounded_and_the_first_counts() -> None:
 async def test_clocks_that_differ_cost_a_load_and_never_a_stale_value(server: Server) -> None:
     namespace = uuid4().hex
     async with opened(server, namespace=namespace) as slow, opened(server, namespace=namespace) as fast:
-        await one(slow, lease("t1", ttl=0.2))
+        t1 = await granted(slow, lease("t1", ttl=0.2))
         await one(fast, Get("k"))
         connection_of(fast)._offset += 10.0
-        assert isinstance(await one(fast, lease("t2")), LeaseGranted), "taken over too soon"
-        assert is_lost(await one(slow, commit("t1", 1)))
-        assert isinstance(await one(fast, commit("t2", 2)), Stored)
+        t2 = await granted(fast, lease("t2"))
+        assert is_lost(await one(slow, commit(t1, 1)))
+        assert isinstance(await one(fast, commit(t2, 2)), Stored)
         connection_of(fast)._offset -= 10.0
 
 
 async def test_a_lease_that_ran_out_stores_nothing_even_if_nobody_has_it(store: MemcachedStore) -> None:
-    await one(store, lease("t1", ttl=0.02))
+    t1 = await granted(store, lease("t1", ttl=0.02))
     await anyio.sleep(0.03)
-    assert is_lost(await one(store, commit("t1", 1)))
+    assert is_lost(await one(store, commit(t1, 1)))
     assert await one(store, Get("k")) == Missing()
 
 
 async def test_the_server_forgets_a_lease_and_what_is_stale_in_its_time(server: Server) -> None:
     async with opened(server) as store:
-        await one(store, lease("t1", ttl=2.0))
+        t1 = await granted(store, lease("t1", ttl=2.0))
         assert 2 <= await left(server, store) <= 3
-        await one(store, Renew("k", "t1", 30.0))
+        await one(store, Renew("k", t1, 30.0))
         assert 30 <= await left(server, store) <= 31
-        await one(store, commit("t1", b"v", origin=Origin(0.0, 100.0)))
+        await one(store, commit(t1, b"v", origin=Origin(0.0, 100.0)))
         assert 160 <= await left(server, store) <= 161
         await one(store, Touch("k", 10.0))
         assert 110 <= await left(server, store) <= 111
         connection_of(store)._offset += 20.0
-        assert (await one(store, lease("t2", ttl=5.0))).stale.value == b"v"
+        assert (mine := await one(store, lease("t2", ttl=5.0))).stale.value == b"v"
         assert 90 <= await left(server, store) <= 91
-        assert await one(store, Release("k", "t2")) == Released()
+        assert await one(store, Release("k", mine.token)) == Released()
         assert 90 <= await left(server, store) <= 91
 
 
@@ -206,15 +197,15 @@ async def left(server: Server, store: MemcachedStore) -> int:
     [
         lease("t", ttl=0.0),
         lease("t", ttl=float("inf")),
-        lease("t" * 256),
+        lease("t" * 239),
         Renew("k", "t1", -1.0),
         commit("t1", 1, only_if="absent"),
     ],
 )
 async def test_what_makes_no_sense_is_refused(store: MemcachedStore, request_: Any) -> None:
-    await one(store, lease("t1"))
+    t1 = await granted(store, lease("t1"))
     assert isinstance((await one(store, request_)).error(), BadMessage)
-    assert await one(store, Renew("k", "t1", LONG)) == Renewed(LONG)
+    assert await one(store, Renew("k", t1, LONG)) == Renewed(LONG)
 
 
 # Large values
@@ -223,24 +214,24 @@ async def test_what_makes_no_sense_is_refused(store: MemcachedStore, request_: A
 async def test_a_large_value_is_stored_under_a_lease_and_served_stale(server: Server) -> None:
     async with opened(server, chunked=True) as store:
         first, second = bytes(3 * 2**20), b"x" * 2**21
-        await one(store, lease("t1"))
-        await one(store, Set("k", first, 1.0, ("a",), lease="t1", origin=Origin(0.0, LONG)))
+        t1 = await granted(store, lease("t1"))
+        await one(store, Set("k", first, 1.0, ("a",), lease=t1, origin=Origin(0.0, LONG)))
         found = await one(store, lease("t2"))
         assert isinstance(found, Found)
         assert (found.value, found.tags) == (first, ("a",))
         connection_of(store)._offset += 1.5
-        granted = await one(store, lease("t3"))
-        assert granted.stale.value == first
+        mine = await one(store, lease("t3"))
+        assert mine.stale.value == first
         assert (await one(store, lease("t4"))).value == first
-        assert isinstance(await one(store, commit("t3", second)), Stored)
+        assert isinstance(await one(store, commit(mine.token, second)), Stored)
         assert (await one(store, Get("k"))).value == second
 
 
 async def test_a_large_value_that_comes_late_leaves_everything_as_it_is(server: Server) -> None:
     async with opened(server, chunked=True) as store:
-        await one(store, lease("t1"))
+        t1 = await granted(store, lease("t1"))
         await one(store, Set("k", b"newer"))
-        assert is_lost(await one(store, commit("t1", bytes(3 * 2**20))))
+        assert is_lost(await one(store, commit(t1, bytes(3 * 2**20))))
         assert (await one(store, Get("k"))).value == b"newer"
 
 
@@ -252,8 +243,8 @@ async def test_a_value_with_a_chunk_that_is_lost_is_loaded_anew() -> None:
             for name in await chunk_names(server):
                 await raw(server, "delete", name)
             assert await one(store, Get("k")) == Missing()
-            assert isinstance(await one(store, lease("t1")), LeaseGranted)
-            assert isinstance(await one(store, commit("t1", 1)), Stored)
+            t1 = await granted(store, lease("t1"))
+            assert isinstance(await one(store, commit(t1, 1)), Stored)
 
 
 async def chunk_names(server: Server) -> list[str]:
@@ -275,13 +266,13 @@ async def test_a_stale_value_for_which_there_is_no_room_beside_the_lease_goes(se
     async with opened(server) as store:
         most = store.capabilities.max_value_bytes
         assert most is not None
-        await one(store, lease("t1"))
+        t1 = await granted(store, lease("t1"))
         room = most - 100
-        stored = await one(store, Set("k", bytes(room), 1.0, lease="t1", origin=Origin(0.0, LONG)))
+        stored = await one(store, Set("k", bytes(room), 1.0, lease=t1, origin=Origin(0.0, LONG)))
         assert isinstance(stored, Stored)
         connection_of(store)._offset += 1.5
-        assert isinstance(await one(store, lease("t2", tags=("t" * 200,))), LeaseGranted)
-        assert isinstance(await one(store, commit("t2", b"small")), Stored)
+        t2 = await granted(store, lease("t2", tags=("t" * 200,)))
+        assert isinstance(await one(store, commit(t2, b"small")), Stored)
 
 
 # Neighbours
@@ -312,10 +303,10 @@ async def test_a_batch_of_questions_is_two_round_trips(server: Server, monkeypat
 async def test_two_keys_with_one_hash_take_each_others_leases_and_store_nothing_wrong(server: Server) -> None:
     async with opened(server, hasher=lambda raw: b"x" * 32) as store:
         one_key, other = "a b", "c d"
-        await one(store, lease("t1", key=one_key))
-        assert isinstance(await one(store, lease("t2", key=other)), LeaseGranted)
-        assert is_lost(await one(store, commit("t1", 1, key=one_key)))
-        assert isinstance(await one(store, commit("t2", 2, key=other)), Stored)
+        t1 = await granted(store, lease("t1", key=one_key))
+        t2 = await granted(store, lease("t2", key=other))
+        assert is_lost(await one(store, commit(t1, 1, key=one_key)))
+        assert isinstance(await one(store, commit(t2, 2, key=other)), Stored)
         assert await one(store, Get(one_key)) == Missing()
         assert (await one(store, Get(other))).value == 2
 
@@ -324,21 +315,22 @@ async def test_what_was_written_by_others_is_no_obstacle(server: Server) -> None
     async with opened(server) as store:
         await one(store, Get("k"))
         await raw(server, "set", name_of(store, "k"), b"junk")
-        assert isinstance(await one(store, lease("t1")), LeaseGranted)
-        assert isinstance(await one(store, commit("t1", 1)), Stored)
+        t1 = await granted(store, lease("t1"))
+        assert isinstance(await one(store, commit(t1, 1)), Stored)
 
 
 async def test_clear_between_two_requests_of_a_batch_voids_the_lease(store: MemcachedStore) -> None:
-    replies: Any = await store.execute([lease("t1"), Clear(), commit("t1", 1), lease("t2"), commit("t2", 2), Get("k")])
-    assert isinstance(replies[0], LeaseGranted)
+    t1 = await granted(store, lease("t1"))
+    replies: Any = await store.execute([lease("t1"), Clear(), commit(t1, 1), lease("t2"), Get("k")])
+    assert replies[0] == LeaseGranted(t1)
     assert is_lost(replies[2])
-    assert isinstance(replies[4], Stored)
-    assert replies[5].value == 2
+    assert isinstance(await one(store, commit(replies[3].token, 2)), Stored)
+    assert await value_of(store, "k") == 2
 
 
 async def test_counting_a_value_that_was_loaded_keeps_its_origin(store: MemcachedStore) -> None:
-    await one(store, lease("t1"))
-    await one(store, commit("t1", 5, origin=Origin(0.25, 5.0, "v1")))
+    t1 = await granted(store, lease("t1"))
+    await one(store, commit(t1, 5, origin=Origin(0.25, 5.0, "v1")))
     await one(store, Increment("k"))
     found = await one(store, Get("k"))
     assert (found.value, found.etag, found.lifetime) == (6, "v1", LONG)

@@ -39,6 +39,7 @@ from cachebus.messages import (
     Touch,
 )
 from cachebus.testing.servers import Server, run_memcached
+from cachebus.testing.suite.base import granted
 
 from .conftest import one, opened, raw
 
@@ -244,12 +245,13 @@ async def test_what_stands_there_for_a_generation_is_none_if_it_is_too_large(ser
 async def test_a_restart_revives_nothing() -> None:
     with run_memcached() as server:
         async with opened(server, timeout=0.5, connect_timeout=0.5) as store:
-            await store.execute([Set("k", 1, tags=("a",)), InvalidateTags(("a",)), GetOrLease("l", "p", "t", 60.0)])
+            await store.execute([Set("k", 1, tags=("a",)), InvalidateTags(("a",))])
+            token = await granted(store, GetOrLease("l", "p", "t", 60.0))
             await to_thread.run_sync(server.restart)
             while isinstance(await one(store, Get("k")), Failed):
                 pass
             assert await one(store, Get("k")) == Missing()
-            lost = await one(store, Set("l", 1, tags=("a",), lease="t"))
+            lost = await one(store, Set("l", 1, tags=("a",), lease=token))
             assert (type(lost), lost.reason) == (NotStored, "lease_lost")
 
 
@@ -277,18 +279,20 @@ async def test_an_invalidation_that_a_server_missed_is_an_error() -> None:
 
 async def test_what_was_invalidated_is_not_served_stale(store: MemcachedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     async def expired(key: str) -> None:
-        await one(store, GetOrLease(key, "p", f"{key}1", 60.0, tags=("a",)))
-        await one(store, Set(key, b"old", 1.0, ("a",), lease=f"{key}1", origin=Origin(0.1, 60.0)))
+        token = await granted(store, GetOrLease(key, "p", f"{key}1", 60.0, tags=("a",)))
+        await one(store, Set(key, b"old", 1.0, ("a",), lease=token, origin=Origin(0.1, 60.0)))
 
     await expired("k")
     await expired("l")
     connection: Any = next(iter(store._lanes.values())).connection
     monkeypatch.setattr(connection, "_offset", connection._offset + 1.5)
-    granted = await one(store, GetOrLease("k", "p", "k2", 60.0))
-    assert (granted.stale.value, granted.stale.tags) == (b"old", ("a",))
+    mine = await one(store, GetOrLease("k", "p", "k2", 60.0))
+    assert (mine.stale.value, mine.stale.tags) == (b"old", ("a",))
     told = await one(store, GetOrLease("k", "q", "k3", 60.0))
     assert isinstance(told, Stale)
     await one(store, InvalidateTags(("a",)))
-    assert await one(store, GetOrLease("l", "p", "l2", 60.0)) == LeaseGranted("l2"), "in its own place"
-    assert (await one(store, GetOrLease("k", "q", "k4", 60.0))).token == "k2", "in that of a lease"
+    in_its_own_place = await one(store, GetOrLease("l", "p", "l2", 60.0))
+    assert isinstance(in_its_own_place, LeaseGranted)
+    assert in_its_own_place.stale is None
+    assert (await one(store, GetOrLease("k", "q", "k4", 60.0))).token == mine.token, "in that of a lease"
     assert not isinstance(await one(store, GetOrLease("k", "q", "k5", 60.0)), Stale)

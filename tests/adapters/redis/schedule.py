@@ -207,7 +207,7 @@ class World:
             value = self.truth[key]
             for _ in range(self.chance.randrange(3)):
                 await self.ask(store, Get("none"))  # The loader takes its time.
-            stored = await self.ask(store, Set(key, value, 60.0, tags, lease=token))
+            stored = await self.ask(store, Set(key, value, 60.0, tags, lease=reply.token))
             self.stored += type(stored).__name__ == "Stored"
 
     async def writer(self, store: Any) -> None:

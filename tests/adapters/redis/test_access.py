@@ -34,12 +34,14 @@ from cachebus.messages import (
     Scan,
     Set,
     SetMany,
+    Stored,
     Touch,
 )
 from cachebus.redis_settings import RedisSettings, host_and_port
 from cachebus.settings import backend_from_url, load_settings
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel
+from cachebus.testing.suite.base import granted
 from cachebus.urls import parse_url
 from tests.adapters.certificates import Certificates
 from tests.house.paths import ROOT
@@ -104,13 +106,16 @@ async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> No
     rights = [*keys, *(f"+{each}" for each in (*ours, *scripts))]
     await sync(redis_command, server, "ACL", "SETUSER", "least", "on", ">pw", *rights)
     async with opened(f"redis://least:pw@127.0.0.1:{server.port}?health_check_interval=0.05") as store:
+        assert isinstance(await one(store, Set("a", 1)), Stored)
+        t1 = await granted(store, GetOrLease("a", "p", "t1", 9.0, refresh=True))
+        t2 = await granted(store, GetOrLease("l", "p", "t2", 9.0))
+        t4 = await granted(store, GetOrLease("m", "p", "t4", 9.0, tags=("x",)))
         replies = await store.execute(
             [
                 *(Set("a", 1), Set("a", 2, ttl=9.0), Get("a"), GetMany(("a", "b")), SetMany({"c": 1}), Add("d", 1)),
                 *(Exists("a"), Touch("a", ttl=9.0), Touch("a", ttl=None), Increment("n", ttl=9.0), Increment("n")),
-                *(GetOrLease("a", "p", "t1", 9.0, refresh=True), Renew("a", "t1", 9.0), Release("a", "t1")),
-                *(GetOrLease("l", "p", "t2", 9.0), Renew("l", "t2", 9.0)),
-                *(Set("l", 1, 0.001, lease="t2", origin=Origin(0.0, 9.0)), GetOrLease("l", "p", "t3", 9.0)),
+                *(Renew("a", t1, 9.0), Release("a", t1), Renew("l", t2, 9.0)),
+                *(Set("l", 1, 0.001, lease=t2, origin=Origin(0.0, 9.0)), GetOrLease("l", "p", "t3", 9.0)),
                 *(Release("l", "t3"), Exists("l"), Admit("calls", 5, 1.0, 5)),
                 *(
                     Set("t", 1, 9.0, ("x",)),
@@ -120,7 +125,7 @@ async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> No
                     Touch("t", ttl=None),
                     Increment("t"),
                 ),
-                *(GetOrLease("m", "p", "t4", 9.0, tags=("x",)), Set("m", 1, tags=("x", "y"), lease="t4")),
+                Set("m", 1, tags=("x", "y"), lease=t4),
                 *(InvalidateTags(("x", "z")), GetMany(("t", "m"))),
                 *(Delete("a"), DeleteMany(("c", "d")), Scan(), DeletePattern("x*"), Clear()),
             ]

@@ -34,7 +34,6 @@ from cachebus.messages import (
     GetOrLease,
     Increment,
     InvalidateTags,
-    LeaseGranted,
     Loading,
     Missing,
     Release,
@@ -51,6 +50,7 @@ from cachebus.redis_settings import RedisSettings
 from cachebus.settings import backend_from_url
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
+from cachebus.testing.suite.base import granted
 from tests.faults.scene import guarded
 
 from .conftest import one, opened, submitted
@@ -326,29 +326,29 @@ def test_every_slot_has_a_tag() -> None:
 async def test_whatever_the_key_its_leases_are_in_its_slot(cluster: Sequence[Server], key: str, namespace: str) -> None:
     async with opened(url_of(cluster), namespace=namespace) as store:
         await one(store, Delete(key))
-        assert isinstance(await one(store, GetOrLease(key, "p", "t1", 9.0)), LeaseGranted)
-        assert await one(store, Renew(key, "t1", 9.0)) == Renewed(9.0)
-        assert isinstance(await one(store, Set(key, b"1", lease="t1")), Stored)
-        assert isinstance(await one(store, GetOrLease(key, "p", "t2", 9.0, refresh=True)), LeaseGranted)
+        t1 = await granted(store, GetOrLease(key, "p", "t1", 9.0))
+        assert await one(store, Renew(key, t1, 9.0)) == Renewed(9.0)
+        assert isinstance(await one(store, Set(key, b"1", lease=t1)), Stored)
+        t2 = await granted(store, GetOrLease(key, "p", "t2", 9.0, refresh=True))
         assert isinstance(await one(store, GetOrLease(key, "p", "t3", 9.0, refresh=True)), Found)
-        assert isinstance(await one(store, Set(key, b"2", lease="t2")), Stored)
-        assert isinstance(await one(store, GetOrLease(key, "p", "t3", 9.0, refresh=True)), LeaseGranted)
-        assert await one(store, Release(key, "t3")) == Released()
+        assert isinstance(await one(store, Set(key, b"2", lease=t2)), Stored)
+        t3 = await granted(store, GetOrLease(key, "p", "t3", 9.0, refresh=True))
+        assert await one(store, Release(key, t3)) == Released()
         assert (await one(store, Get(key))).value == b"2"
 
 
 async def test_a_key_can_be_leased_while_its_slot_moves(store: Any, cluster: Sequence[Server]) -> None:
     move = Move(cluster, slot_of("tests:{l}"))
-    assert isinstance(await one(store, GetOrLease("{l}1", "p", "t1", 9.0)), LeaseGranted)
+    t1 = await granted(store, GetOrLease("{l}1", "p", "t1", 9.0))
     await sync(move.begin)
-    assert isinstance(await one(store, GetOrLease("{l}2", "p", "t2", 9.0)), LeaseGranted)
+    t2 = await granted(store, GetOrLease("{l}2", "p", "t2", 9.0))
     assert isinstance(await one(store, GetOrLease("{l}1", "q", "t3", 9.0)), Loading)
-    late = await one(store, Set("{l}2", b"2", lease="t2"))
+    late = await one(store, Set("{l}2", b"2", lease=t2))
     assert isinstance(late, Failed)
     assert late.error().transient
     await sync(move.end)
-    assert isinstance(await one(store, Set("{l}1", b"1", lease="t1")), Stored)
-    assert isinstance(await one(store, Set("{l}2", b"2", lease="t2")), Stored)
+    assert isinstance(await one(store, Set("{l}1", b"1", lease=t1)), Stored)
+    assert isinstance(await one(store, Set("{l}2", b"2", lease=t2)), Stored)
 
 
 # Slots that move

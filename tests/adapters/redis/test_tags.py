@@ -29,7 +29,6 @@ from cachebus.messages import (
     GetOrLease,
     Invalidated,
     InvalidateTags,
-    LeaseGranted,
     Missing,
     NotStored,
     Set,
@@ -39,6 +38,7 @@ from cachebus.messages import (
     Touch,
 )
 from cachebus.testing.servers import Server, redis_command, run_redis_cluster
+from cachebus.testing.suite.base import granted
 
 from .conftest import one, opened
 from .schedule import Gate
@@ -158,14 +158,14 @@ async def test_a_load_during_which_counters_are_lost_stores_nothing_that_may_be_
     store: Any, server: Server, lost: str
 ) -> None:
     await one(store, Set("a", b"1", tags=("x",)))
-    await one(store, GetOrLease("k", "p", "t1", 60.0, tags=("x",)))
+    t1 = await granted(store, GetOrLease("k", "p", "t1", 60.0, tags=("x",)))
     await one(store, InvalidateTags(("x",)))
     names = {"the counter": [counter("x")], "the sequence": [SEQUENCE]}.get(lost, [counter("x"), SEQUENCE])
     await told(server, "DEL", *names)
-    refused = await one(store, Set("k", b"out of date", tags=("x",), lease="t1"))
+    refused = await one(store, Set("k", b"out of date", tags=("x",), lease=t1))
     assert isinstance(refused, NotStored)
-    assert isinstance(await one(store, GetOrLease("k", "p", "t2", 60.0, tags=("x",))), LeaseGranted), "at once"
-    assert isinstance(await one(store, Set("k", b"new", tags=("x",), lease="t2")), Stored)
+    t2 = await granted(store, GetOrLease("k", "p", "t2", 60.0, tags=("x",)))
+    assert isinstance(await one(store, Set("k", b"new", tags=("x",), lease=t2)), Stored)
     assert (await one(store, Get("k"))).value == b"new"
 
 
@@ -176,13 +176,13 @@ async def test_the_invalidation_of_a_tag_that_nothing_has_leaves_no_key(store: A
 
 
 async def test_a_load_that_names_a_new_tag_at_its_end_is_stored_whatever_else_was_invalidated(store: Any) -> None:
-    await one(store, GetOrLease("k", "p", "t1", 60.0))
+    t1 = await granted(store, GetOrLease("k", "p", "t1", 60.0))
     await one(store, InvalidateTags(("other",)))
-    assert isinstance(await one(store, Set("k", b"v", tags=("new",), lease="t1")), Stored)
+    assert isinstance(await one(store, Set("k", b"v", tags=("new",), lease=t1)), Stored)
     assert (await one(store, Get("k"))).value == b"v"
-    await one(store, GetOrLease("j", "p", "t2", 60.0))
+    t2 = await granted(store, GetOrLease("j", "p", "t2", 60.0))
     await one(store, InvalidateTags(("newer",)))
-    assert isinstance(await one(store, Set("j", b"v", tags=("newer",), lease="t2")), NotStored)
+    assert isinstance(await one(store, Set("j", b"v", tags=("newer",), lease=t2)), NotStored)
 
 
 # For how long counters are kept

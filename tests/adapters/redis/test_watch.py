@@ -23,9 +23,11 @@ from cachebus.messages import (
     Release,
     Reply,
     Set,
+    Stored,
     WatchLease,
 )
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
+from cachebus.testing.suite.base import granted
 
 from .conftest import one, opened
 
@@ -63,27 +65,28 @@ async def wait(store: Any, token: str, *, key: str = "k", wait: float = LONG) ->
         await told.reply()
 
 
-async def lease(store: Any, token: str, key: str = "k") -> None:
-    await one(store, GetOrLease(key, "owner", token, 60.0))
+async def lease(store: Any, token: str, key: str = "k") -> str:
+    return await granted(store, GetOrLease(key, "owner", token, 60.0))
 
 
 async def test_who_waits_is_told_when_the_value_is_stored(server: Server) -> None:
     async with opened(server.url) as store, opened(server.url) as holder:
-        await lease(holder, "stored")
-        told, other = await wait(store, "stored"), await wait(store, "another")
-        await one(holder, Set("k", b"v", lease="stored"))
+        stored = await lease(holder, "stored")
+        told, other = await wait(store, stored), await wait(store, "another")
+        await one(holder, Set("k", b"v", lease=stored))
         assert await told.reply() == NotHeld()
         assert not other.is_told
 
 
 async def test_who_waits_is_told_what_the_loader_has_failed_with(server: Server) -> None:
     async with opened(server.url) as store, opened(server.url) as holder:
-        await lease(holder, "given back", "k2")
-        told = await wait(store, "given back", key="k2")
-        await one(holder, Release("k2", "given back"))
+        given_back = await lease(holder, "given back", "k2")
+        told = await wait(store, given_back, key="k2")
+        await one(holder, Release("k2", given_back))
         assert await told.reply() == NotHeld()
-        await lease(holder, "failed", "k2")
-        told = await wait(store, "failed", key="k2")
+        failed = await lease(holder, "failed", "k2")
+        told = await wait(store, failed, key="k2")
+        # By what it was asked for as: who waits knows its name alone.
         await one(holder, Release("k2", "failed", "OSError"))
         reply = await told.reply()
         assert isinstance(reply, Failed)
@@ -93,21 +96,21 @@ async def test_who_waits_is_told_what_the_loader_has_failed_with(server: Server)
 
 async def test_who_waits_is_told_of_a_write_that_overtakes_the_load(server: Server) -> None:
     async with opened(server.url) as store, opened(server.url) as holder:
-        await lease(holder, "overtaken", "k3")
-        told = await wait(store, "overtaken", key="k3")
+        overtaken = await lease(holder, "overtaken", "k3")
+        told = await wait(store, overtaken, key="k3")
         await one(store, Set("k3", b"v"))
         assert await told.reply() == NotHeld()
 
 
 async def test_the_end_of_a_lease_is_remembered_for_those_who_ask_after_it(server: Server) -> None:
     async with opened(server.url) as store, opened(server.url) as holder:
-        told = await wait(store, "the last")
-        for token in ("early", "the last"):
-            await lease(holder, token, token)
-            await one(holder, Release(token, token, "KeyError" if token == "early" else ""))
+        early, last = await lease(holder, "early", "k4"), await lease(holder, "the last", "k5")
+        told = await wait(store, last)
+        await one(holder, Release("k4", early, "KeyError"))
+        await one(holder, Release("k5", last))
         await told.reply()
         late = Told()
-        store.watch(WatchLease("early", "early", LONG), late)
+        store.watch(WatchLease("k4", early, LONG), late)
         assert late.is_told
         assert isinstance(await late.reply(), Failed)
 
@@ -121,9 +124,9 @@ async def test_nobody_waits_for_longer_than_it_has_said(server: Server) -> None:
 
 async def test_the_channel_is_of_the_namespace(server: Server) -> None:
     async with opened(server.url, namespace="one") as store, opened(server.url, namespace="two") as other:
-        await lease(other, "same name")
-        told = await wait(store, "same name")
-        await one(other, Release("k", "same name"))
+        same_name = await lease(other, "same name")
+        told = await wait(store, same_name)
+        await one(other, Release("k", same_name))
         await wait(other, "x")
         await one(other, Release("k", "x"))
         assert not told.is_told
@@ -137,11 +140,11 @@ async def test_nothing_is_connected_before_somebody_waits_and_an_idle_channel_is
 
     monkeypatch.setattr(redis_watch, "IDLE", 0.01)
     async with opened(server.url, namespace="idle") as store:
-        await lease(store, "t")
+        token = await lease(store, "t")
         assert b"idle#leases" not in await channels()
-        told = await wait(store, "t")
+        told = await wait(store, token)
         assert b"idle#leases" in await channels()
-        await one(store, Release("k", "t"))
+        await one(store, Release("k", token))
         assert await told.reply() == NotHeld()
         with anyio.fail_after(10):
             while b"idle#leases" in await channels():
@@ -186,9 +189,9 @@ async def test_a_server_that_is_away_or_forbids_the_channel_is_not_waited_for() 
                 assert isinstance(reply, Failed)
                 assert isinstance(reply.error(), CacheConfigurationError)
             # The lease itself needs no channel.
-            await lease(store, "t")
-            assert await one(store, Set("k", b"v", lease="t"))
-            assert type(await one(store, Set("k", b"v"))).__name__ == "Stored"
+            token = await lease(store, "t")
+            assert isinstance(await one(store, Set("k", b"v", lease=token)), Stored)
+            assert isinstance(await one(store, Set("k", b"v")), Stored)
 
 
 async def test_no_more_than_so_many_wait_and_closing_lets_nobody_wait(server: Server) -> None:
@@ -212,8 +215,8 @@ async def test_in_a_cluster_it_is_told_by_whichever_server_has_the_key() -> None
         hosts = ",".join(f"127.0.0.1:{each.port}" for each in servers)
         async with opened(f"redis+cluster://{hosts}") as store, opened(f"redis+cluster://{hosts}") as holder:
             for number in range(6):
-                token, key = f"t{number}", f"key{number}"
-                await lease(holder, token, key)
+                key = f"key{number}"
+                token = await lease(holder, f"t{number}", key)
                 told = await wait(store, token, key=key)
                 await one(holder, Set(key, b"v", lease=token))
                 assert await told.reply() == NotHeld()
