@@ -1,0 +1,108 @@
+"""A question for a lease that was asked twice, and whose second copy is carried out when all is over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import pytest
+
+from cachebus import open_cache
+from cachebus.messages import Delete, Found, GetOrLease, LeaseGranted, Loading, NotStored, Reply, Request, Set, Stored
+from tests.facade.faces import settings
+from tests.facade.outages import Outage
+
+
+async def one(store: Outage, request: Request[Any]) -> Reply:
+    """The store's own answer, past the cache."""
+    return (await store.inner.execute([request]))[0]
+
+
+class CopiesQuestions(Outage):
+    """A store that is asked the first question for a lease twice, with a deletion in between."""
+
+    async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        replies = await super().execute(batch)
+        if isinstance(batch[0], GetOrLease) and not any(isinstance(each[0], GetOrLease) for each in self.asked[:-1]):
+            await one(self, Delete("k"))
+            assert isinstance(await one(self, batch[0]), LeaseGranted)
+        return replies
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def test_a_value_whose_lease_was_lost_and_granted_to_a_copy_is_not_stored() -> None:
+    store = CopiesQuestions()
+    async with open_cache(settings(), stores=lambda _: store) as cache:
+        assert await cache.get_or_load("k", lambda: "loaded before", lease_ttl=0.2) == "loaded before"
+        assert await cache.get("k") is None
+        # As soon as the copy's lease has run out, the next one loads.
+        assert await cache.get_or_load("k", lambda: "new", lease_ttl=0.2) == "new"
+        assert await cache.get("k") == "new"
+
+
+async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease() -> None:
+    """Who waits for another process asks again and again. It is answered with a value, which is deleted while the answer is on
+    its way, and a copy of the question is granted the lease: whoever comes then is told its name, and must not be given that
+    value."""
+    store = Outage()
+    values: dict[str, Any] = {}
+    questions = 0
+    copied, joined, go_on = anyio.Event(), anyio.Event(), anyio.Event()
+    async with open_cache(settings(), stores=lambda _: store) as cache:
+        lease = cache._loads._lease
+        theirs = await one(store, GetOrLease("k", "another process", "o1", 60.0))
+        assert isinstance(theirs, LeaseGranted)
+
+        async def held_up(way: Any, request: GetOrLease, *turned: Any) -> Any:
+            nonlocal questions
+            questions += 1
+            if questions == 2:  # The first was that of a caller, and this is that of the process.
+                assert isinstance(await one(store, Set("k", "old", lease=theirs.token)), Stored)
+            reply = await lease(way, request, *turned)
+            if questions == 2:
+                await one(store, Delete("k"))
+                assert isinstance(await one(store, request), LeaseGranted)
+                copied.set()
+                await go_on.wait()
+            elif questions == 3:
+                joined.set()
+            return reply
+
+        cache._loads._lease = held_up  # type: ignore[assignment, method-assign]
+
+        async def call(name: str) -> None:
+            values[name] = await cache.get_or_load("k", lambda: f"loaded for {name}", lease_ttl=0.1)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call, "first")
+            await copied.wait()
+            tasks.start_soon(call, "second")
+            await joined.wait()
+            go_on.set()
+    assert values == {"first": "old", "second": "loaded for second"}
+
+
+async def test_a_lease_that_a_copy_was_granted_is_told_to_others_by_its_own_name() -> None:
+    store = Outage()
+    await store.open()
+    question = GetOrLease("k", "p", "t", 60.0)
+    first = await one(store, question)
+    assert isinstance(first, LeaseGranted)
+    assert await one(store, question) == first, "while it is held, it is the same lease"
+    await one(store, Delete("k"))
+    second = await one(store, question)
+    assert isinstance(second, LeaseGranted)
+    assert second.token != first.token
+    told = await one(store, replace(question, token="u"))
+    assert isinstance(told, Loading)
+    assert told.token == second.token
+    assert isinstance(await one(store, Set("k", 1, lease=first.token)), NotStored)
+    assert isinstance(await one(store, Set("k", 2, lease=second.token)), Stored)
+    assert isinstance(await one(store, question), Found)
+    await store.close()
