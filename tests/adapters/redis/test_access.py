@@ -235,18 +235,18 @@ async def test_sentinels_lead_to_the_master_and_to_the_next_one() -> None:
         run_redis("--replicaof", f"127.0.0.1 {master.port}") as replica,
         run_sentinel(master, name="shop") as sentinel,
     ):
-        with anyio.fail_after(15):
+        with anyio.fail_after(30):
             while b"slaves=1" not in await sync(redis_command, sentinel, "INFO", "sentinel"):
                 await anyio.sleep(0.05)
         url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{sentinel.port}/shop/0"
         async with opened(url) as store:
             assert not isinstance(await one(store, Set("a", b"1")), Failed)
             assert b"tests:a" in await sync(redis_command, master, "KEYS", "*")
-            with anyio.fail_after(10):
+            with anyio.fail_after(30):
                 while b"tests:a" not in await sync(redis_command, replica, "KEYS", "*"):
                     await anyio.sleep(0.02)
             await sync(master.kill)
-            with anyio.fail_after(15):
+            with anyio.fail_after(30):
                 while True:
                     try:
                         if not isinstance(await one(store, Set("b", b"2")), Failed):
