@@ -169,7 +169,7 @@ class TestMemoryOverNats(OverNats):
 
     @pytest.fixture
     async def store(self, connect: Connect) -> AsyncIterator[AnyStore]:
-        home = await connect()
+        home = await connect(claim_wait=0.001)  # Nobody else is in this namespace.
         async with Supervisor(home) as supervisor:
             memory = MemoryStore()
             await supervisor.start(BACKEND, lambda: BackendActor(memory), visibility="sole")
