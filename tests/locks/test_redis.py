@@ -28,6 +28,7 @@ from cachebus.messages import (
 )
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
 from tests.house.paths import ROOT
+from tests.lateness import within
 
 from .fleet import Resource, check_journal, fleet, token_of
 
@@ -157,7 +158,7 @@ async def test_a_killed_holder_loses_the_lock_when_its_time_is_up(server: Server
         holder.kill()
         began = time.monotonic()
         async with cache.lock("a", wait=10) as lock:
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < within(1.5)
             assert lock.token > token
 
 
@@ -192,7 +193,7 @@ async def test_a_waiter_whose_process_is_gone_holds_nobody_up_for_long(server: S
         began = time.monotonic()
         async with asyncio.timeout(30):
             await waiting
-        assert time.monotonic() - began < (0.5 if how == "kill" else CLAIM + 1.5)
+        assert time.monotonic() - began < (CLAIM if how == "kill" else within(CLAIM))
         if how == "pause":
             await waiting.result().release()
             gone.resume()
@@ -226,7 +227,7 @@ async def test_tokens_grow_over_a_flush_and_the_holder_notices(server: Server, c
     await tell(server, "FLUSHALL")
     async with cache.lock("a", wait=0) as after:
         assert after.token > lock.token
-        with anyio.fail_after(3):
+        with anyio.fail_after(30):
             while not lock.lost:
                 await asyncio.sleep(0.02)
         with pytest.raises(LockNotHeld):
@@ -352,7 +353,7 @@ async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> No
         waiting.pop().cancel()
         await queued(server, 3)
         await lock.release()
-        async with asyncio.timeout(CLAIM):  # By pushes: without them it would take the time of the lock.
+        async with asyncio.timeout(30):  # By pushes: without them it would take the time of the lock.
             await asyncio.gather(*waiting)
         expired = await one.lock("a", ttl=0.05, renew=False).acquire()
         async with two.lock("a", wait=5):
@@ -381,7 +382,7 @@ async def test_in_a_cluster_a_lock_goes_from_process_to_process_by_a_push(
         with anyio.fail_after(60):
             for each in processes:
                 assert await each.hears() == "done"
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < within(15)
         tokens = check_journal(journal.read_text())
         assert len(tokens) == 200
         assert tokens == sorted(set(tokens))
@@ -403,4 +404,4 @@ async def test_in_a_cluster_a_waiter_whose_process_is_gone_costs_the_claim(clust
         began = time.monotonic()
         async with asyncio.timeout(30):
             await waiting
-        assert time.monotonic() - began < CLAIM + 1.5
+        assert time.monotonic() - began < within(CLAIM)

@@ -52,6 +52,7 @@ from cachebus.settings import backend_from_url
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
 from tests.faults.scene import guarded
+from tests.lateness import within
 
 from .conftest import one, opened, submitted
 from .test_access import documented_rights
@@ -513,7 +514,7 @@ async def test_a_killed_server_takes_only_its_own_keys_and_brings_them_back() ->
             await sync(servers[0].kill)
             started = time.monotonic()
             replies = await store.execute([Get(f"k{number}") for number in range(60)])
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < within(0.5)
             failed = [reply.error() for reply in replies if isinstance(reply, Failed)]
             assert 5 < len(failed) < 40
             assert {type(each) for each in failed} == {CacheConnectionError}
@@ -525,7 +526,7 @@ async def test_a_killed_server_takes_only_its_own_keys_and_brings_them_back() ->
                     await asyncio.sleep(0.02)
             back = time.monotonic()
             while any(isinstance(each, Failed) for each in await store.execute([Set(f"k{n}", n) for n in range(60)])):
-                assert time.monotonic() - back < 2.0
+                assert time.monotonic() - back < within(2.0)
                 await asyncio.sleep(0.01)
             assert [each.value for each in await store.execute([Get(f"k{n}") for n in range(60)])] == list(range(60))
 
@@ -544,11 +545,11 @@ async def test_a_silent_server_costs_the_others_nothing_once_it_is_known() -> No
                 for _ in range(10):
                     started = time.monotonic()
                     replies = await store.execute([Get(key) for key in keys])
-                    assert time.monotonic() - started < 0.8
+                    assert time.monotonic() - started < within(0.2)
                     assert {key for key, reply in zip(keys, replies, strict=True) if isinstance(reply, Failed)} == lost
             finally:
                 await sync(servers[0].resume)
-            with anyio.fail_after(2):
+            with anyio.fail_after(within(2.0)):
                 while any(isinstance(each, Failed) for each in await store.execute([Get(key) for key in keys])):
                     await asyncio.sleep(0.01)
 
@@ -610,5 +611,5 @@ async def test_a_cluster_whose_servers_are_all_gone_says_so_in_time() -> None:
                 await sync(server.kill)
             started = time.monotonic()
             results = await asyncio.gather(*(cache.get(f"k{n}") for n in range(50)), return_exceptions=True)
-            assert time.monotonic() - started < 1.2
+            assert time.monotonic() - started < within(1.0)
             assert all(isinstance(each, CacheError) for each in results)
