@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# Tests mostly wait: for servers, timers and each other's processes. Four at a time keep two cores busy.
+# Tests wait a lot: for servers, timers and each other's processes. Four at a time keep two cores busy.
 WORKERS ?= 4
 
 BIN   := $(abspath $(VENV))/bin
@@ -11,6 +11,8 @@ PIP   := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 # nats-server comes as a wheel and is found like redis-server and memcached: on the PATH.
 export PATH := $(BIN):$(PATH)
+# Tests start hundreds of interpreters, each of which would compile everything anew where this is set.
+unexport PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-cluster test fuzz check bench soak faults format venv servers clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Generator, Iterator
@@ -19,6 +20,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "house")
 logging.getLogger().setLevel(logging.DEBUG)
 CANARY = "hunter" + "2"
 """Part of the secrets of tests. Put together, because a traceback shows lines of source."""
+
+
+def pytest_collection_finish() -> None:
+    """Leaves ten thousand tests, which are there to the end, out of every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -412,7 +412,7 @@ def test_work_beside_the_turns_may_be_asked_for_from_a_callback_of_the_loop() ->
                 done.set()
 
             asyncio.get_running_loop().call_soon(cell.start_soon, work, context=contextvars.Context())
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(30):
                 await done.wait()
 
     asyncio.run(main())

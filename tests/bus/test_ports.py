@@ -35,7 +35,7 @@ async def test_an_answer_from_another_thread_arrives() -> None:
 
 async def test_without_an_answer_the_deadline_answers() -> None:
     port = open_port()
-    with anyio.fail_after(20):
+    with anyio.fail_after(30):
         assert await port.wait(0.01, lambda: "late") == "late"
     assert not port.waiting
     port.answer("even later")

@@ -217,9 +217,9 @@ def test_a_watcher_that_joins_while_somebody_subscribes_has_the_last_word_right(
         kinds = audience.kinds
         if not wanted and subscriber.ident is None:
             subscriber.start()
-            tried.wait(20.0)
+            tried.wait(30)
             if not audience._guard.lock.locked():  # type: ignore[attr-defined]
-                done.wait(20.0)
+                done.wait(30)
         wanted.append(kinds)
 
     audience.watch(watch)

@@ -29,7 +29,7 @@ class Ends:
 
 def in_asyncio(test: Callable[[], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await test()
 
     asyncio.run(run())
@@ -63,8 +63,8 @@ def test_the_current_task_and_the_context_are_the_same_before_and_after_waiting(
         async def work() -> None:
             variable.set("inside")
             # Each of these looks for the current task when it begins, and again when it ends.
-            async with asyncio.timeout(5), asyncio.TaskGroup() as group:
-                with anyio.fail_after(5):
+            async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+                with anyio.fail_after(30):
                     async with anyio.create_task_group() as other:
                         tasks.append(asyncio.current_task())
                         group.create_task(asyncio.sleep(0))

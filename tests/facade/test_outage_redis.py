@@ -27,9 +27,10 @@ from cachebus.settings import load_settings
 from cachebus.testing.processes import free_port
 from cachebus.testing.proxy import Mode, Proxy
 from cachebus.testing.servers import Server, run_redis
+from tests.lateness import within
 
 RECOVERY = 0.5
-BACK_WITHIN = 2.0
+BACK_WITHIN = within(2.0)
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ async def test_a_server_that_is_killed_and_started_again_is_told_of_and_found_ag
                 await until_the_circuit_is_open(cache)
                 began = time.monotonic()
                 assert [await load(number) for number in range(200)] == list(range(200))
-                assert time.monotonic() - began < 1.0, "at the speed of the loader"
+                assert time.monotonic() - began < within(1.0), "at the speed of the loader"
                 assert loads == 201
                 health = await cache.health()
                 assert not health.ok
@@ -187,7 +188,7 @@ async def test_whatever_breaks_every_call_ends_by_its_deadline(server: Server, m
                     tasks.start_soon(call, name)
             await to_thread.run_sync(lambda: proxy.switch("pass"))
             assert await until_it_works(cache) < BACK_WITHIN
-    assert {name: seconds for name, seconds in took.items() if seconds > timeout + 0.1} == {}
+    assert {name: seconds for name, seconds in took.items() if seconds > within(timeout)} == {}
     assert len(took) == len(EVERY_CALL)
 
 
@@ -223,7 +224,7 @@ def test_what_is_lost_with_its_connection_is_answered_at_once_on_a_loop_that_any
             await asyncio.to_thread(proxy.switch, "refuse")
             began = time.monotonic()
             assert await asking == "default"
-            assert time.monotonic() - began < 5.0, "and not only after 30 s"
+            assert time.monotonic() - began < 15.0, "and not only after 30 s"
             assert (await cache.statistics()).guard["retries"] > 0
 
     with Proxy.before(server) as proxy:
@@ -261,5 +262,5 @@ async def test_a_program_that_begins_during_an_outage_is_served_at_once(tmp_path
         settings = await to_thread.run_sync(lambda: open_cache(str(file)))
         began = time.monotonic()
         async with settings as cache:
-            assert time.monotonic() - began < 1.0, "no longer than connecting may take"
+            assert time.monotonic() - began < within(0.2), "no longer than connecting may take"
             assert await cache.get("k", "default") == "default"

@@ -326,7 +326,7 @@ def test_a_cache_whose_loop_is_gone_says_so() -> None:
 # Exits and forks, each in an interpreter of its own
 
 
-def python(code: str, timeout: float = 10.0) -> subprocess.CompletedProcess[str]:
+def python(code: str, timeout: float = 40.0) -> subprocess.CompletedProcess[str]:
     """Run `code` in a new interpreter. It hangs no longer than `timeout` seconds, loosely."""
     header = "import asyncio, os, sys, threading\nfrom cachebus import *\n"
     return subprocess.run(

@@ -85,7 +85,7 @@ async def loading(scene: Scene) -> AsyncGenerator[None]:
     await scene.do(scene.server.kill)
     # It returns when the server has read everything; until then the server answers LOADING.
     starting = asyncio.create_task(scene.do(scene.server.start))
-    with anyio.fail_after(20):
+    with anyio.fail_after(30):
         while not await says_loading(scene):
             await asyncio.sleep(0.005)
     yield
@@ -109,7 +109,7 @@ async def cannot_save(scene: Scene) -> AsyncGenerator[None]:
     await scene.do(lambda: in_the_way.mkdir(parents=True))
     await scene.tell("CONFIG", "SET", "save", "3600 1000000")
     await scene.tell("BGSAVE")
-    with anyio.fail_after(10):
+    with anyio.fail_after(30):
         while b"rdb_last_bgsave_status:err" not in await scene.tell("INFO", "persistence"):
             await asyncio.sleep(0.01)
     yield

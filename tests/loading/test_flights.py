@@ -83,7 +83,7 @@ async def test_when_everybody_has_gone_the_load_is_cancelled_and_the_next_may_lo
             tasks.start_soon(cache.get_or_load, "k", load)
         await begun.wait()
         tasks.cancel_scope.cancel()
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         await cancelled.wait()
         assert await cache.get_or_load("k", lambda: "next") == "next"
     await quiet(cache)
@@ -100,7 +100,7 @@ async def test_who_stops_waiting_after_a_hard_timeout_lets_the_load_go_on(cache:
     with pytest.raises(CacheTimeoutError):
         await cache.get_or_load("k", load, hard_timeout=0.01)
     go_on.set()
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while await cache.get("k") is None:
             await checkpoint()
 
@@ -156,7 +156,7 @@ async def test_a_loader_that_asks_for_its_own_key_is_told_so(cache: Cache) -> No
     async def load() -> Any:
         return await cache.get_or_load("k", load)
 
-    with anyio.fail_after(5), pytest.raises(CacheError, match="a loader asks for the very key that it is loading"):
+    with anyio.fail_after(30), pytest.raises(CacheError, match="a loader asks for the very key that it is loading"):
         await cache.get_or_load("k", load)
     await quiet(cache)
 
@@ -181,7 +181,7 @@ async def test_two_loaders_that_need_each_others_keys_are_told_so(cache: Cache) 
         except CacheError as error:
             errors.append(str(error))
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call, "a", load_a)
             tasks.start_soon(call, "b", load_b)
@@ -205,7 +205,7 @@ async def test_loaders_that_share_what_they_need_are_no_circle(cache: Cache) -> 
     async def call(key: str) -> None:
         results.append(await cache.get_or_load(key, load))
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         async with anyio.create_task_group() as tasks:
             for key in ("a", "b", "a", "b"):
                 tasks.start_soon(call, key)
@@ -287,7 +287,7 @@ def test_a_thread_that_stops_waiting_lets_the_load_go_on(sync_cache: SyncCache) 
     go_on = threading.Event()
 
     def load() -> str:
-        go_on.wait(5)
+        go_on.wait(30)
         return "value"
 
     with pytest.raises(CacheTimeoutError):
@@ -449,7 +449,7 @@ async def test_when_whoever_loads_gives_up_one_of_those_who_wait_loads(cache: Ca
     async def call() -> None:
         values.append(await other.get_or_load("k", lambda: "other's"))
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         async with anyio.create_task_group() as tasks:
             leading = anyio.CancelScope()
 

@@ -51,7 +51,7 @@ def on_both_faces(test: Any) -> Any:
 
 
 async def until(face: str, reached: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 30
     while not reached():
         assert time.monotonic() < limit
         if face == "async":

@@ -58,7 +58,7 @@ async def test_a_lock_that_the_server_forgot_is_seen_to_be_lost_and_tokens_grow(
         assert await anyio.to_thread.run_sync(say, server, b"flush_all") == b"OK\r\n"
     else:
         await anyio.to_thread.run_sync(server.restart)
-    with anyio.fail_after(10):
+    with anyio.fail_after(30):
         while True:
             try:
                 after = await cache.lock("a", wait=3).acquire()
@@ -66,7 +66,7 @@ async def test_a_lock_that_the_server_forgot_is_seen_to_be_lost_and_tokens_grow(
             except CacheConnectionError:
                 continue  # The server is only just back.
     assert after.token > lock.token
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not lock.lost:
             await asyncio.sleep(0.02)
     with pytest.raises(LockNotHeld):
@@ -83,7 +83,7 @@ async def test_one_of_all_who_wait_in_a_process_asks_and_not_often(server: Serve
         # Each attempt is an add that fails, a look at who holds it, and one at whether it was given up.
         assert 1 <= await gets(server) - before <= 3 * 2 / 0.1
     for each in waiting:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await (await each).release()
 
 
@@ -93,7 +93,7 @@ async def test_a_killed_holder_loses_the_lock_soon_after_its_time_is_up(server: 
         with pytest.raises(LockNotAcquired):
             await cache.lock("a", wait=0).acquire()
         holder.kill()
-        async with asyncio.timeout(6), cache.lock("a", wait=6) as lock:
+        async with asyncio.timeout(30), cache.lock("a", wait=20) as lock:
             assert lock.token > token
 
 

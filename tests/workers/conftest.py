@@ -19,7 +19,7 @@ from cachebus.testing.servers import Server, nats_server, redis_server
 __all__ = ["nats_server", "redis_server"]
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 20.0
+LIMIT = 40.0
 """Seconds after which what a test waits for has failed to come."""
 
 

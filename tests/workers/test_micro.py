@@ -23,7 +23,7 @@ from cachebus.settings import load_settings
 from cachebus.testing.servers import Server
 
 pytestmark = pytest.mark.anyio
-T = 10.0
+T = 20.0
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from cachebus.testing.processes import ServerProcess
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, find_binary, run_memcached
 from tests.adapters.certificates import Certificates
+from tests.lateness import within
 
 from .conftest import one, sync
 
@@ -97,12 +98,14 @@ async def test_timeouts_are_those_of_the_options(server: Server) -> None:
         async with at(f"{proxy.url(server.url)}?timeout=0.4&connect_timeout=0.1") as store:
             await sync(proxy.switch, "half_open")
             started = time.monotonic()
-            assert isinstance(await one(store, Get("a")), Failed)
-            assert 0.35 < time.monotonic() - started < 0.95
+            reply = await one(store, Get("a"))
+            assert isinstance(reply, Failed)
+            assert "within 0.4 s" in reply.detail
+            assert 0.35 < time.monotonic() - started < within(0.4)
             started = time.monotonic()
             with pytest.raises(CacheConnectionError, match=r"within 0\.1 s"):
                 await store.execute([Get("a")])
-            assert 0.05 < time.monotonic() - started < 3.0
+            assert 0.05 < time.monotonic() - started < within(0.1)
 
 
 async def test_no_more_threads_connect_than_there_may_be_connections(server: Server) -> None:
@@ -116,7 +119,7 @@ async def test_no_more_threads_connect_than_there_may_be_connections(server: Ser
             with pytest.raises(CacheConnectionError, match="2 threads are connecting"):
                 await store.execute([Get("a")])
             await sync(proxy.switch, "pass")
-            with anyio.fail_after(5):
+            with anyio.fail_after(30):
                 while True:
                     try:
                         await store.execute([Get("a")])
@@ -198,7 +201,7 @@ async def test_tls_checks_the_server_and_shows_who_we_are(server: Server, certif
             with pytest.raises((CacheConfigurationError, CacheConnectionError), match=said or "."):
                 async with at(url):
                     pass
-            assert time.monotonic() - started < 1.5
+            assert time.monotonic() - started < within(1.0)
     finally:
         await sync(secure.stop)
 

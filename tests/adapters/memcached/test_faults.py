@@ -34,6 +34,7 @@ from cachebus.messages import (
 from cachebus.testing.processes import free_port
 from cachebus.testing.proxy import Mode, Proxy
 from cachebus.testing.servers import run_memcached
+from tests.lateness import within
 
 from .conftest import one, opened, sync
 
@@ -77,7 +78,7 @@ async def test_a_server_killed_under_fifty_callers_is_used_again_when_it_is_back
                                 break
                         except CacheError:
                             await anyio.sleep(0.01)
-                        assert time.monotonic() - back < 2.0
+                        assert time.monotonic() - back < within(2.0)
                 done = True
         assert wrong == []
         assert errors <= {CacheConnectionError}
@@ -90,7 +91,7 @@ async def test_a_version_from_before_a_restart_fits_nothing_after_it() -> None:
             before = await one(store, Set("a", b"1"))
             await anyio.sleep(1.1)  # The versions of two lives begin at the second in which each began.
             await sync(server.restart)
-            with anyio.fail_after(5):
+            with anyio.fail_after(30):
                 while not isinstance(await one(store, Get("a")), Missing):  # Or that the connection was lost.
                     await anyio.sleep(0.001)
             after = await one(store, Set("a", b"2"))
@@ -157,7 +158,8 @@ async def test_a_silent_server_costs_nobody_more_than_the_timeout() -> None:
                 if not isinstance(reply, Found):
                     break
             assert isinstance(reply.error(), CacheConnectionError)
-            assert 0.15 < time.monotonic() - started < 0.95
+            assert "within 0.2 s" in reply.detail
+            assert 0.15 < time.monotonic() - started < within(0.2)
             started = time.monotonic()
             with pytest.raises(CacheConnectionError, match=r"within 0\.2 s"):
                 await store.execute([Get("a")])
@@ -179,7 +181,7 @@ async def test_whatever_breaks_between_us_each_value_belongs_to_its_key(mode: Mo
                     replies = await store.execute([Get(key) for key in keys])
                 except CacheError as error:
                     replies = [Failed.of(error)] * len(keys)
-                assert time.monotonic() - began < 0.8
+                assert time.monotonic() - began < within(0.6)
                 for key, reply in zip(keys, replies, strict=True):
                     assert isinstance(reply, Failed) or (isinstance(reply, Found) and reply.value == f"value of {key}")
             await sync(proxy.switch, "pass")
@@ -231,7 +233,7 @@ def impostor(answer: bytes) -> Generator[Place]:
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        thread.join(2)
+        thread.join(30)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +300,7 @@ async def test_a_dead_server_costs_its_own_keys_and_no_others() -> None:
                         else:
                             assert isinstance(reply, Found)
                 # Nobody waits for the one that says nothing: that would take 20 times 0.3 s.
-                assert time.monotonic() - started < 3.0
+                assert time.monotonic() - started < 5.0
                 mine = tuple(key for key in keys if key not in theirs)
                 assert len((await one(store, GetMany(mine))).entries) == len(mine)
                 assert isinstance(await one(store, GetMany(tuple(keys))), Failed)
@@ -306,7 +308,7 @@ async def test_a_dead_server_costs_its_own_keys_and_no_others() -> None:
                 await sync(heal)
                 back = time.monotonic()
                 while isinstance(await one(store, GetMany(tuple(keys))), Failed):
-                    assert time.monotonic() - back < 2.0
+                    assert time.monotonic() - back < within(2.0)
                     await anyio.sleep(0.01)
                 await one(store, SetMany({key: key for key in keys}))
                 assert isinstance(await one(store, GetMany(tuple(keys))), FoundMany)
@@ -331,7 +333,7 @@ async def test_losing_and_finding_a_server_are_events() -> None:
             with pytest.raises(CacheError):
                 await cache.get("a")
             await sync(server.start)
-            with anyio.fail_after(10):
+            with anyio.fail_after(30):
                 while True:
                     try:
                         await cache.set("a", 2)

@@ -45,6 +45,7 @@ from cachebus.testing.suite.base import granted
 from cachebus.urls import parse_url
 from tests.adapters.certificates import Certificates
 from tests.house.paths import ROOT
+from tests.lateness import within
 
 from .conftest import one, opened
 
@@ -208,7 +209,7 @@ async def test_tls_checks_the_server_and_shows_who_we_are(certificates: Certific
             with pytest.raises((CacheConfigurationError, CacheConnectionError), match=said or "."):
                 async with opened(url):
                     pass
-            assert time.monotonic() - started < 1.5
+            assert time.monotonic() - started < within(1.0)
 
 
 async def test_a_cluster_is_reached_over_tls(certificates: Certificates) -> None:
@@ -240,18 +241,18 @@ async def test_sentinels_lead_to_the_master_and_to_the_next_one() -> None:
         run_redis("--replicaof", f"127.0.0.1 {master.port}") as replica,
         run_sentinel(master, name="shop") as sentinel,
     ):
-        with anyio.fail_after(15):
+        with anyio.fail_after(30):
             while b"slaves=1" not in await sync(redis_command, sentinel, "INFO", "sentinel"):
                 await anyio.sleep(0.05)
         url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{sentinel.port}/shop/0"
         async with opened(url) as store:
             assert not isinstance(await one(store, Set("a", b"1")), Failed)
             assert b"tests:a" in await sync(redis_command, master, "KEYS", "*")
-            with anyio.fail_after(10):
+            with anyio.fail_after(30):
                 while b"tests:a" not in await sync(redis_command, replica, "KEYS", "*"):
                     await anyio.sleep(0.02)
             await sync(master.kill)
-            with anyio.fail_after(15):
+            with anyio.fail_after(30):
                 while True:
                     try:
                         if not isinstance(await one(store, Set("b", b"2")), Failed):

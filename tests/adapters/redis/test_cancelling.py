@@ -17,6 +17,7 @@ from cachebus import Cache, CacheError, CacheTimeoutError
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis_cluster
 from tests.faults.scene import guarded
+from tests.lateness import within
 
 KEYS = 200
 ROUNDS = 60
@@ -74,13 +75,13 @@ class Callers:
             for _ in range(chance.randrange(3)):
                 await asyncio.sleep(chance.choice([0, 0, 0.0005, 0.002]))
             leaving.pop().cancel()
-        _, hanging = await asyncio.wait(tasks, timeout=3.0)
+        _, hanging = await asyncio.wait(tasks, timeout=within(3.0))
         assert not hanging
         self.came["cancelled"] += sum(task.cancelled() for task in tasks)
 
     async def served(self) -> None:
         """Return once the cache works, which it does by itself."""
-        with anyio.fail_after(3):
+        with anyio.fail_after(within(2.0)):
             while True:
                 with contextlib.suppress(CacheError):
                     self.expect("k7", await self.cache.get("k7"), "v7")
@@ -117,7 +118,7 @@ async def test_each_value_belongs_to_its_key_whoever_goes_away(server: Server, s
             assert proxy.open_connections <= 2
             await sync(proxy.switch, "pass")
             await callers.served()
-        with anyio.fail_after(2):
+        with anyio.fail_after(within(2.0)):
             while proxy.open_connections or len(asyncio.all_tasks()) > before:
                 await asyncio.sleep(0.01)
 
@@ -133,7 +134,7 @@ async def test_each_value_belongs_to_its_key_whoever_is_late(server: Server, see
                 # Silent for longer than a batch is waited for; then everything that was asked is answered after all.
                 await sync(proxy.switch, "half_open" if number % 3 == 1 else "pass")
                 tasks = [asyncio.create_task(callers.one(callers.chance.randrange(KEYS))) for _ in range(40)]
-                _, hanging = await asyncio.wait(tasks, timeout=3.0)
+                _, hanging = await asyncio.wait(tasks, timeout=within(3.0))
                 assert not hanging
             await sync(proxy.switch, "pass")
             await callers.served()

@@ -52,6 +52,7 @@ from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
 from cachebus.testing.suite.base import granted
 from tests.faults.scene import guarded
+from tests.lateness import within
 
 from .conftest import one, opened, submitted
 from .test_access import documented_rights
@@ -513,19 +514,19 @@ async def test_a_killed_server_takes_only_its_own_keys_and_brings_them_back() ->
             await sync(servers[0].kill)
             started = time.monotonic()
             replies = await store.execute([Get(f"k{number}") for number in range(60)])
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < within(0.5)
             failed = [reply.error() for reply in replies if isinstance(reply, Failed)]
             assert 5 < len(failed) < 40
             assert {type(each) for each in failed} == {CacheConnectionError}
             assert all(isinstance(each, Missing | Failed) for each in replies)
             await sync(servers[0].start)
-            with anyio.fail_after(15):
+            with anyio.fail_after(30):
                 # A server that was away serves nothing for two seconds, so that the others can tell it the news.
                 while b"cluster_state:ok" not in await sync(tell, servers[0], "CLUSTER", "INFO"):
                     await asyncio.sleep(0.02)
             back = time.monotonic()
             while any(isinstance(each, Failed) for each in await store.execute([Set(f"k{n}", n) for n in range(60)])):
-                assert time.monotonic() - back < 2.0
+                assert time.monotonic() - back < within(2.0)
                 await asyncio.sleep(0.01)
             assert [each.value for each in await store.execute([Get(f"k{n}") for n in range(60)])] == list(range(60))
 
@@ -544,11 +545,11 @@ async def test_a_silent_server_costs_the_others_nothing_once_it_is_known() -> No
                 for _ in range(10):
                     started = time.monotonic()
                     replies = await store.execute([Get(key) for key in keys])
-                    assert time.monotonic() - started < 0.8
+                    assert time.monotonic() - started < within(0.2)
                     assert {key for key, reply in zip(keys, replies, strict=True) if isinstance(reply, Failed)} == lost
             finally:
                 await sync(servers[0].resume)
-            with anyio.fail_after(2):
+            with anyio.fail_after(within(2.0)):
                 while any(isinstance(each, Failed) for each in await store.execute([Get(key) for key in keys])):
                     await asyncio.sleep(0.01)
 
@@ -559,7 +560,7 @@ def _with_replica(stack: ExitStack) -> tuple[Sequence[Server], Server]:
     replica = stack.enter_context(run_redis("--cluster-enabled", "yes", *options))
     inner = tell(servers[0], "CONFIG", "GET", "cluster-port").split()[-1].decode()
     tell(replica, "CLUSTER", "MEET", servers[0].host, str(servers[0].port), inner)
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 30
     while b"cluster_known_nodes:4" not in tell(replica, "CLUSTER", "INFO"):
         assert time.monotonic() < limit
         time.sleep(0.02)
@@ -584,13 +585,13 @@ async def test_a_replica_takes_over_from_a_killed_server() -> None:
             assert all(isinstance(each, Stored) for each in stored)
             for server in servers[:1]:
                 await sync(tell, server, "WAIT", "1", "5000")
-            with anyio.fail_after(5):
+            with anyio.fail_after(30):
                 while int((await sync(tell, replica, "DBSIZE")).strip(b":\r\n")) != int(
                     (await sync(tell, servers[0], "DBSIZE")).strip(b":\r\n")
                 ):
                     await asyncio.sleep(0.01)
             await sync(servers[0].kill)
-            with anyio.fail_after(20):
+            with anyio.fail_after(30):
                 while True:
                     replies = await store.execute([Get(f"k{n}") for n in range(60)])
                     assert all(isinstance(each, Found | Failed) for each in replies)
@@ -610,5 +611,5 @@ async def test_a_cluster_whose_servers_are_all_gone_says_so_in_time() -> None:
                 await sync(server.kill)
             started = time.monotonic()
             results = await asyncio.gather(*(cache.get(f"k{n}") for n in range(50)), return_exceptions=True)
-            assert time.monotonic() - started < 1.2
+            assert time.monotonic() - started < within(1.0)
             assert all(isinstance(each, CacheError) for each in results)

@@ -31,6 +31,7 @@ from cachebus.stores import build_store
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import redis_command, run_redis
 from tests.faults.scene import guarded
+from tests.lateness import within
 
 from .conftest import one, opened
 
@@ -77,14 +78,14 @@ async def test_a_server_killed_under_fifty_callers_is_used_again_when_it_is_back
                         try:
                             if not isinstance(await one(store, Set("sign", b"of life")), Failed):
                                 break
-                            assert time.monotonic() - back < 2.0
+                            assert time.monotonic() - back < within(2.0)
                         except CacheError:
-                            assert time.monotonic() - back < 2.0
+                            assert time.monotonic() - back < within(2.0)
                             await asyncio.sleep(0.01)
                 stop.set()
         assert wrong == []
         assert errors <= {CacheConnectionError}
-        assert slowest < 1.5
+        assert slowest < within(1.0)
 
 
 async def test_what_was_in_flight_says_whether_it_may_have_been_done() -> None:
@@ -185,7 +186,7 @@ def impostor(answer: bytes, *, unasked: bool = False) -> Generator[str]:
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        thread.join(2)
+        thread.join(30)
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"+OK\r\n"])

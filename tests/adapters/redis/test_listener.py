@@ -50,11 +50,11 @@ class Ear:
         self._missed.set()
 
     async def next(self) -> bytes:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             return await self._heard.get()
 
     async def until_missed(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await self._missed.wait()
         self._missed.clear()
 
@@ -64,7 +64,7 @@ class Ear:
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not await condition():
             await asyncio.sleep(0.01)
 
@@ -152,7 +152,7 @@ async def test_a_server_that_falls_silent_is_left_and_the_gap_is_told() -> None:
             await listener.subscribe("a", ear.heard, ear.missed).ready()
             await anyio.to_thread.run_sync(server.pause)
             try:
-                with anyio.fail_after(5):
+                with anyio.fail_after(30):
                     while "up" in repr(listener):
                         await asyncio.sleep(0.01)
             finally:
@@ -169,7 +169,7 @@ async def test_who_waits_for_a_server_that_is_away_is_told_and_the_listener_goes
             with pytest.raises(CacheConnectionError):
                 await place.ready()
             await anyio.to_thread.run_sync(server.start)
-            with anyio.fail_after(5):
+            with anyio.fail_after(30):
                 while True:
                     try:
                         await place.ready()

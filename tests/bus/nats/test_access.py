@@ -100,7 +100,7 @@ async def test_a_file_of_credentials_opens_requests_events_and_streams(
             with other.subscribe(CacheSet, since=0.0) as heard:
                 assert (await anext(heard)).key == "before"  # type: ignore[attr-defined]
             await anyio.to_thread.run_sync(server.restart)
-            with anyio.fail_after(20), other.subscribe(CacheSet) as heard:
+            with anyio.fail_after(30), other.subscribe(CacheSet) as heard:
                 # Signed in anew by itself: the file is read at every connect.
                 while not (bus.connection.up and other.connection.up):
                     await anyio.sleep(0.01)

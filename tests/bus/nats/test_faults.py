@@ -38,6 +38,7 @@ from cachebus.messages import (
     Touch,
 )
 from cachebus.testing.servers import Server, run_nats
+from tests.lateness import within
 
 from .actors import Answering
 from .conftest import Connect, StartWorker, options
@@ -71,7 +72,7 @@ async def test_a_killed_worker_costs_no_idempotent_request_where_another_serves(
         while not ended.is_set():
             begun = time.monotonic()
             try:
-                assert await bus.request(PLACE, Get(str(number)), 3.0) == Found(str(number))
+                assert await bus.request(PLACE, Get(str(number)), T) == Found(str(number))
                 answered += 1
             except CacheError:
                 failed += 1
@@ -88,7 +89,7 @@ async def test_a_killed_worker_costs_no_idempotent_request_where_another_serves(
                 await asyncio.sleep(0.01)
         ended.set()
     assert failed == 0
-    assert longest < 3.0
+    assert longest < T / 2
     assert await bus.request(PLACE, Get("pid"), T) == Found(second.process.pid)
 
 
@@ -151,7 +152,7 @@ async def test_a_killed_server_fails_callers_at_once_and_everything_works_when_i
             begun = time.monotonic()
             with pytest.raises(CacheConnectionError, match="the connection to NATS is away"):
                 await bus.request(PLACE, Get("k"), T)
-            assert time.monotonic() - begun < 0.5
+            assert time.monotonic() - begun < within(0.5)
             await anyio.to_thread.run_sync(own_server.start)
             await until_back(bus)
             gap = await anext(gaps)

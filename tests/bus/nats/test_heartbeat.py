@@ -34,13 +34,18 @@ async def test_the_loss_of_the_last_events_is_told(connect: Connect) -> None:
         assert getattr(await anext(heard), "key", "") == "first"
         for number in range(60):
             Emitter(there).emit(CacheSet(key=str(number)))
-        arrived = 0
+        arrived = missed = 0
         with anyio.fail_after(T):
-            while isinstance(event := await anext(heard), CacheSet):
-                arrived += 1
-        assert isinstance(event, EventsMissed)
-        assert (event.event, event.count) == ("event.cache_set", 60 - arrived)
-        assert 0 < event.count == here.counters.events_missed
+            while arrived + missed < 60:  # What is lost in two parts, with a heartbeat between them, is told in two.
+                event: object = await anext(heard)
+                if isinstance(event, CacheSet):
+                    arrived += 1
+                else:
+                    assert isinstance(event, EventsMissed)
+                    assert event.event == "event.cache_set"
+                    missed += event.count
+        assert arrived + missed == 60
+        assert 0 < missed == here.counters.events_missed
 
 
 async def test_without_heartbeats_it_is_not(connect: Connect) -> None:

@@ -98,7 +98,7 @@ async def test_messages_of_one_sender_are_handled_in_their_order(bus: Bus) -> No
 
 
 async def test_a_deadline_is_kept_and_a_parked_reply_comes(bus: Bus) -> None:
-    with anyio.fail_after(1.0), pytest.raises(CacheTimeoutError):
+    with anyio.fail_after(T / 2), pytest.raises(CacheTimeoutError):
         await bus.request(PLACE, Touch("k"), 0.1)
     parked = asyncio.create_task(bus.request(PLACE, Touch("k"), T))
     await bus.request(PLACE, Exists("0"), T)
@@ -169,7 +169,7 @@ class TestMemoryOverNats(OverNats):
 
     @pytest.fixture
     async def store(self, connect: Connect) -> AsyncIterator[AnyStore]:
-        home = await connect()
+        home = await connect(claim_wait=0.001)  # Nobody else is in this namespace.
         async with Supervisor(home) as supervisor:
             memory = MemoryStore()
             await supervisor.start(BACKEND, lambda: BackendActor(memory), visibility="sole")

@@ -21,6 +21,7 @@ from cachebus.bus.subjects import Subjects
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheTimeoutError, Found, Get, Touch
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, run_nats
+from tests.lateness import within
 
 from .actors import Answering
 from .conftest import Connect, StartWorker, options
@@ -53,19 +54,18 @@ async def test_a_request_that_does_not_say_how_long_it_may_take_has_the_budget_o
     try:
         async with Supervisor(await connect(budget=0.05)) as supervisor:
             await supervisor.start(PLACE, Answering, visibility="shared")
-            answer = await stranger.request(Subjects(namespace).request(PLACE), encode(Touch("k")), timeout=3.0)
+            answer = await stranger.request(Subjects(namespace).request(PLACE), encode(Touch("k")), timeout=T)
             assert getattr(decode(answer.data), "code", "") == CacheTimeoutError.code
     finally:
         await stranger.close()
 
 
 async def test_a_claim_waits_for_objections_as_long_as_it_is_told(connect: Connect) -> None:
-    begun = time.monotonic()
-    await (await connect(claim_wait=0.01)).claim(PLACE, "sole")
-    assert time.monotonic() - begun < 0.2
-    begun = time.monotonic()
-    await (await connect(claim_wait=0.3)).claim(Address("test.other"), "sole")
-    assert time.monotonic() - begun >= 0.3
+    for number, seconds in enumerate((0.01, 0.5)):
+        begun = time.monotonic()
+        await (await connect(claim_wait=seconds)).claim(Address(f"test.place{number}"), "sole")
+        took = time.monotonic() - begun
+        assert took >= seconds
 
 
 async def test_a_server_that_does_not_speak_is_waited_for_no_longer_than_the_connect_timeout() -> None:
@@ -81,7 +81,7 @@ async def test_a_server_that_does_not_speak_is_waited_for_no_longer_than_the_con
     begun = time.monotonic()
     with pytest.raises(CacheConnectionError, match=r"no answer in time|Timeout"):
         await NatsBus("t", NatsOptions(servers=(f"127.0.0.1:{port}",), connect_timeout=0.1)).open()
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < within(0.1)
     with anyio.fail_after(T):
         await gone.wait()
     mute.close()
