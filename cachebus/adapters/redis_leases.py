@@ -39,6 +39,7 @@ from cachebus.messages import (
     Stored,
 )
 
+from .durations import time_stale
 from .redis_connection import Argument
 from .redis_script import Script
 from .redis_slots import slot_of, tag_of
@@ -264,8 +265,7 @@ def commit_call(
 
 def kept_for(request: Set, px: str) -> str:
     """The milliseconds for which an entry is kept, the time in which it may be served stale included."""
-    stale_for = 0.0 if request.origin is None else max(0.0, request.origin.stale_for)
-    return str(int(px) + math.ceil(stale_for * 1000)) if px else px
+    return str(int(px) + math.ceil(time_stale(request.origin) * 1000)) if px else px
 
 
 def _committed(version: Any, now: float) -> Reply:
