@@ -30,6 +30,7 @@ from cachebus.messages import (
     bare,
 )
 
+from .durations import time_stale
 from .eviction import NEVER, Entry
 from .lease_checks import check_lease
 from .leases import Lease, LeaseTable, Waiter, answer_all
@@ -166,7 +167,7 @@ class LoadTable(EntryTable):
 
     def _keep_origin(self, entry: Entry, origin: Origin, now: float) -> None:
         lifetime = None if entry.expires_at == NEVER else entry.expires_at - now
-        self._origins[entry.key] = Kept(origin, lifetime, entry.expires_at + max(0.0, origin.stale_for))
+        self._origins[entry.key] = Kept(origin, lifetime, entry.expires_at + time_stale(origin))
 
     # Leases
 

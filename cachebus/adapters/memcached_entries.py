@@ -22,6 +22,7 @@ from typing import Any, cast
 
 from cachebus.messages import CacheError, CacheSerializationError, Failed, Found, Loaded, Missing, Present, bare
 
+from .durations import time_to_live
 from .forms import BYTES, decode_form
 from .memcached_notes import NO_NOTES, NOTED, Notes, pack_noted, split_noted
 
@@ -138,8 +139,9 @@ def kept_until(expiry: float, notes: Notes) -> float:
 
 
 def expiry_of(ttl: float | None, now: float) -> float:
-    """The time at which an entry's time is up, for a time to live in seconds; 0 for none."""
-    return 0.0 if ttl is None else now + math.ceil(ttl)
+    """The time at which an entry's time is up, for a time to live in seconds; 0 for none. Raises
+    `BadMessage` as `time_to_live` does."""
+    return 0.0 if ttl is None else now + math.ceil(time_to_live(ttl))
 
 
 def server_expiry(expiry: float, now: float) -> int:

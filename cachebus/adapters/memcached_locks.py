@@ -41,6 +41,7 @@ from cachebus.messages import (
 
 from .memcached import MemcachedStore
 from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection, Talk
+from .memcached_entries import server_expiry
 from .memcached_errors import BACKEND
 from .memcached_lane import Lane
 
@@ -53,8 +54,6 @@ GONE = 60
 
 TRIES = 100
 """How often an item is looked at that others change in between."""
-
-_RELATIVE_MAX = 30 * 86_400  # A longer time to live is taken for a date.
 
 
 class MemcachedLockStore(MemcachedStore):
@@ -211,10 +210,13 @@ class _Locks:
     def _put(self, item: str, request: Acquire | RenewLock, owner: str, ttl: float, condition: str) -> bytes:
         now = self._connection.now()
         body = f"{math.ceil((now + ttl) * 1000)}|{request.ticket}|{owner}".encode()
-        # The server's seconds begin when it likes: the first of them may be over at once.
-        seconds = math.ceil(ttl) + 1
-        expiry = seconds if seconds <= _RELATIVE_MAX else math.ceil(now) + seconds
-        return b"ms %s %d T%d %s\r\n%s\r\n" % (item.encode(), len(body), expiry, condition.encode(), body)
+        return b"ms %s %d T%d %s\r\n%s\r\n" % (
+            item.encode(),
+            len(body),
+            server_expiry(now + ttl, now),
+            condition.encode(),
+            body,
+        )
 
     def _left(self, found: _Found) -> float:
         return max(0.0, found.until - self._connection.now())

@@ -15,6 +15,7 @@ from typing import Any
 
 from cachebus.messages import CacheKeyError, CacheSerializationError, Origin
 
+from .durations import time_stale
 from .forms import pack_plain, unpack_plain
 
 NOTED = b"o"[0]
@@ -42,7 +43,7 @@ class Notes:
     @property
     def stale_for(self) -> float:
         """Seconds for which the value may be served when its time is up."""
-        return 0.0 if self.origin is None else max(0.0, self.origin.stale_for)
+        return time_stale(self.origin)
 
 
 NO_NOTES = Notes()

@@ -40,6 +40,7 @@ from cachebus.messages import (
 )
 from cachebus.messages.lease_names import NONCE_LENGTH, new_lease_name
 
+from .durations import time_stale
 from .lease_checks import check_lease
 from .redis_connection import Argument
 from .redis_script import Script
@@ -281,8 +282,7 @@ def commit_call(
 
 def kept_for(request: Set, px: str) -> str:
     """The milliseconds for which an entry is kept, the time in which it may be served stale included."""
-    stale_for = 0.0 if request.origin is None else max(0.0, request.origin.stale_for)
-    return str(int(px) + math.ceil(stale_for * 1000)) if px else px
+    return str(int(px) + math.ceil(time_stale(request.origin) * 1000)) if px else px
 
 
 def _committed(version: Any, now: float) -> Reply:

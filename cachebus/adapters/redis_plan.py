@@ -138,15 +138,14 @@ class Plan(Singles):
         for position in range(first, end):
             request: Any = self._batch[position]
             try:
-                tags = request.tags
+                tags, px = request.tags, self._px(request.ttl)
                 stamp = self._stamp(position, tags) if tags else NO_STAMP
                 many = isinstance(request, SetMany)
                 items = request.items if many else {request.key: request.value}
                 encoded = [(self._key(key), encode(value)) for key, value in items.items()]
                 if isinstance(request, Set) and request.lease is not None:
                     (name, body), groups = encoded[0], {}
-                    here, px = self._space.here, self._px(request.ttl)
-                    words, script, make = commit_call(request, name, body, px, stamp, here)
+                    words, script, make = commit_call(request, name, body, px, stamp, self._space.here)
                     calls.append(self._command(position, words, name, make, script=script, writes=True))
                     continue
                 if tags:
@@ -156,7 +155,7 @@ class Plan(Singles):
                 continue
             if many:
                 self.replies[position] = StoredMany(len(encoded))
-            px, condition = self._px(request.ttl), _condition(request)
+            condition = _condition(request)
             for key, body in encoded:
                 group = self._group(key)
                 writes = groups.get(group)

@@ -35,6 +35,7 @@ from cachebus.messages import (
     Ttl,
 )
 
+from .durations import time_to_live
 from .redis_commands import Command, Settle, unlink
 from .redis_connection import Argument
 from .redis_doubts import settle_head, settle_lease
@@ -47,8 +48,6 @@ from .redis_tag_scripts import INVALIDATE, PEEK
 from .redis_tags import NO_STAMP, TagSpace, new_epoch, pack_tags, split_tagged
 from .redis_values import HEADER, LEASE, LOADED, MISSING, TAGGED, left
 from .redis_walk import matching, scan_words
-
-_PX_MAX = 10**15  # 31,000 years; Redis refuses what overflows when it adds the time of day.
 
 
 class Singles:
@@ -293,8 +292,8 @@ class Singles:
 
 
 def milliseconds(ttl: float | None) -> str:
-    """A time to live as Redis takes it; `""` is for ever."""
-    return "" if ttl is None else str(min(math.ceil(ttl * 1000), _PX_MAX))
+    """A time to live as Redis takes it; `""` is for ever. Raises `BadMessage` as `time_to_live` does."""
+    return "" if ttl is None else str(math.ceil(time_to_live(ttl) * 1000))
 
 
 def _present(reply: Any, now: float) -> Reply:

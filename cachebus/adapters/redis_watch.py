@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from cachebus.messages import (
+    BadMessage,
     CacheClosed,
     CacheError,
     Failed,
@@ -75,6 +76,9 @@ class LeaseWatch:
     def watch(self, request: WatchLease, told: Told) -> None:
         """Tell `told` what became of a lease: `NotHeld` when it has ended, what its loader has failed with, or `Loading` when
         time is up. A `Failed` says that there is no use in waiting here."""
+        if not request.wait >= 0:
+            told(Failed.of(BadMessage(f"wait must be a number of seconds from 0, not {request.wait!r}")))
+            return
         if (ended := self._ended.get(request.token)) is not None:
             told(ended)
             return

@@ -8,7 +8,6 @@ from typing import Any
 
 from cachebus.actors.ports import Clock, ReadListener, RemovalListener, WriteListener
 from cachebus.messages import (
-    BadMessage,
     CacheCapacityError,
     CacheSerializationError,
     Origin,
@@ -16,6 +15,7 @@ from cachebus.messages import (
     Ttl,
 )
 
+from .durations import time_to_live
 from .eviction import NEVER, VISITS_MAX, Entry, WeighedEntry, make_policy
 from .expiry import GONE, ExpiryWheel
 from .leases import Lease
@@ -271,9 +271,7 @@ class EntryTable:
             ttl = self._default_ttl
         if ttl is None:
             return NEVER
-        if not ttl > 0:
-            raise BadMessage(f"ttl must be a positive number of seconds, not {ttl!r}")
-        return now + ttl
+        return now + time_to_live(ttl)
 
     def _next_version(self, now: float) -> float:
         version = now + self._epoch

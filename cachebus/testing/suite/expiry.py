@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from cachebus.messages import (
     Add,
+    BadMessage,
+    CacheSerializationError,
     Counted,
     Delete,
     Deleted,
     Exists,
+    Failed,
     Found,
     Get,
     GetMany,
@@ -25,7 +30,7 @@ from cachebus.messages import (
     Ttl,
 )
 
-from .base import MISSING, AnyStore, Conformance, all_keys, ask, value_of
+from .base import MISSING, AnyStore, Conformance, all_keys, ask, carry_out, value_of
 
 DAY = 86_400.0
 
@@ -57,6 +62,22 @@ class Expiry(Conformance):
                 assert left is not None
                 assert 0 < left <= self.rounded(store, self.default_ttl)
             await ask(store, Delete("a"))
+
+    @pytest.mark.parametrize("ttl", [0.0, -1.0, -math.inf, math.nan, math.inf])
+    async def test_what_is_no_time_to_live_is_refused_and_hurts_nobody(self, store: AnyStore, ttl: float) -> None:
+        await ask(store, Set("there", b"1"))
+        touch = Touch("there", ttl=ttl)
+        for request in (*self._writes(ttl), touch):
+            before, reply, after = await carry_out(store, [Get("there"), request, Get("there")])
+            assert isinstance(before, Found)
+            assert isinstance(after, Found)
+            if ttl != math.inf or request is touch:
+                assert isinstance(reply, Failed)
+                assert isinstance(reply.error(), BadMessage | CacheSerializationError)  # JSON cannot say all of them.
+            elif not isinstance(reply, Failed):
+                assert await self._left(store) is None, "else it is for ever"
+                await ask(store, Delete("a"))
+            assert await value_of(store, "a") is MISSING
 
     async def test_forty_days_are_forty_days(self, store: AnyStore) -> None:
         # Memcached takes more than 30 days for a date.

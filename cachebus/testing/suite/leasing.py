@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from cachebus.actors.ports import InlineStore
 from cachebus.messages import (
     Add,
+    CacheSerializationError,
     CapabilityError,
     Clear,
     CompareAndSet,
@@ -82,6 +85,15 @@ class Leasing(Conformance):
         if how == "delete pattern":
             self.needs(store, "patterns")
         await ask(store, VOIDING[how]())
+
+    async def store_stale(self, store: AnyStore, stale_for: float) -> None:
+        """Store what may be served stale, where that can be said at all."""
+        await ask(store, lease("t1"))
+        try:
+            reply = await ask(store, commit("t1", b"old", ttl=self.short_ttl, origin=Origin(0.5, stale_for)))
+        except CacheSerializationError:
+            pytest.skip("JSON has no such number")
+        assert isinstance(reply, Stored)
 
     async def test_a_store_that_cannot_lease_says_so(self, store: AnyStore) -> None:
         if store.capabilities.leases:
@@ -283,6 +295,26 @@ class Leasing(Conformance):
         await self.expire(leasing, times=2)
         t2 = await granted(leasing, lease("t2"))
         assert await ask(leasing, lease("t2")) == LeaseGranted(t2, None)
+
+    @pytest.mark.parametrize("stale_for", [1e9, 1e18, math.inf])
+    async def test_what_may_be_served_stale_for_ages_is_kept(self, leasing: AnyStore, stale_for: float) -> None:
+        await self.store_stale(leasing, stale_for)
+        await ask(leasing, Set("other", b"v", ttl=self.short_ttl))
+        await self.expire(leasing, times=2)
+        if isinstance(leasing, InlineStore):
+            leasing.sweep(100)
+        assert isinstance(await ask(leasing, Get("k")), Missing)
+        assert isinstance(await ask(leasing, Get("other")), Missing)
+        granted = await ask(leasing, lease("t2"))
+        assert isinstance(granted, LeaseGranted)
+        assert granted.stale is not None
+        assert granted.stale.value == b"old"
+
+    @pytest.mark.parametrize("stale_for", [-1.0, -math.inf, math.nan])
+    async def test_for_less_than_no_time_is_not_at_all(self, leasing: AnyStore, stale_for: float) -> None:
+        await self.store_stale(leasing, stale_for)
+        await self.expire(leasing)
+        assert await ask(leasing, lease("t2")) == LeaseGranted("t2")
 
     async def test_a_value_may_be_added_in_the_place_of_a_stale_one(self, leasing: AnyStore) -> None:
         t1 = await granted(leasing, lease("t1"))

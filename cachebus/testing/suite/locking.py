@@ -32,7 +32,7 @@ from cachebus.messages import (
 )
 
 from ...lock_ways import LOCKS, LockWay
-from ...locks import Lock
+from ...locks import LONGEST, Lock
 
 LONG = 60.0
 ODD_NAMES = (
@@ -190,6 +190,17 @@ class LockConformance:
             assert info is not None
             assert info.remaining > LONG - 20
             await lock.release()
+
+    @pytest.mark.parametrize("ttl", [31 * 86_400.0, LONGEST])
+    async def test_one_that_is_held_for_years_is_nobody_elses(self, store: LockStore, clock: Clock, ttl: float) -> None:
+        async with managed(store, clock) as way:
+            assert isinstance(await way.ask(Acquire("a", "me", "t", ttl)), LockGranted)
+            assert isinstance(await way.ask(Acquire("a", "you", "u", 1.0)), LockDenied)
+            assert isinstance(await way.ask(RenewLock("a", "t", ttl)), Renewed)
+            info = await way.ask(DescribeLock("a"))
+            assert isinstance(info, LockInfo)
+            assert ttl - 20 < info.remaining <= ttl + 1
+            assert isinstance(await way.ask(ReleaseLock("a", "t")), Released)
 
     async def test_asking_twice_with_one_ticket_is_asking_once(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as way:

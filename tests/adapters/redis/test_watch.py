@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import anyio
@@ -11,6 +12,7 @@ import pytest
 from cachebus.adapters import redis_watch
 from cachebus.adapters.redis_watch import LeaseWatch
 from cachebus.messages import (
+    BadMessage,
     CacheClosed,
     CacheConfigurationError,
     CacheConnectionError,
@@ -67,6 +69,16 @@ async def wait(store: Any, token: str, *, key: str = "k", wait: float = LONG) ->
 
 async def lease(store: Any, token: str, key: str = "k") -> str:
     return await granted(store, GetOrLease(key, "owner", token, 60.0))
+
+
+@pytest.mark.parametrize("seconds", [math.nan, -1.0])
+async def test_nobody_waits_for_no_time(server: Server, seconds: float) -> None:
+    async with opened(server.url) as store:
+        told = Told()
+        store.watch(WatchLease("k", "t1", seconds), told)
+        reply = await told.reply()
+        assert isinstance(reply, Failed)
+        assert isinstance(reply.error(), BadMessage)
 
 
 async def test_who_waits_is_told_when_the_value_is_stored(server: Server) -> None:
