@@ -149,7 +149,7 @@ async def _in_worker_thread(function: Callable[[], Any]) -> Any:
 
 def _close(results: list[Any]) -> None:
     for each in results:
-        if inspect.iscoroutine(each):
+        if inspect.iscoroutine(each) and inspect.getcoroutinestate(each) == inspect.CORO_CREATED:
             each.close()
 
 
@@ -190,7 +190,10 @@ class Blocking:
             with carry_loads(loads):
                 return await awaited(result)
 
-        return BACKGROUND.run(in_background)
+        try:
+            return BACKGROUND.run(in_background)
+        finally:
+            _close([result])  # Had it not been begun.
 
     async def pause(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 (this coroutine runs in a thread that may block, and never suspends)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -11,17 +10,6 @@ import pytest
 from cachebus import Cache, LoadResult
 from tests.clock import ManualClock
 from tests.facade.faces import a_cache, a_sync_cache
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-async def cache(clock: ManualClock) -> AsyncIterator[Cache]:
-    async with a_cache(clock=clock) as cache:
-        yield cache
 
 
 class Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,18 +14,7 @@ from cachebus import Cache, CacheError, Found, LoadContext, LoadResult
 from cachebus.load_options import LoadOptions
 from cachebus.messages import Get, Loaded, LoadSucceeded, Renew
 from tests.clock import ManualClock
-from tests.facade.faces import a_cache, heard
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-async def cache(clock: ManualClock) -> AsyncIterator[Cache]:
-    async with a_cache(clock=clock) as cache:
-        yield cache
+from tests.facade.faces import heard
 
 
 class Counting:
