@@ -61,6 +61,10 @@ class Way(Protocol):
     async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
         """Call `function`, which calls a loader, and await what it returns if that is to be awaited."""
 
+    def cancels(self, error: BaseException) -> bool:
+        """Whether that ends whoever does the work of a flight, and is not just what a loader raised."""
+        ...
+
     async def pause(self, seconds: float) -> None:
         """Let time pass."""
 
@@ -115,6 +119,9 @@ class Awaiting:
                 # Nobody wants this task to end: as an outcome, everybody who waits would load again, one by one.
                 raise CacheError("the loader was cancelled by something that it awaits") from None
             raise
+
+    def cancels(self, error: BaseException) -> bool:
+        return isinstance(error, (GeneratorExit, anyio.get_cancelled_exc_class()))
 
     async def pause(self, seconds: float) -> None:
         clock = self.link.bus.clock
@@ -194,6 +201,9 @@ class Blocking:
             return BACKGROUND.run(in_background)
         finally:
             _close([result])  # Had it not been begun.
+
+    def cancels(self, error: BaseException) -> bool:
+        return False
 
     async def pause(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 (this coroutine runs in a thread that may block, and never suspends)
