@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
+from cachebus.messages import CacheError
+
 T = TypeVar("T")
 
 
@@ -25,11 +27,18 @@ class Background:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: int | None = None
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
 
     def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run a coroutine function in the loop and block for its result."""
+        """Run a coroutine function in the loop and block for its result. Raises `CacheError` on the loop's own thread, which
+        would wait for itself."""
+        if threading.get_ident() == self._thread:
+            raise CacheError(
+                "a blocking call would stop the event loop that it waits for, because it was made by a coroutine there,"
+                " such as a loader; await an asynchronous cache, or let the loader be a plain function"
+            )
         # In a context of its own: that of a caller under trio would make anyio take this loop for trio's.
         context = contextvars.Context()
         future = context.run(asyncio.run_coroutine_threadsafe, _call(function, *args), self._running())
@@ -39,13 +48,14 @@ class Background:
         with self._guard:
             if self._loop is None:
                 ready: queue.SimpleQueue[asyncio.AbstractEventLoop] = queue.SimpleQueue()
-                threading.Thread(target=_serve, args=(ready,), name="cachebus", daemon=True).start()
-                self._loop = ready.get()
+                thread = threading.Thread(target=_serve, args=(ready,), name="cachebus", daemon=True)
+                thread.start()
+                self._loop, self._thread = ready.get(), thread.ident
             return self._loop
 
     def _forget(self) -> None:
         self._guard = threading.Lock()
-        self._loop = None
+        self._loop = self._thread = None
 
 
 class Hosted:

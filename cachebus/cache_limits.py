@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .checks import Duration
 from .link import Link
-from .load_options import Duration
 from .rate_limits import AsyncRateLimiter, OnLimitError, RateLimiter, admit_request
 from .ways import Awaiting, Blocking
 

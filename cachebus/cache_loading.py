@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from cachebus.bus import Turn
+from anyio.lowlevel import checkpoint
+
+from cachebus.bus import TURNS_PER_CHECKPOINT, Turn
 from cachebus.messages import Found, Get, Missing, bare
 
 from .cached import TURNS_OF_A_MISS, Decorator, Loads
-from .checks import check_key, check_keys
+from .checks import Duration, check_key, check_keys
 from .landing import job_of
 from .link import Link, run
-from .load_options import Duration, ErrorClasses, LoadOptions, LoadTtl, Refresh, WaitPolicy
+from .load_options import ErrorClasses, LoadOptions, LoadTtl, Refresh, WaitPolicy
 from .loaders import Loader
 from .ways import Awaiting, Blocking
-
-
-class _Opened(Protocol):
-    @property
-    def link(self) -> Link: ...
-
-    async def finish_get(self, request: Get, reply: Any) -> Found | Missing: ...
 
 
 class Decorating:
@@ -52,23 +47,9 @@ class Decorating:
     ) -> Decorator:
         """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
         options = LoadOptions.of(
-            ttl=ttl,
-            tags=tags,
-            stale_for=stale_for,
-            soft_timeout=soft_timeout,
-            hard_timeout=hard_timeout,
-            refresh=refresh,
-            refresh_after=refresh_after,
-            beta=beta,
-            negative_ttl=negative_ttl,
-            ttl_jitter=ttl_jitter,
-            idle_ttl=idle_ttl,
-            wait=wait,
-            wait_limit=wait_limit,
-            lease_ttl=lease_ttl,
-            cache_errors=cache_errors,
-            error_ttl=error_ttl,
-        )
+            ttl, tags, stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
+            ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, cache_errors, error_ttl,
+        )  # fmt: skip
         return self._loads.cached(key=key, options=options)
 
 
@@ -80,8 +61,6 @@ class CacheLoading(Decorating):
     _turns_left: int
 
     if TYPE_CHECKING:
-
-        async def finish_get(self, request: Get, reply: Any) -> Found | Missing: ...
 
         async def get_many(self, keys: Iterable[str]) -> dict[str, Any]: ...
 
@@ -135,35 +114,23 @@ class CacheLoading(Decorating):
         """
         if type(key) is not str:
             check_key(key)
+        if self._turns_left <= 0:
+            # Before the turn: whoever comes back to a value that was read before others ran would refresh it once more.
+            self._turns_left = TURNS_PER_CHECKPOINT
+            await checkpoint()
         request = bare(Get)
         request.key = key
         reply = self._turn_get(request)
-        self._turns_left = left = self._turns_left - 1
-        if type(reply) is Found and left > 0 and idle_ttl is None:
+        self._turns_left -= 1
+        if type(reply) is Found and idle_ttl is None:
             return reply.value
-        self._turns_left = left - TURNS_OF_A_MISS
-        # The commonest miss, without the coroutine.
-        found: Any = reply
-        if type(reply) is not Missing or left <= 0 or not key or not key.isascii():
-            found = await self.finish_get(request, reply)
+        self._turns_left -= TURNS_OF_A_MISS
+        check_key(key)
+        found: Any = reply if isinstance(reply, Found | Missing) else await self._link.finish(request, reply)
         options = LoadOptions.of(
-            ttl=ttl,
-            tags=tags,
-            stale_for=stale_for,
-            soft_timeout=soft_timeout,
-            hard_timeout=hard_timeout,
-            refresh=refresh,
-            refresh_after=refresh_after,
-            beta=beta,
-            negative_ttl=negative_ttl,
-            ttl_jitter=ttl_jitter,
-            idle_ttl=idle_ttl,
-            wait=wait,
-            wait_limit=wait_limit,
-            lease_ttl=lease_ttl,
-            cache_errors=cache_errors,
-            error_ttl=error_ttl,
-        )
+            ttl, tags, stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
+            ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, cache_errors, error_ttl,
+        )  # fmt: skip
         return await self._loads.deliver(
             Awaiting(self._link), job_of(key, loader, options, remote=reply is None), found
         )
@@ -219,8 +186,6 @@ class SyncCacheLoading(Decorating):
         @property
         def link(self) -> Link: ...
 
-        def _opened(self) -> _Opened: ...
-
         def get_many(self, keys: Iterable[str]) -> dict[str, Any]: ...
 
     def get_or_load(
@@ -254,29 +219,14 @@ class SyncCacheLoading(Decorating):
         reply = self._turn_get(request)
         if type(reply) is Found and idle_ttl is None:
             return reply.value
-        cache = self._opened()
-        found: Any = reply
-        if type(reply) is not Missing or not key or not key.isascii():
-            found = run(cache.finish_get(request, reply))
+        check_key(key)
+        link = self.link
+        found: Any = reply if isinstance(reply, Found | Missing) else run(link.finish_blocking(request, reply))
         options = LoadOptions.of(
-            ttl=ttl,
-            tags=tags,
-            stale_for=stale_for,
-            soft_timeout=soft_timeout,
-            hard_timeout=hard_timeout,
-            refresh=refresh,
-            refresh_after=refresh_after,
-            beta=beta,
-            negative_ttl=negative_ttl,
-            ttl_jitter=ttl_jitter,
-            idle_ttl=idle_ttl,
-            wait=wait,
-            wait_limit=wait_limit,
-            lease_ttl=lease_ttl,
-            cache_errors=cache_errors,
-            error_ttl=error_ttl,
-        )
-        return run(self._loads.deliver(Blocking(cache.link), job_of(key, loader, options, remote=reply is None), found))
+            ttl, tags, stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
+            ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, cache_errors, error_ttl,
+        )  # fmt: skip
+        return run(self._loads.deliver(Blocking(link), job_of(key, loader, options, remote=reply is None), found))
 
     def get_or_load_many(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .checks import Duration
 from .link import Link
-from .locks import Duration, Lock, SyncLock
+from .locks import Lock, SyncLock
 
 
 class CacheLocks:

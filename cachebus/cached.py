@@ -87,17 +87,17 @@ class Loads(Flights):
         async def cached(*args: Any, **kwargs: Any) -> Any:
             nonlocal turns_left
             key = key_of(*args, **kwargs)
+            if turns_left <= 0:
+                turns_left = TURNS_PER_CHECKPOINT
+                await checkpoint()  # Before the turn, for the reason given in `get_or_load`.
             link = self._cache.link
             request = bare(Get)
             request.key = key
             reply = link.turn_get(request)
             turns_left -= 1
-            if type(reply) is Found and turns_left > 0 and not slides:
+            if type(reply) is Found and not slides:
                 return reply.value
             turns_left -= TURNS_OF_A_MISS
-            if turns_left <= 0:
-                turns_left = TURNS_PER_CHECKPOINT
-                await checkpoint()
             return await load(request, reply, link, args, kwargs)
 
         async def load(request: Get, reply: Any, link: Link, args: Any, kwargs: Any) -> Any:

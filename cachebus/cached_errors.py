@@ -100,6 +100,8 @@ def seen(reply: Any) -> Any:
 
 def check_classes(given: Iterable[type[Exception]] | type[Exception]) -> tuple[type[Exception], ...]:
     """The classes of `cache_errors`. Raises `TypeError` for what is no class of exceptions."""
+    if not isinstance(given, type | Iterable):
+        raise TypeError(f"cache_errors must be classes of exceptions, not {given!r}")
     classes: tuple[Any, ...] = (given,) if isinstance(given, type) else tuple(given)
     for each in classes:
         if not (isinstance(each, type) and issubclass(each, Exception)):

@@ -13,6 +13,12 @@ from cachebus.messages import CacheKeyError, Set, Ttl
 TimeToLive = float | timedelta | Literal["default"] | None
 """Seconds (or a `timedelta`) that a value lives; `"default"` is the backend's, `None` is for ever."""
 
+Duration = float | timedelta
+"""Seconds, or a `timedelta`."""
+
+LONGEST = 1e9
+"""Seconds that anything may be asked to take: thirty years."""
+
 Since = float | timedelta | datetime | None
 """Since when: seconds or a `timedelta` before now, or an aware `datetime`; `None` is from now on."""
 
@@ -53,7 +59,7 @@ def check_key(key: object) -> str:
 
 def check_keys(keys: Iterable[str]) -> tuple[str, ...]:
     """Return `keys` as a tuple of checked keys. One `str` is not an iterable of keys here."""
-    if isinstance(keys, str):
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
         raise CacheKeyError("several cache keys must be given as a list or another iterable", reprlib.repr(keys))
     return tuple(check_key(key) for key in keys)
 
@@ -77,20 +83,37 @@ def check_ttl(ttl: TimeToLive) -> Ttl:
     return seconds
 
 
+def check_seconds(name: str, duration: object, *, zero: bool = False, most: float = LONGEST) -> float:
+    """Return a duration in seconds. Raises `TypeError` for what is none, and `ValueError` for one below 0, over `most`, or
+    of 0 unless that is allowed."""
+    seconds: Any = duration.total_seconds() if isinstance(duration, timedelta) else duration
+    if type(seconds) not in (int, float):
+        raise TypeError(f"{name} must be seconds or a timedelta, not {duration!r}")
+    number = float(seconds) if abs(seconds) < 1e300 else math.inf
+    if not 0 <= number <= most or (number == 0 and not zero):
+        raise ValueError(f"{name} must be seconds {'from' if zero else 'over'} 0 to {most:g}, not {duration!r}")
+    return number
+
+
 def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
     """Return `tags` as a tuple without repetitions. Raises `TypeError` or `ValueError` for anything but non-empty
-    strings, and for one bare `str`."""
-    if not tags:
+    strings of valid Unicode, and for one bare `str`."""
+    if tags == ():
         return ()
-    if isinstance(tags, str):
-        raise TypeError(f"tags must be a list or another iterable of str, not the str {tags!r}")
-    unique = tuple(dict.fromkeys(tags))
-    for tag in unique:
+    if isinstance(tags, str) or not isinstance(tags, Iterable):
+        raise TypeError(f"tags must be a list or another iterable of str, not {tags!r}")
+    given = tuple(tags)
+    for tag in given:
         if not isinstance(tag, str):
             raise TypeError(f"a tag must be a str, not {tag!r}")
         if not tag:
             raise ValueError("a tag must not be empty")
-    return unique
+        if not tag.isascii():
+            try:
+                tag.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"a tag must be valid Unicode, not {tag!r}") from None
+    return tuple(dict.fromkeys(given))
 
 
 def set_request(

@@ -65,12 +65,17 @@ class Values:
 
 
 class Raised:
-    """The outcome of a load that failed."""
+    """The outcome of a load that failed. What is no `Exception`, such as a `SystemExit`, is raised to the caller who began
+    the load only; the others must ask again."""
 
     __slots__ = ("error",)
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         self.error = error
+
+    def concerns(self, *, leads: bool) -> bool:
+        """Whether it is for a caller who began the load, or for one who did not."""
+        return leads or isinstance(self.error, Exception)
 
 
 class Load:

@@ -41,7 +41,17 @@ from .flight import (
 )
 from .load_options import LoadOptions
 from .load_report import LoadReport
-from .loaders import Bare, LoadContext, Loader, LoadResult, as_result, is_asynchronous, kind_of
+from .loaders import (
+    Bare,
+    LoadContext,
+    Loader,
+    LoadResult,
+    as_mapping,
+    as_result,
+    check_loader,
+    is_asynchronous,
+    kind_of,
+)
 from .renewals import Renewals
 from .ways import Way
 
@@ -78,8 +88,7 @@ class Job:
 
 def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> Job:
     """The job of loading a key with a loader that may want to know more."""
-    if not callable(loader):
-        raise TypeError(f"a loader must be callable, not {loader!r}")
+    check_loader(loader)
     told, asynchronous = kind_of(loader)
 
     def untold(context: object) -> Any:
@@ -224,6 +233,12 @@ class Landings:
             outcome = Raised(error)
             if not await self._remember(way, job, token, error, stale):
                 self._give_back(way, job.key, token, type(error).__name__)
+        except BaseException as error:
+            if way.cancels(error):
+                raise
+            # It would end the task of the load, and everybody who waits would begin another one.
+            outcome = Raised(error)
+            self._give_back(way, job.key, token)
         if token:
             self._forget(token)
         flight.land(outcome)
@@ -261,11 +276,18 @@ class Landings:
                 report = LoadReport(way.link, *jobs)
                 with report:
                     loaded = await way.call(group.load, list(jobs), asynchronous=is_asynchronous(group.load))
-            outcome = Values(await self._keep_many(way, jobs, tokens, loaded, report.duration, group.stale))
+            brought = as_mapping(loaded)
+            outcome = Values(await self._keep_many(way, jobs, tokens, brought, report.duration, group.stale))
         except Exception as error:
             outcome = Raised(error)
             for key, job in jobs.items():
                 self._give_back(way, job.key, tokens[key], type(error).__name__)
+        except BaseException as error:
+            if way.cancels(error):
+                raise
+            outcome = Raised(error)
+            for key, job in jobs.items():
+                self._give_back(way, job.key, tokens[key])
         for token in tokens.values():
             if token:
                 self._forget(token)
@@ -356,4 +378,4 @@ class Landings:
         deadline = None if hard is None else started + hard
         if stale is None:
             return LoadContext(job.key, job.tags, deadline=deadline)
-        return LoadContext(job.key, job.tags, True, stale.value, stale.etag, deadline)
+        return LoadContext(job.key, job.tags, True, stale.value, stale.etag, deadline, stale.tags)

@@ -6,19 +6,15 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache
 from types import EllipsisType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from cachebus.messages import Loaded, Origin, Ttl
 
 from .cached_errors import CachedError, Remembered, check_classes
-from .checks import TimeToLive, check_tags, check_ttl
+from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
 from .loaders import Bare, LoadResult
-
-Duration = float | timedelta
-"""Seconds, or a `timedelta`."""
 
 LoadTtl = TimeToLive | Callable[[Any], TimeToLive]
 """As a `TimeToLive`, or a function of the loaded value that gives one."""
@@ -60,7 +56,6 @@ class LoadOptions:
     @classmethod
     def of(
         cls,
-        *,
         ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
         stale_for: Duration = 0.0,
@@ -80,23 +75,9 @@ class LoadOptions:
     ) -> LoadOptions:
         """The options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
         given = (
-            ttl,
-            check_tags(tags),
-            stale_for,
-            soft_timeout,
-            hard_timeout,
-            refresh,
-            refresh_after,
-            beta,
-            negative_ttl,
-            ttl_jitter,
-            idle_ttl,
-            wait,
-            wait_limit,
-            lease_ttl,
-            check_classes(cache_errors) if cache_errors else (),
-            error_ttl,
-        )
+            ttl, check_tags(tags), stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
+            ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, check_classes(cache_errors), error_ttl,
+        )  # fmt: skip
         if callable(ttl):
             return _checked(*given)  # Mostly one of each call's own, which is not to be kept.
         try:
@@ -134,7 +115,7 @@ class LoadOptions:
         """What is kept of the load beside the value, if anything will ask for it."""
         stale_for = self.stale_for
         if result.stale_for is not None:
-            stale_for = _seconds("stale_for", result.stale_for, zero=True) or 0.0
+            stale_for = check_seconds("stale_for", result.stale_for, zero=True)
         if not stale_for and self.refresh is None and self.refresh_after is None and result.etag is None:
             return None
         return Origin(load_time, stale_for, result.etag)
@@ -177,28 +158,28 @@ def _checked(
         ttl="default" if callable(ttl) else check_ttl(ttl),
         ttl_of=ttl if callable(ttl) else None,
         cache_errors=cache_errors,
-        error_ttl=_seconds("error_ttl", error_ttl),
+        error_ttl=_or_none("error_ttl", error_ttl),
         tags=tags,
-        stale_for=_seconds("stale_for", stale_for, zero=True) or 0.0,
-        soft_timeout=_seconds("soft_timeout", soft_timeout, zero=True),
-        hard_timeout=_seconds("hard_timeout", hard_timeout),
+        stale_for=check_seconds("stale_for", stale_for, zero=True),
+        soft_timeout=_or_none("soft_timeout", soft_timeout, zero=True),
+        hard_timeout=_or_none("hard_timeout", hard_timeout),
         refresh=refresh,
-        refresh_after=_seconds("refresh_after", refresh_after),
+        refresh_after=_or_none("refresh_after", refresh_after),
         beta=beta,
-        negative_ttl=_seconds("negative_ttl", negative_ttl),
+        negative_ttl=_or_none("negative_ttl", negative_ttl),
         ttl_jitter=ttl_jitter,
-        idle_ttl=_seconds("idle_ttl", idle_ttl),
+        idle_ttl=_or_none("idle_ttl", idle_ttl),
         wait=wait,
-        wait_limit=cast("float", _seconds("wait_limit", wait_limit, zero=True)),
-        lease_ttl=cast("float", _seconds("lease_ttl", lease_ttl)),
+        wait_limit=check_seconds("wait_limit", wait_limit, zero=True),
+        lease_ttl=check_seconds("lease_ttl", lease_ttl),
     )
     if wait not in ("load", "stale", "raise"):
         raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {wait!r}")
     if refresh is not None and refresh != "xfetch" and not (type(refresh) is float and 0 < refresh < 1):
         raise ValueError(f"refresh must be 'xfetch' or a part of the lifetime between 0 and 1, not {refresh!r}")
-    if not 0 <= ttl_jitter < 1:
+    if type(ttl_jitter) not in (int, float) or not 0 <= ttl_jitter < 1:
         raise ValueError(f"ttl_jitter must be a part of the ttl, from 0 to below 1, not {ttl_jitter!r}")
-    if not 0 < beta < math.inf:
+    if type(beta) not in (int, float) or not 0 < beta < 1e300:
         raise ValueError(f"beta must be a positive number, not {beta!r}")
     if idle_ttl is not None and not isinstance(checked.ttl, float):
         raise ValueError("idle_ttl needs a ttl in seconds, which caps it")
@@ -211,13 +192,5 @@ _checked_once = lru_cache(maxsize=256, typed=True)(_checked)
 """Checking takes as long as storing the value. By type, because 1 and True are equal, and `True` is no time."""
 
 
-def _seconds(name: str, duration: object, *, zero: bool = False) -> float | None:
-    if duration is None:
-        return None
-    seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
-    if type(seconds) not in (int, float):
-        raise TypeError(f"{name} must be seconds or a timedelta, not {duration!r}")
-    number = float(cast("float", seconds))
-    if not (0 <= number < math.inf if zero else 0 < number < math.inf):
-        raise ValueError(f"{name} must be a {'' if zero else 'positive, '}finite time, not {duration!r}")
-    return number
+def _or_none(name: str, duration: Duration | None, *, zero: bool = False) -> float | None:
+    return None if duration is None else check_seconds(name, duration, zero=zero)

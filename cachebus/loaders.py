@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import EllipsisType, FunctionType, MethodType
+from types import AsyncGeneratorType, EllipsisType, FunctionType, GeneratorType, MethodType
 from typing import Any, cast
 
 from cachebus.messages import CacheError
 
-from .checks import TimeToLive, check_tags
+from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
 
 Loader = Callable[..., Any]
 
@@ -20,7 +20,7 @@ class LoadContext:
     """What a loader is told if it takes an argument.
 
     `key` is the key that is loaded; `tags` are those that the value will have. `stale` is the value that was there before,
-    if `has_stale`, and `etag` the version that its loader gave it. `deadline` is when whoever asked stops waiting, on the
+    if `has_stale`, `etag` the version that its loader gave it, and `stale_tags` are the tags that it had. `deadline` is when whoever asked stops waiting, on the
     cache's monotonic clock; `None` where nobody does.
     """
 
@@ -30,6 +30,7 @@ class LoadContext:
     stale: Any = None
     etag: str | None = None
     deadline: float | None = None
+    stale_tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ class LoadResult:
     """What a loader may return instead of a bare value, to decide how it is kept.
 
     `ttl` and `stale_for` count instead of those of the call, `tags` in addition to them. With `store=False` the value goes
-    to those who wait for it and is not kept. `etag` is its version at the source.
+    to those who wait for it and is not kept. `etag` is its version at the source. Durations are seconds or a `timedelta`.
+    Raises `TypeError` or `ValueError` for what these cannot be.
     """
 
     value: Any = None
@@ -45,15 +47,23 @@ class LoadResult:
     tags: Iterable[str] = ()
     store: bool = True
     etag: str | None = None
-    stale_for: float | None = None
+    stale_for: Duration | None = None
     unchanged: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tags", check_tags(self.tags))  # An iterator could be read only once.
+        if not isinstance(self.ttl, EllipsisType):
+            check_ttl(self.ttl)
+        if self.stale_for is not None:
+            check_seconds("stale_for", self.stale_for, zero=True)
+        if not (self.etag is None or isinstance(self.etag, str)):
+            raise TypeError(f"etag must be a str, not {self.etag!r}")
+        if type(self.store) is not bool:
+            raise TypeError(f"store must be True or False, not {self.store!r}")
 
     @classmethod
     def not_modified(cls, *, ttl: TimeToLive | EllipsisType = ..., etag: str | None = None) -> LoadResult:
-        """The value in `LoadContext.stale` is up to date: keep it as if it were loaded now."""
+        """The value in `LoadContext.stale` is up to date: keep it, with its tags, as if it were loaded now."""
         return cls(ttl=ttl, etag=etag, unchanged=True)
 
     def resolved(self, context: LoadContext) -> LoadResult:
@@ -64,7 +74,8 @@ class LoadResult:
             raise CacheError(
                 "a loader returned LoadResult.not_modified(), but there is no value that could be unchanged"
             )
-        return LoadResult(context.stale, self.ttl, self.tags, self.store, self.etag or context.etag, self.stale_for)
+        etag = self.etag or context.etag
+        return LoadResult(context.stale, self.ttl, context.stale_tags, self.store, etag, self.stale_for)
 
 
 class Bare:
@@ -84,8 +95,31 @@ class Bare:
 
 
 def as_result(loaded: object) -> LoadResult | Bare:
-    """What a loader returned, with what it says about how to keep it."""
-    return loaded if isinstance(loaded, LoadResult) else Bare(loaded)
+    """What a loader returned, with what it says about how to keep it. Raises `TypeError` for a generator, which only the
+    first reader would find full."""
+    if isinstance(loaded, LoadResult):
+        _refuse_generator(loaded.value)
+        return loaded
+    _refuse_generator(loaded)
+    return Bare(loaded)
+
+
+def _refuse_generator(value: object) -> None:
+    if isinstance(value, GeneratorType | AsyncGeneratorType):
+        raise TypeError(f"a loader cannot bring a generator, which can be read only once: {value!r}")
+
+
+def as_mapping(loaded: object) -> Mapping[str, Any]:
+    """What a loader of many returned. Raises `TypeError` unless it is a mapping."""
+    if not isinstance(loaded, Mapping):
+        raise TypeError(f"a loader of many must return a mapping of keys to values, not a {type(loaded).__name__}")
+    return cast("Mapping[str, Any]", loaded)
+
+
+def check_loader(loader: object) -> None:
+    """Raise `TypeError` for what cannot be called."""
+    if not callable(loader):
+        raise TypeError(f"a loader must be callable, not {loader!r}")
 
 
 def kind_of(loader: Loader) -> tuple[bool, bool]:
@@ -103,7 +137,7 @@ def _wants_argument(loader: Loader) -> bool:
     try:
         parameters = inspect.signature(loader).parameters.values()
     except (TypeError, ValueError):  # Written in C, and silent about its parameters.
-        parameters = ()  # type: ignore[assignment]
+        return False
     kinds = inspect.Parameter
     return any(
         each.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD) and each.default is kinds.empty

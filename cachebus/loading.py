@@ -36,7 +36,7 @@ from .failures import MISSED
 from .flight import ABANDONED, LATE, LEFT_OUT, Flight, LeftOut, Raised, Value, Values
 from .landing import Group, Job, Start
 from .load_options import LoadOptions
-from .loaders import LoadContext, Loader, is_asynchronous
+from .loaders import LoadContext, Loader, as_mapping, check_loader, is_asynchronous
 from .rounds import Rounds
 from .watching import FIRST_PAUSE, LONGEST_PAUSE, Watches, name_of
 from .ways import Way
@@ -68,10 +68,11 @@ class Flights(Watches):
             self._prolong(way, job, found, options.idle_ttl)
         return found.value
 
-    async def fetch(self, way: Way, job: Job) -> Any:
-        """The value of a key that is missing."""
+    async def fetch(self, way: Way, job: Job, started: float | None = None) -> Any:
+        """The value of a key that is missing, for a caller who has waited since `started`."""
         now = way.link.bus.clock.monotonic
-        started = now()
+        if started is None:
+            started = now()
         pause = FIRST_PAUSE
         while True:
             stale: Stale | None = None
@@ -120,8 +121,8 @@ class Flights(Watches):
                 outcome = outcome.of(job.key)
             if isinstance(outcome, Value) and (leads or outcome.shared):
                 return outcome.value
-            if isinstance(outcome, Raised):
-                if stale is not None:
+            if isinstance(outcome, Raised) and outcome.concerns(leads=leads):
+                if stale is not None and isinstance(outcome.error, Exception):
                     return self._serve(way, stale, job.key)
                 raise outcome.error
             if isinstance(outcome, Stale):
@@ -157,6 +158,7 @@ class Flights(Watches):
 
     async def fetch_many(self, way: Way, keys: Sequence[str], load: Loader, options: LoadOptions) -> dict[str, Any]:
         """The values of keys that are missing: those that nobody loads by one call of `load`, the others as they come."""
+        check_loader(load)
         started = way.link.bus.clock.monotonic()
         asynchronous = is_asynchronous(load)
         jobs = {
@@ -190,7 +192,7 @@ class Flights(Watches):
             values |= await self._load_many(way, ours, flight, tokens, group, started)
         for key in [each for each in jobs if each not in values and each not in ours]:
             try:
-                values[key] = await self.fetch(way, jobs[key])
+                values[key] = await self.fetch(way, jobs[key], started)
             except LeftOut:
                 continue
         return {key: values[key] for key in keys if key in values}
@@ -238,7 +240,7 @@ class Flights(Watches):
         # Served stale all together or not at all: their values come from one call.
         stale = group.stale.get(next(iter(jobs))) if len(group.stale) == len(jobs) else None
         outcome = await self._outcome(way, options, flight, start, True, stale, started)
-        if isinstance(outcome, Raised) and stale is None:
+        if isinstance(outcome, Raised) and not (stale is not None and isinstance(outcome.error, Exception)):
             raise outcome.error
         if isinstance(outcome, Raised | Stale):
             return {key: self._serve(way, each, key) for key, each in group.stale.items()}
@@ -394,7 +396,8 @@ async def _awaited_one(loading: Awaitable[Any], key: str) -> Any:
     return _one(await loading, key)
 
 
-def _one(loaded: Any, key: str) -> Any:
-    if key not in loaded:
+def _one(loaded: object, key: str) -> Any:
+    brought = as_mapping(loaded)
+    if key not in brought:
         raise LeftOut(key)
-    return loaded[key]
+    return brought[key]

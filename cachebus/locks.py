@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import socket
-from datetime import timedelta
 from functools import cache
 from types import TracebackType
 from typing import Any, Self
@@ -28,23 +27,17 @@ from cachebus.messages import (
     RenewLock,
 )
 
-from .checks import check_key
+from .checks import Duration, check_key, check_seconds
 from .link import run
 from .lock_ways import LockWay
 
 __all__ = ["Lock", "LockInfo", "SyncLock"]
-
-LONGEST = 1e9
-"""Seconds that a lock may be held or waited for: thirty years."""
 
 SLICE = 10.0
 """Seconds after which the manager says that we still wait, at the latest."""
 
 CONFIRMED = 4
 """What took longer than this part of the lease, counted from when it was asked for, is renewed before it is relied on."""
-
-Duration = float | timedelta
-"""Seconds, or a `timedelta`."""
 
 
 class Lock:
@@ -68,8 +61,8 @@ class Lock:
         blocking: bool = False,
     ) -> None:
         self.name = check_key(name)
-        self.ttl = _seconds("ttl", ttl, zero=False)
-        self.wait = way.timeout if wait is None else _seconds("wait", wait, zero=True)
+        self.ttl = check_seconds("ttl", ttl)
+        self.wait = way.timeout if wait is None else check_seconds("wait", wait, zero=True)
         self.owner = _default_owner() if owner is None else check_owner(owner)
         self._way = way
         self._ask: Any = way.ask_blocking if blocking else way.ask
@@ -185,7 +178,7 @@ class Lock:
         if not self._ticket:
             raise LockNotHeld(name=self.name)
         if ttl is not None:
-            self.ttl = _seconds("ttl", ttl, zero=False)
+            self.ttl = check_seconds("ttl", ttl)
         if not await self._renew(self._ask):
             raise LockNotHeld(name=self.name)
         if self._renews:
@@ -346,20 +339,6 @@ def check_owner(owner: object) -> str:
         return check_key(owner)
     except CacheKeyError as error:
         raise ValueError(f"the owner of a lock must be a str that is not empty, and valid Unicode: {error}") from None
-
-
-def _seconds(option: str, value: object, *, zero: bool) -> float:
-    if isinstance(value, timedelta):
-        seconds = value.total_seconds()
-    elif type(value) in (int, float):
-        number: Any = value
-        seconds = float(number) if abs(number) < 1e300 else math.inf
-    else:
-        raise TypeError(f"{option} must be seconds or a timedelta, not {value!r}")
-    if not ((0 if zero else 5e-324) <= seconds <= LONGEST):
-        least = "from 0" if zero else "over 0"
-        raise ValueError(f"{option} must be seconds {least} to {LONGEST:g}, not {value!r}")
-    return seconds
 
 
 @cache

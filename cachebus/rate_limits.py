@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
 from cachebus.messages import Admit, RateLimited, Refused
 
-from .checks import check_key
+from .checks import Duration, check_key, check_seconds
 from .failures import BACKEND_FAILURES
 from .link import run
-from .load_options import Duration
 from .ways import Awaiting, Blocking
 
 OnLimitError: TypeAlias = Literal["raise", "allow"]
@@ -51,9 +48,8 @@ def admit_request(
     cost = _units("cost", cost)
     if cost > burst:
         raise ValueError(f"cost must not be above burst, else it is never allowed: {cost} > {burst}")
-    seconds, patience = _seconds("per", per), _seconds("wait", wait)
-    if not seconds:
-        raise ValueError(f"per must be above 0 seconds, not {per!r}")
+    seconds = check_seconds("per", per, most=Admit.LONGEST)
+    patience = check_seconds("wait", wait, zero=True, most=Admit.LONGEST)
     if burst * seconds / limit > Admit.LONGEST:
         raise ValueError(
             f"a burst of {burst} at {limit} in {seconds:g} s takes longer than {Admit.LONGEST:g} s to be there again"
@@ -67,17 +63,6 @@ def _units(name: str, units: Any) -> int:
     if not (1 <= units <= Admit.MOST and units == int(units)):
         raise ValueError(f"{name} must be a whole number from 1 to {Admit.MOST:,}, not {units!r}")
     return int(units)
-
-
-def _seconds(name: str, duration: Any) -> float:
-    if isinstance(duration, timedelta):
-        duration = duration.total_seconds()
-    if type(duration) not in (int, float):
-        raise TypeError(f"{name} must be seconds or a timedelta, not {duration!r}")
-    seconds = float(duration) if abs(duration) < 1e300 else math.inf
-    if not 0 <= seconds <= Admit.LONGEST:
-        raise ValueError(f"{name} must be a number of seconds from 0 to {Admit.LONGEST:g}, not {duration!r}")
-    return seconds
 
 
 async def _check(way: Awaiting | Blocking, request: Admit, on_error: OnLimitError) -> RateLimit:

@@ -61,6 +61,10 @@ class Way(Protocol):
     async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
         """Call `function`, which calls a loader, and await what it returns if that is to be awaited."""
 
+    def cancels(self, error: BaseException) -> bool:
+        """Whether that ends whoever does the work of a flight, and is not just what a loader raised."""
+        ...
+
     async def pause(self, seconds: float) -> None:
         """Let time pass."""
 
@@ -116,6 +120,9 @@ class Awaiting:
                 raise CacheError("the loader was cancelled by something that it awaits") from None
             raise
 
+    def cancels(self, error: BaseException) -> bool:
+        return isinstance(error, (GeneratorExit, anyio.get_cancelled_exc_class()))
+
     async def pause(self, seconds: float) -> None:
         clock = self.link.bus.clock
         await clock.sleep_until(clock.monotonic() + seconds)
@@ -149,7 +156,7 @@ async def _in_worker_thread(function: Callable[[], Any]) -> Any:
 
 def _close(results: list[Any]) -> None:
     for each in results:
-        if inspect.iscoroutine(each):
+        if inspect.iscoroutine(each) and inspect.getcoroutinestate(each) == inspect.CORO_CREATED:
             each.close()
 
 
@@ -190,7 +197,13 @@ class Blocking:
             with carry_loads(loads):
                 return await awaited(result)
 
-        return BACKGROUND.run(in_background)
+        try:
+            return BACKGROUND.run(in_background)
+        finally:
+            _close([result])  # Had it not been begun.
+
+    def cancels(self, error: BaseException) -> bool:
+        return False
 
     async def pause(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 (this coroutine runs in a thread that may block, and never suspends)

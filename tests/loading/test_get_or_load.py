@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -13,17 +12,6 @@ from cachebus import Cache, CacheStampedeError, CacheTimeoutError, LoadContext
 from cachebus.messages import LeaseLost, LoadFailed, StaleServed
 from tests.clock import ManualClock
 from tests.facade.faces import a_cache, heard
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-async def cache(clock: ManualClock) -> AsyncIterator[Cache]:
-    async with a_cache(clock=clock) as cache:
-        yield cache
 
 
 class Source:

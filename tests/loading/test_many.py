@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -11,17 +10,6 @@ import pytest
 from cachebus import Cache, LoadResult
 from tests.clock import ManualClock
 from tests.facade.faces import a_cache, a_sync_cache
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-async def cache(clock: ManualClock) -> AsyncIterator[Cache]:
-    async with a_cache(clock=clock) as cache:
-        yield cache
 
 
 class Table:
@@ -153,3 +141,21 @@ async def test_keys_for_which_there_is_no_room_to_lease_are_loaded_and_not_store
             slow.go_on.set()
         assert await cache.get_or_load_many(["a"], table) == {"a": "A"}
         assert await cache.get_many(["a"]) == {"a": "A"}
+
+
+async def test_the_limit_of_waiting_is_one_for_all_keys() -> None:
+    go_on = anyio.Event()
+    keys = [f"k{number}" for number in range(8)]
+
+    async def hold() -> str:
+        await go_on.wait()
+        return "held"
+
+    async with a_cache() as cache, anyio.create_task_group() as tasks:
+        for key in keys:
+            tasks.start_soon(cache.get_or_load, key, hold)
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(1.5):  # Less than half of eight times that limit.
+            values = await cache.get_or_load_many(keys, Table(), wait_limit=0.4)
+        go_on.set()
+    assert values == {key: key.upper() for key in keys}

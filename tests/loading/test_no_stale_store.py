@@ -141,12 +141,12 @@ def joins_without_asking(cache: Cache) -> None:
     fetch = loads.fetch
     under_way: dict[str, Any] = {}
 
-    async def join(way: Any, job: Any) -> Any:
+    async def join(way: Any, job: Any, *since: Any) -> Any:
         if (flight := under_way.get(job.key)) is not None and not flight.landed:
             outcome = await flight.wait()
             if isinstance(outcome, Value):
                 return outcome.value
-        return await fetch(way, job)
+        return await fetch(way, job, *since)
 
     start = loads._start
 
@@ -154,7 +154,7 @@ def joins_without_asking(cache: Cache) -> None:
         under_way[job.key] = flight
         return start(way, job, flight, *rest)
 
-    loads.fetch = join  # type: ignore[method-assign]
+    loads.fetch = join  # type: ignore[method-assign, assignment]
     loads._start = remember  # type: ignore[assignment, method-assign]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,18 +14,7 @@ from cachebus import Cache, CacheError, Found, LoadContext, LoadResult
 from cachebus.load_options import LoadOptions
 from cachebus.messages import Get, Loaded, LoadSucceeded, Renew
 from tests.clock import ManualClock
-from tests.facade.faces import a_cache, heard
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-async def cache(clock: ManualClock) -> AsyncIterator[Cache]:
-    async with a_cache(clock=clock) as cache:
-        yield cache
+from tests.facade.faces import heard
 
 
 class Counting:
@@ -221,6 +209,29 @@ async def test_a_loader_may_say_that_nothing_has_changed(cache: Cache, clock: Ma
         await cache.get_or_load("other", LoadResult.not_modified)
 
 
+@pytest.mark.parametrize("later", [6, 10], ids=["refreshed while it lives", "stale"])
+async def test_what_has_not_changed_keeps_the_tags_that_its_loader_gave_it(
+    cache: Cache, clock: ManualClock, later: float
+) -> None:
+    contexts: list[LoadContext] = []
+
+    async def load(context: LoadContext) -> LoadResult:
+        contexts.append(context)
+        return LoadResult.not_modified() if context.has_stale else LoadResult("body", tags=["team:7"])
+
+    options: dict[str, Any] = {"ttl": 10, "stale_for": 60, "refresh": 0.5, "tags": ["users"]}
+    await cache.get_or_load("k", load, **options)
+    clock.advance(later)
+    await cache.get_or_load("k", load, **options)
+    await anyio.wait_all_tasks_blocked()
+    assert [each.stale_tags for each in contexts] == [(), ("users", "team:7")]
+    found = await cache.lookup("k")
+    assert isinstance(found, Found)
+    assert found.ttl == 10
+    await cache.invalidate_tags("team:7")
+    assert await cache.get("k") is None
+
+
 async def test_a_loader_knows_until_when_somebody_waits(cache: Cache, clock: ManualClock) -> None:
     load = Counting()
     await cache.get_or_load("k", load, hard_timeout=3)
@@ -259,21 +270,33 @@ async def test_a_lease_that_is_not_renewed_is_lost_after_its_time(cache: Cache, 
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"stale_for": -1}, ValueError, "stale_for must be a finite time, not -1"),
+    ({"stale_for": -1}, ValueError, r"stale_for must be seconds from 0 to 1e\+09, not -1"),
     ({"stale_for": "5"}, TypeError, "stale_for must be seconds or a timedelta, not '5'"),
-    ({"hard_timeout": 0}, ValueError, "hard_timeout must be a positive, finite time, not 0"),
-    ({"soft_timeout": float("inf")}, ValueError, "soft_timeout must be a finite time"),
+    ({"stale_for": None}, TypeError, "stale_for must be seconds or a timedelta, not None"),
+    ({"hard_timeout": 0}, ValueError, r"hard_timeout must be seconds over 0 to 1e\+09, not 0"),
+    ({"hard_timeout": 10**400}, ValueError, "hard_timeout must be seconds over 0"),
+    ({"soft_timeout": float("inf")}, ValueError, "soft_timeout must be seconds from 0"),
+    ({"soft_timeout": float("nan")}, ValueError, "soft_timeout must be seconds from 0"),
+    ({"soft_timeout": True}, TypeError, "soft_timeout must be seconds or a timedelta, not True"),
     ({"refresh": "soon"}, ValueError, "refresh must be 'xfetch' or a part"),
     ({"refresh": 1.5}, ValueError, "refresh must be 'xfetch' or a part"),
-    ({"refresh_after": 0}, ValueError, "refresh_after must be a positive"),
+    ({"refresh_after": 0}, ValueError, "refresh_after must be seconds over 0"),
     ({"beta": 0}, ValueError, "beta must be a positive number"),
-    ({"negative_ttl": 0}, ValueError, "negative_ttl must be a positive"),
+    ({"beta": "1"}, ValueError, "beta must be a positive number, not '1'"),
+    ({"negative_ttl": 0}, ValueError, "negative_ttl must be seconds over 0"),
     ({"ttl_jitter": 1}, ValueError, "ttl_jitter must be a part of the ttl"),
+    ({"ttl_jitter": "a"}, ValueError, "ttl_jitter must be a part of the ttl, from 0 to below 1, not 'a'"),
     ({"idle_ttl": 5}, ValueError, "idle_ttl needs a ttl in seconds"),
     ({"wait": "poll"}, ValueError, "wait must be 'load', 'stale' or 'raise', not 'poll'"),
-    ({"wait_limit": -1}, ValueError, "wait_limit must be a finite time"),
-    ({"lease_ttl": 0}, ValueError, "lease_ttl must be a positive"),
+    ({"wait_limit": -1}, ValueError, "wait_limit must be seconds from 0"),
+    ({"wait_limit": None}, TypeError, "wait_limit must be seconds or a timedelta, not None"),
+    ({"lease_ttl": 0}, ValueError, "lease_ttl must be seconds over 0"),
+    ({"lease_ttl": None}, TypeError, "lease_ttl must be seconds or a timedelta, not None"),
     ({"tags": "t"}, TypeError, "tags must be a list"),
+    ({"tags": 5}, TypeError, "tags must be a list or another iterable of str, not 5"),
+    ({"tags": [["t"]]}, TypeError, r"a tag must be a str, not \['t'\]"),
+    ({"tags": ["\ud800"]}, ValueError, "a tag must be valid Unicode"),
+    ({"cache_errors": 5, "error_ttl": 1}, TypeError, "cache_errors must be classes of exceptions, not 5"),
 ]
 
 
