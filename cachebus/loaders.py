@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from types import EllipsisType, FunctionType, MethodType
 from typing import Any, cast
 
-from cachebus.messages import CacheError
+from cachebus.messages import CacheError, Record, record
 
 from .checks import TimeToLive, check_tags
 
 Loader = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadContext:
+@record()
+class LoadContext(Record):
     """What a loader is told if it takes an argument.
 
     `key` is the key that is loaded; `tags` are those that the value will have. `stale` is the value that was there before,
@@ -32,8 +31,8 @@ class LoadContext:
     deadline: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LoadResult:
+@record()
+class LoadResult(Record):
     """What a loader may return instead of a bare value, to decide how it is kept.
 
     `ttl` and `stale_for` count instead of those of the call, `tags` in addition to them. With `store=False` the value goes

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from cachebus.messages import CacheConfigurationError, CacheError, Failed, Reply, Request, error_class
+from cachebus.messages import CacheConfigurationError, Failed, Record, Reply, Request, error_class, record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
+@record(kw_only=True)
+class RetryPolicy(Record):
     """How often, and after what pauses. `attempts` counts the first one.
 
     Before the n-th repetition there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of

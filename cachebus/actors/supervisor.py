@@ -6,7 +6,6 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -22,6 +21,8 @@ from cachebus.messages import (
     CacheClosed,
     CacheError,
     Message,
+    Record,
+    record,
 )
 
 from .actor import Actor
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cachebus.actors")
 
 
-@dataclass(frozen=True, slots=True)
-class RestartPolicy:
+@record()
+class RestartPolicy(Record):
     """How an actor that crashed is begun anew.
 
     More than `max_restarts` crashes within `window` seconds, and it stays down. Before the n-th restart of a window

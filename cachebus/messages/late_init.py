@@ -27,9 +27,12 @@ class LateInit:
         twin = make_dataclass(
             cls.__name__,
             [(each.name, each.type, copy(each)) for each in fields(cls)],
+            # Asked for by name only: the constructor calls that of the object.
+            namespace={"__post_init__": None} if hasattr(cls, "__post_init__") else {},
             eq=False,
             repr=False,
             match_args=False,
+            frozen=cls.__dataclass_params__.frozen,
         )
         made: Callable[..., None] = vars(twin)["__init__"]
         made.__qualname__ = f"{cls.__qualname__}.__init__"
@@ -42,6 +45,4 @@ class LateInit:
 
 def write_init_late(cls: Any) -> None:
     """Give a dataclass that was made with `init=False` its constructor, later."""
-    if hasattr(cls, "__post_init__"):
-        raise TypeError(f"{cls.__name__} has a __post_init__, which a constructor written late would not call")
     cls.__init__ = LateInit(cls)
