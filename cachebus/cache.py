@@ -7,7 +7,6 @@ import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -35,6 +34,7 @@ from cachebus.messages import (
     InvalidateTags,
     Missing,
     Present,
+    Record,
     Request,
     Scan,
     Scanned,
@@ -44,6 +44,7 @@ from cachebus.messages import (
     TakeSnapshot,
     Touch,
     bare,
+    record,
 )
 
 from .cache_limits import CacheLimits
@@ -66,8 +67,8 @@ Probing = Callable[[Request[Any], float], Awaitable[Any]]
 Finishing = Callable[[Request[Any], Any], Awaitable[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Health:
+@record()
+class Health(Record):
     """Whether a backend answers. `latency` is the seconds that the answer took, `detail` what went wrong otherwise.
 
     `circuit` is that of the guard before the backend's server, as of the answer: `closed`, `open` (it is left alone) or

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from types import EllipsisType
 from typing import Any, Literal
 
-from cachebus.messages import Loaded, Origin, Ttl
+from cachebus.messages import Loaded, Origin, Record, Ttl, record
 
 from .cached_errors import CachedError, Remembered, check_classes
 from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
@@ -30,8 +29,8 @@ WaitPolicy = Literal["load", "stale", "raise"]
 """What becomes of a caller who has waited for somebody else's load for as long as it may."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
+@record(kw_only=True)
+class LoadOptions(Record):
     """The options of a load, in the words of `Cache.get_or_load`. Durations are seconds."""
 
     ttl: Ttl = "default"

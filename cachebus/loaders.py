@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import AsyncGeneratorType, EllipsisType, FunctionType, GeneratorType, MethodType
 from typing import Any, cast
 
-from cachebus.messages import CacheError
+from cachebus.messages import CacheError, Record, record
 
 from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
 
 Loader = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadContext:
+@record()
+class LoadContext(Record):
     """What a loader is told if it takes an argument.
 
     `key` is the key that is loaded; `tags` are those that the value will have. `stale` is the value that was there before,
@@ -33,8 +32,8 @@ class LoadContext:
     stale_tags: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LoadResult:
+@record()
+class LoadResult(Record):
     """What a loader may return instead of a bare value, to decide how it is kept.
 
     `ttl` and `stale_for` count instead of those of the call, `tags` in addition to them. With `store=False` the value goes

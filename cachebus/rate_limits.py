@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-from cachebus.messages import Admit, RateLimited, Refused
+from cachebus.messages import Admit, RateLimited, Record, Refused, record
 
 from .checks import Duration, check_key, check_seconds
 from .failures import BACKEND_FAILURES
@@ -17,8 +16,8 @@ from .ways import Awaiting, Blocking
 OnLimitError: TypeAlias = Literal["raise", "allow"]
 
 
-@dataclass(frozen=True, slots=True)
-class RateLimit:
+@record()
+class RateLimit(Record):
     """What a rate limit said: true if `allowed`. Times are seconds from the moment of the answer.
 
     `remaining` is how many more could go on at once, and nothing is used any more after `reset_after`. `retry_after` is

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 
 from cachebus.bus import Clock
-from cachebus.messages import CacheConfigurationError, CircuitOpen
+from cachebus.messages import CacheConfigurationError, CircuitOpen, Record, record
 
 
 class CircuitState(StrEnum):
@@ -18,8 +17,8 @@ class CircuitState(StrEnum):
     HALF_OPEN = "half_open"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BreakerPolicy:
+@record(kw_only=True)
+class BreakerPolicy(Record):
     """When a circuit opens and closes.
 
     `failure_threshold` failures in a row open it. After `recovery` seconds at most `half_open_max` probes at a time are

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
-from cachebus.messages import CacheConfigurationError, CacheError
+from cachebus.messages import CacheConfigurationError, CacheError, Record, record
 
 from .breaker import BreakerPolicy
 from .retrying import RetryPolicy
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuardPolicy:
+@record(kw_only=True)
+class GuardPolicy(Record):
     """What a guard does. Times are seconds.
 
     `timeout_min` and `timeout_max` bound the adaptive timeout, `timeout_initial` is the one before anything is known,
@@ -40,8 +40,8 @@ class GuardPolicy:
                 raise CacheConfigurationError(f"{option}: expected at least {least}, not {getattr(self, option)!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuardStatistics:
+@record(kw_only=True)
+class GuardStatistics(Record):
     """What a guard has seen. Counts are of batches since it was made; `last_failure_time` and `next_attempt` are Unix
     time, `None` where there is none. `lock_timeout` and `lock_p95` are of lock operations, the others of all else.
     `rejected` counts what was turned away without asking the store, because the circuit was open or the queue full.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any, Protocol, runtime_checkable
 
 from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred
-from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
+from cachebus.messages import LockGranted, Record, RemovalCause, Reply, Request, WatchLease, record
 
 __all__ = [
     "SYSTEM_CLOCK",
@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capabilities:
+@record(kw_only=True)
+class Capabilities(Record):
     """What a store can do. What it cannot is answered with `CapabilityError`, never with a quiet 0 or False.
 
     `max_key_bytes` and `max_value_bytes` are `None` where the store sets no limit. `ttl_resolution` is the step, in
@@ -55,8 +55,8 @@ class Capabilities:
         return tuple(each.name for each in fields(self) if getattr(self, each.name) is True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gauges:
+@record(kw_only=True)
+class Gauges(Record):
     """How full a store is, and what it did since it was made. Bounds are `None` where there is none; weights are bytes.
 
     An inline store counts its hits, misses, sets and removals itself, in its turns; of a batch store the actor counts

@@ -35,7 +35,7 @@ from .guard_policy import GuardPolicy, GuardStatistics
 from .latency import AdaptiveTimeout
 from .places import Places
 from .ports import BatchStore, PipelinedStore, Replied
-from .retrying import RetryBudget, repeat, repeatable
+from .retrying import RetryBudget, repeatable
 from .scopes import asyncio_scope
 from .verdict import Verdict, judge
 
@@ -52,7 +52,10 @@ class Guard:
     """
 
     def __init__(self, policy: GuardPolicy, ctx: Context, store: str, *, seed: int | None = None) -> None:
+        from .repeating import repeat  # Here, and not with the first failure: a guard is made where imports may block.
+
         self.policy = policy
+        self._repeat = repeat
         self._ctx = ctx
         self._store = store
         self._clock = ctx.clock
@@ -255,7 +258,7 @@ class Guard:
             self._retries += 1
             return await attempt(part)
 
-        return await repeat(
+        return await self._repeat(
             counted,
             batch,
             replies,

@@ -1,20 +1,15 @@
-"""Once more: which requests of a batch may be repeated, when, and until when."""
+"""Which requests of a batch may be repeated, and how often."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_result
-
-from cachebus.bus import Clock
-from cachebus.messages import CacheConfigurationError, CacheError, Failed, Reply, Request, error_class
+from cachebus.messages import CacheConfigurationError, Failed, Record, Reply, Request, error_class, record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
+@record(kw_only=True)
+class RetryPolicy(Record):
     """How often, and after what pauses. `attempts` counts the first one.
 
     Before the n-th repetition there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of
@@ -74,56 +69,3 @@ def repeatable(batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> list[
         for place, reply in enumerate(replies)
         if type(reply) is Failed and batch[place].IDEMPOTENT and error_class(reply.code).transient
     ]
-
-
-async def repeat(
-    attempt: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
-    batch: Sequence[Request[Any]],
-    replies: Sequence[Reply],
-    *,
-    policy: RetryPolicy,
-    clock: Clock,
-    chance: random.Random,
-    deadline: float | None,
-) -> Sequence[Reply]:
-    """The replies to a batch after those of them that `repeatable` names were tried again.
-
-    No pause ends after `deadline`, on the clock's monotonic time. Where an attempt raises, the reply before it counts.
-    """
-    result = list(replies)
-
-    async def once_more() -> bool:
-        places = repeatable(batch, result)
-        try:
-            again = await attempt([batch[place] for place in places])
-        except CacheError:
-            return False  # The circuit has opened, or there is no room: what is known already is the better answer.
-        for place, reply in zip(places, again, strict=True):
-            result[place] = reply
-        return bool(repeatable(batch, result))
-
-    def wait(state: RetryCallState) -> float:
-        return pause(policy, state.attempt_number + 1, chance)
-
-    def stop(state: RetryCallState) -> bool:
-        return state.attempt_number >= policy.attempts - 1 or over(state.upcoming_sleep)
-
-    def over(seconds: float) -> bool:
-        return deadline is not None and clock.monotonic() + seconds >= deadline
-
-    async def sleep(seconds: float) -> None:
-        await clock.sleep_until(clock.monotonic() + seconds)
-
-    first = pause(policy, 1, chance)
-    if over(first):
-        return result
-    await sleep(first)
-    await AsyncRetrying(
-        sleep=sleep, wait=wait, stop=stop, retry=retry_if_result(bool), retry_error_callback=lambda state: None
-    )(once_more)
-    return result
-
-
-def pause(policy: RetryPolicy, repetition: int, chance: random.Random) -> float:
-    """Seconds to wait before the n-th repetition."""
-    return chance.uniform(0.0, min(policy.backoff_max, policy.backoff * 2.0 ** (repetition - 1)))

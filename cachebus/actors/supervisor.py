@@ -6,12 +6,10 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import anyio
-from anyio.abc import TaskGroup, TaskStatus
 
 from cachebus.bus import Address, Bus, Emitter, Envelope, Port, Visibility, open_port
 from cachebus.messages import (
@@ -23,16 +21,21 @@ from cachebus.messages import (
     CacheClosed,
     CacheError,
     Message,
+    Record,
+    record,
 )
 
 from .actor import Actor
 from .cell import Cell
 
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup, TaskStatus
+
 logger = logging.getLogger("cachebus.actors")
 
 
-@dataclass(frozen=True, slots=True)
-class RestartPolicy:
+@record()
+class RestartPolicy(Record):
     """How an actor that crashed is begun anew.
 
     More than `max_restarts` crashes within `window` seconds, and it stays down. Before the n-th restart of a window
@@ -53,16 +56,16 @@ class RestartPolicy:
         return chance.uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(crashes - 2, 100)))
 
 
-@dataclass(slots=True)
 class _Charge:
     """One actor under supervision."""
 
-    cell: Cell
-    factory: Callable[[], Actor]
-    done: anyio.Event = field(default_factory=anyio.Event)
-    alarm_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    pause_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    lives_scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    def __init__(self, cell: Cell, factory: Callable[[], Actor]) -> None:
+        self.cell = cell
+        self.factory = factory
+        self.done = anyio.Event()
+        self.alarm_scope = anyio.CancelScope()
+        self.pause_scope = anyio.CancelScope()
+        self.lives_scope = anyio.CancelScope()
 
 
 class Supervisor:

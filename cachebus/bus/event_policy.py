@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, TypeAlias
 
 from cachebus.messages import (
@@ -40,7 +40,7 @@ class EventPolicy:
     that BLAKE2b does not take.
     """
 
-    __slots__ = ("_draw", "_hash_key", "_shares", "keys")
+    __slots__ = ("_draw", "_hash", "_hash_key", "_shares", "keys")
 
     def __init__(
         self,
@@ -55,6 +55,10 @@ class EventPolicy:
         self.keys: KeyForm = keys
         self._hash_key = hash_key
         self._draw = draw
+        if keys == "hash":
+            from hashlib import blake2b  # Here, because few need it, and OpenSSL comes with it.
+
+            self._hash = partial(blake2b, digest_size=_HASH_BYTES, key=hash_key)
         self._shares = shares(sample or {})
 
     def __repr__(self) -> str:
@@ -78,7 +82,7 @@ class EventPolicy:
         if self.keys == "none":
             return ""
         data = key.encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(data, digest_size=_HASH_BYTES, key=self._hash_key).hexdigest()
+        return self._hash(data).hexdigest()
 
     def shown(self, event: Event) -> Event:
         """The event as it leaves: itself, or a copy with its key redacted."""

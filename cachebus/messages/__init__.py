@@ -99,6 +99,7 @@ from .locks import (
     RenewLock,
 )
 from .rates import Admit, Admitted, Refused
+from .record import Record, record
 from .replies import (
     Cleared,
     Counted,
@@ -235,6 +236,7 @@ __all__ = [
     "Present",
     "RateLimitExceeded",
     "RateLimited",
+    "Record",
     "Refused",
     "Release",
     "ReleaseLock",
@@ -267,5 +269,6 @@ __all__ = [
     "error_codes",
     "message",
     "rebuild",
+    "record",
     "reply_types",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar, cast, dataclass_transform
 
+from .late_init import write_init_late
+
 M = TypeVar("M", bound="Message")
 ReplyT_co = TypeVar("ReplyT_co", covariant=True)
 
@@ -61,7 +63,9 @@ class Request(Message, Generic[ReplyT_co]):
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def _header(cls: type[M]) -> type[M]:
-    return dataclass(slots=True, kw_only=True, eq=False, repr=False)(cls)
+    made = dataclass(slots=True, kw_only=True, eq=False, repr=False, init=False)(cls)
+    write_init_late(made)
+    return made
 
 
 @_header
@@ -102,9 +106,10 @@ def message(wire_name: str) -> Callable[[type[M]], type[M]]:
 
     def make(cls: type[M]) -> type[M]:
         # Registered here and not in __init_subclass__, because slots=True builds a second class.
-        made = dataclass(slots=True, eq=False, repr=False)(cls)
+        made = dataclass(slots=True, eq=False, repr=False, init=False)(cls)
         if (holder := _registry.get(wire_name)) is not None:
             raise ValueError(f"wire name {wire_name!r} of {made.__name__} belongs to {holder.__name__}")
+        write_init_late(made)
         made.WIRE_NAME = wire_name
         _registry[wire_name] = made
         return made

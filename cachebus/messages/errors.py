@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
+from .late_init import write_init_late
+
 E = TypeVar("E", bound="CacheError")
 _codes: dict[str, type[CacheError]] = {}
 
@@ -68,7 +70,8 @@ def rebuild(code: str, detail: str, values: dict[str, Any]) -> CacheError:
 @dataclass_transform(eq_default=False)
 def error(cls: type[E]) -> type[E]:
     """Make a class of the tree: its fields become the constructor, its `code` its name on the wire."""
-    made = dataclass(eq=False, repr=False)(cls)
+    made = dataclass(eq=False, repr=False, init=False)(cls)
+    write_init_late(made)
     if made.code in _codes:
         raise ValueError(f"error code {made.code!r} of {made.__name__} belongs to {_codes[made.code].__name__}")
     _codes[made.code] = made

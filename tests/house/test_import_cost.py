@@ -12,13 +12,18 @@ from .paths import ROOT
 LATE = {
     *("redis", "hiredis", "pymemcache", "nats", "faiss", "numpy", "prometheus_client", "opentelemetry"),
     *("orjson", "pyarrow", "pandas", "lz4", "zstandard", "xxhash", "cryptography", "msgpack"),
-    *("pydantic_settings", "yaml", "rich", "trio", "pytest"),
+    *("pydantic", "pydantic_settings", "yaml", "rich", "trio", "pytest"),
+    *("tenacity", "typing_extensions", "hashlib", "multiprocessing", "importlib.metadata", "sqlite3", "http", "urllib"),
+    *("cachebus.settings", "cachebus.stores", "cachebus.payload", "cachebus.bus.codec", "cachebus.actors.repeating"),
 }
 """Loaded when a URL, a command or a settings file asks for it, not before."""
 
+MOST_MODULES = 115
+"""What `import cachebus` loads at most besides what `import asyncio` does: a bound without a clock. Ours are 80 of them."""
+
 
 def loaded_by_importing(package: str, folder: Path) -> set[str]:
-    """Names the top-level modules that a fresh interpreter holds after ``import package``."""
+    """Names the modules that a fresh interpreter holds after ``import package``."""
     program = (
         f"import sys; sys.path.insert(0, {str(folder)!r}); import {package}, json;"
         f" print(json.dumps([{package}.__file__, list(sys.modules)]))"
@@ -31,13 +36,43 @@ def loaded_by_importing(package: str, folder: Path) -> set[str]:
     modules: list[str]
     file, modules = json.loads(done.stdout)
     assert Path(file).is_relative_to(folder), f"another {package} than this tree's: {file}"
-    return {module.split(".")[0] for module in modules}
+    return set(modules)
 
 
 def test_importing_cachebus_loads_no_driver() -> None:
     loaded = loaded_by_importing("cachebus", ROOT)
     assert "cachebus" in loaded
     assert loaded & LATE == set()
+
+
+def test_importing_cachebus_loads_few_modules() -> None:
+    """Many small files cost as much as a large one: whoever adds one sees it here."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", "import asyncio, sys, json; print(json.dumps(list(sys.modules)))"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    more = loaded_by_importing("cachebus", ROOT) - set(json.loads(done.stdout))
+    assert "cachebus.cache" in more
+    assert len(more) <= MOST_MODULES, sorted(more)
+
+
+def test_importing_cachebus_compiles_no_constructors_of_messages() -> None:
+    """Each takes longer than reading the class: they are written when their class is first called."""
+    program = (
+        "import builtins; seen = []; real = builtins.exec\n"
+        "def counted(text, *more):\n"
+        "    if isinstance(text, str) and 'def __init__' in text: seen.append(text)\n"
+        "    return real(text, *more)\n"
+        "import dataclasses; builtins.exec = counted\n"
+        "import cachebus; before = len(seen); cachebus.RateLimited('k'); print(before, len(seen))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert before <= 6
+    assert after == before + 1
 
 
 def test_a_planted_import_is_found(tmp_path: Path) -> None:
