@@ -31,8 +31,9 @@ from cachebus.messages import (
     RenewLock,
 )
 
+from ...checks import LONGEST
 from ...lock_ways import LOCKS, LockWay
-from ...locks import LONGEST, Lock
+from ...locks import Lock
 
 LONG = 60.0
 ODD_NAMES = (
