@@ -87,7 +87,7 @@ class LockManager(Actor):
         self._draw = draw
         self._asking: Asking
         self._inline = store if isinstance(store, InlineLockStore) else None
-        self._waiters: dict[str, Waiter] = {}
+        self._waiters: dict[tuple[str, str], Waiter] = {}  # By the names of their locks and their tickets.
         self._rooms: dict[str, Room] = {}
         self._agenda: Agenda
         self._thread = 0
@@ -167,7 +167,7 @@ class LockManager(Actor):
 
     def _acquire(self, request: Acquire, answer: Answer) -> None:
         now = self.ctx.clock.monotonic()
-        waiter = self._waiters.get(request.ticket)
+        waiter = self._waiters.get((request.name, request.ticket))
         if waiter is not None:
             if waiter.answer is not None:  # Asked twice: who asked first is not the one who waits.
                 waiter.answer.give(LockQueued("", 0.0))
@@ -178,7 +178,8 @@ class LockManager(Actor):
             return
         if len(self._waiters) >= self._max_waiters:
             raise Overloaded(f"{self._max_waiters} callers wait for locks, which is the most", "", self._max_waiters)
-        waiter = self._waiters[request.ticket] = Waiter(request, answer, now + request.wait)
+        waiter = Waiter(request, answer, now + request.wait)
+        self._waiters[request.name, request.ticket] = waiter
         room = self._rooms.get(request.name)
         if room is not None and self._store.poll is not None and request.wait > 0:
             # The store keeps no queue, so this is the queue.
@@ -187,7 +188,7 @@ class LockManager(Actor):
         self._ask_for(waiter)
 
     def _release(self, request: ReleaseLock, answer: Answer) -> None:
-        waiter = self._waiters.get(request.ticket)
+        waiter = self._waiters.get((request.name, request.ticket))
         if waiter is None:
 
             def released(reply: Reply) -> None:
@@ -294,7 +295,7 @@ class LockManager(Actor):
     # For the store: `LockListener`
 
     def granted(self, name: str, ticket: str, grant: LockGranted) -> None:
-        waiter = self._waiters.get(ticket)
+        waiter = self._waiters.get((name, ticket))
         if waiter is None:
             # Nobody of ours, or of a life before this one.
             self._asking.ask(ReleaseLock(name, ticket, unclaimed=True), lambda reply: None)
@@ -308,7 +309,7 @@ class LockManager(Actor):
             self.ctx.call_after(delay, lambda: self._asking.ask(DescribeLock(name), lambda reply: None))
             return
         if ticket:
-            waiter = self._waiters.get(ticket)
+            waiter = self._waiters.get((name, ticket))
             if waiter is None:
                 self._asking.ask(ReleaseLock(name, ticket, unclaimed=True), lambda reply: None)
                 return
@@ -333,7 +334,7 @@ class LockManager(Actor):
         self._asking.sweep()
         for name, ticket in self._agenda.due(now):
             if ticket:
-                if (waiter := self._waiters.get(ticket)) is not None and waiter.until <= now:
+                if (waiter := self._waiters.get((name, ticket))) is not None and waiter.until <= now:
                     self._waited(waiter, now)
             elif (room := self._rooms.get(name)) is not None and room.check_at <= now:
                 room.check_at, room.overdue = math.inf, True
@@ -371,7 +372,7 @@ class LockManager(Actor):
 
     def _tidy(self) -> None:
         if len(self._agenda) > 4 * (len(self._waiters) + len(self._rooms)) + 256:
-            tickets = [(each.until, each.request.name, ticket) for ticket, each in self._waiters.items()]
+            tickets = [(each.until, *which) for which, each in self._waiters.items()]
             rooms = [(room.check_at, name, "") for name, room in self._rooms.items() if room.check_at < math.inf]
             self._agenda.keep(tickets + rooms)
 
@@ -386,7 +387,7 @@ class LockManager(Actor):
             waiter.answer.give(reply)
 
     def _forget(self, waiter: Waiter) -> None:
-        self._waiters.pop(waiter.request.ticket, None)
+        self._waiters.pop((waiter.request.name, waiter.request.ticket), None)
         self._leave_room(waiter)
 
     def _leave_room(self, waiter: Waiter) -> None:

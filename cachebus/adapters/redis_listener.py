@@ -107,10 +107,12 @@ class RedisListener:
         name = channel.encode() if isinstance(channel, str) else channel
         place = Listening(self, name, heard, missed)
         known = self._channels.get(name)
-        if known is None or known.refused is not None:
+        asked = known is not None and known.refused is None
+        if known is None:
             known = self._channels[name] = _Channel()
-            if self._connection is not None:
-                self._ask(self._connection, name, known)
+        known.refused = None  # It may be allowed by now, and then for everybody.
+        if not asked and self._connection is not None:
+            self._ask(self._connection, name, known)
         place.stood = known.standing
         known.places.append(place)
         if self._task is None:

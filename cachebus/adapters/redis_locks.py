@@ -75,6 +75,7 @@ class RedisLockStore:
         self._listener: RedisListener | None = None
         self._place: Listening | None = None
         self._entering: asyncio.Task[None] | None = None
+        self._deaf: CacheError | None = None  # Why nobody here can be told anything.
 
     def __repr__(self) -> str:
         return f"<RedisLockStore over {self._transport!r}, {'listening' if self._place else 'nobody waited'}>"
@@ -86,6 +87,7 @@ class RedisLockStore:
     async def close(self) -> None:
         if self._entering is not None:
             self._entering.cancel()
+        self._place = self._entering = self._deaf = None
         try:
             if self._listener is not None:
                 await self._listener.close()
@@ -139,6 +141,8 @@ class RedisLockStore:
                 self.told.look(name)  # Nobody waits there. Whoever does here has lost its place, as after a flush.
             if type(answer) is LockQueued:
                 self._enter()
+                if self._deaf is not None:
+                    return Failed.of(self._deaf)
             return answer
 
         return [len(keys), *keys, *ours], state, script, make
@@ -172,7 +176,10 @@ class RedisLockStore:
                 break
             except CacheError as error:
                 if not error.transient:
-                    raise  # The user may not listen. Who waits asks when leases end.
+                    self._deaf = (
+                        error  # The user may not listen. Who cannot be told does not wait, and is told that now.
+                    )
+                    break
         self._missed()
 
     def _heard(self, payload: bytes) -> None:

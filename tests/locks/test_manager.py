@@ -69,6 +69,20 @@ async def test_a_lock_ends_when_its_time_is_up_and_not_before_and_the_next_one_g
     assert isinstance(locks.ask(RenewLock("a", "0", 5)).reply, Failed)
 
 
+async def test_a_ticket_of_one_lock_is_not_that_of_another(locks: Managed) -> None:
+    for name in ("a", "b"):
+        locks.ask(want("0", name=name))
+    waiting = {name: locks.ask(want("1", name=name, wait=60)) for name in ("a", "b")}
+    behind = locks.ask(want("2", wait=60))
+    locks.ask(ReleaseLock("b", "0"))
+    token_of(waiting["b"])
+    assert waiting["a"].reply is None
+    locks.ask(ReleaseLock("a", "0"))
+    token_of(waiting["a"])
+    assert isinstance(locks.ask(ReleaseLock("a", "1")).reply, Released)
+    token_of(behind)
+
+
 async def test_a_renewed_lock_goes_on(locks: Managed) -> None:
     locks.ask(want("0", ttl=3))
     waiting = locks.ask(want("1", wait=60))

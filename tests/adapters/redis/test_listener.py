@@ -195,9 +195,12 @@ async def test_a_channel_that_the_user_may_not_have_is_refused_and_the_others_go
             await ear.until_missed()
             await tell(server, "PUBLISH", "mine#1", "1")
             assert await ear.next() == b"1"
-            yours.close()
             await tell(server, "ACL", "SETUSER", "me", "&yours#*")
-            await listener.subscribe("yours#1", ear.heard).ready()
+            second = Ear()
+            await listener.subscribe("yours#1", second.heard).ready()
+            await yours.ready()
+            await tell(server, "PUBLISH", "yours#1", "2")
+            assert [await ear.next(), await second.next()] == [b"2", b"2"], "whoever was refused before hears it too"
 
 
 async def test_a_listener_that_fails_harms_no_other(server: Server) -> None:

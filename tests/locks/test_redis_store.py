@@ -1,0 +1,97 @@
+"""The lock store of Redis by itself, without a manager."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+import pytest
+
+from cachebus.bus import SYSTEM_CLOCK
+from cachebus.messages import Acquire, CacheConfigurationError, Failed, LockGranted, LockQueued, Released, ReleaseLock
+from cachebus.settings import backend_from_url
+from cachebus.stores import build_lock_store
+from cachebus.testing.servers import Server, redis_command, run_redis
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with run_redis() as running:
+        yield running
+
+
+class Heard:
+    """A `LockListener` that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.looks: asyncio.Queue[str] = asyncio.Queue()
+
+    def granted(self, name: str, ticket: str, grant: LockGranted) -> None: ...
+
+    def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
+        if ticket:
+            self.looks.put_nowait(ticket)
+
+    def look_everywhere(self) -> None:
+        self.looks.put_nowait("everywhere")
+
+    def expired(self, name: str, owner: str, token: int) -> None: ...
+
+    async def next(self) -> str:
+        with anyio.fail_after(10):
+            return await self.looks.get()
+
+
+def store_at(url: str) -> tuple[Any, Heard]:
+    store: Any = build_lock_store(backend_from_url(url), namespace="stores", clock=SYSTEM_CLOCK)
+    heard = Heard()
+    store.told = heard
+    return store, heard
+
+
+async def one(store: Any, request: Any) -> Any:
+    (reply,) = await store.execute([request])
+    return reply
+
+
+async def test_a_store_that_was_closed_and_opened_again_hears_that_a_lock_is_free(server: Server) -> None:
+    (holder, _), (waiter, heard) = store_at(server.url), store_at(server.url)
+    await holder.open()
+    assert isinstance(await one(holder, Acquire("a", "holder", "t1", 30.0)), LockGranted)
+    for _ in range(2):
+        await waiter.open()
+        assert isinstance(await one(waiter, Acquire("a", "waiter", "t2", 30.0, 30.0)), LockQueued)
+        assert await heard.next() == "everywhere"
+        await waiter.close()
+    await waiter.open()
+    assert isinstance(await one(waiter, Acquire("a", "waiter", "t2", 30.0, 30.0)), LockQueued)
+    assert await heard.next() == "everywhere"
+    assert isinstance(await one(holder, ReleaseLock("a", "t1")), Released)
+    assert await heard.next() == "t2"
+    assert isinstance(await one(waiter, Acquire("a", "waiter", "t2", 30.0)), LockGranted)
+    await waiter.close()
+    await holder.close()
+
+
+async def test_whoever_may_not_be_told_does_not_wait(server: Server) -> None:
+    words = ("ACL", "SETUSER", "deaf", "on", ">pw", "+@all", "-subscribe", "~*", "&*")
+    await anyio.to_thread.run_sync(lambda: redis_command(server, *words))
+    store, heard = store_at(f"redis://deaf:pw@{server.host}:{server.port}")
+    await store.open()
+    assert isinstance(await one(store, Acquire("b", "holder", "t1", 30.0)), LockGranted)
+    assert isinstance(await one(store, Acquire("b", "waiter", "t2", 30.0, 30.0)), LockQueued)
+    assert await heard.next() == "everywhere", "who waits is to ask again, and is told why it may not"
+    reply = await one(store, Acquire("b", "waiter", "t2", 30.0, 30.0))
+    assert isinstance(reply, Failed)
+    assert isinstance(reply.error(), CacheConfigurationError)
+    assert isinstance(await one(store, ReleaseLock("b", "t1")), Released)
+    await store.close()
