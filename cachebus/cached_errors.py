@@ -12,12 +12,13 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from cachebus.messages import Found, FoundMany, LeaseGranted, Loaded, Loading, Missing, Stale
 
 logger = logging.getLogger("cachebus")
 
+R = TypeVar("R")
 _type_of: Callable[[Any], Any] = type
 DEEPEST = 20
 """Containers in containers that an argument of an exception may have."""
@@ -82,8 +83,14 @@ class Remembered(Missing):
         self.error = error
 
 
-def seen(reply: Any) -> Any:
+def seen(answer: R) -> R:
     """The reply of a store to whoever looks for values: an exception in the place of one is none."""
+    reply: Any = answer
+    shown: R = _seen(reply)
+    return shown
+
+
+def _seen(reply: Any) -> Any:
     kind = _type_of(reply)
     if kind is Loaded or kind is Found:
         return Remembered(reply.value) if type(reply.value) is CachedError else reply

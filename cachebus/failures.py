@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from cachebus.bus import Emitter
 from cachebus.messages import (
@@ -41,6 +41,7 @@ from cachebus.messages import (
     Touch,
 )
 
+R = TypeVar("R")
 OnError: TypeAlias = Literal["miss", "raise"]
 
 BACKEND_FAILURES = (CacheBackendError, CacheTimeoutError, CircuitOpen, Overloaded, ActorFailed, NoSuchActor)
@@ -82,7 +83,7 @@ class Failures:
     def __repr__(self) -> str:
         return f"<Failures {self.on_error}, {self.errors} errors, {self.dropped_writes} dropped writes>"
 
-    def settle(self, request: Request[Any], error: CacheError, *, allow: bool = False) -> Any:
+    def settle(self, request: Request[R], error: CacheError, *, allow: bool = False) -> R:
         """The reply that stands for the one that the backend did not give. `allow` is for a rate limit that lets everybody
         go on then.
 
@@ -116,7 +117,7 @@ class Failures:
                 )
             )
         if stand_in is not None:
-            return stand_in()
+            return cast("R", stand_in())
         if self.on_error == "miss" and request.INVALIDATES:
             raise CacheInvalidationError(f"{_named(request)} may not have been carried out: {error}") from error
         raise error

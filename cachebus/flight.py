@@ -5,6 +5,7 @@ Who waits for whom is kept as a graph, so that loaders that would wait for each 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
@@ -92,7 +93,20 @@ class Load:
         self.waits_for: dict[Load, int] = {}
 
 
-_graph = threading.Lock()
+class _Graph:
+    """The guard of the wait-for graph. A child of a fork begins with another one: whoever held it is not there to give it
+    back."""
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        self.guard = threading.Lock()
+
+
+_graph = _Graph()
 _loading: ContextVar[tuple[Load, ...]] = ContextVar("loading", default=())
 
 
@@ -101,8 +115,10 @@ def loads_of_this_context() -> tuple[Load, ...]:
     return _loading.get()
 
 
-class carry_loads:  # noqa: N801 (a function to whoever uses it; a generator would take four times as long)
+class OnBehalfOf:
     """Work for these loads, so that their loader can be told from others: a context manager."""
+
+    # Not made of a generator, which would take four times as long.
 
     __slots__ = ("_loads", "_token")
 
@@ -131,7 +147,7 @@ class _Waiting:
         me = self._me
         if me is None:
             return
-        with _graph:
+        with _graph.guard:
             if self._for in self._chain:
                 raise CacheError("a loader asks for the very key that it is loading, and would wait for itself")
             if _reaches(self._for, me):
@@ -140,7 +156,7 @@ class _Waiting:
 
     def __exit__(self, *exc_info: object) -> None:
         if self._me is not None:
-            with _graph:
+            with _graph.guard:
                 self._me.waits_for[self._for] -= 1
                 if not self._me.waits_for[self._for]:
                     del self._me.waits_for[self._for]

@@ -33,10 +33,10 @@ from .flight import (
     LEFT_OUT,
     Flight,
     LeftOut,
+    OnBehalfOf,
     Raised,
     Value,
     Values,
-    carry_loads,
     loads_of_this_context,
 )
 from .load_options import LoadOptions
@@ -216,7 +216,7 @@ class Landings:
         outcome: Any
         try:
             context = self._context(job, stale, started) if job.told else None
-            with carry_loads((*loads_of_this_context(), flight)):
+            with OnBehalfOf((*loads_of_this_context(), flight)):
                 report = LoadReport(way.link, job.key)
                 with report:
                     loaded = await way.call(job.call, context, asynchronous=job.asynchronous)
@@ -272,7 +272,7 @@ class Landings:
         """Call a loader of many keys and land the one flight of all of them, storing what it brings."""
         outcome: Any
         try:
-            with carry_loads((*loads_of_this_context(), flight)):
+            with OnBehalfOf((*loads_of_this_context(), flight)):
                 report = LoadReport(way.link, *jobs)
                 with report:
                     loaded = await way.call(group.load, list(jobs), asynchronous=is_asynchronous(group.load))

@@ -75,16 +75,16 @@ class Link:
         """Ask, awaiting the reply for `patience` seconds more than a call may take, or what stands for it (see
         `Failures`)."""
         try:
-            return seen(await self.bus.request(self.address, message, self.timeout + patience))  # type: ignore[no-any-return]
+            return seen(await self.bus.request(self.address, message, self.timeout + patience))
         except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)  # type: ignore[no-any-return]
+            return self.failures.settle(message, error)
 
     async def request_blocking(self, message: Request[R], patience: float = 0.0) -> R:
         """Ask, blocking this thread; a coroutine that never suspends, so that the facades can share their code."""
         try:
-            return seen(self.bus.request_blocking(self.address, message, self.timeout + patience))  # type: ignore[no-any-return]
+            return seen(self.bus.request_blocking(self.address, message, self.timeout + patience))
         except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)  # type: ignore[no-any-return]
+            return self.failures.settle(message, error)
 
     def send(self, message: Request[Any]) -> None:
         """Send what nobody waits for."""
@@ -101,16 +101,16 @@ class Link:
     async def finish(self, message: Request[R], reply: Any) -> R:
         """Come to the reply from what a turn has returned."""
         try:
-            return seen(await self.bus.finish(self.address, message, reply, self.timeout))  # type: ignore[no-any-return]
+            return seen(await self.bus.finish(self.address, message, reply, self.timeout))
         except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)  # type: ignore[no-any-return]
+            return self.failures.settle(message, error)
 
     async def finish_blocking(self, message: Request[R], reply: Any) -> R:
         """As `finish`, in the manner of `request_blocking`."""
         try:
-            return seen(self.bus.finish_blocking(self.address, message, reply, self.timeout))  # type: ignore[no-any-return]
+            return seen(self.bus.finish_blocking(self.address, message, reply, self.timeout))
         except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)  # type: ignore[no-any-return]
+            return self.failures.settle(message, error)
 
     def subscribe(
         self, *what: type[Event] | str, capacity: int, since: Since = None, local: bool = False

@@ -87,6 +87,10 @@ class LoadOptions(Record):
     def time_to_live(self, result: LoadResult | Bare, chance: random.Random) -> Ttl:
         """What a loaded value is given: by its own loader if that said so, else by these options."""
         if not isinstance(result.ttl, EllipsisType):
+            if self.idle_ttl is not None:
+                raise ValueError(
+                    "idle_ttl is capped by the ttl of the call: a LoadResult can have no ttl of its own then"
+                )
             ttl = check_ttl(result.ttl)
         elif result.value is None and self.negative_ttl is not None:
             ttl = self.negative_ttl
@@ -97,6 +101,11 @@ class LoadOptions(Record):
         if isinstance(ttl, float) and self.idle_ttl is not None:
             ttl = min(ttl, self.idle_ttl)
         return ttl
+
+    def cap(self, value: object) -> float | None:
+        """For how many seconds a value may live at most, however often it is asked for; `None` where that is not known."""
+        ttl = self.negative_ttl if value is None and self.negative_ttl is not None else self.ttl
+        return ttl if isinstance(ttl, float) else None
 
     def record_of(self, error: Exception) -> CachedError | None:
         """What is to be stored of a loader's exception, if anything."""

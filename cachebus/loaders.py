@@ -13,6 +13,9 @@ from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
 
 Loader = Callable[..., Any]
 
+LONGEST_ETAG = 1024
+"""Bytes of an `etag` in UTF-8: it stands beside the value, in the head of the entry."""
+
 
 @record()
 class LoadContext(Record):
@@ -55,8 +58,8 @@ class LoadResult(Record):
             check_ttl(self.ttl)
         if self.stale_for is not None:
             check_seconds("stale_for", self.stale_for, zero=True)
-        if not (self.etag is None or isinstance(self.etag, str)):
-            raise TypeError(f"etag must be a str, not {self.etag!r}")
+        if self.etag is not None:
+            _check_etag(self.etag)
         if type(self.store) is not bool:
             raise TypeError(f"store must be True or False, not {self.store!r}")
 
@@ -75,6 +78,17 @@ class LoadResult(Record):
             )
         etag = self.etag or context.etag
         return LoadResult(context.stale, self.ttl, context.stale_tags, self.store, etag, self.stale_for)
+
+
+def _check_etag(etag: object) -> None:
+    if not isinstance(etag, str):
+        raise TypeError(f"etag must be a str, not {etag!r}")
+    try:
+        size = len(etag.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"etag must be valid Unicode, not {etag!r}") from None
+    if size > LONGEST_ETAG:
+        raise ValueError(f"etag must have at most {LONGEST_ETAG} bytes, not {size}")
 
 
 class Bare:

@@ -124,7 +124,7 @@ class Lock:
                 owner, remaining = reply.owner, reply.remaining
                 raise LockNotAcquired(timeout=self.wait, name=self.name, owner=owner, remaining=remaining)
             self._ticket, self._token, self._expires_at = ticket, reply.token, sent + self.ttl
-            if self._way.now() - sent >= self.ttl / CONFIRMED and not await self._confirmed():
+            if self._way.now() - sent >= self.ttl / CONFIRMED and not (await self._confirmed() and self.held):
                 raise LockNotAcquired(timeout=self.wait, name=self.name)  # It was lost before we knew of it.
         except BaseException:
             self._end()

@@ -154,7 +154,7 @@ class PayloadLink(Link):
             self._rejected(coded.key, error)
             return cast("R", _MISSING)
         except BACKEND_FAILURES as error:
-            return cast("R", self.failures.settle(message, error))
+            return self.failures.settle(message, error)
 
     async def finish_blocking(self, message: Request[R], reply: Any) -> R:
         """As `Link.finish_blocking`."""

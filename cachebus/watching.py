@@ -166,11 +166,10 @@ class Watches(Landings):
 
     def _prolong(self, way: Way, job: Job, found: Found, idle_ttl: float) -> None:
         """Let a value that was read live on, up to its cap. Not on each read: when half of its idle time is over."""
-        if found.ttl is None or found.ttl > idle_ttl / 2 or not isinstance(job.options.ttl, float):
+        if found.ttl is None or found.ttl > idle_ttl / 2 or (cap := job.options.cap(found.value)) is None:
             return
         now = way.link.epoch + way.link.bus.clock.monotonic()
-        cap = found.stored_at + job.options.ttl - now
-        if (ttl := min(idle_ttl, cap)) > found.ttl:
+        if (ttl := min(idle_ttl, found.stored_at + cap - now)) > found.ttl:
             way.link.send(Touch(job.key, ttl))
 
 

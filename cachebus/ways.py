@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import inspect
+import os
 import threading
 import time
 from asyncio import CancelledError, _get_running_loop, current_task
@@ -18,7 +19,7 @@ from cachebus.bus.tasks import spawn
 from cachebus.messages import CacheError, Failed, Request
 
 from .background import BACKGROUND
-from .flight import Flight, carry_loads, loads_of_this_context
+from .flight import Flight, OnBehalfOf, loads_of_this_context
 from .link import Link, run
 from .loaders import awaited
 
@@ -194,7 +195,7 @@ class Blocking:
         loads = loads_of_this_context()
 
         async def in_background() -> Any:
-            with carry_loads(loads):
+            with OnBehalfOf(loads):
                 return await awaited(result)
 
         try:
@@ -212,7 +213,8 @@ class Blocking:
         """Nobody: threads come when they like."""
 
     def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
-        if not alone or not _threads.acquire(blocking=False):
+        free = _threads.free
+        if not alone or not free.acquire(blocking=False):
             _work(self, work, ended)
             return
 
@@ -221,11 +223,17 @@ class Blocking:
             try:
                 _work(self, work, ended)
             finally:
-                _threads.release()
+                free.release()
 
         # A daemon, so that a loader which never returns does not keep the interpreter from ending.
         context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(in_thread,), name="cachebus-load", daemon=True).start()
+        thread = threading.Thread(target=context.run, args=(in_thread,), name="cachebus-load", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # There can be no more threads, or the interpreter is ending.
+            free.release()
+            _work(self, work, ended)
 
 
 def _work(way: Blocking, work: Work, ended: Callable[[], None]) -> None:
@@ -235,4 +243,17 @@ def _work(way: Blocking, work: Work, ended: Callable[[], None]) -> None:
         ended()
 
 
-_threads = threading.BoundedSemaphore(MAX_THREADS)
+class _Threads:
+    """The threads that may still be begun. A child of a fork has none of its parent's, and begins with all."""
+
+    def __init__(self) -> None:
+        self.forked()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.forked)
+
+    def forked(self) -> None:
+        """Begin anew."""
+        self.free = threading.BoundedSemaphore(MAX_THREADS)
+
+
+_threads = _Threads()

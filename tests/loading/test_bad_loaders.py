@@ -146,9 +146,11 @@ async def test_a_loader_of_many_brings_a_mapping(cache: Cache, brought: Any) -> 
         ({"stale_for": "1"}, TypeError, "stale_for must be seconds or a timedelta, not '1'"),
         ({"tags": "t"}, TypeError, "tags must be a list or another iterable of str, not 't'"),
         ({"etag": 5}, TypeError, "etag must be a str, not 5"),
+        ({"etag": "\ud800"}, ValueError, "etag must be valid Unicode"),
+        ({"etag": "é" * 513}, ValueError, "etag must have at most 1024 bytes, not 1026"),
         ({"store": "no"}, TypeError, "store must be True or False, not 'no'"),
     ],
-    ids=str,
+    ids=lambda each: ascii(each)[:40],
 )
 def test_a_result_that_makes_no_sense_is_an_error_where_it_is_made(
     given: dict[str, Any], kind: type[Exception], words: str

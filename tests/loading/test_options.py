@@ -130,6 +130,23 @@ async def test_idle_ttl_lets_a_value_live_while_it_is_asked_for_but_not_for_ever
     assert await cache.get_or_load("k", load, **options) == 3, "nobody has asked for 10 s"
 
 
+async def test_what_is_cached_of_none_ends_in_its_own_time_however_often_it_is_asked_for(
+    cache: Cache, clock: ManualClock
+) -> None:
+    calls = 0
+
+    def load() -> None:
+        nonlocal calls
+        calls += 1
+
+    for _ in range(20):
+        await cache.get_or_load("k", load, ttl=3600, idle_ttl=4, negative_ttl=10)
+        clock.advance(3)
+    assert calls == 5, "60 s have passed: one load in 12 s, which is when somebody asked after 10"
+    with pytest.raises(ValueError, match="a LoadResult can have no ttl of its own then"):
+        await cache.get_or_load("own", lambda: LoadResult("value", ttl=5), ttl=3600, idle_ttl=4)
+
+
 @pytest.mark.parametrize("jump", [3600.0, -3600.0])
 async def test_a_jump_of_the_wall_clock_changes_nothing(cache: Cache, clock: ManualClock, jump: float) -> None:
     begun, go_on = anyio.Event(), anyio.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from cachebus import CacheError, CacheTimeoutError, SyncCache
+from cachebus.flight import _graph
+from cachebus.ways import MAX_THREADS, _threads
 from tests.clock import ManualClock
 from tests.facade.faces import a_sync_cache
 
@@ -112,3 +115,32 @@ def test_a_blocking_call_on_the_loop_of_the_cache_is_refused_and_stops_nobody(sy
     with pytest.raises(CacheError, match="a blocking call would stop the event loop that it waits for"):
         sync_cache.get_or_load("outer", opening)
     assert sync_cache.get_or_load("inner", inner) == "inner"
+
+
+def test_a_load_that_can_have_no_thread_of_its_own_is_done_by_whoever_asks(
+    sync_cache: SyncCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync_cache.get("k")
+
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    assert sync_cache.get_or_load("k", threading.get_ident, hard_timeout=5) == threading.get_ident()
+    assert sync_cache._loads.flights == {}
+    assert len(sync_cache._loads.renewals) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_the_child_of_a_fork_has_all_its_threads_and_a_graph_that_nobody_holds(sync_cache: SyncCache) -> None:
+    with _graph.guard:
+        for _ in range(MAX_THREADS):
+            assert _threads.free.acquire(blocking=False)
+        pid = os.fork()
+        if not pid:
+            free = _threads.free.acquire(blocking=False)
+            os._exit(0 if free and _graph.guard.acquire(blocking=False) else 1)
+        for _ in range(MAX_THREADS):
+            _threads.free.release()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

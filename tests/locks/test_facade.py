@@ -275,6 +275,13 @@ async def test_a_grant_that_comes_late_is_renewed_before_it_is_relied_on(monkeyp
         assert asked[1] is RenewLock
 
 
+async def test_a_lock_whose_time_is_shorter_than_the_way_to_it_is_not_had() -> None:
+    async with open_cache("memory://") as cache:
+        with pytest.raises(LockNotAcquired):
+            await cache.lock("a", ttl=1e-7, renew=False).acquire()
+        assert (await cache.lock("a", wait=0).acquire()).held
+
+
 async def test_what_happens_to_locks_is_told(cache: Cache) -> None:
     with cache.events("lock_*") as events:
         async with cache.lock("a", owner="me") as lock:
