@@ -23,6 +23,9 @@ from cachebus.testing.servers import Server, run_memcached, run_redis_cluster
 from cachebus.testing.stores import AnyStore, StoreConformance
 from tests.clock import ManualClock
 
+PATIENCE = 20.0
+"""Seconds that a server on a busy machine is given: the suite is not about servers that fail."""
+
 
 class OfMemory(StoreConformance):
     """What the stores over memory have in common: their time is the test's."""
@@ -173,7 +176,7 @@ async def opened_cluster(
     servers: Sequence[Server], namespace: str, default_ttl: float | None
 ) -> AsyncGenerator[AnyStore]:
     places = [Place(host=server.host, port=server.port) for server in servers]
-    store = RedisClusterStore(places, namespace=namespace, default_ttl=default_ttl)
+    store = RedisClusterStore(places, namespace=namespace, default_ttl=default_ttl, connect_timeout=PATIENCE)
     await store.open()
     yield store
     await store.close()
@@ -184,7 +187,9 @@ async def opened_memcached(
     servers: Sequence[Server], namespace: str, default_ttl: float | None, **options: Any
 ) -> AsyncGenerator[AnyStore]:
     places = [MemcachedPlace(host=server.host, port=server.port) for server in servers]
-    store = MemcachedStore(places, namespace=namespace, default_ttl=default_ttl, **options)
+    store = MemcachedStore(
+        places, namespace=namespace, default_ttl=default_ttl, connect_timeout=PATIENCE, timeout=PATIENCE, **options
+    )
     await store.open()
     yield store
     await store.close()
@@ -195,7 +200,11 @@ async def opened(server: Server, namespace: str, default_ttl: float | None) -> A
     parts = urlsplit(server.url)
     identity = Identity(user=parts.username or "", password=parts.password)
     store = RedisStore(
-        [Place(host=server.host, port=server.port)], namespace=namespace, identity=identity, default_ttl=default_ttl
+        [Place(host=server.host, port=server.port)],
+        namespace=namespace,
+        identity=identity,
+        default_ttl=default_ttl,
+        connect_timeout=PATIENCE,
     )
     await store.open()
     yield store

@@ -71,7 +71,7 @@ class Limiting(Conformance):
         assert refused.reset_after == pytest.approx(LONG, abs=5)
 
     async def test_units_come_back_with_time_and_no_sooner(self, limiting: AnyStore) -> None:
-        per = 20 * self.short_ttl
+        per = 40 * self.short_ttl
         for _ in range(2):
             assert isinstance(await ask(limiting, self.take(limit=2, per=per)), Admitted)
         refused = await ask(limiting, self.take(limit=2, per=per))

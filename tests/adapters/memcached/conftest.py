@@ -32,7 +32,9 @@ def server() -> Iterator[Server]:
 async def opened(*servers: Any, namespace: str = "", **options: Any) -> AsyncGenerator[MemcachedStore]:
     """A store on these servers, open, in a namespace of its own unless one is named."""
     places = [Place(each.host, each.port) for each in servers]
-    store = MemcachedStore(places, namespace=namespace or f"t{uuid4().hex}", **options)
+    # Only tests of servers that fail say how long one is given.
+    given = {"timeout": 5.0, "connect_timeout": 5.0, **options}
+    store = MemcachedStore(places, namespace=namespace or f"t{uuid4().hex}", **given)
     await store.open()
     try:
         yield store
