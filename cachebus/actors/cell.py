@@ -144,8 +144,16 @@ class Cell:
         if self._ended is not None or self.stopping:
             self._mailbox.answer(envelope, self._ended or CacheClosed(f"{self.address} is being stopped"))
             return
-        if self._mailbox.has_room(envelope):
-            self._take_in(envelope)
+        # `has_room` and `_take_in`, less their calls: what most requests to a remote backend come by.
+        mailbox = self._mailbox
+        if len(mailbox) < mailbox.capacity or mailbox.has_room(envelope):
+            mailbox.append(envelope)
+            if type(envelope.message) in self._inline:
+                self._serve_mail()
+            elif self._wakes:
+                self._wake_up()
+            if self._ended is not None:
+                mailbox.refuse_all(self._ended)
 
     def obstacle_to_blocking(self) -> str | None:
         if not self._token and on_this_stack(_TURN_CODES, self):
@@ -321,7 +329,7 @@ class Cell:
             turn_trace.reset(token)
 
     async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope], trace: str | None = None) -> None:
-        self.deadline = min((each.deadline for each in envelopes if each.deadline is not None), default=None)
+        self.deadline = min([each.deadline for each in envelopes if each.deadline is not None], default=None)
         self._batch = envelopes
         token = turn_trace.set(trace)  # A batch has none: its handler asks for `traces`.
         try:

@@ -7,9 +7,10 @@ entry, put in and taken out again (a timing wheel of one level: Varghese and Lau
 from __future__ import annotations
 
 import threading
-from asyncio import AbstractEventLoop, _get_running_loop
+from asyncio import AbstractEventLoop, BaseEventLoop, _get_running_loop
 from collections.abc import Callable
 from threading import TIMEOUT_MAX, get_ident
+from time import monotonic
 from typing import Any, Protocol
 
 TICK = 0.02
@@ -36,7 +37,8 @@ class Deadlines:
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
         self.thread = get_ident()
-        self._time = loop.time
+        # What asyncio's own loop calls, without the method around it: every call that waits looks at the time here.
+        self._time = monotonic if getattr(type(loop), "time", None) is BaseEventLoop.time else loop.time
         self._buckets: dict[int, Bucket] = {}
 
     def watch(self, port: Watched, timeout: float, late: Callable[[], Any]) -> Bucket:

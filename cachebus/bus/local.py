@@ -106,21 +106,26 @@ class LocalBus:
 
     async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
         if reply is None or type(reply) is Deferred:
-            recipient = self.recipient(address)
+            recipient = self._recipients.get(address) or self.recipient(address)
             if (deadlines := running_deadlines()) is not None:
                 # As a port's `wait` does, less a coroutine: every call that is not answered inline comes by here.
                 port = AsyncioPort(deadlines)
-                self._hand_over(recipient, message, timeout, reply, port)
+                if reply is None:
+                    recipient.post(Envelope(message, port, self.clock.monotonic() + timeout, current_trace()))
+                else:
+                    reply.attach(port)
                 bucket = deadlines.watch(port, timeout, too_late(address, timeout))
                 try:
-                    reply = await port
+                    reply = await port.future
                 finally:
                     bucket.pop(port, None)
             else:
                 trio_port = open_port()
                 self._hand_over(recipient, message, timeout, reply, trio_port)
                 reply = await trio_port.wait(timeout, too_late(address, timeout))
-        return cast("R", settled(reply))
+        if type(reply) is Failed:
+            raise reply.error()
+        return reply  # type: ignore[no-any-return]
 
     def request_blocking(self, address: Address, message: Request[R], timeout: float) -> R:
         check_budget(address, timeout)

@@ -38,41 +38,42 @@ class Port(Protocol):
 class AsyncioPort:
     """A port on which a task of an asyncio loop waits. Cheap: a bare future, and a place in a shared timer."""
 
-    __slots__ = ("_deadlines", "_future", "_thread")
+    __slots__ = ("_deadlines", "_thread", "future")
 
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
         self._thread = deadlines.thread
-        self._future: Future[Any] = Future(loop=deadlines.loop)  # Half the time of loop.create_future().
+        self.future: Future[Any] = Future(loop=deadlines.loop)  # Half the time of loop.create_future().
 
     @property
     def waiting(self) -> bool:
-        return not self._future.done()
+        return not self.future.done()
 
     def __await__(self) -> Generator[Any, None, Any]:
-        return self._future.__await__()
+        return self.future.__await__()
 
     def answer(self, reply: Any) -> None:
         try:
             # By the thread, because asking for the running loop costs Python 3.11 a system call.
             if get_ident() == self._thread:
-                self._settle(reply)
+                if not self.future.done():  # As `_settle`, less a call for each answer.
+                    self.future.set_result(reply)
             else:
                 self._deadlines.loop.call_soon_threadsafe(self._settle, reply)
         except RuntimeError:
             pass  # The loop is closed, and whoever waited on it is gone.
 
     def _settle(self, reply: Any) -> None:
-        if not self._future.done():
-            self._future.set_result(reply)
+        if not self.future.done():
+            self.future.set_result(reply)
 
     async def wait(self, timeout: float | None = None, late: Callable[[], Any] = lambda: None) -> Any:
         """Wait for the answer; after `timeout` seconds the answer is `late()`."""
         if timeout is None:
-            return await self._future
+            return await self.future
         bucket = self._deadlines.watch(self, timeout, late)
         try:
-            return await self._future
+            return await self.future
         finally:
             bucket.pop(self, None)
 
