@@ -21,6 +21,10 @@ class TestMemory(LockStoreConformance):
     def store(self) -> LockStore:
         return LockTable()
 
+    @pytest.fixture
+    def neighbour(self) -> LockStore:
+        return LockTable()
+
 
 class OfServers(LockStoreConformance):
     """What the stores of servers have in common."""

@@ -44,6 +44,13 @@ class OfMemory(StoreConformance):
         yield store
         await store.close()
 
+    @pytest.fixture
+    async def neighbour(self, store: AnyStore) -> AsyncIterator[AnyStore]:
+        neighbour: AnyStore = self.wrap(MemoryStore(default_ttl=self.default_ttl, clock=self.clock))
+        await neighbour.open()
+        yield neighbour
+        await neighbour.close()
+
     async def elapse(self, seconds: float) -> None:
         self.clock.advance(seconds)
 

@@ -29,6 +29,10 @@ def settings() -> Iterator[Settings]:
         yield load_settings(server.url, namespace="shop")
 
 
+READS, WRITES = 300, 20
+"""So many of each, of one key for the writes, at least."""
+
+
 class Broken(Exception):
     """What a loader raises."""
 
@@ -44,9 +48,13 @@ class Shop:
         self.reads = 0
         self.stale_reads: list[str] = []
 
+    def open(self, until: float) -> bool:
+        """Whether there is more to do: a slow machine has the time that it needs to see as much as the others."""
+        now = asyncio.get_running_loop().time()
+        return now < until or (now < until + 60 and (self.reads <= READS or max(self.truth) <= WRITES))
+
     async def read(self, cache: Cache, until: float) -> None:
-        loop = asyncio.get_running_loop()
-        while loop.time() < until:
+        while self.open(until):
             key = self.chance.randrange(KEYS)
             options: dict[str, Any] = {
                 "ttl": self.chance.choice((0.01, 0.05, 5.0)),
@@ -75,8 +83,7 @@ class Shop:
         return value
 
     async def write(self, cache: Cache, until: float) -> None:
-        loop = asyncio.get_running_loop()
-        while loop.time() < until:
+        while self.open(until):
             await asyncio.sleep(self.chance.choice((0.0, 0.01, 0.05)))
             key = self.chance.randrange(KEYS)
             how = self.chance.choice(("delete", "delete_many", "pattern", "set", "clear"))
@@ -110,5 +117,5 @@ async def test_no_read_returns_what_was_invalidated_before_it_began(settings: Se
         readers = [shop.read(cache, until) for cache in caches for _ in range(6)]
         await asyncio.gather(*readers, *(shop.write(cache, until) for cache in caches))
     assert shop.stale_reads == []
-    assert shop.reads > 300
-    assert max(shop.truth) > 20
+    assert shop.reads > READS
+    assert max(shop.truth) > WRITES

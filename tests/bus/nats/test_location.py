@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -163,17 +164,29 @@ class OverNats(StoreConformance):
     def anyio_backend(self) -> str:
         return "asyncio"
 
+    @pytest.fixture
+    async def neighbour(self, connect: Connect, namespace: str) -> AsyncIterator[AnyStore]:
+        async with memory_behind(connect, f"{namespace}2") as store:
+            yield store
+
+
+@asynccontextmanager
+async def memory_behind(connect: Connect, namespace: str) -> AsyncGenerator[AnyStore]:
+    """A memory store of this process that is asked over a server."""
+    # Nobody else is in this namespace, so a claim need not wait.
+    async with Supervisor(await connect(namespace=namespace, claim_wait=0.001)) as supervisor:
+        memory = MemoryStore()
+        await supervisor.start(BACKEND, lambda: BackendActor(memory), visibility="sole")
+        yield StoreElsewhere(await connect(namespace=namespace), memory.capabilities)
+
 
 class TestMemoryOverNats(OverNats):
     """In this process, behind a server."""
 
     @pytest.fixture
-    async def store(self, connect: Connect) -> AsyncIterator[AnyStore]:
-        home = await connect(claim_wait=0.001)  # Nobody else is in this namespace.
-        async with Supervisor(home) as supervisor:
-            memory = MemoryStore()
-            await supervisor.start(BACKEND, lambda: BackendActor(memory), visibility="sole")
-            yield StoreElsewhere(await connect(), memory.capabilities)
+    async def store(self, connect: Connect, namespace: str) -> AsyncIterator[AnyStore]:
+        async with memory_behind(connect, namespace) as store:
+            yield store
 
 
 @pytest.fixture(scope="module")
