@@ -9,7 +9,6 @@ from typing import Any
 
 from cachebus.messages import (
     BadMessage,
-    CacheBackendError,
     CacheError,
     Failed,
     GetOrLease,
@@ -33,12 +32,11 @@ from .forms import decode_form, encode_form
 from .lease_checks import check_lease
 from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Talk
 from .memcached_entries import Entry, found_of, kept_until, server_expiry
-from .memcached_errors import BACKEND
 from .memcached_keys import ALL_TAGS
 from .memcached_lease_look import Draft, Looking, State
 from .memcached_leases import Held, kept_as, stale_of
 from .memcached_notes import NO_NOTES, Notes
-from .memcached_rounds import TRIES
+from .memcached_rounds import in_rounds
 from .memcached_session import Commands, Moved, first_error
 from .memcached_tags import Generations
 from .memcached_values import not_found, store
@@ -57,17 +55,7 @@ class LeaseRounds(Looking):
 
     def run(self, first: int, end: int) -> Talk[None]:
         """Carry out the requests from `first` to before `end`."""
-        waiting = list(range(first, end))
-        for _ in range(TRIES):
-            try:
-                waiting = yield from self._round(waiting)
-            except Moved:
-                continue
-            if not waiting:
-                return
-        error = CacheBackendError(f"others wrote the key in between, {TRIES} times in a row; nothing was done", BACKEND)
-        for position in waiting:
-            self._replies[position] = Failed.of(error)
+        yield from in_rounds(self._round, list(range(first, end)), self._replies)
 
     def _round(self, waiting: list[int]) -> Talk[list[int]]:
         """One try for the requests at these positions; those that have to be tried again."""

@@ -8,7 +8,7 @@ CAS token has all of that, and costs one round trip more; counts of one key in o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cachebus.messages import (
@@ -41,7 +41,7 @@ from .memcached_tags import Generations
 from .memcached_values import Packed, Values, entry_of, not_found
 
 TRIES = 100
-"""How often a value is read and written back before others that write it all the time win."""
+"""How often a value is read and written back before others that write it all the time win, of this batch or not."""
 
 
 def looks_first(request: Request[Any]) -> bool:
@@ -55,7 +55,19 @@ _CAREFUL = frozenset[type[Request[Any]]]({Add, CompareAndSet, Touch, Increment})
 class _State:
     """A key of which several requests may want something: what is under it, and what is to be."""
 
-    __slots__ = ("answer", "before", "closed", "drafts", "expiry", "kept", "notes", "number", "packed", "tail")
+    __slots__ = (
+        "answer",
+        "before",
+        "closed",
+        "drafts",
+        "expiry",
+        "kept",
+        "notes",
+        "number",
+        "packed",
+        "tail",
+        "touched",
+    )
 
     def __init__(self, tail: str, kept: bytes) -> None:
         self.tail = tail
@@ -65,6 +77,7 @@ class _State:
         self.packed: Packed | None = None
         self.before: list[str] = []
         self.number: int | None = None
+        self.touched = False
         self.expiry = 0.0
         self.notes = NO_NOTES
         self.drafts: dict[int, Reply | None] = {}
@@ -82,6 +95,21 @@ class _State:
         return touches + self.packed.commands(head, self.tail, condition)
 
 
+def in_rounds(
+    one_round: Callable[[list[int]], Talk[list[int]]], waiting: list[int], replies: list[Reply | None]
+) -> Talk[None]:
+    """Carry out the requests that stand at `waiting` in a batch: each round says which are to be tried again. Several writes
+    of one key take a round each, and no more of them are done than would keep the others of the batch waiting too long."""
+    for _ in range(TRIES):
+        if not waiting:
+            return
+        with contextlib.suppress(Moved):
+            waiting = yield from one_round(waiting)
+    error = CacheBackendError(f"the key was written {TRIES} times before its turn came; nothing was done", BACKEND)
+    for position in waiting:
+        replies[position] = Failed.of(error)
+
+
 class Rounds:
     """Carries such requests out, all of a run at once, in rounds of reading and writing."""
 
@@ -95,17 +123,7 @@ class Rounds:
 
     def run(self, first: int, end: int) -> Talk[None]:
         """Carry out the requests from `first` to before `end`."""
-        waiting = list(range(first, end))
-        for _ in range(TRIES):
-            try:
-                waiting = yield from self._round(waiting)
-            except Moved:
-                continue
-            if not waiting:
-                return
-        error = CacheBackendError(f"others wrote the key in between, {TRIES} times in a row; nothing was done", BACKEND)
-        for position in waiting:
-            self._replies[position] = Failed.of(error)
+        yield from in_rounds(self._round, list(range(first, end)), self._replies)
 
     def _round(self, waiting: list[int]) -> Talk[list[int]]:
         """One try for the requests at these positions; those that have to be tried again."""
@@ -113,9 +131,10 @@ class Rounds:
         keyed = yield from self._look(waiting, head)
         again: list[int] = []
         for position, state in keyed:
-            # One new version a round: two writes of one key are two versions. Counts have none of their own.
-            counting = state.number is not None and type(self._batch[position]) is Increment
-            if state.closed or (state.drafts and not counting):
+            # One new version a round: two writes of one key are two versions. Counts and touches have none of their own.
+            kind = type(self._batch[position])
+            joins = kind is Increment if state.number is not None else kind is Touch and state.touched
+            if state.closed or (state.drafts and not joins):
                 state.closed = True
                 again.append(position)
                 continue
@@ -237,6 +256,7 @@ class Rounds:
             pack_entry(form, state.kept, expiry, entry.stored_at, entry.version, notes),
             server_expiry(kept_until(expiry, notes), now),
         )
+        state.touched = True
         state.write(position, packed, Present(entry.version, expiry - now if expiry else None))
 
     def _count(self, position: int, request: Increment, state: _State, entry: Entry | None, now: float) -> None:

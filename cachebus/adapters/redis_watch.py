@@ -136,7 +136,10 @@ class LeaseWatch:
 
     def _leaves(self, count: int) -> None:
         self._count -= count
-        if not self._count:
+        self._rest_soon()
+
+    def _rest_soon(self) -> None:
+        if not self._count and self._idle is None:
             self._idle = asyncio.get_running_loop().call_later(IDLE, self._rest)
 
     # The channel
@@ -155,6 +158,7 @@ class LeaseWatch:
             except CacheError as error:
                 self._trouble = error
                 self._tell_all(Failed.of(error))
+                self._rest_soon()  # Nobody waits while there is trouble.
                 if not error.transient:
                     return  # Such as a channel that is forbidden: to try again does not help.
             else:

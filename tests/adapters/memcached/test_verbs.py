@@ -103,6 +103,19 @@ async def test_counts_of_one_batch_are_one_write(server: Server) -> None:
         assert (await raw(server, "stats"))[b"cmd_set"] - before == 1
 
 
+async def test_touches_of_one_batch_are_one_write(server: Server) -> None:
+    async with opened(server) as store:
+        stored = await one(store, Set("k", b"v", ttl=5.0))
+        before = (await raw(server, "stats"))[b"cmd_set"]
+        replies = await store.execute([Touch("k", ttl=60.0)] * 299 + [Touch("k", ttl=600.0)])
+        assert {type(each) for each in replies} == {Present}
+        assert {each.version for each in replies if isinstance(each, Present)} == {stored.version}
+        assert (await raw(server, "stats"))[b"cmd_set"] == before + 1
+        found = await one(store, Get("k"))
+        assert found.version == stored.version
+        assert found.ttl == pytest.approx(600.0, abs=2.0)
+
+
 async def test_a_counter_keeps_its_time_however_often_it_counts(store: MemcachedStore) -> None:
     await one(store, Increment("n", ttl=2.0))
     with anyio.fail_after(30):

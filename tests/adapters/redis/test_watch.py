@@ -175,6 +175,23 @@ async def test_after_a_gap_everybody_looks_for_itself() -> None:
             assert await told.reply() == NotHeld()
 
 
+async def test_a_channel_for_which_nobody_could_wait_is_left_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_watch, "IDLE", 0.01)
+    with run_redis() as server:
+        words = ("ACL", "SETUSER", "me", "on", ">pw", "+@all", "~*", "resetchannels")
+        await anyio.to_thread.run_sync(lambda: redis_command(server, *words))
+        async with opened(f"redis://me:pw@127.0.0.1:{server.port}") as store:
+            told = Told()
+            store.watch(WatchLease("k", "t", LONG), told)
+            assert isinstance(await told.reply(), Failed)
+            with anyio.fail_after(10):
+                while "1 channels" in repr(store._watch._listener):
+                    await asyncio.sleep(0.01)
+            await anyio.to_thread.run_sync(lambda: redis_command(server, "ACL", "SETUSER", "me", "&*"))
+            told = await wait(store, "t", wait=0.05)
+            assert await told.reply() == Loading("t"), "it is allowed by now"
+
+
 async def test_a_server_that_is_away_or_forbids_the_channel_is_not_waited_for() -> None:
     with run_redis() as server:
         async with opened(f"{server.url}?connect_timeout=0.5") as store:
