@@ -1,4 +1,4 @@
-"""Exceptions that are cached because a caller asked for it, on every store, and the `ttl` that is a function."""
+"""Exceptions that are cached because a caller asked for it, on every store."""
 
 from __future__ import annotations
 
@@ -10,18 +10,13 @@ from uuid import uuid4
 
 import anyio
 import pytest
-import redis
-from anyio import to_thread
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cachebus import Cache, CacheKeyError, Missing, Node, Settings, SyncCache, open_cache, open_sync_cache
-from cachebus.adapters.null import NullStore
-from cachebus.cached_errors import CachedError
-from cachebus.messages import LoadFailed, PayloadRejected
+from cachebus.messages import LoadFailed
 from cachebus.testing.servers import Server, memcached_server, nats_server, redis_server
 from tests.clock import ManualClock
-from tests.facade.faces import a_cache, heard
+from tests.facade.faces import a_cache
+from tests.loading.failing import KEPT, Failing, Gone, NotFound, raised
 
 __all__ = ["memcached_server", "nats_server", "redis_server"]
 
@@ -29,31 +24,6 @@ __all__ = ["memcached_server", "nats_server", "redis_server"]
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
     return "asyncio"
-
-
-class NotFound(LookupError):
-    def __init__(self, number: int) -> None:
-        super().__init__(f"no row {number}")
-        self.number = number
-
-
-class Gone(NotFound):
-    """One that is derived from it."""
-
-
-class Failing:
-    """A loader that raises `error`, or returns how often it was asked where that is `None`."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = NotFound(7) if error is None else error
-        self.works = False
-        self.calls = 0
-
-    async def __call__(self) -> int:
-        self.calls += 1
-        if self.works:
-            return self.calls
-        raise self.error
 
 
 Open = Callable[[], AbstractAsyncContextManager[Cache]]
@@ -102,17 +72,6 @@ async def opened(
 async def cache(opened: Open) -> AsyncIterator[Cache]:
     async with opened() as cache:
         yield cache
-
-
-KEPT: dict[str, Any] = {"cache_errors": (NotFound,), "error_ttl": 60}
-
-
-async def raised(cache: Cache, loader: Any, key: str = "k", **options: Any) -> Exception:
-    try:
-        value = await cache.get_or_load(key, loader, **options)
-    except Exception as error:
-        return error
-    raise AssertionError(f"{value!r} was returned")
 
 
 async def test_what_was_asked_for_is_raised_again_without_asking_the_loader(cache: Cache) -> None:
@@ -327,113 +286,6 @@ async def test_a_live_value_that_could_not_be_loaded_anew_stays() -> None:
         assert await cache.get("k") == 1
 
 
-# What cannot be kept
-
-
-class Secretive(NotFound):
-    __slots__ = ("hidden",)
-
-    def __init__(self, hidden: str) -> None:
-        Exception.__init__(self)
-        self.hidden = hidden
-
-    def __str__(self) -> str:
-        return self.hidden
-
-
-class WithResponse(NotFound):
-    def __init__(self) -> None:
-        super().__init__(1)
-        self.response = object()
-
-
-@pytest.mark.parametrize(
-    "error", [WithResponse(), Secretive("x"), LookupError(float("nan")), LookupError((1, 2)), LookupError(b"raw")]
-)
-async def test_what_would_not_come_back_as_it_was_is_not_kept_and_the_log_says_so(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with a_cache() as cache:
-        load = Failing(error)
-        for _ in range(2):
-            assert await raised(cache, load, cache_errors=LookupError, error_ttl=60) is error
-        assert load.calls == 2
-    assert f"{type(error).__name__} is not cached" in caplog.text
-
-
-async def test_a_store_that_keeps_nothing_keeps_no_exceptions() -> None:
-    async with open_cache(Settings(), stores=lambda _: NullStore()) as cache:
-        load = Failing()
-        for _ in range(2):
-            await raised(cache, load, **KEPT)
-            await anyio.wait_all_tasks_blocked()  # In a store without leases a load may be joined until it has ended.
-        assert load.calls == 2
-
-
-async def test_a_sealed_exception_belongs_to_its_key_and_shows_nothing(redis_server: Server) -> None:
-    keys = {"one": f"base64:{base64.b64encode(bytes(32)).decode()}"}
-    namespace = f"t{uuid4().hex}"
-
-    def move() -> bytes:
-        with redis.Redis(host=redis_server.host, port=redis_server.port) as client:
-            stored: Any = client.get(f"{namespace}:k")
-            client.set(f"{namespace}:j", stored)
-            return bytes(stored)
-
-    async with open_cache(redis_server.url, namespace=namespace, payload={"encryption_keys": keys}) as cache:
-        load = Failing()
-        await raised(cache, load, **KEPT)
-        assert b"row" not in await to_thread.run_sync(move)
-        with cache.events(PayloadRejected) as events:
-            await raised(cache, load, "j", **KEPT)
-            assert [each.reason for each in heard(events) if isinstance(each, PayloadRejected)][:1] == ["seal"]
-        assert load.calls == 2
-
-
-class Tripwire(Exception):
-    made = 0
-
-    def __init__(self, *arguments: Any) -> None:
-        Tripwire.made += 1
-
-
-def test_no_constructor_is_run_and_no_class_is_looked_for_elsewhere() -> None:
-    record = CachedError(
-        b'{"kind":"tests.loading.test_cached_errors.Tripwire","args":["a"],"state":{"b":[1,{"c":null}]}}'
-    )
-    error: Any = record.rebuilt((Tripwire,))
-    assert (type(error), error.args, error.b, Tripwire.made) == (Tripwire, ("a",), [1, {"c": None}], 0)
-    assert record.rebuilt((NotFound,)) is None
-    assert CachedError(b'{"kind":"os.system","args":["true"],"state":{}}').rebuilt((OSError,)) is None
-    assert CachedError(b'{"kind":"builtins.SystemExit","args":[],"state":{}}').rebuilt((Exception,)) is None
-
-
-json_like = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text() | st.floats(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=10,
-)
-
-
-@given(st.binary())
-def test_any_bytes_are_an_exception_or_none(content: bytes) -> None:
-    assert CachedError(content).rebuilt((Exception,)) is None
-
-
-@given(st.lists(json_like, max_size=4), st.dictionaries(st.text(), json_like, max_size=3))
-def test_what_is_kept_comes_back_as_it_was(arguments: list[Any], state: dict[str, Any]) -> None:
-    error = LookupError(*arguments)
-    vars(error).update(state)
-    record = CachedError.of(error)
-    again = None if record is None else record.rebuilt((LookupError,))
-    if again is not None:
-        assert type(again) is LookupError
-        assert repr(again.args) == repr(error.args)
-        assert repr(vars(again)) == repr(state)
-    else:
-        assert any(word in repr((arguments, state)) for word in ("nan", "inf"))
-
-
 # Options, and without an event loop
 
 
@@ -484,37 +336,3 @@ def test_a_sync_cache_keeps_them_too(sync_cache: SyncCache) -> None:
     assert sync_cache.get("k") is None
     assert sync_cache.get_many(["k", "row"]) == {}
     assert sync_cache.get_or_load("k", lambda: 5) == 5
-
-
-# A ttl that is a function
-
-
-def ttl_of(value: Any) -> float | None:
-    return {"short": 10.0, "for ever": None}.get(value, 100.0)
-
-
-async def test_a_ttl_may_depend_on_the_value() -> None:
-    async with a_cache(clock=ManualClock()) as cache:
-        for value, expected in (("short", 10.0), ("for ever", None), ("other", 100.0), (None, 5.0)):
-            await cache.get_or_load(f"k {value}", lambda value=value: value, ttl=ttl_of, negative_ttl=5)
-            assert await cache.ttl(f"k {value}") == expected
-
-        @cache.cached(key="echo {word}", ttl=ttl_of)
-        async def echo(word: str) -> str:
-            return word
-
-        assert await echo("short") == "short"
-        assert await cache.ttl("echo short") == 10.0
-        await cache.get_or_load_many(["a", "short"], lambda keys: {each: each for each in keys}, ttl=ttl_of)
-        assert (await cache.ttl("a"), await cache.ttl("short")) == (100.0, 10.0)
-
-
-async def test_a_ttl_that_makes_no_sense_is_the_loaders_failure() -> None:
-    async with a_cache() as cache:
-        wrong: list[Any] = [lambda _: 0, lambda _: "long", lambda value: value.missing]
-        for ttl in wrong:
-            with pytest.raises((ValueError, TypeError, AttributeError)):
-                await cache.get_or_load("k", lambda: 1, ttl=ttl)
-        assert not await cache.exists("k")
-        with pytest.raises(ValueError, match="idle_ttl"):
-            await cache.get_or_load("k", lambda: 1, ttl=ttl_of, idle_ttl=5)

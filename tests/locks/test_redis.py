@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from cachebus.messages import (
     LockNotHeld,
     ReleaseLock,
 )
-from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
+from cachebus.testing.servers import Server, redis_command, run_redis
 from tests.house.paths import ROOT
 from tests.lateness import within
 
@@ -358,50 +358,3 @@ async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> No
         expired = await one.lock("a", ttl=0.05, renew=False).acquire()
         async with two.lock("a", wait=5):
             assert expired.lost
-
-
-# A cluster
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Sequence[Server]]:
-    with run_redis_cluster() as servers:
-        yield servers
-
-
-async def test_in_a_cluster_a_lock_goes_from_process_to_process_by_a_push(
-    cluster: Sequence[Server], tmp_path: Path
-) -> None:
-    url = f"redis+cluster://{','.join(f'127.0.0.1:{each.port}' for each in cluster)}"
-    journal = tmp_path / "journal"
-    journal.touch()
-    async with fleet(2, url) as processes:
-        began = time.monotonic()
-        for each in processes:
-            each.tell("contend", "a", 20, 5, journal)
-        with anyio.fail_after(60):
-            for each in processes:
-                assert await each.hears() == "done"
-        assert time.monotonic() - began < within(15)
-        tokens = check_journal(journal.read_text())
-        assert len(tokens) == 200
-        assert tokens == sorted(set(tokens))
-
-
-async def test_in_a_cluster_a_waiter_whose_process_is_gone_costs_the_claim(cluster: Sequence[Server]) -> None:
-    url = f"redis+cluster://{','.join(f'127.0.0.1:{each.port}' for each in cluster)}"
-    async with (
-        fleet(1, url) as (gone,),
-        open_cache(url, namespace="fleet") as cache,
-        open_cache(url, namespace="fleet") as third,
-    ):
-        async with cache.lock("a", ttl=60):
-            gone.tell("acquire", "a", 60, 60)
-            await asyncio.sleep(0.5)
-            waiting = asyncio.create_task(third.lock("a", wait=60).acquire())
-            await asyncio.sleep(0.5)
-            gone.kill()
-        began = time.monotonic()
-        async with asyncio.timeout(30):
-            await waiting
-        assert time.monotonic() - began < within(CLAIM)
