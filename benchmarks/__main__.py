@@ -6,7 +6,9 @@ import argparse
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 
 from rich.console import Console
 from rich.table import Table
@@ -81,28 +83,26 @@ def main() -> int:
     options = parser.parse_args()
     what = options.what or PARTS
     console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    good = True
-    if "memory" in what:
-        good &= show(memory.rows())
-    if "redis" in what:
-        good &= show(redis.rows())
-    if "memcached" in what:
-        good &= show(memcached.rows())
-    if "nats" in what:
-        good &= show(nats.rows())
-    if "payload" in what:
-        good &= show(payload.rows()) & show_figures(payload.figures())
-    if "loading" in what:
-        good &= loading.main()
-    if "limits" in what:
-        good &= show(limits.rows())
-    if "locks" in what:
-        good &= show(locks.rows())
-    if "footprint" in what:
-        good &= show_footprint(options.entries)
-    if "hit-ratio" in what:
-        traces = os.environ.get("CACHEBUS_TRACES")
-        good &= show_hit_ratios(Path(traces) if traces else None)
+    traces = os.environ.get("CACHEBUS_TRACES")
+    parts: dict[str, Callable[[], bool]] = {
+        "memory": lambda: show(memory.rows()),
+        "redis": lambda: show(redis.rows()),
+        "memcached": lambda: show(memcached.rows()),
+        "nats": lambda: show(nats.rows()),
+        "payload": lambda: show(payload.rows()) & show_figures(payload.figures()),
+        "loading": loading.main,
+        "locks": lambda: show(locks.rows()),
+        "limits": lambda: show(limits.rows()),
+        "footprint": lambda: show_footprint(options.entries),
+        "hit-ratio": lambda: show_hit_ratios(Path(traces) if traces else None),
+    }
+    good, began = True, perf_counter()
+    for part in (name for name in PARTS if name in what):
+        console.rule(part)
+        started = perf_counter()
+        good &= parts[part]()
+        now = perf_counter()
+        console.print(f"{part}: {now - started:.0f} s, {now - began:.0f} s in all")
     return 0 if good else 1
 
 

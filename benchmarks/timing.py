@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import statistics
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -49,6 +50,7 @@ class Row:
 
 def measure(row: Row, operations: int = 20_000, rounds: int = 15) -> Row:
     """Time every contender of a row in every round."""
+    _announce(row)
     contenders = [row.ours, *row.peers]
     for each in contenders:
         _time(each, operations)  # warm
@@ -57,6 +59,11 @@ def measure(row: Row, operations: int = 20_000, rounds: int = 15) -> Row:
         for each in contenders[number % len(contenders) :] + contenders[: number % len(contenders)]:
             _time(each, operations)
     return row
+
+
+def _announce(row: Row) -> None:
+    # Beside the tables, so that whoever waits sees that something goes on, and how far it is.
+    print(f"  {row.title}", file=sys.stderr, flush=True)
 
 
 def _time(contender: Contender, operations: int) -> None:
@@ -70,6 +77,7 @@ def _time(contender: Contender, operations: int) -> None:
 
 async def measure_async(row: Row, operations: int = 20_000, rounds: int = 15) -> Row:
     """As `measure`, for coroutine functions, all in the running loop."""
+    _announce(row)
     contenders = [row.ours, *row.peers]
     for each in contenders:
         await each.work(operations)
