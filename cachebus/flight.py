@@ -34,10 +34,6 @@ LEFT_OUT: Final = _Outcome("LEFT_OUT")
 """The outcome for a key that a loader of many brought no value for."""
 
 
-class LeftOut(LookupError):
-    """Raised when a loader of many keys brings no value for one that was asked for alone."""
-
-
 class Value:
     """The outcome of a load that brought a value.
 

@@ -32,7 +32,6 @@ from .flight import (
     ABANDONED,
     LEFT_OUT,
     Flight,
-    LeftOut,
     OnBehalfOf,
     Raised,
     Value,
@@ -43,6 +42,7 @@ from .load_options import LoadOptions
 from .load_report import LoadReport
 from .loaders import (
     Bare,
+    LeftOut,
     LoadContext,
     Loader,
     LoadResult,

@@ -129,6 +129,31 @@ def as_mapping(loaded: object) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", loaded)
 
 
+class LeftOut(LookupError):
+    """Raised when a loader of many keys brings no value for one that was asked for alone."""
+
+
+def calls_for_one(load: Loader, key: str) -> Callable[[LoadContext], Any]:
+    """What asks a loader of many for one key. It raises `LeftOut` if no value comes."""
+
+    def call(context: LoadContext) -> Any:
+        loaded = load([key])
+        return _awaited_one(cast("Any", loaded), key) if isinstance(loaded, Awaitable) else _one(loaded, key)
+
+    return call
+
+
+async def _awaited_one(loading: Awaitable[Any], key: str) -> Any:
+    return _one(await loading, key)
+
+
+def _one(loaded: object, key: str) -> Any:
+    brought = as_mapping(loaded)
+    if key not in brought:
+        raise LeftOut(key)
+    return brought[key]
+
+
 def check_loader(loader: object) -> None:
     """Raise `TypeError` for what cannot be called."""
     if not callable(loader):

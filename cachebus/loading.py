@@ -9,8 +9,8 @@ whose load began before an invalidation that had returned when the caller asked.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cachebus.messages import (
     CacheError,
@@ -33,10 +33,10 @@ from cachebus.messages import (
 
 from .cached_errors import Remembered, seen
 from .failures import MISSED
-from .flight import ABANDONED, LATE, LEFT_OUT, Flight, LeftOut, Raised, Value, Values
+from .flight import ABANDONED, LATE, LEFT_OUT, Flight, Raised, Value, Values
 from .landing import Group, Job, Start
 from .load_options import LoadOptions
-from .loaders import LoadContext, Loader, as_mapping, check_loader, is_asynchronous
+from .loaders import LeftOut, Loader, calls_for_one, check_loader, is_asynchronous
 from .rounds import Rounds
 from .watching import FIRST_PAUSE, LONGEST_PAUSE, Watches, name_of
 from .ways import Way
@@ -162,7 +162,7 @@ class Flights(Watches):
         started = way.link.bus.clock.monotonic()
         asynchronous = is_asynchronous(load)
         jobs = {
-            key: Job(key, _calls_for_one(load, key), options, options.tags, asynchronous=asynchronous, remote=True)
+            key: Job(key, calls_for_one(load, key), options, options.tags, asynchronous=asynchronous, remote=True)
             for key in keys
         }
         flight = Flight()
@@ -380,24 +380,3 @@ def _raise_again(missing: Missing, job: Job) -> None:
     """Raise what the loader raised, if that was kept and this caller asks for it."""
     if isinstance(missing, Remembered) and (error := job.options.recalled(missing)) is not None:
         raise error
-
-
-def _calls_for_one(load: Loader, key: str) -> Callable[[LoadContext], Any]:
-    """What asks a loader of many for one key."""
-
-    def call(context: LoadContext) -> Any:
-        loaded = load([key])
-        return _awaited_one(cast("Any", loaded), key) if isinstance(loaded, Awaitable) else _one(loaded, key)
-
-    return call
-
-
-async def _awaited_one(loading: Awaitable[Any], key: str) -> Any:
-    return _one(await loading, key)
-
-
-def _one(loaded: object, key: str) -> Any:
-    brought = as_mapping(loaded)
-    if key not in brought:
-        raise LeftOut(key)
-    return brought[key]

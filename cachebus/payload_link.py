@@ -143,7 +143,7 @@ class PayloadLink(Link):
         deadline = self.bus.clock.monotonic() + self.timeout
         try:
             came: Any = await self.bus.finish(self.address, coded, reply, self.timeout)
-            kind: type[Any] = type(came)
+            kind = type(came)  # pyright: ignore[reportUnknownVariableType]
             if kind is Stored or kind is Missing:
                 return came  # type: ignore[no-any-return]
             if kind is Found:
