@@ -17,6 +17,7 @@ from cachebus import (
     open_sync_cache,
 )
 from cachebus.adapters.memory import MemoryStore
+from cachebus.load_options import LoadOptions
 
 from .faces import a_cache, settings
 
@@ -325,3 +326,13 @@ async def test_a_cached_hit_needs_no_other_task() -> None:
 
 def test_a_cache_is_made_of_the_same_decorator_on_both_sides() -> None:
     assert inspect.signature(Cache.cached) == inspect.signature(SyncCache.cached)
+
+
+def test_the_options_of_loading_are_the_same_wherever_they_are_spelled_out() -> None:
+    options = dict(inspect.signature(LoadOptions.of).parameters)
+    for name in ("get_or_load", "cached", "get_or_load_many"):
+        for option, parameter in inspect.signature(getattr(Cache, name)).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and option != "key":
+                assert parameter.default == options[option].default, f"{option} of {name}"
+                assert parameter.annotation == options[option].annotation, f"{option} of {name}"
+    assert set(options) == set(inspect.signature(Cache.get_or_load).parameters) - {"self", "key", "loader"}

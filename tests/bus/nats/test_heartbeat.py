@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -129,75 +130,61 @@ class Stranger:
         await self.say(Heartbeat(last={f"{kind}._": number for kind, number in last.items()}), seq)
 
 
-async def test_nothing_is_missed_that_was_told_before_anybody_listened(
-    connect: Connect, nats_server: Server, namespace: str
-) -> None:
-    bus = await connect()
+@pytest.fixture
+async def stranger(nats_server: Server, namespace: str) -> AsyncIterator[Stranger]:
     client = await nats.connect(nats_server.url)
-    stranger = Stranger(client, namespace)
-    try:
-        with bus.subscribe(CacheDeleted, EventsMissed) as heard:
-            await bus.settled()
-            await stranger.beat(1, cache_set=100, cache_deleted=7)
-            await stranger.say(CacheDeleted(key="8"), 8)
-            assert isinstance(await anext(heard), CacheDeleted)
-            with bus.subscribe(CacheSet) as sets:
-                await bus.settled()
-                await stranger.beat(2, cache_set=103, cache_deleted=8)
-                await stranger.say(CacheSet(key="104"), 104)
-                assert isinstance(await anext(sets), CacheSet)
-            # Left and wanted again: what was told in between is not missed either.
-            await bus.settled()
-            with bus.subscribe(CacheSet) as sets:
-                await bus.settled()
-                await stranger.beat(3, cache_set=200, cache_deleted=8)
-                await stranger.say(CacheSet(key="201"), 201)
-                assert isinstance(await anext(sets), CacheSet)
-            await stranger.say(CacheDeleted(key="9"), 9)
-            assert isinstance(await anext(heard), CacheDeleted)
-        assert bus.counters.events_missed == 0
-    finally:
-        await client.close()
+    yield Stranger(client, namespace)
+    await client.close()
 
 
-async def test_the_first_event_of_a_kind_can_be_missed_too(
-    connect: Connect, nats_server: Server, namespace: str
-) -> None:
+async def test_nothing_is_missed_that_was_told_before_anybody_listened(connect: Connect, stranger: Stranger) -> None:
     bus = await connect()
-    client = await nats.connect(nats_server.url)
-    stranger = Stranger(client, namespace)
-    try:
-        with bus.subscribe(CacheDeleted, CacheSet, EventsMissed) as heard:
+    with bus.subscribe(CacheDeleted, EventsMissed) as heard:
+        await bus.settled()
+        await stranger.beat(1, cache_set=100, cache_deleted=7)
+        await stranger.say(CacheDeleted(key="8"), 8)
+        assert isinstance(await anext(heard), CacheDeleted)
+        with bus.subscribe(CacheSet) as sets:
             await bus.settled()
-            await stranger.beat(1, cache_set=5)
-            await stranger.beat(2, cache_set=5, cache_deleted=2)
-            told: Any = await anext(heard)
-            assert (told.event, told.count, told.source) == ("event.cache_deleted", 2, "o")
-            await stranger.beat(3, cache_set=5, cache_deleted=2, no_such_kind=9)
-            await stranger.beat(4, cache_set=6, cache_deleted=2)
-            told = await anext(heard)
-            assert (told.event, told.count) == ("event.cache_set", 1)
-    finally:
-        await client.close()
+            await stranger.beat(2, cache_set=103, cache_deleted=8)
+            await stranger.say(CacheSet(key="104"), 104)
+            assert isinstance(await anext(sets), CacheSet)
+        # Left and wanted again: what was told in between is not missed either.
+        await bus.settled()
+        with bus.subscribe(CacheSet) as sets:
+            await bus.settled()
+            await stranger.beat(3, cache_set=200, cache_deleted=8)
+            await stranger.say(CacheSet(key="201"), 201)
+            assert isinstance(await anext(sets), CacheSet)
+        await stranger.say(CacheDeleted(key="9"), 9)
+        assert isinstance(await anext(heard), CacheDeleted)
+    assert bus.counters.events_missed == 0
 
 
-async def test_a_heartbeat_that_overtakes_events_makes_no_gap(
-    connect: Connect, nats_server: Server, namespace: str
-) -> None:
+async def test_the_first_event_of_a_kind_can_be_missed_too(connect: Connect, stranger: Stranger) -> None:
     bus = await connect()
-    client = await nats.connect(nats_server.url)
-    stranger = Stranger(client, namespace)
-    try:
-        with bus.subscribe(CacheSet, EventsMissed, capacity=10_000) as heard:
-            await bus.settled()
-            for seq in range(1, 2001):
-                await stranger.say(CacheSet(key=str(seq)), seq)
-                if seq % 10 == 0:
-                    await stranger.beat(seq, cache_set=seq)
-            for _ in range(2000):
-                assert isinstance(await anext(heard), CacheSet)
-            await stranger.beat(2001, cache_set=2001)
-            missed: Any = await anext(heard)
-            assert (missed.event, missed.count) == ("event.cache_set", 1)
-    finally:
-        await client.close()
+    with bus.subscribe(CacheDeleted, CacheSet, EventsMissed) as heard:
+        await bus.settled()
+        await stranger.beat(1, cache_set=5)
+        await stranger.beat(2, cache_set=5, cache_deleted=2)
+        told: Any = await anext(heard)
+        assert (told.event, told.count, told.source) == ("event.cache_deleted", 2, "o")
+        await stranger.beat(3, cache_set=5, cache_deleted=2, no_such_kind=9)
+        await stranger.beat(4, cache_set=6, cache_deleted=2)
+        told = await anext(heard)
+        assert (told.event, told.count) == ("event.cache_set", 1)
+
+
+async def test_a_heartbeat_that_overtakes_events_makes_no_gap(connect: Connect, stranger: Stranger) -> None:
+    bus = await connect()
+    with bus.subscribe(CacheSet, EventsMissed, capacity=10_000) as heard:
+        await bus.settled()
+        for seq in range(1, 2001):
+            await stranger.say(CacheSet(key=str(seq)), seq)
+            if seq % 10 == 0:
+                await stranger.beat(seq, cache_set=seq)
+        for _ in range(2000):
+            assert isinstance(await anext(heard), CacheSet)
+        await stranger.beat(2001, cache_set=2001)
+        missed: Any = await anext(heard)
+        assert (missed.event, missed.count) == ("event.cache_set", 1)
