@@ -543,9 +543,9 @@ for each in TTL_METHODS:
 BAD_CALLS: list[tuple[str, Callable[[Any], Awaitable[Any]], type[Exception], str]] = [
     ("get_many of one str", lambda c: c.get_many("abc"), CacheKeyError, "must be given as a list .* not 'abc'"),
     ("delete_many of one str", lambda c: c.delete_many("abc"), CacheKeyError, "must be given as a list .* not 'abc'"),
-    ("tags as one str", lambda c: c.set("k", 1, tags="tag"), TypeError, "tags must be a list .* not the str 'tag'"),
-    ("add with tags as one str", lambda c: c.add("k", 1, tags="tag"), TypeError, "not the str 'tag'"),
-    ("set_many with tags as one str", lambda c: c.set_many({"k": 1}, tags="tag"), TypeError, "not the str 'tag'"),
+    ("tags as one str", lambda c: c.set("k", 1, tags="tag"), TypeError, "tags must be a list .* not 'tag'"),
+    ("add with tags as one str", lambda c: c.add("k", 1, tags="tag"), TypeError, "tags must .* not 'tag'"),
+    ("set_many with tags as one str", lambda c: c.set_many({"k": 1}, tags="tag"), TypeError, "tags must .* not 'tag'"),
     ("a tag of no str", lambda c: c.set("k", 1, tags=[1]), TypeError, "a tag must be a str, not 1"),
     ("an empty tag", lambda c: c.set("k", 1, tags=["a", ""]), ValueError, "a tag must not be empty"),
     ("invalidating a tag of no str", lambda c: c.invalidate_tags(5), TypeError, "a tag must be a str, not 5"),
@@ -836,6 +836,6 @@ async def test_a_loop_of_calls_that_never_wait_lets_other_tasks_run(
         await cache.set("key", 1)
         call = calling(cache)
         tasks.start_soon(other)
-        for _ in range(2 * TURNS_PER_CHECKPOINT):
+        for _ in range(3 * TURNS_PER_CHECKPOINT):  # Trio may let this task go on first, once.
             await call()
         assert others == 1
