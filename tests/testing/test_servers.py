@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
 
 from cachebus.testing import servers
+from cachebus.testing.processes import answers
 from cachebus.testing.servers import Server, redis_command, run_memcached, run_nats, run_redis, run_redis_cluster
 from cachebus.testing.servers import run_sentinel as sentinel_of
 
@@ -97,5 +99,9 @@ def test_nothing_is_left_of_a_test_run_that_was_killed() -> None:
     # The reaper holds the other end of our pipe, too: run() returns when it has closed it, having done its work.
     assert run.returncode == -signal.SIGKILL
     assert not os.path.exists(folder)
+    limit = time.monotonic() + 30
+    while answers(int(port), lambda _: True):  # What is killed takes a moment to end.
+        assert time.monotonic() < limit
+        time.sleep(0.01)
     with run_redis(port=int(port)):
         pass
