@@ -18,6 +18,7 @@ from cachebus.messages import (
     GetOrLease,
     LeaseLost,
     Loaded,
+    LoaderFailed,
     NotHeld,
     NotStored,
     Origin,
@@ -153,7 +154,7 @@ class Landings:
         """The reply to somebody who wants a lease, from what its turn has returned if it was taken."""
         try:
             reply: Any = await (way.ask(request, request.wait) if turned is _NO_TURN else way.finish(request, turned))
-        except (CapabilityError, CacheClosed):
+        except (CapabilityError, CacheClosed, LoaderFailed):
             raise
         except BaseException:
             # It may be granted all the same, to nobody.
@@ -163,8 +164,10 @@ class Landings:
             self._give_back(way, request.key, request.token)  # As above, with a reply that stands for the error.
         return reply
 
-    def _lease_request(self, job: Job, token: str, wait: float = 0.0, *, refresh: bool = False) -> GetOrLease:
-        return GetOrLease(job.key, self._owner, token, job.options.lease_ttl, wait, job.tags, refresh)
+    def _lease_request(
+        self, job: Job, token: str, wait: float = 0.0, *, refresh: bool = False, after: str = ""
+    ) -> GetOrLease:
+        return GetOrLease(job.key, self._owner, token, job.options.lease_ttl, wait, job.tags, refresh, after)
 
     def _give_back(self, way: Way, key: str, token: str | None, error: str = "", late: Found | None = None) -> None:
         if token:

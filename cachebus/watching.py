@@ -67,6 +67,7 @@ class Watches(Landings):
 
     async def _watch(self, way: Way, job: Job, flight: Flight, theirs: str, started: float) -> None:
         pause = FIRST_PAUSE
+        name = theirs
         now = way.link.bus.clock.monotonic
         # Asked first, because a store that tells the end of a lease would answer every question before that in vain.
         if (failed := await self._ended_elsewhere(way, job, theirs, 0.0, job.options.wait_limit)) is not None:
@@ -77,7 +78,7 @@ class Watches(Landings):
             self.flights[token] = flight
             granted = False
             try:
-                reply = await self._lease(way, self._lease_request(job, token, patience))
+                reply = await self._lease(way, self._lease_request(job, token, patience, after=name))
                 granted = isinstance(reply, LeaseGranted)
             except LoaderFailed as error:
                 flight.land(Raised(error))

@@ -13,6 +13,7 @@ from cachebus.messages import (
     Failed,
     GetOrLease,
     LeaseGranted,
+    LoaderFailed,
     Loading,
     NotHeld,
     NotStored,
@@ -34,7 +35,7 @@ from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Talk
 from .memcached_entries import Entry, found_of, kept_until, server_expiry
 from .memcached_keys import ALL_TAGS
 from .memcached_lease_look import Draft, Looking, State
-from .memcached_leases import Held, kept_as, stale_of
+from .memcached_leases import TOLD_FOR, Held, kept_as, stale_of
 from .memcached_notes import NO_NOTES, Notes
 from .memcached_rounds import in_rounds
 from .memcached_session import Commands, Moved, first_error
@@ -105,7 +106,11 @@ class LeaseRounds(Looking):
         if live is not None and held is not None and held.version != live.version:
             held = None
         stale = self._stale(state, "", 0.0) if live is None else None
-        if held is not None and asked_as(held.token) == request.token and self._generations.good(held.marks):
+        failed = ("", "") if held is None else held.failed
+        if request.after and failed[0] == request.after:
+            raise LoaderFailed(error=failed[1])
+        good = held is not None and not held.ended and self._generations.good(held.marks)
+        if held is not None and good and asked_as(held.token) == request.token:
             # Asked for twice, it is granted twice, on the terms of the first time: the load may have begun by then.
             self._replies[position] = LeaseGranted(held.token, stale)
             if held.deadline > now:
@@ -122,7 +127,8 @@ class LeaseRounds(Looking):
             version = 0.0 if live is None else live.version
             marks = self._generations.present(request.tags)
             all_tags = self._generations.seen(ALL_TAGS)
-            held = Held(new_lease_name(request.token), now + request.lease_ttl, version, all_tags, marks)
+            name = new_lease_name(request.token)
+            held = Held(name, now + request.lease_ttl, version, all_tags, marks, failed=failed)
         self._place(position, state, held, LeaseGranted(held.token, stale), anew=live is not None)
 
     def _commit(self, position: int, request: Set, state: State) -> None:
@@ -166,10 +172,12 @@ class LeaseRounds(Looking):
             if each is not None and asked_as(each.token) == request.token:
                 token = each.token
         held = self._held(token, state)
-        if held is None:
+        if held is None or held.ended:
             self._replies[position] = NotHeld()
-            return
-        self._end(position, state, Released() if self._current(held) else NotHeld(), anew=held is state.anew_held)
+        elif request.error and held is state.held and self._current(held):
+            self._place(position, state, held.with_error(request.error), Released(), anew=False)
+        else:
+            self._end(position, state, Released() if self._current(held) else NotHeld(), anew=held is state.anew_held)
 
     def _held(self, token: str, state: State) -> Held | None:
         """The lease of that name, in the place of a value or beside one."""
@@ -195,7 +203,7 @@ class LeaseRounds(Looking):
 
     def _place(self, position: int, state: State, held: Held, reply: Reply, *, anew: bool) -> None:
         """Write a lease: in the place of the key's value with what is stale, or beside it."""
-        keep, tail, answer = held.deadline, state.tail, state.answer
+        keep, tail, answer = held.deadline or self._now + TOLD_FOR, state.tail, state.answer
         if anew:
             tail, answer = state.anew, state.anew_answer
         elif (served := state.served) is None:

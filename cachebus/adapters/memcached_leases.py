@@ -10,6 +10,10 @@ over, so that to everybody else there is no value. It holds, as msgpack:
     all tags    the generation that all tags had when the lease was granted
     marks       the tags that were known then, with their generations
     stale       the entry whose time is up, as it was, with its version; empty without one
+    failed      the name of the last lease here whose loader has failed, and the name of the error; empty without one
+
+A lease whose loader has failed is left for `TOLD_FOR` seconds, with the deadline 0, for those to find who wait for it: nothing
+else tells them.
 
 A live value that is loaded anew stays where it is. Its lease is an item of its own, with the version of that value in it.
 
@@ -29,12 +33,14 @@ from .memcached_notes import Marks, marks_of, pack_marked
 LEASE = b"l"[0]
 _OVER = 1.0
 """An expiry that is over for everybody, whatever their clocks say."""
+TOLD_FOR = 5.0
+"""Seconds for which a loader's failure is told: many times as long as who waits pauses between two questions."""
 
 
 class Held:
-    """A lease as it stands in the server."""
+    """A lease as it stands in the server. `ended` says that its loader has failed, and that nobody has it."""
 
-    __slots__ = ("all_tags", "deadline", "marks", "stale", "token", "version")
+    __slots__ = ("all_tags", "deadline", "failed", "marks", "stale", "token", "version")
 
     def __init__(
         self,
@@ -44,6 +50,7 @@ class Held:
         all_tags: bytes,
         marks: Marks,
         stale: bytes = b"",
+        failed: tuple[str, str] = ("", ""),
     ) -> None:
         self.token = token
         self.deadline = deadline
@@ -51,19 +58,30 @@ class Held:
         self.all_tags = all_tags
         self.marks = marks
         self.stale = stale
+        self.failed = failed
+
+    @property
+    def ended(self) -> bool:
+        return not self.deadline
 
     def until(self, deadline: float) -> Held:
         """The same lease with another deadline."""
-        return Held(self.token, deadline, self.version, self.all_tags, self.marks, self.stale)
+        return Held(self.token, deadline, self.version, self.all_tags, self.marks, self.stale, self.failed)
 
     def with_stale(self, stale: bytes) -> Held:
         """The same lease over another stale entry."""
-        return Held(self.token, self.deadline, self.version, self.all_tags, self.marks, stale)
+        return Held(self.token, self.deadline, self.version, self.all_tags, self.marks, stale, self.failed)
+
+    def with_error(self, error: str) -> Held:
+        """The same lease, ended by what its loader has raised."""
+        return Held(self.token, 0.0, self.version, self.all_tags, self.marks, self.stale, (self.token, error))
 
     def pack(self, kept: bytes) -> bytes:
         """The bytes of its item."""
         marks = [list(mark) for mark in self.marks]
-        body = pack_marked([self.token, self.deadline, self.version, self.all_tags, marks, self.stale])
+        body = pack_marked(
+            [self.token, self.deadline, self.version, self.all_tags, marks, self.stale, list(self.failed)]
+        )
         return pack_entry(b"l" + body, kept, _OVER, 0.0)
 
 
@@ -72,8 +90,8 @@ def held_of(entry: Entry | None) -> Held | None:
     if entry is None or entry.form != LEASE:
         return None
     try:
-        token, deadline, version, all_tags, marks, stale = unpack_plain(bytes(entry.body))
-        return Held(token, deadline, version, all_tags, marks_of(marks), stale)
+        token, deadline, version, all_tags, marks, stale, (name, error) = unpack_plain(bytes(entry.body))
+        return Held(token, deadline, version, all_tags, marks_of(marks), stale, (name, error))
     except (ValueError, TypeError):
         return None  # Damaged, and so nobody's.
 

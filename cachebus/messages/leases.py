@@ -90,6 +90,9 @@ class GetOrLease(Request[Found | Stale | LeaseGranted | Loading]):
     lease if the one who has it gives up. `owner` is a process, or a part of one, that shares loads within itself: it is
     never made to wait for itself. With `refresh` a live value is loaded anew, if nobody does so already.
 
+    Where a store lets nobody wait, and tells nobody of the end of a lease, who waits asks again and again, and says in
+    `after` which lease it was told of: if the loader of that one has failed, the reply is the error `LoaderFailed`.
+
     It counts neither as hit nor as miss.
     """
 
@@ -100,6 +103,7 @@ class GetOrLease(Request[Found | Stale | LeaseGranted | Loading]):
     wait: float = 0.0
     tags: tuple[str, ...] = ()
     refresh: bool = False
+    after: str = ""
     IDEMPOTENT: ClassVar[bool] = True
 
 
