@@ -102,7 +102,7 @@ def test_a_planted_bug_is_found(
     plant(monkeypatch)
 
     def search() -> None:
-        for seed in range(first, first + 400):
+        for seed in range(first, first + 2_000):
             play_memcached(seed, servers[:1])
 
     with pytest.raises(AssertionError, match=r"seed \d+: key\d was read as \d+, but \d+ had been made known"):

@@ -182,7 +182,7 @@ PLANTED: list[tuple[type[MemoryStore], Callable[[Cache], None], int]] = [
 @pytest.mark.parametrize(("store", "prepare", "first"), PLANTED, ids=lambda each: getattr(each, "__name__", ""))
 def test_a_planted_bug_is_found(store: type[MemoryStore], prepare: Callable[[Cache], None], first: int) -> None:
     def search() -> None:
-        for seed in range(first, first + 400):
+        for seed in range(first, first + 2_000):
             simulate(seed, store, prepare)
 
     with pytest.raises(AssertionError, match=r"seed \d+: key\d was read as \d+, but \d+ had been made known"):

@@ -18,7 +18,7 @@ from cachebus.stores import build_store
 from cachebus.testing.processes import ServerProcess
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, find_binary, run_memcached
-from tests.adapters.certificates import Certificates
+from tests.certificates import Certificates
 from tests.lateness import within
 
 from .conftest import one, sync

@@ -43,7 +43,7 @@ from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel
 from cachebus.testing.suite.base import granted
 from cachebus.urls import parse_url
-from tests.adapters.certificates import Certificates
+from tests.certificates import Certificates
 from tests.house.paths import ROOT
 from tests.lateness import within
 

@@ -13,7 +13,7 @@ from cachebus.adapters.redis_listener import RedisListener
 from cachebus.messages import CacheConfigurationError
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel
-from tests.adapters.certificates import Certificates
+from tests.certificates import Certificates
 
 from .conftest import opened
 

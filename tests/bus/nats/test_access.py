@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from cachebus.messages import (
     Get,
 )
 from cachebus.testing.servers import Server, run_nats
+from tests.certificates import Certificates
 
 from .actors import Answering
 from .conftest import ROOT, options
@@ -142,37 +142,18 @@ async def test_the_second_of_two_servers_will_do(nats_server: Server) -> None:
         assert bus.connection.up
 
 
-def certificates(folder: Path) -> None:
-    """An authority, and a certificate of the server that it has signed."""
-
-    def openssl(name: str, *more: str) -> None:
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
-        files = ("-keyout", str(folder / f"{name}.key"), "-out", str(folder / f"{name}.pem"))
-        subprocess.run([*command, *files, *more], check=True, capture_output=True)
-
-    openssl("ca", "-addext", "basicConstraints=critical,CA:TRUE")
-    signed = ("-CA", str(folder / "ca.pem"), "-CAkey", str(folder / "ca.key"))
-    openssl("server", *signed, "-addext", "subjectAltName=IP:127.0.0.1")
-    openssl("client", *signed, "-addext", "extendedKeyUsage=clientAuth")
-
-
 async def test_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    await anyio.to_thread.run_sync(certificates, tmp_path)
-
-    def file(name: str) -> str:
-        return str(tmp_path / name)
-
-    with run_nats("--tls", "--tlscert", file("server.pem"), "--tlskey", file("server.key")) as server:
-        await connects(server, tls=True, tls_ca_file=file("ca.pem"))
+    made = await anyio.to_thread.run_sync(Certificates, tmp_path)
+    shown = ("--tls", "--tlscert", str(made.server), "--tlskey", str(made.key("server")))
+    authority = str(made.ca)
+    with run_nats(*shown) as server:
+        await connects(server, tls=True, tls_ca_file=authority)
         assert "certificate verify failed" in await refused(server, caplog, tls=True)
         assert "certificate verify failed" in await refused(server, caplog)
-    with run_nats(
-        *("--tlsverify", "--tlscert", file("server.pem"), "--tlskey", file("server.key")),
-        *("--tlscacert", file("ca.pem")),
-    ) as server:
-        ours = {"tls_cert_file": file("client.pem"), "tls_key_file": file("client.key")}
-        await connects(server, tls=True, tls_ca_file=file("ca.pem"), **ours)
-        await refused(server, caplog, CacheConnectionError, tls=True, tls_ca_file=file("ca.pem"))
+    with run_nats(*shown, "--tlsverify", "--tlscacert", authority) as server:
+        ours = {"tls_cert_file": str(made.client), "tls_key_file": str(made.key("client"))}
+        await connects(server, tls=True, tls_ca_file=authority, **ours)
+        await refused(server, caplog, CacheConnectionError, tls=True, tls_ca_file=authority)
 
 
 async def test_a_server_without_tls_learns_nothing_where_tls_was_asked_for(
