@@ -14,6 +14,7 @@ from cachebus import Cache, LoadResult, SyncCache
 from tests.clock import ManualClock
 from tests.facade.faces import a_sync_cache
 from tests.loading.quiet import quiet
+from tests.loading.slow import Slow
 
 
 class Stop(BaseException):
@@ -60,13 +61,8 @@ async def test_nor_is_a_stale_value_served_instead(cache: Cache, clock: ManualCl
 
 
 async def test_those_who_wait_for_it_load_themselves(cache: Cache) -> None:
-    begun, go_on = anyio.Event(), anyio.Event()
+    stopped = Slow(Stop())
     outcomes: list[Any] = []
-
-    async def stopped() -> None:
-        begun.set()
-        await go_on.wait()
-        raise Stop
 
     async def first() -> None:
         try:
@@ -80,10 +76,10 @@ async def test_those_who_wait_for_it_load_themselves(cache: Cache) -> None:
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(first)
-            await begun.wait()
+            await stopped.begun.wait()
             tasks.start_soon(second)
             await anyio.wait_all_tasks_blocked()
-            go_on.set()
+            stopped.go_on.set()
     assert sorted(outcomes, key=str) == [Stop, "value"]
 
 

@@ -17,6 +17,7 @@ from cachebus.testing.servers import Server, memcached_server, nats_server, redi
 from tests.clock import ManualClock
 from tests.facade.faces import a_cache
 from tests.loading.failing import KEPT, Failing, Gone, NotFound, raised
+from tests.loading.slow import Slow
 
 __all__ = ["memcached_server", "nats_server", "redis_server"]
 
@@ -172,15 +173,8 @@ async def test_what_is_invalidated_during_the_load_is_not_kept(cache: Cache) -> 
 
 
 async def test_those_who_wait_get_it_too(opened: Open, cache: Cache, request: pytest.FixtureRequest) -> None:
-    begun, go_on = anyio.Event(), anyio.Event()
-    calls, errors = 0, list[Exception]()
-
-    async def load() -> int:
-        nonlocal calls
-        calls += 1
-        begun.set()
-        await go_on.wait()
-        raise NotFound(7)
+    load = Slow(NotFound(7))
+    errors = list[Exception]()
 
     async def ask(which: Cache) -> None:
         errors.append(await raised(which, load, **KEPT))
@@ -188,13 +182,13 @@ async def test_those_who_wait_get_it_too(opened: Open, cache: Cache, request: py
     shared = "redis" in request.node.name or "worker" in request.node.name
     async with opened() as other, anyio.create_task_group() as tasks:
         tasks.start_soon(ask, cache)
-        await begun.wait()
+        await load.begun.wait()
         for which in [cache] * 3 + [other] * 3 * shared:
             tasks.start_soon(ask, which)
         await anyio.sleep(0.05)  # The others are asking; whether they wait yet makes no difference.
-        go_on.set()
+        load.go_on.set()
     assert [str(each) for each in errors] == ["no row 7"] * (4 + 3 * shared)
-    assert calls == 1
+    assert load.calls == 1
 
 
 async def test_a_loader_of_many_meets_it_as_a_miss(cache: Cache) -> None:

@@ -15,6 +15,7 @@ from anyio.lowlevel import checkpoint
 from cachebus import Cache, CacheError, CacheTimeoutError
 from tests.facade.faces import a_cache, a_sync_cache
 from tests.loading.quiet import quiet
+from tests.loading.slow import Slow
 
 
 @pytest.fixture
@@ -28,17 +29,9 @@ async def cache() -> AsyncIterator[Cache]:
 
 @pytest.mark.parametrize("gone", [[0], [2], [0, 1, 2]], ids=["the first", "another", "all but one"])
 async def test_cancelling_a_waiter_never_cancels_the_load_of_the_others(cache: Cache, gone: list[int]) -> None:
-    begun, go_on = anyio.Event(), anyio.Event()
-    calls = 0
+    load = Slow()
     scopes = [anyio.CancelScope() for _ in range(4)]
     values: dict[int, Any] = {}
-
-    async def load() -> str:
-        nonlocal calls
-        calls += 1
-        begun.set()
-        await go_on.wait()
-        return "value"
 
     async def call(number: int) -> None:
         with scopes[number]:
@@ -47,14 +40,14 @@ async def test_cancelling_a_waiter_never_cancels_the_load_of_the_others(cache: C
     async with anyio.create_task_group() as tasks:
         for number in range(4):
             tasks.start_soon(call, number)
-        await begun.wait()
+        await load.begun.wait()
         await anyio.wait_all_tasks_blocked()
         for number in gone:
             scopes[number].cancel()
         await anyio.wait_all_tasks_blocked()
-        go_on.set()
+        load.go_on.set()
     assert values == dict.fromkeys(set(range(4)) - set(gone), "value")
-    assert calls == 1
+    assert load.calls == 1
     await quiet(cache)
 
 
@@ -80,37 +73,27 @@ async def test_when_everybody_has_gone_the_load_is_cancelled_and_the_next_may_lo
 
 
 async def test_who_stops_waiting_after_a_hard_timeout_lets_the_load_go_on(cache: Cache) -> None:
-    begun, go_on = anyio.Event(), anyio.Event()
-
-    async def load() -> str:
-        begun.set()
-        await go_on.wait()
-        return "value"
+    load = Slow()
 
     with pytest.raises(CacheTimeoutError):
         await cache.get_or_load("k", load, hard_timeout=0.01)
-    go_on.set()
+    load.go_on.set()
     with anyio.fail_after(30):
         while await cache.get("k") is None:
             await checkpoint()
 
 
 async def test_a_first_caller_in_a_hurry_does_not_hurry_the_others(cache: Cache) -> None:
-    begun, go_on = anyio.Event(), anyio.Event()
+    load = Slow()
     values: list[Any] = []
-
-    async def load() -> str:
-        begun.set()
-        await go_on.wait()
-        return "value"
 
     async def hurried() -> None:
         with pytest.raises(CacheTimeoutError):
             await cache.get_or_load("k", load, hard_timeout=0.01)
-        go_on.set()
+        load.go_on.set()
 
     async def patient() -> None:
-        await begun.wait()
+        await load.begun.wait()
         values.append(await cache.get_or_load("k", load))
 
     async with anyio.create_task_group() as tasks:

@@ -15,6 +15,7 @@ from cachebus.load_options import LoadOptions
 from cachebus.messages import Get, Loaded, LoadSucceeded, Renew
 from tests.clock import ManualClock
 from tests.facade.faces import heard
+from tests.loading.slow import Slow
 
 
 class Counting:
@@ -149,12 +150,7 @@ async def test_what_is_cached_of_none_ends_in_its_own_time_however_often_it_is_a
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0])
 async def test_a_jump_of_the_wall_clock_changes_nothing(cache: Cache, clock: ManualClock, jump: float) -> None:
-    begun, go_on = anyio.Event(), anyio.Event()
-
-    async def slow() -> str:
-        begun.set()
-        await go_on.wait()
-        return "value"
+    slow = Slow()
 
     load = Counting()
     sliding: dict[str, Any] = {"ttl": 25, "idle_ttl": 10}
@@ -162,9 +158,9 @@ async def test_a_jump_of_the_wall_clock_changes_nothing(cache: Cache, clock: Man
     await cache.get_or_load("due", load, ttl=10, refresh=0.5, stale_for=60)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: cache.get_or_load("slow", slow, ttl=60, lease_ttl=3))
-        await begun.wait()
+        await slow.begun.wait()
         clock.jump(jump)
-        go_on.set()
+        slow.go_on.set()
     assert await cache.ttl("slow") == 60.0, "stored: its lease was held"
     assert await cache.get_or_load("due", load, ttl=10, refresh=0.5) == 2, "not due"
     for _ in range(4):
@@ -257,21 +253,16 @@ async def test_a_loader_knows_until_when_somebody_waits(cache: Cache, clock: Man
 
 
 async def test_a_lease_is_renewed_for_as_long_as_its_load_runs(cache: Cache, clock: ManualClock) -> None:
-    begun, go_on = anyio.Event(), anyio.Event()
-
-    async def load() -> str:
-        begun.set()
-        await go_on.wait()
-        return "value"
+    load = Slow()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: cache.get_or_load("k", load, lease_ttl=3))
-        await begun.wait()
+        await load.begun.wait()
         for _ in range(10):
             await anyio.wait_all_tasks_blocked()
             clock.advance(1)
         await anyio.wait_all_tasks_blocked()
-        go_on.set()
+        load.go_on.set()
     assert await cache.get("k") == "value", "stored, though the load took more than three leases"
     assert len(cache._loads.renewals) == 0
 

@@ -14,6 +14,7 @@ from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.null import NullStore
 from tests.facade.faces import a_cache, settings
 from tests.loading.quiet import quiet
+from tests.loading.slow import Slow
 
 
 @pytest.fixture
@@ -23,16 +24,8 @@ async def cache() -> AsyncIterator[Cache]:
 
 
 async def test_a_store_without_leases_has_one_load_in_each_process() -> None:
-    calls = 0
-    begun, go_on = anyio.Event(), anyio.Event()
+    load = Slow()
     values: list[Any] = []
-
-    async def load() -> str:
-        nonlocal calls
-        calls += 1
-        begun.set()
-        await go_on.wait()
-        return "value"
 
     async with open_cache(settings(), stores=lambda _: NullStore()) as cache:
 
@@ -42,11 +35,11 @@ async def test_a_store_without_leases_has_one_load_in_each_process() -> None:
         async with anyio.create_task_group() as tasks:
             for _ in range(10):
                 tasks.start_soon(call)
-            await begun.wait()
+            await load.begun.wait()
             await anyio.wait_all_tasks_blocked()
-            go_on.set()
+            load.go_on.set()
         assert values == ["value"] * 10
-        assert calls == 1
+        assert load.calls == 1
         assert await cache.get_or_load_many(["a", "b"], lambda keys: dict.fromkeys(keys, 1)) == {"a": 1, "b": 1}
         assert cache._loads._alone == {}
 
@@ -54,13 +47,8 @@ async def test_a_store_without_leases_has_one_load_in_each_process() -> None:
 async def test_a_store_that_lets_nobody_wait_is_asked_again_and_again() -> None:
     # The chaos store answers for the memory store, and has no promises to give.
     store = ChaosStore(MemoryStore(), seed=1)
-    begun, go_on = anyio.Event(), anyio.Event()
+    load = Slow()
     values: list[Any] = []
-
-    async def load() -> str:
-        begun.set()
-        await go_on.wait()
-        return "value"
 
     async with open_cache(settings(), stores=lambda _: store) as cache:
         # Another process: a cache of its own at the same backend.
@@ -71,55 +59,42 @@ async def test_a_store_that_lets_nobody_wait_is_asked_again_and_again() -> None:
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call, cache)
-            await begun.wait()
+            await load.begun.wait()
             for _ in range(20):
                 tasks.start_soon(call, other)
             before = store.counts.operations
             await anyio.sleep(0.1)
             asked = store.counts.operations - before
-            go_on.set()
+            load.go_on.set()
     assert values == ["value"] * 21
     assert 20 < asked < 45, "each reads once, two ask for all of them, and one goes on asking, ever more slowly"
 
 
 async def test_two_caches_at_one_memory_backend_share_a_load_by_waiting(cache: Cache) -> None:
     other = Cache(lambda: cache._node).attach(cache.link)  # type: ignore[arg-type, return-value]
-    begun, go_on = anyio.Event(), anyio.Event()
-    calls = 0
+    load = Slow()
     values: list[Any] = []
-
-    async def load() -> str:
-        nonlocal calls
-        calls += 1
-        begun.set()
-        await go_on.wait()
-        return "value"
 
     async def call(of: Cache) -> None:
         values.append(await of.get_or_load("k", load))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(call, cache)
-        await begun.wait()
+        await load.begun.wait()
         for _ in range(20):
             tasks.start_soon(call, other)
         await anyio.wait_all_tasks_blocked()
-        go_on.set()
+        load.go_on.set()
     assert values == ["value"] * 21
-    assert calls == 1
+    assert load.calls == 1
     await quiet(other)
     await quiet(cache)
 
 
 async def test_the_error_of_a_loader_elsewhere_says_what_it_raised(cache: Cache) -> None:
     other = Cache(lambda: cache._node).attach(cache.link)  # type: ignore[arg-type, return-value]
-    begun, go_on = anyio.Event(), anyio.Event()
+    load = Slow(LookupError("with a secret in it"))
     errors: list[str] = []
-
-    async def load() -> None:
-        begun.set()
-        await go_on.wait()
-        raise LookupError("with a secret in it")
 
     async def call(of: Cache) -> None:
         try:
@@ -129,10 +104,10 @@ async def test_the_error_of_a_loader_elsewhere_says_what_it_raised(cache: Cache)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(call, cache)
-        await begun.wait()
+        await load.begun.wait()
         tasks.start_soon(call, other)
         await anyio.wait_all_tasks_blocked()
-        go_on.set()
+        load.go_on.set()
     assert sorted(errors) == ["the loader of another process raised LookupError", "with a secret in it"]
 
 

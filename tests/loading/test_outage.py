@@ -17,6 +17,7 @@ from cachebus.messages import Get, GetOrLease, LeaseLost, Release, RequestFailed
 from tests.facade.faces import heard
 from tests.facade.outages import Outage, down
 from tests.facade.test_on_error import a_cache
+from tests.loading.slow import Slow
 
 
 @pytest.fixture
@@ -157,13 +158,8 @@ async def test_a_value_that_could_not_be_stored_is_returned_and_its_lease_given_
 async def test_those_who_wait_for_the_load_of_a_cache_that_lost_its_backend_are_served() -> None:
     store, source = Outage(), Source()
     async with a_cache("async", store, on_error="miss") as cache:
-        begun, go_on = anyio.Event(), anyio.Event()
+        slow = Slow(7)
         values: list[int] = []
-
-        async def slow() -> int:
-            begun.set()
-            await go_on.wait()
-            return 7
 
         async def ask() -> None:
             values.append(await cache.get_or_load("k", slow))
@@ -171,8 +167,8 @@ async def test_those_who_wait_for_the_load_of_a_cache_that_lost_its_backend_are_
         async with anyio.create_task_group() as tasks:
             for _ in range(5):
                 tasks.start_soon(ask)
-            await begun.wait()
+            await slow.begun.wait()
             store.fails = lambda request: None if isinstance(request, Get) else down()
-            go_on.set()
+            slow.go_on.set()
         assert values == [7] * 5
         assert source.calls == 0

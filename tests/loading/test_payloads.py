@@ -15,6 +15,7 @@ from cachebus.messages import PayloadRejected, StaleServed
 from cachebus.settings import load_settings
 from cachebus.testing.servers import run_redis
 from tests.facade.faces import heard
+from tests.loading.slow import Slow
 
 SEALED = {"encryption_keys": {"k1": bytes(range(32))}, "tenant": "shop"}
 PAYLOADS: dict[str, dict[str, Any]] = {
@@ -135,24 +136,19 @@ async def test_a_soft_timeout_serves_the_value_also_while_another_process_loads(
 
 async def test_those_who_wait_elsewhere_get_the_value(caches: tuple[Cache, Cache]) -> None:
     one, other = caches
-    begun, go_on = anyio.Event(), anyio.Event()
+    slow = Slow(VALUE)
     values: list[Any] = []
-
-    async def slow() -> Any:
-        begun.set()
-        await go_on.wait()
-        return VALUE
 
     async def ask(cache: Cache, load: Any) -> None:
         values.append(await cache.get_or_load("k", load))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask, one, slow)
-        await begun.wait()
+        await slow.begun.wait()
         for _ in range(3):
             tasks.start_soon(ask, other, never)
         await anyio.wait_all_tasks_blocked()
-        go_on.set()
+        slow.go_on.set()
     assert values == [VALUE] * 4
 
 
@@ -162,24 +158,19 @@ async def test_a_value_that_is_not_stored_comes_to_those_who_wait_elsewhere_all_
     caches: tuple[Cache, Cache], value: Any
 ) -> None:
     one, other = caches
-    begun, go_on = anyio.Event(), anyio.Event()
+    slow = Slow(LoadResult(value, store=False))
     values: list[Any] = []
-
-    async def slow() -> Any:
-        begun.set()
-        await go_on.wait()
-        return LoadResult(value, store=False)
 
     async def ask(cache: Cache, load: Any) -> None:
         values.append(await cache.get_or_load("k", load))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask, one, slow)
-        await begun.wait()
+        await slow.begun.wait()
         # What cannot be written cannot be brought: who waits is granted the lease, and loads.
         tasks.start_soon(ask, other, loader_of(NEWER) if type(value) is object else never)
         await anyio.wait_all_tasks_blocked()
-        go_on.set()
+        slow.go_on.set()
     assert [each for each in values if each is not value] in ([], [NEWER], [value])
     assert len(values) == 2
     assert not await one.exists("k") or type(value) is object

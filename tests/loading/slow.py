@@ -1,0 +1,24 @@
+"""A loader that waits until it is told to go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+
+
+class Slow:
+    """Says when it has `begun`, waits for `go_on`, and returns the value, or raises it if it is an exception."""
+
+    def __init__(self, value: Any = "value") -> None:
+        self.value = value
+        self.begun, self.go_on = anyio.Event(), anyio.Event()
+        self.calls = 0
+
+    async def __call__(self) -> Any:
+        self.calls += 1
+        self.begun.set()
+        await self.go_on.wait()
+        if isinstance(self.value, BaseException):
+            raise self.value
+        return self.value
