@@ -309,11 +309,11 @@ class LockManager(Actor):
             self.ctx.call_after(delay, lambda: self._asking.ask(DescribeLock(name), lambda reply: None))
             return
         if ticket:
-            waiter = self._waiters.get((name, ticket))
-            if waiter is None:
-                self._asking.ask(ReleaseLock(name, ticket, unclaimed=True), lambda reply: None)
-                return
-            self._ask_for(waiter)
+            if (waiter := self._waiters.get((name, ticket))) is not None:
+                self._ask_for(waiter)
+            else:
+                # It has gone; or it has the lock by now, because it asked once more while this was on its way.
+                self._asking.ask(ReleaseLock(name, ticket, unclaimed=True, offered=True), lambda reply: None)
         elif (room := self._rooms.get(name)) is not None:
             room.pause = 0.0
             self._ask_for(next(iter(room.waiters.values())))

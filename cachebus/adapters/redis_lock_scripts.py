@@ -159,15 +159,15 @@ RELEASE = Script.of(
     _LOCK
     + f"""
 -- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then;
--- '2' to give up only what is told to our inbox.
+-- '2' to give up only what is told to our inbox; '3' only if it does not know that it holds.
 -- The codes are those of RENEW.
 if ARGV[6] == '1' then redis.call('SET', KEYS[4], '', 'PX', {GONE_MS}) end
 """
     + """
-if ARGV[6] == '2' then
+if ARGV[6] == '2' or ARGV[6] == '3' then
   local row = redis.call('HGET', rows, ticket)
   local where = holder == ticket and s[7] or row and string.match(row, '^([^|]*)|')
-  if where ~= inbox then return answer(2) end
+  if where ~= inbox or (ARGV[6] == '3' and holder == ticket and s[5] == '1') then return answer(2) end
 end
 if holder == ticket then
   holder, owner, until_ms = '', '', 0

@@ -125,9 +125,9 @@ class RedisLockStore:
             case RenewLock(ttl=ttl):
                 ours.append(_ms(ttl))
                 script, read = RENEW, partial(_held, Renewed(ttl), name)
-            case ReleaseLock(abandon=abandon, unclaimed=unclaimed):
+            case ReleaseLock(abandon=abandon, unclaimed=unclaimed, offered=offered):
                 keys.append(gone)
-                ours.append("1" if abandon else "2" if unclaimed else "0")
+                ours.append("1" if abandon else "3" if offered else "2" if unclaimed else "0")
                 script, read = RELEASE, partial(_held, Released(), name)
             case DescribeLock():
                 script, read = DESCRIBE, _described

@@ -81,7 +81,8 @@ class ReleaseLock(Request[Released | NotHeld]):
     """Give a lock back, or the place in its queue. `owner` and `token` are for those who listen.
 
     With `abandon` whoever asked does not know what became of its `Acquire`: should that come only now, it is refused. With
-    `unclaimed` a manager gives up what it was not asked for again; only if no other manager was, and it may come again.
+    `unclaimed` a manager gives up what it was not asked for again; only if no other manager was, and it may come again. With
+    `offered` it gives up no more than an offer that nobody has taken up.
     """
 
     name: str
@@ -90,6 +91,7 @@ class ReleaseLock(Request[Released | NotHeld]):
     token: int = 0
     abandon: bool = False
     unclaimed: bool = False
+    offered: bool = False
     IDEMPOTENT: ClassVar[bool] = True
 
 

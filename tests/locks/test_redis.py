@@ -134,6 +134,21 @@ async def test_first_come_is_first_served_across_caches(server: Server, cache: C
         assert order == list(range(12))
 
 
+async def test_an_offer_that_is_heard_late_takes_the_lock_from_nobody(server: Server, cache: Cache) -> None:
+    async with cache.lock("other"):
+        waiting = asyncio.create_task(cache.lock("other", wait=30).acquire())
+        await queued(server, 1, "other")  # From now on this process listens to its inbox.
+    await (await waiting).release()
+    async with cache.lock("a", ttl=30) as lock:
+        inbox = (await tell(server, "HGET", "fleet#lock:{a}", "i")).split(b"\r\n")[1].decode()
+        offer = ("PUBLISH", f"fleet#lock:to:{inbox}", f"{lock._ticket}|a")
+        with anyio.fail_after(30):
+            while await tell(server, *offer) != b":1\r\n":
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        await lock.extend(30)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 async def test_200_contenders_in_several_processes_never_overlap(server: Server, tmp_path: Path, count: int) -> None:
     journal = tmp_path / "journal"

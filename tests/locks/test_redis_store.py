@@ -10,7 +10,18 @@ import anyio
 import pytest
 
 from cachebus.bus import SYSTEM_CLOCK
-from cachebus.messages import Acquire, CacheConfigurationError, Failed, LockGranted, LockQueued, Released, ReleaseLock
+from cachebus.messages import (
+    Acquire,
+    CacheConfigurationError,
+    DescribeLock,
+    Failed,
+    LockFree,
+    LockGranted,
+    LockQueued,
+    NotHeld,
+    Released,
+    ReleaseLock,
+)
 from cachebus.settings import backend_from_url
 from cachebus.stores import build_lock_store
 from cachebus.testing.servers import Server, redis_command, run_redis
@@ -95,3 +106,29 @@ async def test_whoever_may_not_be_told_does_not_wait(server: Server) -> None:
     assert isinstance(reply.error(), CacheConfigurationError)
     assert isinstance(await one(store, ReleaseLock("b", "t1")), Released)
     await store.close()
+
+
+async def test_an_offer_that_is_heard_late_takes_the_lock_from_nobody(server: Server) -> None:
+    (holder, _), (waiter, heard) = store_at(server.url), store_at(server.url)
+    await holder.open()
+    await waiter.open()
+    decline = ReleaseLock("c", "t2", unclaimed=True, offered=True)
+    assert isinstance(await one(holder, Acquire("c", "holder", "t1", 30.0)), LockGranted)
+    assert isinstance(await one(waiter, Acquire("c", "waiter", "t2", 30.0, 30.0)), LockQueued)
+    assert await heard.next() == "everywhere"
+    assert isinstance(await one(holder, ReleaseLock("c", "t1")), Released)
+    # It asks once more by itself, and has the lock before it hears of the offer.
+    assert isinstance(await one(waiter, Acquire("c", "waiter", "t2", 30.0, 30.0)), LockGranted)
+    assert await heard.next() == "t2"
+    assert await one(waiter, decline) == NotHeld()
+    assert (await one(holder, DescribeLock("c"))).owner == "waiter"
+    assert isinstance(await one(waiter, ReleaseLock("c", "t2")), Released)
+    # An offer that nobody has taken up is declined.
+    assert isinstance(await one(holder, Acquire("c", "holder", "t3", 30.0)), LockGranted)
+    assert isinstance(await one(waiter, Acquire("c", "waiter", "t4", 30.0, 30.0)), LockQueued)
+    assert isinstance(await one(holder, ReleaseLock("c", "t3")), Released)
+    assert await heard.next() == "t4"
+    assert isinstance(await one(waiter, ReleaseLock("c", "t4", unclaimed=True, offered=True)), Released)
+    assert await one(holder, DescribeLock("c")) == LockFree()
+    await waiter.close()
+    await holder.close()
