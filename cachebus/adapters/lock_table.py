@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from typing import Any
 
 from cachebus.actors.ports import SYSTEM_CLOCK, Clock, LockListener
@@ -57,6 +58,8 @@ class LockTable:
         self._held: dict[str, _Held] = {}
         self._queues: dict[str, dict[str, Acquire]] = {}
         self._last_token = 0
+        self._since = math.inf
+        self._lost: dict[str, int] = {}  # The last token of each lock with which somebody lost it.
         self._heap: list[tuple[float, int, str, _Held]] = []
         self._numbers = itertools.count()
 
@@ -132,15 +135,23 @@ class LockTable:
         held = self._holder(name, now)
         if held is not None and held.ticket == request.ticket:
             del self._held[name]
+            if request.token != held.token and not (request.abandon or request.unclaimed):
+                self._note_loss(name, held.token)  # It was taken from its holder.
             self._pass_on(name, now)
             return Released()
+        gave_back = self._gave_back(name, request.token, held)
         if held is None:
             self._pass_on(name, now)
-        if self._leave(name, request.ticket):
+        if self._leave(name, request.ticket) or gave_back:
             return Released()
         if held is not None and not (request.abandon or request.unclaimed):
             raise LockNotOwned(name=name, owner=held.owner)
         return NotHeld()
+
+    def _gave_back(self, name: str, token: int, held: _Held | None) -> bool:
+        """Whether whoever had a lock with a token gave it back: it is told once more, because the answer was lost."""
+        newest = self._last_token if held is None else held.token - 1
+        return max(self._since, self._lost.get(name, 0) + 1) <= token <= newest
 
     def _describe(self, request: DescribeLock) -> Reply:
         now = self._now()
@@ -152,10 +163,18 @@ class LockTable:
         held = self._held.get(name)
         if held is not None and held.expires_at <= now:
             del self._held[name]
+            self._note_loss(name, held.token)
             if self.told is not None:
                 self.told.expired(name, held.owner, held.token)
             return None
         return held
+
+    def _note_loss(self, name: str, token: int) -> None:
+        if len(self._lost) >= self._max_locks:
+            # What is not known any more is taken for lost: that is the safe answer to whoever gives a lock back.
+            self._since = self._last_token + 1
+            self._lost.clear()
+        self._lost[name] = token
 
     def _pass_on(self, name: str, now: float, asks: str = "") -> _Held | None:
         """Give a free lock to the first who waits for it, and tell it, unless it is the one who asks."""
@@ -175,6 +194,7 @@ class LockTable:
                 raise Overloaded(f"{self._max_locks} locks are held, which is the most", "", self._max_locks)
         self._leave(request.name, request.ticket)
         self._last_token = token = max(self._last_token + 1, int(self._clock.wall() * 1e6))
+        self._since = min(self._since, token)
         held = self._held[request.name] = _Held(request.ticket, request.owner, token, now + request.ttl)
         self._watch(request.name, held)
         return LockGranted(token, request.ttl)

@@ -2,7 +2,7 @@
 
     <namespace>:@<hash>     until|ticket|owner   there while the lock is held; its time to live is that of the lock
     <namespace>:@<hash>+    the last token, kept for a week
-    <namespace>:@<hash>-<hash of a ticket>   there for a minute after the ticket was given up
+    <namespace>:@<hash>-<hash of a ticket>   there for a minute after the ticket was given up (empty), or gave the lock back
 
 The token is counted after the item was added, so of two holders the later one has the larger token. A counter that is lost
 (evicted, `flush_all`, a restart) begins again at the server's time in microseconds, which is more than it ever was.
@@ -51,6 +51,7 @@ RETAIN = 7 * 86_400
 """Seconds for which a counter is kept that nobody counts."""
 
 GONE = 60
+BACK = b"given back"
 
 TRIES = 100
 """How often an item is looked at that others change in between."""
@@ -167,20 +168,33 @@ class _Locks:
         item = self._item(request.name)
         if request.unclaimed:
             return NotHeld()  # Another manager may have been asked, and the item does not say: it ends by itself.
+        gone, note = self._gone(item, request.ticket), b""
         if request.abandon:
-            yield from self._ask(f"ms {self._gone(item, request.ticket)} 0 T{GONE}\r\n\r\n".encode())
+            yield from self._ask(f"ms {gone} 0 T{GONE}\r\n\r\n".encode())
+        elif request.token:
+            # With the deletion, so that it costs no round trip: who was not heard, and says so again, did give it back.
+            note = b"ms %s %d T%d\r\n%s\r\n" % (gone.encode(), len(BACK), GONE, BACK)
         for _ in range(TRIES):
             found = yield from self._look(item)
-            if found is None:
-                return NotHeld()
-            if found.ticket != request.ticket:
-                if request.abandon:
-                    return NotHeld()
-                raise LockNotOwned(name=request.name, owner=found.owner)
-            answer = yield from self._ask(f"md {item} C{found.cas}\r\n".encode())
+            if found is None or found.ticket != request.ticket:
+                return (yield from self._not_held(request, gone, found))
+            answer, *_ = yield f"md {item} C{found.cas}\r\n".encode() + note, 1 + bool(note)
+            if isinstance(answer, CacheError):
+                raise answer
             if answer == 0:
                 return Released()
+            if note:
+                yield from self._ask(f"md {gone}\r\n".encode())
         raise _contended()
+
+    def _not_held(self, request: ReleaseLock, gone: str, found: _Found | None) -> Talk[Reply]:
+        if not request.abandon:
+            note = yield from self._ask(f"mg {gone} v c\r\n".encode())
+            if isinstance(note, tuple) and bytes(note[0]) == BACK:
+                return Released()
+            if found is not None:
+                raise LockNotOwned(name=request.name, owner=found.owner)
+        return NotHeld()
 
     def _describe(self, request: DescribeLock) -> Talk[Reply]:
         item = self._item(request.name)

@@ -3,8 +3,8 @@
 A lock named N in a namespace S is in these keys, which a cluster keeps in one slot:
 
     S#lock:{N}            hash   t ticket, o owner and i inbox of the holder; n its token, the last one given; u until when it
-                                 holds, in milliseconds; c 1 if it knows that it does; l the ticket of who gave it back
-                                 last; q the last number of a place in the queue
+                                 holds, in milliseconds; c 1 if it knows that it does; s a token: nobody who had that one or a
+                                 later one has lost the lock; q the last number of a place in the queue
     S#lock:{N}:queue      sorted set of tickets that wait, by the number of their places
     S#lock:{N}:waiting    hash   ticket -> inbox|until|ttl|owner, the times in milliseconds
     S#lock:{N}:gone:T     there for a minute after the ticket T was given up
@@ -30,8 +30,9 @@ _HEAD = f"""
 local state, queue, rows = KEYS[1], KEYS[2], KEYS[3]
 local ticket, inbox, channels, name, silent = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1'
 local CLAIM, RETAIN = {CLAIM_MS}, {RETAIN_MS}
-local s = redis.call('HMGET', state, 't', 'o', 'n', 'u', 'c', 'l', 'i')
+local s = redis.call('HMGET', state, 't', 'o', 'n', 'u', 'c', 's', 'i')
 local holder, owner, token, until_ms = s[1] or '', s[2] or '', tonumber(s[3] or 0), tonumber(s[4] or 0)
+local since = tonumber(s[6] or 0)
 local lost, lost_token, next_ticket, next_ttl, offered = '', 0, '', 0, 0
 """
 _LOCK = (
@@ -50,6 +51,10 @@ local function give(who, whose, ttl_ms, claimed, where)
   token = math.max(token + 1, now)
   holder, owner, until_ms = who, whose, now_ms + ttl_ms
   redis.call('HSET', state, 't', who, 'o', whose, 'n', token, 'u', until_ms, 'c', claimed, 'i', where)
+  if since == 0 then
+    since = token
+    redis.call('HSET', state, 's', since)
+  end
   keep(state, ttl_ms)
 end
 
@@ -90,8 +95,9 @@ if holder ~= '' and until_ms <= now_ms then
       if string.match(all[n + 1], '^([^|]*)|') == s[7] then leave(all[n]) end
     end
   end
+  if s[5] ~= '0' then since = token + 1 end
   holder, owner, until_ms = '', '', 0
-  redis.call('HSET', state, 't', '', 'u', 0)
+  redis.call('HSET', state, 't', '', 'u', 0, 's', since)
 end
 
 local function answer(code, fresh)
@@ -159,8 +165,9 @@ RELEASE = Script.of(
     _LOCK
     + f"""
 -- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then;
--- '2' to give up only what is told to our inbox; '3' only if it does not know that it holds.
+-- '2' to give up only what is told to our inbox; '3' only if it does not know that it holds. 7 token.
 -- The codes are those of RENEW.
+local had = tonumber(ARGV[7])
 if ARGV[6] == '1' then redis.call('SET', KEYS[4], '', 'PX', {GONE_MS}) end
 """
     + """
@@ -170,14 +177,16 @@ if ARGV[6] == '2' or ARGV[6] == '3' then
   if where ~= inbox or (ARGV[6] == '3' and holder == ticket and s[5] == '1') then return answer(2) end
 end
 if holder == ticket then
+  if ARGV[6] == '0' and had ~= token then since = token + 1 end -- It was taken from its holder.
   holder, owner, until_ms = '', '', 0
-  redis.call('HSET', state, 't', '', 'u', 0, 'l', ticket)
+  redis.call('HSET', state, 't', '', 'u', 0, 's', since)
   pass_on()
   return answer(0)
 end
 local code = 2
-if s[6] == ticket or leave(ticket) == 1 then
-  code = 0
+local gave_back = since > 0 and had >= since and (had < token or had == token and holder == '')
+if leave(ticket) == 1 or gave_back then
+  code = 0 -- It waited; or it is told once more, because the answer to the first time was lost.
 elseif holder ~= '' and ARGV[6] == '0' then
   code = 1
 end

@@ -88,9 +88,10 @@ class RedisLockStore:
         if self._entering is not None:
             self._entering.cancel()
         self._place = self._entering = self._deaf = None
+        listener, self._listener = self._listener, None  # Replies may come until the transport is closed.
         try:
-            if self._listener is not None:
-                await self._listener.close()
+            if listener is not None:
+                await listener.close()
         finally:
             await self._transport.close()
 
@@ -125,9 +126,9 @@ class RedisLockStore:
             case RenewLock(ttl=ttl):
                 ours.append(_ms(ttl))
                 script, read = RENEW, partial(_held, Renewed(ttl), name)
-            case ReleaseLock(abandon=abandon, unclaimed=unclaimed, offered=offered):
+            case ReleaseLock(token=token, abandon=abandon, unclaimed=unclaimed, offered=offered):
                 keys.append(gone)
-                ours.append("1" if abandon else "3" if offered else "2" if unclaimed else "0")
+                ours += ["1" if abandon else "3" if offered else "2" if unclaimed else "0", token]
                 script, read = RELEASE, partial(_held, Released(), name)
             case DescribeLock():
                 script, read = DESCRIBE, _described
@@ -176,9 +177,8 @@ class RedisLockStore:
                 break
             except CacheError as error:
                 if not error.transient:
-                    self._deaf = (
-                        error  # The user may not listen. Who cannot be told does not wait, and is told that now.
-                    )
+                    # The user may not listen. Who cannot be told does not wait, and is told that now.
+                    self._deaf = error
                     break
         self._missed()
 

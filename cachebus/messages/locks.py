@@ -78,7 +78,10 @@ class RenewLock(Request[Renewed | NotHeld]):
 
 @message("lock.release")
 class ReleaseLock(Request[Released | NotHeld]):
-    """Give a lock back, or the place in its queue. `owner` and `token` are for those who listen.
+    """Give a lock back, or the place in its queue. `owner` is for those who listen.
+
+    `token` is that of the grant: with it the lock may be given back again when the answer was lost, whoever has it by then.
+    Without it the lock is taken from its holder, who is told so when it gives it back.
 
     With `abandon` whoever asked does not know what became of its `Acquire`: should that come only now, it is refused. With
     `unclaimed` a manager gives up what it was not asked for again; only if no other manager was, and it may come again. With

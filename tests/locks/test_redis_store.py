@@ -24,6 +24,7 @@ from cachebus.messages import (
 )
 from cachebus.settings import backend_from_url
 from cachebus.stores import build_lock_store
+from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis
 
 pytestmark = pytest.mark.anyio
@@ -106,6 +107,25 @@ async def test_whoever_may_not_be_told_does_not_wait(server: Server) -> None:
     assert isinstance(reply.error(), CacheConfigurationError)
     assert isinstance(await one(store, ReleaseLock("b", "t1")), Released)
     await store.close()
+
+
+async def test_a_reply_that_comes_while_the_store_is_closed_breaks_nothing(server: Server) -> None:
+    troubles: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: troubles.append(context))
+    with Proxy.before(server) as proxy:
+        (holder, _), (waiter, _) = store_at(server.url), store_at(proxy.url(server.url))
+        await holder.open()
+        await waiter.open()
+        assert isinstance(await one(holder, Acquire("d", "holder", "t1", 30.0)), LockGranted)
+        assert await one(waiter, DescribeLock("d"))
+        proxy.switch("latency", seconds=0.2)
+        asked = asyncio.create_task(one(waiter, Acquire("d", "waiter", "t2", 30.0, 30.0)))
+        await asyncio.sleep(0.05)
+        await waiter.close()
+        with anyio.fail_after(5):
+            assert isinstance(await asked, LockQueued | Failed)
+        await holder.close()
+    assert not troubles
 
 
 async def test_an_offer_that_is_heard_late_takes_the_lock_from_nobody(server: Server) -> None:

@@ -214,6 +214,46 @@ class LockConformance:
             assert isinstance(await way.ask(ReleaseLock("a", "ticket")), Released)
             assert isinstance(await way.ask(DescribeLock("a")), LockFree)
 
+    async def test_a_lock_may_be_given_back_twice_with_one_ticket(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            given_back: list[ReleaseLock] = []
+            for ticket in ("t1", "t2", "t3"):
+                grant = await way.ask(Acquire("a", ticket, ticket, LONG))
+                assert isinstance(grant, LockGranted)
+                # As whoever does it again because the answer to the first time was lost.
+                for earlier in given_back:
+                    assert isinstance(await way.ask(earlier), Released)
+                info = await way.ask(DescribeLock("a"))
+                assert isinstance(info, LockInfo)
+                assert info.owner == ticket
+                given_back.append(ReleaseLock("a", ticket, ticket, grant.token))
+                for _ in range(2):
+                    assert isinstance(await way.ask(given_back[-1]), Released)
+
+    async def test_whom_it_was_taken_from_is_told(self, store: LockStore, clock: Clock) -> None:
+        async with managed(store, clock) as way:
+            grant = await way.ask(Acquire("a", "me", "t1", LONG))
+            assert isinstance(grant, LockGranted)
+            assert isinstance(
+                await way.ask(ReleaseLock("a", "t1")), Released
+            )  # By somebody who does not know its token.
+            assert isinstance(await way.ask(ReleaseLock("a", "t1", "me", grant.token)), NotHeld)
+
+    async def test_one_that_was_lost_is_not_given_back_the_second_time_either(
+        self, store: LockStore, clock: Clock
+    ) -> None:
+        async with managed(store, clock) as way:
+            lost = await way.ask(Acquire("a", "me", "t1", self.short_ttl))
+            assert isinstance(lost, LockGranted)
+            await self.elapse(self.short_ttl + self.lag)
+            release = ReleaseLock("a", "t1", "me", lost.token)
+            assert isinstance(await way.ask(release), NotHeld)
+            assert isinstance(await way.ask(release), NotHeld)
+            async with Lock(way, "a", wait=self.lag + 2):
+                with pytest.raises(LockNotOwned):
+                    await way.ask(release)
+            assert isinstance(await way.ask(release), NotHeld)
+
     async def test_who_waits_no_longer_leaves_the_queue(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as way:
             lock = await Lock(way, "a", ttl=LONG).acquire()
