@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -106,7 +107,7 @@ class Node:
                     continue
                 await self.supervisor.start(
                     backend_address(backend.name),
-                    lambda backend=backend: self._actor(backend),  # type: ignore[misc]
+                    partial(self._actor, backend),
                     backend=backend.name,
                     visibility=self.visibility(backend),
                 )
@@ -163,7 +164,7 @@ class Node:
             if each.type != "bus" and each.type not in LOCKLESS:
                 await self.supervisor.start(
                     self._lock_address(each),
-                    lambda each=each: self._lock_manager(each),  # type: ignore[misc]
+                    partial(self._lock_manager, each),
                     backend="locks",
                     visibility=self.visibility(each),
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import anyio
@@ -23,18 +23,29 @@ async def cache() -> AsyncIterator[Cache]:
         yield cache
 
 
+def as_elsewhere(cache: Cache) -> Cache:
+    """A cache of its own at the same backend, as in another process."""
+    return Cache(lambda: pytest.fail("it has a link, and makes no node")).attach(cache.link)
+
+
+def asking(load: Slow, values: list[Any]) -> Callable[[Cache], Coroutine[Any, Any, None]]:
+    """What asks a cache for the value that `load` brings, and notes it."""
+
+    async def call(cache: Cache) -> None:
+        values.append(await cache.get_or_load("k", load))
+
+    return call
+
+
 async def test_a_store_without_leases_has_one_load_in_each_process() -> None:
     load = Slow()
     values: list[Any] = []
+    call = asking(load, values)
 
     async with open_cache(settings(), stores=lambda _: NullStore()) as cache:
-
-        async def call() -> None:
-            values.append(await cache.get_or_load("k", load))
-
         async with anyio.create_task_group() as tasks:
             for _ in range(10):
-                tasks.start_soon(call)
+                tasks.start_soon(call, cache)
             await load.begun.wait()
             await anyio.wait_all_tasks_blocked()
             load.go_on.set()
@@ -49,13 +60,10 @@ async def test_a_store_that_lets_nobody_wait_is_asked_again_and_again() -> None:
     store = ChaosStore(MemoryStore(), seed=1)
     load = Slow()
     values: list[Any] = []
+    call = asking(load, values)
 
     async with open_cache(settings(), stores=lambda _: store) as cache:
-        # Another process: a cache of its own at the same backend.
-        other = Cache(lambda: cache._node).attach(cache.link)  # type: ignore[arg-type, return-value]
-
-        async def call(of: Cache) -> None:
-            values.append(await of.get_or_load("k", load))
+        other = as_elsewhere(cache)
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call, cache)
@@ -71,12 +79,10 @@ async def test_a_store_that_lets_nobody_wait_is_asked_again_and_again() -> None:
 
 
 async def test_two_caches_at_one_memory_backend_share_a_load_by_waiting(cache: Cache) -> None:
-    other = Cache(lambda: cache._node).attach(cache.link)  # type: ignore[arg-type, return-value]
+    other = as_elsewhere(cache)
     load = Slow()
     values: list[Any] = []
-
-    async def call(of: Cache) -> None:
-        values.append(await of.get_or_load("k", load))
+    call = asking(load, values)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(call, cache)
@@ -92,7 +98,7 @@ async def test_two_caches_at_one_memory_backend_share_a_load_by_waiting(cache: C
 
 
 async def test_the_error_of_a_loader_elsewhere_says_what_it_raised(cache: Cache) -> None:
-    other = Cache(lambda: cache._node).attach(cache.link)  # type: ignore[arg-type, return-value]
+    other = as_elsewhere(cache)
     load = Slow(LookupError("with a secret in it"))
     errors: list[str] = []
 
@@ -112,7 +118,7 @@ async def test_the_error_of_a_loader_elsewhere_says_what_it_raised(cache: Cache)
 
 
 async def test_when_whoever_loads_gives_up_one_of_those_who_wait_loads(cache: Cache) -> None:
-    other = Cache(lambda: cache._node).attach(cache.link)  # type: ignore[arg-type, return-value]
+    other = as_elsewhere(cache)
     begun = anyio.Event()
     values: list[Any] = []
 

@@ -86,14 +86,16 @@ class Leasing(Conformance):
             self.needs(store, "patterns")
         await ask(store, VOIDING[how]())
 
-    async def store_stale(self, store: AnyStore, stale_for: float) -> None:
-        """Store what may be served stale, where that can be said at all."""
+    async def store_stale(self, store: AnyStore, stale_for: float) -> bool:
+        """Store what may be served stale. `False` if it was refused, because JSON has no such number."""
         t1 = await granted(store, lease("t1"))
         try:
             reply = await ask(store, commit(t1, b"old", ttl=self.short_ttl, origin=Origin(0.5, stale_for)))
         except CacheSerializationError:
-            pytest.skip("JSON has no such number")
+            assert not math.isfinite(stale_for)
+            return False
         assert isinstance(reply, Stored)
+        return True
 
     async def test_a_store_leases_or_says_that_it_cannot(self, store: AnyStore) -> None:
         if store.capabilities.leases:
@@ -300,7 +302,8 @@ class Leasing(Conformance):
 
     @pytest.mark.parametrize("stale_for", [1e9, 1e18, math.inf])
     async def test_what_may_be_served_stale_for_ages_is_kept(self, leasing: AnyStore, stale_for: float) -> None:
-        await self.store_stale(leasing, stale_for)
+        if not await self.store_stale(leasing, stale_for):
+            return
         await ask(leasing, Set("other", b"v", ttl=self.short_ttl))
         await self.expire(leasing, times=2)
         if isinstance(leasing, InlineStore):
@@ -314,7 +317,8 @@ class Leasing(Conformance):
 
     @pytest.mark.parametrize("stale_for", [-1.0, -math.inf, math.nan])
     async def test_for_less_than_no_time_is_not_at_all(self, leasing: AnyStore, stale_for: float) -> None:
-        await self.store_stale(leasing, stale_for)
+        if not await self.store_stale(leasing, stale_for):
+            return
         await self.expire(leasing)
         reply = await ask(leasing, lease("t2"))
         assert isinstance(reply, LeaseGranted)

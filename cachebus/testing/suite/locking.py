@@ -234,9 +234,8 @@ class LockConformance:
         async with managed(store, clock) as way:
             grant = await way.ask(Acquire("a", "me", "t1", LONG))
             assert isinstance(grant, LockGranted)
-            assert isinstance(
-                await way.ask(ReleaseLock("a", "t1")), Released
-            )  # By somebody who does not know its token.
+            by_somebody_else = ReleaseLock("a", "t1")  # Who does not know its token.
+            assert isinstance(await way.ask(by_somebody_else), Released)
             assert isinstance(await way.ask(ReleaseLock("a", "t1", "me", grant.token)), NotHeld)
 
     async def test_one_that_was_lost_is_not_given_back_the_second_time_either(
