@@ -162,8 +162,10 @@ class AskingBatches:
 
     async def _collect(self) -> None:
         now = self._ctx.clock.monotonic
-        while self._owed and not self._closed:
+        while self._owed:
             await self._ctx.clock.sleep_until(now() + AGAIN)
+            if self._closed:
+                return
             owed, self._owed = self._owed[:MAX_BATCH], self._owed[MAX_BATCH:]
             for (request, until), reply in zip(owed, await self._repeated(owed), strict=True):
                 if isinstance(reply, Released) and request.token:
