@@ -24,12 +24,13 @@ RETAIN_MS = 7 * 86_400_000
 """How long the last token of a lock that nobody wants is remembered. After that the clock alone makes it grow."""
 
 GONE_MS = 60_000
+DAY_MS = 86_400_000
 
 # Arguments: 1 ticket, 2 our inbox, 3 what channels begin with, 4 name, 5 whether PUBLISH does not say who heard it.
 _HEAD = f"""
 local state, queue, rows = KEYS[1], KEYS[2], KEYS[3]
 local ticket, inbox, channels, name, silent = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1'
-local CLAIM, RETAIN = {CLAIM_MS}, {RETAIN_MS}
+local CLAIM, RETAIN, DAY = {CLAIM_MS}, {RETAIN_MS}, {DAY_MS}
 local s = redis.call('HMGET', state, 't', 'o', 'n', 'u', 'c', 's', 'i')
 local holder, owner, token, until_ms = s[1] or '', s[2] or '', tonumber(s[3] or 0), tonumber(s[4] or 0)
 local since = tonumber(s[6] or 0)
@@ -48,6 +49,8 @@ local function keep(key, ms)
 end
 
 local function give(who, whose, ttl_ms, claimed, where)
+  -- The state is kept for a week from the first time of a day, because each time would cost as much as the giving.
+  local kept = math.floor(token / 1000 / DAY) == math.floor(now_ms / DAY)
   token = math.max(token + 1, now)
   holder, owner, until_ms = who, whose, now_ms + ttl_ms
   redis.call('HSET', state, 't', who, 'o', whose, 'n', token, 'u', until_ms, 'c', claimed, 'i', where)
@@ -55,7 +58,7 @@ local function give(who, whose, ttl_ms, claimed, where)
     since = token
     redis.call('HSET', state, 's', since)
   end
-  keep(state, ttl_ms)
+  if not kept or ttl_ms > DAY then keep(state, ttl_ms) end
 end
 
 -- Give a free lock to the first who waits and is there. Who waits in our own process is told by the reply.
@@ -100,10 +103,14 @@ if holder ~= '' and until_ms <= now_ms then
   redis.call('HSET', state, 't', '', 'u', 0, 's', since)
 end
 
+-- As short as may be, because each part of it costs as much as looking into the queue. 0 is what most callers hope for.
 local function answer(code, fresh)
   if lost_token > 0 and s[5] == '0' then lost_token = 0 end
-  return {code, owner, token, math.max(0, until_ms - now_ms), fresh or 0,
-    next_ticket, next_ttl, offered, lost, lost_token}
+  local others = next_ticket ~= '' or offered > 0 or lost_token > 0
+  if code == 0 and not others then return {code, token} end
+  local left = math.max(0, until_ms - now_ms)
+  if not others then return {code, token, owner, left, fresh or 0} end
+  return {code, token, owner, left, fresh or 0, next_ticket, next_ttl, offered, lost, lost_token}
 end
 """
 )
@@ -113,7 +120,8 @@ ACQUIRE = Script.of(
     + """
 -- More: 6 owner, 7 milliseconds to hold, 8 milliseconds to wait.
 local me, ttl_ms, wait_ms = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
-if redis.call('EXISTS', KEYS[4]) == 1 then return answer(2) end
+local some = redis.call('EXISTS', KEYS[4], queue) > 0
+if some and redis.call('EXISTS', KEYS[4]) == 1 then return answer(2) end
 if holder == ticket then
   until_ms = now_ms + ttl_ms
   redis.call('HSET', state, 'u', until_ms, 'c', 1, 'i', inbox)
@@ -121,13 +129,13 @@ if holder == ticket then
   return answer(0)
 end
 local fresh = 0
-if holder ~= '' or redis.call('EXISTS', queue) == 1 then
+if holder ~= '' or some then
   if wait_ms > 0 then
     if not redis.call('ZSCORE', queue, ticket) then
       fresh = 1
       redis.call('ZADD', queue, redis.call('HINCRBY', state, 'q', 1), ticket)
       keep(queue, wait_ms)
-      keep(state, wait_ms)
+      keep(state, math.max(wait_ms, until_ms - now_ms))
     end
     redis.call('HSET', rows, ticket, table.concat({inbox, now_ms + wait_ms, ttl_ms, me}, '|'))
     keep(rows, wait_ms)
@@ -137,7 +145,7 @@ if holder ~= '' or redis.call('EXISTS', queue) == 1 then
   if holder == '' then pass_on() end
 end
 if holder == '' then
-  leave(ticket)
+  if some then leave(ticket) end
   give(ticket, me, ttl_ms, 1, inbox)
 end
 if holder == ticket then return answer(0) end
@@ -177,9 +185,9 @@ if ARGV[6] == '2' or ARGV[6] == '3' then
   if where ~= inbox or (ARGV[6] == '3' and holder == ticket and s[5] == '1') then return answer(2) end
 end
 if holder == ticket then
-  if ARGV[6] == '0' and had ~= token then since = token + 1 end -- It was taken from its holder.
+  if ARGV[6] == '0' and had ~= token then redis.call('HSET', state, 's', token + 1) end -- It was taken from its holder.
   holder, owner, until_ms = '', '', 0
-  redis.call('HSET', state, 't', '', 'u', 0, 's', since)
+  redis.call('HSET', state, 't', '', 'u', 0)
   pass_on()
   return answer(0)
 end
@@ -199,6 +207,7 @@ DESCRIBE = Script.of(
     _LOCK
     + """
 if holder == '' then pass_on() end
-return answer(holder == '' and 1 or 0)
+-- The code is 0 if nobody holds it.
+return answer(holder == '' and 0 or 1)
 """
 )

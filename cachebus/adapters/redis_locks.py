@@ -136,9 +136,9 @@ class RedisLockStore:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
         def make(reply: Any, now: float) -> Reply:
-            self._told(name, reply)
+            passed_on = len(reply) > 5 and self._told(name, reply)
             answer = read(reply)
-            if type(answer) is Released and not reply[5] and not reply[7] and self.told is not None:
+            if type(answer) is Released and self.told is not None and not passed_on:
                 self.told.look(name)  # Nobody waits there. Whoever does here has lost its place, as after a flush.
             if type(answer) is LockQueued:
                 self._enter()
@@ -148,12 +148,12 @@ class RedisLockStore:
 
         return [len(keys), *keys, *ours], state, script, make
 
-    def _told(self, name: str, reply: Any) -> None:
-        """Pass on what a reply says about others than who asked."""
-        token = reply[2]
-        next_ticket, next_ttl, offered, lost, lost_token = reply[5:10]
+    def _told(self, name: str, reply: Any) -> bool:
+        """Pass on what a reply says about others than who asked. Whether the lock was given, or offered, to one of them."""
+        token = reply[1]
+        next_ticket, next_ttl, offered, lost, lost_token = reply[5:]
         if self.told is None:
-            return
+            return False
         if lost_token:
             self.told.expired(name, lost.decode(), lost_token)
         if next_ticket:
@@ -161,6 +161,7 @@ class RedisLockStore:
         if offered:
             # Should nobody be there to take it, somebody must notice.
             self.told.look(name, delay=CLAIM_MS / 1000 + 0.1)
+        return bool(next_ticket or offered)
 
     # The inbox
 
@@ -217,23 +218,26 @@ def _ms(seconds: float) -> int:
 
 
 def _acquired(ttl: float, reply: Any) -> Reply:
-    code, owner, token, remaining, fresh = reply[:5]
+    code, token = reply[:2]
     if code == 0:
         return LockGranted(token, ttl)
+    owner, remaining, fresh = reply[2:5]
     if code == 1:
         return LockQueued(owner.decode(), remaining / 1000, bool(fresh))
     return LockDenied(owner.decode(), remaining / 1000)
 
 
 def _held(good: Reply, name: str, reply: Any) -> Reply:
-    code, owner = reply[:2]
+    code = reply[0]
     if code == 0:
         return good
     if code == 1:
-        return Failed.of(LockNotOwned(name=name, owner=owner.decode()))
+        return Failed.of(LockNotOwned(name=name, owner=reply[2].decode()))
     return NotHeld()
 
 
 def _described(reply: Any) -> Reply:
-    code, owner, token, remaining = reply[:4]
-    return LockFree() if code else LockInfo(owner.decode(), token, remaining / 1000)
+    if not reply[0]:
+        return LockFree()
+    token, owner, remaining = reply[1:4]
+    return LockInfo(owner.decode(), token, remaining / 1000)

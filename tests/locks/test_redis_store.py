@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,6 +127,39 @@ async def test_a_reply_that_comes_while_the_store_is_closed_breaks_nothing(serve
             assert isinstance(await asked, LockQueued | Failed)
         await holder.close()
     assert not troubles
+
+
+async def kept_for(server: Server, name: str) -> float:
+    """For how many days the server will remember a lock."""
+    said = await anyio.to_thread.run_sync(lambda: redis_command(server, "TTL", f"stores#lock:{{{name}}}"))
+    return int(said.strip(b":\r\n")) / 86_400
+
+
+async def test_a_lock_is_remembered_for_longer_than_it_is_held(server: Server) -> None:
+    store, _ = store_at(server.url)
+    await store.open()
+    assert isinstance(await one(store, Acquire("e", "holder", "t0", 30.0)), LockGranted)
+    assert isinstance(await one(store, ReleaseLock("e", "t0")), Released)
+    assert isinstance(await one(store, Acquire("e", "holder", "t1", 30 * 86_400.0)), LockGranted)
+    assert await kept_for(server, "e") > 30
+    assert isinstance(await one(store, Acquire("e", "waiter", "t2", 1.0, 5.0)), LockQueued)
+    assert await kept_for(server, "e") > 30
+    await store.close()
+
+
+@pytest.mark.parametrize("ago", [86_400.0, -86_400.0], ids=["used yesterday", "the clock was set back"])
+async def test_a_lock_that_is_used_is_remembered_for_a_week_from_then(server: Server, ago: float) -> None:
+    store, _ = store_at(server.url)
+    await store.open()
+    state, token = "stores#lock:{f}", int((time.time() - ago) * 1e6)
+    await anyio.to_thread.run_sync(lambda: redis_command(server, "HSET", state, "n", str(token)))
+    await anyio.to_thread.run_sync(lambda: redis_command(server, "EXPIRE", state, "100"))
+    granted = await one(store, Acquire("f", "holder", "t1", 30.0))
+    assert isinstance(granted, LockGranted)
+    assert granted.token > token
+    assert await kept_for(server, "f") > 6
+    assert isinstance(await one(store, ReleaseLock("f", "t1", token=granted.token)), Released)
+    await store.close()
 
 
 async def test_an_offer_that_is_heard_late_takes_the_lock_from_nobody(server: Server) -> None:
