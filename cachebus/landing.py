@@ -16,9 +16,11 @@ from cachebus.messages import (
     Failed,
     Found,
     GetOrLease,
+    LeaseGranted,
     LeaseLost,
     Loaded,
     LoaderFailed,
+    Loading,
     NotHeld,
     NotStored,
     Origin,
@@ -27,7 +29,9 @@ from cachebus.messages import (
     Set,
     Stale,
     Stored,
+    WatchLease,
 )
+from cachebus.messages.late_init import write_init_now
 
 from .flight import (
     ABANDONED,
@@ -128,6 +132,11 @@ class Start:
         """End the flight, if it was not begun."""
         if not self.begun:
             self._ended()
+
+
+def prepare_loads() -> None:
+    """Write the constructors that a load needs: else all callers of the first cold key would wait for 5 ms more."""
+    write_init_now(LoadOptions, GetOrLease, LeaseGranted, Loading, WatchLease, NotHeld, Set, Stored, Found)
 
 
 class Landings:
