@@ -7,44 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-import anyio
-
 from cachebus.bus import TaskPort, open_port
 from cachebus.messages import (
     CacheClosed,
     CacheError,
-    CacheTimeoutError,
-    CircuitOpen,
     Failed,
-    LockReleased,
-    Released,
     ReleaseLock,
     Reply,
     Request,
-    error_class,
 )
 
 from .context import Context
 from .guard_policy import GuardPolicy
 from .late import LateStore
+from .lock_debts import MAX_BATCH, Debts, Then
 from .ports import BatchStore, InlineLockStore, PipelinedStore
 from .resilience import Guard
-
-Then = Callable[[Reply], None]
-"""Told the reply; an error is a `Failed`."""
-
-MAX_BATCH = 128
-
-OWED_FOR = 60.0
-"""Seconds for which the store is asked to take a lock back that it could not be given."""
-
-AGAIN = 1.0
-"""Seconds between two such tries."""
-
-PATIENCE = 2.0
-"""Seconds for which the answer to such a try is waited for."""
-
-MOST_OWED = 10_000
 
 
 class Asking(Protocol):
@@ -110,22 +88,16 @@ class AskingInline:
 
 class AskingBatches:
     """Over a store that waits for its answers: a lone request leaves at once, what comes while others are under way leaves
-    with the next batch. The store is opened by the first request, so that locks cost nothing where nobody uses them.
-
-    Where the store fails when a lock is given back, whoever gave it back is told so, and the store is asked again until
-    it is back: nobody else would, and the lock would be held by nobody until its lease ends.
-    """
+    with the next batch. The store is opened by the first request, so that locks cost nothing where nobody uses them."""
 
     def __init__(self, store: BatchStore, policy: GuardPolicy, ctx: Context) -> None:
         self._store = store
         self._asked: Any = LateStore(store, self._opened)
-        self._ctx = ctx
+        self._debts = Debts(self._asked, ctx)
         self._guard = Guard(policy, ctx, store.name)
         self._pipelined = isinstance(store, PipelinedStore)
         self._outbox: deque[tuple[Request[Any], Then]] = deque()
         self._wake: TaskPort | None = None
-        self._owed: list[tuple[ReleaseLock, float]] = []  # With when to ask no longer.
-        self._collects = False
         self._is_open = False
         self._closed = False
         ctx.start_soon(self._pump)
@@ -133,11 +105,7 @@ class AskingBatches:
     def ask(self, request: Request[Any], then: Then) -> None:
         """As `Asking.ask`."""
         if type(request) is ReleaseLock and not request.unclaimed:
-            self._release(request, then)
-        else:
-            self._ask(request, then)
-
-    def _ask(self, request: Request[Any], then: Then) -> None:
+            then = self._debts.unless_done(request, then)
         if self._pipelined and not self._outbox:
             try:
                 if self._guard.submit_at_once(self._asked, (request,), lambda replies: then(replies[0])):
@@ -148,41 +116,6 @@ class AskingBatches:
         self._outbox.append((request, then))
         if self._wake is not None:
             self._wake.answer(None)
-
-    def _release(self, request: ReleaseLock, then: Then) -> None:
-        def replied(reply: Reply) -> None:
-            if _is_undone(reply) and len(self._owed) < MOST_OWED:
-                self._owed.append((request, self._ctx.clock.monotonic() + OWED_FOR))
-                if not self._collects:
-                    self._collects = True
-                    self._ctx.start_soon(self._collect)
-            then(reply)
-
-        self._ask(request, replied)
-
-    async def _collect(self) -> None:
-        now = self._ctx.clock.monotonic
-        while self._owed:
-            await self._ctx.clock.sleep_until(now() + AGAIN)
-            if self._closed:
-                return
-            owed, self._owed = self._owed[:MAX_BATCH], self._owed[MAX_BATCH:]
-            for (request, until), reply in zip(owed, await self._repeated(owed), strict=True):
-                if isinstance(reply, Released) and request.token:
-                    self._ctx.tell(LockReleased, request.name, request.owner, request.token)
-                elif _is_undone(reply) and now() < until:
-                    self._owed.append((request, until))
-        self._collects = False
-
-    async def _repeated(self, owed: Sequence[tuple[ReleaseLock, float]]) -> Sequence[Reply]:
-        # Past the guard: this goes on while the circuit is open, and says nothing about what callers would meet.
-        replies: Sequence[Reply] = [Failed.of(CacheTimeoutError())] * len(owed)
-        with anyio.move_on_after(PATIENCE):
-            try:
-                replies = await self._asked.execute([request for request, _ in owed])
-            except CacheError as error:
-                replies = [Failed.of(error)] * len(owed)
-        return replies
 
     def sweep(self) -> None:
         """As `Asking.sweep`: a server does so by itself."""
@@ -195,6 +128,7 @@ class AskingBatches:
         """As `Asking.close`."""
         self._closed = True
         self._guard.close()
+        self._debts.close()
         if self._wake is not None:
             self._wake.answer(None)
         try:
@@ -232,8 +166,3 @@ class AskingBatches:
 
     def _opened(self) -> None:
         self._asked, self._is_open = self._store, True
-
-
-def _is_undone(reply: Reply) -> bool:
-    """Whether the store could not be asked, or did not say what it did."""
-    return isinstance(reply, Failed) and (error_class(reply.code).transient or reply.code == CircuitOpen.code)

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 import cachebus.settings  # noqa: F401 (which blocks, as an import does, if a test is the first to open a cache)
-from cachebus import CacheConnectionError, CacheTimeoutError, CircuitOpen, open_cache
+from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, CircuitOpen, open_cache
 from cachebus.messages import LockReleased
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, run_memcached, run_redis
@@ -34,6 +34,24 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[Server, str]]:
 @pytest.fixture
 def name() -> str:
     return uuid4().hex
+
+
+async def test_many_are_given_back_soon(server: tuple[Server, str], name: str) -> None:
+    running, url = server
+    with Proxy.before(running) as proxy:
+        async with (
+            open_cache(url, namespace="fleet", timeout=5.0) as other,
+            open_cache(proxy.url(url), namespace="fleet", timeout=5.0) as cache,
+        ):
+            locks = [await cache.lock(f"{name}{number}", ttl=600).acquire() for number in range(400)]
+            proxy.switch("refuse")
+            released = await asyncio.gather(*(each.release() for each in locks), return_exceptions=True)
+            assert all(isinstance(each, CacheError) for each in released)
+            proxy.switch("pass")
+            with anyio.fail_after(30):
+                for each in locks:
+                    while await other.lock(each.name).is_locked():
+                        await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("waits", [False, True])
