@@ -22,7 +22,7 @@ from cachebus.messages import Delete, Deleted, Found, Stale
 from .simulation import simulate
 
 # Another part of them: CACHEBUS_FIRST_SEED=100001 CACHEBUS_SEEDS=10000. For millions there is `make soak`.
-SEEDS = int(os.environ.get("CACHEBUS_SEEDS", "1200"))
+SEEDS = int(os.environ.get("CACHEBUS_SEEDS", "2000"))
 FIRST = int(os.environ.get("CACHEBUS_FIRST_SEED", "1"))
 PART = 100
 
