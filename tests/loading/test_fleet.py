@@ -61,7 +61,7 @@ def test_when_whoever_loads_is_killed_there_is_exactly_one_more_load(shared: Sha
 @pytest.mark.parametrize("shared", ["redis", "memcached", "worker", "worker on redis"], indirect=True)
 def test_the_error_of_a_loader_goes_to_all_who_wait_and_the_next_may_try_at_once(shared: Shared) -> None:
     waiting = ("--callers", "200", "--name", "of another")
-    with fleet(shared, ("--callers", "200", "--seconds", "1.0", "--fails"), waiting, waiting) as (
+    with fleet(shared, ("--callers", "200", "--seconds", "4.0", "--fails"), waiting, waiting) as (
         first,
         *others,
         next_,
