@@ -28,6 +28,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
 """Seconds between two questions to a store that does not let a caller wait: the first pause, and the longest. Where the
 store tells the end of a lease it is asked after that, or after the longest."""
 
+HEARD_LATE = 0.02
+"""Seconds by which the end of a lease may be heard after the next lease was granted."""
+
 
 class Watches(Landings):
     """The loads of one cache, and what it waits for that others load."""
@@ -92,6 +95,11 @@ class Watches(Landings):
                 flight.land(Value(reply.value))
                 return
             if isinstance(reply, LeaseGranted):
+                if (failed := await self._failed(way, job, name)) is not None:
+                    self.flights.pop(token, None)
+                    self._give_back(way, job.key, reply.token)
+                    flight.land(Raised(failed))
+                    return
                 self._granted(flight, token, reply.token)
                 self.renewals.hold(way.link, job.key, reply.token, job.options.lease_ttl)
                 try:
@@ -131,6 +139,11 @@ class Watches(Landings):
         if pause:
             await way.pause(pause)
         return None
+
+    async def _failed(self, way: Way, job: Job, name: str) -> LoaderFailed | None:
+        """What a loader of another process has failed with, if its lease ended between two questions: then the second one is
+        granted to us, who waited for that load. A store that tells the end does so by another way, and a little later."""
+        return await self._ended_elsewhere(way, job, name, 0.0, HEARD_LATE) if self._told else None
 
     # Hits that are not only read
 

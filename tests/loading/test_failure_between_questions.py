@@ -1,0 +1,69 @@
+"""A loader of another process that fails between two questions about its lease: who waited for it is told, and does not load."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from cachebus import open_cache
+from cachebus.adapters.redis_watch import LeaseWatch
+from cachebus.messages import Failed, LoaderFailed, Loading, WatchLease
+from cachebus.testing.servers import Server, redis_server
+
+from .slow import Slow
+
+__all__ = ["redis_server"]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def test_who_waited_for_it_does_not_load(redis_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = LeaseWatch.watch
+    too_late: list[Failed] = []
+
+    def deaf_once(self: LeaseWatch, request: WatchLease, told: Any) -> None:
+        """Says that time is up just when the loader has failed."""
+
+        def heard(reply: Any) -> None:
+            if isinstance(reply, Failed):
+                too_late.append(reply)
+                told(Loading(request.token))
+            else:
+                wait(heard)
+
+        def wait(told: Any) -> None:
+            watch(self, WatchLease(request.key, request.token, 30.0), told)
+
+        if too_late:
+            watch(self, request, told)
+        else:
+            wait(heard)
+
+    monkeypatch.setattr(LeaseWatch, "watch", deaf_once)
+    load, mine = Slow(OSError("the source is away")), Slow("mine")
+    mine.go_on.set()
+    namespace = uuid4().hex
+    async with (
+        open_cache(redis_server.url, namespace=namespace) as other,
+        open_cache(redis_server.url, namespace=namespace) as cache,
+    ):
+        loading = asyncio.create_task(other.get_or_load("k", load))
+        await load.begun.wait()
+        waiting = [asyncio.create_task(cache.get_or_load("k", mine)) for _ in range(10)]
+        await asyncio.sleep(0.3)
+        load.go_on.set()
+        with pytest.raises(OSError, match="away"):
+            await loading
+        for each in waiting:
+            with pytest.raises(LoaderFailed):
+                await each
+        assert too_late
+        assert mine.calls == 0
+        async with asyncio.timeout(5):
+            assert await cache.get_or_load("k", mine) == "mine", "the next may try at once"
