@@ -95,9 +95,15 @@ class Watches(Landings):
                 flight.land(Value(reply.value))
                 return
             if isinstance(reply, LeaseGranted):
-                if (failed := await self._failed(way, job, name)) is not None:
-                    self.flights.pop(token, None)
-                    self._give_back(way, job.key, reply.token)
+                loads = False
+                try:
+                    failed = await self._failed(way, job, name)
+                    loads = failed is None
+                finally:
+                    if not loads:  # Also where everybody has stopped waiting meanwhile.
+                        self.flights.pop(token, None)
+                        self._give_back(way, job.key, reply.token)
+                if failed is not None:
                     flight.land(Raised(failed))
                     return
                 self._granted(flight, token, reply.token)

@@ -8,14 +8,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from cachebus.bus import TaskPort, open_port
-from cachebus.messages import (
-    CacheClosed,
-    CacheError,
-    Failed,
-    ReleaseLock,
-    Reply,
-    Request,
-)
+from cachebus.messages import CacheClosed, CacheError, Failed, ReleaseLock, Reply, Request
 
 from .context import Context
 from .guard_policy import GuardPolicy

@@ -71,6 +71,12 @@ class Debts:
         return replied
 
     async def _collect(self) -> None:
+        try:
+            await self._ask_again()
+        finally:
+            self._collects = False
+
+    async def _ask_again(self) -> None:
         while self._owed:
             await self._ctx.clock.sleep_until(self._now() + AGAIN)
             if self._closed:
@@ -88,7 +94,6 @@ class Debts:
             # First those that were not asked for: of several servers one may be there.
             now = self._now()
             self._owed[:0] = [each for each in (*owed, *undone) if now < each[1]]
-        self._collects = False
 
     async def _repeated(self, batch: Sequence[ReleaseLock]) -> Sequence[Reply]:
         # Past the guard: this goes on while the circuit is open, and says nothing about what callers would meet.

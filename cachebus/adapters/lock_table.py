@@ -170,7 +170,7 @@ class LockTable:
         return held
 
     def _note_loss(self, name: str, token: int) -> None:
-        if len(self._lost) >= self._max_locks:
+        if len(self._lost) >= self._max_locks and name not in self._lost:
             # What is not known any more is taken for lost: that is the safe answer to whoever gives a lock back.
             self._since = self._last_token + 1
             self._lost.clear()

@@ -67,3 +67,35 @@ async def test_who_waited_for_it_does_not_load(redis_server: Server, monkeypatch
         assert mine.calls == 0
         async with asyncio.timeout(5):
             assert await cache.get_or_load("k", mine) == "mine", "the next may try at once"
+
+
+async def test_a_lease_that_was_granted_when_everybody_had_gone_is_given_back(
+    redis_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = asyncio.Event()
+
+    async def never(*arguments: Any) -> None:
+        looking.set()
+        await asyncio.Event().wait()
+
+    load, mine = Slow(), Slow("mine")
+    mine.go_on.set()
+    namespace = uuid4().hex
+    async with (
+        open_cache(redis_server.url, namespace=namespace) as other,
+        open_cache(redis_server.url, namespace=namespace) as cache,
+    ):
+        monkeypatch.setattr(cache._loads, "_failed", never)
+        loading = asyncio.create_task(other.get_or_load("k", load, lease_ttl=60))
+        await load.begun.wait()
+        waiting = [asyncio.create_task(cache.get_or_load("k", mine, lease_ttl=60)) for _ in range(10)]
+        await asyncio.sleep(0.3)
+        loading.cancel()
+        async with asyncio.timeout(30):
+            await looking.wait()
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        async with asyncio.timeout(10):
+            assert await other.get_or_load("k", mine) == "mine"
+        assert not cache._loads.flights
