@@ -17,14 +17,14 @@ from cachebus.messages import (
     Found,
     GetOrLease,
     LeaseGranted,
-    LeaseLost,
+    LoadLeaseLost,
     Loaded,
     LoaderFailed,
     Loading,
     NotHeld,
     NotStored,
-    Origin,
-    Release,
+    LoadMetadata,
+    ReleaseLease,
     Reply,
     Set,
     Stale,
@@ -180,7 +180,7 @@ class Landings:
 
     def _give_back(self, way: Way, key: str, token: str | None, error: str = "", late: Found | None = None) -> None:
         if token:
-            way.link.send(Release(key, token, error, late))
+            way.link.send(ReleaseLease(key, token, error, late))
 
     # Loading
 
@@ -264,8 +264,8 @@ class Landings:
         if (record := job.options.record_of(error)) is None:
             return False
         ttl = job.options.time_of_error(self._chance)
-        # With an origin, however empty, a read of it takes no shortcut.
-        request = Set(job.key, record, ttl, job.tags, None, token or None, Origin())
+        # With metadata, however empty, a read of it takes no shortcut.
+        request = Set(job.key, record, ttl, job.tags, None, token or None, LoadMetadata())
         try:
             return isinstance(await way.ask(request), Stored)
         except Exception as why:  # The loader's own is what its callers are to get.
@@ -364,7 +364,7 @@ class Landings:
             self._give_back(way, job.key, token, "", late)
             return None
         ttl = job.options.time_to_live(result, self._chance)
-        return Set(job.key, result.value, ttl, tags, None, token or None, job.options.origin(load_time, result))
+        return Set(job.key, result.value, ttl, tags, None, token or None, job.options.metadata(load_time, result))
 
     def _declares_all(self, job: Job, result: LoadResult | Bare) -> bool:
         """Whether the backend knew of all tags from the beginning, so that no invalidation was missed."""
@@ -381,8 +381,8 @@ class Landings:
             late = Found(request.value, tags=request.tags) if len(request.tags) == len(job.tags) else None
             self._give_back(way, job.key, request.lease or "", "", late)
             return False
-        if LeaseLost in way.link.emitter.audience.kinds:
-            way.link.emitter.emit(LeaseLost(key=job.key))
+        if LoadLeaseLost in way.link.emitter.audience.kinds:
+            way.link.emitter.emit(LoadLeaseLost(key=job.key))
         return False
 
     def _context(self, job: Job, stale: Stale | Loaded | None, started: float) -> LoadContext:

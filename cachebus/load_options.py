@@ -9,7 +9,7 @@ from functools import lru_cache
 from types import EllipsisType
 from typing import Any, Literal
 
-from cachebus.messages import Loaded, Origin, Record, Ttl, record
+from cachebus.messages import Loaded, LoadMetadata, Record, Ttl, record
 
 from .cached_errors import CachedError, Remembered, check_classes
 from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
@@ -119,14 +119,14 @@ class LoadOptions(Record):
         """The exception that was kept, if this caller asks for such."""
         return remembered.error.rebuilt(self.cache_errors) if self.cache_errors else None
 
-    def origin(self, load_time: float, result: LoadResult | Bare) -> Origin | None:
+    def metadata(self, load_time: float, result: LoadResult | Bare) -> LoadMetadata | None:
         """What is kept of the load beside the value, if anything will ask for it."""
         stale_for = self.stale_for
         if result.stale_for is not None:
             stale_for = check_seconds("stale_for", result.stale_for, zero=True)
         if not stale_for and self.refresh is None and self.refresh_after is None and result.etag is None:
             return None
-        return Origin(load_time, stale_for, result.etag)
+        return LoadMetadata(load_time, stale_for, result.etag)
 
     def wants_refresh(self, found: Loaded, chance: random.Random) -> bool:
         """Whether a live value is to be loaded anew now.

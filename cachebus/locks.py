@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from cachebus.bus import origin
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     CacheError,
     CacheKeyError,
     DescribeLock,
@@ -144,7 +144,7 @@ class Lock:
         while True:
             sent = self._way.now()
             left = max(0.0, ends - sent)
-            reply = await self._ask(Acquire(self.name, self.owner, ticket, self.ttl, left), min(left, SLICE))
+            reply = await self._ask(AcquireLock(self.name, self.owner, ticket, self.ttl, left), min(left, SLICE))
             if not isinstance(reply, LockQueued):
                 return reply, sent
 

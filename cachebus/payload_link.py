@@ -30,7 +30,7 @@ from cachebus.messages import (
     NotStored,
     PayloadRejected,
     PayloadSealed,
-    Release,
+    ReleaseLease,
     Request,
     Set,
     SetMany,
@@ -122,7 +122,7 @@ class PayloadLink(Link):
 
     def send(self, message: Request[Any]) -> None:
         """As `Link.send`."""
-        if type(message) is Release and (late := message.late) is not None:
+        if type(message) is ReleaseLease and (late := message.late) is not None:
             try:
                 message = replace(message, late=with_value(late, self._encoded(message.key, late.value)))
             except CacheError:
@@ -353,7 +353,7 @@ class PayloadLink(Link):
             with contextlib.suppress(CacheSerializationError):
                 found = self._arrived(message, await ask(Get(message.key)))
                 if isinstance(found, Found):
-                    self.send(Release(message.key, arrived.token))
+                    self.send(ReleaseLease(message.key, arrived.token))
                     return found
         return arrived
 

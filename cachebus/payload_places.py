@@ -8,7 +8,7 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
-from cachebus.messages import Counted, FoundMany, LeaseGranted, Message
+from cachebus.messages import Incremented, FoundMany, LeaseGranted, Message
 
 from .payload_scalars import type_of
 
@@ -33,7 +33,7 @@ def _fields_of(kind: Any) -> tuple[str, ...]:
 def _carries_value(kind: Any) -> bool:
     """Whether messages of a kind carry a value of the user's. Of every kind there will be: one that is forgotten would hand out
     payloads."""
-    return issubclass(kind, Message) and kind is not Counted and "value" in _names(kind)
+    return issubclass(kind, Message) and kind is not Incremented and "value" in _names(kind)
 
 
 _names: Callable[[Any], tuple[str, ...]] = functools.cache(_fields_of)

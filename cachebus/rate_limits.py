@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-from cachebus.messages import Admit, RateLimited, Record, Refused, record
+from cachebus.messages import Admit, RateLimited, Record, RateLimitDenied, record
 
 from .checks import Duration, check_key, check_seconds
 from .failures import BACKEND_FAILURES
@@ -73,7 +73,7 @@ async def _check(way: Awaiting | Blocking, request: Admit, on_error: OnLimitErro
     except BACKEND_FAILURES as error:
         link.failures.settle(request, error, allow=on_error == "allow")
         return RateLimit(True, 0, unchecked=True)
-    if isinstance(reply, Refused):
+    if isinstance(reply, RateLimitDenied):
         return RateLimit(False, reply.remaining, reply.retry_after, reply.reset_after)
     if reply.delay:
         await way.pause(reply.delay)

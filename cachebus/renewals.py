@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from cachebus.messages import Renew
+from cachebus.messages import RenewLease
 
 from .link import Link
 
@@ -64,7 +64,7 @@ class Renewals:
             now = each.link.bus.clock.monotonic()
             if each.due <= now:
                 each.due = now + each.lease_ttl / PER_LEASE
-                each.link.send(Renew(each.key, token, each.lease_ttl))
+                each.link.send(RenewLease(each.key, token, each.lease_ttl))
             if earliest is None or each.due < earliest.due:
                 earliest = each
         if earliest is None:

@@ -37,10 +37,10 @@ from cachebus.messages import (
     Ping,
     Pong,
     RateLimitExceeded,
-    Refused,
-    Release,
+    RateLimitDenied,
+    ReleaseLease,
     RemovalCause,
-    Renew,
+    RenewLease,
     Reply,
     Request,
     Scan,
@@ -78,8 +78,8 @@ STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
     InvalidateTags,
     Clear,
     GetOrLease,
-    Renew,
-    Release,
+    RenewLease,
+    ReleaseLease,
     Admit,
 )
 """What a backend hands to its store."""
@@ -350,7 +350,7 @@ class BackendActor(Actor):
     def _admit(self, verb: PlainHandler) -> PlainHandler:
         def admit(request: Admit) -> Reply | Deferred | None:
             reply = verb(request)
-            if isinstance(reply, Refused):
+            if isinstance(reply, RateLimitDenied):
                 self.ctx.tell(RateLimitExceeded, request.key, request.cost, reply.retry_after)
             return reply
 

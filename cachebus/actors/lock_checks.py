@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from cachebus.messages import Acquire, BadMessage, CacheKeyError, DescribeLock, ReleaseLock, RenewLock
+from cachebus.messages import AcquireLock, BadMessage, CacheKeyError, DescribeLock, ReleaseLock, RenewLock
 
 LONGEST = 1e9
 """Seconds that a lock may be held or waited for: thirty years."""
 
 
-def check_lock_request(request: Acquire | RenewLock | ReleaseLock | DescribeLock) -> None:
+def check_lock_request(request: AcquireLock | RenewLock | ReleaseLock | DescribeLock) -> None:
     """Raise `BadMessage`, or `CacheKeyError` for a name."""
     if not request.name:
         raise CacheKeyError("the name of a lock must not be empty")
@@ -22,7 +22,7 @@ def check_lock_request(request: Acquire | RenewLock | ReleaseLock | DescribeLock
         return
     if not 0 < request.ttl <= LONGEST:
         raise BadMessage(f"ttl must be a positive number of seconds, 1e9 at most, not {request.ttl!r}")
-    if isinstance(request, Acquire):
+    if isinstance(request, AcquireLock):
         if not 0 <= request.wait <= LONGEST:
             raise BadMessage(f"wait must be a number of seconds from 0 to 1e9, not {request.wait!r}")
         if not _is_text(request.owner):

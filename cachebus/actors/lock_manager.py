@@ -1,7 +1,7 @@
 """The actor that gives out locks: it keeps whoever waits, in the order in which they came, and asks nobody twice a second.
 
 What decides who holds a lock is the store, in one step each time. The manager asks it for one caller, and again when
-something may have changed: the store says so, a lease ends, a connection came back. Each `Acquire` may be asked any number
+something may have changed: the store says so, a lease ends, a connection came back. Each `AcquireLock` may be asked any number
 of times, so none of these ever does harm, and none has to be the last word.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from cachebus.bus import Deferred
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     BadMessage,
     CacheKeyError,
     Describe,
@@ -49,7 +49,7 @@ from .lock_checks import check_lock_request
 from .lock_waiters import Agenda, Answer, Room, Waiter
 from .ports import BatchStore, InlineLockStore, LockStore
 
-LOCK_REQUESTS: tuple[type[Request[Any]], ...] = (Acquire, RenewLock, ReleaseLock, DescribeLock)
+LOCK_REQUESTS: tuple[type[Request[Any]], ...] = (AcquireLock, RenewLock, ReleaseLock, DescribeLock)
 
 PARKED = 10.0
 """Seconds after which a caller who waits is told so, and asks again: that shows that it is alive."""
@@ -155,7 +155,7 @@ class LockManager(Actor):
         answer = Answer()
         check_lock_request(cast("Any", request))
         match request:
-            case Acquire():
+            case AcquireLock():
                 self._acquire(request, answer)
             case ReleaseLock():
                 self._release(request, answer)
@@ -165,7 +165,7 @@ class LockManager(Actor):
             self._watch_expiry(self._inline)
         return answer.take(self.ctx.defer)
 
-    def _acquire(self, request: Acquire, answer: Answer) -> None:
+    def _acquire(self, request: AcquireLock, answer: Answer) -> None:
         now = self.ctx.clock.monotonic()
         waiter = self._waiters.get((request.name, request.ticket))
         if waiter is not None:

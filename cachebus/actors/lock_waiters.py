@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from cachebus.bus import Clock, Deferred
-from cachebus.messages import Acquire, Failed, ReleaseLock, Reply
+from cachebus.messages import AcquireLock, Failed, ReleaseLock, Reply
 
 
 class Answer:
@@ -50,7 +50,7 @@ class Waiter:
 
     __slots__ = ("again", "answer", "asking", "ends", "left", "queued", "request", "trouble", "until")
 
-    def __init__(self, request: Acquire, answer: Answer, ends: float) -> None:
+    def __init__(self, request: AcquireLock, answer: Answer, ends: float) -> None:
         self.request = request
         self.answer: Answer | None = answer
         self.ends = ends

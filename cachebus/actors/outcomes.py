@@ -14,7 +14,7 @@ from cachebus.messages import (
     CacheMiss,
     CacheSet,
     Cleared,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     DeleteMany,
@@ -28,7 +28,7 @@ from cachebus.messages import (
     InvalidateTags,
     Missing,
     RateLimitExceeded,
-    Refused,
+    RateLimitDenied,
     RemovalCause,
     Reply,
     Request,
@@ -102,7 +102,7 @@ def tell_facts(request: Request[Any], reply: Reply, tell: Tell) -> None:
     elif isinstance(request, SetMany) and isinstance(reply, StoredMany):
         for key in request.items:
             tell(CacheSet, key=key, ttl=None if request.ttl == "default" else request.ttl, tags=request.tags)
-    elif isinstance(request, Increment) and isinstance(reply, Counted):
+    elif isinstance(request, Increment) and isinstance(reply, Incremented):
         tell(CacheSet, key=request.key)
     elif isinstance(request, Delete) and isinstance(reply, Deleted):
         if reply.count:
@@ -111,7 +111,7 @@ def tell_facts(request: Request[Any], reply: Reply, tell: Tell) -> None:
         for key in dict.fromkeys(request.keys):
             tell(CacheDeleted, key=key)
     elif isinstance(request, Admit):
-        if isinstance(reply, Refused):
+        if isinstance(reply, RateLimitDenied):
             tell(RateLimitExceeded, key=request.key, cost=request.cost, retry_after=reply.retry_after)
     elif isinstance(request, InvalidateTags) and isinstance(reply, Invalidated):
         tell(TagsInvalidated, tags=request.tags)

@@ -206,10 +206,10 @@ class LockListener(Protocol):
 
 @runtime_checkable
 class LockStore(Protocol):
-    """Where locks are kept, as the `LockManager` sees it: it carries out `Acquire`, `RenewLock`, `ReleaseLock` and
+    """Where locks are kept, as the `LockManager` sees it: it carries out `AcquireLock`, `RenewLock`, `ReleaseLock` and
     `DescribeLock`, each at once. One that waits for its answers is a `BatchStore` too.
 
-    With `poll` being `None` it keeps the queue: an `Acquire` that waits is answered `LockQueued`, and `told` when its turn
+    With `poll` being `None` it keeps the queue: an `AcquireLock` that waits is answered `LockQueued`, and `told` when its turn
     may have come. A store that cannot tell keeps no queue and answers `LockDenied`; it is asked again for the first who
     waits, after `poll` seconds or several times as many.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cachebus.messages import BadMessage, Origin
+from cachebus.messages import BadMessage, LoadMetadata
 
 LONGEST = 1e12
 """Seconds: 31,000 years. What is longer counts as so long, because servers refuse what overflows when they add the time of
@@ -18,6 +18,6 @@ def time_to_live(ttl: float) -> float:
     return min(ttl, LONGEST)
 
 
-def time_stale(origin: Origin | None) -> float:
+def time_stale(origin: LoadMetadata | None) -> float:
     """Seconds, `LONGEST` at most, for which a value may be served when its time to live is over; 0 for what is no number."""
     return 0.0 if origin is None else min(max(0.0, origin.stale_for), LONGEST)

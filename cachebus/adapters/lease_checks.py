@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from cachebus.messages import BadMessage, GetOrLease, Renew
+from cachebus.messages import BadMessage, GetOrLease, RenewLease
 from cachebus.messages.lease_names import ASKED_MAX
 
 
-def check_lease(request: GetOrLease | Renew) -> None:
+def check_lease(request: GetOrLease | RenewLease) -> None:
     """Raise `BadMessage` for what cannot be a lease."""
     if isinstance(request, GetOrLease) and len(request.token.encode("utf-8", "surrogatepass")) > ASKED_MAX:
         raise BadMessage(f"the token that a lease is asked for as has {ASKED_MAX} bytes at most")

@@ -18,10 +18,10 @@ from cachebus.messages import (
     Loading,
     NotHeld,
     NotStored,
-    Origin,
-    Release,
+    LoadMetadata,
+    ReleaseLease,
     Released,
-    Renew,
+    RenewLease,
     Renewed,
     Reply,
     Set,
@@ -82,13 +82,13 @@ class LoadTable(EntryTable):
                 return port
         return reply
 
-    def renew(self, request: Renew) -> Renewed | NotHeld:
+    def renew(self, request: RenewLease) -> Renewed | NotHeld:
         """Prolong a lease."""
         if self._leases.renew(request.key, request.token, request.lease_ttl, self._now()):
             return Renewed(request.lease_ttl)
         return NotHeld()
 
-    def release(self, request: Release) -> Released | NotHeld:
+    def release(self, request: ReleaseLease) -> Released | NotHeld:
         """Give a lease back, with what those who wait shall be told."""
         now = self._now()
         token = self._leases.name_of(request.key, request.token)
@@ -128,8 +128,8 @@ class LoadTable(EntryTable):
         except CacheError:
             self._bring_late(lease, late, now)
             raise
-        if (origin := request.origin) is not None:
-            self._keep_origin(entry, origin, now)
+        if (metadata := request.metadata) is not None:
+            self._keep_metadata(entry, metadata, now)
         if lease.waiters:
             answer_all(self._leases.empty(lease), self._found(entry, now))
         return Stored(entry.version)
@@ -138,7 +138,7 @@ class LoadTable(EntryTable):
 
     def _found(self, entry: Entry, now: float) -> Found:
         """The reply that says a live entry."""
-        kept = self._origins.get(entry.key)
+        kept = self._metadata_of.get(entry.key)
         found: Any = bare(Found if kept is None else Loaded)
         left = entry.expires_at - now
         found.value = entry.value
@@ -146,28 +146,28 @@ class LoadTable(EntryTable):
         found.ttl = left if left < NEVER else None
         found.tags = entry.tags
         if kept is not None:
-            found.load_time = kept.origin.load_time
-            found.stale_for = kept.origin.stale_for
-            found.etag = kept.origin.etag
+            found.load_time = kept.metadata.load_time
+            found.stale_for = kept.metadata.stale_for
+            found.etag = kept.metadata.etag
             found.lifetime = kept.lifetime
         return found  # type: ignore[no-any-return]
 
     def _stale(self, key: str, now: float, lease: Lease | None = None) -> Stale | None:
         """The reply that says what may still be served of a key without a live value."""
-        entry, kept = self._entries.get(key), self._origins.get(key)
+        entry, kept = self._entries.get(key), self._metadata_of.get(key)
         if entry is None or kept is None or entry.expires_at > now or kept.stale_until <= now:
             return None
         if entry.tags and not self._tags.valid(entry):
             return None
         token, remaining = ("", 0.0) if lease is None else (lease.token, max(0.0, lease.expires_at - now))
-        origin = kept.origin
+        metadata = kept.metadata
         return Stale(
-            entry.value, entry.version, entry.tags, entry.version, origin.load_time, origin.etag, token, remaining
+            entry.value, entry.version, entry.tags, entry.version, metadata.load_time, metadata.etag, token, remaining
         )
 
-    def _keep_origin(self, entry: Entry, origin: Origin, now: float) -> None:
+    def _keep_metadata(self, entry: Entry, metadata: LoadMetadata, now: float) -> None:
         lifetime = None if entry.expires_at == NEVER else entry.expires_at - now
-        self._origins[entry.key] = Kept(origin, lifetime, entry.expires_at + time_stale(origin))
+        self._metadata_of[entry.key] = Kept(metadata, lifetime, entry.expires_at + time_stale(metadata))
 
     # Leases
 

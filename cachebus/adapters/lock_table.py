@@ -9,7 +9,7 @@ from typing import Any
 
 from cachebus.actors.ports import SYSTEM_CLOCK, Clock, LockListener
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     CapabilityError,
     DescribeLock,
     LockDenied,
@@ -56,7 +56,7 @@ class LockTable:
         self._now = clock.monotonic
         self._max_locks = max_locks
         self._held: dict[str, _Held] = {}
-        self._queues: dict[str, dict[str, Acquire]] = {}
+        self._queues: dict[str, dict[str, AcquireLock]] = {}
         self._last_token = 0
         self._since = math.inf
         self._lost: dict[str, int] = {}  # The last token of each lock with which somebody lost it.
@@ -70,7 +70,7 @@ class LockTable:
     def decide(self, request: Request[Any]) -> Reply:
         """As `InlineLockStore.decide`."""
         match request:
-            case Acquire():
+            case AcquireLock():
                 return self._acquire(request)
             case RenewLock():
                 return self._renew(request)
@@ -98,7 +98,7 @@ class LockTable:
             elif self._holder(name, now) is None:
                 self._pass_on(name, now)
 
-    def _acquire(self, request: Acquire) -> Reply:
+    def _acquire(self, request: AcquireLock) -> Reply:
         name, ticket, now = request.name, request.ticket, self._now()
         held = self._holder(name, now)
         if held is None and name in self._queues:
@@ -187,7 +187,7 @@ class LockTable:
             self.told.granted(name, request.ticket, granted)
         return self._held[name]
 
-    def _grant(self, request: Acquire, now: float) -> LockGranted:
+    def _grant(self, request: AcquireLock, now: float) -> LockGranted:
         if len(self._held) >= self._max_locks:
             self.sweep()
             if len(self._held) >= self._max_locks:

@@ -127,9 +127,9 @@ def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float)
 def found_of(entry: Entry, value: Any, now: float) -> Found:
     """The reply that carries a value."""
     notes, left = entry.notes, entry.left(now)
-    if (origin := notes.origin) is None:
+    if (metadata := notes.metadata) is None:
         return Found(value, entry.version, left, notes.tags, entry.stored_at)
-    load_time, stale_for, etag = origin.load_time, origin.stale_for, origin.etag
+    load_time, stale_for, etag = metadata.load_time, metadata.stale_for, metadata.etag
     return Loaded(value, entry.version, left, notes.tags, entry.stored_at, load_time, stale_for, etag, notes.lifetime)
 
 

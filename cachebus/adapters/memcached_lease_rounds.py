@@ -17,9 +17,9 @@ from cachebus.messages import (
     Loading,
     NotHeld,
     NotStored,
-    Release,
+    ReleaseLease,
     Released,
-    Renew,
+    RenewLease,
     Renewed,
     Reply,
     Request,
@@ -48,7 +48,7 @@ def leases(request: Request[Any]) -> bool:
     return type(request) in _ABOUT or (isinstance(request, Set) and request.lease is not None)
 
 
-_ABOUT = frozenset[type[Request[Any]]]({GetOrLease, Renew, Release})
+_ABOUT = frozenset[type[Request[Any]]]({GetOrLease, RenewLease, ReleaseLease})
 
 
 class LeaseRounds(Looking):
@@ -88,9 +88,9 @@ class LeaseRounds(Looking):
                 self._lease(position, request, state)
             case Set():
                 self._commit(position, request, state)
-            case Renew():
+            case RenewLease():
                 self._renew(position, request, state)
-            case Release():
+            case ReleaseLease():
                 self._release(position, request, state)
             case _:
                 raise BadMessage(f"{type(request).__name__} is not about leases")
@@ -149,14 +149,14 @@ class LeaseRounds(Looking):
         marks = tuple([(tag, known[tag]) for tag in dict.fromkeys(request.tags)])
         expiry = self._values.expiry(request.ttl, self._now)
         notes = NO_NOTES
-        if marks or request.origin is not None:
-            notes = Notes(marks, request.origin, self._values.lifetime(request.ttl))
+        if marks or request.metadata is not None:
+            notes = Notes(marks, request.metadata, self._values.lifetime(request.ttl))
         packed = self._values.pack(encode_form(request.value), state.kept, expiry, self._connection, notes)
         # Over the lease, or over the value that is loaded anew, if it is still the one that was looked at.
         commands = packed.commands(self._head, state.tail, _over(state.answer))
         state.draft = Draft(position, commands, None, marks)
 
-    def _renew(self, position: int, request: Renew, state: State) -> None:
+    def _renew(self, position: int, request: RenewLease, state: State) -> None:
         check_lease(request)
         held = self._held(request.token, state)
         if held is None or not self._current(held):
@@ -165,7 +165,7 @@ class LeaseRounds(Looking):
         anew = held is state.anew_held
         self._place(position, state, held.until(self._now + request.lease_ttl), Renewed(request.lease_ttl), anew=anew)
 
-    def _release(self, position: int, request: Release, state: State) -> None:
+    def _release(self, position: int, request: ReleaseLease, state: State) -> None:
         token = request.token
         # It may be what the lease was asked for as, by somebody who was not told its name.
         for each in (state.held, state.anew_held):

@@ -122,6 +122,6 @@ def is_live(entry: Entry, now: float) -> bool:
 def stale_of(entry: Entry, value: object, lease: str, remaining: float) -> Stale:
     """The reply that says what may be served stale."""
     notes = entry.notes
-    origin = notes.origin
-    load_time, etag = (0.0, None) if origin is None else (origin.load_time, origin.etag)
+    metadata = notes.metadata
+    load_time, etag = (0.0, None) if metadata is None else (metadata.load_time, metadata.etag)
     return Stale(value, entry.version, notes.tags, entry.stored_at, load_time, etag, lease, remaining)

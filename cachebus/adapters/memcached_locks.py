@@ -18,7 +18,7 @@ from typing import Any
 
 from cachebus.actors.ports import Capabilities, LockListener
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     CacheBackendError,
     CacheConnectionError,
     CacheError,
@@ -109,7 +109,7 @@ class _Locks:
 
     def _one(self, request: Request[Any]) -> Talk[Reply]:
         match request:
-            case Acquire():
+            case AcquireLock():
                 return (yield from self._acquire(request))
             case RenewLock():
                 return (yield from self._renew(request))
@@ -120,7 +120,7 @@ class _Locks:
             case _:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
-    def _acquire(self, request: Acquire) -> Talk[Reply]:
+    def _acquire(self, request: AcquireLock) -> Talk[Reply]:
         item, started = self._item(request.name), self._connection.now()
         command = self._put(item, request, request.owner, request.ttl, "ME")
         gone = f"mg {self._gone(item, request.ticket)} v c\r\n".encode()
@@ -221,7 +221,7 @@ class _Locks:
         assert isinstance(answer, tuple) or answer in (MISS, NOT_STORED, EXISTS) or answer >= 0
         return answer
 
-    def _put(self, item: str, request: Acquire | RenewLock, owner: str, ttl: float, condition: str) -> bytes:
+    def _put(self, item: str, request: AcquireLock | RenewLock, owner: str, ttl: float, condition: str) -> bytes:
         now = self._connection.now()
         body = f"{math.ceil((now + ttl) * 1000)}|{request.ticket}|{owner}".encode()
         return b"ms %s %d T%d %s\r\n%s\r\n" % (

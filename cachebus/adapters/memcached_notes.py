@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from cachebus.messages import CacheKeyError, CacheSerializationError, Origin
+from cachebus.messages import CacheKeyError, CacheSerializationError, LoadMetadata
 
 from .durations import time_stale
 from .forms import pack_plain, unpack_plain
@@ -29,11 +29,11 @@ _unpack_size: Callable[[memoryview], tuple[int]] = _SIZE.unpack_from
 class Notes:
     """The notes of an entry. `lifetime` is the seconds that a loaded value was given, `None` for ever."""
 
-    __slots__ = ("lifetime", "marks", "origin")
+    __slots__ = ("lifetime", "marks", "metadata")
 
-    def __init__(self, marks: Marks = (), origin: Origin | None = None, lifetime: float | None = None) -> None:
+    def __init__(self, marks: Marks = (), metadata: LoadMetadata | None = None, lifetime: float | None = None) -> None:
         self.marks = marks
-        self.origin = origin
+        self.metadata = metadata
         self.lifetime = lifetime
 
     @property
@@ -43,7 +43,7 @@ class Notes:
     @property
     def stale_for(self) -> float:
         """Seconds for which the value may be served when its time is up."""
-        return time_stale(self.origin)
+        return time_stale(self.metadata)
 
 
 NO_NOTES = Notes()
@@ -51,8 +51,8 @@ NO_NOTES = Notes()
 
 def pack_noted(notes: Notes, form_and_body: bytes) -> bytes:
     """The form and the value of an entry with notes."""
-    origin = notes.origin
-    loaded = None if origin is None else [origin.load_time, origin.stale_for, origin.etag, notes.lifetime]
+    metadata = notes.metadata
+    loaded = None if metadata is None else [metadata.load_time, metadata.stale_for, metadata.etag, notes.lifetime]
     packed = pack_marked([loaded, [list(mark) for mark in notes.marks]])
     return b"".join((b"o", _SIZE.pack(len(packed)), packed, form_and_body))
 
@@ -66,7 +66,7 @@ def split_noted(body: memoryview) -> tuple[Notes, int, memoryview]:
         notes = Notes(marks_of(marks))
         if loaded is not None:
             load_time, stale_for, etag, notes.lifetime = loaded
-            notes.origin = Origin(load_time, stale_for, etag)
+            notes.metadata = LoadMetadata(load_time, stale_for, etag)
         return notes, body[end], body[end + 1 :]
     except (struct.error, ValueError, TypeError, IndexError):
         raise CacheSerializationError("the stored value is damaged") from None

@@ -17,7 +17,7 @@ from cachebus.messages import (
     CacheError,
     CapabilityError,
     CompareAndSet,
-    Counted,
+    Incremented,
     Failed,
     Increment,
     NotStored,
@@ -275,7 +275,7 @@ class Rounds:
             raise WrongType("increment leaves the range of a signed 64-bit integer; the value is unchanged")
         packed = self._values.pack(b"I%d" % number, state.kept, expiry, self._connection, state.notes)
         state.number, state.expiry = number, expiry
-        state.write(position, packed, Counted(number))
+        state.write(position, packed, Incremented(number))
 
 
 def _integer(body: memoryview) -> int:

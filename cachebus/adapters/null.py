@@ -11,7 +11,7 @@ from cachebus.messages import (
     Clear,
     Cleared,
     CompareAndSet,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     DeleteMany,
@@ -109,5 +109,5 @@ class NullStore:
             if self.on_read is not None:
                 self.on_read(key, False)
 
-    def _increment(self, request: Increment) -> Counted | Missing:
-        return Missing() if request.initial is None else Counted(request.initial + request.delta)
+    def _increment(self, request: Increment) -> Incremented | Missing:
+        return Missing() if request.initial is None else Incremented(request.initial + request.delta)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cachebus.messages import Admit, Admitted, BadMessage, Refused
+from cachebus.messages import Admit, Admitted, BadMessage, RateLimitDenied
 
 CLOCK_BACK = 2_000_000
 """Microseconds. By so much the clocks of processes may differ that share a limit in a server without a clock to ask, and
@@ -57,7 +57,7 @@ def per_of(request: Admit) -> int:
     return max(1, microseconds(request.per))
 
 
-def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | Refused, Meter | None]:
+def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | RateLimitDenied, Meter | None]:
     """The reply to a checked request, and the meter that it leaves behind; `None` if nothing changes. `now` is in
     microseconds."""
     limit, per, at, level = request.limit, per_of(request), now, 0
@@ -76,7 +76,7 @@ def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | Ref
     delay = lag + _up(after - room, limit) if after > room else 0
     if delay > microseconds(request.wait):
         left = max(0, room - level) // per
-        return Refused(left, delay / 1e6, (lag + _up(level, limit)) / 1e6), set_back
+        return RateLimitDenied(left, delay / 1e6, (lag + _up(level, limit)) / 1e6), set_back
     reply = Admitted(max(0, room - after) // per, (lag + _up(after, limit)) / 1e6, delay / 1e6)
     return reply, Meter(after, at, limit, per)
 
@@ -108,7 +108,7 @@ class MeterTable:
     def __repr__(self) -> str:
         return f"<MeterTable {len(self._meters)}/{self._most} limits>"
 
-    def admit(self, request: Admit) -> Admitted | Refused:
+    def admit(self, request: Admit) -> Admitted | RateLimitDenied:
         """The verb of `Admit`."""
         check_admit(request)
         now, kept = self._now(), self._meters.get(request.key)

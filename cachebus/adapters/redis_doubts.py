@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cachebus.messages import CacheError, GetOrLease, NotHeld, Renew, Reply
+from cachebus.messages import CacheError, GetOrLease, NotHeld, RenewLease, Reply
 
 from .forms import unpack_plain
 from .redis_commands import Command
@@ -35,7 +35,7 @@ def settle_lease(
     request: Leases, reply: Any, now: float, make: Parsed, put: Answer, fail: Fail, again: Again, space: TagSpace
 ) -> Sequence[Command]:
     """Take in the reply to a question about a lease: answer it, or say what has to be sent first."""
-    if type(request) is Renew:
+    if type(request) is RenewLease:
         return _settle_renewal(reply, now, make, put, fail, space)
     if not isinstance(request, GetOrLease):
         put(make(reply, now))

@@ -29,9 +29,9 @@ from cachebus.messages import (
     Loading,
     NotHeld,
     NotStored,
-    Release,
+    ReleaseLease,
     Released,
-    Renew,
+    RenewLease,
     Renewed,
     Reply,
     Set,
@@ -47,7 +47,7 @@ from .redis_script import Script
 from .redis_slots import slot_of, tag_of
 from .redis_tag_scripts import Twin
 from .redis_tags import pack_tagged, pack_tags, read_tagged, split_tagged
-from .redis_values import HEADER, TAGGED, decode, pack_origin, read_or_fail, split_origin
+from .redis_values import HEADER, TAGGED, decode, pack_metadata, read_or_fail, split_metadata
 
 _MARK = """
 local MARK = struct.pack('>d', -1)
@@ -236,7 +236,7 @@ return 0
 """
 )
 
-Leases = GetOrLease | Renew | Release
+Leases = GetOrLease | RenewLease | ReleaseLease
 Parsed = Callable[[Any, float], Reply]
 
 
@@ -253,7 +253,7 @@ def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -
         words = [*keys, new_lease_name(request.token), _ms(request.lease_ttl), "1" if request.refresh else "0"]
         words += (stamp, pack_tags(request.tags), *more)
         return words, LEASE.at(here), _leased
-    if isinstance(request, Renew):
+    if isinstance(request, RenewLease):
         ttl = request.lease_ttl
         check_lease(request)
         words = [*keys, request.token, _ms(ttl), *more]
@@ -272,8 +272,8 @@ def commit_call(
     the latest of its counters, where the script cannot look for itself."""
     if request.only_if is not None:
         raise BadMessage("a value that is stored under a lease has no other condition")
-    if (origin := request.origin) is not None:
-        body = pack_origin(origin, int(px) / 1000 if px else None) + body
+    if (metadata := request.metadata) is not None:
+        body = pack_metadata(metadata, int(px) / 1000 if px else None) + body
     if request.tags:
         body = pack_tagged(body, request.tags, stamp)
     words: list[Argument] = [2, key, _anew(key), request.lease or "", body, px, kept_for(request, px), stamp]
@@ -282,7 +282,7 @@ def commit_call(
 
 def kept_for(request: Set, px: str) -> str:
     """The milliseconds for which an entry is kept, the time in which it may be served stale included."""
-    return str(int(px) + math.ceil(time_stale(request.origin) * 1000)) if px else px
+    return str(int(px) + math.ceil(time_stale(request.metadata) * 1000)) if px else px
 
 
 def _committed(version: Any, now: float) -> Reply:
@@ -308,12 +308,12 @@ def _stale(raw: bytes, lease: str, remaining: float) -> Stale | None:
         if raw[16] == TAGGED:
             claim, raw = split_tagged(raw)
             tags = claim.tags
-        origin, _, plain = split_origin(raw)
+        metadata, _, plain = split_metadata(raw)
         value = decode(plain)
     except CacheSerializationError:
         return None  # Damaged, and so nothing to serve.
     version, _ = HEADER.unpack_from(raw)
-    return Stale(value, version, tags, version * 1e-6, origin.load_time, origin.etag, lease, remaining)
+    return Stale(value, version, tags, version * 1e-6, metadata.load_time, metadata.etag, lease, remaining)
 
 
 def _anew(key: str) -> Argument:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from cachebus.actors.ports import Capabilities, Gauges, LockListener, Replied
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     CacheError,
     CapabilityError,
     DescribeLock,
@@ -119,7 +119,7 @@ class RedisLockStore:
         gone = f"{state}:gone:{ticket}"
         read: Callable[[Any], Reply]
         match request:
-            case Acquire(owner=owner, ttl=ttl, wait=wait):
+            case AcquireLock(owner=owner, ttl=ttl, wait=wait):
                 keys.append(gone)
                 ours += [owner, _ms(ttl), _ms(wait)]
                 script, read = ACQUIRE, partial(_acquired, ttl)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cachebus.messages import Admit, Admitted, Refused, Reply
+from cachebus.messages import Admit, Admitted, RateLimitDenied, Reply
 
 from .rates import CLOCK_BACK, check_admit, microseconds, per_of
 from .redis_connection import Argument
@@ -71,4 +71,4 @@ def _admitted(reply: Any, now: float) -> Reply:
     admitted, remaining, delay, reset = reply
     if admitted:
         return Admitted(remaining, reset / 1e6, delay / 1e6)
-    return Refused(remaining, delay / 1e6, reset / 1e6)
+    return RateLimitDenied(remaining, delay / 1e6, reset / 1e6)

@@ -14,7 +14,7 @@ from cachebus.messages import (
     CacheError,
     CacheKeyError,
     CapabilityError,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     DeleteMany,
@@ -25,8 +25,8 @@ from cachebus.messages import (
     Invalidated,
     InvalidateTags,
     Present,
-    Release,
-    Renew,
+    ReleaseLease,
+    RenewLease,
     Reply,
     Request,
     Scan,
@@ -112,7 +112,7 @@ class Singles:
                 self._add(at, ["UNLINK", name], name, lambda reply, _: Deleted(reply))
             case DeleteMany(keys=keys):
                 self._delete_many(at, keys)
-            case GetOrLease() | Renew() | Release():
+            case GetOrLease() | RenewLease() | ReleaseLease():
                 self.commands.append(self._lease(at, request, b""))
             case InvalidateTags(tags=tags):
                 self._invalidate(at, tags)
@@ -253,7 +253,7 @@ class Singles:
         def settle(reply: Any, now: float) -> Sequence[Command]:
             if reply is not None and not isinstance(reply, bytes):
                 return settle_head(reply[0], None, self._fails(at), again, self._space)
-            self.replies[at] = MISSING if reply is None else Counted(int(reply))
+            self.replies[at] = MISSING if reply is None else Incremented(int(reply))
             return ()
 
         def again(verdict: bytes) -> Command:

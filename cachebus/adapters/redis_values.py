@@ -23,7 +23,7 @@ from cachebus.messages import (
     Found,
     Loaded,
     Missing,
-    Origin,
+    LoadMetadata,
     bare,
 )
 
@@ -94,13 +94,13 @@ def left(expiry: float, now: float) -> float:
 _LENGTH = struct.Struct(">H")
 
 
-def pack_origin(origin: Origin, lifetime: float | None) -> bytes:
+def pack_metadata(origin: LoadMetadata, lifetime: float | None) -> bytes:
     """What stands before the form and the value of a loaded entry: the form `o`, a length, and the origin as msgpack."""
     head = pack_plain([origin.load_time, origin.stale_for, origin.etag, lifetime])
     return b"o" + _LENGTH.pack(len(head)) + head
 
 
-def split_origin(raw: bytes) -> tuple[Origin, float | None, bytes]:
+def split_metadata(raw: bytes) -> tuple[LoadMetadata, float | None, bytes]:
     """The origin of a loaded entry, the time to live that it was given, and the entry without its origin. Raises
     `CacheSerializationError`."""
     begin = VALUE_AT + _LENGTH.size
@@ -109,7 +109,7 @@ def split_origin(raw: bytes) -> tuple[Origin, float | None, bytes]:
         load_time, stale_for, etag, lifetime = unpack_plain(raw[begin:end])
     except (struct.error, ValueError, TypeError):
         raise CacheSerializationError("the stored value is damaged") from None
-    return Origin(load_time, stale_for, etag), lifetime, raw[: HEADER.size] + raw[end:]
+    return LoadMetadata(load_time, stale_for, etag), lifetime, raw[: HEADER.size] + raw[end:]
 
 
 def read_loaded(raw: bytes, now: float, *, live: bool) -> Found | None:
@@ -117,7 +117,7 @@ def read_loaded(raw: bytes, now: float, *, live: bool) -> Found | None:
     version, expiry = HEADER.unpack_from(raw)
     if not live and expiry and expiry * 1e-3 <= now:
         return None
-    origin, lifetime, plain = split_origin(raw)
+    origin, lifetime, plain = split_metadata(raw)
     ttl = left(expiry, now) if expiry else None
     stored_at = version * 1e-6
     load_time, stale_for, etag = origin.load_time, origin.stale_for, origin.etag

@@ -10,7 +10,7 @@ from cachebus.actors.ports import Clock, ReadListener, RemovalListener, WriteLis
 from cachebus.messages import (
     CacheCapacityError,
     CacheSerializationError,
-    Origin,
+    LoadMetadata,
     RemovalCause,
     Ttl,
 )
@@ -24,13 +24,13 @@ from .weigh import ENTRY_OVERHEAD
 
 
 class Kept:
-    """What is kept beside the entry of a loaded value: its origin, the time to live that it was given, and until when it
+    """What is kept beside the entry of a loaded value: its metadata, the time to live that it was given, and until when it
     may be served as stale."""
 
-    __slots__ = ("lifetime", "origin", "stale_until")
+    __slots__ = ("lifetime", "metadata", "stale_until")
 
-    def __init__(self, origin: Origin, lifetime: float | None, stale_until: float) -> None:
-        self.origin = origin
+    def __init__(self, metadata: LoadMetadata, lifetime: float | None, stale_until: float) -> None:
+        self.metadata = metadata
         self.lifetime = lifetime
         self.stale_until = stale_until
 
@@ -78,7 +78,7 @@ class EntryTable:
         self._wheel = ExpiryWheel(self._announce_due)
         self._tags = TagTable()
         # Beside the entries, because few have one and a slot more would make each of them larger.
-        self._origins: dict[str, Kept] = {}
+        self._metadata_of: dict[str, Kept] = {}
         self._leased: dict[str, Lease] = {}
         # A version is the Unix time of the start plus the monotonic time since, pushed up where two would be equal: one
         # float is both the version and the time of storing, and no restart brings a version back.
@@ -103,7 +103,7 @@ class EntryTable:
 
     def _lapse(self, entry: Entry, now: float) -> None:
         """Drop an entry whose time is up, unless it may still be served as stale."""
-        kept = self._origins.get(entry.key)
+        kept = self._metadata_of.get(entry.key)
         if kept is None or kept.stale_until <= now:
             self._drop(entry, RemovalCause.EXPIRED)
 
@@ -132,7 +132,7 @@ class EntryTable:
                 entry.tags = tags
             entry.version = version
             entry.value = value
-            if self._origins and self._origins.pop(key, None) is not None:
+            if self._metadata_of and self._metadata_of.pop(key, None) is not None:
                 entry.expires_at = NEVER  # It may stand in the wheel where its stale time ends.
             if expires_at < entry.expires_at:
                 self._expire_at(entry, expires_at, now)
@@ -217,8 +217,8 @@ class EntryTable:
 
     def _unlist(self, entry: Entry, cause: RemovalCause) -> None:
         del self._entries[entry.key]
-        if self._origins:
-            self._origins.pop(entry.key, None)
+        if self._metadata_of:
+            self._metadata_of.pop(entry.key, None)
         self._removals[cause] += 1
         if entry.tags:
             self._tags.detach(entry.tags)
@@ -238,7 +238,7 @@ class EntryTable:
         self._policy.clear()
         self._wheel.clear()
         self._tags.clear()
-        self._origins.clear()
+        self._metadata_of.clear()
         self._weight = 0
 
     def _delete(self, keys: tuple[str, ...]) -> int:

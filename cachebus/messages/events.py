@@ -131,8 +131,8 @@ class StaleServed(Event):
     key: str
 
 
-@message("event.lease_lost")
-class LeaseLost(Event):
+@message("event.load_lease_lost")
+class LoadLeaseLost(Event):
     """A loaded value was not stored, because the right to do so was lost on the way: to an invalidation or a write of
     the key, or because the load outlasted its lease."""
 

@@ -8,8 +8,8 @@ from .base import Message, Reply, Request, message
 from .replies import Found
 
 
-@message("part.origin")
-class Origin(Message):
+@message("part.load_metadata")
+class LoadMetadata(Message):
     """How a value came to be, kept with its entry. `load_time` is the seconds that its loader took, `stale_for` the
     seconds after its time to live for which it may be served where nothing fresher is to be had, `etag` its version at
     the source."""
@@ -21,7 +21,7 @@ class Origin(Message):
 
 @message("reply.loaded")
 class Loaded(Found):
-    """A live value with its origin, as `Origin` has it. `lifetime` is the seconds that it was given, `None` without
+    """A live value with its load metadata, as `LoadMetadata` has it. `lifetime` is the seconds that it was given, `None` without
     expiry."""
 
     load_time: float = 0.0
@@ -123,7 +123,7 @@ class WatchLease(Request[NotHeld | Loading]):
 
 
 @message("lease.renew")
-class Renew(Request[Renewed | NotHeld]):
+class RenewLease(Request[Renewed | NotHeld]):
     """Hold a lease for `lease_ttl` seconds from now."""
 
     key: str
@@ -133,7 +133,7 @@ class Renew(Request[Renewed | NotHeld]):
 
 
 @message("lease.release")
-class Release(Request[Released | NotHeld]):
+class ReleaseLease(Request[Released | NotHeld]):
     """Give a lease back, without a value to store. `token` is its name, or where no answer came, what it was asked for as.
 
     Those who wait get `late`, a value that is not to be stored; or the error that the loader failed, if `error` is the

@@ -50,7 +50,7 @@ class LockFree(Reply):
 
 
 @message("lock.acquire")
-class Acquire(Request[LockGranted | LockQueued | LockDenied]):
+class AcquireLock(Request[LockGranted | LockQueued | LockDenied]):
     """Hold the lock `name` for `ttl` seconds.
 
     `ticket` names this one attempt, and nobody has used it before; asked for twice, the lock is granted once, and held
@@ -83,7 +83,7 @@ class ReleaseLock(Request[Released | NotHeld]):
     `token` is that of the grant: with it the lock may be given back again when the answer was lost, whoever has it by then.
     Without it the lock is taken from its holder, who is told so when it gives it back.
 
-    With `abandon` whoever asked does not know what became of its `Acquire`: should that come only now, it is refused. With
+    With `abandon` whoever asked does not know what became of its `AcquireLock`: should that come only now, it is refused. With
     `unclaimed` a manager gives up what it was not asked for again; only if no other manager was, and it may come again. With
     `offered` it gives up no more than an offer that nobody has taken up.
     """

@@ -17,8 +17,8 @@ class Admitted(Reply):
     delay: float = 0.0
 
 
-@message("reply.refused")
-class Refused(Reply):
+@message("reply.rate_limit_denied")
+class RateLimitDenied(Reply):
     """Whoever asked may not go on, and nothing was used. If nobody else takes anything, the same will be admitted
     `retry_after` seconds from now. The rest is as in `Admitted`."""
 
@@ -28,7 +28,7 @@ class Refused(Reply):
 
 
 @message("rate.admit")
-class Admit(Request[Admitted | Refused]):
+class Admit(Request[Admitted | RateLimitDenied]):
     """Take `cost` units of a rate limit of `limit` units in `per` seconds, of which `burst` may be taken at once.
 
     `key` names the limit; it has nothing to do with the value under the same key. Where the units will only be there

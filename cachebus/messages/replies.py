@@ -81,8 +81,8 @@ class Invalidated(Reply):
     """Every entry stored before now under one of the tags is gone for every reader."""
 
 
-@message("reply.counted")
-class Counted(Reply):
+@message("reply.incremented")
+class Incremented(Reply):
     """The number that the counter holds after the increment."""
 
     value: int

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from .base import Request, message
-from .leases import Origin
+from .leases import LoadMetadata
 from .replies import (
     Cleared,
-    Counted,
+    Incremented,
     Deleted,
     Description,
     Found,
@@ -55,7 +55,7 @@ class Exists(Request[Present | Missing]):
 @message("backend.set")
 class Set(Request[Stored | NotStored]):
     """Store a value; with `only_if`, only where the key has none (`absent`) or has one (`present`); with `lease`, only
-    if that lease is still held, which ends with this. `origin` is what a loaded value keeps of its loading."""
+    if that lease is still held, which ends with this. `metadata` is what a loaded value keeps of its loading."""
 
     key: str
     value: Any
@@ -63,7 +63,7 @@ class Set(Request[Stored | NotStored]):
     tags: tuple[str, ...] = ()
     only_if: Literal["absent", "present"] | None = None
     lease: str | None = None
-    origin: Origin | None = None
+    metadata: LoadMetadata | None = None
 
 
 @message("backend.set_many")
@@ -109,7 +109,7 @@ class Touch(Request[Present | Missing]):
 
 
 @message("backend.increment")
-class Increment(Request[Counted | Missing]):
+class Increment(Request[Incremented | Missing]):
     """Add `delta` to an integer, in one step. A missing key starts at `initial`, with `ttl`; `initial=None` leaves
     it missing. An existing one keeps its time to live."""
 

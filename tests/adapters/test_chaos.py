@@ -15,7 +15,7 @@ from cachebus.messages import (
     CacheError,
     CacheTimeoutError,
     CapabilityError,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     Failed,
@@ -54,7 +54,7 @@ class Ledger:
             raise self.error
         self.batches += 1
         self.done.extend(request.key for request in batch if isinstance(request, Increment))
-        return [Counted(len(request.key)) for request in batch if isinstance(request, Increment)]
+        return [Incremented(len(request.key)) for request in batch if isinstance(request, Increment)]
 
 
 class Sundial:
@@ -92,7 +92,7 @@ async def test_without_rates_it_only_hands_on() -> None:
     chaos = ChaosStore(inner, seed=1, clock=clock)
     assert isinstance(chaos, BatchStore)
     assert not isinstance(chaos, InlineStore)
-    assert await chaos.execute(operations(3)) == [Counted(1), Counted(2), Counted(3)]
+    assert await chaos.execute(operations(3)) == [Incremented(1), Incremented(2), Incremented(3)]
     assert (inner.done, inner.batches, clock.slept) == (["x", "xx", "xxx"], 1, [])
     assert chaos.counts == ChaosCounts(batches=1, operations=3)
     assert chaos.name == "chaos+ledger"
@@ -129,10 +129,10 @@ async def test_single_operations_fail_and_the_others_are_done() -> None:
         inner.done.clear()
         replies = await chaos.execute(operations(4))
         kept = [
-            request.key for request, reply in zip(operations(4), replies, strict=True) if isinstance(reply, Counted)
+            request.key for request, reply in zip(operations(4), replies, strict=True) if isinstance(reply, Incremented)
         ]
         assert inner.done == kept
-        assert [reply for reply in replies if isinstance(reply, Counted)] == [Counted(len(key)) for key in kept]
+        assert [reply for reply in replies if isinstance(reply, Incremented)] == [Incremented(len(key)) for key in kept]
         for reply in replies:
             if isinstance(reply, Failed):
                 failed += 1

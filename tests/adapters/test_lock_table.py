@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from cachebus.adapters.lock_table import LockTable
-from cachebus.messages import Acquire, LockGranted, NotHeld, Released, ReleaseLock
+from cachebus.messages import AcquireLock, LockGranted, NotHeld, Released, ReleaseLock
 from tests.clock import ManualClock
 
 
 def had(table: LockTable, name: str, ticket: str) -> ReleaseLock:
     """What gives back a lock that was had just now."""
-    granted = table.decide(Acquire(name, "me", ticket, 1.0))
+    granted = table.decide(AcquireLock(name, "me", ticket, 1.0))
     assert isinstance(granted, LockGranted)
     return ReleaseLock(name, ticket, "me", granted.token)
 

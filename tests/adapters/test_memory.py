@@ -23,7 +23,7 @@ from cachebus.messages import (
     CacheSerializationError,
     Clear,
     CompareAndSet,
-    Counted,
+    Incremented,
     Delete,
     DeletePattern,
     Found,
@@ -190,7 +190,7 @@ def test_an_expired_value_is_as_if_it_were_not_there(store: MemoryStore, clock: 
     clock.advance(1.0)
     assert isinstance(store.add(Add("a", 2)), Stored)
     assert isinstance(store.set(Set("b", 2, only_if="absent")), Stored)
-    assert store.increment(Increment("c", initial=10)) == Counted(11)
+    assert store.increment(Increment("c", initial=10)) == Incremented(11)
     assert store.touch(Touch("d")) == Missing()
     assert store.delete(Delete("e")).count == 0
     assert store.delete_pattern(DeletePattern("f")).count == 0

@@ -26,7 +26,7 @@ from cachebus.messages import (
     Clear,
     Cleared,
     CompareAndSet,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     DeleteMany,
@@ -299,10 +299,10 @@ class MemoryStoreMachine(RuleBasedStateMachine):
             with pytest.raises(WrongType):
                 self.ask(request)
         elif there is None:
-            assert self.write(request, {key: start + delta}, ttl, ()) == Counted(start + delta)
+            assert self.write(request, {key: start + delta}, ttl, ()) == Incremented(start + delta)
         else:
             self.pending = {key: Value(start + delta, there.expires_at, there.tags)}
-            assert self.ask(request) == Counted(start + delta)
+            assert self.ask(request) == Incremented(start + delta)
 
     # Removing
 

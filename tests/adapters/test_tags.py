@@ -7,7 +7,7 @@ import pytest
 from cachebus.adapters.eviction import Entry
 from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.tags import TagTable
-from cachebus.messages import Clear, Counted, Delete, Found, Get, Increment, InvalidateTags, Missing, Set
+from cachebus.messages import Clear, Incremented, Delete, Found, Get, Increment, InvalidateTags, Missing, Set
 from tests.clock import ManualClock
 
 
@@ -113,7 +113,7 @@ def test_an_increment_keeps_the_tags_and_does_not_revive_what_was_invalidated(st
     assert isinstance(found, Found)
     assert found.tags == ("tag",)
     store.invalidate_tags(InvalidateTags(("tag",)))
-    assert store.increment(Increment("n")) == Counted(1)
+    assert store.increment(Increment("n")) == Incremented(1)
 
 
 def test_the_table_is_bounded_by_the_entries(store: MemoryStore) -> None:

@@ -136,13 +136,13 @@ def test_a_value_of_very_many_objects_is_extrapolated(items: int, container: Any
 def test_no_more_objects_are_looked_at_than_the_bound() -> None:
     looked = 0
 
-    class Counted:
+    class Incremented:
         def __sizeof__(self) -> int:
             nonlocal looked
             looked += 1
             return 50
 
-    estimate_size([Counted() for _ in range(50_000)])
+    estimate_size([Incremented() for _ in range(50_000)])
     assert looked <= 10_000
 
 

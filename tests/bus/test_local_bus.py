@@ -19,7 +19,7 @@ from cachebus.messages import (
     AddressInUse,
     CacheClosed,
     CacheError,
-    Counted,
+    Incremented,
     DeadLetter,
     Delete,
     Deleted,
@@ -223,7 +223,7 @@ class Fragile(Echo):
     def on_delete(self, request: Delete) -> Deleted:
         raise RuntimeError("a bug")
 
-    def on_increment(self, request: Increment) -> Counted:
+    def on_increment(self, request: Increment) -> Incremented:
         raise RuntimeError("a bug")
 
 
@@ -289,11 +289,11 @@ async def test_a_blocking_caller_serves_others_no_longer_than_until_its_own_turn
             super().__init__()
             self.turns_of: dict[int, int] = defaultdict(int)
 
-        def on_increment(self, request: Increment) -> Counted:
+        def on_increment(self, request: Increment) -> Incremented:
             self.turns_of[threading.get_ident()] += 1
             if request.delta < 5000:
                 bus.send(PLACE, Increment(request.key, request.delta + 1))
-            return Counted(request.delta)
+            return Incremented(request.delta)
 
         def on_get(self, request: Get) -> Found | Missing:
             return Found(request.key)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from cachebus.adapters.rates import CLOCK_BACK, Meter, MeterTable, admit, microseconds, per_of
 from cachebus.adapters.redis_rates import ADMIT
-from cachebus.messages import Admit, Admitted, Refused
+from cachebus.messages import Admit, Admitted, RateLimitDenied
 from cachebus.testing.servers import Server, run_redis
 
 SECOND = 1_000_000
-Ask = Callable[[Admit, int], Admitted | Refused]
+Ask = Callable[[Admit, int], Admitted | RateLimitDenied]
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Limit:
 def of_python() -> Ask:
     meter: Meter | None = None
 
-    def ask(request: Admit, now: int) -> Admitted | Refused:
+    def ask(request: Admit, now: int) -> Admitted | RateLimitDenied:
         nonlocal meter
         reply, after = admit(request, meter, now)
         meter = after or meter
@@ -109,10 +109,10 @@ def test_who_comes_back_when_told_is_admitted_and_a_moment_earlier_is_not(
         now += pause
         request = Admit("k", rate[0], rate[1] / SECOND, burst, min(cost, burst), wait / SECOND)
         reply, after = admit(request, meter, now)
-        if isinstance(reply, Refused):
+        if isinstance(reply, RateLimitDenied):
             then = microseconds(reply.retry_after)
             assert isinstance(admit(request, meter, now + then - wait)[0], Admitted)
-            assert isinstance(admit(request, meter, now + then - wait - 1)[0], Refused)
+            assert isinstance(admit(request, meter, now + then - wait - 1)[0], RateLimitDenied)
         meter = after or meter
 
 
@@ -129,9 +129,9 @@ def test_two_clocks_that_differ_a_little_give_nothing_away(calls: list[tuple[int
 def test_a_clock_that_is_set_back_neither_blocks_nor_gives_away() -> None:
     ask = of_python()
     request = Admit("k", 10, 1.0, 2)
-    assert [type(ask(request, 3600 * SECOND)) for _ in range(3)] == [Admitted, Admitted, Refused]
+    assert [type(ask(request, 3600 * SECOND)) for _ in range(3)] == [Admitted, Admitted, RateLimitDenied]
     refused = ask(request, 60 * SECOND)
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, RateLimitDenied)
     assert refused.retry_after == 0.1
     assert isinstance(ask(request, 60 * SECOND + 100_000), Admitted)
 
@@ -173,12 +173,12 @@ def of_lua(client: Any) -> Ask:
         text = text.replace(found, put)
     name = uuid4().hex
 
-    def ask(request: Admit, now: int) -> Admitted | Refused:
+    def ask(request: Admit, now: int) -> Admitted | RateLimitDenied:
         arguments = (request.limit, per_of(request), request.burst, request.cost, microseconds(request.wait))
         admitted, left, delay, reset = client.eval(text, 1, name, *arguments, now // SECOND, now % SECOND)
         if admitted:
             return Admitted(left, reset / 1e6, delay / 1e6)
-        return Refused(left, delay / 1e6, reset / 1e6)
+        return RateLimitDenied(left, delay / 1e6, reset / 1e6)
 
     return ask
 
@@ -264,7 +264,7 @@ def test_where_there_is_no_room_who_has_used_the_least_is_forgotten_first() -> N
     for at in range(20):
         table.admit(Admit(f"flood {at}", 1, 1.0, 1))
         assert len(table) == 3
-    assert isinstance(table.admit(Admit("most", 1, 60.0, 5)), Refused)
+    assert isinstance(table.admit(Admit("most", 1, 60.0, 5)), RateLimitDenied)
     reply = table.admit(Admit("more", 1, 60.0, 5))
     assert isinstance(reply, Admitted)
     assert reply.remaining == 1
@@ -278,8 +278,8 @@ def test_who_has_used_more_since_is_not_the_first_to_be_forgotten() -> None:
     for key, per in (("most", 60.0), ("little", 70.0), ("most", 60.0), ("most", 60.0)):
         table.admit(Admit(key, 1, per, 3))
     table.admit(Admit("another", 1, 500.0, 1))
-    assert isinstance(table.admit(Admit("most", 1, 60.0, 3)), Refused)
-    assert isinstance(table.admit(Admit("another", 1, 500.0, 1)), Refused)
+    assert isinstance(table.admit(Admit("most", 1, 60.0, 3)), RateLimitDenied)
+    assert isinstance(table.admit(Admit("another", 1, 500.0, 1)), RateLimitDenied)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 20), st.integers(0, 4)), max_size=100))

@@ -17,7 +17,7 @@ from cachebus.adapters.memcached_connection import Connection
 from cachebus.adapters.memcached_rates import REMEMBERED, TRIES
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_dial import Place
-from cachebus.messages import Admit, Admitted, CacheBackendError, Clear, Failed, Get, Refused, Reply, Set
+from cachebus.messages import Admit, Admitted, CacheBackendError, Clear, Failed, Get, RateLimitDenied, Reply, Set
 from cachebus.testing.servers import Server, run_memcached, run_redis
 from cachebus.testing.stores import ask, carry_out
 from tests.adapters.memcached.conftest import raw
@@ -97,20 +97,20 @@ async def test_a_limit_in_redis_goes_when_it_is_whole_again(
 async def test_the_script_is_sent_again_when_redis_has_forgotten_it(in_redis: RedisStore, redis_server: Server) -> None:
     await ask(in_redis, take())
     await told(redis_server, "SCRIPT", "FLUSH")
-    assert kinds(await carry_out(in_redis, [take()] * 3)) == [Admitted, Admitted, Refused]
+    assert kinds(await carry_out(in_redis, [take()] * 3)) == [Admitted, Admitted, RateLimitDenied]
 
 
 async def test_an_emptied_redis_starts_with_whole_limits(in_redis: RedisStore, redis_server: Server) -> None:
     await carry_out(in_redis, [take()] * 3)
     await told(redis_server, "FLUSHALL")
-    assert kinds(await carry_out(in_redis, [take()] * 4)) == [Admitted] * 3 + [Refused]
+    assert kinds(await carry_out(in_redis, [take()] * 4)) == [Admitted] * 3 + [RateLimitDenied]
 
 
 async def test_what_somebody_else_wrote_under_the_name_of_a_limit_is_written_over_or_an_error(
     in_redis: RedisStore, redis_server: Server, namespace: str
 ) -> None:
     await told(redis_server, "SET", f"{namespace}#rate:k", "junk")
-    assert kinds(await carry_out(in_redis, [take()] * 4)) == [Admitted] * 3 + [Refused]
+    assert kinds(await carry_out(in_redis, [take()] * 4)) == [Admitted] * 3 + [RateLimitDenied]
     await told(redis_server, "LPUSH", f"{namespace}#rate:list", "junk")
     (reply,) = await carry_out(in_redis, [take(key="list")])
     assert isinstance(reply, Failed)
@@ -168,13 +168,13 @@ Pair = tuple[MemcachedStore, MemcachedStore]
 
 async def test_a_limit_in_memcached_is_one_round_trip_where_nobody_else_is(stores: Pair, trips: Trips) -> None:
     store, _ = stores
-    for expected in (Admitted, Admitted, Admitted, Refused, Refused):
+    for expected in (Admitted, Admitted, Admitted, RateLimitDenied, RateLimitDenied):
         assert isinstance(await ask(store, take()), expected)
         assert trips.since() == 1
     batch = [take(50, key=key) for key in "abc" for _ in range(60)]
     replies = await carry_out(store, batch)
     assert trips.since() == 1
-    assert kinds(replies) == ([Admitted] * 50 + [Refused] * 10) * 3
+    assert kinds(replies) == ([Admitted] * 50 + [RateLimitDenied] * 10) * 3
 
 
 async def test_somebody_else_costs_one_round_trip_more_and_changes_nothing_else(stores: Pair, trips: Trips) -> None:
@@ -186,15 +186,15 @@ async def test_somebody_else_costs_one_round_trip_more_and_changes_nothing_else(
         assert isinstance(reply, Admitted)
         assert reply.remaining == left
     assert trips.since() == 2 + 2 + 1
-    assert isinstance(await ask(other, take(4)), Refused)
+    assert isinstance(await ask(other, take(4)), RateLimitDenied)
     assert trips.since() == 2
 
 
 async def test_a_refusal_that_is_out_of_date_is_none(stores: Pair, memcached_server: Server, namespace: str) -> None:
     store, _ = stores
-    assert kinds(await carry_out(store, [take()] * 4))[-1] is Refused
+    assert kinds(await carry_out(store, [take()] * 4))[-1] is RateLimitDenied
     await raw(memcached_server, "flush_all")
-    assert kinds(await carry_out(store, [take()] * 4)) == [Admitted] * 3 + [Refused]
+    assert kinds(await carry_out(store, [take()] * 4)) == [Admitted] * 3 + [RateLimitDenied]
 
 
 async def test_a_clear_by_anybody_leaves_a_limit_as_it_is(stores: Pair) -> None:
@@ -202,7 +202,7 @@ async def test_a_clear_by_anybody_leaves_a_limit_as_it_is(stores: Pair) -> None:
     await carry_out(one, [take(), Set("k", b"v"), take()])
     await ask(other, Clear())
     replies = await carry_out(one, [take(), Get("k"), take()])
-    assert kinds(replies[::2]) == [Admitted, Refused]
+    assert kinds(replies[::2]) == [Admitted, RateLimitDenied]
 
 
 async def test_a_limit_in_memcached_goes_when_it_is_whole_again(
@@ -222,7 +222,7 @@ async def test_a_memcached_that_was_started_again_has_whole_limits(
     await to_thread.run_sync(memcached_server.restart)
     while isinstance((await carry_out(store, [Get("other")]))[0], Failed):
         await anyio.sleep(0.01)
-    assert kinds(await carry_out(store, [take()] * 4)) == [Admitted] * 3 + [Refused]
+    assert kinds(await carry_out(store, [take()] * 4)) == [Admitted] * 3 + [RateLimitDenied]
 
 
 async def test_junk_under_the_name_of_a_limit_is_written_over(
@@ -231,7 +231,7 @@ async def test_junk_under_the_name_of_a_limit_is_written_over(
     store, _ = stores
     for junk in (b"junk", b"1 2 3 0", b"\xff"):
         await raw(memcached_server, "set", f"{namespace}:~:k", junk, noreply=False)
-        assert kinds(await carry_out(store, [take()] * 4)) == [Admitted] * 3 + [Refused]
+        assert kinds(await carry_out(store, [take()] * 4)) == [Admitted] * 3 + [RateLimitDenied]
 
 
 async def test_what_is_remembered_of_limits_is_bounded(stores: Pair, trips: Trips) -> None:

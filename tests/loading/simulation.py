@@ -24,7 +24,7 @@ from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import Address, Emitter, LocalBus
 from cachebus.failures import Failures
 from cachebus.link import Link
-from cachebus.messages import CacheTimeoutError, GetOrLease, Missing, Release, Renew
+from cachebus.messages import CacheTimeoutError, GetOrLease, Missing, ReleaseLease, RenewLease
 
 T = TypeVar("T")
 W = TypeVar("W", bound="World")
@@ -122,7 +122,7 @@ class Line:
     leases may be carried out once more, much later, as a copy is that was sent for want of an answer and was held up.
     """
 
-    COPIED = (GetOrLease, Renew, Release)
+    COPIED = (GetOrLease, RenewLease, ReleaseLease)
 
     def __init__(self, bus: LocalBus, chance: random.Random, *, lost: float, copied: float = 0.0) -> None:
         self.bus = bus

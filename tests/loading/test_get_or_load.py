@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from cachebus import Cache, CacheStampedeError, CacheTimeoutError, LoadContext
-from cachebus.messages import LeaseLost, LoadFailed, StaleServed
+from cachebus.messages import LoadLeaseLost, LoadFailed, StaleServed
 from tests.clock import ManualClock
 from tests.facade.faces import a_cache, heard
 
@@ -102,7 +102,7 @@ async def test_a_delete_during_the_load_keeps_its_value_from_being_stored(cache:
     async def call() -> None:
         values.append(await cache.get_or_load("k", source))
 
-    with cache.events(LeaseLost) as lost:
+    with cache.events(LoadLeaseLost) as lost:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call)
             tasks.start_soon(call)

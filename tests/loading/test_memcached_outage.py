@@ -12,7 +12,7 @@ import pytest
 from anyio import to_thread
 
 from cachebus import Cache, CacheError, open_cache
-from cachebus.messages import LeaseLost
+from cachebus.messages import LoadLeaseLost
 from cachebus.settings import Settings, load_settings
 from cachebus.testing.servers import Server, run_memcached
 
@@ -52,7 +52,7 @@ async def test_what_was_loaded_before_a_restart_is_not_stored_after_it(server: S
         return value
 
     async with open_cache(settings_of(server)) as cache, open_cache(settings_of(server)) as other:
-        with cache.events(LeaseLost) as lost:
+        with cache.events(LoadLeaseLost) as lost:
             got: list[int] = []
 
             async def ask() -> None:

@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint
 
 from cachebus import Cache, CacheError, Found, LoadContext, LoadResult
 from cachebus.load_options import LoadOptions
-from cachebus.messages import Get, Loaded, LoadSucceeded, Renew
+from cachebus.messages import Get, Loaded, LoadSucceeded, RenewLease
 from tests.clock import ManualClock
 from tests.facade.faces import heard
 from tests.loading.slow import Slow
@@ -333,4 +333,4 @@ async def test_a_load_is_told_in_events(cache: Cache, clock: ManualClock) -> Non
 
 def test_requests_of_leases_may_be_done_twice() -> None:
     assert Get.IDEMPOTENT
-    assert Renew.IDEMPOTENT
+    assert RenewLease.IDEMPOTENT

@@ -13,7 +13,7 @@ from anyio import to_thread
 
 from cachebus import CacheConnectionError
 from cachebus.link import run
-from cachebus.messages import Get, GetOrLease, LeaseLost, Release, RequestFailed, Set
+from cachebus.messages import Get, GetOrLease, LoadLeaseLost, ReleaseLease, RequestFailed, Set
 from tests.facade.faces import heard
 from tests.facade.outages import Outage, down
 from tests.facade.test_on_error import a_cache
@@ -134,7 +134,7 @@ async def test_a_lease_of_which_nobody_heard_is_given_back(face: str) -> None:
         store.fails = lambda request: down() if isinstance(request, GetOrLease) else None
         assert await cache.get_or_load("k", source) == 1
         assert await cache.get_or_load_many(["l"], source.many) == {"l": 2}
-        await until(face, lambda: {each.key for each in asked(store, Release)} == {"k", "l"})
+        await until(face, lambda: {each.key for each in asked(store, ReleaseLease)} == {"k", "l"})
         assert asked(store, Set) == []
         assert (await cache.statistics()).errors == 2
         store.fails = lambda request: None
@@ -148,9 +148,9 @@ async def test_a_value_that_could_not_be_stored_is_returned_and_its_lease_given_
     store, source = Outage(), Source()
     async with a_cache(face, store, on_error=on_error) as cache:
         store.fails = lambda request: down() if isinstance(request, Set) else None
-        with cache.events(LeaseLost) as events:
+        with cache.events(LoadLeaseLost) as events:
             assert await cache.get_or_load("k", source, tags=[]) == 1
-            await until(face, lambda: bool(asked(store, Release)))
+            await until(face, lambda: bool(asked(store, ReleaseLease)))
             assert heard(events) == [], "nobody has taken it away"
         assert (await cache.statistics()).dropped_writes == (1 if on_error == "miss" else 0)
 

@@ -8,7 +8,7 @@ import pytest
 
 from cachebus.actors.lock_manager import KEPT, PARKED
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     DescribeLock,
     Failed,
     LockAcquired,
@@ -39,8 +39,8 @@ async def locks() -> AsyncIterator[Managed]:
     await made.manager.on_stop()
 
 
-def want(ticket: str, *, ttl: float = 30.0, wait: float = 0.0, name: str = "a") -> Acquire:
-    return Acquire(name, f"owner {ticket}", ticket, ttl, wait)
+def want(ticket: str, *, ttl: float = 30.0, wait: float = 0.0, name: str = "a") -> AcquireLock:
+    return AcquireLock(name, f"owner {ticket}", ticket, ttl, wait)
 
 
 def token_of(caller: Caller) -> int:

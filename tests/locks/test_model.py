@@ -13,7 +13,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from cachebus.actors.lock_manager import PARKED, SLACK
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     DescribeLock,
     Failed,
     LockDenied,
@@ -109,7 +109,7 @@ class Locks(RuleBasedStateMachine):
     def ask(self, attempt: Attempt) -> None:
         attempt.asked_at = self.now
         wait = max(0.0, attempt.ends - self.now)
-        attempt.caller = self.locks.ask(Acquire(attempt.name, "me", attempt.ticket, attempt.ttl, wait))
+        attempt.caller = self.locks.ask(AcquireLock(attempt.name, "me", attempt.ticket, attempt.ttl, wait))
         self.take_in()
 
     @rule(target=attempts, name=NAMES, ttl=TTLS, wait=WAITS)

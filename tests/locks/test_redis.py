@@ -17,7 +17,7 @@ import cachebus.settings  # noqa: F401 (which blocks, as an import does, if a te
 from cachebus import Cache, CacheError, open_cache
 from cachebus.adapters.redis_lock_scripts import CLAIM_MS
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     CacheBackendError,
     CircuitOpen,
     LockDenied,
@@ -289,7 +289,7 @@ async def test_a_cancelled_waiter_leaves_the_queue(server: Server, cache: Cache)
 async def test_what_was_given_up_before_it_came_is_refused(cache: Cache) -> None:
     way = cache.link.locks
     await way.ask(ReleaseLock("a", "late", abandon=True))
-    assert isinstance(await way.ask(Acquire("a", "me", "late", 30.0, 5.0)), LockDenied)
+    assert isinstance(await way.ask(AcquireLock("a", "me", "late", 30.0, 5.0)), LockDenied)
     assert not await cache.lock("a").is_locked()
 
 

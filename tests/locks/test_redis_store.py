@@ -12,7 +12,7 @@ import pytest
 
 from cachebus.bus import SYSTEM_CLOCK
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     CacheConfigurationError,
     DescribeLock,
     Failed,
@@ -79,18 +79,18 @@ async def one(store: Any, request: Any) -> Any:
 async def test_a_store_that_was_closed_and_opened_again_hears_that_a_lock_is_free(server: Server) -> None:
     (holder, _), (waiter, heard) = store_at(server.url), store_at(server.url)
     await holder.open()
-    assert isinstance(await one(holder, Acquire("a", "holder", "t1", 30.0)), LockGranted)
+    assert isinstance(await one(holder, AcquireLock("a", "holder", "t1", 30.0)), LockGranted)
     for _ in range(2):
         await waiter.open()
-        assert isinstance(await one(waiter, Acquire("a", "waiter", "t2", 30.0, 30.0)), LockQueued)
+        assert isinstance(await one(waiter, AcquireLock("a", "waiter", "t2", 30.0, 30.0)), LockQueued)
         assert await heard.next() == "everywhere"
         await waiter.close()
     await waiter.open()
-    assert isinstance(await one(waiter, Acquire("a", "waiter", "t2", 30.0, 30.0)), LockQueued)
+    assert isinstance(await one(waiter, AcquireLock("a", "waiter", "t2", 30.0, 30.0)), LockQueued)
     assert await heard.next() == "everywhere"
     assert isinstance(await one(holder, ReleaseLock("a", "t1")), Released)
     assert await heard.next() == "t2"
-    assert isinstance(await one(waiter, Acquire("a", "waiter", "t2", 30.0)), LockGranted)
+    assert isinstance(await one(waiter, AcquireLock("a", "waiter", "t2", 30.0)), LockGranted)
     await waiter.close()
     await holder.close()
 
@@ -100,10 +100,10 @@ async def test_whoever_may_not_be_told_does_not_wait(server: Server) -> None:
     await anyio.to_thread.run_sync(lambda: redis_command(server, *words))
     store, heard = store_at(f"redis://deaf:pw@{server.host}:{server.port}")
     await store.open()
-    assert isinstance(await one(store, Acquire("b", "holder", "t1", 30.0)), LockGranted)
-    assert isinstance(await one(store, Acquire("b", "waiter", "t2", 30.0, 30.0)), LockQueued)
+    assert isinstance(await one(store, AcquireLock("b", "holder", "t1", 30.0)), LockGranted)
+    assert isinstance(await one(store, AcquireLock("b", "waiter", "t2", 30.0, 30.0)), LockQueued)
     assert await heard.next() == "everywhere", "who waits is to ask again, and is told why it may not"
-    reply = await one(store, Acquire("b", "waiter", "t2", 30.0, 30.0))
+    reply = await one(store, AcquireLock("b", "waiter", "t2", 30.0, 30.0))
     assert isinstance(reply, Failed)
     assert isinstance(reply.error(), CacheConfigurationError)
     assert isinstance(await one(store, ReleaseLock("b", "t1")), Released)
@@ -117,10 +117,10 @@ async def test_a_reply_that_comes_while_the_store_is_closed_breaks_nothing(serve
         (holder, _), (waiter, _) = store_at(server.url), store_at(proxy.url(server.url))
         await holder.open()
         await waiter.open()
-        assert isinstance(await one(holder, Acquire("d", "holder", "t1", 30.0)), LockGranted)
+        assert isinstance(await one(holder, AcquireLock("d", "holder", "t1", 30.0)), LockGranted)
         assert await one(waiter, DescribeLock("d"))
         proxy.switch("latency", seconds=0.2)
-        asked = asyncio.create_task(one(waiter, Acquire("d", "waiter", "t2", 30.0, 30.0)))
+        asked = asyncio.create_task(one(waiter, AcquireLock("d", "waiter", "t2", 30.0, 30.0)))
         await asyncio.sleep(0.05)
         await waiter.close()
         with anyio.fail_after(5):
@@ -138,11 +138,11 @@ async def kept_for(server: Server, name: str) -> float:
 async def test_a_lock_is_remembered_for_longer_than_it_is_held(server: Server) -> None:
     store, _ = store_at(server.url)
     await store.open()
-    assert isinstance(await one(store, Acquire("e", "holder", "t0", 30.0)), LockGranted)
+    assert isinstance(await one(store, AcquireLock("e", "holder", "t0", 30.0)), LockGranted)
     assert isinstance(await one(store, ReleaseLock("e", "t0")), Released)
-    assert isinstance(await one(store, Acquire("e", "holder", "t1", 30 * 86_400.0)), LockGranted)
+    assert isinstance(await one(store, AcquireLock("e", "holder", "t1", 30 * 86_400.0)), LockGranted)
     assert await kept_for(server, "e") > 30
-    assert isinstance(await one(store, Acquire("e", "waiter", "t2", 1.0, 5.0)), LockQueued)
+    assert isinstance(await one(store, AcquireLock("e", "waiter", "t2", 1.0, 5.0)), LockQueued)
     assert await kept_for(server, "e") > 30
     await store.close()
 
@@ -154,7 +154,7 @@ async def test_a_lock_that_is_used_is_remembered_for_a_week_from_then(server: Se
     state, token = "stores#lock:{f}", int((time.time() - ago) * 1e6)
     await anyio.to_thread.run_sync(lambda: redis_command(server, "HSET", state, "n", str(token)))
     await anyio.to_thread.run_sync(lambda: redis_command(server, "EXPIRE", state, "100"))
-    granted = await one(store, Acquire("f", "holder", "t1", 30.0))
+    granted = await one(store, AcquireLock("f", "holder", "t1", 30.0))
     assert isinstance(granted, LockGranted)
     assert granted.token > token
     assert await kept_for(server, "f") > 6
@@ -167,19 +167,19 @@ async def test_an_offer_that_is_heard_late_takes_the_lock_from_nobody(server: Se
     await holder.open()
     await waiter.open()
     decline = ReleaseLock("c", "t2", unclaimed=True, offered=True)
-    assert isinstance(await one(holder, Acquire("c", "holder", "t1", 30.0)), LockGranted)
-    assert isinstance(await one(waiter, Acquire("c", "waiter", "t2", 30.0, 30.0)), LockQueued)
+    assert isinstance(await one(holder, AcquireLock("c", "holder", "t1", 30.0)), LockGranted)
+    assert isinstance(await one(waiter, AcquireLock("c", "waiter", "t2", 30.0, 30.0)), LockQueued)
     assert await heard.next() == "everywhere"
     assert isinstance(await one(holder, ReleaseLock("c", "t1")), Released)
     # It asks once more by itself, and has the lock before it hears of the offer.
-    assert isinstance(await one(waiter, Acquire("c", "waiter", "t2", 30.0, 30.0)), LockGranted)
+    assert isinstance(await one(waiter, AcquireLock("c", "waiter", "t2", 30.0, 30.0)), LockGranted)
     assert await heard.next() == "t2"
     assert await one(waiter, decline) == NotHeld()
     assert (await one(holder, DescribeLock("c"))).owner == "waiter"
     assert isinstance(await one(waiter, ReleaseLock("c", "t2")), Released)
     # An offer that nobody has taken up is declined.
-    assert isinstance(await one(holder, Acquire("c", "holder", "t3", 30.0)), LockGranted)
-    assert isinstance(await one(waiter, Acquire("c", "waiter", "t4", 30.0, 30.0)), LockQueued)
+    assert isinstance(await one(holder, AcquireLock("c", "holder", "t3", 30.0)), LockGranted)
+    assert isinstance(await one(waiter, AcquireLock("c", "waiter", "t4", 30.0, 30.0)), LockQueued)
     assert isinstance(await one(holder, ReleaseLock("c", "t3")), Released)
     assert await heard.next() == "t4"
     assert isinstance(await one(waiter, ReleaseLock("c", "t4", unclaimed=True, offered=True)), Released)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cachebus import open_sync_cache
-from cachebus.messages import WIRE_NAMES, Counted, Found, Reply, Request, Set, message
+from cachebus.messages import WIRE_NAMES, Incremented, Found, Reply, Request, Set, message
 from cachebus.payload_places import has_value, with_value
 
 VALUED = {"backend.set", "backend.add", "backend.compare_and_set", "reply.found"}
@@ -29,7 +29,7 @@ def test_every_message_with_a_value_is_known() -> None:
     assert {name for name, kind in ours.items() if has_value(kind)} >= VALUED
     assert has_value(LeasedSet)
     assert has_value(StaleValue)
-    assert not has_value(Counted)
+    assert not has_value(Incremented)
     assert not has_value(type(None))
 
 

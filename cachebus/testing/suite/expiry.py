@@ -10,7 +10,7 @@ from cachebus.messages import (
     Add,
     BadMessage,
     CacheSerializationError,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     Exists,
@@ -182,7 +182,7 @@ class Counting(Expiry):
     async def test_a_counter_counts(self, store: AnyStore) -> None:
         self.needs(store, "counters")
         counted = [await ask(store, Increment("a", delta, initial=10)) for delta in (1, 5, -20, 0)]
-        assert counted == [Counted(11), Counted(16), Counted(-4), Counted(-4)]
+        assert counted == [Incremented(11), Incremented(16), Incremented(-4), Incremented(-4)]
         assert await value_of(store, "a") == -4
 
     async def test_an_integer_that_was_stored_can_be_counted_on(self, store: AnyStore) -> None:
@@ -213,7 +213,7 @@ class Counting(Expiry):
         self.needs(store, "counters")
         await ask(store, Increment("a", 5, ttl=self.short_ttl))
         await self.vanishes(store, "a")
-        assert await ask(store, Increment("a")) == Counted(1)
+        assert await ask(store, Increment("a")) == Incremented(1)
 
     async def test_counting_makes_a_new_version(self, store: AnyStore) -> None:
         self.needs(store, "counters")

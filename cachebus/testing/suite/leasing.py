@@ -30,10 +30,10 @@ from cachebus.messages import (
     Missing,
     NotHeld,
     NotStored,
-    Origin,
-    Release,
+    LoadMetadata,
+    ReleaseLease,
     Released,
-    Renew,
+    RenewLease,
     Renewed,
     Request,
     Set,
@@ -90,7 +90,7 @@ class Leasing(Conformance):
         """Store what may be served stale. `False` if it was refused, because JSON has no such number."""
         t1 = await granted(store, lease("t1"))
         try:
-            reply = await ask(store, commit(t1, b"old", ttl=self.short_ttl, origin=Origin(0.5, stale_for)))
+            reply = await ask(store, commit(t1, b"old", ttl=self.short_ttl, metadata=LoadMetadata(0.5, stale_for)))
         except CacheSerializationError:
             assert not math.isfinite(stale_for)
             return False
@@ -161,8 +161,8 @@ class Leasing(Conformance):
         second = await granted(leasing, lease("t1", refresh=refresh))
         assert second != first
         assert isinstance(await ask(leasing, commit(first, b"out of date")), NotStored)
-        assert isinstance(await ask(leasing, Renew("k", first, LONG)), NotHeld)
-        assert isinstance(await ask(leasing, Release("k", first)), NotHeld)
+        assert isinstance(await ask(leasing, RenewLease("k", first, LONG)), NotHeld)
+        assert isinstance(await ask(leasing, ReleaseLease("k", first)), NotHeld)
         assert isinstance(await ask(leasing, Get("k")), Missing)
         told = await ask(leasing, lease("t2"))
         assert isinstance(told, Loading)
@@ -176,8 +176,8 @@ class Leasing(Conformance):
         if refresh:
             await ask(leasing, Set("k", b"old", ttl=LONG))
         t1 = await granted(leasing, lease("t1", refresh=refresh))
-        assert isinstance(await ask(leasing, Release("k", "t2")), NotHeld)
-        assert isinstance(await ask(leasing, Release("k", "t1")), Released)
+        assert isinstance(await ask(leasing, ReleaseLease("k", "t2")), NotHeld)
+        assert isinstance(await ask(leasing, ReleaseLease("k", "t1")), Released)
         assert isinstance(await ask(leasing, commit(t1, b"v")), NotStored)
         await granted(leasing, lease("t2", refresh=refresh))
 
@@ -221,23 +221,23 @@ class Leasing(Conformance):
 
     async def test_a_lease_that_is_given_back_is_the_nexts(self, leasing: AnyStore) -> None:
         t1 = await granted(leasing, lease("t1"))
-        assert isinstance(await ask(leasing, Release("k", "t2")), NotHeld), "not by somebody else"
+        assert isinstance(await ask(leasing, ReleaseLease("k", "t2")), NotHeld), "not by somebody else"
         assert isinstance(await ask(leasing, lease("t2")), Loading)
-        assert isinstance(await ask(leasing, Release("k", t1, "LookupError")), Released)
-        assert isinstance(await ask(leasing, Release("k", t1)), NotHeld)
+        assert isinstance(await ask(leasing, ReleaseLease("k", t1, "LookupError")), Released)
+        assert isinstance(await ask(leasing, ReleaseLease("k", t1)), NotHeld)
         assert isinstance(await ask(leasing, lease("t2")), LeaseGranted)
         assert isinstance(await ask(leasing, commit(t1, b"v")), NotStored)
 
     async def test_a_lease_runs_out_unless_it_is_renewed(self, leasing: AnyStore) -> None:
         time_to_renew = 10 * self.short_ttl  # Also for two requests on a busy machine.
         t1 = await granted(leasing, lease("t1", ttl=time_to_renew))
-        assert isinstance(await ask(leasing, Renew("k", "t2", LONG)), NotHeld)
-        assert await ask(leasing, Renew("k", t1, LONG)) == Renewed(LONG)
+        assert isinstance(await ask(leasing, RenewLease("k", "t2", LONG)), NotHeld)
+        assert await ask(leasing, RenewLease("k", t1, LONG)) == Renewed(LONG)
         await self.elapse(time_to_renew + self.slack)
         assert isinstance(await ask(leasing, lease("t2")), Loading)
-        await ask(leasing, Renew("k", t1, self.short_ttl))
+        await ask(leasing, RenewLease("k", t1, self.short_ttl))
         await self.elapse(self.short_ttl + self.slack)
-        assert isinstance(await ask(leasing, Renew("k", t1, LONG)), NotHeld)
+        assert isinstance(await ask(leasing, RenewLease("k", t1, LONG)), NotHeld)
         t2 = await granted(leasing, lease("t2"))
         late = await ask(leasing, commit(t1, b"late"))
         assert isinstance(late, NotStored)
@@ -245,7 +245,7 @@ class Leasing(Conformance):
 
     async def test_a_loaded_value_keeps_its_origin(self, leasing: AnyStore) -> None:
         t1 = await granted(leasing, lease("t1"))
-        await ask(leasing, commit(t1, [1, "a"], ttl=LONG, origin=Origin(0.25, 5.0, "v1")))
+        await ask(leasing, commit(t1, [1, "a"], ttl=LONG, metadata=LoadMetadata(0.25, 5.0, "v1")))
         for found in (await ask(leasing, Get("k")), await ask(leasing, lease("t2"))):
             assert isinstance(found, Loaded)
             assert found.value == [1, "a"]
@@ -258,7 +258,7 @@ class Leasing(Conformance):
 
     async def test_a_value_whose_time_is_up_may_be_served_stale_and_is_no_hit(self, leasing: AnyStore) -> None:
         t1 = await granted(leasing, lease("t1"))
-        stored = await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG, "v1")))
+        stored = await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, metadata=LoadMetadata(0.5, LONG, "v1")))
         assert isinstance(stored, Stored)
         await self.expire(leasing)
         assert isinstance(await ask(leasing, Get("k")), Missing)
@@ -272,7 +272,7 @@ class Leasing(Conformance):
             assert (stale.value, stale.version, stale.load_time, stale.etag) == (b"old", stored.version, 0.5, "v1")
         assert isinstance(told, Stale)
         assert told.lease == mine.token
-        await ask(leasing, Release("k", mine.token))
+        await ask(leasing, ReleaseLease("k", mine.token))
         again = await ask(leasing, lease("t4"))
         assert isinstance(again, LeaseGranted)
         assert again.stale is not None, "it is there after a load that failed"
@@ -284,7 +284,7 @@ class Leasing(Conformance):
     @pytest.mark.parametrize("during", ["before a load", "during a load"])
     async def test_what_was_removed_is_not_served_stale(self, leasing: AnyStore, how: str, during: str) -> None:
         t1 = await granted(leasing, lease("t1"))
-        await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
+        await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, metadata=LoadMetadata(0.5, LONG)))
         await self.expire(leasing)
         if during == "during a load":
             await granted(leasing, lease("t2"))
@@ -294,8 +294,8 @@ class Leasing(Conformance):
 
     async def test_a_stale_value_is_gone_when_its_time_is_up_too(self, leasing: AnyStore) -> None:
         t1 = await granted(leasing, lease("t1"))
-        origin = Origin(0.5, self.short_ttl)
-        await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, origin=origin))
+        metadata = LoadMetadata(0.5, self.short_ttl)
+        await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, metadata=metadata))
         await self.expire(leasing, times=2)
         t2 = await granted(leasing, lease("t2"))
         assert await ask(leasing, lease("t2")) == LeaseGranted(t2, None)
@@ -326,7 +326,7 @@ class Leasing(Conformance):
 
     async def test_a_value_may_be_added_in_the_place_of_a_stale_one(self, leasing: AnyStore) -> None:
         t1 = await granted(leasing, lease("t1"))
-        await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
+        await ask(leasing, commit(t1, b"old", ttl=self.short_ttl, metadata=LoadMetadata(0.5, LONG)))
         await self.expire(leasing)
         assert isinstance(await ask(leasing, Set("k", b"no", only_if="present")), NotStored)
         assert isinstance(await ask(leasing, Add("k", b"new")), Stored)

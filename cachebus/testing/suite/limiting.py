@@ -14,14 +14,14 @@ from cachebus.messages import (
     CacheSerializationError,
     CapabilityError,
     Clear,
-    Counted,
+    Incremented,
     Delete,
     DeletePattern,
     Found,
     Get,
     Increment,
     Missing,
-    Refused,
+    RateLimitDenied,
     Set,
 )
 
@@ -50,7 +50,7 @@ class Limiting(Conformance):
 
     async def used_up(self, store: AnyStore, key: str = "") -> bool:
         """Whether nothing is left of the limit of three an hour."""
-        return isinstance(await ask(store, self.take(key=key)), Refused)
+        return isinstance(await ask(store, self.take(key=key)), RateLimitDenied)
 
     async def test_a_store_limits_rates_or_says_that_it_cannot(self, store: AnyStore) -> None:
         if store.capabilities.rate_limits:
@@ -66,7 +66,7 @@ class Limiting(Conformance):
             assert (reply.remaining, reply.delay) == (left, 0.0)
             assert reply.reset_after == pytest.approx((3 - left) * LONG / 3, abs=5)
         refused = await ask(limiting, self.take())
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, RateLimitDenied)
         assert refused.remaining == 0
         assert refused.retry_after == pytest.approx(LONG / 3, abs=5)
         assert refused.reset_after == pytest.approx(LONG, abs=5)
@@ -76,13 +76,13 @@ class Limiting(Conformance):
         for _ in range(2):
             assert isinstance(await ask(limiting, self.take(limit=2, per=per)), Admitted)
         refused = await ask(limiting, self.take(limit=2, per=per))
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, RateLimitDenied)
         assert 0 < refused.retry_after <= per / 2
         await self.elapse(refused.retry_after / 2)
-        assert isinstance(await ask(limiting, self.take(limit=2, per=per)), Refused)
+        assert isinstance(await ask(limiting, self.take(limit=2, per=per)), RateLimitDenied)
         await self.elapse(refused.retry_after / 2 + self.slack)
         assert isinstance(await ask(limiting, self.take(limit=2, per=per)), Admitted), "what is refused takes nothing"
-        assert isinstance(await ask(limiting, self.take(limit=2, per=per)), Refused)
+        assert isinstance(await ask(limiting, self.take(limit=2, per=per)), RateLimitDenied)
 
     async def test_a_quiet_time_gives_the_burst_and_no_more(self, limiting: AnyStore) -> None:
         per = self.short_ttl
@@ -90,27 +90,27 @@ class Limiting(Conformance):
             await ask(limiting, self.take(limit=1, per=per, burst=2))
         await self.elapse(10 * per)
         replies = await carry_out(limiting, [self.take(limit=1, per=LONG, burst=2)] * 3)
-        assert [type(reply) for reply in replies] == [Admitted, Admitted, Refused]
+        assert [type(reply) for reply in replies] == [Admitted, Admitted, RateLimitDenied]
 
     async def test_several_units_are_taken_together_or_not_at_all(self, limiting: AnyStore) -> None:
         assert isinstance(await ask(limiting, self.take(2)), Admitted)
         refused = await ask(limiting, self.take(2))
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, RateLimitDenied)
         assert refused.remaining == 1
         assert isinstance(await ask(limiting, self.take(1)), Admitted)
 
     async def test_a_burst_of_its_own(self, limiting: AnyStore) -> None:
         replies = await carry_out(limiting, [self.take(limit=1, burst=4)] * 5)
-        assert [type(reply) for reply in replies] == [Admitted] * 4 + [Refused]
+        assert [type(reply) for reply in replies] == [Admitted] * 4 + [RateLimitDenied]
         last = replies[-1]
-        assert isinstance(last, Refused)
+        assert isinstance(last, RateLimitDenied)
         assert last.retry_after == pytest.approx(LONG, abs=5)
 
     async def test_in_one_batch_exactly_the_burst_is_admitted(self, limiting: AnyStore) -> None:
         batch = [self.take(limit=50, key=self.name + key) for _ in range(60) for key in ("a", "b")]
         replies = await carry_out(limiting, batch)
         for at in (0, 1):
-            assert [type(reply) for reply in replies[at::2]] == [Admitted] * 50 + [Refused] * 10
+            assert [type(reply) for reply in replies[at::2]] == [Admitted] * 50 + [RateLimitDenied] * 10
 
     async def test_units_are_taken_in_advance_in_the_order_of_asking(self, limiting: AnyStore) -> None:
         await carry_out(limiting, [self.take()] * 3)
@@ -122,7 +122,7 @@ class Limiting(Conformance):
         assert delays == [pytest.approx(LONG / 3, abs=5), pytest.approx(2 * LONG / 3, abs=5)]
         assert await self.used_up(limiting)
         too_late = await ask(limiting, self.take(wait=LONG / 2))
-        assert isinstance(too_late, Refused)
+        assert isinstance(too_late, RateLimitDenied)
         assert too_late.retry_after == pytest.approx(LONG, abs=5)
         assert isinstance(await ask(limiting, self.take(wait=LONG)), Admitted), "what is refused takes nothing"
 
@@ -132,7 +132,7 @@ class Limiting(Conformance):
         assert isinstance(await ask(limiting, Get(self.name)), Missing)
         if limiting.capabilities.patterns:
             assert await all_keys(limiting) == set()
-        assert await ask(limiting, Increment(self.name, 5)) == Counted(5)
+        assert await ask(limiting, Increment(self.name, 5)) == Incremented(5)
         await ask(limiting, Set(self.name, b"v"))
         assert await self.used_up(limiting)
         found = await ask(limiting, Get(self.name))
@@ -164,13 +164,13 @@ class Limiting(Conformance):
     async def test_any_name_will_do(self, limiting: AnyStore, name: str) -> None:
         name += self.name
         replies = await carry_out(limiting, [self.take(key=name)] * 4)
-        assert [type(reply) for reply in replies] == [Admitted] * 3 + [Refused]
+        assert [type(reply) for reply in replies] == [Admitted] * 3 + [RateLimitDenied]
         assert isinstance(await ask(limiting, self.take(key=name + "x")), Admitted)
 
     async def test_a_high_rate_is_kept_as_exactly_as_a_low_one(self, limiting: AnyStore) -> None:
         await ask(limiting, self.take(10**9, limit=10**9, per=LONG))
         refused = await ask(limiting, self.take(10**8, limit=10**9, per=LONG))
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, RateLimitDenied)
         assert refused.retry_after == pytest.approx(LONG / 10, abs=5)
         assert refused.remaining <= 5 * 10**9 / LONG
 
@@ -201,4 +201,4 @@ class Limiting(Conformance):
         with pytest.raises((BadMessage, CacheSerializationError)):  # JSON cannot say what is not finite.
             await ask(limiting, Admit(self.name, **fields))
         replies = await carry_out(limiting, [self.take()] * 4)
-        assert [type(reply) for reply in replies] == [Admitted] * 3 + [Refused]
+        assert [type(reply) for reply in replies] == [Admitted] * 3 + [RateLimitDenied]

@@ -13,7 +13,7 @@ import pytest
 from cachebus.actors import Alarm, LockManager, LockStore, Supervisor
 from cachebus.bus import SYSTEM_CLOCK, Clock, LocalBus
 from cachebus.messages import (
-    Acquire,
+    AcquireLock,
     BadMessage,
     CacheKeyError,
     DescribeLock,
@@ -195,8 +195,8 @@ class LockConformance:
     @pytest.mark.parametrize("ttl", [31 * 86_400.0, LONGEST])
     async def test_one_that_is_held_for_years_is_nobody_elses(self, store: LockStore, clock: Clock, ttl: float) -> None:
         async with managed(store, clock) as way:
-            assert isinstance(await way.ask(Acquire("a", "me", "t", ttl)), LockGranted)
-            assert isinstance(await way.ask(Acquire("a", "you", "u", 1.0)), LockDenied)
+            assert isinstance(await way.ask(AcquireLock("a", "me", "t", ttl)), LockGranted)
+            assert isinstance(await way.ask(AcquireLock("a", "you", "u", 1.0)), LockDenied)
             assert isinstance(await way.ask(RenewLock("a", "t", ttl)), Renewed)
             info = await way.ask(DescribeLock("a"))
             assert isinstance(info, LockInfo)
@@ -205,11 +205,11 @@ class LockConformance:
 
     async def test_asking_twice_with_one_ticket_is_asking_once(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as way:
-            ask = Acquire("a", "me", "ticket", LONG)
+            ask = AcquireLock("a", "me", "ticket", LONG)
             first, second = await way.ask(ask), await way.ask(ask)
             assert isinstance(first, LockGranted)
             assert isinstance(second, LockGranted)
-            assert isinstance(await way.ask(Acquire("a", "me", "another", LONG)), LockDenied)
+            assert isinstance(await way.ask(AcquireLock("a", "me", "another", LONG)), LockDenied)
             assert isinstance(await way.ask(RenewLock("a", "ticket", LONG)), Renewed)
             assert isinstance(await way.ask(ReleaseLock("a", "ticket")), Released)
             assert isinstance(await way.ask(DescribeLock("a")), LockFree)
@@ -218,7 +218,7 @@ class LockConformance:
         async with managed(store, clock) as way:
             given_back: list[ReleaseLock] = []
             for ticket in ("t1", "t2", "t3"):
-                grant = await way.ask(Acquire("a", ticket, ticket, LONG))
+                grant = await way.ask(AcquireLock("a", ticket, ticket, LONG))
                 assert isinstance(grant, LockGranted)
                 # As whoever does it again because the answer to the first time was lost.
                 for earlier in given_back:
@@ -232,7 +232,7 @@ class LockConformance:
 
     async def test_whom_it_was_taken_from_is_told(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as way:
-            grant = await way.ask(Acquire("a", "me", "t1", LONG))
+            grant = await way.ask(AcquireLock("a", "me", "t1", LONG))
             assert isinstance(grant, LockGranted)
             by_somebody_else = ReleaseLock("a", "t1")  # Who does not know its token.
             assert isinstance(await way.ask(by_somebody_else), Released)
@@ -242,7 +242,7 @@ class LockConformance:
         self, store: LockStore, clock: Clock
     ) -> None:
         async with managed(store, clock) as way:
-            lost = await way.ask(Acquire("a", "me", "t1", self.short_ttl))
+            lost = await way.ask(AcquireLock("a", "me", "t1", self.short_ttl))
             assert isinstance(lost, LockGranted)
             await self.elapse(self.short_ttl + self.lag)
             release = ReleaseLock("a", "t1", "me", lost.token)
@@ -297,12 +297,12 @@ class LockConformance:
         async with managed(store, clock) as way:
             for ttl in (0.0, -1.0, math.nan, math.inf):
                 with pytest.raises(BadMessage, match="ttl"):
-                    await way.ask(Acquire("a", "me", "t", ttl))
+                    await way.ask(AcquireLock("a", "me", "t", ttl))
                 with pytest.raises(BadMessage, match="ttl"):
                     await way.ask(RenewLock("a", "t", ttl))
             for wait in (-1.0, math.nan, math.inf):
                 with pytest.raises(BadMessage, match="wait"):
-                    await way.ask(Acquire("a", "me", "t", 1.0, wait))
+                    await way.ask(AcquireLock("a", "me", "t", 1.0, wait))
             for name in ("", "\ud800"):
                 with pytest.raises(CacheKeyError):
                     await way.ask(DescribeLock(name))
@@ -310,7 +310,7 @@ class LockConformance:
                 with pytest.raises(BadMessage, match="ticket"):
                     await way.ask(ReleaseLock("a", ticket))
             with pytest.raises(BadMessage, match="owner"):
-                await way.ask(Acquire("a", "\ud800", "t", 1.0))
+                await way.ask(AcquireLock("a", "\ud800", "t", 1.0))
 
     # Of a store that several processes share
 
@@ -368,8 +368,8 @@ class LockConformance:
     ) -> None:
         async with managed(store) as way, managed(sibling) as other:
             await other.ask(ReleaseLock("a", "ticket", abandon=True))
-            assert isinstance(await way.ask(Acquire("a", "me", "ticket", LONG)), LockDenied)
-            assert isinstance(await way.ask(Acquire("a", "me", "another", LONG)), LockGranted)
+            assert isinstance(await way.ask(AcquireLock("a", "me", "ticket", LONG)), LockDenied)
+            assert isinstance(await way.ask(AcquireLock("a", "me", "another", LONG)), LockGranted)
 
     async def test_namespaces_have_locks_of_their_own(self, store: LockStore, neighbour: LockStore) -> None:
         async with managed(store) as way, managed(neighbour) as other, Lock(way, "a"), Lock(other, "a", wait=0):

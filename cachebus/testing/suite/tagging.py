@@ -12,7 +12,7 @@ from cachebus.messages import (
     Add,
     Clear,
     CompareAndSet,
-    Counted,
+    Incremented,
     Delete,
     Exists,
     Found,
@@ -28,10 +28,10 @@ from cachebus.messages import (
     Missing,
     NotHeld,
     NotStored,
-    Origin,
+    LoadMetadata,
     Present,
-    Release,
-    Renew,
+    ReleaseLease,
+    RenewLease,
     Renewed,
     Request,
     Set,
@@ -136,7 +136,7 @@ class Tagging(Conformance):
             assert await ask(tagging, CompareAndSet("a", 6, stored.version)) == NotStored(0.0)
         if tagging.capabilities.counters:
             assert isinstance(await ask(tagging, Increment("a", initial=None)), Missing)
-            assert await ask(tagging, Increment("a", initial=10)) == Counted(11)
+            assert await ask(tagging, Increment("a", initial=10)) == Incremented(11)
             found = await ask(tagging, Get("a"))
             assert isinstance(found, Found)
             assert (found.value, found.tags) == (11, ())
@@ -151,7 +151,7 @@ class Tagging(Conformance):
         assert isinstance(present, Present)
         assert present.ttl == pytest.approx(2 * LONG, abs=5.0)
         if tagging.capabilities.counters:
-            assert await ask(tagging, Increment("a", 3)) == Counted(8)
+            assert await ask(tagging, Increment("a", 3)) == Incremented(8)
             found = await ask(tagging, Get("a"))
             assert isinstance(found, Found)
             assert (found.value, found.tags) == (8, RED)
@@ -223,7 +223,7 @@ class Tagging(Conformance):
 
     async def test_what_is_loaded_has_its_tags(self, loading: AnyStore) -> None:
         t1 = await granted(loading, lease("t1", "red"))
-        assert isinstance(await ask(loading, commit(t1, b"v", "red", "late", origin=Origin(0.5, LONG, "e"))), Stored)
+        assert isinstance(await ask(loading, commit(t1, b"v", "red", "late", metadata=LoadMetadata(0.5, LONG, "e"))), Stored)
         for found in (await ask(loading, Get("k")), await ask(loading, lease("t2", "red"))):
             assert isinstance(found, Loaded)
             assert (found.value, found.tags, found.etag) == (b"v", ("red", "late"), "e")
@@ -255,7 +255,7 @@ class Tagging(Conformance):
         await ask(loading, InvalidateTags(RED))
         t1 = await granted(loading, lease("t1", "red"))
         await ask(loading, InvalidateTags(("blue",)))
-        assert await ask(loading, Renew("k", t1, LONG)) == Renewed(LONG)
+        assert await ask(loading, RenewLease("k", t1, LONG)) == Renewed(LONG)
         assert isinstance(await ask(loading, commit(t1, b"v", "red")), Stored)
         assert await value_of(loading, "k") == b"v"
 
@@ -265,7 +265,7 @@ class Tagging(Conformance):
         t1 = await granted(loading, lease("t1", "red"))
         assert isinstance(await ask(loading, lease("t2", "red")), Loading)
         await ask(loading, InvalidateTags(RED))
-        assert isinstance(await ask(loading, Renew("k", t1, LONG)), NotHeld)
+        assert isinstance(await ask(loading, RenewLease("k", t1, LONG)), NotHeld)
         t3 = await granted(loading, lease("t3", "red"))
         assert isinstance(await ask(loading, lease("t4", "red")), Loading)
         refused = await ask(loading, commit(t1, b"out of date", "red"))
@@ -276,7 +276,7 @@ class Tagging(Conformance):
     async def test_a_lease_whose_tag_is_invalidated_is_not_held(self, loading: AnyStore) -> None:
         t1 = await granted(loading, lease("t1", "red"))
         await ask(loading, InvalidateTags(RED))
-        await ask(loading, Release("k", t1))
+        await ask(loading, ReleaseLease("k", t1))
         assert isinstance(await ask(loading, commit(t1, b"v")), NotStored)
         assert isinstance(await ask(loading, lease("t2", "red")), LeaseGranted)
 
@@ -294,7 +294,7 @@ class Tagging(Conformance):
     @pytest.mark.parametrize("during", ["before a load", "during a load"])
     async def test_what_is_invalidated_is_not_served_stale(self, loading: AnyStore, during: str) -> None:
         t1 = await granted(loading, lease("t1", "red"))
-        await ask(loading, commit(t1, b"old", "red", ttl=self.short_ttl, origin=Origin(0.5, LONG)))
+        await ask(loading, commit(t1, b"old", "red", ttl=self.short_ttl, metadata=LoadMetadata(0.5, LONG)))
         await self.expire(loading)
         if during == "during a load":
             mine = await ask(loading, lease("t2"))
@@ -305,14 +305,14 @@ class Tagging(Conformance):
         reply = await ask(loading, lease("t3"))
         if during == "during a load":
             assert isinstance(reply, Loading)
-            await ask(loading, Release("k", "t2"))
+            await ask(loading, ReleaseLease("k", "t2"))
             reply = await ask(loading, lease("t4"))
         assert isinstance(reply, LeaseGranted)
         assert reply.stale is None
 
     async def test_a_valid_value_with_tags_is_served_stale(self, loading: AnyStore) -> None:
         t1 = await granted(loading, lease("t1", "red"))
-        await ask(loading, commit(t1, b"old", "red", ttl=self.short_ttl, origin=Origin(0.5, LONG, "e")))
+        await ask(loading, commit(t1, b"old", "red", ttl=self.short_ttl, metadata=LoadMetadata(0.5, LONG, "e")))
         await self.expire(loading)
         assert isinstance(await ask(loading, Get("k")), Missing)
         assert isinstance(await ask(loading, Exists("k")), Missing)

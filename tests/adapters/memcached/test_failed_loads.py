@@ -22,10 +22,10 @@ from cachebus.messages import (
     Missing,
     NotHeld,
     NotStored,
-    Origin,
-    Release,
+    LoadMetadata,
+    ReleaseLease,
     Released,
-    Renew,
+    RenewLease,
     Request,
     Set,
     Stored,
@@ -46,7 +46,7 @@ def lease(token: str, *, after: str = "", ttl: float = LONG, **more: Any) -> Get
 async def failed(store: MemcachedStore, token: str, **more: Any) -> str:
     """The name of a lease whose loader has failed."""
     name = await granted(store, lease(token, **more))
-    assert await one(store, Release("k", name, "OSError")) == Released()
+    assert await one(store, ReleaseLease("k", name, "OSError")) == Released()
     return name
 
 
@@ -76,26 +76,26 @@ async def test_all_who_wait_for_it_are_told_as_often_as_they_ask_and_the_next_lo
 async def test_the_last_failure_counts(store: MemcachedStore) -> None:
     first = await failed(store, "t1")
     second = await granted(store, lease("t2"))
-    assert await one(store, Release("k", second, "ValueError")) == Released()
+    assert await one(store, ReleaseLease("k", second, "ValueError")) == Released()
     assert told(await one(store, lease("t3", after=second))) == "ValueError"
     assert isinstance(await one(store, lease("t4", after=first)), LeaseGranted)
 
 
 async def test_a_load_that_was_given_up_is_no_failure(store: MemcachedStore) -> None:
     name = await granted(store, lease("t1"))
-    assert await one(store, Release("k", name)) == Released()
+    assert await one(store, ReleaseLease("k", name)) == Released()
     assert isinstance(await one(store, lease("t2", after=name)), LeaseGranted)
 
 
 @pytest.mark.parametrize("asked_for", [False, True])
 async def test_a_failed_lease_is_nobodys(store: MemcachedStore, *, asked_for: bool) -> None:
     name = await failed(store, "t1")
-    assert await one(store, Renew("k", name, LONG)) == NotHeld()
+    assert await one(store, RenewLease("k", name, LONG)) == NotHeld()
     reply = await one(store, Set("k", b"v", LONG, lease=name))
     assert isinstance(reply, NotStored)
     assert reply.reason == "lease_lost"
     # Given back once more, it is told all the same.
-    assert await one(store, Release("k", "t1" if asked_for else name)) == NotHeld()
+    assert await one(store, ReleaseLease("k", "t1" if asked_for else name)) == NotHeld()
     assert told(await one(store, lease("t2", after=name))) == "OSError"
     # The same question once more, late, is a new one.
     assert await granted(store, lease("t1")) != name
@@ -107,13 +107,13 @@ async def test_a_failed_lease_is_nobodys(store: MemcachedStore, *, asked_for: bo
 async def test_a_lease_that_was_lost_has_nothing_to_tell(store: MemcachedStore, loses: Request[Any]) -> None:
     name = await granted(store, lease("t1", tags=("red",)))
     await one(store, loses)
-    assert await one(store, Release("k", name, "OSError")) == NotHeld()
+    assert await one(store, ReleaseLease("k", name, "OSError")) == NotHeld()
     assert isinstance(await one(store, lease("t2", after=name)), LeaseGranted | Found)
 
 
 async def test_what_is_stale_is_served_while_the_failure_is_told(store: MemcachedStore) -> None:
     first = await granted(store, lease("t1"))
-    await one(store, Set("k", b"old", 5.0, lease=first, origin=Origin(0.0, LONG)))
+    await one(store, Set("k", b"old", 5.0, lease=first, metadata=LoadMetadata(0.0, LONG)))
     connection_of(store)._offset += 10.0
     name = await failed(store, "t2")
     assert told(await one(store, lease("t3", after=name))) == "OSError"
@@ -135,4 +135,4 @@ async def test_the_server_forgets_it_soon(server: Server) -> None:
         assert TOLD_FOR - SECONDS_LATE <= await left(server, store) <= TOLD_FOR + 1
         mine = await granted(store, lease("t2"))
         assert LONG - SECONDS_LATE <= await left(server, store) <= LONG + 1
-        await one(store, Release("k", mine))
+        await one(store, ReleaseLease("k", mine))

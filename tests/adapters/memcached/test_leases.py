@@ -26,10 +26,10 @@ from cachebus.messages import (
     Missing,
     NotHeld,
     NotStored,
-    Origin,
-    Release,
+    LoadMetadata,
+    ReleaseLease,
     Released,
-    Renew,
+    RenewLease,
     Renewed,
     Set,
     Stored,
@@ -68,7 +68,7 @@ async def test_a_tag_that_was_known_voids_the_lease_for_those_who_come(store: Me
     t1 = await granted(store, lease("t1", tags=("a", "b")))
     assert isinstance(await one(store, lease("t2")), Loading)
     await one(store, InvalidateTags(("b",)))
-    assert await one(store, Renew("k", t1, LONG)) == NotHeld()
+    assert await one(store, RenewLease("k", t1, LONG)) == NotHeld()
     t3 = await granted(store, lease("t3"))
     assert is_lost(await one(store, commit(t1, 1, tags=("a", "b"))))
     assert isinstance(await one(store, commit(t3, 2)), Stored)
@@ -162,16 +162,16 @@ async def test_the_server_forgets_a_lease_and_what_is_stale_in_its_time(server: 
     async with opened(server) as store:
         t1 = await granted(store, lease("t1", ttl=15.0))
         assert 15 - SECONDS_LATE <= await left(server, store) <= 16
-        await one(store, Renew("k", t1, 30.0))
+        await one(store, RenewLease("k", t1, 30.0))
         assert 30 - SECONDS_LATE <= await left(server, store) <= 31
-        await one(store, commit(t1, b"v", origin=Origin(0.0, 100.0)))
+        await one(store, commit(t1, b"v", metadata=LoadMetadata(0.0, 100.0)))
         assert 160 - SECONDS_LATE <= await left(server, store) <= 161
         await one(store, Touch("k", 10.0))
         assert 110 - SECONDS_LATE <= await left(server, store) <= 111
         connection_of(store)._offset += 20.0
         assert (mine := await one(store, lease("t2", ttl=5.0))).stale.value == b"v"
         assert 90 - SECONDS_LATE <= await left(server, store) <= 91
-        assert await one(store, Release("k", mine.token)) == Released()
+        assert await one(store, ReleaseLease("k", mine.token)) == Released()
         assert 90 - SECONDS_LATE <= await left(server, store) <= 91
 
 
@@ -202,14 +202,14 @@ async def left(server: Server, store: MemcachedStore) -> int:
         lease("t", ttl=0.0),
         lease("t", ttl=float("inf")),
         lease("t" * 239),
-        Renew("k", "t1", -1.0),
+        RenewLease("k", "t1", -1.0),
         commit("t1", 1, only_if="absent"),
     ],
 )
 async def test_what_makes_no_sense_is_refused(store: MemcachedStore, request_: Any) -> None:
     t1 = await granted(store, lease("t1"))
     assert isinstance((await one(store, request_)).error(), BadMessage)
-    assert await one(store, Renew("k", t1, LONG)) == Renewed(LONG)
+    assert await one(store, RenewLease("k", t1, LONG)) == Renewed(LONG)
 
 
 # Large values
@@ -219,7 +219,7 @@ async def test_a_large_value_is_stored_under_a_lease_and_served_stale(server: Se
     async with opened(server, chunked=True) as store:
         first, second = bytes(3 * 2**20), b"x" * 2**21
         t1 = await granted(store, lease("t1"))
-        await one(store, Set("k", first, 1.0, ("a",), lease=t1, origin=Origin(0.0, LONG)))
+        await one(store, Set("k", first, 1.0, ("a",), lease=t1, metadata=LoadMetadata(0.0, LONG)))
         found = await one(store, lease("t2"))
         assert isinstance(found, Found)
         assert (found.value, found.tags) == (first, ("a",))
@@ -272,7 +272,7 @@ async def test_a_stale_value_for_which_there_is_no_room_beside_the_lease_goes(se
         assert most is not None
         t1 = await granted(store, lease("t1"))
         room = most - 100
-        stored = await one(store, Set("k", bytes(room), 1.0, lease=t1, origin=Origin(0.0, LONG)))
+        stored = await one(store, Set("k", bytes(room), 1.0, lease=t1, metadata=LoadMetadata(0.0, LONG)))
         assert isinstance(stored, Stored)
         connection_of(store)._offset += 1.5
         t2 = await granted(store, lease("t2", tags=("t" * 200,)))
@@ -334,7 +334,7 @@ async def test_clear_between_two_requests_of_a_batch_voids_the_lease(store: Memc
 
 async def test_counting_a_value_that_was_loaded_keeps_its_origin(store: MemcachedStore) -> None:
     t1 = await granted(store, lease("t1"))
-    await one(store, commit(t1, 5, origin=Origin(0.25, 5.0, "v1")))
+    await one(store, commit(t1, 5, metadata=LoadMetadata(0.25, 5.0, "v1")))
     await one(store, Increment("k"))
     found = await one(store, Get("k"))
     assert (found.value, found.etag, found.lifetime) == (6, "v1", LONG)

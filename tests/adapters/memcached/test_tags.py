@@ -15,7 +15,7 @@ from cachebus.adapters.memcached_tags import REMEMBERED_KEYS, REMEMBERED_TAGS, T
 from cachebus.messages import (
     Add,
     CompareAndSet,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     Exists,
@@ -30,7 +30,7 @@ from cachebus.messages import (
     LeaseGranted,
     Missing,
     NotStored,
-    Origin,
+    LoadMetadata,
     Present,
     Set,
     SetMany,
@@ -168,7 +168,7 @@ async def test_nothing_sees_an_entry_whose_tag_was_invalidated(store: MemcachedS
 async def test_a_good_entry_keeps_its_tags_whatever_is_done_to_it(store: MemcachedStore) -> None:
     await one(store, Set("k", 5, tags=("a", "b", "a")))
     assert (await one(store, Touch("k", 60.0))).ttl == pytest.approx(60.0, abs=0.1)
-    assert await one(store, Increment("k")) == Counted(6)
+    assert await one(store, Increment("k")) == Incremented(6)
     found = await one(store, Get("k"))
     assert (found.value, found.tags) == (6, ("a", "b"))
     assert isinstance(await one(store, Exists("k")), Present)
@@ -282,7 +282,7 @@ async def test_an_invalidation_that_a_server_missed_is_an_error() -> None:
 async def test_what_was_invalidated_is_not_served_stale(store: MemcachedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     async def expired(key: str) -> None:
         token = await granted(store, GetOrLease(key, "p", f"{key}1", 60.0, tags=("a",)))
-        await one(store, Set(key, b"old", 1.0, ("a",), lease=token, origin=Origin(0.1, 60.0)))
+        await one(store, Set(key, b"old", 1.0, ("a",), lease=token, metadata=LoadMetadata(0.1, 60.0)))
 
     await expired("k")
     await expired("l")

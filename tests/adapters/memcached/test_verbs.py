@@ -17,7 +17,7 @@ from cachebus.messages import (
     Clear,
     Cleared,
     CompareAndSet,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     DeletePattern,
@@ -99,7 +99,7 @@ async def test_counts_of_one_batch_are_one_write(server: Server) -> None:
         await one(store, Set("n", 0))
         before = (await raw(server, "stats"))[b"cmd_set"]
         replies = await store.execute([Increment("n") for _ in range(50)])
-        assert replies == [Counted(number) for number in range(1, 51)]
+        assert replies == [Incremented(number) for number in range(1, 51)]
         assert (await raw(server, "stats"))[b"cmd_set"] - before == 1
 
 
@@ -119,7 +119,7 @@ async def test_touches_of_one_batch_are_one_write(server: Server) -> None:
 async def test_a_counter_keeps_its_time_however_often_it_counts(store: MemcachedStore) -> None:
     await one(store, Increment("n", ttl=2.0))
     with anyio.fail_after(30):
-        while isinstance(await one(store, Increment("n", initial=None)), Counted):
+        while isinstance(await one(store, Increment("n", initial=None)), Incremented):
             pass
     assert await one(store, Get("n")) == Missing()
 
@@ -160,8 +160,8 @@ async def test_clear_is_seen_by_every_store_of_the_namespace_at_once(server: Ser
         assert isinstance(await one(other, Set("a", b"2")), Stored)
         assert (await one(one_store, Get("a"))).value == b"2"
         await one(one_store, Clear())
-        assert await one(other, Increment("n", 5)) == Counted(5)
-        assert await one(one_store, Increment("n", 5)) == Counted(10)
+        assert await one(other, Increment("n", 5)) == Incremented(5)
+        assert await one(one_store, Increment("n", 5)) == Incremented(10)
 
 
 async def test_clear_in_a_batch_stands_between_its_neighbours(store: MemcachedStore) -> None:
@@ -208,7 +208,7 @@ async def test_flush_all_by_somebody_is_a_miss_and_nothing_worse(server: Server)
         await one(store, SetMany({f"k{number}": number for number in range(100)}))
         await raw(server, "flush_all")
         replies = await store.execute([Get("k1"), Set("k1", b"1"), Get("k1"), Increment("n")])
-        assert [type(reply) for reply in replies] == [Missing, Stored, Found, Counted]
+        assert [type(reply) for reply in replies] == [Missing, Stored, Found, Incremented]
 
 
 async def test_clear_during_traffic_never_shows_what_was_cleared(server: Server) -> None:

@@ -23,7 +23,7 @@ from cachebus.messages import (
     BadMessage,
     CacheConfigurationError,
     Clear,
-    Counted,
+    Incremented,
     Delete,
     DeleteMany,
     DeletePattern,
@@ -36,9 +36,9 @@ from cachebus.messages import (
     InvalidateTags,
     Loading,
     Missing,
-    Release,
+    ReleaseLease,
     Released,
-    Renew,
+    RenewLease,
     Renewed,
     Scan,
     Set,
@@ -293,7 +293,7 @@ async def test_scripts_that_a_server_forgot_are_sent_again(store: Any, cluster: 
     for server in cluster:
         await sync(tell, server, "SCRIPT", "FLUSH")
     assert all(isinstance(each, Stored) for each in await store.execute([Set(f"k{n}", n) for n in range(50)]))
-    assert await one(store, Increment("n", 5)) == Counted(5)
+    assert await one(store, Increment("n", 5)) == Incremented(5)
 
 
 @pytest.mark.parametrize("last", [Delete("k"), Set("k", "new")])
@@ -328,13 +328,13 @@ async def test_whatever_the_key_its_leases_are_in_its_slot(cluster: Sequence[Ser
     async with opened(url_of(cluster), namespace=namespace) as store:
         await one(store, Delete(key))
         t1 = await granted(store, GetOrLease(key, "p", "t1", 9.0))
-        assert await one(store, Renew(key, t1, 9.0)) == Renewed(9.0)
+        assert await one(store, RenewLease(key, t1, 9.0)) == Renewed(9.0)
         assert isinstance(await one(store, Set(key, b"1", lease=t1)), Stored)
         t2 = await granted(store, GetOrLease(key, "p", "t2", 9.0, refresh=True))
         assert isinstance(await one(store, GetOrLease(key, "p", "t3", 9.0, refresh=True)), Found)
         assert isinstance(await one(store, Set(key, b"2", lease=t2)), Stored)
         t3 = await granted(store, GetOrLease(key, "p", "t3", 9.0, refresh=True))
-        assert await one(store, Release(key, t3)) == Released()
+        assert await one(store, ReleaseLease(key, t3)) == Released()
         assert (await one(store, Get(key))).value == b"2"
 
 
@@ -377,9 +377,9 @@ async def test_a_slot_between_two_servers_answers_for_every_key(store: Any, clus
     assert [each.value for each in replies[:20]] == names
     assert all(isinstance(each, Stored) for each in replies[20:])
     assert (await one(store, DeleteMany((*names[:15], "{t}none")))).count == 15
-    assert await one(store, Increment("{t}new", 3)) == Counted(3)
+    assert await one(store, Increment("{t}new", 3)) == Incremented(3)
     await sync(move.end)
-    assert await one(store, Increment("{t}new", 1)) == Counted(4)
+    assert await one(store, Increment("{t}new", 1)) == Incremented(4)
     assert [(await one(store, Get(name))).value for name in names[15:]] == [name * 2 for name in names[15:]]
     assert isinstance(await one(store, Get(names[0])), Missing)
 
@@ -452,7 +452,7 @@ async def test_slots_move_under_callers_and_each_key_keeps_its_order_and_its_val
                 for reply in replies:
                     if isinstance(reply, Failed):
                         errors.add(str(reply.error()))
-                counts = [reply.value for reply in replies if isinstance(reply, Counted)]
+                counts = [reply.value for reply in replies if isinstance(reply, Incremented)]
                 if counts != sorted(set(counts)) or (counts and counts[0] <= highest):
                     wrong.append((counter, highest, counts))
                 highest = max([highest, *counts])

@@ -13,7 +13,7 @@ from cachebus.messages import (
     Clear,
     Cleared,
     CompareAndSet,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     DeleteMany,
@@ -120,13 +120,13 @@ async def test_touch_changes_the_expiry_of_reads_and_of_the_server(store: Any, s
 
 
 async def test_a_counter_starts_counts_and_is_an_int(store: Any) -> None:
-    assert await one(store, Increment("n")) == Counted(1)
-    assert await one(store, Increment("n", delta=-5)) == Counted(-4)
+    assert await one(store, Increment("n")) == Incremented(1)
+    assert await one(store, Increment("n", delta=-5)) == Incremented(-4)
     assert (await one(store, Get("n"))).value == -4
-    assert await one(store, Increment("m", delta=2, initial=10)) == Counted(12)
+    assert await one(store, Increment("m", delta=2, initial=10)) == Incremented(12)
     assert await one(store, Increment("x", initial=None)) == Missing()
     await one(store, Set("s", 7))
-    assert await one(store, Increment("s")) == Counted(8)
+    assert await one(store, Increment("s")) == Incremented(8)
 
 
 async def test_a_counter_keeps_its_time_to_live_and_gets_a_new_version(store: Any, server: Server) -> None:
@@ -141,8 +141,8 @@ async def test_a_counter_keeps_its_time_to_live_and_gets_a_new_version(store: An
 
 async def test_a_counter_is_exact_to_64_bits_and_goes_no_further(store: Any) -> None:
     top = 2**63 - 1
-    assert await one(store, Increment("n", delta=top - 1)) == Counted(top - 1)
-    assert await one(store, Increment("n")) == Counted(top)
+    assert await one(store, Increment("n", delta=top - 1)) == Incremented(top - 1)
+    assert await one(store, Increment("n")) == Incremented(top)
     for request in (Increment("n"), Increment("n", delta=2**70), Increment("other", delta=2**63)):
         assert isinstance((await one(store, request)).error(), WrongType)
     assert (await one(store, Get("n"))).value == top
@@ -170,7 +170,7 @@ async def test_a_batch_is_carried_out_in_its_order(store: Any) -> None:
         [Set("a", 1), Get("a"), Delete("a"), Get("a"), Increment("a"), Get("a"), SetMany({"a": "z"}), GetMany(("a",))]
     )
     assert replies[1].value == 1
-    assert replies[2:5] == [Deleted(1), Missing(), Counted(1)]
+    assert replies[2:5] == [Deleted(1), Missing(), Incremented(1)]
     assert replies[5].value == 1
     assert replies[7].entries["a"].value == "z"
 

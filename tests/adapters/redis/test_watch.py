@@ -22,7 +22,7 @@ from cachebus.messages import (
     Loading,
     NotHeld,
     Overloaded,
-    Release,
+    ReleaseLease,
     Reply,
     Set,
     Stored,
@@ -94,12 +94,12 @@ async def test_who_waits_is_told_what_the_loader_has_failed_with(server: Server)
     async with opened(server.url) as store, opened(server.url) as holder:
         given_back = await lease(holder, "given back", "k2")
         told = await wait(store, given_back, key="k2")
-        await one(holder, Release("k2", given_back))
+        await one(holder, ReleaseLease("k2", given_back))
         assert await told.reply() == NotHeld()
         failed = await lease(holder, "failed", "k2")
         told = await wait(store, failed, key="k2")
         # By what it was asked for as: who waits knows its name alone.
-        await one(holder, Release("k2", "failed", "OSError"))
+        await one(holder, ReleaseLease("k2", "failed", "OSError"))
         reply = await told.reply()
         assert isinstance(reply, Failed)
         assert isinstance(reply.error(), LoaderFailed)
@@ -118,8 +118,8 @@ async def test_the_end_of_a_lease_is_remembered_for_those_who_ask_after_it(serve
     async with opened(server.url) as store, opened(server.url) as holder:
         early, last = await lease(holder, "early", "k4"), await lease(holder, "the last", "k5")
         told = await wait(store, last)
-        await one(holder, Release("k4", early, "KeyError"))
-        await one(holder, Release("k5", last))
+        await one(holder, ReleaseLease("k4", early, "KeyError"))
+        await one(holder, ReleaseLease("k5", last))
         await told.reply()
         late = Told()
         store.watch(WatchLease("k4", early, LONG), late)
@@ -138,9 +138,9 @@ async def test_the_channel_is_of_the_namespace(server: Server) -> None:
     async with opened(server.url, namespace="one") as store, opened(server.url, namespace="two") as other:
         same_name = await lease(other, "same name")
         told = await wait(store, same_name)
-        await one(other, Release("k", same_name))
+        await one(other, ReleaseLease("k", same_name))
         await wait(other, "x")
-        await one(other, Release("k", "x"))
+        await one(other, ReleaseLease("k", "x"))
         assert not told.is_told
 
 
@@ -156,13 +156,13 @@ async def test_nothing_is_connected_before_somebody_waits_and_an_idle_channel_is
         assert b"idle#leases" not in await channels()
         told = await wait(store, token)
         assert b"idle#leases" in await channels()
-        await one(store, Release("k", token))
+        await one(store, ReleaseLease("k", token))
         assert await told.reply() == NotHeld()
         with anyio.fail_after(30):
             while b"idle#leases" in await channels():
                 await asyncio.sleep(0.01)
         told = await wait(store, "again")
-        await one(store, Release("k", "again"))
+        await one(store, ReleaseLease("k", "again"))
         assert await told.reply() == NotHeld()
 
 

@@ -11,7 +11,7 @@ from cachebus.actors import Actor
 from cachebus.bus import Deferred
 from cachebus.messages import (
     CacheKeyError,
-    Counted,
+    Incremented,
     Delete,
     Deleted,
     Exists,
@@ -58,12 +58,12 @@ class Answering(Actor):
         self.parked.append(deferred := self.ctx.defer())
         return deferred
 
-    def on_increment(self, request: Increment) -> Counted:
+    def on_increment(self, request: Increment) -> Incremented:
         self.count += 1
         for deferred in self.parked:
             deferred.answer(Present(float(self.count)))
         self.parked.clear()
-        return Counted(self.count)
+        return Incremented(self.count)
 
     def on_set(self, request: Set) -> Stored:
         raise CacheKeyError("the key is refused")

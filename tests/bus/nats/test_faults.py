@@ -24,7 +24,7 @@ from cachebus.messages import (
     CacheError,
     CacheTimeoutError,
     CircuitClosed,
-    Counted,
+    Incremented,
     EventsMissed,
     Exists,
     Failed,
@@ -132,9 +132,9 @@ async def test_a_request_that_is_not_idempotent_is_never_sent_twice(
     slow = asyncio.create_task(bus.request(PLACE, Exists("0.5"), T))
     counted = [asyncio.create_task(bus.request(PLACE, Increment("k"), T)) for _ in range(5)]
     assert await slow == Present()
-    assert await asyncio.gather(*counted) == [Counted(1), Counted(2), Counted(3), Counted(4), Counted(5)]
+    assert await asyncio.gather(*counted) == [Incremented(1), Incremented(2), Incremented(3), Incremented(4), Incremented(5)]
     assert bus.counters.requests_resent >= 1
-    assert await bus.request(PLACE, Increment("k"), T) == Counted(6)
+    assert await bus.request(PLACE, Increment("k"), T) == Incremented(6)
 
 
 async def test_a_killed_server_fails_callers_at_once_and_everything_works_when_it_is_back(
@@ -279,7 +279,7 @@ async def test_a_spent_budget_is_answered_and_not_worked_on(connect: Connect, st
         # What is never answered by the actor is answered by the deadline.
         answer = await stranger.request(subject, encode(Touch("k")), timeout=T, headers={"Cachebus-Budget": "0.05"})
         assert getattr(decode(answer.data), "code", "") == CacheTimeoutError.code
-        assert await bus.request(PLACE, Increment("k"), T) == Counted(1)
+        assert await bus.request(PLACE, Increment("k"), T) == Incremented(1)
 
 
 async def test_an_answer_is_never_sent_to_a_subject_of_ours(connect: Connect, stranger: Any, namespace: str) -> None:

@@ -28,7 +28,7 @@ from cachebus.messages import (
     CacheTimeoutError,
     CapabilityError,
     Clear,
-    Counted,
+    Incremented,
     Delete,
     Exists,
     Failed,
@@ -95,7 +95,7 @@ async def test_messages_of_one_sender_are_handled_in_their_order(bus: Bus) -> No
     for _ in range(100):
         bus.send(PLACE, Increment("k"))
     counted = [asyncio.create_task(bus.request(PLACE, Increment("k"), T)) for _ in range(100)]
-    assert await asyncio.gather(*counted) == [Counted(number) for number in range(101, 201)]
+    assert await asyncio.gather(*counted) == [Incremented(number) for number in range(101, 201)]
 
 
 async def test_a_deadline_is_kept_and_a_parked_reply_comes(bus: Bus) -> None:
@@ -103,7 +103,7 @@ async def test_a_deadline_is_kept_and_a_parked_reply_comes(bus: Bus) -> None:
         await bus.request(PLACE, Touch("k"), 0.1)
     parked = asyncio.create_task(bus.request(PLACE, Touch("k"), T))
     await bus.request(PLACE, Exists("0"), T)
-    assert await bus.request(PLACE, Increment("k"), T) == Counted(1)
+    assert await bus.request(PLACE, Increment("k"), T) == Incremented(1)
     assert await parked == Present(1.0)
 
 

@@ -19,7 +19,7 @@ from cachebus.messages import (
     CacheKeyError,
     CacheSerializationError,
     CacheTimeoutError,
-    Counted,
+    Incremented,
     DeadLetter,
     Delete,
     Exists,
@@ -114,7 +114,7 @@ async def test_one_that_takes_long_holds_up_none_of_those_it_travelled_with(
     await asyncio.gather(first, *others)
     assert bus.counters.messages_sent == 2
     assert not parked.done()
-    assert await bus.request(PLACE, Increment("k"), T) == Counted(1)
+    assert await bus.request(PLACE, Increment("k"), T) == Incremented(1)
     assert await parked == Present(1.0)
 
 
@@ -179,7 +179,7 @@ async def test_what_is_sent_arrives_in_order_and_what_cannot_be_done_is_a_dead_l
     bus = await connect()
     for _ in range(1000):
         bus.send(PLACE, Increment("k"))
-    assert await bus.request(PLACE, Increment("k"), T) == Counted(1001)
+    assert await bus.request(PLACE, Increment("k"), T) == Incremented(1001)
     with bus.subscribe(DeadLetter) as letters:
         bus.send(PLACE, Set("k", 1))
         letter = await anext(letters)
