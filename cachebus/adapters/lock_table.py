@@ -98,6 +98,11 @@ class LockTable:
             elif self._holder(name, now) is None:
                 self._pass_on(name, now)
 
+    def repair(self) -> None:
+        """As `InlineLockStore.repair`."""
+        self._queues = {name: queue for name, queue in self._queues.items() if queue}
+        self._fill_heap()
+
     def _acquire(self, request: AcquireLock) -> Reply:
         name, ticket, now = request.name, request.ticket, self._now()
         held = self._holder(name, now)
@@ -210,7 +215,10 @@ class LockTable:
     def _watch(self, name: str, held: _Held) -> None:
         if len(self._heap) > 2 * len(self._held) + 64:
             # Leftovers of locks that were given back, or renewed.
-            self._heap = [(each.expires_at, next(self._numbers), name, each) for name, each in self._held.items()]
-            heapq.heapify(self._heap)
+            self._fill_heap()
         else:
             heapq.heappush(self._heap, (held.expires_at, next(self._numbers), name, held))
+
+    def _fill_heap(self) -> None:
+        self._heap = [(each.expires_at, next(self._numbers), name, each) for name, each in self._held.items()]
+        heapq.heapify(self._heap)

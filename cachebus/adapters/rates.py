@@ -143,6 +143,12 @@ class MeterTable:
             else:
                 heapq.heapreplace(self._heap, (empty, key))
 
+    def repair(self) -> None:
+        """Put right what an interrupted turn left half done: a limit that is not looked at when it is whole again."""
+        if len(self._heap) != len(self._meters):
+            self._heap = [(empty, key) for key, (_, empty) in self._meters.items()]
+            heapq.heapify(self._heap)
+
     def clear(self) -> None:
         """Forget everything."""
         self._meters.clear()
