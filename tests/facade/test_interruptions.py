@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +9,6 @@ import pytest
 
 from cachebus import SyncCache, open_sync_cache
 from cachebus.adapters.memory import MemoryStore
-from cachebus.bus import Envelope, ThreadPort
-from cachebus.messages import Get, GetOrLease, Loading, LeaseGranted, ReleaseLease, RenewLease, Set
 from tests.facade.faces import settings
 from tests.interruptions import Hard, Injector, Soft, assert_sound, installed, raise_soft
 
