@@ -339,6 +339,7 @@ class Cell:
                 lost = ActorFailed(address=self.address, reason="interrupted")
                 for deferred in self._deferred.difference(held):
                     deferred.answer(Failed.of(lost))
+                    deferred.hand_over()
         if self._crash is not None:
             self._leave_to_the_task()
             self._wake_up()

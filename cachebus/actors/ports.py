@@ -10,6 +10,8 @@ import msgspec
 from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred
 from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
+from .turns import is_interruption
+
 __all__ = [
     "SYSTEM_CLOCK",
     "BatchStore",
@@ -29,6 +31,7 @@ __all__ = [
     "Store",
     "WatchfulStore",
     "WriteListener",
+    "is_interruption",
 ]
 
 

@@ -112,8 +112,6 @@ def is_interruption(error: BaseException) -> bool:
 def _code_of(handler: Any) -> CodeType | None:
     while isinstance(handler, functools.partial):
         handler = handler.func
-    function = getattr(handler, "__func__", handler)
+    function = handler if hasattr(handler, "__code__") else getattr(handler, "__func__", type(handler).__call__)
     code = getattr(function, "__code__", None)
-    if code is None:
-        code = getattr(getattr(type(handler), "__call__", None), "__code__", None)
     return code if isinstance(code, CodeType) else None

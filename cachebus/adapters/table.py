@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cachebus.actors.ports import Clock, ReadListener, RemovalListener, WriteListener
+from cachebus.actors.ports import Clock, ReadListener, RemovalListener, WriteListener, is_interruption
 from cachebus.messages import (
     CacheCapacityError,
     CacheSerializationError,
@@ -319,6 +319,8 @@ class EntryTable:
             said: Any = self._weigher(value)
             weight = said + ENTRY_OVERHEAD
         except Exception as error:
+            if is_interruption(error):
+                raise
             raise CacheSerializationError(
                 f"the weigher failed on a value of type {type(value).__name__}: {type(error).__name__}"
             ) from error

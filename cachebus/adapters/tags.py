@@ -63,5 +63,8 @@ class TagTable:
 
     def valid(self, entry: Entry) -> bool:
         """Whether none of the entry's tags was invalidated since it was written."""
-        tags = self._tags
-        return all(tags[tag][1] < entry.version for tag in entry.tags)
+        tags, version = self._tags, entry.version
+        for tag in entry.tags:  # noqa: SIM110 (a generator costs as much as the rest of a read)
+            if tags[tag][1] >= version:
+                return False
+        return True

@@ -185,12 +185,16 @@ class Deferred:
         if self._replies:
             return
         self._replies.append(reply)
-        if self._replies[0] is not reply:
-            return
-        if (port := self._port) is not None:
-            port.answer(reply)
-        if self.on_answer is not None:
-            self.on_answer(self)
+        if self._replies[0] is reply:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Hand the answer over, if there is one: again, where that was interrupted."""
+        if self._replies:
+            if (port := self._port) is not None:
+                port.answer(self._replies[0])
+            if self.on_answer is not None:
+                self.on_answer(self)
 
     def attach(self, port: Port) -> None:
         """Name the port that the answer goes to."""
