@@ -111,13 +111,14 @@ class JsonSerializer:
             return None
         # What looks like a tag has to be told from one, and a NaN, which has become null, from other numbers. A search for
         # a byte or two is mostly enough.
-        if (b"$" in data and b'{"$' in data) or (b"\xcb" in types and _NOT_FINITE(types)):
+        if (b"$" in data and b'{"$' in data) or _NOT_FINITE(types):
             return None
         return data
 
     def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any:
         """The value of bytes. Raises what orjson and the types raise."""
-        data = bytes(data)  # The one copy of a view, which orjson would make as well, and which can be searched.
+        if type(data) is not bytes:
+            data = bytes(data)  # The one copy of a view, which orjson would make as well, and which can be searched.
         tree = self._loads(data)
         return _from_tree(tree) if b"$" in data and b'"$' in data else tree
 
