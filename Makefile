@@ -30,8 +30,8 @@ demo-cluster: $(STAMP)-dev ## NATS, Redis, two workers and an application; one w
 test: $(STAMP)-dev servers ## the whole test suite
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-fuzz: $(STAMP)-dev ## a million random and mutated payloads
-	@CACHEBUS_FUZZ=1000000 $(BIN)/python -m pytest tests/payload/test_fuzz.py --timeout 0 $(ARGS)
+fuzz: $(STAMP)-dev ## a million random and mutated payloads, and as many message bodies
+	@CACHEBUS_FUZZ=1000000 $(BIN)/python -m pytest tests/payload/test_fuzz.py tests/bus/test_codec_fuzz.py --timeout 0 $(ARGS)
 
 check: $(STAMP)-dev ## lint, format, types
 	@$(BIN)/ruff check
