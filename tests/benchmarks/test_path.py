@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from benchmarks import path
-from benchmarks.path import BOUNDS, OPERATIONS, Operation, Unsteady, record
+from benchmarks.path import BOUNDS, OPERATIONS, REACH, Operation, Unsteady, record
 from benchmarks.recorder import Call, Recorder
 from cachebus import open_cache, open_sync_cache
 from cachebus.testing.servers import Server
+from tests.house.paths import ROOT
 
 
 def shown(calls: list[Call]) -> str:
@@ -30,6 +31,15 @@ def test_an_operation_stays_within_its_calls(name: str, request: pytest.FixtureR
 
 def test_every_operation_has_a_bound() -> None:
     assert BOUNDS.keys() == OPERATIONS.keys()
+
+
+def test_what_make_bench_asks_for_is_counted() -> None:
+    assert REACH.keys() <= OPERATIONS.keys()
+
+
+def test_every_operation_is_documented() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert [name for name in OPERATIONS if f"`{name}`" not in page] == []
 
 
 def test_both_ends_are_counted(nats_server: Server) -> None:
