@@ -5,7 +5,8 @@
 
 `recorder.py` says what counts as a call. Every thread counts, and so do callbacks and what runs after the reply, until all
 loops are quiet. Other processes are threads here, each with an event loop of its own, so that both ends are counted.
-A timer that fires meanwhile only adds calls, so of many runs the shortest path counts, and it must have been seen five times.
+What a timer starts does not count. Other work may still add calls to a run, so the shortest path of many runs counts, and
+five runs must agree on it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import asyncio
 import itertools
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +28,7 @@ from rich.table import Table
 from cachebus import Cache, Node, Settings, open_cache, open_sync_cache
 from cachebus.testing.servers import run_memcached, run_nats, run_redis
 
-from .recorder import Call, Recorder
+from .recorder import Call, RecordedLoop, Recorder
 from .timing import Figure, announce
 
 BOUNDS = {
@@ -61,10 +62,17 @@ TURNS = 20
 PAUSE = 0.002
 """Seconds that a server has to deliver what was sent last."""
 
+Result = TypeVar("Result")
 Run = Callable[[], Awaitable[object]]
 Opened = AbstractAsyncContextManager[Run]
 Act = Callable[[Cache, int], Awaitable[object]]
 """What is done to a cache in the run of that number."""
+
+
+def run_recorded(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine in a `RecordedLoop` of its own."""
+    with asyncio.Runner(loop_factory=RecordedLoop) as runner:
+        return runner.run(work)
 
 
 class Loops:
@@ -86,7 +94,7 @@ class Loops:
                 await left.wait()
 
         with ThreadPoolExecutor(1, thread_name_prefix=name) as threads:
-            ended = here.run_in_executor(threads, lambda: asyncio.run(run()))
+            ended = here.run_in_executor(threads, lambda: run_recorded(run()))
             either: list[asyncio.Future[Any]] = [ready, ended]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
@@ -102,6 +110,8 @@ class Loops:
 
     async def quiet(self, recorder: Recorder) -> None:
         """Return when no loop has anything of ours left to do."""
+        here = asyncio.get_running_loop()
+        assert isinstance(here, RecordedLoop)
         seen = -1
         while seen != recorder.count:
             seen = recorder.count
@@ -110,6 +120,7 @@ class Loops:
             await _turns()
             if self._loops:
                 await asyncio.sleep(PAUSE)
+                here.by_timer = False  # A timer has woken us, but what we do next is our own.
 
 
 async def _turns() -> None:
@@ -199,7 +210,7 @@ async def event_heard(urls: Urls, loops: Loops) -> AsyncGenerator[Run]:
         # The listener's subscription is under way: the first events may come too early for it.
         while not heard.is_set():
             await cache.set("key", "value", ttl=60)
-            await asyncio.wait([asyncio.create_task(heard.wait())], timeout=0.05)
+            await asyncio.sleep(PAUSE)
 
         async def run() -> None:
             heard.clear()
@@ -280,7 +291,7 @@ def record(name: str, urls: Urls) -> list[Call]:
     """Return the calls that an operation makes, against the servers at `urls`. Raises `Unsteady`."""
     recorder = Recorder()
     with recorder.installed():
-        return asyncio.run(_record(OPERATIONS[name], {"memory": "memory://", **urls}, recorder))
+        return run_recorded(_record(OPERATIONS[name], {"memory": "memory://", **urls}, recorder))
 
 
 def show_path(calls: list[Call], console: Console) -> None:

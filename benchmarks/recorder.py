@@ -7,12 +7,13 @@ of built-in functions do not count.
 
 from __future__ import annotations
 
+import asyncio
 import dis
 import functools
 import gc
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,36 @@ class Call:
 
     def __str__(self) -> str:
         return f"{'  ' * self.depth}{self.file}: {self.function}"
+
+
+class RecordedLoop(asyncio.SelectorEventLoop):
+    """Event loop that knows what a timer has started: heartbeats, health checks and deadlines belong to no operation."""
+
+    by_timer = False
+    """Whether the callback that runs was started by a timer, or by a callback that was."""
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        return super().call_at(when, self._run_by_timer, callback, *args, context=context)
+
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
+        if self.by_timer:
+            return super().call_soon(self._run_by_timer, callback, *args, context=context)
+        return super().call_soon(callback, *args, context=context)
+
+    def _run_by_timer(self, callback: Callable[..., object], *args: Any) -> None:
+        self.by_timer = True
+        try:
+            callback(*args)
+        finally:
+            self.by_timer = False
+
+
+def started_by_timer() -> bool:
+    """Whether a timer of this thread's loop has started what runs now."""
+    loop = asyncio._get_running_loop()
+    return isinstance(loop, RecordedLoop) and loop.by_timer
 
 
 class Recorder:
@@ -86,7 +117,7 @@ class Recorder:
         if not self.on or event != "call":
             return
         code = frame.f_code
-        if is_ours(code) and frame.f_lasti == begins_at(code):
+        if is_ours(code) and frame.f_lasti == begins_at(code) and not started_by_timer():
             self._seen.append((thread_name(), depth_of(frame), code))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import path
-from benchmarks.path import BOUNDS, OPERATIONS, REACH, Operation, Unsteady, record
+from benchmarks.path import BOUNDS, OPERATIONS, REACH, Operation, Unsteady, record, run_recorded
 from benchmarks.recorder import Call, Recorder
 from cachebus import open_cache, open_sync_cache
 from cachebus.testing.servers import Server
@@ -68,6 +69,27 @@ def test_nothing_is_recorded_outside_of_a_recording() -> None:
         cache.get("key")
     assert [call.depth for call in recorder.calls()] == [0, 1, 2]
     assert str(recorder.calls()[0]) == "sync_cache.py: SyncCache.get"
+
+
+def test_what_a_timer_starts_is_not_counted() -> None:
+    recorder = Recorder()
+
+    async def main() -> None:
+        async with open_cache() as cache:
+            done = asyncio.Event()
+
+            async def get() -> None:
+                await cache.get("from a task")
+                done.set()
+
+            with recorder.recording():
+                asyncio.get_running_loop().call_later(0.001, lambda: tasks.append(asyncio.create_task(get())))
+                await done.wait()
+
+    tasks: list[asyncio.Task[None]] = []
+    with recorder.installed():
+        run_recorded(main())
+    assert recorder.calls() == []
 
 
 def test_an_operation_of_which_no_two_runs_agree_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
