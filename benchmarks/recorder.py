@@ -45,12 +45,12 @@ class RecordedLoop(asyncio.SelectorEventLoop):
     by_timer = False
     """Whether the callback that runs was started by a timer, or by a callback that was."""
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
         return super().call_at(when, self._run_by_timer, callback, *args, context=context)
 
-    def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
         if self.by_timer:
             return super().call_soon(self._run_by_timer, callback, *args, context=context)
         return super().call_soon(callback, *args, context=context)
