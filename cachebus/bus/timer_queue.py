@@ -72,17 +72,18 @@ class TimerQueue(Generic[K]):
         return next(self.expire(now), None)
 
     def expire(self, now: float, limit: float = math.inf) -> Iterator[K]:
-        """Take out each key that is due at `now`, the earliest first. Looks at no more than `limit` places of the heap."""
+        """Take out each key that is due at `now`, the earliest first. Looks at no more than `limit` keys."""
         heap, due = self._heap, self._due
         while heap and heap[0][0] <= now and limit > 0:
-            limit -= 1
             noted, number, key = heap[0]
             when = due.get(key)
             if when is None or when < noted:
                 heapq.heappop(heap)
             elif when > noted:
                 heapq.heapreplace(heap, (when, number, key))
+                limit -= when > now  # Otherwise it is counted when it is taken out.
             else:
+                limit -= 1
                 heapq.heappop(heap)
                 del due[key]
                 yield key

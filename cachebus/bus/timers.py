@@ -89,6 +89,8 @@ class LoopTimers:
 
     def call_at(self, when: float, callback: Callable[[], Any]) -> Timer:
         """Call `callback` when `clock.monotonic` has reached `when`. From any thread, finalizers included."""
+        if when != when:
+            raise ValueError(f"a timer needs an instant, not {when!r}")
         loop = self._loop
         timer = Timer(loop, self, when, callback)
         if loop is None or not self.open:
