@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from cachebus.actors import Timers
-from cachebus.messages import RenewLease
-
-from .link import Link
+from cachebus.bus import Bus
+from cachebus.messages import RenewLease, Request
 
 PER_LEASE = 3
 """How often something is renewed within its own time, so that one lost renewal does not lose it."""
@@ -16,6 +16,15 @@ PER_LEASE = 3
 
 TOGETHER = 0.05
 """Seconds by which something is renewed early, with what is due before it."""
+
+
+class Leaseholder(Protocol):
+    """A link, as far as it renews leases."""
+
+    bus: Bus
+    timers: Timers
+
+    def send(self, message: Request[Any]) -> None: ...
 
 
 class _Tracked:
@@ -59,7 +68,7 @@ class Renewals:
             if due < self._armed[0]:
                 self._arm(timers, due)
 
-    def hold(self, link: Link, key: str, token: str, lease_ttl: float) -> None:
+    def hold(self, link: Leaseholder, key: str, token: str, lease_ttl: float) -> None:
         """Renew the lease of a key from now on."""
         now, interval = link.bus.clock.monotonic, lease_ttl / PER_LEASE
 
