@@ -101,10 +101,12 @@ def assert_sound(store: MemoryStore) -> None:
     assert set(store._wheel._heap) == set(store._wheel._slots)
     assert store._metadata_of.keys() <= entries.keys()
     meters = store._meters
-    assert sorted(key for _, key in meters._heap) == sorted(meters._meters)
+    assert not meters._changing
+    assert {*meters._empty} == {*meters._meters} == {key for _, _, key in meters._empty._heap} & {*meters._meters}
     leases = store._leases
     waiting = [waiter for lease in (*leases.by_key.values(), *leases._void.values()) for waiter in lease.waiters]
     assert {*waiting} == {*leases._parked}
+    assert {*leases._due} == {lease for lease in (*leases.by_key.values(), *leases._void.values()) if lease.waiters}
     assert leases.granting is None
     tagged: dict[str, set[str]] = {}
     for lease in leases.by_key.values():

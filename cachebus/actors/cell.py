@@ -26,6 +26,7 @@ from contextlib import suppress
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port, turn_trace
+from cachebus.bus.timers import LoopTimers, Timer
 from cachebus.messages import (
     ActorFailed,
     BadMessage,
@@ -38,7 +39,6 @@ from cachebus.messages import (
 )
 
 from .actor import Actor, BatchHandler, EagerHandler, Handlers, PlainHandler
-from .alarm import Alarm
 from .batches import BatchPort, alone, check_batch
 from .mailbox import STOP, Mailbox
 from .turns import TurnToken, is_interruption
@@ -74,8 +74,7 @@ class Cell:
         self.audience = emitter.audience
         self.deadline: float | None = None
         self._batch: list[Envelope] = []
-        self.alarm = Alarm(clock)
-        self.call_after = self.alarm.set
+        self.timers = LoopTimers(clock)  # Started by the supervisor, whose event loop it is.
         self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]  # The supervisor's, who has the task group.
         self._inline_turns = inline_turns
         self._turn = TurnToken(self, _TURN_CODES)
@@ -187,9 +186,9 @@ class Cell:
         self._deferred.add(deferred)
         return deferred
 
-    def send_after(self, delay: float, message: Message) -> Callable[[], None]:
+    def send_after(self, delay: float, message: Message) -> Timer:
         # Whatever the mailbox holds: an actor that is not told what it waits for waits for it for ever.
-        return self.alarm.set(delay, lambda: self._take_in(Envelope(message)))
+        return self.timers.call_after(delay, lambda: self._take_in(Envelope(message)))
 
     # For the supervisor
 
@@ -239,7 +238,7 @@ class Cell:
         """Answer everything that is open, and everything that comes, with `error`."""
         self._ended = error
         self._leave_to_the_task()
-        self.alarm.clear()
+        self.timers.close()
         self._mailbox.refuse_all(error)
         for deferred in tuple(self._deferred):
             deferred.answer(Failed.of(error))
@@ -249,7 +248,7 @@ class Cell:
         self._turn = TurnToken(self, _TURN_CODES)
         self._mailbox.clear()
         self._deferred.clear()
-        self.alarm = Alarm(self.clock)  # Another thread may have held the lock of the old one.
+        self.timers.forked()
         self.end(CacheClosed("this process was forked after the cache was opened; open it again in the child"))
 
     # Turns
@@ -347,7 +346,7 @@ class Cell:
     def _look_again(self) -> None:
         """Come back soon to a message that waits for a turn: the holder may be interrupted without a word."""
         if not self._looks_again:
-            self.call_after(_LOOK_AGAIN, self._look)
+            self.timers.call_after(_LOOK_AGAIN, self._look)
             self._looks_again = True
 
     def _look(self) -> None:

@@ -65,7 +65,8 @@ class TurnToken:
         # The three are read in one step of C, during which no other thread runs: else the turn could be given back and
         # taken again between two of them.
         frames, free, waits = map(
-            operator.call, (sys._current_frames, self.free.__len__, functools.partial(getattr, self.task, "cr_suspended"))
+            operator.call,
+            (sys._current_frames, self.free.__len__, functools.partial(getattr, self.task, "cr_suspended")),
         )
         return bool(free or waits) or any(map(self._is_inside, frames.values()))
 
