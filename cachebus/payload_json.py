@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
 from cachebus.messages import CacheSerializationError
 

@@ -20,6 +20,9 @@ Token = dict[str, Any]
 """A dict, because `setdefault` decides in one step which of several threads makes the successor of a lost token."""
 
 
+_IS_SUSPENDED = operator.attrgetter("task.cr_suspended")
+
+
 class _NoTask:
     cr_suspended = False
 
@@ -64,10 +67,8 @@ class TurnToken:
     def _is_held(self) -> bool:
         # The three are read in one step of C, during which no other thread runs: else the turn could be given back and
         # taken again between two of them.
-        frames, free, waits = map(
-            operator.call,
-            (sys._current_frames, self.free.__len__, functools.partial(getattr, self.task, "cr_suspended")),
-        )
+        looks: tuple[Any, ...] = (sys._current_frames, self.free.__len__, functools.partial(_IS_SUSPENDED, self))
+        frames, free, waits = map(operator.call, looks)
         return bool(free or waits) or any(map(self._is_inside, frames.values()))
 
     def _is_inside(self, frame: FrameType | None) -> bool:

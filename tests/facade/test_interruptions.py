@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import sys
@@ -60,8 +61,8 @@ STORES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=STORES)
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+@pytest.fixture(params=STORES, name="bench")
+def a_bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench = Bench(**{"max_entries": 5, **STORES[request.param]})
     yield bench
     bench.cache.close()
@@ -109,13 +110,20 @@ def throw_soft() -> None:
     raise_soft()
 
 
-def attempts(bench: Bench, call: Callable[[], Any], throw: Callable[[], None], stride: int) -> Iterator[bool]:
+def attempts(
+    bench: Bench,
+    call: Callable[[], Any],
+    throw: Callable[[], None],
+    stride: int,
+    begin: Callable[[], None] = lambda: None,
+) -> Iterator[bool]:
     """Prepare and call, with an interruption at one instruction after the other, until there are no more."""
     reached, at = True, 0
     with installed(raise_soft):
         while reached:
             at += stride
             bench.prepare()
+            begin()
             injector = Injector(at, throw)
             try:
                 injector.run(call)
@@ -195,9 +203,7 @@ def test_callers_who_wait_for_a_load_are_answered_whatever_is_interrupted() -> N
             ask_as(f"waiter{number}", f"waiter{number}").attach(ports[-1])
 
     for kind in ("store", "release", "overtake", "invalidate"):
-        prepare = bench.prepare
-        bench.prepare = lambda prepare=prepare: (prepare(), begin())  # type: ignore[method-assign,misc]
-        for _ in attempts(bench, lambda kind=kind: end_the_load(kind), throw_hard, 3):  # type: ignore[misc]
+        for _ in attempts(bench, functools.partial(end_the_load, kind), throw_hard, 3, begin):
             assert bench.cache.get("nothing") is None
             assert_sound(bench.store)
             # If all is lost, the load is ended once more: nobody is forgotten.
@@ -209,7 +215,6 @@ def test_callers_who_wait_for_a_load_are_answered_whatever_is_interrupted() -> N
                 if isinstance(answer, LeaseGranted):  # Whoever is granted it lets the next one have it.
                     bench.cell.turn(ReleaseLease)(ReleaseLease("key", answer.token))
             assert not [each for each in bench.cell._deferred if each.waiting]
-        bench.prepare = prepare  # type: ignore[method-assign]
     bench.cache.close()
 
 
