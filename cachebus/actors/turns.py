@@ -59,7 +59,8 @@ class TurnToken:
             return None
         mine: Token = {}
         # A token that is lost has one heir, however many threads find that out, and whatever interrupts them.
-        if lost.setdefault("heir", mine) is not mine:
+        won: bool = lost.setdefault("heir", mine) is mine
+        if not won:
             return None
         self._newest = mine
         return mine
