@@ -20,7 +20,7 @@ async function ask(kind, fields) {
   told.set("Content-Type", "application/json");
   told.set("Cachebus-Budget", String(BUDGET));
   const subject = `cachebus.v1.${namespace}.req.backend.${backend}`;
-  const body = JSON.stringify({ v: 1, kind, ...fields });
+  const body = JSON.stringify({ kind, ...fields });
   const answer = await connection.request(subject, body, { headers: told, timeout: BUDGET * 1000 });
   const reply = answer.json();
   if (reply.kind === "reply.failed") {
