@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
+
+import msgspec
 
 from cachebus.bus import Deferred, Pending, ReplySlot, turn_trace
 from cachebus.messages import (
@@ -36,8 +37,8 @@ from cachebus.messages import (
     InvalidateTags,
     Ping,
     Pong,
-    RateLimitExceeded,
     RateLimitDenied,
+    RateLimitExceeded,
     ReleaseLease,
     RemovalCause,
     RenewLease,
@@ -219,7 +220,7 @@ class BackendActor(Actor):
             max_bytes=gauges.max_bytes,
             restarts=self.ctx.restarts,
             overloaded=self.ctx.overloaded,
-            guard=asdict(self._guard.statistics()) if self._guard is not None else {},
+            guard=msgspec.structs.asdict(self._guard.statistics()) if self._guard is not None else {},
         )
 
     # Expiry

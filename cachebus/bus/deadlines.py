@@ -38,7 +38,9 @@ class Deadlines:
         self.loop = loop
         self.thread = get_ident()
         # What asyncio's own loop calls, without the method around it: every call that waits looks at the time here.
-        self.now: Callable[[], float] = monotonic if getattr(type(loop), "time", None) is BaseEventLoop.time else loop.time
+        self.now: Callable[[], float] = (
+            monotonic if getattr(type(loop), "time", None) is BaseEventLoop.time else loop.time
+        )
         self._buckets: dict[int, Bucket] = {}
 
     def watch(self, port: Watched, timeout: float, late: Callable[[], Any]) -> Bucket:

@@ -583,7 +583,9 @@ class Line:
         self.pipeline = RequestPipeline(self.store, self.stage.guard, self.stage.ctx, self._account)
         self.told: dict[str, list[Any]] = {}
 
-    def _account(self, requests: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
+    def _account(
+        self, requests: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]
+    ) -> None:
         self.counted += len(replies)
 
     async def ask(self, key: str) -> None:

@@ -23,8 +23,8 @@ from cachebus import (
     Settings,
     open_cache,
 )
-from cachebus.guard_settings import GuardSettings
 from cachebus.actors.ports import NO_PROGRESS
+from cachebus.guard_settings import GuardSettings
 from cachebus.messages import Reply, Request, WrongType
 from cachebus.settings import backend_from_url, load_settings
 from tests.clock import ManualClock

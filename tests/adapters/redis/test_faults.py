@@ -154,7 +154,7 @@ async def test_those_who_wait_for_one_connection_wait_for_one_attempt() -> None:
         assert time.monotonic() - started < 3.0
         assert {type(each) for each in results} == {CacheConnectionError}
         with pytest.raises(CacheConnectionError):
-            await pool.main()  # Who comes later tries again.
+            await pool.connect()  # Who comes later tries again.
 
 
 @contextmanager

@@ -10,10 +10,9 @@ import pytest
 
 from cachebus import open_cache
 from cachebus.actors import BackendActor
-from cachebus.actors.ports import SYSTEM_CLOCK, PipelinedStore
+from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, PipelinedStore
 from cachebus.adapters.chaos import ChaosStore
 from cachebus.adapters.redis import RedisStore
-from cachebus.actors.ports import NO_PROGRESS
 from cachebus.messages import (
     Add,
     Clear,
