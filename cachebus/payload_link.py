@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 from anyio import to_thread
 from msgspec.structs import replace
 
-from cachebus.bus import Address, Bus, Emitter
+from cachebus.bus import Address, Bus, Emitter, ReplySlot, too_late
 from cachebus.messages import (
     Add,
     CacheError,
     CacheSerializationError,
     CapabilityError,
     CompareAndSet,
+    Failed,
     Found,
     FoundMany,
     Get,
@@ -139,9 +140,20 @@ class PayloadLink(Link):
             return cast("R", await self._answer(_WAITING, message, await self._written(write, None, reply.serialized)))
         if type(reply) is _Handed:
             coded, reply = reply
-        deadline = self.bus.clock.monotonic() + self.timeout
+        timeout = self.timeout
+        deadline = self.bus.clock.monotonic() + timeout
         try:
-            came: Any = await self.bus.finish(self.address, coded, reply, self.timeout)
+            came: Any
+            if type(reply) is ReplySlot:  # As `LocalBus.finish`, less a coroutine.
+                try:
+                    came = await reply.within(timeout, too_late(self.address, timeout))
+                except BaseException:
+                    reply.leave()
+                    raise
+                if type(came) is Failed:
+                    raise came.error()
+            else:
+                came = await self.bus.finish(self.address, coded, reply, timeout)
             kind = type(came)  # pyright: ignore[reportUnknownVariableType]
             if kind is Stored or kind is Missing:
                 return came  # type: ignore[no-any-return]
@@ -189,8 +201,9 @@ class PayloadLink(Link):
     # Out
 
     def _coded_get(self, message: Get) -> Any:
-        if (reply := self._inner_get(message)) is None:  # What most calls of a remote backend get.
-            return None
+        reply = self._inner_get(message)
+        if type(reply) is ReplySlot or reply is None:  # What calls of a remote backend get.
+            return reply
         return self._read(message.key, reply) if has_value(type(reply)) else reply
 
     def _coded_set(self, message: Set) -> Any:

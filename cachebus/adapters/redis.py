@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, Capabilities, Clock, Gauges, OnReplies, Progress
@@ -22,7 +23,7 @@ from cachebus.messages import (
     WatchLease,
 )
 
-from .redis_connection import RedisConnection
+from .redis_connection import RedisConnection, pack_words
 from .redis_dial import Dial, Identity, Place, TlsFiles, find_master
 from .redis_errors import BACKEND
 from .redis_listener import RedisListener
@@ -163,15 +164,29 @@ class RedisStore:
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
         connection = None if self._pool is None else self._pool.main
-        if connection is None or not connection.has_room or type(batch[0]) in self.long_running:
+        if (
+            connection is None
+            or connection.lost is not None
+            or connection.paused
+            or len(connection.in_flight) >= connection.window
+            or type(batch[0]) in self.long_running
+        ):
             return None
         return self._send(connection, batch, on_replies)
 
     def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        keys = [request.key for request in batch if type(request) is Get]
-        if len(keys) == len(batch) and not self._space.seen and self._planner is Plan:
-            if SentGets(self._prefix, keys, connection, on_replies, self._space).send():
-                return connection
+        if not self._space.seen and type(batch[0]) is Get and self._planner is Plan:
+            prefix = self._prefix
+            names = [prefix + request.key for request in batch if type(request) is Get]
+            if len(names) == len(batch):
+                wanted, places = dict.fromkeys(names), None
+                if len(wanted) < len(names):  # Equal keys share a place.
+                    at = {name: place for place, name in enumerate(wanted)}
+                    places = [at[name] for name in names]
+                with suppress(UnicodeEncodeError):
+                    data = pack_words(("MGET", *wanted))
+                    connection.send(data, SentGets(connection, tuple(wanted), places, self._space, on_replies))
+                    return connection
         plan = self._planner(batch, self._prefix, self._default_ttl, self._space)
         try:
             data = plan.packed()
