@@ -212,9 +212,11 @@ class PayloadLink(Link):
             if self._offload_above is not None and len(value) >= self._offload_above:
                 return _Content(value)
             value = self._protected(message.key, value)
-        coded = with_value(message, value)
+        coded = Set(message.key, value, message.ttl, message.tags, message.only_if, message.lease, message.metadata)
         reply = self._inner_set(coded)
-        return reply if type(reply) is Stored else _Handed(coded, reply)
+        if type(reply) is Stored or (type(reply) is ReplySlot and message.only_if is None):
+            return reply
+        return _Handed(coded, reply)
 
     def _coded_lease(self, message: GetOrLease) -> Any:
         reply = self._inner_lease(message)

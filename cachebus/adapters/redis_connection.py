@@ -24,6 +24,9 @@ Answer: TypeAlias = Callable[["Sequence[Any] | CacheError"], None]
 
 Argument: TypeAlias = str | bytes | int
 
+UNSENT_MAX = 4 << 20
+"""Bytes that may wait to be sent before no more batches are."""
+
 _MORE: Any = object()  # What hiredis says when it has no whole reply.
 
 
@@ -92,7 +95,7 @@ class RedisConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self.paused = False
         self.heard_at = self._sent_at = self._checked_at = float("-inf")
-        self._unsent = 0  # Bytes that wait to be sent, while writing is paused.
+        self._unsent = 0  # Bytes that waited to be sent, when that was last looked at.
         self._recent = 0  # Bytes written since the server was last heard.
 
     def __repr__(self) -> str:
@@ -104,7 +107,7 @@ class RedisConnection(asyncio.Protocol):
     @property
     def last_progress(self) -> float:
         """When bytes last came from the server, or left to it, on the monotonic clock."""
-        if self.paused and self._transport is not None:
+        if self._transport is not None:
             unsent = self._transport.get_write_buffer_size()
             if unsent < self._unsent:
                 self._sent_at = self._monotonic()
@@ -206,6 +209,7 @@ class RedisConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=UNSENT_MAX)
         if self.lost is not None:
             self._transport.abort()
 
@@ -218,12 +222,9 @@ class RedisConnection(asyncio.Protocol):
         self.drop(lost(self.server, "closed by the server" if exc is None else type(exc).__name__))
 
     def pause_writing(self) -> None:
-        assert self._transport is not None
-        self._unsent = self._transport.get_write_buffer_size()
         self.paused = True
 
     def resume_writing(self) -> None:
-        self._sent_at = self._monotonic()
         self.paused = False
         self._changed()
 

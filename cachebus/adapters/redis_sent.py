@@ -6,19 +6,21 @@ the worse for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import hiredis
 from msgspec import Struct
 
 from cachebus.actors.ports import OnReplies
-from cachebus.messages import CacheConnectionError, CacheError
+from cachebus.messages import CacheConnectionError, CacheError, Request, Set, Stored
 
 from .redis_commands import Command, changes, sendable_again
-from .redis_connection import RedisConnection
+from .redis_connection import Argument, RedisConnection
 from .redis_errors import BACKEND, STALE_ROLE, code_of
+from .redis_plan import COMMAND_BYTES, Plan
 from .redis_reads import Gets
+from .redis_singles import milliseconds
 from .redis_tags import TagSpace
 from .redis_values import HasTags, read_run
 
@@ -61,6 +63,52 @@ class SentGets(Struct, eq=False):
         made: list[Any] = [None] * len(places)
         command = Gets(made, 0, keys, places, self.space, checked=False).command()
         SentCommands([command], self.connection, made, self.on_replies).answer(replies)
+
+
+class SentSets(Struct, eq=False):
+    """A run of plain `Set`s of bytes that was sent as one call of the script that writes. `plan` makes the same as commands,
+    for what is not the commonest answer."""
+
+    connection: RedisConnection
+    names: Sequence[str]
+    plan: Callable[[], Plan]
+    on_replies: OnReplies
+
+    wanted: ClassVar[int] = 1
+
+    def changes(self) -> Iterable[Any]:
+        """The keys that are written."""
+        return self.names
+
+    def answer(self, replies: Sequence[Any] | CacheError) -> None:
+        """Take the one reply; or why there is none."""
+        if type(replies) is list and type(versions := replies[0]) is list and len(versions) == len(self.names):
+            self.on_replies([Stored(float(version)) for version in versions])
+            return
+        plan = self.plan()
+        SentCommands(plan.commands, self.connection, plan.replies, self.on_replies).answer(replies)
+
+
+def plain_sets(batch: Sequence[Request[Any]], prefix: str, default_px: str) -> tuple[list[str], list[Argument]] | None:
+    """The keys of a batch and the arguments of the script that writes, if it is a run of `Set`s of bytes without tags,
+    conditions or leases; else `None`."""
+    names: list[str] = []
+    arguments: list[Argument] = []
+    size = 0
+    for request in batch:
+        if (
+            type(request) is not Set
+            or type(value := request.value) is not bytes
+            or request.tags
+            or request.only_if is not None
+            or request.lease is not None
+        ):
+            return None
+        ttl = request.ttl
+        size += len(value)
+        names.append(prefix + request.key)
+        arguments += (b"B" + value, default_px if ttl == "default" else milliseconds(ttl), "")
+    return (names, arguments) if size < COMMAND_BYTES else None
 
 
 class SentCommands:
