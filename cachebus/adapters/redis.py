@@ -195,9 +195,9 @@ class RedisStore:
             plan = self._plan(batch, careful=True)
             data = plan.packed()
         if not plan.commands:
-            on_replies(plan.replies)
+            on_replies(plan.done())
         else:
-            connection.send(data, SentCommands(plan.commands, connection, plan.replies, on_replies))
+            connection.send(data, SentCommands(plan.commands, connection, plan.done, on_replies))
         return connection
 
     def _send_gets(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> bool:

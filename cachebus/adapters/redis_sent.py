@@ -13,7 +13,7 @@ import hiredis
 from msgspec import Struct
 
 from cachebus.actors.ports import OnReplies
-from cachebus.messages import CacheConnectionError, CacheError, Request, Set, Stored
+from cachebus.messages import CacheConnectionError, CacheError, Reply, Request, Set, Stored
 
 from .redis_commands import Command, changes, sendable_again
 from .redis_connection import Argument, RedisConnection
@@ -62,7 +62,7 @@ class SentGets(Struct, eq=False):
         places = list(range(len(keys))) if self.places is None else self.places
         made: list[Any] = [None] * len(places)
         command = Gets(made, 0, keys, places, self.space, checked=False).command()
-        SentCommands([command], self.connection, made, self.on_replies).answer(replies)
+        SentCommands([command], self.connection, lambda: made, self.on_replies).answer(replies)
 
 
 class SentSets(Struct, eq=False):
@@ -86,7 +86,7 @@ class SentSets(Struct, eq=False):
             self.on_replies([Stored(float(version)) for version in versions])
             return
         plan = self.plan()
-        SentCommands(plan.commands, self.connection, plan.replies, self.on_replies).answer(replies)
+        SentCommands(plan.commands, self.connection, plan.done, self.on_replies).answer(replies)
 
 
 def plain_sets(batch: Sequence[Request[Any]], prefix: str, default_px: str) -> tuple[list[str], list[Argument]] | None:
@@ -112,17 +112,21 @@ def plain_sets(batch: Sequence[Request[Any]], prefix: str, default_px: str) -> t
 
 
 class SentCommands:
-    """The commands of a plan. `replies` fills up as they are answered, and then goes to `on_replies`."""
+    """The commands of a plan. When they are answered, `on_replies` gets what `done` says."""
 
-    __slots__ = ("_commands", "_connection", "_on_replies", "_replies", "wanted")
+    __slots__ = ("_commands", "_connection", "_done", "_on_replies", "wanted")
 
     def __init__(
-        self, commands: Sequence[Command], connection: RedisConnection, replies: list[Any], on_replies: OnReplies
+        self,
+        commands: Sequence[Command],
+        connection: RedisConnection,
+        done: Callable[[], Sequence[Reply]],
+        on_replies: OnReplies,
     ) -> None:
         self.wanted = len(commands)
         self._commands = commands
         self._connection = connection
-        self._replies = replies
+        self._done = done
         self._on_replies = on_replies
 
     def changes(self) -> Iterable[Any]:
@@ -135,7 +139,7 @@ class SentCommands:
         if isinstance(replies, CacheError):
             for command in commands:
                 command.give_up(replies)
-            self._on_replies(self._replies)
+            self._on_replies(self._done())
             return
         now = connection.now()
         unknown: list[Command] = []
@@ -155,7 +159,7 @@ class SentCommands:
         # follows from an answer only reads.
         again = sendable_again(commands, unknown, connection.changes_in_flight) if unknown else ()
         if not again and not more:
-            self._on_replies(self._replies)
+            self._on_replies(self._done())
             return
         data = [*(each.packed(whole=True) for each in again), *(each.packed() for each in more)]
         self._commands = [*again, *more]
