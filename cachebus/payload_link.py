@@ -78,7 +78,7 @@ class PayloadLink(Link):
     `offload_above` bytes or more are packed and unpacked in a worker thread.
     """
 
-    __slots__ = ("_debug", "_inner_get", "_inner_lease", "_inner_set", "_offload_above", "_pipeline", "_told")
+    __slots__ = ("_debug", "_inner_get", "_inner_lease", "_inner_set", "_late", "_offload_above", "_pipeline", "_told")
 
     def __init__(
         self,
@@ -98,6 +98,7 @@ class PayloadLink(Link):
         self._offload_above = offload_above
         self._debug = debug
         self._told: set[str] = set()
+        self._late = too_late(address, timeout)
         self._inner_get, self._inner_set, self._inner_lease = self.turn_get, self.turn_set, self.turn_lease
         self.turn_get, self.turn_set, self.turn_lease = self._coded_get, self._coded_set, self._coded_lease
 
@@ -140,20 +141,20 @@ class PayloadLink(Link):
             return cast("R", await self._answer(_WAITING, message, await self._written(write, None, reply.serialized)))
         if type(reply) is _Handed:
             coded, reply = reply
-        timeout = self.timeout
-        deadline = self.bus.clock.monotonic() + timeout
+        deadline = 0.0
         try:
             came: Any
             if type(reply) is ReplySlot:  # As `LocalBus.finish`, less a coroutine.
                 try:
-                    came = await reply.within(timeout, too_late(self.address, timeout))
+                    came = await reply.within(self.timeout, self._late)
                 except BaseException:
                     reply.leave()
                     raise
                 if type(came) is Failed:
                     raise came.error()
             else:
-                came = await self.bus.finish(self.address, coded, reply, timeout)
+                deadline = self.bus.clock.monotonic() + self.timeout
+                came = await self.bus.finish(self.address, coded, reply, self.timeout)
             kind = type(came)  # pyright: ignore[reportUnknownVariableType]
             if kind is Stored or kind is Missing:
                 return came  # type: ignore[no-any-return]
@@ -172,6 +173,8 @@ class PayloadLink(Link):
                         return cast("R", Remembered(value))
                     # Another object: two may share a reply.
                     return cast("R", Found(value, came.version, came.ttl, came.tags, came.stored_at))
+            if type(reply) is ReplySlot:
+                deadline = self.bus.clock.monotonic() + reply.seconds_left
             return cast("R", await self._come_back(_WAITING, coded, came, deadline))
         except CacheSerializationError as error:
             if type(coded) is not Get:

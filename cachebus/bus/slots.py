@@ -53,6 +53,12 @@ class ReplySlot(Struct, eq=False):
             batch.bucket = deadlines.watch(batch, timeout, _nothing)
         return future
 
+    @property
+    def seconds_left(self) -> float:
+        """Until the caller's deadline."""
+        deadlines = self.batch.deadlines
+        return _NEVER if deadlines is None else self.deadline - deadlines.now()
+
     def attach(self, port: Port) -> None:
         """Name the port that the reply goes to."""
         self.port = port
