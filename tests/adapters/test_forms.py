@@ -10,7 +10,7 @@ from cachebus.adapters.forms import decode_form, encode_form, unpack_plain
 from cachebus.messages import CacheSerializationError
 
 CLAIMS = {
-    "arrays in arrays": b"\xdc\xff\xff" * 20_000,
+    "arrays in arrays": b"\xdc\xff\xff" * 22_000,
     "one array of four thousand million": b"\xdd\xff\xff\xff\xff" * 10_000,
     "maps in arrays": b"\xdc\xff\xff\xdf\x00\xff\xff\xff" * 8_000,
     "a string that is not there": b"\xdb\xff\xff\xff\xff",
