@@ -99,7 +99,7 @@ class SlotBatch(Struct, eq=False):
     def __repr__(self) -> str:
         return f"<SlotBatch of {len(self.slots)} requests, {self.gone} gone>"
 
-    def answer(self, nothing: None) -> None:
+    def answer(self, reply: Any) -> None:
         """Called by the deadline timer: answer the slots whose time is up."""
         assert self.deadlines is not None
         self.bucket = None
