@@ -21,6 +21,7 @@ __all__ = [
     "Gauges",
     "InlineLockStore",
     "InlineStore",
+    "LeaseNotifyingStore",
     "LeasingStore",
     "LockListener",
     "LockStore",
@@ -30,7 +31,6 @@ __all__ = [
     "ReadListener",
     "RemovalListener",
     "Store",
-    "WatchfulStore",
     "WriteListener",
 ]
 
@@ -168,7 +168,7 @@ class PipelinedStore(BatchStore, Protocol):
 
 
 @runtime_checkable
-class WatchfulStore(Store, Protocol):
+class LeaseNotifyingStore(Store, Protocol):
     """A store that is told by its server when a lease has ended, and tells who waits for it."""
 
     def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:

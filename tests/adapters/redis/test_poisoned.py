@@ -37,7 +37,7 @@ POISON = {
 }
 
 
-@pytest.fixture(params=POISON, ids=POISON)
+@pytest.fixture(params=list(POISON))
 async def poisoned(request: Any, server: Server) -> Any:
     async with opened(server.url) as store:
         connection = await store._pool.connect()
