@@ -182,8 +182,8 @@ class RedisStore:
         return self._send(connection, batch, on_replies)
 
     def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        kind = type(batch[0])
-        if self._is_plain:
+        if self._is_plain and batch:
+            kind = type(batch[0])
             with suppress(UnicodeEncodeError):  # A careful plan finds out which key it is.
                 if kind is Get and self._send_gets(connection, batch, on_replies):
                     return connection
