@@ -59,12 +59,13 @@ class SentGets(Struct, eq=False):
         """Take the one reply; or why there is none."""
         connection = self.connection
         values: Any = None if isinstance(replies, CacheError) else replies[0]
-        if type(values) is list:
+        kind: Any = type(values)  # Or pyright would make an unknown list of it.
+        if kind is list:
             if self.places is not None:
                 values = [values[place] for place in self.places]
             try:
                 found = read_run(values, connection.heard_at + connection.offset)
-            except HasTags:
+            except (HasTags, *UNREADABLE):
                 pass
             else:
                 self.on_replies(found)
@@ -94,7 +95,8 @@ class SentSets(Struct, eq=False):
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
         """Take the one reply; or why there is none."""
         versions: Any = None if isinstance(replies, CacheError) else replies[0]
-        if type(versions) is list and len(versions) == len(self.names):  # pyright: ignore[reportUnknownArgumentType]
+        kind: Any = type(versions)
+        if kind is list and len(versions) == len(self.names):
             self.on_replies([Stored(float(version)) for version in versions])
             return
         plan = self.plan()

@@ -135,7 +135,8 @@ class SlotBatch(Struct, eq=False):
         slots, self.slots = self.slots, []  # No circle for the garbage collector, and no second answer.
         for slot, reply in zip(slots, replies, strict=True):
             port = slot.port
-            if type(port) is Future:
+            kind: Any = type(port)
+            if kind is Future:
                 if not port.done():
                     port.set_result(reply)
             elif slot.reply is None:
