@@ -21,7 +21,7 @@ from cachebus.messages import (
 
 from .context import Context
 from .latency import AdaptiveTimeout
-from .ports import NO_PROGRESS, SLOWEST_LINE, Progress
+from .ports import NO_PROGRESS, SLOWEST_LINE, Progress, Timer
 
 PUNCTUAL = 0.03
 """Seconds by which a timer may fire late without saying anything about the event loop."""
@@ -92,14 +92,14 @@ class Attempts:
     """
 
     def __init__(self, ctx: Context, longest: float, overdue: Callable[[Attempt, float], None]) -> None:
-        self._ctx = ctx
+        self._timers = ctx.timers
         self._now = ctx.clock.monotonic
         self._longest = longest
         self._overdue = overdue
         self.short = 0
         self.outstanding: dict[Attempt, None] = {}
         self.armed_for = _NEVER
-        self._disarm: Callable[[], None] | None = None
+        self._timer: Timer | None = None
 
     def take(self, attempt: Attempt) -> bool:
         """Whether the attempt has not been settled before; now it has."""
@@ -112,12 +112,12 @@ class Attempts:
         """Every attempt that is under way."""
         return [attempt for attempt in tuple(self.outstanding) if self.take(attempt)]
 
-    def arm(self, due: float, now: float) -> None:
+    def arm(self, due: float) -> None:
         """Look at the attempts again when it is `due`."""
-        if self._disarm is not None:
-            self._disarm()
+        if self._timer is not None:
+            self._timer.cancel()
         self.armed_for = due
-        self._disarm = self._ctx.call_after(due - now, self._check)
+        self._timer = self._timers.call_at(due, self._check)
 
     def _check(self) -> None:
         now = self._now()
@@ -126,7 +126,7 @@ class Attempts:
         if (stall := now - self.armed_for) > PUNCTUAL:
             for attempt in self.outstanding:
                 attempt.due += stall + PUNCTUAL
-        self._disarm = None
+        self._timer = None
         self.armed_for = _NEVER
         for attempt in [each for each in self.outstanding if each.due <= now]:
             # Looked at only now, because nearly every batch is answered long before.
@@ -135,7 +135,7 @@ class Attempts:
                 self._overdue(attempt, now)
         next_due = min((each.due for each in self.outstanding), default=_NEVER)
         if next_due < self.armed_for:
-            self.arm(next_due, now)
+            self.arm(next_due)
 
     def _extend(self, attempt: Attempt, now: float) -> None:
         """Give an attempt more time for its size, and while bytes still move; but none after its callers have gone."""

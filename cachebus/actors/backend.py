@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -60,7 +60,7 @@ from .guard_policy import GuardPolicy
 from .lazy_store import LazyStore
 from .outcomes import StoreCounters, emit_events
 from .pipeline import RequestPipeline
-from .ports import BatchStore, InlineStore, LeaseNotifyingStore, LeasingStore, PipelinedStore, Store
+from .ports import BatchStore, InlineStore, LeaseNotifyingStore, LeasingStore, PipelinedStore, Store, Timer
 from .resilience import Guard
 
 STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
@@ -112,7 +112,7 @@ class BackendActor(Actor):
         self._pipelined = store if isinstance(store, PipelinedStore) else None
         self._guard: Guard | None = None
         self._sweep_at = float("inf")
-        self._call_off: Callable[[], None] | None = None
+        self._sweep_timer: Timer | None = None
         self._counters = StoreCounters()
         self._pipeline: RequestPipeline | None = None
         self._incarnation: Deferred | None = None
@@ -240,10 +240,10 @@ class BackendActor(Actor):
 
     def _due(self, when: float) -> None:
         if when < self._sweep_at:
-            if self._call_off is not None:
-                self._call_off()
+            if self._sweep_timer is not None:
+                self._sweep_timer.cancel()
             self._sweep_at = when
-            self._call_off = self.ctx.send_after(when - self.ctx.clock.monotonic(), Sweep())
+            self._sweep_timer = self.ctx.send_after(when - self.ctx.clock.monotonic(), Sweep())
 
     # Over a batch store
 

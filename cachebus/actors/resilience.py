@@ -279,7 +279,7 @@ class Guard:
         attempts.outstanding[attempt] = None
         attempts.short += short
         if due < attempts.armed_for:
-            attempts.arm(due, started)
+            attempts.arm(due)
         return attempt
 
     # On the way back

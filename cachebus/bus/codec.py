@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -211,8 +211,10 @@ def _malformed(text: str) -> str:
 
 def _plain(held: Any) -> Any:
     """Turn into what msgspec knows what it does not know. Raises `Unfit`."""
+    if isinstance(held, str):
+        return str(held)  # Such as an address, which is a kind of `str`.
     if isinstance(held, Mapping):
-        return dict(held)
+        return dict(cast("Mapping[str, Any]", held))
     raise Unfit(f"a field is of type {name_of_type(held)}, which no message may hold")
 
 

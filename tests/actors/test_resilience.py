@@ -138,7 +138,7 @@ class Stage:
                     await checkpoint()
                 if not result:
                     self.clock.advance(0.01)
-                    self.ctx.ring()
+                    self.ctx.timers.fire()
         return result[0]
 
     def events(self, *kinds: type[Event]) -> list[type[Event]]:
@@ -450,7 +450,7 @@ async def test_a_reply_that_is_still_arriving_is_waited_for() -> None:
             clock.advance(0.02)
             if bytes_move:
                 moving.last_progress = clock.monotonic()
-            ctx.ring()
+            ctx.timers.fire()
 
     await line.ask("large")
     pass_time(8.0, bytes_move=True)
@@ -480,7 +480,7 @@ async def test_many_calls_that_hang_are_all_given_up_at_their_time() -> None:
         while len(stage.store.asked) < 50:
             await checkpoint()
         stage.clock.advance(0.5)
-        stage.ctx.ring()
+        stage.ctx.timers.fire()
     assert done == [pytest.approx(0.5)] * 50
     assert stage.guard.statistics().current_timeout < 2.0, "they hang together and count once"
 
@@ -700,7 +700,7 @@ async def test_what_waits_for_a_batch_goes_on_when_it_is_given_up() -> None:
     await line.ask("b")
     assert line.sent == [1]
     line.stage.clock.advance(0.5)
-    line.stage.ctx.ring()
+    line.stage.ctx.timers.fire()
     await let_callbacks_run()
     assert line.sent == [1, 1]
     assert failures(line.told["a"]) == [CacheTimeoutError]
@@ -769,7 +769,7 @@ async def test_batches_that_strike_together_are_one_failure() -> None:
     for name in "abcdefgh":
         await stage.guard.submit(store, [Get(name)], lambda replies: None)
     stage.clock.advance(0.5)
-    stage.ctx.ring()
+    stage.ctx.timers.fire()
     statistics = stage.guard.statistics()
     assert (statistics.failure_count, statistics.state, statistics.in_flight) == (1, "closed", 0)
 
@@ -780,7 +780,7 @@ async def test_what_our_own_loop_slept_through_is_not_the_stores_failure() -> No
     told: list[Sequence[Reply]] = []
     assert stage.guard.try_submit(store, [Get("a")], told.append)
     stage.clock.advance(3.0)
-    stage.ctx.ring()
+    stage.ctx.timers.fire()
     assert told == []
     store.open_replies.pop()([HIT])
     assert told == [[HIT]]
@@ -793,7 +793,7 @@ async def test_a_reply_that_comes_too_late_is_dropped() -> None:
     told: list[Sequence[Reply]] = []
     await stage.guard.submit(store, [Get("a")], told.append)
     stage.clock.advance(0.5)
-    stage.ctx.ring()
+    stage.ctx.timers.fire()
     store.open_replies.pop()([HIT])
     assert [failures(each) for each in told] == [[CacheTimeoutError]]
 
@@ -807,7 +807,7 @@ async def test_a_batch_that_cannot_even_be_sent_is_given_up_and_answered() -> No
         while not store.asked:
             await checkpoint()
         stage.clock.advance(0.5)
-        stage.ctx.ring()
+        stage.ctx.timers.fire()
     assert [failures(each) for each in told] == [[CacheTimeoutError]]
     assert stage.guard.statistics().in_flight == 0
 
