@@ -158,13 +158,15 @@ class BackendActor(Actor):
 
     async def on_stop(self) -> None:
         self.ctx.audience.unwatch(self._listen)
-        if self._pipeline is not None:
-            await self._pipeline.drain()
-        if self._guard is not None:
-            self._guard.close()
-        await self._store.close()
-        if self._incarnation is not None:
-            self._incarnation.answer(())
+        try:
+            if self._pipeline is not None:
+                await self._pipeline.drain()
+            if self._guard is not None:
+                self._guard.close()
+            await self._store.close()
+        finally:
+            if self._incarnation is not None:
+                self._incarnation.answer(())
 
     def handlers(self) -> Handlers:
         table = super().handlers()

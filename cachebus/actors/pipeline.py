@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from threading import get_ident
 from typing import Any
 
@@ -23,6 +24,7 @@ from .ports import PipelinedStore
 from .resilience import Guard
 
 _CLOSED = CircuitState.CLOSED
+_request_of: Callable[[ReplySlot], Request[Any]] = attrgetter("request")
 
 GOOD_BATCH = 16
 """Requests that are sent though others are under way: fewer wait for those, because a system call costs as much as ten
@@ -80,8 +82,7 @@ class RequestPipeline:
         batch = self._open
         if batch is None:
             batch = self._open = SlotBatch(self._deadlines)
-        slot = ReplySlot(batch, current_trace() if self._ctx.audience.kinds else None)
-        batch.requests.append(request)
+        slot = ReplySlot(batch, request, current_trace() if self._ctx.audience.kinds else None)
         slots = batch.slots
         slots.append(slot)
         if type(request) is not Get and type(value := getattr(request, "value", None)) is bytes:
@@ -111,6 +112,7 @@ class RequestPipeline:
             if traces:
                 slot.trace = traces[place]
             slots.append(slot)
+            slot.batch.gone += 1  # Its port does not say so when the caller goes.
             if deadline is not None:
                 known = slot.batch.deadline
                 slot.batch.deadline = deadline if known is None else min(known, deadline)
@@ -161,14 +163,16 @@ class RequestPipeline:
         batch = self._open
         if batch is None:
             return
-        self._open = None
-        if batch.gone:
-            batch.drop_gone()
-            if not batch.slots:
-                return
-        self._lone = len(batch.slots) == 1
         try:
-            if self._guard.try_submit(self.store, batch.requests, partial(self._arrived, batch), batch):
+            self._open = None
+            if batch.gone:
+                batch.drop_gone()
+                if not batch.slots:
+                    batch.settle(())
+                    return
+            self._lone = len(batch.slots) == 1
+            requests = list(map(_request_of, batch.slots))
+            if self._guard.try_submit(self.store, requests, partial(self._arrived, batch, requests), batch):
                 return
         except CacheError as error:
             batch.fail(Failed.of(error))
@@ -183,8 +187,12 @@ class RequestPipeline:
         """Send the batch that has to wait."""
         batch = self._blocked
         assert batch is not None
+        if not batch.slots:  # The actor has crashed in between.
+            self._unblock()
+            return
         try:
-            await self._guard.submit(self.store, batch.requests, partial(self._arrived, batch), batch)
+            requests = list(map(_request_of, batch.slots))
+            await self._guard.submit(self.store, requests, partial(self._arrived, batch, requests), batch)
         except CacheError as error:
             batch.fail(Failed.of(error))
         except Exception as error:
@@ -193,10 +201,13 @@ class RequestPipeline:
             batch.fail(Failed.of(CacheClosed(f"{self._ctx.address} was stopped during the request")))
             raise
         finally:
-            self._blocked = None
-            room, self._room = self._room, []
-            for port in room:
-                port.answer(None)
+            self._unblock()
+
+    def _unblock(self) -> None:
+        self._blocked = None
+        room, self._room = self._room, []
+        for port in room:
+            port.answer(None)
 
     async def _unblocked(self) -> None:
         while self._blocked is not None:
@@ -206,15 +217,15 @@ class RequestPipeline:
 
     # Coming back
 
-    def _arrived(self, batch: SlotBatch, replies: Sequence[Reply]) -> None:
+    def _arrived(self, batch: SlotBatch, requests: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
         if not batch.slots:
             return  # Answered already, when the actor crashed.
         try:
             if len(replies) != len(batch.slots):
                 raise TypeError(f"a batch of {len(batch.slots)} messages got {len(replies)} replies")
-            self._count(batch.requests, replies)
+            self._count(requests, replies)
             if self._ctx.audience.kinds:
-                self._emit(batch.requests, replies, [slot.trace for slot in batch.slots])
+                self._emit(requests, replies, [slot.trace for slot in batch.slots])
             batch.settle(replies)
         except BaseException as error:
             self._broken(batch, error)

@@ -81,6 +81,7 @@ class Guard:
         self._ctx = ctx
         self._store = store
         self._now = ctx.clock.monotonic
+        self._longest = policy.timeout_max
         self._timeout = self._new_timeout()
         self._lock_timeout = self._new_timeout()
         self._budget = RetryBudget(policy.retry.budget)
@@ -260,23 +261,20 @@ class Guard:
         self, requests: Sequence[Request[Any]], store: Any, then: OnReplies, callers: CallDeadlines | None
     ) -> Attempt:
         """An attempt that the circuit lets through, with the place that was taken for it. Raises `CircuitOpen`."""
-        breaker = self.breaker
-        if breaker.state is _CLOSED:
-            ticket = breaker.period
-        else:
-            try:
-                ticket = breaker.admit()
-            except CircuitOpen:
-                self._rejected += 1
-                self._limiter.release()
-                raise
-        timeout = self._lock_timeout if type(requests[0]) in LOCK_REQUESTS else self._timeout
-        started = self._now()
-        due = started + timeout.current
-        short = type(requests[0]) not in SLOW_REQUESTS
-        attempt = Attempt(requests, store, then, callers, ticket, timeout, started, due, short)
-        attempts = self.attempts
-        attempts.outstanding[attempt] = None
+        try:
+            breaker = self.breaker
+            ticket = breaker.period if breaker.state is _CLOSED else breaker.admit()
+            timeout = self._lock_timeout if type(requests[0]) in LOCK_REQUESTS else self._timeout
+            started = self._now()
+            due = started + timeout.current
+            short = type(requests[0]) not in SLOW_REQUESTS
+            attempt = Attempt(requests, store, then, callers, ticket, timeout, started, due, short)
+            attempts = self.attempts
+            attempts.outstanding[attempt] = None
+        except BaseException as error:
+            self._rejected += isinstance(error, CircuitOpen)
+            self._limiter.release()
+            raise
         attempts.short += short
         if due < attempts.armed_for:
             attempts.arm(due)
@@ -291,16 +289,20 @@ class Guard:
             return
         attempts.short -= attempt.short
         has_failures = Failed in map(type, replies)
-        if not (has_failures and self._judge(attempt, replies)):
-            self._successes += 1
-            breaker = self.breaker
-            if breaker.state is not _CLOSED or breaker.failures:
-                breaker.succeeded(attempt.ticket)
-            duration = self._now() - attempt.started
-            if duration <= self.policy.timeout_min or not timeout_extension(attempt.requests, self.policy.timeout_max):
-                attempt.timeout.answered(duration)
-            if not self._connected:
-                self.connected()
+        interruption: BaseException | None = None
+        try:
+            if not (has_failures and self._judge(attempt, replies)):
+                self._successes += 1
+                breaker = self.breaker
+                if breaker.state is not _CLOSED or breaker.failures:
+                    breaker.succeeded(attempt.ticket)
+                duration = self._now() - attempt.started
+                if duration <= self.policy.timeout_min or not timeout_extension(attempt.requests, self._longest):
+                    attempt.timeout.answered(duration)
+                if not self._connected:
+                    self.connected()
+        except BaseException as error:
+            interruption = error  # Whatever it was: the batch is answered, and its place is free.
         limiter = self._limiter
         if limiter.queue:
             limiter.release()
@@ -308,11 +310,13 @@ class Guard:
             limiter.taken -= 1
         if has_failures:
             self._end(attempt, replies)
-            return
-        try:
-            attempt.then(replies)
-        finally:
-            self.on_free()  # Last: callers that ask again at once come into the batch that waited for this one.
+        else:
+            try:
+                attempt.then(replies)
+            finally:
+                self.on_free()  # Last: callers that ask again at once come into the batch that waited for this one.
+        if interruption is not None:
+            raise interruption
 
     def _end(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
         """Hand on replies of which some are failures, or repeat what is worth it before."""

@@ -27,6 +27,7 @@ class ReplySlot(Struct, eq=False):
     """
 
     batch: SlotBatch
+    request: Request[Any]
     trace: str | None = None
     port: Any = None
     """A future of the batch's loop, a `Port`, or `None` until the caller has said where the reply goes."""
@@ -82,13 +83,12 @@ class ReplySlot(Struct, eq=False):
 class SlotBatch(Struct, eq=False):
     """Requests that are sent together, and the slots of their replies. Belongs to one event loop.
 
-    `size` is the bytes of the values that the requests carry. `gone` counts callers that stopped waiting. `deadline` is the
+    `size` is the bytes of the values that the requests carry. `gone` counts callers that may have stopped waiting. `deadline` is the
     earliest one of requests with ports of their own, on the bus's clock; `due` the earliest one of the others, on that of the
     event loop. Without `deadlines` (on trio) no slot may be awaited.
     """
 
     deadlines: Deadlines | None
-    requests: list[Request[Any]] = []
     slots: list[ReplySlot] = []
     size: int = 0
     gone: int = 0
@@ -119,13 +119,7 @@ class SlotBatch(Struct, eq=False):
 
     def drop_gone(self) -> None:
         """Take out the requests whose callers have gone, except those that invalidate."""
-        kept = [
-            (request, slot)
-            for request, slot in zip(self.requests, self.slots, strict=True)
-            if request.INVALIDATES or slot.waiting
-        ]
-        self.requests[:] = [request for request, _ in kept]
-        self.slots[:] = [slot for _, slot in kept]
+        self.slots = [slot for slot in self.slots if slot.request.INVALIDATES or slot.waiting]
 
     def settle(self, replies: Sequence[Reply]) -> None:
         """Fill the slots, in order."""

@@ -25,6 +25,7 @@ from cachebus.messages import (
     CircuitOpen,
     CircuitOpened,
     Clear,
+    Delete,
     Event,
     Failed,
     Found,
@@ -751,6 +752,42 @@ async def test_a_batch_whose_sending_breaks_off_is_answered(monkeypatch: pytest.
     assert failures(line.told["a"]) == [ActorFailed]
     assert [type(each) for each in line.stage.ctx.crashes] == [ZeroDivisionError]
     assert line.stage.guard.statistics().in_flight == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RecursionError, ZeroDivisionError])
+async def test_a_batch_is_answered_whatever_breaks_off_its_accounting(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line()
+    await line.ask("a")
+    await line.ask("b")
+
+    def interrupted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(line.stage.guard, "connected", interrupted)
+    with pytest.raises(error):
+        line.reply()
+    assert line.told["a"] == [HIT]
+    assert line.stage.guard.statistics().in_flight == 0
+    monkeypatch.undo()
+    await let_callbacks_run()
+    line.reply()
+    assert line.told["b"] == [HIT]
+
+
+async def test_what_a_caller_asked_for_that_has_gone_is_only_sent_if_it_invalidates() -> None:
+    line = Line()
+    await line.ask("first")
+    (gone, deletes) = await line.pipeline.put((Get("gone"), Delete("deleted")), ())
+    await line.ask("stays")
+    for slot in (gone, deletes):
+        port = Listener([])
+        port.waiting = False
+        slot.attach(port)
+    line.reply()
+    await let_callbacks_run()
+    assert line.store.asked[1:] == [[Delete("deleted"), Get("stays")]]
 
 
 async def test_whatever_is_under_way_is_answered_when_the_actor_ends() -> None:
