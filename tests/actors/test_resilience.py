@@ -769,7 +769,7 @@ async def test_a_batch_is_answered_whatever_breaks_off_its_accounting(
     with pytest.raises(error):
         line.reply()
     assert line.told["a"] == [HIT]
-    assert line.stage.guard.statistics().in_flight == 0
+    assert line.stage.guard.statistics().in_flight == len(line.store.open_replies)  # On trio the next is sent already.
     monkeypatch.undo()
     await let_callbacks_run()
     line.reply()
