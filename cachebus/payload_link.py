@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from anyio import to_thread
 from msgspec.structs import replace
@@ -45,7 +45,7 @@ from .cached_errors import CachedError, Remembered
 from .failures import BACKEND_FAILURES, OnError
 from .link import Link
 from .payload import PayloadPipeline
-from .payload_places import has_value, size, size_of, with_value
+from .payload_places import Content, Handed, has_value, size, size_of, with_value
 from .payload_scalars import type_of
 
 logger = logging.getLogger("cachebus")
@@ -56,19 +56,6 @@ _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 _MISSING = Missing()
 _UNASKED: Any = object()
 _WAITING, _BLOCKING = False, True
-
-
-class _Content(NamedTuple):
-    """What a turn returns for a value that is to be compressed and sealed beside the event loop."""
-
-    serialized: bytes
-
-
-class _Handed(NamedTuple):
-    """What a turn returns for a write that is not answered yet: the message with its payload, and the turn's own answer."""
-
-    message: Request[Any]
-    reply: Any
 
 
 class PayloadLink(Link):
@@ -135,17 +122,16 @@ class PayloadLink(Link):
         """As `Link.finish`."""
         # What most calls of a remote backend come by: it does the commonest of what `_settle` does, in a third of the time.
         coded: Any = message
-        if type(reply) is _Content:
+        if type(reply) is Content:
             write: Any = message
             return cast("R", await self._answer(_WAITING, message, await self._written(write, None, reply.serialized)))
-        if type(reply) is _Handed:
+        if type(reply) is Handed:
             coded, reply = reply
         deadline = 0.0  # Of a slot it is looked up where it is needed.
         try:
-            came: Any
             if type(reply) is ReplySlot:  # As `LocalBus.finish`, less a coroutine.
                 try:
-                    came = await reply.within(self.timeout, self._late)
+                    came: Any = await reply.within(self.timeout, self._late)
                 except BaseException:
                     reply.leave()
                     raise
@@ -161,7 +147,6 @@ class PayloadLink(Link):
                 payload = came.value
                 if type(payload) is not bytes:
                     return cast("R", self._read(coded.key, came))
-                # What `_read` does, less three calls and a look at each field.
                 if self._offload_above is None or len(payload) < self._offload_above:
                     try:
                         value = self._pipeline.decode(coded.key, payload)
@@ -170,7 +155,6 @@ class PayloadLink(Link):
                         return cast("R", _MISSING)
                     if type(value) is CachedError:
                         return cast("R", Remembered(value))
-                    # Another object: two may share a reply.
                     return cast("R", Found(value, came.version, came.ttl, came.tags, came.stored_at))
             deadline = deadline or self.bus.clock.monotonic() + reply.seconds_left
             return cast("R", await self._come_back(_WAITING, coded, came, deadline))
@@ -182,8 +166,7 @@ class PayloadLink(Link):
                 return cast("R", _MISSING)
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
-        # The store cannot read what stands there.
-        try:
+        try:  # The store cannot read what stands there.
             deadline = deadline or self.bus.clock.monotonic() + reply.seconds_left
             lease: Any = coded
             return cast("R", await self._lease_anew(partial(self._ask, _WAITING, deadline=deadline), lease))
@@ -192,7 +175,7 @@ class PayloadLink(Link):
 
     async def finish_blocking(self, message: Request[R], reply: Any) -> R:
         """As `Link.finish_blocking`."""
-        if type(reply) is _Content:
+        if type(reply) is Content:
             write: Any = message
             coded = with_value(write, self._protected(write.key, reply.serialized))
             return cast("R", await self._answer(_BLOCKING, message, coded))
@@ -219,20 +202,19 @@ class PayloadLink(Link):
         value = self._number_or_content(message.value)
         if type(value) is bytes:
             if self._offload_above is not None and len(value) >= self._offload_above:
-                return _Content(value)
+                return Content(value)
             value = self._protected(message.key, value)
         coded = Set(message.key, value, message.ttl, message.tags, message.only_if, message.lease, message.metadata)
         reply = self._inner_set(coded)
         if type(reply) is Stored or (type(reply) is ReplySlot and message.only_if is None):
             return reply
-        return _Handed(coded, reply)
+        return Handed(coded, reply)
 
     def _coded_lease(self, message: GetOrLease) -> Any:
         reply = self._inner_lease(message)
-        if type(reply) is ReplySlot:
-            return reply
         # A grant without a value is ready. What has a value to be read is, like what is not answered, to be finished.
-        return reply if type(reply) is LeaseGranted and reply.stale is None else _Handed(message, reply)
+        is_ready = type(reply) is ReplySlot or (type(reply) is LeaseGranted and reply.stale is None)
+        return reply if is_ready else Handed(message, reply)
 
     def _prepared(self, message: Any) -> Any:
         """The message with payloads for values. Raises `CacheSerializationError` and the like before anything is sent."""
@@ -291,7 +273,7 @@ class PayloadLink(Link):
     async def _settle(self, blocking: bool, message: Any, turned: Any, patience: float) -> Any:
         """Come to the reply of a coded message, from what its turn has returned if there was one, and read it."""
         deadline = self.bus.clock.monotonic() + self.timeout + patience
-        if type(turned) is _Handed:
+        if type(turned) is Handed:
             message, turned = turned
         try:
             if turned is _UNASKED:

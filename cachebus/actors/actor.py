@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,13 @@ class Actor:
 
     async def on_stop(self) -> None:
         """Called once after the last turn of this life, a crashed one included."""
+
+    def repair(self) -> Collection[Deferred] | None:
+        """Put right what a turn left half done that was interrupted at any instruction, and return the replies that this
+        actor still owes; any others are answered as lost. `None`, the default, says that only a new incarnation puts it
+        right. That is no crash: it counts as no restart. May itself be interrupted, and is then called again.
+        """
+        return None
 
     def handlers(self) -> Handlers:
         """The handlers of this actor, bound to it."""

@@ -9,9 +9,11 @@ from msgspec import Struct
 
 from cachebus.messages import (
     AcquireLock,
+    CacheTimeoutError,
     Clear,
     DeletePattern,
     DescribeLock,
+    Failed,
     ReleaseLock,
     RenewLock,
     Reply,
@@ -80,6 +82,12 @@ class Attempt(Struct, eq=False):
     progress: Progress = NO_PROGRESS
     scope: Any = None
     may_repeat: bool = True
+
+    def too_late(self, detail: str, address: str, now: float) -> list[Failed]:
+        """The replies of an attempt that is given up."""
+        waited = now - self.started
+        errors = (CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT) for each in self.requests)
+        return [Failed.of(error) for error in errors]
 
 
 class Attempts:

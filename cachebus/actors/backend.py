@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -192,6 +192,15 @@ class BackendActor(Actor):
         else:
             table.plain[WatchLease] = _refuse(self._store, WatchLease)
         return table
+
+    def repair(self) -> Collection[Deferred] | None:
+        if not isinstance(self._store, InlineStore):
+            return None  # What was being sent is not known: the connections are opened anew.
+        owed = self._store.repair()
+        self._sweep_at = float("inf")
+        if (due := self._store.next_expiry()) is not None:
+            self._due(due)
+        return owed
 
     # What every actor answers
 

@@ -177,9 +177,12 @@ class RequestPipeline:
         except CacheError as error:
             batch.fail(Failed.of(error))
             return
-        except BaseException as error:
+        except Exception as error:
             self._broken(batch, error)
             return
+        except BaseException as error:
+            self._broken(batch, error)
+            raise
         self._blocked = batch
         self._ctx.start_soon(self._send_blocked)
 
@@ -227,12 +230,13 @@ class RequestPipeline:
             if self._ctx.audience.kinds:
                 self._emit(requests, replies, [slot.trace for slot in batch.slots])
             batch.settle(replies)
+        except Exception as error:
+            self._broken(batch, error)
         except BaseException as error:
             self._broken(batch, error)
+            raise
 
     def _broken(self, batch: SlotBatch, error: BaseException) -> None:
         """Answer a batch that an exception has met, and end the actor's incarnation."""
         batch.fail(Failed.of(ActorFailed(address=self._ctx.address, reason=type(error).__name__)))
         self._ctx.crash(error)
-        if not isinstance(error, Exception):
-            raise error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from enum import Enum, auto
 from functools import partial
 from typing import Any
 
@@ -18,17 +17,14 @@ from cachebus.bus import open_port
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
-    CacheConnectionError,
     CacheError,
     CacheTimeoutError,
     CircuitClosed,
     CircuitOpen,
     CircuitOpened,
     Failed,
-    Overloaded,
     Reply,
     Request,
-    error_class,
 )
 
 from .attempts import LOCK_REQUESTS, SLOW_REQUESTS, Attempt, Attempts, CallDeadlines, FixedDeadline, timeout_extension
@@ -37,22 +33,12 @@ from .concurrency_limit import ConcurrencyLimiter
 from .context import Context
 from .guard_policy import GuardPolicy, GuardStatistics
 from .latency import AdaptiveTimeout
+from .outcome import FAILURE, SUCCESS, outcome_of
 from .ports import BatchStore, OnReplies, PipelinedStore
-from .retrying import RetryBudget, repeatable
+from .retrying import Retries
 from .scopes import asyncio_scope
 
 _CLOSED = CircuitState.CLOSED
-
-
-class Outcome(Enum):
-    """What a batch says about its backend: it did its work, it did nothing of it, or the replies say nothing about that."""
-
-    SUCCESS = auto()
-    FAILURE = auto()
-    IGNORED = auto()
-
-
-SUCCESS, FAILURE, IGNORED = Outcome
 
 
 class Guard:
@@ -72,20 +58,23 @@ class Guard:
         seed: int | None = None,
         on_free: Callable[[], None] = lambda: None,
     ) -> None:
-        from .repeating import repeat  # Here, and not with the first failure: a guard is made where imports may block.
-
         self.policy = policy
         self.breaker = CircuitBreaker(policy.breaker, ctx.clock, ctx.address, self._circuit_changed)
         self.on_free = on_free
-        self._repeat = repeat
         self._ctx = ctx
         self._store = store
         self._now = ctx.clock.monotonic
         self._longest = policy.timeout_max
-        self._timeout = self._new_timeout()
-        self._lock_timeout = self._new_timeout()
-        self._budget = RetryBudget(policy.retry.budget)
-        self._chance = random.Random(seed)
+        self._timeout, self._lock_timeout = (
+            AdaptiveTimeout(
+                window=policy.timeout_window,
+                lowest=policy.timeout_min,
+                highest=policy.timeout_max,
+                initial=policy.timeout_initial,
+            )
+            for _ in range(2)
+        )
+        self._retries = Retries(policy.retry, ctx, random.Random(seed))
         self.attempts = Attempts(ctx, policy.timeout_max, self._give_up)
         self._limiter = ConcurrencyLimiter(policy.max_concurrent, policy.max_waiting, ctx.address)
         self._closed = False
@@ -93,7 +82,6 @@ class Guard:
         self._failures = 0
         self._successes = 0
         self._rejected = 0
-        self._retries = 0
         self._last_failure: float | None = None
 
     def __repr__(self) -> str:
@@ -116,7 +104,7 @@ class Guard:
             in_flight=self._limiter.taken,
             waiting=self._limiter.waiting,
             rejected=self._rejected,
-            retries=self._retries,
+            retries=self._retries.count,
         )
 
     def connected(self) -> None:
@@ -247,11 +235,10 @@ class Guard:
     async def _acquire(self) -> None:
         if self._limiter.try_acquire():
             return
-        # Behind an open circuit there is nothing to wait for: a place would only lead to the refusal.
-        if (refusal := self.breaker.refusal()) is not None:
-            self._rejected += 1
-            raise refusal
         try:
+            # Behind an open circuit there is nothing to wait for: a place would only lead to the refusal.
+            if (refusal := self.breaker.refusal()) is not None:
+                raise refusal
             await self._limiter.acquire()
         except CacheError:
             self._rejected += 1
@@ -382,39 +369,23 @@ class Guard:
             self._end(attempt, self._too_late(attempt))
 
     def _too_late(self, attempt: Attempt) -> Sequence[Reply]:
-        waited = self._now() - attempt.started
-        detail, address = f"{self._store} gave no answer", self._ctx.address
-        return [
-            Failed.of(CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT))
-            for each in attempt.requests
-        ]
+        return attempt.too_late(f"{self._store} gave no answer", self._ctx.address, self._now())
 
     def _circuit_changed(self, state: CircuitState) -> None:
-        kinds = self._ctx.audience.kinds
+        kinds, address = self._ctx.audience.kinds, self._ctx.address
         if state is CircuitState.OPEN:
             # Refused now, and not one by one as the places before them become free.
-            self._limiter.refuse_all(lambda: self.breaker.refusal() or CircuitOpen(address=self._ctx.address))
-        if state is CircuitState.OPEN and CircuitOpened in kinds:
-            self._ctx.emit(
-                CircuitOpened(
-                    address=self._ctx.address,
-                    failures=self.breaker.failures,
-                    retry_after=self.policy.breaker.recovery,
-                )
-            )
+            self._limiter.refuse_all(lambda: self.breaker.refusal() or CircuitOpen(address=address))
+            if CircuitOpened in kinds:
+                recovery = self.policy.breaker.recovery
+                self._ctx.emit(CircuitOpened(address=address, failures=self.breaker.failures, retry_after=recovery))
         elif state is CircuitState.CLOSED and CircuitClosed in kinds:
-            self._ctx.emit(CircuitClosed(address=self._ctx.address))
+            self._ctx.emit(CircuitClosed(address=address))
 
     # Repeating
 
     def _worth_repeating(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
-        return (
-            Failed in map(type, replies)
-            and self.policy.retry.attempts > 1
-            and not self._closed
-            and bool(repeatable(batch, replies))
-            and self._budget.allows(self._successes + self._failures)
-        )
+        return not self._closed and self._retries.worthwhile(batch, replies, self._successes + self._failures)
 
     async def _repeated(
         self,
@@ -423,55 +394,10 @@ class Guard:
         replies: Sequence[Reply],
         callers: CallDeadlines | None,
     ) -> Sequence[Reply]:
-        async def counted(part: Sequence[Request[Any]]) -> Sequence[Reply]:
-            if not self._budget.allows(self._successes + self._failures):
-                raise Overloaded("the budget for repetitions is used up", self._ctx.address)
-            self._budget.take()
-            self._retries += 1
-            return await again(part)
-
         now = self._now()
         left = None if callers is None else callers.seconds_left(now)
-        return await self._repeat(
-            counted,
-            batch,
-            replies,
-            policy=self.policy.retry,
-            clock=self._ctx.clock,
-            chance=self._chance,
-            deadline=None if left is None else now + left,
-        )
-
-    def _new_timeout(self) -> AdaptiveTimeout:
-        policy = self.policy
-        return AdaptiveTimeout(
-            window=policy.timeout_window,
-            lowest=policy.timeout_min,
-            highest=policy.timeout_max,
-            initial=policy.timeout_initial,
-        )
-
-
-def outcome_of(replies: Sequence[Reply], excluded: tuple[type[CacheError], ...]) -> tuple[Outcome, str | None]:
-    """What a batch of which something failed says about the backend, and why it cannot be reached, if that is so.
-
-    It has failed if it answered nothing of the batch, and for a reason that may pass. Errors of `excluded` classes count
-    neither way, and neither does a refusal, such as that of a password: nobody has looked at the request.
-    """
-    failures = [(error_class(each.code), each.detail) for each in replies if isinstance(each, Failed)]
-    counting = [(kind, detail) for kind, detail in failures if kind.transient and not issubclass(kind, excluded)]
-    lost = next((detail for kind, detail in counting if issubclass(kind, CacheConnectionError)), None)
-    if len(failures) < len(replies):
-        return SUCCESS, lost
-    if counting:
-        return FAILURE, lost
-    if all(kind.transient or issubclass(kind, excluded) or _is_refusal(kind) for kind, _ in failures):
-        return IGNORED, lost
-    return SUCCESS, lost
-
-
-def _is_refusal(kind: type[CacheError]) -> bool:
-    return kind.code in ("configuration", "closed")
+        deadline = None if left is None else now + left
+        return await self._retries.run(again, batch, replies, deadline, lambda: self._successes + self._failures)
 
 
 def _drop(replies: Sequence[Reply]) -> None:
