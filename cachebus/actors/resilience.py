@@ -213,7 +213,7 @@ class Guard:
         self, store: BatchStore, batch: Sequence[Request[Any]], callers: CallDeadlines
     ) -> Sequence[Reply]:
         await self._acquire()
-        attempt = self._begin(batch, store, _drop, callers)
+        attempt = self._begin(batch, store, lambda replies: None, callers)
         replies: Sequence[Reply] = ()
         scope = attempt.scope = anyio.CancelScope()
         try:
@@ -398,7 +398,3 @@ class Guard:
         left = None if callers is None else callers.seconds_left(now)
         deadline = None if left is None else now + left
         return await self._retries.run(again, batch, replies, deadline, lambda: self._successes + self._failures)
-
-
-def _drop(replies: Sequence[Reply]) -> None:
-    pass
