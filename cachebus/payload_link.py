@@ -6,19 +6,20 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from anyio import to_thread
 from msgspec.structs import replace
 
 from cachebus.actors import Timers
-from cachebus.bus import Address, Bus, Emitter
+from cachebus.bus import Address, Bus, Emitter, ReplySlot, too_late
 from cachebus.messages import (
     Add,
     CacheError,
     CacheSerializationError,
     CapabilityError,
     CompareAndSet,
+    Failed,
     Found,
     FoundMany,
     Get,
@@ -44,7 +45,7 @@ from .cached_errors import CachedError, Remembered
 from .failures import BACKEND_FAILURES, OnError
 from .link import Link
 from .payload import PayloadPipeline
-from .payload_places import has_value, size, size_of, with_value
+from .payload_places import Content, Handed, has_value, size, size_of, with_value
 from .payload_scalars import type_of
 
 logger = logging.getLogger("cachebus")
@@ -57,19 +58,6 @@ _UNASKED: Any = object()
 _WAITING, _BLOCKING = False, True
 
 
-class _Content(NamedTuple):
-    """What a turn returns for a value that is to be compressed and sealed beside the event loop."""
-
-    serialized: bytes
-
-
-class _Handed(NamedTuple):
-    """What a turn returns for a write that is not answered yet: the message with its payload, and the turn's own answer."""
-
-    message: Request[Any]
-    reply: Any
-
-
 class PayloadLink(Link):
     """A `Link` whose pipeline turns the values of requests into payloads, and the payloads of replies into values.
 
@@ -78,7 +66,7 @@ class PayloadLink(Link):
     `offload_above` bytes or more are packed and unpacked in a worker thread.
     """
 
-    __slots__ = ("_debug", "_inner_get", "_inner_lease", "_inner_set", "_offload_above", "_pipeline", "_told")
+    __slots__ = ("_debug", "_inner_get", "_inner_lease", "_inner_set", "_late", "_offload_above", "_pipeline", "_told")
 
     def __init__(
         self,
@@ -98,6 +86,7 @@ class PayloadLink(Link):
         self._offload_above = offload_above
         self._debug = debug
         self._told: set[str] = set()
+        self._late = too_late(address, timeout)
         self._inner_get, self._inner_set, self._inner_lease = self.turn_get, self.turn_set, self.turn_lease
         self.turn_get, self.turn_set, self.turn_lease = self._coded_get, self._coded_set, self._coded_lease
 
@@ -133,24 +122,31 @@ class PayloadLink(Link):
         """As `Link.finish`."""
         # What most calls of a remote backend come by: it does the commonest of what `_settle` does, in a third of the time.
         coded: Any = message
-        if type(message) is GetOrLease:
-            return cast("R", await self._answer(_WAITING, message, message, reply))
-        if type(reply) is _Content:
+        if type(reply) is Content:
             write: Any = message
             return cast("R", await self._answer(_WAITING, message, await self._written(write, None, reply.serialized)))
-        if type(reply) is _Handed:
+        if type(reply) is Handed:
             coded, reply = reply
-        deadline = self.bus.clock.monotonic() + self.timeout
+        deadline = 0.0  # Of a slot it is looked up where it is needed.
         try:
-            came: Any = await self.bus.finish(self.address, coded, reply, self.timeout)
+            if type(reply) is ReplySlot:  # As `LocalBus.finish`, less a coroutine.
+                try:
+                    came: Any = await reply.within(self.timeout, self._late)
+                except BaseException:
+                    reply.leave()
+                    raise
+                if type(came) is Failed:
+                    raise came.error()
+            else:
+                deadline = self.bus.clock.monotonic() + self.timeout
+                came = await self.bus.finish(self.address, coded, reply, self.timeout)
             kind = type(came)  # pyright: ignore[reportUnknownVariableType]
-            if kind is Stored or kind is Missing:
+            if kind is Stored or kind is Missing or (kind is LeaseGranted and came.stale is None):
                 return came  # type: ignore[no-any-return]
-            if kind is Found:
+            if kind is Found and type(coded) is not GetOrLease:
                 payload = came.value
                 if type(payload) is not bytes:
                     return cast("R", self._read(coded.key, came))
-                # What `_read` does, less three calls and a look at each field.
                 if self._offload_above is None or len(payload) < self._offload_above:
                     try:
                         value = self._pipeline.decode(coded.key, payload)
@@ -159,20 +155,27 @@ class PayloadLink(Link):
                         return cast("R", _MISSING)
                     if type(value) is CachedError:
                         return cast("R", Remembered(value))
-                    # Another object: two may share a reply.
                     return cast("R", Found(value, came.version, came.ttl, came.tags, came.stored_at))
+            deadline = deadline or self.bus.clock.monotonic() + reply.seconds_left
             return cast("R", await self._come_back(_WAITING, coded, came, deadline))
         except CacheSerializationError as error:
-            if type(coded) is not Get:
+            if type(coded) is not Get and type(coded) is not GetOrLease:
                 raise
             self._rejected(coded.key, error)
-            return cast("R", _MISSING)
+            if type(coded) is Get:
+                return cast("R", _MISSING)
+        except BACKEND_FAILURES as error:
+            return self.failures.settle(message, error)
+        try:  # The store cannot read what stands there.
+            deadline = deadline or self.bus.clock.monotonic() + reply.seconds_left
+            lease: Any = coded
+            return cast("R", await self._lease_anew(partial(self._ask, _WAITING, deadline=deadline), lease))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
 
     async def finish_blocking(self, message: Request[R], reply: Any) -> R:
         """As `Link.finish_blocking`."""
-        if type(reply) is _Content:
+        if type(reply) is Content:
             write: Any = message
             coded = with_value(write, self._protected(write.key, reply.serialized))
             return cast("R", await self._answer(_BLOCKING, message, coded))
@@ -190,24 +193,28 @@ class PayloadLink(Link):
     # Out
 
     def _coded_get(self, message: Get) -> Any:
-        if (reply := self._inner_get(message)) is None:  # What most calls of a remote backend get.
-            return None
+        reply = self._inner_get(message)
+        if type(reply) is ReplySlot or reply is None:  # What calls of a remote backend get.
+            return reply
         return self._read(message.key, reply) if has_value(type(reply)) else reply
 
     def _coded_set(self, message: Set) -> Any:
         value = self._number_or_content(message.value)
         if type(value) is bytes:
             if self._offload_above is not None and len(value) >= self._offload_above:
-                return _Content(value)
+                return Content(value)
             value = self._protected(message.key, value)
-        coded = with_value(message, value)
+        coded = Set(message.key, value, message.ttl, message.tags, message.only_if, message.lease, message.metadata)
         reply = self._inner_set(coded)
-        return reply if type(reply) is Stored else _Handed(coded, reply)
+        if type(reply) is Stored or (type(reply) is ReplySlot and message.only_if is None):
+            return reply
+        return Handed(coded, reply)
 
     def _coded_lease(self, message: GetOrLease) -> Any:
         reply = self._inner_lease(message)
         # A grant without a value is ready. What has a value to be read is, like what is not answered, to be finished.
-        return reply if type(reply) is LeaseGranted and reply.stale is None else _Handed(message, reply)
+        is_ready = type(reply) is ReplySlot or (type(reply) is LeaseGranted and reply.stale is None)
+        return reply if is_ready else Handed(message, reply)
 
     def _prepared(self, message: Any) -> Any:
         """The message with payloads for values. Raises `CacheSerializationError` and the like before anything is sent."""
@@ -266,7 +273,7 @@ class PayloadLink(Link):
     async def _settle(self, blocking: bool, message: Any, turned: Any, patience: float) -> Any:
         """Come to the reply of a coded message, from what its turn has returned if there was one, and read it."""
         deadline = self.bus.clock.monotonic() + self.timeout + patience
-        if type(turned) is _Handed:
+        if type(turned) is Handed:
             message, turned = turned
         try:
             if turned is _UNASKED:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from cachebus.messages import FoundMany, Incremented, LeaseGranted, Message
+from cachebus.messages import FoundMany, Incremented, LeaseGranted, Message, Request
+
+
+class Content(NamedTuple):
+    """What a turn returns for a value that is to be compressed and sealed beside the event loop."""
+
+    serialized: bytes
+
+
+class Handed(NamedTuple):
+    """What a turn returns for a write that is not answered yet: the message with its payload, and the turn's own answer."""
+
+    message: Request[Any]
+    reply: Any
 
 
 def size(payloads: Iterable[Any]) -> int:

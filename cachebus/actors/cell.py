@@ -25,7 +25,20 @@ from contextlib import suppress
 
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port, turn_trace
+from cachebus.bus import (
+    PENDING,
+    Address,
+    Clock,
+    Deferred,
+    Emitter,
+    Envelope,
+    Pending,
+    Port,
+    Turn,
+    in_event_loop,
+    open_port,
+    turn_trace,
+)
 from cachebus.bus.timers import LoopTimers, Timer
 from cachebus.messages import (
     ActorFailed,
@@ -107,6 +120,11 @@ class Cell:
         """How many messages are in the mailbox."""
         return len(self._mailbox)
 
+    @property
+    def pending_replies(self) -> int:
+        """How many replies the actor has promised to callers that still wait for them."""
+        return len(self._deferred)
+
     # For the bus
 
     def turn(self, kind: type[Message]) -> Turn:
@@ -120,7 +138,7 @@ class Cell:
         # A closure over everything it needs: this is the hot path of a cache, and each lookup on self costs 10-20 ns.
         mailbox, free, handler_of, eager_of = self._mailbox, self._turn.free, self._inline.get, self._eager.get
 
-        def take_turn(message: Message) -> Reply | Deferred | None:
+        def take_turn(message: Message) -> Reply | Pending | None:
             if mailbox:
                 return None
             try:
@@ -185,6 +203,9 @@ class Cell:
         deferred = Deferred(self._deferred.discard)
         self._deferred.add(deferred)
         return deferred
+
+    def crash(self, error: BaseException) -> None:
+        self._crashed(error if isinstance(error, Exception) else RuntimeError(f"broken off by {type(error).__name__}"))
 
     def send_after(self, delay: float, message: Message) -> Timer:
         # Whatever the mailbox holds: an actor that is not told what it waits for waits for it for ever.
@@ -364,12 +385,8 @@ class Cell:
             return True
         turns = 0
         assert self._actor is not None
-        pause = self._actor.pause
         try:
             while self._mailbox and self._crash is None:
-                if (hold := pause(len(self._mailbox))) is not None:
-                    await hold.wait()
-                    continue
                 if (envelope := self._take_out()) is None:
                     break
                 if envelope.message is STOP:
@@ -442,8 +459,8 @@ class Cell:
 
     # Answers
 
-    def _settle(self, envelope: Envelope, reply: Reply | Deferred | None) -> None:
-        if isinstance(reply, Deferred):
+    def _settle(self, envelope: Envelope, reply: Reply | Pending | None) -> None:
+        if isinstance(reply, PENDING):
             if envelope.port is not None:
                 reply.attach(envelope.port)
         elif reply is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from cachebus.messages import CacheConfigurationError, Failed, Reply, Request, error_class
+from cachebus.messages import CacheConfigurationError, Failed, Overloaded, Reply, Request, error_class
+
+from .context import Context
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,3 +73,47 @@ def repeatable(batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> list[
         for place, reply in enumerate(replies)
         if type(reply) is Failed and batch[place].IDEMPOTENT and error_class(reply.code).transient
     ]
+
+
+class Retries:
+    """The repetitions of one guard, within its budget. `count` is how many there were."""
+
+    def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random) -> None:
+        from .repeating import repeat  # Here, and not with the first failure: a guard is made where imports may block.
+
+        self.count = 0
+        self._policy = policy
+        self._ctx = ctx
+        self._chance = chance
+        self._budget = RetryBudget(policy.budget)
+        self._repeat = repeat
+
+    def worthwhile(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], batches: int) -> bool:
+        """Whether something of a batch is to be repeated, now that there have been so many batches in all."""
+        return (
+            Failed in map(type, replies)
+            and self._policy.attempts > 1
+            and bool(repeatable(batch, replies))
+            and self._budget.allows(batches)
+        )
+
+    async def run(
+        self,
+        again: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
+        batch: Sequence[Request[Any]],
+        replies: Sequence[Reply],
+        deadline: float | None,
+        batches: Callable[[], int],
+    ) -> Sequence[Reply]:
+        """The replies after what may be repeated was. `again` makes an attempt with a part of the batch, `batches` is how many
+        there have been in all."""
+
+        async def counted(part: Sequence[Request[Any]]) -> Sequence[Reply]:
+            if not self._budget.allows(batches()):
+                raise Overloaded("the budget for repetitions is used up", self._ctx.address)
+            self._budget.take()
+            self.count += 1
+            return await again(part)
+
+        clock, policy, chance = self._ctx.clock, self._policy, self._chance
+        return await self._repeat(counted, batch, replies, policy=policy, clock=clock, chance=chance, deadline=deadline)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, cast
 
 import hiredis
 
-from cachebus.messages import CacheError
+from cachebus.messages import CacheError, CacheSerializationError, Failed
 
 from .redis_connection import Argument, pack_words
 from .redis_errors import in_doubt, overtaken, translate
@@ -17,6 +18,18 @@ from .redis_scripts import LATE_IS_WRONG, READING
 
 Settle = Callable[[Any, float], "Sequence[Command] | None"]
 """Takes in a reply; told the server's Unix time in seconds. What it returns has to be sent before the answer is whole."""
+
+
+UNREADABLE = (CacheError, ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error)
+"""What reading a reply raises whose bytes are not ours, or damaged: an error of its own request, and of no other."""
+
+
+def unreadable(error: Exception) -> Failed:
+    """The reply in place of one that cannot be read."""
+    if not isinstance(error, CacheError):
+        kind = type(error).__name__
+        error = CacheSerializationError(f"the server's reply could not be understood ({kind})")
+    return Failed.of(error)
 
 
 class Command:
@@ -69,7 +82,11 @@ class Command:
         if isinstance(reply, hiredis.ReplyError):
             self.fail(translate(reply))
             return ()
-        return self.settle(reply, now) or ()
+        try:
+            return self.settle(reply, now) or ()
+        except UNREADABLE as error:
+            self.fail(unreadable(error).error())
+        return ()
 
     def give_up(self, error: CacheError) -> None:
         """Take in that the connection was lost after the command was sent."""

@@ -15,7 +15,9 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from cachebus.messages import BadMessage, CacheError, CacheSerializationError, Failed, Found, Missing
 
@@ -96,9 +98,7 @@ def read_tagged(raw: bytes, now: float, *, live: bool = False) -> tuple[Claim | 
     answer = read_or_fail(plain, now, live=live)
     if not isinstance(answer, Found):
         return None, answer
-    found: Any = answer
-    found.tags = claim.tags
-    return claim, answer
+    return claim, replace(answer, tags=claim.tags)
 
 
 @dataclass(slots=True)
@@ -113,6 +113,12 @@ class TagSpace:
     here: bool
     seen: bool = False
     _hints: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+    def new_stamp(self, tags: Sequence[str]) -> bytes:
+        """The 16 bytes that a request with tags begins with where scripts get at the counters: an epoch for a sequence that
+        is not there."""
+        self.seen = self.seen or bool(tags)
+        return new_epoch() + NO_STAMP[8:]
 
     @property
     def sequence(self) -> str:

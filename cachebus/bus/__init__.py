@@ -3,16 +3,19 @@
 from .address import Address, check_word
 from .api import Bus, Envelope, Recipient, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
+from .deadlines import running_deadlines
 from .emitter import Emitter, origin
 from .event_policy import EventPolicy, KeyForm, shares
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
+from .slots import PENDING, Pending, ReplySlot, SlotBatch
 from .subscription import Audience, Subscription, event_kinds
 from .timer_queue import TimerQueue
 from .timers import LoopTimers, Timer, running_timers
 from .tracing import current_trace, turn_trace, use_trace
 
 __all__ = [
+    "PENDING",
     "SYSTEM_CLOCK",
     "TURNS_PER_CHECKPOINT",
     "Address",
@@ -26,8 +29,11 @@ __all__ = [
     "KeyForm",
     "LocalBus",
     "LoopTimers",
+    "Pending",
     "Port",
     "Recipient",
+    "ReplySlot",
+    "SlotBatch",
     "Subscription",
     "SystemClock",
     "TaskPort",
@@ -43,6 +49,7 @@ __all__ = [
     "in_event_loop",
     "open_port",
     "origin",
+    "running_deadlines",
     "running_timers",
     "settled",
     "shares",

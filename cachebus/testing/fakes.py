@@ -123,6 +123,7 @@ class RecordingContext:
         self.timers = ManualTimers(clock)
         self.beside: list[Callable[[], Awaitable[None]]] = []
         self.deferred: list[Deferred] = []
+        self.crashes: list[BaseException] = []
         # Kept, because an audience forgets a listener that is gone.
         self._listening = self.audience.subscribe(kinds, 1)
 
@@ -142,6 +143,10 @@ class RecordingContext:
         deferred = Deferred()
         self.deferred.append(deferred)
         return deferred
+
+    def crash(self, error: BaseException) -> None:
+        """Remember what has ended the actor's incarnation."""
+        self.crashes.append(error)
 
     def send_after(self, delay: float, message: Message) -> ManualTimer:
         """Remember a message that the actor wants back later; the test hands it over."""

@@ -17,6 +17,7 @@ PACKAGE = Path(cachebus.__file__).parent
 WIDE = {"BaseException", "CancelledError", "Cancelled", "KeyboardInterrupt", "SystemExit", "get_cancelled_exc_class"}
 ALLOWED = {
     "__main__.py": "the command line answers Ctrl-C with its exit code",
+    "actors/resilience.py": "what breaks off the accounting of a batch is raised when the batch is answered",
     "bus/tasks.py": "what a first step raises is raised by the task that takes it over",
     "landing.py": "what a loader raises is raised again by whoever began the load; a cancellation is raised at once",
     "testing/proxy.py": "a proxy ends its own tasks",

@@ -16,7 +16,7 @@ from cachebus.adapters.memcached import Place as MemcachedPlace
 from cachebus.adapters.memcached_connection import Connection
 from cachebus.adapters.memcached_rates import REMEMBERED, TRIES
 from cachebus.adapters.redis import RedisStore
-from cachebus.adapters.redis_dial import Place
+from cachebus.adapters.redis_connect import Endpoint
 from cachebus.messages import Admit, Admitted, CacheBackendError, Clear, Failed, Get, RateLimitDenied, Reply, Set
 from cachebus.testing.servers import Server, run_memcached, run_redis
 from cachebus.testing.stores import ask, carry_out
@@ -54,7 +54,7 @@ def namespace() -> str:
 
 @pytest.fixture
 async def in_redis(redis_server: Server, namespace: str) -> AsyncIterator[RedisStore]:
-    store = RedisStore([Place(host=redis_server.host, port=redis_server.port)], namespace=namespace)
+    store = RedisStore([Endpoint(host=redis_server.host, port=redis_server.port)], namespace=namespace)
     await store.open()
     yield store
     await store.close()
