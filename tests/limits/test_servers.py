@@ -12,7 +12,7 @@ import redis
 from anyio import to_thread
 
 from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached import Place as MemcachedPlace
+from cachebus.adapters.memcached import Endpoint as MemcachedPlace
 from cachebus.adapters.memcached_connection import Connection
 from cachebus.adapters.memcached_rates import REMEMBERED, TRIES
 from cachebus.adapters.redis import RedisStore

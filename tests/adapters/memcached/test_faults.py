@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from cachebus import CacheConfigurationError, CacheConnectionError, CacheError, open_cache
-from cachebus.adapters.memcached import Place
+from cachebus.adapters.memcached import Endpoint
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
@@ -208,7 +208,7 @@ async def test_an_unreachable_server_is_said_at_opening() -> None:
 
 
 @contextmanager
-def impostor(answer: bytes) -> Generator[Place]:
+def impostor(answer: bytes) -> Generator[Endpoint]:
     """Something on a port that says `answer` to whatever it is asked; nothing at all if it is empty."""
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -229,7 +229,7 @@ def impostor(answer: bytes) -> Generator[Place]:
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
-        yield Place("127.0.0.1", listener.getsockname()[1])
+        yield Endpoint("127.0.0.1", listener.getsockname()[1])
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
@@ -316,7 +316,7 @@ async def test_a_dead_server_costs_its_own_keys_and_no_others() -> None:
 
 async def test_one_of_two_servers_may_be_down_at_opening() -> None:
     with run_memcached() as server:
-        dead = Place("127.0.0.1", free_port())
+        dead = Endpoint("127.0.0.1", free_port())
         async with opened(server, dead, connect_timeout=0.3) as store:
             kinds = {type(await one(store, Get(f"k{number}"))) for number in range(50)}
             assert kinds == {Missing, Failed}

@@ -56,7 +56,7 @@ def is_lost(reply: Any) -> bool:
 
 
 def connection_of(store: MemcachedStore) -> Connection:
-    connection = next(iter(store._lanes.values())).connection
+    connection = next(iter(store._servers.values())).connection
     assert connection is not None
     return connection
 

@@ -101,7 +101,7 @@ async def test_the_line_is_that_of_the_event_loop(anyio_backend_name: str) -> No
 async def test_large_batches_pass_through_small_buffers_both_ways() -> None:
     with run_memcached() as server, Proxy.before(server) as proxy:
         async with opened(proxy, timeout=20.0) as store:
-            (lane,) = store._lanes.values()
+            (lane,) = store._servers.values()
             assert lane.connection is not None
             # Not the room for what comes: TCP grows slow when it has to say so often that there is some again.
             lane.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * TINY)
@@ -122,7 +122,7 @@ async def test_a_connection_that_was_closed_or_spoke_up_between_two_talks_costs_
     with run_memcached() as server:
         async with opened(server) as store:
             assert isinstance(await one(store, Set("k", 1)), Stored)
-            (lane,) = store._lanes.values()
+            (lane,) = store._servers.values()
             assert lane.connection is not None
             if came:
                 # What somebody in between may do; here it is the server that is asked behind the back of the line.

@@ -9,7 +9,7 @@ import pytest
 
 from cachebus.adapters.memcached import MemcachedStore
 from cachebus.adapters.memcached_chunks import chunk_tails
-from cachebus.adapters.memcached_entries import HEADER
+from cachebus.adapters.memcached_entry import HEADER
 from cachebus.messages import (
     CacheBackendError,
     CacheCapacityError,
