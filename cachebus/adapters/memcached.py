@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 import anyio
+import msgspec
 from anyio import to_thread
 from pymemcache.client.rendezvous import RendezvousHash
 
@@ -118,7 +119,7 @@ class MemcachedStore:
         self._servers = servers
         self._only = None if several else next(iter(servers.values()))
         limit = CHUNKED_MAX if self._values.chunked else min(each.entry_max for each in connections) - HEADER.size
-        self.capabilities = dataclasses.replace(self.capabilities, max_value_bytes=limit)
+        self.capabilities = msgspec.structs.replace(self.capabilities, max_value_bytes=limit)
 
     async def close(self) -> None:
         """Finish what is in flight, then close; cancelled, break it off."""
