@@ -11,15 +11,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachebus.bus import Deferred, TaskPort
+from cachebus.bus import Pending
 from cachebus.messages import Message, Reply
 
 from .context import Context
 
-PlainHandler = Callable[[Any], "Reply | Deferred | None"]
-EagerHandler = Callable[[Any], "Reply | Deferred | None"]
-AsyncHandler = Callable[[Any], Awaitable["Reply | Deferred | None"]]
-BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Deferred] | Deferred"]]
+PlainHandler = Callable[[Any], "Reply | Pending | None"]
+EagerHandler = Callable[[Any], "Reply | Pending | None"]
+AsyncHandler = Callable[[Any], Awaitable["Reply | Pending | None"]]
+BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Pending] | Pending"]]
 
 
 @dataclass(slots=True)
@@ -65,13 +65,6 @@ class Actor:
 
     async def on_stop(self) -> None:
         """Called once after the last turn of this life, a crashed one included."""
-
-    def pause(self, waiting: int) -> TaskPort | None:
-        """A port to wait on before the next turn of the task, so that more than `waiting` messages can gather; or `None`.
-
-        For actors whose batches cost about as much whatever is in them. The port must be answered soon, come what may.
-        """
-        return None
 
     def handlers(self) -> Handlers:
         """The handlers of this actor, bound to it."""

@@ -3,42 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from cachebus.messages import Request
+from cachebus.messages import Clear, DeletePattern, Reply, Request
 
-from .allowance import LONG, allowance
 from .context import Context
 from .latency import AdaptiveTimeout
+from .ports import NO_PROGRESS, SLOWEST_LINE, Progress
 
 PUNCTUAL = 0.03
-"""Seconds by which a timer may ring late without anything to be said about the event loop."""
+"""Seconds by which a timer may fire late without saying anything about the event loop."""
+
+SLOW_REQUESTS = frozenset[type[Request[Any]]]({Clear, DeletePattern})
+"""Requests whose duration grows with the number of keys stored: they have the longest timeout, and say nothing of others."""
+
+SLOWEST_KEY = 100e-6
+"""Seconds that a backend may take for each key of a request about many."""
 
 _NEVER = float("inf")
 
 
+class CallDeadlines(Protocol):
+    """Until when the callers of a batch wait."""
+
+    def seconds_left(self, now: float, *, longest: bool = False) -> float | None:
+        """Until the first deadline, or the last one with `longest`; `None` without one."""
+        ...
+
+
+class FixedDeadline:
+    """One deadline for a whole batch, on the clock's monotonic time."""
+
+    __slots__ = ("_deadline",)
+
+    def __init__(self, deadline: float | None) -> None:
+        self._deadline = deadline
+
+    def seconds_left(self, now: float, *, longest: bool = False) -> float | None:
+        """As `CallDeadlines.seconds_left`."""
+        return None if self._deadline is None else self._deadline - now
+
+
 class Attempt:
-    """A batch that was handed to the store. `give_up` ends the wait for it."""
+    """A batch that was handed to the store.
 
-    __slots__ = ("batch", "due", "extended", "give_up", "long", "started", "ticket", "timeout")
+    `then` takes its replies. `scope` breaks off the sending, while that is awaited. `extended` says that the attempt had
+    more time than the adaptive timeout, so that its end says nothing about the backend's health.
+    """
 
-    def __init__(self, batch: Sequence[Request[Any]], ticket: int, timeout: AdaptiveTimeout, started: float) -> None:
-        self.batch = batch
+    __slots__ = (
+        "callers",
+        "due",
+        "extended",
+        "may_repeat",
+        "progress",
+        "requests",
+        "scope",
+        "short",
+        "started",
+        "store",
+        "then",
+        "ticket",
+        "timeout",
+    )
+
+    def __init__(
+        self,
+        requests: Sequence[Request[Any]],
+        store: Any,
+        then: Callable[[Sequence[Reply]], None],
+        callers: CallDeadlines | None,
+        ticket: int,
+        timeout: AdaptiveTimeout,
+        started: float,
+    ) -> None:
+        self.requests = requests
+        self.store = store
+        self.then = then
+        self.callers = callers
         self.ticket = ticket
         self.timeout = timeout
         self.started = started
         self.due = started + timeout.current
-        self.long = bool(batch) and type(batch[0]) in LONG  # Where it matters, they have batches of their own.
+        self.short = type(requests[0]) not in SLOW_REQUESTS  # Where it matters, those have batches of their own.
         self.extended = False
-        self.give_up: Callable[[], None] | None = None
+        self.progress: Progress = NO_PROGRESS
+        self.scope: Any = None
+        self.may_repeat = True
 
 
 class Attempts:
-    """The attempts under way. `overdue` is told of each whose time is up; it must take it.
+    """The attempts under way. `overdue` is given each whose time is up; it must call `take`.
 
-    One timer for all, set anew only for an attempt that is due earlier: mostly it rings when everything that it was set
-    for has long been answered, and what is looked at per batch is one comparison. `longest` is the time, in seconds,
-    that a request whose duration grows with the number of keys has on top; `brisk` are how many attempts hold none.
+    One timer for all, armed again only for an attempt that is due earlier: mostly everything that it was armed for has
+    been answered when it fires, and what each batch costs is one comparison. `longest` bounds the extension of an attempt,
+    in seconds; `short` is the number of attempts without slow requests.
     """
 
     def __init__(self, ctx: Context, longest: float, overdue: Callable[[Attempt, float], None]) -> None:
@@ -46,47 +105,81 @@ class Attempts:
         self._now = ctx.clock.monotonic
         self._longest = longest
         self._overdue = overdue
-        self.brisk = 0
+        self.short = 0
         self._outstanding: dict[Attempt, None] = {}
         self._armed_for = _NEVER
         self._disarm: Callable[[], None] | None = None
 
     def add(self, attempt: Attempt) -> None:
-        """Watch over an attempt that begins now."""
+        """Watch an attempt that begins now."""
         self._outstanding[attempt] = None
-        self.brisk += not attempt.long
+        self.short += attempt.short
         if attempt.due < self._armed_for:
             self._arm(attempt.due, attempt.started)
 
     def take(self, attempt: Attempt) -> bool:
-        """Whether nobody has settled an attempt before; now somebody has."""
+        """Whether the attempt has not been settled before; now it has."""
         if self._outstanding.pop(attempt, attempt) is not None:
             return False
-        self.brisk -= not attempt.long
+        self.short -= attempt.short
         return True
+
+    def take_all(self) -> list[Attempt]:
+        """Every attempt that is under way."""
+        return [attempt for attempt in tuple(self._outstanding) if self.take(attempt)]
 
     def _arm(self, due: float, now: float) -> None:
         if self._disarm is not None:
             self._disarm()
         self._armed_for = due
-        self._disarm = self._ctx.call_after(due - now, self._ring)
+        self._disarm = self._ctx.call_after(due - now, self._check)
 
-    def _ring(self) -> None:
+    def _check(self) -> None:
         now = self._now()
-        # A timer that is late says that this loop stood still and heard nobody. The answers may be there by now, so they
-        # are heard first: what we slept through is nobody's failure.
-        if (deaf := now - self._armed_for) > PUNCTUAL:
+        # A timer that is late says that this loop stood still and read nothing. The answers may have arrived by now, so they
+        # are read first: what we slept through is nobody's failure.
+        if (stall := now - self._armed_for) > PUNCTUAL:
             for attempt in self._outstanding:
-                attempt.due += deaf + PUNCTUAL
+                attempt.due += stall + PUNCTUAL
         self._disarm = None
         self._armed_for = _NEVER
         for attempt in [each for each in self._outstanding if each.due <= now]:
             # Looked at only now, because nearly every batch is answered long before.
-            if not attempt.extended and (more := allowance(attempt.batch, self._longest)):
-                attempt.extended = True
-                attempt.due += more
+            self._extend(attempt, now)
             if attempt.due <= now:
                 self._overdue(attempt, now)
         next_due = min((each.due for each in self._outstanding), default=_NEVER)
         if next_due < self._armed_for:
             self._arm(next_due, now)
+
+    def _extend(self, attempt: Attempt, now: float) -> None:
+        """Give an attempt more time for its size, and while bytes still move; but none after its callers have gone."""
+        due = attempt.due
+        if not attempt.extended:
+            due += timeout_extension(attempt.requests, self._longest)
+        if (moved := attempt.progress.last_progress) > attempt.started:
+            due = max(due, moved + attempt.timeout.current)
+        if due <= attempt.due:
+            return
+        left = None if attempt.callers is None else attempt.callers.seconds_left(now, longest=True)
+        if left is not None:
+            due = max(attempt.due, min(due, now + left))
+        attempt.extended = attempt.extended or due > attempt.due
+        attempt.due = due
+
+
+def timeout_extension(requests: Sequence[Request[Any]], longest: float) -> float:
+    """Seconds that a batch may take longer than others, for its bytes and keys; `longest` for slow requests."""
+    if not SLOW_REQUESTS.isdisjoint(map(type, requests)):
+        return longest
+    keys = size = 0
+    for request in requests:
+        items: Any = getattr(request, "items", None)
+        values: Any = (getattr(request, "value", None),)
+        if isinstance(items, dict):  # A `SetMany`.
+            keys += len(items)
+            values = items.values()
+        else:
+            keys += len(getattr(request, "keys", ()))
+        size += sum(len(value) for value in values if isinstance(value, bytes | str))
+    return size / SLOWEST_LINE + keys * SLOWEST_KEY

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import get_ident
 from typing import Any
 
 import msgspec
 
-from cachebus.bus import Deferred, TaskPort, current_trace, turn_trace
+from cachebus.bus import Deferred, Pending, ReplySlot, turn_trace
 from cachebus.messages import (
     Add,
     Admit,
@@ -30,6 +29,7 @@ from cachebus.messages import (
     Describe,
     Description,
     Exists,
+    Failed,
     Get,
     GetMany,
     GetOrLease,
@@ -57,8 +57,9 @@ from cachebus.messages import (
 
 from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
-from .late import LateStore
-from .outcomes import Tally, tell_facts
+from .lazy_store import LazyStore
+from .outcomes import StoreCounters, emit_events
+from .pipeline import RequestPipeline
 from .ports import BatchStore, InlineStore, LeasingStore, PipelinedStore, Store, WatchfulStore
 from .resilience import Guard
 
@@ -112,9 +113,9 @@ class BackendActor(Actor):
         self._guard: Guard | None = None
         self._sweep_at = float("inf")
         self._call_off: Callable[[], None] | None = None
-        self._tally = Tally()
-        self._lone = True
-        self._thread = 0
+        self._counters = StoreCounters()
+        self._pipeline: RequestPipeline | None = None
+        self._incarnation: Deferred | None = None
         if self._pipelined is not None:
             self.max_batch = self._pipelined.max_batch
 
@@ -122,11 +123,14 @@ class BackendActor(Actor):
         return f"<BackendActor before {self._store!r}>"
 
     async def on_start(self) -> None:
-        self._thread = get_ident()
         if isinstance(self._store, InlineStore):
             await self._store.open()
         else:
             self._guard = Guard(self._policy, self.ctx, self._store.name)
+            if self._pipelined is not None:
+                self._pipeline = RequestPipeline(self._pipelined, self._guard, self.ctx, self._account)
+                self._incarnation = self.ctx.defer()
+                self._incarnation.attach(_EndOfIncarnation(self._pipeline))
             await self._open(self._store, self._guard)
         self.ctx.audience.watch(self._listen)
 
@@ -138,18 +142,27 @@ class BackendActor(Actor):
                 raise
 
             def opened() -> None:
-                self._asked = store
+                self._use(store)
 
-            self._asked = LateStore(store, opened)
+            self._use(LazyStore(store, opened))
             guard.disconnected(str(error))
         else:
             guard.connected()
 
+    def _use(self, store: Any) -> None:
+        self._asked = store
+        if self._pipeline is not None:
+            self._pipeline.store = store
+
     async def on_stop(self) -> None:
         self.ctx.audience.unwatch(self._listen)
+        if self._pipeline is not None:
+            await self._pipeline.drain()
         if self._guard is not None:
             self._guard.close()
         await self._store.close()
+        if self._incarnation is not None:
+            self._incarnation.answer(())
 
     def handlers(self) -> Handlers:
         table = super().handlers()
@@ -162,11 +175,11 @@ class BackendActor(Actor):
             self._store.on_due = self._due
             if isinstance(self._store, LeasingStore):
                 self._store.defer = self.ctx.defer
-        elif self._pipelined is not None:
-            table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_pipelined))
-            table.eager.update(dict.fromkeys(STORE_REQUESTS, self._at_once))
-            # Another method is another batch.
-            table.batch.update(dict.fromkeys(self._pipelined.apart, self._on_apart))
+        elif self._pipelined is not None and self._pipeline is not None:
+            quick = [kind for kind in STORE_REQUESTS if kind not in self._pipelined.long_running]
+            table.batch.update(dict.fromkeys(quick, self._on_pipelined))
+            table.eager.update(dict.fromkeys(quick, self._pipeline.take))
+            table.waiting.update(dict.fromkeys(self._pipelined.long_running, self._pipeline.put_alone))
         else:
             table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_batch))
         if isinstance(self._store, WatchfulStore):
@@ -174,11 +187,6 @@ class BackendActor(Actor):
         else:
             table.plain[WatchLease] = _refuse(self._store, WatchLease)
         return table
-
-    def pause(self, waiting: int) -> TaskPort | None:
-        if self._pipelined is None or self._guard is None or waiting >= self.max_batch:
-            return None
-        return self._guard.pause(waiting)
 
     # What every actor answers
 
@@ -198,7 +206,7 @@ class BackendActor(Actor):
 
     def on_take_snapshot(self, request: TakeSnapshot) -> Snapshot:
         gauges = self._store.gauges()
-        counts = gauges if isinstance(self._store, InlineStore) else self._tally
+        counts = gauges if isinstance(self._store, InlineStore) else self._counters
         return Snapshot(
             address=self.ctx.address,
             store=self._store.name,
@@ -243,56 +251,16 @@ class BackendActor(Actor):
         self._account(batch, replies, traces)
         return replies
 
-    def _at_once(self, request: Request[Any]) -> Deferred | None:
-        """A lone caller's request, sent without the way through the mailbox and the task: a third of its time.
-
-        Where the last batch was of several, or others are under way, requests rather wait for each other.
-        """
-        if not self._lone or get_ident() != self._thread:
-            return None
-        assert self._pipelined is not None
-        assert self._guard is not None
-        promise, batch = self.ctx.defer(), (request,)
-        traces = (current_trace(),) if self.ctx.audience.kinds else ()
-
-        def replied(replies: Sequence[Reply]) -> None:
-            self._account(batch, replies, traces)
-            promise.answer(replies[0])
-
-        sent = False
-        try:
-            sent = self._guard.submit_at_once(self._asked, batch, replied)
-        finally:
-            if not sent:
-                promise.answer(())  # Nobody waits for it.
-        return promise if sent else None
-
-    async def _on_pipelined(self, batch: Sequence[Request[Any]]) -> Deferred:
-        assert self._pipelined is not None
-        assert self._guard is not None
-        self._lone = len(batch) == 1
-        promise, traces = self.ctx.defer(), self._traces()
-
-        def replied(replies: Sequence[Reply]) -> None:
-            self._account(batch, replies, traces)
-            promise.answer(replies)
-
-        try:
-            await self._guard.submit(self._asked, batch, self.ctx.deadline, replied)
-        except BaseException:
-            promise.answer(())  # Nobody waits for it; the cell answers the batch.
-            raise
-        return promise
-
-    async def _on_apart(self, batch: Sequence[Request[Any]]) -> Deferred:
-        return await self._on_pipelined(batch)
+    async def _on_pipelined(self, batch: Sequence[Request[Any]]) -> Sequence[ReplySlot]:
+        assert self._pipeline is not None
+        return await self._pipeline.put(batch, self._traces())
 
     def _traces(self) -> Sequence[str | None]:
         return self.ctx.traces if self.ctx.audience.kinds else ()
 
     def _account(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
         """Count what came of a batch, and tell whoever listens, each event with the trace of its request."""
-        self._tally.count_all(batch, replies)
+        self._counters.count_all(batch, replies)
         if not self.ctx.audience.kinds:
             return
         token = turn_trace.set(None)
@@ -300,7 +268,7 @@ class BackendActor(Actor):
             for place, (request, reply) in enumerate(zip(batch, replies, strict=True)):
                 if traces:
                     turn_trace.set(traces[place])
-                tell_facts(request, reply, self.ctx.tell)
+                emit_events(request, reply, self.ctx.tell)
         finally:
             turn_trace.reset(token)
 
@@ -333,7 +301,7 @@ class BackendActor(Actor):
             self.ctx.tell(kind, key)
 
     def _clear(self, verb: PlainHandler) -> PlainHandler:
-        def clear(request: Clear) -> Reply | Deferred | None:
+        def clear(request: Clear) -> Reply | Pending | None:
             reply = verb(request)
             self.ctx.tell(CacheCleared)
             return reply
@@ -341,7 +309,7 @@ class BackendActor(Actor):
         return clear
 
     def _invalidate_tags(self, verb: PlainHandler) -> PlainHandler:
-        def invalidate_tags(request: InvalidateTags) -> Reply | Deferred | None:
+        def invalidate_tags(request: InvalidateTags) -> Reply | Pending | None:
             reply = verb(request)
             self.ctx.tell(TagsInvalidated, request.tags)
             return reply
@@ -349,13 +317,28 @@ class BackendActor(Actor):
         return invalidate_tags
 
     def _admit(self, verb: PlainHandler) -> PlainHandler:
-        def admit(request: Admit) -> Reply | Deferred | None:
+        def admit(request: Admit) -> Reply | Pending | None:
             reply = verb(request)
             if isinstance(reply, RateLimitDenied):
                 self.ctx.tell(RateLimitExceeded, request.key, request.cost, reply.retry_after)
             return reply
 
         return admit
+
+
+class _EndOfIncarnation:
+    """The port that is answered when the actor crashes, or is stopped with something still under way."""
+
+    def __init__(self, pipeline: RequestPipeline) -> None:
+        self._pipeline = pipeline
+
+    @property
+    def waiting(self) -> bool:
+        return True
+
+    def answer(self, reply: Any) -> None:
+        if isinstance(reply, Failed):
+            self._pipeline.fail_all(reply)
 
 
 _REMOVALS: dict[RemovalCause, type[CacheDeleted | CacheEvicted | CacheExpired]] = {

@@ -45,8 +45,8 @@ class CircuitBreaker:
     """The state of one circuit. Not safe for use from several threads: its actor's loop makes it so.
 
     `admit` gives a ticket, and every ticket is given back once, to `succeeded`, `failed` or `abandoned`. A ticket of an
-    earlier state says nothing about the present one: a straggler from before an outage neither closes the circuit nor
-    prolongs the outage. `changed` is told of every transition, with the state that it led to.
+    earlier `period` says nothing about the present one: a straggler from before an outage neither closes the circuit nor
+    prolongs the outage. `state` is as of the last transition: an open circuit is half open only once a call tries it. `changed` is told of every transition, with the state that it led to.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class CircuitBreaker:
         self._clock = clock
         self._address = address
         self._changed = changed
-        self._state = CircuitState.CLOSED
-        self._period = 0
+        self.state = CircuitState.CLOSED
+        self.period = 0
         self._opened_at = 0.0
         self._probes = 0
         self._successes = 0
@@ -67,14 +67,9 @@ class CircuitBreaker:
         return f"<CircuitBreaker of {self._address}, {self.state}>"
 
     @property
-    def state(self) -> CircuitState:
-        """The state as of the last transition: an open circuit is half open only once somebody tries."""
-        return self._state
-
-    @property
     def retry_after(self) -> float:
         """Seconds until an open circuit lets a probe through; 0 if something may pass now."""
-        if self._state is not CircuitState.OPEN:
+        if self.state is not CircuitState.OPEN:
             return 0.0
         now = self._clock.monotonic()
         if now < self._opened_at:
@@ -84,29 +79,29 @@ class CircuitBreaker:
 
     def admit(self) -> int:
         """The ticket of a call that may pass. Raises `CircuitOpen`."""
-        if self._state is CircuitState.CLOSED:
-            return self._period
+        if self.state is CircuitState.CLOSED:
+            return self.period
         if (refusal := self.refusal()) is not None:
             raise refusal
-        if self._state is CircuitState.OPEN:
+        if self.state is CircuitState.OPEN:
             self._enter(CircuitState.HALF_OPEN)
         self._probes += 1
-        return self._period
+        return self.period
 
     def refusal(self) -> CircuitOpen | None:
         """Why a call may not pass now; `None` if it may. Changes nothing."""
         if (wait := self.retry_after) > 0:
             return CircuitOpen(address=self._address, retry_after=wait)
-        if self._state is CircuitState.HALF_OPEN and self._probes >= self._policy.half_open_max:
+        if self.state is CircuitState.HALF_OPEN and self._probes >= self._policy.half_open_max:
             return CircuitOpen(f"circuit of {self._address} is half open, and its probes are under way", self._address)
         return None
 
     def succeeded(self, ticket: int) -> None:
         """Take back the ticket of a call that the backend answered."""
-        if ticket != self._period:
+        if ticket != self.period:
             return
         self.failures = 0
-        if self._state is CircuitState.HALF_OPEN:
+        if self.state is CircuitState.HALF_OPEN:
             self._probes -= 1
             self._successes += 1
             if self._successes >= self._policy.success_threshold:
@@ -114,23 +109,23 @@ class CircuitBreaker:
 
     def failed(self, ticket: int) -> None:
         """Take back the ticket of a call that the backend failed."""
-        if ticket != self._period:
+        if ticket != self.period:
             return
         self.failures += 1
         if not self._policy.enabled:
             return
-        if self._state is CircuitState.HALF_OPEN or self.failures >= self._policy.failure_threshold:
+        if self.state is CircuitState.HALF_OPEN or self.failures >= self._policy.failure_threshold:
             self._opened_at = self._clock.monotonic()
             self._enter(CircuitState.OPEN)
 
     def abandoned(self, ticket: int) -> None:
         """Take back the ticket of a call of which nobody knows what it would have been: it was cancelled, say."""
-        if ticket == self._period and self._state is CircuitState.HALF_OPEN:
+        if ticket == self.period and self.state is CircuitState.HALF_OPEN:
             self._probes -= 1
 
     def _enter(self, state: CircuitState) -> None:
-        self._state = state
-        self._period += 1
+        self.state = state
+        self.period += 1
         self._probes = self._successes = 0
         if state is CircuitState.CLOSED:
             self.failures = 0

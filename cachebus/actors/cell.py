@@ -21,7 +21,20 @@ from contextlib import suppress
 
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port, turn_trace
+from cachebus.bus import (
+    PENDING,
+    Address,
+    Clock,
+    Deferred,
+    Emitter,
+    Envelope,
+    Pending,
+    Port,
+    Turn,
+    in_event_loop,
+    open_port,
+    turn_trace,
+)
 from cachebus.messages import (
     ActorFailed,
     BadMessage,
@@ -109,7 +122,7 @@ class Cell:
         mailbox, take, give, handler_of = self._mailbox, self._token.pop, self._token.append, self._inline.get
         eager_of = self._eager.get
 
-        def take_turn(message: Message) -> Reply | Deferred | None:
+        def take_turn(message: Message) -> Reply | Pending | None:
             if mailbox:
                 return None
             try:
@@ -172,6 +185,9 @@ class Cell:
         deferred = Deferred(self._deferred.discard)
         self._deferred.add(deferred)
         return deferred
+
+    def crash(self, error: BaseException) -> None:
+        self._crashed(error)
 
     def send_after(self, delay: float, message: Message) -> Callable[[], None]:
         # Whatever the mailbox holds: an actor that is not told what it waits for waits for it for ever.
@@ -282,12 +298,8 @@ class Cell:
             return False
         turns = 0
         assert self._actor is not None
-        pause = self._actor.pause
         try:
             while self._mailbox and self._crash is None:
-                if (hold := pause(len(self._mailbox))) is not None:
-                    await hold.wait()
-                    continue
                 envelope = self._mailbox.popleft()
                 if envelope.message is STOP:
                     self._stopped = True
@@ -356,8 +368,8 @@ class Cell:
 
     # Answers
 
-    def _settle(self, envelope: Envelope, reply: Reply | Deferred | None) -> None:
-        if isinstance(reply, Deferred):
+    def _settle(self, envelope: Envelope, reply: Reply | Pending | None) -> None:
+        if isinstance(reply, PENDING):
             if envelope.port is not None:
                 reply.attach(envelope.port)
         elif reply is not None:

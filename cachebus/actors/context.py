@@ -53,3 +53,6 @@ class Context(Protocol):
 
     def start_soon(self, function: Callable[[], Awaitable[None]], /) -> None:
         """Run `function` beside the turns. It ends with the actor's supervisor at the latest."""
+
+    def crash(self, error: BaseException, /) -> None:
+        """End this incarnation of the actor, for an error that was met beside its turns."""

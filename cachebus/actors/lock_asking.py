@@ -13,7 +13,7 @@ from cachebus.messages import CacheClosed, CacheError, Failed, ReleaseLock, Repl
 
 from .context import Context
 from .guard_policy import GuardPolicy
-from .late import LateStore
+from .lazy_store import LazyStore
 from .lock_debts import MAX_BATCH, Debts, Then
 from .ports import BatchStore, InlineLockStore, PipelinedStore
 from .resilience import Guard
@@ -86,7 +86,7 @@ class AskingBatches:
 
     def __init__(self, store: BatchStore, policy: GuardPolicy, ctx: Context) -> None:
         self._store = store
-        self._asked: Any = LateStore(store, self._opened)
+        self._asked: Any = LazyStore(store, self._opened)
         self._debts = Debts(self._asked, ctx)
         self._guard = Guard(policy, ctx, store.name)
         self._pipelined = isinstance(store, PipelinedStore)
@@ -102,7 +102,7 @@ class AskingBatches:
             then = self._debts.unless_done(request, then)
         if self._pipelined and not self._outbox:
             try:
-                if self._guard.submit_at_once(self._asked, (request,), lambda replies: then(replies[0])):
+                if self._guard.try_submit(self._asked, (request,), lambda replies: then(replies[0])):
                     return
             except CacheError as error:
                 then(Failed.of(error))
@@ -152,7 +152,7 @@ class AskingBatches:
 
         try:
             if self._pipelined:
-                await self._guard.submit(self._asked, requests, None, replied)
+                await self._guard.submit(self._asked, requests, replied)
             else:
                 replied(await self._guard.execute(self._asked, requests, None))
         except CacheError as error:

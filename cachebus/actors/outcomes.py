@@ -1,4 +1,4 @@
-"""What a request and its reply say happened: counters and events of a store that does not keep its own."""
+"""What a request and its reply say happened: counters and events of a store that keeps none of its own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Tell = Callable[..., None]
 
 
 @dataclass(slots=True)
-class Tally:
+class StoreCounters:
     """Counters of a batch store, counted by its actor from the replies.
 
     A server evicts and expires by itself and says nothing, so the removals are the explicit ones.
@@ -81,8 +81,8 @@ class Tally:
             self.removals[RemovalCause.EXPLICIT] += reply.count
 
 
-def tell_facts(request: Request[Any], reply: Reply, tell: Tell) -> None:
-    """Tell the events that a request and its reply amount to; `tell` builds those that somebody wants."""
+def emit_events(request: Request[Any], reply: Reply, tell: Tell) -> None:
+    """Emit the events that a request and its reply amount to; `tell` builds those that are listened to."""
     if isinstance(request, Get) and isinstance(reply, Found):
         tell(CacheHit, key=request.key)
     elif isinstance(request, Get) and isinstance(reply, Missing):

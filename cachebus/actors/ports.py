@@ -11,6 +11,8 @@ from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred
 from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
 __all__ = [
+    "NO_PROGRESS",
+    "SLOWEST_LINE",
     "SYSTEM_CLOCK",
     "BatchStore",
     "Capabilities",
@@ -22,10 +24,11 @@ __all__ = [
     "LeasingStore",
     "LockListener",
     "LockStore",
+    "OnReplies",
     "PipelinedStore",
+    "Progress",
     "ReadListener",
     "RemovalListener",
-    "Replied",
     "Store",
     "WatchfulStore",
     "WriteListener",
@@ -115,34 +118,52 @@ class BatchStore(Store, Protocol):
         ...
 
 
-Replied = Callable[[Sequence[Reply]], None]
-"""Told the replies of a batch, one an operation, in order; called once, on the store's event loop."""
+OnReplies = Callable[[Sequence[Reply]], None]
+"""Takes the replies of a batch, one an operation, in order; called once, on the store's event loop."""
+
+
+class Progress(Protocol):
+    """What a batch under way is carried by: `last_progress` is when bytes last moved, on the monotonic clock."""
+
+    @property
+    def last_progress(self) -> float: ...
+
+
+SLOWEST_LINE = 1e6
+"""Bytes a second below which a backend counts as not answering."""
+
+
+class _NoProgress:
+    last_progress = float("-inf")
+
+
+NO_PROGRESS = _NoProgress()
+"""Of a store that cannot see bytes move."""
 
 
 @runtime_checkable
 class PipelinedStore(BatchStore, Protocol):
     """A batch store that can have several batches under way: the turn of its actor ends when a batch is sent.
 
-    `max_batch` is the size from which a batch is better sent in two, one being prepared while the other is carried
-    out. `apart` are the kinds of requests that take many round trips: each goes in a batch of its own, so that nothing
-    else waits for it.
+    Batches take effect in the order of their submission; the next is submitted when the one before it was sent. From
+    `max_batch` requests on a batch is better sent in two, one being prepared while the other is carried out. Each of
+    the `long_running` kinds of requests takes many round trips, and goes in a batch of its own, so that nothing else
+    waits for it.
     """
 
     max_batch: int
-    apart: frozenset[type[Request[Any]]]
+    long_running: frozenset[type[Request[Any]]]
 
-    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
-        """Send a batch, waiting while too many are under way. Batches take effect in the order of their submission.
+    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
+        """Send a batch if nothing has to be waited for; else `None`, and nothing was done.
 
-        Returns when it is sent, or answered already; then `replied` is called once, whatever happens, with what goes
-        wrong as `Failed`. Raises what goes wrong before anything was sent, and `replied` is not called.
+        Called on the store's event loop. `on_replies` is called once, perhaps before this returns, with what goes wrong
+        as `Failed`. Raises a `CacheError` if nothing was sent; then `on_replies` is not called.
         """
+        ...
 
-    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
-        """As `submit`, if nothing is under way and nothing has to be waited for; else `False`, and nothing was done.
-
-        Called on the store's event loop, but not from its actor's task. It saves a lone caller the way to that task.
-        """
+    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
+        """As `try_submit`, waiting for a connection and for room."""
         ...
 
 

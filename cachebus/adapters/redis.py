@@ -7,9 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import hiredis
-
-from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Gauges, Replied
+from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, Capabilities, Clock, Gauges, OnReplies, Progress
 from cachebus.messages import (
     CacheConfigurationError,
     CacheConnectionError,
@@ -18,22 +16,22 @@ from cachebus.messages import (
     Cleared,
     Deleted,
     DeletePattern,
-    Failed,
+    Get,
     Reply,
     Request,
     WatchLease,
 )
 
-from .redis_commands import Command, changes, sendable_again
 from .redis_connection import RedisConnection
 from .redis_dial import Dial, Identity, Place, TlsFiles, find_master
-from .redis_errors import BACKEND, STALE_ROLE, code_of
+from .redis_errors import BACKEND
 from .redis_listener import RedisListener
 from .redis_plan import Plan
 from .redis_pool import RedisPool
+from .redis_sent import SentCommands, SentGets
 from .redis_tags import TagSpace
 from .redis_values import VALUE_MAX
-from .redis_walk import remove_matching
+from .redis_walk import Walks, remove_matching
 from .redis_watch import LeaseWatch
 
 __all__ = ["Identity", "Place", "RedisStore", "TlsFiles"]
@@ -62,7 +60,7 @@ class RedisStore:
         max_value_bytes=VALUE_MAX,
     )
     max_batch = 128
-    apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern})
+    long_running: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern})
 
     def __init__(
         self,
@@ -97,13 +95,13 @@ class RedisStore:
             identity=identity or Identity(),
             database=database,
             timeout=connect_timeout,
-            silence=health_check_interval,
+            health_interval=health_check_interval,
             window=window,
         )
         self._sentinel_identity = sentinel_identity or Identity()
         self._max_connections = max_connections
         self._pool: RedisPool | None = None
-        self._walks: set[asyncio.Task[None]] = set()
+        self._walks = Walks(self.long_running, self._walk, self.execute)
         self._watch = LeaseWatch(self.listener, namespace)
 
     def __repr__(self) -> str:
@@ -118,19 +116,17 @@ class RedisStore:
             context = await asyncio.to_thread(self._tls.context, self.name)
             self._dial = dataclasses.replace(self._dial, tls=context)
         self._pool = RedisPool(self._connect, self._max_connections)
-        await self._pool.main()
+        await self._pool.connect()
 
     async def close(self) -> None:
         """Finish what is under way, then close; cancelled, break it off."""
         try:
             await self._watch.close()
-            while self._walks:
-                await asyncio.wait(self._walks)
+            await self._walks.finish()
             if self._pool is not None:
                 await self._pool.close()
         finally:
-            for walk in self._walks:
-                walk.cancel()
+            self._walks.cancel()
             if self._pool is not None:
                 self._pool.drop()
 
@@ -147,134 +143,63 @@ class RedisStore:
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         future: asyncio.Future[Sequence[Reply]] = asyncio.get_running_loop().create_future()
 
-        def replied(replies: Sequence[Reply]) -> None:
+        def on_replies(replies: Sequence[Reply]) -> None:
             if not future.done():
                 future.set_result(replies)
 
-        await self.submit(batch, replied)
+        await self.submit(batch, on_replies)
         return await future
 
-    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
+    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
         pool = self._opened()
-        walks = [at for at, request in enumerate(batch) if type(request) in self.apart]
-        if walks:
-            task = asyncio.create_task(self._submit_with_walks(pool, batch, walks, replied))
-            self._walks.add(task)
-            task.add_done_callback(self._walks.discard)
-            return
-        connection = pool.up()
+        if not self.long_running.isdisjoint(map(type, batch)):
+            self._walks.start(batch, on_replies)
+            return NO_PROGRESS
+        connection = pool.main
         if connection is None or not connection.has_room:
             connection = await self._ready(pool)
         # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
-        self._send(connection, batch, replied)
+        return self._send(connection, batch, on_replies)
 
-    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
-        connection = None if self._pool is None else self._pool.up()
-        if connection is None or connection.in_flight or not connection.has_room:
-            return False
-        if not self.apart.isdisjoint(map(type, batch)):
-            return False
-        self._send(connection, batch, replied)
-        return True
+    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
+        connection = None if self._pool is None else self._pool.main
+        if connection is None or not connection.has_room or type(batch[0]) in self.long_running:
+            return None
+        return self._send(connection, batch, on_replies)
 
-    def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], replied: Replied) -> None:
+    def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
+        keys = [request.key for request in batch if type(request) is Get]
+        if len(keys) == len(batch) and not self._space.seen and self._planner is Plan:
+            if SentGets(self._prefix, keys, connection, on_replies, self._space).send():
+                return connection
         plan = self._planner(batch, self._prefix, self._default_ttl, self._space)
         try:
             data = plan.packed()
         except UnicodeEncodeError:
             plan = self._planner(batch, self._prefix, self._default_ttl, self._space, careful=True)
             data = plan.packed()
-        commands = plan.commands
-        if not commands:
-            replied(plan.done())
-            return
-
-        def answered(replies: list[Any] | CacheError) -> None:
-            if self._settle(connection, commands, replies, lambda: replied(plan.done())):
-                replied(plan.done())
-
-        connection.send(data, len(commands), answered, lambda: changes(commands))
-
-    def _settle(
-        self,
-        connection: RedisConnection,
-        commands: Sequence[Command],
-        replies: list[Any] | CacheError,
-        then: Callable[[], None],
-    ) -> bool:
-        """Take in the replies. `False` if commands had to be sent on or once more, and `then` is called later."""
-        if isinstance(replies, CacheError):
-            for command in commands:
-                command.give_up(replies)
-            return True
-        now = connection.now()
-        unknown: list[Command] = []
-        more: list[Command] = []
-        stale = False
-        for command, reply in zip(commands, replies, strict=True):
-            if type(reply) is hiredis.ReplyError:
-                code = code_of(reply)
-                if code == "NOSCRIPT" and command.script is not None:
-                    unknown.append(command)
-                    continue
-                stale = stale or code in STALE_ROLE
-            more += command.take(reply, now)
-        if stale:
-            connection.drop(CacheConnectionError(f"{connection.server} has become a replica", BACKEND))
-        if not unknown and not more:
-            return True
-
-        # Somebody has emptied the script cache, so the unknown did nothing: sent whole they run, and the server knows them
-        # again. What follows from an answer only reads.
-        again = sendable_again(commands, unknown, connection.changes_in_flight)
-        if not again and not more:
-            return True
-
-        def answered(replies: list[Any] | CacheError) -> None:
-            if self._settle(connection, [*again, *more], replies, then):
-                then()
-
-        data = [*(each.packed(whole=True) for each in again), *(each.packed() for each in more)]
-        connection.send(b"".join(data), len(data), answered, lambda: changes(again))
-        return False
+        if not plan.commands:
+            on_replies(plan.replies)
+        else:
+            connection.send(data, SentCommands(plan.commands, connection, plan.replies, on_replies))
+        return connection
 
     async def _ready(self, pool: RedisPool) -> RedisConnection:
         """The connection for requests, with room for a batch."""
         while True:
-            connection = pool.up() or await pool.main()
+            connection = pool.up() or await pool.connect()
             try:
                 await connection.room()
             except CacheError:
                 continue  # Lost while we waited, and nothing was sent: a new one, or the reason why there is none.
             return connection
 
-    async def _submit_with_walks(
-        self, pool: RedisPool, batch: Sequence[Request[Any]], walks: Sequence[int], replied: Replied
-    ) -> None:
-        replies: list[Any] = [None] * len(batch)
-        beside = [at for at in range(len(batch)) if at not in walks]
-        try:
-            for at in walks:
-                replies[at] = await self._walk(pool, batch[at])
-            if beside:
-                for at, reply in zip(beside, await self.execute([batch[at] for at in beside]), strict=True):
-                    replies[at] = reply
-        except CacheError as error:
-            replies = [Failed.of(error) if reply is None else reply for reply in replies]
-        except asyncio.CancelledError:
-            replied([Failed.of(CacheConnectionError("the store was closed", BACKEND))] * len(batch))
-            raise
-        replied(replies)
-
-    async def _walk(self, pool: RedisPool, request: Request[Any]) -> Reply:
-        try:
-            connection = await pool.side()
-            if isinstance(request, DeletePattern):
-                return Deleted(await remove_matching(connection, self._prefix, request.pattern))
-            await remove_matching(connection, self._prefix, "*")
-            return Cleared()
-        except CacheError as error:
-            return Failed.of(error)
+    async def _walk(self, request: Request[Any]) -> Reply:
+        connection = await self._opened().side()
+        if isinstance(request, DeletePattern):
+            return Deleted(await remove_matching(connection, self._prefix, request.pattern))
+        await remove_matching(connection, self._prefix, "*")
+        return Cleared()
 
     async def _connect(self) -> RedisConnection:
         if self._service is None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Gauges, Replied
+from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, Capabilities, Clock, Gauges, OnReplies, Progress
 from cachebus.messages import (
     CacheConfigurationError,
     CacheConnectionError,
@@ -36,6 +36,7 @@ from .redis_slots import SLOTS, slot_of
 from .redis_tags import TagSpace
 from .redis_topology import Topology
 from .redis_values import VALUE_MAX
+from .redis_walk import Walks
 from .redis_watch import LeaseWatch
 
 __all__ = ["RedisClusterStore"]
@@ -61,7 +62,7 @@ class RedisClusterStore(ClusterTraffic):
         max_value_bytes=VALUE_MAX,
     )
     max_batch = 64
-    apart: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern, Scan})
+    long_running: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern, Scan})
 
     def __init__(
         self,
@@ -94,12 +95,12 @@ class RedisClusterStore(ClusterTraffic):
             clock=clock,
             identity=identity or Identity(),
             timeout=connect_timeout,
-            silence=health_check_interval,
+            health_interval=health_check_interval,
             window=window,
             counters_here=False,
         )
         self._max_connections = max_connections
-        self._walks: ClusterWalks | None = None
+        self._walks: Walks | None = None
         self._watch = LeaseWatch(self.listener, namespace)
 
     def __repr__(self) -> str:
@@ -116,7 +117,8 @@ class RedisClusterStore(ClusterTraffic):
         self._topology = Topology(
             self._dial, self._seeds, self._max_connections, self._arrived, self._failed, self._changed_hands
         )
-        self._walks = ClusterWalks(self._topology, self._prefix, self.execute)
+        walks = ClusterWalks(self._topology, self._prefix, self.execute)
+        self._walks = Walks(self.long_running, walks.walk, self.execute)
         try:
             await self._topology.learn()
         except BaseException:
@@ -161,38 +163,39 @@ class RedisClusterStore(ClusterTraffic):
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         future: asyncio.Future[Sequence[Reply]] = asyncio.get_running_loop().create_future()
 
-        def replied(replies: Sequence[Reply]) -> None:
+        def on_replies(replies: Sequence[Reply]) -> None:
             if not future.done():
                 future.set_result(replies)
 
-        await self.submit(batch, replied)
+        await self.submit(batch, on_replies)
         return await future
 
-    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
+    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
         if self._topology is None or self._walks is None:
             raise CacheConnectionError("the store is not open", BACKEND)
-        if not self.apart.isdisjoint(map(type, batch)):
-            self._walks.start(batch, self.apart, replied)
-            return
+        if not self.long_running.isdisjoint(map(type, batch)):
+            self._walks.start(batch, on_replies)
+            return NO_PROGRESS
         stamps = await self._stamps(self._topology, batch) if wants_stamps(batch, self._space) else None
-        trips = self._trips(batch, replied, stamps)
+        under_way, trips = self._trips(batch, on_replies, stamps)
         unreachable = await self._room(self._topology, {trip.slot for trip in trips})
         # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
         self._send(self._topology, trips, unreachable)
+        return under_way
 
-    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
+    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
         topology = self._topology
-        if topology is None or not self._traffic.idle or not self.apart.isdisjoint(map(type, batch)):
-            return False
-        if wants_stamps(batch, self._space):
-            return False
-        trips = self._trips(batch, replied)
+        if topology is None or type(batch[0]) in self.long_running or wants_stamps(batch, self._space):
+            return None
+        under_way, trips = self._trips(batch, on_replies)
+        if self._traffic.is_held(trip.slot for trip in trips):
+            return None
         for trip in trips:
             node = topology.node_of(trip.slot)
             if node is None or node.is_down or not node.has_room:
-                return False
+                return None
         self._send(topology, trips, {})
-        return True
+        return under_way
 
     # Going out
 
@@ -210,14 +213,14 @@ class RedisClusterStore(ClusterTraffic):
     def _trips(
         self,
         batch: Sequence[Request[Any]],
-        replied: Replied,
+        on_replies: OnReplies,
         stamps: Mapping[int, bytes | CacheError] | None = None,
-    ) -> list[Trip]:
+    ) -> tuple[UnderWay, list[Trip]]:
         plan, packed = self._planned(batch, stamps)
+        under_way = UnderWay(len(plan.commands), lambda: on_replies(plan.replies))
         if not plan.commands:
-            replied(plan.done())
-        under_way = UnderWay(len(plan.commands), lambda: replied(plan.done()))
-        return [
+            on_replies(plan.replies)
+        return under_way, [
             Trip(command, slot_of(command.key), data, under_way)
             for command, data in zip(plan.commands, packed, strict=True)
         ]

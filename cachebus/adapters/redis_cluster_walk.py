@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from cachebus.actors.ports import Replied
 from cachebus.messages import (
     BadMessage,
     CacheConnectionError,
@@ -36,7 +34,7 @@ Execute = Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]]
 
 
 class ClusterWalks:
-    """The walks under way: `Clear`, `DeletePattern`, and the pages of `Scan`.
+    """Walks of all kinds: `Clear`, `DeletePattern`, and the pages of `Scan`.
 
     Servers are walked over in the order of their names. A walk that removes begins anew if slots have changed hands
     meanwhile. A key that is being moved while both servers are walked over may be missed: by a scan it is not listed, by a
@@ -47,42 +45,9 @@ class ClusterWalks:
         self._topology = topology
         self._prefix = prefix
         self._execute = execute
-        self._under_way: set[asyncio.Task[None]] = set()
 
-    def start(self, batch: Sequence[Request[Any]], kinds: frozenset[type[Request[Any]]], replied: Replied) -> None:
-        """Carry out a batch with walks in it, beside everything else. `kinds` are the walks."""
-        task = asyncio.create_task(self._run(batch, kinds, replied))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
-
-    async def finish(self) -> None:
-        """Wait until no walk is under way."""
-        while self._under_way:
-            await asyncio.wait(self._under_way)
-
-    def cancel(self) -> None:
-        """Break off every walk."""
-        for task in self._under_way:
-            task.cancel()
-
-    async def _run(self, batch: Sequence[Request[Any]], kinds: frozenset[type[Request[Any]]], replied: Replied) -> None:
-        replies: list[Any] = [None] * len(batch)
-        try:
-            for at, request in enumerate(batch):
-                if type(request) in kinds:
-                    replies[at] = await self._walk(request)
-            beside = [at for at, reply in enumerate(replies) if reply is None]
-            if beside:
-                for at, reply in zip(beside, await self._execute([batch[at] for at in beside]), strict=True):
-                    replies[at] = reply
-        except CacheError as error:
-            replies = [Failed.of(error) if reply is None else reply for reply in replies]
-        except asyncio.CancelledError:
-            replied([Failed.of(CacheConnectionError("the store was closed", BACKEND))] * len(batch))
-            raise
-        replied(replies)
-
-    async def _walk(self, request: Request[Any]) -> Reply:
+    async def walk(self, request: Request[Any]) -> Reply:
+        """Carry out one. Raises `CacheError`."""
         try:
             if isinstance(request, Scan):
                 return await self._page(request)
@@ -90,9 +55,9 @@ class ClusterWalks:
                 return Deleted(await self._remove(request.pattern))
             await self._remove("*")
             return Cleared()
-        except CacheError as error:
+        except CacheError:
             self._topology.learn_soon()
-            return Failed.of(error)
+            raise
 
     async def _remove(self, pattern: str) -> int:
         removed = 0
@@ -123,7 +88,7 @@ class ClusterWalks:
             if found[2] not in names:
                 raise CacheConnectionError("the cluster has changed during the scan: begin it anew", BACKEND)
             cursor, at = found[1], names.index(found[2])
-        connection = await self._topology.node(places[at]).pool.main()
+        connection = await self._topology.node(places[at]).pool.connect()
         following, listed = await connection.call(*scan_words(self._prefix, request.pattern, cursor))
         keys = tuple(matching(listed, self._prefix, request.pattern))
         if following != b"0":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, cast
 
 import hiredis
 
-from cachebus.messages import CacheError
+from cachebus.messages import CacheError, CacheSerializationError
 
 from .redis_connection import Argument, pack_words
 from .redis_errors import in_doubt, overtaken, translate
@@ -69,7 +70,14 @@ class Command:
         if isinstance(reply, hiredis.ReplyError):
             self.fail(translate(reply))
             return ()
-        return self.settle(reply, now) or ()
+        try:
+            return self.settle(reply, now) or ()
+        except CacheError as error:
+            self.fail(error)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error):
+            # Bytes that are not ours, or damaged: an error of their own request, and of no other.
+            self.fail(CacheSerializationError("the server's reply could not be understood"))
+        return ()
 
     def give_up(self, error: CacheError) -> None:
         """Take in that the connection was lost after the command was sent."""

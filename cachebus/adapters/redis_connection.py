@@ -10,20 +10,17 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import hiredis
 
-from cachebus.actors.ports import Clock
+from cachebus.actors.ports import SLOWEST_LINE, Clock
 from cachebus.messages import CacheError
 
 from .redis_errors import lost, translate, translate_greeting
 
-Answer: TypeAlias = Callable[["list[Any] | CacheError"], None]
-"""Told the replies of a batch, in order; or why there will be none."""
-
-Changes: TypeAlias = Callable[[], Iterable[Any]]
-"""Says which keys a batch may change."""
+Answer: TypeAlias = Callable[["Sequence[Any] | CacheError"], None]
+"""Takes the replies of a batch, in order; or why there will be none."""
 
 Argument: TypeAlias = str | bytes | int
 
@@ -39,41 +36,63 @@ def pack(*arguments: Argument) -> bytes:
     return pack_words(arguments)
 
 
-class _InFlight:
-    __slots__ = ("answer", "changes", "replies", "wanted")
+class InFlight(Protocol):
+    """Commands that were sent, `wanted` of them, and what becomes of their replies."""
 
-    def __init__(self, wanted: int, answer: Answer, changes: Changes) -> None:
+    @property
+    def wanted(self) -> int: ...
+
+    def answer(self, replies: Sequence[Any] | CacheError) -> None:
+        """Take the replies, in order; or why there will be none. Called once."""
+
+    def changes(self) -> Iterable[Any]:
+        """The keys that the commands may change."""
+        ...
+
+
+class Asked:
+    """Commands that change nothing that is cached, and whose replies go to a function."""
+
+    __slots__ = ("answer", "wanted")
+
+    def __init__(self, wanted: int, answer: Answer) -> None:
         self.wanted = wanted
         self.answer = answer
-        self.changes = changes
-        self.replies: list[Any] = []
+
+    def changes(self) -> Iterable[Any]:
+        """None."""
+        return ()
 
 
 class RedisConnection(asyncio.Protocol):
-    """A connection with up to `window` batches in flight.
+    """A connection with up to `window` batches in flight, which are answered in order.
 
-    `server` names it in errors, `greeted` says that the server has taken us in. `silence` is in seconds: as often the server is asked for its time, which keeps the
-    connection alive and our idea of the server's clock good; a server that says nothing at all for so long is given up.
-    `on_push` is told what the server says unasked, such as a message of a channel.
+    `server` names it in errors, `greeted` says that the server has taken us in. Every `health_interval` seconds the server
+    is asked for its time, which keeps the connection alive and our idea of the server's clock good; a server that says
+    nothing for so long, and the time that the bytes in flight may take, is given up. `on_push` takes what the server says
+    unasked, such as a message of a channel.
     """
 
-    def __init__(self, server: str, clock: Clock, *, window: int, silence: float | None) -> None:
+    def __init__(self, server: str, clock: Clock, *, window: int, health_interval: float | None) -> None:
         self.server = server
         self.lost: CacheError | None = None
         self.greeted = False
         self.on_push: Callable[[Sequence[Any]], None] | None = None
         self._clock = clock
+        self._monotonic = clock.monotonic
         self._window = window
-        self._silence = silence
+        self._health_interval = health_interval
         self._offset = float("inf")
         self._reader = hiredis.Reader(notEnoughData=_MORE)
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
+        self._replies: list[Any] = []  # Of the batch that is answered next.
         self._waiters: list[asyncio.Future[None]] = []
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._paused = False
-        self._heard = True
-        self._unsent = 0
+        self._heard_at = self._sent_at = self._checked_at = float("-inf")
+        self._unsent = 0  # Bytes that wait to be sent, while writing is paused.
+        self._recent = 0  # Bytes written since the server was last heard.
 
     def __repr__(self) -> str:
         state = "lost" if self.lost else "up"
@@ -84,7 +103,17 @@ class RedisConnection(asyncio.Protocol):
         """How many batches wait for replies."""
         return len(self._in_flight)
 
-    # For whoever sends
+    # For the sender
+
+    @property
+    def last_progress(self) -> float:
+        """When bytes last came from the server, or left to it, on the monotonic clock."""
+        if self._paused and self._transport is not None:
+            unsent = self._transport.get_write_buffer_size()
+            if unsent < self._unsent:
+                self._sent_at = self._monotonic()
+            self._unsent = unsent
+        return max(self._heard_at, self._sent_at)
 
     @property
     def has_room(self) -> bool:
@@ -103,27 +132,28 @@ class RedisConnection(asyncio.Protocol):
         """The keys that what is in flight may change."""
         return chain.from_iterable(batch.changes() for batch in self._in_flight)
 
-    def send(self, data: bytes, wanted: int, answer: Answer, changes: Changes = tuple) -> None:
-        """Send commands with `wanted` replies. Never waits; a lost connection answers at once."""
+    def send(self, data: bytes, batch: InFlight) -> None:
+        """Send commands. Never waits; a lost connection answers at once."""
         if self.lost is not None or self._transport is None:
-            answer(self.lost or lost(self.server, "it is not up"))
+            batch.answer(self.lost or lost(self.server, "it is not up"))
             return
-        self._in_flight.append(_InFlight(wanted, answer, changes))
+        self._in_flight.append(batch)
+        self._recent += len(data)
         self._transport.write(data)
 
     def ask(self, *commands: bytes) -> asyncio.Future[list[Any]]:
         """Send packed commands; the future has their replies, or the error of the connection."""
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
-        def settle(replies: list[Any] | CacheError) -> None:
+        def settle(replies: Sequence[Any] | CacheError) -> None:
             if future.done():
                 return
             if isinstance(replies, CacheError):
                 future.set_exception(replies)
             else:
-                future.set_result(replies)
+                future.set_result(list(replies))
 
-        self.send(b"".join(commands), len(commands), settle)
+        self.send(b"".join(commands), Asked(len(commands), settle))
         return future
 
     async def call(self, *arguments: Argument) -> Any:
@@ -137,7 +167,7 @@ class RedisConnection(asyncio.Protocol):
     def now(self) -> float:
         """The server's Unix time in seconds, by its word and our monotonic clock: not before it, so that what we say is
         left of a time to live is not more than there is."""
-        return self._clock.monotonic() + self._offset
+        return self._monotonic() + self._offset
 
     def set_time(self, reply: Any, asked_at: float) -> None:
         """Take in the server's reply to `TIME`, asked at `asked_at` of our clock."""
@@ -150,8 +180,8 @@ class RedisConnection(asyncio.Protocol):
 
     def watch(self) -> None:
         """Begin to check the server's health."""
-        if self._silence is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._silence, self._check)
+        if self._health_interval is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._health_interval, self._check)
 
     async def drain(self) -> None:
         """Wait until nothing is in flight."""
@@ -184,7 +214,7 @@ class RedisConnection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        said = self._in_flight[0].replies if self._in_flight and not self.greeted else []
+        said = self._replies if not self.greeted else []
         if said and type(said[0]) is hiredis.ReplyError:
             # It would not have us, said so, and closed.
             self.drop(translate_greeting(said[0], self.server))
@@ -192,16 +222,20 @@ class RedisConnection(asyncio.Protocol):
         self.drop(lost(self.server, "closed by the server" if exc is None else type(exc).__name__))
 
     def pause_writing(self) -> None:
+        assert self._transport is not None
+        self._unsent = self._transport.get_write_buffer_size()
         self._paused = True
 
     def resume_writing(self) -> None:
+        self._sent_at = self._monotonic()
         self._paused = False
         self._changed()
 
     def data_received(self, data: bytes) -> None:
-        self._heard = True
-        in_flight, gets = self._in_flight, self._reader.gets
-        answered = False
+        self._heard_at = self._monotonic()
+        self._recent = 0
+        in_flight, gets, replies = self._in_flight, self._reader.gets, self._replies
+        batch: InFlight | None = None
         try:
             self._reader.feed(data)
             while (reply := gets()) is not _MORE:
@@ -215,19 +249,22 @@ class RedisConnection(asyncio.Protocol):
                     else:
                         self.drop(lost(self.server, "it sent a reply that nobody asked for"))
                     return
-                batch = in_flight[0]
-                batch.replies.append(reply)
-                if len(batch.replies) == batch.wanted:
-                    in_flight.popleft()
-                    answered = True
-                    batch.answer(batch.replies)
+                replies.append(reply)
+                if len(replies) == in_flight[0].wanted:
+                    batch = in_flight.popleft()
+                    self._replies = []
+                    batch.answer(replies)
+                    replies = self._replies
         except hiredis.ProtocolError:
             self.drop(lost(self.server, "it sent what is not RESP"))
         except Exception:
-            # A fault of ours in taking a reply apart. What follows in the stream is not to be trusted with it.
-            self.drop(lost(self.server, "a reply could not be understood"))
+            # A fault of ours: what cannot be read in a reply is an error of its own request. What follows in the stream is not
+            # to be trusted with it.
+            self.drop(error := lost(self.server, "a reply could not be understood"))
+            if batch is not None:
+                batch.answer(error)
             raise
-        if answered:
+        if batch is not None and self._waiters:
             self._changed()
 
     # Helpers
@@ -248,19 +285,17 @@ class RedisConnection(asyncio.Protocol):
                 waiter.set_result(None)
 
     def _check(self) -> None:
-        assert self._transport is not None
-        assert self._silence is not None
-        unsent = self._transport.get_write_buffer_size()
-        if not self._heard and unsent >= self._unsent:  # And it has taken nothing either.
-            self.drop(lost(self.server, f"not a word for {self._silence:g} s"))
+        assert self._health_interval is not None
+        now = self._monotonic()
+        patience = self._health_interval + self._recent / SLOWEST_LINE
+        if self._heard_at <= self._checked_at and self.last_progress <= now - patience:
+            self.drop(lost(self.server, f"not a word for {now - self._heard_at:g} s"))
             return
-        self._heard = False
-        asked_at = self._clock.monotonic()
+        self._checked_at = now
 
-        def answered(replies: list[Any] | CacheError) -> None:
+        def answered(replies: Sequence[Any] | CacheError) -> None:
             if not isinstance(replies, CacheError) and not isinstance(replies[0], hiredis.ReplyError):
-                self.set_time(replies[0], asked_at)
+                self.set_time(replies[0], now)
 
-        self.send(pack("TIME"), 1, answered)
-        self._unsent = self._transport.get_write_buffer_size()
+        self.send(pack("TIME"), Asked(1, answered))
         self.watch()

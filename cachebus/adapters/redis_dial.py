@@ -53,7 +53,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dial:
-    """How connections are made. `timeout` is in seconds and holds for all of connecting; `silence` as in
+    """How connections are made. `timeout` is in seconds and holds for all of connecting; `health_interval` as in
     `RedisConnection`."""
 
     clock: Clock
@@ -61,7 +61,7 @@ class Dial:
     database: int = 0
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     timeout: float = 1.0
-    silence: float | None = 2.0
+    health_interval: float | None = 2.0
     window: int = 8
     counters_here: bool = True
     """Whether the scripts get at the counters of tags, which in a cluster are in another slot."""
@@ -100,7 +100,7 @@ class Dial:
         loop = asyncio.get_running_loop()
 
         def protocol() -> RedisConnection:
-            return RedisConnection(str(place), self.clock, window=self.window, silence=self.silence)
+            return RedisConnection(str(place), self.clock, window=self.window, health_interval=self.health_interval)
 
         if place.path:
             _, connection = await loop.create_unix_connection(protocol, place.path)

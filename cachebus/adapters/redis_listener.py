@@ -29,7 +29,7 @@ import hiredis
 from cachebus.actors.ports import SYSTEM_CLOCK, Clock
 from cachebus.messages import CacheClosed, CacheError
 
-from .redis_connection import RedisConnection, pack
+from .redis_connection import Asked, RedisConnection, pack
 from .redis_errors import lost, translate
 
 PAUSE_MIN = 0.05
@@ -143,7 +143,7 @@ class RedisListener:
         channel.wake(CacheClosed(f"{place!r} was closed"))
         if self._connection is not None and channel.refused is None:
             # The PING gives it the one reply that a command of ours has; what it says itself is no reply but a push.
-            self._connection.send(pack("UNSUBSCRIBE", place.channel) + _PING, 1, lambda replies: None)
+            self._connection.send(pack("UNSUBSCRIBE", place.channel) + _PING, Asked(1, lambda replies: None))
 
     async def close(self) -> None:
         """Hear nothing any more, and close the connection. Safe to call twice."""
@@ -207,7 +207,7 @@ class RedisListener:
                     _call(place.missed)
                 place.stood = True
 
-        connection.send(pack("SUBSCRIBE", name) + _PING, 1, answered)
+        connection.send(pack("SUBSCRIBE", name) + _PING, Asked(1, answered))
 
     def _pushed(self, push: Sequence[Any]) -> None:
         if push[0] != b"message":

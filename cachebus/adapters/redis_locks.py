@@ -10,7 +10,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from cachebus.actors.ports import Capabilities, Gauges, LockListener, Replied
+from cachebus.actors.ports import Capabilities, Gauges, LockListener, OnReplies
 from cachebus.messages import (
     AcquireLock,
     CacheError,
@@ -47,8 +47,8 @@ class _Transport(Protocol):
     async def close(self) -> None: ...
     def listener(self) -> RedisListener: ...
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]: ...
-    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None: ...
-    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool: ...
+    async def submit(self, batch: Sequence[Request[Any]], replied: OnReplies) -> None: ...
+    def try_submit(self, batch: Sequence[Request[Any]], replied: OnReplies) -> bool: ...
 
 
 class RedisLockStore:
@@ -64,7 +64,7 @@ class RedisLockStore:
     capabilities = Capabilities(locks=True)
     poll: float | None = None
     max_batch = 128
-    apart: frozenset[type[Request[Any]]] = frozenset()
+    long_running: frozenset[type[Request[Any]]] = frozenset()
 
     def __init__(self, transport: Callable[..., _Transport], *, namespace: str, clustered: bool) -> None:
         self.told: LockListener | None = None
@@ -101,11 +101,11 @@ class RedisLockStore:
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         return await self._transport.execute(batch)
 
-    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
+    async def submit(self, batch: Sequence[Request[Any]], replied: OnReplies) -> None:
         await self._transport.submit(batch, replied)
 
-    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
-        return self._transport.submit_at_once(batch, replied)
+    def try_submit(self, batch: Sequence[Request[Any]], replied: OnReplies) -> bool:
+        return self._transport.try_submit(batch, replied)
 
     # Commands
 

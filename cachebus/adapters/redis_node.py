@@ -11,7 +11,7 @@ from typing import Any
 from cachebus.messages import CacheClosed, CacheError
 
 from .redis_commands import Command
-from .redis_connection import RedisConnection, pack
+from .redis_connection import Asked, RedisConnection, pack
 from .redis_dial import Place
 from .redis_pool import RedisPool
 
@@ -19,11 +19,29 @@ _ASKING = pack("ASKING")
 
 
 class UnderWay:
-    """A batch under way: how many of its commands have no answer yet."""
+    """A batch under way: how many of its commands have no answer yet, and on which connections."""
 
     def __init__(self, commands: int, done: Callable[[], object]) -> None:
         self._done = done
         self._left = commands
+        self._carriers: dict[RedisConnection, int] = {}
+
+    @property
+    def last_progress(self) -> float:
+        """When bytes last moved on the connection, of those that still owe an answer, on which it is longest ago."""
+        return min((each.last_progress for each in self._carriers), default=float("-inf"))
+
+    def sent_on(self, connection: RedisConnection) -> None:
+        """A command was sent."""
+        self._carriers[connection] = self._carriers.get(connection, 0) + 1
+
+    def answered_on(self, connection: RedisConnection) -> None:
+        """A command that was sent has its reply, or will have none."""
+        left = self._carriers[connection] - 1
+        if left:
+            self._carriers[connection] = left
+        else:
+            del self._carriers[connection]
 
     def one_more(self) -> UnderWay:
         """There is one command more."""
@@ -156,7 +174,7 @@ class ClusterNode:
     async def _ready(self) -> RedisConnection:
         while True:
             try:
-                connection = self.pool.up() or await self.pool.main()
+                connection = self.pool.up() or await self.pool.connect()
             except CacheError as error:
                 self.trouble = error
                 raise
@@ -197,7 +215,9 @@ class ClusterNode:
         wanted = len(trips) + sum(trip.asking for trip in trips)
         data = b"".join([_ASKING + trip.packed if trip.asking else trip.packed for trip in trips])
 
-        def answered(replies: list[Any] | CacheError) -> None:
+        def answered(replies: Sequence[Any] | CacheError) -> None:
+            for trip in trips:
+                trip.batch.answered_on(connection)
             if isinstance(replies, CacheError):
                 self._failed(self, trips, replies, True)
                 return
@@ -208,4 +228,6 @@ class ClusterNode:
                 self._arrived(self, trip, replies[at], now)
                 at += 1
 
-        connection.send(data, wanted, answered)
+        for trip in trips:
+            trip.batch.sent_on(connection)
+        connection.send(data, Asked(wanted, answered))

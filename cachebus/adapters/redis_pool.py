@@ -17,13 +17,14 @@ class RedisPool:
     """Up to `most` connections, made when they are needed and made anew after they were lost.
 
     One of them carries every request, because one that is always busy is the fastest, and because it keeps their order.
-    The others are for walks over many keys; with `most=1` these take turns with the requests.
+    That is `main`, which may have been lost. The others are for walks over many keys; with `most=1` these take turns with
+    the requests.
     """
 
     def __init__(self, connect: Connect, most: int) -> None:
-        self._connect = connect
+        self._make_one = connect
         self._most = most
-        self._main: RedisConnection | None = None
+        self.main: RedisConnection | None = None
         self._sides: list[RedisConnection] = []
         self._next = 0
         # One connection is made at a time, so that their number is known.
@@ -38,14 +39,14 @@ class RedisPool:
     @property
     def connections(self) -> list[RedisConnection]:
         """Those that are up."""
-        return [each for each in (self._main, *self._sides) if each is not None and each.lost is None]
+        return [each for each in (self.main, *self._sides) if each is not None and each.lost is None]
 
     def up(self) -> RedisConnection | None:
         """The connection for requests, if there is one now."""
-        main = self._main
+        main = self.main
         return main if main is not None and main.lost is None else None
 
-    async def main(self) -> RedisConnection:
+    async def connect(self) -> RedisConnection:
         """The connection for requests. Raises `CacheConnectionError` when the server cannot be reached."""
         failures = self._failures
         async with self._connecting:
@@ -54,13 +55,13 @@ class RedisPool:
                 if failures != self._failures and self._failure is not None:
                     # An attempt has failed while we waited: ours would take as long and come to the same.
                     raise self._failure
-                connection = self._main = await self._make()
+                connection = self.main = await self._make()
             return connection
 
     async def side(self) -> RedisConnection:
         """A connection for a walk, each in turn. Raises `CacheConnectionError` when the server cannot be reached."""
         if self._most == 1:
-            return await self.main()
+            return await self.connect()
         async with self._connecting:
             self._sides = [each for each in self._sides if each.lost is None]
             idle = [each for each in self._sides if not each.in_flight]
@@ -91,7 +92,7 @@ class RedisPool:
         if self._closed:
             raise CacheClosed("the connection to redis was closed")
         try:
-            connection = await self._connect()
+            connection = await self._make_one()
         except CacheError as error:
             self._failures += 1
             self._failure = error

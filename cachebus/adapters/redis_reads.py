@@ -12,7 +12,7 @@ from .redis_connection import Argument
 from .redis_counters import Counters, Doubt
 from .redis_tag_scripts import READ
 from .redis_tags import TagSpace, read_tagged
-from .redis_values import MISSING, HasTags, read_or_fail
+from .redis_values import MISSING, HasTags, read_or_fail, read_run
 
 
 def _words(keys: dict[str, int], checked: bool) -> list[Argument]:
@@ -98,14 +98,21 @@ class Gets:
     __slots__ = ("_checked", "_first", "_keys", "_places", "_replies", "_space")
 
     def __init__(
-        self, replies: list[Any], first: int, keys: dict[str, int], places: list[int], space: TagSpace
+        self,
+        replies: list[Any],
+        first: int,
+        keys: dict[str, int],
+        places: list[int],
+        space: TagSpace,
+        *,
+        checked: bool | None = None,
     ) -> None:
         self._replies = replies
         self._first = first
         self._keys = keys
         self._places = places
         self._space = space
-        self._checked = space.seen
+        self._checked = space.seen if checked is None else checked
 
     def command(self) -> Command:
         if self._checked:
@@ -115,9 +122,7 @@ class Gets:
     def settle(self, reply: Any, now: float) -> Sequence[Command]:
         raws = reply if len(reply) == len(self._places) else [reply[place] for place in self._places]
         try:
-            self._replies[self._first : self._first + len(raws)] = [
-                MISSING if raw is None else read_or_fail(raw, now) for raw in raws
-            ]
+            self._replies[self._first : self._first + len(raws)] = read_run(raws, now)
         except HasTags:
             return self._settle_with_tags(raws, now)
         return ()

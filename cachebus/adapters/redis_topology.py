@@ -141,7 +141,7 @@ class Topology:
         node = self._nodes.get(place)
         try:
             async with asyncio.timeout(self._dial.timeout):
-                connection = await (self._dial.connect(place) if node is None else node.pool.main())
+                connection = await (self._dial.connect(place) if node is None else node.pool.connect())
                 try:
                     # Beyond the window, if need be: a server that is busy is asked all the same.
                     (reply,) = await connection.ask(pack("CLUSTER", "SLOTS"))

@@ -12,7 +12,7 @@ The expiry stands there as well as in Redis, so that reading a value with its ti
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from cachebus.messages import (
@@ -79,6 +79,22 @@ def read_or_fail(raw: bytes, now: float, *, live: bool = False) -> Found | Missi
             return Failed.of(error)
     version, expiry = _unpack_header(raw)
     return Found(value, version, left(expiry, now) if expiry else None, (), version * 1e-6)
+
+
+def read_run(raws: Iterable[Any], now: float) -> list[Found | Missing | Failed]:
+    """The entries as replies, each read alone. Raises `HasTags`."""
+    replies: list[Found | Missing | Failed] = []
+    add = replies.append
+    for raw in raws:
+        if raw is None:
+            add(MISSING)
+        elif len(raw) > 16 and raw[16] == BYTES:  # The commonest, and no call.
+            version, expiry = _unpack_header(raw)
+            ttl = None if not expiry else max(expiry * 1e-3 - now, 0.001)
+            add(Found(raw[17:], version, ttl, (), version * 1e-6))
+        else:
+            add(read_or_fail(raw, now))
+    return replies
 
 
 def left(expiry: float, now: float) -> float:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from cachebus.actors.ports import OnReplies
+from cachebus.messages import CacheConnectionError, CacheError, Failed, Reply, Request
 
 from .glob import compile_glob, widen
 from .redis_connection import Argument, RedisConnection
+from .redis_errors import BACKEND
 
 PAGE = 500
 """The keys that a server looks at for one page."""
@@ -55,3 +61,55 @@ def server_glob(prefix: str, pattern: str) -> str:
     and ours about characters, so the last word is `matching`'s."""
     literal = "".join(f"\\{each}" if each in "*?[]\\^-" else each for each in prefix)
     return literal + widen(pattern)
+
+
+class Walks:
+    """The requests of some `kinds` that are under way: each takes many round trips, beside everything else. `walk` carries
+    one of them out, `execute` the rest of a batch that has some."""
+
+    def __init__(
+        self,
+        kinds: frozenset[type[Request[Any]]],
+        walk: Callable[[Any], Awaitable[Reply]],
+        execute: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
+    ) -> None:
+        self._kinds = kinds
+        self._walk = walk
+        self._execute = execute
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    def start(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> None:
+        """Carry out a batch."""
+        task = asyncio.create_task(self._run(batch, on_replies))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def finish(self) -> None:
+        """Wait until no walk is under way."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+
+    def cancel(self) -> None:
+        """Break off every walk."""
+        for task in self._under_way:
+            task.cancel()
+
+    async def _run(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> None:
+        replies: list[Any] = [None] * len(batch)
+        try:
+            for at, request in enumerate(batch):
+                if type(request) in self._kinds:
+                    try:
+                        replies[at] = await self._walk(request)
+                    except CacheError as error:
+                        replies[at] = Failed.of(error)
+            beside = [at for at, reply in enumerate(replies) if reply is None]
+            if beside:
+                for at, reply in zip(beside, await self._execute([batch[at] for at in beside]), strict=True):
+                    replies[at] = reply
+        except CacheError as error:
+            replies = [Failed.of(error) if reply is None else reply for reply in replies]
+        except asyncio.CancelledError:
+            on_replies([Failed.of(CacheConnectionError("the store was closed", BACKEND))] * len(batch))
+            raise
+        on_replies(replies)

@@ -3,14 +3,17 @@
 from .address import Address, check_word
 from .api import Bus, Envelope, Recipient, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
+from .deadlines import running_deadlines
 from .emitter import Emitter, origin
 from .event_policy import EventPolicy, KeyForm, shares
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
+from .slots import PENDING, Pending, ReplySlot, SlotBatch
 from .subscription import Audience, Subscription, event_kinds
 from .tracing import current_trace, turn_trace, use_trace
 
 __all__ = [
+    "PENDING",
     "SYSTEM_CLOCK",
     "TURNS_PER_CHECKPOINT",
     "Address",
@@ -23,8 +26,11 @@ __all__ = [
     "EventPolicy",
     "KeyForm",
     "LocalBus",
+    "Pending",
     "Port",
     "Recipient",
+    "ReplySlot",
+    "SlotBatch",
     "Subscription",
     "SystemClock",
     "TaskPort",
@@ -38,6 +44,7 @@ __all__ = [
     "in_event_loop",
     "open_port",
     "origin",
+    "running_deadlines",
     "settled",
     "shares",
     "too_late",

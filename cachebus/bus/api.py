@@ -10,7 +10,8 @@ from cachebus.messages import Event, Message, Reply, Request
 from .address import Address
 from .clock import Clock
 from .event_policy import EventPolicy
-from .ports import Deferred, Port
+from .ports import Port
+from .slots import Pending
 from .subscription import Audience, Subscription
 
 R = TypeVar("R")
@@ -19,8 +20,8 @@ Visibility = Literal["private", "shared", "sole"]
 """Who reaches an actor: callers of its own process; callers everywhere, and then others may serve its address as well and
 share the work; or callers everywhere, and nobody else serves its address."""
 
-Turn = Callable[[Any], "Reply | Deferred | None"]
-"""Takes a message's turn on the caller's own stack. `None`: it must be posted; `Deferred`: the reply comes later."""
+Turn = Callable[[Any], "Reply | Pending | None"]
+"""Takes a message's turn on the caller's own stack. `None`: it must be posted; `Pending`: the reply comes later."""
 
 
 class Envelope:

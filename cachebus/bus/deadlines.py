@@ -32,20 +32,22 @@ Bucket = dict[Watched, Callable[[], Any]]
 class Deadlines:
     """The deadlines of one event loop. Used by the loop's own thread only, so it needs no lock."""
 
-    __slots__ = ("_buckets", "_time", "loop", "thread")
+    __slots__ = ("_buckets", "loop", "now", "thread")
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
         self.thread = get_ident()
         # What asyncio's own loop calls, without the method around it: every call that waits looks at the time here.
-        self._time = monotonic if getattr(type(loop), "time", None) is BaseEventLoop.time else loop.time
+        self.now: Callable[[], float] = (
+            monotonic if getattr(type(loop), "time", None) is BaseEventLoop.time else loop.time
+        )
         self._buckets: dict[int, Bucket] = {}
 
     def watch(self, port: Watched, timeout: float, late: Callable[[], Any]) -> Bucket:
         """Answer `port` with `late()` after `timeout` seconds, unless it is taken out of the bucket returned."""
         if timeout > TIMEOUT_MAX:  # An infinite one has no tick.
             timeout = TIMEOUT_MAX
-        tick = int((self._time() + timeout) * TICKS) + 1
+        tick = int((self.now() + timeout) * TICKS) + 1
         bucket = self._buckets.get(tick)
         if bucket is None:
             bucket = self._buckets[tick] = {}

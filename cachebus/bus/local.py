@@ -29,6 +29,7 @@ from .deadlines import running_deadlines
 from .emitter import Emitter
 from .event_policy import EVERYTHING, EventPolicy
 from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
+from .slots import PENDING, Pending, ReplySlot
 from .subscription import Audience, Subscription
 from .tracing import current_trace
 
@@ -99,13 +100,20 @@ class LocalBus:
         reply = self.recipient(address).turn(type(message))(message)
         self._turns_left -= 1
         # Not with something still to be handed over: cancelled here, it would be lost. That waits in any case.
-        if self._turns_left <= 0 and reply is not None and type(reply) is not Deferred:
+        if self._turns_left <= 0 and reply is not None and not isinstance(reply, PENDING):
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
         return await self.finish(address, message, reply, timeout)
 
     async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
-        if reply is None or type(reply) is Deferred:
+        if type(reply) is ReplySlot:
+            slot = reply
+            try:
+                reply = await slot.within(timeout, too_late(address, timeout))
+            except BaseException:
+                slot.leave()
+                raise
+        elif reply is None or type(reply) is Deferred:
             recipient = self._recipients.get(address) or self.recipient(address)
             if (deadlines := running_deadlines()) is not None:
                 # As a port's `wait` does, less a coroutine: every call that is not answered inline comes by here.
@@ -133,7 +141,7 @@ class LocalBus:
         return self.finish_blocking(address, message, reply, timeout)
 
     def finish_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
-        if reply is None or type(reply) is Deferred:
+        if reply is None or isinstance(reply, PENDING):
             recipient = self.recipient(address)
             # A reply that was given already, as after a crash, is nothing to wait for.
             if (reply is None or reply.waiting) and (obstacle := recipient.obstacle_to_blocking()) is not None:
@@ -184,7 +192,7 @@ class LocalBus:
         if reply is None:
             recipient.post(Envelope(message, port, self.clock.monotonic() + timeout, current_trace()))
         else:
-            cast("Deferred", reply).attach(port)
+            cast("Pending", reply).attach(port)
 
 
 def check_budget(address: str, timeout: float) -> None:

@@ -34,7 +34,7 @@ from .nats_connection import NatsConnection
 from .nats_headers import CONTENT_TYPE, ERROR, ERROR_CODE, INDEX, PARTIAL, REQUEST_ID, read_budgets, read_traces
 from .nats_options import NatsCounters
 from .nats_requests import HEADROOM
-from .ports import Deferred
+from .slots import PENDING
 from .subjects import is_ours
 from .tracing import turn_trace
 
@@ -138,7 +138,7 @@ class Serving:
         reply = turn(request)
         if reply is None:
             self.recipient.post(Envelope(request, Slot(asked, place), now + budget, trace))
-        elif isinstance(reply, Deferred):
+        elif isinstance(reply, PENDING):
             reply.attach(Slot(asked, place))
         else:
             asked.settle(place, reply)

@@ -83,6 +83,7 @@ class RecordingContext:
         self.calls: list[tuple[float, Callable[[], None]]] = []
         self.beside: list[Callable[[], Awaitable[None]]] = []
         self.deferred: list[Deferred] = []
+        self.crashes: list[BaseException] = []
         # Kept, because an audience forgets a listener that is gone.
         self._listening = self.audience.subscribe(kinds, 1)
 
@@ -102,6 +103,10 @@ class RecordingContext:
         deferred = Deferred()
         self.deferred.append(deferred)
         return deferred
+
+    def crash(self, error: BaseException) -> None:
+        """Remember what has ended the actor's incarnation."""
+        self.crashes.append(error)
 
     def send_after(self, delay: float, message: Message) -> Callable[[], None]:
         """Remember a message that the actor wants back later; the test hands it over."""

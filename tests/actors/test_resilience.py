@@ -9,12 +9,14 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from cachebus.actors import BreakerPolicy, Guard, GuardPolicy, RetryPolicy
-from cachebus.actors.places import Places
-from cachebus.actors.ports import Capabilities, Gauges, Replied
-from cachebus.actors.resilience import GOOD_BATCH
+from cachebus.actors.concurrency_limit import ConcurrencyLimiter
+from cachebus.actors.pipeline import GOOD_BATCH, RequestPipeline
+from cachebus.actors.ports import NO_PROGRESS, Capabilities, Gauges, OnReplies, Progress
 from cachebus.messages import (
+    ActorFailed,
     BackendConnected,
     BackendDisconnected,
+    CacheClosed,
     CacheConfigurationError,
     CacheConnectionError,
     CacheError,
@@ -72,22 +74,28 @@ class ScriptedStore:
 class ScriptedPipeline(ScriptedStore):
     """The same, which keeps its replies until the test gives them."""
 
-    apart: frozenset[type[Request[Any]]] = frozenset()
+    long_running: frozenset[type[Request[Any]]] = frozenset()
     max_batch = 512
 
     def __init__(self, answer: Script | None = None) -> None:
         super().__init__(answer)
-        self.open_replies: list[Replied] = []
+        self.open_replies: list[OnReplies] = []
+        self.progress: Any = NO_PROGRESS
+        self.is_ready = True
 
-    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
+    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
         self.asked.append(list(batch))
         await self.answer(batch)
-        self.open_replies.append(replied)
+        self.open_replies.append(on_replies)
+        return NO_PROGRESS
 
-    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
+    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
+        if not self.is_ready:
+            return None
         self.asked.append(list(batch))
-        self.open_replies.append(replied)
-        return True
+        self.open_replies.append(on_replies)
+        progress: Progress = self.progress
+        return progress
 
 
 async def works(batch: Sequence[Request[Any]]) -> Sequence[Reply]:
@@ -143,6 +151,11 @@ class Stage:
 
 async def run(function: Callable[[], Awaitable[None]]) -> None:
     await function()
+
+
+async def let_callbacks_run() -> None:
+    for _ in range(5):
+        await checkpoint()
 
 
 def failures(replies: Sequence[Reply]) -> list[type[CacheError]]:
@@ -495,7 +508,7 @@ async def test_nobody_waits_behind_an_open_circuit() -> None:
             await checkpoint()
         # The circuit opens while they wait, by what a straggler of the same kind would report.
         for _ in range(5):
-            stage.guard._breaker.failed(stage.guard._breaker.admit())  # pyright: ignore[reportPrivateUsage]
+            stage.guard.breaker.failed(stage.guard.breaker.admit())
         while len(waiting) < 3:
             await checkpoint()
         assert {error.retry_after for error in waiting} == {30.0}
@@ -510,38 +523,38 @@ async def test_nobody_waits_behind_an_open_circuit() -> None:
 
 
 async def test_who_is_cancelled_with_a_refusal_on_the_way_gives_no_place_away() -> None:
-    places = Places(1, 5, "backend.main")
-    assert places.take_at_once()
+    places = ConcurrencyLimiter(1, 5, "backend.main")
+    assert places.try_acquire()
 
     async def take() -> None:
         with contextlib.suppress(CircuitOpen):  # Which of the two comes first, the loops see differently.
-            await places.take()
+            await places.acquire()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(take)
         tasks.start_soon(take)
         while places.waiting < 2:
             await checkpoint()
-        assert places.turn_away(lambda: CircuitOpen("open")) == 2
+        assert places.refuse_all(lambda: CircuitOpen("open")) == 2
         tasks.cancel_scope.cancel()
     assert (places.taken, places.waiting) == (1, 0)
-    places.leave()
+    places.release()
     assert places.taken == 0
 
 
 async def test_who_is_cancelled_with_a_place_on_the_way_hands_it_on() -> None:
-    places = Places(1, 5, "backend.main")
-    assert places.take_at_once()
+    places = ConcurrencyLimiter(1, 5, "backend.main")
+    assert places.try_acquire()
 
     async def take() -> None:
-        await places.take()
-        places.leave()
+        await places.acquire()
+        places.release()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(take)
         while not places.waiting:
             await checkpoint()
-        places.leave()
+        places.release()
         tasks.cancel_scope.cancel()
     assert places.taken == 0
 
@@ -553,79 +566,156 @@ async def test_a_reply_that_comes_later_is_handed_on_once() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store)
     told: list[Sequence[Reply]] = []
-    await stage.guard.submit(store, [Get("a")], None, told.append)
+    await stage.guard.submit(store, [Get("a")], told.append)
     assert told == []
     store.open_replies.pop()([HIT])
     assert told == [[HIT]]
     assert stage.guard.statistics().success_count == 1
 
 
+class Line:
+    """A pipeline of a guard's before a scripted store, whose replies go into `told`."""
+
+    def __init__(self, **policy: Any) -> None:
+        self.store = ScriptedPipeline()
+        self.stage = Stage(store=self.store, **policy)
+        self.counted = 0
+        self.pipeline = RequestPipeline(self.store, self.stage.guard, self.stage.ctx, self._account)
+        self.told: dict[str, list[Any]] = {}
+
+    def _account(
+        self, requests: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]
+    ) -> None:
+        self.counted += len(replies)
+
+    async def ask(self, key: str) -> None:
+        (slot,) = await self.pipeline.put((Get(key),), ())
+        slot.attach(Listener(self.told.setdefault(key, [])))
+
+    def reply(self) -> None:
+        sent, on_replies = self.store.asked[-len(self.store.open_replies)], self.store.open_replies.pop(0)
+        on_replies([HIT] * len(sent))
+
+    @property
+    def sent(self) -> list[int]:
+        return [len(batch) for batch in self.store.asked]
+
+
+class Listener:
+    """A port that remembers its answers."""
+
+    waiting = True
+
+    def __init__(self, told: list[Any]) -> None:
+        self.told = told
+
+    def answer(self, reply: Any) -> None:
+        self.told.append(reply)
+
+
 async def test_a_lone_request_is_sent_at_once_and_others_wait_for_its_reply() -> None:
-    store = ScriptedPipeline()
-    stage = Stage(store=store)
-    told: list[Sequence[Reply]] = []
-    assert stage.guard.pause(1) is None
-    assert stage.guard.submit_at_once(store, [Get("a")], told.append)
-    assert not stage.guard.submit_at_once(store, [Get("b")], told.append)
-    assert stage.guard.pause(GOOD_BATCH) is None
-    pause = stage.guard.pause(1)
-    assert pause is not None
-    assert pause.waiting
-    store.open_replies.pop()([HIT])
-    assert told == [[HIT]]
-    await pause.wait()
-    assert stage.guard.pause(1) is None
+    line = Line()
+    for key in "abc":
+        await line.ask(key)
+    assert line.sent == [1]
+    line.reply()
+    await let_callbacks_run()
+    assert line.sent == [1, 2]
+    assert line.told == {"a": [HIT], "b": [], "c": []}
+    line.reply()
+    assert line.told == {"a": [HIT], "b": [HIT], "c": [HIT]}
+    assert line.counted == 3
 
 
-async def test_nobody_waits_for_the_end_of_a_request_that_takes_long() -> None:
-    store = ScriptedPipeline()
-    stage = Stage(store=store)
-    await stage.guard.submit(store, [Clear()], None, lambda replies: None)
-    assert stage.guard.pause(1) is None
-    assert stage.guard.submit_at_once(store, [Get("a")], lambda replies: None)
+async def test_a_good_batch_does_not_wait_for_the_reply_of_another() -> None:
+    line = Line()
+    for number in range(1 + GOOD_BATCH):
+        await line.ask(str(number))
+    await let_callbacks_run()
+    assert line.sent == [1, GOOD_BATCH]
 
 
-async def test_who_waits_for_a_batch_goes_on_when_it_is_given_up() -> None:
-    store = ScriptedPipeline()
-    stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
-    assert stage.guard.submit_at_once(store, [Get("a")], lambda replies: None)
-    pause = stage.guard.pause(1)
-    assert pause is not None
-    stage.clock.advance(0.5)
-    stage.ctx.ring()
-    await pause.wait()
-    assert stage.guard.pause(1) is None
+async def test_nothing_waits_for_the_end_of_a_request_that_takes_long() -> None:
+    line = Line()
+    await line.pipeline.put_alone(Clear())
+    await line.ask("a")
+    assert line.store.asked == [[Clear()], [Get("a")]]
 
 
-async def test_who_waits_for_a_batch_goes_on_when_its_repetition_cannot_be_sent() -> None:
-    store = ScriptedPipeline()
-    stage = Stage(store=store, retry=RetryPolicy(attempts=2, backoff=1e-9))
-    told: list[Sequence[Reply]] = []
-    await stage.guard.submit(store, [Get("a")], None, told.append)
-    store.open_replies.pop()([Failed.of(DOWN)])
-    (beside,) = stage.ctx.beside
+async def test_what_waits_for_a_batch_goes_on_when_it_is_given_up() -> None:
+    line = Line(retry=ONCE, timeout_initial=0.5)
+    await line.ask("a")
+    await line.ask("b")
+    assert line.sent == [1]
+    line.stage.clock.advance(0.5)
+    line.stage.ctx.ring()
+    await let_callbacks_run()
+    assert line.sent == [1, 1]
+    assert failures(line.told["a"]) == [CacheTimeoutError]
 
-    async def cannot_be_sent(batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        pauses.append(stage.guard.pause(1))
-        raise DOWN
 
-    pauses: list[Any] = []
-    store.answer = cannot_be_sent
+async def test_nothing_waits_for_a_batch_behind_an_open_circuit() -> None:
+    line = Line(retry=ONCE)
+    await line.ask("a")
+    for _ in range(5):
+        line.stage.guard.breaker.failed(line.stage.guard.breaker.admit())
+    await line.ask("b")
+    assert failures(line.told["b"]) == [CircuitOpen]
+
+
+async def test_while_a_batch_waits_for_the_store_no_request_is_taken() -> None:
+    line = Line()
+    line.store.is_ready = False
+    await line.ask("a")
+    assert line.pipeline.take(Get("b")) is None
+    (beside,) = line.stage.ctx.beside
     async with anyio.create_task_group() as tasks:
+        tasks.start_soon(line.ask, "c")
+        await let_callbacks_run()
+        assert line.sent == []
         tasks.start_soon(run, beside)
-        while not pauses:
-            await checkpoint()
-            stage.clock.advance(0.01)
-        with anyio.fail_after(30):
-            await pauses[0].wait()
-    assert [failures(each) for each in told] == [[CacheConnectionError]]
+    await let_callbacks_run()
+    assert line.sent[0] == 1
+    line.reply()
+    assert line.told["a"] == [HIT]
+
+
+async def test_a_batch_that_cannot_be_counted_is_answered_and_crashes_the_actor() -> None:
+    line = Line()
+    await line.ask("a")
+    line.store.open_replies.pop()([])
+    assert failures(line.told["a"]) == [ActorFailed]
+    assert [type(each) for each in line.stage.ctx.crashes] == [TypeError]
+
+
+async def test_a_batch_whose_sending_breaks_off_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line()
+
+    def breaks(batch: Any, on_replies: Any) -> Progress:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(line.store, "try_submit", breaks)
+    await line.ask("a")
+    assert failures(line.told["a"]) == [ActorFailed]
+    assert [type(each) for each in line.stage.ctx.crashes] == [ZeroDivisionError]
+    assert line.stage.guard.statistics().in_flight == 0
+
+
+async def test_whatever_is_under_way_is_answered_when_the_actor_ends() -> None:
+    line = Line()
+    for key in "abc":
+        await line.ask(key)
+    line.pipeline.fail_all(Failed.of(CacheClosed("it is closed")))
+    assert [failures(told) for told in line.told.values()] == [[CacheClosed]] * 3
+    line.store.open_replies.pop()([HIT])
+    assert line.stage.guard.statistics().in_flight == 0
 
 
 async def test_batches_that_strike_together_are_one_failure() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
     for name in "abcdefgh":
-        await stage.guard.submit(store, [Get(name)], None, lambda replies: None)
+        await stage.guard.submit(store, [Get(name)], lambda replies: None)
     stage.clock.advance(0.5)
     stage.ctx.ring()
     statistics = stage.guard.statistics()
@@ -636,7 +726,7 @@ async def test_what_our_own_loop_slept_through_is_not_the_stores_failure() -> No
     store = ScriptedPipeline()
     stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
     told: list[Sequence[Reply]] = []
-    assert stage.guard.submit_at_once(store, [Get("a")], told.append)
+    assert stage.guard.try_submit(store, [Get("a")], told.append)
     stage.clock.advance(3.0)
     stage.ctx.ring()
     assert told == []
@@ -649,7 +739,7 @@ async def test_a_reply_that_comes_too_late_is_dropped() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
     told: list[Sequence[Reply]] = []
-    await stage.guard.submit(store, [Get("a")], None, told.append)
+    await stage.guard.submit(store, [Get("a")], told.append)
     stage.clock.advance(0.5)
     stage.ctx.ring()
     store.open_replies.pop()([HIT])
@@ -661,7 +751,7 @@ async def test_a_batch_that_cannot_even_be_sent_is_given_up_and_answered() -> No
     stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
     told: list[Sequence[Reply]] = []
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.guard.submit, store, [Get("a")], None, told.append)
+        tasks.start_soon(stage.guard.submit, store, [Get("a")], told.append)
         while not store.asked:
             await checkpoint()
         stage.clock.advance(0.5)
@@ -674,7 +764,7 @@ async def test_a_batch_that_failed_later_is_repeated_beside_the_turns() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store, retry=RetryPolicy(backoff=1e-9))
     told: list[Sequence[Reply]] = []
-    await stage.guard.submit(store, [Get("a"), Increment("b")], None, told.append)
+    await stage.guard.submit(store, [Get("a"), Increment("b")], told.append)
     store.open_replies.pop()([Failed.of(DOWN), Failed.of(DOWN)])
     assert told == []
     (beside,) = stage.ctx.beside
@@ -692,7 +782,7 @@ async def test_what_fails_because_the_store_is_closed_is_not_repeated() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store)
     told: list[Sequence[Reply]] = []
-    await stage.guard.submit(store, [Get("a")], None, told.append)
+    await stage.guard.submit(store, [Get("a")], told.append)
     stage.guard.close()
     store.open_replies.pop()([Failed.of(DOWN)])
     assert [failures(each) for each in told] == [[CacheConnectionError]]

@@ -23,6 +23,7 @@ from cachebus import (
     Settings,
     open_cache,
 )
+from cachebus.actors.ports import NO_PROGRESS
 from cachebus.guard_settings import GuardSettings
 from cachebus.messages import Reply, Request, WrongType
 from cachebus.settings import backend_from_url, load_settings
@@ -106,21 +107,22 @@ async def test_breaker_success_threshold_says_how_many_probes_close_the_circuit(
 class Piped(Outage):
     """The same with several batches under way, each answered when `answer` says."""
 
-    apart: frozenset[type[Request[Any]]] = frozenset()
+    long_running: frozenset[type[Request[Any]]] = frozenset()
     max_batch = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.under_way: list[Any] = []
 
-    async def submit(self, batch: Any, replied: Any) -> None:
+    async def submit(self, batch: Any, on_replies: Any) -> Any:
         self.asked.append(batch)
         if self.error is not None:
             raise self.error
-        self.under_way.append((batch, replied))
+        self.under_way.append((batch, on_replies))
+        return NO_PROGRESS
 
-    def submit_at_once(self, batch: Any, replied: Any) -> bool:
-        return False
+    def try_submit(self, batch: Any, on_replies: Any) -> None:
+        return None
 
     async def answer(self) -> None:
         """Answer what is under way."""

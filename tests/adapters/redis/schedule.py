@@ -10,13 +10,13 @@ import asyncio
 import random
 import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Self
 
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_connection import Changes, RedisConnection
+from cachebus.adapters.redis_connection import InFlight, RedisConnection
 from cachebus.adapters.redis_dial import Place
 from cachebus.adapters.redis_slots import slot_of
 from cachebus.messages import (
@@ -53,24 +53,18 @@ class Gate:
 
     def __init__(self) -> None:
         self.chance = random.Random(0)
-        self.waiting: dict[RedisConnection, deque[tuple[bytes, int, Callable[[Any], None], Changes]]] = {}
+        self.waiting: dict[RedisConnection, deque[tuple[bytes, InFlight]]] = {}
         self.open = True
         self._send = RedisConnection.send
 
     def __enter__(self) -> Self:
         gate, send = self, self._send
 
-        def held(
-            connection: RedisConnection,
-            data: bytes,
-            wanted: int,
-            answer: Callable[[Any], None],
-            changes: Changes = tuple,
-        ) -> None:
+        def held(connection: RedisConnection, data: bytes, batch: InFlight) -> None:
             if gate.open:
-                send(connection, data, wanted, answer, changes)
+                send(connection, data, batch)
             else:
-                gate.waiting.setdefault(connection, deque()).append((data, wanted, answer, changes))
+                gate.waiting.setdefault(connection, deque()).append((data, batch))
 
         RedisConnection.send = held  # type: ignore[method-assign,assignment]
         return self
@@ -86,16 +80,25 @@ class Gate:
         if not ready:
             return False
         connection = self.chance.choice(ready)
-        data, wanted, answer, changes = self.waiting[connection].popleft()
+        data, batch = self.waiting[connection].popleft()
         done = asyncio.Event()
-
-        def answered(replies: Any) -> None:
-            answer(replies)
-            done.set()
-
-        self._send(connection, data, wanted, answered, changes)
+        self._send(connection, data, Signalled(batch, done))
         await done.wait()
         return True
+
+
+class Signalled:
+    """What is in flight, with an event for its end."""
+
+    def __init__(self, batch: InFlight, done: asyncio.Event) -> None:
+        self.wanted = batch.wanted
+        self.changes = batch.changes
+        self._batch = batch
+        self._done = done
+
+    def answer(self, replies: Any) -> None:
+        self._batch.answer(replies)
+        self._done.set()
 
 
 async def lose(store: Any, *names: str) -> None:
@@ -104,7 +107,7 @@ async def lose(store: Any, *names: str) -> None:
         if isinstance(store, RedisStore):
             (connection,) = await connections(store)
         else:
-            connection = await store._topology.node(store._topology.map.place(slot_of(name))).pool.main()
+            connection = await store._topology.node(store._topology.map.place(slot_of(name))).pool.connect()
         await connection.call("UNLINK", name)
 
 
@@ -288,8 +291,8 @@ async def connections(store: Any) -> list[RedisConnection]:
     """The connection of a store to each of its servers, made if there is none yet."""
     if isinstance(store, RedisStore):
         assert store._pool is not None
-        return [await store._pool.main()]
-    return [await store._topology.node(place).pool.main() for place in store._topology.map.places()]
+        return [await store._pool.connect()]
+    return [await store._topology.node(place).pool.connect() for place in store._topology.map.places()]
 
 
 async def replay(seed: int, servers: Sequence[Server]) -> World:

@@ -150,11 +150,11 @@ async def test_those_who_wait_for_one_connection_wait_for_one_attempt() -> None:
         store: Any = build_store(settings, namespace="n", clock=SYSTEM_CLOCK)
         pool = RedisPool(store._connect, 2)
         started = time.monotonic()
-        results = await asyncio.gather(*(pool.main() for _ in range(10)), return_exceptions=True)
+        results = await asyncio.gather(*(pool.connect() for _ in range(10)), return_exceptions=True)
         assert time.monotonic() - started < 3.0
         assert {type(each) for each in results} == {CacheConnectionError}
         with pytest.raises(CacheConnectionError):
-            await pool.main()  # Who comes later tries again.
+            await pool.connect()  # Who comes later tries again.
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 
 from cachebus import open_cache
 from cachebus.actors import BackendActor
-from cachebus.actors.ports import SYSTEM_CLOCK, PipelinedStore
+from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, PipelinedStore
 from cachebus.adapters.chaos import ChaosStore
 from cachebus.adapters.redis import RedisStore
 from cachebus.messages import (
@@ -245,11 +245,9 @@ def test_a_redis_store_is_pipelined_and_its_actor_takes_batches_of_its_size() ->
 
 async def test_a_store_that_loses_count_crashes_its_actor_and_everybody_is_answered(server: Server) -> None:
     class Miscounting(RedisStore):
-        async def submit(self, batch: Sequence[Any], replied: Any) -> None:
-            replied([])
-
-        def submit_at_once(self, batch: Sequence[Any], replied: Any) -> bool:
-            return False
+        def try_submit(self, batch: Sequence[Any], on_replies: Any) -> Any:
+            on_replies([])
+            return NO_PROGRESS
 
     settings: Any = backend_from_url(server.url)
     from cachebus.adapters.redis import Place

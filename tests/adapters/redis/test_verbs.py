@@ -260,7 +260,7 @@ async def test_a_found_many_reports_a_damaged_value(store: Any, server: Server) 
 
 def test_the_servers_clock_is_never_taken_to_be_behind_what_it_is() -> None:
     clock: Any = ManualClock()
-    connection = RedisConnection("here", clock, window=1, silence=None)
+    connection = RedisConnection("here", clock, window=1, health_interval=None)
 
     def told(server: float, seconds: float) -> None:
         """The server's clock stood at `server` at some moment of the `seconds` that its reply took."""

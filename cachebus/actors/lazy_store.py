@@ -9,10 +9,10 @@ import anyio
 
 from cachebus.messages import Reply, Request
 
-from .ports import BatchStore, PipelinedStore, Replied
+from .ports import BatchStore, OnReplies, PipelinedStore, Progress
 
 
-class LateStore:
+class LazyStore:
     """Stands for a store that could not be opened, and opens it before it hands a batch on.
 
     What opening raises is what the batch gets, so that the guard judges it like any other failure. `opened` is called
@@ -26,7 +26,7 @@ class LateStore:
         self._opening = anyio.Lock()
 
     def __repr__(self) -> str:
-        return f"<LateStore {'open' if self._is_open else 'not open yet'}, {self._store!r}>"
+        return f"<LazyStore {'open' if self._is_open else 'not open yet'}, {self._store!r}>"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -36,15 +36,14 @@ class LateStore:
         await self._open()
         return await self._store.execute(batch)
 
-    async def submit(self, batch: Sequence[Request[Any]], replied: Replied) -> None:
+    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> None:
+        """As `PipelinedStore.try_submit`: opening has to be waited for."""
+
+    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
         """As `PipelinedStore.submit`."""
         await self._open()
         assert isinstance(self._store, PipelinedStore)
-        await self._store.submit(batch, replied)
-
-    def submit_at_once(self, batch: Sequence[Request[Any]], replied: Replied) -> bool:
-        """As `PipelinedStore.submit_at_once`: opening has to be waited for."""
-        return False
+        return await self._store.submit(batch, on_replies)
 
     async def _open(self) -> None:
         async with self._opening:
