@@ -196,11 +196,6 @@ class MemcachedStore:
         """Return the exchange that carries out a batch at one server."""
         return carry_out(connection, self._values, batch)
 
-    apart: frozenset[type[Request[Any]]] = frozenset()
-
-    def submit_at_once(self, batch: Sequence[Request[Any]], replied: OnReplies) -> bool:
-        return self.try_submit(batch, replied) is not None
-
     # Several servers
 
     def _share_out(self, batch: Sequence[Request[Any]]) -> dict[Server, list[tuple[int, Request[Any]]]]:

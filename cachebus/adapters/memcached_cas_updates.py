@@ -44,45 +44,45 @@ class Item:
         self.closed = False
 
 
-I = TypeVar("I", bound=Item)
+AnyItem = TypeVar("AnyItem", bound=Item)
 
 
-class Decider(Protocol[I]):
+class Decider(Protocol[AnyItem]):
     """What `CasUpdate` reads and writes. One round has one lookup; `decide` raises `CacheError`."""
 
     session: Session
     unversioned: bool
     """Whether its items stand outside the generations of the namespace."""
 
-    def lookup(self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]) -> Exchange[list[tuple[int, I]]]:
+    def lookup(self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]) -> Exchange[list[tuple[int, AnyItem]]]:
         """Read the items of requests. What cannot be read at all is put into `replies`."""
         ...
 
-    def joins(self, request: Request[Any], item: I) -> bool:
+    def joins(self, request: Request[Any], item: AnyItem) -> bool:
         """Return whether a request may join what was decided for its item in this round."""
         ...
 
-    def decide(self, request: Request[Any], item: I) -> Reply | Draft:
+    def decide(self, request: Request[Any], item: AnyItem) -> Reply | Draft:
         """Return the reply, or what is to be written for it."""
         ...
 
-    def commands(self, item: I) -> list[bytes]:
+    def commands(self, item: AnyItem) -> list[bytes]:
         """Return the commands that write what was decided."""
         ...
 
-    def checks(self, items: list[I]) -> list[bytes]:
+    def checks(self, items: list[AnyItem]) -> list[bytes]:
         """Return commands that are sent after all of those, in the same piece."""
         ...
 
     def learn(self, answers: list[Answer]) -> None:
         """Take in the answers to `checks`."""
 
-    def outcome(self, item: I, answers: list[Answer]) -> Answer:
+    def outcome(self, item: AnyItem, answers: list[Answer]) -> Answer:
         """Return the answer that says whether it was written: a number, `MISS`, `NOT_STORED` or `EXISTS` if others were
         faster, or an error."""
         ...
 
-    def stored(self, item: I, token: int) -> Reply:
+    def stored(self, item: AnyItem, token: int) -> Reply:
         """Return the reply that stands for `None`."""
         ...
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Generator
 from typing import Any, TypeAlias, TypeVar
 
-from cachebus.actors.ports import Clock, Timer, Timers
+from cachebus.actors.ports import SLOWEST_LINE, Clock, Timer, Timers
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError, Failed
 
 from .memcached_errors import BACKEND, ProtocolError, ServerError, lost, parse_error
@@ -36,10 +36,11 @@ answer, `md` with one in its question."""
 RESYNC = 60.0
 """Seconds after which the server's clock is read once more."""
 
-SENT, SLOWEST_LINE, EACH = 10e6, 100e3, 20e-6
-"""How the time limit of an exchange grows: by the seconds that a good line takes for the bytes that are sent (bytes a
-second), by those that a bad line takes for the bytes that have moved, and by those that a busy server takes for each
-command. A server that moves fewer bytes than the bad line counts as not answering."""
+COMMAND_TIME = 20e-6
+"""Seconds by which each command makes the time limit of an exchange longer, besides `SLOWEST_LINE` for what is sent."""
+
+STALLED_LINE = 100e3
+"""Bytes a second above which a line counts as moving: what has moved extends the time limit of an exchange."""
 
 LATE = 0.03
 """Seconds by which a timer may be late before the event loop counts as having stood still."""
@@ -96,6 +97,7 @@ class Connection(asyncio.Protocol):
         self._moved = 0
         self._unsent = 0
         self._timer: Timer | None = None
+        self._armed_for = 0.0
         socket.attach(self)
         self._write = socket.write
 
@@ -121,7 +123,7 @@ class Connection(asyncio.Protocol):
         self._moved = 0
         self.last_progress = now
         self._resume(None)
-        if self._exchange is not None and (self._timer is None or self._timer.when > self._limit):
+        if self._exchange is not None and (self._timer is None or self._armed_for > self._limit):
             self._arm()
 
     def close(self, error: CacheError | None = None) -> None:
@@ -183,7 +185,7 @@ class Connection(asyncio.Protocol):
             if self.lost is None:
                 data, self._wanted = exchange.send(answers)  # type: ignore[arg-type]
                 if self.lost is None:
-                    self._limit += len(data) / SENT + self._wanted * EACH
+                    self._limit += len(data) / SLOWEST_LINE + self._wanted * COMMAND_TIME
                     self._write(data)
                     return
             while True:
@@ -258,20 +260,21 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._unsent = self._socket.unsent
+        self._armed_for = self._limit
         self._timer = self._timers.call_at(self._limit, self._check)
 
     def _check(self) -> None:
         """End an exchange whose time is up, unless its bytes are still moving."""
-        timer, self._timer = self._timer, None
+        self._timer = None
         if self._exchange is None:
             return
         now = self._now()
         unsent = self._socket.unsent
         if sent := max(self._unsent - unsent, 0):
             self.last_progress = now
-        self._limit += (self._moved + sent) / SLOWEST_LINE
+        self._limit += (self._moved + sent) / STALLED_LINE
         self._moved = 0
-        if timer is not None and now - timer.when > LATE:
+        if now - self._armed_for > LATE:
             self._limit = max(self._limit, now + LATE)  # The loop stood still. What has come meanwhile is heard first.
         if self._limit <= now:
             self.close(lost(TimeoutError(), self.server, self.timeout))

@@ -30,7 +30,16 @@ from typing import Any
 
 from cachebus.messages import CacheError, Stale
 
-from .memcached_entry import Entry, TagVersions, number, pack_entry, pack_tagged, read_entry, tag_versions, unpack_tagged
+from .memcached_entry import (
+    Entry,
+    TagVersions,
+    number,
+    pack_entry,
+    pack_tagged,
+    read_entry,
+    tag_versions,
+    unpack_tagged,
+)
 
 LEASE = b"l"[0]
 _OVER = 1.0

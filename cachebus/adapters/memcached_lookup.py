@@ -108,11 +108,7 @@ class Lookup:
         tags.update(dict.fromkeys(map(keys.tag, getattr(request, "tags", ()))))
         if (item := items.get(name)) is None:
             item = items[name] = KeyItem(*name)
-        if isinstance(request, GetOrLease):
-            refreshes = request.refresh
-        else:
-            refreshes = _of_lease(request)
-        if refreshes:
+        if request.refresh if isinstance(request, GetOrLease) else _of_lease(request):
             item.refresh = keys.refresh(request.key)
         return item
 

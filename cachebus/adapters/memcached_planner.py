@@ -141,10 +141,8 @@ def _resolve(
     for position, ((_, kept), request) in enumerate(zip(takers, batch, strict=True)):
         if type(reply := replies[position]) is Entry:
             direct.resolve_later(reply, position, getattr(request, "key", ""), kept or b"")
-    try:
+    with contextlib.suppress(NamespaceChanged):  # Cleared meanwhile: they are misses.
         yield from direct.resolve()
-    except NamespaceChanged:
-        pass
 
 
 class Plan:

@@ -10,6 +10,8 @@ from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .slots import PENDING, Pending, ReplySlot, SlotBatch
 from .subscription import Audience, Subscription, event_kinds
+from .timer_queue import TimerQueue
+from .timers import LoopTimers, Timer, running_timers
 from .tracing import current_trace, turn_trace, use_trace
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "EventPolicy",
     "KeyForm",
     "LocalBus",
+    "LoopTimers",
     "Pending",
     "Port",
     "Recipient",
@@ -35,6 +38,8 @@ __all__ = [
     "SystemClock",
     "TaskPort",
     "ThreadPort",
+    "Timer",
+    "TimerQueue",
     "Turn",
     "Visibility",
     "check_budget",
@@ -45,6 +50,7 @@ __all__ = [
     "open_port",
     "origin",
     "running_deadlines",
+    "running_timers",
     "settled",
     "shares",
     "too_late",

@@ -26,7 +26,6 @@ from cachebus.adapters.memcached import Endpoint, MemcachedStore, _Join
 from cachebus.adapters.memcached_connection import Connection
 from cachebus.adapters.memcached_keys import ALL_TAGS
 from cachebus.bus import Address
-from cachebus.bus.timers import Timer
 from cachebus.messages import Failed, Request
 from cachebus.testing.servers import Server, run_memcached
 
@@ -75,12 +74,15 @@ class BlockingSocket:
 
 
 class NoTimers:
-    """Timers that are never needed: whoever writes has its answer."""
+    """Timers that are never needed: writing waits for the answer."""
 
-    def call_at(self, when: float, callback: Callable[[], Any]) -> Any:
-        return Timer(None, None, when, callback)  # type: ignore[arg-type]
+    def call_at(self, when: float, callback: Callable[[], Any], /) -> NoTimers:
+        return self
 
     call_after = call_at
+
+    def cancel(self) -> None:
+        pass
 
 
 def connect(endpoint: Endpoint, clock: Clock) -> Connection:
