@@ -85,9 +85,7 @@ class MemcachedStore:
         self._endpoints = tuple(endpoints)
         self._tls = tls
         self._values = Values(self._keys, default_ttl, chunked)
-        self._connector = Connector(
-            clock=clock, connect_timeout=connect_timeout, timeout=timeout, most=max_connections
-        )
+        self._connector = Connector(clock=clock, connect_timeout=connect_timeout, timeout=timeout, most=max_connections)
         self._servers: dict[str, Server] = {}
         self._only: Server | None = None
         # The driver comes without type hints.

@@ -54,7 +54,9 @@ class Decider(Protocol[AnyItem]):
     unversioned: bool
     """Whether its items stand outside the generations of the namespace."""
 
-    def lookup(self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]) -> Exchange[list[tuple[int, AnyItem]]]:
+    def lookup(
+        self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]
+    ) -> Exchange[list[tuple[int, AnyItem]]]:
         """Read the items of requests. What cannot be read at all is put into `replies`."""
         ...
 

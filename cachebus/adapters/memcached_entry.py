@@ -164,9 +164,7 @@ def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float)
         if not size and 0.0 <= expiry < _FAR > stored_at >= 0.0 <= version < _FAR:
             if expiry and expiry <= now:
                 return MISSING
-            return Found(
-                raw[_HEADER_SIZE:], version or epoch + token, expiry - now if expiry else None, (), stored_at
-            )
+            return Found(raw[_HEADER_SIZE:], version or epoch + token, expiry - now if expiry else None, (), stored_at)
     try:
         entry = read_entry(raw, token, kept, epoch, now)
         if entry is None:

@@ -164,9 +164,9 @@ class KeyUpdates:
         form = bytes((entry.form,)) + entry.body
         packed = pack_entry(form, item.kept, expiry, entry.stored_at, entry.version, entry.metadata)
         commands.append(store(head + item.tail, packed, seconds, over(item.answer)))
-        draft = item.draft or _Touched(commands, None)
+        draft: Draft = item.draft or _Touched(commands, None)
         draft.commands, draft.reply = commands, Present(entry.version, expiry - now if expiry else None)
-        return draft  # type: ignore[no-any-return]
+        return draft
 
     def _count(self, request: Increment, item: KeyItem, entry: Entry | None) -> Reply | Draft:
         before: _Count | None = item.draft

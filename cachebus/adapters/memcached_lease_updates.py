@@ -136,9 +136,7 @@ class LeaseUpdates:
         if held is None or not self._looked.current(held):
             return NotHeld()
         refresh = held is item.refresh_held
-        return self._place(
-            item, held.until(self._now + request.lease_ttl), Renewed(request.lease_ttl), refresh=refresh
-        )
+        return self._place(item, held.until(self._now + request.lease_ttl), Renewed(request.lease_ttl), refresh=refresh)
 
     def _release(self, request: ReleaseLease, item: KeyItem) -> Reply | Draft:
         token = request.token

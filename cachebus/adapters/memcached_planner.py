@@ -156,7 +156,8 @@ class Plan:
 
     def run(self) -> Exchange[list[Reply]]:
         """Carry the batch out. What goes wrong is in the replies."""
-        batch, at, end, first, how = self._batch, 0, len(self._batch), 0, _direct
+        batch, at, end, first = self._batch, 0, len(self._batch), 0
+        how: How = _direct
         try:
             while at < end:
                 first, how = at, _how(batch[at])
@@ -211,10 +212,13 @@ class Plan:
                 self.replies[position] = Failed.of(error)
 
 
+How = Callable[[Plan, int, int], Exchange[None]]
+"""A method that carries out the requests from one position to before another."""
+
 _direct, _updates, _limits, _everything = Plan.direct, Plan.updates, Plan.limits, Plan.everything
 
 
-def _how(request: Request[Any]) -> Callable[[Plan, int, int], Exchange[None]]:
+def _how(request: Request[Any]) -> How:
     """Return the method that carries out a request and its neighbours of the same kind."""
     kind = type(request)
     if kind is Get:

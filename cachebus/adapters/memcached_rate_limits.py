@@ -51,9 +51,7 @@ class LimitUpdates:
         self._connection = session.connection
         self._now = 0.0
 
-    def lookup(
-        self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]
-    ) -> Exchange[list[tuple[int, _Limit]]]:
+    def lookup(self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]) -> Exchange[list[tuple[int, _Limit]]]:
         self._now = self._connection.now()
         limits: dict[str, _Limit] = {}
         keyed: list[tuple[int, _Limit]] = []

@@ -75,5 +75,20 @@ def name_of(store: MemcachedStore, key: str, server: int = 0) -> str:
     """What a key of the store is called at one of its servers."""
     connection = list(store._servers.values())[server].connection
     assert connection is not None
-    assert connection.generation is not None
+    assert connection.generation
     return store._keys.head(connection.generation) + store._keys.tail(key)[0]
+
+
+def count_trips(store: MemcachedStore, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What the store sends from here on, a piece for each round trip."""
+    sent: list[bytes] = []
+    for server in store._servers.values():
+        connection: Any = server.connection
+        write = connection._write
+
+        def listened(data: bytes, write: Any = write) -> None:
+            sent.append(data)
+            write(data)
+
+        monkeypatch.setattr(connection, "_write", listened)
+    return sent

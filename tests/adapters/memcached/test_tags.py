@@ -41,7 +41,7 @@ from cachebus.messages import (
 from cachebus.testing.servers import Server, run_memcached
 from cachebus.testing.suite.base import granted
 
-from .conftest import one, opened, raw
+from .conftest import count_trips, one, opened, raw
 
 
 def tag_name(store: MemcachedStore, tag: str | None) -> str:
@@ -50,21 +50,6 @@ def tag_name(store: MemcachedStore, tag: str | None) -> str:
     assert connection is not None
     assert connection.generation is not None
     return store._keys.head(connection.generation) + (ALL_TAGS if tag is None else store._keys.tag(tag))
-
-
-def count_trips(store: MemcachedStore, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What the store sends from here on, a piece for each round trip."""
-    sent: list[bytes] = []
-    for lane in store._servers.values():
-        connection: Any = lane.connection
-        ask = connection._ask
-
-        async def listened(line: Any, data: bytes, count: int, ask: Any = ask) -> Any:
-            sent.append(data)
-            return await ask(line, data, count)
-
-        monkeypatch.setattr(connection, "_ask", listened)
-    return sent
 
 
 # What it costs
