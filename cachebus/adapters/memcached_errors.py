@@ -18,8 +18,9 @@ BACKEND = "memcached"
 #   what the server says or does                       what it becomes                  the connection
 #   SERVER_ERROR out of memory storing object          CacheBackendError                stays
 #   SERVER_ERROR object too large for cache            CacheBackendError                stays
+#   CLIENT_ERROR cannot increment or decrement ...     CacheBackendError                stays
 #   any other SERVER_ERROR                             CacheBackendError                is dropped
-#   CLIENT_ERROR, ERROR                                CacheBackendError                is dropped
+#   any other CLIENT_ERROR, ERROR                      CacheBackendError                is dropped
 #   ERROR Too many open connections                    CacheConnectionError             is dropped
 #   anything that is no answer to what was asked       CacheConnectionError             is dropped
 #   end of file, reset, refused, no route, no name     CacheConnectionError             is dropped
@@ -30,6 +31,7 @@ BACKEND = "memcached"
 _STAYS: dict[bytes, str] = {
     b"SERVER_ERROR out of memory storing object": "the server's memory is full and it evicts nothing",
     b"SERVER_ERROR object too large for cache": "the entry is larger than the server's items may be",
+    b"CLIENT_ERROR cannot increment or decrement non-numeric value": "the counter is no number",
 }
 
 
