@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 import msgspec
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import TURNS_PER_CHECKPOINT, Subscription
+from cachebus.bus import TURNS_PER_CHECKPOINT, ReplySlot, Subscription
 from cachebus.messages import (
     Add,
     CacheClosed,
@@ -163,7 +163,9 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
             return reply.value
         # What must be waited for suspends anyway: it needs no checkpoint, and so one coroutine less.
         found = await (
-            self._finish(request, None) if reply is None and key and key.isascii() else self.finish_get(request, reply)
+            self._finish(request, reply)
+            if (type(reply) is ReplySlot or reply is None) and key and key.isascii()
+            else self.finish_get(request, reply)
         )
         return found.value if isinstance(found, Found) else default
 

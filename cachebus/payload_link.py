@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 from anyio import to_thread
 from msgspec.structs import replace
 
-from cachebus.bus import Address, Bus, Emitter
+from cachebus.bus import Address, Bus, Emitter, ReplySlot, too_late
 from cachebus.messages import (
     Add,
     CacheError,
     CacheSerializationError,
     CapabilityError,
     CompareAndSet,
+    Failed,
     Found,
     FoundMany,
     Get,
@@ -77,7 +78,7 @@ class PayloadLink(Link):
     `offload_above` bytes or more are packed and unpacked in a worker thread.
     """
 
-    __slots__ = ("_debug", "_inner_get", "_inner_lease", "_inner_set", "_offload_above", "_pipeline", "_told")
+    __slots__ = ("_debug", "_inner_get", "_inner_lease", "_inner_set", "_late", "_offload_above", "_pipeline", "_told")
 
     def __init__(
         self,
@@ -97,6 +98,7 @@ class PayloadLink(Link):
         self._offload_above = offload_above
         self._debug = debug
         self._told: set[str] = set()
+        self._late = too_late(address, timeout)
         self._inner_get, self._inner_set, self._inner_lease = self.turn_get, self.turn_set, self.turn_lease
         self.turn_get, self.turn_set, self.turn_lease = self._coded_get, self._coded_set, self._coded_lease
 
@@ -139,9 +141,20 @@ class PayloadLink(Link):
             return cast("R", await self._answer(_WAITING, message, await self._written(write, None, reply.serialized)))
         if type(reply) is _Handed:
             coded, reply = reply
-        deadline = self.bus.clock.monotonic() + self.timeout
+        deadline = 0.0
         try:
-            came: Any = await self.bus.finish(self.address, coded, reply, self.timeout)
+            came: Any
+            if type(reply) is ReplySlot:  # As `LocalBus.finish`, less a coroutine.
+                try:
+                    came = await reply.within(self.timeout, self._late)
+                except BaseException:
+                    reply.leave()
+                    raise
+                if type(came) is Failed:
+                    raise came.error()
+            else:
+                deadline = self.bus.clock.monotonic() + self.timeout
+                came = await self.bus.finish(self.address, coded, reply, self.timeout)
             kind = type(came)  # pyright: ignore[reportUnknownVariableType]
             if kind is Stored or kind is Missing:
                 return came  # type: ignore[no-any-return]
@@ -160,6 +173,8 @@ class PayloadLink(Link):
                         return cast("R", Remembered(value))
                     # Another object: two may share a reply.
                     return cast("R", Found(value, came.version, came.ttl, came.tags, came.stored_at))
+            if type(reply) is ReplySlot:
+                deadline = self.bus.clock.monotonic() + reply.seconds_left
             return cast("R", await self._come_back(_WAITING, coded, came, deadline))
         except CacheSerializationError as error:
             if type(coded) is not Get:
@@ -189,8 +204,9 @@ class PayloadLink(Link):
     # Out
 
     def _coded_get(self, message: Get) -> Any:
-        if (reply := self._inner_get(message)) is None:  # What most calls of a remote backend get.
-            return None
+        reply = self._inner_get(message)
+        if type(reply) is ReplySlot or reply is None:  # What calls of a remote backend get.
+            return reply
         return self._read(message.key, reply) if has_value(type(reply)) else reply
 
     def _coded_set(self, message: Set) -> Any:
@@ -199,9 +215,11 @@ class PayloadLink(Link):
             if self._offload_above is not None and len(value) >= self._offload_above:
                 return _Content(value)
             value = self._protected(message.key, value)
-        coded = with_value(message, value)
+        coded = Set(message.key, value, message.ttl, message.tags, message.only_if, message.lease, message.metadata)
         reply = self._inner_set(coded)
-        return reply if type(reply) is Stored else _Handed(coded, reply)
+        if type(reply) is Stored or (type(reply) is ReplySlot and message.only_if is None):
+            return reply
+        return _Handed(coded, reply)
 
     def _coded_lease(self, message: GetOrLease) -> Any:
         reply = self._inner_lease(message)

@@ -119,7 +119,7 @@ class MsgpackSerializer:
         if len(packed) < _PACKED_MAX:
             self._packers.append(packer)
         # msgpack writes a bytearray and a memoryview as bytes without asking. Only then is there one of these in it.
-        if b"\xc4" in packed or b"\xc5" in packed or b"\xc6" in packed:
+        if type(value) not in _PLAIN and (b"\xc4" in packed or b"\xc5" in packed or b"\xc6" in packed):
             self._refuse_buffers(value)
         return packed
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from cachebus.messages import Clear, DeletePattern, Reply, Request
+from msgspec import Struct
+
+from cachebus.messages import (
+    AcquireLock,
+    Clear,
+    DeletePattern,
+    DescribeLock,
+    ReleaseLock,
+    RenewLock,
+    Reply,
+    Request,
+)
 
 from .context import Context
 from .latency import AdaptiveTimeout
@@ -16,6 +27,9 @@ PUNCTUAL = 0.03
 
 SLOW_REQUESTS = frozenset[type[Request[Any]]]({Clear, DeletePattern})
 """Requests whose duration grows with the number of keys stored: they have the longest timeout, and say nothing of others."""
+
+LOCK_REQUESTS = frozenset[type[Request[Any]]]({AcquireLock, RenewLock, ReleaseLock, DescribeLock})
+"""Requests with an adaptive timeout of their own."""
 
 SLOWEST_KEY = 100e-6
 """Seconds that a backend may take for each key of a request about many."""
@@ -44,56 +58,32 @@ class FixedDeadline:
         return None if self._deadline is None else self._deadline - now
 
 
-class Attempt:
+class Attempt(Struct, eq=False):
     """A batch that was handed to the store.
 
     `then` takes its replies. `scope` breaks off the sending, while that is awaited. `extended` says that the attempt had
-    more time than the adaptive timeout, so that its end says nothing about the backend's health.
+    more time than the adaptive timeout, so that its end says nothing about the backend's health. `short` is false for slow
+    requests; where it matters, those have batches of their own.
     """
 
-    __slots__ = (
-        "callers",
-        "due",
-        "extended",
-        "may_repeat",
-        "progress",
-        "requests",
-        "scope",
-        "short",
-        "started",
-        "store",
-        "then",
-        "ticket",
-        "timeout",
-    )
-
-    def __init__(
-        self,
-        requests: Sequence[Request[Any]],
-        store: Any,
-        then: Callable[[Sequence[Reply]], None],
-        callers: CallDeadlines | None,
-        ticket: int,
-        timeout: AdaptiveTimeout,
-        started: float,
-    ) -> None:
-        self.requests = requests
-        self.store = store
-        self.then = then
-        self.callers = callers
-        self.ticket = ticket
-        self.timeout = timeout
-        self.started = started
-        self.due = started + timeout.current
-        self.short = type(requests[0]) not in SLOW_REQUESTS  # Where it matters, those have batches of their own.
-        self.extended = False
-        self.progress: Progress = NO_PROGRESS
-        self.scope: Any = None
-        self.may_repeat = True
+    requests: Sequence[Request[Any]]
+    store: Any
+    then: Callable[[Sequence[Reply]], None]
+    callers: CallDeadlines | None
+    ticket: int
+    timeout: AdaptiveTimeout
+    started: float
+    due: float
+    short: bool
+    extended: bool = False
+    progress: Progress = NO_PROGRESS
+    scope: Any = None
+    may_repeat: bool = True
 
 
 class Attempts:
-    """The attempts under way. `overdue` is given each whose time is up; it must call `take`.
+    """The attempts under way: a guard enters them in `outstanding`, and arms the timer for one that is due before
+    `armed_for`. `overdue` is given each whose time is up; it must call `take`.
 
     One timer for all, armed again only for an attempt that is due earlier: mostly everything that it was armed for has
     been answered when it fires, and what each batch costs is one comparison. `longest` bounds the extension of an attempt,
@@ -106,51 +96,45 @@ class Attempts:
         self._longest = longest
         self._overdue = overdue
         self.short = 0
-        self._outstanding: dict[Attempt, None] = {}
-        self._armed_for = _NEVER
+        self.outstanding: dict[Attempt, None] = {}
+        self.armed_for = _NEVER
         self._disarm: Callable[[], None] | None = None
-
-    def add(self, attempt: Attempt) -> None:
-        """Watch an attempt that begins now."""
-        self._outstanding[attempt] = None
-        self.short += attempt.short
-        if attempt.due < self._armed_for:
-            self._arm(attempt.due, attempt.started)
 
     def take(self, attempt: Attempt) -> bool:
         """Whether the attempt has not been settled before; now it has."""
-        if self._outstanding.pop(attempt, attempt) is not None:
+        if self.outstanding.pop(attempt, attempt) is not None:
             return False
         self.short -= attempt.short
         return True
 
     def take_all(self) -> list[Attempt]:
         """Every attempt that is under way."""
-        return [attempt for attempt in tuple(self._outstanding) if self.take(attempt)]
+        return [attempt for attempt in tuple(self.outstanding) if self.take(attempt)]
 
-    def _arm(self, due: float, now: float) -> None:
+    def arm(self, due: float, now: float) -> None:
+        """Look at the attempts again when it is `due`."""
         if self._disarm is not None:
             self._disarm()
-        self._armed_for = due
+        self.armed_for = due
         self._disarm = self._ctx.call_after(due - now, self._check)
 
     def _check(self) -> None:
         now = self._now()
         # A timer that is late says that this loop stood still and read nothing. The answers may have arrived by now, so they
         # are read first: what we slept through is nobody's failure.
-        if (stall := now - self._armed_for) > PUNCTUAL:
-            for attempt in self._outstanding:
+        if (stall := now - self.armed_for) > PUNCTUAL:
+            for attempt in self.outstanding:
                 attempt.due += stall + PUNCTUAL
         self._disarm = None
-        self._armed_for = _NEVER
-        for attempt in [each for each in self._outstanding if each.due <= now]:
+        self.armed_for = _NEVER
+        for attempt in [each for each in self.outstanding if each.due <= now]:
             # Looked at only now, because nearly every batch is answered long before.
             self._extend(attempt, now)
             if attempt.due <= now:
                 self._overdue(attempt, now)
-        next_due = min((each.due for each in self._outstanding), default=_NEVER)
-        if next_due < self._armed_for:
-            self._arm(next_due, now)
+        next_due = min((each.due for each in self.outstanding), default=_NEVER)
+        if next_due < self.armed_for:
+            self.arm(next_due, now)
 
     def _extend(self, attempt: Attempt, now: float) -> None:
         """Give an attempt more time for its size, and while bytes still move; but none after its callers have gone."""

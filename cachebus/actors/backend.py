@@ -128,7 +128,9 @@ class BackendActor(Actor):
         else:
             self._guard = Guard(self._policy, self.ctx, self._store.name)
             if self._pipelined is not None:
-                self._pipeline = RequestPipeline(self._pipelined, self._guard, self.ctx, self._account)
+                self._pipeline = RequestPipeline(
+                    self._pipelined, self._guard, self.ctx, self._counters.count_all, self._emit
+                )
                 self._incarnation = self.ctx.defer()
                 self._incarnation.attach(_EndOfIncarnation(self._pipeline))
             await self._open(self._store, self._guard)
@@ -178,7 +180,8 @@ class BackendActor(Actor):
         elif self._pipelined is not None and self._pipeline is not None:
             quick = [kind for kind in STORE_REQUESTS if kind not in self._pipelined.long_running]
             table.batch.update(dict.fromkeys(quick, self._on_pipelined))
-            table.eager.update(dict.fromkeys(quick, self._pipeline.take))
+            if self._pipeline.takes_turns:
+                table.eager.update(dict.fromkeys(quick, self._pipeline.take))
             table.waiting.update(dict.fromkeys(self._pipelined.long_running, self._pipeline.put_alone))
         else:
             table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_batch))
@@ -248,7 +251,9 @@ class BackendActor(Actor):
         assert self._guard is not None
         traces = self._traces()
         replies = await self._guard.execute(self._asked, batch, self.ctx.deadline)
-        self._account(batch, replies, traces)
+        self._counters.count_all(batch, replies)
+        if self.ctx.audience.kinds:
+            self._emit(batch, replies, traces)
         return replies
 
     async def _on_pipelined(self, batch: Sequence[Request[Any]]) -> Sequence[ReplySlot]:
@@ -258,11 +263,8 @@ class BackendActor(Actor):
     def _traces(self) -> Sequence[str | None]:
         return self.ctx.traces if self.ctx.audience.kinds else ()
 
-    def _account(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
-        """Count what came of a batch, and tell whoever listens, each event with the trace of its request."""
-        self._counters.count_all(batch, replies)
-        if not self.ctx.audience.kinds:
-            return
+    def _emit(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
+        """Emit what came of a batch, each event with the trace of its request."""
         token = turn_trace.set(None)
         try:
             for place, (request, reply) in enumerate(zip(batch, replies, strict=True)):

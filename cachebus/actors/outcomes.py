@@ -56,13 +56,17 @@ class StoreCounters:
 
     def count_all(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
         """Count a batch by its replies."""
-        hits = 0
+        hits = sets = 0
         for request, reply in zip(batch, replies, strict=True):
-            if type(reply) is Found and type(request) is not GetOrLease:
+            kind = type(reply)
+            if kind is Found and type(request) is not GetOrLease:
                 hits += 1
+            elif kind is Stored:
+                sets += 1
             else:
                 self.count(request, reply)
         self.hits += hits
+        self.sets += sets
 
     def count(self, request: Request[Any], reply: Reply) -> None:
         """Count one request by its reply."""

@@ -28,8 +28,11 @@ GOOD_BATCH = 16
 """Requests that are sent though others are under way: fewer wait for those, because a system call costs as much as ten
 requests do."""
 
-Account = Callable[[Sequence[Request[Any]], Sequence[Reply], Sequence[str | None]], None]
-"""Counts and tells what came of a batch: its requests, their replies, and their traces, if somebody listens."""
+Count = Callable[[Sequence[Request[Any]], Sequence[Reply]], None]
+"""Counts the requests of a batch by their replies."""
+
+Emit = Callable[[Sequence[Request[Any]], Sequence[Reply], Sequence[str | None]], None]
+"""Emits the events of a batch: its requests, their replies, and their traces."""
 
 
 class RequestPipeline:
@@ -40,14 +43,15 @@ class RequestPipeline:
     """
 
     def __init__(
-        self, store: PipelinedStore, guard: Guard, ctx: Context, account: Account, *, max_bytes: int = 1 << 20
+        self, store: PipelinedStore, guard: Guard, ctx: Context, count: Count, emit: Emit, *, max_bytes: int = 1 << 20
     ) -> None:
         self.store: Any = store
         self._guard = guard
         self._attempts = guard.attempts
         self._breaker = guard.breaker
         self._ctx = ctx
-        self._account = account
+        self._count = count
+        self._emit = emit
         self._max_batch = store.max_batch
         self._max_bytes = max_bytes
         self._deadlines = running_deadlines()
@@ -59,16 +63,41 @@ class RequestPipeline:
         self._is_scheduled = False
         guard.on_free = self._resume
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether requests may be taken on the sender's stack: on asyncio."""
+        return self._deadlines is not None
+
     def __repr__(self) -> str:
         waiting = 0 if self._open is None else len(self._open.slots)
         return f"<RequestPipeline to {self.store!r}, {waiting} waiting>"
 
     def take(self, request: Request[Any]) -> ReplySlot | None:
-        """Take a request on the sender's stack. `None` if it has to go through the mailbox: another thread's, one that takes
-        many round trips, and all while a batch waits for the store."""
-        if self._blocked is not None or get_ident() != self._thread or self._deadlines is None:
+        """Take a request on the sender's stack. `None` if it has to go through the mailbox: another thread's, and all while a
+        batch waits for the store."""
+        if self._blocked is not None or get_ident() != self._thread:
             return None
-        return self._add(request, current_trace() if self._ctx.audience.kinds else None)
+        batch = self._open
+        if batch is None:
+            batch = self._open = SlotBatch(self._deadlines)
+        slot = ReplySlot(batch, current_trace() if self._ctx.audience.kinds else None)
+        batch.requests.append(request)
+        slots = batch.slots
+        slots.append(slot)
+        if type(request) is not Get and type(value := getattr(request, "value", None)) is bytes:
+            batch.size += len(value)
+        count = len(slots)
+        if count >= self._max_batch or batch.size >= self._max_bytes:
+            self._flush()
+        elif not self._is_scheduled:
+            if count == 1 and (not self._attempts.short or self._breaker.state is not _CLOSED):
+                if self._lone:
+                    self._flush()
+                else:
+                    self._schedule()
+            elif count == GOOD_BATCH:
+                self._schedule()
+        return slot
 
     async def put(self, requests: Sequence[Request[Any]], traces: Sequence[str | None]) -> Sequence[ReplySlot]:
         """Take requests from the mailbox, once there is room for them."""
@@ -77,7 +106,10 @@ class RequestPipeline:
         for place, request in enumerate(requests):
             if self._blocked is not None:
                 await self._unblocked()
-            slot = self._add(request, traces[place] if traces else None)
+            slot = self.take(request)
+            assert slot is not None
+            if traces:
+                slot.trace = traces[place]
             slots.append(slot)
             if deadline is not None:
                 known = slot.batch.deadline
@@ -109,29 +141,6 @@ class RequestPipeline:
         await self._unblocked()
 
     # Gathering
-
-    def _add(self, request: Request[Any], trace: str | None) -> ReplySlot:
-        batch = self._open
-        if batch is None:
-            batch = self._open = SlotBatch(self._deadlines)
-        slot = ReplySlot(batch, trace)
-        batch.requests.append(request)
-        slots = batch.slots
-        slots.append(slot)
-        if type(request) is not Get and type(value := getattr(request, "value", None)) is bytes:
-            batch.size += len(value)
-        count = len(slots)
-        if count >= self._max_batch or batch.size >= self._max_bytes:
-            self._flush()
-        elif not self._is_scheduled:
-            if count == 1 and (not self._attempts.short or self._breaker.state is not _CLOSED):
-                if self._lone:
-                    self._flush()
-                else:
-                    self._schedule()
-            elif count == GOOD_BATCH:
-                self._schedule()
-        return slot
 
     def _schedule(self) -> None:
         if self._deadlines is None:
@@ -203,8 +212,9 @@ class RequestPipeline:
         try:
             if len(replies) != len(batch.slots):
                 raise TypeError(f"a batch of {len(batch.slots)} messages got {len(replies)} replies")
-            traces = [slot.trace for slot in batch.slots] if self._ctx.audience.kinds else ()
-            self._account(batch.requests, replies, traces)
+            self._count(batch.requests, replies)
+            if self._ctx.audience.kinds:
+                self._emit(batch.requests, replies, [slot.trace for slot in batch.slots])
             batch.settle(replies)
         except BaseException as error:
             self._broken(batch, error)

@@ -31,7 +31,7 @@ from cachebus.messages import (
     error_class,
 )
 
-from .attempts import Attempt, Attempts, CallDeadlines, FixedDeadline, timeout_extension
+from .attempts import LOCK_REQUESTS, SLOW_REQUESTS, Attempt, Attempts, CallDeadlines, FixedDeadline, timeout_extension
 from .breaker import CircuitBreaker, CircuitState
 from .concurrency_limit import ConcurrencyLimiter
 from .context import Context
@@ -154,8 +154,10 @@ class Guard:
         callers: CallDeadlines | None = None,
     ) -> bool:
         """Send a batch, if nothing has to be waited for; else `False`. Raises `CircuitOpen`."""
-        if not self._limiter.try_acquire():
+        limiter = self._limiter
+        if limiter.taken >= limiter.limit:
             return False
+        limiter.taken += 1
         attempt = self._begin(requests, store, then, callers)
         try:
             progress = store.try_submit(requests, partial(self._settle, attempt))
@@ -199,7 +201,7 @@ class Guard:
             attempt.scope = None
         if scope.cancel_called:
             # Given up while it was being sent. Should it have been sent after all, its replies are dropped.
-            self._end(attempt, self._too_late(attempt), True)
+            self._end(attempt, self._too_late(attempt))
 
     # A store that answers at once
 
@@ -268,32 +270,59 @@ class Guard:
                 self._rejected += 1
                 self._limiter.release()
                 raise
-        timeout = self._lock_timeout if requests[0].WIRE_NAME.startswith("lock.") else self._timeout
-        attempt = Attempt(requests, store, then, callers, ticket, timeout, self._now())
-        self.attempts.add(attempt)
+        timeout = self._lock_timeout if type(requests[0]) in LOCK_REQUESTS else self._timeout
+        started = self._now()
+        due = started + timeout.current
+        short = type(requests[0]) not in SLOW_REQUESTS
+        attempt = Attempt(requests, store, then, callers, ticket, timeout, started, due, short)
+        attempts = self.attempts
+        attempts.outstanding[attempt] = None
+        attempts.short += short
+        if due < attempts.armed_for:
+            attempts.arm(due, started)
         return attempt
 
     # On the way back
 
     def _settle(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
         """Take the replies of an attempt, unless it was given up before they came."""
-        if not self.attempts.take(attempt):
+        attempts = self.attempts
+        if attempts.outstanding.pop(attempt, attempt) is not None:
             return
+        attempts.short -= attempt.short
         has_failures = Failed in map(type, replies)
         if not (has_failures and self._judge(attempt, replies)):
-            self._succeeded(attempt)
-        self._limiter.release()
-        self._end(attempt, replies, has_failures)
-
-    def _end(self, attempt: Attempt, replies: Sequence[Reply], has_failures: bool) -> None:
-        """Hand the replies on, or repeat what is worth it before."""
+            self._successes += 1
+            breaker = self.breaker
+            if breaker.state is not _CLOSED or breaker.failures:
+                breaker.succeeded(attempt.ticket)
+            duration = self._now() - attempt.started
+            if duration <= self.policy.timeout_min or not timeout_extension(attempt.requests, self.policy.timeout_max):
+                attempt.timeout.answered(duration)
+            if not self._connected:
+                self.connected()
+        limiter = self._limiter
+        if limiter.queue:
+            limiter.release()
+        else:
+            limiter.taken -= 1
+        if has_failures:
+            self._end(attempt, replies)
+            return
         try:
-            if has_failures and attempt.may_repeat and self._worth_repeating(attempt.requests, replies):
+            attempt.then(replies)
+        finally:
+            self.on_free()  # Last: callers that ask again at once come into the batch that waited for this one.
+
+    def _end(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
+        """Hand on replies of which some are failures, or repeat what is worth it before."""
+        try:
+            if attempt.may_repeat and self._worth_repeating(attempt.requests, replies):
                 self._ctx.start_soon(partial(self._go_on, attempt, replies))
             else:
                 attempt.then(replies)
         finally:
-            self.on_free()  # Last: callers that ask again at once come into the batch that waited for this one.
+            self.on_free()
 
     async def _go_on(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
         async def again(part: Sequence[Request[Any]]) -> Sequence[Reply]:
@@ -307,17 +336,6 @@ class Guard:
             answer = await self._repeated(again, attempt.requests, replies, attempt.callers)
         finally:
             attempt.then(answer)
-
-    def _succeeded(self, attempt: Attempt) -> None:
-        self._successes += 1
-        breaker = self.breaker
-        if breaker.state is not _CLOSED or breaker.failures:
-            breaker.succeeded(attempt.ticket)
-        duration = self._now() - attempt.started
-        if duration <= self.policy.timeout_min or not timeout_extension(attempt.requests, self.policy.timeout_max):
-            attempt.timeout.answered(duration)
-        if not self._connected:
-            self.connected()
 
     def _judge(self, attempt: Attempt, replies: Sequence[Reply]) -> bool:
         """Take in replies of which some are failures. `False` if they are a success to the circuit breaker."""
@@ -357,7 +375,7 @@ class Guard:
             attempt.scope.cancel()
             self.on_free()
         else:
-            self._end(attempt, self._too_late(attempt), True)
+            self._end(attempt, self._too_late(attempt))
 
     def _too_late(self, attempt: Attempt) -> Sequence[Reply]:
         waited = self._now() - attempt.started

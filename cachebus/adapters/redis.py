@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, Capabilities, Clock, Gauges, OnReplies, Progress
@@ -19,16 +21,19 @@ from cachebus.messages import (
     Get,
     Reply,
     Request,
+    Set,
     WatchLease,
 )
 
-from .redis_connection import RedisConnection
+from .redis_connection import RedisConnection, pack_words
 from .redis_dial import Dial, Identity, Place, TlsFiles, find_master
 from .redis_errors import BACKEND
 from .redis_listener import RedisListener
 from .redis_plan import Plan
 from .redis_pool import RedisPool
-from .redis_sent import SentCommands, SentGets
+from .redis_scripts import WRITE
+from .redis_sent import SentCommands, SentGets, SentSets, plain_sets
+from .redis_singles import milliseconds
 from .redis_tags import TagSpace
 from .redis_values import VALUE_MAX
 from .redis_walk import Walks, remove_matching
@@ -90,6 +95,8 @@ class RedisStore:
         self._default_ttl = default_ttl
         self._space = TagSpace(namespace, here=True)
         self._planner = planner
+        self._is_plain = planner is Plan
+        self._default_px = milliseconds(default_ttl)
         self._dial = Dial(
             clock=clock,
             identity=identity or Identity(),
@@ -163,26 +170,60 @@ class RedisStore:
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
         connection = None if self._pool is None else self._pool.main
-        if connection is None or not connection.has_room or type(batch[0]) in self.long_running:
+        if (
+            connection is None
+            or connection.lost is not None
+            or connection.paused
+            or len(connection.in_flight) >= connection.window
+            or type(batch[0]) in self.long_running
+        ):
             return None
         return self._send(connection, batch, on_replies)
 
     def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        keys = [request.key for request in batch if type(request) is Get]
-        if len(keys) == len(batch) and not self._space.seen and self._planner is Plan:
-            if SentGets(self._prefix, keys, connection, on_replies, self._space).send():
-                return connection
-        plan = self._planner(batch, self._prefix, self._default_ttl, self._space)
+        kind = type(batch[0])
+        if self._is_plain:
+            with suppress(UnicodeEncodeError):  # A careful plan finds out which key it is.
+                if kind is Get and self._send_gets(connection, batch, on_replies):
+                    return connection
+                if kind is Set and self._send_sets(connection, batch, on_replies):
+                    return connection
+        plan = self._plan(batch)
         try:
             data = plan.packed()
         except UnicodeEncodeError:
-            plan = self._planner(batch, self._prefix, self._default_ttl, self._space, careful=True)
+            plan = self._plan(batch, careful=True)
             data = plan.packed()
         if not plan.commands:
-            on_replies(plan.replies)
+            on_replies(plan.done())
         else:
-            connection.send(data, SentCommands(plan.commands, connection, plan.replies, on_replies))
+            connection.send(data, SentCommands(plan.commands, connection, plan.done, on_replies))
         return connection
+
+    def _send_gets(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> bool:
+        prefix = self._prefix
+        names = [prefix + request.key for request in batch if type(request) is Get]
+        if self._space.seen or len(names) < len(batch):
+            return False
+        wanted, places = dict.fromkeys(names), None
+        if len(wanted) < len(names):  # Equal keys share a place.
+            at = {name: place for place, name in enumerate(wanted)}
+            places = [at[name] for name in names]
+        data = pack_words(("MGET", *wanted))
+        connection.send(data, SentGets(connection, tuple(wanted), places, self._space, on_replies))
+        return True
+
+    def _send_sets(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> bool:
+        plain = plain_sets(batch, self._prefix, self._default_px)
+        if plain is None:
+            return False
+        names, arguments = plain
+        data = pack_words(("EVALSHA", WRITE.here.sha, len(names), *names, *arguments))
+        connection.send(data, SentSets(connection, names, partial(self._plan, batch), on_replies))
+        return True
+
+    def _plan(self, batch: Sequence[Request[Any]], *, careful: bool = False) -> Plan:
+        return self._planner(batch, self._prefix, self._default_ttl, self._space, careful=careful)
 
     async def _ready(self, pool: RedisPool) -> RedisConnection:
         """The connection for requests, with room for a batch."""

@@ -217,9 +217,9 @@ class RedisClusterStore(ClusterTraffic):
         stamps: Mapping[int, bytes | CacheError] | None = None,
     ) -> tuple[UnderWay, list[Trip]]:
         plan, packed = self._planned(batch, stamps)
-        under_way = UnderWay(len(plan.commands), lambda: on_replies(plan.replies))
+        under_way = UnderWay(len(plan.commands), lambda: on_replies(plan.done()))
         if not plan.commands:
-            on_replies(plan.replies)
+            on_replies(plan.done())
         return under_way, [
             Trip(command, slot_of(command.key), data, under_way)
             for command, data in zip(plan.commands, packed, strict=True)

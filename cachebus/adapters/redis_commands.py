@@ -74,9 +74,10 @@ class Command:
             return self.settle(reply, now) or ()
         except CacheError as error:
             self.fail(error)
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error):
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error) as error:
             # Bytes that are not ours, or damaged: an error of their own request, and of no other.
-            self.fail(CacheSerializationError("the server's reply could not be understood"))
+            kind = type(error).__name__
+            self.fail(CacheSerializationError(f"the server's reply could not be understood ({kind})"))
         return ()
 
     def give_up(self, error: CacheError) -> None:

@@ -24,6 +24,9 @@ Answer: TypeAlias = Callable[["Sequence[Any] | CacheError"], None]
 
 Argument: TypeAlias = str | bytes | int
 
+UNSENT_MAX = 4 << 20
+"""Bytes that may wait to be sent before no more batches are."""
+
 _MORE: Any = object()  # What hiredis says when it has no whole reply.
 
 
@@ -70,7 +73,8 @@ class RedisConnection(asyncio.Protocol):
     `server` names it in errors, `greeted` says that the server has taken us in. Every `health_interval` seconds the server
     is asked for its time, which keeps the connection alive and our idea of the server's clock good; a server that says
     nothing for so long, and the time that the bytes in flight may take, is given up. `on_push` takes what the server says
-    unasked, such as a message of a channel.
+    unasked, such as a message of a channel. `heard_at` is when bytes last came, `offset` what the server's clock is ahead of
+    the monotonic one.
     """
 
     def __init__(self, server: str, clock: Clock, *, window: int, health_interval: float | None) -> None:
@@ -80,45 +84,40 @@ class RedisConnection(asyncio.Protocol):
         self.on_push: Callable[[Sequence[Any]], None] | None = None
         self._clock = clock
         self._monotonic = clock.monotonic
-        self._window = window
+        self.window = window
         self._health_interval = health_interval
-        self._offset = float("inf")
+        self.offset = float("inf")
         self._reader = hiredis.Reader(notEnoughData=_MORE)
-        self._in_flight: deque[InFlight] = deque()
+        self.in_flight: deque[InFlight] = deque()
         self._replies: list[Any] = []  # Of the batch that is answered next.
         self._waiters: list[asyncio.Future[None]] = []
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._paused = False
-        self._heard_at = self._sent_at = self._checked_at = float("-inf")
-        self._unsent = 0  # Bytes that wait to be sent, while writing is paused.
+        self.paused = False
+        self.heard_at = self._sent_at = self._checked_at = float("-inf")
+        self._unsent = 0  # Bytes that waited to be sent, when that was last looked at.
         self._recent = 0  # Bytes written since the server was last heard.
 
     def __repr__(self) -> str:
         state = "lost" if self.lost else "up"
-        return f"<RedisConnection to {self.server} {state}, {len(self._in_flight)}/{self._window} batches in flight>"
-
-    @property
-    def in_flight(self) -> int:
-        """How many batches wait for replies."""
-        return len(self._in_flight)
+        return f"<RedisConnection to {self.server} {state}, {len(self.in_flight)}/{self.window} batches in flight>"
 
     # For the sender
 
     @property
     def last_progress(self) -> float:
         """When bytes last came from the server, or left to it, on the monotonic clock."""
-        if self._paused and self._transport is not None:
+        if self._transport is not None:
             unsent = self._transport.get_write_buffer_size()
             if unsent < self._unsent:
                 self._sent_at = self._monotonic()
             self._unsent = unsent
-        return max(self._heard_at, self._sent_at)
+        return max(self.heard_at, self._sent_at)
 
     @property
     def has_room(self) -> bool:
         """Whether another batch may be sent now."""
-        return len(self._in_flight) < self._window and not self._paused and self.lost is None
+        return len(self.in_flight) < self.window and not self.paused and self.lost is None
 
     async def room(self) -> None:
         """Wait until another batch may be sent. Raises `CacheConnectionError` once the connection is lost."""
@@ -130,14 +129,14 @@ class RedisConnection(asyncio.Protocol):
     @property
     def changes_in_flight(self) -> Iterable[Any]:
         """The keys that what is in flight may change."""
-        return chain.from_iterable(batch.changes() for batch in self._in_flight)
+        return chain.from_iterable(batch.changes() for batch in self.in_flight)
 
     def send(self, data: bytes, batch: InFlight) -> None:
         """Send commands. Never waits; a lost connection answers at once."""
         if self.lost is not None or self._transport is None:
             batch.answer(self.lost or lost(self.server, "it is not up"))
             return
-        self._in_flight.append(batch)
+        self.in_flight.append(batch)
         self._recent += len(data)
         self._transport.write(data)
 
@@ -167,7 +166,7 @@ class RedisConnection(asyncio.Protocol):
     def now(self) -> float:
         """The server's Unix time in seconds, by its word and our monotonic clock: not before it, so that what we say is
         left of a time to live is not more than there is."""
-        return self._monotonic() + self._offset
+        return self._monotonic() + self.offset
 
     def set_time(self, reply: Any, asked_at: float) -> None:
         """Take in the server's reply to `TIME`, asked at `asked_at` of our clock."""
@@ -176,7 +175,7 @@ class RedisConnection(asyncio.Protocol):
         # It was told between then and now. The earliest moment is the bound, and the best bound so far is kept while
         # it agrees with what was told last: a clock that was set disagrees.
         earliest, latest = told - self._clock.monotonic(), told - asked_at
-        self._offset = min(self._offset, latest) if earliest <= self._offset else latest
+        self.offset = min(self.offset, latest) if earliest <= self.offset else latest
 
     def watch(self) -> None:
         """Begin to check the server's health."""
@@ -185,7 +184,7 @@ class RedisConnection(asyncio.Protocol):
 
     async def drain(self) -> None:
         """Wait until nothing is in flight."""
-        while self._in_flight:
+        while self.in_flight:
             await self._change()
 
     async def gone(self) -> CacheError:
@@ -202,14 +201,15 @@ class RedisConnection(asyncio.Protocol):
             self._timer.cancel()
         if self._transport is not None:
             self._transport.abort()
-        while self._in_flight:
-            self._in_flight.popleft().answer(self.lost)
+        while self.in_flight:
+            self.in_flight.popleft().answer(self.lost)
         self._changed()
 
     # For the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=UNSENT_MAX)
         if self.lost is not None:
             self._transport.abort()
 
@@ -222,19 +222,16 @@ class RedisConnection(asyncio.Protocol):
         self.drop(lost(self.server, "closed by the server" if exc is None else type(exc).__name__))
 
     def pause_writing(self) -> None:
-        assert self._transport is not None
-        self._unsent = self._transport.get_write_buffer_size()
-        self._paused = True
+        self.paused = True
 
     def resume_writing(self) -> None:
-        self._sent_at = self._monotonic()
-        self._paused = False
+        self.paused = False
         self._changed()
 
     def data_received(self, data: bytes) -> None:
-        self._heard_at = self._monotonic()
+        self.heard_at = self._monotonic()
         self._recent = 0
-        in_flight, gets, replies = self._in_flight, self._reader.gets, self._replies
+        in_flight, gets, replies = self.in_flight, self._reader.gets, self._replies
         batch: InFlight | None = None
         try:
             self._reader.feed(data)
@@ -288,8 +285,8 @@ class RedisConnection(asyncio.Protocol):
         assert self._health_interval is not None
         now = self._monotonic()
         patience = self._health_interval + self._recent / SLOWEST_LINE
-        if self._heard_at <= self._checked_at and self.last_progress <= now - patience:
-            self.drop(lost(self.server, f"not a word for {now - self._heard_at:g} s"))
+        if self.heard_at <= self._checked_at and self.last_progress <= now - patience:
+            self.drop(lost(self.server, f"not a word for {now - self.heard_at:g} s"))
             return
         self._checked_at = now
 

@@ -6,51 +6,39 @@ the worse for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import hiredis
+from msgspec import Struct
 
 from cachebus.actors.ports import OnReplies
-from cachebus.messages import CacheConnectionError, CacheError
+from cachebus.messages import CacheConnectionError, CacheError, Reply, Request, Set, Stored
 
 from .redis_commands import Command, changes, sendable_again
-from .redis_connection import RedisConnection, pack_words
+from .redis_connection import Argument, RedisConnection
 from .redis_errors import BACKEND, STALE_ROLE, code_of
+from .redis_plan import COMMAND_BYTES, Plan
 from .redis_reads import Gets
+from .redis_singles import milliseconds
 from .redis_tags import TagSpace
 from .redis_values import HasTags, read_run
 
 
-class SentGets:
-    """A run of `Get`s as one `MGET`: the commonest batch, in a third of the time that a plan takes."""
+class SentGets(Struct, eq=False):
+    """A run of `Get`s that was sent as one `MGET`: the commonest batch, in a third of the time that a plan takes.
 
-    __slots__ = ("_connection", "_names", "_on_replies", "_places", "_space")
+    `names` are the keys in Redis, each once; `places` says which of them each request wants, where that are not all of
+    them in order.
+    """
 
-    wanted = 1
+    connection: RedisConnection
+    names: Sequence[str]
+    places: Sequence[int] | None
+    space: TagSpace
+    on_replies: OnReplies
 
-    def __init__(
-        self, prefix: str, keys: Sequence[str], connection: RedisConnection, on_replies: OnReplies, space: TagSpace
-    ) -> None:
-        names = [prefix + key for key in keys]
-        wanted = dict.fromkeys(names)
-        self._names: Sequence[str] = names
-        self._places: list[int] | None = None
-        if len(wanted) < len(names):  # Equal keys share a place.
-            at = {name: place for place, name in enumerate(wanted)}
-            self._names, self._places = tuple(wanted), [at[name] for name in names]
-        self._connection = connection
-        self._on_replies = on_replies
-        self._space = space
-
-    def send(self) -> bool:
-        """Send it. `False` if a key is no valid Unicode, and nothing was sent."""
-        try:
-            data = pack_words(("MGET", *self._names))
-        except UnicodeEncodeError:
-            return False
-        self._connection.send(data, self)
-        return True
+    wanted: ClassVar[int] = 1
 
     def changes(self) -> Iterable[Any]:
         """Nothing: it reads."""
@@ -58,36 +46,87 @@ class SentGets:
 
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
         """Take the one reply; or why there is none."""
+        connection = self.connection
         if type(replies) is list and type(values := replies[0]) is list:
-            if self._places is not None:
-                values = [values[place] for place in self._places]
+            if self.places is not None:
+                values = [values[place] for place in self.places]
             try:
-                found = read_run(values, self._connection.now())
+                found = read_run(values, connection.heard_at + connection.offset)
             except HasTags:
                 pass
             else:
-                self._on_replies(found)
+                self.on_replies(found)
                 return
         # An error, or entries whose tags have to be looked up.
-        keys = {name: place for place, name in enumerate(self._names)}
-        places = list(range(len(keys))) if self._places is None else self._places
+        keys = {name: place for place, name in enumerate(self.names)}
+        places = list(range(len(keys))) if self.places is None else self.places
         made: list[Any] = [None] * len(places)
-        command = Gets(made, 0, keys, places, self._space, checked=False).command()
-        SentCommands([command], self._connection, made, self._on_replies).answer(replies)
+        command = Gets(made, 0, keys, places, self.space, checked=False).command()
+        SentCommands([command], self.connection, lambda: made, self.on_replies).answer(replies)
+
+
+class SentSets(Struct, eq=False):
+    """A run of plain `Set`s of bytes that was sent as one call of the script that writes. `plan` makes the same as commands,
+    for what is not the commonest answer."""
+
+    connection: RedisConnection
+    names: Sequence[str]
+    plan: Callable[[], Plan]
+    on_replies: OnReplies
+
+    wanted: ClassVar[int] = 1
+
+    def changes(self) -> Iterable[Any]:
+        """The keys that are written."""
+        return self.names
+
+    def answer(self, replies: Sequence[Any] | CacheError) -> None:
+        """Take the one reply; or why there is none."""
+        if type(replies) is list and type(versions := replies[0]) is list and len(versions) == len(self.names):
+            self.on_replies([Stored(float(version)) for version in versions])
+            return
+        plan = self.plan()
+        SentCommands(plan.commands, self.connection, plan.done, self.on_replies).answer(replies)
+
+
+def plain_sets(batch: Sequence[Request[Any]], prefix: str, default_px: str) -> tuple[list[str], list[Argument]] | None:
+    """The keys of a batch and the arguments of the script that writes, if it is a run of `Set`s of bytes without tags,
+    conditions or leases; else `None`."""
+    names: list[str] = []
+    arguments: list[Argument] = []
+    size = 0
+    for request in batch:
+        if (
+            type(request) is not Set
+            or type(value := request.value) is not bytes
+            or request.tags
+            or request.only_if is not None
+            or request.lease is not None
+        ):
+            return None
+        ttl = request.ttl
+        size += len(value)
+        names.append(prefix + request.key)
+        arguments += (b"B" + value, default_px if ttl == "default" else milliseconds(ttl), "")
+    return (names, arguments) if size < COMMAND_BYTES else None
 
 
 class SentCommands:
-    """The commands of a plan. `replies` fills up as they are answered, and then goes to `on_replies`."""
+    """The commands of a plan. When they are answered, `on_replies` gets what `done` says."""
 
-    __slots__ = ("_commands", "_connection", "_on_replies", "_replies", "wanted")
+    __slots__ = ("_commands", "_connection", "_done", "_on_replies", "wanted")
 
     def __init__(
-        self, commands: Sequence[Command], connection: RedisConnection, replies: list[Any], on_replies: OnReplies
+        self,
+        commands: Sequence[Command],
+        connection: RedisConnection,
+        done: Callable[[], Sequence[Reply]],
+        on_replies: OnReplies,
     ) -> None:
         self.wanted = len(commands)
         self._commands = commands
         self._connection = connection
-        self._replies = replies
+        self._done = done
         self._on_replies = on_replies
 
     def changes(self) -> Iterable[Any]:
@@ -100,7 +139,7 @@ class SentCommands:
         if isinstance(replies, CacheError):
             for command in commands:
                 command.give_up(replies)
-            self._on_replies(self._replies)
+            self._on_replies(self._done())
             return
         now = connection.now()
         unknown: list[Command] = []
@@ -120,7 +159,7 @@ class SentCommands:
         # follows from an answer only reads.
         again = sendable_again(commands, unknown, connection.changes_in_flight) if unknown else ()
         if not again and not more:
-            self._on_replies(self._replies)
+            self._on_replies(self._done())
             return
         data = [*(each.packed(whole=True) for each in again), *(each.packed() for each in more)]
         self._commands = [*again, *more]

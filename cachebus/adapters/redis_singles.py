@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import hiredis
@@ -291,9 +292,12 @@ class Singles:
         self._add(at, scan_words(prefix, pattern, cursor or "0"), "", page)
 
 
-def milliseconds(ttl: float | None) -> str:
+def _milliseconds(ttl: float | None) -> str:
     """A time to live as Redis takes it; `""` is for ever. Raises `BadMessage` as `time_to_live` does."""
     return "" if ttl is None else str(math.ceil(time_to_live(ttl) * 1000))
+
+
+milliseconds: Callable[[float | None], str] = lru_cache(256)(_milliseconds)
 
 
 def _present(reply: Any, now: float) -> Reply:

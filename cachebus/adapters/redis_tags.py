@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
+
 from cachebus.messages import BadMessage, CacheError, CacheSerializationError, Failed, Found, Missing
 
 from .forms import pack_plain, unpack_plain
@@ -96,9 +98,7 @@ def read_tagged(raw: bytes, now: float, *, live: bool = False) -> tuple[Claim | 
     answer = read_or_fail(plain, now, live=live)
     if not isinstance(answer, Found):
         return None, answer
-    found: Any = answer
-    found.tags = claim.tags
-    return claim, answer
+    return claim, replace(answer, tags=claim.tags)
 
 
 @dataclass(slots=True)

@@ -47,8 +47,17 @@ class ReplySlot(Struct, eq=False):
         self.late = late
         self.deadline = deadline = deadlines.now() + timeout
         if deadline < batch.due:
-            batch.watch(deadline, timeout)
+            if batch.bucket is not None:
+                batch.bucket.pop(batch, None)
+            batch.due = deadline
+            batch.bucket = deadlines.watch(batch, timeout, _nothing)
         return future
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the caller's deadline."""
+        deadlines = self.batch.deadlines
+        return _NEVER if deadlines is None else self.deadline - deadlines.now()
 
     def attach(self, port: Port) -> None:
         """Name the port that the reply goes to."""
@@ -69,41 +78,30 @@ class ReplySlot(Struct, eq=False):
         self.batch.gone += 1
 
 
-class SlotBatch:
+class SlotBatch(Struct, eq=False):
     """Requests that are sent together, and the slots of their replies. Belongs to one event loop.
 
     `size` is the bytes of the values that the requests carry. `gone` counts callers that stopped waiting. `deadline` is the
-    earliest one of requests with ports of their own, on the bus's clock. Without `deadlines` (on trio) no slot may be
-    awaited.
+    earliest one of requests with ports of their own, on the bus's clock; `due` the earliest one of the others, on that of the
+    event loop. Without `deadlines` (on trio) no slot may be awaited.
     """
 
-    __slots__ = ("_bucket", "deadline", "deadlines", "due", "gone", "requests", "size", "slots")
-
-    def __init__(self, deadlines: Deadlines | None) -> None:
-        self.requests: list[Request[Any]] = []
-        self.slots: list[ReplySlot] = []
-        self.size = 0
-        self.gone = 0
-        self.deadlines = deadlines
-        self.deadline: float | None = None
-        self.due = _NEVER
-        self._bucket: Bucket | None = None
+    deadlines: Deadlines | None
+    requests: list[Request[Any]] = []
+    slots: list[ReplySlot] = []
+    size: int = 0
+    gone: int = 0
+    deadline: float | None = None
+    due: float = _NEVER
+    bucket: Bucket | None = None
 
     def __repr__(self) -> str:
         return f"<SlotBatch of {len(self.slots)} requests, {self.gone} gone>"
 
-    def watch(self, deadline: float, timeout: float) -> None:
-        """Look at the slots after `timeout` seconds, which is at `deadline`."""
-        assert self.deadlines is not None
-        if self._bucket is not None:
-            self._bucket.pop(self, None)
-        self.due = deadline
-        self._bucket = self.deadlines.watch(self, timeout, _nothing)
-
     def answer(self, nothing: None) -> None:
         """Called by the deadline timer: answer the slots whose time is up."""
         assert self.deadlines is not None
-        self._bucket = None
+        self.bucket = None
         self.due = _NEVER
         now, following = self.deadlines.now(), _NEVER
         for slot in self.slots:
@@ -115,7 +113,8 @@ class SlotBatch:
             elif slot.deadline < following:
                 following = slot.deadline
         if following < _NEVER:
-            self.watch(following, following - now)
+            self.due = following
+            self.bucket = self.deadlines.watch(self, following - now, _nothing)
 
     def drop_gone(self) -> None:
         """Take out the requests whose callers have gone, except those that invalidate."""
@@ -129,9 +128,9 @@ class SlotBatch:
 
     def settle(self, replies: Sequence[Reply]) -> None:
         """Fill the slots, in order."""
-        if self._bucket is not None:
-            self._bucket.pop(self, None)
-            self._bucket = None
+        if self.bucket is not None:
+            self.bucket.pop(self, None)
+            self.bucket = None
         slots, self.slots = self.slots, []  # No circle for the garbage collector, and no second answer.
         for slot, reply in zip(slots, replies, strict=True):
             port = slot.port

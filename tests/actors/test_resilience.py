@@ -580,13 +580,14 @@ class Line:
         self.store = ScriptedPipeline()
         self.stage = Stage(store=self.store, **policy)
         self.counted = 0
-        self.pipeline = RequestPipeline(self.store, self.stage.guard, self.stage.ctx, self._account)
+        self.pipeline = RequestPipeline(self.store, self.stage.guard, self.stage.ctx, self._count, self._emit)
         self.told: dict[str, list[Any]] = {}
 
-    def _account(
-        self, requests: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]
-    ) -> None:
+    def _count(self, requests: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
         self.counted += len(replies)
+
+    def _emit(self, requests: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
+        assert len(requests) == len(replies) == len(traces)
 
     async def ask(self, key: str) -> None:
         (slot,) = await self.pipeline.put((Get(key),), ())
