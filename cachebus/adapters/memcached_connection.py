@@ -42,6 +42,9 @@ COMMAND_TIME = 20e-6
 STALLED_LINE = 100e3
 """Bytes a second above which a line counts as moving: what has moved extends the time limit of an exchange."""
 
+LARGE = 1 << 16
+"""Bytes above which commands may not leave at once."""
+
 LATE = 0.03
 """Seconds by which a timer may be late before the event loop counts as having stood still."""
 
@@ -187,6 +190,8 @@ class Connection(asyncio.Protocol):
                 if self.lost is None:
                     self._limit += len(data) / SLOWEST_LINE + self._wanted * COMMAND_TIME
                     self._write(data)
+                    if len(data) > LARGE:
+                        self._unsent = self._socket.unsent
                     return
             while True:
                 exchange.throw(self.lost)
@@ -225,7 +230,7 @@ class Connection(asyncio.Protocol):
             if code == b"VA":
                 _, length, token = data[at:end].split(b" ")
                 stop = end + 2 + int(length)
-                if not end < stop < end + limit or token[:1] not in _TOKENS:
+                if not end + 2 <= stop < end + limit or token[:1] not in _TOKENS:
                     raise ProtocolError("a value of a size that no item has, or without a CAS token")
                 if size < stop + 2:
                     self._have, self._need = size - at, stop + 2 - at
