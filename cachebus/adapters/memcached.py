@@ -55,7 +55,7 @@ class MemcachedStore:
     """
 
     name = BACKEND
-    max_batch = 1000
+    max_batch = 512
     long_running: frozenset[type[Request[Any]]] = frozenset()
 
     def __init__(
@@ -108,9 +108,14 @@ class MemcachedStore:
             except CacheError as error:
                 failures.append(error)
 
-        async with anyio.create_task_group() as tasks:
+        try:
+            async with anyio.create_task_group() as tasks:
+                for server in servers.values():
+                    tasks.start_soon(connect, server)
+        except BaseException:
             for server in servers.values():
-                tasks.start_soon(connect, server)
+                server.abort()
+            raise
         connections = [each.connection for each in servers.values() if each.connection is not None]
         if not connections:
             raise failures[0]

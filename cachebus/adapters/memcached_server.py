@@ -207,12 +207,16 @@ class Server:
             await self._take_turn()
             self.give()
         finally:
-            self._closed = True
-            if self._cancel_attempt is not None:
-                self._cancel_attempt()
-            if self.connection is not None:
-                self.connection.close()
-                self.connection = None
+            self.abort()
+
+    def abort(self) -> None:
+        """Close at once. What is in flight is answered with an error."""
+        self._closed = True
+        if self._cancel_attempt is not None:
+            self._cancel_attempt()
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
     async def _take_turn(self) -> None:
         if not self._busy:

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from cachebus import CacheConfigurationError, CacheConnectionError, open_cache, open_sync_cache
-from cachebus.adapters.memcached import Endpoint
+from cachebus.adapters.memcached import Endpoint, MemcachedStore
 from cachebus.adapters.memcached_server import Connector
 from cachebus.adapters.memcached_server import Server as Server_
 from cachebus.bus import SYSTEM_CLOCK
@@ -228,3 +228,19 @@ async def test_a_server_without_cas_is_refused() -> None:
     with run_memcached("-C") as server, pytest.raises(CacheConfigurationError, match="without CAS"):
         async with at(server.url):
             pass
+
+
+async def test_opening_that_is_broken_off_leaves_no_connection(server: Server) -> None:
+    with Proxy.before(server) as proxy, Proxy.before(server) as silent:
+        await sync(silent.switch, "half_open")
+        places = [Endpoint(proxy.host, proxy.port), Endpoint(silent.host, silent.port)]
+        store = MemcachedStore(places, namespace="broken", connect_timeout=20.0)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(store.open)
+            with anyio.fail_after(30):
+                while proxy.connections == 0:
+                    await anyio.sleep(0.001)
+            tasks.cancel_scope.cancel()
+        with anyio.fail_after(30):
+            while proxy.open_connections:
+                await anyio.sleep(0.001)

@@ -126,8 +126,21 @@ def test_answers_may_come_in_pieces_of_any_size(line: Line) -> None:
 
 @pytest.mark.parametrize(
     "said",
-    [b"XX\r\n", b"VA x c1\r\n", b"VA -1 c1\r\n", b"VA 5 t1\r\n", b"VA 2 c1\r\nabcd\r\n", b"VA 99999999999 c1\r\n"]
-    + [b"HD x\r\n", b"EN\r\nEN\r\n", b"x" * 5000, b"VA 1\r\n", b"SERVER_ERROR what\r\n", b"HD c\xff\r\n", b"\r\n"],
+    [
+        b"XX\r\n",
+        b"VA x c1\r\n",
+        b"VA -1 c1\r\n",
+        b"VA 5 t1\r\n",
+        b"VA 2 c1\r\nabcd\r\n",
+        b"VA 99999999999 c1\r\n",
+        b"HD x\r\n",
+        b"EN\r\nEN\r\n",
+        b"x" * 5000,
+        b"VA 1\r\n",
+        b"SERVER_ERROR what\r\n",
+        b"HD c\xff\r\n",
+        b"\r\n",
+    ],
 )
 def test_broken_framing_drops_the_connection_and_answers_the_exchange(line: Line, said: bytes) -> None:
     line.connection.begin(asking(b"mg a v c\r\n"), line.results.append, 3)

@@ -188,7 +188,7 @@ async def test_whatever_breaks_between_us_each_value_belongs_to_its_key(mode: Mo
             assert await first_value(store, "k7") == "value of k7"
 
 
-async def test_a_batch_that_is_broken_off_costs_the_connection_and_no_more() -> None:
+async def test_a_batch_that_is_broken_off_costs_nobody_else_anything() -> None:
     with run_memcached() as server, Proxy.before(server) as proxy:
         async with opened(proxy) as store:
             await one(store, SetMany({f"k{n}": n for n in range(10)}))
