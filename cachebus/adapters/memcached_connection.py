@@ -180,13 +180,14 @@ class Connection(asyncio.Protocol):
 
     # Driving the exchange
 
-    def _resume(self, answers: list[Answer] | None) -> None:
-        """Take the next step of the exchange, or end it. A lost connection is raised inside it."""
+    def _resume(self, answers: Any) -> None:
+        """Take the next step of the exchange with these answers (`None` to begin), or end it. A lost connection is raised
+        inside it."""
         exchange = self._exchange
         assert exchange is not None
         try:
             if self.lost is None:
-                data, self._wanted = exchange.send(answers)  # type: ignore[arg-type]
+                data, self._wanted = exchange.send(answers)
                 if self.lost is None:
                     self._limit += len(data) / SLOWEST_LINE + self._wanted * COMMAND_TIME
                     self._write(data)

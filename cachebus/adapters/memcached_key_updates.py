@@ -47,10 +47,9 @@ _LEASES = frozenset[type[Request[Any]]]({GetOrLease, RenewLease, ReleaseLease})
 
 def looks_first(request: Request[Any]) -> bool:
     """Return whether a request depends on what is under its key."""
-    kind = type(request)
-    if kind is Set:
-        return request.only_if is not None or request.lease is not None  # type: ignore[attr-defined]
-    return kind in _VALUES or kind in _LEASES
+    if isinstance(request, Set):
+        return request.only_if is not None or request.lease is not None
+    return type(request) in _VALUES or type(request) in _LEASES
 
 
 class _Count(Draft):
@@ -96,8 +95,10 @@ class KeyUpdates:
 
     def joins(self, request: Request[Any], item: KeyItem) -> bool:
         # One new version a round: two writes of one key are two versions. Counts and touches have none of their own.
-        kind = type(item.draft)
-        return (kind is _Count and type(request) is Increment) or (kind is _Touched and type(request) is Touch)
+        draft = item.draft
+        return isinstance(request, Increment if isinstance(draft, _Count) else Touch) and isinstance(
+            draft, _Count | _Touched
+        )
 
     def decide(self, request: Request[Any], item: KeyItem) -> Reply | Draft:
         if type(request) in _LEASES or (isinstance(request, Set) and request.lease is not None):

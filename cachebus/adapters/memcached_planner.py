@@ -379,17 +379,17 @@ class Direct:
         elif type(reply) is Failed:
             self._replies[position] = reply
 
-    def _value(self, answer: Any, take: Take, position: int, key: str, kept: bytes) -> Reply:
-        if type(answer) is not tuple:
+    def _value(self, answer: Answer | Found, take: Take, position: int, key: str, kept: bytes) -> Reply:
+        if not isinstance(answer, tuple):
             return answer if isinstance(answer, Found) else not_found(answer)
         # Taken apart for each, so that no two callers share a list or a dict.
         reply = found_or_fail(answer[0], answer[1], kept, self._connection.epoch, self._now)
-        if type(reply) is Entry:
+        if isinstance(reply, Entry):
             self._unresolved.append((reply, take, position, key, kept))
             return MISSING
         if self._guessed and self._memory.of(key):
             self._memory.note(key, ())
-        return reply  # type: ignore[return-value]
+        return reply
 
     def _exists(self, answer: Any, position: int, key: str, kept: bytes) -> None:
         try:

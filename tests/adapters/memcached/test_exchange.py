@@ -91,7 +91,8 @@ class Line:
         self.socket = Socket()
         self.timers = Timers(self.clock)
         self.results: list[Any] = []
-        self.connection = Connection("here:1", self.socket, self.clock, self.timers, TIMEOUT)
+        clock: Any = self.clock
+        self.connection = Connection("here:1", self.socket, clock, self.timers, TIMEOUT)
         self.connection.begin(asking(b"version\r\n"), self.results.append)
         self.connection.data_received(STATISTICS)
         self.connection.data_received(b"EN\r\n")

@@ -67,7 +67,7 @@ def manifest(form: bytes, count: int, size: int) -> bytes:
 
 DEEP = b"\x91" * 100_000 + b"\xc0"
 CLAIMS = b"\xdd\xff\xff\xff\xff"
-SOUND = ("t1.0000000000000000", 9e12, 0.0, b"", [], b"", ["", ""])
+SOUND: tuple[Any, ...] = ("t1.0000000000000000", 9e12, 0.0, b"", [], b"", ["", ""])
 
 POISON: dict[str, bytes] = {
     "nothing": b"",
@@ -164,7 +164,7 @@ async def test_poison_costs_its_own_key(server: Server, store: MemcachedStore, k
         await poisoned(server, name_of(store, "bad"), POISON[kind])
         batch: list[Request[Any]] = [Get(key) for key in bystanders]
         batch.insert(7, make("bad"))
-        replies = list(await store.execute(batch))
+        replies: list[Any] = list(await store.execute(batch))
         mine = replies.pop(7)
         assert mine is not None, asked
         assert isinstance(replies[0], Found), (asked, replies[0])
