@@ -134,14 +134,12 @@ class PayloadLink(Link):
         """As `Link.finish`."""
         # What most calls of a remote backend come by: it does the commonest of what `_settle` does, in a third of the time.
         coded: Any = message
-        if type(message) is GetOrLease:
-            return cast("R", await self._answer(_WAITING, message, message, reply))
         if type(reply) is _Content:
             write: Any = message
             return cast("R", await self._answer(_WAITING, message, await self._written(write, None, reply.serialized)))
         if type(reply) is _Handed:
             coded, reply = reply
-        deadline = 0.0
+        deadline = 0.0  # Of a slot it is looked up where it is needed.
         try:
             came: Any
             if type(reply) is ReplySlot:  # As `LocalBus.finish`, less a coroutine.
@@ -156,9 +154,9 @@ class PayloadLink(Link):
                 deadline = self.bus.clock.monotonic() + self.timeout
                 came = await self.bus.finish(self.address, coded, reply, self.timeout)
             kind = type(came)  # pyright: ignore[reportUnknownVariableType]
-            if kind is Stored or kind is Missing:
+            if kind is Stored or kind is Missing or (kind is LeaseGranted and came.stale is None):
                 return came  # type: ignore[no-any-return]
-            if kind is Found:
+            if kind is Found and type(coded) is not GetOrLease:
                 payload = came.value
                 if type(payload) is not bytes:
                     return cast("R", self._read(coded.key, came))
@@ -173,14 +171,20 @@ class PayloadLink(Link):
                         return cast("R", Remembered(value))
                     # Another object: two may share a reply.
                     return cast("R", Found(value, came.version, came.ttl, came.tags, came.stored_at))
-            if type(reply) is ReplySlot:
-                deadline = self.bus.clock.monotonic() + reply.seconds_left
+            deadline = deadline or self.bus.clock.monotonic() + reply.seconds_left
             return cast("R", await self._come_back(_WAITING, coded, came, deadline))
         except CacheSerializationError as error:
-            if type(coded) is not Get:
+            if type(coded) is not Get and type(coded) is not GetOrLease:
                 raise
             self._rejected(coded.key, error)
-            return cast("R", _MISSING)
+            if type(coded) is Get:
+                return cast("R", _MISSING)
+        except BACKEND_FAILURES as error:
+            return self.failures.settle(message, error)
+        # The store cannot read what stands there.
+        try:
+            deadline = deadline or self.bus.clock.monotonic() + reply.seconds_left
+            return cast("R", await self._lease_anew(partial(self._ask, _WAITING, deadline=deadline), coded))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
 
@@ -223,6 +227,8 @@ class PayloadLink(Link):
 
     def _coded_lease(self, message: GetOrLease) -> Any:
         reply = self._inner_lease(message)
+        if type(reply) is ReplySlot:
+            return reply
         # A grant without a value is ready. What has a value to be read is, like what is not answered, to be finished.
         return reply if type(reply) is LeaseGranted and reply.stale is None else _Handed(message, reply)
 

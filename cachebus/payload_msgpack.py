@@ -66,7 +66,7 @@ SCALAR_READERS: Mapping[int, ScalarReader] = {
     4: lambda data: read_datetime(data.decode()),
     5: lambda data: read_date(data.decode()),
     6: lambda data: read_time(data.decode()),
-    7: lambda data: dt.timedelta(*_unpackb(data)),
+    7: lambda data: dt.timedelta(*_unpackb(data, max_array_len=3, max_map_len=0, max_str_len=0, max_bin_len=0)),
     8: lambda data: uuid.UUID(bytes=data),
     9: lambda data: Decimal(data.decode()),
     10: read_int,

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachebus.bus import Pending
+from cachebus.bus import Deferred, Pending
 from cachebus.messages import Message, Reply
 
 from .context import Context
@@ -19,7 +19,7 @@ from .context import Context
 PlainHandler = Callable[[Any], "Reply | Pending | None"]
 EagerHandler = Callable[[Any], "Reply | Pending | None"]
 AsyncHandler = Callable[[Any], Awaitable["Reply | Pending | None"]]
-BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Pending] | Pending"]]
+BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Pending] | Deferred"]]
 
 
 @dataclass(slots=True)

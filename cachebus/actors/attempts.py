@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -160,7 +160,7 @@ def timeout_extension(requests: Sequence[Request[Any]], longest: float) -> float
     for request in requests:
         items: Any = getattr(request, "items", None)
         values: Any = (getattr(request, "value", None),)
-        if isinstance(items, dict):  # A `SetMany`.
+        if isinstance(items, Mapping):  # A `SetMany`.
             keys += len(items)
             values = items.values()
         else:

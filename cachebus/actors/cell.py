@@ -108,6 +108,11 @@ class Cell:
         """How many messages are in the mailbox."""
         return len(self._mailbox)
 
+    @property
+    def pending_replies(self) -> int:
+        """How many replies the actor has promised to callers that still wait for them."""
+        return len(self._deferred)
+
     # For the bus
 
     def turn(self, kind: type[Message]) -> Turn:

@@ -14,7 +14,12 @@ BYTES, INT, MSGPACK = b"BIM"
 
 # msgpack comes without type hints.
 _packb: Callable[..., bytes] = msgpack.packb  # pyright: ignore[reportUnknownMemberType, reportAssignmentType, reportUnknownVariableType]
+_Unpacker: Any = msgpack.Unpacker  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 _unpackb: Callable[..., Any] = msgpack.unpackb  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+LARGE_ARRAY = 1024
+"""msgpack makes room for as many items as an array claims to have. Up to here that is harmless."""
 
 
 def encode_form(value: Any) -> bytes:
@@ -35,7 +40,7 @@ def decode_form(form: int, body: bytes | memoryview) -> Any:
         if form == BYTES:
             return bytes(body)
         if form == MSGPACK:
-            return _unpackb(body, strict_map_key=False)
+            return _unpacked(body)
         if form == INT:
             return int(bytes(body))
     except (ValueError, TypeError, msgpack.UnpackException):
@@ -51,9 +56,29 @@ def pack_plain(value: Any) -> bytes:
 def unpack_plain(packed: bytes) -> Any:
     """What `pack_plain` was given. Raises `ValueError` for anything else."""
     try:
-        return _unpackb(packed)
+        return _unpacked(packed)
     except msgpack.UnpackException as error:
         raise ValueError(str(error)) from None
+
+
+def _unpacked(packed: bytes | memoryview) -> Any:
+    """The value of msgpack that anyone may have written: it takes no more memory than values of that many bytes need."""
+    size = len(packed)
+    limit = min(size, LARGE_ARRAY)
+    bounds = {"max_str_len": size, "max_bin_len": size, "max_ext_len": size, "max_map_len": size // 2}
+    try:
+        return _unpackb(packed, strict_map_key=False, max_array_len=limit, **bounds)
+    except ValueError as error:
+        if "max_array_len" not in str(error):
+            raise
+    # Seen to be there before there is room made for them.
+    unpacker: Any = _Unpacker(max_buffer_size=size + 1, strict_map_key=False)
+    unpacker.feed(packed)
+    try:
+        unpacker.skip()
+    except msgpack.OutOfData:
+        raise ValueError("the value is cut short") from None
+    return _unpackb(packed, strict_map_key=False, max_array_len=size, **bounds)
 
 
 def _pack(value: Any) -> bytes:

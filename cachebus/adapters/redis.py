@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, Capabilities, Clock, Gauges, OnReplies, Progress
 from cachebus.messages import (
@@ -18,6 +18,7 @@ from cachebus.messages import (
     Cleared,
     Deleted,
     DeletePattern,
+    Failed,
     Get,
     Reply,
     Request,
@@ -32,7 +33,7 @@ from .redis_listener import RedisListener
 from .redis_plan import Plan
 from .redis_pool import RedisPool
 from .redis_scripts import WRITE
-from .redis_sent import SentCommands, SentGets, SentSets, plain_sets
+from .redis_sent import SentCommands, SentGets, SentOne, SentSets, lease_command, plain_sets
 from .redis_singles import milliseconds
 from .redis_tags import TagSpace
 from .redis_values import VALUE_MAX
@@ -188,6 +189,8 @@ class RedisStore:
                     return connection
                 if kind is Set and self._send_sets(connection, batch, on_replies):
                     return connection
+                if len(batch) == 1 and self._send_lease(connection, batch, on_replies):
+                    return connection
         plan = self._plan(batch)
         try:
             data = plan.packed()
@@ -220,6 +223,20 @@ class RedisStore:
         names, arguments = plain
         data = pack_words(("EVALSHA", WRITE.here.sha, len(names), *names, *arguments))
         connection.send(data, SentSets(connection, names, partial(self._plan, batch), on_replies))
+        return True
+
+    def _send_lease(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> bool:
+        try:
+            command = lease_command(batch[0], self._prefix, self._default_px, self._space)
+        except CacheError as error:
+            on_replies([Failed.of(error)])
+            return True
+        if command is None:
+            return False
+        words, script, make = command
+        keys = words[1 : 1 + cast("int", words[0])]
+        data = pack_words(("EVALSHA", script.sha, *words))
+        connection.send(data, SentOne(connection, keys, make, partial(self._plan, batch), on_replies))
         return True
 
     def _plan(self, batch: Sequence[Request[Any]], *, careful: bool = False) -> Plan:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import hiredis
 
-from cachebus.messages import CacheError, CacheSerializationError
+from cachebus.messages import CacheError, CacheSerializationError, Failed
 
 from .redis_connection import Argument, pack_words
 from .redis_errors import in_doubt, overtaken, translate
@@ -18,6 +18,18 @@ from .redis_scripts import LATE_IS_WRONG, READING
 
 Settle = Callable[[Any, float], "Sequence[Command] | None"]
 """Takes in a reply; told the server's Unix time in seconds. What it returns has to be sent before the answer is whole."""
+
+
+UNREADABLE = (CacheError, ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error)
+"""What reading a reply raises whose bytes are not ours, or damaged: an error of its own request, and of no other."""
+
+
+def unreadable(error: Exception) -> Failed:
+    """The reply in place of one that cannot be read."""
+    if not isinstance(error, CacheError):
+        kind = type(error).__name__
+        error = CacheSerializationError(f"the server's reply could not be understood ({kind})")
+    return Failed.of(error)
 
 
 class Command:
@@ -72,12 +84,8 @@ class Command:
             return ()
         try:
             return self.settle(reply, now) or ()
-        except CacheError as error:
-            self.fail(error)
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error) as error:
-            # Bytes that are not ours, or damaged: an error of their own request, and of no other.
-            kind = type(error).__name__
-            self.fail(CacheSerializationError(f"the server's reply could not be understood ({kind})"))
+        except UNREADABLE as error:
+            self.fail(unreadable(error).error())
         return ()
 
     def give_up(self, error: CacheError) -> None:

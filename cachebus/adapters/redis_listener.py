@@ -190,7 +190,7 @@ class RedisListener:
             channel.standing = False
 
     def _ask(self, connection: RedisConnection, name: bytes, channel: _Channel) -> None:
-        def answered(replies: list[Any] | CacheError) -> None:
+        def answered(replies: Sequence[Any] | CacheError) -> None:
             if isinstance(replies, CacheError) or connection.lost is not None:
                 return  # The connection is gone, and the next one asks again.
             (reply,) = replies

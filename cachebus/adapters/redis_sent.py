@@ -13,16 +13,28 @@ import hiredis
 from msgspec import Struct
 
 from cachebus.actors.ports import OnReplies
-from cachebus.messages import CacheConnectionError, CacheError, Reply, Request, Set, Stored
+from cachebus.messages import (
+    CacheConnectionError,
+    CacheError,
+    GetOrLease,
+    ReleaseLease,
+    RenewLease,
+    Reply,
+    Request,
+    Set,
+    Stored,
+)
 
-from .redis_commands import Command, changes, sendable_again
+from .redis_commands import UNREADABLE, Command, changes, sendable_again, unreadable
 from .redis_connection import Argument, RedisConnection
 from .redis_errors import BACKEND, STALE_ROLE, code_of
+from .redis_leases import Parsed, commit_call, lease_call
 from .redis_plan import COMMAND_BYTES, Plan
 from .redis_reads import Gets
+from .redis_script import Script
 from .redis_singles import milliseconds
-from .redis_tags import TagSpace
-from .redis_values import HasTags, read_run
+from .redis_tags import NO_STAMP, TagSpace
+from .redis_values import HasTags, encode, read_run
 
 
 class SentGets(Struct, eq=False):
@@ -34,7 +46,7 @@ class SentGets(Struct, eq=False):
 
     connection: RedisConnection
     names: Sequence[str]
-    places: Sequence[int] | None
+    places: list[int] | None
     space: TagSpace
     on_replies: OnReplies
 
@@ -109,6 +121,52 @@ def plain_sets(batch: Sequence[Request[Any]], prefix: str, default_px: str) -> t
         names.append(prefix + request.key)
         arguments += (b"B" + value, default_px if ttl == "default" else milliseconds(ttl), "")
     return (names, arguments) if size < COMMAND_BYTES else None
+
+
+class SentOne(Struct, eq=False):
+    """A request about a lease that was sent alone, as one call of a script. `plan` as in `SentSets`."""
+
+    connection: RedisConnection
+    keys: Sequence[Argument]
+    make: Parsed
+    plan: Callable[[], Plan]
+    on_replies: OnReplies
+
+    wanted: ClassVar[int] = 1
+
+    def changes(self) -> Iterable[Any]:
+        """The keys that may be written."""
+        return self.keys
+
+    def answer(self, replies: Sequence[Any] | CacheError) -> None:
+        """Take the one reply; or why there is none."""
+        connection = self.connection
+        if type(replies) is list and type(replies[0]) is not hiredis.ReplyError:
+            try:
+                reply = self.make(replies[0], connection.heard_at + connection.offset)
+            except UNREADABLE as error:
+                reply = unreadable(error)
+            self.on_replies([reply])
+            return
+        plan = self.plan()
+        SentCommands(plan.commands, connection, plan.done, self.on_replies).answer(replies)
+
+
+def lease_command(
+    request: Request[Any], prefix: str, default_px: str, space: TagSpace
+) -> tuple[list[Argument], Script, Parsed] | None:
+    """The words after the script's name, the script, and how its reply is read, of a request about a lease; else `None`. Raises
+    `CacheError`."""
+    kind = type(request)
+    if kind is GetOrLease or kind is ReleaseLease or kind is RenewLease:
+        lease: Any = request
+        stamp = space.new_stamp(lease.tags) if kind is GetOrLease else NO_STAMP
+        return lease_call(lease, prefix + lease.key, stamp, None)
+    if type(request) is Set and request.lease is not None and type(request.value) is bytes:
+        px = default_px if request.ttl == "default" else milliseconds(request.ttl)
+        stamp = space.new_stamp(request.tags) if request.tags else NO_STAMP
+        return commit_call(request, prefix + request.key, encode(request.value), px, stamp, True)
+    return None
 
 
 class SentCommands:

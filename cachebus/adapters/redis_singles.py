@@ -95,8 +95,7 @@ class Singles:
             if isinstance(stamp, CacheError):
                 raise stamp
             return stamp
-        self._space.seen = self._space.seen or bool(tags)
-        return new_epoch() + NO_STAMP[8:]
+        return self._space.new_stamp(tags)
 
     # Single commands
 

@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -113,6 +113,12 @@ class TagSpace:
     here: bool
     seen: bool = False
     _hints: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+    def new_stamp(self, tags: Sequence[str]) -> bytes:
+        """The 16 bytes that a request with tags begins with where scripts get at the counters: an epoch for a sequence that
+        is not there."""
+        self.seen = self.seen or bool(tags)
+        return new_epoch() + NO_STAMP[8:]
 
     @property
     def sequence(self) -> str:

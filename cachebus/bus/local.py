@@ -127,6 +127,8 @@ class LocalBus:
                     reply = await port.future
                 finally:
                     bucket.pop(port, None)
+                    if port.pending is not None:
+                        port.pending.drop()
             else:
                 trio_port = open_port()
                 self._hand_over(recipient, message, timeout, reply, trio_port)

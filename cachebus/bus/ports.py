@@ -38,11 +38,12 @@ class Port(Protocol):
 class AsyncioPort:
     """A port on which a task of an asyncio loop waits. Cheap: a bare future, and a place in a shared timer."""
 
-    __slots__ = ("_deadlines", "_thread", "future")
+    __slots__ = ("_deadlines", "_thread", "future", "pending")
 
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
         self._thread = deadlines.thread
+        self.pending: Deferred | None = None
         self.future: Future[Any] = Future(loop=deadlines.loop)  # Half the time of loop.create_future().
 
     @property
@@ -69,19 +70,20 @@ class AsyncioPort:
 
     async def wait(self, timeout: float | None = None, late: Callable[[], Any] = lambda: None) -> Any:
         """Wait for the answer; after `timeout` seconds the answer is `late()`."""
-        if timeout is None:
-            return await self.future
-        bucket = self._deadlines.watch(self, timeout, late)
+        bucket = None if timeout is None else self._deadlines.watch(self, timeout, late)
         try:
             return await self.future
         finally:
-            bucket.pop(self, None)
+            if bucket is not None:
+                bucket.pop(self, None)
+            if self.pending is not None:
+                self.pending.drop()
 
 
 class TrioPort:
     """A port on which a task of a trio run waits."""
 
-    __slots__ = ("_event", "_reply", "_token")
+    __slots__ = ("_event", "_reply", "_token", "pending")
 
     def __init__(self) -> None:
         # Trio is no dependency: it is here if its loop is running.
@@ -89,6 +91,7 @@ class TrioPort:
 
         self._token = trio.lowlevel.current_trio_token()
         self._event = trio.Event()
+        self.pending: Deferred | None = None
         self._reply: Any = None
 
     @property
@@ -125,17 +128,20 @@ class TrioPort:
             answered = self._event.is_set()
         finally:
             self._event.set()  # Late or cancelled, nobody waits any more.
+            if self.pending is not None:
+                self.pending.drop()
         return self._reply if answered else late()
 
 
 class ThreadPort:
     """A port on which a thread waits, with no event loop in it."""
 
-    __slots__ = ("_answers", "_open")
+    __slots__ = ("_answers", "_open", "pending")
 
     def __init__(self) -> None:
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open = True
+        self.pending: Deferred | None = None
 
     @property
     def waiting(self) -> bool:
@@ -153,6 +159,8 @@ class ThreadPort:
             return late()
         finally:
             self._open = False
+            if self.pending is not None:
+                self.pending.drop()
 
 
 TaskPort = AsyncioPort | TrioPort
@@ -163,7 +171,8 @@ class Deferred:
     """The promise of a reply that an actor gives later: its handler returns it, and the turn ends.
 
     The actor calls `answer` when it knows; the bus attaches the port of whoever asked. Either may come first. The
-    promise of a batch is answered with a sequence of replies.
+    promise of a batch is answered with a sequence of replies. `on_answer` is called when there is nothing left to answer:
+    when the reply is given, or when the caller has gone.
     """
 
     __slots__ = ("_guard", "_port", "_reply", "on_answer")
@@ -198,6 +207,13 @@ class Deferred:
             reply = self._reply
         if reply is not None:
             port.answer(reply)
+        elif isinstance(port, AsyncioPort | TrioPort | ThreadPort):
+            port.pending = self
+
+    def drop(self) -> None:
+        """Note that the caller waits no more, answered or not."""
+        if self._reply is None and self.on_answer is not None:
+            self.on_answer(self)
 
 
 def open_port() -> TaskPort:

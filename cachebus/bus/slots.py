@@ -40,7 +40,8 @@ class ReplySlot(Struct, eq=False):
         batch = self.batch
         deadlines = batch.deadlines
         assert deadlines is not None
-        self.port = future = Future(loop=deadlines.loop)
+        future: Future[Any] = Future(loop=deadlines.loop)
+        self.port = future
         if self.reply is not None:
             future.set_result(self.reply)
             return future

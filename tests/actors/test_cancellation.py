@@ -13,7 +13,7 @@ from anyio import wait_all_tasks_blocked
 
 from cachebus.actors import Actor, RestartPolicy, Supervisor
 from cachebus.bus import Address, LocalBus
-from cachebus.messages import CacheError, Request
+from cachebus.messages import CacheError, CacheTimeoutError, Request
 
 from .conftest import CLERK
 from .samples import (
@@ -204,3 +204,17 @@ async def test_a_stop_cancelled_at_any_await_can_be_asked_for_again(
         pytest.fail("the stop never came to its end")
     assert await_number > 1
     assert desk.stopped == desk.lives
+
+
+async def test_a_reply_that_nobody_waits_for_any_more_is_not_kept(bus: LocalBus, supervisor: Supervisor) -> None:
+    cell = await supervisor.start(CLERK, lambda: Clerk(Desk()))
+    async with anyio.create_task_group() as group:
+        for _ in range(50):
+            group.start_soon(bus.request, CLERK, Park(), T)
+        await wait_all_tasks_blocked()
+        assert cell.pending_replies == 50
+        group.cancel_scope.cancel()
+    assert cell.pending_replies == 0
+    with pytest.raises(CacheTimeoutError):
+        await bus.request(CLERK, Park(), 0.01)
+    assert cell.pending_replies == 0

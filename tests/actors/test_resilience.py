@@ -414,6 +414,57 @@ async def test_what_may_take_long_is_given_longer_and_says_nothing_about_the_res
     assert failures(await stage.while_time_passes(Get("a"))) == [CacheTimeoutError]
 
 
+async def test_many_keys_are_given_longer_and_their_timeout_does_not_open_the_circuit() -> None:
+    many = SetMany({f"k{number}": b"v" for number in range(50_000)})
+    stage = Stage(says_nothing, retry=ONCE, timeout_initial=0.1)
+    began = stage.clock.monotonic()
+    for _ in range(6):
+        assert failures(await stage.while_time_passes(many)) == [CacheTimeoutError]
+    assert stage.clock.monotonic() - began > 6 * 5.0
+    assert (stage.state, stage.guard.statistics().failure_count) == ("closed", 0)
+    assert stage.guard.statistics().current_timeout == 0.1
+
+
+async def test_more_time_for_the_size_ends_with_the_deadline_of_the_call() -> None:
+    stage = Stage(says_nothing, retry=ONCE, timeout_initial=0.1)
+    began = stage.clock.monotonic()
+    large = Set("a", b"x" * 20_000_000)
+    assert failures(await stage.while_time_passes(large, budget=2.0)) == [CacheTimeoutError]
+    assert 2.0 <= stage.clock.monotonic() - began <= 2.02
+
+
+class Wire:
+    """A line on which bytes move, as long as the test says so."""
+
+    def __init__(self) -> None:
+        self.last_progress = float("-inf")
+
+
+async def test_a_reply_that_is_still_arriving_is_waited_for() -> None:
+    line = Line(retry=ONCE, timeout_initial=0.5)
+    moving = line.store.progress = Wire()
+    clock, ctx = line.stage.clock, line.stage.ctx
+
+    def pass_time(seconds: float, *, bytes_move: bool) -> None:
+        for _ in range(round(seconds / 0.02)):  # Larger steps would say that our own loop stood still.
+            clock.advance(0.02)
+            if bytes_move:
+                moving.last_progress = clock.monotonic()
+            ctx.ring()
+
+    await line.ask("large")
+    pass_time(8.0, bytes_move=True)
+    assert line.told["large"] == []
+    pass_time(0.6, bytes_move=False)
+    assert failures(line.told["large"]) == [CacheTimeoutError]
+    assert line.stage.guard.statistics().failure_count == 0, "how long it took says nothing about the backend"
+    # Bytes that moved before an attempt say nothing about it.
+    await line.ask("silent")
+    pass_time(0.6, bytes_move=False)
+    assert failures(line.told["silent"]) == [CacheTimeoutError]
+    assert line.stage.guard.statistics().failure_count == 1
+
+
 async def test_many_calls_that_hang_are_all_given_up_at_their_time() -> None:
     stage = Stage(says_nothing, retry=ONCE, timeout_initial=0.5)
     done: list[float] = []
