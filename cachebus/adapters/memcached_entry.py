@@ -258,15 +258,15 @@ def _split(body: memoryview) -> tuple[EntryMetadata, int, memoryview]:
             load_time, stale_for, etag, lifetime = loaded
             if not (etag is None or type(etag) is str):
                 raise TypeError
-            load = LoadMetadata(_finite(load_time), _finite(stale_for), etag)
-            lifetime = None if lifetime is None else _finite(lifetime)
+            load = LoadMetadata(_seconds(load_time), _seconds(stale_for), etag)
+            lifetime = None if lifetime is None else _seconds(lifetime)
         return EntryMetadata(tag_versions(pairs), load, lifetime), body[end], body[end + 1 :]
     except (struct.error, ValueError, TypeError, IndexError):
         raise CacheSerializationError("the stored value is damaged") from None
 
 
-def _finite(value: Any) -> Any:
-    if type(value) not in (int, float) or not -_FAR < value < _FAR:
+def _seconds(value: Any) -> Any:
+    if type(value) not in (int, float) or math.isnan(value):
         raise TypeError
     return cast("float", value)
 
