@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from cachebus.messages import CacheBackendError, CacheError, Failed, Reply, Request
@@ -15,7 +16,7 @@ from cachebus.messages import CacheBackendError, CacheError, Failed, Reply, Requ
 from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Exchange
 from .memcached_errors import BACKEND
 from .memcached_session import NamespaceChanged, Session
-from .memcached_values import not_found
+from .memcached_values import unlike
 
 TRIES = 100
 """How often a value is read and written back before others that write it all the time win, of this batch or not."""
@@ -57,7 +58,7 @@ class Decider(Protocol[AnyItem]):
     def lookup(
         self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]
     ) -> Exchange[list[tuple[int, AnyItem]]]:
-        """Read the items of requests. What cannot be read at all is put into `replies`."""
+        """Read the items of requests. A request that has none is answered in `replies`."""
         ...
 
     def joins(self, request: Request[Any], item: AnyItem) -> bool:
@@ -68,24 +69,12 @@ class Decider(Protocol[AnyItem]):
         """Return the reply, or what is to be written for it."""
         ...
 
-    def commands(self, item: AnyItem) -> list[bytes]:
-        """Return the commands that write what was decided."""
+    def commands(self, items: list[AnyItem]) -> list[list[bytes]]:
+        """Return the commands that write what was decided, by item; more may follow, to be sent after them."""
         ...
 
-    def checks(self, items: list[AnyItem]) -> list[bytes]:
-        """Return commands that are sent after all of those, in the same piece."""
-        ...
-
-    def learn(self, answers: list[Answer]) -> None:
-        """Take in the answers to `checks`."""
-
-    def outcome(self, item: AnyItem, answers: list[Answer]) -> Answer:
-        """Return the answer that says whether it was written: a number, `MISS`, `NOT_STORED` or `EXISTS` if others were
-        faster, or an error."""
-        ...
-
-    def stored(self, item: AnyItem, token: int) -> Reply:
-        """Return the reply that stands for `None`."""
+    def outcomes(self, items: list[AnyItem], answers: list[list[Answer]]) -> list[Reply | CacheError | None]:
+        """Return, by item, the reply that stands for `None` if it was written, or the error; `None` if others were faster."""
         ...
 
 
@@ -143,28 +132,31 @@ class CasUpdate:
     def _write(self, items: list[Item]) -> Exchange[list[int]]:
         """Write what was decided, and return the positions of requests that were outrun."""
         decider, session = self._decider, self._session
-        written = [decider.commands(item) for item in items]
-        checks = decider.checks(items)
-        commands = [command for each in written for command in each]
+        written = decider.commands(items)
         session.writing = True
         try:
-            answers = yield from session.ask(commands + checks, unversioned=decider.unversioned)
+            flat = yield from session.ask(
+                [command for each in written for command in each], unversioned=decider.unversioned
+            )
         except NamespaceChanged:
             return [position for item in items for position in item.draft.replies]
         session.writing = False
-        decider.learn(answers[len(commands) :])
+        answers = iter(flat)
+        outcomes = decider.outcomes(items, [list(islice(answers, len(each))) for each in written])
         again: list[int] = []
-        at = 0
-        for item, each in zip(items, written, strict=True):
-            mine, at = answers[at : at + len(each)], at + len(each)
-            answer = decider.outcome(item, mine)
+        for item, outcome in zip(items, outcomes, strict=True):
             for position, reply in item.draft.replies.items():
-                if answer in (MISS, NOT_STORED, EXISTS):
+                if outcome is None:
                     again.append(position)
-                elif type(answer) is not int:
-                    self._replies[position] = not_found(answer)
-                elif reply is not None:
-                    self._replies[position] = reply
+                elif isinstance(outcome, CacheError):
+                    self._replies[position] = Failed.of(outcome)
                 else:
-                    self._replies[position] = decider.stored(item, answer) if answer else not_found(answer)
+                    self._replies[position] = reply or outcome
         return again
+
+
+def outcome_of(answer: Answer) -> int | CacheError | None:
+    """Return the token of an item that was written, the error, or `None` if others were faster."""
+    if isinstance(answer, int):
+        return None if answer in (MISS, NOT_STORED, EXISTS) else answer
+    return answer if isinstance(answer, CacheError) else unlike()

@@ -30,7 +30,7 @@ from cachebus.messages import (
 )
 
 from .forms import INT, encode_form
-from .memcached_cas_updates import Draft
+from .memcached_cas_updates import Draft, outcome_of
 from .memcached_chunks import chunk_tails
 from .memcached_connection import Answer, Exchange
 from .memcached_entry import CHUNKED, MISSING, NO_METADATA, Entry, EntryMetadata, kept_until, pack_entry, server_expiry
@@ -39,7 +39,7 @@ from .memcached_lease_updates import LeaseDraft, LeaseUpdates
 from .memcached_lookup import KeyItem, Lookup, over
 from .memcached_session import Session, first_error
 from .memcached_tags import Generations
-from .memcached_values import Values, store
+from .memcached_values import Values, store, unlike
 
 _VALUES = frozenset[type[Request[Any]]]({Add, CompareAndSet, Touch, Increment})
 _LEASES = frozenset[type[Request[Any]]]({GetOrLease, RenewLease, ReleaseLease})
@@ -117,27 +117,25 @@ class KeyUpdates:
             case _:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
-    def commands(self, item: KeyItem) -> list[bytes]:
-        commands: list[bytes] = item.draft.commands
-        return commands
-
-    def checks(self, items: list[KeyItem]) -> list[bytes]:
-        # Read once more when all is stored: a caller that joined a load until then relies on it.
+    def commands(self, items: list[KeyItem]) -> list[list[bytes]]:
+        # The tags are read once more when all is stored: a caller that joined a load until then relies on it.
         self._after = Generations(self.session)
         drafts = [item.draft for item in items if isinstance(item.draft, LeaseDraft)]
         self._names = list(dict.fromkeys(name for draft in drafts for name in self._after.names(draft.tags)))
-        return self._after.reading(self._round.head, self._names)
+        return [*(item.draft.commands for item in items), self._after.reading(self._round.head, self._names)]
 
-    def learn(self, answers: list[Answer]) -> None:
-        self._after.learn(self._names, answers)
+    def outcomes(self, items: list[KeyItem], answers: list[list[Answer]]) -> list[Reply | CacheError | None]:
+        self._after.learn(self._names, answers.pop())
+        return [self._outcome(item.draft, its) for item, its in zip(items, answers, strict=True)]
 
-    def outcome(self, item: KeyItem, answers: list[Answer]) -> Answer:
-        return first_error(answers) or answers[-1]
-
-    def stored(self, item: KeyItem, token: int) -> Reply:
-        if isinstance(item.draft, LeaseDraft) and not self._after.good(item.draft.tags):
+    def _outcome(self, draft: Draft, answers: list[Answer]) -> Reply | CacheError | None:
+        # The last command is that of the entry.
+        token = outcome_of(first_error(answers) or answers[-1])
+        if not isinstance(token, int):
+            return token
+        if isinstance(draft, LeaseDraft) and not self._after.good(draft.tags):
             return NotStored(0.0, "lease_lost")
-        return Stored(self._connection.epoch + token)
+        return Stored(self._connection.epoch + token) if token or draft.reply else unlike()
 
     # Values
 

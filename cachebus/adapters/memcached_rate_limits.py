@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from cachebus.messages import Admit, CacheError, Failed, Reply, Request, Stored
+from cachebus.messages import Admit, CacheError, Failed, Reply, Request
 
-from .memcached_cas_updates import Draft, Item
-from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Exchange
+from .memcached_cas_updates import Draft, Item, outcome_of
+from .memcached_connection import Answer, Exchange
 from .memcached_entry import server_expiry
 from .memcached_session import Session
 from .memcached_values import read, store, unlike
@@ -80,35 +80,33 @@ class LimitUpdates:
         draft.reply = reply
         return draft
 
-    def commands(self, item: _Limit) -> list[bytes]:
-        if item.meter is item.before or item.meter is None:
-            return [read(item.name)]
+    def commands(self, items: list[_Limit]) -> list[list[bytes]]:
         now = self._connection.now()
+        return [[*self._written(item, now), read(item.name)] for item in items]
+
+    def outcomes(self, items: list[_Limit], answers: list[list[Answer]]) -> list[Reply | CacheError | None]:
+        return [self._outcome(item, its) for item, its in zip(items, answers, strict=True)]
+
+    @staticmethod
+    def _written(item: _Limit, now: float) -> list[bytes]:
+        if item.meter is item.before or item.meter is None:
+            return []
         condition = b" C%d" % item.token if item.token else b" ME"
-        written = store(item.name, b"%d %d %d %d" % item.meter, server_expiry(now + item.reset, now), condition)
-        return [written, read(item.name)]
+        return [store(item.name, b"%d %d %d %d" % item.meter, server_expiry(now + item.reset, now), condition)]
 
-    def checks(self, items: list[_Limit]) -> list[bytes]:
-        return []
-
-    def learn(self, answers: list[Answer]) -> None:
-        """There are no checks."""
-
-    def outcome(self, item: _Limit, answers: list[Answer]) -> Answer:
-        seen = answers[-1]
+    def _outcome(self, item: _Limit, answers: list[Answer]) -> Reply | CacheError | None:
+        *wrote, seen = answers
         self._remember(item.name, seen)
-        if len(answers) > 1:
-            if type(answers[0]) is int and answers[0] > 0:
-                return answers[0]
+        if wrote:
+            token = outcome_of(wrote[0])
+            if isinstance(token, int):
+                return cast("Reply", item.draft.reply) if token else unlike()
+            if token is not None:
+                return token
         elif isinstance(seen, tuple) and seen[1] == item.token:
-            return 0  # It was decided by what is there.
-        for answer in answers:
-            if not isinstance(answer, tuple) and answer not in (MISS, NOT_STORED, EXISTS):
-                return answer if isinstance(answer, CacheError) else unlike()
-        return EXISTS
-
-    def stored(self, item: _Limit, token: int) -> Reply:
-        return Stored(self._connection.epoch + token)
+            return cast("Reply", item.draft.reply)  # It was decided by what is there.
+        outcome = None if isinstance(seen, tuple) else outcome_of(seen)
+        return unlike() if isinstance(outcome, int) else outcome
 
     def _remember(self, name: str, seen: Answer) -> None:
         limits = self._connection.limits
