@@ -61,12 +61,14 @@ def carry_out(connection: Connection, values: Values, batch: Sequence[Request[An
     if not (prepared := _prepare(connection, values, batch)):
         return (yield from Plan(connection, values, batch).run())
     data, count, takers = prepared
+    mark = connection.mark
     try:
         answers = yield data, count
-        session = Session(connection, values.keys)
-        if not session.unchanged(answers[0]):
-            with contextlib.suppress(NamespaceChanged):
-                yield from session.changed(answers[0])
+        if answers[0] != (connection.generation, mark):
+            session = Session(connection, values.keys)
+            if not session.unchanged(answers[0]):
+                with contextlib.suppress(NamespaceChanged):
+                    yield from session.changed(answers[0])
             return (yield from Plan(connection, values, batch).run())
     except CacheError as error:
         doubtful = in_doubt(error) if error.transient else error
@@ -83,7 +85,7 @@ def carry_out(connection: Connection, values: Values, batch: Sequence[Request[An
         else:
             replies.append(not_found(answer))
     if Entry in map(type, replies):
-        yield from _resolve(session, values, batch, replies, takers)
+        yield from _resolve(Session(connection, values.keys), values, batch, replies, takers)
     return replies
 
 
@@ -92,7 +94,7 @@ def _prepare(
 ) -> tuple[bytes, int, list[tuple[int, bytes | None]]] | None:
     """Return the commands of a batch of plain requests in one piece, how many they are, and for each request the place of
     its answer, with what the entry keeps of the key (`None` for a write). Return `None` for any other batch."""
-    head, tail, memory = connection.head, values.keys.tail, values.memory
+    head, tail, tagged = connection.head, values.keys.tail, values.memory.names
     if not head or len(batch) > COUNT_PART:
         return None
     connection.mark += 1
@@ -103,7 +105,7 @@ def _prepare(
         for request in batch:
             if type(request) is Get:
                 key = request.key
-                if memory and memory.of(key):
+                if key in tagged:
                     return None
                 name, kept = tail(key)
                 at = reads.get(name)

@@ -35,34 +35,34 @@ class TagMemory:
     """Which tags keys had when they were last read: their generations are asked for in the same round trip as the value.
     Where it is wrong, or has forgotten a key, there is one round trip more."""
 
-    __slots__ = ("_names",)
+    __slots__ = ("names",)
 
     def __init__(self) -> None:
-        self._names: dict[str, tuple[str, ...]] = {}
+        self.names: dict[str, tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
-        return f"<TagMemory {len(self._names)}/{REMEMBERED_KEYS} keys>"
+        return f"<TagMemory {len(self.names)}/{REMEMBERED_KEYS} keys>"
 
     def __bool__(self) -> bool:
-        return bool(self._names)
+        return bool(self.names)
 
     def clear(self) -> None:
         """Forget every key."""
-        self._names.clear()
+        self.names.clear()
 
     def of(self, key: str) -> tuple[str, ...]:
         """The names of the tags of a key, as far as is known."""
-        return self._names.get(key, ())
+        return self.names.get(key, ())
 
     def note(self, key: str, names: tuple[str, ...]) -> None:
         """Remember the names of a key's tags."""
         if not names:
-            self._names.pop(key, None)
-        if not names or self._names.get(key) == names or len(names) > REMEMBERED_TAGS:
+            self.names.pop(key, None)
+        if not names or self.names.get(key) == names or len(names) > REMEMBERED_TAGS:
             return
-        if len(self._names) >= REMEMBERED_KEYS:
-            del self._names[next(iter(self._names))]
-        self._names[key] = names
+        if len(self.names) >= REMEMBERED_KEYS:
+            del self.names[next(iter(self.names))]
+        self.names[key] = names
 
 
 class Generations:
