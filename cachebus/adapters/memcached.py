@@ -245,6 +245,8 @@ class _Join:
         self._replies: list[Any] = [None] * len(batch)
         self._missing = len(shares)
         self._on_replies = on_replies
+        if not shares:
+            on_replies([])  # An empty batch.
 
     @property
     def last_progress(self) -> float:
