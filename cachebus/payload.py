@@ -197,10 +197,14 @@ class PayloadPipeline:
     def decode(self, key: str, payload: object) -> Any:
         """The value of a payload. Raises `CacheSerializationError` whose `reason` says why it is not taken."""
         plain = self._plain
-        if plain and type(payload) is bytes and payload.startswith(plain) and len(payload) <= self._max_size:
+        if (
+            plain
+            and type(payload) is bytes
+            and payload[:HEADER_SIZE] == plain
+            and (size := len(payload)) <= self._max_size
+        ):
             try:
                 # A view costs as much as a copy of 16 KB.
-                size = len(payload)
                 value = self._loads(payload[HEADER_SIZE:] if size < 16_384 else memoryview(payload)[HEADER_SIZE:])
                 self.statistics.read += 1
                 return value

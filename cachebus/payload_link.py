@@ -184,7 +184,8 @@ class PayloadLink(Link):
         # The store cannot read what stands there.
         try:
             deadline = deadline or self.bus.clock.monotonic() + reply.seconds_left
-            return cast("R", await self._lease_anew(partial(self._ask, _WAITING, deadline=deadline), coded))
+            lease: Any = coded
+            return cast("R", await self._lease_anew(partial(self._ask, _WAITING, deadline=deadline), lease))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
 

@@ -81,9 +81,9 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -
     redis = _redis_adapter()
     port = 26379 if settings.topology == "sentinel" else 6379
     if settings.socket is not None:
-        places = [redis.Place(path=settings.socket)]
+        places = [redis.Endpoint(path=settings.socket)]
     else:
-        places = [redis.Place(*host_and_port(host, port)) for host in settings.hosts]
+        places = [redis.Endpoint(*host_and_port(host, port)) for host in settings.hosts]
     common: dict[str, Any] = {
         "namespace": namespace,
         "identity": _identity(redis, settings.user, settings.password),
@@ -134,7 +134,7 @@ def _tls(adapter: Any, settings: RedisSettings | MemcachedSettings) -> Any:
 
 
 def _identity(redis: Any, user: str, password: SecretStr | None) -> Any:
-    return redis.Identity(user=user, password=None if password is None else password.get_secret_value())
+    return redis.Credentials(user=user, password=None if password is None else password.get_secret_value())
 
 
 def _plugin(url: str, namespace: str, clock: Clock) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -16,6 +16,7 @@ from cachebus.messages import (
     RenewLock,
     Reply,
     Request,
+    SetMany,
 )
 
 from .context import Context
@@ -158,12 +159,11 @@ def timeout_extension(requests: Sequence[Request[Any]], longest: float) -> float
         return longest
     keys = size = 0
     for request in requests:
-        items: Any = getattr(request, "items", None)
-        values: Any = (getattr(request, "value", None),)
-        if isinstance(items, Mapping):  # A `SetMany`.
-            keys += len(items)
-            values = items.values()
+        if isinstance(request, SetMany):
+            keys += len(request.items)
+            values: Iterable[Any] = request.items.values()
         else:
             keys += len(getattr(request, "keys", ()))
+            values = (getattr(request, "value", None),)
         size += sum(len(value) for value in values if isinstance(value, bytes | str))
     return size / SLOWEST_LINE + keys * SLOWEST_KEY

@@ -60,7 +60,7 @@ from .guard_policy import GuardPolicy
 from .lazy_store import LazyStore
 from .outcomes import StoreCounters, emit_events
 from .pipeline import RequestPipeline
-from .ports import BatchStore, InlineStore, LeasingStore, PipelinedStore, Store, WatchfulStore
+from .ports import BatchStore, InlineStore, LeaseNotifyingStore, LeasingStore, PipelinedStore, Store
 from .resilience import Guard
 
 STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
@@ -185,7 +185,7 @@ class BackendActor(Actor):
             table.waiting.update(dict.fromkeys(self._pipelined.long_running, self._pipeline.put_alone))
         else:
             table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_batch))
-        if isinstance(self._store, WatchfulStore):
+        if isinstance(self._store, LeaseNotifyingStore):
             table.waiting[WatchLease] = self._watch
         else:
             table.plain[WatchLease] = _refuse(self._store, WatchLease)
@@ -276,7 +276,7 @@ class BackendActor(Actor):
 
     async def _watch(self, request: WatchLease) -> Deferred:
         # It waits for nothing: a coroutine, so that it is the actor's task that asks, on the store's event loop.
-        assert isinstance(self._store, WatchfulStore)
+        assert isinstance(self._store, LeaseNotifyingStore)
         promise = self.ctx.defer()
         self._store.watch(request, promise.answer)
         return promise

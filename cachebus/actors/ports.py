@@ -22,6 +22,7 @@ __all__ = [
     "Gauges",
     "InlineLockStore",
     "InlineStore",
+    "LeaseNotifyingStore",
     "LeasingStore",
     "LockListener",
     "LockStore",
@@ -34,7 +35,6 @@ __all__ = [
     "Timer",
     "TimerQueue",
     "Timers",
-    "WatchfulStore",
     "WriteListener",
     "running_timers",
     "spawn",
@@ -197,7 +197,7 @@ class PipelinedStore(BatchStore, Protocol):
 
 
 @runtime_checkable
-class WatchfulStore(Store, Protocol):
+class LeaseNotifyingStore(Store, Protocol):
     """A store that is told by its server when a lease has ended, and tells who waits for it."""
 
     def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:

@@ -186,9 +186,9 @@ class Guard:
         await self._acquire()
         attempt = self._begin(requests, store, then, callers)
         attempt.may_repeat = may_repeat
+        scope = attempt.scope = asyncio_scope()
         try:
-            with asyncio_scope() as scope:
-                attempt.scope = scope
+            with scope:
                 attempt.progress = await store.submit(requests, partial(self._settle, attempt))
         except CacheError as error:
             if not scope.cancel_called:

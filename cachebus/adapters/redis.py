@@ -26,8 +26,8 @@ from cachebus.messages import (
     WatchLease,
 )
 
+from .redis_connect import Connector, Credentials, Endpoint, TlsFiles, find_master
 from .redis_connection import RedisConnection, pack_words
-from .redis_dial import Dial, Identity, Place, TlsFiles, find_master
 from .redis_errors import BACKEND
 from .redis_listener import RedisListener
 from .redis_plan import Plan
@@ -40,7 +40,7 @@ from .redis_values import VALUE_MAX
 from .redis_walk import Walks, remove_matching
 from .redis_watch import LeaseWatch
 
-__all__ = ["Identity", "Place", "RedisStore", "TlsFiles"]
+__all__ = ["Credentials", "Endpoint", "RedisStore", "TlsFiles"]
 
 
 class RedisStore:
@@ -70,14 +70,14 @@ class RedisStore:
 
     def __init__(
         self,
-        places: Sequence[Place],
+        places: Sequence[Endpoint],
         *,
         namespace: str,
-        identity: Identity | None = None,
+        identity: Credentials | None = None,
         database: int = 0,
         tls: TlsFiles | None = None,
         service: str | None = None,
-        sentinel_identity: Identity | None = None,
+        sentinel_identity: Credentials | None = None,
         default_ttl: float | None = None,
         window: int = 8,
         max_connections: int = 2,
@@ -98,15 +98,15 @@ class RedisStore:
         self._planner = planner
         self._is_plain = planner is Plan
         self._default_px = milliseconds(default_ttl)
-        self._dial = Dial(
+        self._dial = Connector(
             clock=clock,
-            identity=identity or Identity(),
+            identity=identity or Credentials(),
             database=database,
             timeout=connect_timeout,
             health_interval=health_check_interval,
             window=window,
         )
-        self._sentinel_identity = sentinel_identity or Identity()
+        self._sentinel_identity = sentinel_identity or Credentials()
         self._max_connections = max_connections
         self._pool: RedisPool | None = None
         self._walks = Walks(self.long_running, self._walk, self.execute)
@@ -182,8 +182,8 @@ class RedisStore:
         return self._send(connection, batch, on_replies)
 
     def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        kind = type(batch[0])
-        if self._is_plain:
+        if self._is_plain and batch:
+            kind = type(batch[0])
             with suppress(UnicodeEncodeError):  # A careful plan finds out which key it is.
                 if kind is Get and self._send_gets(connection, batch, on_replies):
                     return connection

@@ -26,8 +26,8 @@ from cachebus.messages import (
 from .redis_cluster_tags import Stamps, looks_for_tags, wants_stamps
 from .redis_cluster_traffic import ClusterTraffic
 from .redis_cluster_walk import ClusterWalks
+from .redis_connect import Connector, Credentials, Endpoint, TlsFiles
 from .redis_connection import RedisConnection
-from .redis_dial import Dial, Identity, Place, TlsFiles
 from .redis_errors import BACKEND
 from .redis_listener import RedisListener
 from .redis_node import Trip, UnderWay
@@ -66,10 +66,10 @@ class RedisClusterStore(ClusterTraffic):
 
     def __init__(
         self,
-        places: Sequence[Place],
+        places: Sequence[Endpoint],
         *,
         namespace: str,
-        identity: Identity | None = None,
+        identity: Credentials | None = None,
         tls: TlsFiles | None = None,
         default_ttl: float | None = None,
         window: int = 8,
@@ -91,9 +91,9 @@ class RedisClusterStore(ClusterTraffic):
         self._default_ttl = default_ttl
         self._space = TagSpace(namespace, here=False)
         self._planner = planner
-        self._dial = Dial(
+        self._dial = Connector(
             clock=clock,
-            identity=identity or Identity(),
+            identity=identity or Credentials(),
             timeout=connect_timeout,
             health_interval=health_check_interval,
             window=window,
@@ -246,9 +246,9 @@ class RedisClusterStore(ClusterTraffic):
         slot = slot_of(name)
         return SLOTS + numbers.setdefault(name, len(numbers)) if slot in self._moving else slot
 
-    async def _room(self, topology: Topology, slots: set[int]) -> dict[Place, CacheError]:
+    async def _room(self, topology: Topology, slots: set[int]) -> dict[Endpoint, CacheError]:
         """Wait until every server that has one of the slots can take a batch; says which cannot be reached, and why."""
-        unreachable: dict[Place, CacheError] = {}
+        unreachable: dict[Endpoint, CacheError] = {}
         while True:
             if self._traffic.is_held(slots):
                 await self._traffic.change()

@@ -10,7 +10,7 @@ import hiredis
 from cachebus.messages import CacheError
 
 from .redis_commands import Command
-from .redis_dial import Place
+from .redis_connect import Endpoint
 from .redis_errors import code_of, moving, overtaken
 from .redis_node import ClusterNode, Trip
 from .redis_scripts import LATE_IS_WRONG
@@ -30,7 +30,7 @@ class ClusterTraffic:
         # Slots that are being moved, of which each command takes one key only: one about keys at two servers is refused.
         self._moving: set[int] = set()
 
-    def _send(self, topology: Topology, trips: Sequence[Trip], unreachable: dict[Place, CacheError]) -> None:
+    def _send(self, topology: Topology, trips: Sequence[Trip], unreachable: dict[Endpoint, CacheError]) -> None:
         parts: dict[ClusterNode, list[Trip]] = {}
         hopeless: list[tuple[Trip, CacheError]] = []
         for trip in trips:

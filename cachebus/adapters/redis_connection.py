@@ -56,11 +56,15 @@ class InFlight(Protocol):
 class Asked:
     """Commands that change nothing that is cached, and whose replies go to a function."""
 
-    __slots__ = ("answer", "wanted")
+    __slots__ = ("_answer", "wanted")
 
     def __init__(self, wanted: int, answer: Answer) -> None:
         self.wanted = wanted
-        self.answer = answer
+        self._answer = answer
+
+    def answer(self, replies: Sequence[Any] | CacheError) -> None:
+        """Hand the replies on."""
+        self._answer(replies)
 
     def changes(self) -> Iterable[Any]:
         """None."""

@@ -11,8 +11,8 @@ from typing import Any
 from cachebus.messages import CacheClosed, CacheError
 
 from .redis_commands import Command
+from .redis_connect import Endpoint
 from .redis_connection import Asked, RedisConnection, pack
-from .redis_dial import Place
 from .redis_pool import RedisPool
 
 _ASKING = pack("ASKING")
@@ -95,7 +95,7 @@ class ClusterNode:
     reached the last time, `None` if it could.
     """
 
-    def __init__(self, place: Place, pool: RedisPool, arrived: Arrived, failed: Undelivered) -> None:
+    def __init__(self, place: Endpoint, pool: RedisPool, arrived: Arrived, failed: Undelivered) -> None:
         self.place = place
         self.pool = pool
         self.trouble: CacheError | None = None

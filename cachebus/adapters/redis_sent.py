@@ -7,7 +7,7 @@ the worse for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import hiredis
 from msgspec import Struct
@@ -49,8 +49,7 @@ class SentGets(Struct, eq=False):
     places: list[int] | None
     space: TagSpace
     on_replies: OnReplies
-
-    wanted: ClassVar[int] = 1
+    wanted: int = 1
 
     def changes(self) -> Iterable[Any]:
         """Nothing: it reads."""
@@ -59,12 +58,14 @@ class SentGets(Struct, eq=False):
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
         """Take the one reply; or why there is none."""
         connection = self.connection
-        if type(replies) is list and type(values := replies[0]) is list:
+        values: Any = None if isinstance(replies, CacheError) else replies[0]
+        kind: Any = type(values)  # Or pyright would make an unknown list of it.
+        if kind is list:
             if self.places is not None:
                 values = [values[place] for place in self.places]
             try:
                 found = read_run(values, connection.heard_at + connection.offset)
-            except HasTags:
+            except (HasTags, *UNREADABLE):
                 pass
             else:
                 self.on_replies(found)
@@ -85,8 +86,7 @@ class SentSets(Struct, eq=False):
     names: Sequence[str]
     plan: Callable[[], Plan]
     on_replies: OnReplies
-
-    wanted: ClassVar[int] = 1
+    wanted: int = 1
 
     def changes(self) -> Iterable[Any]:
         """The keys that are written."""
@@ -94,7 +94,9 @@ class SentSets(Struct, eq=False):
 
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
         """Take the one reply; or why there is none."""
-        if type(replies) is list and type(versions := replies[0]) is list and len(versions) == len(self.names):
+        versions: Any = None if isinstance(replies, CacheError) else replies[0]
+        kind: Any = type(versions)
+        if kind is list and len(versions) == len(self.names):
             self.on_replies([Stored(float(version)) for version in versions])
             return
         plan = self.plan()
@@ -131,8 +133,7 @@ class SentOne(Struct, eq=False):
     make: Parsed
     plan: Callable[[], Plan]
     on_replies: OnReplies
-
-    wanted: ClassVar[int] = 1
+    wanted: int = 1
 
     def changes(self) -> Iterable[Any]:
         """The keys that may be written."""
@@ -141,7 +142,7 @@ class SentOne(Struct, eq=False):
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
         """Take the one reply; or why there is none."""
         connection = self.connection
-        if type(replies) is list and type(replies[0]) is not hiredis.ReplyError:
+        if not isinstance(replies, CacheError) and type(replies[0]) is not hiredis.ReplyError:
             try:
                 reply = self.make(replies[0], connection.heard_at + connection.offset)
             except UNREADABLE as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from cachebus.messages import CacheConnectionError
 
-from .redis_dial import Place
+from .redis_connect import Endpoint
 from .redis_errors import BACKEND
 
 SLOTS = 16384
@@ -59,23 +59,23 @@ class SlotMap:
 
     def __init__(self) -> None:
         self.version = 0
-        self._owners: dict[int, Place] = {}
+        self._owners: dict[int, Endpoint] = {}
 
     def __repr__(self) -> str:
         return f"<SlotMap of {len(self._owners)} slots at {len(self.places())} servers>"
 
-    def place(self, slot: int) -> Place:
+    def place(self, slot: int) -> Endpoint:
         """The server that has a slot. Raises `CacheConnectionError` where there is none."""
         owner = self._owners.get(slot)
         if owner is None:
             raise CacheConnectionError(f"no server of the cluster has the slot {slot}", BACKEND)
         return owner
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[Endpoint]:
         """Every server that has slots, in an order that does not depend on which slots."""
         return sorted(set(self._owners.values()), key=str)
 
-    def move(self, slot: int, place: Place) -> bool:
+    def move(self, slot: int, place: Endpoint) -> bool:
         """Take in where a slot is. `False` if that is known already."""
         if self._owners.get(slot) == place:
             return False
@@ -83,7 +83,7 @@ class SlotMap:
         self.version += 1
         return True
 
-    def replace(self, owners: dict[int, Place]) -> list[int]:
+    def replace(self, owners: dict[int, Endpoint]) -> list[int]:
         """Take in a whole map, and say which slots have another owner by it."""
         changed = [slot for slot, place in owners.items() if self._owners.get(slot) != place]
         self._owners = owners
@@ -91,23 +91,23 @@ class SlotMap:
         return changed
 
 
-def read_slots(reply: Any, asked: Place) -> dict[int, Place]:
+def read_slots(reply: Any, asked: Endpoint) -> dict[int, Endpoint]:
     """The owners of all slots, by the reply of the server `asked` to `CLUSTER SLOTS`."""
-    owners: dict[int, Place] = {}
+    owners: dict[int, Endpoint] = {}
     for first, last, master, *_ in reply:
         # A server that does not know its own name gives none: it is where we found it.
         host = (master[0] or b"").decode()
-        place = Place(asked.host if host in ("", "?") else host, int(master[1]))
+        place = Endpoint(asked.host if host in ("", "?") else host, int(master[1]))
         for slot in range(first, last + 1):
             owners[slot] = place
     return owners
 
 
-def read_redirection(reply: str, asked: Place) -> tuple[int, Place]:
+def read_redirection(reply: str, asked: Endpoint) -> tuple[int, Endpoint]:
     """The slot and the server that `MOVED 3999 10.0.0.1:6381` or `ASK ...` names, said by the server `asked`."""
     _, slot, target = reply.split(" ")[:3]
     host, _, port = target.rpartition(":")
-    return int(slot), Place(asked.host if host in ("", "?") else host, int(port))
+    return int(slot), Endpoint(asked.host if host in ("", "?") else host, int(port))
 
 
 class SlotTraffic:

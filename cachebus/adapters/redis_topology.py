@@ -10,8 +10,8 @@ import hiredis
 
 from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, CacheError
 
+from .redis_connect import Connector, Endpoint
 from .redis_connection import pack
-from .redis_dial import Dial, Place
 from .redis_errors import BACKEND, translate, unreachable
 from .redis_node import Arrived, ClusterNode, Undelivered
 from .redis_pool import RedisPool
@@ -29,8 +29,8 @@ class Topology:
 
     def __init__(
         self,
-        dial: Dial,
-        seeds: Sequence[Place],
+        dial: Connector,
+        seeds: Sequence[Endpoint],
         most: int,
         arrived: Arrived,
         failed: Undelivered,
@@ -43,7 +43,7 @@ class Topology:
         self._arrived = arrived
         self._failed = failed
         self._changed = changed
-        self._nodes: dict[Place, ClusterNode] = {}
+        self._nodes: dict[Endpoint, ClusterNode] = {}
         self._learning: asyncio.Task[None] | None = None
         self._learned_at = float("-inf")
         self._leaving: set[asyncio.Task[None]] = set()
@@ -52,7 +52,7 @@ class Topology:
     def __repr__(self) -> str:
         return f"<Topology {self.map!r}, {len(self._nodes)} known>"
 
-    def node(self, place: Place) -> ClusterNode:
+    def node(self, place: Endpoint) -> ClusterNode:
         """The server at a place."""
         node = self._nodes.get(place)
         if node is None:
@@ -136,7 +136,7 @@ class Topology:
             f"no server of the cluster says who has which slots: {'; '.join(error.detail for error in errors)}", BACKEND
         )
 
-    async def _ask(self, place: Place) -> dict[int, Place]:
+    async def _ask(self, place: Endpoint) -> dict[int, Endpoint]:
         """The owners of all slots, by one server."""
         node = self._nodes.get(place)
         try:
@@ -159,7 +159,7 @@ class Topology:
             raise CacheConnectionError(f"{place} knows of no server that has slots", BACKEND)
         return owners
 
-    def _take_in(self, owners: dict[int, Place]) -> None:
+    def _take_in(self, owners: dict[int, Endpoint]) -> None:
         if changed := self.map.replace(owners):
             self._changed(changed)
         places = set(self.map.places())

@@ -120,6 +120,9 @@ def split_metadata(raw: bytes) -> tuple[LoadMetadata, float | None, bytes]:
         load_time, stale_for, etag, lifetime = unpack_plain(raw[begin:end])
     except (struct.error, ValueError, TypeError):
         raise CacheSerializationError("the stored value is damaged") from None
+    numbers = (load_time, stale_for, 0.0 if lifetime is None else lifetime)
+    if not (all(type(each) in (float, int) for each in numbers) and (etag is None or type(etag) is str)):
+        raise CacheSerializationError("the stored value is damaged")
     return LoadMetadata(load_time, stale_for, etag), lifetime, raw[: HEADER.size] + raw[end:]
 
 

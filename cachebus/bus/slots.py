@@ -99,7 +99,7 @@ class SlotBatch(Struct, eq=False):
     def __repr__(self) -> str:
         return f"<SlotBatch of {len(self.slots)} requests, {self.gone} gone>"
 
-    def answer(self, nothing: None) -> None:
+    def answer(self, reply: Any) -> None:
         """Called by the deadline timer: answer the slots whose time is up."""
         assert self.deadlines is not None
         self.bucket = None
@@ -135,7 +135,8 @@ class SlotBatch(Struct, eq=False):
         slots, self.slots = self.slots, []  # No circle for the garbage collector, and no second answer.
         for slot, reply in zip(slots, replies, strict=True):
             port = slot.port
-            if type(port) is Future:
+            kind: Any = type(port)
+            if kind is Future:
                 if not port.done():
                     port.set_result(reply)
             elif slot.reply is None:

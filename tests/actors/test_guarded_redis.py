@@ -11,7 +11,7 @@ import pytest
 
 from cachebus.actors import BackendActor, BreakerPolicy, GuardPolicy, Supervisor
 from cachebus.adapters.redis import RedisStore
-from cachebus.adapters.redis_dial import Place
+from cachebus.adapters.redis_connect import Endpoint
 from cachebus.bus import Address, LocalBus
 from cachebus.messages import (
     CacheConnectionError,
@@ -55,7 +55,7 @@ async def bus(proxy: Proxy) -> AsyncIterator[LocalBus]:
     namespace = uuid4().hex
 
     def actor() -> BackendActor:
-        return BackendActor(RedisStore([Place(host=proxy.host, port=proxy.port)], namespace=namespace), policy)
+        return BackendActor(RedisStore([Endpoint(host=proxy.host, port=proxy.port)], namespace=namespace), policy)
 
     bus = LocalBus()
     async with Supervisor(bus) as supervisor:

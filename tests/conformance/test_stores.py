@@ -16,7 +16,7 @@ from cachebus.adapters.memcached import Endpoint as MemcachedPlace
 from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_dial import Identity, Place
+from cachebus.adapters.redis_connect import Credentials, Endpoint
 from cachebus.bus.codec import JSON
 from cachebus.testing.fakes import CodecStore
 from cachebus.testing.servers import Server, run_memcached, run_redis_cluster
@@ -182,7 +182,7 @@ class TestTwoMemcacheds(StoreConformance):
 async def opened_cluster(
     servers: Sequence[Server], namespace: str, default_ttl: float | None
 ) -> AsyncGenerator[AnyStore]:
-    places = [Place(host=server.host, port=server.port) for server in servers]
+    places = [Endpoint(host=server.host, port=server.port) for server in servers]
     store = RedisClusterStore(places, namespace=namespace, default_ttl=default_ttl, connect_timeout=PATIENCE)
     await store.open()
     yield store
@@ -205,9 +205,9 @@ async def opened_memcached(
 @asynccontextmanager
 async def opened(server: Server, namespace: str, default_ttl: float | None) -> AsyncGenerator[AnyStore]:
     parts = urlsplit(server.url)
-    identity = Identity(user=parts.username or "", password=parts.password)
+    identity = Credentials(user=parts.username or "", password=parts.password)
     store = RedisStore(
-        [Place(host=server.host, port=server.port)],
+        [Endpoint(host=server.host, port=server.port)],
         namespace=namespace,
         identity=identity,
         default_ttl=default_ttl,

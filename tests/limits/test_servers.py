@@ -17,7 +17,7 @@ from cachebus.adapters.memcached_cas_updates import TRIES
 from cachebus.adapters.memcached_rate_limits import REMEMBERED
 from cachebus.adapters.memcached_session import Session
 from cachebus.adapters.redis import RedisStore
-from cachebus.adapters.redis_dial import Place
+from cachebus.adapters.redis_connect import Endpoint
 from cachebus.bus.tasks import spawn
 from cachebus.messages import Admit, Admitted, CacheBackendError, Clear, Failed, Get, RateLimitDenied, Reply, Set
 from cachebus.testing.servers import Server, run_memcached, run_redis
@@ -56,7 +56,7 @@ def namespace() -> str:
 
 @pytest.fixture
 async def in_redis(redis_server: Server, namespace: str) -> AsyncIterator[RedisStore]:
-    store = RedisStore([Place(host=redis_server.host, port=redis_server.port)], namespace=namespace)
+    store = RedisStore([Endpoint(host=redis_server.host, port=redis_server.port)], namespace=namespace)
     await store.open()
     yield store
     await store.close()

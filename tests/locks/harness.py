@@ -8,7 +8,7 @@ from typing import Any
 from cachebus.actors import LockManager
 from cachebus.adapters.lock_table import LockTable
 from cachebus.bus import Deferred
-from cachebus.messages import CacheError, Event, Failed, Message, Reply, Sweep
+from cachebus.messages import CacheError, Event, Failed, Message, Sweep
 from cachebus.testing.fakes import RecordingContext
 from tests.clock import ManualClock
 
@@ -66,7 +66,7 @@ class Managed:
     def ask(self, request: Any) -> Caller:
         """Ask; the reply, or later the reply, is the caller's."""
         caller = Caller()
-        reply: Reply | Deferred | None
+        reply: Any
         try:
             reply = self._serve[type(request)](request)
         except CacheError as error:

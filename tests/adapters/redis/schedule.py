@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_cluster import RedisClusterStore
+from cachebus.adapters.redis_connect import Endpoint
 from cachebus.adapters.redis_connection import InFlight, RedisConnection
-from cachebus.adapters.redis_dial import Place
 from cachebus.adapters.redis_slots import slot_of
 from cachebus.messages import (
     Add,
@@ -271,7 +271,7 @@ class World:
 
 async def open_stores(servers: Sequence[Server], stack: AsyncExitStack) -> list[Any]:
     """Stores of one namespace on servers of the test's own, each with connections of its own."""
-    places = [Place(host=server.host, port=server.port) for server in servers]
+    places = [Endpoint(host=server.host, port=server.port) for server in servers]
     stores: list[Any] = []
     for _ in range(STORES):
         store: Any

@@ -16,7 +16,7 @@ from redis.crc import key_slot
 
 from cachebus import CacheConnectionError, CacheError, open_cache
 from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_dial import Place
+from cachebus.adapters.redis_connect import Endpoint
 from cachebus.adapters.redis_slots import SlotMap, SlotTraffic, read_redirection, read_slots, slot_of, tag_of
 from cachebus.messages import (
     Admit,
@@ -151,19 +151,19 @@ async def test_a_slot_is_what_the_server_says_it_is(cluster: Sequence[Server]) -
 
 
 def test_a_redirection_without_a_host_leads_to_where_we_asked() -> None:
-    asked = Place("10.0.0.1", 1)
-    assert read_redirection("MOVED 7 10.0.0.2:6381", asked) == (7, Place("10.0.0.2", 6381))
-    assert read_redirection("ASK 7 :6381", asked) == (7, Place("10.0.0.1", 6381))
-    assert read_redirection("MOVED 7 fe80::1:6381", asked) == (7, Place("fe80::1", 6381))
+    asked = Endpoint("10.0.0.1", 1)
+    assert read_redirection("MOVED 7 10.0.0.2:6381", asked) == (7, Endpoint("10.0.0.2", 6381))
+    assert read_redirection("ASK 7 :6381", asked) == (7, Endpoint("10.0.0.1", 6381))
+    assert read_redirection("MOVED 7 fe80::1:6381", asked) == (7, Endpoint("fe80::1", 6381))
     assert read_slots([[0, 1, [None, 5, b"id"], [b"replica", 6, b"id"]], [2, 2, [b"?", 7, b"id"]]], asked) == {
-        0: Place("10.0.0.1", 5),
-        1: Place("10.0.0.1", 5),
-        2: Place("10.0.0.1", 7),
+        0: Endpoint("10.0.0.1", 5),
+        1: Endpoint("10.0.0.1", 5),
+        2: Endpoint("10.0.0.1", 7),
     }
 
 
 def test_a_map_says_what_has_changed_hands() -> None:
-    a, b = Place("a"), Place("b")
+    a, b = Endpoint("a"), Endpoint("b")
     slots = SlotMap()
     assert slots.replace({1: a, 2: a}) == [1, 2]
     version = slots.version

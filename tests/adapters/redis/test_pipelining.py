@@ -250,12 +250,12 @@ async def test_a_store_that_loses_count_crashes_its_actor_and_everybody_is_answe
             return NO_PROGRESS
 
     settings: Any = backend_from_url(server.url)
-    from cachebus.adapters.redis import Place
+    from cachebus.adapters.redis import Endpoint
 
     host, _, port = settings.hosts[0].rpartition(":")
 
     def stores(_: Any) -> Any:
-        return Miscounting([Place(host, int(port))], namespace="n")
+        return Miscounting([Endpoint(host, int(port))], namespace="n")
 
     async with guarded(server.url, stores=stores, timeout=2.0) as cache:
         results = await asyncio.gather(*(cache.set("a", 1) for _ in range(5)), return_exceptions=True)

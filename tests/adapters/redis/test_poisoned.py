@@ -23,6 +23,7 @@ POISON = {
     "msgpack that only claims": struct.pack(">dd", 1e15, 0) + b"M" + b"\xdc\xff\xff" * 22_000,
     "metadata that is none": struct.pack(">dd", 1e15, 0) + b"o\xff\xff" + b"x",
     "metadata of a wrong type": struct.pack(">dd", 1e15, 0) + b"o\x00\x01\xc0" + b"Bx",
+    "metadata of other types": struct.pack(">dd", 1e15, 0) + b"o\x00\x05\x94\xa1a\xc3\xc3\x90" + b"Bx",
     "tags that are none": struct.pack(">dd", 1e15, 0) + b"t\xff\xff\xff\xff" + b"x" * 20,
     "tags of a wrong type": struct.pack(">dd", 1e15, 0) + b"t\x00\x00\x00\x01" + b"x" * 16 + b"\x05" + b"Bx",
     "tags within tags": struct.pack(">dd", 1e15, 0) + b"t\x00\x00\x00\x01" + b"x" * 16 + b"\x90" + b"t",
@@ -36,7 +37,7 @@ POISON = {
 }
 
 
-@pytest.fixture(params=POISON, ids=POISON)
+@pytest.fixture(params=list(POISON))
 async def poisoned(request: Any, server: Server) -> Any:
     async with opened(server.url) as store:
         connection = await store._pool.connect()
@@ -76,7 +77,6 @@ async def test_callers_beside_it_see_nothing_of_it_and_the_key_can_be_loaded(poi
 
 
 async def test_a_lease_is_granted_after_a_delete(poisoned: Any) -> None:
-    from cachebus.messages import Delete
 
     await one(poisoned, Delete("bad"))
     assert isinstance(await one(poisoned, GetOrLease("bad", "me", "call", 5.0)), LeaseGranted)

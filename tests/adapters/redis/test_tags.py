@@ -12,7 +12,7 @@ import pytest
 from cachebus import LoadResult, open_cache
 from cachebus.adapters.redis_cluster import RedisClusterStore
 from cachebus.adapters.redis_cluster_tags import Stamps
-from cachebus.adapters.redis_dial import Place
+from cachebus.adapters.redis_connect import Endpoint
 from cachebus.adapters.redis_tag_scripts import RETENTION_MS
 from cachebus.adapters.redis_tags import NO_STAMP, TagSpace
 from cachebus.messages import (
@@ -290,7 +290,7 @@ def cluster() -> Iterator[Sequence[Server]]:
 
 @pytest.fixture
 async def spread(cluster: Sequence[Server]) -> AsyncIterator[Any]:
-    places = [Place(host=server.host, port=server.port) for server in cluster]
+    places = [Endpoint(host=server.host, port=server.port) for server in cluster]
     store = RedisClusterStore(places, namespace="tests", health_check_interval=None)
     await store.open()
     for server in cluster:
@@ -361,7 +361,7 @@ async def test_in_a_cluster_a_lease_without_tags_does_not_need_the_counters() ->
 
 async def test_a_namespace_whose_counters_would_be_all_over_the_cluster_is_refused() -> None:
     with pytest.raises(CacheConfigurationError, match="no colon or"):
-        RedisClusterStore([Place("localhost")], namespace="a{}")
+        RedisClusterStore([Endpoint("localhost")], namespace="a{}")
 
 
 async def told_raw(server: Server, name: str) -> bytes:

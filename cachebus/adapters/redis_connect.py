@@ -18,13 +18,13 @@ from .redis_errors import BACKEND, translate_greeting, unreachable
 from .redis_scripts import scripts
 from .tls import TlsFiles
 
-__all__ = ["Dial", "Identity", "Place", "TlsFiles", "find_master"]
+__all__ = ["Connector", "Credentials", "Endpoint", "TlsFiles", "find_master"]
 
 Role: TypeAlias = Literal["any", "master", "sentinel"]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Endpoint:
     """Where a server listens: a host and a port, or the path of a unix socket."""
 
     host: str = ""
@@ -38,7 +38,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class Credentials:
     """Who connects: a user of the server's, `default` if only a password is given."""
 
     user: str = ""
@@ -52,12 +52,12 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dial:
+class Connector:
     """How connections are made. `timeout` is in seconds and holds for all of connecting; `health_interval` as in
     `RedisConnection`."""
 
     clock: Clock
-    identity: Identity = Identity()
+    identity: Credentials = Credentials()
     database: int = 0
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     timeout: float = 1.0
@@ -66,7 +66,7 @@ class Dial:
     counters_here: bool = True
     """Whether the scripts get at the counters of tags, which in a cluster are in another slot."""
 
-    async def connect(self, place: Place, role: Role = "any") -> RedisConnection:
+    async def connect(self, place: Endpoint, role: Role = "any") -> RedisConnection:
         """A connection that is ready. As a `master`, a server that is none is refused.
 
         Raises `CacheConnectionError`, or `CacheConfigurationError` for what another attempt will not mend.
@@ -75,7 +75,7 @@ class Dial:
             async with asyncio.timeout(self.timeout):
                 connection = await self._open(place)
                 try:
-                    await self._greet(connection, role)
+                    await self._handshake(connection, role)
                 except BaseException as error:
                     connection.drop(unreachable(error, str(place), self.timeout))
                     raise
@@ -85,7 +85,7 @@ class Dial:
             connection.watch()
         return connection
 
-    async def ask(self, place: Place, *arguments: str) -> Any:
+    async def ask(self, place: Endpoint, *arguments: str) -> Any:
         """The reply of a sentinel to one command, over a connection of its own."""
         connection = await self.connect(place, "sentinel")
         try:
@@ -96,7 +96,7 @@ class Dial:
         finally:
             connection.drop(CacheConnectionError("done", BACKEND))
 
-    async def _open(self, place: Place) -> RedisConnection:
+    async def _open(self, place: Endpoint) -> RedisConnection:
         loop = asyncio.get_running_loop()
 
         def protocol() -> RedisConnection:
@@ -110,7 +110,7 @@ class Dial:
             )
         return connection
 
-    async def _greet(self, connection: RedisConnection, role: Role) -> None:
+    async def _handshake(self, connection: RedisConnection, role: Role) -> None:
         commands = [self.identity.hello()]
         if role != "sentinel":
             commands.append(pack("TIME"))
@@ -134,7 +134,7 @@ class Dial:
             raise CacheConnectionError(f"{connection.server} is no master", BACKEND)
 
 
-async def find_master(dial: Dial, sentinels: Sequence[Place], service: str) -> Place:
+async def find_master(dial: Connector, sentinels: Sequence[Endpoint], service: str) -> Endpoint:
     """Where the master of a service is, by the first sentinel that knows. Raises `CacheConnectionError`."""
     reasons: list[str] = []
     for place in sentinels:
@@ -145,6 +145,6 @@ async def find_master(dial: Dial, sentinels: Sequence[Place], service: str) -> P
             continue
         if found:
             host, port = found
-            return Place(host.decode(), int(port))
+            return Endpoint(host.decode(), int(port))
         reasons.append(f"{place} does not know it")
     raise CacheConnectionError(f"no sentinel knows the master of {service!r}: {'; '.join(reasons)}", BACKEND)
