@@ -42,10 +42,11 @@ class MemcachedSettings(GuardSettings):
     connect_timeout: Seconds = 1.0
     """How long connecting may take, greeting included."""
     timeout: Seconds = 1.0
-    """How long a server may take to answer one round trip; one that takes longer is disconnected from."""
+    """How long a server may take for a batch, besides what its bytes take; a server that takes longer is disconnected
+    from."""
     max_connections: AtLeastOne = 2
-    """How many connections, each with a thread, there may be to one server: one works, the others are those of batches that
-    were given up and have not come to an end yet."""
+    """How many attempts to connect to one server there may be at a time whose name is still being looked up, by a thread
+    that nothing can break off. One connection is used."""
     chunked: Switch = False
     """Whether values over the server's limit for items are stored in several of them, instead of being refused."""
 

@@ -115,7 +115,7 @@ def _memcached(
     except ModuleNotFoundError as error:
         raise CacheConfigurationError(f"memcached needs {error.name}: pip install 'cachebus[memcached]'") from error
     return getattr(import_module(f"cachebus.adapters.{adapter}"), store)(
-        [memcached.Place(*host_and_port(host, 11211)) for host in settings.hosts],
+        [memcached.Endpoint(*host_and_port(host, 11211)) for host in settings.hosts],
         namespace=namespace,
         tls=_tls(memcached, settings),
         default_ttl=settings.default_ttl,

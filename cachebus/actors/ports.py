@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import msgspec
 
 from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred, TimerQueue, running_timers
+from cachebus.bus.tasks import spawn
 from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
 from .turns import is_interruption
@@ -39,6 +40,7 @@ __all__ = [
     "WriteListener",
     "is_interruption",
     "running_timers",
+    "spawn",
 ]
 
 

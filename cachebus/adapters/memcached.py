@@ -12,18 +12,16 @@ import msgspec
 from anyio import to_thread
 from pymemcache.client.rendezvous import RendezvousHash
 
-from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Gauges
+from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Gauges, OnReplies, Progress
 from cachebus.messages import (
     CacheConnectionError,
     CacheError,
     Clear,
-    Cleared,
     Deleted,
     DeleteMany,
     Failed,
     FoundMany,
     GetMany,
-    Invalidated,
     InvalidateTags,
     Reply,
     Request,
@@ -32,33 +30,37 @@ from cachebus.messages import (
 )
 
 from .memcached_chunks import CHUNKED_MAX
-from .memcached_connection import Dial, Place
-from .memcached_entries import HEADER
+from .memcached_connection import Connection, Exchange
+from .memcached_entry import HEADER
 from .memcached_errors import BACKEND
 from .memcached_keys import Hasher, Keys, blake
-from .memcached_lane import Lane, common
-from .memcached_plan import Plan
-from .memcached_session import Session
-from .memcached_tags import invalidate
+from .memcached_planner import carry_out
+from .memcached_server import Connector, Endpoint, Server
 from .memcached_values import Values
 from .tls import TlsFiles
 
-__all__ = ["MemcachedStore", "Place", "TlsFiles"]
+__all__ = ["Endpoint", "MemcachedStore", "TlsFiles"]
+
+_EVERYWHERE = frozenset[type[Request[Any]]]({Clear, InvalidateTags})
+"""What is for all servers."""
 
 
 class MemcachedStore:
-    """A `BatchStore` in one or several Memcached servers, version 1.6.10 or newer, on asyncio and on trio.
+    """A `PipelinedStore` in one or several Memcached servers, version 1.6.10 or newer, on asyncio and on trio.
 
-    The keys of several servers are shared out by rendezvous hashing: a server that comes or goes moves its own keys only,
-    and one that does not answer costs its own keys only. Every server has a generation of the namespace, which `Clear`
-    makes anew on each, and one of every tag. Times to live are rounded up to whole seconds.
+    Each server has one batch in flight; a batch for several servers is in flight at all of them at once. The keys are
+    shared out by rendezvous hashing: a server that comes or goes moves its own keys only, and one that does not answer
+    costs its own keys only. Every server has a generation of the namespace, which `Clear` replaces on each, and one of
+    every tag. Times to live are rounded up to whole seconds.
     """
 
     name = BACKEND
+    max_batch = 512
+    long_running: frozenset[type[Request[Any]]] = frozenset()
 
     def __init__(
         self,
-        places: Sequence[Place],
+        endpoints: Sequence[Endpoint],
         *,
         namespace: str,
         tls: TlsFiles | None = None,
@@ -80,122 +82,136 @@ class MemcachedStore:
             ttl_resolution=1.0,
         )
         self._keys = Keys(namespace, hasher)
-        self._places = tuple(places)
+        self._endpoints = tuple(endpoints)
         self._tls = tls
         self._values = Values(self._keys, default_ttl, chunked)
-        self._max_connections = max_connections
-        self._dial = Dial(clock=clock, connect_timeout=connect_timeout, timeout=timeout)
-        self._lanes: dict[str, Lane] = {}
+        self._connector = Connector(clock=clock, connect_timeout=connect_timeout, timeout=timeout, most=max_connections)
+        self._servers: dict[str, Server] = {}
+        self._only: Server | None = None
         # The driver comes without type hints.
-        self._shares: Any = RendezvousHash([str(place) for place in self._places], hash_function=_weight)
+        self._shares: Any = RendezvousHash([str(each) for each in self._endpoints], hash_function=_weight)
 
     def __repr__(self) -> str:
-        return f"<MemcachedStore {self._keys.namespace!r} at {', '.join(map(str, self._places))}>"
+        return f"<MemcachedStore {self._keys.namespace!r} at {', '.join(map(str, self._endpoints))}>"
 
     async def open(self) -> None:
         if self._tls is not None:
             context = await to_thread.run_sync(self._tls.context, self.name)
-            self._dial = dataclasses.replace(self._dial, tls=context)
-        several = len(self._places) > 1
-        self._lanes = {
-            str(place): Lane(place, self._dial, self._max_connections, aside=several) for place in self._places
-        }
+            self._connector = dataclasses.replace(self._connector, tls=context)
+        several = len(self._endpoints) > 1
+        servers = {str(each): Server(each, self._connector, aside=several) for each in self._endpoints}
         failures: list[CacheError] = []
 
-        async def connect(lane: Lane) -> None:
+        async def connect(server: Server) -> None:
             try:
-                await lane.connect()
+                await server.connect()
             except CacheError as error:
                 failures.append(error)
 
-        async with anyio.create_task_group() as tasks:
-            for lane in self._lanes.values():
-                tasks.start_soon(connect, lane)
-        limit = common(list(self._lanes.values()), lambda connection: connection.entry_max)
-        if limit is None:
+        try:
+            async with anyio.create_task_group() as tasks:
+                for server in servers.values():
+                    tasks.start_soon(connect, server)
+        except BaseException:
+            for server in servers.values():
+                server.abort()
+            raise
+        connections = [each.connection for each in servers.values() if each.connection is not None]
+        if not connections:
             raise failures[0]
-        self.capabilities = msgspec.structs.replace(
-            self.capabilities, max_value_bytes=CHUNKED_MAX if self._values.chunked else limit - HEADER.size
-        )
+        self._servers = servers
+        self._only = None if several else next(iter(servers.values()))
+        limit = CHUNKED_MAX if self._values.chunked else min(each.entry_max for each in connections) - HEADER.size
+        self.capabilities = msgspec.structs.replace(self.capabilities, max_value_bytes=limit)
 
     async def close(self) -> None:
-        """Finish what is under way, then close; cancelled, break it off."""
-        for lane in self._lanes.values():
-            await lane.close()
+        """Finish what is in flight, then close; cancelled, break it off."""
+        for server in self._servers.values():
+            await server.close()
 
     def gauges(self) -> Gauges:
         return Gauges()
 
+    # Batches
+
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        if not self._lanes:
+        ended, answer = anyio.Event(), list[Sequence[Reply]]()
+
+        def on_replies(replies: Sequence[Reply]) -> None:
+            answer.append(replies)
+            ended.set()
+
+        await self.submit(batch, on_replies)
+        await ended.wait()
+        return answer[0]
+
+    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
+        """Send a batch if no server that it is for has to be waited for. Else return `None`, and nothing was done."""
+        if (server := self._only) is not None:
+            connection = server.take_at_once()
+            if connection is not None:
+                connection.begin(self._exchange(connection, batch), on_replies, len(batch))
+            return connection
+        shares = self._share_out(batch)
+        taken: dict[Server, Connection] = {}
+        for server in shares:
+            connection = server.take_at_once()
+            if connection is None:
+                for each in taken:
+                    each.give()
+                return None
+            taken[server] = connection
+        join = _Join(batch, shares, on_replies)
+        join.connections += taken.values()
+        for server, share in shares.items():
+            part = [request for _, request in share]
+            taken[server].begin(self._exchange(taken[server], part), join.taking(share), len(part))
+        return join
+
+    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
+        """Send a batch, and wait until that has happened. Raises `CacheConnectionError` if nothing could be sent."""
+        if not self._servers:
             raise CacheConnectionError("the store is not open", BACKEND)
-        if len(self._lanes) == 1 and not any(type(request) in _EVERYWHERE for request in batch):
-            (lane,) = self._lanes.values()
-            return await self._on(lane, batch)
-        replies: list[Reply] = []
-        part: list[Request[Any]] = []
-        for request in batch:
-            if type(request) in _EVERYWHERE:
-                replies += await self._shared_out(part)
-                replies.append(await self._everywhere(request))
-                part = []
+        if (server := self._only) is not None:
+            connection = await server.take()
+            connection.begin(self._exchange(connection, batch), on_replies, len(batch))
+            return connection
+        shares = self._share_out(batch)
+        join = _Join(batch, shares, on_replies)
+
+        async def start(server: Server, share: Sequence[tuple[int, Request[Any]]]) -> None:
+            take = join.taking(share)
+            try:
+                connection = await server.take()
+            except CacheError as error:
+                take([Failed.of(error)] * len(share))
             else:
-                part.append(request)
-        return replies + await self._shared_out(part)
-
-    async def _on(self, lane: Lane, batch: Sequence[Request[Any]]) -> list[Reply]:
-        """The replies of one server."""
-
-        return await lane.run(lambda connection: Plan(connection, self._values, batch).run())
-
-    async def _everywhere(self, request: Any) -> Reply:
-        """The reply to what every server has to do."""
-        failures: list[CacheError] = []
-
-        async def ask(lane: Lane) -> None:
-            try:
-                if isinstance(request, InvalidateTags):
-                    await lane.run(lambda connection: invalidate(Session(connection, self._keys), request.tags))
-                else:
-                    await lane.run(lambda connection: Session(connection, self._keys).clear())
-            except CacheError as error:
-                failures.append(error)
-
-        async with anyio.create_task_group() as tasks:
-            for lane in self._lanes.values():
-                tasks.start_soon(ask, lane)
-        if failures:
-            return Failed.of(failures[0])
-        return Invalidated() if isinstance(request, InvalidateTags) else Cleared()
-
-    async def _shared_out(self, batch: Sequence[Request[Any]]) -> list[Reply]:
-        """The replies of the servers to their parts of a batch."""
-        if not batch:
-            return []
-        shares: dict[str, list[tuple[int, Request[Any]]]] = {}
-        for position, request in enumerate(batch):
-            for server, part in self._parts(request):
-                shares.setdefault(server, []).append((position, part))
-        replies: list[Any] = [None] * len(batch)
-
-        async def ask(lane: Lane, share: Sequence[tuple[int, Request[Any]]]) -> None:
-            try:
-                told: Sequence[Reply] = await self._on(lane, [request for _, request in share])
-            except CacheError as error:
-                told = [Failed.of(error)] * len(share)
-            for (position, _), reply in zip(share, told, strict=True):
-                replies[position] = _merged(replies[position], reply)
+                join.connections.append(connection)
+                part = [request for _, request in share]
+                connection.begin(self._exchange(connection, part), take, len(part))
 
         async with anyio.create_task_group() as tasks:
             for server, share in shares.items():
-                tasks.start_soon(ask, self._lanes[server], share)
-        return replies
+                tasks.start_soon(start, server, share)
+        return join
+
+    def _exchange(self, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
+        """Return the exchange that carries out a batch at one server."""
+        return carry_out(connection, self._values, batch)
+
+    # Several servers
+
+    def _share_out(self, batch: Sequence[Request[Any]]) -> dict[Server, list[tuple[int, Request[Any]]]]:
+        """Return what each server has to do, with the positions of the requests that it is part of."""
+        shares: dict[Server, list[tuple[int, Request[Any]]]] = {}
+        for position, request in enumerate(batch):
+            for name, part in self._parts(request):
+                shares.setdefault(self._servers[name], []).append((position, part))
+        return shares
 
     def _parts(self, request: Any) -> list[tuple[str, Request[Any]]]:
-        """Which servers a request is for, and what each is to do."""
-        first = next(iter(self._lanes))
-        if len(self._lanes) == 1:
-            return [(first, request)]
+        if type(request) in _EVERYWHERE:
+            return [(name, request) for name in self._servers]
         if not isinstance(request, GetMany | SetMany | DeleteMany):
             return [(self._server(getattr(request, "key", "")), request)]
         keys = request.items if isinstance(request, SetMany) else request.keys
@@ -203,7 +219,7 @@ class MemcachedStore:
         for key in keys:
             by_server.setdefault(self._server(key), []).append(key)
         if len(by_server) < 2:
-            return [(next(iter(by_server), first), request)]
+            return [(next(iter(by_server), next(iter(self._servers))), request)]
         if isinstance(request, SetMany):
             return [
                 (server, SetMany({key: request.items[key] for key in some}, request.ttl, request.tags))
@@ -216,17 +232,47 @@ class MemcachedStore:
         return server
 
 
-_EVERYWHERE = frozenset[type[Request[Any]]]({Clear, InvalidateTags})
-"""What is for all servers, and stands between its neighbours in a batch."""
+class _Join:
+    """The replies of several servers to their shares of a batch."""
+
+    def __init__(
+        self,
+        batch: Sequence[Request[Any]],
+        shares: dict[Server, list[tuple[int, Request[Any]]]],
+        on_replies: OnReplies,
+    ) -> None:
+        self.connections: list[Connection] = []
+        self._replies: list[Any] = [None] * len(batch)
+        self._missing = len(shares)
+        self._on_replies = on_replies
+        if not shares:
+            on_replies([])  # An empty batch.
+
+    @property
+    def last_progress(self) -> float:
+        """The time at which bytes last came from one of the servers, or left to it."""
+        return max((each.last_progress for each in self.connections), default=0.0)
+
+    def taking(self, share: Sequence[tuple[int, Request[Any]]]) -> OnReplies:
+        """Return the function that takes the replies to a share."""
+
+        def take(told: Sequence[Reply]) -> None:
+            for (position, _), reply in zip(share, told, strict=True):
+                self._replies[position] = _merged(self._replies[position], reply)
+            self._missing -= 1
+            if not self._missing:
+                self._on_replies(self._replies)
+
+        return take
 
 
 def _weight(text: str, seed: int) -> int:
-    """What a key weighs at a server. The driver's own hash is written in Python, and takes twenty times as long."""
+    """Return the weight of a key at a server. The driver's own hash is written in Python, and takes twenty times as long."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _merged(one: Reply | None, other: Reply) -> Reply:
-    """The reply to a request that two servers have a part in."""
+    """Return the reply to a request that two servers have a part in."""
     if one is None or isinstance(other, Failed):
         return other
     match one, other:

@@ -22,13 +22,18 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from hmac import compare_digest
 
-from .memcached_connection import Answer
+from .memcached_connection import Answer, Exchange
+from .memcached_entry import CHUNKED, Entry
+from .memcached_session import Session, first_error
 
 MANIFEST = struct.Struct(">c16sIQ16s")
 _CHUNK = struct.Struct(">16sI")
 
 CHUNKED_MAX = 64 << 20
 """Bytes of a value in chunks, at most: a reader must have it in one piece."""
+
+CHUNKS_MAX = CHUNKED_MAX // 512
+"""Chunks of a value, at most: a server's items may have 1,024 bytes or more."""
 
 
 def split(form_and_body: bytes, room: int) -> tuple[bytes, list[tuple[str, bytes]]]:
@@ -49,10 +54,25 @@ def chunk_tails(manifest: bytes | memoryview) -> list[str]:
     if len(manifest) != MANIFEST.size:
         return []
     _, identity, count, size, _ = MANIFEST.unpack(manifest)
-    return [_tail(identity, number) for number in range(count)] if count <= size <= CHUNKED_MAX else []
+    # A manifest that was not written by us may claim anything, but not more chunks than a value can have.
+    return [_tail(identity, number) for number in range(count)] if count <= min(size, CHUNKS_MAX) else []
 
 
-def whole(manifest: bytes | memoryview, answers: Sequence[Answer]) -> tuple[int, bytes] | None:
+def content_of(session: Session, entry: Entry) -> Exchange[tuple[int, bytes | memoryview] | None]:
+    """Return the form and the bytes of an entry's value; `None` if a chunk is missing. Raises `CacheError` and
+    `NamespaceChanged`."""
+    if entry.form != CHUNKED:
+        return entry.form, entry.body
+    if not (tails := chunk_tails(entry.body)):
+        return None
+    head = yield from session.head()
+    answers = yield from session.ask([f"mg {head}{name} v c\r\n".encode() for name in tails])
+    if (error := first_error(answers)) is not None:
+        raise error
+    return _whole(entry.body, answers)
+
+
+def _whole(manifest: bytes | memoryview, answers: Sequence[Answer]) -> tuple[int, bytes] | None:
     """The form and the body of a value whose chunks are these; `None` if they are not."""
     form, identity, _, size, digest = MANIFEST.unpack(manifest)
     pieces: list[memoryview] = []

@@ -1,277 +1,348 @@
-"""A connection to one Memcached server: made and greeted by the driver in a worker thread, then used without blocking."""
+"""A connection to one Memcached server: one exchange at a time, driven by the bytes that come.
+
+An exchange is a generator: it yields commands and how many answers they have, and is sent those answers. No task waits
+for them. The socket hands in bytes, and the last answer resumes the generator on the stack of the event loop.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
-import socket
-import ssl
-from collections.abc import Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator
 from typing import Any, TypeAlias, TypeVar
 
-from pymemcache.client.base import Client
-from pymemcache.exceptions import MemcacheError
+from cachebus.actors.ports import SLOWEST_LINE, Clock, Timer, Timers
+from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError, Failed
 
-from cachebus.actors.ports import Clock
-from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
-
-from .memcached_errors import BACKEND, Nonsense, Refusal, complaint, lost, unreachable
-from .memcached_line import Line, line_for
+from .memcached_errors import BACKEND, ProtocolError, ServerError, lost, parse_error
+from .memcached_socket import AsyncSocket
 
 MISS, NOT_STORED, EXISTS = -1, -2, -3
-Answer: TypeAlias = tuple[bytes, int] | int | CacheError
-"""A value with its CAS token; a CAS token (0 where none was asked for), `MISS`, `NOT_STORED` or `EXISTS`; or what the
-server had to say against one command."""
+Answer: TypeAlias = tuple[bytes, int] | int | dict[bytes, bytes] | CacheError
+"""A value with its CAS token; a CAS token (0 where none was asked for), `MISS`, `NOT_STORED` or `EXISTS`; statistics; or
+the error with which the server refused one command."""
 
 T = TypeVar("T")
-Talk: TypeAlias = Generator[tuple[bytes, int], list[Answer], T]
-"""Commands and how many they are; their answers; and what came of it all."""
+Exchange: TypeAlias = Generator[tuple[bytes, int], list[Answer], T]
+"""Commands and how many answers they have; those answers; and the result."""
+
+Done: TypeAlias = Callable[[Any], None]
+"""Called with the result of an exchange, or with the `CacheError` that says why there is none."""
 
 OLDEST = (1, 6, 10)
 """The version in which the meta commands came to be what they are: `ms` with the length after the key and a CAS token in its
 answer, `md` with one in its question."""
 
 RESYNC = 60.0
-"""Seconds after which the server's clock is read anew."""
+"""Seconds after which the server's clock is read once more."""
 
+COMMAND_TIME = 20e-6
+"""Seconds by which each command makes the time limit of an exchange longer, besides `SLOWEST_LINE` for what is sent."""
+
+STALLED_LINE = 100e3
+"""Bytes a second above which a line counts as moving: what has moved extends the time limit of an exchange."""
+
+LARGE = 1 << 16
+"""Bytes above which commands may not leave at once."""
+
+LATE = 0.03
+"""Seconds by which a timer may be late before the event loop counts as having stood still."""
+
+LINE_MAX = 2048
+"""Bytes that the first line of an answer may have."""
+
+STATISTICS_MAX = 1000
+"""Lines of statistics that an answer may have."""
+
+ITEM_MAX = 1 << 30
+"""Bytes of an item that are read, as long as the server has not said how large its items may be."""
+
+_TOKENS = (b"c", b"O")
 _CODES = {b"HD": 0, b"EN": MISS, b"NF": MISS, b"NS": NOT_STORED, b"EX": EXISTS}
 
 
-class DeadlineSocket:
-    """What the driver takes for a socket: it blocks, but never beyond one deadline for many calls, on the clock's
-    monotonic time."""
+class Connection(asyncio.Protocol):
+    """The protocol over one socket. Every answer is read to its end, or the connection is dropped, so no answer is ever
+    another command's.
 
-    def __init__(self, sock: socket.socket, clock: Clock, deadline: float) -> None:
-        self._sock = sock
-        self._now = clock.monotonic
-        self._deadline = deadline
-
-    def recv(self, size: int) -> bytes:
-        self._sock.settimeout(self._left())
-        return self._sock.recv(size)
-
-    def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(self._left())
-        self._sock.sendall(data)
-
-    def _left(self) -> float:
-        left = self._deadline - self._now()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a server listens."""
-
-    host: str
-    port: int = 11211
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dial:
-    """How connections are made. Times are seconds: `connect_timeout` for all of connecting, `timeout` for an answer."""
-
-    clock: Clock
-    tls: ssl.SSLContext | None = field(default=None, repr=False)
-    connect_timeout: float = 1.0
-    timeout: float = 1.0
-
-    def connect(self, place: Place) -> Connection:
-        """A connection that is ready. Blocks: for worker threads.
-
-        Raises `CacheConnectionError`, or `CacheConfigurationError` for what another attempt will not mend.
-        """
-        until = self.clock.monotonic() + self.connect_timeout
-        try:
-            # Not the driver's own connecting, which tries only the first address of a name.
-            sock = socket.create_connection((place.host, place.port), self.connect_timeout)
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if self.tls is not None:
-                    sock.settimeout(max(until - self.clock.monotonic(), 0.001))
-                    sock = self.tls.wrap_socket(sock, server_hostname=place.host)
-                return Connection(str(place), sock, self.clock, self.timeout, until)
-            except BaseException:
-                sock.close()
-                raise
-        except (OSError, MemcacheError, CacheError, ValueError, KeyError) as error:
-            raise unreachable(error, str(place), self.connect_timeout) from None
-
-
-class Connection:
-    """A connection that asks, and reads every answer to its end or is closed: no answer is ever another question's.
-
-    Making one, and `resync`, block, and are for worker threads: there the driver speaks. `converse` never blocks the
-    event loop.
-
-    `epoch` is what the versions of the server's items begin at, `entry_max` how many bytes an entry may have, and
-    `generation` the one that the namespace had when it was last looked at. `meters` is what was last seen of rate limits, by
-    their names on the wire: raw, with the CAS token.
+    `epoch` is the version at which those of the server's items begin, `entry_max` the bytes that an entry may have, and
+    `generation` the one that the namespace had when it was last read, with `head`, what the names of its keys begin with.
+    `limits` is what was last seen of rate limits, by their names on the wire: raw, with the CAS token. `last_progress` is
+    the time, on the clock's monotonic time, at which bytes last came or left; `timeout` the seconds that an exchange has.
     """
 
-    def __init__(self, server: str, sock: socket.socket, clock: Clock, timeout: float, deadline: float) -> None:
+    def __init__(self, server: str, socket: AsyncSocket, clock: Clock, timers: Timers, timeout: float) -> None:
         self.server = server
-        self.generation: str | None = None
-        self.meters: dict[str, tuple[bytes, int]] = {}
-        self.lost = False
-        self._sock = sock
-        self._timeout = timeout
-        self._clock = clock
+        self.epoch = 0.0
+        self.entry_max = ITEM_MAX
+        self.generation: bytes = b""
+        self.head = ""
+        self.limits: dict[str, tuple[bytes, int]] = {}
+        self.lost: CacheError | None = None
+        self.last_progress = 0.0
+        self.clock = clock
+        self.timeout = timeout
+        self.mark = 0
+        self.on_idle: Callable[[], None] | None = None
+        self._socket = socket
+        self._now = clock.monotonic
+        self._timers = timers
         self._offset = 0.0
-        self._synced = 0.0
-        self._line: Line | None = None
-        client: Any = Client(("", 0))
-        client.sock = DeadlineSocket(sock, clock, deadline)
-        self.epoch = self._sync(client) * 1e6
-        settings: Any = client.stats("settings")
-        if settings[b"cas_enabled"] != b"yes":
-            raise CacheConfigurationError(f"memcached: {server} runs without CAS (-C), which cachebus needs")
-        # An item has a header of 48 bytes, a CAS token, flags, a name and two line ends besides.
-        self.entry_max = int(settings[b"item_size_max"]) - 320
-        sock.setblocking(False)
+        self._synced = float("-inf")
+        self._exchange: Exchange[Any] | None = None
+        self._done: Done | None = None
+        self._count = 0
+        self._answers: list[Answer] = []
+        self._wanted = 0
+        self._pieces: list[bytes] = []
+        self._have = self._need = 0
+        self._limit = 0.0
+        self._moved = 0
+        self._unsent = 0
+        self._timer: Timer | None = None
+        self._armed_for = 0.0
+        socket.attach(self)
+        self._write = socket.write
 
     def __repr__(self) -> str:
-        return f"<Connection to {self.server}>"
+        return f"<Connection to {self.server}, {'lost' if self.lost else 'busy' if self._exchange else 'idle'}>"
 
     def now(self) -> float:
-        """The server's Unix time in seconds, as we know it."""
-        return self._clock.monotonic() + self._offset
+        """Return the server's Unix time in seconds, as we know it."""
+        return self._now() + self._offset
 
     @property
-    def out_of_sync(self) -> bool:
-        """Whether the server's clock was read so long ago that it may have drifted from ours."""
-        return self._clock.monotonic() - self._synced > RESYNC
+    def waiting(self) -> bool:
+        """Whether an exchange waits for answers."""
+        return self._exchange is not None and self.lost is None
 
-    def look(self) -> None:
-        """Close the connection if it is of no use any more: closed by the server, or with words on it that nobody asked
-        for, which the next question would take for its answer."""
-        if self._line is not None and not self._line.fit:
-            self.close()
+    def begin(self, exchange: Exchange[Any], done: Done, count: int = 0) -> None:
+        """Start an exchange on an idle connection. `done` is called once, on the event loop, maybe before this returns,
+        with the result or the error; if there is a `count`, with so many `Failed` replies in place of an error."""
+        now = self._now()
+        self._done, self._count = done, count
+        self._exchange = exchange if now - self._synced < RESYNC else self._synced_first(exchange)
+        self._limit = now + self.timeout
+        self._moved = 0
+        self.last_progress = now
+        self._resume(None)
+        if self.waiting and (self._timer is None or self._armed_for > self._limit):
+            self._arm()
 
-    def resync(self) -> None:
-        """Read the server's clock anew. Blocks. Raises `CacheConnectionError`."""
-        client: Any = Client(("", 0))
-        client.sock = DeadlineSocket(self._sock, self._clock, self._clock.monotonic() + self._timeout)
+    def close(self, error: CacheError | None = None) -> None:
+        """Drop the connection. The exchange in flight ends with `error`."""
+        if self.lost is None:
+            self.lost = error or CacheConnectionError(f"the connection to {self.server} was closed", BACKEND)
+            self._socket.close()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._exchange is not None:
+            self._resume(None)
+
+    def drop_later(self, error: CacheError) -> None:
+        """Drop the connection from inside its exchange, which goes on to its end."""
+        self.lost = self.lost or error
+        self._socket.close()
+
+    # For the socket
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.close(lost(exc or EOFError(), self.server, self.timeout))
+
+    def data_received(self, data: bytes) -> None:
+        """Take in bytes. The last answer of a part takes the exchange further."""
+        if self.lost is not None:
+            return
+        size = len(data)
+        self._moved += size
+        self.last_progress = self._now()
+        if self._pieces:
+            self._pieces.append(data)
+            self._have += size
+            if self._have < self._need:
+                return
+            data = b"".join(self._pieces)
+            self._pieces = []
         try:
-            self._sync(client)
-            self._sock.setblocking(False)
-        except (OSError, MemcacheError, ValueError, KeyError) as error:
-            self.close()
-            raise lost(error, self.server, self._timeout) from None
+            if self._exchange is None:
+                raise ProtocolError("it sent something that no command asked for")
+            at = self._parse(data)
+            if len(self._answers) == self._wanted:
+                if at != len(data):
+                    raise ProtocolError("it sent more answers than there were commands")
+                answers, self._answers = self._answers, []
+                self._resume(answers)
+            elif self._have:
+                self._pieces = [data[at:] if at else data]
+        except (ProtocolError, ServerError, ValueError) as error:
+            self.close(lost(error, self.server, self.timeout))
 
-    def pause(self) -> None:
-        """Leave the socket to `resync`: the event loop looks at it no more until the next talk."""
-        if self._line is not None:
-            self._line.close()
-            self._line = None
+    # Driving the exchange
 
-    async def converse(self, talk: Talk[T]) -> T:
-        """What a talk comes to: it yields commands and how many they are, and is sent the answers, or thrown the
-        `CacheError` that says why there are none. All of it may take `timeout` seconds, and what its bytes take."""
-        if self._line is None:
-            self._line = line_for(self._sock)
-        self._line.allow(self._timeout)
+    def _resume(self, answers: Any) -> None:
+        """Take the next step of the exchange with these answers (`None` to begin), or end it. A lost connection is raised
+        inside it."""
+        exchange = self._exchange
+        assert exchange is not None
         try:
-            question = next(talk)
+            if self.lost is None:
+                data, self._wanted = exchange.send(answers)
+                if self.lost is None:
+                    self._limit += len(data) / SLOWEST_LINE + self._wanted * COMMAND_TIME
+                    self._write(data)
+                    if len(data) > LARGE:
+                        self._unsent = self._socket.unsent
+                    return
             while True:
-                try:
-                    answers = await self._ask(self._line, question[0], question[1])
-                except CacheError as error:
-                    question = talk.throw(error)
-                else:
-                    question = talk.send(answers)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-        except BaseException:
-            self.close()
+                exchange.throw(self.lost)
+        except StopIteration as stop:
+            result: Any = stop.value
+        except CacheError as error:
+            result = error
+        except Exception:
+            # A fault of ours. What follows in the stream cannot be told apart from what it did not read.
+            self._exchange = None
+            self.close(CacheConnectionError(f"an answer of {self.server} could not be understood", BACKEND))
+            self._end(self.lost)
             raise
+        self._end(result)
 
-    def close(self) -> None:
-        self.lost = True
-        self.pause()
-        self._sock.close()
+    def _end(self, result: Any) -> None:
+        done, self._done, self._exchange = self._done, None, None
+        assert done is not None
+        if self.on_idle is not None:
+            self.on_idle()
+        done([Failed.of(result)] * self._count if self._count and isinstance(result, CacheError) else result)
 
-    async def _ask(self, line: Line, data: bytes, count: int) -> list[Answer]:
-        if self.lost:
-            raise CacheConnectionError(f"the connection to {self.server} was lost", BACKEND)
-        try:
-            await line.send(data)
-            return await self._read(line, count)
-        except (OSError, Nonsense, Refusal, EOFError, ValueError) as error:
-            self.close()
-            raise lost(error, self.server, self._timeout) from None
-
-    async def _read(self, line: Line, count: int) -> list[Answer]:
-        answers: list[Answer] = []
-        buffer = await line.receive()
-        at = 0
-        while len(answers) < count:
-            end = buffer.find(b"\r\n", at)
+    def _parse(self, data: bytes) -> int:
+        """Take in the whole answers, and return where the rest begins. `_have` is its size, and `_need` the bytes with which
+        it may become a whole one."""
+        answers, wanted, at, size = self._answers, self._wanted, 0, len(data)
+        limit = self.entry_max + ITEM_OVERHEAD + 3
+        while len(answers) < wanted:
+            end = data.find(b"\r\n", at)
             if end < 0:
-                buffer = buffer[at:] + await line.receive()
-                at = 0
-                continue
-            head = buffer[at:end]
-            if head[:3] == b"VA ":
-                _, size, token = head.split(b" ", 2)
-                start, stop = end + 2, end + 2 + int(size)
-                if len(buffer) < stop + 2:
-                    buffer = await self._rest(line, buffer[start:], stop + 2 - start)
-                    start, stop = 0, stop - start
-                if buffer[stop : stop + 2] != b"\r\n":
-                    raise Nonsense("a value has another size than was said")
-                answers.append((buffer[start:stop], _token(token)))
+                if size - at > LINE_MAX:
+                    raise ProtocolError("a line that does not end")
+                self._have, self._need = size - at, 0
+                return at
+            code = data[at : at + 2]
+            if code == b"VA":
+                _, length, token = data[at:end].split(b" ")
+                stop = end + 2 + int(length)
+                if not end + 2 <= stop < end + limit or token[:1] not in _TOKENS:
+                    raise ProtocolError("a value of a size that no item has, or without a CAS token")
+                if size < stop + 2:
+                    self._have, self._need = size - at, stop + 2 - at
+                    return at
+                if data[stop : stop + 2] != b"\r\n":
+                    raise ProtocolError("a value has another size than its first line says")
+                answers.append((data[end + 2 : stop], int(token[1:])))
                 at = stop + 2
                 continue
-            code = _CODES.get(head[:2]) if head[2:3] in (b"", b" ") else None
-            if code is None:
-                answers.append(complaint(head))
-            elif code == 0 and len(head) > 3:
-                answers.append(_token(head[3:]))
+            line = data[at:end]
+            if (known := _CODES.get(code)) is not None and line[2:3] in (b"", b" "):
+                answers.append(_token(line[3:]) if known == 0 and len(line) > 3 else known)
+            elif line.startswith(b"STAT "):
+                # All of it at once or not at all: it is asked for once a minute.
+                stop = data.find(b"\r\nEND\r\n", end)
+                if stop < 0:
+                    if data.count(b"\r\n", at) > STATISTICS_MAX:
+                        raise ProtocolError("statistics that do not end")
+                    self._have, self._need = size - at, 0
+                    return at
+                answers.append(_statistics(data[at:stop]))
+                end = stop + 5
             else:
-                answers.append(code)
+                answers.append(parse_error(line))
             at = end + 2
-        if at != len(buffer):
-            raise Nonsense("it says more than it was asked")
-        return answers
+        self._have = 0
+        return at
 
-    async def _rest(self, line: Line, begun: bytes, size: int) -> bytes:
-        """At least `size` bytes, of which some are there."""
-        pieces, have = [begun], len(begun)
-        while have < size:
-            pieces.append(await line.receive())
-            have += len(pieces[-1])
-        return b"".join(pieces)
+    # Time
 
-    def _sync(self, client: Any) -> int:
-        """Learn what time it is for the server, and say when it was started."""
-        before = self._clock.monotonic()
-        stats: Any = client.stats()
-        after = self._clock.monotonic()
-        version = bytes(stats[b"version"])
-        if tuple(map(int, re.findall(rb"\d+", version)[:3])) < OLDEST:
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._unsent = self._socket.unsent
+        self._armed_for = self._limit
+        self._timer = self._timers.call_at(self._limit, self._check)
+
+    def _check(self) -> None:
+        """End an exchange whose time is up, unless its bytes are still moving."""
+        self._timer = None
+        if self._exchange is None:
+            return
+        now = self._now()
+        unsent = self._socket.unsent
+        if sent := max(self._unsent - unsent, 0):
+            self.last_progress = now
+        self._limit += (self._moved + sent) / STALLED_LINE
+        self._moved = 0
+        if now - self._armed_for > LATE:
+            self._limit = max(self._limit, now + LATE)  # The loop stood still. What has come meanwhile is heard first.
+        if self._limit <= now:
+            self.close(lost(TimeoutError(), self.server, self.timeout))
+        else:
+            self._arm()
+
+    def _synced_first(self, exchange: Exchange[T]) -> Exchange[T]:
+        yield from self.sync()
+        return (yield from exchange)
+
+    def sync(self) -> Exchange[None]:
+        """Learn the server's time and when it was started. Raises `CacheError` for a server that will not do."""
+        before = self._now()
+        (stats,) = yield b"stats\r\n", 1
+        after = self._now()
+        if not isinstance(stats, dict):
+            raise self._unlike_memcached()
+        try:
+            version, at, uptime = stats[b"version"], int(stats[b"time"]), int(stats[b"uptime"])
+        except (KeyError, ValueError):
+            raise self._unlike_memcached() from None
+        if tuple(map(int, re.findall(rb"\d{1,9}", version)[:3])) < OLDEST:
             needed = ".".join(map(str, OLDEST))
             raise CacheConfigurationError(
                 f"memcached: {self.server} is Memcached {version.decode('ascii', 'replace')[:20]}, and {needed} is needed"
             )
-        at, uptime = int(stats[b"time"]), int(stats[b"uptime"])
-        # It names the second that has begun, at some moment between asking and hearing.
+        # It names the second that has begun, at some moment between the question and the answer.
         earliest, latest = at - after, at + 1 - before
-        ours = self._clock.wall() - after
+        ours = self.clock.wall() - after
         # The clocks agree: ours is the finer one. Else the middle of what it may be.
         self._offset = ours if earliest - 0.1 <= ours <= latest + 0.1 else (earliest + latest) / 2
         self._synced = after
-        return at - uptime
+        if not self.epoch:
+            self.epoch = (at - uptime) * 1e6
+
+    def greet(self) -> Exchange[None]:
+        """Learn what has to be known of a server before it is used. Raises `CacheError` for a server that will not do."""
+        (settings,) = yield b"stats settings\r\n", 1
+        if not isinstance(settings, dict):
+            raise self._unlike_memcached()
+        if settings.get(b"cas_enabled") != b"yes":
+            raise CacheConfigurationError(f"memcached: {self.server} runs without CAS (-C), which cachebus needs")
+        try:
+            self.entry_max = int(settings[b"item_size_max"]) - ITEM_OVERHEAD
+        except (KeyError, ValueError):
+            raise self._unlike_memcached() from None
+
+    def _unlike_memcached(self) -> CacheError:
+        return CacheConnectionError(f"{self.server} does not answer as a Memcached does", BACKEND)
+
+
+ITEM_OVERHEAD = 320
+"""Bytes of an item besides the entry: a header of 48 bytes, a CAS token, flags, a name and two line ends."""
 
 
 def _token(word: bytes) -> int:
-    """The number of a CAS token, and of the mark of ours that a server gives back."""
-    if word[:1] not in (b"c", b"O"):
-        raise Nonsense("an answer has no CAS token")
+    """Return the number of a CAS token, or of the mark of ours that a server gives back."""
+    if word[:1] not in _TOKENS:
+        raise ProtocolError("an answer has no CAS token")
     return int(word[1:])
+
+
+def _statistics(lines: bytes) -> dict[bytes, bytes]:
+    pairs = [line.split(b" ", 2) for line in lines.split(b"\r\n")]
+    return {pair[1]: pair[2] for pair in pairs if len(pair) == 3}

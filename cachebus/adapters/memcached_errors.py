@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ssl
 
-from pymemcache.exceptions import MemcacheError, MemcacheUnexpectedCloseError
-
 from cachebus.messages import (
     CacheBackendError,
     CacheConfigurationError,
@@ -20,8 +18,9 @@ BACKEND = "memcached"
 #   what the server says or does                       what it becomes                  the connection
 #   SERVER_ERROR out of memory storing object          CacheBackendError                stays
 #   SERVER_ERROR object too large for cache            CacheBackendError                stays
+#   CLIENT_ERROR cannot increment or decrement ...     CacheBackendError                stays
 #   any other SERVER_ERROR                             CacheBackendError                is dropped
-#   CLIENT_ERROR, ERROR                                CacheBackendError                is dropped
+#   any other CLIENT_ERROR, ERROR                      CacheBackendError                is dropped
 #   ERROR Too many open connections                    CacheConnectionError             is dropped
 #   anything that is no answer to what was asked       CacheConnectionError             is dropped
 #   end of file, reset, refused, no route, no name     CacheConnectionError             is dropped
@@ -32,33 +31,35 @@ BACKEND = "memcached"
 _STAYS: dict[bytes, str] = {
     b"SERVER_ERROR out of memory storing object": "the server's memory is full and it evicts nothing",
     b"SERVER_ERROR object too large for cache": "the entry is larger than the server's items may be",
+    b"CLIENT_ERROR cannot increment or decrement non-numeric value": "the counter is no number",
 }
 
 
-class Nonsense(Exception):
-    """Raised when what a server says is no answer to what it was asked."""
+class ProtocolError(Exception):
+    """Raised when a server sends what is no answer to the commands in flight."""
 
 
-class Refusal(Exception):
-    """Raised when a server says that it failed, in a way after which its next answers cannot be told apart.
-    `error` is what that means."""
+class ServerError(Exception):
+    """Raised when a server reports a failure after which its next answers cannot be told apart. `error` says which."""
 
     def __init__(self, error: CacheError) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-def complaint(line: bytes) -> CacheError:
-    """Our error for a line with which a server turns down one command and stays usable. Raises `Refusal` for a line
-    after which it is not, and `Nonsense` for a line that is no complaint."""
+def parse_error(line: bytes) -> CacheError:
+    """Return our error for a line that refuses one command and leaves the connection usable.
+
+    Raises `ServerError` for a line after which it is not, and `ProtocolError` for a line that reports no error.
+    """
     if (reason := _STAYS.get(line)) is not None:
         return CacheBackendError(reason, BACKEND)
     if line.startswith(b"ERROR Too many open connections"):
-        raise Refusal(CacheConnectionError("the server has too many open connections", BACKEND))
+        raise ServerError(CacheConnectionError("the server has too many open connections", BACKEND))
     if line.startswith((b"SERVER_ERROR", b"CLIENT_ERROR", b"ERROR")):
         # Only its first words: what follows may be our own data.
-        raise Refusal(CacheBackendError(f"the server answered: {_printable(line[:80])}", BACKEND))
-    raise Nonsense(_printable(line[:40]))
+        raise ServerError(CacheBackendError(f"the server answered: {_printable(line[:80])}", BACKEND))
+    raise ProtocolError(_printable(line[:40]))
 
 
 def unreachable(error: BaseException, server: str, timeout: float) -> CacheError:
@@ -74,24 +75,20 @@ def unreachable(error: BaseException, server: str, timeout: float) -> CacheError
         return CacheConnectionError(f"{server} cannot be reached over TLS: {error.reason}", BACKEND)
     if isinstance(error, OSError):
         return CacheConnectionError(f"{server} cannot be reached: {error.strerror or type(error).__name__}", BACKEND)
-    if isinstance(error, MemcacheUnexpectedCloseError):
-        return CacheConnectionError(f"{server} closed the connection", BACKEND)
-    # What else the driver or the reading of its answers raises: whoever answered is no Memcached.
+    # What else reading its answers raises: the other end is no Memcached.
     return CacheConnectionError(f"{server} does not answer as a Memcached does", BACKEND)
 
 
 def lost(error: BaseException, server: str, timeout: float) -> CacheError:
     """Our error for a connection that was there and is gone."""
-    if isinstance(error, Refusal):
+    if isinstance(error, ServerError):
         return error.error
     if isinstance(error, TimeoutError):
         why = f"no answer within {timeout:g} s"
-    elif isinstance(error, Nonsense):
-        why = f"what it says is no answer: {error}"
+    elif isinstance(error, ProtocolError):
+        why = f"what it sent is no answer: {error}"
     elif isinstance(error, OSError):
         why = error.strerror or type(error).__name__
-    elif isinstance(error, MemcacheError):
-        why = type(error).__name__
     else:
         why = "it was closed"
     return CacheConnectionError(f"the connection to {server} was lost: {why}", BACKEND)

@@ -3,7 +3,7 @@
     <namespace>:<generation>:<key>      a key that Memcached can hold as it is
     <namespace>:<generation>#<hash>     any other: the hash is BLAKE2b with 32 bytes, in hexadecimal
     <namespace>:<generation>+<id>+<n>   the n-th chunk of a large value
-    <namespace>:<generation>!<hash>     the lease of a live value that is loaded anew, by its key
+    <namespace>:<generation>!<hash>     the lease of a live value that is being refreshed, by its key
     <namespace>:<generation>=<tag>      the generation of a tag that Memcached can hold as it is
     <namespace>:<generation>%<hash>     that of any other tag
     <namespace>:<generation>@           the generation of all tags, which each invalidation of one makes anew
@@ -55,7 +55,7 @@ class Keys:
                 f"memcached: a namespace is 1 to 64 letters, digits, _ and -, unlike {namespace!r}"
             )
         self.namespace = namespace
-        self.generation_name = f"{namespace}::"
+        self.generation_name = f"{namespace}::".encode()
         self._room = WIRE_MAX - len(namespace) - GENERATION_DIGITS - 2
         self._hasher = hasher
 
@@ -67,7 +67,8 @@ class Keys:
 
         Raises `CacheKeyError` for a key that is no valid Unicode.
         """
-        if self._fits(key):
+        # As in `_fits`, which costs a call.
+        if key.isascii() and key.isprintable() and " " not in key and len(key) <= self._room:
             return f":{key}", b""
         try:
             raw = key.encode()
@@ -84,8 +85,8 @@ class Keys:
         # An item of a limit keeps no name to compare, so that not any hash will do.
         return f"{self.namespace}:~#{blake(kept).hex()}"
 
-    def anew(self, key: str) -> str:
-        """What follows the generation in the name of the lease of a live value, whose key has a tail."""
+    def refresh(self, key: str) -> str:
+        """Return what follows the generation in the name of the lease of a live value, whose key has a tail."""
         return f"!{self._hasher(key.encode()).hex()}"
 
     def tag(self, tag: str) -> str:
@@ -103,15 +104,15 @@ class Keys:
         # Printable ASCII is what lies between the control characters and DEL; a space is printable too.
         return text.isascii() and text.isprintable() and " " not in text and len(text) <= self._room
 
-    def head(self, generation: str) -> str:
-        """What stands before the tail."""
-        return f"{self.namespace}:{generation}"
+    def head(self, generation: bytes) -> str:
+        """Return what stands before the tail."""
+        return f"{self.namespace}:{generation.decode()}"
 
 
-def new_generation(now: float) -> str:
-    """A generation that never was: microseconds of the Unix time `now`, and 16 bits of chance, so that not even a clock
+def new_generation(now: float) -> bytes:
+    """Return a generation that never was: microseconds of the Unix time `now`, and 16 random bits, so that not even a clock
     that was set back brings an old one up again."""
-    return f"{int(now * 1e6) & (1 << 52) - 1:013x}{secrets.randbits(16):04x}"
+    return b"%013x%04x" % (int(now * 1e6) & (1 << 52) - 1, secrets.randbits(16))
 
 
 def is_generation(raw: bytes) -> bool:

@@ -40,10 +40,9 @@ from cachebus.messages import (
 )
 
 from .memcached import MemcachedStore
-from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection, Talk
-from .memcached_entries import server_expiry
+from .memcached_connection import Answer, Connection, Exchange
+from .memcached_entry import server_expiry
 from .memcached_errors import BACKEND
-from .memcached_lane import Lane
 
 __all__ = ["MemcachedLockStore"]
 
@@ -70,8 +69,8 @@ class MemcachedLockStore(MemcachedStore):
         await super().open()
         self.capabilities = Capabilities(locks=True, ttl_resolution=1.0)
 
-    async def _on(self, lane: Lane, batch: Sequence[Request[Any]]) -> list[Reply]:
-        return await lane.run(lambda connection: _Locks(connection, self._keys.namespace).run(batch))
+    def _exchange(self, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
+        return _Locks(connection, self._keys.namespace).run(batch)
 
     def _parts(self, request: Any) -> list[tuple[str, Request[Any]]]:
         return [(self._server(request.name), request)]
@@ -83,7 +82,9 @@ class _Found:
     __slots__ = ("cas", "owner", "ticket", "until")
 
     def __init__(self, body: bytes, cas: int) -> None:
-        until, ticket, owner = bytes(body).decode().split("|", 2)
+        until, ticket, owner = body.decode().split("|", 2)
+        if len(until) > 20:
+            raise ValueError
         self.until = int(until) / 1000
         self.ticket = ticket
         self.owner = owner
@@ -97,7 +98,7 @@ class _Locks:
         self._connection = connection
         self._namespace = namespace
 
-    def run(self, batch: Sequence[Request[Any]]) -> Talk[list[Reply]]:
+    def run(self, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
         """Carry out one after the other. What goes wrong is in the replies."""
         replies: list[Reply] = []
         for request in batch:
@@ -107,7 +108,7 @@ class _Locks:
                 replies.append(Failed.of(error))
         return replies
 
-    def _one(self, request: Request[Any]) -> Talk[Reply]:
+    def _one(self, request: Request[Any]) -> Exchange[Reply]:
         match request:
             case AcquireLock():
                 return (yield from self._acquire(request))
@@ -120,7 +121,7 @@ class _Locks:
             case _:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
-    def _acquire(self, request: AcquireLock) -> Talk[Reply]:
+    def _acquire(self, request: AcquireLock) -> Exchange[Reply]:
         item, started = self._item(request.name), self._connection.now()
         command = self._put(item, request, request.owner, request.ttl, "ME")
         gone = f"mg {self._gone(item, request.ticket)} v c\r\n".encode()
@@ -145,13 +146,12 @@ class _Locks:
         # Not before: whoever counts first and adds later would hold the lock with the smaller number.
         first = int(self._connection.now() * 1e6)
         counted = yield from self._ask(f"ma {item}+ N{RETAIN} J{first} D1 T{RETAIN} v c\r\n".encode())
-        if not isinstance(counted, tuple):
-            raise CacheBackendError("the counter of a lock is no number", BACKEND)
+        token = _number(counted)
         if self._connection.now() - started >= request.ttl:
             raise CacheConnectionError("a lock was had only when its time was over", BACKEND)
-        return LockGranted(int(counted[0]), request.ttl)
+        return LockGranted(token, request.ttl)
 
-    def _renew(self, request: RenewLock) -> Talk[Reply]:
+    def _renew(self, request: RenewLock) -> Exchange[Reply]:
         item = self._item(request.name)
         for _ in range(TRIES):
             found = yield from self._look(item)
@@ -164,7 +164,7 @@ class _Locks:
                 return Renewed(request.ttl)
         raise _contended()
 
-    def _release(self, request: ReleaseLock) -> Talk[Reply]:
+    def _release(self, request: ReleaseLock) -> Exchange[Reply]:
         item = self._item(request.name)
         if request.unclaimed:
             return NotHeld()  # Another manager may have been asked, and the item does not say: it ends by itself.
@@ -187,7 +187,7 @@ class _Locks:
                 yield from self._ask(f"md {gone}\r\n".encode())
         raise _contended()
 
-    def _not_held(self, request: ReleaseLock, gone: str, found: _Found | None) -> Talk[Reply]:
+    def _not_held(self, request: ReleaseLock, gone: str, found: _Found | None) -> Exchange[Reply]:
         if not request.abandon:
             note = yield from self._ask(f"mg {gone} v c\r\n".encode())
             if isinstance(note, tuple) and bytes(note[0]) == BACK:
@@ -196,16 +196,15 @@ class _Locks:
                 raise LockNotOwned(name=request.name, owner=found.owner)
         return NotHeld()
 
-    def _describe(self, request: DescribeLock) -> Talk[Reply]:
+    def _describe(self, request: DescribeLock) -> Exchange[Reply]:
         item = self._item(request.name)
         found = yield from self._look(item)
         if found is None:
             return LockFree()
         counter = yield from self._ask(f"mg {item}+ v c\r\n".encode())
-        token = int(counter[0]) if isinstance(counter, tuple) else 0
-        return LockInfo(found.owner, token, self._left(found))
+        return LockInfo(found.owner, _number(counter) if isinstance(counter, tuple) else 0, self._left(found))
 
-    def _look(self, item: str) -> Talk[_Found | None]:
+    def _look(self, item: str) -> Exchange[_Found | None]:
         answer = yield from self._ask(f"mg {item} v c\r\n".encode())
         if not isinstance(answer, tuple):
             return None
@@ -214,11 +213,10 @@ class _Locks:
         except ValueError:
             raise CacheBackendError("what stands in the place of a lock is none", BACKEND) from None
 
-    def _ask(self, command: bytes) -> Talk[Answer]:
+    def _ask(self, command: bytes) -> Exchange[Answer]:
         (answer,) = yield command, 1
         if isinstance(answer, CacheError):
             raise answer
-        assert isinstance(answer, tuple) or answer in (MISS, NOT_STORED, EXISTS) or answer >= 0
         return answer
 
     def _put(self, item: str, request: AcquireLock | RenewLock, owner: str, ttl: float, condition: str) -> bytes:
@@ -241,6 +239,13 @@ class _Locks:
 
     def _gone(self, item: str, ticket: str) -> str:
         return f"{item}-{blake2b(ticket.encode(), digest_size=16, person=b'cachebus.lock').hexdigest()}"
+
+
+def _number(answer: Answer) -> int:
+    """Return the number in an item. Raises `CacheBackendError` for anything else."""
+    if isinstance(answer, tuple) and answer[0].isdigit() and len(answer[0]) <= 20:
+        return int(answer[0])
+    raise CacheBackendError("the counter of a lock is no number", BACKEND)
 
 
 def _contended() -> CacheError:

@@ -1,154 +1,147 @@
-"""What a connection is asked in one go: commands that all hold for one generation of the namespace, or not at all."""
+"""Commands of one exchange: all of them hold for one generation of the namespace, or none of them does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cachebus.messages import CacheBackendError, CacheError
 
-from .memcached_connection import MISS, Answer, Connection, Talk
-from .memcached_errors import BACKEND, Nonsense, lost
+from .memcached_connection import MISS, Answer, Connection, Exchange
+from .memcached_errors import BACKEND, ProtocolError, lost
 from .memcached_keys import Keys, is_generation, new_generation
 
 READ_PART = 32 * 1024
-"""Bytes of commands that are sent before their answers are read, where these are values: what both sides' buffers take
+"""Bytes of commands that are sent before their answers are read, if these are values: what both sides' buffers take
 in any case, so that we never wait for a server that waits for us."""
 
 WRITE_PART = 8 << 20
 COUNT_PART = 1000
-"""The same where the answers are a few bytes each."""
+"""The same if the answers are a few bytes each."""
 
 GENERATION_TRIES = 20
 
 
-class Moved(Exception):
-    """Raised when the namespace has another generation than the commands were made for: they are to be made anew."""
-
-
-class Commands:
-    """Commands on their way: in parts that may be sent without reading in between."""
-
-    __slots__ = ("_data", "_reads", "_size", "counts", "parts")
-
-    def __init__(self) -> None:
-        self.parts: list[list[bytes]] = []
-        self.counts: list[int] = []
-        self._reads = False
-        self._size = 0
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    def add(self, data: bytes, *, reads: bool, count: int = 1) -> None:
-        """Add a command, or `count` of them as one piece."""
-        size = self._size + len(data)
-        limit = READ_PART if reads or self._reads else WRITE_PART
-        if not self.parts or size > limit or self.counts[-1] >= COUNT_PART:
-            self.parts.append([])
-            self.counts.append(0)
-            self._reads = False
-            size = len(data)
-        self._reads = self._reads or reads
-        self._size = size
-        self.parts[-1].append(data)
-        self.counts[-1] += count
+class NamespaceChanged(Exception):
+    """Raised when the namespace has another generation than the commands were made for. They are to be made again."""
 
 
 class Session:
-    """A batch's way of asking a connection. The generation is asked for along with everything else, so that knowing it
-    costs no round trip; where it has changed, what was done went to a generation that nobody looks at any more, and is
-    done again."""
+    """An exchange's view of its connection. Each part of its commands also reads the generation, so that checking it costs
+    no round trip. If the generation has changed, the commands went to keys that are not read any more, and are repeated.
 
-    # `writing` is true while commands are under way that must not be done twice.
+    `writing` is true while commands are in flight that must not be carried out twice.
+    """
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self.connection = connection
         self.keys = keys
         self.writing = False
-        self._mark = 0
 
-    def head(self) -> Talk[str]:
-        """What the names of the namespace's keys begin with now."""
-        connection = self.connection
-        if connection.generation is None:
+    def head(self) -> Exchange[str]:
+        """Return what the names of the namespace's keys begin with now."""
+        if not self.connection.generation:
             yield from self._learn()
-        assert connection.generation is not None
-        return self.keys.head(connection.generation)
+        return self.connection.head
 
-    def ask(self, commands: Commands, *, apart: bool = False) -> Talk[list[Answer]]:
-        """The answers to commands. Raises `Moved` when they were made for another generation, and `CacheError` when
-        there are no answers. `apart` are commands that hold for all generations."""
+    def ask(self, commands: Sequence[bytes], *, unversioned: bool = False) -> Exchange[list[Answer]]:
+        """Return the answers to commands that have one each.
+
+        Raises `NamespaceChanged` if they were made for another generation, and `CacheError` if there are no answers.
+        `unversioned` commands hold for all generations.
+        """
         answers: list[Answer] = []
-        for part, count in zip(commands.parts, commands.counts, strict=True):
-            self._mark += 1
-            question = f"mg {self.keys.generation_name} v O{self._mark}\r\n".encode()
-            told = yield b"".join((question, *part)), count + 1
-            if apart:
-                self._check_mark(told[0])
-            else:
-                yield from self._check(told[0])
-            answers += told[1:]
+        connection = self.connection
+        for part in _parts(commands):
+            connection.mark += 1
+            question = b"mg %b v O%d\r\n" % (self.keys.generation_name, connection.mark)
+            told = yield b"".join((question, *part)), len(part) + 1
+            version = told.pop(0)
+            if not self.unchanged(version) and not unversioned:
+                yield from self.changed(version)
+            answers = answers + told if answers else told
         return answers
 
-    def clear(self) -> Talk[None]:
-        """Give the namespace a generation that never was. Raises `CacheError` when that could not be done."""
-        fresh = new_generation(self.connection.now())
-        (answer,) = yield self._store(fresh, ""), 1
+    def clear(self) -> Exchange[None]:
+        """Give the namespace a generation that never was. Raises `CacheError` if that could not be done."""
+        generation = new_generation(self.connection.now())
+        (answer,) = yield self._store(generation, b""), 1
         if answer != 0:
-            raise answer if isinstance(answer, CacheError) else self._nonsense(answer)
-        self.connection.generation = fresh
+            raise answer if isinstance(answer, CacheError) else self._drop(ProtocolError(str(answer)[:40]))
+        self._use(generation)
 
-    def _check(self, answer: Answer) -> Talk[None]:
-        connection = self.connection
-        self._check_mark(answer)
+    def unchanged(self, answer: Answer) -> bool:
+        """Return whether the generation is still the one that is known. Raises `CacheError` for an answer to another
+        command."""
+        if type(answer) is not tuple:
+            return False
+        if answer[1] != self.connection.mark:
+            raise self._drop(ProtocolError("an answer to another command"))
+        return answer[0] == self.connection.generation
+
+    def changed(self, answer: Answer) -> Exchange[None]:
+        """Take in another generation than the one that was known. Raises `NamespaceChanged`."""
         if isinstance(answer, tuple) and is_generation(answer[0]):
-            if connection.generation is None or answer[0] != connection.generation.encode():
-                connection.generation = answer[0].decode()
-                raise Moved
-            return
-        connection.generation = None
-        yield from self._learn(answer)
-        raise Moved
+            self._use(answer[0])
+        else:
+            self.connection.generation = b""
+            yield from self._learn(answer)
+        raise NamespaceChanged
 
-    def _check_mark(self, answer: Answer) -> None:
-        """Raise `CacheError` for an answer to another question."""
-        if isinstance(answer, tuple) and answer[1] != self._mark:
-            self.connection.close()
-            raise lost(Nonsense("an answer to another question"), self.connection.server, 0.0)
-
-    def _learn(self, answer: Answer | None = None) -> Talk[None]:
-        """Find out the generation, and make one where there is none. Whoever comes first makes it for all."""
-        question = f"mg {self.keys.generation_name} v c\r\n".encode()
+    def _learn(self, answer: Answer | None = None) -> Exchange[None]:
+        """Read the generation, and make one if there is none. The first to store one makes it for all."""
+        question = b"mg %b v c\r\n" % self.keys.generation_name
         for _ in range(GENERATION_TRIES):
             if answer is None or isinstance(answer, tuple):
-                # A mark is no CAS token, so what a check saw is looked at again.
+                # A mark is no CAS token, so what a check has seen is read once more.
                 (answer,) = yield question, 1
             if isinstance(answer, tuple):
                 if is_generation(answer[0]):
-                    self.connection.generation = answer[0].decode()
+                    self._use(answer[0])
                     return
-                # Somebody else wrote there.
-                command = self._store(new_generation(self.connection.now()), f" C{answer[1]}")
+                condition = b" C%d" % answer[1]  # Something else was written there.
             elif answer == MISS:
-                command = self._store(new_generation(self.connection.now()), " ME")
-            elif isinstance(answer, CacheError):
-                raise answer
+                condition = b" ME"
             else:
-                raise self._nonsense(answer)
-            (stored,) = yield command, 1
+                raise answer if isinstance(answer, CacheError) else self._drop(ProtocolError(str(answer)[:40]))
+            (stored,) = yield self._store(new_generation(self.connection.now()), condition), 1
             if isinstance(stored, CacheError):
                 raise stored
             answer = None
         raise CacheBackendError("the generation of the namespace is lost as soon as it is stored", BACKEND)
 
-    def _store(self, generation: str, condition: str) -> bytes:
-        return f"ms {self.keys.generation_name} {len(generation)} T0{condition}\r\n{generation}\r\n".encode()
+    def _use(self, generation: bytes) -> None:
+        self.connection.generation = generation
+        self.connection.head = self.keys.head(generation)
 
-    def _nonsense(self, answer: Answer) -> CacheError:
-        self.connection.close()
-        return lost(Nonsense(str(answer)), self.connection.server, 0.0)
+    def _store(self, generation: bytes, condition: bytes) -> bytes:
+        name = self.keys.generation_name
+        return b"ms %b %d T0%b\r\n%b\r\n" % (name, len(generation), condition, generation)
+
+    def _drop(self, error: ProtocolError) -> CacheError:
+        failure = lost(error, self.connection.server, 0.0)
+        self.connection.drop_later(failure)
+        return failure
 
 
 def first_error(answers: Sequence[Answer]) -> CacheError | None:
-    """What the server had to say against one of several commands."""
+    """Return the error with which the server refused one of several commands."""
     return next((each for each in answers if isinstance(each, CacheError)), None)
+
+
+def _parts(commands: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    """Split commands into parts that may be sent without reading in between."""
+    if len(commands) <= COUNT_PART and sum(map(len, commands)) <= READ_PART:
+        yield commands
+        return
+    part: list[bytes] = []
+    size, reads = 0, False
+    for command in commands:
+        reading = command.startswith(b"mg ")
+        size += len(command)
+        if part and (size > (READ_PART if reads or reading else WRITE_PART) or len(part) >= COUNT_PART):
+            yield part
+            part, size, reads = [], len(command), False
+        part.append(command)
+        reads = reads or reading
+    if part:
+        yield part

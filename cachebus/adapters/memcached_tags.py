@@ -16,13 +16,12 @@ from collections.abc import Iterable, Sequence
 
 from cachebus.messages import CacheBackendError, CacheError
 
-from .memcached_connection import Answer, Talk
+from .memcached_connection import Answer, Exchange
+from .memcached_entry import VERSION_MAX, TagVersion, TagVersions
 from .memcached_errors import BACKEND
 from .memcached_keys import ALL_TAGS, Keys
-from .memcached_notes import Marks
-from .memcached_session import Commands, Moved, Session, first_error
+from .memcached_session import NamespaceChanged, Session, first_error
 
-GENERATION_MAX = 64
 REMEMBERED_KEYS, REMEMBERED_TAGS = 10_000, 8
 """Bounds of a `TagMemory`: keys, and tags of one of them."""
 
@@ -36,34 +35,34 @@ class TagMemory:
     """Which tags keys had when they were last read: their generations are asked for in the same round trip as the value.
     Where it is wrong, or has forgotten a key, there is one round trip more."""
 
-    __slots__ = ("_names",)
+    __slots__ = ("names",)
 
     def __init__(self) -> None:
-        self._names: dict[str, tuple[str, ...]] = {}
+        self.names: dict[str, tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
-        return f"<TagMemory {len(self._names)}/{REMEMBERED_KEYS} keys>"
+        return f"<TagMemory {len(self.names)}/{REMEMBERED_KEYS} keys>"
 
     def __bool__(self) -> bool:
-        return bool(self._names)
+        return bool(self.names)
 
     def clear(self) -> None:
         """Forget every key."""
-        self._names.clear()
+        self.names.clear()
 
     def of(self, key: str) -> tuple[str, ...]:
         """The names of the tags of a key, as far as is known."""
-        return self._names.get(key, ())
+        return self.names.get(key, ())
 
     def note(self, key: str, names: tuple[str, ...]) -> None:
         """Remember the names of a key's tags."""
         if not names:
-            self._names.pop(key, None)
-        if not names or self._names.get(key) == names or len(names) > REMEMBERED_TAGS:
+            self.names.pop(key, None)
+        if not names or self.names.get(key) == names or len(names) > REMEMBERED_TAGS:
             return
-        if len(self._names) >= REMEMBERED_KEYS:
-            del self._names[next(iter(self._names))]
-        self._names[key] = names
+        if len(self.names) >= REMEMBERED_KEYS:
+            del self.names[next(iter(self.names))]
+        self.names[key] = names
 
 
 class Generations:
@@ -77,34 +76,33 @@ class Generations:
         self._seen: dict[str, bytes] = {}  # By what follows the namespace's generation; empty where there is none.
         self._errors: dict[str, CacheError] = {}
 
-    def names(self, marks: Marks) -> tuple[str, ...]:
-        """The names of the generations of an entry's tags."""
-        return tuple([self._name(tag) for tag, _ in marks])
+    def names(self, tags: TagVersions) -> tuple[str, ...]:
+        """Return the names of the generations of an entry's tags."""
+        return tuple([self._name(tag) for tag, _ in tags])
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """Those of which the generation has not been read."""
+        """Return those of which the generation has not been read."""
         return [name for name in dict.fromkeys(names) if name not in self._seen]
 
     # Asking
 
-    def ask(self, commands: Commands, head: str, names: Sequence[str]) -> None:
-        """Add the commands that read generations; `learn` takes the answers."""
-        for name in names:
-            commands.add(f"mg {head}{name} v c\r\n".encode(), reads=True)
+    def reading(self, head: str, names: Sequence[str]) -> list[bytes]:
+        """Return the commands that read generations; `learn` takes the answers."""
+        return [f"mg {head}{name} v c\r\n".encode() for name in names]
 
-    def make(self, commands: Commands, head: str, names: Sequence[str]) -> None:
-        """As `ask`, and make those that are missing; `learn_made` takes the answers."""
+    def making(self, head: str, names: Sequence[str]) -> list[bytes]:
+        """Return the commands that read generations and make those that are missing; `learn_made` takes the answers."""
+        commands: list[bytes] = []
         for name in names:
-            generation = fresh()
-            begin = f"ms {head}{name} {len(generation)} T0 ME\r\n".encode()
-            commands.add(b"".join((begin, generation, f"\r\nmg {head}{name} v c\r\n".encode())), reads=True, count=2)
+            commands += (_storing(f"{head}{name}", b"ME"), f"mg {head}{name} v c\r\n".encode())
+        return commands
 
     def learn(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
         for name, answer in zip(names, answers, strict=True):
             self._seen[name] = b""
             if isinstance(answer, CacheError):
                 self._errors[name] = answer
-            elif isinstance(answer, tuple) and len(answer[0]) <= GENERATION_MAX:
+            elif isinstance(answer, tuple) and len(answer[0]) <= VERSION_MAX:
                 self._seen[name] = answer[0]
 
     def learn_made(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
@@ -113,38 +111,32 @@ class Generations:
             if isinstance(answer, CacheError):
                 self._errors[name] = answer
 
-    def read(self, names: Iterable[str]) -> Talk[None]:
-        """Read those that have not been read, if there are any. Raises `Moved`."""
+    def read(self, names: Iterable[str]) -> Exchange[None]:
+        """Read those that have not been read, if there are any. Raises `NamespaceChanged`."""
         if unknown := self.unknown(names):
-            commands = Commands()
-            self.ask(commands, (yield from self._session.head()), unknown)
-            self.learn(unknown, (yield from self._session.ask(commands)))
-
-    def forget(self) -> None:
-        """Take nothing for known any more."""
-        self._seen.clear()
-        self._errors.clear()
+            head = yield from self._session.head()
+            self.learn(unknown, (yield from self._session.ask(self.reading(head, unknown))))
 
     # What they say
 
     def seen(self, name: str) -> bytes:
-        """The generation of that name; empty where there is none."""
+        """Return the generation of that name; empty where there is none."""
         return self._seen.get(name, b"")
 
-    def present(self, tags: Iterable[str]) -> Marks:
-        """The tags with their generations, for an entry that is made now. Raises `CacheError` for one that could neither
-        be read nor made."""
-        marks: list[tuple[str, bytes]] = []
+    def current(self, tags: Iterable[str]) -> TagVersions:
+        """Return the tags with their generations, for an entry that is made now. Raises `CacheError` for one that could
+        neither be read nor made."""
+        versions: list[TagVersion] = []
         for tag in dict.fromkeys(tags):
             name = self._name(tag)
             if not (generation := self.seen(name)):
                 raise self._errors.get(name) or CacheBackendError(f"the generation of the tag {tag!r} is lost", BACKEND)
-            marks.append((tag, generation))
-        return tuple(marks)
+            versions.append((tag, generation))
+        return tuple(versions)
 
-    def good(self, marks: Marks) -> bool:
-        """Whether all these are the present generations, which have been read."""
-        return all(generation and self._seen.get(self._name(tag)) == generation for tag, generation in marks)
+    def good(self, tags: TagVersions) -> bool:
+        """Return whether all these are the present generations, which have been read."""
+        return all(generation and self._seen.get(self._name(tag)) == generation for tag, generation in tags)
 
     def _name(self, tag: str) -> str:
         name = self._named.get(tag)
@@ -153,24 +145,24 @@ class Generations:
         return name
 
 
-def invalidate(session: Session, tags: Iterable[str]) -> Talk[None]:
-    """Make the generations of tags anew, and before them that of all tags. Raises `CacheError`.
+def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
+    """Give tags new generations, and before them all tags together. Raises `CacheError`.
 
-    One that is missing stays so: nothing is good under it, and whoever makes it makes one that never was.
+    One that is missing stays so: nothing is good under it, and the next to need it makes one that never was.
     """
     names = (ALL_TAGS, *dict.fromkeys(map(session.keys.tag, tags)))
     while True:
         head = yield from session.head()
-        commands = Commands()
-        for name in names:
-            generation = fresh()
-            commands.add(
-                b"".join((f"ms {head}{name} {len(generation)} T0 MR\r\n".encode(), generation, b"\r\n")), reads=False
-            )
         try:
-            answers = yield from session.ask(commands)
-        except Moved:
+            answers = yield from session.ask([_storing(head + name, b"MR") for name in names])
+        except NamespaceChanged:
             continue
         if (error := first_error(answers)) is not None:
             raise error
         return
+
+
+def _storing(name: str, mode: bytes) -> bytes:
+    """Return the command that stores a generation that never was."""
+    generation = fresh()
+    return b"ms %b %d T0 %b\r\n%b\r\n" % (name.encode(), len(generation), mode, generation)

@@ -1,36 +1,31 @@
-"""Making entries of values, and commands of entries."""
+"""Entries of values, and commands that store them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
-from cachebus.messages import CacheBackendError, CacheCapacityError, CacheError, Failed, Missing, Ttl
+from cachebus.messages import CacheBackendError, CacheCapacityError, CacheError, Failed, Missing, Set, Ttl
 
-from .forms import INT
+from .forms import INT, encode_form
 from .memcached_chunks import CHUNKED_MAX, split
 from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection
-from .memcached_entries import HEADER, MISSING, Entry, expiry_of, kept_until, pack_entry, read_entry, server_expiry
+from .memcached_entry import (
+    HEADER,
+    MISSING,
+    NO_METADATA,
+    Entry,
+    EntryMetadata,
+    expiry_of,
+    kept_until,
+    pack_entry,
+    read_entry,
+    server_expiry,
+)
 from .memcached_errors import BACKEND
 from .memcached_keys import Keys
-from .memcached_notes import NO_NOTES, Notes, pack_noted
 from .memcached_tags import TagMemory
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """An entry on its way to the server: what is sent before it, its bytes, and how long the server shall keep it."""
-
-    entry: bytes
-    seconds: int
-    chunks: tuple[tuple[str, bytes], ...] = ()
-
-    def commands(self, head: str, tail: str, condition: bytes = b"") -> list[bytes]:
-        """The commands that store it, the entry's last; `condition` is that of the entry."""
-        return [
-            *(store(head + name, chunk, self.seconds) for name, chunk in self.chunks),
-            store(head + tail, self.entry, self.seconds, condition),
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,32 +38,60 @@ class Values:
     memory: TagMemory = field(default_factory=TagMemory)
 
     def expiry(self, ttl: Ttl, now: float) -> float:
-        """The time at which a value's time is up; 0 for never."""
+        """Return the time at which a value's time is up; 0 for never."""
         return expiry_of(self.default_ttl if ttl == "default" else ttl, now)
 
     def lifetime(self, ttl: Ttl) -> float | None:
-        """The seconds that a value is given, which the server counts whole; `None` for ever."""
+        """Return the seconds that a value is given, which the server counts whole; `None` for ever."""
         seconds = self.default_ttl if ttl == "default" else ttl
         return None if seconds is None else float(math.ceil(seconds))
 
-    def pack(self, form: bytes, kept: bytes, expiry: float, connection: Connection, notes: Notes = NO_NOTES) -> Packed:
-        """A value, by its form and bytes, as an entry. Raises `CacheCapacityError` for what there is no room for."""
+    def plain(self, connection: Connection, head: str, request: Set) -> bytes | None:
+        """Return the command of a write without tags or conditions; `None` if it takes more than one. Raises `CacheError`."""
+        tail, kept = self.keys.tail(request.key)
+        form = encode_form(request.value)
         now = connection.now()
-        seconds = server_expiry(kept_until(expiry, notes), now)
+        ttl = self.default_ttl if request.ttl == "default" else request.ttl
+        expiry = 0.0 if ttl is None else expiry_of(ttl, now)
+        if len(form) + len(kept) + HEADER.size > connection.entry_max:
+            return None
+        entry = HEADER.pack(form[:1], len(kept), expiry, now, 0.0) + kept + form[1:]
+        seconds = server_expiry(expiry, now) if expiry else 0
+        return f"ms {head}{tail} {len(entry)} T{seconds} c\r\n".encode() + entry + b"\r\n"
+
+    def commands(
+        self,
+        connection: Connection,
+        head: str,
+        name: tuple[str, bytes],
+        form: bytes,
+        expiry: float,
+        metadata: EntryMetadata = NO_METADATA,
+        condition: bytes = b"",
+    ) -> list[bytes]:
+        """Return the commands that store a value, given as its form and bytes: chunks first, the entry last, under
+        `condition`. Raises `CacheCapacityError` for a value that there is no room for."""
+        tail, kept = name
+        now = connection.now()
+        seconds = server_expiry(kept_until(expiry, metadata), now)
         room = connection.entry_max - HEADER.size - len(kept)
-        if notes is not NO_NOTES:
-            room -= len(pack_noted(notes, b""))
+        if metadata is not NO_METADATA:
+            room -= len(metadata.packed())
         if len(form) - 1 <= room:
-            return Packed(pack_entry(form, kept, expiry, now, 0.0, notes), seconds)
+            return [store(head + tail, pack_entry(form, kept, expiry, now, 0.0, metadata), seconds, condition)]
         limit = CHUNKED_MAX if self.chunked else max(room, 0)
         if len(form) - 1 > limit or form[0] == INT:
             raise CacheCapacityError("the value is too large for Memcached", len(form) - 1, limit)
         manifest, chunks = split(form, connection.entry_max)
-        return Packed(pack_entry(manifest, kept, expiry, now, 0.0, notes), seconds, tuple(chunks))
+        entry = pack_entry(manifest, kept, expiry, now, 0.0, metadata)
+        return [
+            *(store(head + chunk, body, seconds) for chunk, body in chunks),
+            store(head + tail, entry, seconds, condition),
+        ]
 
 
 def entry_of(connection: Connection, kept: bytes, answer: Answer) -> Entry | None:
-    """The live entry that an answer holds. Raises `CacheError`."""
+    """Return the live entry that an answer holds. Raises `CacheError`."""
     if isinstance(answer, CacheError):
         raise answer
     if not isinstance(answer, tuple):
@@ -76,15 +99,25 @@ def entry_of(connection: Connection, kept: bytes, answer: Answer) -> Entry | Non
     return read_entry(answer[0], answer[1], kept, connection.epoch, connection.now())
 
 
+def read(name: str) -> bytes:
+    """Return the command that reads an item and its CAS token."""
+    return f"mg {name} v c\r\n".encode()
+
+
 def store(name: str, entry: bytes, seconds: int, condition: bytes = b"") -> bytes:
-    """The command that stores an entry and says its CAS token."""
-    return b"".join((f"ms {name} {len(entry)} T{seconds} c".encode(), condition, b"\r\n", entry, b"\r\n"))
+    """Return the command that stores an entry and answers its CAS token."""
+    return b"ms %b %d T%d c%b\r\n%b\r\n" % (name.encode(), len(entry), seconds, condition, entry)
 
 
-def not_found(answer: Answer) -> Missing | Failed:
-    """The reply to whoever wanted something else than this answer."""
+def not_found(answer: Any) -> Missing | Failed:
+    """Return the reply to a request that wanted something else than this answer."""
     if isinstance(answer, CacheError):
         return Failed.of(answer)
     if answer in (MISS, NOT_STORED, EXISTS):
         return MISSING
-    return Failed.of(CacheBackendError("the server gave an answer to something else; Memcached 1.6 is needed", BACKEND))
+    return Failed.of(unlike())
+
+
+def unlike() -> CacheError:
+    """Return the error for an answer of another kind than the command has."""
+    return CacheBackendError("the server answered something else; Memcached 1.6 is needed", BACKEND)

@@ -11,12 +11,14 @@ import pytest
 import redis
 from anyio import to_thread
 
+from cachebus.adapters.memcached import Endpoint as MemcachedPlace
 from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached import Place as MemcachedPlace
-from cachebus.adapters.memcached_connection import Connection
-from cachebus.adapters.memcached_rates import REMEMBERED, TRIES
+from cachebus.adapters.memcached_cas_updates import TRIES
+from cachebus.adapters.memcached_rate_limits import REMEMBERED
+from cachebus.adapters.memcached_session import Session
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_connect import Endpoint
+from cachebus.bus.tasks import spawn
 from cachebus.messages import Admit, Admitted, CacheBackendError, Clear, Failed, Get, RateLimitDenied, Reply, Set
 from cachebus.testing.servers import Server, run_memcached, run_redis
 from cachebus.testing.stores import ask, carry_out
@@ -130,13 +132,13 @@ class Trips:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        ask: Any = Connection._ask
+        ask: Any = Session.ask
 
-        async def counted(connection: Any, *arguments: Any) -> Any:
+        def counted(session: Any, *arguments: Any, **options: Any) -> Any:
             self.count += 1
-            return await ask(connection, *arguments)
+            return ask(session, *arguments, **options)
 
-        monkeypatch.setattr(Connection, "_ask", counted)
+        monkeypatch.setattr(Session, "ask", counted)
 
     def since(self) -> int:
         count, self.count = self.count, 0
@@ -238,32 +240,33 @@ async def test_what_is_remembered_of_limits_is_bounded(stores: Pair, trips: Trip
     store, _ = stores
     for at in range(0, REMEMBERED + 1000, 1000):
         await carry_out(store, [take(key=f"k{each}") for each in range(at, at + 1000)])
-    (lane,) = store._lanes.values()
-    assert lane.connection is not None
-    assert len(lane.connection.meters) <= REMEMBERED
+    (server,) = store._servers.values()
+    assert server.connection is not None
+    assert len(server.connection.limits) <= REMEMBERED
 
 
 async def test_others_who_write_all_the_time_win_in_the_end(stores: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = stores
     await ask(one, take(1000))
-    ask_: Any = Connection._ask
-    (mine,) = one._lanes.values()
+    (mine,) = one._servers.values()
+    connection: Any = mine.connection
+    write = connection._write
     tries = 0
 
-    async def outrun(connection: Any, *arguments: Any) -> Any:
-        nonlocal tries
-        if connection is mine.connection:
-            tries += 1
-            monkeypatch.setattr(Connection, "_ask", ask_)
+    def outrun(data: bytes) -> None:
+        async def later() -> None:
             await ask(other, take(1000))
-            monkeypatch.setattr(Connection, "_ask", outrun)
-        return await ask_(connection, *arguments)
+            write(data)
 
-    monkeypatch.setattr(Connection, "_ask", outrun)
-    with pytest.raises(CacheBackendError, match="others wrote the limit"):
+        nonlocal tries
+        tries += 1
+        spawn(later, lambda: None)
+
+    monkeypatch.setattr(connection, "_write", outrun)
+    with pytest.raises(CacheBackendError, match="others wrote the key"):
         await ask(one, take(1000))
     assert tries == TRIES
-    monkeypatch.setattr(Connection, "_ask", ask_)
+    monkeypatch.setattr(connection, "_write", write)
     reply = await ask(one, take(1000))
     assert isinstance(reply, Admitted)
     assert reply.remaining == 1000 - 1 - TRIES - 1, "nothing was taken for the one that failed"

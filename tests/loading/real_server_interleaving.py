@@ -10,17 +10,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from cachebus.actors.ports import SYSTEM_CLOCK
-from cachebus.adapters.memcached_connection import Connection, Dial, Place
+from cachebus.adapters.memcached_connection import Connection
 from cachebus.adapters.memcached_keys import Keys
-from cachebus.adapters.memcached_plan import Plan
-from cachebus.adapters.memcached_session import Session
-from cachebus.adapters.memcached_tags import invalidate
+from cachebus.adapters.memcached_planner import Plan
+from cachebus.adapters.memcached_server import Endpoint
 from cachebus.adapters.memcached_values import Values
-from cachebus.link import run
-from cachebus.messages import Clear, InvalidateTags
 from cachebus.testing.servers import Server
 
-from .real_server_memcached import BlockingLine, commands_of
+from .real_server_memcached import ask, asking, commands_of, connect
 
 Steps = Generator[None, None, Any]
 """What a client does: it stops before each command, and returns what came of it."""
@@ -30,8 +27,7 @@ class Client:
     """One client of a server, with a connection of its own."""
 
     def __init__(self, server: Server, namespace: str) -> None:
-        self.connection: Connection = Dial(clock=SYSTEM_CLOCK).connect(Place(server.host, server.port))
-        self._line = BlockingLine(self.connection._sock)
+        self.connection: Connection = connect(Endpoint(server.host, server.port), SYSTEM_CLOCK)
         self._values = Values(Keys(namespace), None, False)
 
     def close(self) -> None:
@@ -39,21 +35,14 @@ class Client:
 
     def steps(self, request: Any) -> Steps:
         """Carry out a request, stopping before each command."""
-        session = Session(self.connection, self._values.keys)
-        match request:
-            case InvalidateTags(tags=tags):
-                talk: Any = invalidate(session, tags)
-            case Clear():
-                talk = session.clear()
-            case _:
-                talk = Plan(self.connection, self._values, [request]).run()
+        talk = Plan(self.connection, self._values, [request]).run()
         try:
             question = next(talk)
             while True:
                 answers: list[Any] = []
                 for command in commands_of(question[0]):
                     yield
-                    answers += run(self.connection._ask(self._line, command, 1))
+                    answers += ask(self.connection, asking(command))
                 question = talk.send(answers)
         except StopIteration as done:
             return done.value[0] if isinstance(done.value, list) else done.value

@@ -21,10 +21,12 @@ from cachebus.actors import BackendActor, Supervisor
 from cachebus.actors.breaker import BreakerPolicy
 from cachebus.actors.cell import Cell
 from cachebus.actors.guard_policy import GuardPolicy
-from cachebus.adapters.memcached import MemcachedStore, Place
-from cachebus.adapters.memcached_connection import Connection, Dial
+from cachebus.actors.ports import Clock, OnReplies, Progress
+from cachebus.adapters.memcached import Endpoint, MemcachedStore, _Join
+from cachebus.adapters.memcached_connection import Connection
 from cachebus.adapters.memcached_keys import ALL_TAGS
 from cachebus.bus import Address
+from cachebus.messages import Failed, Request
 from cachebus.testing.servers import Server, run_memcached
 
 from .simulation import KEYS, Line, SimulatedClock, SimulatedLoop, World, name_of, play, tag_of
@@ -44,53 +46,87 @@ def commands_of(data: bytes) -> Iterator[bytes]:
         at = end
 
 
-class BlockingLine:
-    """A line on which the whole world waits for the answer: to the simulation it takes no time."""
+class BlockingSocket:
+    """A socket on which the whole world waits for the answer: to the simulation it takes no time."""
+
+    unsent = 0
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(5.0)
         self._sock = sock
+        self._receiver: Any = None
 
     @property
-    def fit(self) -> bool:
-        """Always: whoever asks reads all of each answer."""
-        return True
+    def write(self) -> Callable[[bytes], None]:
+        return self._write
 
-    def allow(self, seconds: float) -> None:
-        pass
-
-    async def send(self, data: bytes) -> None:
-        self._sock.sendall(data)
-
-    async def receive(self) -> bytes:
-        data = self._sock.recv(1 << 16)
-        if not data:
-            raise EOFError
-        return data
+    def attach(self, receiver: Any) -> None:
+        self._receiver = receiver
 
     def close(self) -> None:
+        self._sock.close()
+
+    def _write(self, data: bytes) -> None:
+        self._sock.sendall(data)
+        # Each answer may have the next commands written, on this stack.
+        while self._receiver.waiting:
+            self._receiver.data_received(self._sock.recv(1 << 16))
+
+
+class NoTimers:
+    """Timers that are never needed: writing waits for the answer."""
+
+    def call_at(self, when: float, callback: Callable[[], Any], /) -> NoTimers:
+        return self
+
+    call_after = call_at
+
+    def cancel(self) -> None:
         pass
 
 
-class SteppedLane:
-    """A `Lane` whose talks are carried out one command at a time, with everybody else's in between."""
+def connect(endpoint: Endpoint, clock: Clock) -> Connection:
+    """A connection that blocks."""
+    sock = BlockingSocket(socket.create_connection((endpoint.host, endpoint.port), 5.0))
+    connection = Connection(str(endpoint), sock, clock, NoTimers(), 5.0)
+    ask(connection, connection.greet())
+    connection._synced = float("inf")
+    return connection
 
-    def __init__(self, place: Place, process: Process) -> None:
+
+def ask(connection: Connection, exchange: Any) -> Any:
+    """What an exchange over such a connection comes to."""
+    results: list[Any] = []
+    connection.begin(exchange, results.append)
+    (result,) = results
+    if isinstance(result, CacheError):
+        raise result
+    return result
+
+
+def asking(data: bytes) -> Any:
+    """One command."""
+    return (yield data, 1)
+
+
+class SteppedServer:
+    """A `Server` whose exchanges are carried out one command at a time, with everybody else's in between."""
+
+    def __init__(self, endpoint: Endpoint, process: Process) -> None:
         self.connection: Connection | None = None
-        self._place = place
+        self._endpoint = endpoint
         self._process = process
         self._turn = asyncio.Lock()
 
-    async def run(self, talk: Callable[[Connection], Any]) -> Any:
+    async def run(self, exchange: Callable[[Connection], Any]) -> Any:
         async with self._turn:
             if self.connection is None or self.connection.lost:
                 self.connect()
             assert self.connection is not None
-            return await self._converse(self.connection, talk(self.connection))
+            return await self._run(self.connection, exchange(self.connection))
 
     def connect(self) -> None:
-        connection = Dial(clock=self._process.clock).connect(self._place)
-        connection._line = BlockingLine(connection._sock)
+        connection = connect(self._endpoint, self._process.clock)
         # What each process takes for the server's time: not quite the same.
         connection._offset = 1_700_000_000.0 + self._process.skew
         self.connection = connection
@@ -99,21 +135,20 @@ class SteppedLane:
         if self.connection is not None:
             self.connection.close()
 
-    async def _converse(self, connection: Connection, talk: Any) -> Any:
+    async def _run(self, connection: Connection, exchange: Any) -> Any:
         try:
-            question = next(talk)
+            question = next(exchange)
             while True:
                 answers: list[Any] = []
                 try:
                     for command in commands_of(question[0]):
                         await self._process.turn()
-                        assert connection._line is not None
-                        answers += await connection._ask(connection._line, command, 1)
+                        answers += ask(connection, asking(command))
                     assert len(answers) == question[1]
                 except CacheError as error:
-                    question = talk.throw(error)
+                    question = exchange.throw(error)
                 else:
-                    question = talk.send(answers)
+                    question = exchange.send(answers)
         except StopIteration as done:
             return done.value
         except BaseException:
@@ -141,19 +176,37 @@ class Process:
 class SteppedStore(MemcachedStore):
     """A store of a simulated process."""
 
-    def __init__(self, places: Sequence[Place], process: Process, **options: Any) -> None:
-        super().__init__(places, **options)
+    def __init__(self, endpoints: Sequence[Endpoint], process: Process, **options: Any) -> None:
+        super().__init__(endpoints, **options)
         self._process = process
 
     async def open(self) -> None:
-        lanes: Any = {str(place): SteppedLane(place, self._process) for place in self._places}
-        self._lanes = lanes
-        for lane in lanes.values():
-            lane.connect()
+        servers: Any = {str(endpoint): SteppedServer(endpoint, self._process) for endpoint in self._endpoints}
+        self._servers = servers
+        for server in servers.values():
+            server.connect()
+
+    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> None:
+        return None
+
+    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
+        shares = self._share_out(batch)
+        join = _Join(batch, shares, on_replies)
+
+        async def run(server: Any, share: Any) -> None:
+            try:
+                part = [request for _, request in share]
+                told = await server.run(lambda connection: self._exchange(connection, part))
+            except CacheError as error:
+                told = [Failed.of(error)] * len(share)
+            join.taking(share)(told)
+
+        await asyncio.gather(*(run(server, share) for server, share in shares.items()))
+        return join
 
     def _server(self, key: str) -> str:
         # Not by the ports, which no seed decides.
-        servers = list(self._lanes)
+        servers = list(self._servers)
         return servers[sum(key.encode()) % len(servers)]
 
 
@@ -169,7 +222,7 @@ class MemcachedWorld(World):
         make: type[SteppedStore] = SteppedStore,
     ) -> None:
         super().__init__(loop, None, lambda cache: None)  # type: ignore[arg-type]
-        self.places = [Place(each.host, each.port) for each in servers]
+        self.endpoints = [Endpoint(each.host, each.port) for each in servers]
         self.namespace = f"sim{uuid4().hex[:16]}"
         self.make = make
         self.stores: list[SteppedStore] = []
@@ -180,7 +233,7 @@ class MemcachedWorld(World):
         cells: list[Cell] = []
         for number, line in enumerate(lines):
             process = Process(line, clock, self.chance)
-            store = self.make(self.places, process, namespace=self.namespace, clock=clock)
+            store = self.make(self.endpoints, process, namespace=self.namespace, clock=clock)
             self.stores.append(store)
             address = Address(f"backend.process{number}")
             cells.append(await supervisor.start(address, functools.partial(BackendActor, store, POLICY)))
@@ -192,14 +245,13 @@ class MemcachedWorld(World):
     async def lose(self) -> None:
         """Now and then an item is evicted, or all of them."""
         losses = self.chance.choice((0, 0, 2, 5))
-        client = Dial(clock=SimulatedClock(self.loop)).connect(self.places[0])
-        line = BlockingLine(client._sock)
+        client = connect(self.endpoints[0], SimulatedClock(self.loop))
         try:
             for _ in range(losses):
                 await asyncio.sleep(self.chance.uniform(0.0, 0.5))
                 heads = [self.stores[0]._keys.head(each) for each in self.generations()]
                 keys = self.stores[0]._keys
-                names = [keys.generation_name] + [
+                names = [keys.generation_name.decode()] + [
                     head + tail
                     for head in heads
                     for number in range(KEYS)
@@ -208,17 +260,17 @@ class MemcachedWorld(World):
                 name = self.chance.choice(names)
                 self.tell(f"{names.index(name) % (1 + 3 * KEYS)} is lost")
                 self.lost += 1
-                await client._ask(line, f"md {name}\r\n".encode(), 1)
+                ask(client, asking(f"md {name}\r\n".encode()))
         finally:
             client.close()
 
-    def generations(self) -> list[str]:
+    def generations(self) -> list[bytes]:
         """The namespace's generations at the first server that some process knows of."""
-        known: dict[str, None] = {}
+        known: dict[bytes, None] = {}
         for store in self.stores:
-            for lane in list(store._lanes.values())[:1]:
-                if lane.connection is not None and lane.connection.generation is not None:
-                    known[lane.connection.generation] = None
+            for server in list(store._servers.values())[:1]:
+                if server.connection is not None and server.connection.generation:
+                    known[server.connection.generation] = None
         return list(known)
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from cachebus.adapters import memcached_lease_look, memcached_lease_rounds, memcached_tags
+from cachebus.adapters import memcached_lease_updates, memcached_planner, memcached_tags
 from cachebus.adapters.memcached_keys import ALL_TAGS
-from cachebus.adapters.memcached_lease_rounds import LeaseRounds
-from cachebus.adapters.memcached_session import Commands, Session
+from cachebus.adapters.memcached_lease_updates import LeaseDraft, LeaseUpdates
+from cachebus.adapters.memcached_lookup import Lookup
+from cachebus.adapters.memcached_session import Session
 from cachebus.adapters.memcached_tags import Generations
 from cachebus.messages import Clear, Delete, Found, Get, GetOrLease, InvalidateTags, LeaseGranted, Loading, Set, Stored
 from cachebus.testing.servers import Server
 
-from . import real_server_interleaving
 from .real_server_interleaving import Client, Steps, count, interleave, moments
 
 TTL = 60.0
@@ -114,66 +115,58 @@ def test_no_interleaving_lets_an_invalidated_value_be_read(
 
 
 def late_tags_are_not_looked_at(patch: pytest.MonkeyPatch) -> None:
-    commit = LeaseRounds._commit
+    held = LeaseUpdates._held
 
-    def careless(self: Any, position: int, request: Set, state: Any) -> None:
-        if (held := self._held(request.lease or "", state)) is not None:
-            held.all_tags = self._generations.seen(ALL_TAGS)
-        commit(self, position, request, state)
+    def careless(self: Any, token: str, item: Any) -> Any:
+        found = held(self, token, item)
+        return found and replace(found, all_tags=self._generations.seen(ALL_TAGS))
 
-    patch.setattr(LeaseRounds, "_commit", careless)
+    patch.setattr(LeaseUpdates, "_held", careless)
 
 
 def nothing_is_looked_at_after_storing(patch: pytest.MonkeyPatch) -> None:
-    make = memcached_lease_look.Draft.__init__
-    patch.setattr(
-        memcached_lease_look.Draft,
-        "__init__",
-        lambda self, at, commands, reply, marks=(): make(self, at, commands, reply),
-    )
+    make = LeaseDraft.__init__
+    patch.setattr(LeaseDraft, "__init__", lambda self, commands, reply, tags=(): make(self, commands, reply))
 
 
 def all_tags_are_made_anew_last(patch: pytest.MonkeyPatch) -> None:
     def careless(session: Session, tags: Any) -> Any:
         head = yield from session.head()
-        commands = Commands()
-        for name in (*map(session.keys.tag, tags), ALL_TAGS):
-            commands.add(f"ms {head}{name} 12 T0 MR\r\n".encode() + memcached_tags.fresh() + b"\r\n", reads=False)
-        yield from session.ask(commands)
+        names = (*map(session.keys.tag, tags), ALL_TAGS)
+        yield from session.ask([memcached_tags._storing(head + name, b"MR") for name in names])
 
-    patch.setattr(real_server_interleaving, "invalidate", careless)
+    patch.setattr(memcached_planner, "invalidate", careless)
 
 
 def all_tags_are_read_first(patch: pytest.MonkeyPatch) -> None:
-    make, learn = Generations.make, Generations.learn_made
+    make, learn = Generations.making, Generations.learn_made
 
-    def reversed_make(self: Any, commands: Any, head: str, names: Any) -> None:
-        make(self, commands, head, names[::-1])
+    def reversed_make(self: Any, head: str, names: Any) -> Any:
+        return make(self, head, names[::-1])
 
     def reversed_learn(self: Any, names: Any, answers: Any) -> None:
         learn(self, names[::-1], answers)
 
-    patch.setattr(Generations, "make", reversed_make)
+    patch.setattr(Generations, "making", reversed_make)
     patch.setattr(Generations, "learn_made", reversed_learn)
 
 
-def a_lease_whose_tags_have_moved_is_joined(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LeaseRounds, "_current", lambda self, held: held is not None and held.deadline > self._now)
+def a_lease_whose_tags_have_changed_is_joined(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Lookup, "current", lambda self, held: held is not None and held.deadline > self.now)
 
 
 def values_are_stored_over_anything(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(memcached_lease_rounds, "_over", lambda answer: b"")
+    patch.setattr(memcached_lease_updates, "over", lambda answer: b"")
 
 
 def generations_are_those_of_the_end(patch: pytest.MonkeyPatch) -> None:
-    commit = LeaseRounds._commit
+    held = LeaseUpdates._held
 
-    def careless(self: Any, position: int, request: Set, state: Any) -> None:
-        if (held := self._held(request.lease or "", state)) is not None:
-            held.marks = self._generations.present(tag for tag, _ in held.marks)
-        commit(self, position, request, state)
+    def careless(self: Any, token: str, item: Any) -> Any:
+        found = held(self, token, item)
+        return found and replace(found, tags=self._generations.current(tag for tag, _ in found.tags))
 
-    patch.setattr(LeaseRounds, "_commit", careless)
+    patch.setattr(LeaseUpdates, "_held", careless)
 
 
 PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, bool]] = [
@@ -181,7 +174,7 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, bool]] = [
     (nothing_is_looked_at_after_storing, "tag", False),
     (all_tags_are_made_anew_last, "tag", False),
     (all_tags_are_read_first, "tag", False),
-    (a_lease_whose_tags_have_moved_is_joined, "tag", True),
+    (a_lease_whose_tags_have_changed_is_joined, "tag", True),
     (values_are_stored_over_anything, "delete", True),
     (generations_are_those_of_the_end, "tag", True),
 ]

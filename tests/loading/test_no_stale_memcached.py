@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from cachebus.adapters import memcached_tags
-from cachebus.adapters.memcached_lease_look import Looking
-from cachebus.adapters.memcached_lease_rounds import LeaseRounds
-from cachebus.adapters.memcached_readings import content_of
+from cachebus.adapters.memcached_chunks import content_of
+from cachebus.adapters.memcached_lease_updates import LeaseUpdates
+from cachebus.adapters.memcached_lookup import Lookup
 from cachebus.adapters.memcached_tags import Generations
 from cachebus.testing.servers import Server, run_memcached
 
@@ -66,23 +66,23 @@ def generations_come_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def whoever_holds_the_lease_is_taken_for_the_one_who_asks(patch: pytest.MonkeyPatch) -> None:
-    held = LeaseRounds._held
-    patch.setattr(LeaseRounds, "_held", lambda self, token, state: state.held or held(self, token, state))
+    held = LeaseUpdates._held
+    patch.setattr(LeaseUpdates, "_held", lambda self, token, item: item.held or held(self, token, item))
 
 
 def who_asks_for_a_lease_is_given_what_is_invalid(patch: pytest.MonkeyPatch) -> None:
-    look = Looking._look
+    read = Lookup.read
 
-    def careless(self: Any, waiting: list[int]) -> Any:
-        keyed = yield from look(self, waiting)
-        for _, state in keyed:
-            if state.served is None:
-                self._take_apart(state)
-                if state.served is not None:
-                    state.content = yield from content_of(self._session, state.served)
+    def careless(self: Any, waiting: Any, replies: Any) -> Any:
+        keyed = yield from read(self, waiting, replies)
+        for _, item in keyed:
+            if item.served is None:
+                self.take_apart(item)
+                if item.served is not None:
+                    item.content = yield from content_of(self.session, item.served)
         return keyed
 
-    patch.setattr(Looking, "_look", careless)
+    patch.setattr(Lookup, "read", careless)
 
 
 PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], int]] = [

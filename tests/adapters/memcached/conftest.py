@@ -12,7 +12,7 @@ import pytest
 from anyio import to_thread
 from pydantic import TypeAdapter
 
-from cachebus.adapters.memcached import MemcachedStore, Place
+from cachebus.adapters.memcached import Endpoint, MemcachedStore
 from cachebus.testing.servers import Server, run_memcached
 
 
@@ -31,7 +31,7 @@ def server() -> Iterator[Server]:
 @asynccontextmanager
 async def opened(*servers: Any, namespace: str = "", **options: Any) -> AsyncGenerator[MemcachedStore]:
     """A store on these servers, open, in a namespace of its own unless one is named."""
-    places = [Place(each.host, each.port) for each in servers]
+    places = [Endpoint(each.host, each.port) for each in servers]
     # Only tests of servers that fail say how long one is given.
     given = {"timeout": 5.0, "connect_timeout": 5.0, **options}
     store = MemcachedStore(places, namespace=namespace or f"t{uuid4().hex}", **given)
@@ -73,7 +73,22 @@ async def raw(server: Any, verb: str, *arguments: Any, **options: Any) -> Any:
 
 def name_of(store: MemcachedStore, key: str, server: int = 0) -> str:
     """What a key of the store is called at one of its servers."""
-    connection = list(store._lanes.values())[server].connection
+    connection = list(store._servers.values())[server].connection
     assert connection is not None
-    assert connection.generation is not None
+    assert connection.generation
     return store._keys.head(connection.generation) + store._keys.tail(key)[0]
+
+
+def count_trips(store: MemcachedStore, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What the store sends from here on, a piece for each round trip."""
+    sent: list[bytes] = []
+    for server in store._servers.values():
+        connection: Any = server.connection
+        write = connection._write
+
+        def listened(data: bytes, write: Any = write) -> None:
+            sent.append(data)
+            write(data)
+
+        monkeypatch.setattr(connection, "_write", listened)
+    return sent

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -9,7 +11,10 @@ from uuid import uuid4
 import anyio
 import pytest
 
-from cachebus import CacheConfigurationError, CacheConnectionError, CacheError, open_cache, open_sync_cache
+from cachebus import CacheConfigurationError, CacheConnectionError, open_cache, open_sync_cache
+from cachebus.adapters.memcached import Endpoint, MemcachedStore
+from cachebus.adapters.memcached_server import Connector
+from cachebus.adapters.memcached_server import Server as Server_
 from cachebus.bus import SYSTEM_CLOCK
 from cachebus.memcached_settings import MemcachedSettings
 from cachebus.messages import Failed, Found, Get, Set
@@ -108,25 +113,38 @@ async def test_timeouts_are_those_of_the_options(server: Server) -> None:
             assert 0.35 < time.monotonic() - started < within(0.4)
 
 
-async def test_no_more_threads_connect_than_there_may_be_connections(server: Server) -> None:
-    with Proxy.before(server) as proxy:
-        async with at(f"{proxy.url(server.url)}?timeout=0.2&connect_timeout=0.5&max_connections=2") as store:
-            await sync(proxy.switch, "half_open")
-            assert isinstance(await one(store, Get("a")), Failed)
-            for _ in range(2):
-                with anyio.move_on_after(0.05):
-                    await store.execute([Get("a")])
-            with pytest.raises(CacheConnectionError, match="2 threads are connecting"):
-                await store.execute([Get("a")])
-            await sync(proxy.switch, "pass")
-            with anyio.fail_after(30):
-                while True:
-                    try:
-                        await store.execute([Get("a")])
-                        break
-                    except CacheError:
-                        await anyio.sleep(0.02)
-        assert proxy.open_connections <= 1
+async def test_no_more_threads_look_a_name_up_than_there_may_be_connections(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered, real = threading.Event(), socket.getaddrinfo
+
+    def slow(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host == "slow.example":
+            answered.wait(30)
+            host = "127.0.0.1"
+        return real(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    connector = Connector(clock=SYSTEM_CLOCK, connect_timeout=20.0, most=2)
+    kept = Server_(Endpoint("slow.example", server.port), connector, aside=False)
+    try:
+        for _ in range(2):
+            with anyio.move_on_after(0.05):
+                await kept.connect()
+        with pytest.raises(CacheConnectionError, match="2 threads are looking up"):
+            await kept.connect()
+    finally:
+        answered.set()
+    with anyio.fail_after(30):
+        while kept._lookups:
+            await anyio.sleep(0.001)
+        await kept.connect()
+    await kept.close()
+
+
+async def test_max_connections_is_that_of_the_option() -> None:
+    store: Any = build_store(backend_from_url("memcached://a?max_connections=7"), namespace="n", clock=SYSTEM_CLOCK)
+    assert store._connector.most == 7
 
 
 # Ways to a server
@@ -210,3 +228,19 @@ async def test_a_server_without_cas_is_refused() -> None:
     with run_memcached("-C") as server, pytest.raises(CacheConfigurationError, match="without CAS"):
         async with at(server.url):
             pass
+
+
+async def test_opening_that_is_broken_off_leaves_no_connection(server: Server) -> None:
+    with Proxy.before(server) as proxy, Proxy.before(server) as silent:
+        await sync(silent.switch, "half_open")
+        places = [Endpoint(proxy.host, proxy.port), Endpoint(silent.host, silent.port)]
+        store = MemcachedStore(places, namespace="broken", connect_timeout=20.0)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(store.open)
+            with anyio.fail_after(30):
+                while proxy.connections == 0:
+                    await anyio.sleep(0.001)
+            tasks.cancel_scope.cancel()
+        with anyio.fail_after(30):
+            while proxy.open_connections:
+                await anyio.sleep(0.001)

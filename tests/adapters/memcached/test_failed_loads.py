@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached_leases import TOLD_FOR
+from cachebus.adapters.memcached_leases import FAILURE_SHOWN
 from cachebus.messages import (
     Add,
     Delete,
@@ -132,7 +132,7 @@ async def test_it_is_in_nobodys_way(store: MemcachedStore) -> None:
 async def test_the_server_forgets_it_soon(server: Server) -> None:
     async with opened(server) as store:
         await failed(store, "t1")
-        assert TOLD_FOR - SECONDS_LATE <= await left(server, store) <= TOLD_FOR + 1
+        assert FAILURE_SHOWN - SECONDS_LATE <= await left(server, store) <= FAILURE_SHOWN + 1
         mine = await granted(store, lease("t2"))
         assert LONG - SECONDS_LATE <= await left(server, store) <= LONG + 1
         await one(store, ReleaseLease("k", mine))

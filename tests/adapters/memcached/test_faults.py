@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from cachebus import CacheConfigurationError, CacheConnectionError, CacheError, open_cache
-from cachebus.adapters.memcached import Place
+from cachebus.adapters.memcached import Endpoint
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
@@ -188,7 +188,7 @@ async def test_whatever_breaks_between_us_each_value_belongs_to_its_key(mode: Mo
             assert await first_value(store, "k7") == "value of k7"
 
 
-async def test_a_batch_that_is_broken_off_costs_the_connection_and_no_more() -> None:
+async def test_a_batch_that_is_broken_off_costs_nobody_else_anything() -> None:
     with run_memcached() as server, Proxy.before(server) as proxy:
         async with opened(proxy) as store:
             await one(store, SetMany({f"k{n}": n for n in range(10)}))
@@ -208,7 +208,7 @@ async def test_an_unreachable_server_is_said_at_opening() -> None:
 
 
 @contextmanager
-def impostor(answer: bytes) -> Generator[Place]:
+def impostor(answer: bytes) -> Generator[Endpoint]:
     """Something on a port that says `answer` to whatever it is asked; nothing at all if it is empty."""
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -229,7 +229,7 @@ def impostor(answer: bytes) -> Generator[Place]:
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
-        yield Place("127.0.0.1", listener.getsockname()[1])
+        yield Endpoint("127.0.0.1", listener.getsockname()[1])
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
@@ -316,7 +316,7 @@ async def test_a_dead_server_costs_its_own_keys_and_no_others() -> None:
 
 async def test_one_of_two_servers_may_be_down_at_opening() -> None:
     with run_memcached() as server:
-        dead = Place("127.0.0.1", free_port())
+        dead = Endpoint("127.0.0.1", free_port())
         async with opened(server, dead, connect_timeout=0.3) as store:
             kinds = {type(await one(store, Get(f"k{number}"))) for number in range(50)}
             assert kinds == {Missing, Failed}

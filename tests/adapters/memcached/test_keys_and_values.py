@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cachebus.adapters.memcached_entries import HEADER, pack_entry, server_expiry
+from cachebus.adapters.memcached_entry import HEADER, pack_entry, server_expiry
 from cachebus.adapters.memcached_keys import Keys, new_generation
 from cachebus.messages import (
     CacheCapacityError,

@@ -38,7 +38,7 @@ from cachebus.messages import (
 from cachebus.testing.servers import Server, run_memcached
 from cachebus.testing.suite.base import granted, value_of
 
-from .conftest import name_of, one, opened, raw
+from .conftest import count_trips, name_of, one, opened, raw
 
 LONG = 60.0
 
@@ -56,7 +56,7 @@ def is_lost(reply: Any) -> bool:
 
 
 def connection_of(store: MemcachedStore) -> Connection:
-    connection = next(iter(store._lanes.values())).connection
+    connection = next(iter(store._servers.values())).connection
     assert connection is not None
     return connection
 
@@ -285,15 +285,7 @@ async def test_a_stale_value_for_which_there_is_no_room_beside_the_lease_goes(se
 async def test_a_batch_of_questions_is_two_round_trips(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened(server) as store:
         await one(store, Get("k"))
-        sent: list[bytes] = []
-        connection: Any = connection_of(store)
-        ask = connection._ask
-
-        async def listened(line: Any, data: bytes, count: int) -> Any:
-            sent.append(data)
-            return await ask(line, data, count)
-
-        monkeypatch.setattr(connection, "_ask", listened)
+        sent = count_trips(store, monkeypatch)
         asked = [lease(f"t{number}", key=f"k{number}") for number in range(50)]
         assert all(isinstance(reply, LeaseGranted) for reply in await store.execute(asked))
         assert len(sent) == 2

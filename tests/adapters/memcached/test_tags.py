@@ -41,30 +41,15 @@ from cachebus.messages import (
 from cachebus.testing.servers import Server, run_memcached
 from cachebus.testing.suite.base import granted
 
-from .conftest import one, opened, raw
+from .conftest import count_trips, one, opened, raw
 
 
 def tag_name(store: MemcachedStore, tag: str | None) -> str:
     """What the generation of a tag is called at the store's first server; `None` is all tags."""
-    connection = next(iter(store._lanes.values())).connection
+    connection = next(iter(store._servers.values())).connection
     assert connection is not None
     assert connection.generation is not None
     return store._keys.head(connection.generation) + (ALL_TAGS if tag is None else store._keys.tag(tag))
-
-
-def count_trips(store: MemcachedStore, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What the store sends from here on, a piece for each round trip."""
-    sent: list[bytes] = []
-    for lane in store._lanes.values():
-        connection: Any = lane.connection
-        ask = connection._ask
-
-        async def listened(line: Any, data: bytes, count: int, ask: Any = ask) -> Any:
-            sent.append(data)
-            return await ask(line, data, count)
-
-        monkeypatch.setattr(connection, "_ask", listened)
-    return sent
 
 
 # What it costs
@@ -286,7 +271,7 @@ async def test_what_was_invalidated_is_not_served_stale(store: MemcachedStore, m
 
     await expired("k")
     await expired("l")
-    connection: Any = next(iter(store._lanes.values())).connection
+    connection: Any = next(iter(store._servers.values())).connection
     monkeypatch.setattr(connection, "_offset", connection._offset + 1.5)
     mine = await one(store, GetOrLease("k", "p", "k2", 60.0))
     assert (mine.stale.value, mine.stale.tags) == (b"old", ("a",))

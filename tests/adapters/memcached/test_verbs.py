@@ -9,7 +9,7 @@ import pytest
 
 from cachebus.adapters.memcached import MemcachedStore
 from cachebus.adapters.memcached_chunks import chunk_tails
-from cachebus.adapters.memcached_entries import HEADER
+from cachebus.adapters.memcached_entry import HEADER
 from cachebus.messages import (
     CacheBackendError,
     CacheCapacityError,
@@ -77,7 +77,7 @@ async def test_a_count_that_others_come_before_again_and_again_gives_up_and_chan
 ) -> None:
     async with opened(server) as store:
         await one(store, Set("n", 5))
-        monkeypatch.setattr("cachebus.adapters.memcached_rounds.TRIES", 0)
+        monkeypatch.setattr("cachebus.adapters.memcached_cas_updates.TRIES", 0)
         error = (await one(store, Increment("n"))).error()
         assert isinstance(error, CacheBackendError)
         assert not error.transient

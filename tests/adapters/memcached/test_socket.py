@@ -1,8 +1,8 @@
-"""A line with hardly any room in it: what is sent and what comes wait for each other all the time, and nobody is forgotten."""
+"""Sockets with hardly any room in them: what is sent and what comes wait for each other all the time."""
 
 from __future__ import annotations
 
-import os
+import asyncio
 import random
 import socket
 import threading
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import anyio
 import pytest
 
-from cachebus.adapters.memcached_line import AnyLine, AsyncioLine, Line, line_for
+from cachebus.adapters.memcached_socket import AsyncioSocket, StreamSocket, open_socket
 from cachebus.messages import Found, FoundMany, Get, GetMany, Set, SetMany, Stored, StoredMany
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import run_memcached
@@ -29,15 +29,14 @@ def _small(sock: socket.socket) -> None:
 
 
 @contextmanager
-def echo(seed: int) -> Generator[socket.socket]:
-    """A socket whose other end says back what it hears, in pieces of any size."""
-    ours, theirs = socket.socketpair()
-    for each in (ours, theirs):
-        _small(each)
-    ours.setblocking(False)
+def echo(seed: int) -> Generator[int]:
+    """A port whose end says back what it hears, in pieces of any size, through hardly any room."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    _small(listener)
     chance = random.Random(seed)
 
     def answer() -> None:
+        theirs, _ = listener.accept()
         with theirs:
             while data := theirs.recv(chance.choice((1, 100, 5000))):
                 while data:
@@ -48,63 +47,72 @@ def echo(seed: int) -> Generator[socket.socket]:
     thread = threading.Thread(target=answer)
     thread.start()
     try:
-        yield ours
+        yield listener.getsockname()[1]
     finally:
-        ours.close()
+        listener.close()
         thread.join(LIMIT)
+
+
+class Heard(asyncio.Protocol):
+    """A receiver that counts on being told of everything."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.size = 0
+        self.ended: list[Exception | None] = []
+        self.change = anyio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        if len(self.data) >= self.size:
+            self.change.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.append(exc)
+        self.change.set()
 
 
 async def test_what_is_said_comes_back_whatever_waits_for_what() -> None:
     chance = random.Random(1)
-    with echo(2) as sock:
-        line: Line = line_for(sock)
+    with echo(2) as port:
+        made = await open_socket("127.0.0.1", port, None, "")
+        heard = Heard()
+        made.attach(heard)
         with anyio.fail_after(LIMIT):
-            for number in range(1500):
+            for number in range(500):
                 said = chance.randbytes(chance.choice((1, 50, TINY, TINY + 1, 5 * TINY)))
-                line.allow(20.0)
-                await line.send(said)
-                heard = b""
-                while len(heard) < len(said):
-                    heard += await line.receive()
-                assert heard == said, number
-        line.close()
+                heard.data, heard.size, heard.change = b"", len(said), anyio.Event()
+                made.write(said)
+                await heard.change.wait()
+                assert heard.data == said, number
+        made.close()
 
 
-async def test_a_line_that_is_stopped_up_ends_at_its_deadline_and_one_that_is_closed_at_once() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        _small(ours)
-        ours.setblocking(False)
-        line = line_for(ours)
-        line.allow(0.1)
-        with anyio.fail_after(30), pytest.raises(TimeoutError):
-            await line.send(b"x" * 10_000_000)
-        line.allow(0.1)
-        with anyio.fail_after(30), pytest.raises(TimeoutError):
-            await line.receive()
+async def test_a_socket_that_is_closed_by_the_other_end_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        made = await open_socket("127.0.0.1", listener.getsockname()[1], None, "")
+        heard = Heard()
+        heard.size = 1
+        made.attach(heard)
+        theirs, _ = await sync(listener.accept)
         theirs.close()
-        line.allow(20.0)
-        with anyio.fail_after(30), pytest.raises((EOFError, ConnectionError)):
-            await line.receive()
-        line.close()
+        with anyio.fail_after(30):
+            await heard.change.wait()
+        assert heard.data == b""
+        made.close()
 
 
-async def test_the_line_is_that_of_the_event_loop(anyio_backend_name: str) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        line = line_for(ours)
-        assert type(line) is (AsyncioLine if anyio_backend_name == "asyncio" else AnyLine)
-        line.close()
+async def test_the_socket_is_that_of_the_event_loop(anyio_backend_name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        made = await open_socket("127.0.0.1", listener.getsockname()[1], None, "")
+        made.attach(Heard())
+        assert type(made) is (AsyncioSocket if anyio_backend_name == "asyncio" else StreamSocket)
+        made.close()
 
 
 async def test_large_batches_pass_through_small_buffers_both_ways() -> None:
     with run_memcached() as server, Proxy.before(server) as proxy:
         async with opened(proxy, timeout=20.0) as store:
-            (lane,) = store._lanes.values()
-            assert lane.connection is not None
-            # Not the room for what comes: TCP grows slow when it has to say so often that there is some again.
-            lane.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * TINY)
             first = {f"a{number}": b"a" * 1_000_000 for number in range(3)}
             second = {f"b{number}": b"b" * 1_000_000 for number in range(3)}
             assert isinstance(await one(store, SetMany(first)), StoredMany)
@@ -118,21 +126,20 @@ async def test_large_batches_pass_through_small_buffers_both_ways() -> None:
 
 
 @pytest.mark.parametrize("came", [b"", b"HD\r\n"])
-async def test_a_connection_that_was_closed_or_spoke_up_between_two_talks_costs_no_request(came: bytes) -> None:
+async def test_a_connection_that_was_closed_or_spoke_up_between_two_exchanges_costs_no_request(came: bytes) -> None:
     with run_memcached() as server:
         async with opened(server) as store:
             assert isinstance(await one(store, Set("k", 1)), Stored)
-            (lane,) = store._lanes.values()
-            assert lane.connection is not None
+            (kept,) = store._servers.values()
+            connection = kept.connection
+            assert connection is not None
             if came:
-                # What somebody in between may do; here it is the server that is asked behind the back of the line.
-                await sync(os.write, lane.connection._sock.fileno(), b"ms x 1\r\n1\r\n")
+                # The server is asked behind the back of the connection, and answers what nobody asked for.
+                connection._write(b"ms x 1\r\n1\r\n")
             else:
                 await sync(server.restart)
-            line = lane.connection._line
-            assert line is not None
             with anyio.fail_after(30):
-                while line.fit:
+                while connection.lost is None:
                     await anyio.sleep(0.001)
             assert isinstance(await one(store, Set("k", 2)), Stored)
             found = await one(store, Get("k"))

@@ -1,0 +1,275 @@
+"""The bytes of a Memcached item, and what they say.
+
+    1 byte    form       B bytes as they are, I decimal int, M msgpack, C chunked (see `memcached_chunks`); small letters
+                         are another layout: o with metadata (below), l a lease (see `memcached_leases`)
+    2 bytes   key size   big-endian; 0 where the name on the wire is the key itself
+    8 bytes   expiry     big-endian double: Unix time of the server in seconds, 0 for none
+    8 bytes   stored at  big-endian double: Unix time of the server in seconds
+    8 bytes   version    big-endian double: 0, or the version that a touch has kept
+    key size  key        what the hash on the wire stands for; a longer one than 1024 bytes is hashed once more
+    rest      value      in the form `o`: the size of the metadata (4 bytes, big-endian), the metadata as msgpack
+                         [[load time, stale for, etag, lifetime] or nil, [[tag, generation], ...]], the value's own form
+                         and the value
+
+The version of an entry is the second at which the server was started, in microseconds, plus the item's CAS token: both
+are the server's, so no two writes ever share one, whatever the clients' clocks say.
+
+Nothing that another program has written under a key is trusted: whatever does not fit raises `CacheSerializationError`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from cachebus.messages import (
+    CacheError,
+    CacheKeyError,
+    CacheSerializationError,
+    Failed,
+    Found,
+    Loaded,
+    LoadMetadata,
+    Missing,
+    Present,
+)
+
+from .durations import time_stale, time_to_live
+from .forms import BYTES, decode_form, pack_plain, unpack_plain
+
+HEADER = struct.Struct(">cHddd")
+CHUNKED, WITH_METADATA = b"Co"
+MISSING = Missing()
+THIRTY_DAYS = 30 * 86_400
+METADATA_MAX = 1 << 20
+"""Bytes of metadata that are unpacked."""
+
+VERSION_MAX = 64
+"""Bytes that the generation of a tag may have."""
+
+_FAR = 1e18
+"""Above every time and version that we write."""
+_LATEST = 2**31 - 1
+"""Memcached reads times as 32 bits."""
+
+_unpack_header: Callable[[bytes], tuple[bytes, int, float, float, float]] = HEADER.unpack_from
+_HEADER_SIZE = HEADER.size
+_SIZE = struct.Struct(">I")
+_unpack_size: Callable[[memoryview], tuple[int]] = _SIZE.unpack_from
+
+TagVersion = tuple[str, bytes]
+"""A tag with the generation that it had."""
+
+TagVersions = tuple[TagVersion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryMetadata:
+    """The tags of an entry, and how its value was loaded. `lifetime` is the seconds that a loaded value was given, `None`
+    for ever."""
+
+    tags: TagVersions = ()
+    load: LoadMetadata | None = None
+    lifetime: float | None = None
+
+    @property
+    def stale_for(self) -> float:
+        """Seconds for which the value may be served when its time is up."""
+        return time_stale(self.load)
+
+    def packed(self) -> bytes:
+        """Return the metadata as they stand before the value, with their form."""
+        load = self.load
+        loaded = None if load is None else [load.load_time, load.stale_for, load.etag, self.lifetime]
+        packed = pack_tagged([loaded, [list(each) for each in self.tags]])
+        return b"".join((b"o", _SIZE.pack(len(packed)), packed))
+
+
+NO_METADATA = EntryMetadata()
+
+
+class Entry:
+    """An item of ours, taken apart. `version` is what callers know of it."""
+
+    __slots__ = ("body", "expiry", "form", "metadata", "stored_at", "version")
+
+    def __init__(self, form: int, expiry: float, stored_at: float, version: float, body: memoryview) -> None:
+        self.metadata = NO_METADATA
+        if form == WITH_METADATA:
+            self.metadata, form, body = _split(body)
+        self.form = form
+        self.expiry = expiry
+        self.stored_at = stored_at
+        self.version = version
+        self.body = body
+
+    def left(self, now: float) -> float | None:
+        """Return the seconds to live, `None` without expiry."""
+        return self.expiry - now if self.expiry else None
+
+    def present(self, now: float) -> Present:
+        return Present(self.version, self.left(now))
+
+    def is_live(self, now: float) -> bool:
+        """Return whether its time to live is not over."""
+        return not self.expiry or self.expiry > now
+
+    def packed(self, kept: bytes) -> bytes:
+        """Return its bytes as they stand in a lease, and are put back: the version is kept."""
+        form = bytes((self.form,)) + self.body
+        return pack_entry(form, kept, self.expiry, self.stored_at, self.version, self.metadata)
+
+    def kept_until(self) -> float:
+        """Return when the server may forget it: after its time, if it may be served stale. 0 for never."""
+        return kept_until(self.expiry, self.metadata)
+
+
+def pack_entry(
+    form_and_body: bytes,
+    kept: bytes,
+    expiry: float,
+    now: float,
+    version: float = 0.0,
+    metadata: EntryMetadata = NO_METADATA,
+) -> bytes:
+    """Return the bytes of an item."""
+    if metadata is not NO_METADATA:
+        form_and_body = metadata.packed() + form_and_body
+    return HEADER.pack(form_and_body[:1], len(kept), expiry, now, version) + kept + form_and_body[1:]
+
+
+def read_entry(raw: bytes, token: int, kept: bytes, epoch: float, now: float = 0.0) -> Entry | None:
+    """Return the entry of a key that is live at `now`; `None` if its time is up, or if it is another key's with the same
+    hash. Raises `CacheSerializationError`."""
+    try:
+        form, size, expiry, stored_at, version = _unpack_header(raw)
+    except struct.error:
+        raise _not_ours() from None
+    start = _HEADER_SIZE + size
+    if not (0.0 <= expiry < _FAR > stored_at >= 0.0 <= version < _FAR):
+        raise _not_ours()
+    if (expiry and expiry <= now) or raw[_HEADER_SIZE:start] != kept:
+        return None
+    return Entry(form[0], expiry, stored_at, version or epoch + token, memoryview(raw)[start:])
+
+
+def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float) -> Found | Missing | Failed | Entry:
+    """Return the reply to a read of an item. One that is chunked, or has tags, comes back as its entry."""
+    if not kept and len(raw) >= _HEADER_SIZE and raw[0] == BYTES:
+        # The hot path, with the commonest form first.
+        _, size, expiry, stored_at, version = _unpack_header(raw)
+        if not size and 0.0 <= expiry < _FAR > stored_at >= 0.0 <= version < _FAR:
+            if expiry and expiry <= now:
+                return MISSING
+            return Found(raw[_HEADER_SIZE:], version or epoch + token, expiry - now if expiry else None, (), stored_at)
+    try:
+        entry = read_entry(raw, token, kept, epoch, now)
+        if entry is None:
+            return MISSING
+        if entry.form == CHUNKED or entry.metadata.tags:
+            return entry
+        return found_of(entry, decode_form(entry.form, entry.body), now)
+    except CacheError as error:
+        return Failed.of(error)
+
+
+def found_of(entry: Entry, value: Any, now: float) -> Found:
+    """Return the reply that carries a value."""
+    metadata, left = entry.metadata, entry.left(now)
+    tags = tuple([tag for tag, _ in metadata.tags])
+    if (load := metadata.load) is None:
+        return Found(value, entry.version, left, tags, entry.stored_at)
+    load_time, stale_for, etag = load.load_time, load.stale_for, load.etag
+    return Loaded(value, entry.version, left, tags, entry.stored_at, load_time, stale_for, etag, metadata.lifetime)
+
+
+def kept_until(expiry: float, metadata: EntryMetadata) -> float:
+    """Return when the server may forget an entry with this expiry; 0 for never."""
+    return expiry and expiry + metadata.stale_for
+
+
+def expiry_of(ttl: float | None, now: float) -> float:
+    """Return the time at which an entry's time is up, for a time to live in seconds; 0 for none. Raises `BadMessage`
+    as `time_to_live` does."""
+    return 0.0 if ttl is None else now + math.ceil(time_to_live(ttl))
+
+
+def server_expiry(expiry: float, now: float) -> int:
+    """Return the expiry for Memcached, so that it forgets an entry once its time is up, and not before.
+
+    It counts whole seconds and drops an item when the count is reached, so one is added. More than 30 days it would take
+    for a date, so it is given one. What lies beyond its calendar is kept, and expires for its readers only.
+    """
+    if not expiry:
+        return 0
+    left = max(math.ceil(expiry - now), 0) + 1
+    if left <= THIRTY_DAYS:
+        return left
+    date = math.ceil(expiry) + 1
+    return date if date <= _LATEST else 0
+
+
+# What metadata and leases are made of
+
+
+def pack_tagged(value: Any) -> bytes:
+    """Pack something with tags in it. Raises `CacheKeyError` for a tag that is no valid Unicode."""
+    try:
+        return pack_plain(value)
+    except UnicodeEncodeError as error:
+        raise CacheKeyError("a tag must be valid Unicode", ascii(error.object)[:60]) from None
+
+
+def unpack_tagged(packed: bytes) -> Any:
+    """Unpack what `pack_tagged` has packed. Raises `ValueError`."""
+    if len(packed) > METADATA_MAX:
+        raise ValueError("too large")
+    return unpack_plain(packed)
+
+
+def tag_versions(pairs: Any) -> TagVersions:
+    """Return tags as they were packed. Raises `ValueError` or `TypeError`."""
+    made: list[TagVersion] = []
+    for tag, generation in pairs:
+        if type(tag) is not str or type(generation) is not bytes or len(generation) > VERSION_MAX:
+            raise TypeError
+        made.append((tag, generation))
+    return tuple(made)
+
+
+def number(value: Any, largest: float = _FAR) -> float:
+    """Return a number that is not negative. Raises `TypeError` for anything else."""
+    if type(value) not in (int, float) or not 0 <= value < largest:
+        raise TypeError
+    return float(value)
+
+
+def _split(body: memoryview) -> tuple[EntryMetadata, int, memoryview]:
+    """Return the metadata of an entry, and its value's own form and bytes. Raises `CacheSerializationError`."""
+    begin = _SIZE.size
+    try:
+        end = begin + _unpack_size(body)[0]
+        loaded, pairs = unpack_tagged(bytes(body[begin:end]))
+        load, lifetime = None, None
+        if loaded is not None:
+            load_time, stale_for, etag, lifetime = loaded
+            if not (etag is None or type(etag) is str):
+                raise TypeError
+            load = LoadMetadata(_seconds(load_time), _seconds(stale_for), etag)
+            lifetime = None if lifetime is None else _seconds(lifetime)
+        return EntryMetadata(tag_versions(pairs), load, lifetime), body[end], body[end + 1 :]
+    except (struct.error, ValueError, TypeError, IndexError):
+        raise CacheSerializationError("the stored value is damaged") from None
+
+
+def _seconds(value: Any) -> Any:
+    if type(value) not in (int, float) or math.isnan(value):
+        raise TypeError
+    return cast("float", value)
+
+
+def _not_ours() -> CacheError:
+    return CacheSerializationError("what is stored under the key was not written by cachebus")

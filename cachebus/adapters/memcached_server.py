@@ -1,0 +1,271 @@
+"""One Memcached server: its connection, and exchanges with it, one at a time, in the order in which they come."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any, TypeVar
+
+import anyio
+from anyio import to_thread
+
+from cachebus.actors.ports import Clock, running_timers, spawn
+from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, CacheError
+
+from .memcached_connection import Connection, Exchange
+from .memcached_errors import BACKEND, unreachable
+from .memcached_socket import open_socket
+
+T = TypeVar("T")
+
+BETWEEN_ATTEMPTS = 0.05
+"""Seconds before a server that refused is connected to again, where no request waits for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a server listens."""
+
+    host: str
+    port: int = 11211
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connector:
+    """Makes connections. Times are seconds: `connect_timeout` for all of connecting, `timeout` for an exchange.
+
+    A name is looked up by a thread, which nothing can hurry or break off; `most` such threads may run for one server.
+    """
+
+    clock: Clock
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    connect_timeout: float = 1.0
+    timeout: float = 1.0
+    most: int = 2
+
+    async def connect(self, endpoint: Endpoint, lookups: set[object]) -> Connection:
+        """Make a connection that is ready. `lookups` are the threads that look the name up now.
+
+        Raises `CacheConnectionError`, or `CacheConfigurationError` for what another attempt will not mend.
+        """
+        try:
+            with anyio.fail_after(self.connect_timeout):
+                return await self._connect(endpoint, await self._addresses(endpoint, lookups))
+        except (OSError, ValueError) as error:
+            raise unreachable(error, str(endpoint), self.connect_timeout) from None
+
+    async def _connect(self, endpoint: Endpoint, addresses: list[str]) -> Connection:
+        failure: OSError = OSError(f"no address for {endpoint.host}")
+        for address in addresses:
+            try:
+                made = await open_socket(address, endpoint.port, self.tls, endpoint.host)
+            except OSError as error:
+                failure = error
+                if isinstance(error, ssl.SSLError):
+                    break
+                continue
+            timers = running_timers(self.clock)
+            connection = Connection(str(endpoint), made, self.clock, timers, max(self.connect_timeout, self.timeout))
+            try:
+                await run_exchange(connection, connection.greet())
+            except (CacheConnectionError, CacheConfigurationError):
+                connection.close()
+                raise
+            except CacheError:
+                connection.close()
+                raise unreachable(ValueError(), str(endpoint), 0.0) from None
+            except BaseException:
+                connection.close()
+                raise
+            connection.timeout = self.timeout
+            return connection
+        raise failure
+
+    async def _addresses(self, endpoint: Endpoint, lookups: set[object]) -> list[str]:
+        try:
+            return [str(ip_address(endpoint.host))]
+        except ValueError:
+            pass
+        if len(lookups) >= self.most:
+            raise CacheConnectionError(f"{self.most} threads are looking up {endpoint} already", BACKEND)
+        lookup = object()
+        lookups.add(lookup)
+
+        def look_up() -> list[str]:
+            try:
+                found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+                return [str(address[0]) for *_, address in found]
+            finally:
+                lookups.discard(lookup)
+
+        try:
+            # A limiter of its own: the threads of the application are not to be used up by a slow name server.
+            return await to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+        except OSError as error:
+            raise unreachable(error, str(endpoint), self.connect_timeout) from None
+
+
+async def run_exchange(connection: Connection, exchange: Exchange[T]) -> T:
+    """Hold an exchange and wait for its result. Raises `CacheError`. Cancelled, it leaves the exchange to end by itself."""
+    ended, results = anyio.Event(), list[Any]()
+
+    def done(result: T | CacheError) -> None:
+        results.append(result)
+        ended.set()
+
+    connection.begin(exchange, done)
+    await ended.wait()
+    result = results[0]
+    if isinstance(result, CacheError):
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
+class Server:
+    """A server and the turn at it. A caller that has taken the turn gets the connection and begins one exchange with it;
+    the turn is given back when that ends.
+
+    With `aside`, a server that was lost is connected to by a task of its own, and takers fail at once until it is there,
+    so that one of several servers that answers nothing does not hold up the keys of the others.
+    """
+
+    def __init__(self, endpoint: Endpoint, connector: Connector, *, aside: bool) -> None:
+        self.endpoint = endpoint
+        self.connection: Connection | None = None
+        self._connector = connector
+        self._aside = aside
+        self._busy = False
+        self._waiting: deque[anyio.Event] = deque()
+        self._closed = False
+        self._ill = False
+        self._lookups: set[object] = set()
+        self._cancel_attempt: Callable[[], None] | None = None
+        self._failure: CacheError | None = None
+        self._failed_at = float("-inf")
+
+    def __repr__(self) -> str:
+        state = "busy" if self._busy else "idle"
+        return f"<Server at {self.endpoint}, {state}, {len(self._lookups)}/{self._connector.most} lookups>"
+
+    def take_at_once(self) -> Connection | None:
+        """Take the turn and the connection, if neither has to be waited for."""
+        connection = self.connection
+        if self._busy or connection is None or connection.lost is not None:
+            return None
+        self._busy = True
+        return connection
+
+    async def take(self) -> Connection:
+        """Wait for the turn and for the connection. Raises `CacheConnectionError` if there is none."""
+        await self._take_turn()
+        try:
+            if self._closed:
+                raise CacheClosed("the connection to memcached was closed")
+            if self.connection is None or self.connection.lost is not None:
+                if self._ill:
+                    self._reconnect_aside()
+                else:
+                    self._use(await self._connect())
+            assert self.connection is not None
+            return self.connection
+        except BaseException:
+            self.give()
+            raise
+
+    def give(self) -> None:
+        """Give the turn back: to the caller that has waited longest."""
+        if self.connection is not None and self.connection.lost is not None:
+            self._ill = self._aside
+        self._busy = False
+        while self._waiting:
+            event = self._waiting.popleft()
+            if not event.is_set():
+                self._busy = True
+                event.set()
+                return
+
+    async def run(self, exchange: Callable[[Connection], Exchange[T]]) -> T:
+        """Hold an exchange and return its result. Raises `CacheError`."""
+        connection = await self.take()
+        return await run_exchange(connection, exchange(connection))
+
+    async def connect(self) -> None:
+        """Make the connection, unless there is one. Raises `CacheError`."""
+        await self.take()
+        self.give()
+
+    async def close(self) -> None:
+        """Finish what is in flight, then close. Cancelled, it closes at once."""
+        try:
+            await self._take_turn()
+            self.give()
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Close at once. What is in flight is answered with an error."""
+        self._closed = True
+        if self._cancel_attempt is not None:
+            self._cancel_attempt()
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+    async def _take_turn(self) -> None:
+        if not self._busy:
+            self._busy = True
+            return
+        event = anyio.Event()
+        self._waiting.append(event)
+        try:
+            await event.wait()
+        except BaseException:
+            if event.is_set():
+                self.give()  # It had come just now.
+            else:
+                self._waiting.remove(event)
+            raise
+
+    async def _connect(self) -> Connection:
+        try:
+            return await self._connector.connect(self.endpoint, self._lookups)
+        except CacheError:
+            self._ill = self._aside
+            raise
+
+    def _use(self, connection: Connection) -> None:
+        connection.on_idle = self.give
+        self.connection, self._ill, self._failure = connection, False, None
+
+    def _reconnect_aside(self) -> None:
+        """Raise the reason why there is no connection, and see to it that one is being made."""
+        now = self._connector.clock.monotonic()
+        if self._cancel_attempt is None and now > self._failed_at + BETWEEN_ATTEMPTS:
+            ended = False
+
+            def over() -> None:
+                nonlocal ended
+                ended, self._cancel_attempt = True, None
+
+            cancel = spawn(self._attempt, over)
+            if not ended:
+                self._cancel_attempt = cancel
+        raise self._failure or CacheConnectionError(f"{self.endpoint} is lost and being connected to", BACKEND)
+
+    async def _attempt(self) -> None:
+        try:
+            connection = await self._connect()
+        except CacheError as error:
+            self._failure, self._failed_at = error, self._connector.clock.monotonic()
+            return
+        if self._closed:
+            connection.close()
+        else:
+            self._use(connection)
