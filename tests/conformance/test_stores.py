@@ -11,8 +11,8 @@ from uuid import uuid4
 import pytest
 
 from cachebus.adapters.chaos import ChaosStore
-from cachebus.adapters.memcached import MemcachedStore
 from cachebus.adapters.memcached import Endpoint as MemcachedPlace
+from cachebus.adapters.memcached import MemcachedStore
 from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_cluster import RedisClusterStore
