@@ -50,11 +50,11 @@ from cachebus.messages import (
 from .cache_limits import CacheLimits
 from .cache_loading import CacheLoading
 from .cache_locks import CacheLocks
-from .cached import Loads
-from .cached_errors import seen
+from .cached_errors import unwrap
 from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
 from .failures import BACKEND_FAILURES
 from .link import Link, NoLink
+from .load_coordinator import LoadCoordinator
 from .node import Node
 from .typed import fit, tell_misfit
 
@@ -95,7 +95,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         self._make_node = make_node
         self._name = name
         self._node: Node | None = None
-        self._loads = Loads(self)
+        self._loads = LoadCoordinator()
         self.detach("the cache is not open: use it within `async with`")
 
     def __repr__(self) -> str:
@@ -199,7 +199,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
         if isinstance(reply, Found):
-            shown: Found | Missing = seen(reply)
+            shown: Found | Missing = unwrap(reply)
             return shown
         check_key(request.key)
         found: Found | Missing = reply if isinstance(reply, Missing) else await self._finish(request, reply)

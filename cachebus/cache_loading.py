@@ -8,21 +8,27 @@ from typing import TYPE_CHECKING, Any
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT, Turn
-from cachebus.messages import Found, Get, Missing, bare
+from cachebus.messages import Found, Get, Missing
 
-from .cached import TURNS_OF_A_MISS, Decorator, Loads
+from .cached_function import TURNS_OF_A_MISS, Decorator, cached
 from .checks import Duration, check_key, check_keys
-from .landing import job_of
+from .leased_load import job_of
 from .link import Link, run
+from .load_coordinator import LoadCoordinator
 from .load_options import ErrorClasses, LoadOptions, LoadTtl, Refresh, WaitPolicy
 from .loaders import Loader
-from .ways import Awaiting, Blocking
+from .runners import AsyncRunner, ThreadRunner
 
 
 class Decorating:
     """The decorator of both facades. The functions say which one they want: a coroutine function waits, a plain one blocks."""
 
-    _loads: Loads
+    _loads: LoadCoordinator
+
+    if TYPE_CHECKING:
+
+        @property
+        def link(self) -> Link: ...
 
     def cached(
         self,
@@ -45,12 +51,12 @@ class Decorating:
         cache_errors: ErrorClasses = (),
         error_ttl: Duration | None = None,
     ) -> Decorator:
-        """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
+        """Cache what a function returns; see `cached_function.cached`, and `get_or_load` for the options."""
         options = LoadOptions.of(
             ttl, tags, stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
             ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, cache_errors, error_ttl,
         )  # fmt: skip
-        return self._loads.cached(key=key, options=options)
+        return cached(self, self._loads, key=key, options=options)
 
 
 class CacheLoading(Decorating):
@@ -118,8 +124,7 @@ class CacheLoading(Decorating):
             # Before the turn: whoever comes back to a value that was read before others ran would refresh it once more.
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
-        request = bare(Get)
-        request.key = key
+        request = Get(key)
         reply = self._turn_get(request)
         self._turns_left -= 1
         if type(reply) is Found and idle_ttl is None:
@@ -132,7 +137,7 @@ class CacheLoading(Decorating):
             ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, cache_errors, error_ttl,
         )  # fmt: skip
         return await self._loads.deliver(
-            Awaiting(self._link), job_of(key, loader, options, remote=reply is None), found
+            AsyncRunner(self._link), job_of(key, loader, options, remote=reply is None), found
         )
 
     async def get_or_load_many(
@@ -172,7 +177,7 @@ class CacheLoading(Decorating):
                 wait_limit=wait_limit,
                 lease_ttl=lease_ttl,
             )
-            found |= await self._loads.fetch_many(Awaiting(self._link), missing, loader, options)
+            found |= await self._loads.fetch_many(AsyncRunner(self._link), missing, loader, options)
         return {key: found[key] for key in wanted if key in found}
 
 
@@ -214,8 +219,7 @@ class SyncCacheLoading(Decorating):
         one of its own; a coroutine function runs in the event loop of the cache."""
         if type(key) is not str:
             check_key(key)
-        request = bare(Get)
-        request.key = key
+        request = Get(key)
         reply = self._turn_get(request)
         if type(reply) is Found and idle_ttl is None:
             return reply.value
@@ -226,7 +230,7 @@ class SyncCacheLoading(Decorating):
             ttl, tags, stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
             ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, cache_errors, error_ttl,
         )  # fmt: skip
-        return run(self._loads.deliver(Blocking(link), job_of(key, loader, options, remote=reply is None), found))
+        return run(self._loads.deliver(ThreadRunner(link), job_of(key, loader, options, remote=reply is None), found))
 
     def get_or_load_many(
         self,
@@ -260,5 +264,5 @@ class SyncCacheLoading(Decorating):
                 wait_limit=wait_limit,
                 lease_ttl=lease_ttl,
             )
-            found |= run(self._loads.fetch_many(Blocking(self.link), missing, loader, options))
+            found |= run(self._loads.fetch_many(ThreadRunner(self.link), missing, loader, options))
         return {key: found[key] for key in wanted if key in found}

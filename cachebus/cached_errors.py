@@ -74,7 +74,7 @@ class CachedError:
         return error
 
 
-class Remembered(Missing):
+class CachedFailure(Missing):
     """In the place of `Missing`: the key has no value, and `error` is what its loader raised."""
 
     __slots__ = ("error",)
@@ -83,17 +83,17 @@ class Remembered(Missing):
         self.error = error
 
 
-def seen(answer: R) -> R:
-    """The reply of a store to whoever looks for values: an exception in the place of one is none."""
+def unwrap(answer: R) -> R:
+    """Return the reply of a store as the caller sees it: a cached exception is no value."""
     reply: Any = answer
-    shown: R = _seen(reply)
+    shown: R = _unwrapped(reply)
     return shown
 
 
-def _seen(reply: Any) -> Any:
+def _unwrapped(reply: Any) -> Any:
     kind = _type_of(reply)
     if kind is Loaded or kind is Found:
-        return Remembered(reply.value) if type(reply.value) is CachedError else reply
+        return CachedFailure(reply.value) if type(reply.value) is CachedError else reply
     if kind is FoundMany:
         if any(type(each.value) is CachedError for each in reply.entries.values()):
             return FoundMany({key: each for key, each in reply.entries.items() if type(each.value) is not CachedError})

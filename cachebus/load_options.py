@@ -1,4 +1,4 @@
-"""How a value is loaded: the options of `get_or_load`, checked."""
+"""The options of `get_or_load`, checked."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from functools import lru_cache
 from types import EllipsisType
 from typing import Any, Literal
 
-from cachebus.messages import Loaded, LoadMetadata, Record, Ttl, record
+from msgspec import Struct
 
-from .cached_errors import CachedError, Remembered, check_classes
+from cachebus.messages import Loaded, LoadMetadata, Ttl
+
+from .cached_errors import CachedError, CachedFailure, check_classes
 from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
-from .loaders import Bare, LoadResult
+from .loaders import LoadResult
 
 LoadTtl = TimeToLive | Callable[[Any], TimeToLive]
 """As a `TimeToLive`, or a function of the loaded value that gives one."""
@@ -22,16 +24,18 @@ ErrorClasses = Iterable[type[Exception]] | type[Exception]
 """Classes of exceptions, or one."""
 
 Refresh = Literal["xfetch"] | float | None
-"""When a live value is loaded anew: by chance, the likelier the nearer its end and the longer its load (`"xfetch"`), or
+"""When a live value is refreshed: by chance, the likelier the nearer its end and the longer its load (`"xfetch"`), or
 after this part of its lifetime."""
 
 WaitPolicy = Literal["load", "stale", "raise"]
-"""What becomes of a caller who has waited for somebody else's load for as long as it may."""
+"""What a caller does after it has waited for another load as long as it may."""
 
 
-@record(kw_only=True)
-class LoadOptions(Record):
-    """The options of a load, in the words of `Cache.get_or_load`. Durations are seconds."""
+class LoadOptions(Struct, frozen=True, kw_only=True):
+    """The options of a load, as in `Cache.get_or_load`. Durations are seconds.
+
+    `ttl_of` gives the `ttl` of a value, if that is no number. `is_plain` says that every value is stored with `ttl` and nothing else.
+    """
 
     ttl: Ttl = "default"
     tags: tuple[str, ...] = ()
@@ -50,7 +54,7 @@ class LoadOptions(Record):
     cache_errors: tuple[type[Exception], ...] = ()
     error_ttl: float | None = None
     ttl_of: Callable[[Any], TimeToLive] | None = None
-    """What gives the `ttl` of a value, where that is no number."""
+    is_plain: bool = False
 
     @classmethod
     def of(
@@ -72,20 +76,20 @@ class LoadOptions(Record):
         cache_errors: ErrorClasses = (),
         error_ttl: Duration | None = None,
     ) -> LoadOptions:
-        """The options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
+        """Return the options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
         given = (
-            ttl, check_tags(tags), stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
-            ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, check_classes(cache_errors), error_ttl,
+            ttl, tags if tags == () else check_tags(tags), stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta,
+            negative_ttl, ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl,
+            cache_errors if cache_errors == () else check_classes(cache_errors), error_ttl,
         )  # fmt: skip
-        if callable(ttl):
-            return _checked(*given)  # Mostly one of each call's own, which is not to be kept.
         try:
-            return _checked_once(*given)
+            # Of a function as `ttl`, each call has one of its own, which is not to be kept.
+            return _checked(*given) if callable(ttl) else _checked_once(*given)
         except TypeError:
             return _checked(*given)  # Something that cannot be hashed, or is wrong: the error says which.
 
-    def time_to_live(self, result: LoadResult | Bare, chance: random.Random) -> Ttl:
-        """What a loaded value is given: by its own loader if that said so, else by these options."""
+    def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
+        """Return the time to live of a loaded value: what its loader said, or else what these options say."""
         if not isinstance(result.ttl, EllipsisType):
             if self.idle_ttl is not None:
                 raise ValueError(
@@ -103,24 +107,24 @@ class LoadOptions(Record):
         return ttl
 
     def cap(self, value: object) -> float | None:
-        """For how many seconds a value may live at most, however often it is asked for; `None` where that is not known."""
+        """Return the seconds that a value may live at most, however often it is read; `None` if that is not known."""
         ttl = self.negative_ttl if value is None and self.negative_ttl is not None else self.ttl
         return ttl if isinstance(ttl, float) else None
 
     def record_of(self, error: Exception) -> CachedError | None:
-        """What is to be stored of a loader's exception, if anything."""
+        """Return what is to be stored of a loader's exception, if anything."""
         return CachedError.of(error) if self.cache_errors and isinstance(error, self.cache_errors) else None
 
     def time_of_error(self, chance: random.Random) -> float:
-        """The seconds for which an exception is kept."""
+        """Return the seconds for which an exception is kept."""
         return (self.error_ttl or 0.0) * (1 - self.ttl_jitter * chance.random())
 
-    def recalled(self, remembered: Remembered) -> Exception | None:
-        """The exception that was kept, if this caller asks for such."""
-        return remembered.error.rebuilt(self.cache_errors) if self.cache_errors else None
+    def recalled(self, failure: CachedFailure) -> Exception | None:
+        """Return the exception that was kept, if this caller asks for such."""
+        return failure.error.rebuilt(self.cache_errors) if self.cache_errors else None
 
-    def metadata(self, load_time: float, result: LoadResult | Bare) -> LoadMetadata | None:
-        """What is kept of the load beside the value, if anything will ask for it."""
+    def metadata(self, load_time: float, result: LoadResult) -> LoadMetadata | None:
+        """Return what is kept of the load beside the value, if anything will read it."""
         stale_for = self.stale_for
         if result.stale_for is not None:
             stale_for = check_seconds("stale_for", result.stale_for, zero=True)
@@ -128,8 +132,20 @@ class LoadOptions(Record):
             return None
         return LoadMetadata(load_time, stale_for, result.etag)
 
+    def patience(self, spent: float, *, has_stale: bool, is_leader: bool) -> tuple[float | None, str]:
+        """Return how long a caller goes on waiting that has `spent` seconds, and the limit that comes first: `soft`, `hard` or
+        `wait`."""
+        limits: list[tuple[float, str]] = []
+        if self.soft_timeout is not None and has_stale:
+            limits.append((max(0.0, self.soft_timeout - spent), "soft"))
+        if self.hard_timeout is not None:
+            limits.append((max(0.0, self.hard_timeout - spent), "hard"))
+        if not is_leader:
+            limits.append((max(0.0, self.wait_limit - spent), "wait"))
+        return min(limits, default=(None, ""))
+
     def wants_refresh(self, found: Loaded, chance: random.Random) -> bool:
-        """Whether a live value is to be loaded anew now.
+        """Return whether a live value is to be refreshed now.
 
         XFetch: Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention" (VLDB 2015).
         """
@@ -180,6 +196,8 @@ def _checked(
         wait=wait,
         wait_limit=check_seconds("wait_limit", wait_limit, zero=True),
         lease_ttl=check_seconds("lease_ttl", lease_ttl),
+        is_plain=not (callable(ttl) or stale_for or ttl_jitter)
+        and refresh is refresh_after is negative_ttl is idle_ttl is None,
     )
     if wait not in ("load", "stale", "raise"):
         raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {wait!r}")
@@ -197,7 +215,7 @@ def _checked(
 
 
 _checked_once = lru_cache(maxsize=256, typed=True)(_checked)
-"""Checking takes as long as storing the value. By type, because 1 and True are equal, and `True` is no time."""
+"""Checking takes as long as storing the value. Keyed by type too: 1 and `True` are equal, and `True` is no time."""
 
 
 def _or_none(name: str, duration: Duration | None, *, zero: bool = False) -> float | None:

@@ -135,4 +135,4 @@ class LockWay:
             if self._held.get(ticket) is each:
                 self._arm(each.due)
 
-        spawn(renew, lambda: None)
+        spawn(renew(), lambda: None)

@@ -40,7 +40,7 @@ from cachebus.messages import (
     bare,
 )
 
-from .cached_errors import CachedError, Remembered
+from .cached_errors import CachedError, CachedFailure
 from .failures import BACKEND_FAILURES, OnError
 from .link import CallAfter, Link
 from .payload import PayloadPipeline
@@ -158,7 +158,7 @@ class PayloadLink(Link):
                         self._tell_rejected(coded.key, error.reason, str(error))
                         return cast("R", _MISSING)
                     if type(value) is CachedError:
-                        return cast("R", Remembered(value))
+                        return cast("R", CachedFailure(value))
                     # Another object: two may share a reply.
                     read: Any = bare(Found)
                     read.value = value
@@ -378,7 +378,7 @@ class PayloadLink(Link):
                 self._tell_rejected(key, error.reason, str(error))
                 return _MISSING
             if type(value) is CachedError:
-                return Remembered(value)
+                return CachedFailure(value)
         return with_value(reply, value)
 
     def _rejected(self, key: str, error: CacheSerializationError) -> None:

@@ -14,29 +14,28 @@ from .deadlines import running_deadlines
 _running: set[asyncio.Task[None]] = set()  # A loop holds its tasks weakly.
 
 
-def spawn(function: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[], None]) -> Callable[[], None]:
-    """Run `function` beside the present task, in a copy of its context, and return a function that cancels it from any
-    thread.
+def spawn(work: Coroutine[Any, Any, None], ended: Callable[[], None]) -> Callable[[], None]:
+    """Run `work` beside the current task, in a copy of its context, and return a function that cancels it from any thread.
 
-    `function` must not raise. `ended` is called once, whatever happens: also when it is cancelled before its first step,
+    `work` must not raise. `ended` is called once, whatever happens: also when `work` is cancelled before its first step,
     and when the event loop ends first. On asyncio the first step is taken at once, on this stack: what does not have to
     wait has ended when this returns, and nobody waited for the event loop to come round.
     """
     deadlines = running_deadlines()  # Who knows the loop without the system call that asking for it costs Python 3.11.
     if deadlines is None:
-        return _spawn_in_trio(function, ended)
+        return _spawn_in_trio(work, ended)
     loop = deadlines.loop
     if loop.get_task_factory() is None:
-        work = _Begun(function())
+        begun = _Begun(work)
         context = contextvars.copy_context()
-        task = loop.create_task(work, context=context)
-        context.run(work.begin, loop, task)
-        if work.over:
+        task = loop.create_task(begun, context=context)
+        context.run(begun.begin, loop, task)
+        if begun.over:
             ended()  # The task has one step left, which finds that nothing is left to do.
             return _nothing
     else:
         # Whose tasks are of another kind, and may begin when they like.
-        task = loop.create_task(function())
+        task = loop.create_task(work)
     _running.add(task)
 
     def done(task: asyncio.Task[None]) -> None:
@@ -117,7 +116,7 @@ class _Begun(Coroutine[Any, Any, None]):
         raise NotImplementedError("a task drives it")
 
 
-def _spawn_in_trio(function: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[], None]) -> Callable[[], None]:
+def _spawn_in_trio(work: Coroutine[Any, Any, None], ended: Callable[[], None]) -> Callable[[], None]:
     import trio
 
     scope = trio.CancelScope()
@@ -125,7 +124,7 @@ def _spawn_in_trio(function: Callable[[], Coroutine[Any, Any, None]], ended: Cal
     async def run() -> None:
         try:
             with scope:
-                await function()
+                await work
         finally:
             ended()
 
