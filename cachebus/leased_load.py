@@ -355,7 +355,7 @@ class LeasedLoad:
             self.is_held = False
             emitter = self.runner.link.emitter
             if LoadLeaseLost in emitter.audience.kinds:
-                emitter.emit(LoadLeaseLost(key=self.job.key))
+                emitter.tell(LoadLeaseLost, key=self.job.key)
             return False
         # It failed, or the reply stands for a failure: the waiters elsewhere get the value, if it may go there at all.
         if not isinstance(reply, CacheCapacityError) and len(request.tags) == len(self.job.tags):
@@ -395,21 +395,21 @@ async def call_loader(
     started = now()
     if LoadStarted in emitter.audience.kinds:
         for key in keys:
-            emitter.emit(LoadStarted(key=key))
+            emitter.tell(LoadStarted, key=key)
     token = CURRENT_LOADS.set((*CURRENT_LOADS.get(), in_flight))
     try:
         loaded = await runner.call(loader, arguments, asynchronous=asynchronous)
     except BaseException as error:
         if LoadFailed in emitter.audience.kinds:
             for key in keys:
-                emitter.emit(LoadFailed(key=key, error=type(error).__name__, duration=now() - started))
+                emitter.tell(LoadFailed, key=key, error=type(error).__name__, duration=now() - started)
         raise
     finally:
         CURRENT_LOADS.reset(token)
     duration = now() - started
     if LoadSucceeded in emitter.audience.kinds:
         for key in keys:
-            emitter.emit(LoadSucceeded(key=key, duration=duration))
+            emitter.tell(LoadSucceeded, key=key, duration=duration)
     return loaded, duration
 
 

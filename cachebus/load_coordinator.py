@@ -369,7 +369,7 @@ class LoadCoordinator:
 def _serve(runner: Runner, stale: Stale | Loaded, key: str) -> Any:
     emitter = runner.link.emitter
     if StaleServed in emitter.audience.kinds:
-        emitter.emit(StaleServed(key=key))
+        emitter.tell(StaleServed, key=key)
     return stale.value
 
 

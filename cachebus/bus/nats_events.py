@@ -16,7 +16,9 @@ from asyncio import _get_running_loop
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
+from msgspec.structs import replace
 from nats.aio.msg import Msg
 
 from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
@@ -156,11 +158,11 @@ class Outbox:
                 with self._guard:
                     number += self._skipped.pop(subject, 0)
             self._last[subject] = number  # Also if it cannot be sent: then it is missed.
-            header: dict[str, str | int] = {"epoch": self.epoch, "seq": number}
+            header: dict[str, Any] = {"epoch": self.epoch, "seq": number}
             if self._policy.redacts and (key := getattr(event, "key", "")):
                 header["key"] = self._policy.key(key)
             headers = {**self._headers, MESSAGE_ID: event.id} if self._kept else self._headers
-            self._connection.write(subject, encode(event, self.content_type, header), headers=headers)
+            self._connection.write(subject, encode(replace(event, **header), self.content_type), headers=headers)
             self._counters.events_sent += 1
         except (CacheError, ValueError) as error:
             self._counters.events_dropped += 1
