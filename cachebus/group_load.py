@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cachebus.messages import CacheClosed, Failed, Set, Stale
+from cachebus.messages import CacheClosed, Failed, Set, Stale, Stored
 
 from .leased_load import LeasedLoad, call_loader
 from .load_options import LoadOptions
@@ -45,7 +45,7 @@ class GroupLoad:
         """Run the load beside its caller, or in the caller's thread."""
         options = self._options
         for load in self._loads.values():
-            load.renew_lease()
+            load.keep_lease()
         background = options.soft_timeout is not None or options.hard_timeout is not None
         self._runner.start(self, background=background)
         self.is_started = True
@@ -98,6 +98,9 @@ class GroupLoad:
             error = reply.error() if isinstance(reply, Failed) else None
             if isinstance(error, CacheClosed):
                 raise error
-            if self._loads[key].is_stored(request, error or reply):
+            if isinstance(reply, Stored):
+                self._loads[key].is_held = False
                 outcomes[key] = Value(request.value)
+            else:
+                self._loads[key].not_stored(request, error or reply)
         return outcomes

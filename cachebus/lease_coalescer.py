@@ -23,7 +23,7 @@ class _Round:
     __slots__ = ("answer", "next", "sent")
 
     def __init__(self, job: LoadJob) -> None:
-        self.answer = InFlightLoad(job.caller)
+        self.answer = InFlightLoad(owner=job.caller)
         self.next: _Round | None = None
         self.sent = False
 

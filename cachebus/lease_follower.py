@@ -59,7 +59,7 @@ class LeaseFollower:
         self.theirs = theirs
         self.started = started
         self.is_started = False
-        self.in_flight = InFlightLoad(job.caller)
+        self.in_flight = InFlightLoad(owner=job.caller)
         self.in_flight.lease_names.add(theirs)
 
     def start(self) -> None:
@@ -84,7 +84,7 @@ class LeaseFollower:
             in_flight.resolve(Raised(failed))
             return
         while (patience := self.started + job.options.wait_limit - now()) > 0:
-            load = LeasedLoad(self.table, runner, job, now(), in_flight)
+            load = LeasedLoad(self.table, runner, job, now(), in_flight, self.table.next_token())
             try:
                 reply = await load.ask(wait=patience, after=name)
             except LoaderFailed as error:
@@ -114,7 +114,7 @@ class LeaseFollower:
 
     async def _take_over(self, load: LeasedLoad, before: str) -> None:
         """Load under the lease that was granted, unless the loader of the lease before it has failed."""
-        load.renew_lease()
+        load.keep_lease()
         try:
             failed = await self._failure_of(before)
             if failed is None:

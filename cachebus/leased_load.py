@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine
 from types import AsyncGeneratorType, GeneratorType
 from typing import Any
 
+from msgspec import Struct
+
 from cachebus.messages import (
     CacheCapacityError,
     CacheClosed,
@@ -28,6 +30,7 @@ from cachebus.messages import (
     NotHeld,
     NotStored,
     ReleaseLease,
+    RenewLease,
     Reply,
     Set,
     Stale,
@@ -37,8 +40,8 @@ from cachebus.messages.lease_names import asked_as
 
 from .cached_errors import CachedFailure
 from .load_options import LoadOptions
-from .loaders import LeftOut, LoadContext, Loader, LoadResult, as_result, check_loader, kind_of
-from .renewals import Renewals
+from .loaders import LeftOut, LoadContext, Loader, LoadResult, as_result, kind_of
+from .renewals import PER_LEASE, Renewals
 from .runners import Runner
 from .singleflight import CANCELLED, LEFT_OUT, InFlightLoad, Raised, Value
 from .wait_graph import CURRENT_LOADS
@@ -48,34 +51,27 @@ logger = logging.getLogger("cachebus")
 _SPECIAL = (LoadResult, GeneratorType, AsyncGeneratorType)
 
 
-class LoadJob:
+class LoadJob(Struct, eq=False):
     """A key to be loaded: with which loader and options, and which tags the value will have.
 
     `call` is called with a `LoadContext` if it `wants_context`; it is `asynchronous` if it is a coroutine function. `remote` says that
     the backend's replies take time. `caller` is the coroutine that does the work of the caller.
     """
 
-    __slots__ = ("asynchronous", "call", "caller", "key", "options", "remote", "tags", "wants_context")
+    key: str
+    call: Callable[..., Any]
+    options: LoadOptions
+    tags: tuple[str, ...]
+    asynchronous: bool
+    remote: bool
+    wants_context: bool = False
+    caller: Coroutine[Any, Any, Any] | None = None
 
-    def __init__(
-        self,
-        key: str,
-        call: Callable[..., Any],
-        options: LoadOptions,
-        tags: tuple[str, ...],
-        *,
-        asynchronous: bool,
-        remote: bool,
-        wants_context: bool = False,
-    ) -> None:
-        self.key = key
-        self.call = call
-        self.options = options
-        self.tags = tags
-        self.asynchronous = asynchronous
-        self.remote = remote
-        self.wants_context = wants_context
-        self.caller: Coroutine[Any, Any, Any] | None = None
+
+def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> LoadJob:
+    """Return the job of loading a key with a loader that may take a `LoadContext`."""
+    wants_context, asynchronous = kind_of(loader)
+    return LoadJob(key, loader, options, options.tags, asynchronous, remote, wants_context)
 
 
 class LoadTable:
@@ -84,10 +80,14 @@ class LoadTable:
 
     def __init__(self) -> None:
         self.owner = f"{os.getpid()}-{os.urandom(6).hex()}"
-        self.numbers = itertools.count(1)
+        self._numbers = itertools.count(1)
         self.in_flight: dict[str, InFlightLoad] = {}
         self.renewals = Renewals()
         self.random = random.Random()
+
+    def next_token(self) -> str:
+        """Return what a lease is asked for as."""
+        return f"{self.owner}-{next(self._numbers)}"
 
     def find(self, name: str) -> InFlightLoad | None:
         """Return the load under a lease, or the load that has asked for it and has no answer yet."""
@@ -97,7 +97,7 @@ class LoadTable:
                 if not in_flight.is_orphan():
                     return in_flight
                 # Its owner was interrupted: the waiters ask again, and the caller releases the lease.
-                self.forget(listed)
+                self.in_flight.pop(listed, None)
                 in_flight.resolve(CANCELLED)
         return None
 
@@ -105,53 +105,29 @@ class LoadTable:
         """Return whether a lease was granted to this process."""
         return name.startswith(f"{self.owner}-")
 
-    def forget(self, name: str) -> None:
-        """Stop renewing a lease, and list its load no longer."""
-        self.renewals.let_go(name)
-        self.in_flight.pop(name, None)
 
-
-class LeasedLoad:
+class LeasedLoad(Struct, eq=False):
     """The load of one key by this process, a method for each step.
 
-    `lease` is the name of the lease under which the value is stored: `""` in a store without leases, `None` if the value is not to be
-    stored. `is_held` says that the lease is still to be released. `stale` is the value that was there before.
+    `token` is what the lease is asked for as, and `lease` the name of the one under which the value is stored: `""` in a store
+    without leases, `None` if the value is not to be stored. `is_held` says that the lease is still to be released, with `error` or
+    `late` for its waiters in other processes. `stale` is the value that was there before.
     """
 
-    __slots__ = (
-        "error",
-        "in_flight",
-        "is_held",
-        "is_started",
-        "job",
-        "late",
-        "lease",
-        "load_time",
-        "outcome",
-        "runner",
-        "stale",
-        "started",
-        "table",
-        "token",
-    )
-
-    def __init__(
-        self, table: LoadTable, runner: Runner, job: LoadJob, started: float, in_flight: InFlightLoad | None = None
-    ) -> None:
-        self.table = table
-        self.runner = runner
-        self.job = job
-        self.started = started
-        self.in_flight = InFlightLoad(job.caller) if in_flight is None else in_flight
-        self.token = f"{table.owner}-{next(table.numbers)}"
-        self.lease: str | None = None
-        self.is_held = False
-        self.is_started = False
-        self.stale: Stale | Loaded | None = None
-        self.load_time = 0.0
-        self.outcome: Any = CANCELLED
-        self.late: Found | None = None
-        self.error = ""
+    table: LoadTable
+    runner: Runner
+    job: LoadJob
+    started: float
+    in_flight: InFlightLoad
+    token: str
+    lease: str | None = None
+    is_held: bool = False
+    is_started: bool = False
+    stale: Stale | Loaded | None = None
+    load_time: float = 0.0
+    outcome: Any = CANCELLED
+    late: Found | None = None
+    error: str = ""
 
     # The lease
 
@@ -212,11 +188,20 @@ class LeasedLoad:
             # The late value may be too large for the bus. This one is not, and finds no lease after the other.
             link.send(ReleaseLease(key, name, error))
 
-    def renew_lease(self) -> None:
+    def keep_lease(self) -> None:
         """Renew the lease, if there is one, until it ends."""
         if self.lease:
-            link, job = self.runner.link, self.job
-            self.table.renewals.hold(link, job.key, self.lease, job.options.lease_ttl, self.in_flight, self.end)
+            link = self.runner.link
+            due = link.bus.clock.monotonic() + self.job.options.lease_ttl / PER_LEASE
+            self.table.renewals.track(self.lease, link.timers, due, self._renew)
+
+    def _renew(self) -> float | None:
+        if self.in_flight.resolved or self.in_flight.is_orphan():
+            self.end()  # It was interrupted before it could end the lease.
+            return None
+        link, lease_ttl = self.runner.link, self.job.options.lease_ttl
+        link.send(RenewLease(self.job.key, self.lease or "", lease_ttl))
+        return link.bus.clock.monotonic() + lease_ttl / PER_LEASE
 
     def end_lease(self) -> None:
         """Release the lease unless the store has ended it, and renew it no longer. May be called again."""
@@ -224,7 +209,8 @@ class LeasedLoad:
             if self.is_held:
                 self.release(lease, self.error, self.late)
                 self.is_held = False
-            self.table.forget(lease)
+            self.table.renewals.untrack(lease)
+            self.table.in_flight.pop(lease, None)
 
     # The load
 
@@ -240,7 +226,7 @@ class LeasedLoad:
         """Run the load beside its caller, or in the caller's thread."""
         options, runner = self.job.options, self.runner
         if runner.blocks:
-            self.renew_lease()
+            self.keep_lease()
         runner.start(
             self,
             background=options.hard_timeout is not None
@@ -249,12 +235,28 @@ class LeasedLoad:
         self.is_started = True
         if self.is_held and not runner.blocks:
             # A load that has ended at once needs no renewal.
-            self.renew_lease()
+            self.keep_lease()
 
     async def run(self) -> None:
         """Call the loader, store the value and resolve the load."""
+        job = self.job
         try:
-            self.outcome = await self._outcome()
+            arguments = (self.context(),) if job.wants_context else ()
+            loaded, self.load_time = await call_loader(
+                self.runner, self.in_flight, (job.key,), job.call, arguments, asynchronous=job.asynchronous
+            )
+            self.outcome = await self._store(loaded)
+        except LeftOut:
+            self.outcome = LEFT_OUT
+        except Exception as error:
+            if not await self._keep_failure(error):
+                self.error = type(error).__name__
+            self.outcome = Raised(error)
+        except BaseException as error:
+            if self.runner.cancels(error):
+                raise
+            # It would end the task of the load, and every waiter would start another one.
+            self.outcome = Raised(error)
         finally:
             self.end()
 
@@ -263,27 +265,6 @@ class LeasedLoad:
         if self.is_held or not self.in_flight.resolved:
             self.end_lease()
         self.in_flight.resolve(self.outcome)
-
-    async def _outcome(self) -> Any:
-        job = self.job
-        try:
-            arguments = (self.context(),) if job.wants_context else ()
-            call = job.call
-            loaded, self.load_time = await call_loader(
-                self.runner, self.in_flight, (job.key,), call, arguments, asynchronous=job.asynchronous
-            )
-            return await self._store(loaded)
-        except LeftOut:
-            return LEFT_OUT
-        except Exception as error:
-            if not await self._keep_failure(error):
-                self.error = type(error).__name__
-            return Raised(error)
-        except BaseException as error:
-            if self.runner.cancels(error):
-                raise
-            # It would end the task of the load, and every waiter would start another one.
-            return Raised(error)
 
     def context(self) -> LoadContext:
         """Return what the loader may want to know."""
@@ -316,7 +297,11 @@ class LeasedLoad:
             raise
         except CacheError as error:
             reply = error
-        return Value(value.value) if self.is_stored(request, reply) else value
+        if type(reply) is Stored:
+            self.is_held = False
+            return value if value.shared else Value(value.value)
+        self.not_stored(request, reply)
+        return value
 
     def set_request(self, loaded: Any) -> tuple[Set | None, Value]:
         """Return the request that stores a loaded value, and its outcome if it is not stored.
@@ -344,23 +329,19 @@ class LeasedLoad:
         """Return whether the tags that a loader named were known before it was called."""
         return not tags or set(tags) <= set(self.job.tags)
 
-    def is_stored(self, request: Set, reply: Reply | CacheError) -> bool:
-        """Return whether the value was stored, and note what became of the lease."""
-        if isinstance(reply, CacheError):
-            logger.warning("a loaded value was not stored: %s", reply.code)
-        elif type(reply) is not NotStored:
-            self.is_held = False
-            return True
-        elif reply.reason == "lease_lost":
+    def not_stored(self, request: Set, reply: Reply | CacheError) -> None:
+        """Note what becomes of the lease of a value that was not stored."""
+        if isinstance(reply, NotStored) and reply.reason == "lease_lost":
             self.is_held = False
             emitter = self.runner.link.emitter
             if LoadLeaseLost in emitter.audience.kinds:
                 emitter.tell(LoadLeaseLost, key=self.job.key)
-            return False
+            return
+        if isinstance(reply, CacheError):
+            logger.warning("a loaded value was not stored: %s", reply.code)
         # It failed, or the reply stands for a failure: the waiters elsewhere get the value, if it may go there at all.
         if not isinstance(reply, CacheCapacityError) and len(request.tags) == len(self.job.tags):
             self.late = Found(request.value, tags=request.tags)
-        return False
 
     async def _keep_failure(self, error: Exception) -> bool:
         """Store what the loader raised, if the options ask for that. A value that may be served stale stays."""
@@ -411,12 +392,3 @@ async def call_loader(
         for key in keys:
             emitter.tell(LoadSucceeded, key=key, duration=duration)
     return loaded, duration
-
-
-def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> LoadJob:
-    """Return the job of loading a key with a loader that may take a `LoadContext`."""
-    check_loader(loader)
-    wants_context, asynchronous = kind_of(loader)
-    return LoadJob(
-        key, loader, options, options.tags, asynchronous=asynchronous, remote=remote, wants_context=wants_context
-    )

@@ -38,7 +38,7 @@ from .lease_follower import FIRST_PAUSE, LONGEST_PAUSE, LeaseFollower, LeaseNoti
 from .leased_load import LeasedLoad, LoadJob, LoadTable
 from .load_options import LoadOptions
 from .load_variants import RefreshLoad, UnleasedLoad
-from .loaders import LeftOut, Loader, calls_for_one, check_loader, is_asynchronous
+from .loaders import LeftOut, Loader, calls_for_one, is_asynchronous, kind_of
 from .runners import Runner
 from .singleflight import CANCELLED, LEFT_OUT, TIMED_OUT, InFlightLoad, Raised, Value, Values
 
@@ -102,10 +102,10 @@ class LoadCoordinator:
             else:
                 try:
                     if job.remote:
-                        make = partial(LeasedLoad, table, runner, job, started)
+                        make = partial(self._new_load, runner, job, started)
                         reply, load = await self._coalescer.ask(runner, job, make)
                     else:
-                        load = LeasedLoad(table, runner, job, started)
+                        load = self._new_load(runner, job, started)
                         reply = await load.ask()
                 except CapabilityError:
                     self._leasing = False
@@ -158,6 +158,10 @@ class LoadCoordinator:
                 return await self._load_alone(runner, job, started)
             if outcome is LEFT_OUT and is_leader:
                 raise LeftOut(job.key)
+
+    def _new_load(self, runner: Runner, job: LoadJob, started: float) -> LeasedLoad:
+        table = self.table
+        return LeasedLoad(table, runner, job, started, InFlightLoad(owner=job.caller), table.next_token())
 
     def _join(
         self, runner: Runner, job: LoadJob, told: str, started: float, released: str
@@ -229,7 +233,11 @@ class LoadCoordinator:
             and job.key not in self.refreshing
         ):
             now = link.bus.clock.monotonic()
-            RefreshLoad(self.refreshing, LeasedLoad(self.table, runner, job, now, InFlightLoad()), found).start()
+            RefreshLoad(
+                self.refreshing,
+                LeasedLoad(self.table, runner, job, now, InFlightLoad(), self.table.next_token()),
+                found,
+            ).start()
         idle_ttl = options.idle_ttl
         # Not on each read: when half of its idle time is over.
         if idle_ttl is None or found.ttl is None or found.ttl > idle_ttl / 2:
@@ -243,7 +251,7 @@ class LoadCoordinator:
 
     async def _load_alone(self, runner: Runner, job: LoadJob, started: float) -> Any:
         """Load for this caller only, and store nothing: another caller may be loading too."""
-        load = LeasedLoad(self.table, runner, job, started)
+        load = self._new_load(runner, job, started)
         outcome = await self._wait(runner, job.options, load.in_flight, load, None, started, is_leader=True)
         if isinstance(outcome, Raised):
             raise outcome.error
@@ -257,7 +265,7 @@ class LoadCoordinator:
         if listed is not None and listed.is_orphan():
             listed.resolve(CANCELLED)
             self.unleased.pop(job.key, None)
-        work = UnleasedLoad(self.unleased, LeasedLoad(self.table, runner, job, started))
+        work = UnleasedLoad(self.unleased, self._new_load(runner, job, started))
         in_flight = self.unleased.setdefault(job.key, work.in_flight)
         return in_flight, work if in_flight is work.in_flight else None
 
@@ -274,7 +282,7 @@ class LoadCoordinator:
     async def _fetch_many(
         self, runner: Runner, keys: Sequence[str], loader: Loader, options: LoadOptions, in_flight: InFlightLoad
     ) -> dict[str, Any]:
-        check_loader(loader)
+        kind_of(loader)
         started = runner.link.bus.clock.monotonic()
         loads = {key: self._load_of_group(runner, key, loader, options, started, in_flight) for key in keys}
         try:
@@ -309,8 +317,8 @@ class LoadCoordinator:
     ) -> LeasedLoad:
         asynchronous = is_asynchronous(loader)
         call = calls_for_one(loader, key)
-        job = LoadJob(key, call, options, options.tags, asynchronous=asynchronous, remote=True)
-        return LeasedLoad(self.table, runner, job, started, in_flight)
+        job = LoadJob(key, call, options, options.tags, asynchronous, remote=True)
+        return LeasedLoad(self.table, runner, job, started, in_flight, self.table.next_token())
 
     async def _lease_many(self, runner: Runner, loads: dict[str, LeasedLoad]) -> dict[str, Any]:
         """Ask for the lease of each load, and return the replies by key; `None` for a key that cannot be leased."""

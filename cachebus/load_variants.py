@@ -97,7 +97,7 @@ class RefreshLoad:
         except CacheError:
             return
         if load.is_held:
-            load.renew_lease()
+            load.keep_lease()
             load.stale = self._found
             load.started = load.runner.link.bus.clock.monotonic()
             await load.run()

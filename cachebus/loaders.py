@@ -139,20 +139,19 @@ def _one(loaded: object, key: str) -> Any:
     return brought[key]
 
 
-def check_loader(loader: object) -> None:
-    """Raise `TypeError` for what cannot be called."""
-    if not callable(loader):
-        raise TypeError(f"a loader must be callable, not {loader!r}")
-
-
 def kind_of(loader: Loader) -> tuple[bool, bool]:
-    """Return whether a loader has a parameter that must be given, and whether it is a coroutine function."""
+    """Return whether a loader has a parameter that must be given, and whether it is a coroutine function.
+
+    Raises `TypeError` for what cannot be called.
+    """
     function, bound = (loader.__func__, 1) if isinstance(loader, MethodType) else (loader, 0)
     if type(function) is FunctionType and not function.__dict__:
         # Most are this, and reading it off takes a twentieth of the time of making a signature.
         code = function.__code__
         wants = code.co_argcount - len(function.__defaults__ or ()) > bound
         return wants, bool(code.co_flags & inspect.CO_COROUTINE)
+    if not callable(loader):
+        raise TypeError(f"a loader must be callable, not {loader!r}")
     return _wants_argument(loader), is_asynchronous(loader)
 
 

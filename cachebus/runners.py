@@ -148,7 +148,7 @@ class AsyncRunner:
     def start(self, work: Work, *, background: bool) -> None:
         in_flight = work.in_flight
         in_flight.owner = running = work.run()
-        in_flight.cancel = spawn(running, work.end)
+        in_flight.cancel = spawn(running, unbegun=work.end)
 
 
 async def _in_worker_thread(function: Callable[[], Any]) -> Any:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from cachebus.bus import Port, ThreadPort, open_port
 from cachebus.messages import CacheError
@@ -61,7 +61,7 @@ class Raised(Struct, frozen=True):
         return is_leader or isinstance(self.error, Exception)
 
 
-class InFlightLoad(GraphNode):
+class InFlightLoad(GraphNode, eq=False, kw_only=True):
     """A load that callers wait for, as tasks of any event loop or as threads.
 
     When the last waiter leaves, `cancel` is called, unless a waiter asked for the load to go on. `lease_names` are the leases
@@ -69,20 +69,15 @@ class InFlightLoad(GraphNode):
     will resolve it.
     """
 
-    __slots__ = ("_guard", "_kept", "_starting", "_waiters", "cancel", "lease_names", "outcome", "owner", "thread")
-
-    def __init__(self, owner: Coroutine[Any, Any, Any] | None = None) -> None:
-        self.resolved = False
-        self.waits_for = {}
-        self.outcome: Any = None
-        self.cancel: Callable[[], None] | None = None
-        self.lease_names: set[str] = set()
-        self.owner = owner
-        self.thread = threading.get_ident()
-        self._guard = threading.Lock()
-        self._waiters: dict[Port, None] = {}
-        self._kept = False
-        self._starting = False
+    owner: Coroutine[Any, Any, Any] | None = None
+    outcome: Any = None
+    cancel: Callable[[], None] | None = None
+    lease_names: set[str] = field(default_factory=set)
+    thread: int = field(default_factory=threading.get_ident)
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _waiters: dict[Port, None] = field(default_factory=dict)
+    _kept: bool = False
+    _starting: bool = False
 
     @property
     def waiters(self) -> int:
@@ -108,8 +103,11 @@ class InFlightLoad(GraphNode):
         loads = CURRENT_LOADS.get()
         waiting = add_edge(loads, self) if loads else None
         try:
-            if start is not None and not self._lead(start):
-                return self.outcome
+            if start is not None:
+                self._starting = True
+                start()
+                if self.resolved:  # At once: then there is no need for a port.
+                    return self.outcome
             port = open_port()
             try:
                 if not self.add_waiter(port):
@@ -131,8 +129,11 @@ class InFlightLoad(GraphNode):
         loads = CURRENT_LOADS.get()
         waiting = add_edge(loads, self) if loads else None
         try:
-            if start is not None and not self._lead(start):
-                return self.outcome
+            if start is not None:
+                self._starting = True
+                start()
+                if self.resolved:  # At once: then there is no need for a port.
+                    return self.outcome
             if start is None and self.thread == threading.get_ident() and not self.resolved:
                 raise CacheError(
                     "the key is being loaded by a task of this very thread, which a blocking call would stop;"
@@ -151,17 +152,6 @@ class InFlightLoad(GraphNode):
         finally:
             if waiting is not None:
                 remove_edge(waiting, self)
-
-    def _lead(self, start: Callable[[], None]) -> bool:
-        """Start the load, with the caller among its waiters; return false if it has ended already."""
-        # By a mark: a load that ends at once needs no port.
-        self._starting = True
-        try:
-            start()
-        except BaseException:
-            self._starting = False
-            raise
-        return not self.resolved
 
     def add_waiter(self, port: Port) -> bool:
         """Answer `port` with the outcome; return false if there is one already. Ends the start of the load."""

@@ -6,17 +6,16 @@ import os
 import threading
 from contextvars import ContextVar
 
+from msgspec import Struct, field
+
 from cachebus.messages import CacheError
 
 
-class GraphNode:
+class GraphNode(Struct, eq=False):
     """A load, as the graph sees it. A node that is `resolved` waits for nothing."""
 
-    __slots__ = ("resolved", "waits_for")
-
-    def __init__(self) -> None:
-        self.resolved = False
-        self.waits_for: dict[GraphNode, int] = {}
+    resolved: bool = False
+    waits_for: dict[GraphNode, int] = field(default_factory=dict)
 
 
 CURRENT_LOADS: ContextVar[tuple[GraphNode, ...]] = ContextVar("loads", default=())

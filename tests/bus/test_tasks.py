@@ -139,7 +139,7 @@ def test_the_end_of_the_loop_ends_it() -> None:
 
     async def main() -> None:
         spawn(work(), lambda: ended.append("ended"))
-        spawn(asyncio.sleep(0), lambda: None)
+        spawn(asyncio.sleep(0))
 
     asyncio.run(main())
     assert ended == ["cleaned up", "ended"]
