@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from msgspec import Struct
+
 from cachebus.messages import (
     BadMessage,
     CacheError,
@@ -29,38 +33,24 @@ NOTIFICATION_DELAY = 0.02
 """Seconds by which the end of a lease may be heard after the next lease was granted."""
 
 
-class LeaseNotifications:
+class LeaseNotifications(Struct):
     """Whether the store tells the end of a lease, as far as is known."""
 
-    __slots__ = ("supported",)
-
-    def __init__(self) -> None:
-        self.supported = True
+    supported: bool = True
 
 
-class LeaseFollower:
+class LeaseFollower(Struct, eq=False):
     """Waits for the load of another process under the lease `theirs`. If that load gives up, it loads itself."""
 
-    __slots__ = ("_notifications", "in_flight", "is_started", "job", "runner", "started", "table", "theirs")
-
-    def __init__(
-        self,
-        table: LoadTable,
-        notifications: LeaseNotifications,
-        runner: Runner,
-        job: LoadJob,
-        theirs: str,
-        started: float,
-    ) -> None:
-        self._notifications = notifications
-        self.table = table
-        self.runner = runner
-        self.job = job
-        self.theirs = theirs
-        self.started = started
-        self.is_started = False
-        self.in_flight = InFlightLoad(owner=job.caller)
-        self.in_flight.lease_names.add(theirs)
+    table: LoadTable
+    notifications: LeaseNotifications
+    runner: Runner
+    job: LoadJob
+    theirs: str
+    started: float
+    in_flight: InFlightLoad
+    is_started: bool = False
+    _outcome: Any = CANCELLED
 
     def start(self) -> None:
         """Follow the load beside the caller."""
@@ -71,48 +61,50 @@ class LeaseFollower:
         """Stop following. The callers ask again, unless they have got an outcome."""
         if self.table.in_flight.get(self.theirs) is self.in_flight:
             del self.table.in_flight[self.theirs]
-        self.in_flight.resolve(CANCELLED)
+        self.in_flight.resolve(self._outcome)
 
     async def run(self) -> None:
-        """Resolve the load with what comes of the lease. Ends without an outcome if the callers are to ask again."""
-        runner, job, in_flight = self.runner, self.job, self.in_flight
+        """Resolve the load with what comes of the lease. Without an outcome the callers are to ask again."""
+        try:
+            self._outcome = await self._follow()
+        finally:
+            self.end()
+
+    async def _follow(self) -> Any:
+        runner, job = self.runner, self.job
         pause = FIRST_PAUSE
         name = self.theirs
         now = runner.link.bus.clock.monotonic
         # Asked first, because a store that tells the end of a lease would answer every other question in vain until then.
         if (failed := await self._lease_end(name, 0.0, job.options.wait_limit)) is not None:
-            in_flight.resolve(Raised(failed))
-            return
+            return Raised(failed)
         while (patience := self.started + job.options.wait_limit - now()) > 0:
-            load = LeasedLoad(self.table, runner, job, now(), in_flight, self.table.next_token())
+            load = LeasedLoad(self.table, runner, job, now(), self.in_flight, self.table.next_token())
             try:
                 reply = await load.ask(wait=patience, after=name)
             except LoaderFailed as error:
-                in_flight.resolve(Raised(error))
-                return
+                return Raised(error)
             except CacheError:
-                return  # The callers ask again, and get the error.
+                break  # The callers ask again, and get the error.
             if isinstance(reply, Found):
-                in_flight.resolve(Value(reply.value))
-                return
+                return Value(reply.value)
             if isinstance(reply, LeaseGranted):
-                await self._take_over(load, name)
-                return
+                return await self._take_over(load, name)
             if isinstance(reply, NotHeld | CachedFailure):
-                return  # As if the question had failed.
+                break  # As if the question had failed.
             seconds = pause * (0.5 + self.table.random.random() / 2)
             if isinstance(reply, Missing):
                 await runner.pause(seconds)
             elif (name := lease_of(reply)) != self.theirs and self.table.find(name) is not None:
-                return  # A caller of this process loads by now: the others ask again, and join it.
+                break  # A caller of this process loads by now: the others ask again, and join it.
             else:
                 left = min(patience, max(reply.remaining, FIRST_PAUSE))
                 if (failed := await self._lease_end(name, seconds, left)) is not None:
-                    in_flight.resolve(Raised(failed))
-                    return
+                    return Raised(failed)
             pause = min(pause * 1.5, LONGEST_PAUSE)
+        return CANCELLED
 
-    async def _take_over(self, load: LeasedLoad, before: str) -> None:
+    async def _take_over(self, load: LeasedLoad, before: str) -> Any:
         """Load under the lease that was granted, unless the loader of the lease before it has failed."""
         load.keep_lease()
         try:
@@ -123,6 +115,7 @@ class LeaseFollower:
                 # To a caller who was told of the new lease, the failure before it means nothing.
                 load.in_flight.lease_names.discard(load.lease or "")
                 load.outcome = Raised(failed)
+            return load.outcome
         finally:
             load.end()  # Also when all callers have left meanwhile.
 
@@ -131,7 +124,7 @@ class LeaseFollower:
 
         Returns the error if the loader has failed, as far as the store tells that.
         """
-        if self._notifications.supported:
+        if self.notifications.supported:
             # An end that is not told, as that of a lease that a delete has taken away, is found a little later.
             wait = min(longest, LONGEST_PAUSE * (0.5 + self.table.random.random() / 2))
             try:
@@ -140,7 +133,7 @@ class LeaseFollower:
             except LoaderFailed as error:
                 return error
             except (CapabilityError, BadMessage):
-                self._notifications.supported = False
+                self.notifications.supported = False
             except CacheError:
                 pass  # Whatever is wrong: the next question says it.
         if pause:
@@ -153,7 +146,7 @@ class LeaseFollower:
         The second question is granted the next lease then, though its callers waited for that load. A store that tells the end of
         a lease does so on another connection, and a little later.
         """
-        return await self._lease_end(name, 0.0, NOTIFICATION_DELAY) if self._notifications.supported else None
+        return await self._lease_end(name, 0.0, NOTIFICATION_DELAY) if self.notifications.supported else None
 
 
 def lease_of(reply: Loading | Stale | LeaseGranted) -> str:

@@ -178,9 +178,11 @@ class LoadCoordinator:
             # No load of this process has that lease any more: it ended just now, or its caller was interrupted.
             runner.link.send(ReleaseLease(job.key, told))
             return None
-        follower = LeaseFollower(table, self.notifications, runner, job, told, started)
-        in_flight = table.in_flight.setdefault(told, follower.in_flight)
-        return in_flight, follower if in_flight is follower.in_flight else None
+        mine = InFlightLoad(owner=job.caller, lease_names={told})
+        in_flight = table.in_flight.setdefault(told, mine)
+        if in_flight is not mine:
+            return in_flight, None
+        return mine, LeaseFollower(table, self.notifications, runner, job, told, started, mine)
 
     async def _wait(
         self,

@@ -8,7 +8,7 @@ from cachebus.messages import CacheError, Exists, Found, Get, Loaded, Present
 
 from .cached_errors import CachedFailure
 from .leased_load import LeasedLoad
-from .singleflight import CANCELLED, InFlightLoad, Raised, Value
+from .singleflight import InFlightLoad, Raised, Value
 
 
 class UnleasedLoad:
@@ -42,14 +42,14 @@ class UnleasedLoad:
         load = self._load
         try:
             # Another load may have ended between the miss and the start of this one.
-            found = await self._look_again()
+            if (found := await self._look_again()) is None:
+                await load.run()
+            else:
+                load.outcome = found
         except CacheError as error:
             load.outcome = Raised(error)
-            return
-        if found is None:
-            await load.run()
-        else:
-            load.outcome = found
+        finally:
+            self.end()
 
     async def _look_again(self) -> Any:
         runner, job = self._load.runner, self._load.job
@@ -94,12 +94,12 @@ class RefreshLoad:
         load = self._load
         try:
             await load.ask(refresh=True)
+            if load.is_held:
+                load.keep_lease()
+                load.stale = self._found
+                load.started = load.runner.link.bus.clock.monotonic()
+                await load.run()
         except CacheError:
-            return
-        if load.is_held:
-            load.keep_lease()
-            load.stale = self._found
-            load.started = load.runner.link.bus.clock.monotonic()
-            await load.run()
-        else:
-            load.outcome = CANCELLED
+            pass  # The value stays, and the next reader may try.
+        finally:
+            self.end()

@@ -145,7 +145,7 @@ def everybody_shares(cache: Cache) -> None:
 def joins_without_asking(cache: Cache) -> None:
     """A caller joins whatever its process is loading for the key, without asking the store whether that still counts."""
     loads = cache._loads
-    deliver, hold = loads._deliver, loads.table.renewals.hold
+    deliver, track = loads._deliver, loads.table.renewals.track
     under_way: dict[str, Any] = {}
 
     async def join(runner: Any, job: Any, *rest: Any) -> Any:
@@ -155,12 +155,13 @@ def joins_without_asking(cache: Cache) -> None:
                 return outcome.value
         return await deliver(runner, job, *rest)
 
-    def remember(link: Any, key: str, token: str, lease_ttl: float, in_flight: Any, end: Any) -> None:
-        under_way[key] = in_flight
-        hold(link, key, token, lease_ttl, in_flight, end)
+    def remember(name: str, timers: Any, due: float, renew: Any) -> None:
+        load = renew.__self__
+        under_way[load.job.key] = load.in_flight
+        track(name, timers, due, renew)
 
     loads._deliver = join  # type: ignore[method-assign]
-    loads.table.renewals.hold = remember  # type: ignore[method-assign]
+    loads.table.renewals.track = remember  # type: ignore[method-assign]
 
 
 def nothing(cache: Cache) -> None:

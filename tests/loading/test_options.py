@@ -269,7 +269,7 @@ async def test_a_lease_is_renewed_for_as_long_as_its_load_runs(cache: Cache, clo
 
 async def test_a_lease_that_is_not_renewed_is_lost_after_its_time(cache: Cache, clock: ManualClock) -> None:
     async def load() -> str:
-        cache._loads.table.renewals.let_go(next(iter(cache._loads.table.in_flight)))
+        cache._loads.table.renewals.untrack(next(iter(cache._loads.table.in_flight)))
         clock.advance(3)
         return "value"
 
