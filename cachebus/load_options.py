@@ -7,9 +7,10 @@ import random
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import EllipsisType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from cachebus.messages import Loaded, LoadMetadata, Ttl
 
@@ -29,6 +30,34 @@ after this part of its lifetime."""
 
 WaitPolicy = Literal["load", "stale", "raise"]
 """What a caller does after it has waited for another load as long as it may."""
+
+
+class ManyLoadKeywords(TypedDict, total=False):
+    """The options of `get_or_load_many` beside `ttl` and `tags`. Durations are seconds or a `timedelta`."""
+
+    stale_for: Duration
+    soft_timeout: Duration | None
+    hard_timeout: Duration | None
+    negative_ttl: Duration | None
+    ttl_jitter: float
+    wait: WaitPolicy
+    wait_limit: Duration
+    lease_ttl: Duration
+
+
+class LoadKeywords(ManyLoadKeywords, total=False):
+    """The options of `get_or_load` and `cached` beside `ttl` and `tags`."""
+
+    refresh: Refresh
+    refresh_after: Duration | None
+    beta: float
+    idle_ttl: Duration | None
+    cache_errors: ErrorClasses
+    error_ttl: Duration | None
+
+
+MANY_LOAD_OPTIONS = frozenset(ManyLoadKeywords.__annotations__)
+LOAD_OPTIONS = frozenset(LoadKeywords.__annotations__)
 
 
 class LoadOptions(Struct, frozen=True, kw_only=True):
@@ -57,36 +86,20 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
     is_plain: bool = False
 
     @classmethod
-    def of(
-        cls,
-        ttl: LoadTtl = "default",
-        tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-        cache_errors: ErrorClasses = (),
-        error_ttl: Duration | None = None,
-    ) -> LoadOptions:
+    def of(cls, ttl: LoadTtl = "default", tags: Iterable[str] = (), **options: Unpack[LoadKeywords]) -> LoadOptions:
         """Return the options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
-        given = (
-            ttl, tags if tags == () else check_tags(tags), stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta,
-            negative_ttl, ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl,
-            cache_errors if cache_errors == () else check_classes(cache_errors), error_ttl,
-        )  # fmt: skip
+        tags = tags if tags == () else check_tags(tags)
+        if unknown := options.keys() - LOAD_OPTIONS:
+            raise TypeError(
+                f"there is no option {min(unknown)!r} of loading; there are {', '.join(sorted(LOAD_OPTIONS))}"
+            )
+        if "cache_errors" in options:
+            options["cache_errors"] = check_classes(options["cache_errors"])
         try:
             # Of a function as `ttl`, each call has one of its own, which is not to be kept.
-            return _checked(*given) if callable(ttl) else _checked_once(*given)
+            return _checked(ttl, tags, **options) if callable(ttl) else _checked_once(ttl, tags, **options)
         except TypeError:
-            return _checked(*given)  # Something that cannot be hashed, or is wrong: the error says which.
+            return _checked(ttl, tags, **options)  # Something that cannot be hashed, or is wrong: the error says which.
 
     def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
         """Return the time to live of a loaded value: what its loader said, or else what these options say."""
@@ -160,63 +173,43 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         return self.refresh is not None and found.lifetime - left >= self.refresh * found.lifetime
 
 
-def _checked(
-    ttl: LoadTtl,
-    tags: tuple[str, ...],
-    stale_for: Duration,
-    soft_timeout: Duration | None,
-    hard_timeout: Duration | None,
-    refresh: Refresh,
-    refresh_after: Duration | None,
-    beta: float,
-    negative_ttl: Duration | None,
-    ttl_jitter: float,
-    idle_ttl: Duration | None,
-    wait: WaitPolicy,
-    wait_limit: Duration,
-    lease_ttl: Duration,
-    cache_errors: tuple[type[Exception], ...],
-    error_ttl: Duration | None,
-) -> LoadOptions:
-    checked = LoadOptions(
-        ttl="default" if callable(ttl) else check_ttl(ttl),
-        ttl_of=ttl if callable(ttl) else None,
-        cache_errors=cache_errors,
-        error_ttl=_or_none("error_ttl", error_ttl),
-        tags=tags,
-        stale_for=check_seconds("stale_for", stale_for, zero=True),
-        soft_timeout=_or_none("soft_timeout", soft_timeout, zero=True),
-        hard_timeout=_or_none("hard_timeout", hard_timeout),
-        refresh=refresh,
-        refresh_after=_or_none("refresh_after", refresh_after),
-        beta=beta,
-        negative_ttl=_or_none("negative_ttl", negative_ttl),
-        ttl_jitter=ttl_jitter,
-        idle_ttl=_or_none("idle_ttl", idle_ttl),
-        wait=wait,
-        wait_limit=check_seconds("wait_limit", wait_limit, zero=True),
-        lease_ttl=check_seconds("lease_ttl", lease_ttl),
-        is_plain=not (callable(ttl) or stale_for or ttl_jitter)
-        and refresh is refresh_after is negative_ttl is idle_ttl is None,
-    )
-    if wait not in ("load", "stale", "raise"):
-        raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {wait!r}")
+_DURATIONS = {
+    "stale_for": (False, True),
+    "soft_timeout": (True, True),
+    "hard_timeout": (True, False),
+    "refresh_after": (True, False),
+    "negative_ttl": (True, False),
+    "idle_ttl": (True, False),
+    "error_ttl": (True, False),
+    "wait_limit": (False, True),
+    "lease_ttl": (False, False),
+}
+"""For each duration: whether it may be `None`, and whether it may be 0."""
+
+
+def _checked(ttl: LoadTtl, tags: tuple[str, ...], **options: Any) -> LoadOptions:
+    for name, (optional, zero) in _DURATIONS.items():
+        if name in options and not (optional and options[name] is None):
+            options[name] = check_seconds(name, options[name], zero=zero)
+    given = LoadOptions(ttl="default" if callable(ttl) else check_ttl(ttl), tags=tags, **options)
+    refresh, jitter, beta = given.refresh, given.ttl_jitter, given.beta
+    if given.wait not in ("load", "stale", "raise"):
+        raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {given.wait!r}")
     if refresh is not None and refresh != "xfetch" and not (type(refresh) is float and 0 < refresh < 1):
         raise ValueError(f"refresh must be 'xfetch' or a part of the lifetime between 0 and 1, not {refresh!r}")
-    if type(ttl_jitter) not in (int, float) or not 0 <= ttl_jitter < 1:
-        raise ValueError(f"ttl_jitter must be a part of the ttl, from 0 to below 1, not {ttl_jitter!r}")
+    if type(jitter) not in (int, float) or not 0 <= jitter < 1:
+        raise ValueError(f"ttl_jitter must be a part of the ttl, from 0 to below 1, not {jitter!r}")
     if type(beta) not in (int, float) or not 0 < beta < 1e300:
         raise ValueError(f"beta must be a positive number, not {beta!r}")
-    if idle_ttl is not None and not isinstance(checked.ttl, float):
+    if given.idle_ttl is not None and not isinstance(given.ttl, float):
         raise ValueError("idle_ttl needs a ttl in seconds, which caps it")
-    if bool(cache_errors) != (error_ttl is not None):
+    if bool(given.cache_errors) != (given.error_ttl is not None):
         raise ValueError("cache_errors and error_ttl need each other: which exceptions are kept, and for how long")
-    return checked
+    if callable(ttl):
+        return replace(given, ttl_of=ttl)
+    differs = given.stale_for or jitter or given.idle_ttl or given.negative_ttl or refresh or given.refresh_after
+    return given if differs else replace(given, is_plain=True)
 
 
-_checked_once = lru_cache(maxsize=256, typed=True)(_checked)
+_checked_once: Callable[..., LoadOptions] = lru_cache(maxsize=256, typed=True)(_checked)
 """Checking takes as long as storing the value. Keyed by type too: 1 and `True` are equal, and `True` is no time."""
-
-
-def _or_none(name: str, duration: Duration | None, *, zero: bool = False) -> float | None:
-    return None if duration is None else check_seconds(name, duration, zero=zero)

@@ -43,59 +43,12 @@ class Work(Protocol):
     def end(self) -> None: ...
 
 
-class Runner(Protocol):
-    """How a caller waits and its load is executed. One that `blocks` has done the work when `start` returns, unless that is
-    `background` work."""
-
-    blocks: bool
-    link: Link
-
-    async def ask(self, request: Request[R], patience: float = 0.0) -> R:
-        """Ask the backend, up to `patience` seconds longer than a call may take."""
-        ...
-
-    async def finish(self, request: Request[R], reply: Any) -> R:
-        """Return the reply, given what a turn has returned."""
-        ...
-
-    async def probe(self, request: Request[R], patience: float) -> R:
-        """As `ask`, for the error as it is, which counts nowhere."""
-        ...
-
-    async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
-        """Ask the backend several things at once. A request that fails has `Failed` as its reply."""
-        ...
-
-    def wait(
-        self,
-        in_flight: InFlightLoad,
-        timeout: float | None = None,
-        *,
-        keep: bool = False,
-        start: Callable[[], None] | None = None,
-    ) -> Coroutine[Any, Any, Any]:
-        """As `InFlightLoad.wait`."""
-        ...
-
-    async def call(self, loader: Callable[..., Any], arguments: tuple[Any, ...], *, asynchronous: bool) -> Any:
-        """Call a loader, and await what it returns if that is to be awaited."""
-
-    def cancels(self, error: BaseException) -> bool:
-        """Return whether an error ends the task of the load, and was not just raised by the loader."""
-        ...
-
-    async def pause(self, seconds: float) -> None:
-        """Let time pass."""
-
-    async def let_others_run(self) -> None:
-        """Let the tasks run that are ready."""
-
-    def start(self, work: Work, *, background: bool) -> None:
-        """Start work. The caller does not wait for `background` work."""
-
-
 class AsyncRunner:
-    """Runs loads as tasks of asyncio or trio."""
+    """Runs loads as tasks of asyncio or trio.
+
+    `ask` asks the backend, up to `patience` seconds longer than a call may take; `finish` returns the reply, given what a turn has
+    returned; `wait` is `InFlightLoad.wait`.
+    """
 
     blocks = False
     wait = staticmethod(InFlightLoad.wait)
@@ -106,9 +59,11 @@ class AsyncRunner:
         self.finish: Any = link.finish
 
     async def probe(self, request: Request[R], patience: float) -> R:
+        """As `ask`, for the error as it is, which counts nowhere."""
         return await self.link.probe(request, self.link.timeout + patience)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
+        """Ask the backend several things at once. A request that fails has `Failed` as its reply."""
         replies: list[Any] = [None] * len(requests)
 
         async def ask(at: int) -> None:
@@ -123,6 +78,7 @@ class AsyncRunner:
         return replies
 
     async def call(self, loader: Callable[..., Any], arguments: tuple[Any, ...], *, asynchronous: bool) -> Any:
+        """Call a loader, and await what it returns if that is to be awaited."""
         try:
             if asynchronous:
                 result = await loader(*arguments)
@@ -136,16 +92,20 @@ class AsyncRunner:
             raise
 
     def cancels(self, error: BaseException) -> bool:
+        """Return whether an error ends the task of the load, and was not just raised by the loader."""
         return isinstance(error, (GeneratorExit, anyio.get_cancelled_exc_class()))
 
     async def pause(self, seconds: float) -> None:
+        """Let time pass."""
         clock = self.link.bus.clock
         await clock.sleep_until(clock.monotonic() + seconds)
 
     async def let_others_run(self) -> None:
+        """Let the tasks run that are ready."""
         await checkpoint()
 
     def start(self, work: Work, *, background: bool) -> None:
+        """Start work. The caller does not wait for `background` work."""
         in_flight = work.in_flight
         in_flight.owner = running = work.run()
         in_flight.cancel = spawn(running, unbegun=work.end)
@@ -178,9 +138,13 @@ def _close(results: list[Any]) -> None:
 
 
 class ThreadRunner:
-    """Runs loads in the thread of their caller, or in a thread of their own if they are background work."""
+    """Runs loads in the thread of their caller, or in a thread of their own if they are background work.
+
+    As `AsyncRunner`, with coroutines that never suspend. What is no background work is done when `start` returns.
+    """
 
     blocks = True
+    wait = staticmethod(partial(InFlightLoad.wait, blocking=True))
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -198,16 +162,6 @@ class ThreadRunner:
             except CacheError as error:
                 replies.append(Failed.of(error))
         return replies
-
-    async def wait(
-        self,
-        in_flight: InFlightLoad,
-        timeout: float | None = None,
-        *,
-        keep: bool = False,
-        start: Callable[[], None] | None = None,
-    ) -> Any:
-        return in_flight.wait_in_thread(timeout, keep=keep, start=start)
 
     async def call(self, loader: Callable[..., Any], arguments: tuple[Any, ...], *, asynchronous: bool) -> Any:
         result = loader(*arguments)
@@ -264,6 +218,10 @@ def _run(running: Coroutine[Any, Any, None], work: Work) -> None:
         run(running)
     finally:
         work.end()
+
+
+Runner = AsyncRunner | ThreadRunner
+"""How a caller waits, and its load is executed."""
 
 
 class _Threads:

@@ -94,11 +94,17 @@ class InFlightLoad(GraphNode, eq=False, kw_only=True):
         self._kept = True
 
     async def wait(
-        self, timeout: float | None = None, *, keep: bool = False, start: Callable[[], None] | None = None
+        self,
+        timeout: float | None = None,
+        *,
+        keep: bool = False,
+        start: Callable[[], None] | None = None,
+        blocking: bool = False,
     ) -> Any:
         """Return the outcome, or `TIMED_OUT` after `timeout` seconds. With `keep` the load goes on after a timeout.
 
-        `start` makes the caller the leader: it is called to start the load, while the caller counts as a waiter.
+        `start` makes the caller the leader: it is called to start the load, while the caller counts as a waiter. `blocking` stops
+        the thread instead of suspending; in the thread that loads that is a `CacheError`.
         """
         loads = CURRENT_LOADS.get()
         waiting = add_edge(loads, self) if loads else None
@@ -108,42 +114,18 @@ class InFlightLoad(GraphNode, eq=False, kw_only=True):
                 start()
                 if self.resolved:  # At once: then there is no need for a port.
                     return self.outcome
-            port = open_port()
-            try:
-                if not self.add_waiter(port):
-                    return self.outcome
-                outcome = await port.wait(timeout, _timed_out)
-                self._kept = self._kept or (keep and outcome is TIMED_OUT)
-                return outcome
-            finally:
-                if not self.resolved:
-                    self.remove_waiter(port)
-        finally:
-            if waiting is not None:
-                remove_edge(waiting, self)
-
-    def wait_in_thread(
-        self, timeout: float | None = None, *, keep: bool = False, start: Callable[[], None] | None = None
-    ) -> Any:
-        """As `wait`, blocking this thread. Raises `CacheError` in the thread that loads."""
-        loads = CURRENT_LOADS.get()
-        waiting = add_edge(loads, self) if loads else None
-        try:
-            if start is not None:
-                self._starting = True
-                start()
-                if self.resolved:  # At once: then there is no need for a port.
-                    return self.outcome
-            if start is None and self.thread == threading.get_ident() and not self.resolved:
+            elif blocking and self.thread == threading.get_ident() and not self.resolved:
                 raise CacheError(
                     "the key is being loaded by a task of this very thread, which a blocking call would stop;"
                     " await a coroutine function, or call from another thread"
                 )
-            port = ThreadPort()
+            port = ThreadPort() if blocking else open_port()
             try:
                 if not self.add_waiter(port):
                     return self.outcome
-                outcome = port.wait(timeout, _timed_out)
+                outcome: Any = port.wait(timeout, _timed_out)
+                if not blocking:
+                    outcome = await outcome
                 self._kept = self._kept or (keep and outcome is TIMED_OUT)
                 return outcome
             finally:
