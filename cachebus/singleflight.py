@@ -81,8 +81,8 @@ class InFlightLoad(GraphNode, eq=False, kw_only=True):
 
     @property
     def waiters(self) -> int:
-        """The number of callers who wait."""
-        return len(self._waiters)
+        """The number of callers who wait, the leader included."""
+        return len(self._waiters) + self._starting
 
     def is_orphan(self) -> bool:
         """Return whether the owner ended without resolving the load, as an interrupted thread may."""
@@ -123,6 +123,8 @@ class InFlightLoad(GraphNode, eq=False, kw_only=True):
             try:
                 if not self.add_waiter(port):
                     return self.outcome
+                if start is not None:
+                    self._starting = False
                 outcome: Any = port.wait(timeout, _timed_out)
                 if not blocking:
                     outcome = await outcome
@@ -136,12 +138,11 @@ class InFlightLoad(GraphNode, eq=False, kw_only=True):
                 remove_edge(waiting, self)
 
     def add_waiter(self, port: Port) -> bool:
-        """Answer `port` with the outcome; return false if there is one already. Ends the start of the load."""
+        """Answer `port` with the outcome; return false if there is one already."""
         with self._guard:
             if self.resolved:
                 return False
             self._waiters[port] = None
-            self._starting = False
             return True
 
     def remove_waiter(self, port: Port) -> None:
