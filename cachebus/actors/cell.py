@@ -21,20 +21,8 @@ from contextlib import suppress
 
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import (
-    Address,
-    Clock,
-    Deferred,
-    Emitter,
-    Envelope,
-    LoopTimers,
-    Port,
-    Timer,
-    Turn,
-    in_event_loop,
-    open_port,
-    turn_trace,
-)
+from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port, turn_trace
+from cachebus.bus.timers import LoopTimers, Timer
 from cachebus.messages import (
     ActorFailed,
     BadMessage,

@@ -162,8 +162,7 @@ class LockManager(Actor):
                 self._release(request, answer)
             case _:
                 self._asking.ask(request, answer.give)
-        if self._inline is not None:
-            self._watch_expiry(self._inline)
+        self._arm()
         return answer.take(self.ctx.defer)
 
     def _acquire(self, request: AcquireLock, answer: Answer) -> None:
@@ -331,8 +330,7 @@ class LockManager(Actor):
 
     def on_sweep(self, request: Sweep) -> Released:
         """Look at what is due."""
-        now = self.ctx.clock.monotonic()
-        self._sweeps_at = math.inf
+        now, self._sweeps_at = self.ctx.clock.monotonic(), math.inf
         self._asking.sweep()
         for name, ticket in [*self._due.expire(now)]:
             if ticket:
@@ -341,9 +339,7 @@ class LockManager(Actor):
             elif (room := self._rooms.get(name)) is not None and (name, "") not in self._due:
                 room.overdue = True
                 self._ask_for(next(iter(room.waiters.values())))
-        self._sweep_by(self._due.due())
-        if self._inline is not None:
-            self._watch_expiry(self._inline)
+        self._arm()
         return Released()
 
     def _waited(self, waiter: Waiter, now: float) -> None:
@@ -368,19 +364,18 @@ class LockManager(Actor):
         self._look_at(waiter.until, waiter.request.name, waiter.request.ticket)
 
     def _look_at(self, when: float, name: str, ticket: str = "") -> None:
-        self._due.set((name, ticket), when)
-        self._sweep_by(when)
+        if self._due.set((name, ticket), when):
+            self._arm()
 
-    def _sweep_by(self, when: float) -> None:
-        if when < self._sweeps_at:
+    def _arm(self) -> None:
+        due = self._due.due()
+        if self._inline is not None and (expiry := self._inline.next_expiry()) is not None:
+            due = min(due, expiry)
+        if due < self._sweeps_at:
             if self._sweep_timer is not None:
                 self._sweep_timer.cancel()
-            self._sweeps_at = when
-            self._sweep_timer = self.ctx.send_after(when - self.ctx.clock.monotonic(), Sweep())
-
-    def _watch_expiry(self, store: InlineLockStore) -> None:
-        if (due := store.next_expiry()) is not None:
-            self._sweep_by(due)
+            self._sweeps_at = due
+            self._sweep_timer = self.ctx.send_after(due - self.ctx.clock.monotonic(), Sweep())
 
     # Helpers
 

@@ -152,6 +152,15 @@ class LeaseTable:
             return asked
         return next((each.token for each in self._void.values() if each.asked == asked), asked)
 
+    def leave(self, key: str, asked: str) -> Waiter | None:
+        """Take out the caller who is parked with the question `asked`."""
+        for lease in (self.by_key.get(key), *self._void.values()):
+            for at, waiter in enumerate(lease.waiters if lease is not None and lease.key == key else ()):
+                if waiter.request.token == asked and lease is not None:
+                    self._waiting -= 1
+                    return lease.waiters.pop(at)
+        return None
+
     def empty(self, lease: Lease) -> list[Waiter]:
         """Let nobody wait for a lease any more: hand over who does."""
         self._due.discard(lease)

@@ -105,6 +105,8 @@ class LoadTable(EntryTable):
             else:
                 for waiter in self._leases.empty(ended):
                     self._again(waiter, now)
+        elif (gone := self._leases.leave(request.key, request.token)) is not None:
+            gone.port.answer(NotHeld())  # It was parked, and nobody waits for its answer any more.
         return NotHeld() if lease is None else Released()
 
     def set_leased(self, request: Set, token: str, now: float) -> Stored | NotStored:

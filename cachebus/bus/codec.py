@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -143,8 +143,8 @@ class _Format:
         """Decode an array of messages in one call. Raises what msgspec raises, and `Unfit`."""
         if not self._kinds:
             self.learn()
-        values, read = self.values, self.values.read
-        return [map_values(each, values, read) for each in self._array(data)]
+        values, read, places = self.values, self.values.read, self.values.places
+        return [map_values(each, values, read) if places[type(each)] else each for each in self._array(data)]
 
     def outgoing(self, message: Message) -> Any:
         """Check the values of a message, and put them as this content type says them. Raises `Unfit`."""
@@ -211,8 +211,10 @@ def _malformed(text: str) -> str:
 
 def _plain(held: Any) -> Any:
     """Turn into what msgspec knows what it does not know. Raises `Unfit`."""
+    if isinstance(held, str):
+        return str(held)  # Such as an address, which is a kind of `str`.
     if isinstance(held, Mapping):
-        return dict(held)
+        return dict(cast("Mapping[str, Any]", held))
     raise Unfit(f"a field is of type {name_of_type(held)}, which no message may hold")
 
 

@@ -27,7 +27,9 @@ def spawn(
     and may be called in other cases. On asyncio the first step is taken at once, on this stack: what does not have to wait has
     ended when this returns.
     """
-    deadlines = running_deadlines()  # Which knows the loop without the system call that asking for it costs Python 3.11.
+    deadlines = (
+        running_deadlines()
+    )  # Which knows the loop without the system call that asking for it costs Python 3.11.
     if deadlines is None:
         return _spawn_in_trio(work, ended or unbegun or _nothing)
     loop = deadlines.loop

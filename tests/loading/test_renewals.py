@@ -135,7 +135,11 @@ async def test_a_renewal_that_raises_is_logged_and_the_others_go_on(caplog: pyte
         raise ValueError("no")
 
     def renew(number: int) -> Callable[[], float]:
-        return lambda: renewed.append(number) or clock.monotonic() + 1.0  # type: ignore[func-returns-value]
+        def once_more() -> float:
+            renewed.append(number)
+            return clock.monotonic() + 1.0
+
+        return once_more
 
     for number in range(3):
         renewals.track(f"before {number}", timers, clock.monotonic() + 1.0, renew(number))
