@@ -54,6 +54,7 @@ from .failures import BACKEND_FAILURES
 from .link import Link, NoLink
 from .load_coordinator import LoadCoordinator
 from .node import Node
+from .runners import AsyncRunner
 from .typed import fit, tell_misfit
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         """Use `link` from now on; `blocking` makes every call a coroutine that never suspends, for `SyncCache`."""
         self._link = link
         self._turn_get = link.turn_get
+        self._runner = AsyncRunner(link)
         self._turn_set = link.turn_set
         self._ask: Asking = link.request_blocking if blocking else link.request
         self._probe: Probing = link.probe_blocking if blocking else link.probe

@@ -47,6 +47,7 @@ class CacheLoading(Decorating):
     """What `Cache` does about loaders."""
 
     _link: Link
+    _runner: AsyncRunner
     _turn_get: Turn
     _turns_left: int
 
@@ -106,9 +107,7 @@ class CacheLoading(Decorating):
         check_key(key)
         found: Any = reply if isinstance(reply, Found | Missing) else await self._link.finish(request, reply)
         checked = LoadOptions.of(ttl, tags, **options)
-        return await self._loads.deliver(
-            AsyncRunner(self._link), job_of(key, loader, checked, remote=reply is None), found
-        )
+        return await self._loads.deliver(self._runner, job_of(key, loader, checked, remote=reply is None), found)
 
     async def get_or_load_many(
         self,

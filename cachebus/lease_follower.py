@@ -79,7 +79,7 @@ class LeaseFollower(Struct, eq=False):
         if (failed := await self._lease_end(name, 0.0, job.options.wait_limit)) is not None:
             return Raised(failed)
         while (patience := self.started + job.options.wait_limit - now()) > 0:
-            load = LeasedLoad(self.table, runner, job, now(), self.in_flight, self.table.next_token())
+            load = LeasedLoad(self.table, runner, job, now(), self.in_flight, next(self.table.tokens))
             try:
                 reply = await load.ask(wait=patience, after=name)
             except LoaderFailed as error:

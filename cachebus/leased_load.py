@@ -80,14 +80,11 @@ class LoadTable:
 
     def __init__(self) -> None:
         self.owner = f"{os.getpid()}-{os.urandom(6).hex()}"
-        self._numbers = itertools.count(1)
+        self.tokens = map(f"{self.owner}-{{}}".format, itertools.count(1))
+        """What leases are asked for as: an iterator without an end."""
         self.in_flight: dict[str, InFlightLoad] = {}
         self.renewals = Renewals()
         self.random = random.Random()
-
-    def next_token(self) -> str:
-        """Return what a lease is asked for as."""
-        return f"{self.owner}-{next(self._numbers)}"
 
     def find(self, name: str) -> InFlightLoad | None:
         """Return the load under a lease, or the load that has asked for it and has no answer yet."""

@@ -160,8 +160,8 @@ class LoadCoordinator:
                 raise LeftOut(job.key)
 
     def _new_load(self, runner: Runner, job: LoadJob, started: float) -> LeasedLoad:
-        table = self.table
-        return LeasedLoad(table, runner, job, started, InFlightLoad(owner=job.caller), table.next_token())
+        in_flight = InFlightLoad(owner=job.caller)
+        return LeasedLoad(self.table, runner, job, started, in_flight, next(self.table.tokens))
 
     def _join(
         self, runner: Runner, job: LoadJob, told: str, started: float, released: str
@@ -237,7 +237,7 @@ class LoadCoordinator:
             now = link.bus.clock.monotonic()
             RefreshLoad(
                 self.refreshing,
-                LeasedLoad(self.table, runner, job, now, InFlightLoad(), self.table.next_token()),
+                LeasedLoad(self.table, runner, job, now, InFlightLoad(), next(self.table.tokens)),
                 found,
             ).start()
         idle_ttl = options.idle_ttl
@@ -320,7 +320,7 @@ class LoadCoordinator:
         asynchronous = is_asynchronous(loader)
         call = calls_for_one(loader, key)
         job = LoadJob(key, call, options, options.tags, asynchronous, remote=True)
-        return LeasedLoad(self.table, runner, job, started, in_flight, self.table.next_token())
+        return LeasedLoad(self.table, runner, job, started, in_flight, next(self.table.tokens))
 
     async def _lease_many(self, runner: Runner, loads: dict[str, LeasedLoad]) -> dict[str, Any]:
         """Ask for the lease of each load, and return the replies by key; `None` for a key that cannot be leased."""
