@@ -32,12 +32,11 @@ from cachebus.messages import (
 
 from .cached_errors import CachedFailure, unwrap
 from .failures import MISSED
-from .group_load import GroupLoad
 from .lease_coalescer import LeaseCoalescer
 from .lease_follower import FIRST_PAUSE, LONGEST_PAUSE, LeaseFollower, LeaseNotifications, lease_of
 from .leased_load import LeasedLoad, LoadJob, LoadTable
 from .load_options import LoadOptions
-from .load_variants import RefreshLoad, UnleasedLoad
+from .load_variants import GroupLoad, RefreshLoad, UnleasedLoad
 from .loaders import LeftOut, Loader, calls_for_one, is_asynchronous, kind_of
 from .runners import Runner
 from .singleflight import CANCELLED, LEFT_OUT, TIMED_OUT, InFlightLoad, Raised, Value, Values
