@@ -88,7 +88,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, ttl: LoadTtl = "default", tags: Iterable[str] = (), **options: Unpack[LoadKeywords]) -> LoadOptions:
         """Return the options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
-        tags = tags if tags == () else check_tags(tags)
+        checked = () if tags == () else check_tags(tags)
         if unknown := options.keys() - LOAD_OPTIONS:
             raise TypeError(
                 f"there is no option {min(unknown)!r} of loading; there are {', '.join(sorted(LOAD_OPTIONS))}"
@@ -97,9 +97,9 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
             options["cache_errors"] = check_classes(options["cache_errors"])
         try:
             # Of a function as `ttl`, each call has one of its own, which is not to be kept.
-            return _checked(ttl, tags, **options) if callable(ttl) else _checked_once(ttl, tags, **options)
+            return _checked(ttl, checked, **options) if callable(ttl) else _checked_once(ttl, checked, **options)
         except TypeError:
-            return _checked(ttl, tags, **options)  # Something that cannot be hashed, or is wrong: the error says which.
+            return _checked(ttl, checked, **options)  # Something that cannot be hashed, or is wrong: the error says which.
 
     def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
         """Return the time to live of a loaded value: what its loader said, or else what these options say."""
