@@ -154,11 +154,17 @@ class LeaseTable:
 
     def leave(self, key: str, asked: str) -> Waiter | None:
         """Take out the caller who is parked with the question `asked`."""
-        for lease in (self.by_key.get(key), *self._void.values()):
-            for at, waiter in enumerate(lease.waiters if lease is not None and lease.key == key else ()):
-                if waiter.request.token == asked and lease is not None:
-                    self._waiting -= 1
-                    return lease.waiters.pop(at)
+        current = self.by_key.get(key)
+        void = [each for each in self._void.values() if each.key == key] if self._void else []
+        for lease in void if current is None else [current, *void]:
+            for waiter in lease.waiters:
+                if waiter.request.token == asked:
+                    kept = [each for each in self.empty(lease) if each is not waiter]
+                    for each in kept:
+                        self.park(lease, each)
+                    if not kept and lease is not current:
+                        del self._void[lease.token]
+                    return waiter
         return None
 
     def empty(self, lease: Lease) -> list[Waiter]:

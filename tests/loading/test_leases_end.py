@@ -9,8 +9,9 @@ import pytest
 from cachebus import Cache, LoadResult, Node, Settings, open_cache
 from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import Deferred
-from cachebus.messages import GetOrLease, LeaseGranted, NotHeld, Released, ReleaseLease
+from cachebus.messages import Delete, GetOrLease, LeaseGranted, NotHeld, Released, ReleaseLease
 from cachebus.testing.servers import Server, nats_server
+from tests.clock import ManualClock
 
 __all__ = ["nats_server"]
 
@@ -62,3 +63,18 @@ async def test_a_question_that_is_given_back_while_it_waits_is_answered() -> Non
     assert len(parked) == 20
     assert not any(each.waiting for each in parked)
     assert isinstance(store.release(ReleaseLease("k", theirs.token)), Released)
+
+
+def test_a_lost_lease_ends_with_the_last_question_that_waits_for_it() -> None:
+    clock = ManualClock()
+    store = MemoryStore(clock=clock)
+    store.defer = Deferred
+    for lost in (False, True):
+        assert isinstance(store.get_or_lease(GetOrLease("k", "another process", f"{lost}", 60.0)), LeaseGranted)
+        store.get_or_lease(GetOrLease("k", "p", f"q{lost}", 60.0, 30.0))
+        if lost:
+            store.delete(Delete("k"))
+        store.release(ReleaseLease("k", f"q{lost}"))
+        clock.advance(100.0)
+        store.sweep(100)
+        assert not store._leases._void
