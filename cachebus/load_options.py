@@ -99,7 +99,9 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
             # Of a function as `ttl`, each call has one of its own, which is not to be kept.
             return _checked(ttl, checked, **options) if callable(ttl) else _checked_once(ttl, checked, **options)
         except TypeError:
-            return _checked(ttl, checked, **options)  # Something that cannot be hashed, or is wrong: the error says which.
+            return _checked(
+                ttl, checked, **options
+            )  # Something that cannot be hashed, or is wrong: the error says which.
 
     def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
         """Return the time to live of a loaded value: what its loader said, or else what these options say."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -28,7 +28,7 @@ def anyio_backend() -> str:
 async def test_a_value_that_is_too_large_for_the_bus_does_not_keep_its_lease(nats_server: Server, result: Any) -> None:
     url = nats_server.url
     async with (
-        Node(Settings(namespace="large", bus=url), serve=True),  # type: ignore[arg-type]
+        Node(Settings(namespace="large", bus=cast("Any", url)), serve=True),
         open_cache("bus:primary", bus=url, namespace="large") as one,
         open_cache("bus:primary", bus=url, namespace="large") as other,
     ):

@@ -147,12 +147,12 @@ def joins_without_asking(cache: Cache) -> None:
     deliver, track = loads._deliver, loads.table.renewals.track
     under_way: dict[str, Any] = {}
 
-    async def join(runner: Any, job: Any, *rest: Any) -> Any:
+    async def join(runner: Any, job: Any, found: Any, started: float | None = None) -> Any:
         if (in_flight := under_way.get(job.key)) is not None and not in_flight.resolved:
             outcome = await in_flight.wait()
             if isinstance(outcome, Value):
                 return outcome.value
-        return await deliver(runner, job, *rest)
+        return await deliver(runner, job, found, started)
 
     def remember(name: str, timers: Any, due: float, renew: Any) -> None:
         load = renew.__self__
