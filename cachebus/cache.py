@@ -48,12 +48,13 @@ from cachebus.messages import (
 from .cache_limits import CacheLimits
 from .cache_loading import CacheLoading
 from .cache_locks import CacheLocks
-from .cached import Loads
-from .cached_errors import seen
+from .cached_errors import unwrap
 from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
 from .failures import BACKEND_FAILURES
 from .link import Link, NoLink
+from .load_coordinator import LoadCoordinator
 from .node import Node
+from .runners import AsyncRunner
 from .typed import fit, tell_misfit
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         self._make_node = make_node
         self._name = name
         self._node: Node | None = None
-        self._loads = Loads(self)
+        self._loads = LoadCoordinator()
         self.detach("the cache is not open: use it within `async with`")
 
     def __repr__(self) -> str:
@@ -126,6 +127,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         """Use `link` from now on; `blocking` makes every call a coroutine that never suspends, for `SyncCache`."""
         self._link = link
         self._turn_get = link.turn_get
+        self._runner = AsyncRunner(link)
         self._turn_set = link.turn_set
         self._ask: Asking = link.request_blocking if blocking else link.request
         self._probe: Probing = link.probe_blocking if blocking else link.probe
@@ -197,7 +199,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
         if isinstance(reply, Found):
-            shown: Found | Missing = seen(reply)
+            shown: Found | Missing = unwrap(reply)
             return shown
         check_key(request.key)
         found: Found | Missing = reply if isinstance(reply, Missing) else await self._finish(request, reply)

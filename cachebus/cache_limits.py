@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .checks import Duration
 from .link import Link
 from .rate_limits import AsyncRateLimiter, OnLimitError, RateLimiter, admit_request
-from .ways import Awaiting, Blocking
+from .runners import AsyncRunner, ThreadRunner
 
 
 class CacheLimits:
@@ -52,7 +52,7 @@ class CacheLimits:
         with a store that cannot do it.
         """
         request = admit_request(name, limit, per, burst, cost, wait, on_error)
-        return AsyncRateLimiter(lambda: Awaiting(self._link), request, on_error)
+        return AsyncRateLimiter(lambda: AsyncRunner(self._link), request, on_error)
 
 
 class SyncCacheLimits:
@@ -76,4 +76,4 @@ class SyncCacheLimits:
     ) -> RateLimiter:
         """As `Cache.rate_limit`: `cache.rate_limit(...).check()` is a `RateLimit`, and `with` enters a block."""
         request = admit_request(name, limit, per, burst, cost, wait, on_error)
-        return RateLimiter(lambda: Blocking(self.link), request, on_error)
+        return RateLimiter(lambda: ThreadRunner(self.link), request, on_error)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT, Turn
 from cachebus.messages import Found, Get, Missing
 
-from .cached import TURNS_OF_A_MISS, Decorator, Loads
-from .checks import Duration, check_key, check_keys
-from .landing import job_of
+from .cached_function import TURNS_OF_A_MISS, Decorator, cached
+from .checks import check_key, check_keys
+from .leased_load import job_of
 from .link import Link, run
-from .load_options import ErrorClasses, LoadOptions, LoadTtl, Refresh, WaitPolicy
+from .load_coordinator import LoadCoordinator
+from .load_options import LOAD_OPTIONS, MANY_LOAD_OPTIONS, LoadKeywords, LoadOptions, LoadTtl, ManyLoadKeywords
 from .loaders import Loader
-from .ways import Awaiting, Blocking
+from .runners import AsyncRunner, ThreadRunner
 
 
 class Decorating:
     """The decorator of both facades. The functions say which one they want: a coroutine function waits, a plain one blocks."""
 
-    _loads: Loads
+    _loads: LoadCoordinator
+
+    if TYPE_CHECKING:
+
+        @property
+        def link(self) -> Link: ...
 
     def cached(
         self,
@@ -30,33 +36,18 @@ class Decorating:
         key: str | Callable[..., str],
         ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-        cache_errors: ErrorClasses = (),
-        error_ttl: Duration | None = None,
+        **options: Unpack[LoadKeywords],
     ) -> Decorator:
-        """Cache what a function returns; see `Loads.cached`, and `get_or_load` for the options."""
-        options = LoadOptions.of(
-            ttl, tags, stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
-            ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, cache_errors, error_ttl,
-        )  # fmt: skip
-        return self._loads.cached(key=key, options=options)
+        """Cache what a function returns; see `cached_function.cached`, and `get_or_load` for the options."""
+        checked = LoadOptions.of(ttl, tags, **options)
+        return cached(self, self._loads, key=key, options=checked)
 
 
 class CacheLoading(Decorating):
     """What `Cache` does about loaders."""
 
     _link: Link
+    _runner: AsyncRunner
     _turn_get: Turn
     _turns_left: int
 
@@ -71,20 +62,7 @@ class CacheLoading(Decorating):
         *,
         ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-        cache_errors: ErrorClasses = (),
-        error_ttl: Duration | None = None,
+        **options: Unpack[LoadKeywords],
     ) -> Any:
         """The value under `key`; where there is none, what `loader` returns, which is stored.
 
@@ -121,18 +99,15 @@ class CacheLoading(Decorating):
         request = Get(key)
         reply = self._turn_get(request)
         self._turns_left -= 1
-        if type(reply) is Found and idle_ttl is None:
+        if type(reply) is Found and (
+            not options or (options.keys() <= LOAD_OPTIONS and options.get("idle_ttl") is None)
+        ):
             return reply.value
         self._turns_left -= TURNS_OF_A_MISS
         check_key(key)
         found: Any = reply if isinstance(reply, Found | Missing) else await self._link.finish(request, reply)
-        options = LoadOptions.of(
-            ttl, tags, stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
-            ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, cache_errors, error_ttl,
-        )  # fmt: skip
-        return await self._loads.deliver(
-            Awaiting(self._link), job_of(key, loader, options, remote=reply is None), found
-        )
+        checked = LoadOptions.of(ttl, tags, **options)
+        return await self._loads.deliver(self._runner, job_of(key, loader, checked, remote=reply is None), found)
 
     async def get_or_load_many(
         self,
@@ -141,14 +116,7 @@ class CacheLoading(Decorating):
         *,
         ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
+        **options: Unpack[ManyLoadKeywords],
     ) -> dict[str, Any]:
         """The values under `keys`; those that are missing are loaded by one call of `loader`, which is given a list of them
         and returns a mapping. Keys that it leaves out are left out here too, and nothing is stored for them.
@@ -156,22 +124,13 @@ class CacheLoading(Decorating):
         Everything else is as in `get_or_load`. A key that somebody else is loading already is waited for, and not loaded
         again. Values are served stale if all that are loaded can be.
         """
+        if unknown := options.keys() - MANY_LOAD_OPTIONS:
+            raise TypeError(f"there is no option {min(unknown)!r} of get_or_load_many")
         wanted = check_keys(keys)
         found = await self.get_many(wanted)
         if missing := [key for key in dict.fromkeys(wanted) if key not in found]:
-            options = LoadOptions.of(
-                ttl=ttl,
-                tags=tags,
-                stale_for=stale_for,
-                soft_timeout=soft_timeout,
-                hard_timeout=hard_timeout,
-                negative_ttl=negative_ttl,
-                ttl_jitter=ttl_jitter,
-                wait=wait,
-                wait_limit=wait_limit,
-                lease_ttl=lease_ttl,
-            )
-            found |= await self._loads.fetch_many(Awaiting(self._link), missing, loader, options)
+            checked = LoadOptions.of(ttl, tags, **options)
+            found |= await self._loads.fetch_many(AsyncRunner(self._link), missing, loader, checked)
         return {key: found[key] for key in wanted if key in found}
 
 
@@ -194,20 +153,7 @@ class SyncCacheLoading(Decorating):
         *,
         ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-        cache_errors: ErrorClasses = (),
-        error_ttl: Duration | None = None,
+        **options: Unpack[LoadKeywords],
     ) -> Any:
         """As `Cache.get_or_load`. A plain loader runs in the calling thread, or, where it may have to go on by itself, in
         one of its own; a coroutine function runs in the event loop of the cache."""
@@ -215,16 +161,15 @@ class SyncCacheLoading(Decorating):
             check_key(key)
         request = Get(key)
         reply = self._turn_get(request)
-        if type(reply) is Found and idle_ttl is None:
+        if type(reply) is Found and (
+            not options or (options.keys() <= LOAD_OPTIONS and options.get("idle_ttl") is None)
+        ):
             return reply.value
         check_key(key)
         link = self.link
         found: Any = reply if isinstance(reply, Found | Missing) else run(link.finish_blocking(request, reply))
-        options = LoadOptions.of(
-            ttl, tags, stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
-            ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, cache_errors, error_ttl,
-        )  # fmt: skip
-        return run(self._loads.deliver(Blocking(link), job_of(key, loader, options, remote=reply is None), found))
+        checked = LoadOptions.of(ttl, tags, **options)
+        return run(self._loads.deliver(ThreadRunner(link), job_of(key, loader, checked, remote=reply is None), found))
 
     def get_or_load_many(
         self,
@@ -233,30 +178,14 @@ class SyncCacheLoading(Decorating):
         *,
         ttl: LoadTtl = "default",
         tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
+        **options: Unpack[ManyLoadKeywords],
     ) -> dict[str, Any]:
         """As `Cache.get_or_load_many`."""
+        if unknown := options.keys() - MANY_LOAD_OPTIONS:
+            raise TypeError(f"there is no option {min(unknown)!r} of get_or_load_many")
         wanted = check_keys(keys)
         found = self.get_many(wanted)
         if missing := [key for key in dict.fromkeys(wanted) if key not in found]:
-            options = LoadOptions.of(
-                ttl=ttl,
-                tags=tags,
-                stale_for=stale_for,
-                soft_timeout=soft_timeout,
-                hard_timeout=hard_timeout,
-                negative_ttl=negative_ttl,
-                ttl_jitter=ttl_jitter,
-                wait=wait,
-                wait_limit=wait_limit,
-                lease_ttl=lease_ttl,
-            )
-            found |= run(self._loads.fetch_many(Blocking(self.link), missing, loader, options))
+            checked = LoadOptions.of(ttl, tags, **options)
+            found |= run(self._loads.fetch_many(ThreadRunner(self.link), missing, loader, checked))
         return {key: found[key] for key in wanted if key in found}

@@ -74,23 +74,23 @@ class CachedError:
         return error
 
 
-class Remembered(Missing, frozen=True, gc=True, tag=""):
+class CachedFailure(Missing, frozen=True, gc=True, tag=""):
     """In the place of `Missing`: the key has no value, and `error` is what its loader raised. It leaves no process."""
 
     error: CachedError
 
 
-def seen(answer: R) -> R:
-    """The reply of a store to whoever looks for values: an exception in the place of one is none."""
+def unwrap(answer: R) -> R:
+    """Return the reply of a store as the caller sees it: a cached exception is no value."""
     reply: Any = answer
-    shown: R = _seen(reply)
+    shown: R = _unwrapped(reply)
     return shown
 
 
-def _seen(reply: Any) -> Any:
+def _unwrapped(reply: Any) -> Any:
     kind = _type_of(reply)
     if kind is Loaded or kind is Found:
-        return Remembered(reply.value) if type(reply.value) is CachedError else reply
+        return CachedFailure(reply.value) if type(reply.value) is CachedError else reply
     if kind is FoundMany:
         if any(type(each.value) is CachedError for each in reply.entries.values()):
             return FoundMany({key: each for key, each in reply.entries.items() if type(each.value) is not CachedError})

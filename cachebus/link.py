@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
 from cachebus.messages import CacheClosed, Event, Get, GetOrLease, Request, Set
 
-from .cached_errors import seen
+from .cached_errors import unwrap
 from .checks import Since, check_since
 from .failures import BACKEND_FAILURES, Failures, OnError
 
@@ -76,14 +76,14 @@ class Link:
         """Ask, awaiting the reply for `patience` seconds more than a call may take, or what stands for it (see
         `Failures`)."""
         try:
-            return seen(await self.bus.request(self.address, message, self.timeout + patience))
+            return unwrap(await self.bus.request(self.address, message, self.timeout + patience))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
 
     async def request_blocking(self, message: Request[R], patience: float = 0.0) -> R:
         """Ask, blocking this thread; a coroutine that never suspends, so that the facades can share their code."""
         try:
-            return seen(self.bus.request_blocking(self.address, message, self.timeout + patience))
+            return unwrap(self.bus.request_blocking(self.address, message, self.timeout + patience))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
 
@@ -102,14 +102,14 @@ class Link:
     async def finish(self, message: Request[R], reply: Any) -> R:
         """Come to the reply from what a turn has returned."""
         try:
-            return seen(await self.bus.finish(self.address, message, reply, self.timeout))
+            return unwrap(await self.bus.finish(self.address, message, reply, self.timeout))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
 
     async def finish_blocking(self, message: Request[R], reply: Any) -> R:
         """As `finish`, in the manner of `request_blocking`."""
         try:
-            return seen(self.bus.finish_blocking(self.address, message, reply, self.timeout))
+            return unwrap(self.bus.finish_blocking(self.address, message, reply, self.timeout))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
 

@@ -1,4 +1,4 @@
-"""How a value is loaded: the options of `get_or_load`, checked."""
+"""The options of `get_or_load`, checked."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import random
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import EllipsisType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
-import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from cachebus.messages import Loaded, LoadMetadata, Ttl
 
-from .cached_errors import CachedError, Remembered, check_classes
+from .cached_errors import CachedError, CachedFailure, check_classes
 from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
-from .loaders import Bare, LoadResult
+from .loaders import LoadResult
 
 LoadTtl = TimeToLive | Callable[[Any], TimeToLive]
 """As a `TimeToLive`, or a function of the loaded value that gives one."""
@@ -24,15 +25,46 @@ ErrorClasses = Iterable[type[Exception]] | type[Exception]
 """Classes of exceptions, or one."""
 
 Refresh = Literal["xfetch"] | float | None
-"""When a live value is loaded anew: by chance, the likelier the nearer its end and the longer its load (`"xfetch"`), or
+"""When a live value is refreshed: by chance, the likelier the nearer its end and the longer its load (`"xfetch"`), or
 after this part of its lifetime."""
 
 WaitPolicy = Literal["load", "stale", "raise"]
-"""What becomes of a caller who has waited for somebody else's load for as long as it may."""
+"""What a caller does after it has waited for another load as long as it may."""
 
 
-class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of a load, in the words of `Cache.get_or_load`. Durations are seconds."""
+class ManyLoadKeywords(TypedDict, total=False):
+    """The options of `get_or_load_many` beside `ttl` and `tags`. Durations are seconds or a `timedelta`."""
+
+    stale_for: Duration
+    soft_timeout: Duration | None
+    hard_timeout: Duration | None
+    negative_ttl: Duration | None
+    ttl_jitter: float
+    wait: WaitPolicy
+    wait_limit: Duration
+    lease_ttl: Duration
+
+
+class LoadKeywords(ManyLoadKeywords, total=False):
+    """The options of `get_or_load` and `cached` beside `ttl` and `tags`."""
+
+    refresh: Refresh
+    refresh_after: Duration | None
+    beta: float
+    idle_ttl: Duration | None
+    cache_errors: ErrorClasses
+    error_ttl: Duration | None
+
+
+MANY_LOAD_OPTIONS = frozenset(ManyLoadKeywords.__annotations__)
+LOAD_OPTIONS = frozenset(LoadKeywords.__annotations__)
+
+
+class LoadOptions(Struct, frozen=True, kw_only=True):
+    """The options of a load, as in `Cache.get_or_load`. Durations are seconds.
+
+    `ttl_of` gives the `ttl` of a value, if that is no number. `is_plain` says that every value is stored with `ttl` and nothing else.
+    """
 
     ttl: Ttl = "default"
     tags: tuple[str, ...] = ()
@@ -51,42 +83,28 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     cache_errors: tuple[type[Exception], ...] = ()
     error_ttl: float | None = None
     ttl_of: Callable[[Any], TimeToLive] | None = None
-    """What gives the `ttl` of a value, where that is no number."""
+    is_plain: bool = False
 
     @classmethod
-    def of(
-        cls,
-        ttl: LoadTtl = "default",
-        tags: Iterable[str] = (),
-        stale_for: Duration = 0.0,
-        soft_timeout: Duration | None = None,
-        hard_timeout: Duration | None = None,
-        refresh: Refresh = None,
-        refresh_after: Duration | None = None,
-        beta: float = 1.0,
-        negative_ttl: Duration | None = None,
-        ttl_jitter: float = 0.0,
-        idle_ttl: Duration | None = None,
-        wait: WaitPolicy = "load",
-        wait_limit: Duration = 30.0,
-        lease_ttl: Duration = 10.0,
-        cache_errors: ErrorClasses = (),
-        error_ttl: Duration | None = None,
-    ) -> LoadOptions:
-        """The options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
-        given = (
-            ttl, check_tags(tags), stale_for, soft_timeout, hard_timeout, refresh, refresh_after, beta, negative_ttl,
-            ttl_jitter, idle_ttl, wait, wait_limit, lease_ttl, check_classes(cache_errors), error_ttl,
-        )  # fmt: skip
-        if callable(ttl):
-            return _checked(*given)  # Mostly one of each call's own, which is not to be kept.
+    def of(cls, ttl: LoadTtl = "default", tags: Iterable[str] = (), **options: Unpack[LoadKeywords]) -> LoadOptions:
+        """Return the options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
+        checked = () if tags == () else check_tags(tags)
+        if unknown := options.keys() - LOAD_OPTIONS:
+            raise TypeError(
+                f"there is no option {min(unknown)!r} of loading; there are {', '.join(sorted(LOAD_OPTIONS))}"
+            )
+        if "cache_errors" in options:
+            options["cache_errors"] = check_classes(options["cache_errors"])
         try:
-            return _checked_once(*given)
+            # Of a function as `ttl`, each call has one of its own, which is not to be kept.
+            return _checked(ttl, checked, **options) if callable(ttl) else _checked_once(ttl, checked, **options)
         except TypeError:
-            return _checked(*given)  # Something that cannot be hashed, or is wrong: the error says which.
+            return _checked(
+                ttl, checked, **options
+            )  # Something that cannot be hashed, or is wrong: the error says which.
 
-    def time_to_live(self, result: LoadResult | Bare, chance: random.Random) -> Ttl:
-        """What a loaded value is given: by its own loader if that said so, else by these options."""
+    def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
+        """Return the time to live of a loaded value: what its loader said, or else what these options say."""
         if not isinstance(result.ttl, EllipsisType):
             if self.idle_ttl is not None:
                 raise ValueError(
@@ -104,24 +122,24 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
         return ttl
 
     def cap(self, value: object) -> float | None:
-        """For how many seconds a value may live at most, however often it is asked for; `None` where that is not known."""
+        """Return the seconds that a value may live at most, however often it is read; `None` if that is not known."""
         ttl = self.negative_ttl if value is None and self.negative_ttl is not None else self.ttl
         return ttl if isinstance(ttl, float) else None
 
     def record_of(self, error: Exception) -> CachedError | None:
-        """What is to be stored of a loader's exception, if anything."""
+        """Return what is to be stored of a loader's exception, if anything."""
         return CachedError.of(error) if self.cache_errors and isinstance(error, self.cache_errors) else None
 
     def time_of_error(self, chance: random.Random) -> float:
-        """The seconds for which an exception is kept."""
+        """Return the seconds for which an exception is kept."""
         return (self.error_ttl or 0.0) * (1 - self.ttl_jitter * chance.random())
 
-    def recalled(self, remembered: Remembered) -> Exception | None:
-        """The exception that was kept, if this caller asks for such."""
-        return remembered.error.rebuilt(self.cache_errors) if self.cache_errors else None
+    def recalled(self, failure: CachedFailure) -> Exception | None:
+        """Return the exception that was kept, if this caller asks for such."""
+        return failure.error.rebuilt(self.cache_errors) if self.cache_errors else None
 
-    def metadata(self, load_time: float, result: LoadResult | Bare) -> LoadMetadata | None:
-        """What is kept of the load beside the value, if anything will ask for it."""
+    def metadata(self, load_time: float, result: LoadResult) -> LoadMetadata | None:
+        """Return what is kept of the load beside the value, if anything will read it."""
         stale_for = self.stale_for
         if result.stale_for is not None:
             stale_for = check_seconds("stale_for", result.stale_for, zero=True)
@@ -129,8 +147,20 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return LoadMetadata(load_time, stale_for, result.etag)
 
+    def patience(self, spent: float, *, has_stale: bool, is_leader: bool) -> tuple[float | None, str]:
+        """Return how long a caller goes on waiting that has `spent` seconds, and the limit that comes first: `soft`, `hard` or
+        `wait`."""
+        limits: list[tuple[float, str]] = []
+        if self.soft_timeout is not None and has_stale:
+            limits.append((max(0.0, self.soft_timeout - spent), "soft"))
+        if self.hard_timeout is not None:
+            limits.append((max(0.0, self.hard_timeout - spent), "hard"))
+        if not is_leader:
+            limits.append((max(0.0, self.wait_limit - spent), "wait"))
+        return min(limits, default=(None, ""))
+
     def wants_refresh(self, found: Loaded, chance: random.Random) -> bool:
-        """Whether a live value is to be loaded anew now.
+        """Return whether a live value is to be refreshed now.
 
         XFetch: Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention" (VLDB 2015).
         """
@@ -145,61 +175,43 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
         return self.refresh is not None and found.lifetime - left >= self.refresh * found.lifetime
 
 
-def _checked(
-    ttl: LoadTtl,
-    tags: tuple[str, ...],
-    stale_for: Duration,
-    soft_timeout: Duration | None,
-    hard_timeout: Duration | None,
-    refresh: Refresh,
-    refresh_after: Duration | None,
-    beta: float,
-    negative_ttl: Duration | None,
-    ttl_jitter: float,
-    idle_ttl: Duration | None,
-    wait: WaitPolicy,
-    wait_limit: Duration,
-    lease_ttl: Duration,
-    cache_errors: tuple[type[Exception], ...],
-    error_ttl: Duration | None,
-) -> LoadOptions:
-    checked = LoadOptions(
-        ttl="default" if callable(ttl) else check_ttl(ttl),
-        ttl_of=ttl if callable(ttl) else None,
-        cache_errors=cache_errors,
-        error_ttl=_or_none("error_ttl", error_ttl),
-        tags=tags,
-        stale_for=check_seconds("stale_for", stale_for, zero=True),
-        soft_timeout=_or_none("soft_timeout", soft_timeout, zero=True),
-        hard_timeout=_or_none("hard_timeout", hard_timeout),
-        refresh=refresh,
-        refresh_after=_or_none("refresh_after", refresh_after),
-        beta=beta,
-        negative_ttl=_or_none("negative_ttl", negative_ttl),
-        ttl_jitter=ttl_jitter,
-        idle_ttl=_or_none("idle_ttl", idle_ttl),
-        wait=wait,
-        wait_limit=check_seconds("wait_limit", wait_limit, zero=True),
-        lease_ttl=check_seconds("lease_ttl", lease_ttl),
-    )
-    if wait not in ("load", "stale", "raise"):
-        raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {wait!r}")
+_DURATIONS = {
+    "stale_for": (False, True),
+    "soft_timeout": (True, True),
+    "hard_timeout": (True, False),
+    "refresh_after": (True, False),
+    "negative_ttl": (True, False),
+    "idle_ttl": (True, False),
+    "error_ttl": (True, False),
+    "wait_limit": (False, True),
+    "lease_ttl": (False, False),
+}
+"""For each duration: whether it may be `None`, and whether it may be 0."""
+
+
+def _checked(ttl: LoadTtl, tags: tuple[str, ...], **options: Any) -> LoadOptions:
+    for name, (optional, zero) in _DURATIONS.items():
+        if name in options and not (optional and options[name] is None):
+            options[name] = check_seconds(name, options[name], zero=zero)
+    given = LoadOptions(ttl="default" if callable(ttl) else check_ttl(ttl), tags=tags, **options)
+    refresh, jitter, beta = given.refresh, given.ttl_jitter, given.beta
+    if given.wait not in ("load", "stale", "raise"):
+        raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {given.wait!r}")
     if refresh is not None and refresh != "xfetch" and not (type(refresh) is float and 0 < refresh < 1):
         raise ValueError(f"refresh must be 'xfetch' or a part of the lifetime between 0 and 1, not {refresh!r}")
-    if type(ttl_jitter) not in (int, float) or not 0 <= ttl_jitter < 1:
-        raise ValueError(f"ttl_jitter must be a part of the ttl, from 0 to below 1, not {ttl_jitter!r}")
+    if type(jitter) not in (int, float) or not 0 <= jitter < 1:
+        raise ValueError(f"ttl_jitter must be a part of the ttl, from 0 to below 1, not {jitter!r}")
     if type(beta) not in (int, float) or not 0 < beta < 1e300:
         raise ValueError(f"beta must be a positive number, not {beta!r}")
-    if idle_ttl is not None and not isinstance(checked.ttl, float):
+    if given.idle_ttl is not None and not isinstance(given.ttl, float):
         raise ValueError("idle_ttl needs a ttl in seconds, which caps it")
-    if bool(cache_errors) != (error_ttl is not None):
+    if bool(given.cache_errors) != (given.error_ttl is not None):
         raise ValueError("cache_errors and error_ttl need each other: which exceptions are kept, and for how long")
-    return checked
+    if callable(ttl):
+        return replace(given, ttl_of=ttl)
+    differs = given.stale_for or jitter or given.idle_ttl or given.negative_ttl or refresh or given.refresh_after
+    return given if differs else replace(given, is_plain=True)
 
 
-_checked_once = lru_cache(maxsize=256, typed=True)(_checked)
-"""Checking takes as long as storing the value. By type, because 1 and True are equal, and `True` is no time."""
-
-
-def _or_none(name: str, duration: Duration | None, *, zero: bool = False) -> float | None:
-    return None if duration is None else check_seconds(name, duration, zero=zero)
+_checked_once: Callable[..., LoadOptions] = lru_cache(maxsize=256, typed=True)(_checked)
+"""Checking takes as long as storing the value. Keyed by type too: 1 and `True` are equal, and `True` is no time."""

@@ -1,4 +1,4 @@
-"""Loaders: what they are told, what they may answer, and how they are called."""
+"""Loaders: what they are given, what they may return, and how they are called."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import AsyncGeneratorType, EllipsisType, FunctionType, GeneratorType, MethodType
 from typing import Any, cast
 
-import msgspec
+from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from cachebus.messages import CacheError
 
@@ -19,12 +20,12 @@ LONGEST_ETAG = 1024
 """Bytes of an `etag` in UTF-8: it stands beside the value, in the head of the entry."""
 
 
-class LoadContext(msgspec.Struct, frozen=True):
-    """What a loader is told if it takes an argument.
+class LoadContext(Struct, frozen=True):
+    """What a loader is given if it takes an argument.
 
-    `key` is the key that is loaded; `tags` are those that the value will have. `stale` is the value that was there before,
-    if `has_stale`, `etag` the version that its loader gave it, and `stale_tags` are the tags that it had. `deadline` is when whoever asked stops waiting, on the
-    cache's monotonic clock; `None` where nobody does.
+    `key` is the key that is loaded; `tags` are those that the value will have. `stale` is the value that was there before, if
+    `has_stale`; `etag` is the version that its loader gave it, and `stale_tags` are the tags that it had. `deadline` is when the
+    caller stops waiting, on the cache's monotonic clock; `None` if it does not.
     """
 
     key: str
@@ -36,11 +37,11 @@ class LoadContext(msgspec.Struct, frozen=True):
     stale_tags: tuple[str, ...] = ()
 
 
-class LoadResult(msgspec.Struct, frozen=True):
-    """What a loader may return instead of a bare value, to decide how it is kept.
+class LoadResult(Struct, frozen=True):
+    """What a loader may return instead of a bare value, to decide how the value is kept.
 
     `ttl` and `stale_for` count instead of those of the call, `tags` in addition to them. With `store=False` the value goes
-    to those who wait for it and is not kept. `etag` is its version at the source. Durations are seconds or a `timedelta`.
+    to its waiters and is not kept. `etag` is its version at the source. Durations are seconds or a `timedelta`.
     Raises `TypeError` or `ValueError` for what these cannot be.
     """
 
@@ -53,7 +54,7 @@ class LoadResult(msgspec.Struct, frozen=True):
     unchanged: bool = False
 
     def __post_init__(self) -> None:
-        msgspec.structs.force_setattr(self, "tags", check_tags(self.tags))  # An iterator could be read only once.
+        force_setattr(self, "tags", check_tags(self.tags))  # An iterator could be read only once.
         if not isinstance(self.ttl, EllipsisType):
             check_ttl(self.ttl)
         if self.stale_for is not None:
@@ -69,7 +70,7 @@ class LoadResult(msgspec.Struct, frozen=True):
         return cls(ttl=ttl, etag=etag, unchanged=True)
 
     def resolved(self, context: LoadContext) -> LoadResult:
-        """Itself, with the value that `not_modified` stands for."""
+        """Return the result with the value that `not_modified` stands for."""
         if not self.unchanged:
             return self
         if not context.has_stale:
@@ -91,30 +92,14 @@ def _check_etag(etag: object) -> None:
         raise ValueError(f"etag must have at most {LONGEST_ETAG} bytes, not {size}")
 
 
-class Bare:
-    """What a `LoadResult` of nothing but a value is, made in a tenth of the time."""
+def as_result(loaded: object) -> LoadResult:
+    """Return what a loader returned, with what it says about how to keep it.
 
-    __slots__ = ("value",)
-
-    ttl = ...
-    tags: tuple[str, ...] = ()
-    store = True
-    etag = None
-    stale_for = None
-    unchanged = False
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def as_result(loaded: object) -> LoadResult | Bare:
-    """What a loader returned, with what it says about how to keep it. Raises `TypeError` for a generator, which only the
-    first reader would find full."""
-    if isinstance(loaded, LoadResult):
-        _refuse_generator(loaded.value)
-        return loaded
-    _refuse_generator(loaded)
-    return Bare(loaded)
+    Raises `TypeError` for a generator, of which only the first reader would get anything.
+    """
+    result = loaded if isinstance(loaded, LoadResult) else LoadResult(loaded)
+    _refuse_generator(result.value)
+    return result
 
 
 def _refuse_generator(value: object) -> None:
@@ -123,7 +108,7 @@ def _refuse_generator(value: object) -> None:
 
 
 def as_mapping(loaded: object) -> Mapping[str, Any]:
-    """What a loader of many returned. Raises `TypeError` unless it is a mapping."""
+    """Return what a loader of many returned. Raises `TypeError` unless it is a mapping."""
     if not isinstance(loaded, Mapping):
         raise TypeError(f"a loader of many must return a mapping of keys to values, not a {type(loaded).__name__}")
     return cast("Mapping[str, Any]", loaded)
@@ -133,10 +118,10 @@ class LeftOut(LookupError):
     """Raised when a loader of many keys brings no value for one that was asked for alone."""
 
 
-def calls_for_one(load: Loader, key: str) -> Callable[[LoadContext], Any]:
-    """What asks a loader of many for one key. It raises `LeftOut` if no value comes."""
+def calls_for_one(load: Loader, key: str) -> Callable[[], Any]:
+    """Return a loader of one key that calls a loader of many. It raises `LeftOut` if no value comes."""
 
-    def call(context: LoadContext) -> Any:
+    def call() -> Any:
         loaded = load([key])
         return _awaited_one(cast("Any", loaded), key) if isinstance(loaded, Awaitable) else _one(loaded, key)
 
@@ -154,20 +139,19 @@ def _one(loaded: object, key: str) -> Any:
     return brought[key]
 
 
-def check_loader(loader: object) -> None:
-    """Raise `TypeError` for what cannot be called."""
-    if not callable(loader):
-        raise TypeError(f"a loader must be callable, not {loader!r}")
-
-
 def kind_of(loader: Loader) -> tuple[bool, bool]:
-    """Whether a loader has a parameter that must be given, and whether it is a coroutine function."""
+    """Return whether a loader has a parameter that must be given, and whether it is a coroutine function.
+
+    Raises `TypeError` for what cannot be called.
+    """
     function, bound = (loader.__func__, 1) if isinstance(loader, MethodType) else (loader, 0)
     if type(function) is FunctionType and not function.__dict__:
         # Most are this, and reading it off takes a twentieth of the time of making a signature.
         code = function.__code__
         wants = code.co_argcount - len(function.__defaults__ or ()) > bound
         return wants, bool(code.co_flags & inspect.CO_COROUTINE)
+    if not callable(loader):
+        raise TypeError(f"a loader must be callable, not {loader!r}")
     return _wants_argument(loader), is_asynchronous(loader)
 
 
@@ -184,14 +168,14 @@ def _wants_argument(loader: Loader) -> bool:
 
 
 def is_asynchronous(function: Any) -> bool:
-    """Whether calling it makes something to await, as far as can be seen without calling it."""
+    """Return whether calling it makes something to await, as far as can be seen without calling it."""
     if type(function) is FunctionType and not function.__dict__:
         return bool(function.__code__.co_flags & inspect.CO_COROUTINE)  # In a tenth of the time.
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 async def awaited(result: Any) -> Any:
-    """The result, awaited if it wants to be."""
+    """Return the result, awaited as long as it can be."""
     while isinstance(result, Awaitable):
         result = await cast("Any", result)
     return result

@@ -94,4 +94,4 @@ class LockWay:
                 started, share = self.now(), PER_LEASE_IN_TROUBLE
             self._renewals.postpone(ticket, self._timers, started + lock.ttl / share)
 
-        spawn(renew, lambda: None)
+        spawn(renew())

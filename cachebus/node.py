@@ -135,7 +135,7 @@ class Node:
             link = Link(self.bus, address, settings.timeout, emitter, self._timers, settings.on_error)
             link.locks = self._lock_way
             return link
-        from .payload_link import PayloadLink
+        from .payload_link import PayloadLink  # Caches that keep objects do without.
 
         link = PayloadLink(
             self.bus,

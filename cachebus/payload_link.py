@@ -41,7 +41,7 @@ from cachebus.messages import (
     Stored,
 )
 
-from .cached_errors import CachedError, Remembered
+from .cached_errors import CachedError, CachedFailure
 from .failures import BACKEND_FAILURES, OnError
 from .link import Link
 from .payload import PayloadPipeline
@@ -154,7 +154,7 @@ class PayloadLink(Link):
                         self._tell_rejected(coded.key, error.reason, str(error))
                         return cast("R", _MISSING)
                     if type(value) is CachedError:
-                        return cast("R", Remembered(value))
+                        return cast("R", CachedFailure(value))
                     return cast("R", Found(value, came.version, came.ttl, came.tags, came.stored_at))
             deadline = deadline or self.bus.clock.monotonic() + reply.seconds_left
             return cast("R", await self._come_back(_WAITING, coded, came, deadline))
@@ -380,7 +380,7 @@ class PayloadLink(Link):
                 self._tell_rejected(key, error.reason, str(error))
                 return _MISSING
             if type(value) is CachedError:
-                return Remembered(value)
+                return CachedFailure(value)
         return with_value(reply, value)
 
     def _rejected(self, key: str, error: CacheSerializationError) -> None:

@@ -13,7 +13,7 @@ from cachebus.messages import Admit, RateLimitDenied, RateLimited
 from .checks import Duration, check_key, check_seconds
 from .failures import BACKEND_FAILURES
 from .link import run
-from .ways import Awaiting, Blocking
+from .runners import AsyncRunner, ThreadRunner
 
 OnLimitError: TypeAlias = Literal["raise", "allow"]
 
@@ -65,10 +65,10 @@ def _units(name: str, units: Any) -> int:
     return int(units)
 
 
-async def _check(way: Awaiting | Blocking, request: Admit, on_error: OnLimitError) -> RateLimit:
+async def _check(runner: AsyncRunner | ThreadRunner, request: Admit, on_error: OnLimitError) -> RateLimit:
     """Ask, and wait for what was taken in advance."""
-    link = way.link
-    probe = link.probe if isinstance(way, Awaiting) else link.probe_blocking
+    link = runner.link
+    probe = link.probe if isinstance(runner, AsyncRunner) else link.probe_blocking
     try:
         reply = await probe(request, link.timeout)
     except BACKEND_FAILURES as error:
@@ -77,7 +77,7 @@ async def _check(way: Awaiting | Blocking, request: Admit, on_error: OnLimitErro
     if isinstance(reply, RateLimitDenied):
         return RateLimit(False, reply.remaining, reply.retry_after, reply.reset_after)
     if reply.delay:
-        await way.pause(reply.delay)
+        await runner.pause(reply.delay)
     return RateLimit(True, reply.remaining, 0.0, max(0.0, reply.reset_after - reply.delay))
 
 
@@ -94,8 +94,8 @@ class AsyncRateLimiter:
     raises `RateLimited` when it is not.
     """
 
-    def __init__(self, way: Callable[[], Awaiting], request: Admit, on_error: OnLimitError) -> None:
-        self._way = way
+    def __init__(self, runner: Callable[[], AsyncRunner], request: Admit, on_error: OnLimitError) -> None:
+        self._runner = runner
         self._request = request
         self._on_error: OnLimitError = on_error
 
@@ -104,7 +104,7 @@ class AsyncRateLimiter:
 
     async def check(self) -> RateLimit:
         """The same as `await limiter`."""
-        return await _check(self._way(), self._request, self._on_error)
+        return await _check(self._runner(), self._request, self._on_error)
 
     def __await__(self) -> Generator[Any, Any, RateLimit]:
         return self.check().__await__()
@@ -121,8 +121,8 @@ class AsyncRateLimiter:
 class RateLimiter:
     """As `AsyncRateLimiter`, of a `SyncCache`: `limiter.check()`, and `with limiter`."""
 
-    def __init__(self, way: Callable[[], Blocking], request: Admit, on_error: OnLimitError) -> None:
-        self._way = way
+    def __init__(self, runner: Callable[[], ThreadRunner], request: Admit, on_error: OnLimitError) -> None:
+        self._runner = runner
         self._request = request
         self._on_error: OnLimitError = on_error
 
@@ -131,7 +131,7 @@ class RateLimiter:
 
     def check(self) -> RateLimit:
         """Take from it, and say what became of that."""
-        return run(_check(self._way(), self._request, self._on_error))
+        return run(_check(self._runner(), self._request, self._on_error))
 
     def __enter__(self) -> RateLimit:
         return _entered(self._request, self.check())

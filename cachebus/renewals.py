@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+
+from msgspec import Struct
 
 from cachebus.actors import Timers
-from cachebus.bus import Bus
-from cachebus.messages import RenewLease, Request
 
 PER_LEASE = 3
 """How often something is renewed within its own time, so that one lost renewal does not lose it."""
@@ -18,21 +17,9 @@ TOGETHER = 0.05
 """Seconds by which something is renewed early, with what is due before it."""
 
 
-class Leaseholder(Protocol):
-    """A link, as far as it renews leases."""
-
-    bus: Bus
-    timers: Timers
-
-    def send(self, message: Request[Any]) -> None: ...
-
-
-class _Tracked:
-    __slots__ = ("due", "renew")
-
-    def __init__(self, due: float, renew: Callable[[], float | None]) -> None:
-        self.due = due
-        self.renew = renew
+class _Tracked(Struct, eq=False):
+    due: float
+    renew: Callable[[], float | None]
 
 
 class Renewals:
@@ -67,18 +54,6 @@ class Renewals:
             tracked.due = due
             if due < self._armed[0]:
                 self._arm(timers, due)
-
-    def hold(self, link: Leaseholder, key: str, token: str, lease_ttl: float) -> None:
-        """Renew the lease of a key from now on."""
-        now, interval = link.bus.clock.monotonic, lease_ttl / PER_LEASE
-
-        def renew() -> float:
-            link.send(RenewLease(key, token, lease_ttl))
-            return now() + interval
-
-        self.track(token, link.timers, now() + interval, renew)
-
-    let_go = untrack
 
     def _arm(self, timers: Timers, due: float) -> None:
         self._armed = armed = [due]

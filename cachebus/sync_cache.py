@@ -20,9 +20,9 @@ from .cache import Cache, Health
 from .cache_limits import SyncCacheLimits
 from .cache_loading import SyncCacheLoading
 from .cache_locks import SyncCacheLocks
-from .cached import Loads
 from .checks import Since, TimeToLive, check_key, set_request
 from .link import Link, run
+from .load_coordinator import LoadCoordinator
 from .node import Node
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class SyncCache(SyncCacheLoading, SyncCacheLimits, SyncCacheLocks):
     def __init__(self, make_node: Callable[[], Node], name: str | None = None) -> None:
         self._make_node = make_node
         self._name = name
-        self._loads = Loads(self)
+        self._loads = LoadCoordinator()
         self._closed = False
         self.begin()
         _caches.add(self)

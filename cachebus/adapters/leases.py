@@ -173,6 +173,20 @@ class LeaseTable:
         """Note that a caller does not wait any more."""
         self._parked.pop(waiter, None)
 
+    def withdraw(self, key: str, asked: str, reply: Reply) -> None:
+        """Answer the caller who waits with the question `asked`, if there is one: it has been given back."""
+        current = self.by_key.get(key)
+        void = [each for each in self._void.values() if each.key == key] if self._void else []
+        for lease in void if current is None else [current, *void]:
+            for waiter in lease.waiters:
+                if waiter.request.token == asked:
+                    lease.waiters.remove(waiter)
+                    if not lease.waiters:
+                        self._due.discard(lease)
+                        self._void.pop(lease.token, None)
+                    self.answer(waiter, reply)
+                    return
+
     def _empty(self, lease: Lease) -> list[Waiter]:
         self._due.discard(lease)
         waiters, lease.waiters = lease.waiters, []

@@ -104,6 +104,8 @@ class LoadTable(EntryTable):
                 self._leases.answer_all(ended, Failed.of(LoaderFailed(error=request.error)))
             else:
                 self._leases.ask_again(ended, now)
+        else:
+            self._leases.withdraw(request.key, request.token, NotHeld())
         return NotHeld() if lease is None else Released()
 
     def set_leased(self, request: Set, token: str, now: float) -> Stored | NotStored:

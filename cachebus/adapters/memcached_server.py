@@ -254,7 +254,7 @@ class Server:
                 nonlocal ended
                 ended, self._cancel_attempt = True, None
 
-            cancel = spawn(self._attempt, over)
+            cancel = spawn(self._attempt(), over)
             if not ended:
                 self._cancel_attempt = cancel
         raise self._failure or CacheConnectionError(f"{self.endpoint} is lost and being connected to", BACKEND)

@@ -128,12 +128,12 @@ class StreamSocket:
         self._over, self._receiver = True, None
         for cancel in list(self._tasks):
             cancel()
-        spawn(self._close, _nothing)
+        spawn(self._close(), _nothing)
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         # Kept until it has ended, so that closing can cancel it.
         entry: list[Callable[[], None]] = []
-        entry.append(spawn(work, lambda: self._tasks.difference_update(entry)))
+        entry.append(spawn(work(), lambda: self._tasks.difference_update(entry)))
         self._tasks.update(entry)
 
     async def _receive(self) -> None:

@@ -14,36 +14,43 @@ from .deadlines import running_deadlines
 _running: set[asyncio.Task[None]] = set()  # A loop holds its tasks weakly.
 
 
-def spawn(function: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[], None]) -> Callable[[], None]:
-    """Run `function` beside the present task, in a copy of its context, and return a function that cancels it from any
-    thread.
+Ended = Callable[[], None]
 
-    `function` must not raise. `ended` is called once, whatever happens: also when it is cancelled before its first step,
-    and when the event loop ends first. On asyncio the first step is taken at once, on this stack: what does not have to
-    wait has ended when this returns, and nobody waited for the event loop to come round.
+
+def spawn(
+    work: Coroutine[Any, Any, None], ended: Ended | None = None, *, unbegun: Ended | None = None
+) -> Callable[[], None]:
+    """Run `work` beside the current task, in a copy of its context, and return a function that cancels it from any thread.
+
+    `work` must not raise. `ended` is called once, whatever happens: also when `work` is cancelled before its first step,
+    and when the event loop ends first. `unbegun` is for work that ends by itself once it has begun: it is called if it did not,
+    and may be called in other cases. On asyncio the first step is taken at once, on this stack: what does not have to wait has
+    ended when this returns.
     """
-    deadlines = running_deadlines()  # Who knows the loop without the system call that asking for it costs Python 3.11.
+    deadlines = (
+        running_deadlines()
+    )  # Which knows the loop without the system call that asking for it costs Python 3.11.
     if deadlines is None:
-        return _spawn_in_trio(function, ended)
+        return _spawn_in_trio(work, ended or unbegun or _nothing)
     loop = deadlines.loop
     if loop.get_task_factory() is None:
-        work = _Begun(function())
+        begun = _Begun(work)
         context = contextvars.copy_context()
-        task = loop.create_task(work, context=context)
-        context.run(work.begin, loop, task)
-        if work.over:
-            ended()  # The task has one step left, which finds that nothing is left to do.
+        task = loop.create_task(begun, context=context)
+        context.run(begun.begin, loop, task)
+        if begun.over:
+            if ended is not None:
+                ended()  # The task has one step left, which finds that nothing is left to do.
             return _nothing
     else:
         # Whose tasks are of another kind, and may begin when they like.
-        task = loop.create_task(function())
+        task = loop.create_task(work)
+        ended = ended or unbegun
     _running.add(task)
-
-    def done(task: asyncio.Task[None]) -> None:
-        _running.discard(task)
-        ended()
-
-    task.add_done_callback(done)
+    task.add_done_callback(_running.discard)
+    if ended is not None:
+        end = ended
+        task.add_done_callback(lambda _: end())
 
     def cancel() -> None:
         if _get_running_loop() is loop:
@@ -117,7 +124,7 @@ class _Begun(Coroutine[Any, Any, None]):
         raise NotImplementedError("a task drives it")
 
 
-def _spawn_in_trio(function: Callable[[], Coroutine[Any, Any, None]], ended: Callable[[], None]) -> Callable[[], None]:
+def _spawn_in_trio(work: Coroutine[Any, Any, None], ended: Callable[[], None]) -> Callable[[], None]:
     import trio
 
     scope = trio.CancelScope()
@@ -125,7 +132,7 @@ def _spawn_in_trio(function: Callable[[], Coroutine[Any, Any, None]], ended: Cal
     async def run() -> None:
         try:
             with scope:
-                await function()
+                await work
         finally:
             ended()
 

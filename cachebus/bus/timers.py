@@ -238,7 +238,7 @@ class _LoopQueue:
             await self._clock.sleep_until(until)
             self._fire(due)
 
-        return spawn(sleep, _nothing)
+        return spawn(sleep())
 
     def _fire(self, due: float) -> None:
         if due == self._armed_for:

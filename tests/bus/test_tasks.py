@@ -42,7 +42,7 @@ def test_what_does_not_wait_is_over_at_once() -> None:
         async def work() -> None:
             done.append(asyncio.current_task())
 
-        cancel = spawn(work, ended)
+        cancel = spawn(work(), ended)
         assert len(done) == ended.times == 1
         assert done[0] is not asyncio.current_task()
         cancel()
@@ -74,7 +74,7 @@ def test_the_current_task_and_the_context_are_the_same_before_and_after_waiting(
                         values.append(variable.get())
 
         me = asyncio.current_task()
-        spawn(work, ended)
+        spawn(work(), ended)
         assert asyncio.current_task() is me
         assert variable.get() == "outside"
         await ended.event.wait()
@@ -97,7 +97,7 @@ def test_it_can_be_cancelled_and_cleans_up(steps: int) -> None:
                 caught.append(error)
                 raise
 
-        cancel = spawn(work, ended)
+        cancel = spawn(work(), ended)
         for _ in range(steps):
             await asyncio.sleep(0)
         cancel()
@@ -121,7 +121,7 @@ def test_a_cancellation_that_is_swallowed_at_once_is_no_end() -> None:
             await asyncio.sleep(0)
             went_on.append("and done")
 
-        spawn(work, ended)()
+        spawn(work(), ended)()
         await ended.event.wait()
         assert went_on == ["swallowed", "and done"]
 
@@ -138,8 +138,8 @@ def test_the_end_of_the_loop_ends_it() -> None:
             ended.append("cleaned up")
 
     async def main() -> None:
-        spawn(work, lambda: ended.append("ended"))
-        spawn(lambda: asyncio.sleep(0), lambda: None)
+        spawn(work(), lambda: ended.append("ended"))
+        spawn(asyncio.sleep(0))
 
     asyncio.run(main())
     assert ended == ["cleaned up", "ended"]
@@ -156,7 +156,7 @@ def test_a_loop_with_tasks_of_another_kind_makes_its_own() -> None:
         async def work() -> None:
             tasks.append(asyncio.current_task())
 
-        spawn(work, ended)
+        spawn(work(), ended)
         await ended.event.wait()
         assert type(tasks[0]) is Mine
 

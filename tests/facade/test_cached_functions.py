@@ -17,7 +17,7 @@ from cachebus import (
     open_sync_cache,
 )
 from cachebus.adapters.memory import MemoryStore
-from cachebus.load_options import LoadOptions
+from cachebus.load_options import LOAD_OPTIONS, LoadOptions
 
 from .faces import a_cache, settings
 
@@ -328,11 +328,20 @@ def test_a_cache_is_made_of_the_same_decorator_on_both_sides() -> None:
     assert inspect.signature(Cache.cached) == inspect.signature(SyncCache.cached)
 
 
-def test_the_options_of_loading_are_the_same_wherever_they_are_spelled_out() -> None:
-    options = dict(inspect.signature(LoadOptions.of).parameters)
-    for name in ("get_or_load", "cached", "get_or_load_many"):
-        for option, parameter in inspect.signature(getattr(Cache, name)).parameters.items():
-            if parameter.kind is parameter.KEYWORD_ONLY and option != "key":
-                assert parameter.default == options[option].default, f"{option} of {name}"
-                assert parameter.annotation == options[option].annotation, f"{option} of {name}"
-    assert set(options) == set(inspect.signature(Cache.get_or_load).parameters) - {"self", "key", "loader"}
+async def test_a_misspelled_option_is_an_error_on_a_hit_too() -> None:
+    wrong: Any = {"stale_fro": 5}
+    async with a_cache() as cache:
+        await cache.set("k", 1)
+        with pytest.raises(TypeError, match="no option 'stale_fro'"):
+            await cache.get_or_load("k", nothing, **wrong)
+        with pytest.raises(TypeError, match="no option 'stale_fro'"):
+            await cache.get_or_load_many(["k"], nothing, **wrong)
+        with pytest.raises(TypeError, match="no option 'refresh'"):
+            await cache.get_or_load_many(["k"], nothing, refresh=0.5)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="no option 'stale_fro'"):
+            cache.cached(key="k", **wrong)
+
+
+def test_every_option_of_loading_is_a_keyword() -> None:
+    fields = set(LoadOptions.__struct_fields__) - {"ttl", "tags", "ttl_of", "is_plain"}
+    assert fields == LOAD_OPTIONS

@@ -19,7 +19,8 @@ ALLOWED = {
     "__main__.py": "the command line answers Ctrl-C with its exit code",
     "actors/resilience.py": "what breaks off the accounting of a batch is raised when the batch is answered",
     "bus/tasks.py": "what a first step raises is raised by the task that takes it over",
-    "landing.py": "what a loader raises is raised again by whoever began the load; a cancellation is raised at once",
+    "leased_load.py": "what a loader raises is raised again by the caller who began the load; a cancellation is raised at once",
+    "load_variants.py": "as in leased_load.py",
     "testing/proxy.py": "a proxy ends its own tasks",
 }
 

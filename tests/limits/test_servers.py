@@ -260,7 +260,7 @@ async def test_others_who_write_all_the_time_win_in_the_end(stores: Pair, monkey
 
         nonlocal tries
         tries += 1
-        spawn(later, lambda: None)
+        spawn(later(), lambda: None)
 
     monkeypatch.setattr(connection, "_write", outrun)
     with pytest.raises(CacheBackendError, match="others wrote the key"):

@@ -265,8 +265,10 @@ class World:
             groups: list[list[asyncio.Task[None]]] = []
             for number, (line, cell) in enumerate(zip(lines, cells, strict=True)):
                 cache = Cache(lambda: None).attach(LineLink(line, cell.address))  # type: ignore[arg-type, return-value]
-                cache._loads._chance = random.Random(self.chance.random())
-                cache._loads._told = False  # What it would learn when it first waits: this store lets callers wait.
+                cache._loads.table.random = random.Random(self.chance.random())
+                cache._loads.notifications.supported = (
+                    False  # What it would learn when it first waits: this store lets callers wait.
+                )
                 self.prepare(cache)
                 work = [self.reader(cache, number) for _ in range(2)] + [self.writer(cache, number)]
                 groups.append([asyncio.ensure_future(each) for each in work])

@@ -10,6 +10,7 @@ import pytest
 
 from cachebus import open_cache
 from cachebus.adapters.redis_watch import LeaseWatch
+from cachebus.lease_follower import LeaseFollower
 from cachebus.messages import Failed, LoaderFailed, Loading, WatchLease
 from cachebus.testing.servers import Server, redis_server
 
@@ -85,7 +86,7 @@ async def test_a_lease_that_was_granted_when_everybody_had_gone_is_given_back(
         open_cache(redis_server.url, namespace=namespace) as other,
         open_cache(redis_server.url, namespace=namespace) as cache,
     ):
-        monkeypatch.setattr(cache._loads, "_failed", never)
+        monkeypatch.setattr(LeaseFollower, "_failure_of", never)
         loading = asyncio.create_task(other.get_or_load("k", load, lease_ttl=60))
         await load.begun.wait()
         waiting = [asyncio.create_task(cache.get_or_load("k", mine, lease_ttl=60)) for _ in range(10)]
@@ -98,4 +99,4 @@ async def test_a_lease_that_was_granted_when_everybody_had_gone_is_given_back(
         await asyncio.gather(*waiting, return_exceptions=True)
         async with asyncio.timeout(10):
             assert await other.get_or_load("k", mine) == "mine"
-        assert not cache._loads.flights
+        assert not cache._loads.table.in_flight

@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from cachebus import open_cache
+from cachebus.link import Link
 from cachebus.messages import Delete, Found, GetOrLease, LeaseGranted, Loading, NotStored, Reply, Request, Set, Stored
 from tests.facade.faces import settings
 from tests.facade.outages import Outage
@@ -46,7 +47,7 @@ async def test_a_value_whose_lease_was_lost_and_granted_to_a_copy_is_not_stored(
         assert await cache.get("k") == "new"
 
 
-async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease() -> None:
+async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits for another process asks again and again. It is answered with a value, which is deleted while the answer is on
     its way, and a copy of the question is granted the lease: whoever comes then is told its name, and must not be given that
     value."""
@@ -55,26 +56,32 @@ async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease() -> None:
     questions = 0
     copied, joined, go_on = anyio.Event(), anyio.Event(), anyio.Event()
     async with open_cache(settings(), stores=lambda _: store) as cache:
-        lease = cache._loads._lease
+        turn, ask = cache.link.turn_lease, Link.request
         theirs = await one(store, GetOrLease("k", "another process", "o1", 60.0))
         assert isinstance(theirs, LeaseGranted)
 
-        async def held_up(way: Any, request: GetOrLease, *turned: Any) -> Any:
+        def counted(question: GetOrLease) -> Any:
             nonlocal questions
-            questions += 1
-            if questions == 2:  # The first was that of a caller, and this is that of the process.
-                assert isinstance(await one(store, Set("k", "old", lease=theirs.token)), Stored)
-            reply = await lease(way, request, *turned)
-            if questions == 2:
-                await one(store, Delete("k"))
-                assert isinstance(await one(store, request), LeaseGranted)
-                copied.set()
-                await go_on.wait()
-            elif questions == 3:
+            questions += 1  # The first is that of a caller, and the second that of the process.
+            if questions == 3:
                 joined.set()
+            return turn(question)
+
+        async def held_up(link: Link, question: Any, patience: float = 0.0) -> Any:
+            nonlocal questions
+            if type(question) is not GetOrLease or questions != 1:
+                return await ask(link, question, patience)
+            questions += 1
+            assert isinstance(await one(store, Set("k", "old", lease=theirs.token)), Stored)
+            reply = await ask(link, question, patience)
+            await one(store, Delete("k"))
+            assert isinstance(await one(store, question), LeaseGranted)
+            copied.set()
+            await go_on.wait()
             return reply
 
-        cache._loads._lease = held_up  # type: ignore[assignment, method-assign]
+        cache.link.turn_lease = counted
+        monkeypatch.setattr(Link, "request", held_up)
 
         async def call(name: str) -> None:
             values[name] = await cache.get_or_load("k", lambda: f"loaded for {name}", lease_ttl=0.1)

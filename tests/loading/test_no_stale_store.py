@@ -16,8 +16,8 @@ from cachebus import Cache
 from cachebus.adapters.eviction import Entry
 from cachebus.adapters.leases import Lease
 from cachebus.adapters.memory import MemoryStore
-from cachebus.flight import Value
 from cachebus.messages import Delete, Deleted, Found, Stale
+from cachebus.singleflight import Value
 
 from .simulation import simulate
 
@@ -131,30 +131,36 @@ class LateValuesGoToEverybody(MemoryStore):
 
 def everybody_shares(cache: Cache) -> None:
     """A caller takes what its process has loaded, whatever it depends on."""
-    cache._loads._declares_all = lambda job, result: True  # type: ignore[method-assign]
+    loads = cache._loads
+    wait = loads._wait
+
+    async def share(*arguments: Any, **options: Any) -> Any:
+        outcome = await wait(*arguments, **options)
+        return Value(outcome.value) if isinstance(outcome, Value) else outcome
+
+    loads._wait = share  # type: ignore[method-assign]
 
 
 def joins_without_asking(cache: Cache) -> None:
     """A caller joins whatever its process is loading for the key, without asking the store whether that still counts."""
     loads = cache._loads
-    fetch = loads.fetch
+    deliver, track = loads._deliver, loads.table.renewals.track
     under_way: dict[str, Any] = {}
 
-    async def join(way: Any, job: Any, *since: Any) -> Any:
-        if (flight := under_way.get(job.key)) is not None and not flight.landed:
-            outcome = await flight.wait()
+    async def join(runner: Any, job: Any, found: Any, started: float | None = None) -> Any:
+        if (in_flight := under_way.get(job.key)) is not None and not in_flight.resolved:
+            outcome = await in_flight.wait()
             if isinstance(outcome, Value):
                 return outcome.value
-        return await fetch(way, job, *since)
+        return await deliver(runner, job, found, started)
 
-    start = loads._start
+    def remember(name: str, timers: Any, due: float, renew: Any) -> None:
+        load = renew.__self__
+        under_way[load.job.key] = load.in_flight
+        track(name, timers, due, renew)
 
-    def remember(way: Any, job: Any, flight: Any, *rest: Any) -> Any:
-        under_way[job.key] = flight
-        return start(way, job, flight, *rest)
-
-    loads.fetch = join  # type: ignore[method-assign, assignment]
-    loads._start = remember  # type: ignore[assignment, method-assign]
+    loads._deliver = join  # type: ignore[method-assign]
+    loads.table.renewals.track = remember  # type: ignore[method-assign]
 
 
 def nothing(cache: Cache) -> None:

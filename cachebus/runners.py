@@ -1,4 +1,4 @@
-"""Two ways to wait: as a task of an event loop, and as a thread. What loads is written once, over either."""
+"""Runners: how a load is executed, as a task of an event loop or in a thread. Loads are written once, over either."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 import time
 from asyncio import CancelledError, _get_running_loop, current_task
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import anyio
@@ -19,67 +20,38 @@ from cachebus.bus.tasks import spawn
 from cachebus.messages import CacheError, Failed, Request
 
 from .background import BACKGROUND
-from .flight import Flight, OnBehalfOf, loads_of_this_context
 from .link import Link, run
 from .loaders import awaited
+from .singleflight import InFlightLoad
+from .wait_graph import CURRENT_LOADS
 
 R = TypeVar("R")
-Work = Callable[["Way"], Coroutine[Any, Any, None]]
 
 MAX_THREADS = 64
-"""Threads that plain loaders of synchronous caches run in at most, where they may have to go on by themselves. Beyond
-that, they run in the thread of whoever asks."""
+"""The most threads in which plain loaders of synchronous caches may go on by themselves. Beyond that, they run in the thread of
+their caller."""
 
 
-class Way(Protocol):
-    """How whoever asks waits. One that `blocks` has done the work of a flight when `beside` returns, unless it is `alone`."""
+class Work(Protocol):
+    """What a runner starts. `end` is called once `run` is over, whatever happened; it may be called again."""
 
-    blocks: bool
-    link: Link
+    @property
+    def in_flight(self) -> InFlightLoad: ...
 
-    async def ask(self, request: Request[R], patience: float = 0.0) -> R:
-        """Ask the backend, up to `patience` seconds longer than a call may take."""
-        ...
+    def run(self) -> Coroutine[Any, Any, None]: ...
 
-    async def finish(self, request: Request[R], reply: Any) -> R:
-        """Come to the reply from what a turn has returned."""
-        ...
-
-    async def probe(self, request: Request[R], patience: float) -> R:
-        """As `ask`, for the error as it is, which counts nowhere."""
-        ...
-
-    async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
-        """Ask the backend several things at once. What fails is a `Failed` among the replies."""
-        ...
-
-    def wait(
-        self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
-    ) -> Coroutine[Any, Any, Any]:
-        """As `Flight.wait`."""
-        ...
-
-    async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
-        """Call `function`, which calls a loader, and await what it returns if that is to be awaited."""
-
-    def cancels(self, error: BaseException) -> bool:
-        """Whether that ends whoever does the work of a flight, and is not just what a loader raised."""
-        ...
-
-    async def pause(self, seconds: float) -> None:
-        """Let time pass."""
-
-    async def gather(self) -> None:
-        """Let those come who are about to come by themselves."""
-
-    def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
-        """Do the work of a flight. `alone`, whoever asks does not wait for it."""
+    def end(self) -> None: ...
 
 
-class Awaiting:
-    """As a task of asyncio or trio."""
+class AsyncRunner:
+    """Runs loads as tasks of asyncio or trio.
+
+    `ask` asks the backend, up to `patience` seconds longer than a call may take; `finish` returns the reply, given what a turn has
+    returned; `wait` is `InFlightLoad.wait`.
+    """
 
     blocks = False
+    wait = staticmethod(InFlightLoad.wait)
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -87,9 +59,11 @@ class Awaiting:
         self.finish: Any = link.finish
 
     async def probe(self, request: Request[R], patience: float) -> R:
+        """As `ask`, for the error as it is, which counts nowhere."""
         return await self.link.probe(request, self.link.timeout + patience)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
+        """Ask the backend several things at once. A request that fails has `Failed` as its reply."""
         replies: list[Any] = [None] * len(requests)
 
         async def ask(at: int) -> None:
@@ -103,40 +77,42 @@ class Awaiting:
                 tasks.start_soon(ask, at)
         return replies
 
-    def wait(
-        self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
-    ) -> Coroutine[Any, Any, Any]:
-        return flight.wait(timeout, keep=keep, begin=begin)
-
-    async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
+    async def call(self, loader: Callable[..., Any], arguments: tuple[Any, ...], *, asynchronous: bool) -> Any:
+        """Call a loader, and await what it returns if that is to be awaited."""
         try:
             if asynchronous:
-                result = await function(argument)
+                result = await loader(*arguments)
                 return await awaited(result) if isinstance(result, Awaitable) else result
-            return await awaited(await _in_worker_thread(lambda: function(argument)))
+            return await awaited(await _in_worker_thread(partial(loader, *arguments)))
         except CancelledError:
             task = current_task() if _get_running_loop() is not None else None
             if task is not None and not task.cancelling():
-                # Nobody wants this task to end: as an outcome, everybody who waits would load again, one by one.
+                # Nothing has cancelled this task: as an outcome, every waiter would load again, one after the other.
                 raise CacheError("the loader was cancelled by something that it awaits") from None
             raise
 
     def cancels(self, error: BaseException) -> bool:
+        """Return whether an error ends the task of the load, and was not just raised by the loader."""
         return isinstance(error, (GeneratorExit, anyio.get_cancelled_exc_class()))
 
     async def pause(self, seconds: float) -> None:
+        """Let time pass."""
         clock = self.link.bus.clock
         await clock.sleep_until(clock.monotonic() + seconds)
 
-    async def gather(self) -> None:
+    async def let_others_run(self) -> None:
+        """Let the tasks run that are ready."""
         await checkpoint()
 
-    def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
-        flight.cancel = spawn(lambda: work(self), ended)
+    def start(self, work: Work, *, background: bool) -> None:
+        """Start work. The caller does not wait for `background` work."""
+        in_flight = work.in_flight
+        in_flight.owner = running = work.run()
+        in_flight.cancel = spawn(running, unbegun=work.end)
 
 
 async def _in_worker_thread(function: Callable[[], Any]) -> Any:
-    """What a plain loader returns, which may be a coroutine: of `lambda: load(1)`, say."""
+    """Return what a plain loader returns, which may be a coroutine: of `lambda: load(1)`, say."""
     results: list[Any] = []
     gone = False
 
@@ -148,7 +124,7 @@ async def _in_worker_thread(function: Callable[[], Any]) -> Any:
     try:
         await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
     except BaseException:
-        # The thread goes on by itself, and nobody will await what it brings.
+        # The thread goes on by itself, and its result will not be awaited.
         gone = True
         _close(results)
         raise
@@ -161,10 +137,14 @@ def _close(results: list[Any]) -> None:
             each.close()
 
 
-class Blocking:
-    """As a thread."""
+class ThreadRunner:
+    """Runs loads in the thread of their caller, or in a thread of their own if they are background work.
+
+    As `AsyncRunner`, with coroutines that never suspend. What is no background work is done when `start` returns.
+    """
 
     blocks = True
+    wait = staticmethod(partial(InFlightLoad.wait, blocking=True))
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -183,25 +163,20 @@ class Blocking:
                 replies.append(Failed.of(error))
         return replies
 
-    async def wait(
-        self, flight: Flight, timeout: float | None, *, keep: bool = False, begin: Callable[[], None] | None = None
-    ) -> Any:
-        return flight.wait_in_thread(timeout, keep=keep, begin=begin)
-
-    async def call(self, function: Callable[..., Any], argument: Any, *, asynchronous: bool) -> Any:
-        result = function(argument)
+    async def call(self, loader: Callable[..., Any], arguments: tuple[Any, ...], *, asynchronous: bool) -> Any:
+        result = loader(*arguments)
         if not hasattr(result, "__await__"):
             return result
-        loads = loads_of_this_context()
+        loads = CURRENT_LOADS.get()
 
         async def in_background() -> Any:
-            with OnBehalfOf(loads):
-                return await awaited(result)
+            CURRENT_LOADS.set(loads)  # Of the task that runs this, which has a context of its own.
+            return await awaited(result)
 
         try:
             return BACKGROUND.run(in_background)
         finally:
-            _close([result])  # Had it not been begun.
+            _close([result])  # If it was not started.
 
     def cancels(self, error: BaseException) -> bool:
         return False
@@ -209,19 +184,21 @@ class Blocking:
     async def pause(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 (this coroutine runs in a thread that may block, and never suspends)
 
-    async def gather(self) -> None:
-        """Nobody: threads come when they like."""
+    async def let_others_run(self) -> None:
+        """Do nothing: other threads run when they like."""
 
-    def beside(self, flight: Flight, work: Work, ended: Callable[[], None], *, alone: bool) -> None:
+    def start(self, work: Work, *, background: bool) -> None:
+        # Before the thread starts: until then the caller is the owner, and may be gone soon.
+        work.in_flight.owner = running = work.run()
         free = _threads.free
-        if not alone or not free.acquire(blocking=False):
-            _work(self, work, ended)
+        if not background or not free.acquire(blocking=False):
+            _run(running, work)
             return
 
         def in_thread() -> None:
-            flight.thread = threading.get_ident()
+            work.in_flight.thread = threading.get_ident()
             try:
-                _work(self, work, ended)
+                _run(running, work)
             finally:
                 free.release()
 
@@ -233,18 +210,22 @@ class Blocking:
         except RuntimeError:
             # There can be no more threads, or the interpreter is ending.
             free.release()
-            _work(self, work, ended)
+            _run(running, work)
 
 
-def _work(way: Blocking, work: Work, ended: Callable[[], None]) -> None:
+def _run(running: Coroutine[Any, Any, None], work: Work) -> None:
     try:
-        run(work(way))
+        run(running)
     finally:
-        ended()
+        work.end()
+
+
+Runner = AsyncRunner | ThreadRunner
+"""How a caller waits, and its load is executed."""
 
 
 class _Threads:
-    """The threads that may still be begun. A child of a fork has none of its parent's, and begins with all."""
+    """The threads that may still be started. The child of a fork has none of its parent's, and begins with all."""
 
     def __init__(self) -> None:
         self.forked()
@@ -252,7 +233,7 @@ class _Threads:
             os.register_at_fork(after_in_child=self.forked)
 
     def forked(self) -> None:
-        """Begin anew."""
+        """Count no thread as started."""
         self.free = threading.BoundedSemaphore(MAX_THREADS)
 
 

@@ -1,0 +1,391 @@
+"""A load under a lease: asking for the lease, calling the loader, storing the value and ending the lease."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+from collections.abc import Callable, Coroutine
+from types import AsyncGeneratorType, GeneratorType
+from typing import Any
+
+from msgspec import Struct
+
+from cachebus.messages import (
+    CacheCapacityError,
+    CacheClosed,
+    CacheError,
+    CapabilityError,
+    Found,
+    GetOrLease,
+    LeaseGranted,
+    Loaded,
+    LoaderFailed,
+    LoadFailed,
+    LoadLeaseLost,
+    LoadMetadata,
+    LoadStarted,
+    LoadSucceeded,
+    NotHeld,
+    NotStored,
+    ReleaseLease,
+    RenewLease,
+    Reply,
+    Set,
+    Stale,
+    Stored,
+)
+from cachebus.messages.lease_names import asked_as
+
+from .cached_errors import CachedFailure
+from .load_options import LoadOptions
+from .loaders import LeftOut, LoadContext, Loader, LoadResult, as_result, kind_of
+from .renewals import PER_LEASE, Renewals
+from .runners import Runner
+from .singleflight import CANCELLED, LEFT_OUT, InFlightLoad, Raised, Value
+from .wait_graph import CURRENT_LOADS
+
+logger = logging.getLogger("cachebus")
+
+_SPECIAL = (LoadResult, GeneratorType, AsyncGeneratorType)
+
+
+class LoadJob(Struct, eq=False):
+    """A key to be loaded: with which loader and options, and which tags the value will have.
+
+    `call` is called with a `LoadContext` if it `wants_context`; it is `asynchronous` if it is a coroutine function. `remote` says that
+    the backend's replies take time. `caller` is the coroutine that does the work of the caller.
+    """
+
+    key: str
+    call: Callable[..., Any]
+    options: LoadOptions
+    tags: tuple[str, ...]
+    asynchronous: bool
+    remote: bool
+    wants_context: bool = False
+    caller: Coroutine[Any, Any, Any] | None = None
+
+
+def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> LoadJob:
+    """Return the job of loading a key with a loader that may take a `LoadContext`."""
+    wants_context, asynchronous = kind_of(loader)
+    return LoadJob(key, loader, options, options.tags, asynchronous, remote, wants_context)
+
+
+class LoadTable:
+    """The loads of one cache that are in flight in this process, by the names of their leases; by the token that was asked with,
+    until the backend has answered."""
+
+    def __init__(self) -> None:
+        self.owner = f"{os.getpid()}-{os.urandom(6).hex()}"
+        self.tokens = map(f"{self.owner}-{{}}".format, itertools.count(1))
+        """What leases are asked for as: an iterator without an end."""
+        self.in_flight: dict[str, InFlightLoad] = {}
+        self.renewals = Renewals()
+        self.random = random.Random()
+
+    def find(self, name: str) -> InFlightLoad | None:
+        """Return the load under a lease, or the load that has asked for it and has no answer yet."""
+        for listed in (name, asked_as(name)):
+            in_flight = self.in_flight.get(listed)
+            if in_flight is not None:
+                if not in_flight.is_orphan():
+                    return in_flight
+                # Its owner was interrupted: the waiters ask again, and the caller releases the lease.
+                self.in_flight.pop(listed, None)
+                in_flight.resolve(CANCELLED)
+        return None
+
+    def is_ours(self, name: str) -> bool:
+        """Return whether a lease was granted to this process."""
+        return name.startswith(f"{self.owner}-")
+
+
+class LeasedLoad(Struct, eq=False):
+    """The load of one key by this process, a method for each step.
+
+    `token` is what the lease is asked for as, and `lease` the name of the one under which the value is stored: `""` in a store
+    without leases, `None` if the value is not to be stored. `is_held` says that the lease is still to be released, with `error` or
+    `late` for its waiters in other processes. `stale` is the value that was there before.
+    """
+
+    table: LoadTable
+    runner: Runner
+    job: LoadJob
+    started: float
+    in_flight: InFlightLoad
+    token: str
+    lease: str | None = None
+    is_held: bool = False
+    is_started: bool = False
+    stale: Stale | Loaded | None = None
+    load_time: float = 0.0
+    outcome: Any = CANCELLED
+    late: Found | None = None
+    error: str = ""
+
+    # The lease
+
+    def question(self, *, wait: float = 0.0, refresh: bool = False, after: str = "") -> GetOrLease:
+        """Return the request for the lease."""
+        job = self.job
+        return GetOrLease(job.key, self.table.owner, self.token, job.options.lease_ttl, wait, job.tags, refresh, after)
+
+    async def ask(self, *, wait: float = 0.0, refresh: bool = False, after: str = "") -> Any:
+        """Ask the backend for the lease, and return its reply. `is_held` says whether the lease was granted."""
+        table, runner = self.table, self.runner
+        # Listed before the lease is asked for: callers who ask in between are told its name, and must find it here.
+        table.in_flight[self.token] = self.in_flight
+        try:
+            question = self.question(wait=wait, refresh=refresh, after=after)
+            if wait:
+                reply: Any = await runner.ask(question, wait)
+            else:
+                reply = runner.link.turn_lease(question)
+                if type(reply) is not LeaseGranted:
+                    reply = await runner.finish(question, reply)
+                if type(reply) is CachedFailure and self.job.options.recalled(reply) is None:
+                    # An exception that this caller did not ask for: a value is loaded in its place.
+                    reply = await runner.ask(self.question(refresh=True))
+            if type(reply) is LeaseGranted:
+                self.granted(reply)
+            elif type(reply) is NotHeld:
+                self.release(self.token)  # As below, with a reply that stands for the error.
+            return reply
+        except (CapabilityError, CacheClosed, LoaderFailed):
+            raise
+        except BaseException:
+            # The lease may be granted all the same, and the backend may let a caller wait who has gone.
+            self.release(self.lease or self.token)
+            self.is_held = False
+            raise
+        finally:
+            if not self.is_held:
+                table.in_flight.pop(self.token, None)
+
+    def granted(self, reply: LeaseGranted) -> None:
+        """List the load under the lease that was granted."""
+        name = reply.token
+        self.lease = name
+        self.stale = reply.stale
+        self.in_flight.lease_names.add(name)
+        self.table.in_flight[name] = self.in_flight
+        self.is_held = True
+        if name != self.token:
+            # Last, so that another thread finds the load at any time: it looks for the name first.
+            self.table.in_flight.pop(self.token, None)
+
+    def release(self, name: str, error: str = "", late: Found | None = None) -> None:
+        """Give a lease back, with what its waiters in other processes are to get."""
+        link, key = self.runner.link, self.job.key
+        link.send(ReleaseLease(key, name, error, late))
+        if late is not None and link.pipeline is not None:
+            # The late value may be too large for the bus. This one is not, and finds no lease after the other.
+            link.send(ReleaseLease(key, name, error))
+
+    def keep_lease(self) -> None:
+        """Renew the lease, if there is one, until it ends."""
+        if self.lease:
+            link = self.runner.link
+            due = link.bus.clock.monotonic() + self.job.options.lease_ttl / PER_LEASE
+            self.table.renewals.track(self.lease, link.timers, due, self._renew)
+
+    def _renew(self) -> float | None:
+        if self.in_flight.resolved or self.in_flight.is_orphan():
+            self.end()  # It was interrupted before it could end the lease.
+            return None
+        link, lease_ttl = self.runner.link, self.job.options.lease_ttl
+        link.send(RenewLease(self.job.key, self.lease or "", lease_ttl))
+        return link.bus.clock.monotonic() + lease_ttl / PER_LEASE
+
+    def end_lease(self) -> None:
+        """Release the lease unless the store has ended it, and renew it no longer. May be called again."""
+        if lease := self.lease:
+            if self.is_held:
+                self.release(lease, self.error, self.late)
+                self.is_held = False
+            self.table.renewals.untrack(lease)
+            self.table.in_flight.pop(lease, None)
+
+    # The load
+
+    async def wait(self) -> Any:
+        """Start the load, and return its outcome however long it takes."""
+        try:
+            return await self.runner.wait(self.in_flight, start=self.start)
+        finally:
+            if not self.is_started:
+                self.end()
+
+    def start(self) -> None:
+        """Run the load beside its caller, or in the caller's thread."""
+        options, runner = self.job.options, self.runner
+        if runner.blocks:
+            self.keep_lease()
+        runner.start(
+            self,
+            background=options.hard_timeout is not None
+            or (self.stale is not None and options.soft_timeout is not None),
+        )
+        self.is_started = True
+        if self.is_held and not runner.blocks:
+            # A load that has ended at once needs no renewal.
+            self.keep_lease()
+
+    async def run(self) -> None:
+        """Call the loader, store the value and resolve the load."""
+        job = self.job
+        try:
+            arguments = (self.context(),) if job.wants_context else ()
+            loaded, self.load_time = await call_loader(
+                self.runner, self.in_flight, (job.key,), job.call, arguments, asynchronous=job.asynchronous
+            )
+            self.outcome = await self._store(loaded)
+        except LeftOut:
+            self.outcome = LEFT_OUT
+        except Exception as error:
+            if not await self._keep_failure(error):
+                self.error = type(error).__name__
+            self.outcome = Raised(error)
+        except BaseException as error:
+            if self.runner.cancels(error):
+                raise
+            # It would end the task of the load, and every waiter would start another one.
+            self.outcome = Raised(error)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """End the lease and resolve the load, however it came to an end. May be called again."""
+        if self.is_held or not self.in_flight.resolved:
+            self.end_lease()
+        self.in_flight.resolve(self.outcome)
+
+    def context(self) -> LoadContext:
+        """Return what the loader may want to know."""
+        job, stale = self.job, self.stale
+        hard = job.options.hard_timeout
+        deadline = None if hard is None else self.started + hard
+        if stale is None:
+            return LoadContext(job.key, job.tags, deadline=deadline)
+        return LoadContext(job.key, job.tags, True, stale.value, stale.etag, deadline, stale.tags)
+
+    # The value
+
+    async def _store(self, loaded: Any) -> Value:
+        """Store a loaded value under the lease. Its callers get it in any case."""
+        if self.lease is not None and self.job.options.is_plain and not isinstance(loaded, _SPECIAL):
+            # What `set_request` makes of most values.
+            request = Set(self.job.key, loaded, self.job.options.ttl, self.job.tags, None, self.lease or None)
+            value = Value(loaded)
+        else:
+            made, value = self.set_request(loaded)
+            if made is None:
+                return value
+            request = made
+        reply: Any
+        try:
+            reply = self.runner.link.turn_set(request)
+            if type(reply) is not Stored:
+                reply = await self.runner.finish(request, reply)
+        except CacheClosed:
+            raise
+        except CacheError as error:
+            reply = error
+        if type(reply) is Stored:
+            self.is_held = False
+            return value if value.shared else Value(value.value)
+        self.not_stored(request, reply)
+        return value
+
+    def set_request(self, loaded: Any) -> tuple[Set | None, Value]:
+        """Return the request that stores a loaded value, and its outcome if it is not stored.
+
+        Without a request the value is not to be stored. Raises `TypeError` and `ValueError` for what a loader must not return.
+        """
+        job = self.job
+        result = as_result(loaded)
+        if result.unchanged:
+            result = result.resolved(self.context())
+        # Only of tags that the backend knew from the beginning it is sure that no invalidation was missed.
+        shared = self.declares_all(result.tags)
+        value = Value(result.value, shared)
+        if self.lease is None:
+            return None, value
+        tags = tuple(dict.fromkeys((*job.tags, *result.tags))) if result.tags else job.tags
+        if not result.store:
+            self.late = Found(result.value, tags=tags) if shared else None
+            return None, value
+        ttl = job.options.time_to_live(result, self.table.random)
+        metadata = job.options.metadata(self.load_time, result)
+        return Set(job.key, result.value, ttl, tags, None, self.lease or None, metadata), value
+
+    def declares_all(self, tags: Any) -> bool:
+        """Return whether the tags that a loader named were known before it was called."""
+        return not tags or set(tags) <= set(self.job.tags)
+
+    def not_stored(self, request: Set, reply: Reply | CacheError) -> None:
+        """Note what becomes of the lease of a value that was not stored."""
+        if isinstance(reply, NotStored) and reply.reason == "lease_lost":
+            self.is_held = False
+            emitter = self.runner.link.emitter
+            if LoadLeaseLost in emitter.audience.kinds:
+                emitter.tell(LoadLeaseLost, key=self.job.key)
+            return
+        if isinstance(reply, CacheError):
+            logger.warning("a loaded value was not stored: %s", reply.code)
+        # It failed, or the reply stands for a failure: the waiters elsewhere get the value, if it may go there at all.
+        if not isinstance(reply, CacheCapacityError) and len(request.tags) == len(self.job.tags):
+            self.late = Found(request.value, tags=request.tags)
+
+    async def _keep_failure(self, error: Exception) -> bool:
+        """Store what the loader raised, if the options ask for that. A value that may be served stale stays."""
+        job, link = self.job, self.runner.link
+        if self.lease is None or self.stale is not None or (not self.lease and link.pipeline is None):
+            return False  # The last, because a read that takes a shortcut would not know that it is no value.
+        if (record := job.options.record_of(error)) is None:
+            return False
+        ttl = job.options.time_of_error(self.table.random)
+        # With metadata, however empty, a read of it takes no shortcut.
+        request = Set(job.key, record, ttl, job.tags, None, self.lease or None, LoadMetadata())
+        try:
+            stored = isinstance(await self.runner.ask(request), Stored)
+        except Exception as why:  # The callers are to get what the loader raised.
+            logger.warning("an exception of a loader was not cached: %s", type(why).__name__)
+            return False
+        self.is_held = self.is_held and not stored
+        return stored
+
+
+async def call_loader(
+    runner: Runner,
+    in_flight: InFlightLoad,
+    keys: tuple[str, ...],
+    loader: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    asynchronous: bool,
+) -> tuple[Any, float]:
+    """Return what a loader returns and the seconds that it took, and emit the events of the load."""
+    emitter, now = runner.link.emitter, runner.link.bus.clock.monotonic
+    started = now()
+    if LoadStarted in emitter.audience.kinds:
+        for key in keys:
+            emitter.tell(LoadStarted, key=key)
+    token = CURRENT_LOADS.set((*CURRENT_LOADS.get(), in_flight))
+    try:
+        loaded = await runner.call(loader, arguments, asynchronous=asynchronous)
+    except BaseException as error:
+        if LoadFailed in emitter.audience.kinds:
+            for key in keys:
+                emitter.tell(LoadFailed, key=key, error=type(error).__name__, duration=now() - started)
+        raise
+    finally:
+        CURRENT_LOADS.reset(token)
+    duration = now() - started
+    if LoadSucceeded in emitter.audience.kinds:
+        for key in keys:
+            emitter.tell(LoadSucceeded, key=key, duration=duration)
+    return loaded, duration

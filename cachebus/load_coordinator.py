@@ -1,0 +1,388 @@
+"""Coordinating loads: one load of a key in the whole fleet, shared by all callers who ask for it meanwhile.
+
+A caller who misses asks the backend for the lease of the key. One caller of the fleet is granted it, and loads. To all others
+the backend names the lease under which the key is being loaded; the callers of one process share one `InFlightLoad` under that
+name, whichever process loads. So each caller's own question to the backend decides what it waits for, and no caller is given a
+value whose load began before an invalidation that had returned when the caller asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from cachebus.messages import (
+    CacheError,
+    CacheStampedeError,
+    CacheTimeoutError,
+    CapabilityError,
+    Failed,
+    Found,
+    LeaseGranted,
+    Loaded,
+    Missing,
+    NotHeld,
+    Overloaded,
+    ReleaseLease,
+    Stale,
+    StaleServed,
+    Touch,
+)
+
+from .cached_errors import CachedFailure, unwrap
+from .failures import MISSED
+from .lease_coalescer import LeaseCoalescer
+from .lease_follower import FIRST_PAUSE, LONGEST_PAUSE, LeaseFollower, LeaseNotifications, lease_of
+from .leased_load import LeasedLoad, LoadJob, LoadTable
+from .load_options import LoadOptions
+from .load_variants import GroupLoad, RefreshLoad, UnleasedLoad
+from .loaders import LeftOut, Loader, calls_for_one, is_asynchronous, kind_of
+from .runners import Runner
+from .singleflight import CANCELLED, LEFT_OUT, TIMED_OUT, InFlightLoad, Raised, Value, Values
+
+_MISSING = Missing()
+
+
+class _Startable(Protocol):
+    @property
+    def is_started(self) -> bool: ...
+
+    def start(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class LoadCoordinator:
+    """Decides for the callers of one cache whether they load, wait for another load, or get what is there."""
+
+    def __init__(self) -> None:
+        self.forked()
+
+    def forked(self) -> None:
+        """Forget the loads of the parent process, whose threads do not exist in a child."""
+        self.table = LoadTable()
+        self.refreshing: set[str] = set()
+        self.notifications = LeaseNotifications()
+        self.unleased: dict[str, InFlightLoad] = {}
+        self._leasing = True
+        self._coalescer = LeaseCoalescer()
+
+    # Callers
+
+    def deliver(self, runner: Runner, job: LoadJob, found: Found | Missing) -> Coroutine[Any, Any, Any]:
+        """Return the value, given what reading the key has found: the value itself, or one that is loaded or stale."""
+        job.caller = caller = self._deliver(runner, job, found)
+        return caller
+
+    async def _deliver(self, runner: Runner, job: LoadJob, found: Found | Missing, started: float | None = None) -> Any:
+        options, table = job.options, self.table
+        now = runner.link.bus.clock.monotonic
+        if started is None:
+            started = now()
+        if type(found) is not Missing or found is MISSED:
+            found = unwrap(found)
+            if isinstance(found, Found):
+                self._note_hit(runner, job, found)
+                return found.value
+            if found is MISSED:
+                return await self._load_alone(runner, job, started)
+            _raise_again(found, job)
+        pause = FIRST_PAUSE
+        released = told = ""
+        while True:
+            work: _Startable | None = None
+            stale: Stale | Loaded | None = None
+            load: LeasedLoad | None = None
+            is_leader = False
+            if not self._leasing:
+                in_flight, work = self._join_unleased(runner, job, started)
+                is_leader = work is not None
+            else:
+                try:
+                    if job.remote:
+                        make = partial(self._new_load, runner, job, started)
+                        reply, load = await self._coalescer.ask(runner, job, make)
+                    else:
+                        load = self._new_load(runner, job, started)
+                        reply = await load.ask()
+                except CapabilityError:
+                    self._leasing = False
+                    continue
+                except Overloaded:
+                    return await self._load_alone(runner, job, started)
+                if load is not None and load.is_held:
+                    is_leader, work, in_flight, stale, told = True, load, load.in_flight, load.stale, ""
+                elif isinstance(reply, Found):
+                    return reply.value
+                elif isinstance(reply, NotHeld):
+                    return await self._load_alone(runner, job, started)
+                elif isinstance(reply, Missing):
+                    _raise_again(reply, job)
+                    # What is stored cannot be read, and another caller is replacing it, the end of which is not told.
+                    if now() - started >= min(options.wait_limit, options.hard_timeout or options.wait_limit):
+                        return await self._load_alone(runner, job, started)
+                    await runner.pause(pause * (0.5 + table.random.random() / 2))
+                    pause = min(pause * 1.5, LONGEST_PAUSE)
+                    continue
+                else:
+                    stale = (
+                        reply.stale if isinstance(reply, LeaseGranted) else reply if isinstance(reply, Stale) else None
+                    )
+                    told = lease_of(reply)
+                    joined = self._join(runner, job, told, started, released)
+                    if joined is None:
+                        released = told
+                        continue
+                    in_flight, work = joined
+            if load is not None and is_leader and options.soft_timeout is None and options.hard_timeout is None:
+                outcome = await load.wait()
+            else:
+                outcome = await self._wait(runner, options, in_flight, work, stale, started, is_leader=is_leader)
+            if told and told not in in_flight.lease_names and not (outcome is TIMED_OUT or isinstance(outcome, Stale)):
+                # It was asked for by the same question, and is not the lease that this caller was told of: one may have
+                # been lost to an invalidation that had returned when this caller asked.
+                continue
+            if isinstance(outcome, Values):
+                outcome = outcome.by_key.get(job.key, LEFT_OUT)
+            if isinstance(outcome, Value) and (is_leader or outcome.shared):
+                return outcome.value
+            if isinstance(outcome, Raised) and outcome.concerns(is_leader=is_leader):
+                if stale is not None and isinstance(outcome.error, Exception):
+                    return _serve(runner, stale, job.key)
+                raise outcome.error
+            if isinstance(outcome, Stale):
+                return _serve(runner, outcome, job.key)
+            if outcome is TIMED_OUT:
+                return await self._load_alone(runner, job, started)
+            if outcome is LEFT_OUT and is_leader:
+                raise LeftOut(job.key)
+
+    def _new_load(self, runner: Runner, job: LoadJob, started: float) -> LeasedLoad:
+        in_flight = InFlightLoad(owner=job.caller)
+        return LeasedLoad(self.table, runner, job, started, in_flight, next(self.table.tokens))
+
+    def _join(
+        self, runner: Runner, job: LoadJob, told: str, started: float, released: str
+    ) -> tuple[InFlightLoad, LeaseFollower | None] | None:
+        """Return the load under the lease that the caller was told of, with its follower if that is still to be started.
+
+        `None` means that the caller is to ask again.
+        """
+        table = self.table
+        in_flight = table.find(told)
+        if in_flight is not None:
+            return in_flight, None
+        if table.is_ours(told) and told != released:
+            # No load of this process has that lease any more: it ended just now, or its caller was interrupted.
+            runner.link.send(ReleaseLease(job.key, told))
+            return None
+        mine = InFlightLoad(owner=job.caller, lease_names={told})
+        in_flight = table.in_flight.setdefault(told, mine)
+        if in_flight is not mine:
+            return in_flight, None
+        return mine, LeaseFollower(table, self.notifications, runner, job, told, started, mine)
+
+    async def _wait(
+        self,
+        runner: Runner,
+        options: LoadOptions,
+        in_flight: InFlightLoad,
+        work: _Startable | None,
+        stale: Stale | Loaded | None,
+        started: float,
+        *,
+        is_leader: bool,
+    ) -> Any:
+        """Start `work`, if it is given, and wait for as long as the options allow.
+
+        Returns the outcome, the stale value if that is to be served, or `TIMED_OUT` if the caller is to load by itself.
+        """
+        spent = runner.link.bus.clock.monotonic() - started
+        timeout, limit = options.patience(spent, has_stale=stale is not None, is_leader=is_leader)
+        start = None if work is None else work.start
+        try:
+            if timeout == 0.0 and limit == "soft":
+                if start is not None:
+                    in_flight.keep()
+                    start()
+                return stale
+            # A caller who has waited for as long as it may does not begin to wait for one more load.
+            if timeout != 0.0 or limit != "wait":
+                outcome = await runner.wait(in_flight, timeout, keep=limit != "wait", start=start)
+                if outcome is not TIMED_OUT:
+                    return outcome
+        finally:
+            if work is not None and not work.is_started:
+                work.end()
+        if limit == "soft" or (stale is not None and (limit == "hard" or options.wait == "stale")):
+            return stale
+        if limit == "hard":
+            raise CacheTimeoutError("the loader has not returned", runner.link.address, options.hard_timeout or 0.0)
+        if options.wait == "raise":
+            raise CacheStampedeError(f"somebody else has been loading the key for {options.wait_limit:g} s")
+        return TIMED_OUT
+
+    # Hits that are not only read
+
+    def _note_hit(self, runner: Runner, job: LoadJob, found: Found) -> None:
+        """Refresh a value that was read, or let it live on, if the options ask for that."""
+        options, link = job.options, runner.link
+        if (
+            isinstance(found, Loaded)
+            and options.wants_refresh(found, self.table.random)
+            and job.key not in self.refreshing
+        ):
+            now = link.bus.clock.monotonic()
+            RefreshLoad(
+                self.refreshing,
+                LeasedLoad(self.table, runner, job, now, InFlightLoad(), next(self.table.tokens)),
+                found,
+            ).start()
+        idle_ttl = options.idle_ttl
+        # Not on each read: when half of its idle time is over.
+        if idle_ttl is None or found.ttl is None or found.ttl > idle_ttl / 2:
+            return
+        if (cap := options.cap(found.value)) is not None:
+            now = link.epoch + link.bus.clock.monotonic()
+            if (ttl := min(idle_ttl, found.stored_at + cap - now)) > found.ttl:
+                link.send(Touch(job.key, ttl))
+
+    # Without a lease
+
+    async def _load_alone(self, runner: Runner, job: LoadJob, started: float) -> Any:
+        """Load for this caller only, and store nothing: another caller may be loading too."""
+        load = self._new_load(runner, job, started)
+        outcome = await self._wait(runner, job.options, load.in_flight, load, None, started, is_leader=True)
+        if isinstance(outcome, Raised):
+            raise outcome.error
+        if not isinstance(outcome, Value):
+            raise CacheError("the load was broken off")
+        return outcome.value
+
+    def _join_unleased(self, runner: Runner, job: LoadJob, started: float) -> tuple[InFlightLoad, UnleasedLoad | None]:
+        """Return the load of a key in a store without leases, and the work that is still to be started."""
+        listed = self.unleased.get(job.key)
+        if listed is not None and listed.is_orphan():
+            listed.resolve(CANCELLED)
+            self.unleased.pop(job.key, None)
+        work = UnleasedLoad(self.unleased, self._new_load(runner, job, started))
+        in_flight = self.unleased.setdefault(job.key, work.in_flight)
+        return in_flight, work if in_flight is work.in_flight else None
+
+    # Many keys
+
+    def fetch_many(
+        self, runner: Runner, keys: Sequence[str], loader: Loader, options: LoadOptions
+    ) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Return the values of keys that are missing: those that no other caller loads by one call of `loader`."""
+        in_flight = InFlightLoad()
+        in_flight.owner = caller = self._fetch_many(runner, keys, loader, options, in_flight)
+        return caller
+
+    async def _fetch_many(
+        self, runner: Runner, keys: Sequence[str], loader: Loader, options: LoadOptions, in_flight: InFlightLoad
+    ) -> dict[str, Any]:
+        kind_of(loader)
+        started = runner.link.bus.clock.monotonic()
+        loads = {key: self._load_of_group(runner, key, loader, options, started, in_flight) for key in keys}
+        try:
+            replies = await self._lease_many(runner, loads)
+        except BaseException:
+            GroupLoad(runner, loader, options, loads, in_flight).end()
+            raise
+        values = {key: reply.value for key, reply in replies.items() if isinstance(reply, Found)}
+        # What could not be leased is loaded with the rest; it is stored only if the store has no leases at all.
+        ours = {key: load for key, load in loads.items() if load.is_held or replies[key] is None}
+        if ours:
+            values |= await self._load_group(
+                GroupLoad(runner, loader, options, ours, in_flight), runner, options, started
+            )
+        for key in [each for each in keys if each not in values and each not in ours]:
+            job = loads[key].job
+            job.caller = in_flight.owner
+            try:
+                values[key] = await self._deliver(runner, job, _MISSING, started)
+            except LeftOut:
+                continue
+        return {key: values[key] for key in keys if key in values}
+
+    def _load_of_group(
+        self,
+        runner: Runner,
+        key: str,
+        loader: Loader,
+        options: LoadOptions,
+        started: float,
+        in_flight: InFlightLoad,
+    ) -> LeasedLoad:
+        asynchronous = is_asynchronous(loader)
+        call = calls_for_one(loader, key)
+        job = LoadJob(key, call, options, options.tags, asynchronous, remote=True)
+        return LeasedLoad(self.table, runner, job, started, in_flight, next(self.table.tokens))
+
+    async def _lease_many(self, runner: Runner, loads: dict[str, LeasedLoad]) -> dict[str, Any]:
+        """Ask for the lease of each load, and return the replies by key; `None` for a key that cannot be leased."""
+        replies: dict[str, Any] = dict.fromkeys(loads)
+        in_flight = self.table.in_flight
+        if self._leasing:
+            in_flight.update({load.token: load.in_flight for load in loads.values()})
+            try:
+                answers = await runner.ask_all([load.question() for load in loads.values()])
+                for (key, load), reply in zip(loads.items(), answers, strict=True):
+                    replies[key] = self._leased(load, reply)
+            except BaseException:
+                for load in loads.values():
+                    if not load.is_held:
+                        load.release(load.token)
+                raise
+            finally:
+                for load in loads.values():
+                    if not load.is_held:
+                        in_flight.pop(load.token, None)
+        if not self._leasing:
+            for key, reply in replies.items():
+                loads[key].lease = "" if reply is None else loads[key].lease
+        return replies
+
+    def _leased(self, load: LeasedLoad, reply: Any) -> Any:
+        """Return the reply to the question of a load; `None` if the key cannot be leased."""
+        if isinstance(reply, Failed):
+            error = reply.error()
+            if isinstance(error, CapabilityError):
+                self._leasing = False
+            elif not isinstance(error, Overloaded):
+                raise error
+            return None
+        if isinstance(reply, NotHeld):
+            load.release(load.token)
+            return None
+        if isinstance(reply, LeaseGranted):
+            load.granted(reply)
+        return reply
+
+    async def _load_group(
+        self, group: GroupLoad, runner: Runner, options: LoadOptions, started: float
+    ) -> dict[str, Any]:
+        stale = group.common_stale
+        outcome = await self._wait(runner, options, group.in_flight, group, stale, started, is_leader=True)
+        if isinstance(outcome, Raised) and not (stale is not None and isinstance(outcome.error, Exception)):
+            raise outcome.error
+        if isinstance(outcome, Raised | Stale):
+            return {key: _serve(runner, each, key) for key, each in group.stale.items()}
+        if not isinstance(outcome, Values):
+            raise CacheError("the load was broken off")
+        return {key: value.value for key, value in outcome.by_key.items()}
+
+
+def _serve(runner: Runner, stale: Stale | Loaded, key: str) -> Any:
+    emitter = runner.link.emitter
+    if StaleServed in emitter.audience.kinds:
+        emitter.tell(StaleServed, key=key)
+    return stale.value
+
+
+def _raise_again(missing: Missing, job: LoadJob) -> None:
+    """Raise what the loader raised, if that was kept and this caller asks for it."""
+    if isinstance(missing, CachedFailure) and (error := job.options.recalled(missing)) is not None:
+        raise error

@@ -1,0 +1,169 @@
+"""Single flight: the callers of one process who want the value of one load share it."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final
+
+from msgspec import Struct, field
+
+from cachebus.bus import Port, ThreadPort, open_port
+from cachebus.messages import CacheError
+
+from .wait_graph import CURRENT_LOADS, GraphNode, add_edge, remove_edge
+
+
+class _Outcome:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+CANCELLED: Final = _Outcome("CANCELLED")
+"""The outcome of a load that was broken off: its waiters must ask again."""
+
+TIMED_OUT: Final = _Outcome("TIMED_OUT")
+"""In the place of an outcome: the caller stops waiting."""
+
+LEFT_OUT: Final = _Outcome("LEFT_OUT")
+"""The outcome for a key that a loader of many returned no value for."""
+
+
+class Value(Struct, frozen=True):
+    """The outcome of a load that returned a value.
+
+    `shared` is false if a tag that only the loader named may have been invalidated during the load. Callers who joined after the
+    load began must ask again then.
+    """
+
+    value: Any
+    shared: bool = True
+
+
+class Values(Struct, frozen=True):
+    """The outcomes of a load of many keys."""
+
+    by_key: Mapping[str, Any]
+
+
+class Raised(Struct, frozen=True):
+    """The outcome of a load that failed. An error that is no `Exception`, such as a `SystemExit`, is raised only to the
+    caller who began the load; the others must ask again."""
+
+    error: BaseException
+
+    def concerns(self, *, is_leader: bool) -> bool:
+        """Return whether the error is for this caller."""
+        return is_leader or isinstance(self.error, Exception)
+
+
+class InFlightLoad(GraphNode, eq=False, kw_only=True):
+    """A load that callers wait for, as tasks of any event loop or as threads.
+
+    When the last waiter leaves, `cancel` is called, unless a waiter asked for the load to go on. `lease_names` are the leases
+    that it loads under or waits for. `thread` is where it runs, or where its event loop does. `owner` is the coroutine that
+    will resolve it.
+    """
+
+    owner: Coroutine[Any, Any, Any] | None = None
+    outcome: Any = None
+    cancel: Callable[[], None] | None = None
+    lease_names: set[str] = field(default_factory=set)
+    thread: int = field(default_factory=threading.get_ident)
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _waiters: dict[Port, None] = field(default_factory=dict)
+    _kept: bool = False
+    _starting: bool = False
+
+    @property
+    def waiters(self) -> int:
+        """The number of callers who wait, the leader included."""
+        return len(self._waiters) + self._starting
+
+    def is_orphan(self) -> bool:
+        """Return whether the owner ended without resolving the load, as an interrupted thread may."""
+        owner = self.owner
+        return owner is not None and not self.resolved and inspect.getcoroutinestate(owner) == inspect.CORO_CLOSED
+
+    def keep(self) -> None:
+        """Let the load go on when all waiters have left."""
+        self._kept = True
+
+    async def wait(
+        self,
+        timeout: float | None = None,
+        *,
+        keep: bool = False,
+        start: Callable[[], None] | None = None,
+        blocking: bool = False,
+    ) -> Any:
+        """Return the outcome, or `TIMED_OUT` after `timeout` seconds. With `keep` the load goes on after a timeout.
+
+        `start` makes the caller the leader: it is called to start the load, while the caller counts as a waiter. `blocking` stops
+        the thread instead of suspending; in the thread that loads that is a `CacheError`.
+        """
+        loads = CURRENT_LOADS.get()
+        waiting = add_edge(loads, self) if loads else None
+        try:
+            if start is not None:
+                self._starting = True
+                start()
+                if self.resolved:  # At once: then there is no need for a port.
+                    return self.outcome
+            elif blocking and self.thread == threading.get_ident() and not self.resolved:
+                raise CacheError(
+                    "the key is being loaded by a task of this very thread, which a blocking call would stop;"
+                    " await a coroutine function, or call from another thread"
+                )
+            port = ThreadPort() if blocking else open_port()
+            try:
+                if not self.add_waiter(port):
+                    return self.outcome
+                if start is not None:
+                    self._starting = False
+                outcome: Any = port.wait(timeout, _timed_out)
+                if not blocking:
+                    outcome = await outcome
+                self._kept = self._kept or (keep and outcome is TIMED_OUT)
+                return outcome
+            finally:
+                if not self.resolved:
+                    self.remove_waiter(port)
+        finally:
+            if waiting is not None:
+                remove_edge(waiting, self)
+
+    def add_waiter(self, port: Port) -> bool:
+        """Answer `port` with the outcome; return false if there is one already."""
+        with self._guard:
+            if self.resolved:
+                return False
+            self._waiters[port] = None
+            return True
+
+    def remove_waiter(self, port: Port) -> None:
+        """Forget a waiter; without any other the load is cancelled, unless it is to go on."""
+        with self._guard:
+            self._waiters.pop(port, None)
+            forsaken = not (self.resolved or self._waiters or self._kept or self._starting)
+        if forsaken and self.cancel is not None:
+            self.cancel()
+
+    def resolve(self, outcome: Any) -> None:
+        """Give every waiter the outcome. Only the first one counts; a call that was interrupted may be repeated."""
+        with self._guard:
+            if not self.resolved:
+                self.outcome = outcome
+                self.resolved = True
+        outcome = self.outcome
+        for port in tuple(self._waiters):
+            port.answer(outcome)
+            self._waiters.pop(port, None)
+
+
+def _timed_out() -> Any:
+    return TIMED_OUT
