@@ -68,9 +68,6 @@ def event_word(kind: type[Event]) -> str:
     return check_word(kind.WIRE_NAME.removeprefix("event."), "kind of event")
 
 
-def is_ours(subject: str) -> bool:
-    """Whether a subject is one of this module's: an answer must never be sent there."""
-    return subject.startswith(ROOT)
 
 
 def _short(subject: str) -> str:
