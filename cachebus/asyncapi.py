@@ -9,7 +9,7 @@ from cachebus.bus.codec import JSON
 from cachebus.bus.subjects import NOBODY, ROOT, event_word
 from cachebus.messages import WIRE_NAMES, Event, Failed, Message, Request, reply_types
 
-from .asyncapi_schemas import VALUE, Schema, description, example, fields_schema, inner_messages, payload_schema
+from .asyncapi_schemas import VALUE, Schema, description, example, schemas
 
 _ADDRESSES = {"backend": "backend.{backend}"}
 """By the first word of a request's wire name: the address that is asked. Any other is asked at an address of its own."""
@@ -29,17 +29,13 @@ def document(version: str) -> Schema:
     requests = [cls for cls in kinds if _is_a(cls, Request)]
     events = [cls for cls in kinds if _is_a(cls, Event)]
     replies = [cls for cls in kinds if cls not in requests and cls not in events]
-    inside: set[type[Message]] = set()
-    for cls in kinds:
-        inside |= inner_messages(cls)
-    inner = sorted(inside, key=_class_name)
     made = {
         "asyncapi": "3.0.0",
         "info": {
             "title": "A worker of cachebus",
             "version": version,
             "description": "A worker answers requests to its cache and tells what happens in it, over NATS. A body is one "
-            "message as JSON, or an array of requests, whose answer is an array too; msgpack is the other content type.",
+            "message as JSON, or an array of requests, whose answer is an array too; MessagePack is the other content type.",
             "license": {"name": "Apache-2.0"},
         },
         "defaultContentType": JSON,
@@ -50,7 +46,7 @@ def document(version: str) -> Schema:
             "messages": {cls.__name__: _message(cls) for cls in kinds},
             "schemas": {
                 "Value": VALUE,
-                **{each.__name__: fields_schema(each) for each in inner},
+                **schemas(kinds),
                 "RequestHeaders": _REQUEST_HEADERS,
                 "ReplyHeaders": _REPLY_HEADERS,
                 "EventHeaders": _EVENT_HEADERS,
@@ -60,10 +56,6 @@ def document(version: str) -> Schema:
     # Members of an enum become the text that they are, and parts that are used twice two parts: YAML would write a reference.
     whole: Schema = json.loads(json.dumps(made))
     return whole
-
-
-def _class_name(cls: type[Message]) -> str:
-    return cls.__name__
 
 
 def _word(cls: type[Message]) -> str:
@@ -79,7 +71,7 @@ def _header(text: str, **more: Any) -> Schema:
 
 
 _CONTENT_TYPE = _header(
-    "The form of the body; msgpack where it is left out.", enum=[JSON, "application/msgpack"], examples=[JSON]
+    "The content type of the body; MessagePack if it is left out.", enum=[JSON, "application/msgpack"], examples=[JSON]
 )
 _REQUEST_HEADERS: Schema = {
     "type": "object",
@@ -119,7 +111,7 @@ def _message(cls: type[Message]) -> Schema:
         "description": text,
         "contentType": JSON,
         "headers": {"$ref": f"#/components/schemas/{kind}Headers"},
-        "payload": payload_schema(cls),
+        "payload": {"$ref": f"#/components/schemas/{cls.__name__}"},
         "examples": [{"name": "every field", "headers": {"Content-Type": JSON}, "payload": example(cls)}],
     }
 
@@ -180,7 +172,7 @@ def _operation(action: str, channel: str, cls: type[Message]) -> Schema:
 def _request_operations(requests: list[type[Message]]) -> Schema:
     made: Schema = {}
     for cls in requests:
-        replies = [*reply_types(cast("type[Request[Any]]", cls)), Failed]
+        replies: list[type[Message]] = [*reply_types(cast("type[Request[Any]]", cls)), Failed]
         made[f"{_room(cls)}{cls.__name__}"] = {
             **_operation("receive", f"{_room(cls)}Requests", cls),
             # Workers that share an address are a queue group; a worker that has its address for itself is in none.

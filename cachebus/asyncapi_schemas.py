@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import enum
 import json
-import types
-import typing
-from dataclasses import MISSING, fields
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from cachebus.bus.codec import JSON, VERSION, encode
+import msgspec
+
+from cachebus.bus.codec import JSON, encode
 from cachebus.messages import Message
 
 Schema = dict[str, Any]
@@ -54,74 +54,29 @@ _NUMBERS = {"time": 1767225600.25, "stored_at": 1767225600.25, "version": 176722
 _VALUES: dict[str, Any] = {"fields": 5.0, "guard": "closed"}
 
 
-def fields_schema(cls: type[Message]) -> Schema:
-    """The schema of a message inside a message: its fields alone."""
-    hints = typing.get_type_hints(cls)
-    properties: Schema = {}
-    required: list[str] = []
-    for each in fields(typing.cast("Any", cls)):
-        schema = schema_of(hints[each.name])
-        if each.default is not MISSING and isinstance(each.default, str | int | float | bool | None):
-            # A $ref may have nothing beside it, so it stays alone.
-            if "$ref" not in schema:
-                schema = {**schema, "default": each.default}
-        elif each.default is MISSING and each.default_factory is MISSING:
-            required.append(each.name)
-        properties[each.name] = schema
-    made: Schema = {"type": "object", "description": description(cls), "properties": properties}
-    return made | ({"required": required} if required else {})
-
-
-def payload_schema(cls: type[Message]) -> Schema:
-    """The schema of a message as a body holds it: the version of the wire format and its kind come first."""
-    made = fields_schema(cls)
-    first = {
-        "v": {"type": "integer", "const": VERSION, "description": "The version of the wire format."},
-        "kind": {"type": "string", "const": cls.WIRE_NAME},
-    }
-    made["properties"] = first | made["properties"]
-    made["required"] = [*first, *made.get("required", ())]
+def schemas(classes: Iterable[type[Message]]) -> dict[str, Schema]:
+    """Make the schema of each class, and of each class inside of these, by its name: what a body looks like in JSON."""
+    _, made = msgspec.json.schema_components(classes, ref_template="#/components/schemas/{name}")
+    for each in made.values():
+        if "properties" not in each:  # An enum.
+            continue
+        each["description"] = " ".join(each.get("description", "").replace("`", "").split())
+        each["properties"] = {
+            name: {"$ref": "#/components/schemas/Value"} if schema == {} else _without_discriminators(schema)
+            for name, schema in each["properties"].items()
+        }
     return made
 
 
-def schema_of(hint: Any) -> Schema:
-    """The schema of a type hint. Raises `TypeError` for one that messages cannot have."""
-    simple: dict[Any, Schema] = {
-        Any: {"$ref": "#/components/schemas/Value"},
-        str: {"type": "string"},
-        int: {"type": "integer"},
-        float: {"type": "number"},
-        bool: {"type": "boolean"},
-        types.NoneType: {"type": "null"},
-    }
-    if hint in simple:
-        return simple[hint]
-    if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
-        return {"type": "string", "enum": [each.value for each in hint]}
-    if isinstance(hint, type) and issubclass(hint, Message):
-        return {"$ref": f"#/components/schemas/{hint.__name__}"}
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return {"type": "string", "enum": list(args)}
-    if origin in (list, tuple):
-        return {"type": "array", "items": schema_of(args[0])}
-    if origin is dict:
-        return {"type": "object", "additionalProperties": schema_of(args[1])}
-    if origin in (typing.Union, types.UnionType):
-        return {"anyOf": [schema_of(each) for each in args]}
-    raise TypeError(f"there is no schema for {hint}")
-
-
-def inner_messages(cls: type[Message]) -> set[type[Message]]:
-    """The classes of messages inside a message."""
-    found: set[type[Message]] = set()
-    waiting: list[Any] = list(typing.get_type_hints(cls).values())
-    while waiting:
-        hint = waiting.pop()
-        if isinstance(hint, type) and issubclass(hint, Message):
-            found.add(hint)
-        waiting.extend(get_args(hint))
-    return found
+def _without_discriminators(schema: Any) -> Any:
+    """Leave out what OpenAPI has and AsyncAPI has not."""
+    if isinstance(schema, dict):
+        parts: Schema = schema
+        return {name: _without_discriminators(each) for name, each in parts.items() if name != "discriminator"}
+    if isinstance(schema, list):
+        several: list[Any] = schema
+        return [_without_discriminators(each) for each in several]
+    return schema
 
 
 def example(cls: type[Message]) -> dict[str, Any]:
@@ -135,32 +90,29 @@ def description(cls: type[Message]) -> str:
     return " ".join((cls.__doc__ or "").replace("`", "").split())
 
 
-def _instance(cls: type[Message]) -> Message:
-    hints = typing.get_type_hints(cls)
-    return cls(**{each.name: _sample(hints[each.name], each.name) for each in fields(typing.cast("Any", cls))})
+def _instance(cls: type[Any]) -> Any:
+    return cls(**{each.name: _sample(each.type, each.name) for each in msgspec.structs.fields(cls)})
 
 
 def _sample(hint: Any, name: str) -> Any:
-    if hint is Any:
-        return _VALUES.get(name, {"name": "Ada"})
-    if hint is str:
-        return _TEXTS.get(name, name)
-    if hint is bool:
-        return True
-    if hint is int:
-        return _NUMBERS.get(name, 1)
-    if hint is float:
-        return _NUMBERS.get(name, 1.5)
+    simple: dict[Any, Any] = {
+        Any: _VALUES.get(name, {"name": "Ada"}),
+        str: _TEXTS.get(name, name),
+        bool: True,
+        int: _NUMBERS.get(name, 1),
+        float: _NUMBERS.get(name, 1.5),
+    }
+    if hint in simple:
+        return simple[hint]
     if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
         return next(iter(hint))
-    if isinstance(hint, type) and issubclass(hint, Message):
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         return _instance(hint)
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return args[0]
-    if origin in (list, tuple):
-        samples = [_sample(args[0], name)]
-        return samples if origin is list else tuple(samples)
-    if origin is dict:
+    if origin is tuple:
+        return (_sample(args[0], name),)
+    if origin is Mapping:
         return {_TEXTS.get(name, name): _sample(args[1], name)}
     return _sample(args[0], name)

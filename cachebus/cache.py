@@ -10,6 +10,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
+import msgspec
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT, Subscription
@@ -34,7 +35,6 @@ from cachebus.messages import (
     InvalidateTags,
     Missing,
     Present,
-    Record,
     Request,
     Scan,
     Scanned,
@@ -43,8 +43,6 @@ from cachebus.messages import (
     Stored,
     TakeSnapshot,
     Touch,
-    bare,
-    record,
 )
 
 from .cache_limits import CacheLimits
@@ -67,8 +65,7 @@ Probing = Callable[[Request[Any], float], Awaitable[Any]]
 Finishing = Callable[[Request[Any], Any], Awaitable[Any]]
 
 
-@record()
-class Health(Record):
+class Health(msgspec.Struct, frozen=True):
     """Whether a backend answers. `latency` is the seconds that the answer took, `detail` what went wrong otherwise.
 
     `circuit` is that of the guard before the backend's server, as of the answer: `closed`, `open` (it is left alone) or
@@ -159,8 +156,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         # taken here rather than in the bus, which saves a coroutine.
         if type(key) is not str:
             check_key(key)
-        request = bare(Get)
-        request.key = key
+        request = Get(key)
         reply = self._turn_get(request)
         self._turns_left = left = self._turns_left - 1
         if type(reply) is Found and left > 0:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT, Turn
-from cachebus.messages import Found, Get, Missing, bare
+from cachebus.messages import Found, Get, Missing
 
 from .cached import TURNS_OF_A_MISS, Decorator, Loads
 from .checks import Duration, check_key, check_keys
@@ -118,8 +118,7 @@ class CacheLoading(Decorating):
             # Before the turn: whoever comes back to a value that was read before others ran would refresh it once more.
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
-        request = bare(Get)
-        request.key = key
+        request = Get(key)
         reply = self._turn_get(request)
         self._turns_left -= 1
         if type(reply) is Found and idle_ttl is None:
@@ -214,8 +213,7 @@ class SyncCacheLoading(Decorating):
         one of its own; a coroutine function runs in the event loop of the cache."""
         if type(key) is not str:
             check_key(key)
-        request = bare(Get)
-        request.key = key
+        request = Get(key)
         reply = self._turn_get(request)
         if type(reply) is Found and idle_ttl is None:
             return reply.value

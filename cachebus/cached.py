@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT
-from cachebus.messages import Found, Get, Missing, bare
+from cachebus.messages import Found, Get, Missing
 
 from .checks import check_key, check_tags
 from .keying import compile_template
@@ -91,8 +91,7 @@ class Loads(Flights):
                 turns_left = TURNS_PER_CHECKPOINT
                 await checkpoint()  # Before the turn, for the reason given in `get_or_load`.
             link = self._cache.link
-            request = bare(Get)
-            request.key = key
+            request = Get(key)
             reply = link.turn_get(request)
             turns_left -= 1
             if type(reply) is Found and not slides:
@@ -126,8 +125,7 @@ class Loads(Flights):
         def cached(*args: Any, **kwargs: Any) -> Any:
             key = key_of(*args, **kwargs)
             link = self._cache.link
-            request = bare(Get)
-            request.key = key
+            request = Get(key)
             reply = link.turn_get(request)
             if type(reply) is Found and not slides:
                 return reply.value

@@ -74,13 +74,10 @@ class CachedError:
         return error
 
 
-class Remembered(Missing):
-    """In the place of `Missing`: the key has no value, and `error` is what its loader raised."""
+class Remembered(Missing, frozen=True, gc=True, tag=""):
+    """In the place of `Missing`: the key has no value, and `error` is what its loader raised. It leaves no process."""
 
-    __slots__ = ("error",)
-
-    def __init__(self, error: CachedError) -> None:
-        self.error = error
+    error: CachedError
 
 
 def seen(answer: R) -> R:

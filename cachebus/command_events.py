@@ -7,7 +7,6 @@ import asyncio
 import json
 import os
 import re
-from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
@@ -18,7 +17,7 @@ from cachebus.messages import CacheConfigurationError, Event, EventsMissed
 from .command_line import DONE, FAILED, Commands, add_bus, bus_settings, on_terminal, printable
 from .node import Node
 
-_COMMON = frozenset(each.name for each in fields(Event))
+_COMMON = frozenset(Event.__struct_fields__)
 _COLOURS = {
     "cache_hit": 32,
     "cache_miss": 33,
@@ -129,9 +128,9 @@ class Line:
 
 def _own(event: Event) -> list[tuple[str, Any]]:
     return [
-        (each.name, value)
-        for each in fields(event)
-        if each.name not in _COMMON and (value := getattr(event, each.name)) not in (None, ())
+        (name, value)
+        for name in event.__struct_fields__
+        if name not in _COMMON and (value := getattr(event, name)) not in (None, ())
     ]
 
 

@@ -16,22 +16,18 @@ from cachebus.messages import (
     Failed,
     Found,
     GetOrLease,
-    LeaseGranted,
-    LoadLeaseLost,
     Loaded,
     LoaderFailed,
-    Loading,
+    LoadLeaseLost,
+    LoadMetadata,
     NotHeld,
     NotStored,
-    LoadMetadata,
     ReleaseLease,
     Reply,
     Set,
     Stale,
     Stored,
-    WatchLease,
 )
-from cachebus.messages.late_init import write_init_now
 
 from .flight import (
     ABANDONED,
@@ -132,11 +128,6 @@ class Start:
         """End the flight, if it was not begun."""
         if not self.begun:
             self._ended()
-
-
-def prepare_loads() -> None:
-    """Write the constructors that a load needs: else all callers of the first cold key would wait for 5 ms more."""
-    write_init_now(LoadOptions, GetOrLease, LeaseGranted, Loading, WatchLease, NotHeld, Set, Stored, Found)
 
 
 class Landings:

@@ -9,7 +9,9 @@ from functools import lru_cache
 from types import EllipsisType
 from typing import Any, Literal
 
-from cachebus.messages import Loaded, LoadMetadata, Record, Ttl, record
+import msgspec
+
+from cachebus.messages import Loaded, LoadMetadata, Ttl
 
 from .cached_errors import CachedError, Remembered, check_classes
 from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
@@ -29,8 +31,7 @@ WaitPolicy = Literal["load", "stale", "raise"]
 """What becomes of a caller who has waited for somebody else's load for as long as it may."""
 
 
-@record(kw_only=True)
-class LoadOptions(Record):
+class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The options of a load, in the words of `Cache.get_or_load`. Durations are seconds."""
 
     ttl: Ttl = "default"

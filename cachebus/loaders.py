@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import AsyncGeneratorType, EllipsisType, FunctionType, GeneratorType, MethodType
 from typing import Any, cast
 
-from cachebus.messages import CacheError, Record, record
+import msgspec
+
+from cachebus.messages import CacheError
 
 from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
 
@@ -17,8 +19,7 @@ LONGEST_ETAG = 1024
 """Bytes of an `etag` in UTF-8: it stands beside the value, in the head of the entry."""
 
 
-@record()
-class LoadContext(Record):
+class LoadContext(msgspec.Struct, frozen=True):
     """What a loader is told if it takes an argument.
 
     `key` is the key that is loaded; `tags` are those that the value will have. `stale` is the value that was there before,
@@ -35,8 +36,7 @@ class LoadContext(Record):
     stale_tags: tuple[str, ...] = ()
 
 
-@record()
-class LoadResult(Record):
+class LoadResult(msgspec.Struct, frozen=True):
     """What a loader may return instead of a bare value, to decide how it is kept.
 
     `ttl` and `stale_for` count instead of those of the call, `tags` in addition to them. With `store=False` the value goes
@@ -53,7 +53,7 @@ class LoadResult(Record):
     unchanged: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tags", check_tags(self.tags))  # An iterator could be read only once.
+        msgspec.structs.force_setattr(self, "tags", check_tags(self.tags))  # An iterator could be read only once.
         if not isinstance(self.ttl, EllipsisType):
             check_ttl(self.ttl)
         if self.stale_for is not None:

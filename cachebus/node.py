@@ -140,10 +140,8 @@ class Node:
             link = Link(self.bus, address, settings.timeout, emitter, self._alarm.set, settings.on_error)
             link.locks = self._lock_way
             return link
-        from .landing import prepare_loads  # Caches that keep objects do without.
         from .payload_link import PayloadLink
 
-        prepare_loads()
         link = PayloadLink(
             self.bus,
             address,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from anyio import to_thread
+from msgspec.structs import replace
 
 from cachebus.bus import Address, Bus, Emitter
 from cachebus.messages import (
@@ -37,7 +37,6 @@ from cachebus.messages import (
     Snapshot,
     Stale,
     Stored,
-    bare,
 )
 
 from .cached_errors import CachedError, Remembered
@@ -160,11 +159,7 @@ class PayloadLink(Link):
                     if type(value) is CachedError:
                         return cast("R", Remembered(value))
                     # Another object: two may share a reply.
-                    read: Any = bare(Found)
-                    read.value = value
-                    read.version, read.ttl = came.version, came.ttl
-                    read.tags, read.stored_at = came.tags, came.stored_at
-                    return read  # type: ignore[no-any-return]
+                    return cast("R", Found(value, came.version, came.ttl, came.tags, came.stored_at))
             return cast("R", await self._come_back(_WAITING, coded, came, deadline))
         except CacheSerializationError as error:
             if type(coded) is not Get:
@@ -322,8 +317,7 @@ class PayloadLink(Link):
             read = self._read(message.key, reply)
             return read if isinstance(read, Stale) else Loading(reply.lease, reply.remaining)
         if type(reply) is Snapshot:
-            reply.payload.update(self._pipeline.statistics.as_dict())
-            return reply
+            return replace(reply, payload=self._pipeline.statistics.as_dict())
         return self._read(message.key, reply) if has_value(type_of(reply)) else reply
 
     async def _add_again(self, ask: _Ask, message: Set | Add) -> Any:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-from cachebus.messages import Admit, RateLimited, Record, RateLimitDenied, record
+import msgspec
+
+from cachebus.messages import Admit, RateLimitDenied, RateLimited
 
 from .checks import Duration, check_key, check_seconds
 from .failures import BACKEND_FAILURES
@@ -16,8 +18,7 @@ from .ways import Awaiting, Blocking
 OnLimitError: TypeAlias = Literal["raise", "allow"]
 
 
-@record()
-class RateLimit(Record):
+class RateLimit(msgspec.Struct, frozen=True):
     """What a rate limit said: true if `allowed`. Times are seconds from the moment of the answer.
 
     `remaining` is how many more could go on at once, and nothing is used any more after `reset_after`. `retry_after` is

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from cachebus.bus import Subscription, Turn
-from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot, Stored, bare
+from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot, Stored
 
 from .background import BACKGROUND, Hosted
 from .cache import Cache, Health
@@ -118,8 +118,7 @@ class SyncCache(SyncCacheLoading, SyncCacheLimits, SyncCacheLocks):
         # The hot path, written out for the reasons given there.
         if type(key) is not str:
             check_key(key)
-        request = bare(Get)
-        request.key = key
+        request = Get(key)
         reply = self._turn_get(request)
         if type(reply) is Found:
             return reply.value

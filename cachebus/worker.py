@@ -9,7 +9,6 @@ import random
 import signal
 from collections.abc import Callable, Generator
 from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from cachebus.bus import Subscription, origin
@@ -26,7 +25,7 @@ logger = logging.getLogger("cachebus.worker")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _TOLD = ("actor_*", "backend_*", "circuit_*")
 _LOUD = frozenset({"actor_restarted", "actor_gave_up", "backend_disconnected", "circuit_opened"})
-_COMMON = frozenset(each.name for each in fields(Event))
+_COMMON = frozenset(Event.__struct_fields__)
 
 _PAUSE, _PAUSE_MAX = 0.1, 2.0
 """Seconds: a pause at the start is drawn below the first, which doubles up to the second."""
@@ -164,7 +163,7 @@ class Worker:
 
 
 def _own_fields(event: Event) -> list[str]:
-    return [each.name for each in fields(event) if each.name not in _COMMON]
+    return [name for name in event.__struct_fields__ if name not in _COMMON]
 
 
 def _end(code: int) -> None:

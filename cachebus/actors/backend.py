@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from threading import get_ident
 from typing import Any
+
+import msgspec
 
 from cachebus.bus import Deferred, TaskPort, current_trace, turn_trace
 from cachebus.messages import (
@@ -36,8 +37,8 @@ from cachebus.messages import (
     InvalidateTags,
     Ping,
     Pong,
-    RateLimitExceeded,
     RateLimitDenied,
+    RateLimitExceeded,
     ReleaseLease,
     RemovalCause,
     RenewLease,
@@ -211,7 +212,7 @@ class BackendActor(Actor):
             max_bytes=gauges.max_bytes,
             restarts=self.ctx.restarts,
             overloaded=self.ctx.overloaded,
-            guard=asdict(self._guard.statistics()) if self._guard is not None else {},
+            guard=msgspec.structs.asdict(self._guard.statistics()) if self._guard is not None else {},
         )
 
     # Expiry

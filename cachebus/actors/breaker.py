@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 
+import msgspec
+
 from cachebus.bus import Clock
-from cachebus.messages import CacheConfigurationError, CircuitOpen, Record, record
+from cachebus.messages import CacheConfigurationError, CircuitOpen
 
 
 class CircuitState(StrEnum):
@@ -17,8 +19,7 @@ class CircuitState(StrEnum):
     HALF_OPEN = "half_open"
 
 
-@record(kw_only=True)
-class BreakerPolicy(Record):
+class BreakerPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """When a circuit opens and closes.
 
     `failure_threshold` failures in a row open it. After `recovery` seconds at most `half_open_max` probes at a time are

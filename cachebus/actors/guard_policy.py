@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+import msgspec
 
-from cachebus.messages import CacheConfigurationError, CacheError, Record, record
+from cachebus.messages import CacheConfigurationError, CacheError
 
 from .breaker import BreakerPolicy
 from .retrying import RetryPolicy
 
 
-@record(kw_only=True)
-class GuardPolicy(Record):
+class GuardPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """What a guard does. Times are seconds.
 
     `timeout_min` and `timeout_max` bound the adaptive timeout, `timeout_initial` is the one before anything is known,
@@ -19,8 +18,8 @@ class GuardPolicy(Record):
     wait. Errors of the classes in `excluded` are none for the circuit breaker.
     """
 
-    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    breaker: BreakerPolicy = msgspec.field(default_factory=BreakerPolicy)
+    retry: RetryPolicy = msgspec.field(default_factory=RetryPolicy)
     timeout_min: float = 0.1
     timeout_max: float = 10.0
     timeout_initial: float = 1.0
@@ -40,8 +39,7 @@ class GuardPolicy(Record):
                 raise CacheConfigurationError(f"{option}: expected at least {least}, not {getattr(self, option)!r}")
 
 
-@record(kw_only=True)
-class GuardStatistics(Record):
+class GuardStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """What a guard has seen. Counts are of batches since it was made; `last_failure_time` and `next_attempt` are Unix
     time, `None` where there is none. `lock_timeout` and `lock_p95` are of lock operations, the others of all else.
     `rejected` counts what was turned away without asking the store, because the circuit was open or the queue full.

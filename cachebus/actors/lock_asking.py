@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any, Protocol
+
+import msgspec
 
 from cachebus.bus import TaskPort, open_port
 from cachebus.messages import CacheClosed, CacheError, Failed, ReleaseLock, Reply, Request
@@ -115,7 +116,7 @@ class AskingBatches:
 
     def statistics(self) -> dict[str, Any]:
         """As `Asking.statistics`."""
-        return asdict(self._guard.statistics())
+        return msgspec.structs.asdict(self._guard.statistics())
 
     async def close(self, last: Sequence[Request[Any]]) -> None:
         """As `Asking.close`."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import field, fields
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
+
 from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred
-from cachebus.messages import LockGranted, Record, RemovalCause, Reply, Request, WatchLease, record
+from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
 __all__ = [
     "SYSTEM_CLOCK",
@@ -31,8 +32,7 @@ __all__ = [
 ]
 
 
-@record(kw_only=True)
-class Capabilities(Record):
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a store can do. What it cannot is answered with `CapabilityError`, never with a quiet 0 or False.
 
     `max_key_bytes` and `max_value_bytes` are `None` where the store sets no limit. `ttl_resolution` is the step, in
@@ -52,11 +52,10 @@ class Capabilities(Record):
 
     def names(self) -> tuple[str, ...]:
         """The capabilities that the store has, by name."""
-        return tuple(each.name for each in fields(self) if getattr(self, each.name) is True)
+        return tuple(name for name in self.__struct_fields__ if getattr(self, name) is True)
 
 
-@record(kw_only=True)
-class Gauges(Record):
+class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     """How full a store is, and what it did since it was made. Bounds are `None` where there is none; weights are bytes.
 
     An inline store counts its hits, misses, sets and removals itself, in its turns; of a batch store the actor counts
@@ -70,7 +69,7 @@ class Gauges(Record):
     max_entries: int | None = None
     weight: int = 0
     max_bytes: int | None = None
-    removals: dict[RemovalCause, int] = field(default_factory=dict)
+    removals: dict[RemovalCause, int] = {}
 
 
 ReadListener = Callable[[str, bool], None]

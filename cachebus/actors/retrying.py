@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cachebus.messages import CacheConfigurationError, Failed, Record, Reply, Request, error_class, record
+import msgspec
+
+from cachebus.messages import CacheConfigurationError, Failed, Reply, Request, error_class
 
 
-@record(kw_only=True)
-class RetryPolicy(Record):
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """How often, and after what pauses. `attempts` counts the first one.
 
     Before the n-th repetition there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import anyio
+import msgspec
 
 from cachebus.bus import Address, Bus, Emitter, Envelope, Port, Visibility, open_port
 from cachebus.messages import (
@@ -21,8 +22,6 @@ from cachebus.messages import (
     CacheClosed,
     CacheError,
     Message,
-    Record,
-    record,
 )
 
 from .actor import Actor
@@ -34,8 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cachebus.actors")
 
 
-@record()
-class RestartPolicy(Record):
+class RestartPolicy(msgspec.Struct, frozen=True):
     """How an actor that crashed is begun anew.
 
     More than `max_restarts` crashes within `window` seconds, and it stays down. Before the n-th restart of a window

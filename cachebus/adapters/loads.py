@@ -16,18 +16,17 @@ from cachebus.messages import (
     Loaded,
     LoaderFailed,
     Loading,
+    LoadMetadata,
     NotHeld,
     NotStored,
-    LoadMetadata,
-    ReleaseLease,
     Released,
-    RenewLease,
+    ReleaseLease,
     Renewed,
+    RenewLease,
     Reply,
     Set,
     Stale,
     Stored,
-    bare,
 )
 
 from .durations import time_stale
@@ -138,19 +137,14 @@ class LoadTable(EntryTable):
 
     def _found(self, entry: Entry, now: float) -> Found:
         """The reply that says a live entry."""
-        kept = self._metadata_of.get(entry.key)
-        found: Any = bare(Found if kept is None else Loaded)
-        left = entry.expires_at - now
-        found.value = entry.value
-        found.version = found.stored_at = entry.version
-        found.ttl = left if left < NEVER else None
-        found.tags = entry.tags
-        if kept is not None:
-            found.load_time = kept.metadata.load_time
-            found.stale_for = kept.metadata.stale_for
-            found.etag = kept.metadata.etag
-            found.lifetime = kept.lifetime
-        return found  # type: ignore[no-any-return]
+        version, left = entry.version, entry.expires_at - now
+        ttl = left if left < NEVER else None
+        if (kept := self._metadata_of.get(entry.key)) is None:
+            return Found(entry.value, version, ttl, entry.tags, version)
+        said = kept.metadata
+        return Loaded(
+            entry.value, version, ttl, entry.tags, version, said.load_time, said.stale_for, said.etag, kept.lifetime
+        )
 
     def _stale(self, key: str, now: float, lease: Lease | None = None) -> Stale | None:
         """The reply that says what may still be served of a key without a live value."""

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 import anyio
+import msgspec
 from anyio import to_thread
 from pymemcache.client.rendezvous import RendezvousHash
 
@@ -113,7 +114,7 @@ class MemcachedStore:
         limit = common(list(self._lanes.values()), lambda connection: connection.entry_max)
         if limit is None:
             raise failures[0]
-        self.capabilities = dataclasses.replace(
+        self.capabilities = msgspec.structs.replace(
             self.capabilities, max_value_bytes=CHUNKED_MAX if self._values.chunked else limit - HEADER.size
         )
 

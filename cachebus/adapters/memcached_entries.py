@@ -18,9 +18,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-from cachebus.messages import CacheError, CacheSerializationError, Failed, Found, Loaded, Missing, Present, bare
+from cachebus.messages import CacheError, CacheSerializationError, Failed, Found, Loaded, Missing, Present
 
 from .durations import time_to_live
 from .forms import BYTES, decode_form
@@ -102,17 +102,12 @@ def _header(raw: bytes) -> tuple[bytes, int, float, float, float]:
 def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float) -> Found | Missing | Failed | Entry:
     """What an item says to whoever asked for its key. One that is chunked, or has tags, comes back as its entry."""
     if not kept and len(raw) >= _HEADER_SIZE and raw[0] == BYTES:
-        # The hot path: as a bare object and with the commonest form first, 0.7 us.
+        # The hot path: the commonest form first.
         _, size, expiry, stored_at, version = _unpack_header(raw)
         if size or (expiry and expiry <= now):
             return MISSING
-        found: Any = bare(Found)
-        found.value = raw[_HEADER_SIZE:]
-        found.version = version or epoch + token
-        found.stored_at = stored_at
-        found.ttl = expiry - now if expiry else None
-        found.tags = ()
-        return cast("Found", found)
+        ttl = expiry - now if expiry else None
+        return Found(raw[_HEADER_SIZE:], version or epoch + token, ttl, (), stored_at)
     try:
         entry = read_entry(raw, token, kept, epoch, now)
         if entry is None:

@@ -99,6 +99,9 @@ class Plan:
             try:
                 if not (yield from self._only_gets(first, end)):
                     yield from Mixed(self._session, self._values, self._batch, self.replies).run(first, end)
+                    self.replies[first:end] = [
+                        FoundMany(each) if type(each) is dict else each for each in self.replies[first:end]
+                    ]
                 return
             except Moved:
                 self.replies[first:end] = [None] * (end - first)
@@ -234,7 +237,7 @@ class Mixed:
             case GetMany(keys=keys):
                 for key in keys:
                     self._tail(key)
-                self._replies[position] = FoundMany({})
+                self._replies[position] = {}  # A `FoundMany` when it is done.
                 for key in dict.fromkeys(keys):
                     self._read(head, key, self._got(position, key, key))
             case Set() | SetMany():
@@ -355,8 +358,8 @@ def fill(replies: list[Any], position: int, key: str | None, reply: Any) -> None
     many = replies[position]
     if key is None:
         replies[position] = reply
-    elif type(many) is FoundMany:
+    elif type(many) is dict:
         if isinstance(reply, Found):
-            many.entries[key] = reply
+            many[key] = reply
         elif type(reply) is Failed:
             replies[position] = reply

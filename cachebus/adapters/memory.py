@@ -12,7 +12,6 @@ from cachebus.messages import (
     Clear,
     Cleared,
     CompareAndSet,
-    Incremented,
     Delete,
     Deleted,
     DeleteMany,
@@ -24,6 +23,7 @@ from cachebus.messages import (
     GetMany,
     GetOrLease,
     Increment,
+    Incremented,
     Invalidated,
     InvalidateTags,
     Missing,
@@ -43,7 +43,6 @@ from cachebus.messages import (
     Touch,
     Ttl,
     WrongType,
-    bare,
 )
 
 from .eviction import NEVER, VISITS_MAX, Entry
@@ -154,9 +153,8 @@ class MemoryStore(LoadTable):
 
     def _reader(self) -> Callable[[Get], Found | Missing]:
         """The verb of `Get`."""
-        # The hot path of the whole library. As a closure it looks nothing up that does not change, which saves 50 ns of
-        # 470, and filling the slots of a bare object takes two thirds of the time of Found(...).
-        find, now, valid, new, origins = self._find, self._now, self._tags.valid, bare, self._metadata_of
+        # The hot path of the whole library. As a closure it looks nothing up that does not change, which saves 50 ns.
+        find, now, valid, loaded = self._find, self._now, self._tags.valid, self._metadata_of
 
         def get(request: Get) -> Found | Missing:
             entry = find(request.key)
@@ -170,14 +168,10 @@ class MemoryStore(LoadTable):
                     self.hits += 1
                     if self.on_read is not None:
                         self._tell_read(request.key, hit=True)
-                    if origins and request.key in origins:
+                    if loaded and request.key in loaded:
                         return self._found(entry, now())
-                    found = new(Found)
-                    found.value = entry.value
-                    found.version = found.stored_at = entry.version
-                    found.ttl = left if left < NEVER else None
-                    found.tags = entry.tags
-                    return found  # type: ignore[no-any-return]  # a cast would be a call on the hot path
+                    version = entry.version
+                    return Found(entry.value, version, left if left < NEVER else None, entry.tags, version)
                 if left <= 0:
                     self._lapse(entry, now())
                 else:

@@ -62,7 +62,7 @@ class Plan(Singles):
 
     def done(self) -> Sequence[Reply]:
         """The replies, in the order of the requests."""
-        return self.replies
+        return [FoundMany(each) if type(each) is dict else each for each in self.replies]
 
     def packed(self) -> bytes:
         """The commands as bytes. Raises `UnicodeEncodeError` for a key that is no valid Unicode."""
@@ -100,7 +100,7 @@ class Plan(Singles):
                     wanted = [self._key(request.key)]
                 else:
                     wanted = [self._key(key) for key in request.keys]
-                    self.replies[position] = FoundMany({})
+                    self.replies[position] = {}  # A `FoundMany` when it is done.
             except CacheError as error:
                 self.replies[position] = Failed.of(error)
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cachebus.messages import CacheError, Failed, Found, FoundMany, Missing
+from cachebus.messages import CacheError, Failed, Found, Missing
 
 from .redis_commands import Command
 from .redis_connection import Argument
@@ -81,9 +81,9 @@ class Reads:
         whole = self._replies[position]
         if whole is None:
             self._replies[position] = answer
-        elif type(whole) is FoundMany:
+        elif type(whole) is dict:
             if isinstance(answer, Found):
-                whole.entries[key[self._prefix :]] = answer
+                whole[key[self._prefix :]] = answer
             elif answer is not MISSING:
                 self._replies[position] = answer
 

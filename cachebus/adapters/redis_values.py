@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from cachebus.messages import (
     CacheCapacityError,
@@ -22,9 +22,8 @@ from cachebus.messages import (
     Failed,
     Found,
     Loaded,
-    Missing,
     LoadMetadata,
-    bare,
+    Missing,
 )
 
 from .forms import BYTES, decode_form, encode_form, pack_plain, unpack_plain
@@ -65,25 +64,21 @@ def decode(raw: bytes) -> Any:
 def read_or_fail(raw: bytes, now: float, *, live: bool = False) -> Found | Missing | Failed:
     """The entry as a reply. `now` is the server's Unix time in seconds, as we know it; an entry that is `live` is live to
     the server. Raises `HasTags`."""
-    # The hot path: as a bare object and with the commonest form first, 0.6 us.
-    found: Any = bare(Found)
+    # The hot path: the commonest form first.
+    value: Any
     if len(raw) > 16 and raw[16] == BYTES:
-        found.value = raw[17:]
+        value = raw[17:]
     else:
         try:
             if len(raw) > 16 and raw[16] in (LEASE, LOADED, TAGGED):
                 if raw[16] == TAGGED:
                     raise HasTags
                 return MISSING if raw[16] == LEASE else read_loaded(raw, now, live=live) or MISSING
-            found.value = decode(raw)
+            value = decode(raw)
         except CacheError as error:
             return Failed.of(error)
     version, expiry = _unpack_header(raw)
-    found.version = version
-    found.stored_at = version * 1e-6
-    found.ttl = left(expiry, now) if expiry else None
-    found.tags = ()
-    return cast("Found", found)
+    return Found(value, version, left(expiry, now) if expiry else None, (), version * 1e-6)
 
 
 def left(expiry: float, now: float) -> float:

@@ -13,8 +13,16 @@ from __future__ import annotations
 
 import binascii
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+import types
+import typing
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin
+
+import msgspec
+from msgspec.structs import replace
+
+from cachebus.messages import Message
 
 MAX_DEPTH = 100
 MIN_INT, MAX_INT = -(2**63), 2**64 - 1
@@ -88,6 +96,8 @@ def to_json(value: Any, depth: int = MAX_DEPTH) -> Any:
 def from_json(tree: Any, depth: int = MAX_DEPTH) -> Any:
     """The value that `to_json` was given. Raises `Unfit`."""
     kind = type_of(tree)
+    if kind is int and not MIN_INT <= tree <= MAX_INT:
+        raise Unfit("holds an int of more than 64 bits")
     if kind in _LEAVES:
         return tree
     if kind is dict and _is_tag(tree):
@@ -143,9 +153,83 @@ class ValueForm(NamedTuple):
     plain: frozenset[type[Any]]
     """Types that need no second look: they are written as they are."""
 
+    numbers: bool
+    """Numbers need a second look: JSON has no NaN, for which msgspec writes null, and reads integers of any size."""
+
     write: Callable[[Any], Any]
     read: Callable[[Any], Any]
 
 
-MSGPACK_VALUES = ValueForm(_LEAVES, check, check)
-JSON_VALUES = ValueForm(frozenset({type(None), bool, str}), to_json, from_json)
+MSGPACK_VALUES = ValueForm(_LEAVES, False, check, check)
+JSON_VALUES = ValueForm(frozenset({type(None), bool, str}), True, to_json, from_json)
+
+_Change = Callable[[Any], Any]
+_Inside = Callable[[Any, ValueForm, _Change], Any]
+
+
+def map_values(message: Any, form: ValueForm, change: _Change) -> Any:
+    """The message with `change` made to each value of the user's in it that the form does not say as it is; the message itself
+    if nothing changes. Raises `Unfit`, naming the field, and `TypeError` for an object that is not a message."""
+    changed: dict[str, Any] = {}
+    name = ""
+    try:
+        for name, inside in _places(type(message), form.numbers):
+            held = getattr(message, name)
+            if type(held) not in form.plain and (new := inside(held, form, change)) is not held:
+                changed[name] = new
+    except Unfit as unfit:
+        problem = str(unfit) if unfit.placed else f"field {name!r} of {_name_of(message)} {unfit}"
+    else:
+        return replace(message, **changed) if changed else message
+    raise Unfit(problem, placed=True)
+
+
+def _of_value(held: Any, form: ValueForm, change: _Change) -> Any:
+    return change(held)
+
+
+def _of_number(held: Any, form: ValueForm, change: _Change) -> Any:
+    return change(held) if type(held) is float or type(held) is int else held
+
+
+def _of_values(held: Mapping[str, Any], form: ValueForm, change: _Change) -> Any:
+    for name in held:
+        if not isinstance(name, str):
+            raise Unfit(f"holds a key of type {name_of_type(name)}, and only str will do")
+    new = {name: each if type(each) in form.plain else change(each) for name, each in held.items()}
+    return held if all(new[name] is each for name, each in held.items()) else new
+
+
+def _of_messages(held: Mapping[str, Any], form: ValueForm, change: _Change) -> Any:
+    new = {name: map_values(each, form, change) for name, each in held.items()}
+    return held if all(new[name] is each for name, each in held.items()) else new
+
+
+def _places_of(cls: Any, numbers: Any) -> tuple[tuple[str, _Inside], ...]:
+    """The fields of a message class that may hold what msgspec changes silently, and what to do with what they hold."""
+    if not issubclass(cls, msgspec.Struct):
+        raise TypeError(f"a {type_name(cls)} is no message")
+    return tuple(
+        (field.name, inside) for field in msgspec.structs.fields(cls) if (inside := _inside(field.type, numbers))
+    )
+
+
+_places: Callable[[Any, bool], tuple[tuple[str, _Inside], ...]] = cache(_places_of)
+
+
+def _inside(hint: Any, numbers: bool) -> _Inside | None:
+    if hint is Any:
+        return _of_value
+    options: set[Any] = set(get_args(hint)) if get_origin(hint) in {typing.Union, types.UnionType} else {hint}
+    if options & {int, float}:
+        return _of_number if numbers else None
+    if any(isinstance(each, type) and issubclass(each, msgspec.Struct) for each in options):
+        return map_values
+    if get_origin(hint) is Mapping:
+        inner = _inside(get_args(hint)[1], numbers)
+        return _of_messages if inner is map_values else _of_values if inner is not None else None
+    return None
+
+
+def _name_of(message: Any) -> str:
+    return message.WIRE_NAME if isinstance(message, Message) else type_name(type(message))

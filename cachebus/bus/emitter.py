@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from msgspec.structs import replace
+
 from cachebus.messages import Event
 
 from .clock import Clock
@@ -70,26 +72,26 @@ class Emitter:
         """Build an event of a kind from its fields and publish it, if anybody wants the kind and the sample has it."""
         if kind in self.audience.kinds and self._chosen(kind):
             build: Callable[..., Event] = kind
-            self._publish(build(*fields, **named))
+            self._bus.publish(build(*fields, **named, **self._header()))
 
     def emit(self, event: Event) -> None:
         """Stamp an event and publish it, if anybody wants its kind and the sample has it."""
         kind = type(event)
         if kind in self.audience.kinds and self._chosen(kind):
-            self._publish(event)
+            self._bus.publish(replace(event, **self._header()))
 
-    def _publish(self, event: Event) -> None:
+    def _header(self) -> dict[str, Any]:
+        """The common fields of the next event."""
         seq = next(self._sequence)
         bus, origin, epoch = self._bus, _origin.name, self.epoch
-        # As `stamp` does, by hand: a third of its time, on the path of whoever tells. Nobody else has seen the event.
-        header: Any = event
-        # A counter, because a uuid4 costs more than the rest of the event.
-        header.id = f"{origin}-{epoch:x}-{seq}"
-        header.namespace = bus.namespace
-        header.backend = self.backend
-        header.origin = origin
-        header.epoch = epoch
-        header.seq = seq
-        header.time = bus.clock.wall()
-        header.trace = current_trace()
-        bus.publish(event)
+        return {
+            # A counter, because a uuid4 costs more than the rest of the event.
+            "id": f"{origin}-{epoch:x}-{seq}",
+            "namespace": bus.namespace,
+            "backend": self.backend,
+            "origin": origin,
+            "epoch": epoch,
+            "seq": seq,
+            "time": bus.clock.wall(),
+            "trace": current_trace(),
+        }

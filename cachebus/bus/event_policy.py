@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+from msgspec.structs import replace
 
 from cachebus.messages import (
     CacheCleared,
@@ -89,9 +90,8 @@ class EventPolicy:
         key: str | None = getattr(event, "key", None)
         if not key or self.keys == "plain":
             return event
-        redacted = copy.copy(event)
-        redacted.stamp({"key": self.key(key)})
-        return redacted
+        changed: dict[str, Any] = {"key": self.key(key)}
+        return replace(event, **changed)
 
 
 def shares(sample: Mapping[str, float]) -> dict[EventKind, float]:

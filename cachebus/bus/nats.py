@@ -67,9 +67,7 @@ class NatsBus(LocalBus):
         super().__init__(namespace, clock=clock, policy=policy)
         self.options = options or NatsOptions()
         self.counters = NatsCounters()
-        self.connection = NatsConnection(
-            self.options, self.counters, self._lost, self._back, age_clock(clock)
-        )
+        self.connection = NatsConnection(self.options, self.counters, self._lost, self._back, age_clock(clock))
         self._ages = MessageAges()
         self._subjects = Subjects(namespace)
         self._kinds = event_kinds(self.options.events) if self.options.events else frozenset[type[Event]]()
@@ -190,9 +188,7 @@ class NatsBus(LocalBus):
         if visibility == "private":
             return
         recipient = self._recipients[address]
-        responder = Responder(
-            address, recipient, self.connection, self.clock, self._emitter, self.counters, self._ages
-        )
+        responder = Responder(address, recipient, self.connection, self.clock, self._emitter, self.counters, self._ages)
         self.connection.watch_link()
         group = GROUP if visibility == "shared" else ""
         listener = await self.connection.listen(self._subjects.request(address), responder.take, group)

@@ -75,21 +75,22 @@ class Heartbeater:
         last = self._outbox.numbers()
         if self._interval is None or not last or not self._connection.up:
             return
-        beat = Heartbeat(interval=self._interval, last=dict(last))
         name = origin()
-        beat.stamp(
-            {
-                "id": f"{name}-{self._outbox.epoch:x}-beat-{self._count + 1}",
-                "namespace": self._namespace,
-                "origin": name,
-                "epoch": self._outbox.epoch,
-                "seq": self._count + 1,
-                "time": self._clock.wall(),
-            }
+        beat = Heartbeat(
+            interval=self._interval,
+            last=last,
+            id=f"{name}-{self._outbox.epoch:x}-beat-{self._count + 1}",
+            namespace=self._namespace,
+            origin=name,
+            epoch=self._outbox.epoch,
+            seq=self._count + 1,
+            time=self._clock.wall(),
         )
         content_type = self._outbox.content_type
         try:
-            self._connection.write(self._subject, encode(beat, content_type), head=header_block({"Content-Type": content_type}))
+            self._connection.write(
+                self._subject, encode(beat, content_type), head=header_block({"Content-Type": content_type})
+            )
         except CacheError:
             return  # The next one says as much.
         self._count += 1

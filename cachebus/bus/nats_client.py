@@ -32,7 +32,9 @@ _PERMANENT = ("Authorization Violation", NO_TLS)
 OnError = Callable[[Exception], None]
 
 
-async def connect(options: NatsOptions, servers: list[str], on_error: OnError, on_end: Callable[[], None]) -> CompatClient:
+async def connect(
+    options: NatsOptions, servers: list[str], on_error: OnError, on_end: Callable[[], None]
+) -> CompatClient:
     """A client that is connected to one of the servers, tried in random order.
 
     `on_error` hears of what goes wrong later, and `on_end` is called when the client may have ended. Raises
@@ -66,7 +68,9 @@ async def connect(options: NatsOptions, servers: list[str], on_error: OnError, o
     raise CacheConnectionError(f"no NATS server can be reached ({'; '.join(reasons)})", "nats")
 
 
-async def _connect(client: CompatClient, options: NatsOptions, server: str, secrets: dict[str, Any], calls: Any) -> None:
+async def _connect(
+    client: CompatClient, options: NatsOptions, server: str, secrets: dict[str, Any], calls: Any
+) -> None:
     await client.connect(
         servers=[f"{'tls' if options.tls else 'nats'}://{server}"],
         name=options.name,

@@ -17,6 +17,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from threading import get_ident
+from typing import Any
+
+from msgspec.structs import replace
 
 from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
 
@@ -173,10 +176,10 @@ class Outbox:
             if self._skipped:
                 with self._guard:
                     channel.last += self._skipped.pop((kind, event.backend), 0)
-            header: dict[str, str | int] = {"epoch": self.epoch, "seq": channel.last}
+            header: dict[str, Any] = {"epoch": self.epoch, "seq": channel.last}
             if self._policy.redacts and (key := getattr(event, "key", "")):
                 header["key"] = self._policy.key(key)
-            body = encode(event, self.content_type, header)
+            body = encode(replace(event, **header), self.content_type)
             head = self._head
             if self._kept:
                 head = header_block({"Content-Type": self.content_type, MESSAGE_ID: event.id})

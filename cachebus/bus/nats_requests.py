@@ -366,11 +366,7 @@ class RemoteRecipient:
             self._flush()
             return
         for envelope in batch.slots:
-            if (
-                envelope is not None
-                and envelope.attempts == 1
-                and getattr(envelope.message, "IDEMPOTENT", False)
-            ):
+            if envelope is not None and envelope.attempts == 1 and getattr(envelope.message, "IDEMPOTENT", False):
                 requests.counters.requests_resent += 1
                 self._waiting.append(envelope)
         batch.bucket = requests.deadlines.watch(batch, batch.end - now, _nothing)

@@ -11,7 +11,6 @@ publishes where, such as a request to JetStream; it is dropped.
 from __future__ import annotations
 
 import asyncio
-from asyncio import _get_running_loop
 from collections.abc import Sequence
 from threading import get_ident
 from typing import Any

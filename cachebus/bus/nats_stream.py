@@ -270,8 +270,7 @@ class Replay:
 
     async def _missed(self, source: str, event: str, count: int) -> None:
         if EventsMissed in self.subscription.kinds:
-            told = EventsMissed(source=source, event=event, count=count)
-            told.stamp({"namespace": self._subjects.namespace})
+            told = EventsMissed(source=source, event=event, count=count, namespace=self._subjects.namespace)
             await self._some_room()
             self.subscription.offer(told)
 

@@ -68,8 +68,6 @@ def event_word(kind: type[Event]) -> str:
     return check_word(kind.WIRE_NAME.removeprefix("event."), "kind of event")
 
 
-
-
 def _short(subject: str) -> str:
     if len(subject) > LONGEST:
         raise ValueError(f"a subject of {len(subject)} characters is too long, the limit is {LONGEST}")

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from collections.abc import Mapping
+from typing import Any, ClassVar, dataclass_transform
 
-from .late_init import write_init_late
-
-E = TypeVar("E", bound="CacheError")
-_codes: dict[str, type[CacheError]] = {}
+_codes: dict[str, type[Any]] = {}
 
 
-@dataclass(eq=False, repr=False)
-class CacheError(Exception):
+@dataclass_transform(eq_default=False)
+class _Fields(Exception):
+    """An exception whose annotated names are its fields, in order after those of its base, and so the parameters of its
+    constructor. There is one constructor for every class: a dataclass compiles one for each when cachebus is imported."""
+
+    code: ClassVar[str]
+    _fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        own = [name for name, hint in vars(cls).get("__annotations__", {}).items() if not hint.startswith("ClassVar")]
+        cls._fields = tuple(dict.fromkeys((*cls._fields, *own)))
+        if "code" in vars(cls) and (holder := _codes.setdefault(cls.code, cls)) is not cls:
+            raise ValueError(f"error code {cls.code!r} of {cls.__name__} belongs to {holder.__name__}")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        cls = type(self)
+        if len(args) > len(cls._fields):
+            raise TypeError(f"{cls.__name__} takes {', '.join(cls._fields)}, and {len(args)} arguments were given")
+        given = dict(zip(cls._fields, args, strict=False))
+        if wrong := (kwargs.keys() - set(cls._fields)) | (kwargs.keys() & given.keys()):
+            raise TypeError(f"{cls.__name__} has no free field {', '.join(sorted(wrong))}")
+        given |= kwargs
+        if missing := [name for name in cls._fields if name not in given and not hasattr(cls, name)]:
+            raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}")
+        vars(self).update(given)
+
+
+class CacheError(_Fields):
     """The root of every error that cachebus raises. `detail` is the sentence for people.
 
     A subclass has fields instead, builds its sentence from them, and crosses the bus under its `code`.
@@ -37,7 +60,7 @@ class CacheError(Exception):
 
     def wire_fields(self) -> dict[str, Any]:
         """The fields, as the codec sends them: an address, which is a kind of `str`, as a plain one."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values = {name: getattr(self, name) for name in self._fields}
         return {name: str(value) if isinstance(value, str) else value for name, value in values.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -54,34 +77,18 @@ def error_codes() -> tuple[str, ...]:
     return tuple(_codes)
 
 
-def rebuild(code: str, detail: str, values: dict[str, Any]) -> CacheError:
+def rebuild(code: str, detail: str, values: Mapping[str, Any]) -> CacheError:
     """The error that `code` names. An unknown code, or fields that a newer or older sender chose otherwise, still
     give a `CacheError` with the sender's sentence."""
     cls = error_class(code)
-    known = {each.name for each in fields(cls)}
     try:
-        made = cls(**{name: value for name, value in values.items() if name in known})
+        made = cls(**{name: value for name, value in values.items() if name in cls._fields})
         str(made)  # Fields of the wrong type show when the sentence is built.
     except (TypeError, ValueError):
         return CacheError(detail)
     return made
 
 
-@dataclass_transform(eq_default=False)
-def error(cls: type[E]) -> type[E]:
-    """Make a class of the tree: its fields become the constructor, its `code` its name on the wire."""
-    made = dataclass(eq=False, repr=False, init=False)(cls)
-    write_init_late(made)
-    if made.code in _codes:
-        raise ValueError(f"error code {made.code!r} of {made.__name__} belongs to {_codes[made.code].__name__}")
-    _codes[made.code] = made
-    return made
-
-
-_codes["error"] = CacheError
-
-
-@error
 class CacheBackendError(CacheError):
     """Raised when a store failed for a reason of its own."""
 
@@ -92,7 +99,6 @@ class CacheBackendError(CacheError):
         return f"backend {self.backend!r}: {self.detail}" if self.backend else self.detail
 
 
-@error
 class CacheConnectionError(CacheBackendError, ConnectionError):
     """Raised when a store or a bus cannot be reached, or its connection was lost."""
 
@@ -100,7 +106,6 @@ class CacheConnectionError(CacheBackendError, ConnectionError):
     transient: ClassVar[bool] = True
 
 
-@error
 class CacheCapacityError(CacheError, ValueError):
     """Raised when a value is larger than the place where it should go. Sizes are bytes."""
 
@@ -113,7 +118,6 @@ class CacheCapacityError(CacheError, ValueError):
         return f"{self.detail}: {self.size:,} bytes, the limit is {self.limit:,} bytes"
 
 
-@error
 class CacheTimeoutError(CacheError, TimeoutError):
     """Raised when an answer did not come within the call's time budget. `in_doubt` says that the request may have been
     done all the same, and that doing it again would not be the same."""
@@ -130,14 +134,12 @@ class CacheTimeoutError(CacheError, TimeoutError):
         return f"{self.address or 'cache'}: {self.detail} within {self.timeout:g} s{doubt}"
 
 
-@error
 class CacheConfigurationError(CacheError, ValueError):
     """Raised when a setting, a URL or an option is wrong. Names it, and what is allowed."""
 
     code: ClassVar[str] = "configuration"
 
 
-@error
 class CacheKeyError(CacheError, ValueError):
     """Raised when a key is empty, not a `str`, or cannot be written as UTF-8. `key` is its `repr`, shortened."""
 
@@ -149,7 +151,6 @@ class CacheKeyError(CacheError, ValueError):
         return f"{self.detail}, not {self.key}" if self.key else self.detail
 
 
-@error
 class CacheSerializationError(CacheError, ValueError):
     """Raised when a value cannot be turned into bytes, or bytes cannot be turned into the value they claim to be.
 
@@ -161,21 +162,18 @@ class CacheSerializationError(CacheError, ValueError):
     code: ClassVar[str] = "serialization"
 
 
-@error
 class CacheInvalidationError(CacheError):
     """Raised when an invalidation could not be carried out, so that stale values may still be read."""
 
     code: ClassVar[str] = "invalidation"
 
 
-@error
 class CacheStampedeError(CacheError):
     """Raised when a caller that waited for somebody else's load may neither load nor be served a stale value."""
 
     code: ClassVar[str] = "stampede"
 
 
-@error
 class LoaderFailed(CacheError):
     """Raised where a value was waited for that another process loads, and its loader raised `error` (its type's name).
     Within a process everybody gets the exception itself."""
@@ -188,14 +186,12 @@ class LoaderFailed(CacheError):
         return self.detail or f"the loader of another process raised {self.error}"
 
 
-@error
 class WrongType(CacheError, TypeError):
     """Raised when an operation meets a stored value of a type it cannot work on, such as a `str` for `increment`."""
 
     code: ClassVar[str] = "wrong_type"
 
 
-@error
 class CapabilityError(CacheError):
     """Raised when a store is asked for what it cannot do."""
 
@@ -208,7 +204,6 @@ class CapabilityError(CacheError):
         return self.detail or f"store {self.store!r} cannot do {self.capability}"
 
 
-@error
 class CircuitOpen(CacheError):
     """Raised when a backend has failed so often that it is left alone for a while. `retry_after` is in seconds."""
 
@@ -221,7 +216,6 @@ class CircuitOpen(CacheError):
         return self.detail or f"circuit of {self.address} is open, next attempt in {self.retry_after:.3g} s"
 
 
-@error
 class Overloaded(CacheError):
     """Raised when a mailbox is full. Nothing was done; try later, or send less."""
 
@@ -235,7 +229,6 @@ class Overloaded(CacheError):
         return self.detail or f"mailbox of {self.address} is full ({self.capacity} messages)"
 
 
-@error
 class LockNotAcquired(CacheTimeoutError):
     """Raised when a lock could not be had in time: `owner` holds it, for `remaining` seconds more unless it renews it."""
 
@@ -249,7 +242,6 @@ class LockNotAcquired(CacheTimeoutError):
         return f"the lock {self.name!r} was not to be had within {self.timeout:g} s: {holder}"
 
 
-@error
 class LockNotHeld(CacheError):
     """Raised when a lock is extended, given back or relied on by whoever does not hold it: it was given back before, its
     time ran out, or its store has lost it. Somebody else may hold it by now."""
@@ -262,7 +254,6 @@ class LockNotHeld(CacheError):
         return self.detail or f"the lock {self.name!r} is not held: it was given back, ran out, or was lost"
 
 
-@error
 class LockNotOwned(LockNotHeld):
     """Raised when a lock is extended or given back, and `owner` holds it."""
 
@@ -273,7 +264,6 @@ class LockNotOwned(LockNotHeld):
         return self.detail or f"the lock {self.name!r} is held by {self.owner!r}"
 
 
-@error
 class NoSuchActor(CacheError, LookupError):
     """Raised when nobody serves the address that a request was sent to."""
 
@@ -285,7 +275,6 @@ class NoSuchActor(CacheError, LookupError):
         return self.detail or f"no actor serves the address {self.address!r}"
 
 
-@error
 class AddressInUse(CacheError):
     """Raised when an address is already served, by `holder`."""
 
@@ -298,7 +287,6 @@ class AddressInUse(CacheError):
         return self.detail or f"the address {self.address!r} is already served by {self.holder}"
 
 
-@error
 class ActorFailed(CacheError):
     """Raised when an actor crashed while it handled the request. Whether the request took effect is not known."""
 
@@ -311,7 +299,6 @@ class ActorFailed(CacheError):
         return self.detail or f"actor {self.address} failed: {self.reason}"
 
 
-@error
 class BadMessage(CacheError, ValueError):
     """Raised when a message is not one: undecodable, unknown, of a newer version, or sent to an actor without a
     handler for it."""
@@ -319,7 +306,6 @@ class BadMessage(CacheError, ValueError):
     code: ClassVar[str] = "bad_message"
 
 
-@error
 class RateLimited(CacheError):
     """Raised when a rate limit refuses whoever enters its block. `key` is its name; `retry_after` the seconds after which
     it would not, if nobody else takes anything."""
@@ -333,7 +319,6 @@ class RateLimited(CacheError):
         return self.detail or f"the rate limit {self.key!r} is used up, try again in {self.retry_after:.3g} s"
 
 
-@error
 class CacheClosed(CacheError):
     """Raised when a cache is used before it is open or after it was closed."""
 

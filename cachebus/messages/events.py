@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Literal
 
-from .base import Event, message
+import msgspec
+
+from .base import Event
 
 
 class RemovalCause(StrEnum):
@@ -22,22 +24,19 @@ class RemovalCause(StrEnum):
     SIZE = "size"
 
 
-@message("event.cache_hit")
-class CacheHit(Event):
+class CacheHit(Event, frozen=True, gc=False, tag="event.cache_hit"):
     """A key was read and had a live value."""
 
     key: str
 
 
-@message("event.cache_miss")
-class CacheMiss(Event):
+class CacheMiss(Event, frozen=True, gc=False, tag="event.cache_miss"):
     """A key was read and had none."""
 
     key: str
 
 
-@message("event.cache_set")
-class CacheSet(Event):
+class CacheSet(Event, frozen=True, gc=False, tag="event.cache_set"):
     """A value was stored. `ttl` is in seconds."""
 
     key: str
@@ -46,42 +45,36 @@ class CacheSet(Event):
     tags: tuple[str, ...] = ()
 
 
-@message("event.cache_deleted")
-class CacheDeleted(Event):
+class CacheDeleted(Event, frozen=True, gc=False, tag="event.cache_deleted"):
     """A key was removed because somebody asked."""
 
     key: str
 
 
-@message("event.cache_evicted")
-class CacheEvicted(Event):
+class CacheEvicted(Event, frozen=True, gc=False, tag="event.cache_evicted"):
     """A value was given up for its `cause`: always `SIZE` so far."""
 
     key: str
     cause: RemovalCause = RemovalCause.SIZE
 
 
-@message("event.cache_expired")
-class CacheExpired(Event):
+class CacheExpired(Event, frozen=True, gc=False, tag="event.cache_expired"):
     """A value was removed because its time was up. It was unreadable from that moment, whenever this is said."""
 
     key: str
 
 
-@message("event.cache_cleared")
-class CacheCleared(Event):
+class CacheCleared(Event, frozen=True, gc=False, tag="event.cache_cleared"):
     """Every key of the namespace was removed."""
 
 
-@message("event.tags_invalidated")
-class TagsInvalidated(Event):
+class TagsInvalidated(Event, frozen=True, gc=False, tag="event.tags_invalidated"):
     """Every entry with one of the tags became unreadable."""
 
     tags: tuple[str, ...]
 
 
-@message("event.payload_rejected")
-class PayloadRejected(Event):
+class PayloadRejected(Event, frozen=True, gc=False, tag="event.payload_rejected"):
     """What is stored under a key was not taken, for `reason`, and the read is a miss. `serializer` is the reader's own."""
 
     key: str
@@ -90,8 +83,7 @@ class PayloadRejected(Event):
     tenant: str = ""
 
 
-@message("event.payload_sealed")
-class PayloadSealed(Event):
+class PayloadSealed(Event, frozen=True, gc=False, tag="event.payload_sealed"):
     """A payload of `size` bytes was sealed for `tenant`, with the key `key_id`."""
 
     key: str
@@ -100,23 +92,20 @@ class PayloadSealed(Event):
     size: int = 0
 
 
-@message("event.load_started")
-class LoadStarted(Event):
+class LoadStarted(Event, frozen=True, gc=False, tag="event.load_started"):
     """A loader was called for a key."""
 
     key: str
 
 
-@message("event.load_succeeded")
-class LoadSucceeded(Event):
+class LoadSucceeded(Event, frozen=True, gc=False, tag="event.load_succeeded"):
     """A loader returned, after `duration` seconds."""
 
     key: str
     duration: float = 0.0
 
 
-@message("event.load_failed")
-class LoadFailed(Event):
+class LoadFailed(Event, frozen=True, gc=False, tag="event.load_failed"):
     """A loader raised `error` (its type's name), after `duration` seconds."""
 
     key: str
@@ -124,23 +113,20 @@ class LoadFailed(Event):
     duration: float = 0.0
 
 
-@message("event.stale_served")
-class StaleServed(Event):
+class StaleServed(Event, frozen=True, gc=False, tag="event.stale_served"):
     """A value whose time to live was over was served, because nothing fresher was to be had in time."""
 
     key: str
 
 
-@message("event.load_lease_lost")
-class LoadLeaseLost(Event):
+class LoadLeaseLost(Event, frozen=True, gc=False, tag="event.load_lease_lost"):
     """A loaded value was not stored, because the right to do so was lost on the way: to an invalidation or a write of
     the key, or because the load outlasted its lease."""
 
     key: str
 
 
-@message("event.rate_limit_exceeded")
-class RateLimitExceeded(Event):
+class RateLimitExceeded(Event, frozen=True, gc=False, tag="event.rate_limit_exceeded"):
     """A caller was refused: the limit that `key` names had no `cost` units left, and will have them after `retry_after`
     seconds."""
 
@@ -149,8 +135,7 @@ class RateLimitExceeded(Event):
     retry_after: float = 0.0
 
 
-@message("event.lock_acquired")
-class LockAcquired(Event):
+class LockAcquired(Event, frozen=True, gc=False, tag="event.lock_acquired"):
     """`owner` holds the lock named `key`, with the fencing token `token`."""
 
     key: str
@@ -158,8 +143,7 @@ class LockAcquired(Event):
     token: int
 
 
-@message("event.lock_released")
-class LockReleased(Event):
+class LockReleased(Event, frozen=True, gc=False, tag="event.lock_released"):
     """`owner` gave the lock named `key` back."""
 
     key: str
@@ -167,8 +151,7 @@ class LockReleased(Event):
     token: int = 0
 
 
-@message("event.lock_expired")
-class LockExpired(Event):
+class LockExpired(Event, frozen=True, gc=False, tag="event.lock_expired"):
     """The time of `owner`, who held the lock named `key`, ran out. It was so from that moment, whenever this is said."""
 
     key: str
@@ -176,23 +159,20 @@ class LockExpired(Event):
     token: int = 0
 
 
-@message("event.backend_connected")
-class BackendConnected(Event):
+class BackendConnected(Event, frozen=True, gc=False, tag="event.backend_connected"):
     """A backend's store can be reached: for the first time, or again. `store` is the technology."""
 
     store: str
 
 
-@message("event.backend_disconnected")
-class BackendDisconnected(Event):
+class BackendDisconnected(Event, frozen=True, gc=False, tag="event.backend_disconnected"):
     """A backend's store could be reached and now cannot, for `reason`."""
 
     store: str
     reason: str
 
 
-@message("event.circuit_opened")
-class CircuitOpened(Event):
+class CircuitOpened(Event, frozen=True, gc=False, tag="event.circuit_opened"):
     """A backend failed `failures` times in a row, and is left alone for `retry_after` seconds."""
 
     address: str
@@ -200,15 +180,13 @@ class CircuitOpened(Event):
     retry_after: float
 
 
-@message("event.circuit_closed")
-class CircuitClosed(Event):
+class CircuitClosed(Event, frozen=True, gc=False, tag="event.circuit_closed"):
     """A backend that was left alone works again."""
 
     address: str
 
 
-@message("event.request_failed")
-class RequestFailed(Event):
+class RequestFailed(Event, frozen=True, gc=False, tag="event.request_failed"):
     """A backend did not do what a caller asked, a request of the kind `request` (its wire name), for the reason `error`
     (an error's code). A read was answered as a miss (`missed`), a write was not stored (`dropped`), who asked a rate limit
     went on (`admitted`), or the caller got the error (`raised`). `key` is empty where it was not about one."""
@@ -219,15 +197,13 @@ class RequestFailed(Event):
     key: str = ""
 
 
-@message("event.actor_started")
-class ActorStarted(Event):
+class ActorStarted(Event, frozen=True, gc=False, tag="event.actor_started"):
     """An actor takes turns."""
 
     address: str
 
 
-@message("event.actor_restarted")
-class ActorRestarted(Event):
+class ActorRestarted(Event, frozen=True, gc=False, tag="event.actor_restarted"):
     """An actor crashed for `reason` (the exception's type) and has a new life, its `restarts`-th."""
 
     address: str
@@ -235,8 +211,7 @@ class ActorRestarted(Event):
     restarts: int
 
 
-@message("event.actor_gave_up")
-class ActorGaveUp(Event):
+class ActorGaveUp(Event, frozen=True, gc=False, tag="event.actor_gave_up"):
     """An actor crashed too often and stays down; its mail is answered with `ActorFailed`."""
 
     address: str
@@ -244,15 +219,13 @@ class ActorGaveUp(Event):
     restarts: int
 
 
-@message("event.actor_stopped")
-class ActorStopped(Event):
+class ActorStopped(Event, frozen=True, gc=False, tag="event.actor_stopped"):
     """An actor answered what it had been sent and takes no more."""
 
     address: str
 
 
-@message("event.dead_letter")
-class DeadLetter(Event):
+class DeadLetter(Event, frozen=True, gc=False, tag="event.dead_letter"):
     """A message that nobody waits for could not be delivered. `wire_name` says what kind it was."""
 
     address: str
@@ -260,8 +233,7 @@ class DeadLetter(Event):
     reason: str
 
 
-@message("event.events_missed")
-class EventsMissed(Event):
+class EventsMissed(Event, frozen=True, gc=False, tag="event.events_missed"):
     """Events of other processes did not arrive: `count` of kind `event` from the process `source`. Where these are empty
     and 0, the connection was away, and nobody knows what was told meanwhile. `backend` is empty."""
 
@@ -270,11 +242,13 @@ class EventsMissed(Event):
     count: int
 
 
-@message("event.heartbeat")
-class Heartbeat(Event):
+class Heartbeat(Event, frozen=True, tag="event.heartbeat"):
     """A process that has told events says how far their numbers go: `last` is the last `seq` of its `epoch` by kind and
     backend, such as `cache_set.primary`. It beats every `interval` seconds. Only who asks for heartbeats by name hears
     them: they are about events."""
 
     interval: float = 0.0
-    last: dict[str, int] = field(default_factory=dict[str, int])
+    last: Mapping[str, int] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._freeze("last")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .base import Message, Reply, Request, message
+import msgspec
+
+from .base import Reply, Request
 from .replies import Found
 
 
-@message("part.load_metadata")
-class LoadMetadata(Message):
+class LoadMetadata(msgspec.Struct, frozen=True, gc=False):
     """How a value came to be, kept with its entry. `load_time` is the seconds that its loader took, `stale_for` the
     seconds after its time to live for which it may be served where nothing fresher is to be had, `etag` its version at
     the source."""
@@ -19,19 +20,7 @@ class LoadMetadata(Message):
     etag: str | None = None
 
 
-@message("reply.loaded")
-class Loaded(Found):
-    """A live value with its load metadata, as `LoadMetadata` has it. `lifetime` is the seconds that it was given, `None` without
-    expiry."""
-
-    load_time: float = 0.0
-    stale_for: float = 0.0
-    etag: str | None = None
-    lifetime: float | None = None
-
-
-@message("reply.stale")
-class Stale(Reply):
+class Stale(Reply, frozen=True, tag="reply.stale"):
     """A value whose time to live is over, and that may still be served. `lease` is the token of the load that is under
     way, empty where there is none; `remaining` the seconds that its lease has left. The rest is as in `Loaded`."""
 
@@ -45,8 +34,7 @@ class Stale(Reply):
     remaining: float = 0.0
 
 
-@message("reply.lease_granted")
-class LeaseGranted(Reply):
+class LeaseGranted(Reply, frozen=True, tag="reply.lease_granted"):
     """Whoever asked shall load the value, and store it with `token`, which is the name of this lease and of no other: what
     was asked for, with a nonce of the store's. `stale` is what may be served until then."""
 
@@ -54,33 +42,28 @@ class LeaseGranted(Reply):
     stale: Stale | None = None
 
 
-@message("reply.loading")
-class Loading(Reply):
+class Loading(Reply, frozen=True, gc=False, tag="reply.loading"):
     """Somebody else loads the value, under the lease `token`, which has `remaining` seconds left."""
 
     token: str
     remaining: float = 0.0
 
 
-@message("reply.renewed")
-class Renewed(Reply):
+class Renewed(Reply, frozen=True, gc=False, tag="reply.renewed"):
     """The lease is held for `ttl` seconds from now."""
 
     ttl: float
 
 
-@message("reply.released")
-class Released(Reply):
+class Released(Reply, frozen=True, gc=False, tag="reply.released"):
     """The lease was held and is free."""
 
 
-@message("reply.not_held")
-class NotHeld(Reply):
+class NotHeld(Reply, frozen=True, gc=False, tag="reply.not_held"):
     """There is no such lease any more: it ran out, was given back, or was lost to an invalidation."""
 
 
-@message("lease.get_or_lease")
-class GetOrLease(Request[Found | Stale | LeaseGranted | Loading]):
+class GetOrLease(Request[Found | Stale | LeaseGranted | Loading], frozen=True, gc=False, tag="lease.get_or_lease"):
     """Read one key; where it has no live value, be the one who loads it.
 
     `token` names the question, and nobody has used it before. The lease is named by it and by a nonce. Asked for twice, the
@@ -107,8 +90,7 @@ class GetOrLease(Request[Found | Stale | LeaseGranted | Loading]):
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("lease.watch")
-class WatchLease(Request[NotHeld | Loading]):
+class WatchLease(Request[NotHeld | Loading], frozen=True, gc=False, tag="lease.watch"):
     """Wait for up to `wait` seconds until the lease `token` of a key, which somebody else holds, has ended.
 
     The reply says no more than that: whoever asked looks what is there now. It is `Loading` when time is up. Where the
@@ -122,8 +104,7 @@ class WatchLease(Request[NotHeld | Loading]):
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("lease.renew")
-class RenewLease(Request[Renewed | NotHeld]):
+class RenewLease(Request[Renewed | NotHeld], frozen=True, gc=False, tag="lease.renew"):
     """Hold a lease for `lease_ttl` seconds from now."""
 
     key: str
@@ -132,8 +113,7 @@ class RenewLease(Request[Renewed | NotHeld]):
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("lease.release")
-class ReleaseLease(Request[Released | NotHeld]):
+class ReleaseLease(Request[Released | NotHeld], frozen=True, tag="lease.release"):
     """Give a lease back, without a value to store. `token` is its name, or where no answer came, what it was asked for as.
 
     Those who wait get `late`, a value that is not to be stored; or the error that the loader failed, if `error` is the

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .base import Reply, Request, message
+from .base import Reply, Request
 from .leases import NotHeld, Released, Renewed
 
 
-@message("reply.lock_granted")
-class LockGranted(Reply):
+class LockGranted(Reply, frozen=True, gc=False, tag="reply.lock_granted"):
     """Whoever asked holds the lock for `ttl` seconds, from when it asked or later. `token` is larger than that of every
     holder before."""
 
@@ -17,8 +16,7 @@ class LockGranted(Reply):
     ttl: float
 
 
-@message("reply.lock_queued")
-class LockQueued(Reply):
+class LockQueued(Reply, frozen=True, gc=False, tag="reply.lock_queued"):
     """`owner` holds the lock, for `remaining` seconds more if it does not renew it, and whoever asked has a place in the
     queue. It asks again with the same ticket, soon, to keep that. `fresh` says that it had no place before."""
 
@@ -27,16 +25,14 @@ class LockQueued(Reply):
     fresh: bool = False
 
 
-@message("reply.lock_denied")
-class LockDenied(Reply):
+class LockDenied(Reply, frozen=True, gc=False, tag="reply.lock_denied"):
     """`owner` holds the lock, for `remaining` seconds more if it does not renew it; whoever asked does not wait."""
 
     owner: str
     remaining: float
 
 
-@message("reply.lock_info")
-class LockInfo(Reply):
+class LockInfo(Reply, frozen=True, gc=False, tag="reply.lock_info"):
     """Who holds a lock: what it calls itself, its fencing token, and the seconds that it has left."""
 
     owner: str
@@ -44,13 +40,11 @@ class LockInfo(Reply):
     remaining: float
 
 
-@message("reply.lock_free")
-class LockFree(Reply):
+class LockFree(Reply, frozen=True, gc=False, tag="reply.lock_free"):
     """Nobody holds the lock."""
 
 
-@message("lock.acquire")
-class AcquireLock(Request[LockGranted | LockQueued | LockDenied]):
+class AcquireLock(Request[LockGranted | LockQueued | LockDenied], frozen=True, gc=False, tag="lock.acquire"):
     """Hold the lock `name` for `ttl` seconds.
 
     `ticket` names this one attempt, and nobody has used it before; asked for twice, the lock is granted once, and held
@@ -66,8 +60,7 @@ class AcquireLock(Request[LockGranted | LockQueued | LockDenied]):
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("lock.renew")
-class RenewLock(Request[Renewed | NotHeld]):
+class RenewLock(Request[Renewed | NotHeld], frozen=True, gc=False, tag="lock.renew"):
     """Hold a lock for `ttl` seconds from now. One that was lost is not held again."""
 
     name: str
@@ -76,8 +69,7 @@ class RenewLock(Request[Renewed | NotHeld]):
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("lock.release")
-class ReleaseLock(Request[Released | NotHeld]):
+class ReleaseLock(Request[Released | NotHeld], frozen=True, gc=False, tag="lock.release"):
     """Give a lock back, or the place in its queue. `owner` is for those who listen.
 
     `token` is that of the grant: with it the lock may be given back again when the answer was lost, whoever has it by then.
@@ -98,8 +90,7 @@ class ReleaseLock(Request[Released | NotHeld]):
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("lock.describe")
-class DescribeLock(Request[LockInfo | LockFree]):
+class DescribeLock(Request[LockInfo | LockFree], frozen=True, gc=False, tag="lock.describe"):
     """Say who holds a lock."""
 
     name: str

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .base import Reply, Request, message
+from .base import Reply, Request
 
 
-@message("reply.admitted")
-class Admitted(Reply):
+class Admitted(Reply, frozen=True, gc=False, tag="reply.admitted"):
     """Whoever asked may go on after `delay` seconds, 0.0 for at once. `remaining` is how many more could go on at once
     now; nothing is used any more `reset_after` seconds from now."""
 
@@ -17,8 +16,7 @@ class Admitted(Reply):
     delay: float = 0.0
 
 
-@message("reply.rate_limit_denied")
-class RateLimitDenied(Reply):
+class RateLimitDenied(Reply, frozen=True, gc=False, tag="reply.rate_limit_denied"):
     """Whoever asked may not go on, and nothing was used. If nobody else takes anything, the same will be admitted
     `retry_after` seconds from now. The rest is as in `Admitted`."""
 
@@ -27,8 +25,7 @@ class RateLimitDenied(Reply):
     reset_after: float = 0.0
 
 
-@message("rate.admit")
-class Admit(Request[Admitted | RateLimitDenied]):
+class Admit(Request[Admitted | RateLimitDenied], frozen=True, gc=False, tag="rate.admit"):
     """Take `cost` units of a rate limit of `limit` units in `per` seconds, of which `burst` may be taken at once.
 
     `key` names the limit; it has nothing to do with the value under the same key. Where the units will only be there

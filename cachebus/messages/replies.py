@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import field, replace
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from .base import Reply, message
+import msgspec
+
+from .base import Reply
 from .errors import CacheError, rebuild
 
 
-@message("reply.found")
-class Found(Reply):
+class Found(Reply, frozen=True, tag="reply.found"):
     """A live value. `version` is a number that grows with every write of the key, exact in 64-bit floats; `ttl` is the seconds left, `None` without expiry;
     `stored_at` is Unix time in seconds."""
 
@@ -21,42 +22,49 @@ class Found(Reply):
     stored_at: float = 0.0
 
 
-@message("reply.missing")
-class Missing(Reply):
+class Loaded(Found, frozen=True, tag="reply.loaded"):
+    """A live value with its load metadata, as `LoadMetadata` has it. `lifetime` is the seconds that it was given, `None` without
+    expiry."""
+
+    load_time: float = 0.0
+    stale_for: float = 0.0
+    etag: str | None = None
+    lifetime: float | None = None
+
+
+class Missing(Reply, frozen=True, gc=False, tag="reply.missing"):
     """There is no live value under the key."""
 
 
-@message("reply.found_many")
-class FoundMany(Reply):
+class FoundMany(Reply, frozen=True, tag="reply.found_many"):
     """The live values among the keys that were asked for; a key that is not here has none."""
 
-    entries: dict[str, Found]
+    entries: Mapping[str, Found | Loaded]
+
+    def __post_init__(self) -> None:
+        self._freeze("entries")
 
 
-@message("reply.present")
-class Present(Reply):
+class Present(Reply, frozen=True, gc=False, tag="reply.present"):
     """There is a live value; this is all of it but the value. `ttl` as in `Found`."""
 
     version: float = 0.0
     ttl: float | None = None
 
 
-@message("reply.stored")
-class Stored(Reply):
+class Stored(Reply, frozen=True, gc=False, tag="reply.stored"):
     """The value was stored, and is now at `version`."""
 
     version: float = 0.0
 
 
-@message("reply.stored_many")
-class StoredMany(Reply):
+class StoredMany(Reply, frozen=True, gc=False, tag="reply.stored_many"):
     """`count` values were stored."""
 
     count: int
 
 
-@message("reply.not_stored")
-class NotStored(Reply):
+class NotStored(Reply, frozen=True, gc=False, tag="reply.not_stored"):
     """Nothing changed: the condition of the write did not hold, or the lease under which it was made was lost. `version`
     is that of the value in the way, 0 where there is none."""
 
@@ -64,57 +72,52 @@ class NotStored(Reply):
     reason: Literal["condition", "lease_lost"] = "condition"
 
 
-@message("reply.deleted")
-class Deleted(Reply):
+class Deleted(Reply, frozen=True, gc=False, tag="reply.deleted"):
     """`count` live values were removed."""
 
     count: int
 
 
-@message("reply.cleared")
-class Cleared(Reply):
+class Cleared(Reply, frozen=True, gc=False, tag="reply.cleared"):
     """The namespace is empty."""
 
 
-@message("reply.invalidated")
-class Invalidated(Reply):
+class Invalidated(Reply, frozen=True, gc=False, tag="reply.invalidated"):
     """Every entry stored before now under one of the tags is gone for every reader."""
 
 
-@message("reply.incremented")
-class Incremented(Reply):
+class Incremented(Reply, frozen=True, gc=False, tag="reply.incremented"):
     """The number that the counter holds after the increment."""
 
     value: int
 
 
-@message("reply.scanned")
-class Scanned(Reply):
+class Scanned(Reply, frozen=True, gc=False, tag="reply.scanned"):
     """A page of keys. `cursor` asks for the next one; empty, it was the last."""
 
     keys: tuple[str, ...]
     cursor: str = ""
 
 
-@message("reply.pong")
-class Pong(Reply):
+class Pong(Reply, frozen=True, gc=False, tag="reply.pong"):
     """The actor is there and takes turns."""
 
     address: str
 
 
-@message("reply.description")
-class Description(Reply):
+class Description(Reply, frozen=True, tag="reply.description"):
     """What an actor is: the store behind it, its bounds and what it can do."""
 
     address: str
     store: str
     capabilities: tuple[str, ...] = ()
-    limits: dict[str, int | None] = field(default_factory=dict)
+    limits: Mapping[str, int | None] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._freeze("limits")
 
 
-@message("reply.snapshot")
-class Snapshot(Reply):
+class Snapshot(Reply, frozen=True, tag="reply.snapshot"):
     """Counters of a backend since its actor started, and gauges of now. Whoever shows them says so.
 
     `removals` counts by `RemovalCause`. `weight` is in bytes where the store has a weigher, else 0. `overloaded`
@@ -130,23 +133,24 @@ class Snapshot(Reply):
     hits: int = 0
     misses: int = 0
     sets: int = 0
-    removals: dict[str, int] = field(default_factory=dict)
+    removals: Mapping[str, int] = msgspec.field(default_factory=dict)
     entries: int = 0
     max_entries: int | None = None
     weight: int = 0
     max_bytes: int | None = None
     restarts: int = 0
     overloaded: int = 0
-    guard: dict[str, Any] = field(default_factory=dict)
-    payload: dict[str, Any] = field(default_factory=dict)
+    guard: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    payload: Mapping[str, Any] = msgspec.field(default_factory=dict)
     errors: int = 0
     dropped_writes: int = 0
 
+    def __post_init__(self) -> None:
+        self._freeze("removals", "guard", "payload")
+
     def with_failures(self, errors: int, dropped_writes: int) -> Snapshot:
         """The same, with what a cache has counted."""
-        whole: Any = self
-        seen: Snapshot = replace(whole, errors=errors, dropped_writes=dropped_writes)
-        return seen
+        return msgspec.structs.replace(self, errors=errors, dropped_writes=dropped_writes)
 
     @property
     def requests(self) -> int:
@@ -159,13 +163,15 @@ class Snapshot(Reply):
         return self.hits / self.requests if self.requests else 0.0
 
 
-@message("reply.failed")
-class Failed(Reply):
+class Failed(Reply, frozen=True, tag="reply.failed"):
     """The request failed with the error that `code` and `fields` describe; `detail` is its sentence."""
 
     code: str
     detail: str
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._freeze("fields")
 
     @classmethod
     def of(cls, error: CacheError) -> Failed:

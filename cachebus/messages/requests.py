@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from .base import Request, message
+from .base import Request
 from .leases import LoadMetadata
 from .replies import (
     Cleared,
-    Incremented,
     Deleted,
     Description,
     Found,
     FoundMany,
+    Incremented,
     Invalidated,
     Missing,
     NotStored,
@@ -28,32 +29,28 @@ Ttl = float | Literal["default"] | None
 """Seconds to live; `"default"` leaves it to the backend, `None` is no expiry."""
 
 
-@message("backend.get")
-class Get(Request[Found | Missing]):
+class Get(Request[Found | Missing], frozen=True, gc=False, tag="backend.get"):
     """Read one key."""
 
     key: str
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("backend.get_many")
-class GetMany(Request[FoundMany]):
+class GetMany(Request[FoundMany], frozen=True, gc=False, tag="backend.get_many"):
     """Read several keys."""
 
     keys: tuple[str, ...]
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("backend.exists")
-class Exists(Request[Present | Missing]):
+class Exists(Request[Present | Missing], frozen=True, gc=False, tag="backend.exists"):
     """Ask whether a key has a live value, and for how long. It is no use of the value: no hit, no miss."""
 
     key: str
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("backend.set")
-class Set(Request[Stored | NotStored]):
+class Set(Request[Stored | NotStored], frozen=True, tag="backend.set"):
     """Store a value; with `only_if`, only where the key has none (`absent`) or has one (`present`); with `lease`, only
     if that lease is still held, which ends with this. `metadata` is what a loaded value keeps of its loading."""
 
@@ -66,20 +63,21 @@ class Set(Request[Stored | NotStored]):
     metadata: LoadMetadata | None = None
 
 
-@message("backend.set_many")
-class SetMany(Request[StoredMany]):
+class SetMany(Request[StoredMany], frozen=True, tag="backend.set_many"):
     """Store several values with one TTL and the same tags.
 
     Not idempotent, as no write is: done once more, after what came in between, it brings back what that deleted.
     """
 
-    items: dict[str, Any]
+    items: Mapping[str, Any]
     ttl: Ttl = "default"
     tags: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        self._freeze("items")
 
-@message("backend.add")
-class Add(Request[Stored | NotStored]):
+
+class Add(Request[Stored | NotStored], frozen=True, tag="backend.add"):
     """Store a value only where the key has none."""
 
     key: str
@@ -88,8 +86,7 @@ class Add(Request[Stored | NotStored]):
     tags: tuple[str, ...] = ()
 
 
-@message("backend.compare_and_set")
-class CompareAndSet(Request[Stored | NotStored]):
+class CompareAndSet(Request[Stored | NotStored], frozen=True, tag="backend.compare_and_set"):
     """Store a value only where the key still holds the one read at `version`."""
 
     key: str
@@ -99,8 +96,7 @@ class CompareAndSet(Request[Stored | NotStored]):
     tags: tuple[str, ...] = ()
 
 
-@message("backend.touch")
-class Touch(Request[Present | Missing]):
+class Touch(Request[Present | Missing], frozen=True, gc=False, tag="backend.touch"):
     """Give a live value a new time to live, counted from now."""
 
     key: str
@@ -108,8 +104,7 @@ class Touch(Request[Present | Missing]):
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("backend.increment")
-class Increment(Request[Incremented | Missing]):
+class Increment(Request[Incremented | Missing], frozen=True, gc=False, tag="backend.increment"):
     """Add `delta` to an integer, in one step. A missing key starts at `initial`, with `ttl`; `initial=None` leaves
     it missing. An existing one keeps its time to live."""
 
@@ -119,8 +114,7 @@ class Increment(Request[Incremented | Missing]):
     ttl: Ttl = "default"
 
 
-@message("backend.delete")
-class Delete(Request[Deleted]):
+class Delete(Request[Deleted], frozen=True, gc=False, tag="backend.delete"):
     """Remove one key."""
 
     key: str
@@ -128,8 +122,7 @@ class Delete(Request[Deleted]):
     INVALIDATES: ClassVar[bool] = True
 
 
-@message("backend.delete_many")
-class DeleteMany(Request[Deleted]):
+class DeleteMany(Request[Deleted], frozen=True, gc=False, tag="backend.delete_many"):
     """Remove several keys."""
 
     keys: tuple[str, ...]
@@ -137,8 +130,7 @@ class DeleteMany(Request[Deleted]):
     INVALIDATES: ClassVar[bool] = True
 
 
-@message("backend.delete_pattern")
-class DeletePattern(Request[Deleted]):
+class DeletePattern(Request[Deleted], frozen=True, gc=False, tag="backend.delete_pattern"):
     """Remove every key that a glob matches: `*` is any run of characters, `?` is one, `[abc]` one of these, `\\` takes
     the next character as it stands."""
 
@@ -147,8 +139,7 @@ class DeletePattern(Request[Deleted]):
     INVALIDATES: ClassVar[bool] = True
 
 
-@message("backend.scan")
-class Scan(Request[Scanned]):
+class Scan(Request[Scanned], frozen=True, gc=False, tag="backend.scan"):
     """List keys that a glob matches, a page at a time. Keys that come or go meanwhile may be listed or not."""
 
     pattern: str = "*"
@@ -156,8 +147,7 @@ class Scan(Request[Scanned]):
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("backend.invalidate_tags")
-class InvalidateTags(Request[Invalidated]):
+class InvalidateTags(Request[Invalidated], frozen=True, gc=False, tag="backend.invalidate_tags"):
     """Make every entry that carries one of the tags unreadable."""
 
     tags: tuple[str, ...]
@@ -165,37 +155,32 @@ class InvalidateTags(Request[Invalidated]):
     INVALIDATES: ClassVar[bool] = True
 
 
-@message("backend.clear")
-class Clear(Request[Cleared]):
+class Clear(Request[Cleared], frozen=True, gc=False, tag="backend.clear"):
     """Remove every key of the namespace."""
 
     IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-@message("actor.ping")
-class Ping(Request[Pong]):
+class Ping(Request[Pong], frozen=True, gc=False, tag="actor.ping"):
     """Ask whether the actor takes turns."""
 
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("actor.describe")
-class Describe(Request[Description]):
+class Describe(Request[Description], frozen=True, gc=False, tag="actor.describe"):
     """Ask what the actor is and can do."""
 
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("actor.take_snapshot")
-class TakeSnapshot(Request[Snapshot]):
+class TakeSnapshot(Request[Snapshot], frozen=True, gc=False, tag="actor.take_snapshot"):
     """Ask for the counters."""
 
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("actor.sweep")
-class Sweep(Request[Deleted]):
+class Sweep(Request[Deleted], frozen=True, gc=False, tag="actor.sweep"):
     """Remove what has expired. A backend sends it to itself when the next entry is due."""
 
     IDEMPOTENT: ClassVar[bool] = True

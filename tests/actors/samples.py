@@ -10,78 +10,65 @@ import anyio
 
 from cachebus.actors import Actor
 from cachebus.bus import Deferred
-from cachebus.messages import CacheKeyError, Reply, Request, message
+from cachebus.messages import CacheKeyError, Reply, Request
 
 
-@message("test.number")
-class Number(Reply):
+class Number(Reply, frozen=True, tag="test.number"):
     value: int
 
 
-@message("test.plain")
-class Plain(Request[Number]):
+class Plain(Request[Number], frozen=True, tag="test.plain"):
     value: int = 0
 
 
-@message("test.again")
-class Again(Request[Number]):
+class Again(Request[Number], frozen=True, tag="test.again"):
     """Idempotent."""
 
     value: int = 0
     IDEMPOTENT: ClassVar[bool] = True
 
 
-@message("test.slow")
-class Slow(Request[Number]):
+class Slow(Request[Number], frozen=True, tag="test.slow"):
     value: int = 0
 
 
-@message("test.drop")
-class Drop(Request[Number]):
+class Drop(Request[Number], frozen=True, tag="test.drop"):
     """Invalidates."""
 
     value: int = 0
     INVALIDATES: ClassVar[bool] = True
 
 
-@message("test.park")
-class Park(Request[Number]):
+class Park(Request[Number], frozen=True, tag="test.park"):
     value: int = 0
 
 
-@message("test.release")
-class Unpark(Request[Number]):
+class Unpark(Request[Number], frozen=True, tag="test.release"):
     pass
 
 
-@message("test.refuse")
-class Refuse(Request[Number]):
+class Refuse(Request[Number], frozen=True, tag="test.refuse"):
     pass
 
 
-@message("test.crash")
-class Crash(Request[Number]):
+class Crash(Request[Number], frozen=True, tag="test.crash"):
     pass
 
 
-@message("test.interrupt")
-class Interrupt(Request[Number]):
+class Interrupt(Request[Number], frozen=True, tag="test.interrupt"):
     pass
 
 
-@message("test.shrug")
-class Shrug(Request[Number]):
+class Shrug(Request[Number], frozen=True, tag="test.shrug"):
     pass
 
 
-@message("test.batched")
-class Batched(Request[Number]):
+class Batched(Request[Number], frozen=True, tag="test.batched"):
     number: int = 0
     value: bytes = b""
 
 
-@message("test.strange")
-class Strange(Request[Number]):
+class Strange(Request[Number], frozen=True, tag="test.strange"):
     """Nobody handles it."""
 
 

@@ -7,7 +7,7 @@ import pytest
 from cachebus.adapters.eviction import Entry
 from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.tags import TagTable
-from cachebus.messages import Clear, Incremented, Delete, Found, Get, Increment, InvalidateTags, Missing, Set
+from cachebus.messages import Clear, Delete, Found, Get, Increment, Incremented, InvalidateTags, Missing, Set
 from tests.clock import ManualClock
 
 

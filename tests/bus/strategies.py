@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
+import msgspec
 from hypothesis import strategies as st
 
 from cachebus.bus.codec import JSON
@@ -31,9 +32,9 @@ def values(content_type: str) -> st.SearchStrategy[Any]:
     )
 
 
-def messages(cls: type[Message], content_type: str) -> st.SearchStrategy[Message]:
+def messages(cls: type[Any], content_type: str) -> st.SearchStrategy[Message]:
     hints = typing.get_type_hints(cls)
-    names = [each.name for each in dataclasses.fields(typing.cast(Any, cls))]
+    names = cls.__struct_fields__
     return st.builds(cls, **{name: _field(hints[name], content_type) for name in names})
 
 
@@ -54,7 +55,7 @@ def _field(hint: Any, content_type: str) -> st.SearchStrategy[Any]:
         return st.from_type(hint)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return st.sampled_from(hint)
-    if isinstance(hint, type) and issubclass(hint, Message):
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         return messages(hint, content_type)
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -62,7 +63,7 @@ def _field(hint: Any, content_type: str) -> st.SearchStrategy[Any]:
     if origin in (tuple, list):
         sequence: Any = origin
         return st.lists(_field(args[0], content_type), max_size=3).map(sequence)
-    if origin is dict:
+    if origin is Mapping:
         return st.dictionaries(NAMES, _field(args[1], content_type), max_size=3)
     if origin in (typing.Union, types.UnionType):
         return st.one_of([_field(each, content_type) for each in args])

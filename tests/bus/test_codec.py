@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import decimal
 import enum
 import json
 import math
-import subprocess
-import sys
 import tracemalloc
 from typing import Any
 
@@ -19,30 +16,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachebus.bus.codec import JSON, MSGPACK, decode, encode
-from cachebus.bus.codec_fields import Plans
-from cachebus.bus.codec_values import MAX_DEPTH, MSGPACK_VALUES
+from cachebus.bus.codec_values import MAX_DEPTH
 from cachebus.messages import (
     WIRE_NAMES,
     BadMessage,
     CacheConfigurationError,
     CacheConnectionError,
     CacheError,
-    CacheEvicted,
     CacheSerializationError,
     CacheTimeoutError,
-    Incremented,
     Failed,
     Found,
     FoundMany,
     Get,
     GetMany,
     Increment,
+    LeaseGranted,
     Message,
     Missing,
     Overloaded,
     RemovalCause,
+    Reply,
     Set,
     SetMany,
+    Stale,
     Touch,
 )
 
@@ -66,8 +63,7 @@ timestamp: Any = msgpack.Timestamp
 
 def body(content_type: str, **fields: Any) -> bytes:
     """A body as another sender would write it."""
-    tree = {"v": 1, **fields}
-    return pack(tree) if content_type == MSGPACK else json.dumps(tree).encode()
+    return pack(fields) if content_type == MSGPACK else json.dumps(fields).encode()
 
 
 def refusal(data: bytes, content_type: str = MSGPACK) -> str:
@@ -177,7 +173,7 @@ def test_values_nest_to_the_limit_and_not_deeper(content_type: str) -> None:
     comes_back(Found(value), content_type)
     assert "nested deeper than 100 levels" in encoding_refusal(Found([value]), content_type)
     deep = b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1)
-    data = b'{"v":1,"kind":"reply.found","value":' + deep + b"}"
+    data = b'{"kind":"reply.found","value":' + deep + b"}"
     packed = body(MSGPACK, kind="reply.found", value=json.loads(deep))
     assert "nested deeper than 100 levels" in refusal(data if content_type == JSON else packed, content_type)
 
@@ -205,26 +201,27 @@ def test_a_failed_reply_raises_the_same_error_with_the_same_sentence(error: Cach
 # --- The wire format
 
 
-def test_the_version_comes_first_then_the_kind_then_the_fields() -> None:
-    assert encode(Get("k"), JSON) == b'{"v":1,"kind":"backend.get","key":"k"}'
-    assert encode(Get("k")) == b"\x83\xa1v\x01\xa4kind\xabbackend.get\xa3key\xa1k"
+def test_the_kind_comes_first_then_the_fields() -> None:
+    assert encode(Get("k"), JSON) == b'{"kind":"backend.get","key":"k"}'
+    assert encode(Get("k")) == b"\x82\xa4kind\xabbackend.get\xa3key\xa1k"
 
 
-def test_a_message_inside_a_message_is_a_plain_field_map() -> None:
+def test_a_message_inside_a_message_says_its_kind() -> None:
     tree = json.loads(encode(FoundMany({"k": Found(1, stored_at=2.0)}), JSON))
-    assert tree["entries"] == {"k": {"value": 1, "version": 0, "ttl": None, "tags": [], "stored_at": 2.0}}
+    found = {"kind": "reply.found", "value": 1, "version": 0.0, "ttl": None, "tags": [], "stored_at": 2.0}
+    assert tree["entries"] == {"k": found}
 
 
 @BOTH
 def test_the_order_of_the_fields_does_not_matter_to_the_reader(content_type: str) -> None:
-    tree = {"key": "k", "kind": "backend.get", "v": 1}
+    tree = {"key": "k", "kind": "backend.get"}
     assert decode(pack(tree) if content_type == MSGPACK else json.dumps(tree).encode(), content_type) == Get("k")
 
 
 @BOTH
 def test_fields_of_a_newer_sender_are_ignored(content_type: str) -> None:
     assert decode(body(content_type, kind="backend.get", key="k", hurry=[{"a": 1}]), content_type) == Get("k")
-    found = {"value": 1, "colour": "red"}
+    found = {"kind": "reply.found", "value": 1, "colour": "red"}
     data = body(content_type, kind="reply.found_many", entries={"k": found})
     assert decode(data, content_type) == FoundMany({"k": Found(1)})
 
@@ -265,24 +262,16 @@ def test_an_unknown_content_type_is_named_with_the_two_allowed(content_type: str
         assert str(caught.value) == f"content type {content_type!r} is neither application/msgpack nor application/json"
 
 
-def test_importing_the_codec_builds_no_checks() -> None:
-    code = """
-import pydantic
-def build(*a, **k): raise AssertionError("built at import")
-pydantic.TypeAdapter.__init__ = build
-import cachebus.bus.codec as codec
-from cachebus.messages import Get
-data = codec.encode(Get("k"))
-try: codec.decode(data)
-except AssertionError: print("built when needed")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "built when needed\n", done.stderr
+def test_a_kind_that_is_defined_later_is_read_too() -> None:
+    encode(Missing())
 
+    class Late(Reply, frozen=True, tag="test.defined_late"):
+        """Defined when the decoder was made already."""
 
-def test_a_check_is_built_once_for_a_class() -> None:
-    plans = Plans(MSGPACK_VALUES)
-    assert plans.of(Get) is plans.named("backend.get") is plans.of(Get)
+        word: str
+
+    assert decode(encode(Late("w"))) == Late("w")
+    assert decode(encode([Late("w"), Missing()], JSON), JSON) == [Late("w"), Missing()]
 
 
 # --- What cannot be sent
@@ -364,19 +353,15 @@ def test_a_value_that_holds_itself_is_refused(content_type: str) -> None:
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
-        (anything(Get, 5), "field 'key' of backend.get is of type int, not str"),
-        (anything(Incremented, True), "field 'value' of reply.incremented is of type bool, not int"),
-        (anything(GetMany, "abc"), "field 'keys' of backend.get_many is of type str, not tuple"),
-        (anything(GetMany, (1,)), "field 'keys' of backend.get_many is of type int, not str"),
-        (anything(SetMany, []), "field 'items' of backend.set_many is of type list, not dict"),
-        (anything(SetMany, {1: 1}), "field 'items' of backend.set_many is of type int, not str"),
-        (anything(FoundMany, {"k": 1}), "field 'entries' of reply.found_many is of type int, not cachebus.messages.replies.Found"),
-        (anything(Touch, "k", ttl=b"1"), "field 'ttl' of backend.touch is of type bytes, not float or int"),
-        (anything(CacheEvicted, key="k", cause="size"), "field 'cause' of event.cache_evicted is of type str, not cachebus.messages.events.RemovalCause"),
+        (anything(SetMany, {1: 1}), "field 'items' of backend.set_many holds a key of type int, and only str will do"),
         (anything(FoundMany, {"k": Found({1})}), "field 'value' of reply.found holds a set"),
+        (anything(LeaseGranted, "t", Stale({1})), "field 'value' of reply.stale holds a set"),
+        (anything(GetMany, object()), "a field is of type object, which no message may hold"),
     ],
-)  # fmt: skip
-def test_a_field_of_another_type_is_refused_at_the_sender(message: Message, sentence: str, content_type: str) -> None:
+)
+def test_what_a_message_may_not_hold_is_refused_at_the_sender(
+    message: Message, sentence: str, content_type: str
+) -> None:
     assert encoding_refusal(message, content_type).startswith(sentence)
 
 
@@ -385,13 +370,11 @@ def test_no_messages_are_no_message() -> None:
         encode([])
 
 
-def test_what_is_no_message_with_a_wire_name_is_a_type_error() -> None:
-    class Stray(Missing):
-        __slots__ = ()
-
+def test_what_is_no_message_is_a_type_error() -> None:
     nothing: Any = "text"
-    for stray in (Message(), Stray(), [Missing(), Stray()], nothing):
-        with pytest.raises(TypeError, match="is not a message with a wire name"):
+    strangers: Any = [Missing(), 5]
+    for stray in (nothing, strangers):
+        with pytest.raises(TypeError, match="is no message"):
             encode(stray)
 
 
@@ -402,63 +385,53 @@ def test_what_is_no_message_with_a_wire_name_is_a_type_error() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"kind": "backend.get"}, "field 'key' of backend.get is missing"),
-        ({"kind": "backend.get", "key": 5}, "field 'key' of backend.get should be a valid string, not this int"),
-        ({"kind": "backend.get", "key": None}, "field 'key' of backend.get should be a valid string, not this NoneType"),
-        ({"kind": "reply.incremented", "value": "1"}, "field 'value' of reply.counted should be a valid integer, not this str"),
-        ({"kind": "reply.incremented", "value": 1.0}, "field 'value' of reply.counted should be a valid integer, not this float"),
-        ({"kind": "reply.incremented", "value": True}, "field 'value' of reply.counted should be a valid integer, not this bool"),
-        ({"kind": "reply.found", "value": 1, "ttl": "1"}, "field 'ttl' of reply.found should be a valid number, not this str"),
-        ({"kind": "reply.found", "value": 1, "ttl": True}, "field 'ttl' of reply.found should be a valid number, not this bool"),
-        ({"kind": "backend.touch", "key": "k", "ttl": "60"}, "field 'ttl' of backend.touch should be 'default' or a valid number, not this str"),
-        ({"kind": "backend.get_many", "keys": "ab"}, "field 'keys' of backend.get_many should be a valid tuple, not this str"),
-        ({"kind": "backend.get_many", "keys": {"a": 1}}, "field 'keys' of backend.get_many should be a valid tuple, not this dict"),
-        ({"kind": "backend.get_many", "keys": ["a", 1]}, "field 'keys' of backend.get_many should be a valid string, not this int"),
-        ({"kind": "backend.get_many", "keys": [1] * 100}, "backend.get_many has 100 faults in its fields"),
-        ({"kind": "backend.set_many", "items": [["a", 1]]}, "field 'items' of backend.set_many should be a valid dictionary, not this list"),
-        ({"kind": "backend.set", "key": "k", "value": 1, "only_if": "secret"}, "field 'only_if' of backend.set should be 'absent' or 'present', not this str"),
-        ({"kind": "event.cache_evicted", "key": "k", "cause": "secret"}, "field 'cause' of event.cache_evicted should be 'explicit', 'replaced', 'expired' or 'size', not this str"),
-        ({"kind": "reply.found_many", "entries": {"secret": 5}}, "field 'entries' of reply.found_many should be a valid dictionary, not this int"),
-        ({"kind": "reply.found_many", "entries": {"secret": {}}}, "field 'entries.value' of reply.found_many is missing"),
-        ({"kind": "reply.found_many", "entries": {"secret": {"value": 1, "tags": [2]}}}, "field 'entries.tags' of reply.found_many should be a valid string, not this int"),
+        ({"kind": "backend.get"}, "field 'key' is missing"),
+        ({"kind": "backend.get", "key": 5}, "field 'key' should be str, not int"),
+        ({"kind": "backend.get", "key": None}, "field 'key' should be str, not "),
+        ({"kind": "reply.incremented", "value": "1"}, "field 'value' should be int, not str"),
+        ({"kind": "reply.incremented", "value": True}, "field 'value' should be int, not bool"),
+        ({"kind": "reply.incremented", "value": 1.5}, "field 'value' should be int, not float"),
+        ({"kind": "reply.found", "value": 1, "ttl": "1"}, "field 'ttl' should be float | null, not str"),
+        ({"kind": "reply.found", "value": 1, "ttl": True}, "field 'ttl' should be float | null, not bool"),
+        ({"kind": "backend.touch", "key": "k", "ttl": "60"}, "field 'ttl' has a value that it cannot have"),
+        ({"kind": "backend.get_many", "keys": "ab"}, "field 'keys' should be array, not str"),
+        ({"kind": "backend.get_many", "keys": {"a": 1}}, "field 'keys' should be array, not object"),
+        ({"kind": "backend.get_many", "keys": ["a", 1]}, "field 'keys[1]' should be str, not int"),
+        ({"kind": "backend.set_many", "items": [["a", 1]]}, "field 'items' should be object, not array"),
+        ({"kind": "backend.set", "key": "k", "value": 1, "only_if": "secret"}, "field 'only_if' has a value that it cannot have"),
+        ({"kind": "event.cache_evicted", "key": "k", "cause": "secret"}, "field 'cause' has a value that it cannot have"),
+        ({"kind": "reply.found_many", "entries": {"secret": 5}}, "field 'entries[...]' should be object, not int"),
+        ({"kind": "reply.found_many", "entries": {"secret": {}}}, "field 'kind' is missing in 'entries[...]'"),
         ({"kind": "backend.secret_wish"}, "no message is of kind 'backend.secret_wish'"),
         ({"kind": "My secret\r\n"}, "field 'kind' is no wire name"),
         ({"kind": "a" * 1000}, "field 'kind' is no wire name"),
-        ({"kind": 5}, "field 'kind' should be a string, not this int"),
-        ({"kind": ["backend.get"]}, "field 'kind' should be a string, not this list"),
+        ({"kind": ""}, "field 'kind' is no wire name"),
+        ({"kind": 5}, "field 'kind' should be str"),
+        ({"kind": ["backend.get"]}, "field 'kind' should be str"),
         ({}, "field 'kind' is missing"),
-        ({"kind": "backend.get", "key": "k", "v": 2}, "wire version 2 is newer than 1, the one that is spoken here"),
-        ({"kind": "never.heard_of", "v": 7}, "wire version 7 is newer than 1, the one that is spoken here"),
-        ({"kind": "backend.get", "key": "k", "v": 0}, "wire version 0 is older than 1, the one that is spoken here"),
-        ({"kind": "backend.get", "key": "k", "v": True}, "field 'v', the wire version, should be an integer, not this bool"),
-        ({"kind": "backend.get", "key": "k", "v": 1.0}, "field 'v', the wire version, should be an integer, not this float"),
-        ({"kind": "backend.get", "key": "k", "v": "1"}, "field 'v', the wire version, should be an integer, not this str"),
-        ({"kind": "backend.get", "key": "k", "v": None}, "field 'v', the wire version, should be an integer, not this NoneType"),
     ],
 )  # fmt: skip
 def test_a_message_that_does_not_fit_is_refused(fields: dict[str, Any], sentence: str, content_type: str) -> None:
-    assert refusal(body(content_type, **fields), content_type) == sentence
+    assert refusal(body(content_type, **fields), content_type).startswith(sentence)
 
 
 @BOTH
-@pytest.mark.parametrize("tree", [1, None, True, 1.5, "text"])
-def test_a_body_that_is_no_map_is_refused(tree: Any, content_type: str) -> None:
+@pytest.mark.parametrize(("tree", "name"), [(1, "int"), (None, ""), (True, "bool"), (1.5, "float"), ("text", "str")])
+def test_a_body_that_is_no_map_is_refused(tree: Any, name: str, content_type: str) -> None:
     def write(each: Any) -> bytes:
         return pack(each) if content_type == MSGPACK else json.dumps(each).encode()
 
-    name = type(tree).__name__
-    assert refusal(write(tree), content_type) == f"a message is a map, not this {name}"
-    assert refusal(write([tree]), content_type) == f"message 1 of 1: a message is a map, not this {name}"
-    assert refusal(write([[]]), content_type) == "message 1 of 1: a message is a map, not this list"
-    assert refusal(write({}), content_type) == "field 'v', the wire version, is missing"
+    assert refusal(write(tree), content_type).startswith(f"a message is a map, not this {name}")
+    assert refusal(write([tree]), content_type).startswith(f"message 1 of 1: a message is a map, not this {name}")
+    assert refusal(write([[]]), content_type) == "message 1 of 1: a message is a map, not this array"
     assert refusal(write([]), content_type) == "an array of messages is empty"
 
 
 @BOTH
 def test_one_bad_message_in_an_array_is_named_by_its_place(content_type: str) -> None:
-    trees = [{"v": 1, "kind": "reply.missing"}, {"v": 2, "kind": "reply.missing"}, {}]
+    trees = [{"kind": "reply.missing"}, {"kind": "reply.lost"}, {}]
     data = pack(trees) if content_type == MSGPACK else json.dumps(trees).encode()
-    assert refusal(data, content_type).startswith("message 2 of 3: wire version 2 is newer than 1")
+    assert refusal(data, content_type) == "message 2 of 3: no message is of kind 'reply.lost'"
 
 
 GOOD = encode(Set("key", [1, "two", {"three": b"3"}], tags=("a",)))
@@ -472,7 +445,7 @@ def test_a_msgpack_body_cut_short_is_refused(length: int) -> None:
 
 @pytest.mark.parametrize("length", range(len(GOOD_JSON)))
 def test_a_json_body_cut_short_is_refused(length: int) -> None:
-    assert "the body is not JSON" in refusal(GOOD_JSON[:length], JSON)
+    assert refusal(GOOD_JSON[:length], JSON) in {"the body ends too early", "the body is not JSON"}
 
 
 @pytest.mark.parametrize(
@@ -481,24 +454,22 @@ def test_a_json_body_cut_short_is_refused(length: int) -> None:
         (GOOD + b"\x00", "bytes follow the message"),
         (GOOD + GOOD, "bytes follow the message"),
         (GOOD + bytes(1000), "bytes follow the message"),
-        (b"\xc1", "the body is not msgpack"),
-        (b"\x82\xa1v\x01\xa1v\x01", "a map has the same field twice"),
-        (b"\x83\xa1v\x01\xa4kind\xabbackend.get\xa3key\xa2\xff\xfe", "a string is not UTF-8"),
-        (b"\x83\xa1v\x01\xa4kind\xabbackend.get\xa3key\xa3\xed\xa0\x80", "a string is not UTF-8"),
-        (body(MSGPACK, kind="reply.found", value=extension(5, b"secret")), "the body has a msgpack extension, of type 5"),
-        (body(MSGPACK, kind="reply.found", value=[timestamp(1)]), "field 'value' of reply.found holds a msgpack.ext.Timestamp; "),
-        (body(MSGPACK, kind="backend.get", key=timestamp(1)), "field 'key' of backend.get should be a valid string, not this msgpack.ext.Timestamp"),
-        (body(MSGPACK, kind="backend.get", key=b"k"), "field 'key' of backend.get should be a valid string, not this bytes"),
-        (body(MSGPACK, kind="event.cache_evicted", key="k", cause=b"size"), "field 'cause' of event.cache_evicted should be "),
+        (b"\xc1", "the body is not MessagePack"),
+        (b"\x82\xa4kind\xabbackend.get\xa3key\xa2\xff\xfe", "a string is not UTF-8"),
+        (b"\x82\xa4kind\xabbackend.get\xa3key\xa3\xed\xa0\x80", "a string is not UTF-8"),
+        (body(MSGPACK, kind="reply.found", value=extension(5, b"secret")), "field 'value' of reply.found holds a msgspec.msgpack.Ext; "),
+        (body(MSGPACK, kind="reply.found", value=[timestamp(1)]), "field 'value' of reply.found holds a datetime.datetime; "),
+        (body(MSGPACK, kind="backend.get", key=timestamp(1)), "field 'key' should be str, not "),
+        (body(MSGPACK, kind="backend.get", key=b"k"), "field 'key' should be str, not bytes"),
+        (body(MSGPACK, kind="event.cache_evicted", key="k", cause=b"size"), "field 'cause' should be "),
         (body(MSGPACK, kind="reply.found", value={b"secret": 1}), "field 'value' of reply.found holds a dict with a key of type bytes"),
-        (body(MSGPACK, kind="backend.set_many", items={b"secret": 1}), "field 'items' of backend.set_many should be a valid string, not this bytes"),
-        (body(MSGPACK, kind="reply.found", value={1: 1}), "the body is msgpack that ends too early, or has a map key that is not a string"),
-        (body(MSGPACK, kind="reply.found", value={timestamp(1): 1}), "the body is msgpack that ends too early, or has a map key that is not a string"),
-        (b"\x81\x90\x01", "the body is msgpack that ends too early, or has a map key that is not a string"),
-        (b"\xd6\xff" + bytes(4), "a message is a map, not this msgpack.ext.Timestamp"),
-        (b"\xc7\x05\xff12345", "the body is "),
+        (body(MSGPACK, kind="backend.set_many", items={b"secret": 1}), "field "),
+        (body(MSGPACK, kind="reply.found", value={1: 1}), "field 'value' of reply.found holds a dict with a key of type int"),
+        (b"\x81\x90\x01", "field "),
+        (b"\xd6\xff" + bytes(4), "a message is a map, not this "),
+        (b"\xc7\x05\xff12345", "a message is a map, not this "),
         (b"\x91" * 100_000, "the body is nested too deep"),
-        (b"\x81\xa0" * 100_000, "the body is nested too deep"),
+        (b"\x82\xa4kind\xabreply.found\xa5value" + b"\x91" * 100_000, "the body is nested too deep"),
     ],
 )  # fmt: skip
 def test_msgpack_that_is_no_message_is_refused(data: bytes, sentence: str) -> None:
@@ -510,29 +481,27 @@ def test_msgpack_that_is_no_message_is_refused(data: bytes, sentence: str) -> No
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (GOOD_JSON + b"{}", "the body is not JSON: Extra data at character "),
+        (GOOD_JSON + b"{}", "bytes follow the message"),
         (b"\xef\xbb\xbf" + GOOD_JSON, "the body is not JSON"),
-        (GOOD_JSON.decode().encode("utf-16"), "the body is not UTF-8"),
-        (b'{"v":1,"kind":"backend.get","key":"\xff"}', "the body is not UTF-8"),
-        (b'{"v":1,"kind":"backend.get","key":"\xed\xa0\x80"}', "the body is not UTF-8"),
-        (b'{"v":1,"kind":"backend.get","key":"\\ud800"}', "a string holds half of a surrogate pair"),
-        (b'{"v":1,"kind":"reply.found","value":{"\\uDFFF":1}}', "a string holds half of a surrogate pair"),
-        (b'{"v":1,"kind":"backend.get","key":"k","key":"secret"}', "a map has the same field twice"),
-        (b'{"v":1,"kind":"reply.found","value":[{"secret":1,"secret":1}]}', "a map has the same field twice"),
-        (b'{"v":1,"kind":"reply.found","value":NaN}', "NaN is not JSON"),
-        (b'{"v":1,"kind":"reply.found","value":[-Infinity]}', "-Infinity is not JSON"),
-        (b'{"v":1,"kind":"reply.found","value":1e400}', "a number is larger than a float can be"),
-        (b'{"v":1,"kind":"reply.found","value":18446744073709551616}', "an integer has more than 64 bits"),
-        (b'{"v":1,"kind":"reply.found","value":' + b"1" * 5000 + b"}", "an integer has more than 64 bits"),
-        (b'{"v":' + b"1" * 5000 + b"}", "an integer has more than 64 bits"),
-        (b'{"v":1,"kind":"reply.found","value":{"$base64":"secret!"}}', "field 'value' of reply.found holds a $base64 that is not base64"),
-        (b'{"v":1,"kind":"reply.found","value":{"$base64":"\xc3\xbc"}}', "field 'value' of reply.found holds a $base64 that is not base64"),
-        (b'{"v":1,"kind":"reply.found","value":[{"$base64":5}]}', "field 'value' of reply.found holds a $base64 of type int"),
-        (b"[" * 100_000, "the body is nested too deep"),
-        (b'{"a":' * 100_000, "the body is nested too deep"),
-        (b"", "the body is not JSON"),
+        (GOOD_JSON.decode().encode("utf-16"), "the body is not JSON"),
+        (b'{"kind":"backend.get","key":"\xff"}', "a string is not UTF-8"),
+        (b'{"kind":"backend.get","key":"\xed\xa0\x80"}', "a string is not UTF-8"),
+        (b'{"kind":"backend.get","key":"\\ud800"}', "the body "),
+        (b'{"kind":"reply.found","value":{"\\uDFFF":1}}', "the body "),
+        (b'{"kind":"reply.found","value":NaN}', "the body is not JSON"),
+        (b'{"kind":"reply.found","value":[-Infinity]}', "the body is not JSON"),
+        (b'{"kind":"reply.found","value":1e400}', "field 'value' has a value that it cannot have"),
+        (b'{"kind":"reply.found","value":18446744073709551616}', "field 'value' of reply.found holds an int of more than 64 bits"),
+        (b'{"kind":"backend.increment","key":"k","delta":18446744073709551616}', "field 'delta' of backend.increment holds an int of more than 64 bits"),
+        (b'{"kind":"reply.found","value":' + b"1" * 5000 + b"}", "field 'value' has a value that it cannot have"),
+        (b'{"kind":"reply.found","value":{"$base64":"secret!"}}', "field 'value' of reply.found holds a $base64 that is not base64"),
+        (b'{"kind":"reply.found","value":{"$base64":"\xc3\xbc"}}', "field 'value' of reply.found holds a $base64 that is not base64"),
+        (b'{"kind":"reply.found","value":[{"$base64":5}]}', "field 'value' of reply.found holds a $base64 of type int"),
+        (b"[" * 100_000, "the body "),
+        (b'{"a":' * 100_000, "the body "),
+        (b"", "the body ends too early"),
         (b"{'v':1}", "the body is not JSON"),
-        (GOOD, "the body is not UTF-8"),
+        (GOOD, "the body is not JSON"),
     ],
 )  # fmt: skip
 def test_json_that_is_no_message_is_refused(data: bytes, sentence: str) -> None:
@@ -542,7 +511,7 @@ def test_json_that_is_no_message_is_refused(data: bytes, sentence: str) -> None:
 
 
 def test_a_surrogate_pair_and_an_escaped_backslash_are_no_half_surrogates() -> None:
-    data = b'{"v":1,"kind":"backend.get","key":"\\ud83d\\ude00 \\\\ud800"}'
+    data = b'{"kind":"backend.get","key":"\\ud83d\\ude00 \\\\ud800"}'
     assert decode(data, JSON) == Get("\U0001f600 \\ud800")
 
 
@@ -562,21 +531,3 @@ def test_a_length_that_the_body_does_not_have_makes_no_room(head: bytes) -> None
     finally:
         tracemalloc.stop()
     assert peak < 3 * size  # copies of the body and of its parts, and nothing for what it only claims
-
-
-def test_a_class_whose_fields_the_codec_cannot_carry_says_so() -> None:
-    def plan(**hints: Any) -> None:
-        cls: Any = dataclasses.make_dataclass("Odd", list(hints.items()), bases=(Message,))
-        cls.WIRE_NAME = "odd.one"
-        plans = Plans(MSGPACK_VALUES)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("cachebus.bus.codec_fields.WIRE_NAMES", {"odd.one": cls})
-            plans.of(cls)
-
-    plan(fine=list[bytes] | None)
-    for hint in (set[str], complex, tuple[int, str], dict[int, str], dt.datetime, Get | Found):
-        with pytest.raises(TypeError, match=r"the codec has no way to carry|cannot be told apart"):
-            plan(odd=hint)
-    for name in ("v", "kind"):
-        with pytest.raises(TypeError, match="which every message begins with"):
-            plan(**{name: int})

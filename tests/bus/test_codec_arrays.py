@@ -7,14 +7,14 @@ import json
 import msgpack  # type: ignore[import-untyped]
 import pytest
 
-from cachebus.bus.codec import JSON, MSGPACK, decode, decode_each, encode, join
+from cachebus.bus.codec import JSON, MAX_MESSAGES, MSGPACK, decode, decode_each, encode, join
 from cachebus.messages import BadMessage, Get
 
 CONTENT_TYPES = pytest.mark.parametrize("content_type", [MSGPACK, JSON])
 
 
 @CONTENT_TYPES
-@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 70_000])
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, MAX_MESSAGES])
 def test_joined_parts_are_the_array(content_type: str, count: int) -> None:
     messages = [Get(str(number % 7)) for number in range(count)]
     body = join([encode(each, content_type) for each in messages], content_type)
@@ -30,22 +30,23 @@ def test_a_single_message_is_no_array(content_type: str) -> None:
 @CONTENT_TYPES
 def test_a_bad_element_is_named_in_its_place_and_hurts_no_other(content_type: str) -> None:
     tree = [
-        {"v": 1, "kind": "backend.get", "key": "a"},
-        {"v": 1, "kind": "backend.gut", "key": "a"},
-        {"v": 2, "kind": "backend.get", "key": "a"},
+        {"kind": "backend.get", "key": "a"},
+        {"kind": "backend.gut", "key": "a"},
+        {"kind": "reply.found", "value": {"$base64": 1} if content_type == JSON else {1: 1}},
         5,
-        {"v": 1, "kind": "backend.get", "key": 5},
-        {"v": 1, "kind": "backend.get", "key": "b"},
+        {"kind": "backend.get", "key": 5},
+        {"kind": "backend.get", "key": "b"},
     ]
     body: bytes = json.dumps(tree).encode() if content_type == JSON else msgpack.packb(tree)
     found, is_array = decode_each(body, content_type)
     assert is_array
     assert (found[0], found[5]) == (Get("a"), Get("b"))
+    held = "$base64 of type int" if content_type == JSON else "dict with a key of type int"
     assert [str(each) for each in found[1:5]] == [
         "message 2 of 6: no message is of kind 'backend.gut'",
-        "message 3 of 6: wire version 2 is newer than 1, the one that is spoken here",
+        f"message 3 of 6: field 'value' of reply.found holds a {held}, and only str will do",
         "message 4 of 6: a message is a map, not this int",
-        "message 5 of 6: field 'key' of backend.get should be a valid string, not this int",
+        "message 5 of 6: field 'key' should be str, not int",
     ]
     with pytest.raises(BadMessage, match="message 2 of 6"):
         decode(body, content_type)
@@ -57,3 +58,12 @@ def test_a_body_that_cannot_be_read_is_refused_as_a_whole(body: bytes) -> None:
         decode_each(body)
     with pytest.raises(BadMessage, match="neither"):
         decode_each(body, "text/html")
+
+
+@CONTENT_TYPES
+def test_an_array_has_a_bound(content_type: str) -> None:
+    nothing: bytes = b"[" + b",".join([b"1"] * (MAX_MESSAGES + 1)) + b"]"
+    if content_type == MSGPACK:
+        nothing = b"\xdc" + (MAX_MESSAGES + 1).to_bytes(2, "big") + b"\x01" * (MAX_MESSAGES + 1)
+    with pytest.raises(BadMessage, match="an array has more than 10,000 messages"):
+        decode_each(nothing, content_type)

@@ -167,11 +167,13 @@ def test_an_emitter_stamps_what_somebody_wants_and_nothing_else() -> None:
         emitter.emit(heard)
         event = events.next()
     assert unheard == CacheMiss(key="k")
-    assert event is heard
-    assert (heard.namespace, heard.backend, heard.seq, heard.epoch) == ("shop", "hot", 1, emitter.epoch)
-    assert heard.origin
-    assert heard.id.startswith(heard.origin)
-    assert heard.time > 1_600_000_000
+    assert type(event) is CacheHit
+    assert event.key == "k"
+    assert heard == CacheHit(key="k"), "what was emitted is not changed"
+    assert (event.namespace, event.backend, event.seq, event.epoch) == ("shop", "hot", 1, emitter.epoch)
+    assert event.origin
+    assert event.id.startswith(event.origin)
+    assert event.time > 1_600_000_000
 
 
 def test_each_epoch_of_an_emitter_is_later_and_counts_anew() -> None:

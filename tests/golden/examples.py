@@ -6,15 +6,17 @@ the others alone.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import msgspec
+
 from cachebus.bus.codec import JSON, MSGPACK, VERSION
-from cachebus.messages import WIRE_NAMES, Message
+from cachebus.messages import WIRE_NAMES
 
 FOLDER = Path(__file__).parent / f"v{VERSION}"
 SUFFIXES = {MSGPACK: ".msgpack", JSON: ".json"}
@@ -34,10 +36,10 @@ VALUE: dict[str, Any] = {
 }
 
 
-def example(cls: type[Message], fields: dict[str, Any] | None = None) -> Message:
+def example(cls: type[Any], fields: dict[str, Any] | None = None) -> Any:
     """A message with every field filled. Where `fields` is an older sender's map, what it lacks stays at its default."""
     hints = typing.get_type_hints(cls)
-    names = [each.name for each in dataclasses.fields(typing.cast(Any, cls))]
+    names = cls.__struct_fields__
     return cls(
         **{
             name: _of(hints[name], name, None if fields is None else fields[name])
@@ -60,7 +62,7 @@ def _of(hint: Any, name: str, older: Any) -> Any:
         return scalars[hint]
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return list(hint)[-1]
-    if isinstance(hint, type) and issubclass(hint, Message):
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         return example(hint, older)
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -68,7 +70,7 @@ def _of(hint: Any, name: str, older: Any) -> Any:
     if origin in (tuple, list):
         sequence: Any = origin
         return sequence(_of(args[0], each, older and older[0]) for each in ("one", "two"))
-    if origin is dict:
+    if origin is Mapping:
         return {each: _of(args[1], each, older and older[each]) for each in ("one", "two")}
     if origin in (typing.Union, types.UnionType):
         return _of(next(each for each in args if each is not types.NoneType), name, older)

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from cachebus import Cache, CacheStampedeError, CacheTimeoutError, LoadContext
-from cachebus.messages import LoadLeaseLost, LoadFailed, StaleServed
+from cachebus.messages import LoadFailed, LoadLeaseLost, StaleServed
 from tests.clock import ManualClock
 from tests.facade.faces import a_cache, heard
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import anyio
 import pytest
+from msgspec.structs import replace
 
 from cachebus import open_cache
 from cachebus.messages import Delete, Found, GetOrLease, LeaseGranted, Loading, NotStored, Reply, Request, Set, Stored

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from cachebus import open_sync_cache
-from cachebus.messages import WIRE_NAMES, Incremented, Found, Reply, Request, Set, message
+from cachebus.messages import WIRE_NAMES, Found, Incremented, Reply, Request, Set
 from cachebus.payload_places import has_value, with_value
 
 VALUED = {"backend.set", "backend.add", "backend.compare_and_set", "reply.found"}
 
 
-@message("test.leased_set")
-class LeasedSet(Request[Found]):
+class LeasedSet(Request[Found], frozen=True, tag="test.leased_set"):
     key: str
     value: Any
     lease: int = 0
 
 
-@message("test.stale")
-class StaleValue(Reply):
+class StaleValue(Reply, frozen=True, tag="test.stale"):
     value: Any
     age: float = 0.0
 

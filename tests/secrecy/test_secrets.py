@@ -10,13 +10,13 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 import redis as redis_py
+from msgspec.structs import astuple
 
 from cachebus import CacheError, open_cache
 from cachebus.__main__ import main
@@ -130,7 +130,7 @@ async def test_secrets_are_nowhere_to_be_seen(redis: Server, nats: Server, caplo
         kinds = {type(event).__name__ for event in cache_events}
         assert {"CacheSet", "PayloadRejected", "BackendDisconnected"} <= kinds
         sight.see(*cache_events)
-        sight.texts += [repr(getattr(event, each.name)) for event in cache_events for each in fields(event)]
+        sight.texts += [repr(value) for event in cache_events for value in astuple(event)]
     assert sight.errors == 5
     clean([*sight.texts, caplog.text])
 

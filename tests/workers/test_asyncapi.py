@@ -12,7 +12,6 @@ import yaml
 
 from cachebus.__main__ import main
 from cachebus.asyncapi import document
-from cachebus.asyncapi_schemas import schema_of
 from cachebus.bus.codec import JSON, decode, encode
 from cachebus.bus.subjects import Subjects
 from cachebus.messages import Event, Request
@@ -85,8 +84,7 @@ def test_what_is_on_the_wire_is_what_its_schema_says(kind: str) -> None:
     validator.validate(body)
     # And not of anything else.
     assert not validator.is_valid({**body, "kind": "other"})
-    assert not validator.is_valid({**body, "v": 2})
-    for name in said["payload"]["required"]:
+    for name in WHOLE["components"]["schemas"][cls.__name__]["required"]:
         assert not validator.is_valid({key: value for key, value in body.items() if key != name})
 
 
@@ -100,8 +98,3 @@ def test_the_command_prints_both_forms(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == as_yaml
     as_json["info"]["version"] = "1.2.3"
     assert as_json == json.loads(json.dumps(WHOLE))
-
-
-def test_a_hint_without_a_schema_is_refused() -> None:
-    with pytest.raises(TypeError, match="no schema"):
-        schema_of(bytes)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from cachebus.__main__ import main
 from cachebus.command_events import Line, as_json, kinds_of
@@ -159,8 +160,7 @@ def test_events_are_lines_as_they_happen(run_worker: RunWorker, run: Run, nats_s
 
 
 def stamped(event: Event) -> Event:
-    event.stamp({"time": 1.0, "backend": "primary", "origin": "1-ab", "seq": 7})
-    return event
+    return replace(event, time=1.0, backend="primary", origin="1-ab", seq=7)
 
 
 def test_a_line_cannot_command_a_terminal_and_is_one_line() -> None:

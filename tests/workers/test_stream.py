@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import nats
 import pytest
+from msgspec.structs import replace
 from nats.js import JetStreamContext
 
 from cachebus import CapabilityError, open_cache, open_sync_cache
@@ -157,7 +158,7 @@ async def test_a_number_that_is_left_out_is_a_gap(
     async with open_cache("memory://", bus=bus_url(nats_server, namespace), namespace=namespace) as cache:
         for seq in (7, 8, 12):
             event = CacheSet(key=str(seq))
-            event.stamp({"namespace": namespace, "backend": "primary", "origin": "o", "epoch": 1, "seq": seq})
+            event = replace(event, namespace=namespace, backend="primary", origin="o", epoch=1, seq=seq)
             await jetstream.publish(Subjects(namespace).event(CacheSet, "primary"), encode(event, JSON))
         await jetstream.publish(Subjects(namespace).event(CacheSet, "primary"), b"junk")
         with cache.events(CacheSet, EventsMissed, since=60) as heard:
@@ -169,7 +170,7 @@ async def test_a_number_that_is_left_out_is_a_gap(
 async def published(jetstream: JetStreamContext, namespace: str, **stamps: Any) -> None:
     """Keep an event of another process."""
     event = CacheSet(key="k")
-    event.stamp({"namespace": namespace, "backend": "primary", "epoch": 1, "seq": 1, **stamps})
+    event = replace(event, namespace=namespace, backend="primary", epoch=1, seq=1, **stamps)
     await jetstream.publish(Subjects(namespace).event(CacheSet, "primary"), encode(event, JSON))
 
 

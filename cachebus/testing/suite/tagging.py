@@ -12,7 +12,6 @@ from cachebus.messages import (
     Add,
     Clear,
     CompareAndSet,
-    Incremented,
     Delete,
     Exists,
     Found,
@@ -20,19 +19,20 @@ from cachebus.messages import (
     GetMany,
     GetOrLease,
     Increment,
+    Incremented,
     Invalidated,
     InvalidateTags,
     LeaseGranted,
     Loaded,
     Loading,
+    LoadMetadata,
     Missing,
     NotHeld,
     NotStored,
-    LoadMetadata,
     Present,
     ReleaseLease,
-    RenewLease,
     Renewed,
+    RenewLease,
     Request,
     Set,
     SetMany,
@@ -223,7 +223,9 @@ class Tagging(Conformance):
 
     async def test_what_is_loaded_has_its_tags(self, loading: AnyStore) -> None:
         t1 = await granted(loading, lease("t1", "red"))
-        assert isinstance(await ask(loading, commit(t1, b"v", "red", "late", metadata=LoadMetadata(0.5, LONG, "e"))), Stored)
+        assert isinstance(
+            await ask(loading, commit(t1, b"v", "red", "late", metadata=LoadMetadata(0.5, LONG, "e"))), Stored
+        )
         for found in (await ask(loading, Get("k")), await ask(loading, lease("t2", "red"))):
             assert isinstance(found, Loaded)
             assert (found.value, found.tags, found.etag) == (b"v", ("red", "late"), "e")

@@ -11,7 +11,6 @@ from cachebus.actors import Actor
 from cachebus.bus import Deferred
 from cachebus.messages import (
     CacheKeyError,
-    Incremented,
     Delete,
     Deleted,
     Exists,
@@ -20,6 +19,7 @@ from cachebus.messages import (
     Get,
     GetMany,
     Increment,
+    Incremented,
     Missing,
     Present,
     Set,

@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import nats
 import pytest
+from msgspec.structs import replace
 
 from cachebus.bus import Emitter
 from cachebus.bus.codec import JSON, MSGPACK, decode, encode
@@ -79,7 +80,7 @@ async def test_a_gap_in_the_numbers_of_an_origin_is_told(connect: Connect, nats_
             await bus.settled()
             for seq in (7, 8, 12, 13, 13):
                 event = CacheSet(key=str(seq))
-                event.stamp({"namespace": namespace, "backend": "primary", "origin": "o", "epoch": 1, "seq": seq})
+                event = replace(event, namespace=namespace, backend="primary", origin="o", epoch=1, seq=seq)
                 await stranger.publish(Subjects(namespace).event(CacheSet, "primary"), encode(event, JSON))
             told: list[Any] = [await anext(heard) for _ in range(6)]
         assert [getattr(each, "key", "gap") for each in told] == ["7", "8", "gap", "12", "13", "13"]
@@ -101,7 +102,7 @@ async def test_junk_on_an_event_subject_is_counted(
             subject = Subjects(namespace).event(CacheSet, "primary")
             await stranger.publish(subject, body)
             event = CacheSet(key="k")
-            event.stamp({"namespace": namespace, "seq": 1})
+            event = replace(event, namespace=namespace, seq=1)
             await stranger.publish(subject, encode(event, JSON))
             assert getattr(await anext(heard), "key", "") == "k"
         assert bus.counters.bad_messages == 1

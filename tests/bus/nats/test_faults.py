@@ -24,13 +24,13 @@ from cachebus.messages import (
     CacheError,
     CacheTimeoutError,
     CircuitClosed,
-    Incremented,
     EventsMissed,
     Exists,
     Failed,
     Found,
     Get,
     Increment,
+    Incremented,
     Missing,
     NoSuchActor,
     Overloaded,
@@ -132,7 +132,13 @@ async def test_a_request_that_is_not_idempotent_is_never_sent_twice(
     slow = asyncio.create_task(bus.request(PLACE, Exists("0.5"), T))
     counted = [asyncio.create_task(bus.request(PLACE, Increment("k"), T)) for _ in range(5)]
     assert await slow == Present()
-    assert await asyncio.gather(*counted) == [Incremented(1), Incremented(2), Incremented(3), Incremented(4), Incremented(5)]
+    assert await asyncio.gather(*counted) == [
+        Incremented(1),
+        Incremented(2),
+        Incremented(3),
+        Incremented(4),
+        Incremented(5),
+    ]
     assert bus.counters.requests_resent >= 1
     assert await bus.request(PLACE, Increment("k"), T) == Incremented(6)
 

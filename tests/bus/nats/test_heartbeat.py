@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 import nats
 import pytest
+from msgspec.structs import replace
 
 from cachebus.bus import Emitter
 from cachebus.bus.codec import JSON, encode
@@ -123,7 +124,7 @@ class Stranger:
         self.subjects = Subjects(namespace)
 
     async def say(self, event: Event, seq: int, origin: str = "o") -> None:
-        event.stamp({"namespace": self.subjects.namespace, "origin": origin, "epoch": 1, "seq": seq})
+        event = replace(event, namespace=self.subjects.namespace, origin=origin, epoch=1, seq=seq)
         await self.client.publish(self.subjects.event(type(event), ""), encode(event, JSON))
 
     async def beat(self, seq: int, **last: int) -> None:
