@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster test fuzz check bench soak faults format venv servers clean
+.PHONY: help demo demo-cluster test fuzz check bench path soak faults format venv servers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,8 +30,8 @@ demo-cluster: $(STAMP)-dev ## NATS, Redis, two workers and an application; one w
 test: $(STAMP)-dev servers ## the whole test suite
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-fuzz: $(STAMP)-dev ## a million random and mutated payloads
-	@CACHEBUS_FUZZ=1000000 $(BIN)/python -m pytest tests/payload/test_fuzz.py --timeout 0 $(ARGS)
+fuzz: $(STAMP)-dev ## a million random and mutated payloads, and as many message bodies
+	@CACHEBUS_FUZZ=1000000 $(BIN)/python -m pytest tests/payload/test_fuzz.py tests/bus/test_codec_fuzz.py --timeout 0 $(ARGS)
 
 check: $(STAMP)-dev ## lint, format, types
 	@$(BIN)/ruff check
@@ -41,6 +41,9 @@ check: $(STAMP)-dev ## lint, format, types
 
 bench: $(STAMP)-bench servers ## cachebus beside its peers
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+path: $(STAMP)-dev servers ## count the calls an operation makes: ARGS='redis-hit' prints its path
+	@$(BIN)/python -m benchmarks.path $(ARGS)
 
 faults: $(STAMP)-dev servers ## break what is between a cache and its Redis, and write docs/reliability.md
 	@$(BIN)/python -m tests.faults $(ARGS)

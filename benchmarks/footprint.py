@@ -9,6 +9,11 @@ from time import perf_counter
 
 from cachebus import open_sync_cache
 
+from .timing import Figure, announce
+
+BYTES, IMPORT = 270, 0.1
+"""Bars: bytes per entry, and seconds of `import cachebus`."""
+
 _FILL = """
 import gc, os, sys
 def resident():
@@ -76,6 +81,30 @@ def evicting_set_seconds(sizes: tuple[int, ...] = (1_000, 100_000, 1_000_000)) -
         result[size] = statistics.median(samples)
         cache.close()
     return result
+
+
+def figures(entries: int) -> list[Figure]:
+    """Memory, time of import, and the cost of eviction."""
+    announce("bytes per entry")
+    sizes = bytes_per_entry(entries)
+    ours, theirs = sizes["cachebus"], sizes["cachetools TTLCache"]
+    done = [
+        Figure(f"bytes per entry, {entries:,} entries with a TTL", f"{ours:.0f}", f"<= {BYTES}", ours <= BYTES),
+        Figure(
+            "bytes per entry / cachetools TTLCache",
+            f"{ours / theirs:.2f}x of {theirs:.0f}",
+            "<= 0.9x",
+            ours <= 0.9 * theirs,
+        ),
+    ]
+    announce("import")
+    for name, seconds in import_seconds().items():
+        bar = f"< {IMPORT * 1e3:g} ms" if name == "import cachebus" else ""
+        done.append(Figure(name, f"{seconds * 1e3:.0f} ms", bar, not bar or seconds < IMPORT))
+    announce("sets that evict")
+    for size, seconds in evicting_set_seconds().items():
+        done.append(Figure(f"set that evicts, store of {size:,}", f"{seconds * 1e6:.2f} us"))
+    return done
 
 
 def _python(code: str) -> str:

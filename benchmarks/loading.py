@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Callable
 
 from cachebus import open_cache
 from cachebus.testing.servers import run_memcached, run_redis
 from examples import invalidate_during_load
+
+from .timing import Bar, Contender, Figure, Row, announce, measure_async
 
 CALLERS = 500
 LOADER = 0.01
@@ -80,75 +82,83 @@ def fleet(which: str, url: str) -> tuple[float, int]:
     return max(result[0] for result in results), sum(result[1] for result in results)
 
 
-async def _seconds(work: dict[str, tuple[Callable[[int], Awaitable[object]], int]]) -> dict[str, float]:
-    """Seconds of each work, the least of many rounds that take turns: of a busy machine that is the quietest moment."""
-    least = dict.fromkeys(work, float("inf"))
-    for _ in range(10 * ROUNDS):
-        for name, (call, times) in work.items():
-            began = time.perf_counter()
-            for number in range(times):
-                await call(number)
-            least[name] = min(least[name], (time.perf_counter() - began) / times)
-    return least
-
-
-async def one_process() -> dict[str, float]:
-    """Seconds of a `get` hit, a `get_or_load` hit and a `get_or_load` miss, on the memory store."""
-
+async def _one_process() -> list[Row]:
     async def load() -> int:
         return 1
 
+    def repeated(call: Callable[[int], Awaitable[object]]) -> Callable[[int], Awaitable[None]]:
+        async def work(operations: int) -> None:
+            for number in range(operations):
+                await call(number)
+
+        return work
+
     async with open_cache() as cache:
         await cache.set("key", 1)
-        fresh = iter(range(10**9))
-        return await _seconds(
-            {
-                "get, hit": (lambda _: cache.get("key"), 2_000),
-                "get_or_load, hit": (lambda _: cache.get_or_load("key", load, ttl=60), 2_000),
-                "get_or_load, miss": (lambda _: cache.get_or_load(f"k{next(fresh)}", load, ttl=60), 200),
-            }
-        )
+        fresh = itertools.count()
+        get, same_get = (Contender("get", repeated(lambda _: cache.get("key"))) for _ in range(2))
+        hit = Contender("get_or_load", repeated(lambda _: cache.get_or_load("key", load, ttl=60)))
+        miss = Contender("get_or_load", repeated(lambda _: cache.get_or_load(f"k{next(fresh)}", load, ttl=60)))
+        hits = Row("get_or_load, hit, memory", hit, [get], [Bar("get", at_most=1.2)], clock="processor")
+        misses = Row("get_or_load, miss, memory", miss, [same_get], clock="processor")
+        return [await measure_async(hits, 5_000, 25), await measure_async(misses, 500, 9)]
 
 
-def main() -> bool:
-    """Print the figures; says whether a hit costs no more than 1.3 of a `get`, and a cold key of ours one load."""
-    times = asyncio.run(one_process())
-    for name, seconds in times.items():
-        print(f"{name:20} {seconds * 1e6:8.2f} us")
-    print(f"{'hit over get':20} {times['get_or_load, hit'] / times['get, hit']:8.2f} x  (reach: 1.3)")
-    good = times["get_or_load, hit"] <= 1.3 * times["get, hit"]
-    print(f"2 x {CALLERS} callers, one cold key on Redis, a loader of {LOADER * 1e3:g} ms (reach: 1 load, 60 ms):")
-    # In turns, so that a busy moment of the machine meets both.
+def rows() -> list[Row]:
+    """A hit and a miss through `get_or_load`, beside a `get`."""
+    return asyncio.run(_one_process())
+
+
+def figures() -> list[Figure]:
+    """Two processes with one cold key, and an invalidation during a load."""
     runs: dict[str, list[tuple[float, int]]] = {which: [] for which in WORKERS}
+    announce(f"2 x {CALLERS} callers, one cold key, Redis")
     for _ in range(ROUNDS):
         for which, done in runs.items():
             with run_redis() as server:
                 done.append(fleet(which, server.url))
-    for which, done in runs.items():
-        seconds = [run[0] * 1e3 for run in done]
-        loads = [run[1] for run in done]
-        print(f"  {which:18} {statistics.median(seconds):8.1f} ms, best {min(seconds):.1f} ms, loads {loads}")
     ours, theirs = (runs[which] for which in WORKERS)
     ratio = statistics.median(mine[0] / their[0] for mine, their in zip(ours, theirs, strict=True))
-    print(f"  {'ours over cashews':18} {ratio:8.2f} x")
-    good = good and all(run[1] == 1 for run in ours)
-    print(f"2 x {CALLERS} callers, one cold key on Memcached:")
-    on_memcached: list[tuple[float, int]] = []
+    announce(f"2 x {CALLERS} callers, one cold key, Memcached")
+    memcached: list[tuple[float, int]] = []
     for _ in range(ROUNDS):
         with run_memcached() as server:
-            on_memcached.append(fleet("cachebus", server.url))
-    milliseconds = statistics.median(run[0] for run in on_memcached) * 1e3
-    print(f"  {'cachebus':18} {milliseconds:8.1f} ms, loads {[run[1] for run in on_memcached]}")
-    good = good and all(run[1] == 1 for run in on_memcached)
-    print(
-        "A load begins, the row changes and its key is invalidated, the load ends; what is read then (2 is up to date):"
-    )
+            memcached.append(fleet("cachebus", server.url))
     with run_redis() as server:
         table = invalidate_during_load.results(server.url)
-    for which, row in table.items():
-        print(f"  {which:18} {', '.join(f'{way} {value}' for way, value in row.items())}")
-    return good and set(table["cachebus"].values()) == {2}
+    fresh = set(table["cachebus"].values()) == {2}
+    return [
+        *_fleets("Redis", ours),
+        Figure(
+            "one cold key, Redis / cashews with its lock",
+            f"{ratio:.2f}x of {_median(theirs):.1f} ms",
+            "<= 1.2x",
+            ratio <= 1.2,
+        ),
+        *_fleets("Memcached", memcached),
+        Figure("cachebus: read after an invalidation during a load", "new" if fresh else "OLD", "new", fresh),
+        *(
+            Figure(f"{which}: the same", ", ".join(f"{way} {_read(value)}" for way, value in row.items()))
+            for which, row in table.items()
+            if which != "cachebus"
+        ),
+    ]
 
 
-if __name__ == "__main__":
-    main()
+def _fleets(store: str, runs: list[tuple[float, int]]) -> list[Figure]:
+    title = f"2 x {CALLERS} callers, one cold key, {store}, a loader of {LOADER * 1e3:g} ms"
+    loads = [run[1] for run in runs]
+    return [
+        Figure(title, f"{_median(runs):.1f} ms"),
+        Figure(
+            f"one cold key, {store}, loads of {len(runs)} runs", ", ".join(map(str, loads)), "1 each", set(loads) == {1}
+        ),
+    ]
+
+
+def _median(runs: list[tuple[float, int]]) -> float:
+    return statistics.median(seconds for seconds, _ in runs) * 1e3
+
+
+def _read(value: object) -> str:
+    return {1: "OLD", 2: "new"}.get(value, str(value)) if isinstance(value, int) else str(value)

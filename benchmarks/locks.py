@@ -31,7 +31,9 @@ async def uncontended(ours: Cache, theirs: Any, rounds: int) -> Row:
             async with theirs.lock(f"theirs {number % 100}", timeout=30):
                 pass
 
-    row = Row("lock: have it, give it back", Contender("cachebus", mine), [Contender(PEER, peers)], [Bar(PEER, 1.2)])
+    row = Row(
+        "lock: have it, give it back", Contender("cachebus", mine), [Contender(PEER, peers)], [Bar(PEER, at_most=1.2)]
+    )
     return await measure_async(row, operations=UNCONTENDED, rounds=rounds)
 
 
@@ -53,7 +55,7 @@ async def handed_over(ours: Cache, theirs: Any, rounds: int) -> Row:
         f"lock: handed over, {CONTENDERS} contenders",
         Contender("cachebus", by_all(lambda: ours.lock("ours", wait=60))),
         [Contender(PEER, by_all(lambda: theirs.lock("theirs", timeout=30)))],
-        [Bar(PEER, 1 / 3)],
+        [Bar(PEER, at_least=3)],
     )
     return await measure_async(row, operations=HANDED_OVER, rounds=rounds)
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
 
 import nats
 
 from cachebus import open_cache
 from cachebus.testing.servers import Server, run_nats
 
-from .timing import Bar, Contender, Row, measure_async
+from .timing import Bar, Contender, Row, measure_async, shared
 
 CALLERS = {1: 500, 10: 2_000, 100: 5_000, 1000: 10_000}
 """How many callers there are, and how many operations they share in a round."""
 
-REACH = {1: 0.8, 100: 4.0}
+REACH = {1: 0.95, 10: 1.6, 100: 3.5, 1000: 5}
 """Our rate over nats-py's, at least."""
 
 PEER = "nats-py request"
 VALUE = bytes(100)
 NAMESPACE = "bench"
+KEYS = ["user:1"] * 1_000
 
 WORKER = """
 import asyncio, sys
@@ -71,36 +71,23 @@ def running(script: str, server: Server, name: str) -> Generator[None]:
         process.communicate()
 
 
-def by(callers: int, operation: Callable[[], Awaitable[Any]]) -> Callable[[int], Awaitable[None]]:
-    """Work that `callers` tasks share, each waiting for one answer before it asks again."""
-
-    async def work(operations: int) -> None:
-        async def caller() -> None:
-            for _ in range(operations // callers):
-                await operation()
-
-        await asyncio.gather(*(caller() for _ in range(callers)))
-
-    return work
-
-
 async def compare(server: Server, rounds: int) -> list[Row]:
     """Every row."""
     theirs = await nats.connect(server.url)
     rows: list[Row] = []
 
-    async def request() -> None:
-        await theirs.request("bare", b"user:1", timeout=30.0)
+    async def request(key: str) -> None:
+        await theirs.request("bare", key.encode(), timeout=30.0)
 
     try:
         async with open_cache("bus:primary", bus=server.url, namespace=NAMESPACE, timeout=30.0) as ours:
             await ours.set("user:1", VALUE)
             for callers, count in CALLERS.items():
                 row = Row(
-                    f"get of {len(VALUE)} bytes from a worker, {callers} callers",
-                    Contender("cachebus", by(callers, lambda: ours.get("user:1"))),
-                    [Contender(PEER, by(callers, request))],
-                    [Bar(PEER, 1 / REACH[callers])] if callers in REACH else [],
+                    f"get of {len(VALUE)} bytes from a worker over NATS, {callers} caller{'s' * (callers > 1)}",
+                    Contender("cachebus", shared(callers, ours.get, KEYS)),
+                    [Contender(PEER, shared(callers, request, KEYS))],
+                    [Bar(PEER, at_least=REACH[callers])],
                 )
                 rows.append(await measure_async(row, operations=count, rounds=rounds))
     finally:

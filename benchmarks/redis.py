@@ -1,4 +1,4 @@
-"""The Redis backend beside redis-py with hiredis: many callers on one real server, as shares of their time."""
+"""The Redis backend beside redis-py with hiredis, and beside the floor under both: many callers on one real server."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import gc
 import random
 import statistics
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import redis.asyncio as redis_py
 
 from cachebus import Cache, open_cache
-from cachebus.testing.servers import run_redis
+from cachebus.testing.servers import Server, run_redis
 
-from .timing import Bar, Contender, Row, measure_async
+from .redis_floor import Floor
+from .timing import Bar, Contender, Row, announce, measure_async, shared
+
+Operation = Callable[[str], Awaitable[Any]]
 
 KEYS = [f"user:{number}" for number in range(2_000)]
 ROUND = random.Random(7).choices(KEYS, k=5_000)
@@ -25,36 +29,27 @@ CALLERS = {1: 500, 10: 1_500, 100: 4_000, 1000: 8_000}
 round of both is about a second at most."""
 
 REACH = {
-    ("get", SMALL): {1: 0.85, 10: 4, 100: 8, 1000: 15},
-    ("set", SMALL): {1: 0.85, 10: 4, 100: 8, 1000: 10},
+    ("get", SMALL): {1: 1.0, 10: 4, 100: 10, 1000: 12},
+    ("set", SMALL): {1: 0.95, 10: 3.5, 100: 8, 1000: 9},
     ("get", LARGE): {1: 0.85, 10: 2, 100: 4, 1000: 6},
+    ("set", LARGE): {100: 2},
 }
 """Our rate over redis-py's, at least."""
 
+REACH_FLOOR = {100: 1.8}
+"""Our processor time over the floor's, at most."""
+
+FLOOR = "asyncio + hiredis floor"
 PEER = "redis-py + hiredis"
 
 
-def by(callers: int, operation: Callable[[str], Awaitable[Any]]) -> Callable[[int], Awaitable[None]]:
-    """Work that `callers` tasks share, each waiting for one answer before it asks again."""
-
-    async def work(operations: int) -> None:
-        async def caller(number: int) -> None:
-            first = number * 37 % len(KEYS)
-            for key in ROUND[first : first + operations // callers]:
-                await operation(key)
-
-        await asyncio.gather(*(caller(number) for number in range(callers)))
-
-    return work
-
-
-async def rows_of(ours: Cache, theirs: Any, size: int, rounds: int) -> list[Row]:
-    """Reads and writes of values of one size."""
+async def rows_of(ours: Cache, theirs: Any, size: int, rounds: int, floor: Floor | None = None) -> list[Row]:
+    """Reads and writes of values of one size; reads beside the floor too, if it is given."""
     value = bytes(size)
     for key in KEYS:
         await ours.set(key, value)
         await theirs.set(key, value)
-    operations: dict[str, tuple[Callable[[str], Awaitable[Any]], Callable[[str], Awaitable[Any]]]] = {
+    operations: dict[str, tuple[Operation, Operation]] = {
         "get": (ours.get, theirs.get),
         "set": (lambda key: ours.set(key, value, ttl=1000.0), lambda key: theirs.set(key, value, px=1_000_000)),
     }
@@ -63,13 +58,18 @@ async def rows_of(ours: Cache, theirs: Any, size: int, rounds: int) -> list[Row]
         reach = REACH.get((name, size), {})
         for callers, count in CALLERS.items():
             row = Row(
-                f"redis {name}, {size:,} bytes, {callers} callers",
-                Contender("cachebus", by(callers, mine)),
-                [Contender(PEER, by(callers, peers))],
-                [Bar(PEER, 1 / reach[callers])] if callers in reach else [],
+                f"Redis {name}, {size:,} bytes, {callers} caller{'s' * (callers > 1)}",
+                Contender("cachebus", shared(callers, mine, ROUND)),
+                [Contender(PEER, shared(callers, peers, ROUND))],
+                [Bar(PEER, at_least=reach[callers])] if callers in reach else [],
             )
-            await measure_async(row, operations=count if size == SMALL else count // 2, rounds=rounds)
             done.append(row)
+            bare = Contender(FLOOR, shared(callers, floor.get, ROUND)) if floor and name == "get" else None
+            both = row if bare is None else replace(row, peers=[*row.peers, bare])
+            await measure_async(both, operations=count if size == SMALL else count // 2, rounds=rounds)
+            if bare is not None:
+                bars = [Bar(FLOOR, at_most=REACH_FLOOR[callers])] if callers in REACH_FLOOR else []
+                done.append(Row(f"{row.title}, processor time", row.ours, [bare], bars, clock="processor"))
     return done
 
 
@@ -87,33 +87,36 @@ async def slowest_of(ours: Cache, theirs: Any, rounds: int) -> Row:
 
         gc.collect()
         gc.disable()
-        await by(callers, timed)(count)
+        await shared(callers, timed, ROUND)(count)
         gc.enable()
         return statistics.quantiles(seen, n=100)[98]
 
+    announce(title := f"Redis get, {SMALL} bytes, p99 at {callers} callers")
     contenders = [Contender("cachebus", ours.get), Contender(PEER, theirs.get)]
     for each in contenders:
         await percentile(each.work)  # warm
     for number in range(rounds):
         for each in contenders[:: -1 if number % 2 else 1]:
-            each.rounds.append(await percentile(each.work))
-    return Row(f"redis get, {SMALL} bytes, p99 at {callers} callers", contenders[0], contenders[1:], [Bar(PEER, 1.0)])
+            each.times["wall"].append(await percentile(each.work))
+    return Row(title, contenders[0], contenders[1:], [Bar(PEER, at_most=1.0)])
 
 
-async def compare(url: str, rounds: int) -> list[Row]:
-    """Every row, against the server at `url`."""
+async def compare(server: Server, rounds: int) -> list[Row]:
+    """Every row, against one server."""
     # A pool of redis-py's raises beyond its bound: it gets one connection a caller.
-    theirs = redis_py.Redis.from_url(url, max_connections=max(CALLERS))
+    theirs = redis_py.Redis.from_url(server.url, max_connections=max(CALLERS))
+    floor = await Floor.connected(server.host, server.port)
     try:
-        async with open_cache(url, timeout=30.0) as ours:
-            rows = await rows_of(ours, theirs, SMALL, rounds)
+        async with open_cache(server.url, timeout=30.0) as ours:
+            rows = await rows_of(ours, theirs, SMALL, rounds, floor)
             rows.append(await slowest_of(ours, theirs, rounds))
             return [*rows, *await rows_of(ours, theirs, LARGE, rounds)]
     finally:
+        floor.close()
         await theirs.aclose()
 
 
-def rows(rounds: int = 5) -> list[Row]:
+def rows(rounds: int = 7) -> list[Row]:
     """Every row of this module, against a server of its own."""
     with run_redis() as server:
-        return asyncio.run(compare(server.url, rounds))
+        return asyncio.run(compare(server, rounds))

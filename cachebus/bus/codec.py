@@ -143,8 +143,8 @@ class _Format:
         """Decode an array of messages in one call. Raises what msgspec raises, and `Unfit`."""
         if not self._kinds:
             self.learn()
-        values, read = self.values, self.values.read
-        return [map_values(each, values, read) for each in self._array(data)]
+        values, read, places = self.values, self.values.read, self.values.places
+        return [map_values(each, values, read) if places[type(each)] else each for each in self._array(data)]
 
     def outgoing(self, message: Message) -> Any:
         """Check the values of a message, and put them as this content type says them. Raises `Unfit`."""

@@ -16,8 +16,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 import msgspec
 from msgspec.structs import replace
@@ -147,35 +146,51 @@ def _from_base64(text: Any) -> bytes:
     raise Unfit(problem)
 
 
-class ValueForm(NamedTuple):
-    """How one content type says values."""
+class ValueForm:
+    """How one content type says values.
 
-    plain: frozenset[type[Any]]
-    """Types that need no second look: they are written as they are."""
+    What is of a type in `plain` needs no second look: it is written as it is. With `numbers`, numbers do: JSON has no
+    NaN, for which msgspec writes null, and reads integers of any size. `places` are the fields of each message class that
+    need one, found when the class is first met.
+    """
 
-    numbers: bool
-    """Numbers need a second look: JSON has no NaN, for which msgspec writes null, and reads integers of any size."""
+    def __init__(self, plain: frozenset[type[Any]], *, numbers: bool, write: _Change, read: _Change) -> None:
+        self.plain = plain
+        self.write = write
+        self.read = read
+        self.places = _Places(numbers)
 
-    write: Callable[[Any], Any]
-    read: Callable[[Any], Any]
 
+class _Places(dict[type[Any], tuple[tuple[str, "_Inside"], ...]]):
+    def __init__(self, numbers: bool) -> None:
+        super().__init__()
+        self._numbers = numbers
 
-MSGPACK_VALUES = ValueForm(_LEAVES, False, check, check)
-JSON_VALUES = ValueForm(frozenset({type(None), bool, str}), True, to_json, from_json)
+    def __missing__(self, cls: type[Any]) -> tuple[tuple[str, _Inside], ...]:
+        if not issubclass(cls, msgspec.Struct):
+            raise TypeError(f"a {type_name(cls)} is no message")
+        fields = msgspec.structs.fields(cls)
+        found = tuple((each.name, inside) for each in fields if (inside := _inside(each.type, self._numbers)))
+        self[cls] = found
+        return found
+
 
 _Change = Callable[[Any], Any]
 _Inside = Callable[[Any, ValueForm, _Change], Any]
+
+MSGPACK_VALUES = ValueForm(_LEAVES, numbers=False, write=check, read=check)
+JSON_VALUES = ValueForm(frozenset({type(None), bool, str}), numbers=True, write=to_json, read=from_json)
 
 
 def map_values(message: Any, form: ValueForm, change: _Change) -> Any:
     """The message with `change` made to each value of the user's in it that the form does not say as it is; the message itself
     if nothing changes. Raises `Unfit`, naming the field, and `TypeError` for an object that is not a message."""
     changed: dict[str, Any] = {}
-    name = ""
+    name, plain = "", form.plain
     try:
-        for name, inside in _places(type(message), form.numbers):
+        for name, inside in form.places[type(message)]:
             held = getattr(message, name)
-            if type(held) not in form.plain and (new := inside(held, form, change)) is not held:
+            if type(held) not in plain and (new := inside(held, form, change)) is not held:
                 changed[name] = new
     except Unfit as unfit:
         problem = str(unfit) if unfit.placed else f"field {name!r} of {_name_of(message)} {unfit}"
@@ -203,18 +218,6 @@ def _of_values(held: Mapping[str, Any], form: ValueForm, change: _Change) -> Any
 def _of_messages(held: Mapping[str, Any], form: ValueForm, change: _Change) -> Any:
     new = {name: map_values(each, form, change) for name, each in held.items()}
     return held if all(new[name] is each for name, each in held.items()) else new
-
-
-def _places_of(cls: Any, numbers: Any) -> tuple[tuple[str, _Inside], ...]:
-    """The fields of a message class that may hold what msgspec changes silently, and what to do with what they hold."""
-    if not issubclass(cls, msgspec.Struct):
-        raise TypeError(f"a {type_name(cls)} is no message")
-    return tuple(
-        (field.name, inside) for field in msgspec.structs.fields(cls) if (inside := _inside(field.type, numbers))
-    )
-
-
-_places: Callable[[Any, bool], tuple[tuple[str, _Inside], ...]] = cache(_places_of)
 
 
 def _inside(hint: Any, numbers: bool) -> _Inside | None:

@@ -23,11 +23,11 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
 }
 
 THIRD_PARTIES: Mapping[str, frozenset[str]] = {
-    "messages": frozenset(),
-    "bus": frozenset({"anyio", "msgpack", "pydantic"}),
-    "bus/nats*": frozenset({"nats"}),
-    "actors": frozenset({"anyio", "tenacity"}),
-    "adapters": frozenset({"anyio"}),  # worker threads for blocking drivers
+    "messages": frozenset({"msgspec"}),
+    "bus": frozenset({"anyio", "msgspec"}),
+    "bus/nats*": frozenset({"nats", "pydantic"}),
+    "actors": frozenset({"anyio", "msgspec", "tenacity"}),
+    "adapters": frozenset({"anyio", "msgspec"}),  # worker threads for blocking drivers
     "adapters/forms*": frozenset({"msgpack"}),
     "adapters/redis*": frozenset({"redis", "hiredis"}),
     "adapters/memcached*": frozenset({"pymemcache"}),
@@ -35,7 +35,7 @@ THIRD_PARTIES: Mapping[str, frozenset[str]] = {
     "adapters/embed*": frozenset({"numpy"}),
     "adapters/prometheus*": frozenset({"prometheus_client"}),
     "adapters/opentelemetry*": frozenset({"opentelemetry"}),
-    "facade": frozenset({"anyio", "pydantic", "pydantic_settings", "yaml"}),
+    "facade": frozenset({"anyio", "msgspec", "pydantic", "pydantic_settings", "yaml"}),
     "payload_msgpack*": frozenset({"msgpack"}),
     # The suites that ship; `import cachebus` does not load them.
     "testing*": frozenset({"pytest", "testcontainers", "docker"}),

