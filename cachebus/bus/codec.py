@@ -213,6 +213,8 @@ def _plain(held: Any) -> Any:
     """Turn into what msgspec knows what it does not know. Raises `Unfit`."""
     if isinstance(held, Mapping):
         return dict(held)
+    if isinstance(held, str):
+        return str.__str__(held)  # An `Address`, for one: msgspec knows no subclasses.
     raise Unfit(f"a field is of type {name_of_type(held)}, which no message may hold")
 
 

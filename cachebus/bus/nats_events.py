@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
 
-from .codec import JSON, MSGPACK, decode, encode
+from .codec import JSON, MSGPACK, decode_each, encode
 from .emitter import Emitter
 from .event_policy import EventPolicy
 from .nats_beats import GapDetector
@@ -285,7 +285,7 @@ class EventListener:
         if delivery.head != self._head:
             self._head, self._content_type = delivery.head, delivery.headers.get("Content-Type", JSON)
         try:
-            event = decode(delivery.data, self._content_type)
+            event = decode_each(delivery.data, self._content_type)[0][0]
         except CacheError:
             self._counters.bad_messages += 1
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from cachebus.messages import BadMessage
@@ -35,7 +36,7 @@ def read_budgets(headers: Mapping[str, str], count: int, default: float, most: f
     except ValueError:
         budgets = []
     # Not a number is in no range.
-    if len(budgets) not in {1, count} or not all([0.0 <= each < float("inf") for each in budgets]):
+    if len(budgets) not in {1, count} or not all(0.0 <= each < math.inf for each in budgets):
         raise BadMessage(f"the header {BUDGET} is not the seconds left, one number or one for each request")
     return [min(each, most) for each in budgets]
 
