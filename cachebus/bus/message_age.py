@@ -65,15 +65,15 @@ class MessageAges:
             if len(self._senders) > _SENDERS:
                 self._senders.popitem(last=False)
             return 0.0
+        most = difference - known.least
+        # The clocks may have come apart since the sender was heard last. If the link is slow, that decides.
+        known.least += _DRIFT * (now - known.heard)
         excess = difference - known.least
-        if excess <= 0.0:
+        if excess < 0.0:
             known.least, excess = difference, 0.0
-        # The clocks may have come apart while the sender was silent. Then a slow link decides.
-        drift = _DRIFT * (now - known.heard)
-        age = max(0.0, excess - drift, min(excess, link))
         self._learn(known, difference, now, link)
         self._senders.move_to_end(sender)
-        return age
+        return max(excess, min(most, link))
 
     def _learn(self, known: _Sender, difference: float, now: float, link: float) -> None:
         """Forget the smallest difference when `_WINDOW` seconds of messages have had none as small."""

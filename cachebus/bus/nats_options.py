@@ -64,8 +64,8 @@ class NatsOptions:
     max_budget: float = 300.0
     """What a request from elsewhere may take at most, whatever it says."""
     reply_prefixes: tuple[str, ...] = ("_INBOX",)
-    """Prefixes of the subjects below which requests from elsewhere are answered, next to `inbox_prefix`. A request with
-    another reply subject is dropped and counted: its sender would choose what this process publishes where."""
+    """What the reply subjects of requests from elsewhere begin with, next to `inbox_prefix`. A request with another one is
+    dropped and counted: its sender would choose what this process publishes where."""
     claim_wait: float = 0.25
     """How long a claim to an address waits for those who have one too."""
     events: tuple[str, ...] = SHARED_KINDS
@@ -90,6 +90,7 @@ class NatsOptions:
     def __post_init__(self) -> None:
         for wrong, problem in (
             (not self.servers, "servers: at least one is needed"),
+            (not all(self.reply_prefixes), "reply_prefixes: an empty one would allow every subject"),
             (any("@" in each for each in self.servers), "servers: a user and a password have options of their own"),
             (bool(self.user) != (self.password is not None), "user, password: one needs the other"),
             (self.ways_to_sign_in > 1, "user, token, nkey_seed_file and credentials_file exclude each other"),
@@ -108,7 +109,7 @@ class NatsOptions:
     @property
     def inboxes(self) -> tuple[str, ...]:
         """What the subjects of answers may begin with."""
-        return tuple(f"{each}." for each in dict.fromkeys((self.inbox_prefix, *self.reply_prefixes)))
+        return (f"{self.inbox_prefix}.", *self.reply_prefixes)
 
     @property
     def ways_to_sign_in(self) -> int:
