@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 from .clock import SYSTEM_CLOCK, Clock
 
@@ -71,28 +72,21 @@ class MessageAges:
         excess = difference - known.least
         if excess < 0.0:
             known.least, excess = difference, 0.0
-        self._learn(known, difference, now, link)
-        self._senders.move_to_end(sender)
-        return max(excess, min(most, link))
-
-    def _learn(self, known: _Sender, difference: float, now: float, link: float) -> None:
-        """Forget the smallest difference when `_WINDOW` seconds of messages have had none as small."""
-        silence, known.heard = now - known.heard, now
-        if link > 0.0 or silence > _WINDOW:
-            # What was held up teaches nothing, and a window is not made of silence.
+        # Forget the smallest difference when `_WINDOW` seconds of messages have had none as small. What was held up
+        # teaches nothing, and a window is not made of silence.
+        if link > 0.0 or now - known.heard > _WINDOW:
             known.recent, known.since = difference, now
         elif difference < known.recent:
             known.recent = difference
         if now - known.since > _WINDOW:
             known.least, known.recent, known.since = known.recent, difference, now
+        known.heard = now
+        self._senders.move_to_end(sender)
+        return max(excess, min(most, link))
 
 
 def age_clock(clock: Clock) -> Callable[[], float]:
     """The clock by which ages are measured: one that goes on while the machine sleeps, where there is one."""
     if clock is SYSTEM_CLOCK and hasattr(time, "CLOCK_BOOTTIME"):
-        return _since_boot
+        return partial(time.clock_gettime, time.CLOCK_BOOTTIME)
     return clock.monotonic
-
-
-def _since_boot() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -11,6 +11,7 @@ All of it rests on names that nats-py may change in any release, so releases tha
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -109,25 +110,37 @@ class CompatClient(Client):
         self.sinks: dict[int, Sink] = {}
         self.proven = 0.0  # When the last ping was sent that has been answered; `ping` says on which clock.
         self._pinging = False
+        self._socket: asyncio.WriteTransport
         self._ps = _BatchParser(self)
 
     # Out
 
+    def connected(self, now: float) -> None:
+        """Begin to write frames. To be called once the client is connected; `now` is as for `ping`."""
+        writer = self._writer
+        assert writer is not None
+        self._socket = writer.transport
+        self.proven = now
+
     @property
     def backlog(self) -> int:
         """Bytes that wait for the socket."""
-        writer = self._writer
-        return int(self._pending_data_size) + (0 if writer is None else writer.transport.get_write_buffer_size())
+        return int(self._pending_data_size) + self._socket.get_write_buffer_size()
 
-    def send(self, frames: bytes) -> None:
-        """Write frames, after everything that nats-py has not written yet. Raises `OSError` if the connection is gone."""
-        writer = self._writer
-        if writer is None or writer.transport.is_closing():
+    def send(self, frames: bytes, most: int) -> None:
+        """Write frames, after everything that nats-py has not written yet.
+
+        Raises `OSError` if the connection is gone, and `BufferError` if more than `most` bytes would wait for the socket.
+        """
+        socket = self._socket
+        if socket.is_closing():
             raise ConnectionResetError("the connection is closed")
+        if socket.get_write_buffer_size() + self._pending_data_size + len(frames) > most:
+            raise BufferError
         if self._pending:
             waiting, self._pending, self._pending_data_size = self._pending, [], 0
-            writer.writelines(waiting)
-        writer.write(frames)
+            socket.writelines(waiting)
+        socket.write(frames)
 
     def ping(self, now: float) -> None:
         """Ask the server for a sign of life, unless it still owes one; `proven` becomes `now` when it is there. What the server had sent before it
@@ -174,7 +187,7 @@ class CompatClient(Client):
     def _await_pong(self, now: float | None) -> asyncio.Future[Any]:
         answered: Any = _Pong()
         answered.sent = now
-        self.send(b"PING\r\n")
+        self.send(b"PING\r\n", sys.maxsize)
         self._pongs.append(answered)
         return cast("asyncio.Future[Any]", answered)
 

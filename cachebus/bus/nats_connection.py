@@ -79,6 +79,8 @@ class NatsConnection:
         self._slow = False
         self._ready = False  # Connected and subscribed: an answer would be heard.
         self._servers = list(options.servers)
+        self.max_payload = 1_048_576
+        """Bytes that the server takes in one message, as it said when it was last connected."""
         self._loop: asyncio.AbstractEventLoop
 
     def __repr__(self) -> str:
@@ -100,11 +102,6 @@ class NatsConnection:
         if self._client is None or not self._client.is_connected:
             raise CacheConnectionError("the connection to NATS is away", "nats")
         return self._client
-
-    @property
-    def max_payload(self) -> int:
-        """Bytes that the server takes in one message, as it said when it was last connected."""
-        return self._client.max_payload if self._client is not None else 1_048_576
 
     @property
     def proven(self) -> float:
@@ -153,14 +150,14 @@ class NatsConnection:
         self.write_frames(frame(subject, payload, reply, head))
 
     def write_frames(self, frames: bytes) -> None:
-        """As `write`, for the bytes of one or more messages."""
+        """Send the bytes of one or more messages, as `write` does."""
         client = self._client
         if client is None or not self._ready or not client.is_connected:
             raise CacheConnectionError("the connection to NATS is away", "nats")
-        if (backlog := client.backlog) + len(frames) > PENDING:
-            raise Overloaded(f"{backlog:,} bytes wait for the connection to NATS")
         try:
-            client.send(frames)
+            client.send(frames, PENDING)
+        except BufferError:
+            raise Overloaded(f"{client.backlog:,} bytes wait for the connection to NATS") from None
         except OSError as error:
             raise CacheConnectionError(f"NATS does not take the message: {type(error).__name__}", "nats") from None
 
@@ -214,7 +211,8 @@ class NatsConnection:
     async def _connect(self) -> CompatClient:
         began = self._now()
         client = await connect(self.options, self._servers, self._heard, self._look)
-        client.proven = began
+        client.connected(began)
+        self.max_payload = client.max_payload
         known = set(self._servers)
         found = {str(each.netloc).rpartition("@")[2] for each in client.discovered_servers} - known
         self._servers = [*self._servers, *sorted(found)][:64]

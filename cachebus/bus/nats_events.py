@@ -61,6 +61,7 @@ class Outbox:
         self._connection = connection
         self._subjects = subjects
         self._policy = policy
+        self._redacts = policy.redacts
         self._counters = counters
         self._capacity = options.outbox
         self.content_type = JSON if options.events_as_json else MSGPACK
@@ -171,13 +172,13 @@ class Outbox:
         """Add the bytes of an event that can be sent."""
         try:
             kind = type(event)
-            channel = self._channel(kind, event.backend)
+            channel = self._channels.get((kind, event.backend)) or self._channel(kind, event.backend)
             channel.last += 1  # Also if it cannot be sent: then it is missed.
             if self._skipped:
                 with self._guard:
                     channel.last += self._skipped.pop((kind, event.backend), 0)
             header: dict[str, Any] = {"epoch": self.epoch, "seq": channel.last}
-            if self._policy.redacts and (key := getattr(event, "key", "")):
+            if self._redacts and (key := getattr(event, "key", "")):
                 header["key"] = self._policy.key(key)
             body = encode(replace(event, **header), self.content_type)
             head = self._head

@@ -32,13 +32,19 @@ def read_budgets(headers: Mapping[str, str], count: int, default: float, most: f
     if text is None:
         return [default]
     try:
-        budgets = [float(each) for each in text.split(",")]
+        budgets = [float(text)] if "," not in text else list(map(float, text.split(",")))
     except ValueError:
         budgets = []
-    # Not a number is in no range.
-    if len(budgets) not in {1, count} or not all(0.0 <= each < math.inf for each in budgets):
+    # Not a number is in no range, and spoils neither the smallest nor the largest: it is looked for.
+    if (
+        len(budgets) not in {1, count}
+        or not 0.0 <= min(budgets) <= max(budgets) < math.inf
+        or sum(budgets) != sum(budgets)
+    ):
         raise BadMessage(f"the header {BUDGET} is not the seconds left, one number or one for each request")
-    return [min(each, most) for each in budgets]
+    if max(budgets) > most:
+        return [min(each, most) for each in budgets]
+    return budgets
 
 
 def read_sent(headers: Mapping[str, str]) -> tuple[str, float]:
@@ -67,4 +73,5 @@ def read_traces(headers: Mapping[str, str], count: int) -> list[str | None]:
     several = headers.get(TRACES)
     if several is not None and len(traces := several.split(",")) == count:
         return [valid_trace(each) for each in traces]
-    return [valid_trace(headers.get(TRACE))]
+    one = headers.get(TRACE)
+    return [None if one is None else valid_trace(one)]

@@ -30,7 +30,6 @@ from cachebus.messages import (
     BadMessage,
     CacheCapacityError,
     CacheClosed,
-    CacheConnectionError,
     CacheError,
     CacheSerializationError,
     DeadLetter,
@@ -56,6 +55,7 @@ HEADROOM = 4096
 """Bytes of a NATS message that are left to headers."""
 
 _FEW = 16  # Requests that are not worth two messages.
+_NONE: dict[str, str] = {}
 _HOLD = 0.01  # Seconds that requests wait for an answer to others, at most.
 
 
@@ -165,6 +165,13 @@ class RemoteRecipient:
         if len(waiting) >= requests.options.max_waiting and not getattr(envelope.message, "INVALIDATES", False):
             self._fail(envelope, Overloaded(address=self._address, capacity=requests.options.max_waiting))
             return
+        if not self._in_flight and not waiting and not self._scheduled:
+            envelope.attempts += 1
+            now = requests.now()
+            deadline = envelope.deadline
+            # A message that nobody waits for has as much time as a request from elsewhere.
+            self._dispatch([envelope], [requests.options.budget if deadline is None else deadline - now], now)
+            return
         waiting.append(envelope)
         if self._scheduled:
             return
@@ -214,16 +221,17 @@ class RemoteRecipient:
 
     def _send(self) -> None:
         """Send a message of what waits."""
-        requests = self._requests
-        now = requests.now()
+        now = self._requests.now()
         envelopes, budgets = self._collect(now)
-        if not envelopes:
-            return
+        if envelopes:
+            self._dispatch(envelopes, budgets, now)
+
+    def _dispatch(self, envelopes: list[Envelope], budgets: list[float], now: float) -> None:
+        """Send a message of these requests, or of as many of them as can travel."""
+        requests = self._requests
         try:
             if requests.closed:
                 raise CacheClosed("the bus is closed")
-            if not requests.connection.up:
-                raise CacheConnectionError("the connection to NATS is away", "nats")
             body = self._encoded(envelopes, budgets)
             if body is None:
                 return
@@ -263,7 +271,6 @@ class RemoteRecipient:
                 if size > limit and envelopes:
                     break
             waiting.popleft()
-            # A message that nobody waits for has as much time as a request from elsewhere.
             left = options.budget if envelope.deadline is None else envelope.deadline - now
             gone = port is not None and not port.waiting
             if left <= 0.0 or (gone and not getattr(message, "INVALIDATES", False)):
@@ -321,7 +328,7 @@ class RemoteRecipient:
 
     def take(self, batch: RequestBatch, delivery: Delivery) -> None:
         """Take an answer to a batch."""
-        headers = delivery.headers
+        headers = delivery.headers if delivery.head else _NONE
         self._landed(batch)
         if headers.get("Status") == "503":
             self.give_up(batch, NoSuchActor(address=self._address))
@@ -337,10 +344,18 @@ class RemoteRecipient:
                 places = list(map(int, index.split(",")))
             answered = 0
             for place, reply in zip(places, replies, strict=True):
-                if (envelope := slots[place]) is not None:
-                    slots[place] = None
-                    answered += 1
+                envelope = slots[place]
+                if envelope is None:
+                    continue
+                slots[place] = None
+                answered += 1
+                port = envelope.port
+                if port is None or not isinstance(reply, Reply):
                     self._give(envelope, reply)
+                elif port.waiting:
+                    port.answer(reply)
+                else:
+                    self._requests.counters.late_replies += 1
             batch.unanswered -= answered
         except CacheError as error:
             self.give_up(batch, error)
@@ -400,15 +415,11 @@ class RemoteRecipient:
             batch.bucket.pop(batch, None)
 
     def _give(self, envelope: Envelope, reply: Message | BadMessage) -> None:
+        """Deal with an answer that is no reply, or that nobody waits for."""
         if not isinstance(reply, Reply):
             self._fail(envelope, reply if isinstance(reply, BadMessage) else BadMessage("the answer is not a reply"))
-        elif (port := envelope.port) is None:
-            if isinstance(reply, Failed):
-                self._dead(envelope.message, reply.detail)
-        elif port.waiting:
-            port.answer(reply)
-        else:
-            self._requests.counters.late_replies += 1
+        elif isinstance(reply, Failed):
+            self._dead(envelope.message, reply.detail)
 
     def _fail(self, envelope: Envelope, error: CacheError) -> None:
         if envelope.port is not None:

@@ -106,7 +106,7 @@ class Responder:
             batch.refuse(error)
             return
         batch.messages = messages
-        batch.replies = [None] * count
+        replies = batch.replies = [None] * count
         batch.unanswered = count
         batch.whole = list(range(count))
         self.counters.requests_served += count
@@ -130,8 +130,11 @@ class Responder:
                     self.recipient.post(Envelope(message, ReplySlot(batch, place), now + left, trace))  # type: ignore[arg-type]
                 elif type(reply) is Deferred:
                     reply.attach(ReplySlot(batch, place))
-                else:
-                    batch.settle(place, reply)  # type: ignore[arg-type]
+                elif replies[place] is None:
+                    replies[place] = reply
+                    batch.ready.append(place)
+                    if type(reply) is Failed:
+                        self.failed(reply.code)
         finally:
             turn_trace.reset(token)
         batch.handed_over(max(budgets) - age)
@@ -200,7 +203,7 @@ class IncomingBatch:
     __slots__ = (
         "_bucket",
         "_handed_over",
-        "_ready",
+        "_handed_to_others",
         "_scheduled",
         "began",
         "content_type",
@@ -208,6 +211,7 @@ class IncomingBatch:
         "messages",
         "over",
         "partial",
+        "ready",
         "replies",
         "reply_to",
         "request_id",
@@ -230,8 +234,9 @@ class IncomingBatch:
         self.over = False
         self.began = 0.0
         self._bucket: Bucket | None = None
-        self._ready: list[int] = []  # Places that are answered and not sent.
+        self.ready: list[int] = []  # Places that are answered and not sent.
         self._handed_over = False
+        self._handed_to_others = False  # At least one request is not answered at once.
         self._scheduled = False
 
     def settle(self, place: int, reply: Reply) -> None:
@@ -241,10 +246,10 @@ class IncomingBatch:
         self.replies[place] = reply
         if type(reply) is Failed:
             self.responder.failed(reply.code)
-        self.unanswered -= 1
-        self._ready.append(place)
+        self.ready.append(place)
         if not self._handed_over:
             return
+        self.unanswered -= 1
         if not self.unanswered and not self.is_array:
             self._send()
         elif (not self.unanswered or self.partial) and not self._scheduled:
@@ -255,11 +260,13 @@ class IncomingBatch:
     def handed_over(self, budget: float) -> None:
         """Every request has been handed over: send what is answered, and watch over the rest."""
         self._handed_over = True
+        self.unanswered -= len(self.ready)
         if self.unanswered:
             responder = self.responder
             responder.open.add(self)
+            self._handed_to_others = True
             self._bucket = responder.deadlines.watch(self, max(budget, 0.0), _nothing)
-        if not self.unanswered or (self.partial and self._ready):
+        if not self.unanswered or (self.partial and self.ready):
             self._send()
 
     def answer(self, reply: Any) -> None:
@@ -280,7 +287,7 @@ class IncomingBatch:
 
     def _send(self) -> None:
         self._scheduled = False
-        places, self._ready = self._ready, []
+        places, self.ready = self.ready, []
         if not places:
             return
         responder = self.responder
@@ -289,7 +296,8 @@ class IncomingBatch:
             self.over = True
             if self._bucket is not None:
                 self._bucket.pop(self, None)
-            responder.done(self)
+            if self._handed_to_others:
+                responder.done(self)
         if not self.reply_to:
             self._dead(places)
         elif not self.is_array:
@@ -298,7 +306,13 @@ class IncomingBatch:
             self._send_array(places if self.partial else self.whole)
 
     def _send_single(self, reply: Any) -> None:
-        reply, body = self._encoded(reply)
+        limit = self.responder.connection.max_payload - HEADROOM
+        try:
+            body = encode(reply, self.content_type)
+        except CacheError:
+            body = b""
+        if not body or len(body) > limit:
+            reply, body = self._encoded(reply)
         self._publish(body, reply if type(reply) is Failed else None)
 
     def _send_array(self, places: list[int]) -> None:

@@ -252,7 +252,7 @@ def test_what_was_held_up_moves_nothing() -> None:
     ages.age(100.0, 100.0, "a", 0.0)
     for second in range(30):  # The link is slow for half a minute.
         ages.age(103.0 + second, 100.0 + second, "a", float(second))
-    assert ages.age(133.0, 130.0, "a", 30.0) == pytest.approx(3.0, abs=0.01)
+    assert ages.age(133.0, 130.0, "a", 30.0) == pytest.approx(3.0, abs=0.05)
 
 
 def test_clocks_that_drift_apart_over_a_silence_cost_nothing_on_a_good_link() -> None:
