@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import msgspec
 
@@ -71,10 +71,10 @@ def schemas(classes: Iterable[type[Message]]) -> dict[str, Schema]:
 def _without_discriminators(schema: Any) -> Any:
     """Leave out what OpenAPI has and AsyncAPI has not."""
     if isinstance(schema, dict):
-        parts: Schema = schema
+        parts = cast("Schema", schema)
         return {name: _without_discriminators(each) for name, each in parts.items() if name != "discriminator"}
     if isinstance(schema, list):
-        several: list[Any] = schema
+        several = cast("list[Any]", schema)
         return [_without_discriminators(each) for each in several]
     return schema
 

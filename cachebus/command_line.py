@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
 import yaml
 
@@ -59,12 +60,16 @@ def target(arguments: argparse.Namespace) -> tuple[Settings, Address]:
     raise CacheConfigurationError(f"--address: {problem}")
 
 
+# The hints of PyYAML are not complete.
+_dump: Callable[..., str] = cast("Any", yaml).safe_dump
+
+
 def show(told: Any, *, as_json: bool) -> int:
     """Print a result as YAML, or as JSON."""
     if as_json:
         print(json.dumps(told, indent=2))
     else:
-        print(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), end="")
+        print(_dump(told, sort_keys=False, allow_unicode=True), end="")
     return DONE
 
 

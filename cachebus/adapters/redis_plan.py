@@ -7,13 +7,14 @@ script. In a cluster a command is about keys of one slot.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from cachebus.messages import (
     Add,
     CacheError,
     CompareAndSet,
     Failed,
+    Found,
     FoundMany,
     Get,
     GetMany,
@@ -62,7 +63,7 @@ class Plan(Singles):
 
     def done(self) -> Sequence[Reply]:
         """The replies, in the order of the requests."""
-        return [FoundMany(each) if type(each) is dict else each for each in self.replies]
+        return [FoundMany(cast("dict[str, Found]", each)) if type(each) is dict else each for each in self.replies]
 
     def packed(self) -> bytes:
         """The commands as bytes. Raises `UnicodeEncodeError` for a key that is no valid Unicode."""

@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -215,7 +215,7 @@ def _malformed(text: str) -> str:
 def _plain(held: Any) -> Any:
     """Turn into what msgspec knows what it does not know. Raises `Unfit`."""
     if isinstance(held, Mapping):
-        return dict(held)
+        return dict(cast("Mapping[str, Any]", held))
     if isinstance(held, str):
         return str.__str__(held)  # An `Address`, for one: msgspec knows no subclasses.
     raise Unfit(f"a field is of type {name_of_type(held)}, which no message may hold")

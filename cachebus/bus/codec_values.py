@@ -239,4 +239,4 @@ def _inside(hint: Any, numbers: bool) -> _Inside | None:
 
 
 def _name_of(message: Any) -> str:
-    return message.WIRE_NAME if isinstance(message, Message) else type_name(type(message))
+    return message.WIRE_NAME if isinstance(message, Message) else type_name(type_of(message))

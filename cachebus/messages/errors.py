@@ -14,23 +14,24 @@ class _Fields(Exception):
     constructor. There is one constructor for every class: a dataclass compiles one for each when cachebus is imported."""
 
     code: ClassVar[str]
-    _fields: ClassVar[tuple[str, ...]] = ()
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+    """The names of the fields, those of the bases first."""
 
     def __init_subclass__(cls) -> None:
         own = [name for name, hint in vars(cls).get("__annotations__", {}).items() if not hint.startswith("ClassVar")]
-        cls._fields = tuple(dict.fromkeys((*cls._fields, *own)))
+        cls.FIELDS = tuple(dict.fromkeys((*cls.FIELDS, *own)))
         if "code" in vars(cls) and (holder := _codes.setdefault(cls.code, cls)) is not cls:
             raise ValueError(f"error code {cls.code!r} of {cls.__name__} belongs to {holder.__name__}")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
-        if len(args) > len(cls._fields):
-            raise TypeError(f"{cls.__name__} takes {', '.join(cls._fields)}, and {len(args)} arguments were given")
-        given = dict(zip(cls._fields, args, strict=False))
-        if wrong := (kwargs.keys() - set(cls._fields)) | (kwargs.keys() & given.keys()):
+        if len(args) > len(cls.FIELDS):
+            raise TypeError(f"{cls.__name__} takes {', '.join(cls.FIELDS)}, and {len(args)} arguments were given")
+        given = dict(zip(cls.FIELDS, args, strict=False))
+        if wrong := (kwargs.keys() - set(cls.FIELDS)) | (kwargs.keys() & given.keys()):
             raise TypeError(f"{cls.__name__} has no free field {', '.join(sorted(wrong))}")
         given |= kwargs
-        if missing := [name for name in cls._fields if name not in given and not hasattr(cls, name)]:
+        if missing := [name for name in cls.FIELDS if name not in given and not hasattr(cls, name)]:
             raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}")
         vars(self).update(given)
 
@@ -60,7 +61,7 @@ class CacheError(_Fields):
 
     def wire_fields(self) -> dict[str, Any]:
         """The fields, as the codec sends them: an address, which is a kind of `str`, as a plain one."""
-        values = {name: getattr(self, name) for name in self._fields}
+        values = {name: getattr(self, name) for name in self.FIELDS}
         return {name: str(value) if isinstance(value, str) else value for name, value in values.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,7 +83,7 @@ def rebuild(code: str, detail: str, values: Mapping[str, Any]) -> CacheError:
     give a `CacheError` with the sender's sentence."""
     cls = error_class(code)
     try:
-        made = cls(**{name: value for name, value in values.items() if name in cls._fields})
+        made = cls(**{name: value for name, value in values.items() if name in cls.FIELDS})
         str(made)  # Fields of the wrong type show when the sentence is built.
     except (TypeError, ValueError):
         return CacheError(detail)

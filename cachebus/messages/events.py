@@ -248,7 +248,7 @@ class Heartbeat(Event, frozen=True, tag="event.heartbeat"):
     them: they are about events."""
 
     interval: float = 0.0
-    last: Mapping[str, int] = msgspec.field(default_factory=dict)
+    last: Mapping[str, int] = msgspec.field(default_factory=dict[str, int])
 
     def __post_init__(self) -> None:
         self._freeze("last")

@@ -111,7 +111,7 @@ class Description(Reply, frozen=True, tag="reply.description"):
     address: str
     store: str
     capabilities: tuple[str, ...] = ()
-    limits: Mapping[str, int | None] = msgspec.field(default_factory=dict)
+    limits: Mapping[str, int | None] = msgspec.field(default_factory=dict[str, int | None])
 
     def __post_init__(self) -> None:
         self._freeze("limits")
@@ -133,15 +133,15 @@ class Snapshot(Reply, frozen=True, tag="reply.snapshot"):
     hits: int = 0
     misses: int = 0
     sets: int = 0
-    removals: Mapping[str, int] = msgspec.field(default_factory=dict)
+    removals: Mapping[str, int] = msgspec.field(default_factory=dict[str, int])
     entries: int = 0
     max_entries: int | None = None
     weight: int = 0
     max_bytes: int | None = None
     restarts: int = 0
     overloaded: int = 0
-    guard: Mapping[str, Any] = msgspec.field(default_factory=dict)
-    payload: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    guard: Mapping[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    payload: Mapping[str, Any] = msgspec.field(default_factory=dict[str, Any])
     errors: int = 0
     dropped_writes: int = 0
 
@@ -168,7 +168,7 @@ class Failed(Reply, frozen=True, tag="reply.failed"):
 
     code: str
     detail: str
-    fields: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    fields: Mapping[str, Any] = msgspec.field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         self._freeze("fields")
