@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred
+from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred, running_loop
 from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Store",
     "WatchfulStore",
     "WriteListener",
+    "running_loop",
 ]
 
 

@@ -6,14 +6,15 @@ to know is about to block, and can afford a walk.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection
 from types import CodeType, FrameType
+
+from cachebus.bus.compat import calling_frame
 
 
 def on_this_stack(codes: Collection[CodeType], owner: object) -> bool:
     """Whether one of `codes` is running on this thread's stack with `owner` as its `self`."""
-    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    frame: FrameType | None = calling_frame(1)
     while frame is not None:
         if frame.f_code in codes and frame.f_locals.get("self") is owner:
             return True

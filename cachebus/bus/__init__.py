@@ -3,6 +3,7 @@
 from .address import Address, check_word
 from .api import Bus, Envelope, Recipient, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
+from .compat import running_loop
 from .emitter import Emitter, origin
 from .event_policy import EventPolicy, KeyForm, shares
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
@@ -38,6 +39,7 @@ __all__ = [
     "in_event_loop",
     "open_port",
     "origin",
+    "running_loop",
     "settled",
     "shares",
     "too_late",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from asyncio import _get_running_loop
 from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +27,7 @@ from .address import Address
 from .api import Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
+from .compat import running_loop
 from .event_policy import EVERYTHING, EventPolicy
 from .local import LocalBus
 from .message_age import MessageAges, age_clock
@@ -96,7 +96,7 @@ class NatsBus(LocalBus):
 
     async def open(self) -> None:
         """Connect. Raises `CacheConnectionError`, and `CacheConfigurationError` on trio and for unusable files."""
-        if _get_running_loop() is None:
+        if running_loop() is None:
             raise CacheConfigurationError("a bus over NATS is opened on asyncio: nats-py knows no other event loop")
         if self._closed or self._requests is not None:
             raise CacheClosed("a bus is opened once; make a new one")

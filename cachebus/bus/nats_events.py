@@ -12,7 +12,6 @@ import asyncio
 import logging
 import threading
 import time
-from asyncio import _get_running_loop
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +23,7 @@ from msgspec.structs import replace
 from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
 
 from .codec import JSON, MSGPACK, decode_each, encode
+from .compat import running_loop
 from .emitter import Emitter
 from .event_policy import EventPolicy
 from .nats_beats import GapDetector
@@ -234,7 +234,7 @@ class EventListener:
 
     def look(self) -> None:
         """Listeners came or went. From any thread."""
-        if _get_running_loop() is self._loop:
+        if running_loop() is self._loop:
             self._look()
             return
         _soon(self._loop, self._look)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from asyncio import _get_running_loop
 from collections import deque
 from threading import get_ident
 from typing import Any
@@ -43,6 +42,7 @@ from cachebus.messages import (
 from .api import Envelope, Turn
 from .clock import Clock
 from .codec import MSGPACK, decode_each, encode
+from .compat import running_loop
 from .deadlines import TICK, Bucket, Deadlines, deadlines_here
 from .emitter import Emitter
 from .message_age import age_clock
@@ -183,7 +183,7 @@ class RemoteRecipient:
             self._hold()
 
     def obstacle_to_blocking(self) -> str | None:
-        if _get_running_loop() is not None:
+        if running_loop() is not None:
             return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
         return None
 
