@@ -24,7 +24,7 @@ from nats.protocol.parser import Parser
 
 from cachebus.messages import CacheConfigurationError
 
-TESTED = ("2.12", "2.13", "2.14", "2.15", "2.16")
+TESTED = ("2.14", "2.15", "2.16")
 """Releases of nats-py that the tests of this package have run with."""
 
 NO_TLS = "the server offers no TLS"
@@ -200,7 +200,7 @@ class CompatClient(Client):
     async def _process_pong(self) -> None:
         # A flush that was cancelled or timed out leaves its future in the line. nats-py would answer it, fail, and read
         # nothing from this connection any more.
-        line = cast("list[asyncio.Future[Any]]", self._pongs)
+        line = cast("list[asyncio.Future[Any]]", self._pongs)  # type: ignore[redundant-cast]
         if line:
             first = line[0]
             if isinstance(first, _Pong) and first.sent is not None:

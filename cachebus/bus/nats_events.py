@@ -38,6 +38,7 @@ logger = logging.getLogger("cachebus.bus")
 
 _ENOUGH = 1024 * 1024  # Bytes that may wait for the socket before events wait for them.
 _PAUSE = 0.002  # Seconds until it is looked again whether fewer bytes wait.
+_FIRST_LINE = b"NATS/1.0\r\nContent-Type:"
 _TURN = 128  # Events that are sent before other tasks run.
 
 
@@ -215,7 +216,7 @@ class EventListener:
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[type[Event], Listener] = {}
         self._gaps = GapDetector(subjects, emitter, counters)
-        self._head, self._content_type = b"", JSON  # Of the last event: most have the same.
+        self._head, self._content_type = b"", JSON  # The first lines of the last event: most have the same.
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
@@ -283,8 +284,10 @@ class EventListener:
             self._gaps.listens_to(frozenset(self._listeners))
 
     def _take(self, delivery: Delivery) -> None:
-        if delivery.head != self._head:
-            self._head, self._content_type = delivery.head, delivery.headers.get("Content-Type", JSON)
+        head = delivery.head
+        if not head.startswith(self._head) or not self._head:
+            self._content_type = delivery.headers.get("Content-Type", JSON)
+            self._head = head[: head.find(b"\r\n", len(_FIRST_LINE)) + 2] if head.startswith(_FIRST_LINE) else b""
         try:
             event = decode_each(delivery.data, self._content_type)[0][0]
         except CacheError:

@@ -267,7 +267,7 @@ class RemoteRecipient:
             message, port = envelope.message, envelope.port
             value = getattr(message, "value", None)
             if value.__class__ is bytes:
-                size += len(value)  # type: ignore[arg-type]
+                size += len(value)
                 if size > limit and envelopes:
                     break
             waiting.popleft()
@@ -337,11 +337,9 @@ class RemoteRecipient:
         try:
             replies, is_array = decode_each(delivery.data, headers.get(CONTENT_TYPE, MSGPACK))
             if not is_array:
-                replies, places = replies * len(slots), range(len(slots))
-            elif (index := headers.get(INDEX)) is None:
-                places = range(len(slots))
-            else:
-                places = list(map(int, index.split(",")))
+                replies = replies * len(slots)
+            index = headers.get(INDEX) if is_array else None
+            places = range(len(slots)) if index is None else map(int, index.split(","))
             answered = 0
             for place, reply in zip(places, replies, strict=True):
                 envelope = slots[place]

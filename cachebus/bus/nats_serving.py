@@ -106,7 +106,8 @@ class Responder:
             batch.refuse(error)
             return
         batch.messages = messages
-        replies = batch.replies = [None] * count
+        replies: list[Reply | None] = [None] * count
+        batch.replies = replies
         batch.unanswered = count
         batch.whole = list(range(count))
         self.counters.requests_served += count
@@ -128,7 +129,7 @@ class Responder:
                 reply = self._reply(message, left)
                 if reply is None:
                     self.recipient.post(Envelope(message, ReplySlot(batch, place), now + left, trace))  # type: ignore[arg-type]
-                elif type(reply) is Deferred:
+                elif isinstance(reply, Deferred):
                     reply.attach(ReplySlot(batch, place))
                 elif replies[place] is None:
                     replies[place] = reply

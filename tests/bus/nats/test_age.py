@@ -187,7 +187,7 @@ async def test_a_reply_goes_below_an_inbox_prefix_and_nowhere_else(
                 await stranger.publish(subject, encode(Increment("k")), reply=aimed)
             for aimed in ("_MINE.1", "_INBOX_theirs.1"):
                 await stranger.publish(subject, encode(Increment("k")), reply=aimed)
-            answers = []
+            answers: list[Any] = []
             while len(answers) < 2:
                 msg = await heard.next_msg(timeout=T)
                 if msg.subject != subject and not msg.subject.startswith(("$SRV", "_SRV")):
