@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
@@ -13,31 +13,32 @@ from .checks import Since, check_since
 from .failures import BACKEND_FAILURES, Failures, OnError
 
 if TYPE_CHECKING:
+    from cachebus.actors import Timers
+
     from .lock_ways import LockWay
     from .payload import PayloadPipeline
 
 R = TypeVar("R")
-CallAfter = Callable[[float, Callable[[], None]], object]
 
 
 class Link:
     """A bus, an address on it, the time that a call may take, in seconds, and what failures mean to the caller.
 
     `turn_get`, `turn_set` and `turn_lease` take a message's turn on the caller's stack where that is possible. `epoch` is
-    the Unix time at which the monotonic clock was 0, as of the beginning: a later jump of the wall clock changes nothing. `call_after` calls a
-    function that does not wait after so many seconds, on the event loop of the node; it may be called from any thread.
+    the Unix time at which the monotonic clock was 0, as of the beginning: a later jump of the wall clock changes nothing. `timers` are those of
+    the node, on its event loop.
     `locks` is the way to the node's lock manager.
     """
 
     __slots__ = (
         "address",
         "bus",
-        "call_after",
         "emitter",
         "epoch",
         "failures",
         "locks",
         "timeout",
+        "timers",
         "turn_get",
         "turn_lease",
         "turn_set",
@@ -51,10 +52,10 @@ class Link:
         address: Address,
         timeout: float,
         emitter: Emitter,
-        call_after: CallAfter,
+        timers: Timers,
         on_error: OnError = "raise",
     ) -> None:
-        self.call_after = call_after
+        self.timers = timers
         self.bus = bus
         self.address = address
         self.timeout = timeout

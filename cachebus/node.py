@@ -11,11 +11,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import anyio
-from anyio.lowlevel import checkpoint
-
 from cachebus.actors import (
-    Alarm,
     BackendActor,
     BatchStore,
     InlineStore,
@@ -24,7 +20,7 @@ from cachebus.actors import (
     RestartPolicy,
     Supervisor,
 )
-from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, Visibility
+from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, LoopTimers, Visibility
 from cachebus.messages import CacheClosed, CacheConfigurationError, CapabilityError
 
 from .link import Link
@@ -77,8 +73,7 @@ class Node:
             inline_turns=actors.inline_turns,
             grace=grace,
         )
-        self._alarm = Alarm(clock)
-        self._stop_ringing: anyio.CancelScope | None = None
+        self._timers = LoopTimers(clock)
         self._resources = AsyncExitStack()
         self._closed = False
         self._pipelines: dict[str, PayloadPipeline | None] = {}
@@ -87,7 +82,7 @@ class Node:
         if kept.type in LOCKLESS:
             said = f"a {kept.type} backend keeps no locks: say where they are, as in locks='redis://host'"
             why_not = CapabilityError(said, kept.type, "locks")
-        self._lock_way = LockWay(self.bus, self._lock_address(kept), settings.timeout, self._alarm.set, why_not)
+        self._lock_way = LockWay(self.bus, self._lock_address(kept), settings.timeout, self._timers, why_not)
         self._lock_tables: dict[str, LockStore] = {}
 
     def __repr__(self) -> str:
@@ -98,10 +93,10 @@ class Node:
         if self._closed:
             raise CacheClosed("this node was closed; make a new one")
         await self._resources.enter_async_context(self.bus)
+        self._timers.start()
+        self._resources.callback(self._timers.close)
         try:
             await self._resources.enter_async_context(self.supervisor)
-            self._stop_ringing = anyio.CancelScope()
-            self.supervisor.start_soon(self._ring)
             for backend in self.settings.backends:
                 if backend.type == "bus":
                     continue
@@ -137,7 +132,7 @@ class Node:
         pipeline = self._pipeline(backend)
         link: Link
         if pipeline is None:
-            link = Link(self.bus, address, settings.timeout, emitter, self._alarm.set, settings.on_error)
+            link = Link(self.bus, address, settings.timeout, emitter, self._timers, settings.on_error)
             link.locks = self._lock_way
             return link
         from .payload_link import PayloadLink
@@ -147,7 +142,7 @@ class Node:
             address,
             settings.timeout,
             emitter,
-            self._alarm.set,
+            self._timers,
             pipeline,
             on_error=settings.on_error,
             offload_above=settings.payload.offload_above,
@@ -195,17 +190,11 @@ class Node:
     async def stop(self) -> None:
         """Stop every actor: each answers what it was sent. The node is left where it was entered."""
         await self.supervisor.stop()
-        if self._stop_ringing is not None:
-            self._stop_ringing.cancel()
-            await checkpoint()
-
-    async def _ring(self) -> None:
-        assert self._stop_ringing is not None
-        with self._stop_ringing:
-            await self._alarm.run()
+        self._timers.close()
 
     def forked(self) -> None:
         """Become unusable in the child of a fork."""
+        self._timers.forked()
         self.supervisor.forked()
         self.bus.forked()
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from anyio import to_thread
 from msgspec.structs import replace
 
+from cachebus.actors import Timers
 from cachebus.bus import Address, Bus, Emitter
 from cachebus.messages import (
     Add,
@@ -41,7 +42,7 @@ from cachebus.messages import (
 
 from .cached_errors import CachedError, Remembered
 from .failures import BACKEND_FAILURES, OnError
-from .link import CallAfter, Link
+from .link import Link
 from .payload import PayloadPipeline
 from .payload_places import has_value, size, size_of, with_value
 from .payload_scalars import type_of
@@ -85,14 +86,14 @@ class PayloadLink(Link):
         address: Address,
         timeout: float,
         emitter: Emitter,
-        call_after: CallAfter,
+        timers: Timers,
         pipeline: PayloadPipeline,
         *,
         offload_above: int | None = None,
         debug: bool = False,
         on_error: OnError = "raise",
     ) -> None:
-        super().__init__(bus, address, timeout, emitter, call_after, on_error)
+        super().__init__(bus, address, timeout, emitter, timers, on_error)
         self._pipeline = pipeline
         self._offload_above = offload_above
         self._debug = debug

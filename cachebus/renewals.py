@@ -1,78 +1,106 @@
-"""The leases that this process holds, renewed for as long as their loads run."""
+"""What this process holds for a time, leases and locks, renewed for as long as it is held."""
 
 from __future__ import annotations
 
-import threading
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from cachebus.messages import RenewLease
-
-from .link import Link
+from cachebus.actors import Timers
+from cachebus.bus import Bus
+from cachebus.messages import RenewLease, Request
 
 PER_LEASE = 3
-"""How often a lease is renewed within its own time, so that one lost renewal does not lose it."""
+"""How often something is renewed within its own time, so that one lost renewal does not lose it."""
 
 
-class _Held:
-    __slots__ = ("due", "key", "lease_ttl", "link")
+TOGETHER = 0.05
+"""Seconds by which something is renewed early, with what is due before it."""
 
-    def __init__(self, link: Link, key: str, lease_ttl: float, due: float) -> None:
-        self.link: Link = link
-        self.key = key
-        self.lease_ttl = lease_ttl
-        self.due: float = due
+
+class Leaseholder(Protocol):
+    """A link, as far as it renews leases."""
+
+    bus: Bus
+    timers: Timers
+
+    def send(self, message: Request[Any]) -> None: ...
+
+
+class _Tracked:
+    __slots__ = ("due", "renew")
+
+    def __init__(self, due: float, renew: Callable[[], float | None]) -> None:
+        self.due = due
+        self.renew = renew
 
 
 class Renewals:
-    """Renews leases. One timer for all of them, and none while there are none. Usable from any thread."""
+    """Renews leases and locks: one timer for all of them, and none while there are none. Usable from any thread.
+
+    Most are given back long before they are renewed, so that to track one is a dictionary entry and a comparison. No
+    lock is held. What is tracked has a timer that is due no later than itself: two threads that arm one at the same
+    time leave two, of which the one that is noted in `_armed` goes on.
+    """
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._held: dict[str, _Held] = {}
-        self._armed_for: float = float("inf")
+        self._tracked: dict[str, _Tracked] = {}
+        self._armed = _NOT_ARMED
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._tracked)
 
-    def hold(self, link: Link, key: str, token: str, lease_ttl: float) -> None:
-        """Renew a lease from now on."""
-        now = link.bus.clock.monotonic()
-        due = now + lease_ttl / PER_LEASE
-        with self._guard:
-            self._held[token] = _Held(link, key, lease_ttl, due)
-            sooner = due < self._armed_for
-            if sooner:
-                self._armed_for = due
-        if sooner:
-            link.call_after(due - now, lambda: self._ring(due))
+    def track(self, name: str, timers: Timers, due: float, renew: Callable[[], float | None]) -> None:
+        """Call `renew` when `due` has come, on the loop of `timers`. It returns when to call it next, or `None` if it says
+        so later, by `postpone`."""
+        self._tracked[name] = _Tracked(due, renew)
+        if due < self._armed[0]:
+            self._arm(timers, due)
 
-    def let_go(self, token: str) -> None:
-        """Renew a lease no longer."""
-        if token not in self._held:
-            return
-        with self._guard:
-            self._held.pop(token, None)
+    def untrack(self, name: str) -> None:
+        """Renew it no longer."""
+        self._tracked.pop(name, None)
 
-    def _ring(self, when: float) -> None:
-        with self._guard:
-            if when != self._armed_for:
-                return  # An earlier one was set since, and goes on for both.
-            held = list(self._held.items())
-            self._armed_for = float("inf")
-        earliest: _Held | None = None
-        now = when
-        for token, each in held:
-            now = each.link.bus.clock.monotonic()
-            if each.due <= now:
-                each.due = now + each.lease_ttl / PER_LEASE
-                each.link.send(RenewLease(each.key, token, each.lease_ttl))
-            if earliest is None or each.due < earliest.due:
-                earliest = each
-        if earliest is None:
-            return
-        due = earliest.due
-        with self._guard:
-            sooner = due < self._armed_for
-            if sooner:
-                self._armed_for = due
-        if sooner:
-            earliest.link.call_after(due - now, lambda: self._ring(due))
+    def postpone(self, name: str, timers: Timers, due: float) -> None:
+        """Renew it next when `due` has come, if it is tracked still."""
+        if (tracked := self._tracked.get(name)) is not None:
+            tracked.due = due
+            if due < self._armed[0]:
+                self._arm(timers, due)
+
+    def hold(self, link: Leaseholder, key: str, token: str, lease_ttl: float) -> None:
+        """Renew the lease of a key from now on."""
+        now, interval = link.bus.clock.monotonic, lease_ttl / PER_LEASE
+
+        def renew() -> float:
+            link.send(RenewLease(key, token, lease_ttl))
+            return now() + interval
+
+        self.track(token, link.timers, now() + interval, renew)
+
+    let_go = untrack
+
+    def _arm(self, timers: Timers, due: float) -> None:
+        self._armed = armed = [due]
+        timers.call_at(due, lambda: self._renew_due(timers, armed))
+
+    def _renew_due(self, timers: Timers, armed: list[float]) -> None:
+        if self._armed is not armed and self._armed[0] <= armed[0]:
+            return  # Another timer goes on for both.
+        self._armed = _RENEWING
+        try:
+            for tracked in self._tracked.copy().values():
+                if tracked.due <= armed[0] + TOGETHER:
+                    tracked.due = math.inf
+                    if (due := tracked.renew()) is not None:
+                        tracked.due = due
+        finally:
+            # Whoever tracks something before this is found below; whoever does after it arms a timer.
+            self._armed = _NOT_ARMED
+            due = min((each.due for each in self._tracked.copy().values()), default=math.inf)
+            if due < self._armed[0]:
+                self._arm(timers, due)
+
+
+_NOT_ARMED = [math.inf]
+_RENEWING = [-math.inf]

@@ -1,14 +1,13 @@
 """Behaviour: actors, the turns they take, who supervises them, and the ports that adapters implement."""
 
 from .actor import Actor, Handlers
-from .alarm import Alarm
 from .backend import STORE_REQUESTS, BackendActor
 from .breaker import BreakerPolicy, CircuitState
 from .cell import Cell
 from .context import Context
 from .guard_policy import GuardPolicy, GuardStatistics
 from .lock_manager import LockManager
-from .ports import BatchStore, Capabilities, Gauges, InlineStore, LockStore, PipelinedStore, Store
+from .ports import BatchStore, Capabilities, Gauges, InlineStore, LockStore, PipelinedStore, Store, Timer, Timers
 from .resilience import Guard
 from .retrying import RetryPolicy
 from .supervisor import RestartPolicy, Supervisor
@@ -16,7 +15,6 @@ from .supervisor import RestartPolicy, Supervisor
 __all__ = [
     "STORE_REQUESTS",
     "Actor",
-    "Alarm",
     "BackendActor",
     "BatchStore",
     "BreakerPolicy",
@@ -37,4 +35,6 @@ __all__ = [
     "RetryPolicy",
     "Store",
     "Supervisor",
+    "Timer",
+    "Timers",
 ]

@@ -10,6 +10,7 @@ from cachebus.messages import Request
 from .allowance import LONG, allowance
 from .context import Context
 from .latency import AdaptiveTimeout
+from .ports import Timer
 
 PUNCTUAL = 0.03
 """Seconds by which a timer may ring late without anything to be said about the event loop."""
@@ -42,21 +43,21 @@ class Attempts:
     """
 
     def __init__(self, ctx: Context, longest: float, overdue: Callable[[Attempt, float], None]) -> None:
-        self._ctx = ctx
+        self._timers = ctx.timers
         self._now = ctx.clock.monotonic
         self._longest = longest
         self._overdue = overdue
         self.brisk = 0
         self._outstanding: dict[Attempt, None] = {}
         self._armed_for = _NEVER
-        self._disarm: Callable[[], None] | None = None
+        self._timer: Timer | None = None
 
     def add(self, attempt: Attempt) -> None:
         """Watch over an attempt that begins now."""
         self._outstanding[attempt] = None
         self.brisk += not attempt.long
         if attempt.due < self._armed_for:
-            self._arm(attempt.due, attempt.started)
+            self._arm(attempt.due)
 
     def take(self, attempt: Attempt) -> bool:
         """Whether nobody has settled an attempt before; now somebody has."""
@@ -65,20 +66,20 @@ class Attempts:
         self.brisk -= not attempt.long
         return True
 
-    def _arm(self, due: float, now: float) -> None:
-        if self._disarm is not None:
-            self._disarm()
+    def _arm(self, due: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._armed_for = due
-        self._disarm = self._ctx.call_after(due - now, self._ring)
+        self._timer = self._timers.call_at(due, self._check)
 
-    def _ring(self) -> None:
+    def _check(self) -> None:
         now = self._now()
         # A timer that is late says that this loop stood still and heard nobody. The answers may be there by now, so they
         # are heard first: what we slept through is nobody's failure.
         if (deaf := now - self._armed_for) > PUNCTUAL:
             for attempt in self._outstanding:
                 attempt.due += deaf + PUNCTUAL
-        self._disarm = None
+        self._timer = None
         self._armed_for = _NEVER
         for attempt in [each for each in self._outstanding if each.due <= now]:
             # Looked at only now, because nearly every batch is answered long before.
@@ -89,4 +90,4 @@ class Attempts:
                 self._overdue(attempt, now)
         next_due = min((each.due for each in self._outstanding), default=_NEVER)
         if next_due < self._armed_for:
-            self._arm(next_due, now)
+            self._arm(next_due)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from threading import get_ident
 from typing import Any
 
@@ -59,7 +59,7 @@ from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
 from .late import LateStore
 from .outcomes import Tally, tell_facts
-from .ports import BatchStore, InlineStore, LeasingStore, PipelinedStore, Store, WatchfulStore
+from .ports import BatchStore, InlineStore, LeasingStore, PipelinedStore, Store, Timer, WatchfulStore
 from .resilience import Guard
 
 STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
@@ -111,7 +111,7 @@ class BackendActor(Actor):
         self._pipelined = store if isinstance(store, PipelinedStore) else None
         self._guard: Guard | None = None
         self._sweep_at = float("inf")
-        self._call_off: Callable[[], None] | None = None
+        self._sweep_timer: Timer | None = None
         self._tally = Tally()
         self._lone = True
         self._thread = 0
@@ -229,10 +229,10 @@ class BackendActor(Actor):
 
     def _due(self, when: float) -> None:
         if when < self._sweep_at:
-            if self._call_off is not None:
-                self._call_off()
+            if self._sweep_timer is not None:
+                self._sweep_timer.cancel()
             self._sweep_at = when
-            self._call_off = self.ctx.send_after(when - self.ctx.clock.monotonic(), Sweep())
+            self._sweep_timer = self.ctx.send_after(when - self.ctx.clock.monotonic(), Sweep())
 
     # Over a batch store
 

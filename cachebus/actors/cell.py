@@ -22,6 +22,7 @@ from contextlib import suppress
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import Address, Clock, Deferred, Emitter, Envelope, Port, Turn, in_event_loop, open_port, turn_trace
+from cachebus.bus.timers import LoopTimers, Timer
 from cachebus.messages import (
     ActorFailed,
     BadMessage,
@@ -34,7 +35,6 @@ from cachebus.messages import (
 )
 
 from .actor import Actor, BatchHandler, EagerHandler, Handlers, PlainHandler
-from .alarm import Alarm
 from .batches import BatchPort, alone, check_batch
 from .mailbox import STOP, Mailbox
 from .reentrancy import on_this_stack
@@ -63,8 +63,7 @@ class Cell:
         self.audience = emitter.audience
         self.deadline: float | None = None
         self._batch: list[Envelope] = []
-        self.alarm = Alarm(clock)
-        self.call_after = self.alarm.set
+        self.timers = LoopTimers(clock)  # Started by the supervisor, whose event loop it is.
         self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]  # The supervisor's, who has the task group.
         self._inline_turns = inline_turns
         self._token = [_TOKEN]
@@ -173,9 +172,9 @@ class Cell:
         self._deferred.add(deferred)
         return deferred
 
-    def send_after(self, delay: float, message: Message) -> Callable[[], None]:
+    def send_after(self, delay: float, message: Message) -> Timer:
         # Whatever the mailbox holds: an actor that is not told what it waits for waits for it for ever.
-        return self.alarm.set(delay, lambda: self._take_in(Envelope(message)))
+        return self.timers.call_after(delay, lambda: self._take_in(Envelope(message)))
 
     # For the supervisor
 
@@ -218,7 +217,7 @@ class Cell:
         """Answer everything that is open, and everything that comes, with `error`."""
         self._ended = error
         self._leave_to_the_task()
-        self.alarm.clear()
+        self.timers.close()
         self._mailbox.refuse_all(error)
         for deferred in tuple(self._deferred):
             deferred.answer(Failed.of(error))
@@ -228,7 +227,7 @@ class Cell:
         self._token[:] = [_TOKEN]
         self._mailbox.clear()
         self._deferred.clear()
-        self.alarm = Alarm(self.clock)  # Another thread may have held the lock of the old one.
+        self.timers.forked()
         self.end(CacheClosed("this process was forked after the cache was opened; open it again in the child"))
 
     # Turns

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from cachebus.bus import Address, Audience, Clock, Deferred
 from cachebus.messages import Event, Message
 
+from .ports import Timer, Timers
+
 
 class Context(Protocol):
     """An actor's surroundings: its name, the time, and ways to speak and to be called back.
@@ -15,7 +17,7 @@ class Context(Protocol):
     `deadline` is until when the request of the current turn is worth working on, on `clock.monotonic`; `None` where no
     one waits, and in plain handlers, which do not wait either. `audience.kinds` holds the kinds of events that
     somebody listens to: look before you build one. `restarts` counts the actor's lives after the first, `overloaded` the
-    requests that its full mailbox turned away.
+    requests that its full mailbox turned away. `timers` call functions back, even during a turn, until the actor ends.
     """
 
     address: Address
@@ -23,6 +25,9 @@ class Context(Protocol):
     audience: Audience
     deadline: float | None
     restarts: int
+
+    @property
+    def timers(self) -> Timers: ...
 
     @property
     def overloaded(self) -> int: ...
@@ -42,13 +47,8 @@ class Context(Protocol):
         """Promise a reply: return it from the handler, and answer it when you know. On stop it is answered for you."""
         ...
 
-    def send_after(self, delay: float, message: Message) -> Callable[[], None]:
-        """Send `message` to this actor after `delay` seconds. Returns a function that calls it off."""
-        ...
-
-    def call_after(self, delay: float, function: Callable[[], None], /) -> Callable[[], None]:
-        """Call `function`, which does not wait, after `delay` seconds, even during a turn. Returns one that calls it
-        off."""
+    def send_after(self, delay: float, message: Message) -> Timer:
+        """Send `message` to this actor after `delay` seconds, unless the timer is cancelled."""
         ...
 
     def start_soon(self, function: Callable[[], Awaitable[None]], /) -> None:

@@ -46,8 +46,8 @@ from .actor import Actor, Handlers
 from .guard_policy import GuardPolicy
 from .lock_asking import Asking, AskingBatches, AskingInline
 from .lock_checks import check_lock_request
-from .lock_waiters import Agenda, Answer, Room, Waiter
-from .ports import BatchStore, InlineLockStore, LockStore
+from .lock_waiters import Answer, Room, Waiter
+from .ports import BatchStore, InlineLockStore, LockStore, Timer, TimerQueue
 
 LOCK_REQUESTS: tuple[type[Request[Any]], ...] = (AcquireLock, RenewLock, ReleaseLock, DescribeLock)
 
@@ -89,7 +89,9 @@ class LockManager(Actor):
         self._inline = store if isinstance(store, InlineLockStore) else None
         self._waiters: dict[tuple[str, str], Waiter] = {}  # By the names of their locks and their tickets.
         self._rooms: dict[str, Room] = {}
-        self._agenda: Agenda
+        self._due: TimerQueue[tuple[str, str]] = TimerQueue()  # Of locks, without a ticket, and of waiters.
+        self._sweeps_at = math.inf
+        self._sweep_timer: Timer | None = None
         self._thread = 0
 
     def __repr__(self) -> str:
@@ -97,7 +99,6 @@ class LockManager(Actor):
 
     async def on_start(self) -> None:
         self._thread = get_ident()
-        self._agenda = Agenda(self.ctx.clock, lambda delay: self.ctx.send_after(delay, Sweep()))
         if self._inline is not None:
             self._asking = AskingInline(self._inline)
         else:
@@ -161,8 +162,7 @@ class LockManager(Actor):
                 self._release(request, answer)
             case _:
                 self._asking.ask(request, answer.give)
-        if self._inline is not None:
-            self._watch_expiry(self._inline)
+        self._arm()
         return answer.take(self.ctx.defer)
 
     def _acquire(self, request: AcquireLock, answer: Answer) -> None:
@@ -255,10 +255,10 @@ class LockManager(Actor):
             room.waiters[request.ticket] = waiter
             self._await(waiter, now)
         if self._store.poll is None:
-            self._check_at(request.name, room, room.ends_at + SLACK)
+            self._look_at(room.ends_at + SLACK, request.name)
         elif next(iter(room.waiters)) == request.ticket:
             room.pause = min(max(self._store.poll, room.pause * 1.5), self._store.poll * POLL_MAX)
-            self._check_at(request.name, room, now + room.pause * (0.5 + self._draw()))
+            self._look_at(now + room.pause * (0.5 + self._draw()), request.name)
 
     def _grant(self, waiter: Waiter, grant: LockGranted) -> None:
         request = waiter.request
@@ -277,8 +277,8 @@ class LockManager(Actor):
         transient = error_class(reply.code).transient
         if waiter.queued and transient and waiter.ends > now:
             waiter.trouble = reply
-            if (room := self._rooms.get(waiter.request.name)) is not None:
-                self._check_at(waiter.request.name, room, now + AGAIN)
+            if waiter.request.name in self._rooms:
+                self._look_at(now + AGAIN, waiter.request.name)
             return
         self._forget(waiter)
         self._answer(waiter, reply)
@@ -306,7 +306,7 @@ class LockManager(Actor):
 
     def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
         if delay > 0:
-            self.ctx.call_after(delay, lambda: self._asking.ask(DescribeLock(name), lambda reply: None))
+            self.ctx.timers.call_after(delay, lambda: self._asking.ask(DescribeLock(name), lambda reply: None))
             return
         if ticket:
             if (waiter := self._waiters.get((name, ticket))) is not None:
@@ -330,17 +330,16 @@ class LockManager(Actor):
 
     def on_sweep(self, request: Sweep) -> Released:
         """Look at what is due."""
-        now = self.ctx.clock.monotonic()
+        now, self._sweeps_at = self.ctx.clock.monotonic(), math.inf
         self._asking.sweep()
-        for name, ticket in self._agenda.due(now):
+        for name, ticket in [*self._due.expire(now)]:
             if ticket:
                 if (waiter := self._waiters.get((name, ticket))) is not None and waiter.until <= now:
                     self._waited(waiter, now)
-            elif (room := self._rooms.get(name)) is not None and room.check_at <= now:
-                room.check_at, room.overdue = math.inf, True
+            elif (room := self._rooms.get(name)) is not None and (name, "") not in self._due:
+                room.overdue = True
                 self._ask_for(next(iter(room.waiters.values())))
-        if self._inline is not None:
-            self._watch_expiry(self._inline)
+        self._arm()
         return Released()
 
     def _waited(self, waiter: Waiter, now: float) -> None:
@@ -349,7 +348,7 @@ class LockManager(Actor):
             room = self._rooms.get(waiter.request.name, Room())
             answer, waiter.answer = waiter.answer, None
             waiter.until = now + KEPT
-            self._agenda.add(waiter.until, waiter.request.name, waiter.request.ticket)
+            self._look_at(waiter.until, waiter.request.name, waiter.request.ticket)
             answer.give(LockQueued(room.owner, max(0.0, room.ends_at - now)))
             return
         room, was_there = self._rooms.get(waiter.request.name, Room()), waiter.is_there
@@ -362,23 +361,21 @@ class LockManager(Actor):
 
     def _await(self, waiter: Waiter, now: float) -> None:
         waiter.until = min(waiter.ends, now + PARKED)
-        self._agenda.add(waiter.until, waiter.request.name, waiter.request.ticket)
-        self._tidy()
+        self._look_at(waiter.until, waiter.request.name, waiter.request.ticket)
 
-    def _check_at(self, name: str, room: Room, when: float) -> None:
-        room.check_at = when
-        self._agenda.add(when, name)
-        self._tidy()
+    def _look_at(self, when: float, name: str, ticket: str = "") -> None:
+        if self._due.set((name, ticket), when):
+            self._arm()
 
-    def _tidy(self) -> None:
-        if len(self._agenda) > 4 * (len(self._waiters) + len(self._rooms)) + 256:
-            tickets = [(each.until, *which) for which, each in self._waiters.items()]
-            rooms = [(room.check_at, name, "") for name, room in self._rooms.items() if room.check_at < math.inf]
-            self._agenda.keep(tickets + rooms)
-
-    def _watch_expiry(self, store: InlineLockStore) -> None:
-        if (due := store.next_expiry()) is not None:
-            self._agenda.arm(due)
+    def _arm(self) -> None:
+        due = self._due.due()
+        if self._inline is not None and (expiry := self._inline.next_expiry()) is not None:
+            due = min(due, expiry)
+        if due < self._sweeps_at:
+            if self._sweep_timer is not None:
+                self._sweep_timer.cancel()
+            self._sweeps_at = due
+            self._sweep_timer = self.ctx.send_after(due - self.ctx.clock.monotonic(), Sweep())
 
     # Helpers
 
@@ -387,7 +384,9 @@ class LockManager(Actor):
             waiter.answer.give(reply)
 
     def _forget(self, waiter: Waiter) -> None:
-        self._waiters.pop((waiter.request.name, waiter.request.ticket), None)
+        which = (waiter.request.name, waiter.request.ticket)
+        self._waiters.pop(which, None)
+        self._due.discard(which)
         self._leave_room(waiter)
 
     def _leave_room(self, waiter: Waiter) -> None:
@@ -395,6 +394,7 @@ class LockManager(Actor):
         if (room := self._rooms.get(name)) is not None and room.waiters.pop(waiter.request.ticket, None) is not None:
             if not room.waiters:
                 del self._rooms[name]
+                self._due.discard((name, ""))
             elif self._store.poll is not None or room.overdue:
                 delay = (self._store.poll or 0.0) * (0.5 + self._draw())
-                self._check_at(name, room, self.ctx.clock.monotonic() + delay)
+                self._look_at(self.ctx.clock.monotonic() + delay, name)

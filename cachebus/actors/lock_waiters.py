@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from cachebus.bus import Clock, Deferred
+from cachebus.bus import Deferred
 from cachebus.messages import AcquireLock, Failed, ReleaseLock, Reply
 
 
@@ -72,60 +69,15 @@ class Waiter:
 
 
 class Room:
-    """Those who wait for one lock, in the order in which they came. `owner` holds it, to `ends_at` as far as is known; at
-    `check_at` the store is asked again, `pause` after the last time where it cannot tell. While it is `overdue` nobody has
-    been told since that somebody else has the lock: the store may have lost everybody's place."""
+    """Those who wait for one lock, in the order in which they came. `owner` holds it, to `ends_at` as far as is known.
+    `pause` is how long a store that cannot tell is left alone. While the lock is `overdue`, the store has not answered since
+    then that another holds it: it may have lost every place in the queue."""
 
-    __slots__ = ("check_at", "ends_at", "overdue", "owner", "pause", "waiters")
+    __slots__ = ("ends_at", "overdue", "owner", "pause", "waiters")
 
     def __init__(self) -> None:
         self.waiters: dict[str, Waiter] = {}
         self.owner = ""
         self.ends_at = 0.0
-        self.check_at = math.inf
         self.overdue = False
         self.pause = 0.0
-
-
-class Agenda:
-    """When to look at what: names of locks and tickets, each with a time. `ring`, told in how many seconds, sends for whoever
-    looks, and returns a function that calls it off."""
-
-    def __init__(self, clock: Clock, ring: Callable[[float], Callable[[], None]]) -> None:
-        self._now = clock.monotonic
-        self._ring = ring
-        self._heap: list[tuple[float, int, str, str]] = []
-        self._numbers = itertools.count()
-        self._rings_at = math.inf
-        self._call_off: Callable[[], None] = lambda: None
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-    def add(self, when: float, name: str, ticket: str = "") -> None:
-        """Look at a lock, or at one ticket, then. What is no longer of interest stays in."""
-        heapq.heappush(self._heap, (when, next(self._numbers), name, ticket))
-        self.arm(when)
-
-    def arm(self, when: float) -> None:
-        """Look then at the latest."""
-        if when < self._rings_at:
-            self._call_off()
-            self._rings_at = when
-            self._call_off = self._ring(when - self._now())
-
-    def due(self, now: float) -> list[tuple[str, str]]:
-        """What is due, taken out; what is not is looked at when it is."""
-        self._rings_at = math.inf
-        found: list[tuple[str, str]] = []
-        while self._heap and self._heap[0][0] <= now:
-            _, _, name, ticket = heapq.heappop(self._heap)
-            found.append((name, ticket))
-        if self._heap:
-            self.arm(self._heap[0][0])
-        return found
-
-    def keep(self, entries: Iterable[tuple[float, str, str]]) -> None:
-        """Keep these only."""
-        self._heap = [(when, next(self._numbers), name, ticket) for when, name, ticket in entries]
-        heapq.heapify(self._heap)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred, running_loop
+from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred, TimerQueue, running_loop, running_timers
 from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
 __all__ = [
@@ -27,9 +27,13 @@ __all__ = [
     "RemovalListener",
     "Replied",
     "Store",
+    "Timer",
+    "TimerQueue",
+    "Timers",
     "WatchfulStore",
     "WriteListener",
     "running_loop",
+    "running_timers",
 ]
 
 
@@ -81,6 +85,29 @@ WriteListener = Callable[[str, float, float | None, tuple[str, ...]], None]
 
 RemovalListener = Callable[[str, RemovalCause], None]
 """Told of each value that a store removes by itself or on request, except by `Clear`, which is one fact."""
+
+
+class Timer(Protocol):
+    """A callback that is armed."""
+
+    def cancel(self) -> None:
+        """Do not call back. From any thread; once it was called back or cancelled, this does nothing."""
+
+
+class Timers(Protocol):
+    """Arms callbacks on an event loop, from any thread, finalizers included. Instants are on the owner's monotonic clock.
+
+    A callback must not wait, and runs in no task: what needs one is started with `Context.start_soon`. What it raises is
+    logged and counted, and harms no other. `running_timers` gives timers on the loop that runs in this thread.
+    """
+
+    def call_at(self, when: float, callback: Callable[[], Any], /) -> Timer:
+        """Call `callback` when the clock has reached `when`."""
+        ...
+
+    def call_after(self, delay: float, callback: Callable[[], Any], /) -> Timer:
+        """Call `callback` after `delay` seconds."""
+        ...
 
 
 class Store(Protocol):

@@ -61,7 +61,6 @@ class _Charge:
         self.cell = cell
         self.factory = factory
         self.done = anyio.Event()
-        self.alarm_scope = anyio.CancelScope()
         self.pause_scope = anyio.CancelScope()
         self.lives_scope = anyio.CancelScope()
 
@@ -141,6 +140,7 @@ class Supervisor:
             inline_turns=self._inline_turns,
         )
         cell.start_soon = lambda function: self._ask_beside(cell, function)
+        cell.timers.start()
         self.bus.serve(address, cell)
         charge = _Charge(cell, factory)
         self._charges[address] = charge
@@ -202,8 +202,6 @@ class Supervisor:
         charge.lives_scope.cancel()
 
     async def _supervise(self, charge: _Charge, *, task_status: TaskStatus[None]) -> None:
-        assert self._tasks is not None
-        self._tasks.start_soon(self._ring, charge)
         try:
             with charge.lives_scope:
                 await self._lives(charge, task_status)
@@ -212,7 +210,7 @@ class Supervisor:
             charge.cell.end(CacheClosed(f"{charge.cell.address} was stopped"))
             raise
         finally:
-            charge.alarm_scope.cancel()
+            charge.cell.timers.close()
             charge.done.set()
 
     # A store's replies arrive in callbacks of the event loop, which are no task, and from there anyio starts none: it
@@ -237,10 +235,6 @@ class Supervisor:
             await function()
         except Exception:
             logger.exception("something beside the turns of actor %s failed", cell.address)
-
-    async def _ring(self, charge: _Charge) -> None:
-        with charge.alarm_scope:
-            await charge.cell.alarm.run()
 
     async def _lives(self, charge: _Charge, task_status: TaskStatus[None]) -> None:
         cell = charge.cell

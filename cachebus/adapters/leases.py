@@ -6,12 +6,9 @@ is under way, so that what was loaded before it is never stored after it.
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from cachebus.actors.ports import Deferred
+from cachebus.actors.ports import Deferred, TimerQueue
 from cachebus.messages import GetOrLease, Overloaded, Reply
 from cachebus.messages.lease_names import new_lease_name
 
@@ -74,9 +71,8 @@ class LeaseTable:
         # tag -> version of its last invalidation during a lease. What does not fit is said of all tags, by `_floor`.
         self._lost_tags: dict[str, float] = {}
         self._floor = 0.0
-        # Only what somebody is parked for: a lease without waiters is found to have run out when it is looked at.
-        self._heap: list[tuple[float, int, Lease]] = []
-        self._numbers = itertools.count()
+        # Only leases with waiters: any other is found to have run out when it is looked at.
+        self._due: TimerQueue[Lease] = TimerQueue()
 
     def __len__(self) -> int:
         return len(self.by_key)
@@ -115,7 +111,9 @@ class LeaseTable:
         """Let a caller wait for what comes of a lease."""
         lease.waiters.append(waiter)
         self._waiting += 1
-        self._watch(min(lease.expires_at, waiter.until), lease)
+        when = min(lease.expires_at, waiter.until)
+        if self._due.set_earlier(lease, when):
+            self._on_due(when)
 
     # Ending
 
@@ -156,6 +154,7 @@ class LeaseTable:
 
     def empty(self, lease: Lease) -> list[Waiter]:
         """Let nobody wait for a lease any more: hand over who does."""
+        self._due.discard(lease)
         waiters, lease.waiters = lease.waiters, []
         self._waiting -= len(waiters)
         return waiters
@@ -193,15 +192,12 @@ class LeaseTable:
 
     def due(self) -> float:
         """When to call `advance` next; infinity while nobody waits."""
-        return self._heap[0][0] if self._heap else math.inf
+        return self._due.due()
 
     def advance(self, now: float) -> None:
         """Let leases run out, and callers have waited long enough."""
-        while self._heap and self._heap[0][0] <= now:
-            lease = heapq.heappop(self._heap)[2]
+        while (lease := self._due.pop(now)) is not None:
             is_current = self.by_key.get(lease.key) is lease
-            if not lease.waiters or not (is_current or self._void.get(lease.token) is lease):
-                continue
             if lease.expires_at <= now:
                 if is_current:
                     self._forget(lease)
@@ -217,7 +213,7 @@ class LeaseTable:
                 for waiter in gone:
                     self._again(waiter, now)
             if lease.waiters:
-                self._watch(min(lease.expires_at, *(each.until for each in lease.waiters)), lease)
+                self._due.set(lease, min(lease.expires_at, *(each.until for each in lease.waiters)))
             elif not is_current:
                 del self._void[lease.token]
 
@@ -226,23 +222,9 @@ class LeaseTable:
         leases = [*self.by_key.values(), *self._void.values()]
         for each in (self.by_key, self._void, self._tagged, self._lost_tags):
             each.clear()
-        self._heap.clear()
+        self._due.clear()
         for lease in leases:
             yield from self.empty(lease)
-
-    def _watch(self, when: float, lease: Lease) -> None:
-        if len(self._heap) > 2 * self._waiting + 64:
-            # Leftovers of leases that ended well: every lease that somebody waits for is put in once, and no other.
-            waited_for = [each for each in (*self.by_key.values(), *self._void.values()) if each.waiters]
-            self._heap = [
-                (min(each.expires_at, *(waiter.until for waiter in each.waiters)), next(self._numbers), each)
-                for each in waited_for
-            ]
-            heapq.heapify(self._heap)
-        else:
-            heapq.heappush(self._heap, (when, next(self._numbers), lease))
-        if self._heap[0][0] >= when:
-            self._on_due(self._heap[0][0])
 
     def _forget(self, lease: Lease) -> None:
         del self.by_key[lease.key]

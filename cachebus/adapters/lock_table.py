@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 from typing import Any
 
-from cachebus.actors.ports import SYSTEM_CLOCK, Clock, LockListener
+from cachebus.actors.ports import SYSTEM_CLOCK, Clock, LockListener, TimerQueue
 from cachebus.messages import (
     AcquireLock,
     CapabilityError,
@@ -60,8 +58,7 @@ class LockTable:
         self._last_token = 0
         self._since = math.inf
         self._lost: dict[str, int] = {}  # The last token of each lock with which somebody lost it.
-        self._heap: list[tuple[float, int, str, _Held]] = []
-        self._numbers = itertools.count()
+        self._ends: TimerQueue[str] = TimerQueue()
 
     def __repr__(self) -> str:
         waiting = sum(map(len, self._queues.values()))
@@ -83,20 +80,15 @@ class LockTable:
 
     def next_expiry(self) -> float | None:
         """As `InlineLockStore.next_expiry`."""
-        heap = self._heap
-        while heap and self._held.get(heap[0][2]) is not heap[0][3]:
-            heapq.heappop(heap)
-        return heap[0][0] if heap else None
+        due = self._ends.due()
+        return None if due == math.inf else due
 
     def sweep(self) -> None:
         """As `InlineLockStore.sweep`."""
         now = self._now()
-        while (due := self.next_expiry()) is not None and due <= now:
-            _, _, name, held = heapq.heappop(self._heap)
-            if held.expires_at > now:
-                self._watch(name, held)  # Renewed since.
-            elif self._holder(name, now) is None:
-                self._pass_on(name, now)
+        while (name := self._ends.pop(now)) is not None:
+            self._holder(name, now)
+            self._pass_on(name, now)
 
     def _acquire(self, request: AcquireLock) -> Reply:
         name, ticket, now = request.name, request.ticket, self._now()
@@ -107,7 +99,7 @@ class LockTable:
             return self._grant(request, now)
         if held.ticket == ticket:
             held.expires_at = now + request.ttl
-            self._watch(name, held)
+            self._ends.set(name, held.expires_at)
             return LockGranted(held.token, request.ttl)
         remaining = held.expires_at - now
         if request.wait <= 0:
@@ -127,14 +119,14 @@ class LockTable:
         if held.ticket != request.ticket:
             raise LockNotOwned(name=request.name, owner=held.owner)
         held.expires_at = now + request.ttl
-        self._watch(request.name, held)
+        self._ends.set(request.name, held.expires_at)
         return Renewed(request.ttl)
 
     def _release(self, request: ReleaseLock) -> Reply:
         name, now = request.name, self._now()
         held = self._holder(name, now)
         if held is not None and held.ticket == request.ticket:
-            del self._held[name]
+            self._drop(name)
             if request.token != held.token and not (request.abandon or request.unclaimed):
                 self._note_loss(name, held.token)  # It was taken from its holder.
             self._pass_on(name, now)
@@ -162,12 +154,16 @@ class LockTable:
         """Who holds a lock now. Whose time is up loses it here."""
         held = self._held.get(name)
         if held is not None and held.expires_at <= now:
-            del self._held[name]
+            self._drop(name)
             self._note_loss(name, held.token)
             if self.told is not None:
                 self.told.expired(name, held.owner, held.token)
             return None
         return held
+
+    def _drop(self, name: str) -> None:
+        del self._held[name]
+        self._ends.discard(name)
 
     def _note_loss(self, name: str, token: int) -> None:
         if len(self._lost) >= self._max_locks and name not in self._lost:
@@ -196,7 +192,7 @@ class LockTable:
         self._last_token = token = max(self._last_token + 1, int(self._clock.wall() * 1e6))
         self._since = min(self._since, token)
         held = self._held[request.name] = _Held(request.ticket, request.owner, token, now + request.ttl)
-        self._watch(request.name, held)
+        self._ends.set(request.name, held.expires_at)
         return LockGranted(token, request.ttl)
 
     def _leave(self, name: str, ticket: str) -> bool:
@@ -206,11 +202,3 @@ class LockTable:
         if not queue:
             del self._queues[name]
         return True
-
-    def _watch(self, name: str, held: _Held) -> None:
-        if len(self._heap) > 2 * len(self._held) + 64:
-            # Leftovers of locks that were given back, or renewed.
-            self._heap = [(each.expires_at, next(self._numbers), name, each) for name, each in self._held.items()]
-            heapq.heapify(self._heap)
-        else:
-            heapq.heappush(self._heap, (held.expires_at, next(self._numbers), name, held))

@@ -10,11 +10,11 @@ so that nothing adds up, however high the rate. `redis_rates` says the same in L
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cachebus.actors.ports import TimerQueue
 from cachebus.messages import Admit, Admitted, BadMessage, RateLimitDenied
 
 CLOCK_BACK = 2_000_000
@@ -98,9 +98,8 @@ class MeterTable:
         self._now = now
         self._on_due = on_due
         self._most = most
-        self._meters: dict[str, tuple[Meter, float]] = {}
-        # Each key once, with a time at which it was to be at 0; it may have been used since.
-        self._heap: list[tuple[float, str]] = []
+        self._meters: dict[str, Meter] = {}
+        self._empty: TimerQueue[str] = TimerQueue()
 
     def __len__(self) -> int:
         return len(self._meters)
@@ -112,50 +111,29 @@ class MeterTable:
         """The verb of `Admit`."""
         check_admit(request)
         now, kept = self._now(), self._meters.get(request.key)
-        reply, meter = admit(request, None if kept is None else kept[0], microseconds(now))
+        reply, meter = admit(request, kept, microseconds(now))
         if meter is None:
             return reply
         if kept is None:
-            while len(self._meters) >= self._most:
-                self._make_room()
+            while len(self._meters) >= self._most and (first := self._empty.pop(math.inf)) is not None:
+                del self._meters[first]
         # To the whole second, so that thousands of limits need no more than one sweep a second.
         empty = math.ceil(now + reply.reset_after)
-        self._meters[request.key] = (meter, empty)
-        if kept is None:
-            heapq.heappush(self._heap, (empty, request.key))
-            if self._heap[0][0] == empty:
-                self._on_due(empty)
+        self._meters[request.key] = meter
+        if self._empty.set(request.key, empty):
+            self._on_due(empty)
         return reply
 
     def due(self) -> float:
         """When to call `sweep` next; infinity while there are no meters."""
-        return self._heap[0][0] if self._heap else math.inf
+        return self._empty.due()
 
     def sweep(self, limit: int) -> None:
         """Forget what is at 0 again, looking at no more than `limit` meters."""
-        now = self._now()
-        while self._heap and self._heap[0][0] <= now and limit > 0:
-            limit -= 1
-            key = self._heap[0][1]
-            empty = self._meters[key][1]
-            if empty <= now:
-                self._drop_first()
-            else:
-                heapq.heapreplace(self._heap, (empty, key))
+        for key in self._empty.expire(self._now(), limit):
+            del self._meters[key]
 
     def clear(self) -> None:
         """Forget everything."""
         self._meters.clear()
-        self._heap.clear()
-
-    def _make_room(self) -> None:
-        while True:
-            noted, key = self._heap[0]
-            empty = self._meters[key][1]
-            if empty <= noted:
-                self._drop_first()
-                return
-            heapq.heapreplace(self._heap, (empty, key))
-
-    def _drop_first(self) -> None:
-        del self._meters[heapq.heappop(self._heap)[1]]
+        self._empty.clear()

@@ -9,6 +9,8 @@ from .event_policy import EventPolicy, KeyForm, shares
 from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .subscription import Audience, Subscription, event_kinds
+from .timer_queue import TimerQueue
+from .timers import LoopTimers, Timer, running_timers
 from .tracing import current_trace, turn_trace, use_trace
 
 __all__ = [
@@ -24,12 +26,15 @@ __all__ = [
     "EventPolicy",
     "KeyForm",
     "LocalBus",
+    "LoopTimers",
     "Port",
     "Recipient",
     "Subscription",
     "SystemClock",
     "TaskPort",
     "ThreadPort",
+    "Timer",
+    "TimerQueue",
     "Turn",
     "Visibility",
     "check_budget",
@@ -40,6 +45,7 @@ __all__ = [
     "open_port",
     "origin",
     "running_loop",
+    "running_timers",
     "settled",
     "shares",
     "too_late",

@@ -214,6 +214,8 @@ def _malformed(text: str) -> str:
 
 def _plain(held: Any) -> Any:
     """Turn into what msgspec knows what it does not know. Raises `Unfit`."""
+    if isinstance(held, str):
+        return str(held)  # Such as an address, which is a kind of `str`.
     if isinstance(held, Mapping):
         return dict(cast("Mapping[str, Any]", held))
     if isinstance(held, str):

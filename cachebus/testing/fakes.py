@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from operator import itemgetter
 from typing import Any
 
 from cachebus.actors.ports import SYSTEM_CLOCK, BatchStore, Clock, Gauges, InlineStore
 from cachebus.adapters.chaos import ChaosStore
 from cachebus.adapters.null import NullStore
-from cachebus.bus import Address, Audience, Deferred
+from cachebus.bus import Address, Audience, Deferred, TimerQueue
 from cachebus.bus.codec import MSGPACK, decode, encode
 from cachebus.messages import CacheError, Event, Failed, Message, Reply, Request
 
 from .suite.base import carry_out
 
-__all__ = ["ChaosStore", "CodecStore", "NullStore", "RecordingContext"]
+__all__ = ["ChaosStore", "CodecStore", "ManualTimers", "NullStore", "RecordingContext"]
 
 
 class CodecStore:
@@ -61,12 +60,54 @@ class CodecStore:
         return decode(encode(message, self._content_type), self._content_type)
 
 
+class ManualTimer:
+    """A callback that a test fires, unless it was cancelled."""
+
+    def __init__(self, callback: Callable[[], Any], cancel: Callable[[ManualTimer], None]) -> None:
+        self.callback = callback
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Do not call back."""
+        self._cancel(self)
+
+
+class ManualTimers:
+    """The `Timers` of a test: `fire` calls back what is due by the clock."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._now = clock.monotonic
+        self._queue: TimerQueue[ManualTimer] = TimerQueue()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def due(self) -> float:
+        """The instant at which the first is due; infinity if there is none."""
+        return self._queue.due()
+
+    def call_at(self, when: float, callback: Callable[[], Any]) -> ManualTimer:
+        """As `Timers.call_at`."""
+        timer = ManualTimer(callback, self._queue.discard)
+        self._queue.set(timer, when)
+        return timer
+
+    def call_after(self, delay: float, callback: Callable[[], Any]) -> ManualTimer:
+        """As `Timers.call_after`."""
+        return self.call_at(self._now() + delay, callback)
+
+    def fire(self) -> None:
+        """Call back what is due, in order, and what becomes due by that."""
+        while (timer := self._queue.pop(self._now())) is not None:
+            timer.callback()
+
+
 class RecordingContext:
     """A context for calling an actor's handlers without a bus. It remembers what the actor did with it.
 
     `emitted` are the events, `sent` the messages to itself with their delays that it has not called
-    off, `called_off` how many it has, `deferred` the replies that it promised, `calls` the functions that it wants called and when, `beside` its work
-    beside the turns. It listens to `kinds` of events; to all if none is named.
+    off, `deferred` the replies that it promised, `timers` the callbacks that it has armed, `beside` its work beside the
+    turns. It listens to `kinds` of events; to all if none is named.
     """
 
     def __init__(self, *kinds: type[Event], address: str = "test", clock: Clock = SYSTEM_CLOCK) -> None:
@@ -79,8 +120,7 @@ class RecordingContext:
         self.traces: list[str | None] = []
         self.emitted: list[Event] = []
         self.sent: list[tuple[float, Message]] = []
-        self.called_off = 0
-        self.calls: list[tuple[float, Callable[[], None]]] = []
+        self.timers = ManualTimers(clock)
         self.beside: list[Callable[[], Awaitable[None]]] = []
         self.deferred: list[Deferred] = []
         # Kept, because an audience forgets a listener that is gone.
@@ -103,34 +143,11 @@ class RecordingContext:
         self.deferred.append(deferred)
         return deferred
 
-    def send_after(self, delay: float, message: Message) -> Callable[[], None]:
+    def send_after(self, delay: float, message: Message) -> ManualTimer:
         """Remember a message that the actor wants back later; the test hands it over."""
         entry = (delay, message)
         self.sent.append(entry)
-
-        def call_off() -> None:
-            self.called_off += 1
-            if entry in self.sent:
-                self.sent.remove(entry)
-
-        return call_off
-
-    def call_after(self, delay: float, function: Callable[[], None]) -> Callable[[], None]:
-        """Remember a function that the actor wants called later; `ring` calls what is due."""
-        entry = (self.clock.monotonic() + delay, function)
-        self.calls.append(entry)
-
-        def call_off() -> None:
-            if entry in self.calls:
-                self.calls.remove(entry)
-
-        return call_off
-
-    def ring(self) -> None:
-        """Call what is due by the clock, in order, and what becomes due by that."""
-        while due := sorted((each for each in self.calls if each[0] <= self.clock.monotonic()), key=itemgetter(0)):
-            self.calls.remove(due[0])
-            due[0][1]()
+        return ManualTimer(lambda: None, lambda timer: self.sent.remove(entry) if entry in self.sent else None)
 
     def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
         """Remember work that the actor wants done beside its turns; the test awaits it."""

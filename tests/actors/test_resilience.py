@@ -130,7 +130,7 @@ class Stage:
                     await checkpoint()
                 if not result:
                     self.clock.advance(0.01)
-                    self.ctx.ring()
+                    self.ctx.timers.fire()
         return result[0]
 
     def events(self, *kinds: type[Event]) -> list[type[Event]]:
@@ -416,7 +416,7 @@ async def test_many_calls_that_hang_are_all_given_up_at_their_time() -> None:
         while len(stage.store.asked) < 50:
             await checkpoint()
         stage.clock.advance(0.5)
-        stage.ctx.ring()
+        stage.ctx.timers.fire()
     assert done == [pytest.approx(0.5)] * 50
     assert stage.guard.statistics().current_timeout < 2.0, "they hang together and count once"
 
@@ -592,7 +592,7 @@ async def test_who_waits_for_a_batch_goes_on_when_it_is_given_up() -> None:
     pause = stage.guard.pause(1)
     assert pause is not None
     stage.clock.advance(0.5)
-    stage.ctx.ring()
+    stage.ctx.timers.fire()
     await pause.wait()
     assert stage.guard.pause(1) is None
 
@@ -627,7 +627,7 @@ async def test_batches_that_strike_together_are_one_failure() -> None:
     for name in "abcdefgh":
         await stage.guard.submit(store, [Get(name)], None, lambda replies: None)
     stage.clock.advance(0.5)
-    stage.ctx.ring()
+    stage.ctx.timers.fire()
     statistics = stage.guard.statistics()
     assert (statistics.failure_count, statistics.state, statistics.in_flight) == (1, "closed", 0)
 
@@ -638,7 +638,7 @@ async def test_what_our_own_loop_slept_through_is_not_the_stores_failure() -> No
     told: list[Sequence[Reply]] = []
     assert stage.guard.submit_at_once(store, [Get("a")], told.append)
     stage.clock.advance(3.0)
-    stage.ctx.ring()
+    stage.ctx.timers.fire()
     assert told == []
     store.open_replies.pop()([HIT])
     assert told == [[HIT]]
@@ -651,7 +651,7 @@ async def test_a_reply_that_comes_too_late_is_dropped() -> None:
     told: list[Sequence[Reply]] = []
     await stage.guard.submit(store, [Get("a")], None, told.append)
     stage.clock.advance(0.5)
-    stage.ctx.ring()
+    stage.ctx.timers.fire()
     store.open_replies.pop()([HIT])
     assert [failures(each) for each in told] == [[CacheTimeoutError]]
 
@@ -665,7 +665,7 @@ async def test_a_batch_that_cannot_even_be_sent_is_given_up_and_answered() -> No
         while not store.asked:
             await checkpoint()
         stage.clock.advance(0.5)
-        stage.ctx.ring()
+        stage.ctx.timers.fire()
     assert [failures(each) for each in told] == [[CacheTimeoutError]]
     assert stage.guard.statistics().in_flight == 0
 

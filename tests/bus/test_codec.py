@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cachebus.bus import Address
 from cachebus.bus.codec import JSON, MSGPACK, decode, encode
 from cachebus.bus.codec_values import MAX_DEPTH
 from cachebus.messages import (
@@ -35,6 +36,7 @@ from cachebus.messages import (
     Message,
     Missing,
     Overloaded,
+    Pong,
     RemovalCause,
     Reply,
     Set,
@@ -245,6 +247,12 @@ def test_a_key_that_is_an_enum_goes_as_its_string(content_type: str) -> None:
     message = GetMany((RemovalCause.SIZE, "other"))
     back = decode(encode(message, content_type), content_type)
     assert repr(back) == repr(GetMany(("size", "other")))
+
+
+@BOTH
+def test_an_address_goes_as_its_string(content_type: str) -> None:
+    back = decode(encode(Pong(Address("backend.primary")), content_type), content_type)
+    assert repr(back) == repr(Pong("backend.primary"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ClassVar, TypeVar
 
 from cachebus import Cache, CacheError, LoadResult
-from cachebus.actors import BackendActor, Supervisor
+from cachebus.actors import BackendActor, Supervisor, Timer
 from cachebus.actors.cell import Cell
 from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import Address, Emitter, LocalBus
@@ -193,14 +193,19 @@ class Line:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def call_after(self, delay: float, function: Callable[[], None]) -> object:
+    def call_at(self, when: float, callback: Callable[[], Any]) -> Timer:
+        loop = asyncio.get_running_loop()
+
         def call() -> None:
             if self.paused_until > self.clock.monotonic():
-                asyncio.get_running_loop().call_later(self.paused_until - self.clock.monotonic(), call)
+                loop.call_later(self.paused_until - self.clock.monotonic(), call)
             elif not self.crashed:
-                function()
+                callback()
 
-        return asyncio.get_running_loop().call_later(delay, call)
+        return loop.call_at(when, call)
+
+    def call_after(self, delay: float, callback: Callable[[], Any]) -> Timer:
+        return self.call_at(self.clock.monotonic() + delay, callback)
 
     def close(self) -> None:
         for task in self._tasks:
@@ -219,7 +224,7 @@ class LineLink(Link):
         self.epoch = line.clock.wall() - line.clock.monotonic()
         self.emitter = Emitter(line.bus, "sim")
         self.failures = Failures("raise", self.emitter)
-        self.call_after = line.call_after
+        self.timers = line
         self.turn_get = self.turn_set = self.turn_lease = lambda message: None
 
 

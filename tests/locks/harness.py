@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from cachebus.actors import LockManager
 from cachebus.adapters.lock_table import LockTable
 from cachebus.bus import Deferred
 from cachebus.messages import CacheError, Event, Failed, Message, Reply, Sweep
-from cachebus.testing.fakes import RecordingContext
+from cachebus.testing.fakes import ManualTimer, RecordingContext
 from tests.clock import ManualClock
 
 
@@ -34,17 +33,10 @@ class TimedContext(RecordingContext):
 
     def __init__(self, clock: ManualClock, *kinds: type[Event]) -> None:
         super().__init__(*kinds, clock=clock)
-        self.due: list[tuple[float, Message]] = []
+        self.due: list[Message] = []
 
-    def send_after(self, delay: float, message: Message) -> Callable[[], None]:
-        entry = (self.clock.monotonic() + delay, message)
-        self.due.append(entry)
-
-        def call_off() -> None:
-            if entry in self.due:
-                self.due.remove(entry)
-
-        return call_off
+    def send_after(self, delay: float, message: Message) -> ManualTimer:
+        return self.timers.call_after(delay, lambda: self.due.append(message))
 
 
 class Managed:
@@ -80,14 +72,11 @@ class Managed:
     def advance(self, seconds: float) -> None:
         """Let time pass, and call the manager back whenever it wants to be."""
         until = self.clock.monotonic() + seconds
-        while self.context.due and min(self.context.due, key=_when)[0] <= until:
-            entry = min(self.context.due, key=_when)
-            self.context.due.remove(entry)
-            self.clock.advance(max(0.0, entry[0] - self.clock.monotonic()))
-            assert isinstance(entry[1], Sweep)
-            self.manager.on_sweep(entry[1])
+        while (due := self.context.timers.due()) <= until:
+            self.clock.advance(max(0.0, due - self.clock.monotonic()))
+            self.context.timers.fire()
+            while self.context.due:
+                message = self.context.due.pop(0)
+                assert isinstance(message, Sweep)
+                self.manager.on_sweep(message)
         self.clock.advance(until - self.clock.monotonic())
-
-
-def _when(entry: tuple[float, Message]) -> float:
-    return entry[0]

@@ -13,7 +13,6 @@ import pytest
 
 import cachebus.settings  # noqa: F401 (which blocks, as an import does, if a test is the first to open a cache)
 from cachebus import Cache, CacheClosed, CacheError, CacheKeyError, CapabilityError, open_cache
-from cachebus.lock_ways import PER_LEASE
 from cachebus.locks import Lock
 from cachebus.messages import (
     CacheTimeoutError,
@@ -24,6 +23,7 @@ from cachebus.messages import (
     ReleaseLock,
     RenewLock,
 )
+from cachebus.renewals import PER_LEASE
 from tests.clock import ManualClock
 
 pytestmark = pytest.mark.anyio

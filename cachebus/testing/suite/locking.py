@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import anyio
 import pytest
 
-from cachebus.actors import Alarm, LockManager, LockStore, Supervisor
-from cachebus.bus import SYSTEM_CLOCK, Clock, LocalBus
+from cachebus.actors import LockManager, LockStore, Supervisor
+from cachebus.bus import SYSTEM_CLOCK, Clock, LocalBus, running_timers
 from cachebus.messages import (
     AcquireLock,
     BadMessage,
@@ -58,12 +58,13 @@ ODD_NAMES = (
 async def managed(store: LockStore, clock: Clock = SYSTEM_CLOCK) -> AsyncGenerator[LockWay]:
     """The way to a lock manager over a store, in a bus of its own."""
     bus = LocalBus(clock=clock)
-    alarm = Alarm(clock)
-    async with Supervisor(bus) as supervisor, anyio.create_task_group() as tasks:
+    async with Supervisor(bus) as supervisor:
         await supervisor.start(LOCKS, lambda: LockManager(store))
-        tasks.start_soon(alarm.run)
-        yield LockWay(bus, LOCKS, 5.0, alarm.set)
-        tasks.cancel_scope.cancel()
+        timers = running_timers(clock)
+        try:
+            yield LockWay(bus, LOCKS, 5.0, timers)
+        finally:
+            timers.close()
 
 
 class LockConformance:

@@ -1,0 +1,296 @@
+"""Timers: functions that are called back on an event loop when they are due, one queue for each loop.
+
+Whatever the number of timers, the loop has one timer of its own: the one for the first that is due. What is armed or
+cancelled on another thread, or by a finalizer in the middle of the queue's own work, is appended to a deque and taken
+over by the loop. No lock is held, so neither can wait for the other:
+
+    loop                                    another thread
+    ----                                    --------------
+    take over what is in the deque          append to the deque
+    arm the loop's timer, note for when     due before what is noted: wake the loop
+    look into the deque once more
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from asyncio import _get_running_loop
+from collections import deque
+from collections.abc import Callable
+from contextvars import Context
+from threading import get_ident
+from typing import Any
+
+from .clock import SYSTEM_CLOCK, Clock, SystemClock
+from .tasks import spawn
+from .timer_queue import TimerQueue
+
+logger = logging.getLogger("cachebus.bus")
+
+_BACKLOG = 1000
+"""Changes by other threads that may wait for the loop's next turn, before it is woken to take them over."""
+
+_LONGEST = 86400.0
+"""Seconds for which the loop's timer is armed at most; then it is armed again."""
+
+_LOGGED = 100
+"""Kinds of failures of callbacks that are logged, at most; the others are counted."""
+
+
+class Timer:
+    """A function that will be called back at `when`, unless it is cancelled."""
+
+    __slots__ = ("_loop", "_owner", "callback", "when")
+
+    def __init__(self, loop: _LoopQueue | None, owner: LoopTimers, when: float, callback: Callable[[], Any]) -> None:
+        self._loop = loop
+        self._owner = owner
+        self.when = when
+        self.callback: Callable[[], Any] | None = callback
+
+    def __repr__(self) -> str:
+        return f"<Timer at {self.when:g} s{', over' if self.callback is None else ''}>"
+
+    def cancel(self) -> None:
+        """Do not call back. From any thread; once it was called back or cancelled, this does nothing."""
+        if self.callback is not None:
+            self.callback = None
+            if self._loop is not None:
+                self._loop.change(self)
+
+
+class LoopTimers:
+    """The timers that one owner has on an event loop, with times on `clock.monotonic`. Implements `Timers`.
+
+    `start` binds them to the running loop. Before that, and after `close`, nothing is called back. All owners on a
+    loop share one queue; only those whose clock is not the system's have one of their own. A callback must not wait.
+    What it raises is logged, once for each kind, and counted in `failures`.
+    """
+
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
+        self._now = clock.monotonic
+        self._loop: _LoopQueue | None = None
+        self.open = False
+        self.failures = 0
+
+    def __repr__(self) -> str:
+        return f"<LoopTimers {'open' if self.open else 'closed'}, {len(self)} armed>"
+
+    def __len__(self) -> int:
+        return 0 if self._loop is None else self._loop.count(self)
+
+    def start(self) -> None:
+        """Begin, on the event loop that runs in this thread."""
+        self._loop = _queue_of_running_loop(self._clock)
+        self.open = True
+
+    def call_at(self, when: float, callback: Callable[[], Any]) -> Timer:
+        """Call `callback` when `clock.monotonic` has reached `when`. From any thread, finalizers included."""
+        if when != when:
+            raise ValueError(f"a timer needs an instant, not {when!r}")
+        loop = self._loop
+        timer = Timer(loop, self, when, callback)
+        if loop is None or not self.open:
+            timer.callback = None
+        else:
+            loop.change(timer)
+        return timer
+
+    def call_after(self, delay: float, callback: Callable[[], Any]) -> Timer:
+        """As `call_at`, `delay` seconds from now."""
+        return self.call_at(self._now() + delay, callback)
+
+    def close(self) -> None:
+        """Cancel everything. Safe to call twice, and on any thread."""
+        self.open = False
+        if self._loop is not None:
+            self._loop.drop_closed()
+
+    def forked(self) -> None:
+        """Become unusable in the child of a fork, whose loop stayed behind."""
+        self.open = False
+        self._loop = None
+
+
+class _LoopQueue:
+    """The timers of one event loop. Other threads may call `change` and `drop_closed`."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._now = clock.monotonic
+        self._thread = get_ident()
+        self._queue: TimerQueue[Timer] = TimerQueue()
+        self._changed: deque[Timer] = deque()
+        self._busy = False
+        self._waking = False
+        self._drops = False
+        self._armed_for = math.inf
+        self._disarm: Callable[[], object] = _nothing
+        self._logged: set[tuple[object, type[Exception]]] = set()
+        self._asyncio = _get_running_loop()
+        self._call_soon: Callable[[Callable[[], object]], object]
+        if self._asyncio is not None:
+            self._call_soon = self._asyncio.call_soon_threadsafe
+        else:
+            import trio
+
+            self._trio = trio.lowlevel.current_trio_token()
+            self._call_soon = self._trio.run_sync_soon
+
+    def running_here(self) -> bool:
+        """Whether this thread runs the loop."""
+        if get_ident() != self._thread:
+            return False
+        if self._asyncio is not None:
+            return _get_running_loop() is self._asyncio
+        import trio
+
+        try:
+            return trio.lowlevel.current_trio_token() is self._trio
+        except RuntimeError:
+            return False
+
+    def count(self, owner: LoopTimers) -> int:
+        """How many timers an owner has; on the loop's own thread."""
+        self._settle()
+        return sum(each._owner is owner for each in self._queue)
+
+    def change(self, timer: Timer) -> None:
+        """Take over a timer that was armed or cancelled."""
+        self._changed.append(timer)
+        if get_ident() == self._thread:
+            self._settle()
+        elif timer.when < self._armed_for or len(self._changed) > _BACKLOG:
+            self._wake()
+
+    def drop_closed(self) -> None:
+        """Forget the timers of owners that were closed."""
+        self._drops = True
+        if get_ident() == self._thread:
+            self._settle()
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waking:
+            return
+        self._waking = True
+        try:
+            self._call_soon(self._settle)
+        except RuntimeError:
+            # The loop is closed, and nothing is called back any more.
+            self._changed.clear()
+            self._waking = False
+
+    def _settle(self) -> None:
+        """Take over what has changed, and arm the loop's timer for the first that is due."""
+        if self._busy:
+            return  # Further down this stack it is looked at once more.
+        while True:
+            self._busy = True
+            try:
+                self._waking = False
+                while self._changed:
+                    timer = self._changed[0]
+                    if timer.callback is None:
+                        self._queue.discard(timer)
+                    elif timer._owner.open:
+                        self._queue.set(timer, timer.when)
+                    self._changed.popleft()
+                if self._drops:
+                    self._drop()
+                if (due := self._queue.due()) < self._armed_for:
+                    self._arm(due)
+            finally:
+                self._busy = False
+            if not self._changed and not self._drops:
+                return
+
+    def _drop(self) -> None:
+        self._drops = False
+        for timer in [each for each in self._queue if not each._owner.open]:
+            timer.callback = None
+            self._queue.discard(timer)
+        if not self._queue:
+            self._disarm()
+            self._armed_for, self._disarm = math.inf, _nothing
+
+    def _arm(self, due: float) -> None:
+        delay = min(max(due - self._now(), 0.0), _LONGEST)
+        disarm: Callable[[], object]
+        try:
+            # In a context of its own: that of whoever armed it holds a trace, and much else.
+            if self._asyncio is not None and isinstance(self._clock, SystemClock):
+                disarm = self._asyncio.call_later(delay, self._fire, due, context=Context()).cancel
+            else:
+                disarm = Context().run(self._sleep, due, self._now() + delay)
+        except RuntimeError:
+            self._queue.clear()  # The loop is closed, as in `_wake`.
+            return
+        self._disarm()
+        self._armed_for, self._disarm = due, disarm
+
+    def _sleep(self, due: float, until: float) -> Callable[[], None]:
+        async def sleep() -> None:
+            await self._clock.sleep_until(until)
+            self._fire(due)
+
+        return spawn(sleep, _nothing)
+
+    def _fire(self, due: float) -> None:
+        if due == self._armed_for:
+            self._armed_for, self._disarm = math.inf, _nothing
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            # What a callback arms for now waits in the deque, so that others on the loop have their turn.
+            for timer in self._queue.expire(self._now()):
+                self._call(timer)
+        finally:
+            self._busy = False
+            self._settle()
+
+    def _call(self, timer: Timer) -> None:
+        callback, timer.callback = timer.callback, None
+        if callback is None or not timer._owner.open:
+            return
+        try:
+            callback()
+        except Exception as error:
+            timer._owner.failures += 1
+            function = getattr(callback, "func", callback)
+            kind = (getattr(function, "__code__", type(function)), type(error))
+            if kind not in self._logged and len(self._logged) < _LOGGED:
+                self._logged.add(kind)
+                logger.exception("the callback of a timer failed")
+
+
+class _Here(threading.local):
+    queue: _LoopQueue | None = None
+
+
+_here = _Here()
+
+
+def _queue_of_running_loop(clock: Clock) -> _LoopQueue:
+    if not isinstance(clock, SystemClock):
+        return _LoopQueue(clock)
+    queue = _here.queue
+    if queue is None or not queue.running_here():
+        queue = _here.queue = _LoopQueue(clock)
+    return queue
+
+
+def running_timers(clock: Clock = SYSTEM_CLOCK) -> LoopTimers:
+    """Timers on the event loop that runs in this thread."""
+    timers = LoopTimers(clock)
+    timers.start()
+    return timers
+
+
+def _nothing() -> None:
+    """There is nothing to disarm."""
