@@ -188,7 +188,7 @@ class CompatClient(Client):
         answered: Any = _Pong()
         answered.sent = now
         self.send(b"PING\r\n", sys.maxsize)
-        self._pongs.append(answered)
+        cast("list[Any]", self._pongs).append(answered)  # type: ignore[redundant-cast]
         return cast("asyncio.Future[Any]", answered)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
@@ -221,8 +221,8 @@ class _BatchParser(Parser):
     """Reads the server's side of the protocol, and hands over the messages of one read together."""
 
     def __init__(self, client: CompatClient) -> None:
-        super().__init__(client)
-        self._client = client
+        super().__init__(client)  # pyright: ignore[reportUnknownMemberType]
+        self._client: Any = client  # Whose private parts are used.
         self._rest = bytearray()
         self._needed = 0  # Bytes of the message that begins in the rest; 0 if its size is not known yet.
 
@@ -239,7 +239,7 @@ class _BatchParser(Parser):
             data = bytes(self._rest)
             self._rest = bytearray()
         client = self._client
-        sinks = client.sinks
+        sinks: dict[int, Sink] = client.sinks
         sink: Sink | None = None
         run: list[Delivery] = []  # Of one sink, that came one after the other.
         held = 0
@@ -281,13 +281,15 @@ class _BatchParser(Parser):
                         sink.take(run)
                     sink, run, held = found, [], 0
                     if found is None:
-                        await client._process_msg(  # pyright: ignore[reportPrivateUsage]
+                        await client._process_msg(
                             sid, words[1], reply, data[body + head : stop], data[body : body + head]
                         )
                         continue
                 held += stop - body
                 if len(run) >= found.pending_messages or held > found.pending_bytes:
-                    await client._error_cb(nats.errors.SlowConsumerError(words[1].decode(), reply.decode(), sid, None))  # type: ignore[arg-type]
+                    await client._error_cb(
+                        nats.errors.SlowConsumerError(words[1].decode(), reply.decode(), sid, client._subs[sid])
+                    )
                     continue
                 run.append(
                     Delivery(words[1].decode(), reply.decode(), data[body + head : stop], data[body : body + head])

@@ -265,8 +265,8 @@ class RemoteRecipient:
         while waiting and len(envelopes) < most:
             envelope = waiting[0]
             message, port = envelope.message, envelope.port
-            value = getattr(message, "value", None)
-            if value.__class__ is bytes:
+            value: Any = getattr(message, "value", None)
+            if type(value) is bytes:
                 size += len(value)
                 if size > limit and envelopes:
                     break

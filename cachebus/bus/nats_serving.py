@@ -85,7 +85,7 @@ class Responder:
         self._ages = ages
         self._age_now = age_clock(clock)
         self._inboxes = connection.options.inboxes
-        self._turns: dict[type[Message], Turn] = {}
+        self._turns: dict[type[Any], Turn] = {}
         self._idle: asyncio.Event = asyncio.Event()
 
     def take(self, delivery: Delivery) -> None:
@@ -120,6 +120,7 @@ class Responder:
         # Set in any case: what this task inherited is the trace of the code that opened the bus.
         token = turn_trace.set(trace)
         try:
+            message: Any
             for place, message in enumerate(messages):
                 if not one_budget:
                     left = budgets[place] - age
@@ -128,7 +129,7 @@ class Responder:
                     turn_trace.set(trace)
                 reply = self._reply(message, left)
                 if reply is None:
-                    self.recipient.post(Envelope(message, ReplySlot(batch, place), now + left, trace))  # type: ignore[arg-type]
+                    self.recipient.post(Envelope(message, ReplySlot(batch, place), now + left, trace))
                 elif isinstance(reply, Deferred):
                     reply.attach(ReplySlot(batch, place))
                 elif replies[place] is None:
@@ -142,14 +143,14 @@ class Responder:
 
     def _reply(self, message: Message | BadMessage, left: float) -> Reply | Deferred | None:
         """Take the recipient's turn for one request; `None` if it must be posted."""
-        kind = type(message)
-        turn = self._turns.get(kind)  # type: ignore[arg-type]
+        kind: type[Any] = type(message)
+        turn = self._turns.get(kind)
         if turn is None:
             if not isinstance(message, Request):
                 self.counters.bad_messages += 1
                 error = message if isinstance(message, BadMessage) else BadMessage(f"{message.WIRE_NAME} is no request")
                 return Failed.of(error)
-            turn = self._turns[kind] = self.recipient.turn(kind)  # type: ignore[index,arg-type]
+            turn = self._turns[kind] = self.recipient.turn(kind)
         if left <= 0.0:
             self.counters.requests_expired += 1
             return Failed.of(CacheTimeoutError("the call had no time left", self.address, 0.0))
