@@ -188,7 +188,7 @@ class CompatClient(Client):
         answered: Any = _Pong()
         answered.sent = now
         self.send(b"PING\r\n", sys.maxsize)
-        cast("list[Any]", self._pongs).append(answered)  # type: ignore[redundant-cast]
+        cast("list[Any]", self._pongs).append(answered)
         return cast("asyncio.Future[Any]", answered)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
