@@ -74,7 +74,7 @@ def _without_discriminators(schema: Any) -> Any:
         parts = cast("Schema", schema)
         return {name: _without_discriminators(each) for name, each in parts.items() if name != "discriminator"}
     if isinstance(schema, list):
-        several = cast("list[Any]", schema)
+        several: Any = schema  # pyright: ignore[reportUnknownVariableType]
         return [_without_discriminators(each) for each in several]
     return schema
 

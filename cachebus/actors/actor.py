@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,13 @@ class Actor:
         """A port to wait on before the next turn of the task, so that more than `waiting` messages can gather; or `None`.
 
         For actors whose batches cost about as much whatever is in them. The port must be answered soon, come what may.
+        """
+        return None
+
+    def repair(self) -> Collection[Deferred] | None:
+        """Put right what a turn left half done that was interrupted at any instruction, and return the replies that this
+        actor still owes; any others are answered as lost. `None`, the default, says that only a new incarnation puts it
+        right. That is no crash: it counts as no restart. May itself be interrupted, and is then called again.
         """
         return None
 

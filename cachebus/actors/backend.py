@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from threading import get_ident
 from typing import Any
 
@@ -174,6 +174,15 @@ class BackendActor(Actor):
         else:
             table.plain[WatchLease] = _refuse(self._store, WatchLease)
         return table
+
+    def repair(self) -> Collection[Deferred] | None:
+        if not isinstance(self._store, InlineStore):
+            return None  # What was being sent is not known: the connections are opened anew.
+        owed = self._store.repair()
+        self._sweep_at = float("inf")
+        if (due := self._store.next_expiry()) is not None:
+            self._due(due)
+        return owed
 
     def pause(self, waiting: int) -> TaskPort | None:
         if self._pipelined is None or self._guard is None or waiting >= self.max_batch:

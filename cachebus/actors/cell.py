@@ -1,8 +1,8 @@
 """The permanent part of an actor: its address, its mailbox and its turn. Lives of the actor come and go in it.
 
 One turn at a time, by a token. `list.pop` and `list.append` are atomic and take 30 ns where a `threading.Lock` takes
-140 ns, and nobody ever blocks for the token: who does not get it posts to the mailbox. Whoever gives it back looks
-into the mailbox *afterwards*, and whoever posts tries the token *afterwards*, so one of the two sees the message:
+140 ns. No caller blocks for the token: one that does not get it posts to the mailbox. A holder looks into the mailbox
+*after* it has given the token back, and a poster tries the token *after* it has posted, so one of the two sees the message:
 
     holder                          poster
     ------                          ------
@@ -10,12 +10,16 @@ into the mailbox *afterwards*, and whoever posts tries the token *afterwards*, s
     if mailbox: take the token      if the token is free: take it
       and serve, or wake the task     and serve, or wake the task
 
-The message is then served on the stack of whoever holds the token ("flat combining": Hendler et al., SPAA 2010) or,
-if its handler can wait, by the actor's task.
+The message is then served on the stack of the holder ("flat combining": Hendler et al., SPAA 2010) or, if its handler
+can wait, by the actor's task.
+
+A turn that is interrupted (see `turns.py`) does not give the token back. The next one that finds it gone takes the turn over
+and repairs what was left half done: the envelope that was being served, the actor, and the deferred replies that it lost.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -37,11 +41,18 @@ from cachebus.messages import (
 from .actor import Actor, BatchHandler, EagerHandler, Handlers, PlainHandler
 from .batches import BatchPort, alone, check_batch
 from .mailbox import STOP, Mailbox
-from .reentrancy import on_this_stack
+from .turns import TurnToken, is_interruption
 
-_TOKEN = object()
+logger = logging.getLogger("cachebus.actors")
+
 _COMBINE = 64  # Turns that one caller takes for others before the actor's task goes on with them.
 _TURNS_PER_CHECKPOINT = 128  # Turns of the actor's task without letting other tasks run.
+_LOOK_AGAIN = 0.05
+"""Seconds after which a message that waits for a turn looks whether the holder was interrupted."""
+
+
+class Renewal(Exception):
+    """Ends one life of an actor that an interrupted turn left in a state which only a new life puts right."""
 
 
 class Cell:
@@ -66,7 +77,7 @@ class Cell:
         self.timers = LoopTimers(clock)  # Started by the supervisor, whose event loop it is.
         self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]  # The supervisor's, who has the task group.
         self._inline_turns = inline_turns
-        self._token = [_TOKEN]
+        self._turn = TurnToken(self, _TURN_CODES)
         self._mailbox = Mailbox(address, emitter, clock, capacity)
         self._inline: dict[type[Message], PlainHandler] = {}
         self._handlers = Handlers()
@@ -75,6 +86,8 @@ class Cell:
         self._eager: dict[type[Message], EagerHandler] = {}
         self._turns: dict[type[Message], Turn] = {}
         self._wakes: list[Port] = []
+        self._serving: Envelope | None = None
+        self._looks_again = False
         self._crash: Exception | None = None
         self.stopping = False
         self._stopped = False
@@ -105,37 +118,38 @@ class Cell:
     def make_turn(self, kind: type[Message]) -> Turn:
         """As `turn`, which makes one for each kind."""
         # A closure over everything it needs: this is the hot path of a cache, and each lookup on self costs 10-20 ns.
-        mailbox, take, give, handler_of = self._mailbox, self._token.pop, self._token.append, self._inline.get
-        eager_of = self._eager.get
+        mailbox, free, handler_of, eager_of = self._mailbox, self._turn.free, self._inline.get, self._eager.get
 
         def take_turn(message: Message) -> Reply | Deferred | None:
             if mailbox:
                 return None
             try:
-                token = take()
-            except IndexError:
-                return None
-            try:
-                handler = handler_of(kind)
-                if handler is None:
-                    return None if (eager := eager_of(kind)) is None else eager(message)
-                reply = handler(message)
-                if reply is None:
-                    raise TypeError(f"the handler of {kind.__name__} returned None, not a reply")
-                return reply
-            except CacheError as error:
-                return Failed.of(error)
-            except Exception as error:
-                deferred = Deferred()
-                self._crashed(error, Envelope(message, deferred))
-                return deferred
-            except BaseException as error:
-                self._crashed(error)
-                raise
-            finally:
-                give(token)
+                try:
+                    token = free.pop()
+                except IndexError:
+                    return None
+                try:
+                    handler = handler_of(kind)
+                    if handler is not None:
+                        reply = handler(message)
+                        if reply is None:
+                            raise TypeError(f"the handler of {kind.__name__} returned None, not a reply")
+                    else:
+                        reply = None if (eager := eager_of(kind)) is None else eager(message)
+                except CacheError as error:
+                    reply = Failed.of(error)
+                except Exception as error:
+                    if is_interruption(error):
+                        raise
+                    reply = Deferred()
+                    self._crashed(error, Envelope(message, reply))
+                free.append(token)  # Not in a `finally`: whoever is interrupted leaves it to the next one.
                 if mailbox:
                     self._serve_mail()
+                return reply
+            except BaseException:
+                self._wake_up()
+                raise
 
         return take_turn
 
@@ -155,7 +169,7 @@ class Cell:
                 mailbox.refuse_all(self._ended)
 
     def obstacle_to_blocking(self) -> str | None:
-        if not self._token and on_this_stack(_TURN_CODES, self):
+        if self._turn.held_here():
             return "it was called from inside a turn of this very actor, by a weigher, a finalizer or the like"
         if not self._ended and (self._handlers.waiting or self._handlers.batch or not self._inline) and in_event_loop():
             return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
@@ -191,7 +205,14 @@ class Cell:
                 # Opened before looking, so that a wake-up between the look and the wait is not lost.
                 wake = open_port()
                 self._wakes[:] = [wake]
-                took = await self._take_turns()
+                self._turn.task = turns = self._take_turns()
+                try:
+                    took = await turns
+                except Exception as error:
+                    if not is_interruption(error):
+                        raise
+                    logger.warning("the task of actor %s was interrupted by %s", self.address, type(error).__name__)
+                    continue
                 if self._crash is not None:
                     for deferred in tuple(self._deferred):  # What this life has parked, no other knows.
                         deferred.answer(Failed.of(ActorFailed(address=self.address, reason=type(self._crash).__name__)))
@@ -224,7 +245,7 @@ class Cell:
 
     def forked(self) -> None:
         """Become unusable in the child of a fork: its loop, its task and the holder of its turn stayed behind."""
-        self._token[:] = [_TOKEN]
+        self._turn = TurnToken(self, _TURN_CODES)
         self._mailbox.clear()
         self._deferred.clear()
         self.timers.forked()
@@ -244,20 +265,26 @@ class Cell:
     def _serve_mail(self) -> None:
         """Serve the mailbox on this stack as far as plain handlers go, and leave the rest to the task."""
         turns = 0
-        while self._mailbox and self._inline:
-            # Not while a thread blocks in there: it may be the one whose loop the actor's task needs.
-            if turns and turns % _COMBINE == 0 and not self._mailbox.blocks_a_thread():
-                break
-            try:
-                token = self._token.pop()
-            except IndexError:
-                return  # Whoever holds it comes by here when it is given back.
-            try:
-                if not self._serve_one():
+        try:
+            while self._mailbox and self._inline:
+                # Not while a thread blocks in there: it may be the one whose loop the actor's task needs.
+                if turns and turns % _COMBINE == 0 and not self._mailbox.blocks_a_thread():
                     break
-            finally:
-                self._token.append(token)
-            turns += 1
+                try:
+                    token = self._turn.free.pop()
+                except IndexError:
+                    if self._reclaim():
+                        continue
+                    self._look_again()
+                    return  # The holder comes by here when it has given the token back.
+                served = self._serve_one()
+                self._turn.free.append(token)
+                if not served:
+                    break
+                turns += 1
+        except BaseException:
+            self._wake_up()
+            raise
         if self._mailbox:
             self._wake_up()
 
@@ -268,17 +295,73 @@ class Cell:
         handler = self._inline.get(type(self._mailbox[0].message))
         if handler is None:
             return False
-        envelope = self._mailbox.popleft()
-        if self._mailbox.worthwhile(envelope, self.clock.monotonic()):
+        envelope = self._take_out()
+        if envelope is not None and self._mailbox.worthwhile(envelope, self.clock.monotonic()):
             self._plain_turn(handler, envelope)
+        self._serving = None
         return True
 
-    async def _take_turns(self) -> bool:
-        """Serve the mailbox as the actor's task. `False` if somebody else has the turn."""
+    def _take_out(self) -> Envelope | None:
+        """The first message of the mailbox. It is noted before it is taken out, so that no interruption loses it."""
         try:
-            token = self._token.pop()
+            self._serving = self._mailbox[0]
+            envelope = self._serving = self._mailbox.popleft()
         except IndexError:
+            return None  # `end` has answered it.
+        return envelope
+
+    def _reclaim(self) -> bool:
+        """Take the turn over from a holder that was interrupted, put right what it left, and let the turn be free."""
+        if (token := self._turn.claim()) is None:
             return False
+        self._repair()
+        self._turn.free.append(token)
+        return True
+
+    def _repair(self) -> None:
+        """Put right what an interrupted turn left half done. May itself be interrupted, and is then done once more."""
+        envelope = self._serving
+        if envelope is not None and not (self._mailbox and self._mailbox[0] is envelope):
+            self._do_again(envelope, "interrupted")
+        self._serving = None
+        if self._crash is None and self._actor is not None:
+            try:
+                held = self._actor.repair()
+            except Exception as error:
+                if is_interruption(error):
+                    raise
+                self._crashed(error)
+                return
+            if held is None:
+                self._crash = Renewal("a turn was interrupted")
+            else:
+                lost = ActorFailed(address=self.address, reason="interrupted")
+                for deferred in self._deferred.difference(held):
+                    deferred.answer(Failed.of(lost))
+                    deferred.hand_over()
+        if self._crash is not None:
+            self._leave_to_the_task()
+            self._wake_up()
+
+    def _look_again(self) -> None:
+        """Come back soon to a message that waits for a turn: the holder may be interrupted without a word."""
+        if not self._looks_again:
+            self.timers.call_after(_LOOK_AGAIN, self._look)
+            self._looks_again = True
+
+    def _look(self) -> None:
+        self._looks_again = False
+        self._serve_mail()
+
+    async def _take_turns(self) -> bool:
+        """Serve the mailbox as the actor's task. `False` if another caller has the turn."""
+        try:
+            token = self._turn.free.pop()
+        except IndexError:
+            if not self._reclaim():
+                self._look_again()
+                return False
+            return True
         turns = 0
         assert self._actor is not None
         pause = self._actor.pause
@@ -287,7 +370,8 @@ class Cell:
                 if (hold := pause(len(self._mailbox))) is not None:
                     await hold.wait()
                     continue
-                envelope = self._mailbox.popleft()
+                if (envelope := self._take_out()) is None:
+                    break
                 if envelope.message is STOP:
                     self._stopped = True
                     break
@@ -297,19 +381,24 @@ class Cell:
                 if (plain := self._handlers.plain.get(kind)) is not None:
                     self._plain_turn(plain, envelope)
                 elif (batch := self._handlers.batch.get(kind)) is not None:
+                    self._serving = None  # Its turn answers it, whatever happens.
                     await self._batch_turn(
                         batch, self._mailbox.collect(envelope, batch, self._handlers.batch.get, self._actor)
                     )
                 elif (waiting := self._handlers.waiting.get(kind)) is not None:
+                    self._serving = None
                     await self._batch_turn(alone(waiting), [envelope], envelope.trace)
                 else:
                     refusal = f"{type(self._actor).__name__} at {self.address} has no handler of {kind.__name__}"
                     self._mailbox.answer(envelope, BadMessage(refusal))
                 turns += 1
+                self._serving = None
                 if turns % _TURNS_PER_CHECKPOINT == 0:
                     await checkpoint()
+            self._serving = None
         finally:
-            self._token.append(token)
+            if self._serving is None:  # Else a plain turn was interrupted, and the next one puts things right.
+                self._turn.free.append(token)
         return True
 
     def _plain_turn(self, handler: PlainHandler, envelope: Envelope) -> None:
@@ -319,11 +408,9 @@ class Cell:
         except CacheError as error:
             self._mailbox.answer(envelope, error)
         except Exception as error:
+            if is_interruption(error):
+                raise
             self._crashed(error, envelope)
-        except BaseException as error:
-            self._mailbox.answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
-            self._crashed(error)
-            raise
         finally:
             turn_trace.reset(token)
 
@@ -366,27 +453,33 @@ class Cell:
 
     # Crashes
 
-    def _crashed(self, error: BaseException, envelope: Envelope | None = None) -> None:
-        """End this life. The message goes to the next one if it may be done twice and was not tried before."""
-        # A KeyboardInterrupt is its thread's; to the actor, whose state may be torn, it is a crash like any other.
-        self._crash = error if isinstance(error, Exception) else RuntimeError(f"broken off by {type(error).__name__}")
+    def _crashed(self, error: Exception, envelope: Envelope | None = None) -> None:
+        """End this incarnation. The message goes to the next one if it may be done twice and was not tried before."""
+        self._crash = error
         self._leave_to_the_task()
         if envelope is not None:
-            message = envelope.message
-            if isinstance(message, Request) and message.IDEMPOTENT and not envelope.attempts:
-                envelope.attempts += 1
-                self._mailbox.appendleft(envelope)
-                if self._ended is not None:
-                    self._mailbox.refuse_all(self._ended)
-            else:
-                self._mailbox.answer(envelope, ActorFailed(address=self.address, reason=type(error).__name__))
+            self._do_again(envelope, type(error).__name__)
         self._wake_up()
 
+    def _do_again(self, envelope: Envelope, reason: str) -> None:
+        """Put a message back into the mailbox whose turn went wrong, or answer that it failed."""
+        message = envelope.message
+        if isinstance(message, Request) and message.IDEMPOTENT and not envelope.attempts:
+            envelope.attempts += 1
+            self._mailbox.appendleft(envelope)
+            if self._ended is not None:
+                self._mailbox.refuse_all(self._ended)
+        else:
+            self._mailbox.answer(envelope, ActorFailed(address=self.address, reason=reason))
+
     def _wake_up(self) -> None:
-        # Each wake-up is taken out by one: asking an answered port again costs more than the rest of posting.
+        # Each wake-up is taken out by one caller: asking an answered port again costs more than the rest of posting.
+        # Not before it is answered, so that an interruption between the two costs the next caller a look and no more.
         if self._wakes:
-            with suppress(IndexError):
-                self._wakes.pop().answer(None)
+            with suppress(IndexError, ValueError):
+                wake = self._wakes[0]
+                wake.answer(None)
+                self._wakes.remove(wake)
 
     def _leave_to_the_task(self) -> None:
         """Take no turns on the stacks of others from now on."""
@@ -394,6 +487,6 @@ class Cell:
         self._eager.clear()
 
 
-_TURN_CODES = {vars(Cell)[name].__code__ for name in ("_serve_mail", "_take_turns")} | {
+_TURN_CODES = {vars(Cell)[name].__code__ for name in ("_serve_mail", "_take_turns", "_reclaim")} | {
     each for each in Cell.make_turn.__code__.co_consts if hasattr(each, "co_code")
 }

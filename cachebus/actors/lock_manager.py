@@ -114,6 +114,11 @@ class LockManager(Actor):
         self._rooms.clear()
         await self._asking.close(places)
 
+    def repair(self) -> None:
+        # A new incarnation: callers that wait are asked to come again, and the store knows their places.
+        if self._inline is not None:
+            self._inline.repair()
+
     def handlers(self) -> Handlers:
         table = super().handlers()
         if self._inline is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
 from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred, TimerQueue, running_loop, running_timers
 from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
+
+from .turns import is_interruption
 
 __all__ = [
     "SYSTEM_CLOCK",
@@ -32,6 +34,7 @@ __all__ = [
     "Timers",
     "WatchfulStore",
     "WriteListener",
+    "is_interruption",
     "running_loop",
     "running_timers",
 ]
@@ -195,6 +198,11 @@ class InlineStore(Store, Protocol):
     on_removal: RemovalListener | None
     on_due: Callable[[float], None] | None
 
+    def repair(self) -> Collection[Deferred]:
+        """Put right what a verb left half done that was interrupted at any instruction, and return the replies that are
+        still owed. What was being written may be missing, and nothing is wrong. May be interrupted and called again."""
+        ...
+
     def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Reply] | None:
         """The function that carries out requests of one kind, or `None` if there is none. It raises `CacheError`s."""
 
@@ -256,6 +264,9 @@ class InlineLockStore(LockStore, Protocol):
 
     def next_expiry(self) -> float | None:
         """When the time of the next holder may be up, on the store's monotonic clock."""
+
+    def repair(self) -> None:
+        """Put right what was left half done by a call that was interrupted at any instruction."""
 
     def sweep(self) -> None:
         """Take their locks from holders whose time is up."""

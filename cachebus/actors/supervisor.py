@@ -25,7 +25,7 @@ from cachebus.messages import (
 )
 
 from .actor import Actor
-from .cell import Cell
+from .cell import Cell, Renewal
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup, TaskStatus
@@ -241,7 +241,7 @@ class Supervisor:
         clock = self.bus.clock
         crashes: deque[float] = deque()
         reason = ""
-        started = False
+        started = crashed = False
         while True:
             actor: Actor | None = None
             try:
@@ -258,14 +258,22 @@ class Supervisor:
                 await cell.live(actor)
                 cell.emit(ActorStopped(address=cell.address))
                 return
+            except Renewal:
+                reason, crashed = "interrupted", False
+                logger.warning("actor %s begins anew because a turn was interrupted", cell.address)
             except Exception as error:
                 if not started:
                     raise
-                reason = type(error).__name__
+                reason, crashed = type(error).__name__, True
                 logger.exception("actor %s crashed", cell.address)
             finally:
                 if actor is not None:
                     await self._farewell(cell, actor)
+            if not crashed:  # No fault of the actor's: it costs none of its restarts.
+                if cell.stopping:
+                    return
+                cell.emitter.renew()
+                continue
             now = clock.monotonic()
             crashes.append(now)
             while crashes[0] < now - self.policy.window:

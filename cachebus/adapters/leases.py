@@ -6,7 +6,7 @@ is under way, so that what was loaded before it is never stored after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 
 from cachebus.actors.ports import Deferred, TimerQueue
 from cachebus.messages import GetOrLease, Overloaded, Reply
@@ -66,7 +66,9 @@ class LeaseTable:
         self._max_tags = max_tags
         self.by_key: dict[str, Lease] = {}  # A store looks whether it is empty on each write.
         self._void: dict[str, Lease] = {}
-        self._waiting = 0
+        # Every caller that waits, until it is answered: what an interrupted turn cannot lose.
+        self._parked: dict[Waiter, None] = {}
+        self.granting: Lease | None = None  # The lease of which its caller has not been told yet.
         self._tagged: dict[str, set[str]] = {}
         # tag -> version of its last invalidation during a lease. What does not fit is said of all tags, by `_floor`.
         self._lost_tags: dict[str, float] = {}
@@ -78,7 +80,7 @@ class LeaseTable:
         return len(self.by_key)
 
     def __repr__(self) -> str:
-        return f"<LeaseTable {len(self.by_key)}/{self._max_leases} leases, {self._waiting}/{self._max_waiters} waiting>"
+        return f"<LeaseTable {len(self.by_key)}/{self._max_leases} leases, {len(self._parked)}/{self._max_waiters} waiting>"
 
     # Granting
 
@@ -97,7 +99,7 @@ class LeaseTable:
                 self._forget(lease)
             if len(self.by_key) >= self._max_leases:
                 raise Overloaded(f"{self._max_leases} keys are being loaded, which is the most", "", self._max_leases)
-        lease = Lease(request, version, now + request.lease_ttl)
+        lease = self.granting = Lease(request, version, now + request.lease_ttl)
         self.by_key[request.key] = lease
         for tag in request.tags:
             self._tagged.setdefault(tag, set()).add(request.key)
@@ -105,12 +107,12 @@ class LeaseTable:
 
     def has_room(self) -> bool:
         """Whether one more caller may wait."""
-        return self._waiting < self._max_waiters
+        return len(self._parked) < self._max_waiters
 
     def park(self, lease: Lease, waiter: Waiter) -> None:
         """Let a caller wait for what comes of a lease."""
+        self._parked[waiter] = None
         lease.waiters.append(waiter)
-        self._waiting += 1
         when = min(lease.expires_at, waiter.until)
         if self._due.set_earlier(lease, when):
             self._on_due(when)
@@ -152,11 +154,28 @@ class LeaseTable:
             return asked
         return next((each.token for each in self._void.values() if each.asked == asked), asked)
 
-    def empty(self, lease: Lease) -> list[Waiter]:
-        """Let nobody wait for a lease any more: hand over who does."""
+    def answer(self, waiter: Waiter, reply: Reply) -> None:
+        """Give a caller its answer."""
+        waiter.port.answer(reply)
+        self.forget(waiter)
+
+    def answer_all(self, lease: Lease, reply: Reply) -> None:
+        """Give all who wait for a lease the same answer."""
+        for waiter in self._empty(lease):
+            self.answer(waiter, reply)
+
+    def ask_again(self, lease: Lease, now: float) -> None:
+        """Have all who wait for a lease answered by the state of the store as it is now."""
+        for waiter in self._empty(lease):
+            self._again(waiter, now)
+
+    def forget(self, waiter: Waiter) -> None:
+        """Note that a caller does not wait any more."""
+        self._parked.pop(waiter, None)
+
+    def _empty(self, lease: Lease) -> list[Waiter]:
         self._due.discard(lease)
         waiters, lease.waiters = lease.waiters, []
-        self._waiting -= len(waiters)
         return waiters
 
     # Losing
@@ -203,13 +222,11 @@ class LeaseTable:
                     self._forget(lease)
                 else:
                     del self._void[lease.token]
-                for waiter in self.empty(lease):
-                    self._again(waiter, now)
+                self.ask_again(lease, now)
                 continue
             gone = [each for each in lease.waiters if each.until <= now]
             if gone:
                 lease.waiters = [each for each in lease.waiters if each.until > now]
-                self._waiting -= len(gone)
                 for waiter in gone:
                     self._again(waiter, now)
             if lease.waiters:
@@ -217,28 +234,42 @@ class LeaseTable:
             elif not is_current:
                 del self._void[lease.token]
 
-    def clear(self) -> Iterator[Waiter]:
-        """Forget every lease, and hand over everybody who waits."""
-        leases = [*self.by_key.values(), *self._void.values()]
-        for each in (self.by_key, self._void, self._tagged, self._lost_tags):
+    def clear(self) -> None:
+        """Forget every lease, and all who wait."""
+        for each in (self.by_key, self._void, self._tagged, self._lost_tags, self._parked, self._due):
             each.clear()
+
+    def repair(self, now: float) -> Collection[Deferred]:
+        """Put right what an interrupted turn left half done, and return the replies that are still owed.
+
+        A lease whose caller was interrupted before it was told goes. Callers that wait for no lease any more are answered
+        by the state of the store.
+        """
+        if (ghost := self.granting) is not None:
+            if self.by_key.get(ghost.key) is ghost:
+                del self.by_key[ghost.key]
+            self.granting = None
+        self._tagged.clear()
+        for lease in self.by_key.values():
+            for tag in lease.tags:
+                self._tagged.setdefault(tag, set()).add(lease.key)
+        waited_for = [lease for lease in (*self.by_key.values(), *self._void.values()) if lease.waiters]
         self._due.clear()
-        for lease in leases:
-            yield from self.empty(lease)
+        for lease in waited_for:
+            self._due.set(lease, min(lease.expires_at, *(each.until for each in lease.waiters)))
+        kept = {waiter for lease in waited_for for waiter in lease.waiters}
+        for waiter in list(self._parked):
+            if waiter not in kept:
+                self._again(waiter, now)
+        return [waiter.port for waiter in self._parked]
 
     def _forget(self, lease: Lease) -> None:
         del self.by_key[lease.key]
         for tag in lease.tags:
-            keys = self._tagged[tag]
-            keys.discard(lease.key)
-            if not keys:
-                del self._tagged[tag]
+            if (keys := self._tagged.get(tag)) is not None:  # `None` for a tag that is named twice.
+                keys.discard(lease.key)
+                if not keys:
+                    del self._tagged[tag]
         if not self.by_key:
             self._lost_tags.clear()
             self._floor = 0.0
-
-
-def answer_all(waiters: Iterable[Waiter], reply: Reply) -> None:
-    """Give everybody the same answer."""
-    for waiter in waiters:
-        waiter.port.answer(reply)

@@ -32,7 +32,7 @@ from cachebus.messages import (
 from .durations import time_stale
 from .eviction import NEVER, Entry
 from .lease_checks import check_lease
-from .leases import Lease, LeaseTable, Waiter, answer_all
+from .leases import Lease, LeaseTable, Waiter
 from .table import EntryTable, Kept
 
 
@@ -101,10 +101,9 @@ class LoadTable(EntryTable):
             if request.late is not None:
                 self._bring_late(ended, request.late, now)
             elif request.error:
-                answer_all(self._leases.empty(ended), Failed.of(LoaderFailed(error=request.error)))
+                self._leases.answer_all(ended, Failed.of(LoaderFailed(error=request.error)))
             else:
-                for waiter in self._leases.empty(ended):
-                    self._again(waiter, now)
+                self._leases.ask_again(ended, now)
         return NotHeld() if lease is None else Released()
 
     def set_leased(self, request: Set, token: str, now: float) -> Stored | NotStored:
@@ -130,7 +129,7 @@ class LoadTable(EntryTable):
         if (metadata := request.metadata) is not None:
             self._keep_metadata(entry, metadata, now)
         if lease.waiters:
-            answer_all(self._leases.empty(lease), self._found(entry, now))
+            self._leases.answer_all(lease, self._found(entry, now))
         return Stored(entry.version)
 
     # What is there
@@ -173,25 +172,28 @@ class LoadTable(EntryTable):
         if lease is None:
             lease = self._leases.grant(request, self._version, now)
         if lease.asked == request.token:
-            return LeaseGranted(lease.token, self._stale(request.key, now))
+            granted = LeaseGranted(lease.token, self._stale(request.key, now))
+            self._leases.granting = None
+            return granted
         if entry is not None:
             return self._found(entry, now)
         stale = self._stale(request.key, now, lease)
         return stale if stale is not None else Loading(lease.token, max(0.0, lease.expires_at - now))
 
     def _again(self, waiter: Waiter, now: float) -> None:
-        """Answer somebody who waited by what is there now, or let them wait on."""
+        """Answer a caller who waited by what is there now, or let it wait on."""
         if not waiter.port.waiting:
+            self._leases.forget(waiter)
             return
         try:
             reply = self._read_or_lease(waiter.request, now)
         except CacheError as error:
-            waiter.port.answer(Failed.of(error))
+            self._leases.answer(waiter, Failed.of(error))
             return
         if type(reply) in (Loading, Stale) and waiter.until > now:
             self._leases.park(self._leases.by_key[waiter.request.key], waiter)
         else:
-            waiter.port.answer(reply)
+            self._leases.answer(waiter, reply)
 
     def _bring_late(self, lease: Lease, late: Found, now: float) -> None:
         """Give a value that is not stored to those who waited for it, unless it may be out of date for some of them.
@@ -199,18 +201,16 @@ class LoadTable(EntryTable):
         It may be if it has a tag that nobody knew of until now: then this was the lease of callers who asked after that
         tag's invalidation too, and a waiter may wait for several, of whom it does not say when they asked.
         """
-        waiters = self._leases.empty(lease)
         if set(late.tags) <= set(lease.tags):
-            answer_all(waiters, late)
+            self._leases.answer_all(lease, late)
         else:
-            for waiter in waiters:
-                self._again(waiter, now)
+            self._leases.ask_again(lease, now)
 
     def _overtaken(self, entry: Entry) -> None:
         lease = self._leases.by_key.get(entry.key)
         if lease is not None:
             self._leases.take(lease)
-            answer_all(self._leases.empty(lease), self._found(entry, self._now()))
+            self._leases.answer_all(lease, self._found(entry, self._now()))
 
     def _lost(self, key: str, now: float) -> NotStored:
         entry = self._live(key, now)

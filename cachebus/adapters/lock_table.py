@@ -90,6 +90,13 @@ class LockTable:
             self._holder(name, now)
             self._pass_on(name, now)
 
+    def repair(self) -> None:
+        """As `InlineLockStore.repair`."""
+        self._queues = {name: queue for name, queue in self._queues.items() if queue}
+        self._ends.clear()
+        for name, held in self._held.items():
+            self._ends.set(name, held.expires_at)
+
     def _acquire(self, request: AcquireLock) -> Reply:
         name, ticket, now = request.name, request.ticket, self._now()
         held = self._holder(name, now)

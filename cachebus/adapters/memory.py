@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Gauges
+from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Deferred, Gauges
 from cachebus.messages import (
     Add,
     Admit,
@@ -126,8 +126,7 @@ class MemoryStore(LoadTable):
         """Let go of every value."""
         self._drop_all()
         self._meters.clear()
-        for _ in self._leases.clear():
-            pass  # Whoever waits is answered by the actor, which is ending.
+        self._leases.clear()  # Callers who wait are answered by the actor, which is ending.
 
     def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Reply] | None:
         return self._verbs.get(kind)
@@ -239,7 +238,9 @@ class MemoryStore(LoadTable):
         entry = self._live(request.key, now)
         if entry is None:
             return _MISSING
+        self._changing = ""
         self._expire_at(entry, expires_at, now)
+        self._changing = None
         self._hit(entry)
         return self._present(entry)
 
@@ -256,11 +257,13 @@ class MemoryStore(LoadTable):
             raise WrongType(f"increment needs an int under the key, not {type(entry.value).__name__}")
         value = _counter(entry.value + request.delta)
         weight = self._weigh(value)
+        self._changing = request.key
         self._replaced(entry, now)
         entry.value = value
         entry.version = self._next_version(now)
         if self._max_bytes is not None:
             self._reweigh(entry, weight)
+        self._changing = None
         self._hit(entry)
         if self._leased:
             self._overtaken(entry)
@@ -315,6 +318,7 @@ class MemoryStore(LoadTable):
         self._leases.advance(now)
         self._meters.sweep(limit)
         swept = 0
+        self._changing = ""
         for entry in self._wheel.take_expired(now, limit):
             kept = self._metadata_of.get(entry.key)
             if kept is not None and kept.stale_until > now:
@@ -324,7 +328,15 @@ class MemoryStore(LoadTable):
             self._unlist(entry, RemovalCause.EXPIRED)
             swept += 1
         self._tidy()  # Not before: it begins a new wheel.
+        self._changing = None
         return swept
+
+    def repair(self) -> Collection[Deferred]:
+        """Put right what a turn left half done that was interrupted: an entry that was being written may be missing, and
+        none is wrong. Returns the replies that are still owed."""
+        self._repair_entries()
+        self._meters.repair()
+        return self._leases.repair(self._now())
 
     # Helpers
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from cachebus.actors.ports import Capabilities, Gauges, ReadListener, RemovalListener, WriteListener
+from cachebus.actors.ports import Capabilities, Deferred, Gauges, ReadListener, RemovalListener, WriteListener
 from cachebus.messages import (
     Add,
     Clear,
@@ -88,6 +88,9 @@ class NullStore:
 
     def gauges(self) -> Gauges:
         return Gauges(misses=self._misses, max_entries=0, max_bytes=0)
+
+    def repair(self) -> Collection[Deferred]:
+        return ()
 
     def next_expiry(self) -> float | None:
         return None

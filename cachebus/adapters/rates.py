@@ -100,6 +100,7 @@ class MeterTable:
         self._most = most
         self._meters: dict[str, Meter] = {}
         self._empty: TimerQueue[str] = TimerQueue()
+        self._changing = False  # Still set when a turn begins, the last one was interrupted.
 
     def __len__(self) -> int:
         return len(self._meters)
@@ -114,13 +115,16 @@ class MeterTable:
         reply, meter = admit(request, kept, microseconds(now))
         if meter is None:
             return reply
+        self._changing = True
         if kept is None:
             while len(self._meters) >= self._most and (first := self._empty.pop(math.inf)) is not None:
                 del self._meters[first]
         # To the whole second, so that thousands of limits need no more than one sweep a second.
         empty = math.ceil(now + reply.reset_after)
         self._meters[request.key] = meter
-        if self._empty.set(request.key, empty):
+        first_due = self._empty.set(request.key, empty)
+        self._changing = False
+        if first_due:
             self._on_due(empty)
         return reply
 
@@ -130,8 +134,18 @@ class MeterTable:
 
     def sweep(self, limit: int) -> None:
         """Forget what is at 0 again, looking at no more than `limit` meters."""
+        self._changing = True
         for key in self._empty.expire(self._now(), limit):
             del self._meters[key]
+        self._changing = False
+
+    def repair(self) -> None:
+        """Put right what an interrupted turn left half done: a limit that is not looked at when it is whole again."""
+        if self._changing:
+            self._empty.clear()
+            for key, meter in self._meters.items():
+                self._empty.set(key, math.ceil((meter.stamp + _up(meter.level, meter.limit)) / 1e6))
+            self._changing = False
 
     def clear(self) -> None:
         """Forget everything."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cachebus.actors.ports import Clock, ReadListener, RemovalListener, WriteListener
+from cachebus.actors.ports import Clock, ReadListener, RemovalListener, WriteListener, is_interruption
 from cachebus.messages import (
     CacheCapacityError,
     CacheSerializationError,
@@ -80,6 +80,8 @@ class EntryTable:
         # Beside the entries, because few have one and a slot more would make each of them larger.
         self._metadata_of: dict[str, Kept] = {}
         self._leased: dict[str, Lease] = {}
+        # The key that is being written, "" for other changes. Still set when a turn begins, the last one was interrupted.
+        self._changing: str | None = None
         # A version is the Unix time of the start plus the monotonic time since, pushed up where two would be equal: one
         # float is both the version and the time of storing, and no restart brings a version back.
         self._epoch = clock.wall() - clock.monotonic()
@@ -120,6 +122,7 @@ class EntryTable:
             version = math.nextafter(self._version, NEVER)
         self._version = version
         self.sets += 1
+        self._changing = key
         entry = self._find(key)
         if entry is None:
             self._make_room(1, weight)
@@ -144,6 +147,7 @@ class EntryTable:
                 entry.visits += 1
             if self._max_bytes is not None:
                 self._reweigh(entry, weight)
+        self._changing = None
         if self._leased:
             self._overtaken(entry)
         if self.on_write is not None:
@@ -206,9 +210,11 @@ class EntryTable:
         self._tidy()
 
     def _drop(self, entry: Entry, cause: RemovalCause) -> None:
+        self._changing = entry.key
         self._policy.forget(entry)
         self._unlist(entry, cause)
         self._tidy()
+        self._changing = None
 
     def _tidy(self) -> None:
         """Rid the wheel of leftovers when they have become too many."""
@@ -231,15 +237,41 @@ class EntryTable:
             hook(entry.key, cause)
 
     def _drop_all(self) -> None:
-        # The entries link to each other, so only the garbage collector frees them. Their values go at once.
-        for entry in self._entries.values():
-            entry.value = None
+        self._changing = ""
+        dropped = list(self._entries.values())
         self._entries.clear()
+        # The entries link to each other, so only the garbage collector frees them. Their values go at once.
+        for entry in dropped:
+            entry.value = None
         self._policy.clear()
         self._wheel.clear()
         self._tags.clear()
         self._metadata_of.clear()
         self._weight = 0
+        self._changing = None
+
+    def _repair_entries(self) -> None:
+        """Rebuild from the entries whatever an interrupted turn left half done. An entry that was being written goes."""
+        if self._changing is None and not self._policy.changing:
+            return
+        entries = self._entries
+        if self._changing is not None:
+            entries.pop(self._changing, None)
+        self._changing = ""
+        for key in self._metadata_of.keys() - entries.keys():
+            del self._metadata_of[key]
+        self._weight = sum(entry.weight for entry in entries.values() if isinstance(entry, WeighedEntry))
+        self._tags.rebuild(entries.values())
+        self._policy.clear()
+        for entry in entries.values():
+            visits = entry.visits
+            self._policy.admit(entry)
+            if self._on_hit is None:
+                entry.visits = visits
+        self._policy.changing = False
+        self._wheel.rebuild(entries.values(), self._now())
+        self._make_room(0, 0)
+        self._changing = None
 
     def _delete(self, keys: tuple[str, ...]) -> int:
         now = self._now()
@@ -287,6 +319,8 @@ class EntryTable:
             said: Any = self._weigher(value)
             weight = said + ENTRY_OVERHEAD
         except Exception as error:
+            if is_interruption(error):
+                raise
             raise CacheSerializationError(
                 f"the weigher failed on a value of type {type(value).__name__}: {type(error).__name__}"
             ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .eviction import Entry
 
 
@@ -42,6 +44,18 @@ class TagTable:
             if not record[0]:
                 del self._tags[tag]
 
+    def rebuild(self, entries: Iterable[Entry]) -> None:
+        """Count anew which tags `entries` carry. What is known of invalidations stays."""
+        counted: dict[str, list[float]] = {}
+        for entry in entries:
+            for tag in entry.tags:
+                if (record := counted.get(tag)) is None:
+                    known = self._tags.get(tag)
+                    counted[tag] = [1, 0 if known is None else known[1]]
+                else:
+                    record[0] += 1
+        self._tags = counted
+
     def invalidate(self, tag: str, version: float) -> None:
         """Make every entry that carries `tag` and is not newer than `version` invalid."""
         if (record := self._tags.get(tag)) is not None:
@@ -49,5 +63,8 @@ class TagTable:
 
     def valid(self, entry: Entry) -> bool:
         """Whether none of the entry's tags was invalidated since it was written."""
-        tags = self._tags
-        return all(tags[tag][1] < entry.version for tag in entry.tags)
+        tags, version = self._tags, entry.version
+        for tag in entry.tags:  # noqa: SIM110 (a generator costs as much as the rest of a read)
+            if tags[tag][1] >= version:
+                return False
+        return True

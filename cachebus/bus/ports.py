@@ -167,38 +167,41 @@ class Deferred:
     promise of a batch is answered with a sequence of replies.
     """
 
-    __slots__ = ("_guard", "_port", "_reply", "on_answer")
+    __slots__ = ("_port", "_replies", "on_answer")
 
     def __init__(self, on_answer: Callable[[Deferred], None] | None = None) -> None:
-        self._guard = threading.Lock()
+        # Without a lock, which an interruption could leave locked: whichever of `answer` and `attach` comes second sees
+        # what the other left. Both may hand the reply over then, and a port takes only the first.
+        self._replies: list[Reply | Sequence[Reply]] = []
         self._port: Port | None = None
-        self._reply: Reply | Sequence[Reply] | None = None
         self.on_answer = on_answer
 
     @property
     def waiting(self) -> bool:
-        """Whether somebody may still wait for the answer."""
-        return self._reply is None and (self._port is None or self._port.waiting)
+        """Whether a caller may still wait for the answer."""
+        return not self._replies and (self._port is None or self._port.waiting)
 
     def answer(self, reply: Reply | Sequence[Reply]) -> None:
         """Give the answer, from any thread. Only the first call counts."""
-        with self._guard:
-            if self._reply is not None:
-                return
-            self._reply = reply
-            port = self._port
-        if port is not None:
-            port.answer(reply)
-        if self.on_answer is not None:
-            self.on_answer(self)
+        if self._replies:
+            return
+        self._replies.append(reply)
+        if self._replies[0] is reply:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Hand the answer over, if there is one: again, where that was interrupted."""
+        if self._replies:
+            if (port := self._port) is not None:
+                port.answer(self._replies[0])
+            if self.on_answer is not None:
+                self.on_answer(self)
 
     def attach(self, port: Port) -> None:
         """Name the port that the answer goes to."""
-        with self._guard:
-            self._port = port
-            reply = self._reply
-        if reply is not None:
-            port.answer(reply)
+        self._port = port
+        if self._replies:
+            port.answer(self._replies[0])
 
 
 def open_port() -> TaskPort:

@@ -637,7 +637,7 @@ async def test_a_plain_request_does_not_overtake_what_its_sender_told_a_handler_
     assert desk.handled == list(range(20))
 
 
-class Turn(list[object]):
+class Turn(list[Any]):
     """A token that calls `meanwhile` just before it is given back, as another thread might."""
 
     meanwhile: Callable[[], None] = staticmethod(lambda: None)
@@ -655,7 +655,7 @@ async def test_what_is_posted_as_the_turn_is_given_back_is_not_overlooked(
     cell = await supervisor.start(CLERK, lambda: Clerk(desk))
     await wait_all_tasks_blocked()
     desk.gate.set()
-    cell._token = turn = Turn(cell._token)
+    cell._turn.free = turn = Turn(cell._turn.free)
     posted: list[Envelope] = []
 
     def post_the_second() -> None:

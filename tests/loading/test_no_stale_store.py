@@ -126,8 +126,7 @@ class InvalidTagsAreServedStale(MemoryStore):
 
 class LateValuesGoToEverybody(MemoryStore):
     def _bring_late(self, lease: Lease, late: Found, now: float) -> None:
-        for waiter in self._leases.empty(lease):
-            waiter.port.answer(late)
+        self._leases.answer_all(lease, late)
 
 
 def everybody_shares(cache: Cache) -> None:

@@ -33,7 +33,7 @@ class LfuPolicy:
     becomes empty, the next one is a link away and not a search.
     """
 
-    __slots__ = ("_buckets", "_lowest", "_size", "on_hit")
+    __slots__ = ("_buckets", "_lowest", "_size", "changing", "on_hit")
 
     on_hit: Callable[[Entry], None] | None
 
@@ -41,6 +41,7 @@ class LfuPolicy:
         self._buckets: dict[int, _Bucket] = {}
         self._lowest: _Bucket | None = None
         self._size = 0
+        self.changing = False
         self.on_hit = self._touch
 
     def _after(self, lower: _Bucket | None, frequency: int) -> _Bucket:
@@ -71,11 +72,13 @@ class LfuPolicy:
             bucket.higher.lower = bucket.lower
 
     def _touch(self, entry: Entry) -> None:
+        self.changing = True
         bucket = self._buckets[entry.visits]
         entry.visits += 1
         target = self._after(bucket, entry.visits)
         self._leave(bucket, entry)
         target.append(entry)
+        self.changing = False
 
     def admit(self, entry: Entry) -> None:
         entry.visits = 1

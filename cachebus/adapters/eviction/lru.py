@@ -14,18 +14,21 @@ class LruPolicy:
     flushes the lot, and a loop larger than the cache gets no hit at all.
     """
 
-    __slots__ = ("_ring", "on_hit")
+    __slots__ = ("_ring", "changing", "on_hit")
 
     on_hit: Callable[[Entry], None] | None
 
     def __init__(self, capacity: int | None = None) -> None:
         self._ring = Ring()
+        self.changing = False
         self.on_hit = self._touch
 
     def _touch(self, entry: Entry) -> None:
+        self.changing = True
         ring = self._ring
         ring.remove(entry)
         ring.append(entry)
+        self.changing = False
 
     def admit(self, entry: Entry) -> None:
         self._ring.append(entry)

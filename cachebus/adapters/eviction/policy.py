@@ -18,6 +18,9 @@ class EvictionPolicy(Protocol):
     on_hit: Callable[[Entry], None] | None
     """Called on every hit; `None` for a lazy policy, for which the store only counts `Entry.visits`."""
 
+    changing: bool
+    """Set while a hit is being noted by a policy with an `on_hit`: still set later, that was interrupted."""
+
     def admit(self, entry: Entry) -> None:
         """Take in an entry whose key the store did not hold."""
 

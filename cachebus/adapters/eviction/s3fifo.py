@@ -46,6 +46,7 @@ class S3FifoPolicy:
         "_return",
         "_small",
         "_small_share",
+        "changing",
         "on_hit",
     )
 
@@ -53,6 +54,7 @@ class S3FifoPolicy:
 
     def __init__(self, capacity: int | None = None) -> None:
         self.on_hit = None
+        self.changing = False
         # By key, because that says where an entry is, which has no slot for it. Few: a 25th of the residents.
         self._small: OrderedDict[str, Entry] = OrderedDict()
         self._main = Ring()

@@ -15,7 +15,7 @@ class SievePolicy:
     resets it, so the steps are paid for by earlier hits.
     """
 
-    __slots__ = ("_hand", "_ring", "on_hit")
+    __slots__ = ("_hand", "_ring", "changing", "on_hit")
 
     on_hit: Callable[[Entry], None] | None
 
@@ -23,6 +23,7 @@ class SievePolicy:
         self._ring = Ring()
         self._hand: Entry | None = None
         self.on_hit = None
+        self.changing = False
 
     def admit(self, entry: Entry) -> None:
         entry.visits = 0
