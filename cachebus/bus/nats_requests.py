@@ -360,8 +360,10 @@ class RemoteRecipient:
         except (ValueError, IndexError):
             self.give_up(batch, BadMessage("the answer does not fit the requests"))
         else:
-            if not batch.unanswered:
-                self._forget(batch)
+            if not batch.unanswered:  # As `_forget` does, less a call for each lone request.
+                self._requests.in_flight.pop(batch.token, None)
+                if batch.bucket is not None:
+                    batch.bucket.pop(batch, None)
             # After the callers were woken, so that what they ask next leaves together. One alone shall not wait.
             if self._waiting or answered > 1:
                 self._flush_soon()
