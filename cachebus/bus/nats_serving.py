@@ -139,7 +139,8 @@ class Responder:
                         self.failed(reply.code)
         finally:
             turn_trace.reset(token)
-        batch.handed_over(max(budgets) - age)
+        # Without the age, or an estimate that is too high would have the caller hear of its own deadline from here.
+        batch.handed_over(max(budgets))
 
     def _reply(self, message: Message | BadMessage, left: float) -> Reply | Deferred | None:
         """Take the recipient's turn for one request; `None` if it must be posted."""
