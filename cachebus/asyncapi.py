@@ -78,6 +78,10 @@ _REQUEST_HEADERS: Schema = {
     "properties": {
         "Content-Type": _CONTENT_TYPE,
         "Cachebus-Budget": _header("Seconds that are left for the answer.", examples=["2.5"]),
+        "Cachebus-Sent": _header(
+            "A name of the sender, and the seconds of its monotonic clock: what was held up is not worked on.",
+            examples=["a1b2c3 1234.567"],
+        ),
         "Cachebus-Partial": _header("Any value: an array may be answered in several messages.", examples=["1"]),
         "Cachebus-Request-Id": _header("Comes back with the answer.", examples=["a1"]),
     },

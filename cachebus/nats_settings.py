@@ -27,6 +27,15 @@ def _kinds(value: object) -> object:
     raise ValueError("expected kinds of events, such as cache_set or cache_*")
 
 
+def _prefixes(value: object) -> tuple[str, ...]:
+    prefixes = value.split(",") if isinstance(value, str) else value
+    if isinstance(prefixes, list | tuple) and all(
+        isinstance(each, str) and each for each in cast("list[Any]", prefixes)
+    ):
+        return tuple(str(each) for each in cast("list[Any]", prefixes))
+    raise ValueError("expected beginnings of subjects, such as _INBOX")
+
+
 def _text(value: object) -> str:
     if isinstance(value, str) and value:
         return str(value)
@@ -84,6 +93,10 @@ class NatsSettings(Options):
     """Whether production may talk plain text to this server, because the network is trusted."""
     inbox_prefix: Annotated[str, BeforeValidator(_text)] = _DEFAULT.inbox_prefix
     """What the subjects of answers begin with."""
+    reply_prefixes: Annotated[tuple[str, ...], BeforeValidator(_prefixes)] = _DEFAULT.reply_prefixes
+    """What the reply subjects of requests begin with. A request with another one is dropped."""
+    max_budget: Seconds = _DEFAULT.max_budget
+    """What a request from elsewhere may take at most, whatever it says."""
     connect_timeout: Seconds = _DEFAULT.connect_timeout
     reconnect_wait: Seconds = _DEFAULT.reconnect_wait
     """The upper end of the first pause before a reconnect. It doubles with each try; the pause is drawn below it."""

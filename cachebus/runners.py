@@ -7,7 +7,7 @@ import inspect
 import os
 import threading
 import time
-from asyncio import CancelledError, _get_running_loop, current_task
+from asyncio import CancelledError, current_task
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
+from cachebus.bus import running_loop
 from cachebus.bus.tasks import spawn
 from cachebus.messages import CacheError, Failed, Request
 
@@ -85,7 +86,7 @@ class AsyncRunner:
                 return await awaited(result) if isinstance(result, Awaitable) else result
             return await awaited(await _in_worker_thread(partial(loader, *arguments)))
         except CancelledError:
-            task = current_task() if _get_running_loop() is not None else None
+            task = current_task() if running_loop() is not None else None
             if task is not None and not task.cancelling():
                 # Nothing has cancelled this task: as an outcome, every waiter would load again, one after the other.
                 raise CacheError("the loader was cancelled by something that it awaits") from None

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred, TimerQueue, running_timers
+from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred, TimerQueue, running_loop, running_timers
 from cachebus.bus.tasks import spawn
 from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
@@ -39,6 +39,7 @@ __all__ = [
     "Timers",
     "WriteListener",
     "is_interruption",
+    "running_loop",
     "running_timers",
     "spawn",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from asyncio import CancelledError, Task, _get_running_loop, current_task
+from asyncio import CancelledError, Task, current_task
 from types import TracebackType
 from typing import Any, Self
 
 import anyio
+
+from cachebus.bus import running_loop
 
 
 class AsyncioScope:
@@ -43,6 +45,6 @@ class AsyncioScope:
 
 def asyncio_scope() -> AsyncioScope | anyio.CancelScope:
     """A scope around code that is asyncio's own where asyncio runs."""
-    if _get_running_loop() is not None and (task := current_task()) is not None:
+    if running_loop() is not None and (task := current_task()) is not None:
         return AsyncioScope(task)
     return anyio.CancelScope()

@@ -16,6 +16,8 @@ from collections.abc import Collection
 from types import CodeType, FrameType
 from typing import Any
 
+from cachebus.bus.compat import calling_frame
+
 Token = dict[str, Any]
 """A dict, because `setdefault` decides in one step which of several threads makes the successor of a lost token."""
 
@@ -48,7 +50,7 @@ class TurnToken:
 
     def held_here(self) -> bool:
         """Tell whether this thread is inside the turn. A turn keeps no record of its thread: that would cost 50 ns."""
-        return not self.free and self._is_inside(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
+        return not self.free and self._is_inside(calling_frame(1))
 
     def claim(self) -> Token | None:
         """Take the turn over if its holder was interrupted; `None` if the turn is free or under way."""

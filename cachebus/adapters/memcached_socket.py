@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from asyncio import _get_running_loop
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ import anyio
 from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
-from cachebus.actors.ports import spawn
+from cachebus.actors.ports import running_loop, spawn
 
 READ_BYTES = 1 << 18
 
@@ -41,7 +40,7 @@ class AsyncSocket(Protocol):
 
 async def open_socket(host: str, port: int, tls: ssl.SSLContext | None, name: str) -> AsyncSocket:
     """Connect to a numeric address; with `tls`, to the server of that name. Raises `OSError`."""
-    if _get_running_loop() is None:
+    if running_loop() is None:
         stream: ByteStream = await anyio.connect_tcp(host, port)
         if tls is not None:
             try:

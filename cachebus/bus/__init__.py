@@ -3,6 +3,7 @@
 from .address import Address, check_word
 from .api import Bus, Envelope, Recipient, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
+from .compat import running_loop
 from .deadlines import running_deadlines
 from .emitter import Emitter, origin
 from .event_policy import EventPolicy, KeyForm, shares
@@ -50,6 +51,7 @@ __all__ = [
     "open_port",
     "origin",
     "running_deadlines",
+    "running_loop",
     "running_timers",
     "settled",
     "shares",

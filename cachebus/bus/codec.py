@@ -37,12 +37,13 @@ def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) ->
     Raises `CacheSerializationError` for a value that cannot leave the process without a serializer, `BadMessage` for an
     unknown content type and for an empty array, and `TypeError` for an object that is not a message.
     """
-    form = _format(content_type)
+    form = _FORMATS.get(content_type) or _format(content_type)
     try:
         if isinstance(message, Message):
-            return form.encode(form.outgoing(message))
+            return form.encode(form.outgoing(message) if form.values.places[type(message)] else message)
         if message:
-            return form.encode([form.outgoing(each) for each in message])
+            places, outgoing = form.values.places, form.outgoing
+            return form.encode([outgoing(each) if places[type(each)] else each for each in message])
         problem = ""
     except Unfit as unfit:
         problem = str(unfit)
@@ -76,7 +77,7 @@ def decode_each(data: bytes, content_type: str = MSGPACK) -> tuple[list[Message 
 
     Raises `BadMessage` if the body as a whole cannot be read.
     """
-    form = _format(content_type)
+    form = _FORMATS.get(content_type) or _format(content_type)
     if not form.is_array(data):
         message = _decoded(form, form.decode_one, data)
         if isinstance(message, BadMessage):
@@ -137,7 +138,9 @@ class _Format:
         """Decode a message. Raises what msgspec raises, and `Unfit`."""
         if not self._kinds:
             self.learn()
-        return map_values(self._one(data), self.values, self.values.read)
+        message = self._one(data)
+        values = self.values
+        return map_values(message, values, values.read) if values.places[type(message)] else message
 
     def decode_array(self, data: bytes) -> Any:
         """Decode an array of messages in one call. Raises what msgspec raises, and `Unfit`."""
@@ -215,6 +218,8 @@ def _plain(held: Any) -> Any:
         return str(held)  # Such as an address, which is a kind of `str`.
     if isinstance(held, Mapping):
         return dict(cast("Mapping[str, Any]", held))
+    if isinstance(held, str):
+        return str.__str__(held)  # An `Address`, for one: msgspec knows no subclasses.
     raise Unfit(f"a field is of type {name_of_type(held)}, which no message may hold")
 
 

@@ -190,7 +190,11 @@ def map_values(message: Any, form: ValueForm, change: _Change) -> Any:
     try:
         for name, inside in form.places[type(message)]:
             held = getattr(message, name)
-            if type(held) not in plain and (new := inside(held, form, change)) is not held:
+            kind = type(held)
+            # Most of what is not plain is a number that both formats say: finite, and of 64 bits.
+            if kind in plain or (kind is float and held - held == 0.0) or (kind is int and MIN_INT <= held <= MAX_INT):
+                continue
+            if (new := inside(held, form, change)) is not held:
                 changed[name] = new
     except Unfit as unfit:
         problem = str(unfit) if unfit.placed else f"field {name!r} of {_name_of(message)} {unfit}"

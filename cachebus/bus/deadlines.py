@@ -7,11 +7,13 @@ entry, put in and taken out again (a timing wheel of one level: Varghese and Lau
 from __future__ import annotations
 
 import threading
-from asyncio import AbstractEventLoop, BaseEventLoop, _get_running_loop
+from asyncio import AbstractEventLoop, BaseEventLoop
 from collections.abc import Callable
 from threading import TIMEOUT_MAX, get_ident
 from time import monotonic
 from typing import Any, Protocol
+
+from .compat import running_loop
 
 TICK = 0.02
 """Seconds by which an expiry may be late: far below the 100 ms that a deadline may be overrun by."""
@@ -74,7 +76,7 @@ def running_deadlines() -> Deadlines | None:
     deadlines = _current.deadlines
     if deadlines is not None and deadlines.loop.is_running():
         return deadlines
-    loop = _get_running_loop()
+    loop = running_loop()
     if loop is None:
         return None
     _current.deadlines = deadlines = Deadlines(loop)

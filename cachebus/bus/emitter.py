@@ -54,11 +54,11 @@ class Emitter:
     What a sample leaves out is not numbered either, so that it is no gap.
     """
 
-    __slots__ = ("_bus", "_chosen", "_sequence", "audience", "backend", "epoch")
+    __slots__ = ("_bus", "_sampled", "_sequence", "audience", "backend", "epoch")
 
     def __init__(self, bus: _Publisher, backend: str = "") -> None:
         self._bus = bus
-        self._chosen = bus.policy.chosen
+        self._sampled = bus.policy.sampled if bus.policy.samples else None
         self.audience = bus.audience
         self.backend = backend
         self.renew()
@@ -70,14 +70,30 @@ class Emitter:
 
     def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
         """Build an event of a kind from its fields and publish it, if anybody wants the kind and the sample has it."""
-        if kind in self.audience.kinds and self._chosen(kind):
+        if kind in self.audience.kinds and (self._sampled is None or self._sampled(kind)):
             build: Callable[..., Event] = kind
-            self._bus.publish(build(*fields, **named, **self._header()))
+            bus, seq, epoch = self._bus, next(self._sequence), self.epoch
+            name = _origin.name
+            # As `_header` does, without its dictionary: this is on the path of the caller.
+            bus.publish(
+                build(
+                    *fields,
+                    **named,
+                    id=f"{name}-{epoch:x}-{seq}",
+                    namespace=bus.namespace,
+                    backend=self.backend,
+                    origin=name,
+                    epoch=epoch,
+                    seq=seq,
+                    time=bus.clock.wall(),
+                    trace=current_trace(),
+                )
+            )
 
     def emit(self, event: Event) -> None:
         """Stamp an event and publish it, if anybody wants its kind and the sample has it."""
         kind = type(event)
-        if kind in self.audience.kinds and self._chosen(kind):
+        if kind in self.audience.kinds and (self._sampled is None or self._sampled(kind)):
             self._bus.publish(replace(event, **self._header()))
 
     def _header(self) -> dict[str, Any]:

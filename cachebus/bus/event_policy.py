@@ -71,7 +71,12 @@ class EventPolicy:
         """Whether events leave without their real keys."""
         return self.keys != "plain"
 
-    def chosen(self, kind: EventKind) -> bool:
+    @property
+    def samples(self) -> bool:
+        """Whether any kind is sampled."""
+        return bool(self._shares)
+
+    def sampled(self, kind: EventKind) -> bool:
         """Whether the event of this kind that could be told now is one of the sample."""
         share = self._shares.get(kind)
         return share is None or self._draw() < share
@@ -85,7 +90,7 @@ class EventPolicy:
         data = key.encode("utf-8", "surrogatepass")
         return self._hash(data).hexdigest()
 
-    def shown(self, event: Event) -> Event:
+    def redacted(self, event: Event) -> Event:
         """The event as it leaves: itself, or a copy with its key redacted."""
         key: str | None = getattr(event, "key", None)
         if not key or self.keys == "plain":

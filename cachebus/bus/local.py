@@ -174,7 +174,7 @@ class LocalBus:
             raise CapabilityError(
                 "events of the past are kept by a bus with a stream: bus='nats://...?events_stream=NAME'"
             )
-        shown = self.policy.shown if self.policy.redacts and not real_keys else None
+        shown = self.policy.redacted if self.policy.redacts and not real_keys else None
         return self.audience.subscribe(what, capacity, local=local, shown=shown)
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from asyncio import _get_running_loop
 from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self
@@ -28,16 +27,18 @@ from .address import Address
 from .api import Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
+from .compat import running_loop
 from .event_policy import EVERYTHING, EventPolicy
 from .local import LocalBus
-from .nats_beats import Beating
+from .message_age import MessageAges, age_clock
+from .nats_beats import Heartbeater
 from .nats_claims import Claim
 from .nats_connection import Listener, NatsConnection
-from .nats_events import Hearing, Outbox
+from .nats_events import EventListener, Outbox
 from .nats_micro import Micro
 from .nats_options import NatsCounters, NatsOptions
 from .nats_requests import Requests
-from .nats_serving import Serving
+from .nats_serving import Responder
 from .nats_stream import Replay, ensure_stream
 from .subjects import Subjects
 from .subscription import Subscription, event_kinds
@@ -66,18 +67,19 @@ class NatsBus(LocalBus):
         super().__init__(namespace, clock=clock, policy=policy)
         self.options = options or NatsOptions()
         self.counters = NatsCounters()
-        self.connection = NatsConnection(self.options, self.counters, self._lost, self._back)
+        self.connection = NatsConnection(self.options, self.counters, self._lost, self._back, age_clock(clock))
+        self._ages = MessageAges()
         self._subjects = Subjects(namespace)
         self._kinds = event_kinds(self.options.events) if self.options.events else frozenset[type[Event]]()
-        self._serving: dict[str, tuple[Serving, Listener]] = {}
+        self._serving: dict[str, tuple[Responder, Listener]] = {}
         self._claims: dict[str, Claim] = {}
         self._replays: set[Replay] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._micro: Micro | None = None
         self._requests: Requests | None = None
         self._outbox: Outbox
-        self._hearing: Hearing
-        self._beating: Beating
+        self._listener: EventListener
+        self._heartbeater: Heartbeater
 
     def __repr__(self) -> str:
         up = "up" if self.connection.up else "away"
@@ -94,7 +96,7 @@ class NatsBus(LocalBus):
 
     async def open(self) -> None:
         """Connect. Raises `CacheConnectionError`, and `CacheConfigurationError` on trio and for unusable files."""
-        if _get_running_loop() is None:
+        if running_loop() is None:
             raise CacheConfigurationError("a bus over NATS is opened on asyncio: nats-py knows no other event loop")
         if self._closed or self._requests is not None:
             raise CacheClosed("a bus is opened once; make a new one")
@@ -102,11 +104,11 @@ class NatsBus(LocalBus):
         await asyncio.to_thread(lambda: decode(encode(Ping())))
         await self.connection.open()
         try:
-            requests = Requests(self.connection, self.clock, self._emitter, self.counters, self._is_closed)
+            requests = Requests(self.connection, self.clock, self._emitter, self.counters)
             await requests.open()
             self._outbox = Outbox(self.connection, self._subjects, self.policy, self.counters)
-            self._hearing = Hearing(self.connection, self._subjects, self.audience, self._emitter, self.counters)
-            self._beating = Beating(
+            self._listener = EventListener(self.connection, self._subjects, self.audience, self._emitter, self.counters)
+            self._heartbeater = Heartbeater(
                 self.connection, self._subjects, self._outbox, self.clock, self.counters, self.options.heartbeat
             )
             if self.options.events_stream is not None:
@@ -116,8 +118,8 @@ class NatsBus(LocalBus):
             await self.connection.close()
             raise
         self._outbox.open()
-        self._hearing.open()
-        self._beating.open()
+        self._listener.open()
+        self._heartbeater.open()
         self._requests = requests
         self.audience.want_elsewhere(self._kinds)
 
@@ -134,12 +136,13 @@ class NatsBus(LocalBus):
         if requests is None:
             return
         self.audience.want_elsewhere(frozenset())
+        requests.closed = True
         requests.end(CacheClosed("the bus is closed"))
         for replay in list(self._replays):
             await replay.close()
-        await self._hearing.close()
+        await self._listener.close()
         await self._outbox.close(grace)
-        await self._beating.close()
+        await self._heartbeater.close()
         for claim in list(self._claims.values()):
             await claim.release()
         for task in list(self._tasks):
@@ -148,13 +151,15 @@ class NatsBus(LocalBus):
 
     def forked(self) -> None:
         """Be closed in the child of a fork: the connection is the parent's."""
-        self._requests = None
+        if self._requests is not None:
+            self._requests.closed = True
+            self._requests = None
         super().forked()
 
     async def settled(self) -> None:
         """Return when NATS knows everything that this bus listens to and serves, as far as it was asked before the call.
         Raises `CacheConnectionError`."""
-        await self._hearing.settled()
+        await self._listener.settled()
 
     # Whom to ask
 
@@ -166,9 +171,9 @@ class NatsBus(LocalBus):
             raise CacheClosed("the bus is closed")
         if self._requests is None:
             raise CacheConnectionError("the bus is not open", "nats")
-        if (way := self._requests.ways.get(address)) is None:
-            way = self._requests.way(address, self._subjects.request(address))
-        return way
+        if (remote := self._requests.recipients.get(address)) is None:
+            remote = self._requests.recipient(address, self._subjects.request(address))
+        return remote
 
     # Who is asked
 
@@ -183,10 +188,11 @@ class NatsBus(LocalBus):
         if visibility == "private":
             return
         recipient = self._recipients[address]
-        serving = Serving(address, recipient, self.connection, self.clock, self._emitter, self.counters)
+        responder = Responder(address, recipient, self.connection, self.clock, self._emitter, self.counters, self._ages)
+        self.connection.watch_link()
         group = GROUP if visibility == "shared" else ""
-        listener = await self.connection.listen(self._subjects.request(address), serving.take, group)
-        self._serving[address] = serving, listener
+        listener = await self.connection.listen(self._subjects.request(address), responder.take, group)
+        self._serving[address] = responder, listener
         if self._micro is None:
             micro = self._micro = Micro(
                 self.connection, self.clock, self.namespace, lambda: self._serving, self._local_answer
@@ -196,9 +202,9 @@ class NatsBus(LocalBus):
 
     async def retire(self, address: Address) -> None:
         if (found := self._serving.pop(address, None)) is not None:
-            serving, listener = found
+            responder, listener = found
             await self.connection.leave(listener)
-            self._run(serving.drained())
+            self._run(responder.drained())
         if (claim := self._claims.pop(address, None)) is not None:
             await claim.release()
 
@@ -246,7 +252,7 @@ class NatsBus(LocalBus):
 
     def _back(self) -> None:
         self._outbox.wake()
-        self._hearing.missed_some()
+        self._listener.missed_some()
         for claim in self._claims.values():
             try:
                 claim.say_again()
@@ -264,9 +270,6 @@ class NatsBus(LocalBus):
 
     def _lost_address(self, address: str) -> None:
         self._run(self.retire(Address(address)))
-
-    def _is_closed(self) -> bool:
-        return self._closed
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)

@@ -1,14 +1,14 @@
-"""Heartbeats of a bus over NATS: what was told last, and so what did not arrive.
+"""Heartbeats of a bus over NATS: the last numbers of its events, and so which events did not arrive.
 
-An event that is lost is noticed by the number of the next one. The last one before a silence has no next one: so whoever
-has told something says again and again how far its numbers go.
+An event that is lost is noticed by the number of the next one. The last one before a silence has no next one: so a bus
+that has sent events says again and again how far its numbers go.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from cachebus.messages import WIRE_NAMES, CacheError, Event, EventsMissed, Heartbeat
@@ -16,13 +16,13 @@ from cachebus.messages import WIRE_NAMES, CacheError, Event, EventsMissed, Heart
 from .clock import Clock
 from .codec import encode
 from .emitter import Emitter, origin
+from .nats_compat import header_block
 from .nats_connection import NatsConnection, end_task
 from .nats_options import NatsCounters
-from .subjects import Subjects
+from .subjects import Subjects, event_word
 from .subscription import EventKind
 
 _ORIGINS = 10_000  # Numberings that are remembered; of those not heard for longest, the next event begins anew.
-_PATIENCE = 0.02  # Seconds until it is looked again whether what was received before a heartbeat is handled.
 
 
 class Numbers(Protocol):
@@ -36,8 +36,8 @@ class Numbers(Protocol):
         ...
 
 
-class Beating:
-    """Tells every `interval` seconds how far the numbers of this bus go, once it has told anything."""
+class Heartbeater:
+    """Says every `interval` seconds how far the numbers of this bus go, once it has sent an event."""
 
     def __init__(
         self,
@@ -88,7 +88,9 @@ class Beating:
         )
         content_type = self._outbox.content_type
         try:
-            self._connection.write(self._subject, encode(beat, content_type), headers={"Content-Type": content_type})
+            self._connection.write(
+                self._subject, encode(beat, content_type), head=header_block({"Content-Type": content_type})
+            )
         except CacheError:
             return  # The next one says as much.
         self._count += 1
@@ -100,31 +102,24 @@ class Beating:
             self.beat()
 
 
-class Gaps:
-    """Finds out which events of others did not arrive, and tells the listeners of this process.
+class GapDetector:
+    """Finds out which events of other processes did not arrive, and reports them to the listeners of this process.
 
-    `behind` says whether messages of a kind have come in that are not handled yet: each kind has a queue of its own, so
-    that a heartbeat may overtake what was sent before it. Belongs to one loop.
+    Events and heartbeats come in the order in which the server sent them. Belongs to one loop.
     """
 
-    def __init__(
-        self, subjects: Subjects, emitter: Emitter, counters: NatsCounters, behind: Callable[[EventKind], bool]
-    ) -> None:
+    def __init__(self, subjects: Subjects, emitter: Emitter, counters: NatsCounters) -> None:
         self._prefix = subjects.event_prefix
         self._emitter = emitter
         self._counters = counters
-        self._behind = behind
-        self._loop = asyncio.get_running_loop()
         self._sure: frozenset[EventKind] = frozenset()
         self._last: OrderedDict[tuple[str, int, str], int] = OrderedDict()
-        # Which kinds were listened to at the last heartbeat of an origin: what it begins to number later begins at 1.
+        # The kinds that were subscribed at the last heartbeat of an origin: what it begins to number later begins at 1.
         self._met: OrderedDict[tuple[str, int], frozenset[EventKind]] = OrderedDict()
-        self._doubts: dict[tuple[str, int, str], int] = {}
-        self._looks_again = False
 
     def listens_to(self, kinds: frozenset[EventKind]) -> None:
-        """The server knows by now that these kinds are listened to, and no others."""
-        gone = {f"{self._prefix}{_word(kind)}." for kind in self._sure - kinds}
+        """The server knows by now that these kinds are subscribed, and no others."""
+        gone = {f"{self._prefix}{event_word(kind)}." for kind in self._sure - kinds}
         if gone:
             for numbering in [each for each in self._last if _start(self._prefix, each[2]) in gone]:
                 del self._last[numbering]
@@ -133,11 +128,17 @@ class Gaps:
         self._sure = kinds
 
     def check(self, event: Event, subject: str) -> None:
-        """An event came in."""
-        self._reach((event.origin, event.epoch, subject), event.seq, type(event), missing=event.seq - 1)
+        """Take note of an event that came in."""
+        numbering, seq = (event.origin, event.epoch, subject), event.seq
+        last = self._last.get(numbering)
+        if last is not None and last + 1 == seq:
+            self._last[numbering] = seq
+            self._last.move_to_end(numbering)
+        else:
+            self._reach(numbering, seq, type(event), missing=seq - 1)
 
     def beat(self, beat: Heartbeat) -> None:
-        """A heartbeat came in."""
+        """Take note of a heartbeat that came in."""
         origin = (beat.origin, beat.epoch)
         met = self._met.get(origin, frozenset[EventKind]())
         for tail, last in beat.last.items():
@@ -145,35 +146,17 @@ class Gaps:
             kind = self._kind(numbering[2])
             if kind is None or kind not in self._sure:
                 continue
-            if kind in met or numbering in self._last:
-                self._expect(numbering, last)
-            else:
-                self._reach(numbering, last, kind, missing=0)  # Nobody knows what of it was told for this listener.
+            if kind not in met and numbering not in self._last:
+                self._reach(numbering, last, kind, missing=0)  # It may have been sent before this listener came.
+            elif self._last.get(numbering, 0) < last:
+                self._reach(numbering, last, kind, missing=last)
         self._met[origin] = self._sure
         self._met.move_to_end(origin)
         if len(self._met) > _ORIGINS:
             self._met.popitem(last=False)
 
-    def _expect(self, numbering: tuple[str, int, str], last: int) -> None:
-        kind = self._kind(numbering[2])
-        if kind is None or kind not in self._sure or self._last.get(numbering, 0) >= last:
-            return
-        if not self._behind(kind):
-            self._reach(numbering, last, kind, missing=last)
-            return
-        self._doubts[numbering] = last
-        if not self._looks_again:
-            self._looks_again = True
-            self._loop.call_later(_PATIENCE, self._look_again)
-
-    def _look_again(self) -> None:
-        self._looks_again = False
-        doubts, self._doubts = self._doubts, {}
-        for numbering, last in doubts.items():
-            self._expect(numbering, last)
-
     def _reach(self, numbering: tuple[str, int, str], number: int, kind: EventKind, *, missing: int) -> None:
-        """Numbers up to `number` are told, and those after the last one known up to `missing` are not here."""
+        """Numbers up to `number` have been sent, and those after the last one known up to `missing` are not here."""
         last = self._last.get(numbering)
         if last is None and kind in self._met.get(numbering[:2], ()):
             last = 0
@@ -191,10 +174,6 @@ class Gaps:
     def _kind(self, subject: str) -> EventKind | None:
         kind = WIRE_NAMES.get(f"event.{subject.removeprefix(self._prefix).partition('.')[0]}")
         return kind if kind is not None and issubclass(kind, Event) else None
-
-
-def _word(kind: EventKind) -> str:
-    return kind.WIRE_NAME.removeprefix("event.")
 
 
 def _start(prefix: str, subject: str) -> str:

@@ -23,10 +23,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from nats.aio.msg import Msg
-
 from cachebus.messages import AddressInUse, CacheError
 
+from .nats_compat import Delivery
 from .nats_connection import Listener, NatsConnection
 
 logger = logging.getLogger("cachebus.bus")
@@ -75,7 +74,7 @@ class Claim:
             listener, self._listener = self._listener, None
             await self._connection.leave(listener)
 
-    def _heard(self, msg: Msg) -> None:
+    def _heard(self, msg: Delivery) -> None:
         try:
             said: Any = json.loads(msg.data)
             word, number, to = str(said["says"]), str(said["number"]), str(said["to"])

@@ -13,47 +13,28 @@ import random
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import nats.errors
-from nats.aio.client import Client, RawCredentials
+from nats.aio.client import RawCredentials
 
 from cachebus.messages import CacheConfigurationError, CacheConnectionError
 
+from .nats_compat import NO_TLS, CompatClient, check_release
 from .nats_options import NatsOptions
 
 PENDING = 64 * 1024 * 1024
 """Bytes that may wait for the socket. What is refused before that, the callers of `write` decide."""
 
-_NO_TLS = "the server offers no TLS"
-_PERMANENT = ("Authorization Violation", _NO_TLS)
+_PERMANENT = ("Authorization Violation", NO_TLS)
 """What servers say, in nats-py's words, that they will say again."""
 
 OnError = Callable[[Exception], None]
 
 
-class CarefulClient(Client):
-    """A client that tells a server without TLS nothing if TLS was asked for, and whose ears survive a flush that was given
-    up."""
-
-    tls_wanted = False
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # nats-py goes on in the clear when the server says so, and so would it when somebody in between does.
-        if initial_connection and self.tls_wanted and not info.get("tls_required"):
-            raise nats.errors.Error(_NO_TLS)
-        await super()._process_info(info, initial_connection)
-
-    async def _process_pong(self) -> None:
-        # The place of a flush that was cancelled or came too late is still in the line: nats-py would answer it, fail,
-        # and read nothing from this connection any more.
-        line = cast("list[asyncio.Future[Any]]", self._pongs)  # type: ignore[redundant-cast]
-        if line and line[0].done():
-            line[0] = asyncio.get_running_loop().create_future()
-        await super()._process_pong()
-
-
-async def connect(options: NatsOptions, servers: list[str], on_error: OnError, on_end: Callable[[], None]) -> Client:
+async def connect(
+    options: NatsOptions, servers: list[str], on_error: OnError, on_end: Callable[[], None]
+) -> CompatClient:
     """A client that is connected to one of the servers, tried in random order.
 
     `on_error` hears of what goes wrong later, and `on_end` is called when the client may have ended. Raises
@@ -64,7 +45,7 @@ async def connect(options: NatsOptions, servers: list[str], on_error: OnError, o
     reasons: list[str] = []
     hopeless = 0
     for server in random.sample(servers, len(servers)):
-        client = CarefulClient()
+        client = CompatClient()
         client.tls_wanted = options.tls
         faults: list[Exception] = []
         try:
@@ -78,16 +59,18 @@ async def connect(options: NatsOptions, servers: list[str], on_error: OnError, o
             hopeless += isinstance(first, ssl.SSLCertVerificationError) or any(
                 each in str(first) for each in _PERMANENT
             )
-            abandon(client)
+            client.abandon()
         except BaseException:
-            abandon(client)
+            client.abandon()
             raise
     if hopeless == len(reasons):
         raise CacheConfigurationError(f"no NATS server takes us in ({'; '.join(reasons)})")
     raise CacheConnectionError(f"no NATS server can be reached ({'; '.join(reasons)})", "nats")
 
 
-async def _connect(client: Client, options: NatsOptions, server: str, secrets: dict[str, Any], calls: Any) -> None:
+async def _connect(
+    client: CompatClient, options: NatsOptions, server: str, secrets: dict[str, Any], calls: Any
+) -> None:
     await client.connect(
         servers=[f"{'tls' if options.tls else 'nats'}://{server}"],
         name=options.name,
@@ -104,14 +87,6 @@ async def _connect(client: Client, options: NatsOptions, server: str, secrets: d
         **calls,
         **secrets,
     )
-
-
-def abandon(client: Client) -> None:
-    """Let go of a client whose connection is of no use, without waiting for a server that may not answer."""
-    transport: Any = getattr(client, "_transport", None)
-    writer: Any = getattr(transport, "_io_writer", None)
-    if writer is not None:
-        writer.transport.abort()
 
 
 def _callbacks(
@@ -137,6 +112,7 @@ def _reason(error: BaseException) -> str:
 
 def _secrets(options: NatsOptions) -> dict[str, Any]:
     """What signs us in. Reads files, so it blocks."""
+    check_release()
     found: dict[str, Any] = {}
     try:
         if options.user:

@@ -1,25 +1,26 @@
-"""A lasting connection to NATS: clients come and go in it, and what was listened to is listened to again."""
+"""A lasting connection to NATS. Clients come and go in it; what is subscribed is subscribed again at each reconnect."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable
 from typing import Any
 
 import nats.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 
-from cachebus.messages import CacheClosed, CacheConnectionError, Overloaded
+from cachebus.messages import CacheConnectionError, Overloaded
 
-from .nats_client import PENDING, abandon, connect
+from .message_age import PING_INTERVAL
+from .nats_client import PENDING, connect
+from .nats_compat import CompatClient, Delivery, frame
 from .nats_options import NatsCounters, NatsOptions
 
 logger = logging.getLogger("cachebus.bus")
 
-Handler = Callable[[Msg], None]
+Handler = Callable[[Delivery], None]
 """Takes one message. Called on the loop; must not wait and must not raise."""
 
 _LOOK = 0.25  # Seconds: nats-py has ways to end without calling back, so it is looked after as well.
@@ -27,35 +28,34 @@ _FLUSH = 5.0  # Seconds that the last words may take on a connection that is bei
 
 
 class Listener:
-    """What is listened to: a subject, and the queue group that shares its messages, if any."""
+    """A subscription that outlives reconnects: a subject, and the queue group that shares its messages, if any."""
 
-    __slots__ = ("client", "group", "handler", "subject", "subscription")
+    __slots__ = ("client", "group", "handler", "pending_bytes", "pending_messages", "subject", "subscription")
 
-    def __init__(self, subject: str, group: str, handler: Handler) -> None:
+    def __init__(self, subject: str, group: str, handler: Handler, options: NatsOptions) -> None:
         self.subject = subject
         self.group = group
         self.handler = handler
-        self.client: Client | None = None
+        self.pending_messages = options.pending_messages
+        self.pending_bytes = options.pending_bytes
+        self.client: CompatClient | None = None
         self.subscription: Any = None
 
-    @property
-    def waiting(self) -> int:
-        """How many messages have come in that are not handed over yet."""
-        return 0 if self.subscription is None else int(self.subscription.pending_msgs)
-
-    async def take(self, msg: Msg) -> None:
-        """Hand over a message that came in."""
-        try:
-            self.handler(msg)
-        except Exception:
-            # A bug, or a message that finds one: the next message is none the worse.
-            logger.exception("a message on %s could not be handled", self.subject)
+    def take(self, deliveries: list[Delivery]) -> None:
+        """Hand over messages that came in, in their order."""
+        handler = self.handler
+        for delivery in deliveries:
+            try:
+                handler(delivery)
+            except Exception:
+                # A bug, or a message that finds one: the next message is none the worse.
+                logger.exception("a message on %s could not be handled", self.subject)
 
 
 class NatsConnection:
-    """A connection that is made anew whenever it is lost. Belongs to one asyncio loop.
+    """A connection that is replaced whenever it is lost. Belongs to one asyncio loop.
 
-    `on_lost` is called when it is lost, `on_back` when it is there again and everything is listened to again.
+    `on_lost` is called when it is lost. `on_back` is called when it is replaced and every listener is subscribed again.
     """
 
     def __init__(
@@ -64,18 +64,23 @@ class NatsConnection:
         counters: NatsCounters,
         on_lost: Callable[[], None],
         on_back: Callable[[], None],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options = options
         self.counters = counters
         self._on_lost = on_lost
         self._on_back = on_back
-        self._client: Client | None = None
+        self._client: CompatClient | None = None
         self._listeners: list[Listener] = []
         self._ended: asyncio.Future[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._now = now
+        self._pinger: asyncio.TimerHandle | None = None
         self._slow = False
-        self._ready = False  # Connected, and everything is listened to: an answer would be heard.
+        self._ready = False  # Connected and subscribed: an answer would be heard.
         self._servers = list(options.servers)
+        self.max_payload = 1_048_576
+        """Bytes that the server takes in one message, as it said when it was last connected."""
         self._loop: asyncio.AbstractEventLoop
 
     def __repr__(self) -> str:
@@ -92,16 +97,27 @@ class NatsConnection:
         return self._loop
 
     @property
-    def client(self) -> Client:
-        """The client of now. Raises `CacheConnectionError` while away."""
+    def client(self) -> CompatClient:
+        """The present client. Raises `CacheConnectionError` while away."""
         if self._client is None or not self._client.is_connected:
             raise CacheConnectionError("the connection to NATS is away", "nats")
         return self._client
 
     @property
-    def max_payload(self) -> int:
-        """Bytes that the server takes in one message, as it said when it was last connected."""
-        return self._client.max_payload if self._client is not None else 1_048_576
+    def proven(self) -> float:
+        """When the last ping was sent that the server has answered: what comes in now was sent by the server after that.
+        It is kept up to date by `watch_link`."""
+        return self._client.proven if self._client is not None else self._now()
+
+    def watch_link(self) -> None:
+        """Ping the server often from now on, so that it is seen when what comes in was held up."""
+        if self._pinger is None:
+            self._ping()
+
+    def _ping(self) -> None:
+        self._pinger = self._loop.call_later(PING_INTERVAL, self._ping)
+        if self._client is not None and self._ready:
+            self._client.ping(self._now())
 
     async def open(self) -> None:
         """Connect. Raises `CacheConnectionError`."""
@@ -111,43 +127,51 @@ class NatsConnection:
         self._keeper = asyncio.create_task(self._keep(), name="cachebus-nats")
 
     async def close(self) -> None:
-        """Send what is waiting to be sent, and close."""
+        """Send what waits to be sent, and close."""
         if self._keeper is not None:
             await end_task(self._keeper)
+        if self._pinger is not None:
+            self._pinger.cancel()
         client, self._client = self._client, None
         self._ready = False
         if client is not None and not client.is_closed:
             try:
                 async with asyncio.timeout(_FLUSH):
-                    await _flush(client)
+                    await client.flushed()
                     await client.close()
             except (nats.errors.Error, OSError, TimeoutError):
-                abandon(client)
+                client.abandon()
 
-    def write(self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
-        """Send a message, without waiting. Raises `CacheConnectionError` while away, `Overloaded` while too much waits
-        for the socket."""
+    def write(self, subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> None:
+        """Send a message without waiting; `head` is a block of headers.
+
+        Raises `CacheConnectionError` while away, and `Overloaded` while too much waits for the socket.
+        """
+        self.write_frames(frame(subject, payload, reply, head))
+
+    def write_frames(self, frames: bytes) -> None:
+        """Send the bytes of one or more messages, as `write` does."""
         client = self._client
-        if client is None or not self.up:
+        if client is None or not self._ready or not client.is_connected:
             raise CacheConnectionError("the connection to NATS is away", "nats")
-        if client.pending_data_size + len(payload) + 8192 > PENDING:
-            raise Overloaded(f"{client.pending_data_size:,} bytes wait for the connection to NATS")
         try:
-            _at_once(client.publish(subject, payload, reply, headers))
-        except nats.errors.Error as error:
+            client.send(frames, PENDING)
+        except BufferError:
+            raise Overloaded(f"{client.backlog:,} bytes wait for the connection to NATS") from None
+        except OSError as error:
             raise CacheConnectionError(f"NATS does not take the message: {type(error).__name__}", "nats") from None
 
     @property
     def backlog(self) -> int:
         """Bytes that wait for the socket."""
-        return self._client.pending_data_size if self._client is not None else 0
+        return self._client.backlog if self._client is not None else 0
 
     async def flush(self) -> None:
         """Return when the server has handled everything that was sent so far. Raises `CacheConnectionError`."""
         client = self._client
         try:
             if client is not None and client.is_connected:
-                await _flush(client)
+                await client.flushed()
                 return
         except (nats.errors.Error, OSError, TimeoutError):
             pass
@@ -155,7 +179,7 @@ class NatsConnection:
 
     async def listen(self, subject: str, handler: Handler, group: str = "") -> Listener:
         """Call `handler` for every message on a subject from now on, over every reconnect."""
-        listener = Listener(subject, group, handler)
+        listener = Listener(subject, group, handler, self.options)
         self._listeners.append(listener)
         await self._subscribe(listener)
         return listener
@@ -170,7 +194,7 @@ class NatsConnection:
             return
         try:
             async with asyncio.timeout(_FLUSH):
-                await leave(client, subscription)
+                await client.leave(subscription)
         except (nats.errors.Error, OSError, TimeoutError):
             pass  # Lost meanwhile: nothing comes from there any more.
 
@@ -180,18 +204,15 @@ class NatsConnection:
             return  # With the others, when the connection is back; or done.
         listener.client = client
         try:
-            listener.subscription = await client.subscribe(  # pyright: ignore[reportUnknownMemberType]
-                listener.subject,
-                listener.group,
-                listener.take,
-                pending_msgs_limit=self.options.pending_messages,
-                pending_bytes_limit=self.options.pending_bytes,
-            )
+            listener.subscription = await client.listen(listener.subject, listener.group, listener)
         except nats.errors.Error:
             self._look()
 
-    async def _connect(self) -> Client:
+    async def _connect(self) -> CompatClient:
+        began = self._now()
         client = await connect(self.options, self._servers, self._heard, self._look)
+        client.connected(began)
+        self.max_payload = client.max_payload
         known = set(self._servers)
         found = {str(each.netloc).rpartition("@")[2] for each in client.discovered_servers} - known
         self._servers = [*self._servers, *sorted(found)][:64]
@@ -201,11 +222,11 @@ class NatsConnection:
         while True:
             await self._end_of_life()
             logger.warning("the connection to NATS at %s is lost", ", ".join(self.options.servers))
-            _tell(self._on_lost)
+            _notify(self._on_lost)
             await self._return()
             self.counters.reconnects += 1
             logger.warning("the connection to NATS at %s is back", ", ".join(self.options.servers))
-            _tell(self._on_back)
+            _notify(self._on_back)
 
     async def _end_of_life(self) -> None:
         client = self._client
@@ -214,7 +235,7 @@ class NatsConnection:
             await asyncio.wait([self._ended], timeout=_LOOK)
         self._ready = False
         if client is not None:
-            abandon(client)
+            client.abandon()
             self._client = None
 
     async def _return(self) -> None:
@@ -231,10 +252,10 @@ class NatsConnection:
                 self._ready = True
                 return
             except Exception as error:
-                # Whatever it is, also a file that cannot be read just now: there is nobody to raise it to.
+                # Whatever it is, also a file that cannot be read just now: no caller waits for this.
                 logger.info("no way back to NATS yet: %s", error)
                 if self._client is not None:
-                    abandon(self._client)
+                    self._client.abandon()
                 self._client = None
 
     def _look(self) -> None:
@@ -247,7 +268,7 @@ class NatsConnection:
             self.counters.slow_consumer += 1
             if not self._slow:
                 self._slow = True
-                logger.warning("messages on %s are thrown away: too many wait to be looked at", error.subject)
+                logger.warning("messages on %s are thrown away: too many came in at once", error.subject)
                 self._loop.call_later(10.0, self._no_longer_slow)
         elif "permissions violation" in str(error):
             logger.error("NATS refuses: %s", error)
@@ -258,35 +279,18 @@ class NatsConnection:
         self._slow = False
 
 
-def _tell(listener: Callable[[], None]) -> None:
+def _notify(listener: Callable[[], None]) -> None:
     try:
         listener()
     except Exception:
-        # Also when the connection is lost again meanwhile: whoever keeps it must go on.
+        # Also when the connection is lost again meanwhile: the keeper must go on.
         logger.exception("a change of the connection to NATS could not be dealt with")
-
-
-async def _flush(client: Client) -> None:
-    """Return when the server has handled what was sent."""
-    # nats-py's ping does not wait in line: it overtakes what the flusher has not written yet. By the time the first
-    # one is answered the flusher has run, and the second one stands behind what it wrote.
-    await client.flush()
-    await client.flush()
-
-
-async def leave(client: Client, subscription: Any) -> None:
-    """End a subscription, with every message that was delivered to it handed over."""
-    # Not its own drain: there the ping overtakes the goodbye, and what is delivered in between is thrown away.
-    await client._send_unsubscribe(subscription._id)  # pyright: ignore[reportPrivateUsage]
-    await _flush(client)
-    await subscription._pending_queue.join()
-    await subscription.unsubscribe()
 
 
 async def end_task(task: asyncio.Task[None]) -> None:
     """Cancel a task, and wait until it has ended."""
     while not task.done():
-        # Again and again: nats-py lets a cancellation pass for nothing here and there, and so does Python 3.11's wait_for.
+        # Again and again: nats-py swallows a cancellation here and there, and so does Python 3.11's wait_for.
         task.cancel()
         await asyncio.wait([task], timeout=0.05)
 
@@ -294,13 +298,3 @@ async def end_task(task: asyncio.Task[None]) -> None:
 def _wake(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _at_once(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine that does not suspend. Publishing does so only while a full buffer is flushed."""
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        return
-    coroutine.close()
-    raise CacheClosed("a publish to NATS would have had to wait")

@@ -7,10 +7,10 @@ import json
 import secrets
 from typing import Any
 
-from nats.aio.msg import Msg
 from pydantic import BaseModel, ValidationError
 
 from .nats import NatsBus
+from .nats_compat import Delivery
 from .nats_micro import NAME, PREFIX
 
 
@@ -49,8 +49,8 @@ async def discover(bus: NatsBus, wait: float) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     nobody = asyncio.Event()
 
-    def heard(msg: Msg) -> None:
-        if (msg.headers or {}).get("Status") == "503":
+    def heard(msg: Delivery) -> None:
+        if msg.headers.get("Status") == "503":
             nobody.set()
             return
         try:

@@ -1,9 +1,9 @@
-"""Events over NATS: what is told here goes out, and what is told elsewhere is heard.
+"""Events over NATS: those of this process go out, and those of others come in.
 
 What goes out is numbered by subject, which is by kind and backend: in the copy that is sent, `epoch` is when this bus was
-opened and `seq` counts from 1. So whoever listens to any choice of kinds can see that one of them did not arrive. An event
-that is dropped here takes its number with it. What comes in is checked in the same way, see `nats_beats.py`; a gap, or a time in which the connection was away, is told to the listeners of this
-process as `EventsMissed`.
+opened and `seq` counts from 1. So a listener to any choice of kinds can see that one of them did not arrive. An event that
+is dropped here takes its number with it. What comes in is checked in the same way, see `nats_beats.py`. A gap, or a time
+in which the connection was away, is reported to the listeners of this process as `EventsMissed`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import asyncio
 import logging
 import threading
 import time
-from asyncio import _get_running_loop
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
+from threading import get_ident
 from typing import Any
 
 from msgspec.structs import replace
-from nats.aio.msg import Msg
 
 from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
 
-from .codec import JSON, MSGPACK, decode, encode
+from .codec import JSON, MSGPACK, decode_each, encode
+from .compat import running_loop
 from .emitter import Emitter
 from .event_policy import EventPolicy
-from .nats_beats import Gaps
+from .nats_beats import GapDetector
+from .nats_compat import Delivery, frame, header_block
 from .nats_connection import Listener, NatsConnection, end_task
 from .nats_options import NatsCounters
 from .nats_stream import MESSAGE_ID
@@ -36,11 +37,23 @@ from .subscription import Audience, EventKind
 logger = logging.getLogger("cachebus.bus")
 
 _ENOUGH = 1024 * 1024  # Bytes that may wait for the socket before events wait for them.
-_BREATHER = 64  # Events sent without letting other tasks run.
+_PAUSE = 0.002  # Seconds until it is looked again whether fewer bytes wait.
+_FIRST_LINE = b"NATS/1.0\r\nContent-Type:"
+_TURN = 128  # Events that are sent before other tasks run.
+
+
+class _Channel:
+    """The events of one kind about one backend: where they go, and the number of the last one."""
+
+    __slots__ = ("last", "subject")
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self.last = 0
 
 
 class Outbox:
-    """Events on their way out: bounded, and off the path of whoever tells them. Put into from any thread."""
+    """Events on their way out: a bounded queue that any thread puts into, and that is emptied beside its callers."""
 
     def __init__(
         self, connection: NatsConnection, subjects: Subjects, policy: EventPolicy, counters: NatsCounters
@@ -49,21 +62,22 @@ class Outbox:
         self._connection = connection
         self._subjects = subjects
         self._policy = policy
+        self._redacts = policy.redacts
         self._counters = counters
         self._capacity = options.outbox
         self.content_type = JSON if options.events_as_json else MSGPACK
-        self._headers = {"Content-Type": self.content_type}
+        self._head = header_block({"Content-Type": self.content_type})
         self._kept = options.events_stream is not None
         self._events: deque[Event] = deque()
         self.epoch = time.time_ns()
-        self._last: dict[str, int] = {}
-        self._skipped: Counter[str] = Counter()
+        self._channels: dict[tuple[EventKind, str], _Channel] = {}
+        self._skipped: Counter[tuple[EventKind, str]] = Counter()
         self._guard = threading.Lock()
         self._loop = asyncio.get_running_loop()
-        self._wake: asyncio.Future[None] | None = None
-        self._woken = False
+        self._thread = get_ident()
+        self._scheduled = False  # A flush will come, and see what was put in before it.
+        self._open = False
         self._idle: asyncio.Future[None] | None = None  # Answered when nothing can be sent any more, or now.
-        self._task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self._events)
@@ -73,26 +87,28 @@ class Outbox:
 
     def open(self) -> None:
         """Begin to send."""
-        self._task = asyncio.create_task(self._send(), name="cachebus-outbox")
+        self._open = True
+        self._flush()
 
     def put(self, event: Event) -> None:
         """Take an event, or count it as dropped. Does not wait."""
         if len(self._events) >= self._capacity:
             self._counters.events_dropped += 1
-            self._skip(event)
+            with self._guard:
+                self._skipped[type(event), event.backend] += 1
             return
         self._events.append(event)
-        if not self._woken:
-            self._woken = True
+        if not self._scheduled:
+            self._scheduled = True
             self.wake()
 
     def wake(self) -> None:
         """Look whether something can be sent. From any thread."""
-        if _get_running_loop() is self._loop:
-            self._wake_up()
-            return
         try:
-            self._loop.call_soon_threadsafe(self._wake_up)
+            if get_ident() == self._thread:
+                self._loop.call_soon(self._flush)
+            else:
+                self._loop.call_soon_threadsafe(self._flush)
         except RuntimeError:
             self._counters.events_dropped += 1  # The loop is closed.
 
@@ -100,70 +116,78 @@ class Outbox:
         """The last number by subject, from the kind on, of what is sent and of what is dropped. On the loop."""
         with self._guard:
             skipped, self._skipped = self._skipped, Counter()
-        for subject, count in skipped.items():
-            self._last[subject] = self._last.get(subject, 0) + count
+        for (kind, backend), count in skipped.items():
+            with suppress(ValueError):  # It could not have been sent.
+                self._channel(kind, backend).last += count
         start = len(self._subjects.event_prefix)
-        return {subject[start:]: last for subject, last in self._last.items()}
+        return {each.subject[start:]: each.last for each in self._channels.values()}
 
     async def close(self, grace: float) -> None:
         """Send what waits, for up to `grace` seconds."""
-        task, self._task = self._task, None
-        if task is None:
-            return
-        if self._events and self._connection.up:
+        if self._events and self._connection.up and self._open:
             self._idle = self._loop.create_future()
-            self._wake_up()
-            await asyncio.wait([self._idle, task], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
-        await end_task(task)
+            self.wake()
+            await asyncio.wait([self._idle], timeout=grace)
+        self._open = False
         self._counters.events_dropped += len(self._events)
-        for event in self._events:
-            self._skip(event)
+        with self._guard:
+            self._skipped.update((type(event), event.backend) for event in self._events)
         self._events.clear()
 
-    def _wake_up(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+    def _flush(self) -> None:
+        # What is put in from now on asks for another flush, and what was put in before is seen.
+        self._scheduled = False
+        events, connection = self._events, self._connection
+        if not self._open:
+            return
+        if events and connection.up:
+            if connection.backlog > _ENOUGH:
+                self._scheduled = True
+                self._loop.call_later(_PAUSE, self._flush)
+                return
+            frames: list[bytes] = []
+            for _ in range(min(len(events), _TURN)):
+                self._add(frames, events.popleft())
+            try:
+                connection.write_frames(b"".join(frames))
+                self._counters.events_sent += len(frames)
+            except CacheError as error:
+                self._counters.events_dropped += len(frames)
+                logger.debug("%d events cannot be sent: %s", len(frames), error)
+            if events:
+                if not self._scheduled:
+                    self._scheduled = True
+                    self._loop.call_soon(self._flush)
+                return
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
-    async def _send(self) -> None:
-        sent = 0
-        while True:
-            self._wake = self._loop.create_future()
-            # Not woken any more from here on: what is put in from now on wakes, and what was put in before is seen.
-            self._woken = False
-            if not self._events or not self._connection.up:
-                if self._idle is not None and not self._idle.done():
-                    self._idle.set_result(None)
-                await self._wake
-                continue
-            while self._events and self._connection.up:
-                if self._connection.backlog > _ENOUGH or sent % _BREATHER == 0:
-                    await asyncio.sleep(0)
-                sent += 1
-                self._send_one(self._events.popleft())
+    def _channel(self, kind: EventKind, backend: str) -> _Channel:
+        """Raises `ValueError` for a backend that no subject can hold."""
+        channel = self._channels.get((kind, backend))
+        if channel is None:
+            channel = self._channels[kind, backend] = _Channel(self._subjects.event(kind, backend))
+        return channel
 
-    def _skip(self, event: Event) -> None:
-        """An event will not be sent: its number is left out. From any thread."""
+    def _add(self, frames: list[bytes], event: Event) -> None:
+        """Add the bytes of an event that can be sent."""
         try:
-            subject = self._subjects.event(type(event), event.backend)
-        except ValueError:
-            return  # It could not have been sent.
-        with self._guard:
-            self._skipped[subject] += 1
-
-    def _send_one(self, event: Event) -> None:
-        try:
-            subject = self._subjects.event(type(event), event.backend)
-            number = self._last.get(subject, 0) + 1
+            kind = type(event)
+            channel = self._channels.get((kind, event.backend)) or self._channel(kind, event.backend)
+            channel.last += 1  # Also if it cannot be sent: then it is missed.
             if self._skipped:
                 with self._guard:
-                    number += self._skipped.pop(subject, 0)
-            self._last[subject] = number  # Also if it cannot be sent: then it is missed.
-            header: dict[str, Any] = {"epoch": self.epoch, "seq": number}
-            if self._policy.redacts and (key := getattr(event, "key", "")):
+                    channel.last += self._skipped.pop((kind, event.backend), 0)
+            header: dict[str, Any] = {"epoch": self.epoch, "seq": channel.last}
+            if self._redacts and (key := getattr(event, "key", "")):
                 header["key"] = self._policy.key(key)
-            headers = {**self._headers, MESSAGE_ID: event.id} if self._kept else self._headers
-            self._connection.write(subject, encode(replace(event, **header), self.content_type), headers=headers)
-            self._counters.events_sent += 1
+            body = encode(replace(event, **header), self.content_type)
+            head = self._head
+            if self._kept:
+                head = header_block({"Content-Type": self.content_type, MESSAGE_ID: event.id})
+            if len(body) + len(head) > self._connection.max_payload:
+                raise ValueError("it is too large for the bus")
+            frames.append(frame(channel.subject, body, "", head))
         except (CacheError, ValueError) as error:
             self._counters.events_dropped += 1
             logger.debug("an event %s cannot be sent: %s", event.WIRE_NAME, error)
@@ -173,7 +197,7 @@ class Outbox:
             logger.exception("an event %s cannot be sent", event.WIRE_NAME)
 
 
-class Hearing:
+class EventListener:
     """Events of other processes, for the listeners of this one."""
 
     def __init__(
@@ -191,14 +215,15 @@ class Hearing:
         self._counters = counters
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[type[Event], Listener] = {}
-        self._gaps = Gaps(subjects, emitter, counters, self._behind)
+        self._gaps = GapDetector(subjects, emitter, counters)
+        self._head, self._content_type = b"", JSON  # The first lines of the last event: most have the same.
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
 
     def open(self) -> None:
-        """Begin to listen to what the listeners of this process want."""
-        self._task = asyncio.create_task(self._follow(), name="cachebus-hearing")
+        """Begin to subscribe what the listeners of this process want."""
+        self._task = asyncio.create_task(self._follow(), name="cachebus-event-listener")
         self._audience.watch(self.look)
 
     async def close(self) -> None:
@@ -210,7 +235,7 @@ class Hearing:
 
     def look(self) -> None:
         """Listeners came or went. From any thread."""
-        if _get_running_loop() is self._loop:
+        if running_loop() is self._loop:
             self._look()
             return
         _soon(self._loop, self._look)
@@ -222,7 +247,7 @@ class Hearing:
         await self._connection.flush()
 
     def missed_some(self) -> None:
-        """The connection was away: nobody knows what was told meanwhile."""
+        """The connection was away: what was sent meanwhile is not known."""
         self._emitter.emit(EventsMissed(source="", event="", count=0))
 
     def _look(self) -> None:
@@ -236,7 +261,7 @@ class Hearing:
             try:
                 await self._follow_once()
             except Exception:
-                logger.exception("what other processes tell cannot be listened to")
+                logger.exception("events of other processes cannot be subscribed")
             if not self._changed.is_set():
                 self._settled.set()
 
@@ -246,37 +271,37 @@ class Hearing:
             wanted |= {Heartbeat}
         fresh = wanted - self._listeners.keys()
         for kind in fresh:
-            self._listeners[kind] = await self._connection.listen(self._subjects.events(kind), self._heard)
+            self._listeners[kind] = await self._connection.listen(self._subjects.events(kind), self._take)
         left = self._listeners.keys() - wanted
         self._gaps.listens_to(frozenset(self._listeners.keys() - fresh - left))
         for kind in left:
             await self._connection.leave(self._listeners.pop(kind))
         if fresh:
-            # Before the server knows of a kind, a heartbeat may count events that nobody would have sent here. Without a
-            # connection everything is listened to again when it is back, and that something is missing is told anyway.
+            # Before the server knows of a kind, a heartbeat may count events that it would not have sent here. Without a
+            # connection everything is subscribed again when it is back, and that something is missing is reported anyway.
             with suppress(CacheConnectionError):
                 await self._connection.flush()
             self._gaps.listens_to(frozenset(self._listeners))
 
-    def _heard(self, msg: Msg) -> None:
+    def _take(self, delivery: Delivery) -> None:
+        head = delivery.head
+        if not head.startswith(self._head) or not self._head:
+            self._content_type = delivery.headers.get("Content-Type", JSON)
+            self._head = head[: head.find(b"\r\n", len(_FIRST_LINE)) + 2] if head.startswith(_FIRST_LINE) else b""
         try:
-            event = decode(msg.data, (msg.headers or {}).get("Content-Type", JSON))
+            event = decode_each(delivery.data, self._content_type)[0][0]
         except CacheError:
             self._counters.bad_messages += 1
             return
         if not isinstance(event, Event) or event.namespace != self._subjects.namespace:
             self._counters.bad_messages += 1
             return
-        if isinstance(event, Heartbeat):
+        if type(event) is Heartbeat:
             self._gaps.beat(event)
         else:
             self._counters.events_received += 1
-            self._gaps.check(event, msg.subject)
+            self._gaps.check(event, delivery.subject)
         self._audience.hear_foreign(event)
-
-    def _behind(self, kind: EventKind) -> bool:
-        listener = self._listeners.get(kind)
-        return listener is not None and listener.waiting > 0
 
 
 def _soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:

@@ -18,17 +18,15 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, runtime_checkable
 
-from nats.aio.msg import Msg
-
 from cachebus.messages import CacheError, Reply, Request, TakeSnapshot
 
 from .address import Address
 from .clock import Clock
 from .codec import JSON, encode
 from .emitter import origin
+from .nats_compat import Delivery
 from .nats_connection import Listener, NatsConnection
-from .nats_serving import Serving
-from .subjects import is_ours
+from .nats_serving import Responder
 
 NAME = "cachebus"
 """What every worker is called; which one it is, its id says."""
@@ -58,7 +56,7 @@ class Micro:
         connection: NatsConnection,
         clock: Clock,
         namespace: str,
-        serving: Callable[[], Mapping[str, tuple[Serving, Listener]]],
+        serving: Callable[[], Mapping[str, tuple[Responder, Listener]]],
         ask: Ask,
     ) -> None:
         number = next(_numbers)
@@ -103,17 +101,17 @@ class Micro:
             await asyncio.wait([self._task], timeout=SNAPSHOT_WAIT)
             self._task.cancel()
 
-    def _ping(self, msg: Msg) -> None:
+    def _ping(self, msg: Delivery) -> None:
         self._answer(msg.reply, "ping", {})
 
-    def _info(self, msg: Msg) -> None:
+    def _info(self, msg: Delivery) -> None:
         endpoints = [
             {**_place(serving, listener), "metadata": {"address": address}}
             for address, (serving, listener) in self._serving().items()
         ]
         self._answer(msg.reply, "info", {"description": "a worker of cachebus", "endpoints": endpoints})
 
-    def _stats(self, msg: Msg) -> None:
+    def _stats(self, msg: Delivery) -> None:
         # Everybody who asks while the figures are being put together gets the same ones.
         if len(self._waiting) < 1000:
             self._waiting.append(msg.reply)
@@ -128,7 +126,7 @@ class Micro:
             for reply_to in waiting:
                 self._answer(reply_to, "stats", {"started": self._started, "endpoints": endpoints})
 
-    async def _figures(self, address: str, serving: Serving, listener: Listener) -> dict[str, Any]:
+    async def _figures(self, address: str, serving: Responder, listener: Listener) -> dict[str, Any]:
         data: dict[str, Any] = {"address": address}
         if isinstance(serving.recipient, _Queueing):
             data["mailbox"] = serving.recipient.waiting
@@ -150,7 +148,7 @@ class Micro:
         }
 
     def _answer(self, reply_to: str, kind: str, more: dict[str, Any]) -> None:
-        if not reply_to or is_ours(reply_to):
+        if not reply_to.startswith(self._connection.options.inboxes):
             return
         said = {**self._base, "type": f"io.nats.micro.v1.{kind}_response", **more}
         try:
@@ -159,7 +157,7 @@ class Micro:
             return  # Away: whoever asked will ask again.
 
 
-def _place(serving: Serving, listener: Listener) -> dict[str, Any]:
+def _place(serving: Responder, listener: Listener) -> dict[str, Any]:
     # The name of an endpoint is one word.
     name = serving.address.replace(".", "-")
     return {"name": name, "subject": listener.subject, "queue_group": listener.group}

@@ -61,6 +61,11 @@ class NatsOptions:
     """An idempotent request without an answer for so long is sent once more: whoever took it may be dead."""
     budget: float = 5.0
     """What a request from elsewhere may take if it does not say."""
+    max_budget: float = 300.0
+    """What a request from elsewhere may take at most, whatever it says."""
+    reply_prefixes: tuple[str, ...] = ("_INBOX",)
+    """What the reply subjects of requests from elsewhere begin with, next to `inbox_prefix`. A request with another one is
+    dropped and counted: its sender would choose what this process publishes where."""
     claim_wait: float = 0.25
     """How long a claim to an address waits for those who have one too."""
     events: tuple[str, ...] = SHARED_KINDS
@@ -79,12 +84,13 @@ class NatsOptions:
     outbox: int = 10_000
     """How many events may wait to go out; more are lost and counted."""
     pending_messages: int = 65_536
-    """How many messages that came in may wait to be looked at, by subscription; more are lost and counted."""
+    """How many messages of a subscription may be taken from the socket at once; more are lost and counted."""
     pending_bytes: int = 67_108_864
 
     def __post_init__(self) -> None:
         for wrong, problem in (
             (not self.servers, "servers: at least one is needed"),
+            (not all(self.reply_prefixes), "reply_prefixes: an empty one would allow every subject"),
             (any("@" in each for each in self.servers), "servers: a user and a password have options of their own"),
             (bool(self.user) != (self.password is not None), "user, password: one needs the other"),
             (self.ways_to_sign_in > 1, "user, token, nkey_seed_file and credentials_file exclude each other"),
@@ -101,6 +107,11 @@ class NatsOptions:
                 raise CacheConfigurationError(f"{each.name}: expected more than 0, not {value!r}")
 
     @property
+    def inboxes(self) -> tuple[str, ...]:
+        """What the subjects of answers may begin with."""
+        return (f"{self.inbox_prefix}.", *self.reply_prefixes)
+
+    @property
     def ways_to_sign_in(self) -> int:
         """How many kinds of credentials there are."""
         return sum(map(bool, (self.user, self.token, self.nkey_seed_file, self.credentials_file)))
@@ -115,13 +126,17 @@ class NatsCounters:
     """NATS messages that the requests went out in: fewer, where callers are many."""
     requests_resent: int = 0
     requests_served: int = 0
+    requests_expired: int = 0
+    """Requests that came in when their callers had given up, and were not worked on."""
+    replies_refused: int = 0
+    """Messages that were dropped because they asked for a reply outside of the inboxes."""
     bad_messages: int = 0
     late_replies: int = 0
     """Answers that came when nobody waited for them any more."""
     lost_replies: int = 0
     """Answers that could not be sent, because the connection was away or stuffed."""
     slow_consumer: int = 0
-    """Messages that came in and were thrown away, because too many waited."""
+    """Messages that came in and were thrown away, because too many came at once."""
     reconnects: int = 0
     events_sent: int = 0
     events_dropped: int = 0

@@ -1,13 +1,14 @@
-"""Asking over NATS: requests to one address leave together where they can, and come back as they are answered.
+"""The asking side of a bus over NATS: requests to one address travel together, and come back as they are answered.
 
-A request leaves at once if nothing to its address is under way. Otherwise it leaves with what else came up by the next
-step of the loop, and while `window` messages are unanswered it waits for one of their answers, or for 10 ms: whoever
+A request leaves at once if nothing to its address is in flight. Otherwise it leaves with what else comes up by the next
+step of the loop. While `window` messages are unanswered it waits for one of their answers, or for 10 ms: the worker that
 took them may be dead, and others may serve the address too.
 
-    token                 one message under way, a `Flight`; answers come to `<inbox>.<token>`
-    Cachebus-Budget       the seconds left, one number, or one for each request of an array where they differ
+    token                 one message in flight, a `RequestBatch`; answers come to `<inbox>.<token>`
+    Cachebus-Budget       the seconds left, one number, or one for each request of an array if they differ
+    Cachebus-Sent         who sends, and when by its clock, so that the receiver can estimate the age of the message
     traceparent           the W3C trace context of the request; of those of an array, if it is the same
-    Cachebus-Traceparents the trace contexts of an array where they differ, one for each request or empty
+    Cachebus-Traceparents the trace contexts of an array if they differ, one for each request or empty
     Cachebus-Partial      an array may be answered bit by bit
     Cachebus-Index        in an answer: which requests of the array it answers; all, if it is left out
 
@@ -20,19 +21,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from asyncio import _get_running_loop
 from collections import deque
-from collections.abc import Callable
+from threading import get_ident
 from typing import Any
-
-from nats.aio.msg import Msg
 
 from cachebus.messages import (
     BadMessage,
     CacheCapacityError,
     CacheClosed,
-    CacheConnectionError,
     CacheError,
+    CacheSerializationError,
     DeadLetter,
     Failed,
     Message,
@@ -43,119 +41,116 @@ from cachebus.messages import (
 
 from .api import Envelope, Turn
 from .clock import Clock
-from .codec import MSGPACK, decode_each, encode, join
-from .deadlines import TICK, Deadlines, deadlines_here
+from .codec import MSGPACK, decode_each, encode
+from .compat import running_loop
+from .deadlines import TICK, Bucket, Deadlines, deadlines_here
 from .emitter import Emitter
+from .message_age import age_clock
+from .nats_compat import Delivery
 from .nats_connection import NatsConnection
-from .nats_headers import BUDGET, CONTENT_TYPE, INDEX, PARTIAL, say_budgets, say_traces
+from .nats_headers import BUDGET, CONTENT_TYPE, INDEX, PARTIAL, SENT, write_budgets, write_traces
 from .nats_options import NatsCounters
 
 HEADROOM = 4096
-"""Bytes of a NATS message that are left to headers and to what an array adds."""
+"""Bytes of a NATS message that are left to headers."""
 
 _FEW = 16  # Requests that are not worth two messages.
+_NONE: dict[str, str] = {}
 _HOLD = 0.01  # Seconds that requests wait for an answer to others, at most.
 
 
-class Item:
-    """One request on its way: what came from the caller, and its bytes."""
+class RequestBatch:
+    """The requests of one NATS message. A slot holds one that is not answered yet."""
 
-    __slots__ = ("envelope", "part", "sent")
+    __slots__ = ("answered", "bucket", "end", "recipient", "slots", "token", "unanswered")
 
-    def __init__(self, envelope: Envelope, part: bytes) -> None:
-        self.envelope = envelope
-        self.part = part
-        self.sent = 0
-
-
-class Flight:
-    """One NATS message of requests that are not all answered yet."""
-
-    __slots__ = ("answered", "end", "items", "left", "token", "way")
-
-    def __init__(self, way: Way, token: str, items: list[Item], end: float) -> None:
-        self.way = way
+    def __init__(self, recipient: RemoteRecipient, token: str, envelopes: list[Envelope], end: float) -> None:
+        self.recipient = recipient
         self.token = token
-        self.items: list[Item | None] = list(items)
-        self.left = len(items)
+        self.slots: list[Envelope | None] = [*envelopes]
+        self.unanswered = len(envelopes)
         self.end = end
-        self.answered = False
+        self.answered = False  # At least in part, or given up as lost.
+        self.bucket: Bucket | None = None
 
     def answer(self, reply: Any) -> None:
         """Called by the deadlines: it is time to send again what may be sent again, or to give up."""
-        self.way.overdue(self)
+        self.recipient.overdue(self)
 
 
 class Requests:
-    """What one bus asks of others: the inbox, and the ways to the addresses."""
+    """The inbox of one bus, and its remote recipients."""
 
-    def __init__(
-        self,
-        connection: NatsConnection,
-        clock: Clock,
-        emitter: Emitter,
-        counters: NatsCounters,
-        forked: Callable[[], bool],
-    ) -> None:
+    def __init__(self, connection: NatsConnection, clock: Clock, emitter: Emitter, counters: NatsCounters) -> None:
         self.connection = connection
         self.options = connection.options
-        self.clock = clock
+        self.now = clock.monotonic
+        self.age_now = age_clock(clock)
         self.emitter = emitter
         self.counters = counters
-        self.flights: dict[str, Flight] = {}
+        self.in_flight: dict[str, RequestBatch] = {}
         self.loop = asyncio.get_running_loop()
+        self.thread = get_ident()
         self.deadlines: Deadlines = deadlines_here()
-        self.closed = forked
-        self.inbox = f"{self.options.inbox_prefix}.{secrets.token_hex(11)}."
-        self._tokens = itertools.count(1)
-        self.ways: dict[str, Way] = {}
+        self.closed = False
+        self.name = secrets.token_hex(11)
+        self.inbox = f"{self.options.inbox_prefix}.{self.name}."
+        self.tokens = itertools.count(1)
+        self.recipients: dict[str, RemoteRecipient] = {}
 
     async def open(self) -> None:
         """Listen for answers."""
-        await self.connection.listen(f"{self.inbox}*", self._answered)
+        await self.connection.listen(f"{self.inbox}*", self._take)
 
-    def way(self, address: str, subject: str) -> Way:
-        """The way to an address."""
-        if (way := self.ways.get(address)) is None:
-            way = self.ways[address] = Way(address, subject, self)
-        return way
-
-    def next_token(self) -> str:
-        """A word that no other message of this bus has."""
-        return f"{next(self._tokens):x}"
+    def recipient(self, address: str, subject: str) -> RemoteRecipient:
+        """The recipient that stands for an address elsewhere."""
+        if (found := self.recipients.get(address)) is None:
+            found = self.recipients[address] = RemoteRecipient(address, subject, self)
+        return found
 
     def end(self, error: CacheError) -> None:
-        """Answer everything that is under way or waits with an error."""
-        for flight in list(self.flights.values()):
-            flight.way.give_up(flight, error)
-        for way in self.ways.values():
-            way.refuse(error)
+        """Answer everything that is in flight or waits with an error."""
+        for batch in list(self.in_flight.values()):
+            batch.recipient.give_up(batch, error)
+        for recipient in self.recipients.values():
+            recipient.refuse(error)
 
-    def _answered(self, msg: Msg) -> None:
-        flight = self.flights.get(msg.subject[len(self.inbox) :])
-        if flight is None:
+    def _take(self, delivery: Delivery) -> None:
+        batch = self.in_flight.get(delivery.subject[len(self.inbox) :])
+        if batch is None:
             self.counters.late_replies += 1
         else:
-            flight.way.take(flight, msg)
+            batch.recipient.take(batch, delivery)
 
 
-class Way:
-    """The way to whoever serves an address elsewhere. A `Recipient` for the bus."""
+class RemoteRecipient:
+    """A `Recipient` for an address that another process serves."""
 
-    __slots__ = ("_address", "_held", "_leaving", "_requests", "_riding", "_subject", "_under_way", "_waiting")
+    __slots__ = (
+        "_address",
+        "_bytes_each",
+        "_held",
+        "_in_flight",
+        "_requests",
+        "_scheduled",
+        "_subject",
+        "_unanswered",
+        "_waiting",
+    )
 
     def __init__(self, address: str, subject: str, requests: Requests) -> None:
         self._address = address
         self._subject = subject
         self._requests = requests
-        self._waiting: deque[Item] = deque()
-        self._under_way = 0  # Flights without any answer so far,
-        self._riding = 0  # and the requests that are in them.
-        self._leaving = False
+        self._waiting: deque[Envelope] = deque()
+        self._in_flight = 0  # Batches without any answer so far,
+        self._unanswered = 0  # and the requests that are in them.
+        self._bytes_each = 0.0  # Of the requests of the last batch, so that the next one has the right size at once.
+        self._scheduled = False
         self._held = False
 
     def __repr__(self) -> str:
-        return f"<Way to {self._address}, {len(self._waiting)} waiting, {self._under_way} messages under way>"
+        return f"<RemoteRecipient {self._address}, {len(self._waiting)} waiting, {self._in_flight} messages in flight>"
 
     # For the bus
 
@@ -163,213 +158,268 @@ class Way:
         return _never_here
 
     def post(self, envelope: Envelope) -> None:
-        if _get_running_loop() is self._requests.loop:
-            self._take_in(envelope)
+        requests, waiting = self._requests, self._waiting
+        if get_ident() != requests.thread:
+            self._post_from_elsewhere(envelope)
             return
-        try:
-            self._requests.loop.call_soon_threadsafe(self._take_in, envelope)
-        except RuntimeError:  # The loop is closed.
-            self._fail(envelope, CacheClosed("the bus is closed"))
+        if len(waiting) >= requests.options.max_waiting and not getattr(envelope.message, "INVALIDATES", False):
+            self._fail(envelope, Overloaded(address=self._address, capacity=requests.options.max_waiting))
+            return
+        if not self._in_flight and not waiting and not self._scheduled:
+            envelope.attempts += 1
+            now = requests.now()
+            deadline = envelope.deadline
+            # A message that nobody waits for has as much time as a request from elsewhere.
+            self._dispatch([envelope], [requests.options.budget if deadline is None else deadline - now], now)
+            return
+        waiting.append(envelope)
+        if self._scheduled:
+            return
+        if not self._in_flight:
+            self._flush()
+        elif self._in_flight < requests.options.window:
+            self._flush_soon()
+        else:
+            self._hold()
 
     def obstacle_to_blocking(self) -> str | None:
-        if _get_running_loop() is not None:
+        if running_loop() is not None:
             return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
         return None
 
+    def _post_from_elsewhere(self, envelope: Envelope) -> None:
+        try:
+            self._requests.loop.call_soon_threadsafe(self.post, envelope)
+        except RuntimeError:  # The loop is closed.
+            self._fail(envelope, CacheClosed("the bus is closed"))
+
     # Out
 
-    def _take_in(self, envelope: Envelope) -> None:
-        requests = self._requests
-        try:
-            if requests.closed():
-                raise CacheClosed("the bus is closed")
-            if not requests.connection.up:
-                raise CacheConnectionError("the connection to NATS is away", "nats")
-            if len(self._waiting) >= requests.options.max_waiting and not getattr(
-                envelope.message, "INVALIDATES", False
-            ):
-                raise Overloaded(address=self._address, capacity=requests.options.max_waiting)
-            part = encode(envelope.message)
-            limit = requests.connection.max_payload - HEADROOM
-            if len(part) > limit:
-                raise CacheCapacityError("the request is too large for the bus", len(part), limit)
-        except CacheError as error:
-            self._fail(envelope, error)
-            return
-        self._waiting.append(Item(envelope, part))
-        if not self._under_way and not self._leaving:
-            self._leave()
-        elif self._under_way < requests.options.window:
-            self._leave_soon()
-        else:
-            self._hold()
+    def _flush_soon(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._requests.loop.call_soon(self._flush)
 
     def _hold(self) -> None:
         if not self._held:
             self._held = True
-            self._requests.loop.call_later(_HOLD, self._let_go)
+            self._requests.loop.call_later(_HOLD, self._end_hold)
 
-    def _leave_soon(self) -> None:
-        if not self._leaving:
-            self._leaving = True
-            self._requests.loop.call_soon(self._leave)
-
-    def _let_go(self) -> None:
+    def _end_hold(self) -> None:
         self._held = False
         if self._waiting:
             self._send()
         if self._waiting:
             self._hold()
 
-    def _leave(self) -> None:
-        self._leaving = False
-        while self._waiting and self._under_way < self._requests.options.window:
+    def _flush(self) -> None:
+        self._scheduled = False
+        while self._waiting and self._in_flight < self._requests.options.window:
             self._send()
         if self._waiting:
             self._hold()
 
     def _send(self) -> None:
         """Send a message of what waits."""
-        requests, now = self._requests, self._requests.clock.monotonic()
-        items, budgets = self._collect(now)
-        if not items:
-            return
-        body = items[0].part if len(items) == 1 else join([each.part for each in items])
-        headers = {BUDGET: say_budgets(budgets)}
-        if len(items) > 1:
-            headers[PARTIAL] = "1"
-        headers.update(say_traces([each.envelope.trace for each in items]))
-        longest = max(budgets)
-        flight = Flight(self, requests.next_token(), items, now + longest)
-        try:
-            requests.connection.write(self._subject, body, requests.inbox + flight.token, headers)
-        except CacheError as error:
-            for item in items:
-                self._fail(item.envelope, error)
-            return
-        requests.flights[flight.token] = flight
-        self._under_way += 1
-        self._riding += len(items)
-        requests.counters.messages_sent += 1
-        requests.counters.requests_sent += len(items)
-        requests.deadlines.watch(flight, min(longest, requests.options.resend_after), _nothing)
+        now = self._requests.now()
+        envelopes, budgets = self._collect(now)
+        if envelopes:
+            self._dispatch(envelopes, budgets, now)
 
-    def _collect(self, now: float) -> tuple[list[Item], list[float]]:
-        options, waiting = self._requests.options, self._waiting
-        limit = min(options.batch_bytes, self._requests.connection.max_payload - HEADROOM)
-        items: list[Item] = []
+    def _dispatch(self, envelopes: list[Envelope], budgets: list[float], now: float) -> None:
+        """Send a message of these requests, or of as many of them as can travel."""
+        requests = self._requests
+        try:
+            if requests.closed:
+                raise CacheClosed("the bus is closed")
+            body = self._encoded(envelopes, budgets)
+            if body is None:
+                return
+            batch = RequestBatch(self, f"{next(requests.tokens):x}", envelopes, now + max(budgets))
+            requests.connection.write(self._subject, body, requests.inbox + batch.token, self._head(envelopes, budgets))
+        except CacheError as error:
+            for envelope in envelopes:
+                self._fail(envelope, error)
+            return
+        requests.in_flight[batch.token] = batch
+        self._in_flight += 1
+        self._unanswered += len(envelopes)
+        counters = requests.counters
+        counters.messages_sent += 1
+        counters.requests_sent += len(envelopes)
+        batch.bucket = requests.deadlines.watch(batch, min(batch.end - now, requests.options.resend_after), _nothing)
+
+    def _collect(self, now: float) -> tuple[list[Envelope], list[float]]:
+        """Take from what waits the requests of the next message, and the seconds that each has left."""
+        requests, waiting = self._requests, self._waiting
+        options = requests.options
+        # No more than its share of all there are: while one message is worked on there, we work on the other here.
+        share = -(-(len(waiting) + self._unanswered) // options.window)
+        limit = min(options.batch_bytes, requests.connection.max_payload - HEADROOM)
+        most = min(options.batch, max(_FEW, share))
+        if self._bytes_each * most > limit:
+            most = max(1, int(limit / self._bytes_each))
+        envelopes: list[Envelope] = []
         budgets: list[float] = []
         size = 0
-        # No more than its share of all there are: while one message is worked on there, we work on the other here.
-        share = -(-(len(waiting) + self._riding) // options.window)
-        most = min(options.batch, max(_FEW, share))
-        while waiting and len(items) < most:
-            item = waiting[0]
-            if items and size + len(item.part) > limit:
-                break
+        while waiting and len(envelopes) < most:
+            envelope = waiting[0]
+            message, port = envelope.message, envelope.port
+            value: Any = getattr(message, "value", None)
+            if type(value) is bytes:
+                size += len(value)
+                if size > limit and envelopes:
+                    break
             waiting.popleft()
-            envelope = item.envelope
-            # Who sends without waiting for an answer has as much time as anybody.
             left = options.budget if envelope.deadline is None else envelope.deadline - now
-            gone = envelope.port is not None and not envelope.port.waiting
-            if left <= 0 or (gone and not getattr(envelope.message, "INVALIDATES", False)):
+            gone = port is not None and not port.waiting
+            if left <= 0.0 or (gone and not getattr(message, "INVALIDATES", False)):
                 continue  # The caller's own deadline answers it.
-            item.sent += 1
-            items.append(item)
+            envelope.attempts += 1
+            envelopes.append(envelope)
             budgets.append(left)
-            size += len(item.part)
-        return items, budgets
+        return envelopes, budgets
+
+    def _encoded(self, envelopes: list[Envelope], budgets: list[float]) -> bytes | None:
+        """The body for a batch, which is shortened to what can travel; `None` if nothing of it can."""
+        options = self._requests.options
+        most = self._requests.connection.max_payload - HEADROOM
+        limit = min(options.batch_bytes, most)
+        while envelopes:
+            count = len(envelopes)
+            try:
+                body = encode(envelopes[0].message if count == 1 else [each.message for each in envelopes])
+            except CacheSerializationError:
+                self._refuse_unfit(envelopes, budgets)
+                continue
+            self._bytes_each = len(body) / count
+            if len(body) <= limit or (count == 1 and len(body) <= most):
+                return body
+            if count == 1:
+                self._fail(envelopes.pop(), CacheCapacityError("the request is too large for the bus", len(body), most))
+                break
+            fitting = min(count - 1, max(1, int(limit / self._bytes_each)))
+            for envelope in envelopes[fitting:]:
+                envelope.attempts -= 1
+            self._waiting.extendleft(reversed(envelopes[fitting:]))
+            del envelopes[fitting:], budgets[fitting:]
+        return None
+
+    def _refuse_unfit(self, envelopes: list[Envelope], budgets: list[float]) -> None:
+        """Fail each request of a batch that cannot be encoded. The others stay."""
+        for place in reversed(range(len(envelopes))):
+            try:
+                encode(envelopes[place].message)
+            except CacheSerializationError as error:
+                del budgets[place]
+                self._fail(envelopes.pop(place), error)
+
+    def _head(self, envelopes: list[Envelope], budgets: list[float]) -> bytes:
+        requests = self._requests
+        sent = f"{SENT}: {requests.name} {requests.age_now():.6f}\r\n"
+        if len(envelopes) == 1:
+            trace = envelopes[0].trace
+            traced = "" if trace is None else write_traces([trace])
+            return f"NATS/1.0\r\n{BUDGET}: {budgets[0]:.3f}\r\n{sent}{traced}\r\n".encode()
+        traced = write_traces([each.trace for each in envelopes])
+        return f"NATS/1.0\r\n{BUDGET}: {write_budgets(budgets)}\r\n{sent}{PARTIAL}: 1\r\n{traced}\r\n".encode()
 
     # Back
 
-    def take(self, flight: Flight, msg: Msg) -> None:
-        """An answer to a flight has come."""
-        headers = msg.headers or {}
-        self._landed(flight)
+    def take(self, batch: RequestBatch, delivery: Delivery) -> None:
+        """Take an answer to a batch."""
+        headers = delivery.headers if delivery.head else _NONE
+        self._landed(batch)
         if headers.get("Status") == "503":
-            self.give_up(flight, NoSuchActor(address=self._address))
+            self.give_up(batch, NoSuchActor(address=self._address))
             return
+        slots = batch.slots
         try:
-            replies, is_array = decode_each(msg.data, headers.get(CONTENT_TYPE, MSGPACK))
-            if is_array:
-                index = headers.get(INDEX)
-                places = range(len(flight.items)) if index is None else map(int, index.split(","))
-                answers = list(zip(places, replies, strict=True))
-            else:
-                answers = [(place, replies[0]) for place in range(len(flight.items))]
-            for place, reply in answers:
-                self._settle(flight, place, reply)
+            replies, is_array = decode_each(delivery.data, headers.get(CONTENT_TYPE, MSGPACK))
+            if not is_array:
+                replies = replies * len(slots)
+            index = headers.get(INDEX) if is_array else None
+            places = range(len(slots)) if index is None else map(int, index.split(","))
+            answered = 0
+            for place, reply in zip(places, replies, strict=True):
+                envelope = slots[place]
+                if envelope is None:
+                    continue
+                slots[place] = None
+                answered += 1
+                port = envelope.port
+                if port is None or not isinstance(reply, Reply):
+                    self._give(envelope, reply)
+                elif port.waiting:
+                    port.answer(reply)
+                else:
+                    self._requests.counters.late_replies += 1
+            batch.unanswered -= answered
         except CacheError as error:
-            self.give_up(flight, error)
+            self.give_up(batch, error)
         except (ValueError, IndexError):
-            self.give_up(flight, BadMessage("the answer does not fit the requests"))
+            self.give_up(batch, BadMessage("the answer does not fit the requests"))
         else:
+            if not batch.unanswered:  # As `_forget` does, less a call for each lone request.
+                self._requests.in_flight.pop(batch.token, None)
+                if batch.bucket is not None:
+                    batch.bucket.pop(batch, None)
             # After the callers were woken, so that what they ask next leaves together. One alone shall not wait.
-            if self._waiting or len(answers) > 1:
-                self._leave_soon()
+            if self._waiting or answered > 1:
+                self._flush_soon()
 
-    def _settle(self, flight: Flight, place: int, reply: Message | BadMessage) -> None:
-        item = flight.items[place]
-        if item is None:
-            return
-        flight.items[place] = None
-        flight.left -= 1
-        if not flight.left:
-            self._requests.flights.pop(flight.token, None)
-        if isinstance(reply, Reply):
-            self._give(item.envelope, reply)
-        else:
-            error = reply if isinstance(reply, BadMessage) else BadMessage("the answer is not a reply")
-            self._fail(item.envelope, error)
-
-    def overdue(self, flight: Flight) -> None:
+    def overdue(self, batch: RequestBatch) -> None:
         """Send again what may be sent again; give up what has no time left."""
         requests = self._requests
-        if requests.flights.get(flight.token) is not flight:
+        batch.bucket = None
+        if requests.in_flight.get(batch.token) is not batch:
             return
-        self._landed(flight)
-        now = requests.clock.monotonic()
-        if now >= flight.end - TICK:
-            del requests.flights[flight.token]
-            self._leave()
+        self._landed(batch)
+        now = requests.now()
+        if now >= batch.end - TICK:
+            self._forget(batch)
+            self._flush()
             return
-        for item in flight.items:
-            if item is not None and item.sent == 1 and getattr(item.envelope.message, "IDEMPOTENT", False):
+        for envelope in batch.slots:
+            if envelope is not None and envelope.attempts == 1 and getattr(envelope.message, "IDEMPOTENT", False):
                 requests.counters.requests_resent += 1
-                self._waiting.append(item)
-        requests.deadlines.watch(flight, flight.end - now, _nothing)
+                self._waiting.append(envelope)
+        batch.bucket = requests.deadlines.watch(batch, batch.end - now, _nothing)
         if self._waiting:
-            self._leave()
+            self._flush()
 
-    def _landed(self, flight: Flight) -> None:
-        """A flight has its first answer, or counts as lost: others may leave."""
-        if not flight.answered:
-            flight.answered = True
-            self._under_way -= 1
-            self._riding -= len(flight.items)
-
-    def give_up(self, flight: Flight, error: CacheError) -> None:
-        """Answer all that is left of a flight with an error."""
-        self._requests.flights.pop(flight.token, None)
-        self._landed(flight)
-        for item in flight.items:
-            if item is not None:
-                self._fail(item.envelope, error)
-        flight.items = []
+    def give_up(self, batch: RequestBatch, error: CacheError) -> None:
+        """Answer all that is left of a batch with an error."""
+        self._forget(batch)
+        self._landed(batch)
+        for envelope in batch.slots:
+            if envelope is not None:
+                self._fail(envelope, error)
+        batch.slots = []
 
     def refuse(self, error: CacheError) -> None:
         """Answer all that waits with an error."""
         while self._waiting:
-            self._fail(self._waiting.popleft().envelope, error)
+            self._fail(self._waiting.popleft(), error)
 
-    def _give(self, envelope: Envelope, reply: Reply) -> None:
-        if (port := envelope.port) is None:
-            if isinstance(reply, Failed):
-                self._dead(envelope.message, reply.detail)
-        elif port.waiting:
-            port.answer(reply)
-        else:
-            self._requests.counters.late_replies += 1
+    def _landed(self, batch: RequestBatch) -> None:
+        """A batch has its first answer, or counts as lost: others may leave."""
+        if not batch.answered:
+            batch.answered = True
+            self._in_flight -= 1
+            self._unanswered -= len(batch.slots)
+
+    def _forget(self, batch: RequestBatch) -> None:
+        self._requests.in_flight.pop(batch.token, None)
+        if batch.bucket is not None:
+            batch.bucket.pop(batch, None)
+
+    def _give(self, envelope: Envelope, reply: Message | BadMessage) -> None:
+        """Deal with an answer that is no reply, or that nobody waits for."""
+        if not isinstance(reply, Reply):
+            self._fail(envelope, reply if isinstance(reply, BadMessage) else BadMessage("the answer is not a reply"))
+        elif isinstance(reply, Failed):
+            self._dead(envelope.message, reply.detail)
 
     def _fail(self, envelope: Envelope, error: CacheError) -> None:
         if envelope.port is not None:

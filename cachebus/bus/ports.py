@@ -10,7 +10,7 @@ import contextlib
 import queue
 import sys
 import threading
-from asyncio import Future, _get_running_loop
+from asyncio import Future
 from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from threading import get_ident
@@ -20,6 +20,7 @@ import anyio
 
 from cachebus.messages import CacheTimeoutError, Failed, Reply
 
+from .compat import running_loop
 from .deadlines import Deadlines, running_deadlines
 
 
@@ -227,7 +228,7 @@ def open_port() -> TaskPort:
 
 def in_event_loop() -> bool:
     """Whether this thread runs an event loop, which a blocking call would stop."""
-    if _get_running_loop() is not None:
+    if running_loop() is not None:
         return True
     if (trio := sys.modules.get("trio")) is None:
         return False

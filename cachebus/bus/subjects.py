@@ -68,11 +68,6 @@ def event_word(kind: type[Event]) -> str:
     return check_word(kind.WIRE_NAME.removeprefix("event."), "kind of event")
 
 
-def is_ours(subject: str) -> bool:
-    """Whether a subject is one of this module's: an answer must never be sent there."""
-    return subject.startswith(ROOT)
-
-
 def _short(subject: str) -> str:
     if len(subject) > LONGEST:
         raise ValueError(f"a subject of {len(subject)} characters is too long, the limit is {LONGEST}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from asyncio import _get_running_loop
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
+from .compat import enter_task, leave_task, running_loop
 from .deadlines import running_deadlines
 
 _running: set[asyncio.Task[None]] = set()  # A loop holds its tasks weakly.
@@ -53,7 +53,7 @@ def spawn(
         task.add_done_callback(lambda _: end())
 
     def cancel() -> None:
-        if _get_running_loop() is loop:
+        if running_loop() is loop:
             task.cancel()
             return
         with contextlib.suppress(RuntimeError):  # The loop is closed, and the task with it.
@@ -85,8 +85,8 @@ class _Begun(Coroutine[Any, Any, None]):
         """Take the first step. What it raises is raised by the task."""
         present = asyncio.current_task(loop)
         if present is not None:
-            asyncio._leave_task(loop, present)
-        asyncio._enter_task(loop, task)
+            leave_task(loop, present)
+        enter_task(loop, task)
         try:
             self._awaits = self._coroutine.send(None)
         except StopIteration:
@@ -94,9 +94,9 @@ class _Begun(Coroutine[Any, Any, None]):
         except BaseException as error:
             self._error = error
         finally:
-            asyncio._leave_task(loop, task)
+            leave_task(loop, task)
             if present is not None:
-                asyncio._enter_task(loop, present)
+                enter_task(loop, present)
 
     def send(self, value: Any) -> Any:
         if self.over:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from asyncio import _get_running_loop
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
@@ -24,6 +23,7 @@ from threading import get_ident
 from typing import Any
 
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
+from .compat import running_loop
 from .tasks import spawn
 from .timer_queue import TimerQueue
 
@@ -130,7 +130,7 @@ class _LoopQueue:
         self._armed_for = math.inf
         self._disarm: Callable[[], object] = _nothing
         self._logged: set[tuple[object, type[Exception]]] = set()
-        self._asyncio = _get_running_loop()
+        self._asyncio = running_loop()
         self._call_soon: Callable[[Callable[[], object]], object]
         if self._asyncio is not None:
             self._call_soon = self._asyncio.call_soon_threadsafe
@@ -145,7 +145,7 @@ class _LoopQueue:
         if get_ident() != self._thread:
             return False
         if self._asyncio is not None:
-            return _get_running_loop() is self._asyncio
+            return running_loop() is self._asyncio
         import trio
 
         try:

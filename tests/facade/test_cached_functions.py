@@ -330,6 +330,7 @@ def test_a_cache_is_made_of_the_same_decorator_on_both_sides() -> None:
 
 async def test_a_misspelled_option_is_an_error_on_a_hit_too() -> None:
     wrong: Any = {"stale_fro": 5}
+    not_for_many: Any = {"refresh": 0.5}
     async with a_cache() as cache:
         await cache.set("k", 1)
         with pytest.raises(TypeError, match="no option 'stale_fro'"):
@@ -337,7 +338,7 @@ async def test_a_misspelled_option_is_an_error_on_a_hit_too() -> None:
         with pytest.raises(TypeError, match="no option 'stale_fro'"):
             await cache.get_or_load_many(["k"], nothing, **wrong)
         with pytest.raises(TypeError, match="no option 'refresh'"):
-            await cache.get_or_load_many(["k"], nothing, refresh=0.5)  # type: ignore[arg-type]
+            await cache.get_or_load_many(["k"], nothing, **not_for_many)
         with pytest.raises(TypeError, match="no option 'stale_fro'"):
             cache.cached(key="k", **wrong)
 

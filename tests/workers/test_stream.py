@@ -169,8 +169,8 @@ async def test_a_number_that_is_left_out_is_a_gap(
 
 async def published(jetstream: JetStreamContext, namespace: str, **stamps: Any) -> None:
     """Keep an event of another process."""
-    event = CacheSet(key="k")
-    event = replace(event, namespace=namespace, backend="primary", epoch=1, seq=1, **stamps)
+    header: dict[str, Any] = {"namespace": namespace, "backend": "primary", "epoch": 1, "seq": 1, **stamps}
+    event = CacheSet(key="k", **header)
     await jetstream.publish(Subjects(namespace).event(CacheSet, "primary"), encode(event, JSON))
 
 

@@ -72,7 +72,7 @@ async def test_what_others_have_redacted_is_not_redacted_again(
 def test_what_has_no_key_gets_none_and_any_key_has_a_hash() -> None:
     policy = EventPolicy("hash")
     failed = RequestFailed("backend.clear", "timeout", "raised")
-    assert policy.shown(failed) is failed
+    assert policy.redacted(failed) is failed
     assert len(policy.key("half a surrogate pair \ud800")) == 32
     assert SECRET not in repr(EventPolicy("hash", SECRET.encode()))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cachebus.bus import Address
-from cachebus.bus.subjects import LONGEST, Subjects, is_ours
+from cachebus.bus.subjects import LONGEST, Subjects
 from cachebus.messages import CacheSet, EventsMissed, Found, Get
 
 from .conftest import Connect, StartWorker
@@ -39,8 +39,6 @@ def test_subjects_are_words_behind_one_root() -> None:
     assert subjects.event(CacheSet, "primary") == "cachebus.v1.shop.evt.cache_set.primary"
     assert subjects.event(EventsMissed, "") == "cachebus.v1.shop.evt.events_missed._"
     assert subjects.events(CacheSet) == "cachebus.v1.shop.evt.cache_set.*"
-    assert is_ours(subjects.request("locks"))
-    assert not is_ours("_INBOX.x.1")
 
 
 @pytest.mark.parametrize("text", [*BAD, "a.b"])

@@ -1,0 +1,308 @@
+"""The private parts of nats-py that this package uses, in one place.
+
+nats-py hands each message through a queue and a task of its own, and parses headers whether they are read or not. That
+is half of what a message costs. `CompatClient` reads the protocol itself: it hands the messages of one read to their
+sinks in the order in which they came, and writes frames straight to the transport. Everything else, such as signing in,
+TLS, errors and JetStream, stays nats-py's.
+
+All of it rests on names that nats-py may change in any release, so releases that were not tested are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol, cast
+
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.protocol.parser import Parser
+
+from cachebus.messages import CacheConfigurationError
+
+TESTED = ("2.14", "2.15", "2.16")
+"""Releases of nats-py that the tests of this package have run with."""
+
+NO_TLS = "the server offers no TLS"
+
+_LONGEST_LINE = 1024 * 1024  # Bytes: the INFO of a large cluster is one line.
+_FLUSH = 10.0  # Seconds that a server has to confirm what was sent.
+_LINE_ENDS = str.maketrans("\r\n", "  ")
+
+
+def check_release(installed: str | None = None) -> None:
+    """Raise `CacheConfigurationError` if the installed nats-py is not one that was tested."""
+    if installed is None:
+        try:
+            installed = version("nats-py")
+        except PackageNotFoundError:
+            installed = "none"
+    if ".".join(installed.split(".")[:2]) not in TESTED:
+        raise CacheConfigurationError(
+            f"nats-py {installed} is installed; cachebus was tested with {', '.join(TESTED)} (pip install 'cachebus[nats]')"
+        )
+
+
+class Delivery(msgspec.Struct, gc=False):
+    """A NATS message that came in. `head` holds its headers as they were sent."""
+
+    subject: str
+    reply: str
+    data: bytes
+    head: bytes = b""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers by name. The status line of the server is the header `Status`."""
+        if not self.head:
+            return {}
+        first, *lines = self.head.decode("utf-8", "replace").split("\r\n")
+        found: dict[str, str] = {}
+        if status := first[8:].split():  # After NATS/1.0.
+            found["Status"] = status[0]
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if colon:
+                found[name] = value.strip()
+        return found
+
+
+class Sink(Protocol):
+    """Where the messages of a subscription go."""
+
+    pending_messages: int
+    pending_bytes: int
+
+    def take(self, deliveries: list[Delivery]) -> None:
+        """Handle messages that came in together. Must not wait and must not raise."""
+        ...
+
+
+def header_block(headers: Mapping[str, str]) -> bytes:
+    """The bytes of headers in a frame."""
+    lines = "".join([f"{name}: {value.translate(_LINE_ENDS).strip()}\r\n" for name, value in headers.items()])
+    return f"NATS/1.0\r\n{lines}\r\n".encode()
+
+
+def frame(subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> bytes:
+    """The bytes that publish a message. The subjects must be words without spaces and line ends."""
+    to = f"{subject} {reply}" if reply else subject
+    if head:
+        size = len(head)
+        return b"HPUB %b %d %d\r\n%b%b\r\n" % (to.encode(), size, size + len(payload), head, payload)
+    return b"PUB %b %d\r\n%b\r\n" % (to.encode(), len(payload), payload)
+
+
+class CompatClient(Client):
+    """A nats-py client that hands messages over in batches and writes frames at once.
+
+    If TLS was asked for, it tells a server without TLS nothing. It goes on reading after a flush that was given up.
+    """
+
+    tls_wanted = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks: dict[int, Sink] = {}
+        self.proven = 0.0  # When the last ping was sent that has been answered; `ping` says on which clock.
+        self._pinging = False
+        self._socket: asyncio.WriteTransport
+        self._ps = _BatchParser(self)
+
+    # Out
+
+    def connected(self, now: float) -> None:
+        """Begin to write frames. To be called once the client is connected; `now` is as for `ping`."""
+        writer = self._writer
+        assert writer is not None
+        self._socket = writer.transport
+        self.proven = now
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait for the socket."""
+        return int(self._pending_data_size) + self._socket.get_write_buffer_size()
+
+    def send(self, frames: bytes, most: int) -> None:
+        """Write frames, after everything that nats-py has not written yet.
+
+        Raises `OSError` if the connection is gone, and `BufferError` if more than `most` bytes would wait for the socket.
+        """
+        socket = self._socket
+        if socket.is_closing():
+            raise ConnectionResetError("the connection is closed")
+        if socket.get_write_buffer_size() + self._pending_data_size + len(frames) > most:
+            raise BufferError
+        if self._pending:
+            waiting, self._pending, self._pending_data_size = self._pending, [], 0
+            socket.writelines(waiting)
+        socket.write(frames)
+
+    def ping(self, now: float) -> None:
+        """Ask the server for a sign of life, unless it still owes one; `proven` becomes `now` when it is there. What the server had sent before it
+        read the ping comes in before the answer, so that what follows was sent after `now`."""
+        if not self._pinging:
+            self._pinging = True
+            with suppress(OSError):
+                self._await_pong(now)
+
+    async def flushed(self) -> None:
+        """Return when the server has handled everything that was sent so far. Raises `OSError` and `TimeoutError`."""
+        async with asyncio.timeout(_FLUSH):
+            await self._await_pong(None)
+
+    def abandon(self) -> None:
+        """Close the connection without waiting for a server that may not answer."""
+        writer = self._writer
+        if writer is not None:
+            writer.transport.abort()
+
+    # In
+
+    async def listen(self, subject: str, group: str, sink: Sink) -> Any:
+        """Hand the messages of a subject to a sink, and return the subscription."""
+        subscription: Any = await self.subscribe(subject, group)  # pyright: ignore[reportUnknownMemberType]
+        self.sinks[subscription._id] = sink
+        return subscription
+
+    async def leave(self, subscription: Any) -> None:
+        """End a subscription. Returns when every message that was delivered to it has been handed over."""
+        # Not nats-py's own drain: there the ping overtakes the goodbye, and what is delivered in between is lost.
+        await self._send_unsubscribe(subscription._id)
+        await self.flushed()
+        await subscription.unsubscribe()
+        self.sinks.pop(subscription._id, None)
+
+    # Of nats-py
+
+    @property
+    def _writer(self) -> asyncio.StreamWriter | None:
+        transport: Any = self._transport
+        return cast("asyncio.StreamWriter | None", getattr(transport, "_io_writer", None))
+
+    def _await_pong(self, now: float | None) -> asyncio.Future[Any]:
+        answered: Any = _Pong()
+        answered.sent = now
+        self.send(b"PING\r\n", sys.maxsize)
+        cast("list[Any]", self._pongs).append(answered)
+        return cast("asyncio.Future[Any]", answered)
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # nats-py goes on in the clear if the server says so, or somebody between the server and us.
+        if initial_connection and self.tls_wanted and not info.get("tls_required"):
+            raise nats.errors.Error(NO_TLS)
+        await super()._process_info(info, initial_connection)
+
+    async def _process_pong(self) -> None:
+        # A flush that was cancelled or timed out leaves its future in the line. nats-py would answer it, fail, and read
+        # nothing from this connection any more.
+        line = cast("list[asyncio.Future[Any]]", self._pongs)  # type: ignore[redundant-cast]
+        if line:
+            first = line[0]
+            if isinstance(first, _Pong) and first.sent is not None:
+                self.proven = first.sent
+                self._pinging = False
+            if first.done():
+                line[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
+
+class _Pong(asyncio.Future[Any]):
+    """The answer to a ping that is still to come."""
+
+    sent: float | None = None
+
+
+class _BatchParser(Parser):
+    """Reads the server's side of the protocol, and hands over the messages of one read together."""
+
+    def __init__(self, client: CompatClient) -> None:
+        super().__init__(client)  # pyright: ignore[reportUnknownMemberType]
+        self._client: Any = client  # Whose private parts are used.
+        self._rest = bytearray()
+        self._needed = 0  # Bytes of the message that begins in the rest; 0 if its size is not known yet.
+
+    def reset(self) -> None:
+        super().reset()
+        self._rest = bytearray()
+        self._needed = 0
+
+    async def parse(self, data: bytes = b"") -> None:
+        if self._rest:
+            self._rest += data
+            if len(self._rest) < self._needed:
+                return
+            data = bytes(self._rest)
+            self._rest = bytearray()
+        client = self._client
+        sinks: dict[int, Sink] = client.sinks
+        sink: Sink | None = None
+        run: list[Delivery] = []  # Of one sink, that came one after the other.
+        held = 0
+        at, size = 0, len(data)
+        self._needed = 0
+        try:
+            while at < size:
+                end = data.find(b"\r\n", at)
+                if end < 0:
+                    if size - at > _LONGEST_LINE:
+                        raise nats.errors.ProtocolError
+                    break
+                words = data[at:end].split()
+                verb = words[0] if words else b""
+                if verb == b"MSG":
+                    has_reply = len(words) == 5
+                    head = 0
+                elif verb == b"HMSG":
+                    has_reply = len(words) == 6
+                    head = int(words[-2])
+                else:
+                    if run and sink is not None:
+                        sink.take(run)
+                    sink, run = None, []
+                    await self._line(data[at : end + 2])
+                    at = end + 2
+                    continue
+                body = end + 2
+                stop = body + int(words[-1])
+                if size < stop + 2:
+                    self._needed = stop + 2 - at
+                    break
+                sid = int(words[2])
+                reply = words[3] if has_reply else b""
+                found = sinks.get(sid)
+                at = stop + 2
+                if found is not sink or found is None:
+                    if run and sink is not None:
+                        sink.take(run)
+                    sink, run, held = found, [], 0
+                    if found is None:
+                        await client._process_msg(
+                            sid, words[1], reply, data[body + head : stop], data[body : body + head]
+                        )
+                        continue
+                held += stop - body
+                if len(run) >= found.pending_messages or held > found.pending_bytes:
+                    await client._error_cb(
+                        nats.errors.SlowConsumerError(words[1].decode(), reply.decode(), sid, client._subs[sid])
+                    )
+                    continue
+                run.append(
+                    Delivery(words[1].decode(), reply.decode(), data[body + head : stop], data[body : body + head])
+                )
+        except (ValueError, IndexError):
+            raise nats.errors.ProtocolError from None
+        finally:
+            if run and sink is not None:
+                sink.take(run)
+        if at < size:
+            self._rest += data[at:] if at else data
+
+    async def _line(self, line: bytes) -> None:
+        """Leave a line that is no message to nats-py."""
+        self.buf = bytearray(line)
+        await super().parse()
