@@ -22,6 +22,7 @@ Token = dict[str, Any]
 """A dict, because `setdefault` decides in one step which of several threads makes the successor of a lost token."""
 
 
+_frames_of_threads = sys._current_frames  # pyright: ignore[reportPrivateUsage]  # documented
 _IS_SUSPENDED = operator.attrgetter("task.cr_suspended")
 
 
@@ -70,7 +71,7 @@ class TurnToken:
     def _is_held(self) -> bool:
         # The three are read in one step of C, during which no other thread runs: else the turn could be given back and
         # taken again between two of them.
-        looks: tuple[Any, ...] = (sys._current_frames, self.free.__len__, functools.partial(_IS_SUSPENDED, self))
+        looks: tuple[Any, ...] = (_frames_of_threads, self.free.__len__, functools.partial(_IS_SUSPENDED, self))
         frames, free, waits = map(operator.call, looks)
         return bool(free or waits) or any(map(self._is_inside, frames.values()))
 

@@ -59,7 +59,7 @@ class SentGets(Struct, eq=False):
         """Take the one reply; or why there is none."""
         connection = self.connection
         values: Any = None if isinstance(replies, CacheError) else replies[0]
-        kind: Any = type(values)  # Or pyright would make an unknown list of it.
+        kind: object = values.__class__
         if kind is list:
             if self.places is not None:
                 values = [values[place] for place in self.places]
@@ -95,7 +95,7 @@ class SentSets(Struct, eq=False):
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
         """Take the one reply; or why there is none."""
         versions: Any = None if isinstance(replies, CacheError) else replies[0]
-        kind: Any = type(versions)
+        kind: object = versions.__class__
         if kind is list and len(versions) == len(self.names):
             self.on_replies([Stored(float(version)) for version in versions])
             return

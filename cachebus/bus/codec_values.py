@@ -190,7 +190,7 @@ def map_values(message: Any, form: ValueForm, change: _Change) -> Any:
     try:
         for name, inside in form.places[type(message)]:
             held = getattr(message, name)
-            kind = type(held)
+            kind = type_of(held)
             # Most of what is not plain is a number that both formats say: finite, and of 64 bits.
             if kind in plain or (kind is float and held - held == 0.0) or (kind is int and MIN_INT <= held <= MAX_INT):
                 continue

@@ -129,7 +129,7 @@ class SlotBatch(Struct, eq=False):
         slots, self.slots = self.slots, []  # No circle for the garbage collector, and no second answer.
         for slot, reply in zip(slots, replies, strict=True):
             port = slot.port
-            kind: Any = type(port)
+            kind: object = port.__class__
             if kind is Future:
                 if not port.done():
                     port.set_result(reply)

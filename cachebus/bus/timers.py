@@ -42,11 +42,11 @@ _LOGGED = 100
 class Timer:
     """A function that will be called back at `when`, unless it is cancelled."""
 
-    __slots__ = ("_loop", "_owner", "callback", "when")
+    __slots__ = ("_loop", "callback", "owner", "when")
 
     def __init__(self, loop: _LoopQueue | None, owner: LoopTimers, when: float, callback: Callable[[], Any]) -> None:
         self._loop = loop
-        self._owner = owner
+        self.owner = owner
         self.when = when
         self.callback: Callable[[], Any] | None = callback
 
@@ -156,7 +156,7 @@ class _LoopQueue:
     def count(self, owner: LoopTimers) -> int:
         """How many timers an owner has; on the loop's own thread."""
         self._settle()
-        return sum(each._owner is owner for each in self._queue)
+        return sum(each.owner is owner for each in self._queue)
 
     def change(self, timer: Timer) -> None:
         """Take over a timer that was armed or cancelled."""
@@ -197,7 +197,7 @@ class _LoopQueue:
                     timer = self._changed[0]
                     if timer.callback is None:
                         self._queue.discard(timer)
-                    elif timer._owner.open:
+                    elif timer.owner.open:
                         self._queue.set(timer, timer.when)
                     self._changed.popleft()
                 if self._drops:
@@ -211,7 +211,7 @@ class _LoopQueue:
 
     def _drop(self) -> None:
         self._drops = False
-        for timer in [each for each in self._queue if not each._owner.open]:
+        for timer in [each for each in self._queue if not each.owner.open]:
             timer.callback = None
             self._queue.discard(timer)
         if not self._queue:
@@ -256,14 +256,17 @@ class _LoopQueue:
 
     def _call(self, timer: Timer) -> None:
         callback, timer.callback = timer.callback, None
-        if callback is None or not timer._owner.open:
+        if callback is None or not timer.owner.open:
             return
         try:
             callback()
         except Exception as error:
-            timer._owner.failures += 1
+            timer.owner.failures += 1
             function = getattr(callback, "func", callback)
-            kind = (getattr(function, "__code__", type(function)), type(error))
+            kind: tuple[object, type[Exception]] = (
+                getattr(function, "__code__", None) or function.__class__,
+                type(error),
+            )
             if kind not in self._logged and len(self._logged) < _LOGGED:
                 self._logged.add(kind)
                 logger.exception("the callback of a timer failed")

@@ -14,24 +14,24 @@ class _Fields(Exception):
     constructor. There is one constructor for every class: a dataclass compiles one for each when cachebus is imported."""
 
     code: ClassVar[str]
-    FIELDS: ClassVar[tuple[str, ...]] = ()
+    field_names: ClassVar[tuple[str, ...]] = ()
     """The names of the fields, those of the bases first."""
 
     def __init_subclass__(cls) -> None:
         own = [name for name, hint in vars(cls).get("__annotations__", {}).items() if not hint.startswith("ClassVar")]
-        cls.FIELDS = tuple(dict.fromkeys((*cls.FIELDS, *own)))
+        cls.field_names = tuple(dict.fromkeys((*cls.field_names, *own)))
         if "code" in vars(cls) and (holder := _codes.setdefault(cls.code, cls)) is not cls:
             raise ValueError(f"error code {cls.code!r} of {cls.__name__} belongs to {holder.__name__}")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
-        if len(args) > len(cls.FIELDS):
-            raise TypeError(f"{cls.__name__} takes {', '.join(cls.FIELDS)}, and {len(args)} arguments were given")
-        given = dict(zip(cls.FIELDS, args, strict=False))
-        if wrong := (kwargs.keys() - set(cls.FIELDS)) | (kwargs.keys() & given.keys()):
+        if len(args) > len(cls.field_names):
+            raise TypeError(f"{cls.__name__} takes {', '.join(cls.field_names)}, and {len(args)} arguments were given")
+        given = dict(zip(cls.field_names, args, strict=False))
+        if wrong := (kwargs.keys() - set(cls.field_names)) | (kwargs.keys() & given.keys()):
             raise TypeError(f"{cls.__name__} has no free field {', '.join(sorted(wrong))}")
         given |= kwargs
-        if missing := [name for name in cls.FIELDS if name not in given and not hasattr(cls, name)]:
+        if missing := [name for name in cls.field_names if name not in given and not hasattr(cls, name)]:
             raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}")
         vars(self).update(given)
 
@@ -61,7 +61,7 @@ class CacheError(_Fields):
 
     def wire_fields(self) -> dict[str, Any]:
         """The fields, as the codec sends them: an address, which is a kind of `str`, as a plain one."""
-        values = {name: getattr(self, name) for name in self.FIELDS}
+        values = {name: getattr(self, name) for name in self.field_names}
         return {name: str(value) if isinstance(value, str) else value for name, value in values.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -83,7 +83,7 @@ def rebuild(code: str, detail: str, values: Mapping[str, Any]) -> CacheError:
     give a `CacheError` with the sender's sentence."""
     cls = error_class(code)
     try:
-        made = cls(**{name: value for name, value in values.items() if name in cls.FIELDS})
+        made = cls(**{name: value for name, value in values.items() if name in cls.field_names})
         str(made)  # Fields of the wrong type show when the sentence is built.
     except (TypeError, ValueError):
         return CacheError(detail)
