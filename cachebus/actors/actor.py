@@ -19,7 +19,7 @@ from .context import Context
 PlainHandler = Callable[[Any], "Reply | Pending | None"]
 EagerHandler = Callable[[Any], "Reply | Pending | None"]
 AsyncHandler = Callable[[Any], Awaitable["Reply | Pending | None"]]
-BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Pending] | Deferred"]]
+BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Pending]"]]
 
 
 @dataclass(slots=True)
@@ -47,8 +47,7 @@ class Actor:
 
     Every public method whose one parameter is annotated with a message class (or several, `A | B`) is the handler of
     these messages and returns the reply, or a `Deferred` from `ctx.defer()`. A parameter `Sequence[A | B]` of an
-    `async def` makes it a batch handler, which returns one reply a message, in order, or one `Deferred` that
-    is answered with all of them. A `CacheError` raised is an
+    `async def` makes it a batch handler, which returns one reply a message, in order. A `CacheError` raised is an
     answer; any other exception is a crash, and the supervisor begins a new life with a new actor.
     """
 

@@ -11,7 +11,6 @@ from cachebus.bus import Deferred, Pending, ReplySlot, turn_trace
 from cachebus.messages import (
     Add,
     Admit,
-    CacheCleared,
     CacheDeleted,
     CacheError,
     CacheEvicted,
@@ -37,8 +36,6 @@ from cachebus.messages import (
     InvalidateTags,
     Ping,
     Pong,
-    RateLimitDenied,
-    RateLimitExceeded,
     ReleaseLease,
     RemovalCause,
     RenewLease,
@@ -49,7 +46,6 @@ from cachebus.messages import (
     SetMany,
     Snapshot,
     Sweep,
-    TagsInvalidated,
     TakeSnapshot,
     Touch,
     WatchLease,
@@ -173,9 +169,8 @@ class BackendActor(Actor):
         if isinstance(self._store, InlineStore):
             for kind in STORE_REQUESTS:
                 table.plain[kind] = self._store.verb(kind) or _refuse(self._store, kind)
-            table.plain[Clear] = self._clear(table.plain[Clear])
-            table.plain[InvalidateTags] = self._invalidate_tags(table.plain[InvalidateTags])
-            table.plain[Admit] = self._admit(table.plain[Admit])
+            for kind in (Clear, InvalidateTags, Admit):
+                table.plain[kind] = self._telling(table.plain[kind])
             self._store.on_due = self._due
             if isinstance(self._store, LeasingStore):
                 self._store.defer = self.ctx.defer
@@ -313,30 +308,14 @@ class BackendActor(Actor):
         if (kind := _REMOVALS.get(cause)) is not None:
             self.ctx.tell(kind, key)
 
-    def _clear(self, verb: PlainHandler) -> PlainHandler:
-        def clear(request: Clear) -> Reply | Pending | None:
+    def _telling(self, verb: PlainHandler) -> PlainHandler:
+        def tell(request: Request[Any]) -> Reply | Pending | None:
             reply = verb(request)
-            self.ctx.tell(CacheCleared)
+            if isinstance(reply, Reply):
+                emit_events(request, reply, self.ctx.tell)
             return reply
 
-        return clear
-
-    def _invalidate_tags(self, verb: PlainHandler) -> PlainHandler:
-        def invalidate_tags(request: InvalidateTags) -> Reply | Pending | None:
-            reply = verb(request)
-            self.ctx.tell(TagsInvalidated, request.tags)
-            return reply
-
-        return invalidate_tags
-
-    def _admit(self, verb: PlainHandler) -> PlainHandler:
-        def admit(request: Admit) -> Reply | Pending | None:
-            reply = verb(request)
-            if isinstance(reply, RateLimitDenied):
-                self.ctx.tell(RateLimitExceeded, request.key, request.cost, reply.retry_after)
-            return reply
-
-        return admit
+        return tell
 
 
 class _EndOfIncarnation:

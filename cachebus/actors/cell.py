@@ -52,7 +52,7 @@ from cachebus.messages import (
 )
 
 from .actor import Actor, BatchHandler, EagerHandler, Handlers, PlainHandler
-from .batches import BatchPort, alone, check_batch
+from .batches import alone, check_batch
 from .mailbox import STOP, Mailbox
 from .turns import TurnToken, is_interruption
 
@@ -437,12 +437,9 @@ class Cell:
         token = turn_trace.set(trace)  # A batch has none: its handler asks for `traces`.
         try:
             replies = await handler([each.message for each in envelopes])
-            if isinstance(replies, Deferred):
-                replies.attach(BatchPort(envelopes, self._mailbox.answer, self._crashed))
-            else:
-                check_batch(envelopes, replies)
-                for envelope, reply in zip(envelopes, replies, strict=True):
-                    self._settle(envelope, reply)
+            check_batch(envelopes, replies)
+            for envelope, reply in zip(envelopes, replies, strict=True):
+                self._settle(envelope, reply)
         except CacheError as error:
             for envelope in envelopes:
                 self._mailbox.answer(envelope, error)

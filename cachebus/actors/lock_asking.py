@@ -16,7 +16,7 @@ from .guard_policy import GuardPolicy
 from .lazy_store import LazyStore
 from .lock_debts import MAX_BATCH, Debts, Then
 from .ports import BatchStore, InlineLockStore, PipelinedStore
-from .resilience import Guard
+from .resilience import AwaitedStore, Guard
 
 
 class Asking(Protocol):
@@ -86,10 +86,10 @@ class AskingBatches:
 
     def __init__(self, store: BatchStore, policy: GuardPolicy, ctx: Context) -> None:
         self._store = store
-        self._asked: Any = LazyStore(store, self._opened)
-        self._debts = Debts(self._asked, ctx)
+        lazy: Any = LazyStore(store, self._opened)
+        self._asked = self._way_to(lazy)
+        self._debts = Debts(lazy, ctx)
         self._guard = Guard(policy, ctx, store.name)
-        self._pipelined = isinstance(store, PipelinedStore)
         self._outbox: deque[tuple[Request[Any], Then]] = deque()
         self._wake: TaskPort | None = None
         self._is_open = False
@@ -100,7 +100,7 @@ class AskingBatches:
         """As `Asking.ask`."""
         if type(request) is ReleaseLock and not request.unclaimed:
             then = self._debts.unless_done(request, then)
-        if self._pipelined and not self._outbox:
+        if not self._outbox:
             try:
                 if self._guard.try_submit(self._asked, (request,), lambda replies: then(replies[0])):
                     return
@@ -151,12 +151,12 @@ class AskingBatches:
                 then(reply)
 
         try:
-            if self._pipelined:
-                await self._guard.submit(self._asked, requests, replied)
-            else:
-                replied(await self._guard.execute(self._asked, requests, None))
+            await self._guard.submit(self._asked, requests, replied)
         except CacheError as error:
             replied([Failed.of(error)] * len(batch))
 
     def _opened(self) -> None:
-        self._asked, self._is_open = self._store, True
+        self._asked, self._is_open = self._way_to(self._store), True
+
+    def _way_to(self, store: Any) -> PipelinedStore | AwaitedStore:
+        return store if isinstance(self._store, PipelinedStore) else AwaitedStore(store)

@@ -56,17 +56,14 @@ class StoreCounters:
 
     def count_all(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
         """Count a batch by its replies."""
-        hits = sets = 0
+        kinds: list[object] = list(map(type, replies))
+        hits, sets = kinds.count(Found), kinds.count(Stored)
+        if hits + sets == len(kinds) and (not hits or GetOrLease not in map(type, batch)):
+            self.hits += hits  # The commonest, without a look at each.
+            self.sets += sets
+            return
         for request, reply in zip(batch, replies, strict=True):
-            kind = type(reply)
-            if kind is Found and type(request) is not GetOrLease:
-                hits += 1
-            elif kind is Stored:
-                sets += 1
-            else:
-                self.count(request, reply)
-        self.hits += hits
-        self.sets += sets
+            self.count(request, reply)
 
     def count(self, request: Request[Any], reply: Reply) -> None:
         """Count one request by its reply."""

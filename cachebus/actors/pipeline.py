@@ -52,6 +52,7 @@ class RequestPipeline:
         self._attempts = guard.attempts
         self._breaker = guard.breaker
         self._ctx = ctx
+        self._audience = ctx.audience
         self._count = count
         self._emit = emit
         self._max_batch = store.max_batch
@@ -82,7 +83,7 @@ class RequestPipeline:
         batch = self._open
         if batch is None:
             batch = self._open = SlotBatch(self._deadlines)
-        slot = ReplySlot(batch, request, current_trace() if self._ctx.audience.kinds else None)
+        slot = ReplySlot(batch, request, current_trace() if self._audience.kinds else None)
         slots = batch.slots
         slots.append(slot)
         if type(request) is not Get and type(value := getattr(request, "value", None)) is bytes:
@@ -227,7 +228,7 @@ class RequestPipeline:
             if len(replies) != len(batch.slots):
                 raise TypeError(f"a batch of {len(batch.slots)} messages got {len(replies)} replies")
             self._count(requests, replies)
-            if self._ctx.audience.kinds:
+            if self._audience.kinds:
                 self._emit(requests, replies, [slot.trace for slot in batch.slots])
             batch.settle(replies)
         except Exception as error:

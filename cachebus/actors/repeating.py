@@ -1,4 +1,4 @@
-"""Once more: the requests of a batch that may be repeated, after pauses, and until when.
+"""Once more: the requests of a batch that may be repeated, after pauses, within a budget, and until when.
 
 The guard imports this when it is made: a process without a remote store has no use for tenacity.
 """
@@ -11,60 +11,105 @@ from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result
 
-from cachebus.bus import Clock
-from cachebus.messages import CacheError, Reply, Request
+from cachebus.messages import CacheError, Failed, Reply, Request, error_class
 
-from .retrying import RetryPolicy, repeatable
+from .context import Context
+from .retrying import RetryPolicy
+
+RESERVE = 10.0
+MOST = 100.0
+"""Repetitions that a budget begins with, and that it can grow to."""
 
 
-async def repeat(
-    attempt: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
-    batch: Sequence[Request[Any]],
-    replies: Sequence[Reply],
-    *,
-    policy: RetryPolicy,
-    clock: Clock,
-    chance: random.Random,
-    deadline: float | None,
-) -> Sequence[Reply]:
-    """The replies to a batch after those of them that `repeatable` names were tried again.
+class Retries:
+    """The repetitions of one guard. `count` is how many there were, `batches` says how many batches there were in all.
 
-    No pause ends after `deadline`, on the clock's monotonic time. Where an attempt raises, the reply before it counts.
+    Each batch earns `policy.budget` of a repetition, up to `MOST`, and `RESERVE` are there from the start, so that a quiet
+    cache may repeat as well, and a backend in trouble never has twice its load (after Finagle's RetryBudget, Twitter, 2016).
     """
-    result = list(replies)
 
-    async def once_more() -> bool:
-        places = repeatable(batch, result)
-        try:
-            again = await attempt([batch[place] for place in places])
-        except CacheError:
-            return False  # The circuit has opened, or there is no room: what is known already is the better answer.
-        for place, reply in zip(places, again, strict=True):
-            result[place] = reply
-        return bool(repeatable(batch, result))
+    def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random, batches: Callable[[], int]) -> None:
+        self.count = 0
+        self._policy = policy
+        self._clock = ctx.clock
+        self._chance = chance
+        self._batches = batches
+        self._left = RESERVE
+        self._seen = 0
 
-    def wait(state: RetryCallState) -> float:
-        return pause(policy, state.attempt_number + 1, chance)
+    def __repr__(self) -> str:
+        return f"<Retries {self._left:.3g}/{MOST:g} left, {self.count} made>"
 
-    def stop(state: RetryCallState) -> bool:
-        return state.attempt_number >= policy.attempts - 1 or over(state.upcoming_sleep)
+    def worthwhile(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
+        """Whether something of a batch is to be repeated."""
+        return self._policy.attempts > 1 and bool(_repeatable(batch, replies)) and self._allowed()
 
-    def over(seconds: float) -> bool:
-        return deadline is not None and clock.monotonic() + seconds >= deadline
+    async def run(
+        self,
+        again: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
+        batch: Sequence[Request[Any]],
+        replies: Sequence[Reply],
+        deadline: float | None,
+    ) -> Sequence[Reply]:
+        """The replies after what may be repeated was. `again` makes an attempt with a part of the batch.
 
-    async def sleep(seconds: float) -> None:
-        await clock.sleep_until(clock.monotonic() + seconds)
+        No pause ends after `deadline`, on the clock's monotonic time. Where an attempt raises, the reply before it counts.
+        """
+        result, clock, policy = list(replies), self._clock, self._policy
 
-    first = pause(policy, 1, chance)
-    if over(first):
+        async def once_more() -> bool:
+            places = _repeatable(batch, result)
+            if not self._allowed():
+                return False
+            self._left -= 1
+            self.count += 1
+            try:
+                answers = await again([batch[place] for place in places])
+            except CacheError:
+                return False  # The circuit has opened, or there is no room: what is known already is the better answer.
+            for place, reply in zip(places, answers, strict=True):
+                result[place] = reply
+            return bool(_repeatable(batch, result))
+
+        def stop(state: RetryCallState) -> bool:
+            return state.attempt_number >= policy.attempts - 1 or over(state.upcoming_sleep)
+
+        def over(seconds: float) -> bool:
+            return deadline is not None and clock.monotonic() + seconds >= deadline
+
+        async def sleep(seconds: float) -> None:
+            await clock.sleep_until(clock.monotonic() + seconds)
+
+        first = self._pause(1)
+        if over(first):
+            return result
+        await sleep(first)
+        await AsyncRetrying(
+            sleep=sleep,
+            wait=lambda state: self._pause(state.attempt_number + 1),
+            stop=stop,
+            retry=retry_if_result(bool),
+            retry_error_callback=lambda state: None,
+        )(once_more)
         return result
-    await sleep(first)
-    await AsyncRetrying(
-        sleep=sleep, wait=wait, stop=stop, retry=retry_if_result(bool), retry_error_callback=lambda state: None
-    )(once_more)
-    return result
+
+    def _allowed(self) -> bool:
+        # Earned only here, so that a batch that goes well costs nothing.
+        batches = self._batches()
+        self._left = min(MOST, self._left + self._policy.budget * (batches - self._seen))
+        self._seen = batches
+        return self._left >= 1
+
+    def _pause(self, repetition: int) -> float:
+        """Seconds to wait before the n-th repetition."""
+        policy = self._policy
+        return self._chance.uniform(0.0, min(policy.backoff_max, policy.backoff * 2.0 ** (repetition - 1)))
 
 
-def pause(policy: RetryPolicy, repetition: int, chance: random.Random) -> float:
-    """Seconds to wait before the n-th repetition."""
-    return chance.uniform(0.0, min(policy.backoff_max, policy.backoff * 2.0 ** (repetition - 1)))
+def _repeatable(batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> list[int]:
+    """The places of requests that another attempt may mend and that may be done twice."""
+    return [
+        place
+        for place, reply in enumerate(replies)
+        if type(reply) is Failed and batch[place].IDEMPOTENT and error_class(reply.code).transient
+    ]

@@ -7,7 +7,7 @@ how many batches are under way at a time. Nothing else in cachebus does any of t
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,11 +34,25 @@ from .context import Context
 from .guard_policy import GuardPolicy, GuardStatistics
 from .latency import AdaptiveTimeout
 from .outcome import FAILURE, SUCCESS, outcome_of
-from .ports import BatchStore, OnReplies, PipelinedStore
-from .retrying import Retries
-from .scopes import asyncio_scope
+from .ports import NO_PROGRESS, BatchStore, OnReplies, PipelinedStore, Progress
 
 _CLOSED = CircuitState.CLOSED
+
+
+class AwaitedStore:
+    """A store that only has `execute`, as one that is submitted to."""
+
+    def __init__(self, store: BatchStore) -> None:
+        self._store = store
+
+    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
+        """As `PipelinedStore.try_submit`: it has to be waited for."""
+        return None
+
+    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
+        """As `PipelinedStore.submit`, until the replies are there."""
+        on_replies(await self._store.execute(batch))
+        return NO_PROGRESS
 
 
 class Guard:
@@ -74,7 +88,9 @@ class Guard:
             )
             for _ in range(2)
         )
-        self._retries = Retries(policy.retry, ctx, random.Random(seed))
+        from .repeating import Retries  # Here, and not with the first failure: a guard is made where imports may block.
+
+        self._retries = Retries(policy.retry, ctx, random.Random(seed), lambda: self._successes + self._failures)
         self.attempts = Attempts(ctx, policy.timeout_max, self._give_up)
         self._limiter = ConcurrencyLimiter(policy.max_concurrent, policy.max_waiting, ctx.address)
         self._closed = False
@@ -137,7 +153,7 @@ class Guard:
 
     def try_submit(
         self,
-        store: PipelinedStore,
+        store: PipelinedStore | AwaitedStore,
         requests: Sequence[Request[Any]],
         then: OnReplies,
         callers: CallDeadlines | None = None,
@@ -164,7 +180,7 @@ class Guard:
 
     async def submit(
         self,
-        store: PipelinedStore,
+        store: PipelinedStore | AwaitedStore,
         requests: Sequence[Request[Any]],
         then: OnReplies,
         callers: CallDeadlines | None = None,
@@ -175,7 +191,7 @@ class Guard:
         await self._acquire()
         attempt = self._begin(requests, store, then, callers)
         attempt.may_repeat = may_repeat
-        scope = attempt.scope = asyncio_scope()
+        scope = attempt.scope = anyio.CancelScope()
         try:
             with scope:
                 attempt.progress = await store.submit(requests, partial(self._settle, attempt))
@@ -199,35 +215,10 @@ class Guard:
     ) -> Sequence[Reply]:
         """Carry out a batch, and repeat what failed of it where that may mend it. `deadline` is on the clock's monotonic
         time."""
-        callers = FixedDeadline(deadline)
-
-        async def attempt(part: Sequence[Request[Any]]) -> Sequence[Reply]:
-            return await self._executed(store, part, callers)
-
-        replies = await attempt(batch)
+        again = partial(self._ask, AwaitedStore(store), FixedDeadline(deadline))
+        replies = await again(batch)
         if self._worth_repeating(batch, replies):
-            replies = await self._repeated(attempt, batch, replies, callers)
-        return replies
-
-    async def _executed(
-        self, store: BatchStore, batch: Sequence[Request[Any]], callers: CallDeadlines
-    ) -> Sequence[Reply]:
-        await self._acquire()
-        attempt = self._begin(batch, store, lambda replies: None, callers)
-        replies: Sequence[Reply] = ()
-        scope = attempt.scope = anyio.CancelScope()
-        try:
-            with scope:
-                replies = await store.execute(batch)
-        except CacheError as error:
-            replies = [Failed.of(error)] * len(batch)
-        except BaseException:
-            self._abandon(attempt)
-            raise
-        if scope.cancelled_caught:
-            return self._too_late(attempt)
-        attempt.may_repeat = False  # That is done here.
-        self._settle(attempt, replies)
+            replies = await self._retries.run(again, batch, replies, deadline)
         return replies
 
     # On the way out
@@ -316,17 +307,25 @@ class Guard:
             self.on_free()
 
     async def _go_on(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
-        async def again(part: Sequence[Request[Any]]) -> Sequence[Reply]:
-            port = open_port()
-            await self.submit(attempt.store, part, port.answer, attempt.callers, may_repeat=False)
-            answer: Sequence[Reply] = await port.wait()
-            return answer
-
-        answer = replies
+        again = partial(self._ask, attempt.store, attempt.callers)
+        answer, now = replies, self._now()
+        left = None if attempt.callers is None else attempt.callers.seconds_left(now)
+        deadline = None if left is None else now + left
         try:
-            answer = await self._repeated(again, attempt.requests, replies, attempt.callers)
+            answer = await self._retries.run(again, attempt.requests, replies, deadline)
         finally:
             attempt.then(answer)
+
+    async def _ask(
+        self, store: PipelinedStore | AwaitedStore, callers: CallDeadlines | None, batch: Sequence[Request[Any]]
+    ) -> Sequence[Reply]:
+        port = open_port()
+        await self.submit(store, batch, port.answer, callers, may_repeat=False)
+        replies: Sequence[Reply] = await port.wait()
+        return replies
+
+    def _worth_repeating(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
+        return not self._closed and self._retries.worthwhile(batch, replies)
 
     def _judge(self, attempt: Attempt, replies: Sequence[Reply]) -> bool:
         """Take in replies of which some are failures. `False` if they are a success to the circuit breaker."""
@@ -381,20 +380,3 @@ class Guard:
                 self._ctx.emit(CircuitOpened(address=address, failures=self.breaker.failures, retry_after=recovery))
         elif state is CircuitState.CLOSED and CircuitClosed in kinds:
             self._ctx.emit(CircuitClosed(address=address))
-
-    # Repeating
-
-    def _worth_repeating(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
-        return not self._closed and self._retries.worthwhile(batch, replies, self._successes + self._failures)
-
-    async def _repeated(
-        self,
-        again: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
-        batch: Sequence[Request[Any]],
-        replies: Sequence[Reply],
-        callers: CallDeadlines | None,
-    ) -> Sequence[Reply]:
-        now = self._now()
-        left = None if callers is None else callers.seconds_left(now)
-        deadline = None if left is None else now + left
-        return await self._retries.run(again, batch, replies, deadline, lambda: self._successes + self._failures)

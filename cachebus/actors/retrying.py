@@ -1,16 +1,10 @@
-"""Which requests of a batch may be repeated, and how often."""
+"""How often, and after what pauses, requests are repeated."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
-
 import msgspec
 
-from cachebus.messages import CacheConfigurationError, Failed, Overloaded, Reply, Request, error_class
-
-from .context import Context
+from cachebus.messages import CacheConfigurationError
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,86 +28,3 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
         if not 0 <= self.backoff <= self.backoff_max < float("inf"):
             bounds = f"{self.backoff!r} and {self.backoff_max!r}"
             raise CacheConfigurationError(f"expected 0 <= backoff <= backoff_max, in seconds, not {bounds}")
-
-
-class RetryBudget:
-    """How many repetitions a backend can be asked to bear, so that they never double the load of one in trouble.
-
-    Each batch earns `share` of a repetition, up to `MOST`, and `RESERVE` are there from the start, so that a quiet cache
-    may repeat as well (after Finagle's RetryBudget, Twitter, 2016).
-    """
-
-    RESERVE = 10.0
-    MOST = 100.0
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._left = self.RESERVE
-        self._seen = 0
-
-    def __repr__(self) -> str:
-        return f"<RetryBudget {self._left:.3g}/{self.MOST:g}>"
-
-    def allows(self, batches: int) -> bool:
-        """Whether one more may be had, now that there have been so many batches in all."""
-        # Earned only here, so that a batch that goes well costs nothing.
-        self._left = min(self.MOST, self._left + self._share * (batches - self._seen))
-        self._seen = batches
-        return self._left >= 1
-
-    def take(self) -> None:
-        """Have one."""
-        self._left -= 1
-
-
-def repeatable(batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> list[int]:
-    """The places of requests that another attempt may mend and that may be done twice."""
-    return [
-        place
-        for place, reply in enumerate(replies)
-        if type(reply) is Failed and batch[place].IDEMPOTENT and error_class(reply.code).transient
-    ]
-
-
-class Retries:
-    """The repetitions of one guard, within its budget. `count` is how many there were."""
-
-    def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random) -> None:
-        from .repeating import repeat  # Here, and not with the first failure: a guard is made where imports may block.
-
-        self.count = 0
-        self._policy = policy
-        self._ctx = ctx
-        self._chance = chance
-        self._budget = RetryBudget(policy.budget)
-        self._repeat = repeat
-
-    def worthwhile(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], batches: int) -> bool:
-        """Whether something of a batch is to be repeated, now that there have been so many batches in all."""
-        return (
-            Failed in map(type, replies)
-            and self._policy.attempts > 1
-            and bool(repeatable(batch, replies))
-            and self._budget.allows(batches)
-        )
-
-    async def run(
-        self,
-        again: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
-        batch: Sequence[Request[Any]],
-        replies: Sequence[Reply],
-        deadline: float | None,
-        batches: Callable[[], int],
-    ) -> Sequence[Reply]:
-        """The replies after what may be repeated was. `again` makes an attempt with a part of the batch, `batches` is how many
-        there have been in all."""
-
-        async def counted(part: Sequence[Request[Any]]) -> Sequence[Reply]:
-            if not self._budget.allows(batches()):
-                raise Overloaded("the budget for repetitions is used up", self._ctx.address)
-            self._budget.take()
-            self.count += 1
-            return await again(part)
-
-        clock, policy, chance = self._ctx.clock, self._policy, self._chance
-        return await self._repeat(counted, batch, replies, policy=policy, clock=clock, chance=chance, deadline=deadline)

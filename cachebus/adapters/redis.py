@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
-from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, Capabilities, Clock, Gauges, OnReplies, Progress
+from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, Clock, Gauges, OnReplies, Progress
 from cachebus.messages import (
     CacheConfigurationError,
     CacheConnectionError,
@@ -22,22 +21,19 @@ from cachebus.messages import (
     Get,
     Reply,
     Request,
-    Set,
-    WatchLease,
 )
 
 from .redis_connect import Connector, Credentials, Endpoint, TlsFiles, find_master
 from .redis_connection import RedisConnection, pack_words
 from .redis_errors import BACKEND
 from .redis_listener import RedisListener
-from .redis_plan import Plan
+from .redis_plan import CAPABILITIES, Plan
 from .redis_pool import RedisPool
-from .redis_scripts import WRITE
-from .redis_sent import SentCommands, SentGets, SentOne, SentSets, lease_command, plain_sets
-from .redis_singles import milliseconds
+from .redis_sent import SentCommands, SentGets, SentScript, script_call
+from .redis_tag_scripts import READ
 from .redis_tags import TagSpace
-from .redis_values import VALUE_MAX
-from .redis_walk import Walks, remove_matching
+from .redis_values import milliseconds
+from .redis_walk import Walks, remove_matching, submitted
 from .redis_watch import LeaseWatch
 
 __all__ = ["Credentials", "Endpoint", "RedisStore", "TlsFiles"]
@@ -55,16 +51,7 @@ class RedisStore:
     """
 
     name = BACKEND
-    capabilities = Capabilities(
-        patterns=True,
-        tags=True,
-        compare_and_set=True,
-        counters=True,
-        leases=True,
-        rate_limits=True,
-        locks=True,
-        max_value_bytes=VALUE_MAX,
-    )
+    capabilities = CAPABILITIES
     max_batch = 128
     long_running: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern})
 
@@ -111,18 +98,13 @@ class RedisStore:
         self._pool: RedisPool | None = None
         self._walks = Walks(self.long_running, self._walk, self.execute)
         self._watch = LeaseWatch(self.listener, namespace)
+        self.watch = self._watch.watch
 
     def __repr__(self) -> str:
         return f"<RedisStore {self._prefix!r} at {', '.join(map(str, self._places))}>"
 
     async def open(self) -> None:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            raise CacheConfigurationError("redis needs an asyncio event loop, and this is another's") from None
-        if self._tls is not None:
-            context = await asyncio.to_thread(self._tls.context, self.name)
-            self._dial = dataclasses.replace(self._dial, tls=context)
+        self._dial = await self._dial.prepared(self._tls)
         self._pool = RedisPool(self._connect, self._max_connections)
         await self._pool.connect()
 
@@ -142,21 +124,11 @@ class RedisStore:
         """A listener to the server's channels, with a connection of its own. Whoever asks for it closes it."""
         return RedisListener(self._connect, clock=self._dial.clock)
 
-    def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:
-        self._watch.watch(request, told)
-
     def gauges(self) -> Gauges:
         return Gauges()
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        future: asyncio.Future[Sequence[Reply]] = asyncio.get_running_loop().create_future()
-
-        def on_replies(replies: Sequence[Reply]) -> None:
-            if not future.done():
-                future.set_result(replies)
-
-        await self.submit(batch, on_replies)
-        return await future
+        return await submitted(self.submit, batch)
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
         pool = self._opened()
@@ -165,7 +137,7 @@ class RedisStore:
             return NO_PROGRESS
         connection = pool.main
         if connection is None or not connection.has_room:
-            connection = await self._ready(pool)
+            connection = await pool.ready()
         # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
         return self._send(connection, batch, on_replies)
 
@@ -183,13 +155,11 @@ class RedisStore:
 
     def _send(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
         if self._is_plain and batch:
-            kind = type(batch[0])
             with suppress(UnicodeEncodeError):  # A careful plan finds out which key it is.
-                if kind is Get and self._send_gets(connection, batch, on_replies):
-                    return connection
-                if kind is Set and self._send_sets(connection, batch, on_replies):
-                    return connection
-                if len(batch) == 1 and self._send_lease(connection, batch, on_replies):
+                if type(batch[0]) is Get:
+                    if self._send_gets(connection, batch, on_replies):
+                        return connection
+                elif self._send_script(connection, batch, on_replies):
                     return connection
         plan = self._plan(batch)
         try:
@@ -204,53 +174,37 @@ class RedisStore:
         return connection
 
     def _send_gets(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> bool:
-        prefix = self._prefix
+        prefix, space = self._prefix, self._space
         names = [prefix + request.key for request in batch if type(request) is Get]
-        if self._space.seen or len(names) < len(batch):
+        if len(names) < len(batch):
             return False
         wanted, places = dict.fromkeys(names), None
         if len(wanted) < len(names):  # Equal keys share a place.
             at = {name: place for place, name in enumerate(wanted)}
             places = [at[name] for name in names]
-        data = pack_words(("MGET", *wanted))
-        connection.send(data, SentGets(connection, tuple(wanted), places, self._space, on_replies))
+        checked = space.seen
+        data = pack_words(("EVALSHA", READ.sha, len(wanted), *wanted) if checked else ("MGET", *wanted))
+        connection.send(data, SentGets(connection, tuple(wanted), places, len(prefix), space, checked, on_replies))
         return True
 
-    def _send_sets(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> bool:
-        plain = plain_sets(batch, self._prefix, self._default_px)
-        if plain is None:
-            return False
-        names, arguments = plain
-        data = pack_words(("EVALSHA", WRITE.here.sha, len(names), *names, *arguments))
-        connection.send(data, SentSets(connection, names, partial(self._plan, batch), on_replies))
-        return True
-
-    def _send_lease(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> bool:
+    def _send_script(self, connection: RedisConnection, batch: Sequence[Request[Any]], on_replies: OnReplies) -> bool:
         try:
-            command = lease_command(batch[0], self._prefix, self._default_px, self._space)
+            call = script_call(batch, self._prefix, self._default_px, self._space)
         except CacheError as error:
+            if len(batch) > 1:
+                return False  # The plan finds out which request it is.
             on_replies([Failed.of(error)])
             return True
-        if command is None:
+        if call is None:
             return False
-        words, script, make = command
+        words, script, make = call
         keys = words[1 : 1 + cast("int", words[0])]
         data = pack_words(("EVALSHA", script.sha, *words))
-        connection.send(data, SentOne(connection, keys, make, partial(self._plan, batch), on_replies))
+        connection.send(data, SentScript(connection, keys, make, partial(self._plan, batch), on_replies))
         return True
 
     def _plan(self, batch: Sequence[Request[Any]], *, careful: bool = False) -> Plan:
         return self._planner(batch, self._prefix, self._default_ttl, self._space, careful=careful)
-
-    async def _ready(self, pool: RedisPool) -> RedisConnection:
-        """The connection for requests, with room for a batch."""
-        while True:
-            connection = pool.up() or await pool.connect()
-            try:
-                await connection.room()
-            except CacheError:
-                continue  # Lost while we waited, and nothing was sent: a new one, or the reason why there is none.
-            return connection
 
     async def _walk(self, request: Request[Any]) -> Reply:
         connection = await self._opened().side()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, Capabilities, Clock, Gauges, OnReplies, Progress
+from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, Clock, Gauges, OnReplies, Progress
 from cachebus.messages import (
     CacheConfigurationError,
     CacheConnectionError,
@@ -20,7 +19,6 @@ from cachebus.messages import (
     Reply,
     Request,
     Scan,
-    WatchLease,
 )
 
 from .redis_cluster_tags import Stamps, looks_for_tags, wants_stamps
@@ -31,12 +29,11 @@ from .redis_connection import RedisConnection
 from .redis_errors import BACKEND
 from .redis_listener import RedisListener
 from .redis_node import Trip, UnderWay
-from .redis_plan import Plan
+from .redis_plan import CAPABILITIES, Plan
 from .redis_slots import SLOTS, slot_of
 from .redis_tags import TagSpace
 from .redis_topology import Topology
-from .redis_values import VALUE_MAX
-from .redis_walk import Walks
+from .redis_walk import Walks, submitted
 from .redis_watch import LeaseWatch
 
 __all__ = ["RedisClusterStore"]
@@ -51,16 +48,7 @@ class RedisClusterStore(ClusterTraffic):
     """
 
     name = BACKEND
-    capabilities = Capabilities(
-        patterns=True,
-        tags=True,
-        compare_and_set=True,
-        counters=True,
-        leases=True,
-        rate_limits=True,
-        locks=True,
-        max_value_bytes=VALUE_MAX,
-    )
+    capabilities = CAPABILITIES
     max_batch = 64
     long_running: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern, Scan})
 
@@ -102,18 +90,13 @@ class RedisClusterStore(ClusterTraffic):
         self._max_connections = max_connections
         self._walks: Walks | None = None
         self._watch = LeaseWatch(self.listener, namespace)
+        self.watch = self._watch.watch
 
     def __repr__(self) -> str:
         return f"<RedisClusterStore {self._prefix!r} at {', '.join(map(str, self._seeds))}>"
 
     async def open(self) -> None:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            raise CacheConfigurationError("redis needs an asyncio event loop, and this is another's") from None
-        if self._tls is not None:
-            context = await asyncio.to_thread(self._tls.context, BACKEND)
-            self._dial = dataclasses.replace(self._dial, tls=context)
+        self._dial = await self._dial.prepared(self._tls)
         self._topology = Topology(
             self._dial, self._seeds, self._max_connections, self._arrived, self._failed, self._changed_hands
         )
@@ -154,21 +137,11 @@ class RedisClusterStore(ClusterTraffic):
                 reason = error
         raise reason
 
-    def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:
-        self._watch.watch(request, told)
-
     def gauges(self) -> Gauges:
         return Gauges()
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        future: asyncio.Future[Sequence[Reply]] = asyncio.get_running_loop().create_future()
-
-        def on_replies(replies: Sequence[Reply]) -> None:
-            if not future.done():
-                future.set_result(replies)
-
-        await self.submit(batch, on_replies)
-        return await future
+        return await submitted(self.submit, batch)
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
         if self._topology is None or self._walks is None:

@@ -23,9 +23,9 @@ from cachebus.messages import (
 from .redis_commands import Command
 from .redis_connection import Argument
 from .redis_leases import kept_for
-from .redis_singles import milliseconds
 from .redis_tag_scripts import STAMP
 from .redis_tags import NO_STAMP, TagSpace, new_epoch, pack_tags
+from .redis_values import milliseconds
 
 _STORING = frozenset({Set, SetMany, Add, CompareAndSet})
 

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any, cast
 
 import hiredis
+from msgspec import Struct
 
 from cachebus.messages import CacheError, CacheSerializationError, Failed
 
@@ -32,7 +33,7 @@ def unreadable(error: Exception) -> Failed:
     return Failed.of(error)
 
 
-class Command:
+class Command(Struct, eq=False):
     """One Redis command: its words, the key that says which node it goes to, and what to do with its reply.
 
     `writes` is false where doing it twice does what doing it once does. `parts` makes of a command about several keys
@@ -40,28 +41,14 @@ class Command:
     after the command that it follows from.
     """
 
-    __slots__ = ("fail", "key", "ordered", "parts", "script", "settle", "words", "writes")
-
-    def __init__(
-        self,
-        words: list[Argument],
-        key: str,
-        settle: Settle,
-        fail: Callable[[CacheError], None],
-        *,
-        script: Script | None = None,
-        writes: bool = False,
-        parts: Callable[[], list[Command]] | None = None,
-        ordered: bool = False,
-    ) -> None:
-        self.words = words
-        self.key = key
-        self.settle = settle
-        self.fail = fail
-        self.script = script
-        self.writes = writes
-        self.parts = parts
-        self.ordered = ordered
+    words: list[Argument]
+    key: str
+    settle: Settle
+    fail: Callable[[CacheError], None]
+    script: Script | None = None
+    writes: bool = False
+    parts: Callable[[], list[Command]] | None = None
+    ordered: bool = False
 
     @property
     def changes(self) -> Sequence[Any]:

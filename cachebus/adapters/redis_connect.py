@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import hiredis
 
 from cachebus.actors.ports import Clock
-from cachebus.messages import CacheConnectionError, CacheError
+from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
 
 from .redis_connection import RedisConnection, pack
 from .redis_errors import BACKEND, translate_greeting, unreachable
@@ -65,6 +65,14 @@ class Connector:
     window: int = 8
     counters_here: bool = True
     """Whether the scripts get at the counters of tags, which in a cluster are in another slot."""
+
+    async def prepared(self, tls: TlsFiles | None) -> Connector:
+        """The same, with the certificates read. Raises `CacheConfigurationError` under another event loop than asyncio's."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise CacheConfigurationError("redis needs an asyncio event loop, and this is another's") from None
+        return self if tls is None else replace(self, tls=await asyncio.to_thread(tls.context, BACKEND))
 
     async def connect(self, place: Endpoint, role: Role = "any") -> RedisConnection:
         """A connection that is ready. As a `master`, a server that is none is refused.

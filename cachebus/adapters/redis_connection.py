@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, Protocol, TypeAlias, cast
 
 import hiredis
+from msgspec import Struct
 
 from cachebus.actors.ports import SLOWEST_LINE, Clock
 from cachebus.messages import CacheError
@@ -45,7 +46,7 @@ class InFlight(Protocol):
     @property
     def wanted(self) -> int: ...
 
-    def answer(self, replies: Sequence[Any] | CacheError) -> None:
+    def answer(self, replies: Sequence[Any] | CacheError, /) -> None:
         """Take the replies, in order; or why there will be none. Called once."""
 
     def changes(self) -> Iterable[Any]:
@@ -53,22 +54,43 @@ class InFlight(Protocol):
         ...
 
 
-class Asked:
+class Asked(Struct, eq=False):
     """Commands that change nothing that is cached, and whose replies go to a function."""
 
-    __slots__ = ("_answer", "wanted")
-
-    def __init__(self, wanted: int, answer: Answer) -> None:
-        self.wanted = wanted
-        self._answer = answer
-
-    def answer(self, replies: Sequence[Any] | CacheError) -> None:
-        """Hand the replies on."""
-        self._answer(replies)
+    wanted: int
+    answer: Answer
 
     def changes(self) -> Iterable[Any]:
         """None."""
         return ()
+
+
+class Waiters:
+    """Tasks that wait for a change."""
+
+    def __init__(self) -> None:
+        self.futures: list[asyncio.Future[None]] = []
+
+    async def change(self) -> None:
+        """Wait for the next change. Raises the error that `wake` is given."""
+        future = asyncio.get_running_loop().create_future()
+        self.futures.append(future)
+        try:
+            await future
+        finally:
+            if future in self.futures:
+                self.futures.remove(future)
+
+    def wake(self, error: CacheError | None = None) -> None:
+        """Tell everyone who waits of a change, or of an error."""
+        futures, self.futures = self.futures, []
+        for future in futures:
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
 
 
 class RedisConnection(asyncio.Protocol):
@@ -94,7 +116,7 @@ class RedisConnection(asyncio.Protocol):
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self.in_flight: deque[InFlight] = deque()
         self._replies: list[Any] = []  # Of the batch that is answered next.
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters = Waiters()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.paused = False
@@ -126,7 +148,7 @@ class RedisConnection(asyncio.Protocol):
     async def room(self) -> None:
         """Wait until another batch may be sent. Raises `CacheConnectionError` once the connection is lost."""
         while self.lost is None and not self.has_room:
-            await self._change()
+            await self._waiters.change()
         if self.lost is not None:
             raise self.lost
 
@@ -189,12 +211,12 @@ class RedisConnection(asyncio.Protocol):
     async def drain(self) -> None:
         """Wait until nothing is in flight."""
         while self.in_flight:
-            await self._change()
+            await self._waiters.change()
 
     async def gone(self) -> CacheError:
         """Wait until the connection is lost, and say why."""
         while self.lost is None:
-            await self._change()
+            await self._waiters.change()
         return self.lost
 
     def drop(self, error: CacheError) -> None:
@@ -207,7 +229,7 @@ class RedisConnection(asyncio.Protocol):
             self._transport.abort()
         while self.in_flight:
             self.in_flight.popleft().answer(self.lost)
-        self._changed()
+        self._waiters.wake()
 
     # For the event loop
 
@@ -230,7 +252,7 @@ class RedisConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.paused = False
-        self._changed()
+        self._waiters.wake()
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._monotonic()
@@ -265,25 +287,10 @@ class RedisConnection(asyncio.Protocol):
             if batch is not None:
                 batch.answer(error)
             raise
-        if batch is not None and self._waiters:
-            self._changed()
+        if batch is not None and self._waiters.futures:
+            self._waiters.wake()
 
     # Helpers
-
-    async def _change(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-
-    def _changed(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
     def _check(self) -> None:
         assert self._health_interval is not None

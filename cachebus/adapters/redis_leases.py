@@ -245,24 +245,19 @@ def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -
     what is known of the counters, where the script cannot look; `None` where it can."""
     here = verdict is None
     more: list[Argument] = [] if verdict is None else [verdict]
-    keys: list[Argument] = [2, key, _anew(key)]
     if isinstance(request, GetOrLease):
         check_lease(request)
-        if not request.refresh:
-            keys = [1, key]  # So that it does well in a slot of a cluster that is being moved.
-        words = [*keys, new_lease_name(request.token), _ms(request.lease_ttl), "1" if request.refresh else "0"]
-        words += (stamp, pack_tags(request.tags), *more)
-        return words, LEASE.at(here), _leased
+        # One key, where that is enough, does well in a slot of a cluster that is being moved.
+        keys: list[Argument] = [2, key, _anew(key)] if request.refresh else [1, key]
+        words = [*keys, new_lease_name(request.token), _ms(request.lease_ttl), "1" if request.refresh else "0", stamp]
+        words += (pack_tags(request.tags) if request.tags else b"", *more)
+        return words, LEASE.here if here else LEASE.elsewhere, _leased
+    words = [2, key, _anew(key), request.token]
     if isinstance(request, RenewLease):
         ttl = request.lease_ttl
         check_lease(request)
-        words = [*keys, request.token, _ms(ttl), *more]
-        return words, RENEW.at(here), lambda held, _: Renewed(ttl) if held else NotHeld()
-    return (
-        [*keys, request.token, request.error, *more],
-        RELEASE.at(here),
-        lambda held, _: Released() if held else NotHeld(),
-    )
+        return [*words, _ms(ttl), *more], RENEW.at(here), lambda held, _: Renewed(ttl) if held else NotHeld()
+    return [*words, request.error, *more], RELEASE.at(here), lambda held, _: Released() if held else NotHeld()
 
 
 def commit_call(
@@ -277,7 +272,7 @@ def commit_call(
     if request.tags:
         body = pack_tagged(body, request.tags, stamp)
     words: list[Argument] = [2, key, _anew(key), request.lease or "", body, px, kept_for(request, px), stamp]
-    return words, COMMIT.at(here), _committed
+    return words, COMMIT.here if here else COMMIT.elsewhere, _committed
 
 
 def kept_for(request: Set, px: str) -> str:

@@ -29,7 +29,7 @@ import hiredis
 from cachebus.actors.ports import SYSTEM_CLOCK, Clock
 from cachebus.messages import CacheClosed, CacheError
 
-from .redis_connection import Asked, RedisConnection, pack
+from .redis_connection import Asked, RedisConnection, Waiters, pack
 from .redis_errors import lost, translate
 
 PAUSE_MIN = 0.05
@@ -63,24 +63,12 @@ class Listening:
         self._listener.leave(self)
 
 
-class _Channel:
-    __slots__ = ("places", "refused", "standing", "waiters")
-
+class _Channel(Waiters):
     def __init__(self) -> None:
+        super().__init__()
         self.places: list[Listening] = []
         self.standing = False
         self.refused: CacheError | None = None
-        self.waiters: list[asyncio.Future[None]] = []
-
-    def wake(self, error: CacheError | None = None) -> None:
-        waiters, self.waiters = self.waiters, []
-        for waiter in waiters:
-            if waiter.done():
-                continue
-            if error is None:
-                waiter.set_result(None)
-            else:
-                waiter.set_exception(error)
 
 
 class RedisListener:
@@ -127,9 +115,7 @@ class RedisListener:
         if channel.refused is not None:
             raise channel.refused
         if not channel.standing:
-            waiter = asyncio.get_running_loop().create_future()
-            channel.waiters.append(waiter)
-            await waiter
+            await channel.change()
 
     def leave(self, place: Listening) -> None:
         """As `Listening.close`."""

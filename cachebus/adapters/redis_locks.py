@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from cachebus.actors.ports import Capabilities, Gauges, LockListener, OnReplies
+from cachebus.actors.ports import Capabilities, Gauges, LockListener, PipelinedStore
 from cachebus.messages import (
     AcquireLock,
     CacheError,
@@ -40,15 +40,10 @@ from .redis_plan import Plan
 from .redis_script import Script
 
 
-class _Transport(Protocol):
+class _Transport(PipelinedStore, Protocol):
     """A `RedisStore` or a `RedisClusterStore`."""
 
-    async def open(self) -> None: ...
-    async def close(self) -> None: ...
     def listener(self) -> RedisListener: ...
-    async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]: ...
-    async def submit(self, batch: Sequence[Request[Any]], replied: OnReplies) -> None: ...
-    def try_submit(self, batch: Sequence[Request[Any]], replied: OnReplies) -> bool: ...
 
 
 class RedisLockStore:
@@ -71,7 +66,8 @@ class RedisLockStore:
         self.inbox = os.urandom(8).hex()
         self._prefix = f"{namespace}#lock:"
         self._clustered = clustered
-        self._transport = transport(planner=partial(_LockPlan, self))
+        self._transport = way = transport(planner=partial(_LockPlan, self))
+        self.execute, self.submit, self.try_submit = way.execute, way.submit, way.try_submit
         self._listener: RedisListener | None = None
         self._place: Listening | None = None
         self._entering: asyncio.Task[None] | None = None
@@ -97,15 +93,6 @@ class RedisLockStore:
 
     def gauges(self) -> Gauges:
         return Gauges()
-
-    async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        return await self._transport.execute(batch)
-
-    async def submit(self, batch: Sequence[Request[Any]], replied: OnReplies) -> None:
-        await self._transport.submit(batch, replied)
-
-    def try_submit(self, batch: Sequence[Request[Any]], replied: OnReplies) -> bool:
-        return self._transport.try_submit(batch, replied)
 
     # Commands
 

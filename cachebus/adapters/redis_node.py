@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from msgspec import Struct
+
 from cachebus.messages import CacheClosed, CacheError
 
 from .redis_commands import Command
@@ -55,25 +57,20 @@ class UnderWay:
             self._done()
 
 
-class Trip:
+class Trip(Struct, eq=False):
     """A command on its way through the cluster. `asking` is set where a server takes it though the slot is another's yet,
     `whole` where it does not know the script by its name. It `follows` another whose answer needs it, which is
     `followed_by` so many."""
 
-    __slots__ = ("asking", "batch", "command", "followed_by", "follows", "hops", "packed", "slot", "whole")
-
-    def __init__(
-        self, command: Command, slot: int, packed: bytes, batch: UnderWay, follows: Trip | None = None
-    ) -> None:
-        self.command = command
-        self.slot = slot
-        self.packed = packed
-        self.batch = batch
-        self.hops = 0
-        self.asking = False
-        self.whole = False
-        self.follows = follows
-        self.followed_by = 0
+    command: Command
+    slot: int
+    packed: bytes
+    batch: UnderWay
+    follows: Trip | None = None
+    hops: int = 0
+    asking: bool = False
+    whole: bool = False
+    followed_by: int = 0
 
     @property
     def first(self) -> Trip:
@@ -172,18 +169,13 @@ class ClusterNode:
             self._failed(self, self._queue.popleft(), error, False)
 
     async def _ready(self) -> RedisConnection:
-        while True:
-            try:
-                connection = self.pool.up() or await self.pool.connect()
-            except CacheError as error:
-                self.trouble = error
-                raise
-            self.trouble = None
-            try:
-                await connection.room()
-            except CacheError:
-                continue  # Lost while we waited: a new one, or the reason why there is none.
-            return connection
+        try:
+            connection = await self.pool.ready()
+        except CacheError as error:
+            self.trouble = error
+            raise
+        self.trouble = None
+        return connection
 
     async def _send_waiting(self) -> None:
         while self._queue:

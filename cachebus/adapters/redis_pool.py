@@ -58,6 +58,16 @@ class RedisPool:
                 connection = self.main = await self._make()
             return connection
 
+    async def ready(self) -> RedisConnection:
+        """The connection for requests, once there is room for a batch. Raises as `connect` does."""
+        while True:
+            connection = self.up() or await self.connect()
+            try:
+                await connection.room()
+            except CacheError:
+                continue  # Lost while we waited, and nothing was sent: a new one, or the reason why there is none.
+            return connection
+
     async def side(self) -> RedisConnection:
         """A connection for a walk, each in turn. Raises `CacheConnectionError` when the server cannot be reached."""
         if self._most == 1:

@@ -50,15 +50,8 @@ return {{1, math.floor(math.max(0, room - after) / per), delay, reset}}
 def admit_call(request: Admit, name: str) -> tuple[list[Argument], Script, Callable[[Any, float], Reply]]:
     """The words after the script's name, the script, and how its reply is read. Raises `BadMessage`."""
     check_admit(request)
-    words: list[Argument] = [
-        1,
-        name,
-        request.limit,
-        per_of(request),
-        request.burst,
-        request.cost,
-        microseconds(request.wait),
-    ]
+    per, wait = per_of(request), microseconds(request.wait)
+    words: list[Argument] = [1, name, request.limit, per, request.burst, request.cost, wait]
     return words, ADMIT, _admitted
 
 

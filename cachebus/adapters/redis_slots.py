@@ -6,7 +6,6 @@ distribution model".
 
 from __future__ import annotations
 
-import asyncio
 from binascii import crc_hqx
 from collections import deque
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any
 from cachebus.messages import CacheConnectionError
 
 from .redis_connect import Endpoint
+from .redis_connection import Waiters
 from .redis_errors import BACKEND
 
 SLOTS = 16384
@@ -114,7 +114,7 @@ class SlotTraffic:
     """What is under way in each slot, so that nothing overtakes what is sent once more.
 
     A slot is *held* from a redirection until all that was under way in it has its answer: what is sent then goes to the
-    new server, and would be there before what the old one has not yet sent on.
+    new server, and would be there before what the old one has not yet sent on. `change` waits until a slot has become idle.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,8 @@ class SlotTraffic:
         self._sent: dict[int, deque[object]] = {}
         self._newest_change: dict[int, object] = {}
         self._held: set[int] = set()
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters = Waiters()
+        self.change = self._waiters.change
 
     def __repr__(self) -> str:
         return f"<SlotTraffic in {len(self._under_way)} slots, {len(self._held)} held>"
@@ -151,11 +152,7 @@ class SlotTraffic:
         del self._under_way[slot], self._sent[slot]
         self._newest_change.pop(slot, None)
         self._held.discard(slot)
-        if self._waiters:
-            waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+        self._waiters.wake()
 
     def is_newest(self, slot: int, what: object) -> bool:
         """Whether nothing of the slot went out after `what`."""
@@ -181,9 +178,3 @@ class SlotTraffic:
     def is_held(self, slots: Iterable[int]) -> bool:
         """Whether one of the slots is held."""
         return bool(self._held) and not self._held.isdisjoint(slots)
-
-    async def change(self) -> None:
-        """Wait until a slot has become idle."""
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        await waiter

@@ -70,22 +70,20 @@ class Topology:
     async def learn(self) -> None:
         """Ask for the map. Raises `CacheConnectionError` when no server of the cluster can be reached, and
         `CacheConfigurationError` when those that can will not have us."""
-        if self._learning is None:
-            if self._closed:
-                raise CacheClosed("the connection to redis was closed")
-            self._learning = asyncio.create_task(self._learn())
-            self._learning.add_done_callback(self._learned)
-        await asyncio.shield(self._learning)
+        if self._closed and self._learning is None:
+            raise CacheClosed("the connection to redis was closed")
+        await asyncio.shield(self._begin_to_learn())
 
     def learn_soon(self) -> None:
         """Ask for the map beside everything else, if that is not under way or only just over."""
-        if (
-            self._learning is None
-            and not self._closed
-            and self._dial.clock.monotonic() - self._learned_at >= LEARN_INTERVAL
-        ):
+        if not self._closed and self._dial.clock.monotonic() - self._learned_at >= LEARN_INTERVAL:
+            self._begin_to_learn()
+
+    def _begin_to_learn(self) -> asyncio.Task[None]:
+        if self._learning is None:
             self._learning = asyncio.create_task(self._learn())
             self._learning.add_done_callback(self._learned)
+        return self._learning
 
     async def close(self) -> None:
         """Finish what is under way, then close; cancelled, break it off."""

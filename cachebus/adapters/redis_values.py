@@ -11,8 +11,10 @@ The expiry stands there as well as in Redis, so that reading a value with its ti
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 from cachebus.messages import (
@@ -26,6 +28,7 @@ from cachebus.messages import (
     Missing,
 )
 
+from .durations import time_to_live
 from .forms import BYTES, decode_form, encode_form, pack_plain, unpack_plain
 
 HEADER = struct.Struct(">dd")
@@ -100,6 +103,14 @@ def read_run(raws: Iterable[Any], now: float) -> list[Found | Missing | Failed]:
 def left(expiry: float, now: float) -> float:
     """Seconds until an expiry in milliseconds. Redis had the value, so there is something left whatever we think."""
     return max(expiry * 1e-3 - now, 0.001)
+
+
+def _milliseconds(ttl: float | None) -> str:
+    """A time to live as Redis takes it; `""` is for ever. Raises `BadMessage` as `time_to_live` does."""
+    return "" if ttl is None else str(math.ceil(time_to_live(ttl) * 1000))
+
+
+milliseconds: Callable[[float | None], str] = lru_cache(256)(_milliseconds)
 
 
 _LENGTH = struct.Struct(">H")

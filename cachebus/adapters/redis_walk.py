@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from cachebus.actors.ports import OnReplies
+from cachebus.actors.ports import OnReplies, Progress
 from cachebus.messages import CacheConnectionError, CacheError, Failed, Reply, Request
 
 from .glob import compile_glob, widen
@@ -113,3 +113,17 @@ class Walks:
             on_replies([Failed.of(CacheConnectionError("the store was closed", BACKEND))] * len(batch))
             raise
         on_replies(replies)
+
+
+async def submitted(
+    submit: Callable[[Sequence[Request[Any]], OnReplies], Awaitable[Progress]], batch: Sequence[Request[Any]]
+) -> Sequence[Reply]:
+    """The replies to a batch that is handed to `submit`."""
+    future: asyncio.Future[Sequence[Reply]] = asyncio.get_running_loop().create_future()
+
+    def on_replies(replies: Sequence[Reply]) -> None:
+        if not future.done():
+            future.set_result(replies)
+
+    await submit(batch, on_replies)
+    return await future

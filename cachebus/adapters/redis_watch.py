@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cachebus.messages import (
     BadMessage,
@@ -39,12 +40,9 @@ LONGEST = 60.0
 Told = Callable[[Reply], None]
 
 
-class _Waiting:
-    __slots__ = ("alarm", "told")
-
-    def __init__(self, told: Told, alarm: asyncio.TimerHandle) -> None:
-        self.told = told
-        self.alarm = alarm
+class _Waiting(NamedTuple):
+    told: Told
+    alarm: asyncio.TimerHandle
 
 
 class LeaseWatch:

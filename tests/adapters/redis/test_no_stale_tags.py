@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from cachebus.adapters import (
+    redis,
     redis_counters,
     redis_leases,
+    redis_plan,
     redis_reads,
     redis_scripts,
-    redis_singles,
     redis_tag_scripts,
 )
 from cachebus.adapters.redis_script import Script
@@ -89,7 +90,7 @@ def scripts_with(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
                 elif isinstance(script, Twin) and old in script.here.text:
                     patch.setattr(script, "here", Script.bare(script.here.text.replace(old, new)))
                     planted += 1
-        for module in (redis_reads, redis_singles, redis_counters):
+        for module in (redis_reads, redis_plan, redis_counters, redis):
             for name in ("READ", "INVALIDATE", "KEEP"):
                 if hasattr(module, name):
                     patch.setattr(module, name, getattr(redis_tag_scripts, name))
@@ -99,7 +100,7 @@ def scripts_with(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def one_epoch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(redis_singles, "new_epoch", lambda: bytes(range(8)))
+    patch.setattr(redis_plan, "new_epoch", lambda: bytes(range(8)))
 
 
 def trusting_claims(patch: pytest.MonkeyPatch) -> None:
