@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
-from cachebus.actors.turns import TurnToken
+from cachebus.actors.turns import Token, TurnToken
 
 
 def test_a_stack_whose_callers_are_no_longer_known_counts_as_in_the_turn() -> None:
@@ -29,11 +30,16 @@ def test_a_stack_whose_callers_are_no_longer_known_counts_as_in_the_turn() -> No
     assert not token._is_inside(whole)
 
 
+def claimed_by_another_thread(token: TurnToken) -> Token | None:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(token.claim).result()
+
+
 def test_a_turn_that_is_under_way_is_not_taken_over() -> None:
     class Owner:
         def hold(self, token: TurnToken) -> None:
             mine = token.free.pop()
-            assert token.claim() is None
+            assert claimed_by_another_thread(token) is None
             token.free.append(mine)
 
         def be_interrupted(self, token: TurnToken) -> None:
