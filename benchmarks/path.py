@@ -38,7 +38,7 @@ BOUNDS = {
     "redis-hit": 25,
     "redis-set": 32,
     "redis-load-hit": 37,
-    "redis-load-miss": 178,
+    "redis-load-miss": 130,
     "memcached-hit": 91,
     "memcached-set": 129,
     "worker-hit": 84,
