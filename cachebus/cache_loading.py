@@ -12,11 +12,11 @@ from cachebus.messages import Found, Get, Missing
 
 from .cached_function import TURNS_OF_A_MISS, Decorator, cached
 from .checks import check_key, check_keys
-from .leased_load import job_of
+from .leased_load import LoadJob
 from .link import Link, run
 from .load_coordinator import LoadCoordinator
 from .load_options import LOAD_OPTIONS, MANY_LOAD_OPTIONS, LoadKeywords, LoadOptions, LoadTtl, ManyLoadKeywords
-from .loaders import Loader
+from .loaders import Loader, kind_of
 from .runners import AsyncRunner, ThreadRunner
 
 
@@ -104,10 +104,13 @@ class CacheLoading(Decorating):
         ):
             return reply.value
         self._turns_left -= TURNS_OF_A_MISS
-        check_key(key)
+        if not key or not key.isascii():
+            check_key(key)
         found: Any = reply if isinstance(reply, Found | Missing) else await self._link.finish(request, reply)
         checked = LoadOptions.of(ttl, tags, **options)
-        return await self._loads.deliver(self._runner, job_of(key, loader, checked, remote=reply is None), found)
+        wants_context, asynchronous = kind_of(loader)
+        job = LoadJob(key, loader, checked, checked.tags, asynchronous, reply is None, wants_context)
+        return await self._loads.deliver(self._runner, job, found)
 
     async def get_or_load_many(
         self,
@@ -169,7 +172,9 @@ class SyncCacheLoading(Decorating):
         link = self.link
         found: Any = reply if isinstance(reply, Found | Missing) else run(link.finish_blocking(request, reply))
         checked = LoadOptions.of(ttl, tags, **options)
-        return run(self._loads.deliver(ThreadRunner(link), job_of(key, loader, checked, remote=reply is None), found))
+        wants_context, asynchronous = kind_of(loader)
+        job = LoadJob(key, loader, checked, checked.tags, asynchronous, reply is None, wants_context)
+        return run(self._loads.deliver(ThreadRunner(link), job, found))
 
     def get_or_load_many(
         self,

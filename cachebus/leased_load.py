@@ -40,7 +40,7 @@ from cachebus.messages.lease_names import asked_as
 
 from .cached_errors import CachedFailure
 from .load_options import LoadOptions
-from .loaders import LeftOut, LoadContext, Loader, LoadResult, as_result, kind_of
+from .loaders import LeftOut, LoadContext, LoadResult, as_result
 from .renewals import PER_LEASE, Renewals
 from .runners import Runner
 from .singleflight import CANCELLED, LEFT_OUT, InFlightLoad, Raised, Value
@@ -66,12 +66,6 @@ class LoadJob(Struct, eq=False):
     remote: bool
     wants_context: bool = False
     caller: Coroutine[Any, Any, Any] | None = None
-
-
-def job_of(key: str, loader: Loader, options: LoadOptions, *, remote: bool) -> LoadJob:
-    """Return the job of loading a key with a loader that may take a `LoadContext`."""
-    wants_context, asynchronous = kind_of(loader)
-    return LoadJob(key, loader, options, options.tags, asynchronous, remote, wants_context)
 
 
 class LoadTable:
@@ -210,14 +204,6 @@ class LeasedLoad(Struct, eq=False):
             self.table.in_flight.pop(lease, None)
 
     # The load
-
-    async def wait(self) -> Any:
-        """Start the load, and return its outcome however long it takes."""
-        try:
-            return await self.runner.wait(self.in_flight, start=self.start)
-        finally:
-            if not self.is_started:
-                self.end()
 
     def start(self) -> None:
         """Run the load beside its caller, or in the caller's thread."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+import functools
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
 from cachebus.messages import CacheClosed, Event, Get, GetOrLease, Request, Set
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .lock_ways import LockWay
     from .payload import PayloadPipeline
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -153,3 +155,13 @@ def run(coroutine: Coroutine[Any, Any, R]) -> R:
         return result
     coroutine.close()
     raise RuntimeError("a coroutine of the synchronous cache has suspended")
+
+
+def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
+    """Return the method of a synchronous double: it runs a coroutine method of `self._inner`, which never suspends."""
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return run(method(self._inner, *args, **kwargs))
+
+    return call

@@ -136,7 +136,11 @@ class LoadCoordinator:
                         continue
                     in_flight, work = joined
             if load is not None and is_leader and options.soft_timeout is None and options.hard_timeout is None:
-                outcome = await load.wait()
+                try:
+                    outcome = await runner.wait(load.in_flight, start=load.start)
+                finally:
+                    if not load.is_started:
+                        load.end()
             else:
                 outcome = await self._wait(runner, options, in_flight, work, stale, started, is_leader=is_leader)
             if told and told not in in_flight.lease_names and not (outcome is TIMED_OUT or isinstance(outcome, Stale)):

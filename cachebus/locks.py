@@ -28,7 +28,7 @@ from cachebus.messages import (
 )
 
 from .checks import Duration, check_key, check_seconds
-from .link import run
+from .link import blocking, run
 from .lock_ways import LockWay
 
 __all__ = ["Lock", "LockInfo", "SyncLock"]
@@ -254,76 +254,65 @@ class SyncLock:
     `SyncCache.lock`. It is renewed in the background, whatever its thread does."""
 
     def __init__(self, lock: Lock) -> None:
-        self._lock = lock
+        self._inner = lock
 
     def __repr__(self) -> str:
-        return repr(self._lock).replace("<Lock", "<SyncLock", 1)
+        return repr(self._inner).replace("<Lock", "<SyncLock", 1)
 
     @property
     def name(self) -> str:
         """The name of the lock."""
-        return self._lock.name
+        return self._inner.name
 
     @property
     def owner(self) -> str:
         """What others are told that its holder is."""
-        return self._lock.owner
+        return self._inner.owner
 
     @property
     def ttl(self) -> float:
         """Seconds for which it is held without being renewed."""
-        return self._lock.ttl
+        return self._inner.ttl
 
     @property
     def token(self) -> int:
         """As `Lock.token`."""
-        return self._lock.token
+        return self._inner.token
 
     @property
     def lost(self) -> bool:
         """As `Lock.lost`."""
-        return self._lock.lost
+        return self._inner.lost
 
     @property
     def held(self) -> bool:
         """As `Lock.held`."""
-        return self._lock.held
+        return self._inner.held
 
     @property
     def remaining(self) -> float:
         """As `Lock.remaining`."""
-        return self._lock.remaining
+        return self._inner.remaining
 
     def check(self) -> None:
         """As `Lock.check`."""
-        self._lock.check()
+        self._inner.check()
 
     def acquire(self) -> Self:
         """As `Lock.acquire`."""
-        run(self._lock.acquire())
+        run(self._inner.acquire())
         return self
 
-    def release(self) -> None:
-        """As `Lock.release`."""
-        run(self._lock.release())
-
-    def extend(self, ttl: Duration | None = None) -> None:
-        """As `Lock.extend`."""
-        run(self._lock.extend(ttl))
-
-    def is_locked(self) -> bool:
-        """As `Lock.is_locked`."""
-        return run(self._lock.is_locked())
-
-    def info(self) -> LockInfo | None:
-        """As `Lock.info`."""
-        return run(self._lock.info())
+    release = blocking(Lock.release)
+    extend = blocking(Lock.extend)
+    is_locked = blocking(Lock.is_locked)
+    info = blocking(Lock.info)
 
     def __enter__(self) -> Self:
         return self.acquire()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        run(self._lock.leave(error))
+        run(self._inner.leave(error))
 
 
 def next_ticket() -> str:

@@ -7,7 +7,7 @@ from pydantic import SecretStr
 from cachebus.messages import CacheConfigurationError, CacheSerializationError
 
 from .cache import Cache, Health
-from .link import run
+from .link import blocking
 from .state_store import StateStore
 from .sync_cache import SyncCache
 
@@ -62,27 +62,13 @@ class SyncSecretStore:
     """As `SecretStore`, over a `SyncCache`."""
 
     def __init__(self, cache: SyncCache, *, prefix: str = "secret:") -> None:
-        self._store = SecretStore(cache.blocking_cache, prefix=prefix)
+        self._inner = SecretStore(cache.blocking_cache, prefix=prefix)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self._store!r}>"
+        return f"<{type(self).__name__} of {self._inner!r}>"
 
-    def get(self, name: str) -> SecretStr | None:
-        """As `SecretStore.get`."""
-        return run(self._store.get(name))
-
-    def set(self, name: str, secret: str | SecretStr, *, ttl: float | None = None) -> None:
-        """As `SecretStore.set`."""
-        run(self._store.set(name, secret, ttl=ttl))
-
-    def delete(self, name: str) -> bool:
-        """As `SecretStore.delete`."""
-        return run(self._store.delete(name))
-
-    def list(self, prefix: str = "") -> list[str]:
-        """As `SecretStore.list`."""
-        return run(self._store.list(prefix))
-
-    def health(self) -> Health:
-        """As `SecretStore.health`."""
-        return run(self._store.health())
+    get = blocking(SecretStore.get)
+    set = blocking(SecretStore.set)
+    delete = blocking(SecretStore.delete)
+    list = blocking(SecretStore.list)
+    health = blocking(SecretStore.health)

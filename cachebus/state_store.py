@@ -9,7 +9,7 @@ from cachebus.messages import CacheConfigurationError, CacheSerializationError, 
 
 from .cache import Cache, Health
 from .checks import check_key, check_keys, escape_pattern
-from .link import run
+from .link import blocking
 from .sync_cache import SyncCache
 
 _NOTHING: Any = object()
@@ -93,31 +93,14 @@ class SyncStateStore:
     """As `StateStore`, over a `SyncCache`."""
 
     def __init__(self, cache: SyncCache, *, prefix: str = "state:") -> None:
-        self._store = StateStore(cache.blocking_cache, prefix=prefix)
+        self._inner = StateStore(cache.blocking_cache, prefix=prefix)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self._store!r}>"
+        return f"<{type(self).__name__} of {self._inner!r}>"
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """As `StateStore.get`."""
-        return run(self._store.get(key, default))
-
-    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
-        """As `StateStore.get_many`."""
-        return run(self._store.get_many(keys))
-
-    def set(self, key: str, value: Any, *, ttl: float | None = None) -> None:
-        """As `StateStore.set`."""
-        run(self._store.set(key, value, ttl=ttl))
-
-    def delete(self, key: str) -> bool:
-        """As `StateStore.delete`."""
-        return run(self._store.delete(key))
-
-    def list(self, prefix: str = "") -> list[str]:
-        """As `StateStore.list`."""
-        return run(self._store.list(prefix))
-
-    def health(self) -> Health:
-        """As `StateStore.health`."""
-        return run(self._store.health())
+    get = blocking(StateStore.get)
+    get_many = blocking(StateStore.get_many)
+    set = blocking(StateStore.set)
+    delete = blocking(StateStore.delete)
+    list = blocking(StateStore.list)
+    health = blocking(StateStore.health)
