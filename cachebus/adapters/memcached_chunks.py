@@ -22,12 +22,15 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from hmac import compare_digest
 
-from .memcached_connection import Answer, Exchange
+from .memcached_connection import Answer, Exchange, first_error, read
 from .memcached_entry import CHUNKED, Entry
-from .memcached_session import Session, first_error
+from .memcached_session import Session
 
 MANIFEST = struct.Struct(">c16sIQ16s")
 _CHUNK = struct.Struct(">16sI")
+
+Content = tuple[int, bytes | memoryview]
+"""The form of a value and its bytes."""
 
 CHUNKED_MAX = 64 << 20
 """Bytes of a value in chunks, at most: a reader must have it in one piece."""
@@ -58,23 +61,28 @@ def chunk_tails(manifest: bytes | memoryview) -> list[str]:
     return [_tail(identity, number) for number in range(count)] if count <= min(size, CHUNKS_MAX) else []
 
 
-def content_of(session: Session, entry: Entry) -> Exchange[tuple[int, bytes | memoryview] | None]:
-    """Return the form and the bytes of an entry's value; `None` if a chunk is missing. Raises `CacheError` and
-    `NamespaceChanged`."""
+def content_of(session: Session, entry: Entry) -> Exchange[Content | None]:
+    """Return the content of an entry; `None` if a chunk is missing. Raises `CacheError` and `NamespaceChanged`."""
     if entry.form != CHUNKED:
         return entry.form, entry.body
-    if not (tails := chunk_tails(entry.body)):
-        return None
     head = yield from session.head()
-    answers = yield from session.ask([f"mg {head}{name} v c\r\n".encode() for name in tails])
+    return joined(entry, (yield from session.ask(chunk_reads(head, entry))))
+
+
+def chunk_reads(head: str, entry: Entry) -> list[bytes]:
+    """Return the commands that read the chunks of an entry."""
+    return [read(head + name) for name in chunk_tails(entry.body)]
+
+
+def joined(entry: Entry, answers: Sequence[Answer]) -> Content | None:
+    """Return the content of an entry whose chunks are these, if it has any; `None` if they are not. Raises `CacheError`."""
+    if entry.form != CHUNKED:
+        return entry.form, entry.body
     if (error := first_error(answers)) is not None:
         raise error
-    return _whole(entry.body, answers)
-
-
-def _whole(manifest: bytes | memoryview, answers: Sequence[Answer]) -> tuple[int, bytes] | None:
-    """The form and the body of a value whose chunks are these; `None` if they are not."""
-    form, identity, _, size, digest = MANIFEST.unpack(manifest)
+    if not answers:
+        return None
+    form, identity, _, size, digest = MANIFEST.unpack(entry.body)
     pieces: list[memoryview] = []
     for number, answer in enumerate(answers):
         if not isinstance(answer, tuple) or answer[0][: _CHUNK.size] != _CHUNK.pack(identity, number):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from cachebus.actors.ports import SLOWEST_LINE, Clock, Timer, Timers
-from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError, Failed
+from cachebus.messages import CacheBackendError, CacheConfigurationError, CacheConnectionError, CacheError, Failed
 
 from .memcached_errors import BACKEND, ProtocolError, ServerError, lost, parse_error
 from .memcached_socket import AsyncSocket
@@ -346,3 +346,34 @@ def _token(word: bytes) -> int:
 def _statistics(lines: bytes) -> dict[bytes, bytes]:
     pairs = [line.split(b" ", 2) for line in lines.split(b"\r\n")]
     return {pair[1]: pair[2] for pair in pairs if len(pair) == 3}
+
+
+# Commands
+
+
+def read(name: str) -> bytes:
+    """Return the command that reads an item and its CAS token."""
+    return f"mg {name} v c\r\n".encode()
+
+
+def store(name: str, entry: bytes, seconds: int, condition: bytes = b"") -> bytes:
+    """Return the command that stores an entry and answers its CAS token."""
+    return b"ms %b %d T%d c%b\r\n%b\r\n" % (name.encode(), len(entry), seconds, condition, entry)
+
+
+def ask(command: bytes) -> Exchange[Answer]:
+    """Return the answer to one command. Raises the `CacheError` with which the server refused it."""
+    (answer,) = yield command, 1
+    if isinstance(answer, CacheError):
+        raise answer
+    return answer
+
+
+def first_error(answers: Sequence[Answer]) -> CacheError | None:
+    """Return the error with which the server refused one of several commands."""
+    return next((each for each in answers if isinstance(each, CacheError)), None)
+
+
+def unlike() -> CacheError:
+    """Return the error for an answer of another kind than the command has."""
+    return CacheBackendError("the server answered something else; Memcached 1.6 is needed", BACKEND)

@@ -7,6 +7,7 @@ CAS token has all of that, and costs one round trip more. Counts of one key in o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from cachebus.messages import (
@@ -32,14 +33,14 @@ from cachebus.messages import (
 from .forms import INT, encode_form
 from .memcached_cas_updates import Draft, outcome_of
 from .memcached_chunks import chunk_tails
-from .memcached_connection import Answer, Exchange
+from .memcached_connection import Answer, Exchange, first_error, store, unlike
 from .memcached_entry import CHUNKED, MISSING, NO_METADATA, Entry, EntryMetadata, kept_until, pack_entry, server_expiry
 from .memcached_errors import BACKEND
 from .memcached_lease_updates import LeaseDraft, LeaseUpdates
 from .memcached_lookup import KeyItem, Lookup, over
-from .memcached_session import Session, first_error
+from .memcached_session import Session
 from .memcached_tags import Generations
-from .memcached_values import Values, store, unlike
+from .memcached_values import Values
 
 _VALUES = frozenset[type[Request[Any]]]({Add, CompareAndSet, Touch, Increment})
 _LEASES = frozenset[type[Request[Any]]]({GetOrLease, RenewLease, ReleaseLease})
@@ -52,18 +53,13 @@ def looks_first(request: Request[Any]) -> bool:
     return type(request) in _VALUES or type(request) in _LEASES
 
 
+@dataclass(slots=True, eq=False)
 class _Count(Draft):
     """A counter with its new value, its expiry and its metadata."""
 
-    __slots__ = ("expiry", "metadata", "number")
-
-    def __init__(
-        self, commands: list[bytes], reply: Reply, number: int, expiry: float, metadata: EntryMetadata
-    ) -> None:
-        super().__init__(commands, reply)
-        self.number = number
-        self.expiry = expiry
-        self.metadata = metadata
+    number: int
+    expiry: float
+    metadata: EntryMetadata
 
 
 class _Touched(Draft):
@@ -93,14 +89,13 @@ class KeyUpdates:
         self._round = Lookup(self.session, self._values, (yield from self.session.head()))
         return (yield from self._round.read(waiting, replies))
 
-    def joins(self, request: Request[Any], item: KeyItem) -> bool:
+    def decide(self, request: Request[Any], item: KeyItem) -> Reply | Draft | None:
         # One new version a round: two writes of one key are two versions. Counts and touches have none of their own.
-        draft = item.draft
-        return isinstance(request, Increment if isinstance(draft, _Count) else Touch) and isinstance(
-            draft, _Count | _Touched
-        )
-
-    def decide(self, request: Request[Any], item: KeyItem) -> Reply | Draft:
+        match item.draft, request:
+            case (None, _) | (_Count(), Increment()) | (_Touched(), Touch()):
+                pass
+            case _:
+                return None
         if type(request) in _LEASES or (isinstance(request, Set) and request.lease is not None):
             return LeaseUpdates(self._round).decide(request, item)
         error = item.answer if isinstance(item.answer, CacheError) else item.error

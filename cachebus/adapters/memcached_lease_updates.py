@@ -5,6 +5,7 @@ Decision 27 has the interleavings that the order of the commands is about.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from cachebus.messages import (
@@ -30,21 +31,18 @@ from cachebus.messages.lease_names import asked_as, new_lease_name
 from .forms import decode_form, encode_form
 from .lease_checks import check_lease
 from .memcached_cas_updates import Draft
+from .memcached_connection import store
 from .memcached_entry import NO_METADATA, EntryMetadata, TagVersions, found_of, server_expiry
 from .memcached_keys import ALL_TAGS
 from .memcached_leases import FAILURE_SHOWN, Held, stale_of
 from .memcached_lookup import KeyItem, Lookup, over
-from .memcached_values import store
 
 
+@dataclass(slots=True, eq=False)
 class LeaseDraft(Draft):
     """What is to be written for a load. A value is only stored if its tags' generations are the present ones even after."""
 
-    __slots__ = ("tags",)
-
-    def __init__(self, commands: list[bytes], reply: Reply | None, tags: TagVersions = ()) -> None:
-        super().__init__(commands, reply)
-        self.tags = tags
+    tags: TagVersions = ()
 
 
 class LeaseUpdates:

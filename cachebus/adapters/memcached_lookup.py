@@ -3,53 +3,39 @@ and the generations of its tags."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from cachebus.messages import CacheError, Failed, GetOrLease, ReleaseLease, RenewLease, Request, Set
 
 from .memcached_cas_updates import Item
 from .memcached_chunks import content_of
-from .memcached_connection import MISS, Answer, Exchange
+from .memcached_connection import MISS, Answer, Exchange, read
 from .memcached_entry import Entry, TagVersions, read_entry
 from .memcached_keys import ALL_TAGS
 from .memcached_leases import Held, held_of, servable, stale_in
 from .memcached_session import Session
 from .memcached_tags import Generations
-from .memcached_values import Values, read
+from .memcached_values import Values
 
 
+@dataclass(slots=True, eq=False)
 class KeyItem(Item):
     """A key. `entry` is what is under it, if it is one of ours (else `error` says so); `held` is the lease that this is, and
     `refresh_held` that of a live value, under a name of its own; `served` may be served, live or stale, and `content` is
     the form and the bytes of its value."""
 
-    __slots__ = (
-        "answer",
-        "content",
-        "entry",
-        "error",
-        "held",
-        "kept",
-        "refresh",
-        "refresh_answer",
-        "refresh_held",
-        "served",
-        "tail",
-    )
-
-    def __init__(self, tail: str, kept: bytes) -> None:
-        super().__init__()
-        self.tail = tail
-        self.kept = kept
-        self.refresh = ""
-        self.answer: Answer = MISS
-        self.refresh_answer: Answer = MISS
-        self.entry: Entry | None = None
-        self.error: CacheError | None = None
-        self.held: Held | None = None
-        self.refresh_held: Held | None = None
-        self.served: Entry | None = None
-        self.content: Any = None
+    tail: str
+    kept: bytes
+    refresh: str = ""
+    answer: Answer = MISS
+    refresh_answer: Answer = MISS
+    entry: Entry | None = None
+    error: CacheError | None = None
+    held: Held | None = None
+    refresh_held: Held | None = None
+    served: Entry | None = None
+    content: Any = None
 
 
 class Lookup:

@@ -10,15 +10,15 @@ stands outside of the generations of the namespace, and goes when its level is a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 from cachebus.messages import Admit, CacheError, Failed, Reply, Request
 
 from .memcached_cas_updates import Draft, Item, outcome_of
-from .memcached_connection import Answer, Exchange
+from .memcached_connection import Answer, Exchange, read, store, unlike
 from .memcached_entry import server_expiry
 from .memcached_session import Session
-from .memcached_values import read, store, unlike
 from .rates import Meter, admit, check_admit, microseconds
 
 REMEMBERED = 10_000
@@ -28,17 +28,15 @@ _RAW_MAX = 100
 """Bytes of an item of ours, at most."""
 
 
+@dataclass(slots=True, eq=False)
 class _Limit(Item):
-    """A limit: what we take to be there, and what is to be."""
+    """A limit: what we take to be there, under its CAS token, and what is to be."""
 
-    __slots__ = ("before", "meter", "name", "reset", "token")
-
-    def __init__(self, name: str, known: tuple[bytes, int] | None) -> None:
-        super().__init__()
-        raw, self.token = known or (b"", 0)
-        self.name = name
-        self.before = self.meter = _meter(raw)
-        self.reset = 0.0
+    name: str
+    before: Meter | None
+    token: int
+    meter: Meter | None
+    reset: float = 0.0
 
 
 class LimitUpdates:
@@ -64,13 +62,11 @@ class LimitUpdates:
                 replies[position] = Failed.of(error)
                 continue
             if name not in limits:
-                limits[name] = _Limit(name, self._connection.limits.get(name))
+                raw, token = self._connection.limits.get(name, (b"", 0))
+                limits[name] = _Limit(name, before := _meter(raw), token, before)
             keyed.append((position, limits[name]))
         yield from ()
         return keyed
-
-    def joins(self, request: Request[Any], item: _Limit) -> bool:
-        return True
 
     def decide(self, request: Request[Any], item: _Limit) -> Reply | Draft:
         reply, meter = admit(cast("Admit", request), item.meter, microseconds(self._now))

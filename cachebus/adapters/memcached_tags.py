@@ -16,11 +16,11 @@ from collections.abc import Iterable, Sequence
 
 from cachebus.messages import CacheBackendError, CacheError
 
-from .memcached_connection import Answer, Exchange
+from .memcached_connection import Answer, Exchange, first_error, read, store
 from .memcached_entry import VERSION_MAX, TagVersion, TagVersions
 from .memcached_errors import BACKEND
 from .memcached_keys import ALL_TAGS, Keys
-from .memcached_session import NamespaceChanged, Session, first_error
+from .memcached_session import NamespaceChanged, Session
 
 REMEMBERED_KEYS, REMEMBERED_TAGS = 10_000, 8
 """Bounds of a `TagMemory`: keys, and tags of one of them."""
@@ -88,13 +88,13 @@ class Generations:
 
     def reading(self, head: str, names: Sequence[str]) -> list[bytes]:
         """Return the commands that read generations; `learn` takes the answers."""
-        return [f"mg {head}{name} v c\r\n".encode() for name in names]
+        return [read(head + name) for name in names]
 
     def making(self, head: str, names: Sequence[str]) -> list[bytes]:
         """Return the commands that read generations and make those that are missing; `learn_made` takes the answers."""
         commands: list[bytes] = []
         for name in names:
-            commands += (_storing(f"{head}{name}", b"ME"), f"mg {head}{name} v c\r\n".encode())
+            commands += (_storing(head + name, b" ME"), read(head + name))
         return commands
 
     def learn(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
@@ -154,7 +154,7 @@ def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
     while True:
         head = yield from session.head()
         try:
-            answers = yield from session.ask([_storing(head + name, b"MR") for name in names])
+            answers = yield from session.ask([_storing(head + name, b" MR") for name in names])
         except NamespaceChanged:
             continue
         if (error := first_error(answers)) is not None:
@@ -164,5 +164,4 @@ def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
 
 def _storing(name: str, mode: bytes) -> bytes:
     """Return the command that stores a generation that never was."""
-    generation = fresh()
-    return b"ms %b %d T0 %b\r\n%b\r\n" % (name.encode(), len(generation), mode, generation)
+    return store(name, fresh(), 0, mode)

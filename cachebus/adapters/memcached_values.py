@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachebus.messages import CacheBackendError, CacheCapacityError, CacheError, Failed, Missing, Set, Ttl
+from cachebus.messages import CacheCapacityError, CacheError, Failed, Missing, Set, Ttl
 
 from .forms import INT, encode_form
 from .memcached_chunks import CHUNKED_MAX, split
-from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Connection
+from .memcached_connection import Answer, Connection, store, unlike
 from .memcached_entry import (
     HEADER,
     MISSING,
@@ -23,7 +23,6 @@ from .memcached_entry import (
     read_entry,
     server_expiry,
 )
-from .memcached_errors import BACKEND
 from .memcached_keys import Keys
 from .memcached_tags import TagMemory
 
@@ -99,25 +98,8 @@ def entry_of(connection: Connection, kept: bytes, answer: Answer) -> Entry | Non
     return read_entry(answer[0], answer[1], kept, connection.epoch, connection.now())
 
 
-def read(name: str) -> bytes:
-    """Return the command that reads an item and its CAS token."""
-    return f"mg {name} v c\r\n".encode()
-
-
-def store(name: str, entry: bytes, seconds: int, condition: bytes = b"") -> bytes:
-    """Return the command that stores an entry and answers its CAS token."""
-    return b"ms %b %d T%d c%b\r\n%b\r\n" % (name.encode(), len(entry), seconds, condition, entry)
-
-
 def not_found(answer: Any) -> Missing | Failed:
     """Return the reply to a request that wanted something else than this answer."""
     if isinstance(answer, CacheError):
         return Failed.of(answer)
-    if answer in (MISS, NOT_STORED, EXISTS):
-        return MISSING
-    return Failed.of(unlike())
-
-
-def unlike() -> CacheError:
-    """Return the error for an answer of another kind than the command has."""
-    return CacheBackendError("the server answered something else; Memcached 1.6 is needed", BACKEND)
+    return MISSING if type(answer) is int and answer < 0 else Failed.of(unlike())

@@ -133,7 +133,7 @@ def all_tags_are_made_anew_last(patch: pytest.MonkeyPatch) -> None:
     def careless(session: Session, tags: Any) -> Any:
         head = yield from session.head()
         names = (*map(session.keys.tag, tags), ALL_TAGS)
-        yield from session.ask([memcached_tags._storing(head + name, b"MR") for name in names])
+        yield from session.ask([memcached_tags._storing(head + name, b" MR") for name in names])
 
     patch.setattr(memcached_planner, "invalidate", careless)
 
