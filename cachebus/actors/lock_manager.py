@@ -287,11 +287,10 @@ class LockManager(Actor):
             if waiter.request.name in self._rooms:
                 self._look_at(now + AGAIN, waiter.request.name)
             return
-        others: list[Waiter] = []
-        if not waiter.queued and (room := self._rooms.get(waiter.request.name)) is not None:
-            if room.waiters.get(waiter.request.ticket) is waiter:
-                # The store has not been heard yet, so each of those who came meanwhile asks for itself.
-                others = [each for each in room.waiters.values() if each is not waiter]
+        room, others = self._rooms.get(waiter.request.name), list[Waiter]()
+        if room is not None and not waiter.queued and waiter.request.ticket in room.waiters:
+            # The store has not been heard yet, so each of those who came meanwhile asks for itself.
+            others = [each for each in room.waiters.values() if each is not waiter]
         self._forget(waiter)
         for each in others:
             each.queued = False

@@ -72,9 +72,7 @@ class MemcachedLockStore(MemcachedStore):
     async def open(self) -> None:
         await super().open()
         self.capabilities = Capabilities(locks=True, ttl_resolution=1.0)
-
-    def _exchange(self, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
-        return _Locks(connection, self._keys.namespace).run(batch)
+        self._exchange = lambda connection, batch: _Locks(connection, self._keys.namespace).run(batch)
 
     def _parts(self, request: Any) -> list[tuple[str, Request[Any]]]:
         return [(self._server(request.name), request)]

@@ -7,7 +7,7 @@ what is under a key before they write it go through `CasUpdate`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
 
 from cachebus.messages import (
@@ -37,21 +37,20 @@ from cachebus.messages import (
 
 from .forms import decode_form, encode_form
 from .memcached_cas_updates import CasUpdate
-from .memcached_chunks import chunk_reads, chunk_tails, joined
-from .memcached_connection import Answer, Connection, Exchange, first_error, read
+from .memcached_connection import Connection, Exchange, first_error, read
 from .memcached_entry import CHUNKED, MISSING, NO_METADATA, Entry, EntryMetadata, found_of, found_or_fail
 from .memcached_errors import BACKEND, in_doubt
 from .memcached_key_updates import KeyUpdates, looks_first
 from .memcached_rate_limits import LimitUpdates
 from .memcached_session import COUNT_PART, READ_PART, NamespaceChanged, Session
 from .memcached_tags import Generations, invalidate
-from .memcached_values import Values, entry_of, not_found
+from .memcached_values import Values, chunk_reads, chunk_tails, entry_of, joined, not_found
 
-Step: TypeAlias = Generator[list[bytes], list[Answer], Any]
+Step: TypeAlias = Generator[list[bytes], Any, Any]
 """A request on its way: commands, their answers, and the reply at the end. All requests of a run take their steps together."""
 
 
-def carry_out(connection: Connection, values: Values, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
+def carry_out(values: Values, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
     """Carry a batch out. What goes wrong is in the replies.
 
     Batches of nothing but reads and plain writes, which are nearly all, go the straight way here. If it turns out that they
@@ -64,10 +63,8 @@ def carry_out(connection: Connection, values: Values, batch: Sequence[Request[An
     try:
         answers = yield data, count
         if answers[0] != (connection.generation, mark):
-            session = Session(connection, values.keys)
-            if not session.unchanged(answers[0]):
-                with contextlib.suppress(NamespaceChanged):
-                    yield from session.changed(answers[0])
+            with contextlib.suppress(NamespaceChanged):
+                yield from Session(connection, values.keys).check(answers[0])
             return (yield from Plan(connection, values, batch).run())
     except CacheError as error:
         doubtful = in_doubt(error) if error.transient else error
@@ -142,16 +139,22 @@ class Plan:
     def run(self) -> Exchange[list[Reply]]:
         """Carry the batch out. What goes wrong is in the replies."""
         batch, at, end, first = self._batch, 0, len(self._batch), 0
-        how: How = _direct
+        kind: _Kind = Direct
         try:
             while at < end:
-                first, how = at, _how(batch[at])
-                while at < end and _how(batch[at]) is how:
+                first, kind = at, _kind(batch[at])
+                while at < end and _kind(batch[at]) is kind:
                     at += 1
                 self._session.writing = False
-                yield from how(self, first, at)
+                if kind is Direct:
+                    yield from self._direct(first, at)
+                elif kind is Plan:
+                    yield from self._everything(first, at)
+                else:
+                    decider = KeyUpdates if kind is KeyUpdates else LimitUpdates
+                    yield from CasUpdate(decider(self._session, self._values), batch, self.replies).run(first, at)
         except CacheError as error:
-            if how is _direct:
+            if kind is Direct:
                 self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
             self._give_up(error, at)
         return self.replies
@@ -163,56 +166,42 @@ class Plan:
                 doubtful = at < end and self._session.writing and not request.IDEMPOTENT and error.transient
                 self.replies[at] = Failed.of(in_doubt(error) if doubtful else error)
 
-    def direct(self, first: int, end: int) -> Exchange[None]:
-        """Carry out the requests from `first` to before `end`, which write without looking."""
+    def _direct(self, first: int, end: int) -> Exchange[None]:
         while True:
             try:
-                yield from Direct(self._session, self._values, self.replies).run(self._batch, first, end)
-                return
+                return (yield from Direct(self._session, self._values, self.replies).run(self._batch, first, end))
             except NamespaceChanged:
                 self.replies[first:end] = [None] * (end - first)
 
-    def updates(self, first: int, end: int) -> Exchange[None]:
-        """Carry out requests that look at keys before they write."""
-        yield from CasUpdate(KeyUpdates(self._session, self._values), self._batch, self.replies).run(first, end)
-
-    def limits(self, first: int, end: int) -> Exchange[None]:
-        """Carry out requests on rate limits."""
-        yield from CasUpdate(LimitUpdates(self._session), self._batch, self.replies).run(first, end)
-
-    def everything(self, first: int, end: int) -> Exchange[None]:
+    def _everything(self, first: int, end: int) -> Exchange[None]:
         """Carry out requests on all keys of the namespace, or of a tag."""
         for position in range(first, end):
             request: Any = self._batch[position]
             try:
                 if isinstance(request, Clear):
                     yield from self._session.clear()
-                    self.replies[position] = Cleared()
                 else:
                     yield from invalidate(self._session, request.tags)
-                    self.replies[position] = Invalidated()
+                self.replies[position] = Cleared() if isinstance(request, Clear) else Invalidated()
             except CacheError as error:
                 if self._session.connection.lost:
                     raise
                 self.replies[position] = Failed.of(error)
 
 
-How = Callable[[Plan, int, int], Exchange[None]]
-"""A method that carries out the requests from one position to before another."""
-
-_direct, _updates, _limits, _everything = Plan.direct, Plan.updates, Plan.limits, Plan.everything
+_Kind: TypeAlias = "type[Direct | KeyUpdates | LimitUpdates | Plan]"
+"""What carries out a request and its neighbours of the same kind."""
 
 
-def _how(request: Request[Any]) -> How:
-    """Return the method that carries out a request and its neighbours of the same kind."""
+def _kind(request: Request[Any]) -> _Kind:
     kind = type(request)
     if kind is Get:
-        return _direct
+        return Direct
     if kind is Admit:
-        return _limits
+        return LimitUpdates
     if kind is Clear or kind is InvalidateTags:
-        return _everything
-    return _updates if looks_first(request) else _direct
+        return Plan
+    return KeyUpdates if looks_first(request) else Direct
 
 
 class Direct:
@@ -301,21 +290,15 @@ class Direct:
             case Get(key=key):
                 return (yield from self._read((key,)))[key]
             case GetMany(keys=keys):
-                replies = (yield from self._read(keys)).values()
-                failed = next((each for each in replies if type(each) is Failed), None)
-                return failed or FoundMany(
-                    {
-                        key: reply
-                        for key, reply in zip(dict.fromkeys(keys), replies, strict=True)
-                        if isinstance(reply, Found)
-                    }
-                )
+                replies = yield from self._read(keys)
+                failed = next((each for each in replies.values() if type(each) is Failed), None)
+                return failed or FoundMany({key: each for key, each in replies.items() if isinstance(each, Found)})
             case Set() | SetMany():
                 return (yield from self._set(request))
             case Exists(key=key):
                 name, kept = self._name(key)
                 (answer,) = yield [read(self._head + name)]
-                entry = entry_of(self._connection, kept, answer)
+                entry = entry_of(self._connection, kept, answer, self._connection.now())
                 if entry is not None and (yield from self._good({key: entry})):
                     return entry.present(self._connection.now())
                 return MISSING
@@ -367,7 +350,7 @@ class Direct:
     def _resolved_one(self, key: str, entry: Entry) -> Step:
         return (yield from self._resolved({key: entry}))[key]
 
-    def _good(self, entries: dict[str, Entry]) -> Generator[list[bytes], list[Answer], set[str]]:
+    def _good(self, entries: dict[str, Entry]) -> Generator[list[bytes], Any, set[str]]:
         """Return the keys whose entries have the present generations of their tags."""
         for key, entry in entries.items():
             if entry.metadata.tags:
@@ -386,7 +369,7 @@ class Direct:
         for key, value in items.items():
             name = values.keys.tail(key)
             commands += values.commands(connection, self._head, name, encode_form(value), expiry, metadata)
-        token: Answer = 0
+        token: Any = 0
         for token in (yield commands):
             if type(token) is not int or token <= 0:
                 return not_found(token)
@@ -403,7 +386,10 @@ class Direct:
         entries: dict[str, Entry] = {}
         for (key, (_, kept)), answer in zip(names.items(), answers[::2], strict=True):
             with contextlib.suppress(CacheError):  # Not ours, and gone all the same.
-                if isinstance(answer, tuple) and (entry := entry_of(self._connection, kept, answer)) is not None:
+                if (
+                    isinstance(answer, tuple)
+                    and (entry := entry_of(self._connection, kept, answer, self._connection.now())) is not None
+                ):
                     entries[key] = entry
         deleted = len((yield from self._good(entries)))
         chunks = [name for each in entries.values() if each.form == CHUNKED for name in chunk_tails(each.body)]

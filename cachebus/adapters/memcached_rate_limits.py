@@ -19,6 +19,7 @@ from .memcached_cas_updates import Draft, Item, outcome_of
 from .memcached_connection import Answer, Exchange, read, store, unlike
 from .memcached_entry import server_expiry
 from .memcached_session import Session
+from .memcached_values import Values
 from .rates import Meter, admit, check_admit, microseconds
 
 REMEMBERED = 10_000
@@ -44,8 +45,9 @@ class LimitUpdates:
 
     unversioned = True
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, values: Values) -> None:
         self.session = session
+        self._keys = values.keys
         self._connection = session.connection
         self._now = 0.0
 
@@ -57,7 +59,7 @@ class LimitUpdates:
             assert isinstance(request, Admit)
             try:
                 check_admit(request)
-                name = self.session.keys.limit(request.key)
+                name = self._keys.limit(request.key)
             except CacheError as error:
                 replies[position] = Failed.of(error)
                 continue
@@ -77,18 +79,17 @@ class LimitUpdates:
         return draft
 
     def commands(self, items: list[_Limit]) -> list[list[bytes]]:
-        now = self._connection.now()
-        return [[*self._written(item, now), read(item.name)] for item in items]
+        now, commands = self._connection.now(), list[list[bytes]]()
+        for item in items:
+            commands.append([read(item.name)])
+            if item.meter is not item.before and item.meter is not None:
+                condition = b" C%d" % item.token if item.token else b" ME"
+                raw, seconds = b"%d %d %d %d" % item.meter, server_expiry(now + item.reset, now)
+                commands[-1].insert(0, store(item.name, raw, seconds, condition))
+        return commands
 
     def outcomes(self, items: list[_Limit], answers: list[list[Answer]]) -> list[Reply | CacheError | None]:
         return [self._outcome(item, its) for item, its in zip(items, answers, strict=True)]
-
-    @staticmethod
-    def _written(item: _Limit, now: float) -> list[bytes]:
-        if item.meter is item.before or item.meter is None:
-            return []
-        condition = b" C%d" % item.token if item.token else b" ME"
-        return [store(item.name, b"%d %d %d %d" % item.meter, server_expiry(now + item.reset, now), condition)]
 
     def _outcome(self, item: _Limit, answers: list[Answer]) -> Reply | CacheError | None:
         *wrote, seen = answers

@@ -55,9 +55,7 @@ class Session:
             connection.mark += 1
             question = b"mg %b v O%d\r\n" % (self.keys.generation_name, connection.mark)
             told = yield b"".join((question, *part)), len(part) + 1
-            version = told.pop(0)
-            if not self.unchanged(version) and not unversioned:
-                yield from self.changed(version)
+            yield from self.check(told.pop(0), unversioned=unversioned)
             answers = answers + told if answers else told
         return answers
 
@@ -69,17 +67,16 @@ class Session:
             raise self._drop(ProtocolError(str(answer)[:40]))
         self._use(generation)
 
-    def unchanged(self, answer: Answer) -> bool:
-        """Return whether the generation is still the one that is known. Raises `CacheError` for an answer to another
-        command."""
-        if type(answer) is not tuple:
-            return False
-        if answer[1] != self.connection.mark:
-            raise self._drop(ProtocolError("an answer to another command"))
-        return answer[0] == self.connection.generation
-
-    def changed(self, answer: Answer) -> Exchange[None]:
-        """Take in another generation than the one that was known. Raises `NamespaceChanged`."""
+    def check(self, answer: Answer, *, unversioned: bool = False) -> Exchange[None]:
+        """Take in the generation that a part of commands has read. Raises `NamespaceChanged` if it is another than the one
+        that was known, and `CacheError` for an answer to another command."""
+        if isinstance(answer, tuple):
+            if answer[1] != self.connection.mark:
+                raise self._drop(ProtocolError("an answer to another command"))
+            if answer[0] == self.connection.generation:
+                return
+        if unversioned:
+            return
         if isinstance(answer, tuple) and is_generation(answer[0]):
             self._use(answer[0])
         else:

@@ -72,13 +72,12 @@ class Generations:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._keys: Keys = session.keys
-        self._named: dict[str, str] = {}
         self._seen: dict[str, bytes] = {}  # By what follows the namespace's generation; empty where there is none.
         self._errors: dict[str, CacheError] = {}
 
-    def names(self, tags: TagVersions) -> tuple[str, ...]:
+    def names(self, tags: Iterable[TagVersion]) -> tuple[str, ...]:
         """Return the names of the generations of an entry's tags."""
-        return tuple([self._name(tag) for tag, _ in tags])
+        return tuple([self._keys.tag(tag) for tag, _ in tags])
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Return those of which the generation has not been read."""
@@ -107,9 +106,8 @@ class Generations:
 
     def learn_made(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
         self.learn(names, answers[1::2])
-        for name, answer in zip(names, answers[::2], strict=True):
-            if isinstance(answer, CacheError):
-                self._errors[name] = answer
+        made = zip(names, answers[::2], strict=True)
+        self._errors |= {name: answer for name, answer in made if isinstance(answer, CacheError)}
 
     def read(self, names: Iterable[str]) -> Exchange[None]:
         """Read those that have not been read, if there are any. Raises `NamespaceChanged`."""
@@ -128,7 +126,7 @@ class Generations:
         neither be read nor made."""
         versions: list[TagVersion] = []
         for tag in dict.fromkeys(tags):
-            name = self._name(tag)
+            name = self._keys.tag(tag)
             if not (generation := self.seen(name)):
                 raise self._errors.get(name) or CacheBackendError(f"the generation of the tag {tag!r} is lost", BACKEND)
             versions.append((tag, generation))
@@ -136,13 +134,7 @@ class Generations:
 
     def good(self, tags: TagVersions) -> bool:
         """Return whether all these are the present generations, which have been read."""
-        return all(generation and self._seen.get(self._name(tag)) == generation for tag, generation in tags)
-
-    def _name(self, tag: str) -> str:
-        name = self._named.get(tag)
-        if name is None:
-            name = self._named[tag] = self._keys.tag(tag)
-        return name
+        return all(generation and self._seen.get(self._keys.tag(tag)) == generation for tag, generation in tags)
 
 
 def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
