@@ -9,6 +9,7 @@ finds the token gone looks for the holder on the stacks of all threads. If no th
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import signal
 import sys
@@ -17,6 +18,8 @@ from types import CodeType, FrameType
 from typing import Any
 
 from cachebus.bus.compat import calling_frame
+
+_RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 Token = dict[str, Any]
 """A dict, because `setdefault` decides in one step which of several threads makes the successor of a lost token."""
@@ -69,6 +72,10 @@ class TurnToken:
         return mine
 
     def _is_held(self) -> bool:
+        # A turn that is lost stays lost, so a second look must find the same.
+        return self._seems_held() or self._seems_held()
+
+    def _seems_held(self) -> bool:
         # The three are read in one step of C, during which no other thread runs: else the turn could be given back and
         # taken again between two of them.
         looks: tuple[Any, ...] = (_frames_of_threads, self.free.__len__, functools.partial(_IS_SUSPENDED, self))
@@ -76,10 +83,11 @@ class TurnToken:
         return bool(free or waits) or any(map(self._is_inside, frames.values()))
 
     def _is_inside(self, frame: FrameType | None) -> bool:
-        """Tell whether the turn is held by a caller of `frame`, or by `frame` itself."""
-        without = 0
+        """Tell whether the turn is held by a caller of `frame`, or by `frame` itself, as far as that can be known."""
+        without = flags = 0
         while frame is not None:
             code = frame.f_code
+            flags = code.co_flags
             if code is _CLAIM and frame.f_locals["self"] is self and "mine" not in frame.f_locals:
                 without = 2  # A thread that only looks: neither the caller of `claim` nor its caller has the token.
             elif code in self._codes and frame.f_locals.get("self") is self._owner:
@@ -87,7 +95,9 @@ class TurnToken:
                     return True
                 without -= 1
             frame = frame.f_back
-        return False
+        # The other threads go on while their frames are looked at. A generator or coroutine that has been left meanwhile no
+        # longer says who called it, and a holder may be among its callers; a complete stack ends in a function.
+        return bool(flags & _RESUMABLE)
 
 
 _CLAIM = TurnToken.claim.__code__
