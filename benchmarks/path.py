@@ -37,14 +37,14 @@ BOUNDS = {
     "memory-set": 8,
     "redis-hit": 25,
     "redis-set": 32,
-    "redis-load-hit": 37,
-    "redis-load-miss": 127,
-    "memcached-hit": 91,
-    "memcached-set": 129,
-    "worker-hit": 84,
-    "worker-set": 134,
-    "worker-redis-set": 150,
-    "event": 79,
+    "redis-load-hit": 32,
+    "redis-load-miss": 124,
+    "memcached-hit": 32,
+    "memcached-set": 42,
+    "worker-hit": 64,
+    "worker-set": 94,
+    "worker-redis-set": 113,
+    "event": 48,
 }
 """The most calls that an operation may make, at both ends. `tests/benchmarks/test_path.py` holds them."""
 

@@ -185,11 +185,13 @@ class LockManager(Actor):
             raise Overloaded(f"{self._max_waiters} callers wait for locks, which is the most", "", self._max_waiters)
         waiter = Waiter(request, answer, now + request.wait)
         self._waiters[request.name, request.ticket] = waiter
-        room = self._rooms.get(request.name)
-        if room is not None and self._store.poll is not None and request.wait > 0:
-            # The store keeps no queue, so this is the queue.
-            self._queue(waiter, room.owner, max(0.0, room.ends_at - now), now)
-            return
+        if self._store.poll is not None and request.wait > 0:
+            # The store keeps no queue, so this is the queue, also while the first of it is being asked for.
+            if (room := self._rooms.get(request.name)) is not None:
+                self._queue(waiter, room.owner, max(0.0, room.ends_at - now), now)
+                return
+            self._rooms[request.name] = room = Room()
+            room.waiters[request.ticket] = waiter
         self._ask_for(waiter)
 
     def _release(self, request: ReleaseLock, answer: Answer) -> None:
@@ -285,7 +287,14 @@ class LockManager(Actor):
             if waiter.request.name in self._rooms:
                 self._look_at(now + AGAIN, waiter.request.name)
             return
+        room, others = self._rooms.get(waiter.request.name), list[Waiter]()
+        if room is not None and not waiter.queued and waiter.request.ticket in room.waiters:
+            # The store has not been heard yet, so each of those who came meanwhile asks for itself.
+            others = [each for each in room.waiters.values() if each is not waiter]
         self._forget(waiter)
+        for each in others:
+            each.queued = False
+            self._ask_for(each)
         self._answer(waiter, reply)
         if transient:
             self._give_up(waiter)  # Whether it was done is not known.

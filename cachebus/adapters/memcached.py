@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import msgspec
@@ -29,17 +30,19 @@ from cachebus.messages import (
     StoredMany,
 )
 
-from .memcached_chunks import CHUNKED_MAX
 from .memcached_connection import Connection, Exchange
 from .memcached_entry import HEADER
 from .memcached_errors import BACKEND
 from .memcached_keys import Hasher, Keys, blake
 from .memcached_planner import carry_out
-from .memcached_server import Connector, Endpoint, Server
-from .memcached_values import Values
+from .memcached_server import Connector, Endpoint, Result, Server
+from .memcached_values import CHUNKED_MAX, Values
 from .tls import TlsFiles
 
 __all__ = ["Endpoint", "MemcachedStore", "TlsFiles"]
+
+Share = list[tuple[int, Request[Any]]]
+"""A server's part of a batch: requests, with the positions of those that they are part of."""
 
 _EVERYWHERE = frozenset[type[Request[Any]]]({Clear, InvalidateTags})
 """What is for all servers."""
@@ -85,6 +88,8 @@ class MemcachedStore:
         self._endpoints = tuple(endpoints)
         self._tls = tls
         self._values = Values(self._keys, default_ttl, chunked)
+        self._exchange: Callable[[Connection, Sequence[Request[Any]]], Exchange[list[Reply]]]
+        self._exchange = partial(carry_out, self._values)  # Called for each batch, so not a method that only forwards.
         self._connector = Connector(clock=clock, connect_timeout=connect_timeout, timeout=timeout, most=max_connections)
         self._servers: dict[str, Server] = {}
         self._only: Server | None = None
@@ -135,15 +140,9 @@ class MemcachedStore:
     # Batches
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        ended, answer = anyio.Event(), list[Sequence[Reply]]()
-
-        def on_replies(replies: Sequence[Reply]) -> None:
-            answer.append(replies)
-            ended.set()
-
-        await self.submit(batch, on_replies)
-        await ended.wait()
-        return answer[0]
+        replies = Result()
+        await self.submit(batch, replies)
+        return cast("Sequence[Reply]", await replies.wait())
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
         """Send a batch if no server that it is for has to be waited for. Else return `None`, and nothing was done."""
@@ -162,10 +161,8 @@ class MemcachedStore:
                 return None
             taken[server] = connection
         join = _Join(batch, shares, on_replies)
-        join.connections += taken.values()
-        for server, share in shares.items():
-            part = [request for _, request in share]
-            taken[server].begin(self._exchange(taken[server], part), join.taking(share), len(part))
+        for server, connection in taken.items():
+            self._begin(join, connection, shares[server])
         return join
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
@@ -179,31 +176,29 @@ class MemcachedStore:
         shares = self._share_out(batch)
         join = _Join(batch, shares, on_replies)
 
-        async def start(server: Server, share: Sequence[tuple[int, Request[Any]]]) -> None:
-            take = join.taking(share)
+        async def start(server: Server, share: Share) -> None:
             try:
                 connection = await server.take()
             except CacheError as error:
-                take([Failed.of(error)] * len(share))
+                join.taking(share)([Failed.of(error)] * len(share))
             else:
-                join.connections.append(connection)
-                part = [request for _, request in share]
-                connection.begin(self._exchange(connection, part), take, len(part))
+                self._begin(join, connection, share)
 
         async with anyio.create_task_group() as tasks:
             for server, share in shares.items():
                 tasks.start_soon(start, server, share)
         return join
 
-    def _exchange(self, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
-        """Return the exchange that carries out a batch at one server."""
-        return carry_out(connection, self._values, batch)
-
     # Several servers
 
-    def _share_out(self, batch: Sequence[Request[Any]]) -> dict[Server, list[tuple[int, Request[Any]]]]:
-        """Return what each server has to do, with the positions of the requests that it is part of."""
-        shares: dict[Server, list[tuple[int, Request[Any]]]] = {}
+    def _begin(self, join: _Join, connection: Connection, share: Share) -> None:
+        part = [request for _, request in share]
+        join.connections.append(connection)
+        connection.begin(self._exchange(connection, part), join.taking(share), len(part))
+
+    def _share_out(self, batch: Sequence[Request[Any]]) -> dict[Server, Share]:
+        """Return what each server has to do."""
+        shares: dict[Server, Share] = {}
         for position, request in enumerate(batch):
             for name, part in self._parts(request):
                 shares.setdefault(self._servers[name], []).append((position, part))
@@ -220,27 +215,19 @@ class MemcachedStore:
             by_server.setdefault(self._server(key), []).append(key)
         if len(by_server) < 2:
             return [(next(iter(by_server), next(iter(self._servers))), request)]
-        if isinstance(request, SetMany):
-            return [
-                (server, SetMany({key: request.items[key] for key in some}, request.ttl, request.tags))
-                for server, some in by_server.items()
-            ]
-        return [(server, type(request)(tuple(some))) for server, some in by_server.items()]
+        if not isinstance(request, SetMany):
+            return [(server, type(request)(tuple(some))) for server, some in by_server.items()]
+        items, ttl, tags = request.items, request.ttl, request.tags
+        return [(server, SetMany({key: items[key] for key in some}, ttl, tags)) for server, some in by_server.items()]
 
     def _server(self, key: str) -> str:
-        server: str = self._shares.get_node(key)
-        return server
+        return str(self._shares.get_node(key))
 
 
 class _Join:
     """The replies of several servers to their shares of a batch."""
 
-    def __init__(
-        self,
-        batch: Sequence[Request[Any]],
-        shares: dict[Server, list[tuple[int, Request[Any]]]],
-        on_replies: OnReplies,
-    ) -> None:
+    def __init__(self, batch: Sequence[Request[Any]], shares: dict[Server, Share], on_replies: OnReplies) -> None:
         self.connections: list[Connection] = []
         self._replies: list[Any] = [None] * len(batch)
         self._missing = len(shares)
@@ -253,17 +240,16 @@ class _Join:
         """The time at which bytes last came from one of the servers, or left to it."""
         return max((each.last_progress for each in self.connections), default=0.0)
 
-    def taking(self, share: Sequence[tuple[int, Request[Any]]]) -> OnReplies:
+    def taking(self, share: Share) -> OnReplies:
         """Return the function that takes the replies to a share."""
+        return partial(self._take, share)
 
-        def take(told: Sequence[Reply]) -> None:
-            for (position, _), reply in zip(share, told, strict=True):
-                self._replies[position] = _merged(self._replies[position], reply)
-            self._missing -= 1
-            if not self._missing:
-                self._on_replies(self._replies)
-
-        return take
+    def _take(self, share: Share, replies: Sequence[Reply]) -> None:
+        for (position, _), reply in zip(share, replies, strict=True):
+            self._replies[position] = _merged(self._replies[position], reply)
+        self._missing -= 1
+        if not self._missing:
+            self._on_replies(self._replies)
 
 
 def _weight(text: str, seed: int) -> int:

@@ -8,48 +8,44 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from cachebus.messages import CacheBackendError, CacheError, Failed, Reply, Request
 
-from .memcached_connection import EXISTS, MISS, NOT_STORED, Answer, Exchange
+from .memcached_connection import Answer, Exchange, unlike
 from .memcached_errors import BACKEND
 from .memcached_session import NamespaceChanged, Session
-from .memcached_values import unlike
 
 TRIES = 100
 """How often a value is read and written back before others that write it all the time win, of this batch or not."""
 
 
+@dataclass(slots=True, eq=False)
 class Draft:
     """What is to be written over an item, and the replies to the requests that wanted it, by position. They hold if it is
     written; `None` is `Stored`, at the version that it gets. `reply` is that to the latest request."""
 
-    __slots__ = ("commands", "replies", "reply")
-
-    def __init__(self, commands: list[bytes], reply: Reply | None) -> None:
-        self.commands = commands
-        self.reply = reply
-        self.replies: dict[int, Reply | None] = {}
+    commands: list[bytes]
+    reply: Reply | None
+    replies: dict[int, Reply | None] = field(default_factory=dict, init=False)
 
 
+@dataclass(slots=True, eq=False)
 class Item:
     """An item that requests of a round want to write. `draft` is what was decided; a request that may not join it waits for
     the next round, and so do all after it (`closed`), so that their order holds."""
 
-    __slots__ = ("closed", "draft")
-
-    def __init__(self) -> None:
-        self.draft: Any = None
-        self.closed = False
+    draft: Any = field(default=None, init=False)
+    closed: bool = field(default=False, init=False)
 
 
 AnyItem = TypeVar("AnyItem", bound=Item)
 
 
 class Decider(Protocol[AnyItem]):
-    """What `CasUpdate` reads and writes. One round has one lookup; `decide` raises `CacheError`."""
+    """What `CasUpdate` reads and writes. One round has one lookup."""
 
     session: Session
     unversioned: bool
@@ -61,12 +57,9 @@ class Decider(Protocol[AnyItem]):
         """Read the items of requests. A request that has none is answered in `replies`."""
         ...
 
-    def joins(self, request: Request[Any], item: AnyItem) -> bool:
-        """Return whether a request may join what was decided for its item in this round."""
-        ...
-
-    def decide(self, request: Request[Any], item: AnyItem) -> Reply | Draft:
-        """Return the reply, or what is to be written for it."""
+    def decide(self, request: Request[Any], item: AnyItem) -> Reply | Draft | None:
+        """Return the reply, or what is to be written for it; `None` if it may not join what was decided for the item in
+        this round. Raises `CacheError`."""
         ...
 
     def commands(self, items: list[AnyItem]) -> list[list[bytes]]:
@@ -110,16 +103,15 @@ class CasUpdate:
         again: list[int] = []
         for position, item in keyed:
             request = self._batch[position]
-            if item.closed or (item.draft is not None and not decider.joins(request, item)):
-                item.closed = True
-                again.append(position)
-                continue
             try:
-                decision = decider.decide(request, item)
+                decision = None if item.closed else decider.decide(request, item)
             except CacheError as error:
                 self._replies[position] = Failed.of(error)
                 continue
-            if isinstance(decision, Draft):
+            if decision is None:
+                item.closed = True
+                again.append(position)
+            elif isinstance(decision, Draft):
                 item.draft = decision
                 decision.replies[position] = decision.reply
             else:
@@ -158,5 +150,5 @@ class CasUpdate:
 def outcome_of(answer: Answer) -> int | CacheError | None:
     """Return the token of an item that was written, the error, or `None` if others were faster."""
     if isinstance(answer, int):
-        return None if answer in (MISS, NOT_STORED, EXISTS) else answer
+        return None if answer < 0 else answer
     return answer if isinstance(answer, CacheError) else unlike()

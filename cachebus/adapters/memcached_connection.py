@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from cachebus.actors.ports import SLOWEST_LINE, Clock, Timer, Timers
-from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError, Failed
+from cachebus.messages import CacheBackendError, CacheConfigurationError, CacheConnectionError, CacheError, Failed
 
 from .memcached_errors import BACKEND, ProtocolError, ServerError, lost, parse_error
 from .memcached_socket import AsyncSocket
@@ -58,6 +58,7 @@ ITEM_MAX = 1 << 30
 """Bytes of an item that are read, as long as the server has not said how large its items may be."""
 
 _TOKENS = (b"c", b"O")
+"""What begins a CAS token, and a mark of ours that the server gives back."""
 _CODES = {b"HD": 0, b"EN": MISS, b"NF": MISS, b"NS": NOT_STORED, b"EX": EXISTS}
 
 
@@ -126,7 +127,7 @@ class Connection(asyncio.Protocol):
         self._moved = 0
         self.last_progress = now
         self._resume(None)
-        if self.waiting and (self._timer is None or self._armed_for > self._limit):
+        if self._exchange is not None and self.lost is None and (self._timer is None or self._armed_for > self._limit):
             self._arm()
 
     def close(self, error: CacheError | None = None) -> None:
@@ -243,7 +244,11 @@ class Connection(asyncio.Protocol):
                 continue
             line = data[at:end]
             if (known := _CODES.get(code)) is not None and line[2:3] in (b"", b" "):
-                answers.append(_token(line[3:]) if known == 0 and len(line) > 3 else known)
+                if known == 0 and len(line) > 3:
+                    if line[3:4] not in _TOKENS:
+                        raise ProtocolError("an answer has no CAS token")
+                    known = int(line[4:])
+                answers.append(known)
             elif line.startswith(b"STAT "):
                 # All of it at once or not at all: it is asked for once a minute.
                 stop = data.find(b"\r\nEND\r\n", end)
@@ -294,13 +299,11 @@ class Connection(asyncio.Protocol):
     def sync(self) -> Exchange[None]:
         """Learn the server's time and when it was started. Raises `CacheError` for a server that will not do."""
         before = self._now()
-        (stats,) = yield b"stats\r\n", 1
+        stats: Any = yield from ask(b"stats\r\n")
         after = self._now()
-        if not isinstance(stats, dict):
-            raise self._unlike_memcached()
         try:
             version, at, uptime = stats[b"version"], int(stats[b"time"]), int(stats[b"uptime"])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):
             raise self._unlike_memcached() from None
         if tuple(map(int, re.findall(rb"\d{1,9}", version)[:3])) < OLDEST:
             needed = ".".join(map(str, OLDEST))
@@ -318,15 +321,14 @@ class Connection(asyncio.Protocol):
 
     def greet(self) -> Exchange[None]:
         """Learn what has to be known of a server before it is used. Raises `CacheError` for a server that will not do."""
-        (settings,) = yield b"stats settings\r\n", 1
-        if not isinstance(settings, dict):
-            raise self._unlike_memcached()
-        if settings.get(b"cas_enabled") != b"yes":
-            raise CacheConfigurationError(f"memcached: {self.server} runs without CAS (-C), which cachebus needs")
+        settings: Any = yield from ask(b"stats settings\r\n")
         try:
-            self.entry_max = int(settings[b"item_size_max"]) - ITEM_OVERHEAD
-        except (KeyError, ValueError):
+            entry_max, cas = int(settings[b"item_size_max"]) - ITEM_OVERHEAD, settings.get(b"cas_enabled")
+        except (KeyError, ValueError, TypeError):
             raise self._unlike_memcached() from None
+        if cas != b"yes":
+            raise CacheConfigurationError(f"memcached: {self.server} runs without CAS (-C), which cachebus needs")
+        self.entry_max = entry_max
 
     def _unlike_memcached(self) -> CacheError:
         return CacheConnectionError(f"{self.server} does not answer as a Memcached does", BACKEND)
@@ -336,13 +338,37 @@ ITEM_OVERHEAD = 320
 """Bytes of an item besides the entry: a header of 48 bytes, a CAS token, flags, a name and two line ends."""
 
 
-def _token(word: bytes) -> int:
-    """Return the number of a CAS token, or of the mark of ours that a server gives back."""
-    if word[:1] not in _TOKENS:
-        raise ProtocolError("an answer has no CAS token")
-    return int(word[1:])
-
-
 def _statistics(lines: bytes) -> dict[bytes, bytes]:
     pairs = [line.split(b" ", 2) for line in lines.split(b"\r\n")]
     return {pair[1]: pair[2] for pair in pairs if len(pair) == 3}
+
+
+# Commands
+
+
+def read(name: str) -> bytes:
+    """Return the command that reads an item and its CAS token."""
+    return f"mg {name} v c\r\n".encode()
+
+
+def store(name: str, entry: bytes, seconds: int, condition: bytes = b"") -> bytes:
+    """Return the command that stores an entry and answers its CAS token."""
+    return b"ms %b %d T%d c%b\r\n%b\r\n" % (name.encode(), len(entry), seconds, condition, entry)
+
+
+def ask(command: bytes) -> Exchange[Answer]:
+    """Return the answer to one command. Raises the `CacheError` with which the server refused it."""
+    (answer,) = yield command, 1
+    if isinstance(answer, CacheError):
+        raise answer
+    return answer
+
+
+def first_error(answers: Sequence[Answer]) -> CacheError | None:
+    """Return the error with which the server refused one of several commands."""
+    return next((each for each in answers if isinstance(each, CacheError)), None)
+
+
+def unlike() -> CacheError:
+    """Return the error for an answer of another kind than the command has."""
+    return CacheBackendError("the server answered something else; Memcached 1.6 is needed", BACKEND)

@@ -1,6 +1,6 @@
 """The bytes of a Memcached item, and what they say.
 
-    1 byte    form       B bytes as they are, I decimal int, M msgpack, C chunked (see `memcached_chunks`); small letters
+    1 byte    form       B bytes as they are, I decimal int, M msgpack, C chunked (see `memcached_values`); small letters
                          are another layout: o with metadata (below), l a lease (see `memcached_leases`)
     2 bytes   key size   big-endian; 0 where the name on the wire is the key itself
     8 bytes   expiry     big-endian double: Unix time of the server in seconds, 0 for none

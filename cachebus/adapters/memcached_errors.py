@@ -69,14 +69,14 @@ def unreachable(error: BaseException, server: str, timeout: float) -> CacheError
     if isinstance(error, ssl.SSLCertVerificationError):
         # Permanent: no retry turns a certificate into a good one.
         return CacheConfigurationError(f"memcached: {server}: the certificate is not good: {error.verify_message}")
+    why = "does not answer as a Memcached does"  # What else reading its answers raises.
     if isinstance(error, TimeoutError):
-        return CacheConnectionError(f"{server} did not take the connection within {timeout:g} s", BACKEND)
-    if isinstance(error, ssl.SSLError):
-        return CacheConnectionError(f"{server} cannot be reached over TLS: {error.reason}", BACKEND)
-    if isinstance(error, OSError):
-        return CacheConnectionError(f"{server} cannot be reached: {error.strerror or type(error).__name__}", BACKEND)
-    # What else reading its answers raises: the other end is no Memcached.
-    return CacheConnectionError(f"{server} does not answer as a Memcached does", BACKEND)
+        why = f"did not take the connection within {timeout:g} s"
+    elif isinstance(error, ssl.SSLError):
+        why = f"cannot be reached over TLS: {error.reason}"
+    elif isinstance(error, OSError):
+        why = f"cannot be reached: {error.strerror or type(error).__name__}"
+    return CacheConnectionError(f"{server} {why}", BACKEND)
 
 
 def lost(error: BaseException, server: str, timeout: float) -> CacheError:

@@ -62,18 +62,18 @@ class Keys:
     def __repr__(self) -> str:
         return f"<Keys of {self.namespace!r}>"
 
-    def tail(self, key: str) -> tuple[str, bytes]:
+    def tail(self, key: str, what: str = "a cache key") -> tuple[str, bytes]:
         """What follows the generation, and what an entry keeps of the key: nothing where the name says it all.
 
         Raises `CacheKeyError` for a key that is no valid Unicode.
         """
-        # As in `_fits`, which costs a call.
+        # Printable ASCII is what lies between the control characters and DEL; a space is printable too.
         if key.isascii() and key.isprintable() and " " not in key and len(key) <= self._room:
             return f":{key}", b""
         try:
             raw = key.encode()
         except UnicodeEncodeError:
-            raise CacheKeyError("a cache key must be valid Unicode", ascii(key)[:60]) from None
+            raise CacheKeyError(f"{what} must be valid Unicode", ascii(key)[:60]) from None
         kept = raw if len(raw) <= KEPT_MAX else blake2b(raw, person=b"cachebus.kept").digest()
         return f"#{self._hasher(raw).hex()}", kept
 
@@ -92,17 +92,9 @@ class Keys:
     def tag(self, tag: str) -> str:
         """What follows the generation in the name of a tag's generation. Raises `CacheKeyError` for a tag that is no
         valid Unicode."""
-        if self._fits(tag):
-            return f"={tag}"
-        try:
-            # Two tags with one hash would be invalidated together, and no worse.
-            return f"%{self._hasher(tag.encode()).hex()}"
-        except UnicodeEncodeError:
-            raise CacheKeyError("a tag must be valid Unicode", ascii(tag)[:60]) from None
-
-    def _fits(self, text: str) -> bool:
-        # Printable ASCII is what lies between the control characters and DEL; a space is printable too.
-        return text.isascii() and text.isprintable() and " " not in text and len(text) <= self._room
+        # Two tags with one hash would be invalidated together, and no worse.
+        tail, _ = self.tail(tag, "a tag")
+        return f"={tag}" if tail[0] == ":" else f"%{tail[1:]}"
 
     def head(self, generation: bytes) -> str:
         """Return what stands before the tail."""

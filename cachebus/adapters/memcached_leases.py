@@ -26,7 +26,7 @@ not, stores nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from cachebus.messages import CacheError, Stale
 
@@ -40,6 +40,8 @@ from .memcached_entry import (
     tag_versions,
     unpack_tagged,
 )
+
+T = TypeVar("T")
 
 LEASE = b"l"[0]
 _OVER = 1.0
@@ -87,13 +89,13 @@ def held_of(entry: Entry | None) -> Held | None:
     try:
         token, deadline, version, all_tags, tags, stale, (name, error) = unpack_tagged(bytes(entry.body))
         return Held(
-            _text(token),
+            _checked(str, token),
             number(deadline),
             number(version),
-            _bytes(all_tags),
+            _checked(bytes, all_tags),
             tag_versions(tags),
-            _bytes(stale),
-            (_text(name), _text(error)),
+            _checked(bytes, stale),
+            (_checked(str, name), _checked(str, error)),
         )
     except (ValueError, TypeError):
         return None
@@ -122,13 +124,7 @@ def stale_of(entry: Entry, value: object, lease: str, remaining: float) -> Stale
     return Stale(value, entry.version, tags, entry.stored_at, load_time, etag, lease, remaining)
 
 
-def _text(value: Any) -> str:
-    if type(value) is not str:
+def _checked(kind: type[T], value: Any) -> T:
+    if type(value) is not kind:
         raise TypeError
-    return value
-
-
-def _bytes(value: Any) -> bytes:
-    if type(value) is not bytes:
-        raise TypeError
-    return value
+    return cast("T", value)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -40,7 +41,7 @@ from cachebus.messages import (
 )
 
 from .memcached import MemcachedStore
-from .memcached_connection import Answer, Connection, Exchange
+from .memcached_connection import Answer, Connection, Exchange, ask, read, store
 from .memcached_entry import server_expiry
 from .memcached_errors import BACKEND
 
@@ -48,6 +49,9 @@ __all__ = ["MemcachedLockStore"]
 
 RETAIN = 7 * 86_400
 """Seconds for which a counter is kept that nobody counts."""
+
+DIGITS = 20
+"""Digits that a number in an item of ours has, at most."""
 
 GONE = 60
 BACK = b"given back"
@@ -68,27 +72,20 @@ class MemcachedLockStore(MemcachedStore):
     async def open(self) -> None:
         await super().open()
         self.capabilities = Capabilities(locks=True, ttl_resolution=1.0)
-
-    def _exchange(self, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
-        return _Locks(connection, self._keys.namespace).run(batch)
+        self._exchange = lambda connection, batch: _Locks(connection, self._keys.namespace).run(batch)
 
     def _parts(self, request: Any) -> list[tuple[str, Request[Any]]]:
         return [(self._server(request.name), request)]
 
 
-class _Found:
-    """The item of a lock that is held."""
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """The item of a lock that is held, with its CAS token."""
 
-    __slots__ = ("cas", "owner", "ticket", "until")
-
-    def __init__(self, body: bytes, cas: int) -> None:
-        until, ticket, owner = body.decode().split("|", 2)
-        if len(until) > 20:
-            raise ValueError
-        self.until = int(until) / 1000
-        self.ticket = ticket
-        self.owner = owner
-        self.cas = cas
+    until: float
+    ticket: str
+    owner: str
+    token: int
 
 
 class _Locks:
@@ -111,42 +108,36 @@ class _Locks:
     def _one(self, request: Request[Any]) -> Exchange[Reply]:
         match request:
             case AcquireLock():
-                return (yield from self._acquire(request))
+                return self._acquire(request)
             case RenewLock():
-                return (yield from self._renew(request))
+                return self._renew(request)
             case ReleaseLock():
-                return (yield from self._release(request))
+                return self._release(request)
             case DescribeLock():
-                return (yield from self._describe(request))
+                return self._describe(request)
             case _:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
     def _acquire(self, request: AcquireLock) -> Exchange[Reply]:
         item, started = self._item(request.name), self._connection.now()
-        command = self._put(item, request, request.owner, request.ttl, "ME")
-        gone = f"mg {self._gone(item, request.ticket)} v c\r\n".encode()
+        gone = read(self._gone(item, request.ticket))
+        command = self._put(item, request, request.owner, b" ME")
         for _ in range(TRIES):
             answer, given_up = yield command + gone, 2
             if isinstance(given_up, tuple):
                 yield from self._release(ReleaseLock(request.name, request.ticket, abandon=True))
                 return LockDenied("", 0.0)
-            if isinstance(answer, CacheError):
-                raise answer
-            if answer == 0:
+            if _done(answer):
                 break
-            found = yield from self._look(item)
-            if found is None:
-                command = self._put(item, request, request.owner, request.ttl, "ME")
-            elif found.ticket == request.ticket:
-                command = self._put(item, request, request.owner, request.ttl, f"C{found.cas}")
-            else:
-                return LockDenied(found.owner, self._left(found))
+            holder = yield from self._look(item)
+            if holder is not None and holder.ticket != request.ticket:
+                return LockDenied(holder.owner, self._left(holder))
+            command = self._put(item, request, request.owner, b" C%d" % holder.token if holder else b" ME")
         else:
             raise _contended()
         # Not before: whoever counts first and adds later would hold the lock with the smaller number.
         first = int(self._connection.now() * 1e6)
-        counted = yield from self._ask(f"ma {item}+ N{RETAIN} J{first} D1 T{RETAIN} v c\r\n".encode())
-        token = _number(counted)
+        token = _number((yield from ask(f"ma {item}+ N{RETAIN} J{first} D1 T{RETAIN} v c\r\n".encode())))
         if self._connection.now() - started >= request.ttl:
             raise CacheConnectionError("a lock was had only when its time was over", BACKEND)
         return LockGranted(token, request.ttl)
@@ -154,96 +145,95 @@ class _Locks:
     def _renew(self, request: RenewLock) -> Exchange[Reply]:
         item = self._item(request.name)
         for _ in range(TRIES):
-            found = yield from self._look(item)
-            if found is None:
+            holder = yield from self._look(item)
+            if holder is None:
                 return NotHeld()
-            if found.ticket != request.ticket:
-                raise LockNotOwned(name=request.name, owner=found.owner)
-            answer = yield from self._ask(self._put(item, request, found.owner, request.ttl, f"C{found.cas}"))
-            if answer == 0:
+            if holder.ticket != request.ticket:
+                raise LockNotOwned(name=request.name, owner=holder.owner)
+            if _done((yield from ask(self._put(item, request, holder.owner, b" C%d" % holder.token)))):
                 return Renewed(request.ttl)
         raise _contended()
 
     def _release(self, request: ReleaseLock) -> Exchange[Reply]:
-        item = self._item(request.name)
         if request.unclaimed:
             return NotHeld()  # Another manager may have been asked, and the item does not say: it ends by itself.
-        gone, note = self._gone(item, request.ticket), b""
+        item, note = self._item(request.name), b""
+        gone = self._gone(item, request.ticket)
         if request.abandon:
-            yield from self._ask(f"ms {gone} 0 T{GONE}\r\n\r\n".encode())
+            yield from ask(store(gone, b"", GONE))
         elif request.token:
             # With the deletion, so that it costs no round trip: who was not heard, and says so again, did give it back.
-            note = b"ms %s %d T%d\r\n%s\r\n" % (gone.encode(), len(BACK), GONE, BACK)
+            note = store(gone, BACK, GONE)
         for _ in range(TRIES):
-            found = yield from self._look(item)
-            if found is None or found.ticket != request.ticket:
-                return (yield from self._not_held(request, gone, found))
-            answer, *_ = yield f"md {item} C{found.cas}\r\n".encode() + note, 1 + bool(note)
-            if isinstance(answer, CacheError):
-                raise answer
-            if answer == 0:
+            holder = yield from self._look(item)
+            if holder is None or holder.ticket != request.ticket:
+                return (yield from self._not_held(request, gone, holder))
+            answer, *_ = yield b"md %b C%d\r\n%b" % (item.encode(), holder.token, note), 1 + bool(note)
+            if _done(answer):
                 return Released()
             if note:
-                yield from self._ask(f"md {gone}\r\n".encode())
+                yield from ask(f"md {gone}\r\n".encode())
         raise _contended()
 
-    def _not_held(self, request: ReleaseLock, gone: str, found: _Found | None) -> Exchange[Reply]:
+    def _not_held(self, request: ReleaseLock, gone: str, holder: _Holder | None) -> Exchange[Reply]:
         if not request.abandon:
-            note = yield from self._ask(f"mg {gone} v c\r\n".encode())
-            if isinstance(note, tuple) and bytes(note[0]) == BACK:
+            note = yield from ask(read(gone))
+            if isinstance(note, tuple) and note[0] == BACK:
                 return Released()
-            if found is not None:
-                raise LockNotOwned(name=request.name, owner=found.owner)
+            if holder is not None:
+                raise LockNotOwned(name=request.name, owner=holder.owner)
         return NotHeld()
 
     def _describe(self, request: DescribeLock) -> Exchange[Reply]:
         item = self._item(request.name)
-        found = yield from self._look(item)
-        if found is None:
+        holder = yield from self._look(item)
+        if holder is None:
             return LockFree()
-        counter = yield from self._ask(f"mg {item}+ v c\r\n".encode())
-        return LockInfo(found.owner, _number(counter) if isinstance(counter, tuple) else 0, self._left(found))
+        counter = yield from ask(read(f"{item}+"))
+        return LockInfo(holder.owner, _number(counter) if isinstance(counter, tuple) else 0, self._left(holder))
 
-    def _look(self, item: str) -> Exchange[_Found | None]:
-        answer = yield from self._ask(f"mg {item} v c\r\n".encode())
+    def _look(self, item: str) -> Exchange[_Holder | None]:
+        answer = yield from ask(read(item))
         if not isinstance(answer, tuple):
             return None
         try:
-            return _Found(*answer)
+            until, ticket, owner = answer[0].decode().split("|", 2)
+            if len(until) <= DIGITS:
+                return _Holder(int(until) / 1000, ticket, owner, answer[1])
         except ValueError:
-            raise CacheBackendError("what stands in the place of a lock is none", BACKEND) from None
+            pass
+        raise CacheBackendError("what stands in the place of a lock is none", BACKEND)
 
-    def _ask(self, command: bytes) -> Exchange[Answer]:
-        (answer,) = yield command, 1
-        if isinstance(answer, CacheError):
-            raise answer
-        return answer
-
-    def _put(self, item: str, request: AcquireLock | RenewLock, owner: str, ttl: float, condition: str) -> bytes:
+    def _put(self, item: str, request: AcquireLock | RenewLock, owner: str, condition: bytes) -> bytes:
         now = self._connection.now()
-        body = f"{math.ceil((now + ttl) * 1000)}|{request.ticket}|{owner}".encode()
-        return b"ms %s %d T%d %s\r\n%s\r\n" % (
-            item.encode(),
-            len(body),
-            server_expiry(now + ttl, now),
-            condition.encode(),
-            body,
-        )
+        until = now + request.ttl
+        body = f"{math.ceil(until * 1000)}|{request.ticket}|{owner}".encode()
+        return store(item, body, server_expiry(until, now), condition)
 
-    def _left(self, found: _Found) -> float:
-        return max(0.0, found.until - self._connection.now())
+    def _left(self, holder: _Holder) -> float:
+        return max(0.0, holder.until - self._connection.now())
 
     def _item(self, name: str) -> str:
-        raw = name.encode("utf-8", "surrogatepass")
-        return f"{self._namespace}:@{blake2b(raw, digest_size=32, person=b'cachebus.lock').hexdigest()}"
+        return f"{self._namespace}:@{_hash(name, 32)}"
 
     def _gone(self, item: str, ticket: str) -> str:
-        return f"{item}-{blake2b(ticket.encode(), digest_size=16, person=b'cachebus.lock').hexdigest()}"
+        return f"{item}-{_hash(ticket, 16)}"
+
+
+def _hash(text: str, size: int) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size, person=b"cachebus.lock").hexdigest()
+
+
+def _done(answer: Answer) -> bool:
+    """Return whether a write was carried out: `False` if others were faster. Raises `CacheError`."""
+    if isinstance(answer, CacheError):
+        raise answer
+    return isinstance(answer, int) and answer >= 0
 
 
 def _number(answer: Answer) -> int:
     """Return the number in an item. Raises `CacheBackendError` for anything else."""
-    if isinstance(answer, tuple) and answer[0].isdigit() and len(answer[0]) <= 20:
+    if isinstance(answer, tuple) and answer[0].isdigit() and len(answer[0]) <= DIGITS:
         return int(answer[0])
     raise CacheBackendError("the counter of a lock is no number", BACKEND)
 

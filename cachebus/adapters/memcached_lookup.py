@@ -3,53 +3,39 @@ and the generations of its tags."""
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 from cachebus.messages import CacheError, Failed, GetOrLease, ReleaseLease, RenewLease, Request, Set
 
 from .memcached_cas_updates import Item
-from .memcached_chunks import content_of
-from .memcached_connection import MISS, Answer, Exchange
-from .memcached_entry import Entry, TagVersions, read_entry
+from .memcached_connection import MISS, Answer, Exchange, read
+from .memcached_entry import Entry, TagVersions
 from .memcached_keys import ALL_TAGS
 from .memcached_leases import Held, held_of, servable, stale_in
 from .memcached_session import Session
 from .memcached_tags import Generations
-from .memcached_values import Values, read
+from .memcached_values import Values, content_of, entry_of
 
 
+@dataclass(slots=True, eq=False)
 class KeyItem(Item):
     """A key. `entry` is what is under it, if it is one of ours (else `error` says so); `held` is the lease that this is, and
     `refresh_held` that of a live value, under a name of its own; `served` may be served, live or stale, and `content` is
     the form and the bytes of its value."""
 
-    __slots__ = (
-        "answer",
-        "content",
-        "entry",
-        "error",
-        "held",
-        "kept",
-        "refresh",
-        "refresh_answer",
-        "refresh_held",
-        "served",
-        "tail",
-    )
-
-    def __init__(self, tail: str, kept: bytes) -> None:
-        super().__init__()
-        self.tail = tail
-        self.kept = kept
-        self.refresh = ""
-        self.answer: Answer = MISS
-        self.refresh_answer: Answer = MISS
-        self.entry: Entry | None = None
-        self.error: CacheError | None = None
-        self.held: Held | None = None
-        self.refresh_held: Held | None = None
-        self.served: Entry | None = None
-        self.content: Any = None
+    tail: str
+    kept: bytes
+    refresh: str = ""
+    answer: Answer = MISS
+    refresh_answer: Answer = MISS
+    entry: Entry | None = None
+    error: CacheError | None = None
+    held: Held | None = None
+    refresh_held: Held | None = None
+    served: Entry | None = None
+    content: Any = None
 
 
 class Lookup:
@@ -87,14 +73,13 @@ class Lookup:
         # That of all tags comes last: a load that stores under a tag which it did not know at the grant must see it after
         # the tag's.
         made = [*tags, ALL_TAGS] if grants else list(tags)
-        asked = len(commands)
-        answers = yield from self.session.ask(commands + self.generations.making(self.head, made))
-        self.generations.learn_made(made, answers[asked:])
+        answers = iter((yield from self.session.ask(commands + self.generations.making(self.head, made))))
+        for item in items.values():
+            item.answer = next(answers)
+        for item in refreshing:
+            item.refresh_answer = next(answers)
+        self.generations.learn_made(made, list(answers))
         self.now = self.connection.now()
-        for item, answer in zip(items.values(), answers, strict=False):
-            item.answer = answer
-        for item, answer in zip(refreshing, answers[len(items) :], strict=False):
-            item.refresh_answer = answer
         for item in items.values():
             self.take_apart(item)
         yield from self.generations.read(name for item in items.values() for name in self._names(item))
@@ -114,9 +99,13 @@ class Lookup:
 
     def take_apart(self, item: KeyItem) -> None:
         """Find out what the answers of a key are."""
-        item.entry, item.error = self._entry(item.answer, item.kept)
+        try:
+            item.entry = entry_of(self.connection, item.kept, item.answer, 0.0)
+        except CacheError as error:
+            item.error = error
         item.held = held_of(item.entry)
-        item.refresh_held = held_of(self._entry(item.refresh_answer, item.kept)[0])
+        with contextlib.suppress(CacheError):
+            item.refresh_held = held_of(entry_of(self.connection, item.kept, item.refresh_answer, 0.0))
         served = item.entry if item.held is None else stale_in(item.held, item.kept)
         item.served = served if servable(served, self.now) else None
 
@@ -132,14 +121,6 @@ class Lookup:
                 item.error = error
             if item.content is None:
                 item.served = None
-
-    def _entry(self, answer: Answer, kept: bytes) -> tuple[Entry | None, CacheError | None]:
-        if not isinstance(answer, tuple):
-            return None, answer if isinstance(answer, CacheError) else None
-        try:
-            return read_entry(answer[0], answer[1], kept, self.connection.epoch), None
-        except CacheError as error:
-            return None, error
 
     def _names(self, item: KeyItem) -> tuple[str, ...]:
         tags: TagVersions = ()

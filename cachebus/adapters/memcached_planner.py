@@ -1,14 +1,14 @@
 """From requests to Memcached commands and back: a batch for one server becomes as few round trips as keep its order.
 
-Neighbours of one kind form a run. Reads, plain writes and removals go in one piece (`Direct`, where equal reads share a
-command). Requests that have to know what is under a key before they write it go through `CasUpdate`.
+Neighbours of one kind form a run. Reads, plain writes and removals go in one piece (`Direct`). Requests that have to know
+what is under a key before they write it go through `CasUpdate`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, TypeAlias
 
 from cachebus.messages import (
     Admit,
@@ -37,22 +37,20 @@ from cachebus.messages import (
 
 from .forms import decode_form, encode_form
 from .memcached_cas_updates import CasUpdate
-from .memcached_chunks import chunk_tails, content_of
-from .memcached_connection import Answer, Connection, Exchange
+from .memcached_connection import Connection, Exchange, first_error, read
 from .memcached_entry import CHUNKED, MISSING, NO_METADATA, Entry, EntryMetadata, found_of, found_or_fail
 from .memcached_errors import BACKEND, in_doubt
 from .memcached_key_updates import KeyUpdates, looks_first
 from .memcached_rate_limits import LimitUpdates
 from .memcached_session import COUNT_PART, READ_PART, NamespaceChanged, Session
 from .memcached_tags import Generations, invalidate
-from .memcached_values import Values, entry_of, not_found, read
+from .memcached_values import Values, chunk_reads, chunk_tails, entry_of, joined, not_found
 
-Take = Callable[[Any, int, str, bytes], None]
-"""Takes in an answer, or the entry that was found good: with the position of the request, the key, and what the entry
-keeps of the key."""
+Step: TypeAlias = Generator[list[bytes], Any, Any]
+"""A request on its way: commands, their answers, and the reply at the end. All requests of a run take their steps together."""
 
 
-def carry_out(connection: Connection, values: Values, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
+def carry_out(values: Values, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
     """Carry a batch out. What goes wrong is in the replies.
 
     Batches of nothing but reads and plain writes, which are nearly all, go the straight way here. If it turns out that they
@@ -65,10 +63,8 @@ def carry_out(connection: Connection, values: Values, batch: Sequence[Request[An
     try:
         answers = yield data, count
         if answers[0] != (connection.generation, mark):
-            session = Session(connection, values.keys)
-            if not session.unchanged(answers[0]):
-                with contextlib.suppress(NamespaceChanged):
-                    yield from session.changed(answers[0])
+            with contextlib.suppress(NamespaceChanged):
+                yield from Session(connection, values.keys).check(answers[0])
             return (yield from Plan(connection, values, batch).run())
     except CacheError as error:
         doubtful = in_doubt(error) if error.transient else error
@@ -85,7 +81,7 @@ def carry_out(connection: Connection, values: Values, batch: Sequence[Request[An
         else:
             replies.append(not_found(answer))
     if Entry in map(type, replies):
-        yield from _resolve(Session(connection, values.keys), values, batch, replies, takers)
+        yield from Direct(Session(connection, values.keys), values, replies).resolve(batch)
     return replies
 
 
@@ -131,22 +127,6 @@ def _prepare(
     return data, len(commands), takers
 
 
-def _resolve(
-    session: Session,
-    values: Values,
-    batch: Sequence[Request[Any]],
-    replies: list[Any],
-    takers: list[tuple[int, bytes | None]],
-) -> Exchange[None]:
-    """Find out what entries do not say by themselves."""
-    direct = Direct(session, values, replies)
-    for position, ((_, kept), request) in enumerate(zip(takers, batch, strict=True)):
-        if type(reply := replies[position]) is Entry:
-            direct.resolve_later(reply, position, getattr(request, "key", ""), kept or b"")
-    with contextlib.suppress(NamespaceChanged):  # Cleared meanwhile: they are misses.
-        yield from direct.resolve()
-
-
 class Plan:
     """A batch for one server, on its way."""
 
@@ -159,16 +139,22 @@ class Plan:
     def run(self) -> Exchange[list[Reply]]:
         """Carry the batch out. What goes wrong is in the replies."""
         batch, at, end, first = self._batch, 0, len(self._batch), 0
-        how: How = _direct
+        kind: _Kind = Direct
         try:
             while at < end:
-                first, how = at, _how(batch[at])
-                while at < end and _how(batch[at]) is how:
+                first, kind = at, _kind(batch[at])
+                while at < end and _kind(batch[at]) is kind:
                     at += 1
                 self._session.writing = False
-                yield from how(self, first, at)
+                if kind is Direct:
+                    yield from self._direct(first, at)
+                elif kind is Plan:
+                    yield from self._everything(first, at)
+                else:
+                    decider = KeyUpdates if kind is KeyUpdates else LimitUpdates
+                    yield from CasUpdate(decider(self._session, self._values), batch, self.replies).run(first, at)
         except CacheError as error:
-            if how is _direct:
+            if kind is Direct:
                 self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
             self._give_up(error, at)
         return self.replies
@@ -180,60 +166,46 @@ class Plan:
                 doubtful = at < end and self._session.writing and not request.IDEMPOTENT and error.transient
                 self.replies[at] = Failed.of(in_doubt(error) if doubtful else error)
 
-    def direct(self, first: int, end: int) -> Exchange[None]:
-        """Carry out the requests from `first` to before `end`, which write without looking."""
+    def _direct(self, first: int, end: int) -> Exchange[None]:
         while True:
             try:
-                yield from Direct(self._session, self._values, self.replies).run(self._batch, first, end)
-                return
+                return (yield from Direct(self._session, self._values, self.replies).run(self._batch, first, end))
             except NamespaceChanged:
                 self.replies[first:end] = [None] * (end - first)
 
-    def updates(self, first: int, end: int) -> Exchange[None]:
-        """Carry out requests that look at keys before they write."""
-        yield from CasUpdate(KeyUpdates(self._session, self._values), self._batch, self.replies).run(first, end)
-
-    def limits(self, first: int, end: int) -> Exchange[None]:
-        """Carry out requests on rate limits."""
-        yield from CasUpdate(LimitUpdates(self._session), self._batch, self.replies).run(first, end)
-
-    def everything(self, first: int, end: int) -> Exchange[None]:
+    def _everything(self, first: int, end: int) -> Exchange[None]:
         """Carry out requests on all keys of the namespace, or of a tag."""
         for position in range(first, end):
             request: Any = self._batch[position]
             try:
                 if isinstance(request, Clear):
                     yield from self._session.clear()
-                    self.replies[position] = Cleared()
                 else:
                     yield from invalidate(self._session, request.tags)
-                    self.replies[position] = Invalidated()
+                self.replies[position] = Cleared() if isinstance(request, Clear) else Invalidated()
             except CacheError as error:
                 if self._session.connection.lost:
                     raise
                 self.replies[position] = Failed.of(error)
 
 
-How = Callable[[Plan, int, int], Exchange[None]]
-"""A method that carries out the requests from one position to before another."""
-
-_direct, _updates, _limits, _everything = Plan.direct, Plan.updates, Plan.limits, Plan.everything
+_Kind: TypeAlias = "type[Direct | KeyUpdates | LimitUpdates | Plan]"
+"""What carries out a request and its neighbours of the same kind."""
 
 
-def _how(request: Request[Any]) -> How:
-    """Return the method that carries out a request and its neighbours of the same kind."""
+def _kind(request: Request[Any]) -> _Kind:
     kind = type(request)
     if kind is Get:
-        return _direct
+        return Direct
     if kind is Admit:
-        return _limits
+        return LimitUpdates
     if kind is Clear or kind is InvalidateTags:
-        return _everything
-    return _updates if looks_first(request) else _direct
+        return Plan
+    return KeyUpdates if looks_first(request) else Direct
 
 
 class Direct:
-    """Reads, plain writes and removals that go in one piece: each command has a list of those that take its answer."""
+    """Reads, plain writes and removals. Equal reads share a command, unless something is written between them."""
 
     def __init__(self, session: Session, values: Values, replies: list[Any]) -> None:
         self._session = session
@@ -241,63 +213,69 @@ class Direct:
         self._values = values
         self._memory = values.memory
         self._replies = replies
-        self._head = ""
-        self._commands: list[bytes] = []
-        self._takers: list[tuple[int, Take, int, str, bytes]] = []
-        self._reads: dict[str, int] = {}
+        self._head = session.connection.head
         self._guessed: dict[str, None] = {}
-        self._orphans: list[str] = []
         self._generations = Generations(session)
-        self._unresolved: list[tuple[Entry, Take, int, str, bytes]] = []
-        self._found: dict[int, dict[str, Found]] = {}
-        self._deleted: dict[int, int] = {}
-        self._now = 0.0
 
     def run(self, batch: Sequence[Request[Any]], first: int, end: int) -> Exchange[None]:
-        """Carry out the requests from `first` to before `end`."""
-        session, connection = self._session, self._connection
-        self._head = connection.head if connection.generation else (yield from session.head())
+        """Carry out the requests from `first` to before `end`. Raises `NamespaceChanged`."""
+        self._head = yield from self._session.head()
         yield from self._make_tags(batch, first, end)
-        for position in range(first, end):
-            request = batch[position]
-            try:
-                if type(request) is Get:
-                    self._read(request.key, self._got, position)
-                else:
-                    self._add(position, request)
-            except CacheError as error:
-                self._replies[position] = Failed.of(error)
-        if self._commands:
-            yield from self._ask()
-        if self._unresolved:
-            yield from self.resolve()
-        for position, found in self._found.items():
-            self._settle(position, FoundMany(found))
-        for position, count in self._deleted.items():
-            self._settle(position, Deleted(count))
-        if self._orphans:
-            yield from session.ask([f"md {self._head}{name}\r\n".encode() for name in self._orphans])
+        yield from self._together({position: self._step(batch[position]) for position in range(first, end)})
 
-    def _ask(self) -> Exchange[None]:
-        session, commands = self._session, self._commands
-        guessed = self._generations.unknown(self._guessed) if self._guessed else []
-        if guessed:
-            commands = commands + self._generations.reading(self._head, guessed)
-        session.writing = True
-        answers = yield from session.ask(commands)
-        session.writing = False
-        if guessed:
-            self._generations.learn(guessed, answers[len(self._commands) :])
-        self._now = self._connection.now()
-        for at, take, position, key, kept in self._takers:
-            take(answers[at], position, key, kept)
+    def resolve(self, batch: Sequence[Request[Any]]) -> Exchange[None]:
+        """Replace the entries among the replies, which do not say everything by themselves."""
+        steps: dict[int, Step] = {}
+        for position, request in enumerate(batch):
+            if type(entry := self._replies[position]) is Entry:
+                self._replies[position] = MISSING
+                steps[position] = self._resolved_one(getattr(request, "key", ""), entry)
+        with contextlib.suppress(NamespaceChanged):  # Cleared meanwhile: they are misses.
+            yield from self._together(steps)
+
+    def _together(self, steps: dict[int, Step]) -> Exchange[None]:
+        """Send the commands of all steps in one piece, as often as there are more. The replies come to their positions."""
+        answers: dict[int, Any] = {}
+        while True:
+            commands: list[bytes] = []
+            reads: dict[bytes, int] = {}
+            places: dict[int, list[int]] = {}
+            for position, step in steps.items():
+                try:
+                    asked = step.send(answers.get(position))
+                except StopIteration as done:
+                    self._replies[position] = done.value
+                    continue
+                except CacheError as error:
+                    self._replies[position] = Failed.of(error)
+                    continue
+                at = places[position] = []
+                for command in asked:
+                    if not command.startswith(b"mg "):
+                        reads.clear()  # What is read from here on is another value.
+                    elif command in reads:
+                        at.append(reads[command])
+                        continue
+                    else:
+                        reads[command] = len(commands)
+                    at.append(len(commands))
+                    commands.append(command)
+            if not places:
+                return
+            guessed = [] if answers else self._generations.unknown(self._guessed)
+            self._session.writing = not answers
+            told = yield from self._session.ask(commands + self._generations.reading(self._head, guessed))
+            self._session.writing = False
+            self._generations.learn(guessed, told[len(commands) :])
+            answers = {position: [told[each] for each in at] for position, at in places.items()}
+            steps = {position: steps[position] for position in places}
 
     def _make_tags(self, batch: Sequence[Request[Any]], first: int, end: int) -> Exchange[None]:
         """Read the generations under which values are stored, before they are."""
         names: dict[str, None] = {}
         for position in range(first, end):
             request = batch[position]
-            if type(request) is not Get and isinstance(request, Set | SetMany) and request.tags:
+            if isinstance(request, Set | SetMany) and request.tags:
                 with contextlib.suppress(CacheError):  # It is answered when the value is stored.
                     names.update(dict.fromkeys(map(self._values.keys.tag, request.tags)))
         if names:
@@ -305,165 +283,117 @@ class Direct:
             answers = yield from self._session.ask(self._generations.making(self._head, made))
             self._generations.learn_made(made, answers)
 
-    # Commands
+    # The steps of requests
 
-    def _add(self, position: int, request: Any) -> None:
+    def _step(self, request: Request[Any]) -> Step:
         match request:
-            case Set() | SetMany():
-                self._set(position, request)
-            case Exists(key=key):
-                self._read(key, self._exists, position)
+            case Get(key=key):
+                return (yield from self._read((key,)))[key]
             case GetMany(keys=keys):
-                self._valid(keys)
-                self._found[position] = {}
-                for key in dict.fromkeys(keys):
-                    self._read(key, self._got_one, position)
+                replies = yield from self._read(keys)
+                failed = next((each for each in replies.values() if type(each) is Failed), None)
+                return failed or FoundMany({key: each for key, each in replies.items() if isinstance(each, Found)})
+            case Set() | SetMany():
+                return (yield from self._set(request))
+            case Exists(key=key):
+                name, kept = self._name(key)
+                (answer,) = yield [read(self._head + name)]
+                entry = entry_of(self._connection, kept, answer, self._connection.now())
+                if entry is not None and (yield from self._good({key: entry})):
+                    return entry.present(self._connection.now())
+                return MISSING
             case Delete(key=key):
-                self._delete(position, (key,))
+                return (yield from self._delete((key,)))
             case DeleteMany(keys=keys):
-                self._delete(position, keys)
+                return (yield from self._delete(keys))
             case _:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
-    def _valid(self, keys: Sequence[str]) -> None:
-        """Raise `CacheKeyError` if one of the keys is not valid, before anything is sent for the others."""
-        for key in keys:
-            self._values.keys.tail(key)
-
-    def _read(self, key: str, take: Take, position: int) -> None:
-        name, kept = self._values.keys.tail(key)
+    def _name(self, key: str) -> tuple[str, bytes]:
+        """Return what follows the generation in the name of a key that is read, and what its entry keeps of the key."""
         if self._memory:
             self._guessed.update(dict.fromkeys(self._memory.of(key)))
-        at = self._reads.get(name)
-        if at is None:
-            at = self._reads[name] = len(self._commands)
-            self._commands.append(read(self._head + name))
-        self._takers.append((at, take, position, key, kept))
+        return self._values.keys.tail(key)
 
-    def _write(self, command: bytes, take: Take, position: int) -> None:
-        if self._reads:
-            self._reads.clear()  # What is read from here on is another value.
-        self._takers.append((len(self._commands), take, position, "", b""))
-        self._commands.append(command)
-
-    def _set(self, position: int, request: Set | SetMany) -> None:
-        values, connection = self._values, self._connection
-        metadata = EntryMetadata(self._generations.current(request.tags)) if request.tags else NO_METADATA
-        items = ((request.key, request.value),) if isinstance(request, Set) else tuple(request.items.items())
-        expiry = values.expiry(request.ttl, connection.now())
-        commands: list[bytes] = []
-        for key, value in items:
-            name = values.keys.tail(key)
-            commands += values.commands(connection, self._head, name, encode_form(value), expiry, metadata)
-        if isinstance(request, SetMany):
-            self._replies[position] = StoredMany(len(items))
-        for command in commands:
-            self._write(command, self._stored, position)
-
-    def _delete(self, position: int, keys: Sequence[str]) -> None:
-        self._valid(keys)
-        self._deleted[position] = 0
-        for key in dict.fromkeys(keys):
-            # Looked at before it is removed, because Memcached still has what has expired for its readers.
-            self._read(key, self._removed, position)
-            self._write(f"md {self._head}{self._values.keys.tail(key)[0]}\r\n".encode(), self._gone, position)
-
-    # Answers
-
-    def _got(self, answer: Any, position: int, key: str, kept: bytes) -> None:
-        self._replies[position] = self._value(answer, self._got, position, key, kept)
-
-    def _got_one(self, answer: Any, position: int, key: str, kept: bytes) -> None:
-        """Take in one value of several."""
-        reply = self._value(answer, self._got_one, position, key, kept)
-        if isinstance(reply, Found):
-            self._found[position][key] = reply
-        elif type(reply) is Failed:
-            self._replies[position] = reply
-
-    def _value(self, answer: Answer | Found, take: Take, position: int, key: str, kept: bytes) -> Reply:
-        if not isinstance(answer, tuple):
-            return answer if isinstance(answer, Found) else not_found(answer)
-        # Taken apart for each, so that no two callers share a list or a dict.
-        reply = found_or_fail(answer[0], answer[1], kept, self._connection.epoch, self._now)
-        if isinstance(reply, Entry):
-            self._unresolved.append((reply, take, position, key, kept))
-            return MISSING
-        if self._guessed and self._memory.of(key):
-            self._memory.note(key, ())
-        return reply
-
-    def _exists(self, answer: Any, position: int, key: str, kept: bytes) -> None:
-        try:
-            entry = self._entry(answer, self._exists, position, key, kept)
-        except CacheError as error:
-            self._replies[position] = Failed.of(error)
-            return
-        self._replies[position] = MISSING if entry is None else entry.present(self._connection.now())
-
-    def _removed(self, answer: Any, position: int, key: str, kept: bytes) -> None:
-        try:
-            entry = self._entry(answer, self._removed, position, key, kept)
-        except CacheError as error:
-            if isinstance(answer, CacheError):
-                self._replies[position] = Failed.of(error)
-            return  # Not ours, and gone all the same.
-        self._deleted[position] += entry is not None
-
-    def _entry(self, answer: Answer | Entry, take: Take, position: int, key: str, kept: bytes) -> Entry | None:
-        """Return the live entry of an answer; `None` for now if its tags have to be read first. Raises `CacheError`."""
-        if isinstance(answer, Entry):
-            return answer
-        entry = entry_of(self._connection, kept, answer)
-        if entry is not None and entry.form == CHUNKED and take == self._removed:
-            self._orphans += chunk_tails(entry.body)
-        if entry is not None and entry.metadata.tags:
-            self._unresolved.append((entry, take, position, key, kept))
-            return None
-        return entry
-
-    def _gone(self, answer: Any, position: int, key: str, kept: bytes) -> None:
-        if isinstance(answer, CacheError):
-            self._replies[position] = Failed.of(answer)
-
-    def _stored(self, answer: Any, position: int, key: str, kept: bytes) -> None:
-        if type(answer) is not int or answer <= 0:
-            self._replies[position] = not_found(answer)
-            return
-        reply = self._replies[position]
-        if reply is None or type(reply) is Stored:  # The last one is the entry's.
-            self._replies[position] = Stored(self._connection.epoch + answer)
-
-    def _settle(self, position: int, reply: Reply) -> None:
-        """Answer a request with what all of its answers together say, unless one was a failure."""
-        if self._replies[position] is None:
-            self._replies[position] = reply
-
-    # Entries that do not say everything by themselves
-
-    def resolve_later(self, entry: Entry, position: int, key: str, kept: bytes) -> None:
-        """Let `resolve` find out the value of an entry. Until then its reply is that there is none."""
-        self._replies[position] = MISSING
-        self._unresolved.append((entry, self._got, position, key, kept))
-
-    def resolve(self) -> Exchange[None]:
-        """Find out whether entries have their tags' generations, and what is in their chunks. Raises `NamespaceChanged`."""
-        waiting, self._unresolved = self._unresolved, []
-        names = [self._generations.names(entry.metadata.tags) for entry, *_ in waiting]
-        yield from self._generations.read(name for each in names for name in each)
-        for (entry, take, position, key, kept), its in zip(waiting, names, strict=True):
-            if its:
-                self._memory.note(key, its)
-            if not self._generations.good(entry.metadata.tags):
+    def _read(self, keys: Sequence[str]) -> Step:
+        """Return the replies to reads, by key."""
+        names = {key: self._name(key) for key in keys}
+        answers = yield [read(self._head + name) for name, _ in names.values()]
+        epoch, now = self._connection.epoch, self._connection.now()
+        replies: dict[str, Any] = {}
+        for (key, (_, kept)), answer in zip(names.items(), answers, strict=True):
+            if type(answer) is not tuple:
+                replies[key] = not_found(answer)
                 continue
-            if take == self._exists or take == self._removed:
-                take(entry, position, key, kept)
+            # Taken apart for each, so that no two callers share a list or a dict.
+            replies[key] = reply = found_or_fail(answer[0], answer[1], kept, epoch, now)
+            if type(reply) is not Entry:
+                self._memory.note(key, ())
+        return (yield from self._resolved(replies))
+
+    def _resolved(self, replies: dict[str, Any]) -> Step:
+        """Replace the entries among these replies: their tags are looked at, and their chunks read."""
+        entries = {key: reply for key, reply in replies.items() if type(reply) is Entry}
+        good = yield from self._good(entries)
+        for key, entry in entries.items():
+            replies[key] = MISSING
+            if key not in good:
                 continue
             try:
-                content = yield from content_of(self._session, entry)
-                if content is not None:
-                    take(found_of(entry, decode_form(*content), self._connection.now()), position, key, kept)
+                chunks = (yield chunk_reads(self._head, entry)) if entry.form == CHUNKED else []
+                if (content := joined(entry, chunks)) is not None:
+                    replies[key] = found_of(entry, decode_form(*content), self._connection.now())
             except CacheError as error:
-                if self._connection.lost:
-                    raise
-                take(error, position, key, kept)
+                replies[key] = Failed.of(error)
+        return replies
+
+    def _resolved_one(self, key: str, entry: Entry) -> Step:
+        return (yield from self._resolved({key: entry}))[key]
+
+    def _good(self, entries: dict[str, Entry]) -> Generator[list[bytes], Any, set[str]]:
+        """Return the keys whose entries have the present generations of their tags."""
+        for key, entry in entries.items():
+            if entry.metadata.tags:
+                self._memory.note(key, self._generations.names(entry.metadata.tags))
+        tags = [tag for each in entries.values() for tag in each.metadata.tags]
+        if tags and (unknown := self._generations.unknown(self._generations.names(tags))):
+            self._generations.learn(unknown, (yield self._generations.reading(self._head, unknown)))
+        return {key for key, entry in entries.items() if self._generations.good(entry.metadata.tags)}
+
+    def _set(self, request: Set | SetMany) -> Step:
+        values, connection = self._values, self._connection
+        metadata = EntryMetadata(self._generations.current(request.tags)) if request.tags else NO_METADATA
+        items = {request.key: request.value} if isinstance(request, Set) else request.items
+        expiry = values.expiry(request.ttl, connection.now())
+        commands: list[bytes] = []
+        for key, value in items.items():
+            name = values.keys.tail(key)
+            commands += values.commands(connection, self._head, name, encode_form(value), expiry, metadata)
+        token: Any = 0
+        for token in (yield commands):
+            if type(token) is not int or token <= 0:
+                return not_found(token)
+        # The last one is the entry's.
+        return Stored(connection.epoch + token) if isinstance(request, Set) else StoredMany(len(items))
+
+    def _delete(self, keys: Sequence[str]) -> Step:
+        """Remove entries. They are read first: Memcached still has those whose time is up for readers."""
+        names = {key: self._name(key) for key in keys}
+        commands: list[bytes] = []
+        for name, _ in names.values():
+            commands += (read(self._head + name), f"md {self._head}{name}\r\n".encode())
+        answers = yield commands
+        entries: dict[str, Entry] = {}
+        for (key, (_, kept)), answer in zip(names.items(), answers[::2], strict=True):
+            with contextlib.suppress(CacheError):  # Not ours, and gone all the same.
+                if (
+                    isinstance(answer, tuple)
+                    and (entry := entry_of(self._connection, kept, answer, self._connection.now())) is not None
+                ):
+                    entries[key] = entry
+        deleted = len((yield from self._good(entries)))
+        chunks = [name for each in entries.values() if each.form == CHUNKED for name in chunk_tails(each.body)]
+        if chunks:
+            yield [f"md {self._head}{name}\r\n".encode() for name in chunks]
+        error = first_error(answers)
+        return Failed.of(error) if error is not None else Deleted(deleted)

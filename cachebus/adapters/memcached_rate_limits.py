@@ -10,15 +10,16 @@ stands outside of the generations of the namespace, and goes when its level is a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 from cachebus.messages import Admit, CacheError, Failed, Reply, Request
 
 from .memcached_cas_updates import Draft, Item, outcome_of
-from .memcached_connection import Answer, Exchange
+from .memcached_connection import Answer, Exchange, read, store, unlike
 from .memcached_entry import server_expiry
 from .memcached_session import Session
-from .memcached_values import read, store, unlike
+from .memcached_values import Values
 from .rates import Meter, admit, check_admit, microseconds
 
 REMEMBERED = 10_000
@@ -28,17 +29,15 @@ _RAW_MAX = 100
 """Bytes of an item of ours, at most."""
 
 
+@dataclass(slots=True, eq=False)
 class _Limit(Item):
-    """A limit: what we take to be there, and what is to be."""
+    """A limit: what we take to be there, under its CAS token, and what is to be."""
 
-    __slots__ = ("before", "meter", "name", "reset", "token")
-
-    def __init__(self, name: str, known: tuple[bytes, int] | None) -> None:
-        super().__init__()
-        raw, self.token = known or (b"", 0)
-        self.name = name
-        self.before = self.meter = _meter(raw)
-        self.reset = 0.0
+    name: str
+    before: Meter | None
+    token: int
+    meter: Meter | None
+    reset: float = 0.0
 
 
 class LimitUpdates:
@@ -46,8 +45,9 @@ class LimitUpdates:
 
     unversioned = True
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, values: Values) -> None:
         self.session = session
+        self._keys = values.keys
         self._connection = session.connection
         self._now = 0.0
 
@@ -59,18 +59,16 @@ class LimitUpdates:
             assert isinstance(request, Admit)
             try:
                 check_admit(request)
-                name = self.session.keys.limit(request.key)
+                name = self._keys.limit(request.key)
             except CacheError as error:
                 replies[position] = Failed.of(error)
                 continue
             if name not in limits:
-                limits[name] = _Limit(name, self._connection.limits.get(name))
+                raw, token = self._connection.limits.get(name, (b"", 0))
+                limits[name] = _Limit(name, before := _meter(raw), token, before)
             keyed.append((position, limits[name]))
         yield from ()
         return keyed
-
-    def joins(self, request: Request[Any], item: _Limit) -> bool:
-        return True
 
     def decide(self, request: Request[Any], item: _Limit) -> Reply | Draft:
         reply, meter = admit(cast("Admit", request), item.meter, microseconds(self._now))
@@ -81,18 +79,17 @@ class LimitUpdates:
         return draft
 
     def commands(self, items: list[_Limit]) -> list[list[bytes]]:
-        now = self._connection.now()
-        return [[*self._written(item, now), read(item.name)] for item in items]
+        now, commands = self._connection.now(), list[list[bytes]]()
+        for item in items:
+            commands.append([read(item.name)])
+            if item.meter is not item.before and item.meter is not None:
+                condition = b" C%d" % item.token if item.token else b" ME"
+                raw, seconds = b"%d %d %d %d" % item.meter, server_expiry(now + item.reset, now)
+                commands[-1].insert(0, store(item.name, raw, seconds, condition))
+        return commands
 
     def outcomes(self, items: list[_Limit], answers: list[list[Answer]]) -> list[Reply | CacheError | None]:
         return [self._outcome(item, its) for item, its in zip(items, answers, strict=True)]
-
-    @staticmethod
-    def _written(item: _Limit, now: float) -> list[bytes]:
-        if item.meter is item.before or item.meter is None:
-            return []
-        condition = b" C%d" % item.token if item.token else b" ME"
-        return [store(item.name, b"%d %d %d %d" % item.meter, server_expiry(now + item.reset, now), condition)]
 
     def _outcome(self, item: _Limit, answers: list[Answer]) -> Reply | CacheError | None:
         *wrote, seen = answers

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 from anyio import to_thread
@@ -16,11 +16,9 @@ from anyio import to_thread
 from cachebus.actors.ports import Clock, running_timers, spawn
 from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, CacheError
 
-from .memcached_connection import Connection, Exchange
+from .memcached_connection import Connection
 from .memcached_errors import BACKEND, unreachable
 from .memcached_socket import open_socket
-
-T = TypeVar("T")
 
 BETWEEN_ATTEMPTS = 0.05
 """Seconds before a server that refused is connected to again, where no request waits for it."""
@@ -73,14 +71,12 @@ class Connector:
                 continue
             timers = running_timers(self.clock)
             connection = Connection(str(endpoint), made, self.clock, timers, max(self.connect_timeout, self.timeout))
+            greeted = Result()
             try:
-                await run_exchange(connection, connection.greet())
-            except (CacheConnectionError, CacheConfigurationError):
-                connection.close()
-                raise
-            except CacheError:
-                connection.close()
-                raise unreachable(ValueError(), str(endpoint), 0.0) from None
+                connection.begin(connection.greet(), greeted)
+                if isinstance(error := await greeted.wait(), CacheError):
+                    plain = isinstance(error, CacheConnectionError | CacheConfigurationError)
+                    raise error if plain else unreachable(ValueError(), str(endpoint), 0.0)
             except BaseException:
                 connection.close()
                 raise
@@ -112,20 +108,20 @@ class Connector:
             raise unreachable(error, str(endpoint), self.connect_timeout) from None
 
 
-async def run_exchange(connection: Connection, exchange: Exchange[T]) -> T:
-    """Hold an exchange and wait for its result. Raises `CacheError`. Cancelled, it leaves the exchange to end by itself."""
-    ended, results = anyio.Event(), list[Any]()
+class Result:
+    """What a callback is called with, for a task to wait for."""
 
-    def done(result: T | CacheError) -> None:
-        results.append(result)
-        ended.set()
+    def __init__(self) -> None:
+        self._come = anyio.Event()
+        self._result: Any = None
 
-    connection.begin(exchange, done)
-    await ended.wait()
-    result = results[0]
-    if isinstance(result, CacheError):
-        raise result
-    return result  # type: ignore[no-any-return]
+    def __call__(self, result: Any) -> None:
+        self._result = result
+        self._come.set()
+
+    async def wait(self) -> Any:
+        await self._come.wait()
+        return self._result
 
 
 class Server:
@@ -146,6 +142,7 @@ class Server:
         self._closed = False
         self._ill = False
         self._lookups: set[object] = set()
+        self._attempting = False
         self._cancel_attempt: Callable[[], None] | None = None
         self._failure: CacheError | None = None
         self._failed_at = float("-inf")
@@ -191,11 +188,6 @@ class Server:
                 event.set()
                 return
 
-    async def run(self, exchange: Callable[[Connection], Exchange[T]]) -> T:
-        """Hold an exchange and return its result. Raises `CacheError`."""
-        connection = await self.take()
-        return await run_exchange(connection, exchange(connection))
-
     async def connect(self) -> None:
         """Make the connection, unless there is one. Raises `CacheError`."""
         await self.take()
@@ -212,7 +204,7 @@ class Server:
     def abort(self) -> None:
         """Close at once. What is in flight is answered with an error."""
         self._closed = True
-        if self._cancel_attempt is not None:
+        if self._attempting and self._cancel_attempt is not None:
             self._cancel_attempt()
         if self.connection is not None:
             self.connection.close()
@@ -247,17 +239,13 @@ class Server:
     def _reconnect_aside(self) -> None:
         """Raise the reason why there is no connection, and see to it that one is being made."""
         now = self._connector.clock.monotonic()
-        if self._cancel_attempt is None and now > self._failed_at + BETWEEN_ATTEMPTS:
-            ended = False
-
-            def over() -> None:
-                nonlocal ended
-                ended, self._cancel_attempt = True, None
-
-            cancel = spawn(self._attempt(), over)
-            if not ended:
-                self._cancel_attempt = cancel
+        if not self._attempting and now > self._failed_at + BETWEEN_ATTEMPTS:
+            self._attempting = True
+            self._cancel_attempt = spawn(self._attempt(), self._attempted)
         raise self._failure or CacheConnectionError(f"{self.endpoint} is lost and being connected to", BACKEND)
+
+    def _attempted(self) -> None:
+        self._attempting = False
 
     async def _attempt(self) -> None:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from cachebus.messages import CacheBackendError, CacheError
 
-from .memcached_connection import MISS, Answer, Connection, Exchange
+from .memcached_connection import MISS, Answer, Connection, Exchange, ask, read, store
 from .memcached_errors import BACKEND, ProtocolError, lost
 from .memcached_keys import Keys, is_generation, new_generation
 
@@ -55,31 +55,28 @@ class Session:
             connection.mark += 1
             question = b"mg %b v O%d\r\n" % (self.keys.generation_name, connection.mark)
             told = yield b"".join((question, *part)), len(part) + 1
-            version = told.pop(0)
-            if not self.unchanged(version) and not unversioned:
-                yield from self.changed(version)
+            yield from self.check(told.pop(0), unversioned=unversioned)
             answers = answers + told if answers else told
         return answers
 
     def clear(self) -> Exchange[None]:
         """Give the namespace a generation that never was. Raises `CacheError` if that could not be done."""
         generation = new_generation(self.connection.now())
-        (answer,) = yield self._store(generation, b""), 1
-        if answer != 0:
-            raise answer if isinstance(answer, CacheError) else self._drop(ProtocolError(str(answer)[:40]))
+        answer = yield from ask(store(self.keys.generation_name.decode(), generation, 0))
+        if type(answer) is not int or answer < 0:
+            raise self._drop(ProtocolError(str(answer)[:40]))
         self._use(generation)
 
-    def unchanged(self, answer: Answer) -> bool:
-        """Return whether the generation is still the one that is known. Raises `CacheError` for an answer to another
-        command."""
-        if type(answer) is not tuple:
-            return False
-        if answer[1] != self.connection.mark:
-            raise self._drop(ProtocolError("an answer to another command"))
-        return answer[0] == self.connection.generation
-
-    def changed(self, answer: Answer) -> Exchange[None]:
-        """Take in another generation than the one that was known. Raises `NamespaceChanged`."""
+    def check(self, answer: Answer, *, unversioned: bool = False) -> Exchange[None]:
+        """Take in the generation that a part of commands has read. Raises `NamespaceChanged` if it is another than the one
+        that was known, and `CacheError` for an answer to another command."""
+        if isinstance(answer, tuple):
+            if answer[1] != self.connection.mark:
+                raise self._drop(ProtocolError("an answer to another command"))
+            if answer[0] == self.connection.generation:
+                return
+        if unversioned:
+            return
         if isinstance(answer, tuple) and is_generation(answer[0]):
             self._use(answer[0])
         else:
@@ -89,11 +86,11 @@ class Session:
 
     def _learn(self, answer: Answer | None = None) -> Exchange[None]:
         """Read the generation, and make one if there is none. The first to store one makes it for all."""
-        question = b"mg %b v c\r\n" % self.keys.generation_name
+        name = self.keys.generation_name.decode()
         for _ in range(GENERATION_TRIES):
             if answer is None or isinstance(answer, tuple):
                 # A mark is no CAS token, so what a check has seen is read once more.
-                (answer,) = yield question, 1
+                answer = yield from ask(read(name))
             if isinstance(answer, tuple):
                 if is_generation(answer[0]):
                     self._use(answer[0])
@@ -103,9 +100,7 @@ class Session:
                 condition = b" ME"
             else:
                 raise answer if isinstance(answer, CacheError) else self._drop(ProtocolError(str(answer)[:40]))
-            (stored,) = yield self._store(new_generation(self.connection.now()), condition), 1
-            if isinstance(stored, CacheError):
-                raise stored
+            yield from ask(store(name, new_generation(self.connection.now()), 0, condition))
             answer = None
         raise CacheBackendError("the generation of the namespace is lost as soon as it is stored", BACKEND)
 
@@ -113,19 +108,10 @@ class Session:
         self.connection.generation = generation
         self.connection.head = self.keys.head(generation)
 
-    def _store(self, generation: bytes, condition: bytes) -> bytes:
-        name = self.keys.generation_name
-        return b"ms %b %d T0%b\r\n%b\r\n" % (name, len(generation), condition, generation)
-
     def _drop(self, error: ProtocolError) -> CacheError:
         failure = lost(error, self.connection.server, 0.0)
         self.connection.drop_later(failure)
         return failure
-
-
-def first_error(answers: Sequence[Answer]) -> CacheError | None:
-    """Return the error with which the server refused one of several commands."""
-    return next((each for each in answers if isinstance(each, CacheError)), None)
 
 
 def _parts(commands: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

@@ -49,49 +49,35 @@ async def open_socket(host: str, port: int, tls: ssl.SSLContext | None, name: st
                 await anyio.aclose_forcefully(stream)
                 raise
         return StreamSocket(stream)
-    loop = asyncio.get_running_loop()
-    _, made = await loop.create_connection(AsyncioSocket, host, port, ssl=tls, server_hostname=name if tls else None)
-    return made
+    loop, wanted = asyncio.get_running_loop(), name if tls else None
+    transport, _ = await loop.create_connection(_Unattached, host, port, ssl=tls, server_hostname=wanted)
+    return AsyncioSocket(transport)
 
 
-class AsyncioSocket(asyncio.Protocol):
+class _Unattached(asyncio.Protocol):
+    """Leaves what comes to the operating system, until there is a receiver."""
+
+    def connection_made(self, transport: Any) -> None:
+        transport.pause_reading()
+
+
+class AsyncioSocket:
     """A socket on asyncio, whose transport calls the receiver itself."""
 
-    def __init__(self) -> None:
-        self._transport: Any = None
-        self._early: list[bytes] = []
-        self._ended: list[Exception | None] = []
-
-    @property
-    def write(self) -> Callable[[bytes], None]:
-        write: Callable[[bytes], None] = self._transport.write
-        return write
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.write: Callable[[bytes], None] = transport.write
 
     @property
     def unsent(self) -> int:
-        size: int = self._transport.get_write_buffer_size()
-        return size
+        return self._transport.get_write_buffer_size()
 
     def attach(self, receiver: asyncio.Protocol) -> None:
         self._transport.set_protocol(receiver)
-        for data in self._early:
-            receiver.data_received(data)
-        for error in self._ended:
-            receiver.connection_lost(error)
+        self._transport.resume_reading()
 
     def close(self) -> None:
         self._transport.abort()
-
-    # For the event loop, before there is a receiver
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._early.append(data)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._ended.append(exc)
 
 
 class StreamSocket:
@@ -103,7 +89,6 @@ class StreamSocket:
         self._sending = False
         self._receiver: asyncio.Protocol | None = None
         self._tasks: set[Callable[[], None]] = set()
-        self._over = False
 
     @property
     def unsent(self) -> int:
@@ -111,37 +96,32 @@ class StreamSocket:
 
     def attach(self, receiver: asyncio.Protocol) -> None:
         self._receiver = receiver
-        self._start(self._receive)
+        self._start(self._receive())
 
-    @property
-    def write(self) -> Callable[[bytes], None]:
-        return self._write
-
-    def _write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         self._unsent.append(data)
         if not self._sending:
             self._sending = True
-            self._start(self._send)
+            self._start(self._send())
 
     def close(self) -> None:
-        self._over, self._receiver = True, None
+        self._receiver = None
+        self._unsent.clear()
         for cancel in list(self._tasks):
             cancel()
-        spawn(self._close(), _nothing)
+        spawn(anyio.aclose_forcefully(self._stream), lambda: None)
 
-    def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         # Kept until it has ended, so that closing can cancel it.
         entry: list[Callable[[], None]] = []
-        entry.append(spawn(work(), lambda: self._tasks.difference_update(entry)))
+        entry.append(spawn(self._guarded(work), lambda: self._tasks.difference_update(entry)))
         self._tasks.update(entry)
 
-    async def _receive(self) -> None:
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         ended: Exception | None = None
         try:
-            while True:
-                data = await self._stream.receive(READ_BYTES)
-                if self._receiver is not None:
-                    self._receiver.data_received(data)
+            await work
+            return
         except anyio.EndOfStream:
             pass
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
@@ -149,20 +129,17 @@ class StreamSocket:
         if self._receiver is not None:
             self._receiver.connection_lost(ended)
 
+    async def _receive(self) -> None:
+        while self._receiver is not None:
+            data = await self._stream.receive(READ_BYTES)
+            if self._receiver is not None:
+                self._receiver.data_received(data)
+
     async def _send(self) -> None:
         try:
-            while self._unsent and not self._over:
+            while self._unsent:
                 await self._stream.send(self._unsent[0])
-                self._unsent.popleft()
-        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-            if self._receiver is not None:
-                self._receiver.connection_lost(error)
+                if self._unsent:  # Closing has taken them away.
+                    self._unsent.popleft()
         finally:
             self._sending = False
-
-    async def _close(self) -> None:
-        await anyio.aclose_forcefully(self._stream)
-
-
-def _nothing() -> None:
-    """Closing has no one to report to."""

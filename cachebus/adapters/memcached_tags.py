@@ -16,11 +16,11 @@ from collections.abc import Iterable, Sequence
 
 from cachebus.messages import CacheBackendError, CacheError
 
-from .memcached_connection import Answer, Exchange
+from .memcached_connection import Answer, Exchange, first_error, read, store
 from .memcached_entry import VERSION_MAX, TagVersion, TagVersions
 from .memcached_errors import BACKEND
 from .memcached_keys import ALL_TAGS, Keys
-from .memcached_session import NamespaceChanged, Session, first_error
+from .memcached_session import NamespaceChanged, Session
 
 REMEMBERED_KEYS, REMEMBERED_TAGS = 10_000, 8
 """Bounds of a `TagMemory`: keys, and tags of one of them."""
@@ -72,13 +72,12 @@ class Generations:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._keys: Keys = session.keys
-        self._named: dict[str, str] = {}
         self._seen: dict[str, bytes] = {}  # By what follows the namespace's generation; empty where there is none.
         self._errors: dict[str, CacheError] = {}
 
-    def names(self, tags: TagVersions) -> tuple[str, ...]:
+    def names(self, tags: Iterable[TagVersion]) -> tuple[str, ...]:
         """Return the names of the generations of an entry's tags."""
-        return tuple([self._name(tag) for tag, _ in tags])
+        return tuple([self._keys.tag(tag) for tag, _ in tags])
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Return those of which the generation has not been read."""
@@ -88,13 +87,13 @@ class Generations:
 
     def reading(self, head: str, names: Sequence[str]) -> list[bytes]:
         """Return the commands that read generations; `learn` takes the answers."""
-        return [f"mg {head}{name} v c\r\n".encode() for name in names]
+        return [read(head + name) for name in names]
 
     def making(self, head: str, names: Sequence[str]) -> list[bytes]:
         """Return the commands that read generations and make those that are missing; `learn_made` takes the answers."""
         commands: list[bytes] = []
         for name in names:
-            commands += (_storing(f"{head}{name}", b"ME"), f"mg {head}{name} v c\r\n".encode())
+            commands += (_storing(head + name, b" ME"), read(head + name))
         return commands
 
     def learn(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
@@ -107,9 +106,8 @@ class Generations:
 
     def learn_made(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
         self.learn(names, answers[1::2])
-        for name, answer in zip(names, answers[::2], strict=True):
-            if isinstance(answer, CacheError):
-                self._errors[name] = answer
+        made = zip(names, answers[::2], strict=True)
+        self._errors |= {name: answer for name, answer in made if isinstance(answer, CacheError)}
 
     def read(self, names: Iterable[str]) -> Exchange[None]:
         """Read those that have not been read, if there are any. Raises `NamespaceChanged`."""
@@ -128,7 +126,7 @@ class Generations:
         neither be read nor made."""
         versions: list[TagVersion] = []
         for tag in dict.fromkeys(tags):
-            name = self._name(tag)
+            name = self._keys.tag(tag)
             if not (generation := self.seen(name)):
                 raise self._errors.get(name) or CacheBackendError(f"the generation of the tag {tag!r} is lost", BACKEND)
             versions.append((tag, generation))
@@ -136,13 +134,7 @@ class Generations:
 
     def good(self, tags: TagVersions) -> bool:
         """Return whether all these are the present generations, which have been read."""
-        return all(generation and self._seen.get(self._name(tag)) == generation for tag, generation in tags)
-
-    def _name(self, tag: str) -> str:
-        name = self._named.get(tag)
-        if name is None:
-            name = self._named[tag] = self._keys.tag(tag)
-        return name
+        return all(generation and self._seen.get(self._keys.tag(tag)) == generation for tag, generation in tags)
 
 
 def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
@@ -154,7 +146,7 @@ def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
     while True:
         head = yield from session.head()
         try:
-            answers = yield from session.ask([_storing(head + name, b"MR") for name in names])
+            answers = yield from session.ask([_storing(head + name, b" MR") for name in names])
         except NamespaceChanged:
             continue
         if (error := first_error(answers)) is not None:
@@ -164,5 +156,4 @@ def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
 
 def _storing(name: str, mode: bytes) -> bytes:
     """Return the command that stores a generation that never was."""
-    generation = fresh()
-    return b"ms %b %d T0 %b\r\n%b\r\n" % (name.encode(), len(generation), mode, generation)
+    return store(name, fresh(), 0, mode)

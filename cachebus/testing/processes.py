@@ -200,6 +200,8 @@ class ServerProcess:
         """Stop the server in its tracks: its connections stay, and nothing is answered."""
         if self._process is not None:
             self._process.send_signal(signal.SIGSTOP)
+            # One thread hears of it first, and the others go on until then.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Let a paused server go on."""

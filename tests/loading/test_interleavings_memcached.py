@@ -10,9 +10,9 @@ from uuid import uuid4
 
 import pytest
 
-from cachebus.adapters import memcached_lease_updates, memcached_planner, memcached_tags
+from cachebus.adapters import memcached_key_updates, memcached_planner, memcached_tags
+from cachebus.adapters.memcached_key_updates import LeaseDraft, LeaseUpdates
 from cachebus.adapters.memcached_keys import ALL_TAGS
-from cachebus.adapters.memcached_lease_updates import LeaseDraft, LeaseUpdates
 from cachebus.adapters.memcached_lookup import Lookup
 from cachebus.adapters.memcached_session import Session
 from cachebus.adapters.memcached_tags import Generations
@@ -133,7 +133,7 @@ def all_tags_are_made_anew_last(patch: pytest.MonkeyPatch) -> None:
     def careless(session: Session, tags: Any) -> Any:
         head = yield from session.head()
         names = (*map(session.keys.tag, tags), ALL_TAGS)
-        yield from session.ask([memcached_tags._storing(head + name, b"MR") for name in names])
+        yield from session.ask([memcached_tags._storing(head + name, b" MR") for name in names])
 
     patch.setattr(memcached_planner, "invalidate", careless)
 
@@ -156,7 +156,7 @@ def a_lease_whose_tags_have_changed_is_joined(patch: pytest.MonkeyPatch) -> None
 
 
 def values_are_stored_over_anything(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(memcached_lease_updates, "over", lambda answer: b"")
+    patch.setattr(memcached_key_updates, "over", lambda answer: b"")
 
 
 def generations_are_those_of_the_end(patch: pytest.MonkeyPatch) -> None:

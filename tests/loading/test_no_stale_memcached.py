@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from cachebus.adapters import memcached_tags
-from cachebus.adapters.memcached_chunks import content_of
-from cachebus.adapters.memcached_lease_updates import LeaseUpdates
+from cachebus.adapters.memcached_key_updates import LeaseUpdates
 from cachebus.adapters.memcached_lookup import Lookup
 from cachebus.adapters.memcached_tags import Generations
+from cachebus.adapters.memcached_values import content_of
 from cachebus.testing.servers import Server, run_memcached
 
 from .real_server_memcached import play_memcached

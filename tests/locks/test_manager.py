@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from cachebus.actors.lock_manager import KEPT, PARKED
 from cachebus.messages import (
     AcquireLock,
+    CacheConnectionError,
     DescribeLock,
     Failed,
     LockAcquired,
@@ -266,3 +268,48 @@ async def test_a_lock_that_ends_passes_by_thousands_who_went_away(locks: Managed
     there = locks.ask(want("there", wait=60))
     locks.advance(5.1)
     token_of(there)
+
+
+class Withheld:
+    """A store that keeps no queue, and answers when the test says so."""
+
+    def __init__(self, locks: Managed) -> None:
+        self.acquiring: list[tuple[str, Any]] = []
+        locks.table.poll = 0.02
+        locks.manager._asking = self
+
+    def ask(self, request: Any, then: Any) -> None:
+        if isinstance(request, AcquireLock):
+            self.acquiring.append((request.ticket, then))
+
+    def answer(self, reply: Any) -> str:
+        """Answer the question that has waited longest, and return whose it is."""
+        ticket, then = self.acquiring.pop(0)
+        then(reply)
+        return str(ticket)
+
+    def sweep(self) -> None:
+        pass
+
+    async def close(self, last: Any) -> None:
+        pass
+
+
+async def test_who_came_before_the_first_answer_of_a_store_without_a_queue_keeps_its_place(locks: Managed) -> None:
+    store = Withheld(locks)
+    waiting = [locks.ask(want(str(n), wait=60)) for n in range(3)]
+    assert store.answer(LockDenied("another", 5.0)) == "0"
+    waiting.append(locks.ask(want("3", wait=60)))
+    for n, caller in enumerate(waiting):
+        locks.advance(1)
+        assert store.answer(LockGranted(n + 1, 30.0)) == str(n)
+        assert token_of(caller) == n + 1
+
+
+async def test_who_came_before_a_store_was_heard_is_told_that_it_is_not_there(locks: Managed) -> None:
+    store = Withheld(locks)
+    waiting = [locks.ask(want(str(n), wait=60)) for n in range(3)]
+    down = Failed.of(CacheConnectionError("down", "memcached"))
+    assert [store.answer(down) for _ in range(3)] == ["0", "1", "2"]
+    assert [caller.reply for caller in waiting] == [down] * 3
+    assert store.acquiring == []

@@ -11,9 +11,9 @@ import pymemcache
 import pytest
 
 from cachebus.adapters.memcached import Endpoint, MemcachedStore
-from cachebus.adapters.memcached_chunks import MANIFEST
 from cachebus.adapters.memcached_entry import HEADER
 from cachebus.adapters.memcached_locks import MemcachedLockStore, _Locks
+from cachebus.adapters.memcached_values import MANIFEST
 from cachebus.messages import (
     AcquireLock,
     Add,

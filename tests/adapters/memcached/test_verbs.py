@@ -8,8 +8,8 @@ import anyio
 import pytest
 
 from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached_chunks import chunk_tails
 from cachebus.adapters.memcached_entry import HEADER
+from cachebus.adapters.memcached_values import chunk_tails
 from cachebus.messages import (
     CacheBackendError,
     CacheCapacityError,
