@@ -26,7 +26,7 @@ not, stores nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from cachebus.messages import CacheError, Stale
 
@@ -125,6 +125,7 @@ def stale_of(entry: Entry, value: object, lease: str, remaining: float) -> Stale
 
 
 def _checked(kind: type[T], value: Any) -> T:
-    if type(value) is not kind:
+    if value.__class__ is not kind:
         raise TypeError
-    return cast("T", value)
+    checked: T = value
+    return checked

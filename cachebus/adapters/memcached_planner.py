@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from cachebus.messages import (
     Admit,
@@ -75,7 +75,7 @@ def carry_out(values: Values, connection: Connection, batch: Sequence[Request[An
         answer = answers[at]
         if type(answer) is tuple and kept is not None:
             # Taken apart for each, so that no two callers share a list or a dict.
-            replies.append(found_or_fail(answer[0], answer[1], kept, epoch, now))
+            replies.append(found_or_fail(item[0], item[1], kept, epoch, now))
         elif kept is None and type(answer) is int and answer > 0:
             replies.append(Stored(epoch + answer))
         else:
@@ -322,11 +322,12 @@ class Direct:
         epoch, now = self._connection.epoch, self._connection.now()
         replies: dict[str, Any] = {}
         for (key, (_, kept)), answer in zip(names.items(), answers, strict=True):
-            if type(answer) is not tuple:
-                replies[key] = not_found(answer)
+            item: Any = answer
+            if item.__class__ is not tuple:
+                replies[key] = not_found(item)
                 continue
             # Taken apart for each, so that no two callers share a list or a dict.
-            replies[key] = reply = found_or_fail(answer[0], answer[1], kept, epoch, now)
+            replies[key] = reply = found_or_fail(item[0], item[1], kept, epoch, now)
             if type(reply) is not Entry:
                 self._memory.note(key, ())
         return (yield from self._resolved(replies))
@@ -340,7 +341,7 @@ class Direct:
             if key not in good:
                 continue
             try:
-                chunks = (yield chunk_reads(self._head, entry)) if entry.form == CHUNKED else []
+                chunks: list[Any] = (yield chunk_reads(self._head, entry)) if entry.form == CHUNKED else []
                 if (content := joined(entry, chunks)) is not None:
                     replies[key] = found_of(entry, decode_form(*content), self._connection.now())
             except CacheError as error:
@@ -386,9 +387,11 @@ class Direct:
         entries: dict[str, Entry] = {}
         for (key, (_, kept)), answer in zip(names.items(), answers[::2], strict=True):
             with contextlib.suppress(CacheError):  # Not ours, and gone all the same.
+                item: Any = answer
                 if (
-                    isinstance(answer, tuple)
-                    and (entry := entry_of(self._connection, kept, answer, self._connection.now())) is not None
+                    isinstance(item, tuple)
+                    and (entry := entry_of(self._connection, kept, cast("Any", item), self._connection.now()))
+                    is not None
                 ):
                     entries[key] = entry
         deleted = len((yield from self._good(entries)))

@@ -74,9 +74,9 @@ class Connector:
             greeted = Result()
             try:
                 connection.begin(connection.greet(), greeted)
-                if isinstance(error := await greeted.wait(), CacheError):
-                    plain = isinstance(error, CacheConnectionError | CacheConfigurationError)
-                    raise error if plain else unreachable(ValueError(), str(endpoint), 0.0)
+                if isinstance(refusal := await greeted.wait(), CacheError):
+                    plain = isinstance(refusal, CacheConnectionError | CacheConfigurationError)
+                    raise refusal if plain else unreachable(ValueError(), str(endpoint), 0.0)
             except BaseException:
                 connection.close()
                 raise

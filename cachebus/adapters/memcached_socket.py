@@ -130,10 +130,10 @@ class StreamSocket:
             self._receiver.connection_lost(ended)
 
     async def _receive(self) -> None:
-        while self._receiver is not None:
+        while (receiver := self._receiver) is not None:
             data = await self._stream.receive(READ_BYTES)
-            if self._receiver is not None:
-                self._receiver.data_received(data)
+            if self._receiver is receiver:
+                receiver.data_received(data)
 
     async def _send(self) -> None:
         try:

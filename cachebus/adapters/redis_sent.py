@@ -126,7 +126,7 @@ ScriptCall = tuple[list[Argument], Script, Parsed | None]
 def script_call(batch: Sequence[Request[Any]], prefix: str, default_px: str, space: TagSpace) -> ScriptCall | None:
     """A batch as one call of a script, if it is a run of plain `Set`s or one request about a lease. Raises `CacheError`."""
     request: Any = batch[0]
-    kind = type(request)
+    kind: object = request.__class__
     if kind is GetOrLease or kind is ReleaseLease or kind is RenewLease:
         if len(batch) > 1:
             return None

@@ -276,7 +276,8 @@ class Withheld:
     def __init__(self, locks: Managed) -> None:
         self.acquiring: list[tuple[str, Any]] = []
         locks.table.poll = 0.02
-        locks.manager._asking = self
+        asking: Any = self
+        locks.manager._asking = asking
 
     def ask(self, request: Any, then: Any) -> None:
         if isinstance(request, AcquireLock):
