@@ -75,7 +75,7 @@ def carry_out(values: Values, connection: Connection, batch: Sequence[Request[An
         answer = answers[at]
         if type(answer) is tuple and kept is not None:
             # Taken apart for each, so that no two callers share a list or a dict.
-            replies.append(found_or_fail(item[0], item[1], kept, epoch, now))
+            replies.append(found_or_fail(answer[0], answer[1], kept, epoch, now))
         elif kept is None and type(answer) is int and answer > 0:
             replies.append(Stored(epoch + answer))
         else:
