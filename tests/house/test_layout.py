@@ -11,8 +11,9 @@ import tarfile
 import tomllib
 import venv
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -21,6 +22,15 @@ from .paths import ROOMS, ROOT
 
 LINES = 400
 """The longest a module may be."""
+
+LARGE = {
+    "actors/cell.py": 520,  # the mailbox's turns, and the repair of turns that were interrupted
+    "actors/lock_manager.py": 415,
+    "adapters/memcached_planner.py": 405,
+    "adapters/redis_plan.py": 455,  # runs of requests, and requests that stand alone
+    "bus/nats_requests.py": 440,  # the inbox of a bus, and what is sent to one address
+}
+"""Modules that have outgrown it, and the lines that each may have at most. Each waits for being composed of parts; none is added."""
 
 
 def files_on_disk(folder: Path) -> set[str]:
@@ -33,11 +43,12 @@ def files_on_disk(folder: Path) -> set[str]:
     return found
 
 
-def long_modules(folder: Path, limit: int) -> list[str]:
+def long_modules(folder: Path, limit: int, large: Mapping[str, int] = MappingProxyType({})) -> list[str]:
     files = sorted(folder.rglob("*.py"))
     assert files, f"no Python file under {folder}"
     lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
-    return [f"{file.relative_to(folder)}: {length} lines" for file, length in lengths.items() if length > limit]
+    named = {file.relative_to(folder).as_posix(): length for file, length in lengths.items()}
+    return [f"{name}: {length} lines" for name, length in named.items() if length > large.get(name, limit)]
 
 
 def link_faults(root: Path, rooms: Iterable[str]) -> list[str]:
@@ -72,7 +83,12 @@ def test_a_bad_link_is_found(tmp_path: Path) -> None:
 
 
 def test_no_module_is_longer_than_a_reader_bears() -> None:
-    assert long_modules(ROOT / "cachebus", LINES) == []
+    assert long_modules(ROOT / "cachebus", LINES, LARGE) == []
+
+
+def test_a_large_module_that_has_shrunk_is_large_no_more() -> None:
+    lengths = {name: len((ROOT / "cachebus" / name).read_text(encoding="utf-8").splitlines()) for name in LARGE}
+    assert [name for name, length in lengths.items() if length <= LINES] == []
 
 
 def test_a_long_module_is_found(tmp_path: Path) -> None:
