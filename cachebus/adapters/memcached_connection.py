@@ -127,7 +127,7 @@ class Connection(asyncio.Protocol):
         self._moved = 0
         self.last_progress = now
         self._resume(None)
-        if self.waiting and (self._timer is None or self._armed_for > self._limit):
+        if (self._timer is None or self._armed_for > self._limit) and self.waiting:
             self._arm()
 
     def close(self, error: CacheError | None = None) -> None:
