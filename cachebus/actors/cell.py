@@ -66,7 +66,10 @@ _LOOK_AGAIN = 0.05
 
 
 _BETWEEN_CLAIMS = 0.002
-"""Seconds between two looks at the stacks of all threads, for callers that find the turn taken."""
+"""Seconds between two looks at the stacks of all threads, at least, for callers that find the turn taken."""
+
+_CLAIMS_SHARE = 50
+"""How many times longer than a look the pause after it is."""
 
 
 class Renewal(Exception):
@@ -339,12 +342,15 @@ class Cell:
 
     def _reclaim(self) -> bool:
         """Take the turn over from a holder that was interrupted, put right what it left, and let the turn be free."""
-        # Under contention the turn is rarely free and its holder is well: looking costs more than a turn. Of real time,
-        # because it bounds a cost; a caller that comes earlier is served by the holder, or by `_look_again`.
-        if (now := monotonic()) < self._next_claim:
+        # Under contention the holder is well, and a look at the stacks of many threads takes longer than many turns: so
+        # looks are a small part of the time. A caller that comes in between is served by the holder, or by `_look_again`.
+        if (began := monotonic()) < self._next_claim:
             return False
-        self._next_claim = now + _BETWEEN_CLAIMS
-        if (token := self._turn.claim()) is None:
+        self._next_claim = began + 1.0
+        token = self._turn.claim()
+        ended = monotonic()
+        self._next_claim = ended + max(_BETWEEN_CLAIMS, _CLAIMS_SHARE * (ended - began))
+        if token is None:
             return False
         self._next_claim = 0.0
         self._repair()
