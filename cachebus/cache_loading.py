@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT, Turn
-from cachebus.messages import Found, Get, Missing
+from cachebus.messages import Found, Get, Missing, Reply
 
 from .cached_function import TURNS_OF_A_MISS, Decorator, cached
 from .checks import check_key, check_keys
@@ -109,7 +109,7 @@ class CacheLoading(Decorating):
         found: Any = reply if isinstance(reply, Found | Missing) else await self._link.finish(request, reply)
         checked = LoadOptions.of(ttl, tags, **options)
         wants_context, asynchronous = kind_of(loader)
-        job = LoadJob(key, loader, checked, checked.tags, asynchronous, reply is None, wants_context)
+        job = LoadJob(key, loader, checked, checked.tags, asynchronous, not isinstance(reply, Reply), wants_context)
         return await self._loads.deliver(self._runner, job, found)
 
     async def get_or_load_many(
@@ -173,7 +173,7 @@ class SyncCacheLoading(Decorating):
         found: Any = reply if isinstance(reply, Found | Missing) else run(link.finish_blocking(request, reply))
         checked = LoadOptions.of(ttl, tags, **options)
         wants_context, asynchronous = kind_of(loader)
-        job = LoadJob(key, loader, checked, checked.tags, asynchronous, reply is None, wants_context)
+        job = LoadJob(key, loader, checked, checked.tags, asynchronous, not isinstance(reply, Reply), wants_context)
         return run(self._loads.deliver(ThreadRunner(link), job, found))
 
     def get_or_load_many(

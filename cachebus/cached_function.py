@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT
-from cachebus.messages import Found, Get, Missing
+from cachebus.messages import Found, Get, Missing, Reply
 
 from .checks import check_key, check_tags
 from .keying import compile_template
@@ -96,7 +96,7 @@ class CachedFunction:
         found: Any = reply if isinstance(reply, Found | Missing) else await link.finish(request, reply)
         call = functools.partial(self._function, *args, **kwargs)
         tags = self._tags_of(args, kwargs)
-        job = LoadJob(request.key, call, self._options, tags, asynchronous=True, remote=reply is None)
+        job = LoadJob(request.key, call, self._options, tags, asynchronous=True, remote=not isinstance(reply, Reply))
         return await self._loads.deliver(AsyncRunner(link), job, found)
 
     def as_function(self) -> Callable[..., Any]:
@@ -120,7 +120,7 @@ class CachedFunction:
         found: Any = reply if isinstance(reply, Found | Missing) else run(link.finish_blocking(request, reply))
         call = functools.partial(_not_a_coroutine, self._function, args, kwargs)
         tags = self._tags_of(args, kwargs)
-        job = LoadJob(request.key, call, self._options, tags, asynchronous=False, remote=reply is None)
+        job = LoadJob(request.key, call, self._options, tags, asynchronous=False, remote=not isinstance(reply, Reply))
         return run(self._loads.deliver(ThreadRunner(link), job, found))
 
     def _tags_of(self, args: Any, kwargs: Any) -> tuple[str, ...]:
