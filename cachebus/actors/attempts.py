@@ -130,7 +130,7 @@ class Attempts:
     def _check(self) -> None:
         now = self._now()
         # A timer that is late says that this loop stood still and read nothing. The answers may have arrived by now, so they
-        # are read first: what we slept through is nobody's failure.
+        # are read first: what arrived during the stall is no failure.
         if (stall := now - self.armed_for) > PUNCTUAL:
             for attempt in self.outstanding:
                 attempt.due += stall + PUNCTUAL

@@ -190,7 +190,7 @@ class BackendActor(Actor):
 
     def repair(self) -> Collection[Deferred] | None:
         if not isinstance(self._store, InlineStore):
-            return None  # What was being sent is not known: the connections are opened anew.
+            return None  # What was being sent is not known: new connections are opened.
         owed = self._store.repair()
         self._sweep_at = float("inf")
         if (due := self._store.next_expiry()) is not None:

@@ -170,7 +170,7 @@ class Cell:
                         raise
                     reply = Deferred()
                     self._crashed(error, Envelope(message, reply))
-                free.append(token)  # Not in a `finally`: whoever is interrupted leaves it to the next one.
+                free.append(token)  # Not in a `finally`: an interrupted turn leaves it to the next one.
                 if mailbox:
                     self._serve_mail()
                 return reply

@@ -260,7 +260,7 @@ class Supervisor:
                 return
             except Renewal:
                 reason, crashed = "interrupted", False
-                logger.warning("actor %s begins anew because a turn was interrupted", cell.address)
+                logger.warning("actor %s restarts because a turn was interrupted", cell.address)
             except Exception as error:
                 if not started:
                     raise
