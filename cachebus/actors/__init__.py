@@ -5,11 +5,10 @@ from .backend import STORE_REQUESTS, BackendActor
 from .breaker import BreakerPolicy, CircuitState
 from .cell import Cell
 from .context import Context
-from .guard_policy import GuardPolicy, GuardStatistics
+from .guard_policy import GuardPolicy, GuardStatistics, RetryPolicy
 from .lock_manager import LockManager
 from .ports import BatchStore, Capabilities, Gauges, InlineStore, LockStore, PipelinedStore, Store, Timer, Timers
 from .resilience import Guard
-from .retrying import RetryPolicy
 from .supervisor import RestartPolicy, Supervisor
 
 __all__ = [

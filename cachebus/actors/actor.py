@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachebus.bus import Deferred, Pending
+from cachebus.bus import Deferred, Envelope, Pending
 from cachebus.messages import Message, Reply
 
 from .context import Context
@@ -129,3 +129,18 @@ def _message_kinds(
     if not all(isinstance(each, type) and issubclass(each, Message) for each in members):
         return batch, ()
     return batch, members
+
+
+def check_batch(envelopes: Sequence[Envelope], replies: Sequence[Any]) -> None:
+    """Raise `TypeError` unless there is one reply for each message."""
+    if len(replies) != len(envelopes):
+        raise TypeError(f"a batch of {len(envelopes)} messages got {len(replies)} replies")
+
+
+def alone(handler: AsyncHandler) -> BatchHandler:
+    """A handler of one message as a handler of a batch of one."""
+
+    async def handle(batch: Sequence[Any]) -> Sequence[Any]:
+        return [await handler(batch[0])]
+
+    return handle

@@ -52,8 +52,7 @@ from cachebus.messages import (
     Request,
 )
 
-from .actor import Actor, BatchHandler, EagerHandler, Handlers, PlainHandler
-from .batches import alone, check_batch
+from .actor import Actor, BatchHandler, EagerHandler, Handlers, PlainHandler, alone, check_batch
 from .mailbox import STOP, Mailbox
 from .turns import TurnToken, is_interruption
 
@@ -61,7 +60,7 @@ logger = logging.getLogger("cachebus.actors")
 
 _COMBINE = 64  # Turns that one caller takes for others before the actor's task goes on with them.
 _TURNS_PER_CHECKPOINT = 128  # Turns of the actor's task without letting other tasks run.
-_LOOK_AGAIN = 0.05
+_LOOK_AGAIN = 0.01
 """Seconds after which a message that waits for a turn looks whether the holder was interrupted."""
 
 

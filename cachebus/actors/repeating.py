@@ -14,7 +14,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result
 from cachebus.messages import CacheError, Failed, Reply, Request, error_class
 
 from .context import Context
-from .retrying import RetryPolicy
+from .guard_policy import RetryPolicy
 
 RESERVE = 10.0
 MOST = 100.0

@@ -153,25 +153,31 @@ def test_nor_with_another_policy_or_from_a_signal_handler_that_raises_an_excepti
 
 def test_a_repair_may_be_interrupted_too() -> None:
     bench = Bench(max_entries=5)
-    halfway = [False]
 
-    def call() -> None:
-        # The first interruption comes in the middle of a write, the second while the next call repairs that.
-        with pytest.raises(Hard):
-            Injector(180, throw_hard).run(lambda: bench.cache.set("a", 10, ttl=5.0, tags=["t", "u"]))
-        halfway[0] = bench.store._changing == "a"
-        injector.run(lambda: bench.cache.get("b"))
+    def breaks_a_write(at: int) -> bool:
+        """Interrupt a write at an instruction, and return whether that leaves an entry to be repaired."""
+        with suppress(Hard):
+            Injector(at, throw_hard).run(lambda: bench.cache.set("a", 10, ttl=5.0, tags=["t", "u"]))
+        return bench.store._changing == "a"
 
+    halfway = []
+    for at in range(1, 400):
+        bench.prepare()
+        if breaks_a_write(at):
+            halfway.append(at)
+    middle = halfway[len(halfway) // 2]
     reached, at = True, 0
     while reached:
         at += 1
         bench.prepare()
+        assert breaks_a_write(middle)
+        # The next call repairs what the first interruption has broken, and is interrupted as well.
         injector = Injector(at, throw_hard)
         with suppress(Hard):
-            call()
-        assert halfway[0], "the test does not interrupt a write"
+            injector.run(lambda: bench.cache.get("b"))
         reached = injector.reached
         bench.check({"a": {1, 10}})
+    assert at > 20
     bench.cache.close()
 
 

@@ -18,7 +18,7 @@ LATE = {
 }
 """Loaded when a URL, a command or a settings file asks for it, not before."""
 
-MOST_MODULES = 123
+MOST_MODULES = 122
 """What `import cachebus` loads at most besides what `import asyncio` does: a bound without a clock. Ours are 80 of them."""
 
 

@@ -10,7 +10,6 @@ import pytest
 from msgspec.structs import replace
 
 from cachebus import open_cache
-from cachebus.link import Link
 from cachebus.messages import Delete, Found, GetOrLease, LeaseGranted, Loading, NotStored, Reply, Request, Set, Stored
 from tests.facade.faces import settings
 from tests.facade.outages import Outage
@@ -56,7 +55,7 @@ async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease(monkeypatch: p
     questions = 0
     copied, joined, go_on = anyio.Event(), anyio.Event(), anyio.Event()
     async with open_cache(settings(), stores=lambda _: store) as cache:
-        turn, ask = cache.link.turn_lease, Link.request
+        turn, ask = cache.link.turn_lease, cache._runner.ask
         theirs = await one(store, GetOrLease("k", "another process", "o1", 60.0))
         assert isinstance(theirs, LeaseGranted)
 
@@ -67,13 +66,13 @@ async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease(monkeypatch: p
                 joined.set()
             return turn(question)
 
-        async def held_up(link: Link, question: Any, patience: float = 0.0) -> Any:
+        async def held_up(question: Any, patience: float = 0.0) -> Any:
             nonlocal questions
             if type(question) is not GetOrLease or questions != 1:
-                return await ask(link, question, patience)
+                return await ask(question, patience)
             questions += 1
             assert isinstance(await one(store, Set("k", "old", lease=theirs.token)), Stored)
-            reply = await ask(link, question, patience)
+            reply = await ask(question, patience)
             await one(store, Delete("k"))
             assert isinstance(await one(store, question), LeaseGranted)
             copied.set()
@@ -81,7 +80,7 @@ async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease(monkeypatch: p
             return reply
 
         cache.link.turn_lease = counted
-        monkeypatch.setattr(Link, "request", held_up)
+        monkeypatch.setattr(cache._runner, "ask", held_up)
 
         async def call(name: str) -> None:
             values[name] = await cache.get_or_load("k", lambda: f"loaded for {name}", lease_ttl=0.1)
