@@ -31,6 +31,7 @@ NO_TLS = "the server offers no TLS"
 
 _LONGEST_LINE = 1024 * 1024  # Bytes: the INFO of a large cluster is one line.
 _FLUSH = 10.0  # Seconds that a server has to confirm what was sent.
+_KNOWN_LINES = 512
 _LINE_ENDS = str.maketrans("\r\n", "  ")
 
 
@@ -217,6 +218,10 @@ class _Pong(asyncio.Future[Any]):
     sent: float | None = None
 
 
+_Opening = tuple[str, int, str, int, int]
+"""Subject, number of the subscription, subject for the reply, bytes of the headers, and bytes on the whole."""
+
+
 class _BatchParser(Parser):
     """Reads the server's side of the protocol, and hands over the messages of one read together."""
 
@@ -225,6 +230,7 @@ class _BatchParser(Parser):
         self._client: Any = client  # Whose private parts are used.
         self._rest = bytearray()
         self._needed = 0  # Bytes of the message that begins in the rest; 0 if its size is not known yet.
+        self._known: dict[bytes, _Opening] = {}  # Lines that are likely to come again.
 
     def reset(self) -> None:
         super().reset()
@@ -238,7 +244,7 @@ class _BatchParser(Parser):
                 return
             data = bytes(self._rest)
             self._rest = bytearray()
-        client = self._client
+        client, known = self._client, self._known
         sinks: dict[int, Sink] = client.sinks
         sink: Sink | None = None
         run: list[Delivery] = []  # Of one sink, that came one after the other.
@@ -252,28 +258,21 @@ class _BatchParser(Parser):
                     if size - at > _LONGEST_LINE:
                         raise nats.errors.ProtocolError
                     break
-                words = data[at:end].split()
-                verb = words[0] if words else b""
-                if verb == b"MSG":
-                    has_reply = len(words) == 5
-                    head = 0
-                elif verb == b"HMSG":
-                    has_reply = len(words) == 6
-                    head = int(words[-2])
-                else:
+                line = data[at:end]
+                opening = known.get(line) or self._opening(line)
+                if opening is None:
                     if run and sink is not None:
                         sink.take(run)
                     sink, run = None, []
                     await self._line(data[at : end + 2])
                     at = end + 2
                     continue
+                subject, sid, reply, head, length = opening
                 body = end + 2
-                stop = body + int(words[-1])
+                stop = body + length
                 if size < stop + 2:
                     self._needed = stop + 2 - at
                     break
-                sid = int(words[2])
-                reply = words[3] if has_reply else b""
                 found = sinks.get(sid)
                 at = stop + 2
                 if found is not sink or found is None:
@@ -282,18 +281,14 @@ class _BatchParser(Parser):
                     sink, run, held = found, [], 0
                     if found is None:
                         await client._process_msg(
-                            sid, words[1], reply, data[body + head : stop], data[body : body + head]
+                            sid, subject.encode(), reply.encode(), data[body + head : stop], data[body : body + head]
                         )
                         continue
                 held += stop - body
                 if len(run) >= found.pending_messages or held > found.pending_bytes:
-                    await client._error_cb(
-                        nats.errors.SlowConsumerError(words[1].decode(), reply.decode(), sid, client._subs[sid])
-                    )
+                    await client._error_cb(nats.errors.SlowConsumerError(subject, reply, sid, client._subs[sid]))
                     continue
-                run.append(
-                    Delivery(words[1].decode(), reply.decode(), data[body + head : stop], data[body : body + head])
-                )
+                run.append(Delivery(subject, reply, data[body + head : stop], data[body : body + head]))
         except (ValueError, IndexError):
             raise nats.errors.ProtocolError from None
         finally:
@@ -301,6 +296,24 @@ class _BatchParser(Parser):
                 sink.take(run)
         if at < size:
             self._rest += data[at:] if at else data
+
+    def _opening(self, line: bytes) -> _Opening | None:
+        """Read the first line of a message. `None` if the line begins no message."""
+        words = line.split()
+        verb, count = (words[0] if words else b""), len(words)
+        if verb not in (b"MSG", b"HMSG"):
+            return None
+        has_head = verb == b"HMSG"
+        if count - has_head not in (4, 5):
+            raise nats.errors.ProtocolError
+        has_reply, head = count - has_head == 5, int(words[-2]) if has_head else 0
+        reply = words[3].decode() if has_reply else ""
+        opening = (words[1].decode(), int(words[2]), reply, head, int(words[-1]))
+        if not has_reply:  # Such as an event: the next ones of its kind have the same line, if they are as long.
+            if len(self._known) >= _KNOWN_LINES:
+                self._known.clear()
+            self._known[line] = opening
+        return opening
 
     async def _line(self, line: bytes) -> None:
         """Leave a line that is no message to nats-py."""

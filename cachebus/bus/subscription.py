@@ -45,21 +45,14 @@ class Subscription:
         self.capacity = capacity
         self.local = local
         self.dropped = 0
-        self._shown = shown
+        self.shown = shown
         self._events: deque[tuple[Event, Shown | None]] = deque()
         self._waiter: Port | None = None
         self._on_close = on_close
         self._closed = False
 
-    def offer(self, event: Event) -> None:
-        """Take an event of this process in, or count it as dropped. Called by the bus, from any thread."""
-        self._take(event, self._shown)
-
-    def offer_foreign(self, event: Event) -> None:
-        """As `offer`, for an event of another process."""
-        self._take(event, None)
-
-    def _take(self, event: Event, shown: Shown | None) -> None:
+    def offer(self, event: Event, shown: Shown | None = None) -> None:
+        """Take an event in, or count it as dropped. `shown` redacts it when it is handed over. From any thread."""
         if self._closed:
             return
         if len(self._events) >= self.capacity:
@@ -98,7 +91,8 @@ class Subscription:
                     await port.wait()
             finally:
                 self._waiter = None
-        return self._pop()
+        event, shown = self._events.popleft()
+        return event if shown is None else shown(event)
 
     def __iter__(self) -> Iterator[Event]:
         while (event := self.next()) is not None:
@@ -207,13 +201,13 @@ class Audience:
     def hear(self, event: Event) -> None:
         """Offer an event of this process to whoever wants it."""
         for subscription in self._by_kind.get(type(event), ()):
-            subscription.offer(event)
+            subscription.offer(event, subscription.shown)
 
     def hear_foreign(self, event: Event) -> None:
         """Offer an event of another process to whoever wants it."""
         for subscription in self._by_kind.get(type(event), ()):
             if not subscription.local:
-                subscription.offer_foreign(event)
+                subscription.offer(event)
 
     @property
     def dropped(self) -> int:
