@@ -34,7 +34,7 @@ from .timing import Figure, announce
 BOUNDS = {
     "memory-hit": 3,
     "memory-hit-plain": 3,
-    "memory-set": 8,
+    "memory-set": 6,
     "redis-hit": 25,
     "redis-set": 32,
     "redis-load-hit": 32,
