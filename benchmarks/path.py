@@ -41,10 +41,10 @@ BOUNDS = {
     "redis-load-miss": 131,
     "memcached-hit": 32,
     "memcached-set": 42,
-    "worker-hit": 64,
-    "worker-set": 94,
+    "worker-hit": 63,
+    "worker-set": 91,
     "worker-redis-set": 113,
-    "event": 48,
+    "event": 40,
 }
 """The most calls that an operation may make, at both ends. `tests/benchmarks/test_path.py` holds them."""
 

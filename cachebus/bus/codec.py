@@ -96,10 +96,7 @@ def decode_each(data: bytes, content_type: str = MSGPACK) -> tuple[list[Message 
     """
     form = _FORMATS.get(content_type) or _format(content_type)
     if not form.is_array(data):
-        message = _decoded(form, form.decode_one, data)
-        if isinstance(message, BadMessage):
-            raise message
-        return [message], False
+        return [decode_one(data, content_type)], False
     messages = _decoded(form, form.decode_array, data)
     if isinstance(messages, BadMessage):
         parts = _decoded(form, form.decode_parts, data)
@@ -119,10 +116,9 @@ def decode_one(data: bytes, content_type: str = MSGPACK) -> Message:
     form = _FORMATS.get(content_type) or _format(content_type)
     try:
         message = form.one(data)
-        if not form.incoming.places[type(message)]:
-            return cast("Message", message)
+        return message if form.incoming.places[type(message)] is None else map_values(message, form.incoming)  # type: ignore[no-any-return]
     except Exception:
-        pass
+        pass  # The other path says what it is.
     message = _decoded(form, form.decode_one, data)
     if isinstance(message, BadMessage):
         raise message
