@@ -63,8 +63,8 @@ class LoadJob(Struct, eq=False):
     options: LoadOptions
     tags: tuple[str, ...]
     asynchronous: bool
-    remote: bool
     wants_context: bool = False
+    remote: bool = True
     caller: Coroutine[Any, Any, Any] | None = None
 
 

@@ -19,12 +19,14 @@ from cachebus.messages import (
     CapabilityError,
     Failed,
     Found,
+    Get,
     LeaseGranted,
     Loaded,
     Missing,
     NotHeld,
     Overloaded,
     ReleaseLease,
+    Reply,
     Stale,
     StaleServed,
     Touch,
@@ -70,13 +72,18 @@ class LoadCoordinator:
 
     # Callers
 
-    def deliver(self, runner: Runner, job: LoadJob, found: Found | Missing) -> Coroutine[Any, Any, Any]:
-        """Return the value, given what reading the key has found: the value itself, or one that is loaded or stale."""
-        job.caller = caller = self._deliver(runner, job, found)
+    def deliver(self, runner: Runner, job: LoadJob, request: Get, reply: Any) -> Coroutine[Any, Any, Any]:
+        """Return the value of a key, given what the turn of a `Get` has returned: the stored value, or one that is loaded or
+        stale."""
+        job.remote = not isinstance(reply, Reply)
+        job.caller = caller = self._deliver(runner, job, request, reply)
         return caller
 
-    async def _deliver(self, runner: Runner, job: LoadJob, found: Found | Missing, started: float | None = None) -> Any:
+    async def _deliver(
+        self, runner: Runner, job: LoadJob, request: Get, reply: Any, started: float | None = None
+    ) -> Any:
         options, table = job.options, self.table
+        found: Any = reply if isinstance(reply, Found | Missing) else await runner.finish(request, reply)
         now = runner.link.bus.clock.monotonic
         if started is None:
             started = now()
@@ -306,7 +313,7 @@ class LoadCoordinator:
             job = loads[key].job
             job.caller = in_flight.owner
             try:
-                values[key] = await self._deliver(runner, job, _MISSING, started)
+                values[key] = await self._deliver(runner, job, Get(key), _MISSING, started)
             except LeftOut:
                 continue
         return {key: values[key] for key in keys if key in values}
@@ -322,7 +329,7 @@ class LoadCoordinator:
     ) -> LeasedLoad:
         asynchronous = is_asynchronous(loader)
         call = calls_for_one(loader, key)
-        job = LoadJob(key, call, options, options.tags, asynchronous, remote=True)
+        job = LoadJob(key, call, options, options.tags, asynchronous)
         return LeasedLoad(self.table, runner, job, started, in_flight, next(self.table.tokens))
 
     async def _lease_many(self, runner: Runner, loads: dict[str, LeasedLoad]) -> dict[str, Any]:

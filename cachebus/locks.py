@@ -7,6 +7,7 @@ import math
 import os
 import socket
 from functools import cache
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from cachebus.messages import (
 )
 
 from .checks import Duration, check_key, check_seconds
-from .link import blocking, run
+from .link import blocking, mirrored, run
 from .lock_ways import LockWay
 
 __all__ = ["Lock", "LockInfo", "SyncLock"]
@@ -249,9 +250,14 @@ class Lock:
         self._ticket, self._lost, self._expires_at = "", False, -math.inf
 
 
+def _forwarded(name: str) -> Any:
+    """Return a property of `SyncLock` that is that of its `Lock`."""
+    return property(attrgetter(f"_inner.{name}"))
+
+
 class SyncLock:
     """A `Lock` for code without an event loop: used with `with`, and everything else without `await`. Made by
-    `SyncCache.lock`. It is renewed in the background, whatever its thread does."""
+    `SyncCache.lock`. It is renewed in the background, whatever its thread does. Its attributes are those of `Lock`."""
 
     def __init__(self, lock: Lock) -> None:
         self._inner = lock
@@ -259,44 +265,15 @@ class SyncLock:
     def __repr__(self) -> str:
         return repr(self._inner).replace("<Lock", "<SyncLock", 1)
 
-    @property
-    def name(self) -> str:
-        """The name of the lock."""
-        return self._inner.name
+    name: str = _forwarded("name")
+    owner: str = _forwarded("owner")
+    ttl: float = _forwarded("ttl")
+    token: int = _forwarded("token")
+    lost: bool = _forwarded("lost")
+    held: bool = _forwarded("held")
+    remaining: float = _forwarded("remaining")
 
-    @property
-    def owner(self) -> str:
-        """What others are told that its holder is."""
-        return self._inner.owner
-
-    @property
-    def ttl(self) -> float:
-        """Seconds for which it is held without being renewed."""
-        return self._inner.ttl
-
-    @property
-    def token(self) -> int:
-        """As `Lock.token`."""
-        return self._inner.token
-
-    @property
-    def lost(self) -> bool:
-        """As `Lock.lost`."""
-        return self._inner.lost
-
-    @property
-    def held(self) -> bool:
-        """As `Lock.held`."""
-        return self._inner.held
-
-    @property
-    def remaining(self) -> float:
-        """As `Lock.remaining`."""
-        return self._inner.remaining
-
-    def check(self) -> None:
-        """As `Lock.check`."""
-        self._inner.check()
+    check = mirrored(Lock.check, lambda nothing: nothing)
 
     def acquire(self) -> Self:
         """As `Lock.acquire`."""

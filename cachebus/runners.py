@@ -59,7 +59,7 @@ class AsyncRunner:
         self.ask: Any = link.request
         self.finish: Any = link.finish
 
-    async def probe(self, request: Request[R], patience: float) -> R:
+    async def probe(self, request: Request[R], patience: float = 0.0) -> R:
         """As `ask`, for the error as it is, which counts nowhere."""
         return await self.link.probe(request, self.link.timeout + patience)
 
@@ -152,7 +152,7 @@ class ThreadRunner:
         self.ask: Any = link.request_blocking
         self.finish: Any = link.finish_blocking
 
-    async def probe(self, request: Request[R], patience: float) -> R:
+    async def probe(self, request: Request[R], patience: float = 0.0) -> R:
         return await self.link.probe_blocking(request, self.link.timeout + patience)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:

@@ -127,8 +127,8 @@ def test_a_load_that_can_have_no_thread_of_its_own_is_done_by_whoever_asks(
 
     monkeypatch.setattr(threading.Thread, "start", no_more)
     assert sync_cache.get_or_load("k", threading.get_ident, hard_timeout=5) == threading.get_ident()
-    assert sync_cache._loads.table.in_flight == {}
-    assert len(sync_cache._loads.table.renewals) == 0
+    assert sync_cache.loads.table.in_flight == {}
+    assert len(sync_cache.loads.table.renewals) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
