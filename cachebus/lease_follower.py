@@ -33,17 +33,10 @@ NOTIFICATION_DELAY = 0.02
 """Seconds by which the end of a lease may be heard after the next lease was granted."""
 
 
-class LeaseNotifications(Struct):
-    """Whether the store tells the end of a lease, as far as is known."""
-
-    supported: bool = True
-
-
 class LeaseFollower(Struct, eq=False):
     """Waits for the load of another process under the lease `theirs`. If that load gives up, it loads itself."""
 
     table: LoadTable
-    notifications: LeaseNotifications
     runner: Runner
     job: LoadJob
     theirs: str
@@ -124,7 +117,7 @@ class LeaseFollower(Struct, eq=False):
 
         Returns the error if the loader has failed, as far as the store tells that.
         """
-        if self.notifications.supported:
+        if self.table.has_notifications:
             # An end that is not told, as that of a lease that a delete has taken away, is found a little later.
             wait = min(longest, LONGEST_PAUSE * (0.5 + self.table.random.random() / 2))
             try:
@@ -133,7 +126,7 @@ class LeaseFollower(Struct, eq=False):
             except LoaderFailed as error:
                 return error
             except (CapabilityError, BadMessage):
-                self.notifications.supported = False
+                self.table.has_notifications = False
             except CacheError:
                 pass  # Whatever is wrong: the next question says it.
         if pause:
@@ -146,7 +139,7 @@ class LeaseFollower(Struct, eq=False):
         The second question is granted the next lease then, though its callers waited for that load. A store that tells the end of
         a lease does so on another connection, and a little later.
         """
-        return await self._lease_end(name, 0.0, NOTIFICATION_DELAY) if self.notifications.supported else None
+        return await self._lease_end(name, 0.0, NOTIFICATION_DELAY) if self.table.has_notifications else None
 
 
 def lease_of(reply: Loading | Stale | LeaseGranted) -> str:

@@ -266,7 +266,7 @@ class World:
             for number, (line, cell) in enumerate(zip(lines, cells, strict=True)):
                 cache = Cache(lambda: None).attach(LineLink(line, cell.address))  # type: ignore[arg-type, return-value]
                 cache.loads.table.random = random.Random(self.chance.random())
-                cache.loads.notifications.supported = (
+                cache.loads.table.has_notifications = (
                     False  # What it would learn when it first waits: this store lets callers wait.
                 )
                 self.prepare(cache)

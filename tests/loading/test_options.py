@@ -95,7 +95,7 @@ async def test_a_refresh_that_fails_leaves_the_value(cache: Cache, clock: Manual
 
     assert await cache.get_or_load("k", fail, ttl=10, refresh=0.5) == 1
     with anyio.fail_after(30):
-        while cache.loads.refreshing:
+        while cache.loads.table.refreshing:
             await checkpoint()
     assert await cache.get("k") == 1
 
