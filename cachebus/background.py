@@ -67,7 +67,7 @@ class Hosted:
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Enter it. Raises what entering raises."""
+        """Enter it. Raises the error that entering raises."""
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._live(opened))
         await opened

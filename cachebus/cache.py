@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import msgspec
 from anyio.lowlevel import checkpoint
+from msgspec import Struct
+from msgspec.structs import replace
 
 from cachebus.bus import TURNS_PER_CHECKPOINT, ReplySlot, Subscription
 from cachebus.messages import (
@@ -34,8 +35,8 @@ from cachebus.messages import (
     Increment,
     InvalidateTags,
     Missing,
+    PayloadRejected,
     Present,
-    Request,
     Scan,
     Scanned,
     SetMany,
@@ -45,32 +46,26 @@ from cachebus.messages import (
     Touch,
 )
 
-from .cache_limits import CacheLimits
-from .cache_loading import CacheLoading
-from .cache_locks import CacheLocks
+from . import cached_function
+from .cache_coordination import CacheCoordination
 from .cached_errors import unwrap
 from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
 from .failures import BACKEND_FAILURES
 from .link import Link, NoLink
 from .load_coordinator import LoadCoordinator
 from .node import Node
-from .runners import AsyncRunner
-from .typed import fit, tell_misfit
+from .runners import AsyncRunner, Runner, ThreadRunner
+from .typed import fit
 
 if TYPE_CHECKING:
     from .payload import PayloadPipeline
 
-R = TypeVar("R")
-Asking = Callable[[Request[Any]], Awaitable[Any]]
-Probing = Callable[[Request[Any], float], Awaitable[Any]]
-Finishing = Callable[[Request[Any], Any], Awaitable[Any]]
 
+class Health(Struct, frozen=True):
+    """The health of a backend. `ok` says that it answered, `latency` is the seconds that took, `detail` what went wrong.
 
-class Health(msgspec.Struct, frozen=True):
-    """Whether a backend answers. `latency` is the seconds that the answer took, `detail` what went wrong otherwise.
-
-    `circuit` is that of the guard before the backend's server, as of the answer: `closed`, `open` (it is left alone) or
-    `half_open` (it is being tried); empty where there is no guard, or nobody who could say.
+    `circuit` is the state of the guard before the backend's server: `closed`, `open` (it gets no requests), `half_open` (it
+    is being tried), or empty if there is no guard or its state is unknown.
     """
 
     ok: bool
@@ -80,20 +75,19 @@ class Health(msgspec.Struct, frozen=True):
     circuit: str = ""
 
 
-class Cache(CacheLoading, CacheLimits, CacheLocks):
+class Cache(CacheCoordination):
     """A cache over one backend, on asyncio or trio. Made by `open_cache`; used within `async with`.
 
-    Keys are non-empty `str`; anything else is a `CacheKeyError`. Times to live are seconds or a `timedelta`; left out,
-    the backend's default counts, `None` is no expiry, and what is not positive is a `ValueError`. Every call ends within
-    the cache's `timeout`, at worst with a `CacheTimeoutError`. Before `async with` and after `close` every call raises
-    `CacheClosed`.
+    Keys are non-empty `str`; anything else is a `CacheKeyError`. Times to live are seconds or a `timedelta`: left out, the
+    backend's default; `None` is no expiry; a `ValueError` unless positive. Every call ends within the cache's `timeout`, at
+    worst with a `CacheTimeoutError`. Before `async with` and after `close` every call raises `CacheClosed`.
     """
 
     def __init__(self, make_node: Callable[[], Node], name: str | None = None) -> None:
         self._make_node = make_node
         self._name = name
         self._node: Node | None = None
-        self._loads = LoadCoordinator()
+        self.loads = LoadCoordinator()
         self.detach("the cache is not open: use it within `async with`")
 
     def __repr__(self) -> str:
@@ -118,7 +112,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
             await self._node.__aexit__(kind, error, tb)
 
     async def close(self) -> None:
-        """Answer what is under way and refuse what comes. Safe to call twice; leaving `async with` does it too."""
+        """Finish the calls under way and refuse new ones. Safe to call twice; leaving `async with` does it too."""
         self.detach("the cache is closed")
         if self._node is not None:
             await self._node.stop()
@@ -126,12 +120,9 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
     def attach(self, link: Link, *, blocking: bool = False) -> Self:
         """Use `link` from now on; `blocking` makes every call a coroutine that never suspends, for `SyncCache`."""
         self._link = link
-        self._turn_get = link.turn_get
-        self._runner = AsyncRunner(link)
-        self._turn_set = link.turn_set
-        self._ask: Asking = link.request_blocking if blocking else link.request
-        self._probe: Probing = link.probe_blocking if blocking else link.probe
-        self._finish: Finishing = link.finish_blocking if blocking else link.finish
+        self._turn_get, self._turn_set = link.turn_get, link.turn_set
+        self._runner: Runner = ThreadRunner(link) if blocking else AsyncRunner(link)
+        self._ask, self._finish = self._runner.ask, self._runner.finish
         # A blocking caller has no event loop to let go of.
         self._turns_left = sys.maxsize if blocking else TURNS_PER_CHECKPOINT
         return self
@@ -142,18 +133,18 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
 
     @property
     def link(self) -> Link:
-        """The way to the backend."""
+        """The client of the backend."""
         return self._link
 
     @property
     def payloads(self) -> PayloadPipeline | None:
-        """What turns values into payloads, with its statistics and `rotate_key`; `None` where values stay objects."""
+        """The pipeline that turns values into payloads, with its statistics and `rotate_key`; `None` if values stay objects."""
         return self._link.pipeline
 
     # Reading
 
     async def get(self, key: str, default: Any = None) -> Any:
-        """The value under `key`, or `default`. A cached `None` is a value: tell it from a miss by the default."""
+        """Return the value under `key`, or `default`. A cached `None` is a value: tell it from a miss by the default."""
         # The hot path. Filling the slot of a bare object takes two thirds of the time of Get(key), and the turn is
         # taken here rather than in the bus, which saves a coroutine.
         if type(key) is not str:
@@ -163,7 +154,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         self._turns_left = left = self._turns_left - 1
         if type(reply) is Found and left > 0:
             return reply.value
-        # What must be waited for suspends anyway: it needs no checkpoint, and so one coroutine less.
+        # A reply that must be waited for suspends anyway: it needs no checkpoint, and so one coroutine less.
         found = await (
             self._finish(request, reply)
             if (type(reply) is ReplySlot or reply is None) and key and key.isascii()
@@ -172,15 +163,15 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         return found.value if isinstance(found, Found) else default
 
     async def lookup(self, key: str) -> Found | Missing:
-        """What is under `key`: `Found` with value, version, seconds left, tags and time of storing, or `Missing`."""
+        """Return `Found` with the value under `key`, its version, seconds left, tags and time of storing; or `Missing`."""
         request = Get(check_key(key))
         reply = self._turn_get(request)
         self._turns_left -= 1
         return await self.finish_get(request, reply)
 
     async def get_typed(self, key: str, kind: Any, default: Any = None, *, strict: bool = False) -> Any:
-        """The value under `key`, checked and converted by pydantic as a `kind`: a builtin or generic type, a dataclass, a
-        `TypedDict` or a model. One that does not fit is a miss, with a `PayloadRejected` event; with `strict` it is a
+        """Return the value under `key`, checked and converted by pydantic as a `kind`: a builtin or generic type, a dataclass, a
+        `TypedDict` or a model. A value that does not fit is a miss, with a `PayloadRejected` event; with `strict` it is a
         `CacheSerializationError`."""
         found = await self.lookup(key)
         if not isinstance(found, Found):
@@ -188,39 +179,39 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         try:
             return fit(found.value, kind)
         except CacheSerializationError:
-            tell_misfit(self._link.emitter, key)
+            self._link.emitter.tell(PayloadRejected, key=key, reason="type")
             if strict:
                 raise
         return default
 
     async def finish_get(self, request: Get, reply: Any) -> Found | Missing:
-        """Come to the answer from what the turn of a `Get` has returned. For the facades."""
+        """Return the answer to a `Get` whose turn has returned `reply`. For the facades."""
         if self._turns_left <= 0:
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
-        if isinstance(reply, Found):
-            shown: Found | Missing = unwrap(reply)
-            return shown
-        check_key(request.key)
-        found: Found | Missing = reply if isinstance(reply, Missing) else await self._finish(request, reply)
-        return found
+        if not isinstance(reply, Found):
+            check_key(request.key)
+        answer: Found | Missing = (
+            unwrap(reply) if isinstance(reply, Found | Missing) else await self._finish(request, reply)
+        )
+        return answer
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
-        """The values under those of `keys` that have one."""
+        """Return the values under those of `keys` that have one."""
         reply = await self._ask(GetMany(check_keys(keys)))
         return {key: found.value for key, found in reply.entries.items()}
 
     async def exists(self, key: str) -> bool:
-        """Whether there is a value under `key`. Counts neither as hit nor as miss."""
+        """Return whether there is a value under `key`. Counts neither as hit nor as miss."""
         return isinstance(await self._ask(Exists(check_key(key))), Present)
 
     async def ttl(self, key: str) -> float | None:
-        """Seconds that the value under `key` has left: `None` without expiry, 0.0 where there is no value."""
+        """Return the seconds that the value under `key` has left: `None` without expiry, 0.0 if there is no value."""
         reply = await self._ask(Exists(check_key(key)))
         return reply.ttl if isinstance(reply, Present) else 0.0
 
     async def scan(self, pattern: str = "*") -> AsyncIterator[str]:
-        """The keys that match a glob (see `delete_pattern`). Keys that come or go meanwhile may be listed or not."""
+        """Iterate over the keys that match a glob (see `delete_pattern`). Keys that come or go meanwhile may be listed or not."""
         cursor = ""
         while True:
             page = await self.scan_page(pattern, cursor)
@@ -230,7 +221,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
                 return
 
     async def scan_page(self, pattern: str, cursor: str) -> Scanned:
-        """One page of `scan`. For the facades."""
+        """Return one page of `scan`. For the facades."""
         page: Scanned = await self._ask(Scan(_check_pattern(pattern), cursor))
         return page
 
@@ -245,7 +236,7 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         tags: Iterable[str] = (),
         only_if: Literal["absent", "present"] | None = None,
     ) -> bool:
-        """Store `value`, by default whatever is there; says whether it did."""
+        """Store `value`, if `only_if` holds for the key, and return whether it was stored."""
         request = set_request(key, value, ttl, tags, only_if)
         reply = self._turn_set(request)
         self._turns_left = left = self._turns_left - 1
@@ -264,25 +255,25 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
         await self._ask(SetMany(dict(items), check_ttl(ttl), check_tags(tags)))
 
     async def add(self, key: str, value: Any, *, ttl: TimeToLive = "default", tags: Iterable[str] = ()) -> bool:
-        """Store `value` if there is none under `key`; says whether it did."""
+        """Store `value` if there is none under `key`, and return whether it was stored."""
         return isinstance(await self._ask(Add(check_key(key), value, check_ttl(ttl), check_tags(tags))), Stored)
 
     async def compare_and_set(
         self, key: str, value: Any, *, version: float, ttl: TimeToLive = "default", tags: Iterable[str] = ()
     ) -> bool:
-        """Store `value` if the one under `key` is still at `version`, as `lookup` told it; says whether it did."""
+        """Store `value` if the one under `key` is still at `version`, which `lookup` returns; return whether it was stored."""
         request = CompareAndSet(check_key(key), value, version, check_ttl(ttl), check_tags(tags))
         return isinstance(await self._ask(request), Stored)
 
     async def touch(self, key: str, *, ttl: TimeToLive = "default") -> bool:
-        """Give the value under `key` a new time to live, counted from now; says whether there is one."""
+        """Give the value under `key` a new time to live, counted from now; return whether there is one."""
         return isinstance(await self._ask(Touch(check_key(key), check_ttl(ttl))), Present)
 
     async def increment(self, key: str, delta: int = 1, *, initial: int | None = 0, ttl: TimeToLive = "default") -> int:
         """Add `delta` to the integer under `key` and return the sum, in one step.
 
         A missing key starts at `initial`, with `ttl`; an existing one keeps its time to live. With `initial=None` a
-        missing key is a `CacheKeyError`. Raises `WrongType` where the value is not an integer of 64 bits.
+        missing key is a `CacheKeyError`. Raises `WrongType` if the value is not an integer of 64 bits.
         """
         for name, number in (("delta", delta), ("initial", initial)):
             if type(number) is not int and not (name == "initial" and number is None):
@@ -295,17 +286,17 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
     # Removing
 
     async def delete(self, key: str) -> bool:
-        """Remove the value under `key`; says whether there was one."""
+        """Remove the value under `key`, and return whether there was one."""
         return bool((await self._ask(Delete(check_key(key)))).count)
 
     async def delete_many(self, keys: Iterable[str]) -> int:
-        """Remove the values under `keys`; says how many there were."""
+        """Remove the values under `keys`, and return how many there were."""
         return int((await self._ask(DeleteMany(check_keys(keys)))).count)
 
     async def delete_pattern(self, pattern: str) -> int:
-        r"""Remove every key that a glob matches; says how many there were.
+        r"""Remove every key that a glob matches, and return how many there were.
 
-        `*` is any run of characters, `?` any one, `[abc]` one of a set, and `\` takes the next character as it stands.
+        `*` is any run of characters, `?` any one, `[abc]` one of a set, and `\` takes the next character literally.
         Put foreign text through `escape_pattern`.
         """
         return int((await self._ask(DeletePattern(_check_pattern(pattern)))).count)
@@ -321,37 +312,40 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
 
     # Decorating and watching
 
+    cached = cached_function.cached
+
     def events(
         self, *what: type[Event] | str, capacity: int = 1024, since: Since = None, local: bool = False
     ) -> Subscription:
-        """Listen to events: to kinds of them, to globs over their names such as `"cache_*"`, or to all.
+        """Subscribe to events: to classes of them, to globs over their names such as `"cache_*"`, or to all.
 
-        Iterate with `async for` within `async with`. At most `capacity` wait; a slower listener loses events, and its
-        `dropped` counts them. On a bus over NATS that is what other processes tell as well; with `local`, as for whoever
-        counts, only what this one tells. With `since`, seconds or a `timedelta` before now or an aware `datetime`, what a
-        stream of the bus has kept is told first (`events_stream`), and nothing is lost to a slow listener; `EventsMissed`
-        stands where something was lost before. Raises `CapabilityError` where there is no such bus, and `ValueError` for
-        `since` with `local`: a stream keeps what all have told.
+        Iterate with `async for` within `async with`; on a `SyncCache` with `for` within `with`, or call `next(timeout)`. At most
+        `capacity` events wait; a slower subscriber loses events, which its `dropped` counts. On a bus over NATS the events of
+        other processes come too, unless `local` is set.
+
+        `since` is seconds or a `timedelta` before now, or an aware `datetime`. The events that a stream of the bus has kept
+        since then come first (`events_stream`), and a slow subscriber loses none; `EventsMissed` marks events that were lost
+        before. Raises `CapabilityError` if the bus has no stream, and `ValueError` for `since` with `local`.
         """
         return self._link.subscribe(*what, capacity=capacity, since=since, local=local)
 
     async def statistics(self) -> Snapshot:
-        """Counters since the backend's actor started, and how full its store is."""
+        """Return the counters since the backend's actor started, and how full its store is."""
         snapshot: Snapshot = await self._ask(TakeSnapshot())
         failures = self._link.failures
-        return snapshot.with_failures(failures.errors, failures.dropped_writes)
+        return replace(snapshot, errors=failures.errors, dropped_writes=failures.dropped_writes)
 
     async def health(self) -> Health:
-        """Whether the backend answers, its server included, and how fast. Raises `CacheClosed` only.
+        """Return whether the backend answers, its server included, and how fast. Raises `CacheClosed` only.
 
-        It asks as any caller would, so that it is refused while the circuit is open. It counts as no error.
+        It sends a request like any other, which an open circuit refuses. A failure does not count as an error of the cache.
         """
         link = self._link
         now = link.bus.clock.monotonic
         started = now()
         wrong: CacheError | None = None
         try:
-            await self._probe(Exists(_PROBED_KEY), link.timeout)
+            await self._runner.probe(Exists(_PROBED_KEY))
         except CacheClosed:
             raise
         except CapabilityError:
@@ -360,13 +354,13 @@ class Cache(CacheLoading, CacheLimits, CacheLocks):
             wrong = error
         latency, circuit = now() - started, ""
         with suppress(*BACKEND_FAILURES):
-            snapshot = await self._probe(TakeSnapshot(), link.timeout - latency)
+            snapshot = await self._runner.probe(TakeSnapshot(), -latency)
             circuit = snapshot.guard.get("state", "")
         return Health(wrong is None, link.address, latency, "" if wrong is None else str(wrong), circuit)
 
 
 _PROBED_KEY = "cachebus.health"
-"""Nobody stores it; asking for it takes the way that every request takes."""
+"""A key that is never stored; asking for it takes the path of every request."""
 
 
 def _check_pattern(pattern: object) -> str:

@@ -1,9 +1,8 @@
-"""Exceptions of loaders that are kept for a while, for callers who ask for that: `cache_errors` of `get_or_load`.
+"""Exceptions of loaders that are cached, for callers who ask for that: `cache_errors` of `get_or_load`.
 
-What is stored is a record in the place of a value: the name of the exception's class, its arguments and its attributes, as
-JSON. It is no value to anybody: who reads the key and did not ask for exceptions finds nothing. A class is never looked for
-by its name but only among those that the caller has listed, and those that are derived from them; nothing is imported and
-no constructor is run.
+A record is stored in the place of a value: the name of the exception's class, its arguments and its attributes, as JSON. To
+callers who did not ask for exceptions the key has no value. A class is looked up only among those that the caller has listed,
+and their subclasses; nothing is imported and no constructor is run.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cachebus.messages import Found, FoundMany, LeaseGranted, Loaded, Loading, Missing, Stale
 
@@ -41,7 +40,7 @@ class CachedError:
 
     @classmethod
     def of(cls, error: Exception) -> CachedError | None:
-        """The record of an exception; `None` where it would not come back as it was, which the log says."""
+        """Return the record of an exception; `None`, with a warning, if it would not come back as it was."""
         try:
             state = dict(vars(error))
             _check_plain([*error.args, state])
@@ -53,13 +52,13 @@ class CachedError:
         except _Unfit as why:
             logger.warning("%s is not cached: %s", type(error).__name__, why)
             return None
-        except Exception as why:  # Of the class itself. What it says may show what it holds.
+        except Exception as why:  # Of the class itself. Its text may show values.
             logger.warning("%s is not cached: %s when it was read back", type(error).__name__, type(why).__name__)
             return None
         return made
 
     def rebuilt(self, listed: Sequence[type[Exception]]) -> Exception | None:
-        """The exception, if it is of one of the `listed` classes; else `None`, also for what is no record."""
+        """Return the exception if it is of one of the `listed` classes; else `None`, also for a broken record."""
         try:
             record = json.loads(self.content.decode("utf-8", "surrogatepass"))
             kind, arguments, state = record["kind"], record["args"], record["state"]
@@ -69,13 +68,13 @@ class CachedError:
             error = found.__new__(found, *arguments)
             error.args = tuple(arguments)
             vars(error).update(state)
-        except Exception:  # Whatever the bytes and the class have led to.
+        except Exception:  # Any error of the bytes or of the class.
             return None
         return error
 
 
 class CachedFailure(Missing, frozen=True, gc=True, tag=""):
-    """In the place of `Missing`: the key has no value, and `error` is what its loader raised. It leaves no process."""
+    """A `Missing` whose `error` is what the loader of the key raised. It is never sent to another process."""
 
     error: CachedError
 
@@ -83,30 +82,26 @@ class CachedFailure(Missing, frozen=True, gc=True, tag=""):
 def unwrap(answer: R) -> R:
     """Return the reply of a store as the caller sees it: a cached exception is no value."""
     reply: Any = answer
-    shown: R = _unwrapped(reply)
-    return shown
-
-
-def _unwrapped(reply: Any) -> Any:
+    shown: Any = reply
     kind = _type_of(reply)
     if kind is Loaded or kind is Found:
-        return CachedFailure(reply.value) if type(reply.value) is CachedError else reply
-    if kind is FoundMany:
+        if type(reply.value) is CachedError:
+            shown = CachedFailure(reply.value)
+    elif kind is FoundMany:
         if any(type(each.value) is CachedError for each in reply.entries.values()):
-            return FoundMany({key: each for key, each in reply.entries.items() if type(each.value) is not CachedError})
+            values = {key: each for key, each in reply.entries.items() if type(each.value) is not CachedError}
+            shown = FoundMany(values)
     elif kind is LeaseGranted:
         if reply.stale is not None and type(reply.stale.value) is CachedError:
-            return LeaseGranted(reply.token)
+            shown = LeaseGranted(reply.token)
     elif kind is Stale and type(reply.value) is CachedError:
-        return Loading(reply.lease, reply.remaining)
-    return reply
+        shown = Loading(reply.lease, reply.remaining)
+    return cast("R", shown)
 
 
 def check_classes(given: Iterable[type[Exception]] | type[Exception]) -> tuple[type[Exception], ...]:
-    """The classes of `cache_errors`. Raises `TypeError` for what is no class of exceptions."""
-    if not isinstance(given, type | Iterable):
-        raise TypeError(f"cache_errors must be classes of exceptions, not {given!r}")
-    classes: tuple[Any, ...] = (given,) if isinstance(given, type) else tuple(given)
+    """Return the classes of `cache_errors`. Raises `TypeError` for anything but classes of exceptions."""
+    classes: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
     for each in classes:
         if not (isinstance(each, type) and issubclass(each, Exception)):
             raise TypeError(f"cache_errors must be classes of exceptions, not {each!r}")

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+import string
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast
 
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT
-from cachebus.messages import Found, Get, Missing, Reply
+from cachebus.messages import CacheConfigurationError, Found, Get
 
 from .checks import check_key, check_tags
-from .keying import compile_template
 from .leased_load import LoadJob
 from .link import Link, run
 from .load_coordinator import LoadCoordinator
-from .load_options import LoadOptions
+from .load_options import LoadKeywords, LoadOptions, LoadTtl
 from .loaders import is_asynchronous
-from .runners import AsyncRunner, ThreadRunner
+from .runners import AsyncRunner, Runner, ThreadRunner
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-
 TURNS_OF_A_MISS = 16
 """Weight of a miss among the turns after which an event loop lets other tasks run. A miss costs about 16 hits, and if its loader
 does not wait, nothing else lets them run."""
+
+_EMPTY = inspect.Parameter.empty
 
 
 class Decorator(Protocol):
@@ -36,35 +37,63 @@ class Decorator(Protocol):
     def __call__(self, function: Callable[P, T], /) -> Callable[P, T]: ...
 
 
-class Linked(Protocol):
-    """What has a link to a backend, which changes when it is opened or closed."""
+class LoadingCache(Protocol):
+    """Either facade. Its link changes when it is opened or closed."""
+
+    loads: LoadCoordinator
 
     @property
     def link(self) -> Link: ...
 
 
+def cached(
+    cache: LoadingCache,
+    /,
+    *,
+    key: str | Callable[..., str],
+    ttl: LoadTtl = "default",
+    tags: Iterable[str] = (),
+    **options: Unpack[LoadKeywords],
+) -> Decorator:
+    """Return a decorator that caches what a function returns, under a key made of its arguments.
+
+    `key` is a template over the function's parameters (`"user:{user_id}"`) or a function that takes its arguments and returns the
+    key; each tag is a template too. The options and the guarantees are those of `get_or_load`. A coroutine function becomes one that
+    waits, a plain function one that blocks. A value that cannot be stored is returned all the same, with a warning in the log.
+    Raises `CacheConfigurationError` for a template that does not fit the function.
+    """
+    checked = LoadOptions.of(ttl, tags, **options)
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        made = CachedFunction(cache, function, key, checked)
+        shape = made.as_coroutine_function if is_asynchronous(function) else made.as_function
+        return cast("Callable[P, T]", shape())
+
+    return decorate
+
+
 class CachedFunction:
     """A function whose results are cached: where its values are, and how its arguments make keys and tags."""
 
-    __slots__ = ("_cache", "_function", "_key_of", "_loads", "_options", "_tag_templates")
+    __slots__ = ("_cache", "_function", "_key_of", "_options", "_tag_templates")
 
     def __init__(
-        self,
-        cache: Linked,
-        loads: LoadCoordinator,
-        function: Callable[..., Any],
-        key: str | Callable[..., str],
-        options: LoadOptions,
+        self, cache: LoadingCache, function: Callable[..., Any], key: str | Callable[..., str], options: LoadOptions
     ) -> None:
         if not callable(function):
             raise TypeError(f"cached() decorates a function, not {function!r}")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"cached() cannot keep what a generator yields, and {function!r} makes one")
+        if not callable(key) and not isinstance(key, str):
+            raise TypeError(f"key must be a template or a function that returns the key, not {key!r}")
         self._cache = cache
-        self._loads = loads
         self._function = function
         self._options = options
-        self._key_of = compile_template(function, key, "key") if isinstance(key, str) else _checked(key)
+        self._key_of: Callable[..., str] = (
+            compile_template(function, key, "key")
+            if isinstance(key, str)
+            else lambda *args, **kwargs: check_key(key(*args, **kwargs))
+        )
         self._tag_templates = [compile_template(function, tag, "tag") for tag in options.tags]
 
     def as_coroutine_function(self) -> Callable[..., Any]:
@@ -87,21 +116,13 @@ class CachedFunction:
             if type(reply) is Found and not slides:
                 return reply.value
             turns_left -= TURNS_OF_A_MISS
-            return await load(request, reply, link, args, kwargs)
+            return await load(AsyncRunner(link), request, reply, args, kwargs)
 
         return cached
 
-    async def _load(self, request: Get, reply: Any, link: Link, args: Any, kwargs: Any) -> Any:
-        check_key(request.key)
-        found: Any = reply if isinstance(reply, Found | Missing) else await link.finish(request, reply)
-        call = functools.partial(self._function, *args, **kwargs)
-        tags = self._tags_of(args, kwargs)
-        job = LoadJob(request.key, call, self._options, tags, asynchronous=True, remote=not isinstance(reply, Reply))
-        return await self._loads.deliver(AsyncRunner(link), job, found)
-
     def as_function(self) -> Callable[..., Any]:
         """Return the cached function, for a plain function."""
-        key_of, cache, load = self._key_of, self._cache, self._load_in_thread
+        key_of, cache, load = self._key_of, self._cache, self._load
         slides = self._options.idle_ttl is not None
 
         @functools.wraps(self._function)
@@ -111,46 +132,20 @@ class CachedFunction:
             reply = link.turn_get(request)
             if type(reply) is Found and not slides:
                 return reply.value
-            return load(request, reply, link, args, kwargs)
+            return run(load(ThreadRunner(link), request, reply, args, kwargs))
 
         return cached
 
-    def _load_in_thread(self, request: Get, reply: Any, link: Link, args: Any, kwargs: Any) -> Any:
+    def _load(self, runner: Runner, request: Get, reply: Any, args: Any, kwargs: Any) -> Coroutine[Any, Any, Any]:
         check_key(request.key)
-        found: Any = reply if isinstance(reply, Found | Missing) else run(link.finish_blocking(request, reply))
-        call = functools.partial(_not_a_coroutine, self._function, args, kwargs)
-        tags = self._tags_of(args, kwargs)
-        job = LoadJob(request.key, call, self._options, tags, asynchronous=False, remote=not isinstance(reply, Reply))
-        return run(self._loads.deliver(ThreadRunner(link), job, found))
-
-    def _tags_of(self, args: Any, kwargs: Any) -> tuple[str, ...]:
         # Checked again: two templates may give the same tag, or none.
-        templates = self._tag_templates
-        return check_tags([each(*args, **kwargs) for each in templates]) if templates else ()
-
-
-def cached(cache: Linked, loads: LoadCoordinator, *, key: str | Callable[..., str], options: LoadOptions) -> Decorator:
-    """Return a decorator that caches what a function returns, under a key made of its arguments.
-
-    `key` is a template over the function's parameters (`"user:{user_id}"`) or a function that takes its arguments and returns the
-    key; each tag is a template too. The options are those of `Cache.get_or_load`, and so is what happens when several callers ask
-    for the same key at the same time. A value that cannot be stored is returned all the same, with a warning in the log. Raises
-    `CacheConfigurationError` for a template that does not fit the function.
-    """
-
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        made = CachedFunction(cache, loads, function, key, options)
-        shape = made.as_coroutine_function if is_asynchronous(function) else made.as_function
-        return cast("Callable[P, T]", shape())
-
-    return decorate
-
-
-def _checked(key_of: object) -> Callable[..., str]:
-    """Return a function of the user's that makes keys, with what it returns checked."""
-    if not callable(key_of):
-        raise TypeError(f"key must be a template or a function that returns the key, not {key_of!r}")
-    return lambda *args, **kwargs: check_key(key_of(*args, **kwargs))
+        tags = check_tags([each(*args, **kwargs) for each in self._tag_templates]) if self._tag_templates else ()
+        if runner.blocks:
+            call = functools.partial(_not_a_coroutine, self._function, args, kwargs)
+        else:
+            call = functools.partial(self._function, *args, **kwargs)
+        job = LoadJob(request.key, call, self._options, tags, asynchronous=not runner.blocks)
+        return self._cache.loads.deliver(runner, job, request, reply)
 
 
 def _not_a_coroutine(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -160,3 +155,78 @@ def _not_a_coroutine(function: Callable[..., Any], args: Any, kwargs: Any) -> An
         result.close()
         raise TypeError(f"{function!r} returned a coroutine, which cannot be cached; decorate an async def")
     return result
+
+
+# Templates
+
+
+def compile_template(function: Callable[..., Any], template: str, what: str) -> Callable[..., str]:
+    """Return a function that takes the arguments of `function` and fills them into `template`, such as `"user:{user_id}"`.
+
+    Fields are names of parameters, with attributes and indices as in `str.format` (`{user.id}`, `{args[0]}`). Arguments
+    that the caller left out have their defaults, and `f(1)` and `f(user_id=1)` give the same text. Raises
+    `CacheConfigurationError` for a field that is no parameter; `what` names the use of the template.
+    """
+    parameters = inspect.signature(function).parameters
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        unknown = [field for field in fields if _first_name(field) not in parameters]
+        if not unknown:
+            # A dry run, for what else can be wrong: conversions, and fields within format specifications.
+            template.format(**dict.fromkeys(parameters, _Anything()))
+    except KeyError as error:
+        unknown = [str(error.args[0])]
+    except IndexError:
+        unknown = [""]
+    except ValueError as error:
+        raise CacheConfigurationError(f"{what} {template!r} is not a valid template: {error}") from None
+    if unknown:
+        raise CacheConfigurationError(
+            f"{what} {template!r} has the field {{{unknown[0]}}}, but {getattr(function, '__qualname__', function)}"
+            f" takes {', '.join(parameters) or 'no arguments'}"
+        )
+    # Compiled, because binding arguments through inspect.Signature.bind takes longer than the whole cache hit: the
+    # interpreter binds them to a lambda's parameters in no time. Only names of parameters enter the source.
+    defaults = {f"_default_{name}": each.default for name, each in parameters.items() if each.default is not _EMPTY}
+    arguments = ", ".join(f"{name}={name}" for name in parameters)
+    fill = "_fill"
+    while fill in parameters:
+        fill += "_"
+    source = f"lambda {_parameter_list(parameters.values())}: {fill}({arguments})"
+    compiled: Callable[..., str] = eval(source, {**defaults, fill: template.format})  # noqa: S307
+    return compiled
+
+
+class _Anything:
+    """Stands for every argument: it has all attributes and items, and takes any format specification."""
+
+    def __getattr__(self, name: str) -> _Anything:
+        return self
+
+    def __getitem__(self, key: object) -> _Anything:
+        return self
+
+    def __format__(self, specification: str) -> str:
+        return ""
+
+
+def _first_name(field: str) -> str:
+    return field.partition(".")[0].partition("[")[0]
+
+
+class _Verbatim(str):
+    """A text that a signature shows without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _parameter_list(parameters: Iterable[inspect.Parameter]) -> str:
+    """Return the parameters in Python's own syntax, with their defaults by name."""
+    bare = [
+        each.replace(
+            annotation=_EMPTY, default=_EMPTY if each.default is _EMPTY else _Verbatim(f"_default_{each.name}")
+        )
+        for each in parameters
+    ]
+    return str(inspect.Signature(bare))[1:-1]

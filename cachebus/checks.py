@@ -1,4 +1,4 @@
-"""What callers may pass: keys, times to live and tags, checked at the door."""
+"""Validation of arguments: keys, times to live, durations and tags."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Duration = float | timedelta
 """Seconds, or a `timedelta`."""
 
 LONGEST = 1e9
-"""Seconds that anything may be asked to take: thirty years."""
+"""The longest duration, in seconds: thirty years."""
 
 Since = float | timedelta | datetime | None
-"""Since when: seconds or a `timedelta` before now, or an aware `datetime`; `None` is from now on."""
+"""A moment: seconds or a `timedelta` before now, or an aware `datetime`; `None` is now."""
 
 
 def check_since(since: Since, now: float) -> float | None:
-    """Return `since` as Unix time. Raises `TypeError` for what is no time, `ValueError` for one in the future, for what is
-    not finite and for a `datetime` without a time zone."""
+    """Return `since` as Unix time. Raises `TypeError` if it is no time, and `ValueError` if it is in the future, not finite or a
+    `datetime` without a time zone."""
     if since is None:
         return None
     if isinstance(since, datetime):
@@ -65,8 +65,8 @@ def check_keys(keys: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_ttl(ttl: TimeToLive) -> Ttl:
-    """Return `ttl` in seconds, `"default"` or `None`. Raises `TypeError` for what is no duration, `ValueError` for one
-    that is not positive and finite."""
+    """Return `ttl` in seconds, `"default"` or `None`. Raises `TypeError` if it is no duration, `ValueError` if it is not positive
+    and finite."""
     if type(ttl) is float and 0.0 < ttl < math.inf:
         return ttl  # Most calls end here.
     if ttl is None or ttl == "default":
@@ -84,8 +84,8 @@ def check_ttl(ttl: TimeToLive) -> Ttl:
 
 
 def check_seconds(name: str, duration: object, *, zero: bool = False, most: float = LONGEST) -> float:
-    """Return a duration in seconds. Raises `TypeError` for what is none, and `ValueError` for one below 0, over `most`, or
-    of 0 unless that is allowed."""
+    """Return a duration in seconds. Raises `TypeError` if it is none, and `ValueError` if it is below 0, over `most`, or 0 without
+    `zero`."""
     seconds: Any = duration.total_seconds() if isinstance(duration, timedelta) else duration
     if type(seconds) not in (int, float):
         raise TypeError(f"{name} must be seconds or a timedelta, not {duration!r}")
@@ -108,18 +108,17 @@ def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
             raise TypeError(f"a tag must be a str, not {tag!r}")
         if not tag:
             raise ValueError("a tag must not be empty")
-        if not tag.isascii():
-            try:
-                tag.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"a tag must be valid Unicode, not {tag!r}") from None
+        try:
+            tag.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"a tag must be valid Unicode, not {tag!r}") from None
     return tuple(dict.fromkeys(given))
 
 
 def set_request(
     key: str, value: Any, ttl: TimeToLive, tags: Iterable[str], only_if: Literal["absent", "present"] | None
 ) -> Set:
-    """The request of a facade's `set`, checked."""
+    """Return the request for a facade's `set`."""
     if type(key) is not str or not key or not key.isascii():
         check_key(key)
     if only_if is not None and only_if not in ("absent", "present"):
@@ -129,5 +128,5 @@ def set_request(
 
 
 def escape_pattern(text: str) -> str:
-    r"""Make `text` stand for itself in a pattern: `delete_pattern(f"user:{escape_pattern(name)}:*")`."""
+    r"""Return `text` so that it stands for itself in a pattern: `delete_pattern(f"user:{escape_pattern(name)}:*")`."""
     return "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in text)

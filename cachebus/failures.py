@@ -1,6 +1,6 @@
-"""What a backend's failure means to whoever called: with `on_error="miss"` the application goes on without its cache.
+"""The meaning of a backend's failure to the caller: with `on_error="miss"` the application goes on without its cache.
 
-The one place that decides it, for `Cache`, `SyncCache` and what is built on them: their links come by here.
+The one place that decides it, for `Cache`, `SyncCache` and what is built on them.
 """
 
 from __future__ import annotations
@@ -45,31 +45,32 @@ R = TypeVar("R")
 OnError: TypeAlias = Literal["miss", "raise"]
 
 BACKEND_FAILURES = (CacheBackendError, CacheTimeoutError, CircuitOpen, Overloaded, ActorFailed, NoSuchActor)
-"""The errors that are the backend's, and may pass. All others say that the program or its settings are wrong, or that
-the cache is closed: they go out whatever `on_error` says."""
+"""The errors of the backend, which may pass. All others say that the program or its settings are wrong, or that the cache is
+closed: they are raised whatever `on_error` says."""
 
 MISSED = Missing()
-"""The reply that stands for that of a `Get`: whoever holds it knows that the backend fails, and asks it nothing more."""
+"""The fallback for a `Get`: it shows that the backend fails, so that the caller sends it no more requests."""
 
-_READS: Mapping[type[Request[Any]], Callable[[], Reply]] = {
-    Get: lambda: MISSED,
-    GetMany: lambda: FoundMany({}),
-    Exists: Missing,
-    Scan: lambda: Scanned(()),
-    GetOrLease: NotHeld,  # Who gets it loads without a lease, and stores nothing.
+_STAND_INS: Mapping[type[Request[Any]], tuple[str, Callable[[], Reply]]] = {
+    Get: ("missed", lambda: MISSED),
+    GetMany: ("missed", lambda: FoundMany({})),
+    Exists: ("missed", Missing),
+    Scan: ("missed", lambda: Scanned(())),
+    GetOrLease: ("missed", NotHeld),  # Its caller loads without a lease, and stores nothing.
+    Set: ("dropped", NotStored),
+    SetMany: ("dropped", lambda: StoredMany(0)),
+    Add: ("dropped", NotStored),
+    CompareAndSet: ("dropped", NotStored),
+    Touch: ("dropped", Missing),
 }
-_WRITES: Mapping[type[Request[Any]], Callable[[], Reply]] = {
-    Set: NotStored,
-    SetMany: lambda: StoredMany(0),
-    Add: NotStored,
-    CompareAndSet: NotStored,
-    Touch: Missing,
-}
+"""For each request that may fail unnoticed: the outcome in `RequestFailed`, and the reply in place of the backend's."""
+
+_RAISED: tuple[str, Callable[[], Reply] | None] = ("raised", None)
 
 
 class Failures:
-    """Takes the failures of one backend for one cache, and counts them: `errors` in all, and of these
-    `dropped_writes`. Usable from any thread."""
+    """Handles the failures of one backend for one cache, and counts them: `errors` in all, and of these `dropped_writes`. Usable
+    from any thread."""
 
     __slots__ = ("_emitter", "_guard", "dropped_writes", "errors", "on_error")
 
@@ -84,48 +85,26 @@ class Failures:
         return f"<Failures {self.on_error}, {self.errors} errors, {self.dropped_writes} dropped writes>"
 
     def settle(self, request: Request[R], error: CacheError, *, allow: bool = False) -> R:
-        """The reply that stands for the one that the backend did not give. `allow` is for a rate limit that lets everybody
-        go on then.
+        """Return the fallback for a failed request, or raise. `allow` is for a rate limit that admits everything then.
 
-        Raises `error` where that is asked for, or where no reply would be true: nobody can make up the sum of an
-        increment. An invalidation that may not have been carried out is a `CacheInvalidationError`: to go on in silence
-        would serve what is out of date once the backend is back.
+        Raises `error` if the cache is to raise, or if no reply would be true, as for an increment. An invalidation that may not
+        have been carried out is a `CacheInvalidationError`: ignoring it would serve stale values once the backend is back.
         """
         if isinstance(error, CacheTimeoutError) and not request.IDEMPOTENT:
             error.in_doubt = True
-        kind = type(request)
-        stand_in = (_READS.get(kind) or _WRITES.get(kind)) if self.on_error == "miss" else None
+        outcome, stand_in = _RAISED
         if allow:
-            stand_in = _admitted
-        dropped = stand_in is not None and kind in _WRITES
+            outcome, stand_in = "admitted", lambda: Admitted(0)
+        elif self.on_error == "miss":
+            outcome, stand_in = _STAND_INS.get(type(request), _RAISED)
         with self._guard:
             self.errors += 1
-            self.dropped_writes += dropped
-        if RequestFailed in self._emitter.audience.kinds:
-            self._emitter.emit(
-                RequestFailed(
-                    request=request.WIRE_NAME,
-                    error=error.code,
-                    outcome="raised"
-                    if stand_in is None
-                    else "admitted"
-                    if allow
-                    else "dropped"
-                    if dropped
-                    else "missed",
-                    key=getattr(request, "key", ""),
-                )
-            )
+            self.dropped_writes += outcome == "dropped"
+        name, key = request.WIRE_NAME, getattr(request, "key", "")
+        self._emitter.tell(RequestFailed, request=name, error=error.code, outcome=outcome, key=key)
         if stand_in is not None:
             return cast("R", stand_in())
         if self.on_error == "miss" and request.INVALIDATES:
-            raise CacheInvalidationError(f"{_named(request)} may not have been carried out: {error}") from error
+            named = name.removeprefix("backend.")
+            raise CacheInvalidationError(f"{named} may not have been carried out: {error}") from error
         raise error
-
-
-def _admitted() -> Reply:
-    return Admitted(0)
-
-
-def _named(request: Request[Any]) -> str:
-    return request.WIRE_NAME.removeprefix("backend.")

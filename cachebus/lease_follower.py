@@ -26,24 +26,17 @@ from .runners import Runner
 from .singleflight import CANCELLED, InFlightLoad, Raised, Value
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25
-"""Seconds between two questions to a store that does not let a caller wait: the first pause, and the longest. If the store
-tells the end of a lease, it is asked after that, or after the longest pause."""
+"""Seconds between two questions to a store that does not let a caller wait: the first pause, and the longest. A store that
+notifies of the end of a lease is asked after the notification, or after the longest pause."""
 
 NOTIFICATION_DELAY = 0.02
-"""Seconds by which the end of a lease may be heard after the next lease was granted."""
-
-
-class LeaseNotifications(Struct):
-    """Whether the store tells the end of a lease, as far as is known."""
-
-    supported: bool = True
+"""Seconds by which the notification of the end of a lease may come after the grant of the next."""
 
 
 class LeaseFollower(Struct, eq=False):
     """Waits for the load of another process under the lease `theirs`. If that load gives up, it loads itself."""
 
     table: LoadTable
-    notifications: LeaseNotifications
     runner: Runner
     job: LoadJob
     theirs: str
@@ -75,7 +68,7 @@ class LeaseFollower(Struct, eq=False):
         pause = FIRST_PAUSE
         name = self.theirs
         now = runner.link.bus.clock.monotonic
-        # Asked first, because a store that tells the end of a lease would answer every other question in vain until then.
+        # Asked first: until the lease ends, a store with notifications would answer every other question in vain.
         if (failed := await self._lease_end(name, 0.0, job.options.wait_limit)) is not None:
             return Raised(failed)
         while (patience := self.started + job.options.wait_limit - now()) > 0:
@@ -112,7 +105,7 @@ class LeaseFollower(Struct, eq=False):
             if failed is None:
                 await load.run()
             else:
-                # To a caller who was told of the new lease, the failure before it means nothing.
+                # To a caller that got the name of the new lease, the failure before it means nothing.
                 load.in_flight.lease_names.discard(load.lease or "")
                 load.outcome = Raised(failed)
             return load.outcome
@@ -120,12 +113,12 @@ class LeaseFollower(Struct, eq=False):
             load.end()  # Also when all callers have left meanwhile.
 
     async def _lease_end(self, name: str, pause: float, longest: float) -> LoaderFailed | None:
-        """Wait for the end of a lease of another process: until the store tells it, if it can, or for `pause` seconds.
+        """Wait for the end of a lease of another process: for the notification of the store, if it has any, or for `pause` seconds.
 
-        Returns the error if the loader has failed, as far as the store tells that.
+        Returns the error if the loader has failed, as far as the store notifies of that.
         """
-        if self.notifications.supported:
-            # An end that is not told, as that of a lease that a delete has taken away, is found a little later.
+        if self.table.has_notifications:
+            # An end without notification, as of a lease that a delete has taken away, is found a little later.
             wait = min(longest, LONGEST_PAUSE * (0.5 + self.table.random.random() / 2))
             try:
                 await self.runner.probe(WatchLease(self.job.key, name, wait), wait)
@@ -133,9 +126,9 @@ class LeaseFollower(Struct, eq=False):
             except LoaderFailed as error:
                 return error
             except (CapabilityError, BadMessage):
-                self.notifications.supported = False
+                self.table.has_notifications = False
             except CacheError:
-                pass  # Whatever is wrong: the next question says it.
+                pass  # The next question raises the error.
         if pause:
             await self.runner.pause(pause)
         return None
@@ -143,10 +136,10 @@ class LeaseFollower(Struct, eq=False):
     async def _failure_of(self, name: str) -> LoaderFailed | None:
         """Return the error of another process' loader if its lease ended between two questions.
 
-        The second question is granted the next lease then, though its callers waited for that load. A store that tells the end of
-        a lease does so on another connection, and a little later.
+        The second question is granted the next lease then, though its callers waited for that load. The notification of the end
+        comes on another connection, and a little later.
         """
-        return await self._lease_end(name, 0.0, NOTIFICATION_DELAY) if self.notifications.supported else None
+        return await self._lease_end(name, 0.0, NOTIFICATION_DELAY) if self.table.has_notifications else None
 
 
 def lease_of(reply: Loading | Stale | LeaseGranted) -> str:

@@ -17,18 +17,18 @@ from cachebus.messages import (
     CacheClosed,
     CacheError,
     CapabilityError,
+    Exists,
     Found,
+    Get,
     GetOrLease,
     LeaseGranted,
     Loaded,
     LoaderFailed,
-    LoadFailed,
     LoadLeaseLost,
     LoadMetadata,
-    LoadStarted,
-    LoadSucceeded,
     NotHeld,
     NotStored,
+    Present,
     ReleaseLease,
     RenewLease,
     Reply,
@@ -42,9 +42,8 @@ from .cached_errors import CachedFailure
 from .load_options import LoadOptions
 from .loaders import LeftOut, LoadContext, LoadResult, as_result
 from .renewals import PER_LEASE, Renewals
-from .runners import Runner
+from .runners import Runner, call_loader
 from .singleflight import CANCELLED, LEFT_OUT, InFlightLoad, Raised, Value
-from .wait_graph import CURRENT_LOADS
 
 logger = logging.getLogger("cachebus")
 
@@ -63,20 +62,26 @@ class LoadJob(Struct, eq=False):
     options: LoadOptions
     tags: tuple[str, ...]
     asynchronous: bool
-    remote: bool
     wants_context: bool = False
+    remote: bool = True
     caller: Coroutine[Any, Any, Any] | None = None
 
 
 class LoadTable:
-    """The loads of one cache that are in flight in this process, by the names of their leases; by the token that was asked with,
-    until the backend has answered."""
+    """The loads of one cache that are in flight in this process.
+
+    `in_flight` lists them by the names of their leases; until the backend has answered, by the token of the question. `unleased`
+    lists those of a store without leases by key. `refreshing` are the keys of live values that are being reloaded.
+    `has_notifications` says that the store notifies of the end of a lease, as far as is known.
+    """
 
     def __init__(self) -> None:
         self.owner = f"{os.getpid()}-{os.urandom(6).hex()}"
         self.tokens = map(f"{self.owner}-{{}}".format, itertools.count(1))
-        """What leases are asked for as: an iterator without an end."""
         self.in_flight: dict[str, InFlightLoad] = {}
+        self.unleased: dict[str, InFlightLoad] = {}
+        self.refreshing: set[str] = set()
+        self.has_notifications = True
         self.renewals = Renewals()
         self.random = random.Random()
 
@@ -100,9 +105,10 @@ class LoadTable:
 class LeasedLoad(Struct, eq=False):
     """The load of one key by this process, a method for each step.
 
-    `token` is what the lease is asked for as, and `lease` the name of the one under which the value is stored: `""` in a store
+    `token` names the question for the lease, and `lease` is the name of the one under which the value is stored: `""` in a store
     without leases, `None` if the value is not to be stored. `is_held` says that the lease is still to be released, with `error` or
-    `late` for its waiters in other processes. `stale` is the value that was there before.
+    `late` for its waiters in other processes. `stale` is the value that was there before; `refreshed` is a live value that is
+    reloaded beside the caller who has read it.
     """
 
     table: LoadTable
@@ -115,6 +121,7 @@ class LeasedLoad(Struct, eq=False):
     is_held: bool = False
     is_started: bool = False
     stale: Stale | Loaded | None = None
+    refreshed: Loaded | None = None
     load_time: float = 0.0
     outcome: Any = CANCELLED
     late: Found | None = None
@@ -130,7 +137,7 @@ class LeasedLoad(Struct, eq=False):
     async def ask(self, *, wait: float = 0.0, refresh: bool = False, after: str = "") -> Any:
         """Ask the backend for the lease, and return its reply. `is_held` says whether the lease was granted."""
         table, runner = self.table, self.runner
-        # Listed before the lease is asked for: callers who ask in between are told its name, and must find it here.
+        # Listed before the lease is requested: callers who ask in between get its name, and must find it here.
         table.in_flight[self.token] = self.in_flight
         try:
             question = self.question(wait=wait, refresh=refresh, after=after)
@@ -151,7 +158,7 @@ class LeasedLoad(Struct, eq=False):
         except (CapabilityError, CacheClosed, LoaderFailed):
             raise
         except BaseException:
-            # The lease may be granted all the same, and the backend may let a caller wait who has gone.
+            # The lease may be granted all the same, and the backend may let a caller wait that is gone.
             self.release(self.lease or self.token)
             self.is_held = False
             raise
@@ -172,7 +179,7 @@ class LeasedLoad(Struct, eq=False):
             self.table.in_flight.pop(self.token, None)
 
     def release(self, name: str, error: str = "", late: Found | None = None) -> None:
-        """Give a lease back, with what its waiters in other processes are to get."""
+        """Release a lease, with the error or the value for its waiters in other processes."""
         link, key = self.runner.link, self.job.key
         link.send(ReleaseLease(key, name, error, late))
         if late is not None and link.pipeline is not None:
@@ -213,6 +220,7 @@ class LeasedLoad(Struct, eq=False):
         runner.start(
             self,
             background=options.hard_timeout is not None
+            or self.refreshed is not None
             or (self.stale is not None and options.soft_timeout is not None),
         )
         self.is_started = True
@@ -224,6 +232,8 @@ class LeasedLoad(Struct, eq=False):
         """Call the loader, store the value and resolve the load."""
         job = self.job
         try:
+            if (self.refreshed is not None or self.lease == "") and not await self._is_needed():
+                return
             arguments = (self.context(),) if job.wants_context else ()
             loaded, self.load_time = await call_loader(
                 self.runner, self.in_flight, (job.key,), job.call, arguments, asynchronous=job.asynchronous
@@ -243,14 +253,45 @@ class LeasedLoad(Struct, eq=False):
         finally:
             self.end()
 
+    async def _is_needed(self) -> bool:
+        """Return whether a live value is still to be refreshed, or a value is still missing in a store without leases."""
+        runner, job = self.runner, self.job
+        try:
+            if self.refreshed is not None:
+                await self.ask(refresh=True)
+                if self.is_held:
+                    self.keep_lease()
+                    self.stale = self.refreshed
+                    self.started = runner.link.bus.clock.monotonic()
+                return self.is_held
+            # Another load may have ended between the miss and the start of this one. `Exists` counts neither as hit nor as miss.
+            if isinstance(await runner.ask(Exists(job.key)), Present):
+                found: Any = await runner.ask(Get(job.key))
+                if isinstance(found, Found):
+                    self.outcome = Value(found.value)
+                    return False
+                if isinstance(found, CachedFailure) and (error := job.options.recalled(found)) is not None:
+                    self.outcome = Raised(error)
+                    return False
+        except CacheError as error:
+            if self.refreshed is None:
+                self.outcome = Raised(error)
+            return False  # A live value stays, and the next reader may try.
+        return True
+
     def end(self) -> None:
         """End the lease and resolve the load, however it came to an end. May be called again."""
+        table, key = self.table, self.job.key
+        if self.refreshed is not None:
+            table.refreshing.discard(key)
+        if self.lease == "" and table.unleased.get(key) is self.in_flight:
+            del table.unleased[key]
         if self.is_held or not self.in_flight.resolved:
             self.end_lease()
         self.in_flight.resolve(self.outcome)
 
     def context(self) -> LoadContext:
-        """Return what the loader may want to know."""
+        """Return the argument of a loader that takes one."""
         job, stale = self.job, self.stale
         hard = job.options.hard_timeout
         deadline = None if hard is None else self.started + hard
@@ -287,16 +328,16 @@ class LeasedLoad(Struct, eq=False):
         return value
 
     def set_request(self, loaded: Any) -> tuple[Set | None, Value]:
-        """Return the request that stores a loaded value, and its outcome if it is not stored.
+        """Return the request that stores a loaded value, or `None` if it is not to be stored; and its outcome without it.
 
-        Without a request the value is not to be stored. Raises `TypeError` and `ValueError` for what a loader must not return.
+        Raises `TypeError` and `ValueError` for a result that a loader must not return.
         """
         job = self.job
         result = as_result(loaded)
         if result.unchanged:
             result = result.resolved(self.context())
-        # Only of tags that the backend knew from the beginning it is sure that no invalidation was missed.
-        shared = self.declares_all(result.tags)
+        # An invalidation of a tag that the backend did not know from the beginning may have been missed.
+        shared = set(result.tags) <= set(job.tags)
         value = Value(result.value, shared)
         if self.lease is None:
             return None, value
@@ -308,29 +349,23 @@ class LeasedLoad(Struct, eq=False):
         metadata = job.options.metadata(self.load_time, result)
         return Set(job.key, result.value, ttl, tags, None, self.lease or None, metadata), value
 
-    def declares_all(self, tags: Any) -> bool:
-        """Return whether the tags that a loader named were known before it was called."""
-        return not tags or set(tags) <= set(self.job.tags)
-
     def not_stored(self, request: Set, reply: Reply | CacheError) -> None:
-        """Note what becomes of the lease of a value that was not stored."""
+        """Decide what becomes of the lease of a value that was not stored."""
         if isinstance(reply, NotStored) and reply.reason == "lease_lost":
             self.is_held = False
-            emitter = self.runner.link.emitter
-            if LoadLeaseLost in emitter.audience.kinds:
-                emitter.tell(LoadLeaseLost, key=self.job.key)
+            self.runner.link.emitter.tell(LoadLeaseLost, key=self.job.key)
             return
         if isinstance(reply, CacheError):
             logger.warning("a loaded value was not stored: %s", reply.code)
-        # It failed, or the reply stands for a failure: the waiters elsewhere get the value, if it may go there at all.
+        # The write failed, or was dropped: the waiters elsewhere get the value, if it fits on the bus.
         if not isinstance(reply, CacheCapacityError) and len(request.tags) == len(self.job.tags):
             self.late = Found(request.value, tags=request.tags)
 
     async def _keep_failure(self, error: Exception) -> bool:
-        """Store what the loader raised, if the options ask for that. A value that may be served stale stays."""
+        """Store the exception of the loader, if the options ask for that. A value that may be served stale stays."""
         job, link = self.job, self.runner.link
         if self.lease is None or self.stale is not None or (not self.lease and link.pipeline is None):
-            return False  # The last, because a read that takes a shortcut would not know that it is no value.
+            return False  # The last, because a read that takes a shortcut would not notice that it is no value.
         if (record := job.options.record_of(error)) is None:
             return False
         ttl = job.options.time_of_error(self.table.random)
@@ -338,40 +373,8 @@ class LeasedLoad(Struct, eq=False):
         request = Set(job.key, record, ttl, job.tags, None, self.lease or None, LoadMetadata())
         try:
             stored = isinstance(await self.runner.ask(request), Stored)
-        except Exception as why:  # The callers are to get what the loader raised.
+        except Exception as why:  # The callers are to get the exception of the loader.
             logger.warning("an exception of a loader was not cached: %s", type(why).__name__)
             return False
         self.is_held = self.is_held and not stored
         return stored
-
-
-async def call_loader(
-    runner: Runner,
-    in_flight: InFlightLoad,
-    keys: tuple[str, ...],
-    loader: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    *,
-    asynchronous: bool,
-) -> tuple[Any, float]:
-    """Return what a loader returns and the seconds that it took, and emit the events of the load."""
-    emitter, now = runner.link.emitter, runner.link.bus.clock.monotonic
-    started = now()
-    if LoadStarted in emitter.audience.kinds:
-        for key in keys:
-            emitter.tell(LoadStarted, key=key)
-    token = CURRENT_LOADS.set((*CURRENT_LOADS.get(), in_flight))
-    try:
-        loaded = await runner.call(loader, arguments, asynchronous=asynchronous)
-    except BaseException as error:
-        if LoadFailed in emitter.audience.kinds:
-            for key in keys:
-                emitter.tell(LoadFailed, key=key, error=type(error).__name__, duration=now() - started)
-        raise
-    finally:
-        CURRENT_LOADS.reset(token)
-    duration = now() - started
-    if LoadSucceeded in emitter.audience.kinds:
-        for key in keys:
-            emitter.tell(LoadSucceeded, key=key, duration=duration)
-    return loaded, duration

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Link:
@@ -147,7 +148,7 @@ class NoLink(Link):
 
 
 def run(coroutine: Coroutine[Any, Any, R]) -> R:
-    """The result of a coroutine that never suspends, such as those over a blocking link."""
+    """Return the result of a coroutine that never suspends, such as those over a blocking link."""
     try:
         coroutine.send(None)
     except StopIteration as stop:
@@ -157,11 +158,16 @@ def run(coroutine: Coroutine[Any, Any, R]) -> R:
     raise RuntimeError("a coroutine of the synchronous cache has suspended")
 
 
-def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
-    """Return the method of a synchronous double: it runs a coroutine method of `self._inner`, which never suspends."""
+def mirrored(method: Callable[Concatenate[Any, P], T], convert: Callable[[T], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return the method of a synchronous double: it calls a method of `self._inner`, and converts what that returns."""
 
     @functools.wraps(method)
     def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return run(method(self._inner, *args, **kwargs))
+        return convert(method(self._inner, *args, **kwargs))
 
     return call
+
+
+def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
+    """Return the method of a synchronous double: it runs a coroutine method of `self._inner`, which never suspends."""
+    return mirrored(method, run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from cachebus.messages import (
     CacheError,
@@ -19,12 +19,14 @@ from cachebus.messages import (
     CapabilityError,
     Failed,
     Found,
+    Get,
     LeaseGranted,
     Loaded,
     Missing,
     NotHeld,
     Overloaded,
     ReleaseLease,
+    Reply,
     Stale,
     StaleServed,
     Touch,
@@ -32,25 +34,16 @@ from cachebus.messages import (
 
 from .cached_errors import CachedFailure, unwrap
 from .failures import MISSED
+from .group_load import GroupLoad
 from .lease_coalescer import LeaseCoalescer
-from .lease_follower import FIRST_PAUSE, LONGEST_PAUSE, LeaseFollower, LeaseNotifications, lease_of
+from .lease_follower import FIRST_PAUSE, LONGEST_PAUSE, LeaseFollower, lease_of
 from .leased_load import LeasedLoad, LoadJob, LoadTable
 from .load_options import LoadOptions
-from .load_variants import GroupLoad, RefreshLoad, UnleasedLoad
-from .loaders import LeftOut, Loader, calls_for_one, is_asynchronous, kind_of
+from .loaders import LeftOut, Loader, calls_for_one, kind_of
 from .runners import Runner
 from .singleflight import CANCELLED, LEFT_OUT, TIMED_OUT, InFlightLoad, Raised, Value, Values
 
 _MISSING = Missing()
-
-
-class _Startable(Protocol):
-    @property
-    def is_started(self) -> bool: ...
-
-    def start(self) -> None: ...
-
-    def end(self) -> None: ...
 
 
 class LoadCoordinator:
@@ -62,21 +55,23 @@ class LoadCoordinator:
     def forked(self) -> None:
         """Forget the loads of the parent process, whose threads do not exist in a child."""
         self.table = LoadTable()
-        self.refreshing: set[str] = set()
-        self.notifications = LeaseNotifications()
-        self.unleased: dict[str, InFlightLoad] = {}
         self._leasing = True
         self._coalescer = LeaseCoalescer()
 
     # Callers
 
-    def deliver(self, runner: Runner, job: LoadJob, found: Found | Missing) -> Coroutine[Any, Any, Any]:
-        """Return the value, given what reading the key has found: the value itself, or one that is loaded or stale."""
-        job.caller = caller = self._deliver(runner, job, found)
+    def deliver(self, runner: Runner, job: LoadJob, request: Get, reply: Any) -> Coroutine[Any, Any, Any]:
+        """Return the value of a key, given what the turn of a `Get` has returned: the stored value, or one that is loaded or
+        stale."""
+        job.remote = not isinstance(reply, Reply)
+        job.caller = caller = self._deliver(runner, job, request, reply)
         return caller
 
-    async def _deliver(self, runner: Runner, job: LoadJob, found: Found | Missing, started: float | None = None) -> Any:
+    async def _deliver(
+        self, runner: Runner, job: LoadJob, request: Get, reply: Any, started: float | None = None
+    ) -> Any:
         options, table = job.options, self.table
+        found: Any = reply if isinstance(reply, Found | Missing) else await runner.finish(request, reply)
         now = runner.link.bus.clock.monotonic
         if started is None:
             started = now()
@@ -91,7 +86,7 @@ class LoadCoordinator:
         pause = FIRST_PAUSE
         released = told = ""
         while True:
-            work: _Startable | None = None
+            work: LeasedLoad | LeaseFollower | None = None
             stale: Stale | Loaded | None = None
             load: LeasedLoad | None = None
             is_leader = False
@@ -162,8 +157,10 @@ class LoadCoordinator:
             if outcome is LEFT_OUT and is_leader:
                 raise LeftOut(job.key)
 
-    def _new_load(self, runner: Runner, job: LoadJob, started: float) -> LeasedLoad:
-        in_flight = InFlightLoad(owner=job.caller)
+    def _new_load(
+        self, runner: Runner, job: LoadJob, started: float, in_flight: InFlightLoad | None = None
+    ) -> LeasedLoad:
+        in_flight = in_flight or InFlightLoad(owner=job.caller)
         return LeasedLoad(self.table, runner, job, started, in_flight, next(self.table.tokens))
 
     def _join(
@@ -185,14 +182,14 @@ class LoadCoordinator:
         in_flight = table.in_flight.setdefault(told, mine)
         if in_flight is not mine:
             return in_flight, None
-        return mine, LeaseFollower(table, self.notifications, runner, job, told, started, mine)
+        return mine, LeaseFollower(table, runner, job, told, started, mine)
 
     async def _wait(
         self,
         runner: Runner,
         options: LoadOptions,
         in_flight: InFlightLoad,
-        work: _Startable | None,
+        work: LeasedLoad | GroupLoad | LeaseFollower | None,
         stale: Stale | Loaded | None,
         started: float,
         *,
@@ -231,18 +228,17 @@ class LoadCoordinator:
 
     def _note_hit(self, runner: Runner, job: LoadJob, found: Found) -> None:
         """Refresh a value that was read, or let it live on, if the options ask for that."""
-        options, link = job.options, runner.link
-        if (
-            isinstance(found, Loaded)
-            and options.wants_refresh(found, self.table.random)
-            and job.key not in self.refreshing
-        ):
-            now = link.bus.clock.monotonic()
-            RefreshLoad(
-                self.refreshing,
-                LeasedLoad(self.table, runner, job, now, InFlightLoad(), next(self.table.tokens)),
-                found,
-            ).start()
+        options, link, table = job.options, runner.link, self.table
+        if isinstance(found, Loaded) and options.wants_refresh(found, table.random) and job.key not in table.refreshing:
+            load = self._new_load(runner, job, link.bus.clock.monotonic())
+            load.refreshed = found
+            load.in_flight.keep()
+            table.refreshing.add(job.key)
+            try:
+                load.start()
+            finally:
+                if not load.is_started:
+                    load.end()
         idle_ttl = options.idle_ttl
         # Not on each read: when half of its idle time is over.
         if idle_ttl is None or found.ttl is None or found.ttl > idle_ttl / 2:
@@ -264,15 +260,17 @@ class LoadCoordinator:
             raise CacheError("the load was broken off")
         return outcome.value
 
-    def _join_unleased(self, runner: Runner, job: LoadJob, started: float) -> tuple[InFlightLoad, UnleasedLoad | None]:
+    def _join_unleased(self, runner: Runner, job: LoadJob, started: float) -> tuple[InFlightLoad, LeasedLoad | None]:
         """Return the load of a key in a store without leases, and the work that is still to be started."""
-        listed = self.unleased.get(job.key)
+        unleased = self.table.unleased
+        listed = unleased.get(job.key)
         if listed is not None and listed.is_orphan():
             listed.resolve(CANCELLED)
-            self.unleased.pop(job.key, None)
-        work = UnleasedLoad(self.unleased, self._new_load(runner, job, started))
-        in_flight = self.unleased.setdefault(job.key, work.in_flight)
-        return in_flight, work if in_flight is work.in_flight else None
+            unleased.pop(job.key, None)
+        load = self._new_load(runner, job, started)
+        load.lease = ""
+        in_flight = unleased.setdefault(job.key, load.in_flight)
+        return in_flight, load if in_flight is load.in_flight else None
 
     # Many keys
 
@@ -287,9 +285,12 @@ class LoadCoordinator:
     async def _fetch_many(
         self, runner: Runner, keys: Sequence[str], loader: Loader, options: LoadOptions, in_flight: InFlightLoad
     ) -> dict[str, Any]:
-        kind_of(loader)
+        _, asynchronous = kind_of(loader)
         started = runner.link.bus.clock.monotonic()
-        loads = {key: self._load_of_group(runner, key, loader, options, started, in_flight) for key in keys}
+        loads: dict[str, LeasedLoad] = {}
+        for key in keys:
+            job = LoadJob(key, calls_for_one(loader, key), options, options.tags, asynchronous)
+            loads[key] = self._new_load(runner, job, started, in_flight)
         try:
             replies = await self._lease_many(runner, loads)
         except BaseException:
@@ -299,31 +300,15 @@ class LoadCoordinator:
         # What could not be leased is loaded with the rest; it is stored only if the store has no leases at all.
         ours = {key: load for key, load in loads.items() if load.is_held or replies[key] is None}
         if ours:
-            values |= await self._load_group(
-                GroupLoad(runner, loader, options, ours, in_flight), runner, options, started
-            )
+            values |= await self._load_group(GroupLoad(runner, loader, options, ours, in_flight), started)
         for key in [each for each in keys if each not in values and each not in ours]:
             job = loads[key].job
             job.caller = in_flight.owner
             try:
-                values[key] = await self._deliver(runner, job, _MISSING, started)
+                values[key] = await self._deliver(runner, job, Get(key), _MISSING, started)
             except LeftOut:
                 continue
         return {key: values[key] for key in keys if key in values}
-
-    def _load_of_group(
-        self,
-        runner: Runner,
-        key: str,
-        loader: Loader,
-        options: LoadOptions,
-        started: float,
-        in_flight: InFlightLoad,
-    ) -> LeasedLoad:
-        asynchronous = is_asynchronous(loader)
-        call = calls_for_one(loader, key)
-        job = LoadJob(key, call, options, options.tags, asynchronous, remote=True)
-        return LeasedLoad(self.table, runner, job, started, in_flight, next(self.table.tokens))
 
     async def _lease_many(self, runner: Runner, loads: dict[str, LeasedLoad]) -> dict[str, Any]:
         """Ask for the lease of each load, and return the replies by key; `None` for a key that cannot be leased."""
@@ -365,24 +350,21 @@ class LoadCoordinator:
             load.granted(reply)
         return reply
 
-    async def _load_group(
-        self, group: GroupLoad, runner: Runner, options: LoadOptions, started: float
-    ) -> dict[str, Any]:
-        stale = group.common_stale
-        outcome = await self._wait(runner, options, group.in_flight, group, stale, started, is_leader=True)
-        if isinstance(outcome, Raised) and not (stale is not None and isinstance(outcome.error, Exception)):
+    async def _load_group(self, group: GroupLoad, started: float) -> dict[str, Any]:
+        runner, stale = group.runner, group.stale()
+        shown = next(iter(stale.values()), None)
+        outcome = await self._wait(runner, group.options, group.in_flight, group, shown, started, is_leader=True)
+        if isinstance(outcome, Raised) and not (stale and isinstance(outcome.error, Exception)):
             raise outcome.error
         if isinstance(outcome, Raised | Stale):
-            return {key: _serve(runner, each, key) for key, each in group.stale.items()}
+            return {key: _serve(runner, each, key) for key, each in stale.items()}
         if not isinstance(outcome, Values):
             raise CacheError("the load was broken off")
         return {key: value.value for key, value in outcome.by_key.items()}
 
 
 def _serve(runner: Runner, stale: Stale | Loaded, key: str) -> Any:
-    emitter = runner.link.emitter
-    if StaleServed in emitter.audience.kinds:
-        emitter.tell(StaleServed, key=key)
+    runner.link.emitter.tell(StaleServed, key=key)
     return stale.value
 
 

@@ -1,9 +1,10 @@
-"""Loaders: what they are given, what they may return, and how they are called."""
+"""Loaders: their argument, their results, and how they are called."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from types import AsyncGeneratorType, EllipsisType, FunctionType, GeneratorType, MethodType
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ LONGEST_ETAG = 1024
 
 
 class LoadContext(Struct, frozen=True):
-    """What a loader is given if it takes an argument.
+    """The argument of a loader that takes one.
 
     `key` is the key that is loaded; `tags` are those that the value will have. `stale` is the value that was there before, if
     `has_stale`; `etag` is the version that its loader gave it, and `stale_tags` are the tags that it had. `deadline` is when the
@@ -38,11 +39,11 @@ class LoadContext(Struct, frozen=True):
 
 
 class LoadResult(Struct, frozen=True):
-    """What a loader may return instead of a bare value, to decide how the value is kept.
+    """A loaded value and how to keep it: a loader may return it instead of a bare value.
 
     `ttl` and `stale_for` count instead of those of the call, `tags` in addition to them. With `store=False` the value goes
     to its waiters and is not kept. `etag` is its version at the source. Durations are seconds or a `timedelta`.
-    Raises `TypeError` or `ValueError` for what these cannot be.
+    Raises `TypeError` or `ValueError` for wrong arguments.
     """
 
     value: Any = None
@@ -66,13 +67,11 @@ class LoadResult(Struct, frozen=True):
 
     @classmethod
     def not_modified(cls, *, ttl: TimeToLive | EllipsisType = ..., etag: str | None = None) -> LoadResult:
-        """The value in `LoadContext.stale` is up to date: keep it, with its tags, as if it were loaded now."""
+        """Say that the value in `LoadContext.stale` is up to date: keep it, with its tags, as if it were loaded now."""
         return cls(ttl=ttl, etag=etag, unchanged=True)
 
     def resolved(self, context: LoadContext) -> LoadResult:
         """Return the result with the value that `not_modified` stands for."""
-        if not self.unchanged:
-            return self
         if not context.has_stale:
             raise CacheError(
                 "a loader returned LoadResult.not_modified(), but there is no value that could be unchanged"
@@ -93,18 +92,14 @@ def _check_etag(etag: object) -> None:
 
 
 def as_result(loaded: object) -> LoadResult:
-    """Return what a loader returned, with what it says about how to keep it.
+    """Return the `LoadResult` of a loader, or make one of a bare value.
 
     Raises `TypeError` for a generator, of which only the first reader would get anything.
     """
     result = loaded if isinstance(loaded, LoadResult) else LoadResult(loaded)
-    _refuse_generator(result.value)
+    if isinstance(result.value, GeneratorType | AsyncGeneratorType):
+        raise TypeError(f"a loader cannot bring a generator, which can be read only once: {result.value!r}")
     return result
-
-
-def _refuse_generator(value: object) -> None:
-    if isinstance(value, GeneratorType | AsyncGeneratorType):
-        raise TypeError(f"a loader cannot bring a generator, which can be read only once: {value!r}")
 
 
 def as_mapping(loaded: object) -> Mapping[str, Any]:
@@ -121,22 +116,20 @@ class LeftOut(LookupError):
 def calls_for_one(load: Loader, key: str) -> Callable[[], Any]:
     """Return a loader of one key that calls a loader of many. It raises `LeftOut` if no value comes."""
 
+    def only(loaded: object) -> Any:
+        values = as_mapping(loaded)
+        if key not in values:
+            raise LeftOut(key)
+        return values[key]
+
+    async def only_awaited(loading: Awaitable[Any]) -> Any:
+        return only(await loading)
+
     def call() -> Any:
-        loaded = load([key])
-        return _awaited_one(cast("Any", loaded), key) if isinstance(loaded, Awaitable) else _one(loaded, key)
+        loaded: Any = load([key])
+        return only_awaited(loaded) if isinstance(loaded, Awaitable) else only(loaded)
 
     return call
-
-
-async def _awaited_one(loading: Awaitable[Any], key: str) -> Any:
-    return _one(await loading, key)
-
-
-def _one(loaded: object, key: str) -> Any:
-    brought = as_mapping(loaded)
-    if key not in brought:
-        raise LeftOut(key)
-    return brought[key]
 
 
 def kind_of(loader: Loader) -> tuple[bool, bool]:
@@ -152,19 +145,12 @@ def kind_of(loader: Loader) -> tuple[bool, bool]:
         return wants, bool(code.co_flags & inspect.CO_COROUTINE)
     if not callable(loader):
         raise TypeError(f"a loader must be callable, not {loader!r}")
-    return _wants_argument(loader), is_asynchronous(loader)
-
-
-def _wants_argument(loader: Loader) -> bool:
-    try:
-        parameters = inspect.signature(loader).parameters.values()
-    except (TypeError, ValueError):  # Written in C, and silent about its parameters.
-        return False
     kinds = inspect.Parameter
-    return any(
-        each.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD) and each.default is kinds.empty
-        for each in parameters
-    )
+    with suppress(TypeError, ValueError):  # Written in C, and silent about its parameters.
+        for each in inspect.signature(loader).parameters.values():
+            if each.default is kinds.empty and each.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD):
+                return True, is_asynchronous(loader)
+    return False, is_asynchronous(loader)
 
 
 def is_asynchronous(function: Any) -> bool:

@@ -1,8 +1,9 @@
-"""The way from a facade to the lock manager, and what renews the locks that this process holds."""
+"""The client of the lock manager, which also renews the locks that this process holds."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from cachebus.actors import Timers
 from cachebus.bus import Address, Bus
@@ -14,28 +15,17 @@ from .renewals import PER_LEASE, Renewals
 R = TypeVar("R")
 
 LOCKS = Address("locks")
-"""Where the lock manager is, if settings say where locks are kept; else one is beside each backend, at `locks.<backend>`."""
+"""Address of the lock manager, if settings say where locks are kept; else each backend has one, at `locks.<backend>`."""
 
 PER_LEASE_IN_TROUBLE = 12
 """How often a lock is renewed within its own time after a renewal that failed."""
 
 
-class Renewable(Protocol):
-    """A lock that is held."""
-
-    ttl: float
-
-    async def renew(self) -> bool:
-        """Renew it; says whether there is a point in going on. Raises `CacheError` when it is not known what became of
-        it."""
-        ...
-
-
 class LockWay:
-    """A bus, where the manager is, the time that a call may take, in seconds, and the locks that are held over it. One for each node.
+    """Client through which the locks of a node reach their manager. Usable from any thread.
 
-    They are renewed on the node's event loop. Usable from any thread.
-    `why_not` is set where there is no manager to ask.
+    `timeout` is the seconds that a call may take. Locks are renewed on the event loop of the node. `why_not` is raised by every
+    request if there is no manager.
     """
 
     def __init__(
@@ -52,46 +42,44 @@ class LockWay:
         return f"<LockWay to {self.address}, {len(self._renewals)} held>"
 
     def now(self) -> float:
-        """The clock by which leases end."""
+        """Return the time by which locks end, in seconds."""
         return self.bus.clock.monotonic()
 
-    async def ask(self, request: Request[R], patience: float = 0.0) -> R:
-        """Ask the manager, awaiting the reply for `patience` seconds more than a call may take."""
-        self._check()
-        return await self.bus.request(self.address, request, self.timeout + patience)
+    async def ask(self, request: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
+        """Ask the manager, awaiting the reply for `patience` seconds more than a call may take.
 
-    async def ask_blocking(self, request: Request[R], patience: float = 0.0) -> R:
-        """As `ask`, blocking this thread; a coroutine that never suspends."""
-        self._check()
-        return self.bus.request_blocking(self.address, request, self.timeout + patience)
+        With `blocking` it blocks this thread: a coroutine that never suspends.
+        """
+        if self._why_not is not None:
+            raise self._why_not
+        timeout = self.timeout + patience
+        if blocking:
+            return self.bus.request_blocking(self.address, request, timeout)
+        return await self.bus.request(self.address, request, timeout)
 
     def send(self, request: Request[Any]) -> None:
-        """Send what nobody waits for."""
+        """Send a request without awaiting the reply."""
         if self._why_not is None:
             self.bus.send(self.address, request)
 
-    def hold(self, ticket: str, lock: Renewable) -> None:
-        """Renew a lock from now on."""
-        due = self.now() + lock.ttl / PER_LEASE
-        self._renewals.track(ticket, self._timers, due, lambda: self._renew(ticket, lock))
+    def hold(self, ticket: str, ttl: float, renew: Callable[[], Awaitable[bool]]) -> None:
+        """Call `renew` from now on, in good time before `ttl` seconds are over. It returns whether the lock is still held."""
 
-    def let_go(self, ticket: str) -> None:
-        """Renew a lock no longer."""
-        self._renewals.untrack(ticket)
-
-    def _check(self) -> None:
-        if self._why_not is not None:
-            raise self._why_not
-
-    def _renew(self, ticket: str, lock: Renewable) -> None:
-        async def renew() -> None:
+        async def renew_once() -> None:
             started, share = self.now(), PER_LEASE
             try:
-                if not await lock.renew():
+                if not await renew():
                     self.let_go(ticket)
                     return
             except CacheError:
                 started, share = self.now(), PER_LEASE_IN_TROUBLE
-            self._renewals.postpone(ticket, self._timers, started + lock.ttl / share)
+            self._renewals.postpone(ticket, self._timers, started + ttl / share)
 
-        spawn(renew())
+        def renew_beside() -> None:
+            spawn(renew_once())
+
+        self._renewals.track(ticket, self._timers, self.now() + ttl / PER_LEASE, renew_beside)
+
+    def let_go(self, ticket: str) -> None:
+        """Renew a lock no longer."""
+        self._renewals.untrack(ticket)

@@ -6,7 +6,9 @@ import itertools
 import math
 import os
 import socket
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,18 +36,18 @@ from .lock_ways import LockWay
 __all__ = ["Lock", "LockInfo", "SyncLock"]
 
 SLICE = 10.0
-"""Seconds after which the manager says that we still wait, at the latest."""
+"""The longest that one request to the manager waits for the lock, in seconds."""
 
 CONFIRMED = 4
-"""What took longer than this part of the lease, counted from when it was asked for, is renewed before it is relied on."""
+"""A lock whose request took longer than this part of its `ttl` is renewed before it is relied on."""
 
 
 class Lock:
-    """A lock of one name, had by one holder in the whole fleet at a time. Made by `Cache.lock`; used with `async with`, or with
-    `acquire` and `release`, and again after that.
+    """A lock of one name, held by one holder of all processes at a time. Made by `Cache.lock`; used with `async with`, or with
+    `acquire` and `release`, any number of times.
 
-    It is a lease: it ends `ttl` seconds after it was had, or renewed, whatever its holder does, and it is renewed by
-    itself three times in that time. `lost` tells whether it has ended; who is paused may notice that too late, so what the
+    It is a lease: it ends `ttl` seconds after it was acquired or renewed, even if its holder hangs. It is renewed in the
+    background three times in that time. `lost` says that it has ended; a paused holder may notice that too late, so what the
     lock protects should refuse a `token` that is smaller than one it has seen. See `docs/locks.md`.
     """
 
@@ -63,9 +65,9 @@ class Lock:
         self.name = check_key(name)
         self.ttl = check_seconds("ttl", ttl)
         self.wait = way.timeout if wait is None else check_seconds("wait", wait, zero=True)
-        self.owner = _default_owner() if owner is None else check_owner(owner)
+        self.owner = f"process {os.getpid()} on {_host()}" if owner is None else check_owner(owner)
         self._way = way
-        self._ask: Any = way.ask_blocking if blocking else way.ask
+        self._ask: Any = partial(way.ask, blocking=True) if blocking else way.ask
         self._renews = renew
         self._ticket = ""
         self._waits = False
@@ -79,9 +81,9 @@ class Lock:
 
     @property
     def token(self) -> int:
-        """The fencing token: larger than that of every holder before. Of a lock that was held before, the last one.
+        """The fencing token: larger than that of every holder before. It stays after a release.
 
-        Raises `LockNotHeld` if it never was.
+        Raises `LockNotHeld` if this object never held the lock.
         """
         if not self._token:
             raise LockNotHeld(name=self.name)
@@ -89,29 +91,29 @@ class Lock:
 
     @property
     def lost(self) -> bool:
-        """Whether the lock was had, was not given back, and is not surely held any more."""
+        """True if the lock was acquired and not released, and may have ended since."""
         return bool(self._ticket) and (self._lost or self._way.now() >= self._expires_at)
 
     @property
     def held(self) -> bool:
-        """Whether the lock is held, as far as is known here."""
+        """True if the lock is held, as far as is known here."""
         return bool(self._ticket) and not self.lost
 
     @property
     def remaining(self) -> float:
-        """Seconds for which the lock is surely held without being renewed; 0 where it is not."""
+        """Seconds for which the lock is surely held without being renewed; 0 if it is not held."""
         return max(0.0, self._expires_at - self._way.now()) if self.held else 0.0
 
     def check(self) -> None:
-        """Raise `LockNotHeld` unless the lock is held, as far as is known here. Asks nobody."""
+        """Raise `LockNotHeld` unless the lock is held, as far as is known here. Sends no request."""
         if not self.held:
             raise LockNotHeld(name=self.name)
 
     async def acquire(self) -> Self:
-        """Have the lock, waiting for up to `wait` seconds; 0 is one attempt. First come, first served.
+        """Acquire the lock, waiting for up to `wait` seconds; 0 is one attempt. First come, first served.
 
-        Raises `LockNotAcquired` when it was not to be had in time, and a `CacheError` of its own when the manager or its
-        store fails: a lock is never taken for granted. One object holds one lock: a second `acquire` is an error.
+        Raises `LockNotAcquired` if it could not be acquired in time, and another `CacheError` if the manager or its store fails:
+        a lock is never taken for granted. One object holds one lock: a second `acquire` is an error.
         """
         if self._waits or self.held:
             raise CacheError(f"this object holds the lock {self.name!r} already, or waits for it: make another one")
@@ -124,22 +126,24 @@ class Lock:
                 owner, remaining = reply.owner, reply.remaining
                 raise LockNotAcquired(timeout=self.wait, name=self.name, owner=owner, remaining=remaining)
             self._ticket, self._token, self._expires_at = ticket, reply.token, sent + self.ttl
-            if self._way.now() - sent >= self.ttl / CONFIRMED and not (await self._confirmed() and self.held):
-                raise LockNotAcquired(timeout=self.wait, name=self.name)  # It was lost before we knew of it.
+            if self._way.now() - sent >= self.ttl / CONFIRMED:
+                with suppress(LockNotHeld):
+                    await self._renew(self._ask)
+                if not self.held:
+                    raise LockNotAcquired(timeout=self.wait, name=self.name)  # It was lost before we knew of it.
         except BaseException:
             self._end()
             if not refused:
-                # Whatever became of it, nobody here will give it back.
+                # It may have been granted all the same, and would not be released.
                 self._way.send(ReleaseLock(self.name, ticket, abandon=True))
             raise
         finally:
             self._waits = False
-        if self._renews:
-            self._way.hold(ticket, self)
+        self._keep()
         return self
 
     async def _attempt(self, ticket: str) -> tuple[LockGranted | LockDenied, float]:
-        """How it ended, and when that was asked for."""
+        """Return the last reply, and the time of its request."""
         ends = self._way.now() + self.wait
         while True:
             sent = self._way.now()
@@ -148,15 +152,11 @@ class Lock:
             if not isinstance(reply, LockQueued):
                 return reply, sent
 
-    async def _confirmed(self) -> bool:
-        try:
-            return await self._renew(self._ask)
-        except LockNotHeld:
-            return False
-
     async def release(self) -> None:
-        """Give the lock back. Raises `LockNotHeld` when it is not held any more: what was done under it since its time ran
-        out was not protected. `LockNotOwned`, which is one, says who has it."""
+        """Release the lock. Raises `LockNotHeld` if it is not held any more: work since its time ran out was not protected.
+
+        `LockNotOwned` is a `LockNotHeld` that names the present holder.
+        """
         ticket, lost = self._ticket, self._lost
         if not ticket:
             raise LockNotHeld(name=self.name)
@@ -173,20 +173,22 @@ class Lock:
             raise LockNotHeld(name=self.name)
 
     async def extend(self, ttl: Duration | None = None) -> None:
-        """Hold the lock for `ttl` seconds from now, and have it renewed for as long from then on; left out, for as long as
-        before. Raises `LockNotHeld` when it was lost."""
-        if not self._ticket:
+        """Hold the lock for `ttl` seconds from now, by default as long as before; each renewal prolongs it by as much.
+
+        Raises `LockNotHeld` if it was lost.
+        """
+        if not self._ticket or self._lost:
             raise LockNotHeld(name=self.name)
         if ttl is not None:
             self.ttl = check_seconds("ttl", ttl)
+        self._keep()  # Before the request, because renewals must follow the new time even if it fails.
         if not await self._renew(self._ask):
             raise LockNotHeld(name=self.name)
-        if self._renews:
-            self._way.hold(self._ticket, self)
 
-    async def renew(self) -> bool:
-        """As `Renewable.renew`: on the event loop of the node, whoever holds the lock."""
-        return await self._renew(self._way.ask)
+    def _keep(self) -> None:
+        if self._renews:
+            # By the node's event loop, also if the lock is held by a thread.
+            self._way.hold(self._ticket, self.ttl, lambda: self._renew(self._way.ask))
 
     async def _renew(self, ask: Any) -> bool:
         ticket, sent = self._ticket, self._way.now()
@@ -205,11 +207,11 @@ class Lock:
         return True
 
     async def is_locked(self) -> bool:
-        """Whether anybody holds the lock of this name."""
+        """Return whether the lock of this name is held, here or elsewhere."""
         return await self.info() is not None
 
     async def info(self) -> LockInfo | None:
-        """Who holds the lock of this name, its token, and the seconds that it has left; `None` if nobody does."""
+        """Return the holder of the lock of this name, its token, and the seconds that it has left; `None` if it is free."""
         reply = await self._ask(DescribeLock(self.name))
         return reply if isinstance(reply, LockInfo) else None
 
@@ -219,17 +221,14 @@ class Lock:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await self.leave(error)
-
-    async def leave(self, error: BaseException | None) -> None:
-        """Give the lock back at the end of a `with`, which `error` has ended. That is never hidden by what goes wrong here."""
+        """Release the lock. A failure to do so does not hide the error that has ended the block."""
         if not self._ticket:
-            return  # The body has given it back.
+            return  # The body has released it.
         if error is None:
             await self.release()
             return
         if not isinstance(error, Exception):
-            # Cancelled, or broken off: nothing may be awaited.
+            # Cancelled or interrupted: nothing may be awaited.
             ticket = self._ticket
             self._end()
             self._way.send(ReleaseLock(self.name, ticket, self.owner, self._token))
@@ -249,9 +248,14 @@ class Lock:
         self._ticket, self._lost, self._expires_at = "", False, -math.inf
 
 
+def _forwarded(name: str) -> Any:
+    """Return a property of `SyncLock` that is that of its `Lock`."""
+    return property(attrgetter(f"_inner.{name}"))
+
+
 class SyncLock:
     """A `Lock` for code without an event loop: used with `with`, and everything else without `await`. Made by
-    `SyncCache.lock`. It is renewed in the background, whatever its thread does."""
+    `SyncCache.lock`. It is renewed in the background, whatever its thread does. Its attributes are those of `Lock`."""
 
     def __init__(self, lock: Lock) -> None:
         self._inner = lock
@@ -259,40 +263,13 @@ class SyncLock:
     def __repr__(self) -> str:
         return repr(self._inner).replace("<Lock", "<SyncLock", 1)
 
-    @property
-    def name(self) -> str:
-        """The name of the lock."""
-        return self._inner.name
-
-    @property
-    def owner(self) -> str:
-        """What others are told that its holder is."""
-        return self._inner.owner
-
-    @property
-    def ttl(self) -> float:
-        """Seconds for which it is held without being renewed."""
-        return self._inner.ttl
-
-    @property
-    def token(self) -> int:
-        """As `Lock.token`."""
-        return self._inner.token
-
-    @property
-    def lost(self) -> bool:
-        """As `Lock.lost`."""
-        return self._inner.lost
-
-    @property
-    def held(self) -> bool:
-        """As `Lock.held`."""
-        return self._inner.held
-
-    @property
-    def remaining(self) -> float:
-        """As `Lock.remaining`."""
-        return self._inner.remaining
+    name: str = _forwarded("name")
+    owner: str = _forwarded("owner")
+    ttl: float = _forwarded("ttl")
+    token: int = _forwarded("token")
+    lost: bool = _forwarded("lost")
+    held: bool = _forwarded("held")
+    remaining: float = _forwarded("remaining")
 
     def check(self) -> None:
         """As `Lock.check`."""
@@ -311,17 +288,16 @@ class SyncLock:
     def __enter__(self) -> Self:
         return self.acquire()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        run(self._inner.leave(error))
+    __exit__ = blocking(Lock.__aexit__)
 
 
 def next_ticket() -> str:
-    """What names one attempt to have a lock: nobody else's is called the same."""
+    """Return a name for one attempt to acquire a lock, unlike any other."""
     return f"{origin()}-{next(_numbers)}"
 
 
 def check_owner(owner: object) -> str:
-    """Return `owner` if others can be told it, else raise `TypeError` or `ValueError`."""
+    """Return `owner` if it can be sent to others, else raise `TypeError` or `ValueError`."""
     if not isinstance(owner, str):
         raise TypeError(f"the owner of a lock must be a str, not {type(owner).__name__}")
     try:
@@ -330,13 +306,5 @@ def check_owner(owner: object) -> str:
         raise ValueError(f"the owner of a lock must be a str that is not empty, and valid Unicode: {error}") from None
 
 
-@cache
-def _host() -> str:
-    return socket.gethostname()
-
-
-def _default_owner() -> str:
-    return f"process {os.getpid()} on {_host()}"
-
-
+_host = cache(socket.gethostname)
 _numbers = itertools.count()

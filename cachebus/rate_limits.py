@@ -1,4 +1,4 @@
-"""Rate limits as callers use them: a check that says how things stand, and a block that is entered or not."""
+"""Rate limits as callers use them: a check that returns its answer, and a block that is entered or not."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from cachebus.messages import Admit, RateLimitDenied, RateLimited
 
 from .checks import Duration, check_key, check_seconds
 from .failures import BACKEND_FAILURES
-from .link import run
-from .runners import AsyncRunner, ThreadRunner
+from .link import blocking
+from .runners import Runner
 
 OnLimitError: TypeAlias = Literal["raise", "allow"]
 
 
 class RateLimit(msgspec.Struct, frozen=True):
-    """What a rate limit said: true if `allowed`. Times are seconds from the moment of the answer.
+    """The answer of a rate limit: true if `allowed`. Times are seconds from the moment of the answer.
 
-    `remaining` is how many more could go on at once, and nothing is used any more after `reset_after`. `retry_after` is
-    when the same would be allowed if nobody else takes anything, 0.0 if it is. `unchecked` says that the backend did not
-    answer, and `on_error="allow"` did.
+    `remaining` units are left to be taken at once, and all are back after `reset_after`. `retry_after` is when the same would
+    be allowed if no other caller takes units, 0.0 if it is allowed. `unchecked` says that the backend did not answer, and
+    `on_error="allow"` did.
     """
 
     allowed: bool
@@ -39,7 +39,7 @@ class RateLimit(msgspec.Struct, frozen=True):
 def admit_request(
     name: str, limit: int, per: Duration, burst: int | None, cost: int, wait: Duration, on_error: str
 ) -> Admit:
-    """The request of a facade's `rate_limit`, checked. Raises `CacheKeyError`, `TypeError` or `ValueError`."""
+    """Return the request for a facade's `rate_limit`. Raises `CacheKeyError`, `TypeError` or `ValueError`."""
     check_key(name)
     if on_error not in ("raise", "allow"):
         raise ValueError(f"on_error must be 'raise' or 'allow', not {on_error!r}")
@@ -65,80 +65,60 @@ def _units(name: str, units: Any) -> int:
     return int(units)
 
 
-async def _check(runner: AsyncRunner | ThreadRunner, request: Admit, on_error: OnLimitError) -> RateLimit:
-    """Ask, and wait for what was taken in advance."""
-    link = runner.link
-    probe = link.probe if isinstance(runner, AsyncRunner) else link.probe_blocking
-    try:
-        reply = await probe(request, link.timeout)
-    except BACKEND_FAILURES as error:
-        link.failures.settle(request, error, allow=on_error == "allow")
-        return RateLimit(True, 0, unchecked=True)
-    if isinstance(reply, RateLimitDenied):
-        return RateLimit(False, reply.remaining, reply.retry_after, reply.reset_after)
-    if reply.delay:
-        await runner.pause(reply.delay)
-    return RateLimit(True, reply.remaining, 0.0, max(0.0, reply.reset_after - reply.delay))
-
-
-def _entered(request: Admit, limit: RateLimit) -> RateLimit:
-    if not limit.allowed:
-        raise RateLimited(key=request.key, retry_after=limit.retry_after)
-    return limit
-
-
 class AsyncRateLimiter:
-    """A rate limit of a `Cache`, to be used as often as you like. Made by `Cache.rate_limit`.
+    """A rate limit of a `Cache`, to be used any number of times. Made by `Cache.rate_limit`.
 
-    `await limiter` takes from it and says what became of that; `async with limiter` is entered when it is allowed, and
-    raises `RateLimited` when it is not.
+    `await limiter` takes units from it and returns a `RateLimit`. `async with limiter` is entered if it is allowed, and
+    raises `RateLimited` if it is not.
     """
 
-    def __init__(self, runner: Callable[[], AsyncRunner], request: Admit, on_error: OnLimitError) -> None:
+    def __init__(self, runner: Callable[[], Runner], request: Admit, on_error: OnLimitError) -> None:
         self._runner = runner
         self._request = request
         self._on_error: OnLimitError = on_error
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {_described(self._request)}>"
+        asked = self._request
+        return f"<{type(self).__name__} {asked.key!r} {asked.limit} in {asked.per:g} s, burst {asked.burst}>"
 
     async def check(self) -> RateLimit:
-        """The same as `await limiter`."""
-        return await _check(self._runner(), self._request, self._on_error)
+        """Take units, and wait for those that were taken in advance. The same as `await limiter`."""
+        runner, request = self._runner(), self._request
+        try:
+            reply = await runner.probe(request)
+        except BACKEND_FAILURES as error:
+            runner.link.failures.settle(request, error, allow=self._on_error == "allow")
+            return RateLimit(True, 0, unchecked=True)
+        if isinstance(reply, RateLimitDenied):
+            return RateLimit(False, reply.remaining, reply.retry_after, reply.reset_after)
+        if reply.delay:
+            await runner.pause(reply.delay)
+        return RateLimit(True, reply.remaining, 0.0, max(0.0, reply.reset_after - reply.delay))
 
     def __await__(self) -> Generator[Any, Any, RateLimit]:
         return self.check().__await__()
 
     async def __aenter__(self) -> RateLimit:
-        return _entered(self._request, await self.check())
+        limit = await self.check()
+        if not limit.allowed:
+            raise RateLimited(key=self._request.key, retry_after=limit.retry_after)
+        return limit
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Nothing to give back: what was taken comes back with time."""
+        """Do nothing: the units come back with time."""
 
 
 class RateLimiter:
     """As `AsyncRateLimiter`, of a `SyncCache`: `limiter.check()`, and `with limiter`."""
 
-    def __init__(self, runner: Callable[[], ThreadRunner], request: Admit, on_error: OnLimitError) -> None:
-        self._runner = runner
-        self._request = request
-        self._on_error: OnLimitError = on_error
+    def __init__(self, inner: AsyncRateLimiter) -> None:
+        self._inner = inner
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {_described(self._request)}>"
+        return repr(self._inner).replace("Async", "", 1)
 
-    def check(self) -> RateLimit:
-        """Take from it, and say what became of that."""
-        return run(_check(self._runner(), self._request, self._on_error))
-
-    def __enter__(self) -> RateLimit:
-        return _entered(self._request, self.check())
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Nothing to give back: what was taken comes back with time."""
-
-
-def _described(request: Admit) -> str:
-    return f"{request.key!r} {request.limit} in {request.per:g} s, burst {request.burst}"
+    check = blocking(AsyncRateLimiter.check)
+    __enter__ = blocking(AsyncRateLimiter.__aenter__)
+    __exit__ = blocking(AsyncRateLimiter.__aexit__)

@@ -18,13 +18,12 @@ from anyio.lowlevel import checkpoint
 
 from cachebus.bus import running_loop
 from cachebus.bus.tasks import spawn
-from cachebus.messages import CacheError, Failed, Request
+from cachebus.messages import CacheError, Failed, LoadFailed, LoadStarted, LoadSucceeded, Request
 
 from .background import BACKGROUND
 from .link import Link, run
 from .loaders import awaited
-from .singleflight import InFlightLoad
-from .wait_graph import CURRENT_LOADS
+from .singleflight import CURRENT_LOADS, InFlightLoad
 
 R = TypeVar("R")
 
@@ -59,7 +58,7 @@ class AsyncRunner:
         self.ask: Any = link.request
         self.finish: Any = link.finish
 
-    async def probe(self, request: Request[R], patience: float) -> R:
+    async def probe(self, request: Request[R], patience: float = 0.0) -> R:
         """As `ask`, for the error as it is, which counts nowhere."""
         return await self.link.probe(request, self.link.timeout + patience)
 
@@ -152,7 +151,7 @@ class ThreadRunner:
         self.ask: Any = link.request_blocking
         self.finish: Any = link.finish_blocking
 
-    async def probe(self, request: Request[R], patience: float) -> R:
+    async def probe(self, request: Request[R], patience: float = 0.0) -> R:
         return await self.link.probe_blocking(request, self.link.timeout + patience)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
@@ -223,6 +222,38 @@ def _run(running: Coroutine[Any, Any, None], work: Work) -> None:
 
 Runner = AsyncRunner | ThreadRunner
 """How a caller waits, and its load is executed."""
+
+
+async def call_loader(
+    runner: Runner,
+    in_flight: InFlightLoad,
+    keys: tuple[str, ...],
+    loader: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    asynchronous: bool,
+) -> tuple[Any, float]:
+    """Return what a loader returns and the seconds that it took, and emit the events of the load."""
+    emitter, now = runner.link.emitter, runner.link.bus.clock.monotonic
+    started = now()
+    if LoadStarted in emitter.audience.kinds:
+        for key in keys:
+            emitter.tell(LoadStarted, key=key)
+    token = CURRENT_LOADS.set((*CURRENT_LOADS.get(), in_flight))
+    try:
+        loaded = await runner.call(loader, arguments, asynchronous=asynchronous)
+    except BaseException as error:
+        if LoadFailed in emitter.audience.kinds:
+            for key in keys:
+                emitter.tell(LoadFailed, key=key, error=type(error).__name__, duration=now() - started)
+        raise
+    finally:
+        CURRENT_LOADS.reset(token)
+    duration = now() - started
+    if LoadSucceeded in emitter.audience.kinds:
+        for key in keys:
+            emitter.tell(LoadSucceeded, key=key, duration=duration)
+    return loaded, duration
 
 
 class _Threads:

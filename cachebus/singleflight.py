@@ -1,10 +1,15 @@
-"""Single flight: the callers of one process who want the value of one load share it."""
+"""Single flight: the callers of one process who want the value of one load share it.
+
+Loaders that would wait for each other forever get an error instead: the loads form a graph of which waits for which.
+"""
 
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping
+from contextvars import ContextVar
 from typing import Any, Final
 
 from msgspec import Struct, field
@@ -12,15 +17,9 @@ from msgspec import Struct, field
 from cachebus.bus import Port, ThreadPort, open_port
 from cachebus.messages import CacheError
 
-from .wait_graph import CURRENT_LOADS, GraphNode, add_edge, remove_edge
 
-
-class _Outcome:
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __repr__(self) -> str:
-        return self._name
+class _Outcome(Struct, frozen=True):
+    name: str
 
 
 CANCELLED: Final = _Outcome("CANCELLED")
@@ -61,14 +60,16 @@ class Raised(Struct, frozen=True):
         return is_leader or isinstance(self.error, Exception)
 
 
-class InFlightLoad(GraphNode, eq=False, kw_only=True):
+class InFlightLoad(Struct, eq=False, kw_only=True):
     """A load that callers wait for, as tasks of any event loop or as threads.
 
     When the last waiter leaves, `cancel` is called, unless a waiter asked for the load to go on. `lease_names` are the leases
     that it loads under or waits for. `thread` is where it runs, or where its event loop does. `owner` is the coroutine that
-    will resolve it.
+    will resolve it. `waits_for` counts the waits of its loader for other loads.
     """
 
+    resolved: bool = False
+    waits_for: dict[InFlightLoad, int] = field(default_factory=dict)
     owner: Coroutine[Any, Any, Any] | None = None
     outcome: Any = None
     cancel: Callable[[], None] | None = None
@@ -107,7 +108,7 @@ class InFlightLoad(GraphNode, eq=False, kw_only=True):
         the thread instead of suspending; in the thread that loads that is a `CacheError`.
         """
         loads = CURRENT_LOADS.get()
-        waiting = add_edge(loads, self) if loads else None
+        waiting = _add_edge(loads, self) if loads else None
         try:
             if start is not None:
                 self._starting = True
@@ -125,7 +126,7 @@ class InFlightLoad(GraphNode, eq=False, kw_only=True):
                     return self.outcome
                 if start is not None:
                     self._starting = False
-                outcome: Any = port.wait(timeout, _timed_out)
+                outcome: Any = port.wait(timeout, lambda: TIMED_OUT)
                 if not blocking:
                     outcome = await outcome
                 self._kept = self._kept or (keep and outcome is TIMED_OUT)
@@ -135,7 +136,7 @@ class InFlightLoad(GraphNode, eq=False, kw_only=True):
                     self.remove_waiter(port)
         finally:
             if waiting is not None:
-                remove_edge(waiting, self)
+                _remove_edge(waiting, self)
 
     def add_waiter(self, port: Port) -> bool:
         """Answer `port` with the outcome; return false if there is one already."""
@@ -165,5 +166,61 @@ class InFlightLoad(GraphNode, eq=False, kw_only=True):
             self._waiters.pop(port, None)
 
 
-def _timed_out() -> Any:
-    return TIMED_OUT
+CURRENT_LOADS: ContextVar[tuple[InFlightLoad, ...]] = ContextVar("loads", default=())
+"""The loads on whose behalf the current task or thread works, outermost first."""
+
+
+class _Graph:
+    """The lock of the graph. The child of a fork gets a new one, because no thread of the child would release the old one."""
+
+    def __init__(self) -> None:
+        self.forked()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.forked)
+
+    def forked(self) -> None:
+        self.lock = threading.Lock()
+
+
+_graph = _Graph()
+
+
+def _add_edge(loads: tuple[InFlightLoad, ...], awaited: InFlightLoad) -> InFlightLoad | None:
+    """Note that the innermost of the unresolved `loads` waits for `awaited`, and return that load.
+
+    Raises `CacheError` if the wait would never end.
+    """
+    chain = [each for each in loads if not each.resolved]
+    if not chain:
+        return None
+    waiting = chain[-1]
+    with _graph.lock:
+        if awaited in chain:
+            raise CacheError("a loader asks for the very key that it is loading, and would wait for itself")
+        if _reaches(awaited, waiting):
+            raise CacheError("a loader asks for a key whose loader waits for it: they would wait for ever")
+        waiting.waits_for[awaited] = waiting.waits_for.get(awaited, 0) + 1
+    return waiting
+
+
+def _remove_edge(waiting: InFlightLoad, awaited: InFlightLoad) -> None:
+    """Take back what `_add_edge` noted."""
+    with _graph.lock:
+        left = waiting.waits_for.get(awaited, 0) - 1
+        if left > 0:
+            waiting.waits_for[awaited] = left
+        else:
+            waiting.waits_for.pop(awaited, None)
+
+
+def _reaches(start: InFlightLoad, goal: InFlightLoad) -> bool:
+    visited: set[InFlightLoad] = set()
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if node is goal:
+            return True
+        if node not in visited and not node.resolved:
+            visited.add(node)
+            pending.extend(node.waits_for)
+    return False

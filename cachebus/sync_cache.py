@@ -8,46 +8,49 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
-from cachebus.bus import Subscription, Turn
-from cachebus.messages import CacheClosed, Event, Found, Get, Missing, Snapshot, Stored
+from cachebus.bus import Turn
+from cachebus.messages import CacheClosed, Found, Get, Stored
 
+from . import cached_function
 from .background import BACKGROUND, Hosted
-from .cache import Cache, Health
-from .cache_limits import SyncCacheLimits
-from .cache_loading import SyncCacheLoading
-from .cache_locks import SyncCacheLocks
-from .checks import Since, TimeToLive, check_key, set_request
-from .link import Link, run
+from .cache import Cache
+from .checks import Duration, TimeToLive, check_key, set_request
+from .leased_load import LoadJob
+from .link import Link, blocking, mirrored, run
 from .load_coordinator import LoadCoordinator
+from .load_options import LOAD_OPTIONS, LoadKeywords, LoadOptions, LoadTtl
+from .loaders import Loader, kind_of
+from .locks import SyncLock
 from .node import Node
+from .rate_limits import AsyncRateLimiter, OnLimitError, RateLimiter, admit_request
+from .runners import ThreadRunner
 
 if TYPE_CHECKING:
     from .payload import PayloadPipeline
 
 
-class SyncCache(SyncCacheLoading, SyncCacheLimits, SyncCacheLocks):
+class SyncCache:
     """A cache over one backend for code without an event loop, usable from any number of threads.
 
-    Made by `open_sync_cache`. It opens at its first use, or with `with`, and in the child of a fork anew: a child begins
-    with a cache of its own. Everything else is as in `Cache`, without `await`. A call that would wait for the event loop
-    that it is made on is refused with a `CacheError`.
+    Made by `open_sync_cache`. It opens at its first use, or with `with`. In the child of a fork it is unopened again. Everything
+    else is as in `Cache`, without `await`. A call that would wait for the event loop that it is made on raises a `CacheError`.
     """
 
     def __init__(self, make_node: Callable[[], Node], name: str | None = None) -> None:
         self._make_node = make_node
         self._name = name
-        self._loads = LoadCoordinator()
+        self.loads = LoadCoordinator()
         self._closed = False
         self.begin()
         _caches.add(self)
 
     def begin(self) -> None:
-        """Be unopened, as a new cache and one in the child of a fork are."""
-        self._loads.forked()
+        """Become unopened, as a new cache and one in the child of a fork are."""
+        self.loads.forked()
         self._guard = threading.Lock()
         self._hosted: Hosted | None = None
         self._cache: Cache | None = None
@@ -65,13 +68,8 @@ class SyncCache(SyncCacheLoading, SyncCacheLimits, SyncCacheLocks):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    @property
-    def link(self) -> Link:
-        """The way to the backend. Opens the cache if it is not open yet."""
-        return self._opened().link
-
     def close(self) -> None:
-        """Answer what is under way and refuse what comes. Safe to call twice."""
+        """Finish the calls under way and refuse new ones. Safe to call twice."""
         with self._guard:
             self._closed = True
             self._cache = None
@@ -89,11 +87,17 @@ class SyncCache(SyncCacheLoading, SyncCacheLimits, SyncCacheLocks):
                 raise CacheClosed("the cache is closed")
             if self._cache is None:
                 node = self._make_node()
-                self._hosted = BACKGROUND.run(_host, node)
+                hosted = Hosted(node)
+                BACKGROUND.run(hosted.open)
+                self._hosted = hosted
                 link = node.link(self._name)
-                self._cache = Cache(self._make_node, self._name).attach(link, blocking=True)
+                cache = Cache(self._make_node, self._name).attach(link, blocking=True)
+                cache.loads = self.loads
+                self._cache = cache
                 self._turn_get, self._turn_set = link.turn_get, link.turn_set
             return self._cache
+
+    _inner = property(_opened)  # For `mirrored`.
 
     def _open_and_get(self, message: Any) -> Any:
         return self._opened().link.turn_get(message)
@@ -107,15 +111,19 @@ class SyncCache(SyncCacheLoading, SyncCacheLimits, SyncCacheLocks):
         return self._opened()
 
     @property
+    def link(self) -> Link:
+        """The client of the backend. Opens the cache if it is not open yet."""
+        return self._opened().link
+
+    @property
     def payloads(self) -> PayloadPipeline | None:
         """As `Cache.payloads`. Opens the cache if it is not open yet."""
         return self._opened().payloads
 
-    # Reading
+    # The hot paths, written out for the reasons given in `Cache`
 
     def get(self, key: str, default: Any = None) -> Any:
         """As `Cache.get`."""
-        # The hot path, written out for the reasons given there.
         if type(key) is not str:
             check_key(key)
         request = Get(key)
@@ -124,37 +132,6 @@ class SyncCache(SyncCacheLoading, SyncCacheLimits, SyncCacheLocks):
             return reply.value
         found = run(self._opened().finish_get(request, reply))
         return found.value if isinstance(found, Found) else default
-
-    def lookup(self, key: str) -> Found | Missing:
-        """As `Cache.lookup`."""
-        return run(self._opened().lookup(key))
-
-    def get_typed(self, key: str, kind: Any, default: Any = None, *, strict: bool = False) -> Any:
-        """As `Cache.get_typed`."""
-        return run(self._opened().get_typed(key, kind, default, strict=strict))
-
-    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
-        """As `Cache.get_many`."""
-        return run(self._opened().get_many(keys))
-
-    def exists(self, key: str) -> bool:
-        """As `Cache.exists`."""
-        return run(self._opened().exists(key))
-
-    def ttl(self, key: str) -> float | None:
-        """As `Cache.ttl`."""
-        return run(self._opened().ttl(key))
-
-    def scan(self, pattern: str = "*") -> Iterator[str]:
-        """As `Cache.scan`."""
-        cache, cursor = self._opened(), ""
-        while True:
-            page = run(cache.scan_page(pattern, cursor))
-            yield from page.keys
-            if not (cursor := page.cursor):
-                return
-
-    # Writing
 
     def set(
         self,
@@ -170,71 +147,78 @@ class SyncCache(SyncCacheLoading, SyncCacheLimits, SyncCacheLocks):
         reply = self._turn_set(request)
         return isinstance(reply if type(reply) is Stored else run(self.link.finish_blocking(request, reply)), Stored)
 
-    def set_many(self, items: Mapping[str, Any], *, ttl: TimeToLive = "default", tags: Iterable[str] = ()) -> None:
-        """As `Cache.set_many`."""
-        run(self._opened().set_many(items, ttl=ttl, tags=tags))
+    def get_or_load(
+        self,
+        key: str,
+        loader: Loader,
+        *,
+        ttl: LoadTtl = "default",
+        tags: Iterable[str] = (),
+        **options: Unpack[LoadKeywords],
+    ) -> Any:
+        """As `Cache.get_or_load`. A plain loader runs in the calling thread, or, if it may have to outlast the call, in a thread
+        of its own; a coroutine function runs in the event loop of the cache."""
+        if type(key) is not str:
+            check_key(key)
+        request = Get(key)
+        reply = self._turn_get(request)
+        if type(reply) is Found and (
+            not options or (options.keys() <= LOAD_OPTIONS and options.get("idle_ttl") is None)
+        ):
+            return reply.value
+        check_key(key)
+        checked = LoadOptions.of(ttl, tags, **options)
+        wants_context, asynchronous = kind_of(loader)
+        job = LoadJob(key, loader, checked, checked.tags, asynchronous, wants_context)
+        return run(self.loads.deliver(ThreadRunner(self.link), job, request, reply))
 
-    def add(self, key: str, value: Any, *, ttl: TimeToLive = "default", tags: Iterable[str] = ()) -> bool:
-        """As `Cache.add`."""
-        return run(self._opened().add(key, value, ttl=ttl, tags=tags))
+    # The rest of `Cache`
 
-    def compare_and_set(
-        self, key: str, value: Any, *, version: float, ttl: TimeToLive = "default", tags: Iterable[str] = ()
-    ) -> bool:
-        """As `Cache.compare_and_set`."""
-        return run(self._opened().compare_and_set(key, value, version=version, ttl=ttl, tags=tags))
+    lookup = blocking(Cache.lookup)
+    get_typed = blocking(Cache.get_typed)
+    get_many = blocking(Cache.get_many)
+    get_or_load_many = blocking(Cache.get_or_load_many)
+    exists = blocking(Cache.exists)
+    ttl = blocking(Cache.ttl)
+    set_many = blocking(Cache.set_many)
+    add = blocking(Cache.add)
+    compare_and_set = blocking(Cache.compare_and_set)
+    touch = blocking(Cache.touch)
+    increment = blocking(Cache.increment)
+    delete = blocking(Cache.delete)
+    delete_many = blocking(Cache.delete_many)
+    delete_pattern = blocking(Cache.delete_pattern)
+    invalidate_tags = blocking(Cache.invalidate_tags)
+    clear = blocking(Cache.clear)
+    statistics = blocking(Cache.statistics)
+    health = blocking(Cache.health)
+    events = mirrored(Cache.events, lambda subscription: subscription)
+    lock = mirrored(Cache.lock, SyncLock)
+    cached = cached_function.cached
 
-    def touch(self, key: str, *, ttl: TimeToLive = "default") -> bool:
-        """As `Cache.touch`."""
-        return run(self._opened().touch(key, ttl=ttl))
+    def scan(self, pattern: str = "*") -> Iterator[str]:
+        """As `Cache.scan`."""
+        cache, cursor = self._opened(), ""
+        while True:
+            page = run(cache.scan_page(pattern, cursor))
+            yield from page.keys
+            if not (cursor := page.cursor):
+                return
 
-    def increment(self, key: str, delta: int = 1, *, initial: int | None = 0, ttl: TimeToLive = "default") -> int:
-        """As `Cache.increment`."""
-        return run(self._opened().increment(key, delta, initial=initial, ttl=ttl))
-
-    # Removing
-
-    def delete(self, key: str) -> bool:
-        """As `Cache.delete`."""
-        return run(self._opened().delete(key))
-
-    def delete_many(self, keys: Iterable[str]) -> int:
-        """As `Cache.delete_many`."""
-        return run(self._opened().delete_many(keys))
-
-    def delete_pattern(self, pattern: str) -> int:
-        """As `Cache.delete_pattern`."""
-        return run(self._opened().delete_pattern(pattern))
-
-    def invalidate_tags(self, *tags: str) -> None:
-        """As `Cache.invalidate_tags`."""
-        run(self._opened().invalidate_tags(*tags))
-
-    def clear(self) -> None:
-        """As `Cache.clear`."""
-        run(self._opened().clear())
-
-    # Decorating and watching
-
-    def events(
-        self, *what: type[Event] | str, capacity: int = 1024, since: Since = None, local: bool = False
-    ) -> Subscription:
-        """As `Cache.events`; iterate with `for` within `with`, or call `next(timeout)`."""
-        return self._opened().events(*what, capacity=capacity, since=since, local=local)
-
-    def statistics(self) -> Snapshot:
-        """As `Cache.statistics`."""
-        return run(self._opened().statistics())
-
-    def health(self) -> Health:
-        """As `Cache.health`."""
-        return run(self._opened().health())
-
-
-async def _host(node: Node) -> Hosted:
-    hosted = Hosted(node)
-    await hosted.open()
-    return hosted
+    def rate_limit(
+        self,
+        name: str,
+        limit: int,
+        per: Duration,
+        *,
+        burst: int | None = None,
+        cost: int = 1,
+        wait: Duration = 0.0,
+        on_error: OnLimitError = "raise",
+    ) -> RateLimiter:
+        """As `Cache.rate_limit`: `cache.rate_limit(...).check()` returns a `RateLimit`, and `with` enters a block."""
+        request = admit_request(name, limit, per, burst, cost, wait, on_error)
+        return RateLimiter(AsyncRateLimiter(lambda: ThreadRunner(self.link), request, on_error))
 
 
 _caches: weakref.WeakSet[SyncCache] = weakref.WeakSet()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from cachebus.bus import Emitter
-from cachebus.messages import CacheSerializationError, PayloadRejected
+from cachebus.messages import CacheSerializationError
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """The value as `kind`: a builtin, generic, dataclass, TypedDict or pydantic model. Raises `CacheSerializationError` with the
-    reason `type` where it does not fit; the sentence names places and not what stands there."""
+    """Return the value as a `kind`: a builtin, generic, dataclass, TypedDict or pydantic model.
+
+    Raises `CacheSerializationError` with the reason `type` if it does not fit. The sentence names places and shows no values.
+    """
     from pydantic import ValidationError  # Takes longer to import than all of cachebus.
 
     try:
@@ -39,9 +40,3 @@ def _adapter(kind: Any) -> Any:
         from pydantic import TypeAdapter
 
         return TypeAdapter(kind)
-
-
-def tell_misfit(emitter: Emitter, key: str) -> None:
-    """Say that a value was not of the type that was asked for."""
-    if PayloadRejected in emitter.audience.kinds:
-        emitter.emit(PayloadRejected(key=key, reason="type"))

@@ -1,267 +1,127 @@
 """The vocabulary: requests, replies, events and errors. Imports the standard library and msgspec."""
 
-from .base import (
-    WIRE_NAMES,
-    Event,
-    Message,
-    Reply,
-    Request,
-    reply_types,
-)
-from .errors import (
-    ActorFailed,
-    AddressInUse,
-    BadMessage,
-    CacheBackendError,
-    CacheCapacityError,
-    CacheClosed,
-    CacheConfigurationError,
-    CacheConnectionError,
-    CacheError,
-    CacheInvalidationError,
-    CacheKeyError,
-    CacheSerializationError,
-    CacheStampedeError,
-    CacheTimeoutError,
-    CapabilityError,
-    CircuitOpen,
-    LoaderFailed,
-    LockNotAcquired,
-    LockNotHeld,
-    LockNotOwned,
-    NoSuchActor,
-    Overloaded,
-    RateLimited,
-    WrongType,
-    error_class,
-    error_codes,
-    rebuild,
-)
-from .events import (
-    ActorGaveUp,
-    ActorRestarted,
-    ActorStarted,
-    ActorStopped,
-    BackendConnected,
-    BackendDisconnected,
-    CacheCleared,
-    CacheDeleted,
-    CacheEvicted,
-    CacheExpired,
-    CacheHit,
-    CacheMiss,
-    CacheSet,
-    CircuitClosed,
-    CircuitOpened,
-    DeadLetter,
-    EventsMissed,
-    Heartbeat,
-    LoadFailed,
-    LoadLeaseLost,
-    LoadStarted,
-    LoadSucceeded,
-    LockAcquired,
-    LockExpired,
-    LockReleased,
-    PayloadRejected,
-    PayloadSealed,
-    RateLimitExceeded,
-    RemovalCause,
-    RequestFailed,
-    StaleServed,
-    TagsInvalidated,
-)
-from .leases import (
-    GetOrLease,
-    LeaseGranted,
-    Loading,
-    LoadMetadata,
-    NotHeld,
-    Released,
-    ReleaseLease,
-    Renewed,
-    RenewLease,
-    Stale,
-    WatchLease,
-)
-from .locks import (
-    AcquireLock,
-    DescribeLock,
-    LockDenied,
-    LockFree,
-    LockGranted,
-    LockInfo,
-    LockQueued,
-    ReleaseLock,
-    RenewLock,
-)
-from .rates import Admit, Admitted, RateLimitDenied
-from .replies import (
-    Cleared,
-    Deleted,
-    Description,
-    Failed,
-    Found,
-    FoundMany,
-    Incremented,
-    Invalidated,
-    Loaded,
-    Missing,
-    NotStored,
-    Pong,
-    Present,
-    Scanned,
-    Snapshot,
-    Stored,
-    StoredMany,
-)
-from .requests import (
-    Add,
-    Clear,
-    CompareAndSet,
-    Delete,
-    DeleteMany,
-    DeletePattern,
-    Describe,
-    Exists,
-    Get,
-    GetMany,
-    Increment,
-    InvalidateTags,
-    Ping,
-    Scan,
-    Set,
-    SetMany,
-    Sweep,
-    TakeSnapshot,
-    Touch,
-    Ttl,
-)
-
-__all__ = [
-    "WIRE_NAMES",
-    "AcquireLock",
-    "ActorFailed",
-    "ActorGaveUp",
-    "ActorRestarted",
-    "ActorStarted",
-    "ActorStopped",
-    "Add",
-    "AddressInUse",
-    "Admit",
-    "Admitted",
-    "BackendConnected",
-    "BackendDisconnected",
-    "BadMessage",
-    "CacheBackendError",
-    "CacheCapacityError",
-    "CacheCleared",
-    "CacheClosed",
-    "CacheConfigurationError",
-    "CacheConnectionError",
-    "CacheDeleted",
-    "CacheError",
-    "CacheEvicted",
-    "CacheExpired",
-    "CacheHit",
-    "CacheInvalidationError",
-    "CacheKeyError",
-    "CacheMiss",
-    "CacheSerializationError",
-    "CacheSet",
-    "CacheStampedeError",
-    "CacheTimeoutError",
-    "CapabilityError",
-    "CircuitClosed",
-    "CircuitOpen",
-    "CircuitOpened",
-    "Clear",
-    "Cleared",
-    "CompareAndSet",
-    "DeadLetter",
-    "Delete",
-    "DeleteMany",
-    "DeletePattern",
-    "Deleted",
-    "Describe",
-    "DescribeLock",
-    "Description",
-    "Event",
-    "EventsMissed",
-    "Exists",
-    "Failed",
-    "Found",
-    "FoundMany",
-    "Get",
-    "GetMany",
-    "GetOrLease",
-    "Heartbeat",
-    "Increment",
-    "Incremented",
-    "InvalidateTags",
-    "Invalidated",
-    "LeaseGranted",
-    "LoadFailed",
-    "LoadLeaseLost",
-    "LoadMetadata",
-    "LoadStarted",
-    "LoadSucceeded",
-    "Loaded",
-    "LoaderFailed",
-    "Loading",
-    "LockAcquired",
-    "LockDenied",
-    "LockExpired",
-    "LockFree",
-    "LockGranted",
-    "LockInfo",
-    "LockNotAcquired",
-    "LockNotHeld",
-    "LockNotOwned",
-    "LockQueued",
-    "LockReleased",
-    "Message",
-    "Missing",
-    "NoSuchActor",
-    "NotHeld",
-    "NotStored",
-    "Overloaded",
-    "PayloadRejected",
-    "PayloadSealed",
-    "Ping",
-    "Pong",
-    "Present",
-    "RateLimitDenied",
-    "RateLimitExceeded",
-    "RateLimited",
-    "ReleaseLease",
-    "ReleaseLock",
-    "Released",
-    "RemovalCause",
-    "RenewLease",
-    "RenewLock",
-    "Renewed",
-    "Reply",
-    "Request",
-    "RequestFailed",
-    "Scan",
-    "Scanned",
-    "Set",
-    "SetMany",
-    "Snapshot",
-    "Stale",
-    "StaleServed",
-    "Stored",
-    "StoredMany",
-    "Sweep",
-    "TagsInvalidated",
-    "TakeSnapshot",
-    "Touch",
-    "Ttl",
-    "WatchLease",
-    "WrongType",
-    "error_class",
-    "error_codes",
-    "rebuild",
-    "reply_types",
-]
+from .base import WIRE_NAMES as WIRE_NAMES
+from .base import Event as Event
+from .base import Message as Message
+from .base import Reply as Reply
+from .base import Request as Request
+from .base import reply_types as reply_types
+from .errors import ActorFailed as ActorFailed
+from .errors import AddressInUse as AddressInUse
+from .errors import BadMessage as BadMessage
+from .errors import CacheBackendError as CacheBackendError
+from .errors import CacheCapacityError as CacheCapacityError
+from .errors import CacheClosed as CacheClosed
+from .errors import CacheConfigurationError as CacheConfigurationError
+from .errors import CacheConnectionError as CacheConnectionError
+from .errors import CacheError as CacheError
+from .errors import CacheInvalidationError as CacheInvalidationError
+from .errors import CacheKeyError as CacheKeyError
+from .errors import CacheSerializationError as CacheSerializationError
+from .errors import CacheStampedeError as CacheStampedeError
+from .errors import CacheTimeoutError as CacheTimeoutError
+from .errors import CapabilityError as CapabilityError
+from .errors import CircuitOpen as CircuitOpen
+from .errors import LoaderFailed as LoaderFailed
+from .errors import LockNotAcquired as LockNotAcquired
+from .errors import LockNotHeld as LockNotHeld
+from .errors import LockNotOwned as LockNotOwned
+from .errors import NoSuchActor as NoSuchActor
+from .errors import Overloaded as Overloaded
+from .errors import RateLimited as RateLimited
+from .errors import WrongType as WrongType
+from .errors import error_class as error_class
+from .errors import error_codes as error_codes
+from .errors import rebuild as rebuild
+from .events import ActorGaveUp as ActorGaveUp
+from .events import ActorRestarted as ActorRestarted
+from .events import ActorStarted as ActorStarted
+from .events import ActorStopped as ActorStopped
+from .events import BackendConnected as BackendConnected
+from .events import BackendDisconnected as BackendDisconnected
+from .events import CacheCleared as CacheCleared
+from .events import CacheDeleted as CacheDeleted
+from .events import CacheEvicted as CacheEvicted
+from .events import CacheExpired as CacheExpired
+from .events import CacheHit as CacheHit
+from .events import CacheMiss as CacheMiss
+from .events import CacheSet as CacheSet
+from .events import CircuitClosed as CircuitClosed
+from .events import CircuitOpened as CircuitOpened
+from .events import DeadLetter as DeadLetter
+from .events import EventsMissed as EventsMissed
+from .events import Heartbeat as Heartbeat
+from .events import LoadFailed as LoadFailed
+from .events import LoadLeaseLost as LoadLeaseLost
+from .events import LoadStarted as LoadStarted
+from .events import LoadSucceeded as LoadSucceeded
+from .events import LockAcquired as LockAcquired
+from .events import LockExpired as LockExpired
+from .events import LockReleased as LockReleased
+from .events import PayloadRejected as PayloadRejected
+from .events import PayloadSealed as PayloadSealed
+from .events import RateLimitExceeded as RateLimitExceeded
+from .events import RemovalCause as RemovalCause
+from .events import RequestFailed as RequestFailed
+from .events import StaleServed as StaleServed
+from .events import TagsInvalidated as TagsInvalidated
+from .leases import GetOrLease as GetOrLease
+from .leases import LeaseGranted as LeaseGranted
+from .leases import Loading as Loading
+from .leases import LoadMetadata as LoadMetadata
+from .leases import NotHeld as NotHeld
+from .leases import Released as Released
+from .leases import ReleaseLease as ReleaseLease
+from .leases import Renewed as Renewed
+from .leases import RenewLease as RenewLease
+from .leases import Stale as Stale
+from .leases import WatchLease as WatchLease
+from .locks import AcquireLock as AcquireLock
+from .locks import DescribeLock as DescribeLock
+from .locks import LockDenied as LockDenied
+from .locks import LockFree as LockFree
+from .locks import LockGranted as LockGranted
+from .locks import LockInfo as LockInfo
+from .locks import LockQueued as LockQueued
+from .locks import ReleaseLock as ReleaseLock
+from .locks import RenewLock as RenewLock
+from .rates import Admit as Admit
+from .rates import Admitted as Admitted
+from .rates import RateLimitDenied as RateLimitDenied
+from .replies import Cleared as Cleared
+from .replies import Deleted as Deleted
+from .replies import Description as Description
+from .replies import Failed as Failed
+from .replies import Found as Found
+from .replies import FoundMany as FoundMany
+from .replies import Incremented as Incremented
+from .replies import Invalidated as Invalidated
+from .replies import Loaded as Loaded
+from .replies import Missing as Missing
+from .replies import NotStored as NotStored
+from .replies import Pong as Pong
+from .replies import Present as Present
+from .replies import Scanned as Scanned
+from .replies import Snapshot as Snapshot
+from .replies import Stored as Stored
+from .replies import StoredMany as StoredMany
+from .requests import Add as Add
+from .requests import Clear as Clear
+from .requests import CompareAndSet as CompareAndSet
+from .requests import Delete as Delete
+from .requests import DeleteMany as DeleteMany
+from .requests import DeletePattern as DeletePattern
+from .requests import Describe as Describe
+from .requests import Exists as Exists
+from .requests import Get as Get
+from .requests import GetMany as GetMany
+from .requests import Increment as Increment
+from .requests import InvalidateTags as InvalidateTags
+from .requests import Ping as Ping
+from .requests import Scan as Scan
+from .requests import Set as Set
+from .requests import SetMany as SetMany
+from .requests import Sweep as Sweep
+from .requests import TakeSnapshot as TakeSnapshot
+from .requests import Touch as Touch
+from .requests import Ttl as Ttl

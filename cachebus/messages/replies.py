@@ -148,10 +148,6 @@ class Snapshot(Reply, frozen=True, tag="reply.snapshot"):
     def __post_init__(self) -> None:
         self._freeze("removals", "guard", "payload")
 
-    def with_failures(self, errors: int, dropped_writes: int) -> Snapshot:
-        """The same, with what a cache has counted."""
-        return msgspec.structs.replace(self, errors=errors, dropped_writes=dropped_writes)
-
     @property
     def requests(self) -> int:
         """How many keys were read, found or not."""

@@ -65,7 +65,7 @@ def test_an_error_goes_to_every_thread_that_waits(sync_cache: SyncCache) -> None
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(load)
         begun.wait()
-        (in_flight,) = sync_cache._loads.table.in_flight.values()
+        (in_flight,) = sync_cache.loads.table.in_flight.values()
         loads = [pool.submit(load) for _ in range(7)]
         while in_flight.waiters < 8:
             pass
@@ -73,7 +73,7 @@ def test_an_error_goes_to_every_thread_that_waits(sync_cache: SyncCache) -> None
         errors = [each.exception() for each in (first, *loads)]
     assert [repr(error) for error in errors] == ["LookupError('no such row')"] * 8
     assert load() == "found"
-    assert sync_cache._loads.table.in_flight == {}
+    assert sync_cache.loads.table.in_flight == {}
 
 
 @pytest.mark.parametrize("cancelled", ["the leader", "a waiter", "all but the last"])
@@ -106,7 +106,7 @@ async def test_cancelling_some_does_not_cancel_the_load_for_the_others(cancelled
         assert len(set(values.values())) == 1
         assert loader.calls == 1
         assert await cache.get("key") == values[4]
-        assert cache._loads.table.in_flight == {}
+        assert cache.loads.table.in_flight == {}
 
 
 async def test_cancelling_all_leaves_nothing_behind() -> None:
@@ -123,7 +123,7 @@ async def test_cancelling_all_leaves_nothing_behind() -> None:
             await anyio.wait_all_tasks_blocked()
             tasks.cancel_scope.cancel()
         await anyio.wait_all_tasks_blocked()
-        assert cache._loads.table.in_flight == {}
+        assert cache.loads.table.in_flight == {}
         assert await cache.exists("key") is False
         loader.go_on.set()
         assert await load() == f"key {loader.calls}"
@@ -146,7 +146,7 @@ def test_when_the_loading_thread_is_interrupted_another_one_loads(sync_cache: Sy
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(load)
         begun.wait()
-        (in_flight,) = sync_cache._loads.table.in_flight.values()
+        (in_flight,) = sync_cache.loads.table.in_flight.values()
         second = pool.submit(load)
         while in_flight.waiters < 2:
             pass
@@ -175,7 +175,7 @@ async def test_a_loader_that_asks_for_its_own_key_is_told_so() -> None:
             return n * await factorial(n - 1) if n else 1
 
         assert await factorial(20) == 2_432_902_008_176_640_000
-        assert cache._loads.table.in_flight == {}
+        assert cache.loads.table.in_flight == {}
 
 
 def test_a_plain_loader_that_asks_for_its_own_key_is_told_so(sync_cache: SyncCache) -> None:

@@ -20,7 +20,7 @@ ALLOWED = {
     "actors/resilience.py": "what breaks off the accounting of a batch is raised when the batch is answered",
     "bus/tasks.py": "what a first step raises is raised by the task that takes it over",
     "leased_load.py": "what a loader raises is raised again by the caller who began the load; a cancellation is raised at once",
-    "load_variants.py": "as in leased_load.py",
+    "group_load.py": "as in leased_load.py",
     "testing/proxy.py": "a proxy ends its own tasks",
 }
 

@@ -9,5 +9,5 @@ from cachebus import Cache
 
 async def quiet(cache: Cache) -> None:
     await anyio.wait_all_tasks_blocked()
-    assert cache._loads.table.in_flight == {}
-    assert len(cache._loads.table.renewals) == 0
+    assert cache.loads.table.in_flight == {}
+    assert len(cache.loads.table.renewals) == 0

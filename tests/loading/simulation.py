@@ -265,8 +265,8 @@ class World:
             groups: list[list[asyncio.Task[None]]] = []
             for number, (line, cell) in enumerate(zip(lines, cells, strict=True)):
                 cache = Cache(lambda: None).attach(LineLink(line, cell.address))  # type: ignore[arg-type, return-value]
-                cache._loads.table.random = random.Random(self.chance.random())
-                cache._loads.notifications.supported = (
+                cache.loads.table.random = random.Random(self.chance.random())
+                cache.loads.table.has_notifications = (
                     False  # What it would learn when it first waits: this store lets callers wait.
                 )
                 self.prepare(cache)

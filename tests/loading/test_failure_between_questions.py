@@ -99,4 +99,4 @@ async def test_a_lease_that_was_granted_when_everybody_had_gone_is_given_back(
         await asyncio.gather(*waiting, return_exceptions=True)
         async with asyncio.timeout(10):
             assert await other.get_or_load("k", mine) == "mine"
-        assert not cache._loads.table.in_flight
+        assert not cache.loads.table.in_flight

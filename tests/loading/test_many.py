@@ -73,7 +73,7 @@ async def test_overlapping_calls_load_each_key_once(cache: Cache) -> None:
         [("b", "B"), ("c", "C")],
     ]
     await anyio.wait_all_tasks_blocked()
-    assert cache._loads.table.in_flight == {}
+    assert cache.loads.table.in_flight == {}
 
 
 async def test_who_joins_for_a_key_that_is_left_out_loads_by_itself(cache: Cache) -> None:

@@ -131,7 +131,7 @@ class LateValuesGoToEverybody(MemoryStore):
 
 def everybody_shares(cache: Cache) -> None:
     """A caller takes what its process has loaded, whatever it depends on."""
-    loads = cache._loads
+    loads = cache.loads
     wait = loads._wait
 
     async def share(*arguments: Any, **options: Any) -> Any:
@@ -143,16 +143,16 @@ def everybody_shares(cache: Cache) -> None:
 
 def joins_without_asking(cache: Cache) -> None:
     """A caller joins whatever its process is loading for the key, without asking the store whether that still counts."""
-    loads = cache._loads
+    loads = cache.loads
     deliver, track = loads._deliver, loads.table.renewals.track
     under_way: dict[str, Any] = {}
 
-    async def join(runner: Any, job: Any, found: Any, started: float | None = None) -> Any:
+    async def join(runner: Any, job: Any, request: Any, reply: Any, started: float | None = None) -> Any:
         if (in_flight := under_way.get(job.key)) is not None and not in_flight.resolved:
             outcome = await in_flight.wait()
             if isinstance(outcome, Value):
                 return outcome.value
-        return await deliver(runner, job, found, started)
+        return await deliver(runner, job, request, reply, started)
 
     def remember(name: str, timers: Any, due: float, renew: Any) -> None:
         load = renew.__self__

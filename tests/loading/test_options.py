@@ -55,7 +55,7 @@ async def test_refresh_loads_a_live_value_anew_beside_whoever_reads_it(
     load = Counting(clock, takes=1.0)
     await cache.get_or_load("k", load, ttl=10, **options)
     clock.advance(4)
-    cache._loads.table.random = random.Random(1)  # xfetch: 1 s * -ln(1 - 0.13) is far from the 6 s that are left
+    cache.loads.table.random = random.Random(1)  # xfetch: 1 s * -ln(1 - 0.13) is far from the 6 s that are left
     assert await cache.get_or_load("k", load, ttl=10, **options) == 1
     await anyio.wait_all_tasks_blocked()
     assert load.calls == 1, "too early"
@@ -95,7 +95,7 @@ async def test_a_refresh_that_fails_leaves_the_value(cache: Cache, clock: Manual
 
     assert await cache.get_or_load("k", fail, ttl=10, refresh=0.5) == 1
     with anyio.fail_after(30):
-        while cache._loads.refreshing:
+        while cache.loads.table.refreshing:
             await checkpoint()
     assert await cache.get("k") == 1
 
@@ -264,12 +264,12 @@ async def test_a_lease_is_renewed_for_as_long_as_its_load_runs(cache: Cache, clo
         await anyio.wait_all_tasks_blocked()
         load.go_on.set()
     assert await cache.get("k") == "value", "stored, though the load took more than three leases"
-    assert len(cache._loads.table.renewals) == 0
+    assert len(cache.loads.table.renewals) == 0
 
 
 async def test_a_lease_that_is_not_renewed_is_lost_after_its_time(cache: Cache, clock: ManualClock) -> None:
     async def load() -> str:
-        cache._loads.table.renewals.untrack(next(iter(cache._loads.table.in_flight)))
+        cache.loads.table.renewals.untrack(next(iter(cache.loads.table.in_flight)))
         clock.advance(3)
         return "value"
 

@@ -52,7 +52,7 @@ async def test_a_store_without_leases_has_one_load_in_each_process() -> None:
         assert values == ["value"] * 10
         assert load.calls == 1
         assert await cache.get_or_load_many(["a", "b"], lambda keys: dict.fromkeys(keys, 1)) == {"a": 1, "b": 1}
-        assert cache._loads.unleased == {}
+        assert cache.loads.table.unleased == {}
 
 
 async def test_a_store_that_lets_nobody_wait_is_asked_again_and_again() -> None:

@@ -14,7 +14,7 @@ from anyio.lowlevel import checkpoint
 
 from cachebus import CacheError, CacheTimeoutError, SyncCache
 from cachebus.runners import MAX_THREADS, _threads
-from cachebus.wait_graph import _guard
+from cachebus.singleflight import _graph
 from tests.clock import ManualClock
 from tests.facade.faces import a_sync_cache
 
@@ -127,20 +127,20 @@ def test_a_load_that_can_have_no_thread_of_its_own_is_done_by_whoever_asks(
 
     monkeypatch.setattr(threading.Thread, "start", no_more)
     assert sync_cache.get_or_load("k", threading.get_ident, hard_timeout=5) == threading.get_ident()
-    assert sync_cache._loads.table.in_flight == {}
-    assert len(sync_cache._loads.table.renewals) == 0
+    assert sync_cache.loads.table.in_flight == {}
+    assert len(sync_cache.loads.table.renewals) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_the_child_of_a_fork_has_all_its_threads_and_a_graph_that_nobody_holds(sync_cache: SyncCache) -> None:
-    with _guard.lock:
+    with _graph.lock:
         for _ in range(MAX_THREADS):
             assert _threads.free.acquire(blocking=False)
         pid = os.fork()
         if not pid:
             free = _threads.free.acquire(blocking=False)
-            os._exit(0 if free and _guard.lock.acquire(blocking=False) else 1)
+            os._exit(0 if free and _graph.lock.acquire(blocking=False) else 1)
         for _ in range(MAX_THREADS):
             _threads.free.release()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -201,5 +201,5 @@ def test_an_error_of_an_application_may_do_without_a_code_and_a_code_is_given_on
     assert error_class("key") is CacheKeyError
     with pytest.raises(ValueError, match="error code 'key' of Theirs belongs to CacheKeyError"):
 
-        class Theirs(CacheError):
-            code = "key"
+        class Theirs(CacheError, code="key"):
+            pass
