@@ -11,8 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from .asyncapi import document
 from .command_line import DONE, Commands, show
 from .options import sentence
-from .production import insecurities
-from .settings import POLICIES, load_settings
+from .settings import POLICIES, insecurities, load_settings
 from .urls import known_schemes
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[([^]]*)\])?.*?;.*\bextra\s*==\s*['\"]([^'\"]+)['\"]")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ipaddress
+from collections.abc import Iterator, Mapping
 from os import PathLike, fsdecode
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast, get_args
@@ -32,6 +33,7 @@ from .options import (
     MaybeSeconds,
     NotNegative,
     Options,
+    Problem,
     Seconds,
     Switch,
     Word,
@@ -43,8 +45,7 @@ from .options import (
     unknown_option,
 )
 from .payload_settings import PayloadSettings
-from .production import insecurities
-from .redis_settings import RedisSettings
+from .redis_settings import RedisSettings, host_and_port
 from .sources import PREFIX, Environment, Profile, read_file
 from .urls import did_you_mean, is_url, parse_url, redact_url
 
@@ -324,3 +325,50 @@ def _read(source: object) -> dict[str, Any]:
             raise CacheConfigurationError(
                 f"settings are read from a mapping, a file or a URL, not from {shown(source)}"
             )
+
+
+def insecurities(settings: Settings) -> Iterator[Problem]:
+    """Yield the path of each insecure setting, and what to do. Settings that are fit for production yield nothing."""
+    if settings.debug:
+        yield ("debug",), "writes keys to the log; leave it out in production"
+    events = settings.events
+    if settings.payload.encryption_keys and events.keys == "plain":
+        yield ("events", "keys"), "events carry plain keys while payloads are sealed; say keys: hash or keys: none"
+    if settings.payload.encryption_keys and events.keys == "hash" and events.hash_key is None:
+        problem = "keys can be guessed from hashes without a secret while payloads are sealed; give one"
+        yield ("events", "hash_key"), problem
+    for place, backend in enumerate(settings.backends):
+        if backend.type == "memory" and backend.max_entries is None and backend.max_bytes is None:
+            problem = "the memory backend has no bound; give max_entries or max_bytes"
+            yield ("backends", place, "max_entries"), problem
+        yield from _plain_text(("backends", place), backend)
+    yield from _plain_text(("locks",), settings.locks)
+    yield from _plain_text(("bus",), settings.bus)
+
+
+def _plain_text(at: tuple[str | int, ...], server: Any) -> Iterator[Problem]:
+    match server:
+        case RedisSettings() if not server.socket:
+            remedy = "use rediss:// (tls: true)"
+        case MemcachedSettings():
+            remedy = "say tls: true"
+        case NatsSettings():
+            remedy = "use tls:// (tls: true)"
+        case _:
+            return
+    foreign = [host for host in server.hosts if not _is_loopback(host)]
+    if foreign and not (server.tls or server.allow_insecure):
+        problem = (
+            f"plain text to {', '.join(foreign)}; {remedy}, or say allow_insecure: true where the network is trusted"
+        )
+        yield (*at, "tls"), problem
+
+
+def _is_loopback(host: str) -> bool:
+    name = host_and_port(host, 0)[0]
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
