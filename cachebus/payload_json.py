@@ -30,7 +30,7 @@ import msgpack  # type: ignore[import-untyped]
 
 from cachebus.messages import CacheSerializationError
 
-from .payload_extras import load
+from .payload_format import load
 from .payload_scalars import (
     read_date,
     read_datetime,
