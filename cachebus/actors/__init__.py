@@ -1,10 +1,9 @@
 """Behaviour: actors, the turns they take, who supervises them, and the ports that adapters implement."""
 
-from .actor import Actor, Handlers
+from .actor import Actor, Context, Handlers
 from .backend import STORE_REQUESTS, BackendActor
 from .breaker import BreakerPolicy, CircuitState
 from .cell import Cell
-from .context import Context
 from .guard_policy import GuardPolicy, GuardStatistics, RetryPolicy
 from .lock_manager import LockManager
 from .ports import BatchStore, Capabilities, Gauges, InlineStore, LockStore, PipelinedStore, Store, Timer, Timers

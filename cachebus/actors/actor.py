@@ -1,4 +1,4 @@
-"""What an actor is: state, and handlers that are found by the type of their parameter."""
+"""Actors: state, handlers that are found by the type of their parameter, and the context that the actor sees."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from cachebus.bus import Deferred, Envelope, Pending
-from cachebus.messages import Message, Reply
+from cachebus.bus import Address, Audience, Clock, Deferred, Envelope, Pending
+from cachebus.messages import Event, Message, Reply
 
-from .context import Context
+from .ports import Timer, Timers
 
 PlainHandler = Callable[[Any], "Reply | Pending | None"]
 EagerHandler = Callable[[Any], "Reply | Pending | None"]
@@ -26,10 +26,9 @@ BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Pending]"]]
 class Handlers:
     """An actor's handlers by the kind of message that they take.
 
-    `plain` ones (`def`) cannot wait and may run on the stack of whoever sends. `waiting` ones (`async def`) run in
-    the actor's own task. `batch` ones take everything that has come in meanwhile; an `eager` one stands beside them
-    and is asked first, on the stack of whoever sends, while nothing else is in the mailbox. It cannot wait either, and
-    declines with `None` what would have to.
+    `plain` ones (`def`) cannot wait and may run on the sender's stack. `waiting` ones (`async def`) run in the actor's
+    own task. `batch` ones take everything that has come in meanwhile. An `eager` one of the same kind is asked first, on
+    the sender's stack, while the mailbox is empty. It cannot wait either: it returns `None` to decline.
     """
 
     plain: dict[type[Message], PlainHandler] = field(default_factory=dict)
@@ -40,6 +39,53 @@ class Handlers:
     def kinds(self) -> set[type[Message]]:
         """Every kind of message that is taken."""
         return {*self.plain, *self.waiting, *self.batch}
+
+
+class Context(Protocol):
+    """An actor's surroundings: its name, the time, and ways to publish, to reply later and to be called back.
+
+    `deadline` is until when the request of the current turn is worth working on, on `clock.monotonic`. It is `None` if
+    no caller waits, and in plain handlers, which do not wait. `audience.kinds` holds the kinds of events that have
+    listeners: look before you build one. `restarts` counts the incarnations after the first, `overloaded` the requests
+    that the full mailbox turned away. `timers` call functions back, even during a turn, until the actor ends.
+    """
+
+    address: Address
+    clock: Clock
+    audience: Audience
+    deadline: float | None
+    restarts: int
+
+    @property
+    def timers(self) -> Timers: ...
+
+    @property
+    def overloaded(self) -> int: ...
+
+    @property
+    def traces(self) -> list[str | None]:
+        """In the turn of a batch, until its first await: the trace context of each request."""
+        ...
+
+    def emit(self, event: Event) -> None:
+        """Publish an event."""
+
+    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+        """Publish an event of a kind with these fields. It is built only if it has listeners and the sample has it."""
+
+    def defer(self) -> Deferred:
+        """Promise a reply: return it from the handler, and answer it later. On stop it is answered for you."""
+        ...
+
+    def send_after(self, delay: float, message: Message) -> Timer:
+        """Send `message` to this actor after `delay` seconds, unless the timer is cancelled."""
+        ...
+
+    def start_soon(self, function: Callable[[], Awaitable[None]], /) -> None:
+        """Run `function` beside the turns. It ends with the actor's supervisor at the latest."""
+
+    def crash(self, error: BaseException, /) -> None:
+        """End this incarnation of the actor, for an error that was met beside its turns."""
 
 
 class Actor:

@@ -21,7 +21,7 @@ from cachebus.messages import (
     SetMany,
 )
 
-from .context import Context
+from .actor import Context
 from .latency import AdaptiveTimeout
 from .ports import NO_PROGRESS, SLOWEST_LINE, Progress, Timer
 

@@ -13,7 +13,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result
 
 from cachebus.messages import CacheError, Failed, Reply, Request, error_class
 
-from .context import Context
+from .actor import Context
 from .guard_policy import RetryPolicy
 
 RESERVE = 10.0

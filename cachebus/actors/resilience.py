@@ -27,10 +27,10 @@ from cachebus.messages import (
     Request,
 )
 
+from .actor import Context
 from .attempts import LOCK_REQUESTS, SLOW_REQUESTS, Attempt, Attempts, CallDeadlines, FixedDeadline, timeout_extension
 from .breaker import CircuitBreaker, CircuitState
 from .concurrency_limit import ConcurrencyLimiter
-from .context import Context
 from .guard_policy import GuardPolicy, GuardStatistics
 from .latency import AdaptiveTimeout
 from .outcome import FAILURE, SUCCESS, outcome_of
