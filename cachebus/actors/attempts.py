@@ -1,19 +1,18 @@
-"""Batches that a store was given and has not answered yet, and when to stop waiting for each."""
+"""Batches that a store has not answered yet, and when to stop waiting for each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from msgspec import Struct
 
+from cachebus.bus import SlotBatch
 from cachebus.messages import (
     AcquireLock,
-    CacheTimeoutError,
     Clear,
     DeletePattern,
     DescribeLock,
-    Failed,
     ReleaseLock,
     RenewLock,
     Reply,
@@ -22,7 +21,7 @@ from cachebus.messages import (
 )
 
 from .actor import Context
-from .latency import AdaptiveTimeout
+from .limits import AdaptiveTimeout
 from .ports import NO_PROGRESS, SLOWEST_LINE, Progress, Timer
 
 PUNCTUAL = 0.03
@@ -40,39 +39,18 @@ SLOWEST_KEY = 100e-6
 _NEVER = float("inf")
 
 
-class CallDeadlines(Protocol):
-    """Until when the callers of a batch wait."""
-
-    def seconds_left(self, now: float, *, longest: bool = False) -> float | None:
-        """Until the first deadline, or the last one with `longest`; `None` without one."""
-        ...
-
-
-class FixedDeadline:
-    """One deadline for a whole batch, on the clock's monotonic time."""
-
-    __slots__ = ("_deadline",)
-
-    def __init__(self, deadline: float | None) -> None:
-        self._deadline = deadline
-
-    def seconds_left(self, now: float, *, longest: bool = False) -> float | None:
-        """As `CallDeadlines.seconds_left`."""
-        return None if self._deadline is None else self._deadline - now
-
-
 class Attempt(Struct, eq=False):
     """A batch that was handed to the store.
 
-    `then` takes its replies. `scope` breaks off the sending, while that is awaited. `extended` says that the attempt had
-    more time than the adaptive timeout, so that its end says nothing about the backend's health. `short` is false for slow
-    requests; where it matters, those have batches of their own.
+    `then` takes its replies, and `callers` knows until when they are worth waiting for. `scope` breaks off the sending,
+    while that is awaited. `extended`: the attempt had more time than the adaptive timeout, so its end says nothing about the
+    backend's health. `short` is false for slow requests; where it matters, those have batches of their own.
     """
 
     requests: Sequence[Request[Any]]
     store: Any
     then: Callable[[Sequence[Reply]], None]
-    callers: CallDeadlines | None
+    callers: SlotBatch | None
     ticket: int
     timeout: AdaptiveTimeout
     started: float
@@ -83,20 +61,13 @@ class Attempt(Struct, eq=False):
     scope: Any = None
     may_repeat: bool = True
 
-    def too_late(self, detail: str, address: str, now: float) -> list[Failed]:
-        """The replies of an attempt that is given up."""
-        waited = now - self.started
-        errors = (CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT) for each in self.requests)
-        return [Failed.of(error) for error in errors]
-
 
 class Attempts:
-    """The attempts under way: a guard enters them in `outstanding`, and arms the timer for one that is due before
-    `armed_for`. `overdue` is given each whose time is up; it must call `take`.
+    """The attempts under way. A guard enters them in `outstanding`, and arms the timer for one that is due before
+    `armed_for`. `overdue` is called with each whose time is up; it must call `take`.
 
-    One timer for all, armed again only for an attempt that is due earlier: mostly everything that it was armed for has
-    been answered when it fires, and what each batch costs is one comparison. `longest` bounds the extension of an attempt,
-    in seconds; `short` is the number of attempts without slow requests.
+    All share one timer, which is armed again only for an attempt that is due earlier, so a batch costs one comparison.
+    `longest` bounds the extension of an attempt, in seconds. `short` counts the attempts without slow requests.
     """
 
     def __init__(self, ctx: Context, longest: float, overdue: Callable[[Attempt, float], None]) -> None:
@@ -110,15 +81,11 @@ class Attempts:
         self._timer: Timer | None = None
 
     def take(self, attempt: Attempt) -> bool:
-        """Whether the attempt has not been settled before; now it has."""
+        """Take an attempt out. `False` if that was done before."""
         if self.outstanding.pop(attempt, attempt) is not None:
             return False
         self.short -= attempt.short
         return True
-
-    def take_all(self) -> list[Attempt]:
-        """Every attempt that is under way."""
-        return [attempt for attempt in tuple(self.outstanding) if self.take(attempt)]
 
     def arm(self, due: float) -> None:
         """Look at the attempts again when it is `due`."""
@@ -129,15 +96,15 @@ class Attempts:
 
     def _check(self) -> None:
         now = self._now()
-        # A timer that is late says that this loop stood still and read nothing. The answers may have arrived by now, so they
-        # are read first: what arrived during the stall is no failure.
+        # If the timer is late, this loop stood still and read nothing. An answer that arrived meanwhile is no failure, so
+        # answers are read first.
         if (stall := now - self.armed_for) > PUNCTUAL:
             for attempt in self.outstanding:
                 attempt.due += stall + PUNCTUAL
         self._timer = None
         self.armed_for = _NEVER
         for attempt in [each for each in self.outstanding if each.due <= now]:
-            # Looked at only now, because nearly every batch is answered long before.
+            # Only now, because nearly every batch is answered long before.
             self._extend(attempt, now)
             if attempt.due <= now:
                 self._overdue(attempt, now)

@@ -1,4 +1,4 @@
-"""The guard between a backend's actor and its store: what keeps one backend's trouble from becoming everybody's.
+"""The guard between a backend's actor and its store, which keeps trouble from spreading.
 
 It repeats what may be repeated, leaves a failing backend alone, gives up on what takes far longer than usual, and limits
 how many batches are under way at a time. Nothing else in cachebus does any of this.
@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 
-from cachebus.bus import open_port
+from cachebus.bus import SlotBatch, open_port
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
@@ -28,12 +28,10 @@ from cachebus.messages import (
 )
 
 from .actor import Context
-from .attempts import LOCK_REQUESTS, SLOW_REQUESTS, Attempt, Attempts, CallDeadlines, FixedDeadline, timeout_extension
-from .breaker import CircuitBreaker, CircuitState
-from .concurrency_limit import ConcurrencyLimiter
+from .attempts import LOCK_REQUESTS, SLOW_REQUESTS, Attempt, Attempts, timeout_extension
+from .breaker import CircuitBreaker, CircuitState, Outcome, outcome_of
 from .guard_policy import GuardPolicy, GuardStatistics
-from .latency import AdaptiveTimeout
-from .outcome import FAILURE, SUCCESS, outcome_of
+from .limits import AdaptiveTimeout, ConcurrencyLimiter
 from .ports import NO_PROGRESS, BatchStore, OnReplies, PipelinedStore, Progress
 
 _CLOSED = CircuitState.CLOSED
@@ -118,7 +116,7 @@ class Guard:
             lock_timeout=self._lock_timeout.current,
             lock_p95=self._lock_timeout.p95,
             in_flight=self._limiter.taken,
-            waiting=self._limiter.waiting,
+            waiting=len(self._limiter.queue),
             rejected=self._rejected,
             retries=self._retries.count,
         )
@@ -127,15 +125,13 @@ class Guard:
         """Note that the store can be reached."""
         if not self._connected:
             self._connected = True
-            if BackendConnected in self._ctx.audience.kinds:
-                self._ctx.emit(BackendConnected(store=self._store))
+            self._ctx.tell(BackendConnected, store=self._store)
 
     def disconnected(self, reason: str) -> None:
         """Note that the store cannot be reached."""
         if self._connected is not False:
             self._connected = False
-            if BackendDisconnected in self._ctx.audience.kinds:
-                self._ctx.emit(BackendDisconnected(store=self._store, reason=reason))
+            self._ctx.tell(BackendDisconnected, store=self._store, reason=reason)
 
     def close(self) -> None:
         """Repeat nothing from now on: the store is about to be closed."""
@@ -144,10 +140,11 @@ class Guard:
     def fail_all(self, failed: Failed) -> None:
         """Answer everything that is under way with `failed`: the actor has crashed or was stopped."""
         self._closed = True
-        for attempt in self.attempts.take_all():
-            self.breaker.abandoned(attempt.ticket)
-            self._limiter.release()
-            attempt.then([failed] * len(attempt.requests))
+        for attempt in tuple(self.attempts.outstanding):
+            if self.attempts.take(attempt):
+                self.breaker.abandoned(attempt.ticket)
+                self._limiter.release()
+                attempt.then([failed] * len(attempt.requests))
 
     # A store that answers later
 
@@ -156,7 +153,7 @@ class Guard:
         store: PipelinedStore | AwaitedStore,
         requests: Sequence[Request[Any]],
         then: OnReplies,
-        callers: CallDeadlines | None = None,
+        callers: SlotBatch | None = None,
     ) -> bool:
         """Send a batch, if nothing has to be waited for; else `False`. Raises `CircuitOpen`."""
         limiter = self._limiter
@@ -183,7 +180,7 @@ class Guard:
         store: PipelinedStore | AwaitedStore,
         requests: Sequence[Request[Any]],
         then: OnReplies,
-        callers: CallDeadlines | None = None,
+        callers: SlotBatch | None = None,
         *,
         may_repeat: bool = True,
     ) -> None:
@@ -215,7 +212,7 @@ class Guard:
     ) -> Sequence[Reply]:
         """Carry out a batch, and repeat what failed of it where that may mend it. `deadline` is on the clock's monotonic
         time."""
-        again = partial(self._ask, AwaitedStore(store), FixedDeadline(deadline))
+        again = partial(self._ask, AwaitedStore(store), SlotBatch(None, deadline=deadline))
         replies = await again(batch)
         if self._worth_repeating(batch, replies):
             replies = await self._retries.run(again, batch, replies, deadline)
@@ -224,19 +221,18 @@ class Guard:
     # On the way out
 
     async def _acquire(self) -> None:
-        if self._limiter.try_acquire():
-            return
+        limiter = self._limiter
         try:
             # Behind an open circuit there is nothing to wait for: a place would only lead to the refusal.
-            if (refusal := self.breaker.refusal()) is not None:
+            if limiter.taken >= limiter.limit and (refusal := self.breaker.refusal()) is not None:
                 raise refusal
-            await self._limiter.acquire()
+            await limiter.acquire()
         except CacheError:
             self._rejected += 1
             raise
 
     def _begin(
-        self, requests: Sequence[Request[Any]], store: Any, then: OnReplies, callers: CallDeadlines | None
+        self, requests: Sequence[Request[Any]], store: Any, then: OnReplies, callers: SlotBatch | None
     ) -> Attempt:
         """An attempt that the circuit lets through, with the place that was taken for it. Raises `CircuitOpen`."""
         try:
@@ -307,17 +303,16 @@ class Guard:
             self.on_free()
 
     async def _go_on(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
-        again = partial(self._ask, attempt.store, attempt.callers)
-        answer, now = replies, self._now()
+        again, now = partial(self._ask, attempt.store, attempt.callers), self._now()
         left = None if attempt.callers is None else attempt.callers.seconds_left(now)
         deadline = None if left is None else now + left
         try:
-            answer = await self._retries.run(again, attempt.requests, replies, deadline)
+            replies = await self._retries.run(again, attempt.requests, replies, deadline)
         finally:
-            attempt.then(answer)
+            attempt.then(replies)
 
     async def _ask(
-        self, store: PipelinedStore | AwaitedStore, callers: CallDeadlines | None, batch: Sequence[Request[Any]]
+        self, store: PipelinedStore | AwaitedStore, callers: SlotBatch | None, batch: Sequence[Request[Any]]
     ) -> Sequence[Reply]:
         port = open_port()
         await self.submit(store, batch, port.answer, callers, may_repeat=False)
@@ -332,13 +327,11 @@ class Guard:
         outcome, lost = outcome_of(replies, self.policy.excluded)
         if lost is not None:
             self.disconnected(lost)
-        if outcome is SUCCESS:
-            return False
-        if outcome is FAILURE:
+        if outcome is Outcome.FAILURE:
             self._failed(attempt)
-        else:
+        elif outcome is Outcome.IGNORED:
             self.breaker.abandoned(attempt.ticket)
-        return True
+        return outcome is not Outcome.SUCCESS
 
     def _failed(self, attempt: Attempt) -> None:
         self._failures += 1
@@ -368,15 +361,16 @@ class Guard:
             self._end(attempt, self._too_late(attempt))
 
     def _too_late(self, attempt: Attempt) -> Sequence[Reply]:
-        return attempt.too_late(f"{self._store} gave no answer", self._ctx.address, self._now())
+        detail, address, waited = f"{self._store} gave no answer", self._ctx.address, self._now() - attempt.started
+        errors = (CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT) for each in attempt.requests)
+        return [Failed.of(error) for error in errors]
 
     def _circuit_changed(self, state: CircuitState) -> None:
-        kinds, address = self._ctx.audience.kinds, self._ctx.address
+        address = self._ctx.address
         if state is CircuitState.OPEN:
             # Refused now, and not one by one as the places before them become free.
             self._limiter.refuse_all(lambda: self.breaker.refusal() or CircuitOpen(address=address))
-            if CircuitOpened in kinds:
-                recovery = self.policy.breaker.recovery
-                self._ctx.emit(CircuitOpened(address=address, failures=self.breaker.failures, retry_after=recovery))
-        elif state is CircuitState.CLOSED and CircuitClosed in kinds:
-            self._ctx.emit(CircuitClosed(address=address))
+            failures, recovery = self.breaker.failures, self.policy.breaker.recovery
+            self._ctx.tell(CircuitOpened, address=address, failures=failures, retry_after=recovery)
+        elif state is _CLOSED:
+            self._ctx.tell(CircuitClosed, address=address)
