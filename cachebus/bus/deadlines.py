@@ -23,12 +23,16 @@ TICKS = 1 / TICK
 
 
 class Watched(Protocol):
-    """What has a deadline."""
+    """Something with a deadline, such as a reply port."""
 
     def answer(self, reply: Any) -> None: ...
 
 
 Bucket = dict[Watched, Callable[[], Any]]
+
+
+def _nothing() -> None:
+    """The default of `late`."""
 
 
 class Deadlines:
@@ -39,13 +43,13 @@ class Deadlines:
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
         self.thread = get_ident()
-        # What asyncio's own loop calls, without the method around it: every call that waits looks at the time here.
+        # The clock of asyncio's own loop without the method around it, because every call that waits looks at it.
         self.now: Callable[[], float] = (
             monotonic if getattr(type(loop), "time", None) is BaseEventLoop.time else loop.time
         )
         self._buckets: dict[int, Bucket] = {}
 
-    def watch(self, port: Watched, timeout: float, late: Callable[[], Any]) -> Bucket:
+    def watch(self, port: Watched, timeout: float, late: Callable[[], Any] = _nothing) -> Bucket:
         """Answer `port` with `late()` after `timeout` seconds, unless it is taken out of the bucket returned."""
         if timeout > TIMEOUT_MAX:  # An infinite one has no tick.
             timeout = TIMEOUT_MAX

@@ -1,7 +1,7 @@
 """The bus between processes: a `LocalBus` that also knows the way out.
 
 An address that is served in this process is reached as on a `LocalBus`, inline turns and all; any other through NATS.
-Subjects are made by `subjects.py`, bytes by `codec.py`.
+`address.py` makes the subjects, `codec.py` the bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from cachebus.messages import (
     CacheError,
     Event,
     Ping,
-    Reply,
-    Request,
 )
 
-from .address import Address
+from .address import Address, Subjects
 from .api import Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
@@ -40,7 +38,6 @@ from .nats_options import NatsCounters, NatsOptions
 from .nats_requests import Requests
 from .nats_serving import Responder
 from .nats_stream import Replay, ensure_stream
-from .subjects import Subjects
 from .subscription import Subscription, event_kinds
 
 logger = logging.getLogger("cachebus.bus")
@@ -188,14 +185,14 @@ class NatsBus(LocalBus):
         if visibility == "private":
             return
         recipient = self._recipients[address]
-        responder = Responder(address, recipient, self.connection, self.clock, self._emitter, self.counters, self._ages)
+        responder = Responder(address, recipient, self.connection, self.clock, self._emitter, self._ages)
         self.connection.watch_link()
         group = GROUP if visibility == "shared" else ""
         listener = await self.connection.listen(self._subjects.request(address), responder.take, group)
         self._serving[address] = responder, listener
         if self._micro is None:
             micro = self._micro = Micro(
-                self.connection, self.clock, self.namespace, lambda: self._serving, self._local_answer
+                self.connection, self.clock, self.namespace, lambda: self._serving, self.request
             )
             await micro.open()
         await self.connection.flush()
@@ -213,10 +210,6 @@ class NatsBus(LocalBus):
         # Without having been retired, as after a start that failed.
         if (address in self._serving or address in self._claims) and self._requests is not None:
             self._run(self.retire(address))
-
-    async def _local_answer(self, address: Address, message: Request[Any], timeout: float) -> Reply:
-        reply: Reply = await self.request(address, message, timeout)
-        return reply
 
     # Events
 

@@ -13,13 +13,13 @@ from typing import Protocol
 
 from cachebus.messages import WIRE_NAMES, CacheError, Event, EventsMissed, Heartbeat
 
+from .address import Subjects, event_word
 from .clock import Clock
 from .codec import encode
 from .emitter import Emitter, origin
 from .nats_compat import header_block
 from .nats_connection import NatsConnection, end_task
 from .nats_options import NatsCounters
-from .subjects import Subjects, event_word
 from .subscription import EventKind
 
 _ORIGINS = 10_000  # Numberings that are remembered; of those not heard for longest, the next event begins anew.

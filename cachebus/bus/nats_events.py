@@ -22,6 +22,7 @@ from msgspec.structs import replace
 
 from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
 
+from .address import Subjects
 from .codec import JSON, MSGPACK, decode_each, encode
 from .compat import running_loop
 from .emitter import Emitter
@@ -31,7 +32,6 @@ from .nats_compat import Delivery, frame, header_block
 from .nats_connection import Listener, NatsConnection, end_task
 from .nats_options import NatsCounters
 from .nats_stream import MESSAGE_ID
-from .subjects import Subjects
 from .subscription import Audience, EventKind
 
 logger = logging.getLogger("cachebus.bus")

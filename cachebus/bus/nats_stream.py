@@ -22,9 +22,9 @@ from nats.js.errors import APIError, BadRequestError, NotFoundError, ServiceUnav
 
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError, Event, EventsMissed
 
+from .address import Subjects
 from .codec import JSON, decode
 from .nats_connection import NatsConnection, end_task
-from .subjects import Subjects
 from .subscription import EventKind, Subscription, event_kinds
 
 logger = logging.getLogger("cachebus.bus")
