@@ -1,4 +1,4 @@
-"""The bus between processes: a `LocalBus` that also knows the way out.
+"""The bus between processes: a `LocalBus` that also reaches addresses in others.
 
 An address that is served in this process is reached as on a `LocalBus`, inline turns and all; any other through NATS.
 `address.py` makes the subjects, `codec.py` the bytes.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from types import TracebackType
 from typing import Any, Self
 
 from cachebus.messages import (
@@ -43,7 +42,7 @@ from .subscription import Subscription, event_kinds
 logger = logging.getLogger("cachebus.bus")
 
 GROUP = "q"
-"""The queue group of those who share an address: NATS micro's own default."""
+"""The queue group of the processes that share an address: the default of NATS micro."""
 
 
 class NatsBus(LocalBus):
@@ -86,9 +85,7 @@ class NatsBus(LocalBus):
         await self.open()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     async def open(self) -> None:
@@ -97,7 +94,7 @@ class NatsBus(LocalBus):
             raise CacheConfigurationError("a bus over NATS is opened on asyncio: nats-py knows no other event loop")
         if self._closed or self._requests is not None:
             raise CacheClosed("a bus is opened once; make a new one")
-        # The first message that is read makes pydantic look through the installed packages: not on the loop.
+        # The first decoding makes pydantic look through the installed packages, so it is done off the loop.
         await asyncio.to_thread(lambda: decode(encode(Ping())))
         await self.connection.open()
         try:
@@ -105,9 +102,7 @@ class NatsBus(LocalBus):
             await requests.open()
             self._outbox = Outbox(self.connection, self._subjects, self.policy, self.counters)
             self._listener = EventListener(self.connection, self._subjects, self.audience, self._emitter, self.counters)
-            self._heartbeater = Heartbeater(
-                self.connection, self._subjects, self._outbox, self.clock, self.counters, self.options.heartbeat
-            )
+            self._heartbeater = Heartbeater(self.connection, self._subjects, self._outbox, self.clock)
             if self.options.events_stream is not None:
                 await ensure_stream(self.connection, self._subjects)
             await self.connection.flush()
@@ -121,7 +116,7 @@ class NatsBus(LocalBus):
         self.audience.want_elsewhere(self._kinds)
 
     async def aclose(self, grace: float = 5.0) -> None:
-        """Be reached no more, answer what is under way within `grace` seconds, send what waits, and disconnect."""
+        """Stop being reached, answer what is under way within `grace` seconds, send what waits, and disconnect."""
         for address in list(self._serving):
             await self.retire(Address(address))
         if self._micro is not None:
@@ -177,7 +172,7 @@ class NatsBus(LocalBus):
     async def claim(self, address: Address, visibility: Visibility) -> None:
         if visibility != "sole":
             return
-        claim = Claim(address, self._subjects.owner(address), self.connection, self._lost_address)
+        claim = Claim(address, self._subjects.owner(address), self.connection, lambda: self._run(self.retire(address)))
         await claim.make()
         self._claims[address] = claim
 
@@ -248,21 +243,18 @@ class NatsBus(LocalBus):
         self._listener.missed_some()
         for claim in self._claims.values():
             try:
-                claim.say_again()
+                claim.say("again")
             except CacheConnectionError:
                 return  # Lost again. It will be said after the next return.
         if self.options.events_stream is not None:
-            self._run(self._stream_again())
+            self._run(self._ensure_stream())
 
-    async def _stream_again(self) -> None:
-        """The server that is back may be another one, which has lost its streams."""
+    async def _ensure_stream(self) -> None:
+        # The server that is back may be another one, without the stream.
         try:
             await ensure_stream(self.connection, self._subjects)
         except CacheError as error:
             logger.warning("events are not kept: %s", error)
-
-    def _lost_address(self, address: str) -> None:
-        self._run(self.retire(Address(address)))
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)

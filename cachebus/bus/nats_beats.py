@@ -1,7 +1,7 @@
-"""Heartbeats of a bus over NATS: the last numbers of its events, and so which events did not arrive.
+"""Heartbeats of a bus over NATS, and the detection of events that did not arrive.
 
-An event that is lost is noticed by the number of the next one. The last one before a silence has no next one: so a bus
-that has sent events says again and again how far its numbers go.
+The number of an event shows that those before it were lost. The last event before a silence has no next one, so a bus that
+has sent events publishes its last numbers at intervals.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .nats_connection import NatsConnection, end_task
 from .nats_options import NatsCounters
 from .subscription import EventKind
 
-_ORIGINS = 10_000  # Numberings that are remembered; of those not heard for longest, the next event begins anew.
+_ORIGINS = 10_000  # Numberings that are remembered, at most; those not heard for longest are forgotten.
 
 
 class Numbers(Protocol):
-    """What numbers the events that go out."""
+    """The outbox, which numbers the events that go out."""
 
     epoch: int
     content_type: str
@@ -37,24 +37,15 @@ class Numbers(Protocol):
 
 
 class Heartbeater:
-    """Says every `interval` seconds how far the numbers of this bus go, once it has sent an event."""
+    """Publishes the last numbers of this bus at the interval of the options, once it has sent an event."""
 
-    def __init__(
-        self,
-        connection: NatsConnection,
-        subjects: Subjects,
-        outbox: Numbers,
-        clock: Clock,
-        counters: NatsCounters,
-        interval: float | None,
-    ) -> None:
+    def __init__(self, connection: NatsConnection, subjects: Subjects, outbox: Numbers, clock: Clock) -> None:
         self._connection = connection
         self._namespace = subjects.namespace
         self._subject = subjects.event(Heartbeat, "")
         self._outbox = outbox
         self._clock = clock
-        self._counters = counters
-        self._interval = interval
+        self._interval = connection.options.heartbeat
         self._count = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -64,14 +55,14 @@ class Heartbeater:
             self._task = asyncio.create_task(self._run(self._interval), name="cachebus-heartbeat")
 
     async def close(self) -> None:
-        """Beat once more, because no event comes after this, and no more."""
+        """Beat a last time, because no event comes after this."""
         task, self._task = self._task, None
         if task is not None:
             await end_task(task)
             self.beat()
 
     def beat(self) -> None:
-        """Say how far the numbers go."""
+        """Publish the last numbers."""
         last = self._outbox.numbers()
         if self._interval is None or not last or not self._connection.up:
             return
@@ -94,7 +85,7 @@ class Heartbeater:
         except CacheError:
             return  # The next one says as much.
         self._count += 1
-        self._counters.heartbeats_sent += 1
+        self._connection.counters.heartbeats_sent += 1
 
     async def _run(self, interval: float) -> None:
         while True:
@@ -103,7 +94,7 @@ class Heartbeater:
 
 
 class GapDetector:
-    """Finds out which events of other processes did not arrive, and reports them to the listeners of this process.
+    """Reports events of other processes that did not arrive to the listeners of this process.
 
     Events and heartbeats come in the order in which the server sent them. Belongs to one loop.
     """
@@ -118,17 +109,17 @@ class GapDetector:
         self._met: OrderedDict[tuple[str, int], frozenset[EventKind]] = OrderedDict()
 
     def listens_to(self, kinds: frozenset[EventKind]) -> None:
-        """The server knows by now that these kinds are subscribed, and no others."""
-        gone = {f"{self._prefix}{event_word(kind)}." for kind in self._sure - kinds}
+        """Note that the server knows by now that these kinds are subscribed, and no others."""
+        gone = {event_word(kind) for kind in self._sure - kinds}
         if gone:
-            for numbering in [each for each in self._last if _start(self._prefix, each[2]) in gone]:
+            for numbering in [each for each in self._last if self._word(each[2]) in gone]:
                 del self._last[numbering]
             for origin, met in self._met.items():
                 self._met[origin] = met & kinds
         self._sure = kinds
 
     def check(self, event: Event, subject: str) -> None:
-        """Take note of an event that came in."""
+        """Note an event that came in."""
         numbering, seq = (event.origin, event.epoch, subject), event.seq
         last = self._last.get(numbering)
         if last is not None and last + 1 == seq:
@@ -138,13 +129,13 @@ class GapDetector:
             self._reach(numbering, seq, type(event), missing=seq - 1)
 
     def beat(self, beat: Heartbeat) -> None:
-        """Take note of a heartbeat that came in."""
+        """Note a heartbeat that came in."""
         origin = (beat.origin, beat.epoch)
         met = self._met.get(origin, frozenset[EventKind]())
         for tail, last in beat.last.items():
             numbering = (*origin, f"{self._prefix}{tail}")
-            kind = self._kind(numbering[2])
-            if kind is None or kind not in self._sure:
+            kind = WIRE_NAMES.get(f"event.{self._word(numbering[2])}")
+            if kind is None or not issubclass(kind, Event) or kind not in self._sure:
                 continue
             if kind not in met and numbering not in self._last:
                 self._reach(numbering, last, kind, missing=0)  # It may have been sent before this listener came.
@@ -156,7 +147,7 @@ class GapDetector:
             self._met.popitem(last=False)
 
     def _reach(self, numbering: tuple[str, int, str], number: int, kind: EventKind, *, missing: int) -> None:
-        """Numbers up to `number` have been sent, and those after the last one known up to `missing` are not here."""
+        """Note that numbers up to `number` were sent, and that those up to `missing` which are not known did not arrive."""
         last = self._last.get(numbering)
         if last is None and kind in self._met.get(numbering[:2], ()):
             last = 0
@@ -171,10 +162,5 @@ class GapDetector:
             self._counters.events_missed += missing - last
             self._emitter.emit(EventsMissed(source=numbering[0], event=kind.WIRE_NAME, count=missing - last))
 
-    def _kind(self, subject: str) -> EventKind | None:
-        kind = WIRE_NAMES.get(f"event.{subject.removeprefix(self._prefix).partition('.')[0]}")
-        return kind if kind is not None and issubclass(kind, Event) else None
-
-
-def _start(prefix: str, subject: str) -> str:
-    return f"{prefix}{subject.removeprefix(prefix).partition('.')[0]}."
+    def _word(self, subject: str) -> str:
+        return subject.removeprefix(self._prefix).partition(".")[0]
