@@ -11,8 +11,7 @@ from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .slots import PENDING, Pending, ReplySlot, SlotBatch
 from .subscription import Audience, Subscription, event_kinds
-from .timer_queue import TimerQueue
-from .timers import LoopTimers, Timer, running_timers
+from .timers import LoopTimers, Timer, TimerQueue, running_timers
 from .tracing import current_trace, turn_trace, use_trace
 
 __all__ = [
