@@ -113,12 +113,7 @@ class Supervisor:
             self._tasks = None
 
     async def start(
-        self,
-        address: Address,
-        factory: Callable[[], Actor],
-        *,
-        backend: str = "",
-        visibility: Visibility = "private",
+        self, address: Address, factory: Callable[[], Actor], *, backend: str = "", visibility: Visibility = "private"
     ) -> Cell:
         """Start the actor that `factory` makes, and serve it at `address`. Returns once it takes turns.
 

@@ -11,14 +11,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, Self
 
-from cachebus.messages import (
-    CacheClosed,
-    CacheConfigurationError,
-    CacheConnectionError,
-    CacheError,
-    Event,
-    Ping,
-)
+from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, CacheError, Event, Ping
 
 from .address import Address, Subjects
 from .api import Recipient, Visibility

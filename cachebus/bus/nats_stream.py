@@ -215,11 +215,7 @@ class Replay:
             when = datetime.fromtimestamp(0, UTC) + timedelta(seconds=self._since)
             start = {"deliver_policy": DeliverPolicy.BY_START_TIME, "opt_start_time": when}
         return ConsumerConfig(
-            ack_policy=AckPolicy.NONE,
-            filter_subjects=subjects,
-            inactive_threshold=_IDLE,
-            mem_storage=True,
-            **start,
+            ack_policy=AckPolicy.NONE, filter_subjects=subjects, inactive_threshold=_IDLE, mem_storage=True, **start
         )
 
     async def _tell(self, msg: Msg) -> None:
