@@ -36,10 +36,6 @@ class Handlers:
     batch: dict[type[Message], BatchHandler] = field(default_factory=dict)
     eager: dict[type[Message], EagerHandler] = field(default_factory=dict)
 
-    def kinds(self) -> set[type[Message]]:
-        """Every kind of message that is taken."""
-        return {*self.plain, *self.waiting, *self.batch}
-
 
 class Context(Protocol):
     """An actor's surroundings: its name, the time, and ways to publish, to reply later and to be called back.
@@ -94,27 +90,26 @@ class Actor:
     Every public method whose one parameter is annotated with a message class (or several, `A | B`) is the handler of
     these messages and returns the reply, or a `Deferred` from `ctx.defer()`. A parameter `Sequence[A | B]` of an
     `async def` makes it a batch handler, which returns one reply a message, in order. A `CacheError` raised is an
-    answer; any other exception is a crash, and the supervisor begins a new life with a new actor.
+    answer. Any other exception is a crash, and the supervisor replaces the actor.
     """
 
     ctx: Context
 
     max_batch: int = 512
     """The most messages of one batch turn."""
-
     max_batch_bytes: int = 1 << 20
     """The size at which a batch turn takes no more messages, counting the values that are `bytes`."""
 
     async def on_start(self) -> None:
-        """Called once before the first turn of this life. Raising is a failed start."""
+        """Called once before the first turn of this incarnation. Raising is a failed start."""
 
     async def on_stop(self) -> None:
-        """Called once after the last turn of this life, a crashed one included."""
+        """Called once after the last turn of this incarnation, also after a crash."""
 
     def repair(self) -> Collection[Deferred] | None:
-        """Put right what a turn left half done that was interrupted at any instruction, and return the replies that this
-        actor still owes; any others are answered as lost. `None`, the default, says that only a new incarnation puts it
-        right. That is no crash: it counts as no restart. May itself be interrupted, and is then called again.
+        """Repair the state after a turn that was interrupted at any instruction, and return the replies that this actor
+        still owes; any others are answered as lost. `None`, the default, asks for a new incarnation, which counts as no
+        restart. May itself be interrupted, and is then called again.
         """
         return None
 
@@ -172,9 +167,7 @@ def _message_kinds(
         members: tuple[typing.Any, ...] = typing.get_args(annotation)
     else:
         members = (annotation,)
-    if not all(isinstance(each, type) and issubclass(each, Message) for each in members):
-        return batch, ()
-    return batch, members
+    return batch, members if all(isinstance(each, type) and issubclass(each, Message) for each in members) else ()
 
 
 def check_batch(envelopes: Sequence[Envelope], replies: Sequence[Any]) -> None:

@@ -23,7 +23,8 @@ from .local import LocalBus
 from .message_age import MessageAges, age_clock
 from .nats_beats import Heartbeater
 from .nats_claims import Claim
-from .nats_connection import Listener, NatsConnection
+from .nats_compat import Listener
+from .nats_connection import NatsConnection
 from .nats_events import EventListener, Outbox
 from .nats_micro import Micro
 from .nats_options import NatsCounters, NatsOptions

@@ -25,8 +25,8 @@ from typing import Any
 
 from cachebus.messages import AddressInUse, CacheError
 
-from .nats_compat import Delivery
-from .nats_connection import Listener, NatsConnection
+from .nats_compat import Delivery, Listener
+from .nats_connection import NatsConnection
 
 logger = logging.getLogger("cachebus.bus")
 

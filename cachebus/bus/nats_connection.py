@@ -8,50 +8,23 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import nats.errors
-from msgspec import Struct
 
 from cachebus.messages import CacheConnectionError, Overloaded
 
 from .message_age import PING_INTERVAL
 from .nats_client import PENDING, connect
-from .nats_compat import CompatClient, Delivery, frame
+from .nats_compat import CompatClient, Delivery, Listener, frame
 from .nats_options import NatsCounters, NatsOptions
 
 logger = logging.getLogger("cachebus.bus")
-
-Handler = Callable[[Delivery], None]
-"""Takes one message. Called on the loop; must not wait and must not raise."""
 
 _AWAY = "the connection to NATS is away"
 _LOOK = 0.25  # Seconds between two looks at a client, because nats-py has ways to end without calling back.
 _FLUSH = 5.0  # Seconds that the last messages may take on a connection that is being closed.
 _QUIET = 10.0  # Seconds between two warnings that messages are thrown away.
 _ERRORS = (nats.errors.Error, OSError, TimeoutError)
-
-
-class Listener(Struct, eq=False):
-    """A subscription that outlives reconnects: a subject, and the queue group that shares its messages, if any."""
-
-    subject: str
-    group: str
-    handler: Handler
-    pending_messages: int
-    pending_bytes: int
-    client: CompatClient | None = None
-    subscription: Any = None
-
-    def take(self, deliveries: list[Delivery]) -> None:
-        """Hand over messages that came in, in their order."""
-        handler = self.handler
-        for delivery in deliveries:
-            try:
-                handler(delivery)
-            except Exception:
-                # A bug. It must not keep the next message from its handler.
-                logger.exception("a message on %s could not be handled", self.subject)
 
 
 class NatsConnection:
@@ -170,8 +143,8 @@ class NatsConnection:
         except _ERRORS:
             raise CacheConnectionError(_AWAY, "nats") from None
 
-    async def listen(self, subject: str, handler: Handler, group: str = "") -> Listener:
-        """Call `handler` for every message on a subject from now on, over every reconnect."""
+    async def listen(self, subject: str, handler: Callable[[Delivery], None], group: str = "") -> Listener:
+        """Call `handler` on the loop for every message on a subject from now on, over every reconnect. It must not wait."""
         listener = Listener(subject, group, handler, self.options.pending_messages, self.options.pending_bytes)
         self._listeners.append(listener)
         await self._subscribe(listener)
@@ -195,7 +168,7 @@ class NatsConnection:
             return  # With the others, when the connection is back; or done.
         listener.client = client
         try:
-            listener.subscription = await client.listen(listener.subject, listener.group, listener)
+            await client.listen(listener)
         except nats.errors.Error:
             self._look()
 

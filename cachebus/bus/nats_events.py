@@ -28,8 +28,8 @@ from .compat import running_loop
 from .emitter import Emitter
 from .event_policy import EventPolicy
 from .nats_beats import GapDetector
-from .nats_compat import Delivery, frame, header_block
-from .nats_connection import Listener, NatsConnection, end_task
+from .nats_compat import Delivery, Listener, frame, header_block
+from .nats_connection import NatsConnection, end_task
 from .nats_options import NatsCounters
 from .nats_stream import MESSAGE_ID
 from .subscription import Audience, EventKind

@@ -28,8 +28,8 @@ from .address import Address
 from .clock import Clock
 from .codec import JSON, encode
 from .emitter import origin
-from .nats_compat import Delivery
-from .nats_connection import Listener, NatsConnection
+from .nats_compat import Delivery, Listener
+from .nats_connection import NatsConnection
 from .nats_serving import Responder
 
 NAME = "cachebus"
