@@ -28,10 +28,17 @@ from cachebus.messages import (
 )
 
 from .actor import Context
-from .attempts import LOCK_REQUESTS, SLOW_REQUESTS, Attempt, Attempts, timeout_extension
+from .attempts import (
+    LOCK_REQUESTS,
+    SLOW_REQUESTS,
+    AdaptiveTimeout,
+    Attempt,
+    Attempts,
+    ConcurrencyLimiter,
+    timeout_extension,
+)
 from .breaker import CircuitBreaker, CircuitState, Outcome, outcome_of
 from .guard_policy import GuardPolicy, GuardStatistics
-from .limits import AdaptiveTimeout, ConcurrencyLimiter
 from .ports import NO_PROGRESS, BatchStore, OnReplies, PipelinedStore, Progress
 
 _CLOSED = CircuitState.CLOSED

@@ -11,20 +11,28 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, Self
 
-from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, CacheError, Event, Ping
+from cachebus.messages import (
+    CacheClosed,
+    CacheConfigurationError,
+    CacheConnectionError,
+    CacheError,
+    Event,
+    Heartbeat,
+    Ping,
+)
 
 from .address import Address, Subjects
 from .api import Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
 from .compat import running_loop
+from .emitter import origin
 from .event_policy import EVERYTHING, EventPolicy
 from .local import LocalBus
 from .message_age import MessageAges, age_clock
-from .nats_beats import Heartbeater
 from .nats_claims import Claim
-from .nats_compat import Listener
-from .nats_connection import NatsConnection
+from .nats_compat import Listener, header_block
+from .nats_connection import NatsConnection, end_task
 from .nats_events import EventListener, Outbox
 from .nats_micro import Micro
 from .nats_options import NatsCounters, NatsOptions
@@ -254,3 +262,60 @@ class NatsBus(LocalBus):
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+class Heartbeater:
+    """Publishes the last numbers of this bus at the interval of the options, once it has sent an event."""
+
+    def __init__(self, connection: NatsConnection, subjects: Subjects, outbox: Outbox, clock: Clock) -> None:
+        self._connection = connection
+        self._namespace = subjects.namespace
+        self._subject = subjects.event(Heartbeat, "")
+        self._outbox = outbox
+        self._clock = clock
+        self._interval = connection.options.heartbeat
+        self._count = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        """Begin to beat."""
+        if self._interval is not None:
+            self._task = asyncio.create_task(self._run(self._interval), name="cachebus-heartbeat")
+
+    async def close(self) -> None:
+        """Beat a last time, because no event comes after this."""
+        task, self._task = self._task, None
+        if task is not None:
+            await end_task(task)
+            self.beat()
+
+    def beat(self) -> None:
+        """Publish the last numbers."""
+        last = self._outbox.numbers()
+        if self._interval is None or not last or not self._connection.up:
+            return
+        name = origin()
+        beat = Heartbeat(
+            interval=self._interval,
+            last=last,
+            id=f"{name}-{self._outbox.epoch:x}-beat-{self._count + 1}",
+            namespace=self._namespace,
+            origin=name,
+            epoch=self._outbox.epoch,
+            seq=self._count + 1,
+            time=self._clock.wall(),
+        )
+        content_type = self._outbox.content_type
+        try:
+            self._connection.write(
+                self._subject, encode(beat, content_type), head=header_block({"Content-Type": content_type})
+            )
+        except CacheError:
+            return  # The next one says as much.
+        self._count += 1
+        self._connection.counters.heartbeats_sent += 1
+
+    async def _run(self, interval: float) -> None:
+        while True:
+            await asyncio.sleep(interval)
+            self.beat()

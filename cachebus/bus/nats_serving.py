@@ -31,9 +31,8 @@ from cachebus.messages import (
 )
 
 from .api import Envelope, Recipient, Turn
-from .clock import Clock
+from .clock import Bucket, Clock, deadlines_here
 from .codec import JSON, MSGPACK, decode_each, encode
-from .deadlines import Bucket, deadlines_here
 from .emitter import Emitter
 from .message_age import MessageAges, age_clock
 from .nats_compat import Delivery, header_block

@@ -143,7 +143,7 @@ class Timer(Struct, eq=False):
         if self.callback is not None:
             self.callback = None
             if self.loop is not None:
-                self.loop.change(self)
+                self.loop.change(self, self.when)
 
 
 class LoopTimers:
@@ -181,7 +181,7 @@ class LoopTimers:
         if loop is None or not self.open:
             timer.callback = None
         else:
-            loop.change(timer)
+            loop.change(timer, when)
         return timer
 
     def call_after(self, delay: float, callback: Callable[[], Any]) -> Timer:
@@ -192,7 +192,7 @@ class LoopTimers:
         """Cancel everything. Safe to call twice, and on any thread."""
         self.open = False
         if self._loop is not None:
-            self._loop.drop_closed()
+            self._loop.change(self, -math.inf)
 
     def forked(self) -> None:
         """Become unusable in the child of a fork, whose loop stayed behind."""
@@ -201,17 +201,16 @@ class LoopTimers:
 
 
 class _LoopQueue:
-    """The timers of one event loop. Other threads may call `change` and `drop_closed`."""
+    """The timers of one event loop. Other threads may call `change`."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._now = clock.monotonic
         self._thread = get_ident()
         self._queue: TimerQueue[Timer] = TimerQueue()
-        self._changed: deque[Timer] = deque()
+        self._changed: deque[Timer | LoopTimers] = deque()
         self._busy = False
         self._waking = False
-        self._drops = False
         self._armed_for = math.inf
         self._disarm: Callable[[], object] = _nothing
         self._logged: set[tuple[object, type[Exception]]] = set()
@@ -243,20 +242,12 @@ class _LoopQueue:
         self._settle()
         return sum(each.owner is owner for each in self._queue)
 
-    def change(self, timer: Timer) -> None:
-        """Take over a timer that was armed or cancelled."""
-        self._changed.append(timer)
+    def change(self, changed: Timer | LoopTimers, when: float) -> None:
+        """Take over a timer that was armed or cancelled, or the end of an owner. `when` is how urgent that is."""
+        self._changed.append(changed)
         if get_ident() == self._thread:
             self._settle()
-        elif timer.when < self._armed_for or len(self._changed) > _BACKLOG:
-            self._wake()
-
-    def drop_closed(self) -> None:
-        """Forget the timers of owners that were closed."""
-        self._drops = True
-        if get_ident() == self._thread:
-            self._settle()
-        else:
+        elif when < self._armed_for or len(self._changed) > _BACKLOG:
             self._wake()
 
     def _wake(self) -> None:
@@ -279,23 +270,22 @@ class _LoopQueue:
             try:
                 self._waking = False
                 while self._changed:
-                    timer = self._changed[0]
-                    if timer.callback is None:
-                        self._queue.discard(timer)
-                    elif timer.owner.open:
-                        self._queue.set(timer, timer.when)
+                    changed = self._changed[0]
+                    if isinstance(changed, LoopTimers):
+                        self._drop()
+                    elif changed.callback is None:
+                        self._queue.discard(changed)
+                    elif changed.owner.open:
+                        self._queue.set(changed, changed.when)
                     self._changed.popleft()
-                if self._drops:
-                    self._drop()
                 if (due := self._queue.due()) < self._armed_for:
                     self._arm(due)
             finally:
                 self._busy = False
-            if not self._changed and not self._drops:
+            if not self._changed:
                 return
 
     def _drop(self) -> None:
-        self._drops = False
         for timer in [each for each in self._queue if not each.owner.open]:
             timer.callback = None
             self._queue.discard(timer)

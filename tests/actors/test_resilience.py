@@ -9,7 +9,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from cachebus.actors import BreakerPolicy, Guard, GuardPolicy, RetryPolicy
-from cachebus.actors.limits import ConcurrencyLimiter
+from cachebus.actors.attempts import ConcurrencyLimiter
 from cachebus.actors.pipeline import GOOD_BATCH, RequestPipeline
 from cachebus.actors.ports import NO_PROGRESS, Capabilities, Gauges, OnReplies, Progress
 from cachebus.messages import (

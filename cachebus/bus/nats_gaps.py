@@ -1,96 +1,21 @@
-"""Heartbeats of a bus over NATS, and the detection of events that did not arrive.
+"""Detection of events of other processes that did not arrive.
 
 The number of an event shows that those before it were lost. The last event before a silence has no next one, so a bus that
-has sent events publishes its last numbers at intervals.
+has sent events publishes its last numbers at intervals, in heartbeats.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Protocol
 
-from cachebus.messages import WIRE_NAMES, CacheError, Event, EventsMissed, Heartbeat
+from cachebus.messages import WIRE_NAMES, Event, EventsMissed, Heartbeat
 
 from .address import Subjects, event_word
-from .clock import Clock
-from .codec import encode
-from .emitter import Emitter, origin
-from .nats_compat import header_block
-from .nats_connection import NatsConnection, end_task
+from .emitter import Emitter
 from .nats_options import NatsCounters
 from .subscription import EventKind
 
 _ORIGINS = 10_000  # Numberings that are remembered, at most; those not heard for longest are forgotten.
-
-
-class Numbers(Protocol):
-    """The outbox, which numbers the events that go out."""
-
-    epoch: int
-    content_type: str
-
-    def numbers(self) -> Mapping[str, int]:
-        """The last number by subject, from the kind on."""
-        ...
-
-
-class Heartbeater:
-    """Publishes the last numbers of this bus at the interval of the options, once it has sent an event."""
-
-    def __init__(self, connection: NatsConnection, subjects: Subjects, outbox: Numbers, clock: Clock) -> None:
-        self._connection = connection
-        self._namespace = subjects.namespace
-        self._subject = subjects.event(Heartbeat, "")
-        self._outbox = outbox
-        self._clock = clock
-        self._interval = connection.options.heartbeat
-        self._count = 0
-        self._task: asyncio.Task[None] | None = None
-
-    def open(self) -> None:
-        """Begin to beat."""
-        if self._interval is not None:
-            self._task = asyncio.create_task(self._run(self._interval), name="cachebus-heartbeat")
-
-    async def close(self) -> None:
-        """Beat a last time, because no event comes after this."""
-        task, self._task = self._task, None
-        if task is not None:
-            await end_task(task)
-            self.beat()
-
-    def beat(self) -> None:
-        """Publish the last numbers."""
-        last = self._outbox.numbers()
-        if self._interval is None or not last or not self._connection.up:
-            return
-        name = origin()
-        beat = Heartbeat(
-            interval=self._interval,
-            last=last,
-            id=f"{name}-{self._outbox.epoch:x}-beat-{self._count + 1}",
-            namespace=self._namespace,
-            origin=name,
-            epoch=self._outbox.epoch,
-            seq=self._count + 1,
-            time=self._clock.wall(),
-        )
-        content_type = self._outbox.content_type
-        try:
-            self._connection.write(
-                self._subject, encode(beat, content_type), head=header_block({"Content-Type": content_type})
-            )
-        except CacheError:
-            return  # The next one says as much.
-        self._count += 1
-        self._connection.counters.heartbeats_sent += 1
-
-    async def _run(self, interval: float) -> None:
-        while True:
-            await asyncio.sleep(interval)
-            self.beat()
 
 
 class GapDetector:
