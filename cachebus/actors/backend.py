@@ -124,7 +124,7 @@ class BackendActor(Actor):
             if self._pipeline is not None:
                 await self._pipeline.drain()
             if self._guard is not None:
-                self._guard.close()
+                self._guard.closed = True
             await self._store.close()
         finally:
             if self._incarnation is not None:

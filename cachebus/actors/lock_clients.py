@@ -129,8 +129,7 @@ class LockStoreClient:
 
     async def close(self, last: Sequence[Request[Any]]) -> None:
         """Carry these out if the store is open, and no others."""
-        self._closed = self._releases.closed = True
-        self._guard.close()
+        self._closed = self._releases.closed = self._guard.closed = True
         self._wake_up()
         try:
             if last and self._is_open:

@@ -45,45 +45,41 @@ _CLOSED = CircuitState.CLOSED
 
 
 class AwaitedStore:
-    """A store that only has `execute`, as one that is submitted to."""
+    """Adapts a store that only has `execute` to `try_submit` and `submit`."""
 
     def __init__(self, store: BatchStore) -> None:
         self._store = store
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
-        """As `PipelinedStore.try_submit`: it has to be waited for."""
+        """Do nothing: the store has to be waited for."""
         return None
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        """As `PipelinedStore.submit`, until the replies are there."""
+        """As `PipelinedStore.submit`, and wait for the replies."""
         on_replies(await self._store.execute(batch))
         return NO_PROGRESS
 
 
-class Guard:
-    """Stands before one batch store. Belongs to one event loop, that of its actor.
+_Store = PipelinedStore | AwaitedStore
 
-    `execute` returns the replies; `try_submit` and `submit` hand them to a function, once, when everything that is worth
-    repeating was repeated. A batch that the guard refuses raises `CircuitOpen` or `Overloaded`; what the store raises
-    becomes a `Failed` for each request. `on_free` is called whenever an attempt has ended, `on_open` when the circuit opens.
+
+class Guard:
+    """Stands before one batch store. Belongs to the event loop of its actor.
+
+    `execute` returns the replies. `try_submit` and `submit` hand them to a function, once, when everything that is worth
+    repeating was repeated. A batch that the guard refuses raises `CircuitOpen` or `Overloaded`; an error of the store
+    becomes a `Failed` for each request. `on_free` is called whenever an attempt has ended. When `closed`, nothing is
+    repeated.
     """
 
-    def __init__(
-        self,
-        policy: GuardPolicy,
-        ctx: Context,
-        store: str,
-        *,
-        seed: int | None = None,
-        on_free: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, policy: GuardPolicy, ctx: Context, store: str, *, seed: int | None = None) -> None:
         self.policy = policy
         self.breaker = CircuitBreaker(policy.breaker, ctx.clock, ctx.address, self._circuit_changed)
-        self.on_free = on_free
+        self.on_free: Callable[[], None] = lambda: None
+        self.closed = False
         self._ctx = ctx
         self._store = store
         self._now = ctx.clock.monotonic
-        self._longest = policy.timeout_max
         self._timeout, self._lock_timeout = (
             AdaptiveTimeout(
                 window=policy.timeout_window,
@@ -98,7 +94,6 @@ class Guard:
         self._retries = Retries(policy.retry, ctx, random.Random(seed), lambda: self._successes + self._failures)
         self.attempts = Attempts(ctx, policy.timeout_max, self._give_up)
         self._limiter = ConcurrencyLimiter(policy.max_concurrent, policy.max_waiting, ctx.address)
-        self._closed = False
         self._connected: bool | None = None
         self._failures = 0
         self._successes = 0
@@ -109,15 +104,14 @@ class Guard:
         return f"<Guard of {self._ctx.address}, {self.breaker.state}, {self._limiter!r}>"
 
     def statistics(self) -> GuardStatistics:
-        """What the guard has seen, and its present state."""
-        wait = self.breaker.retry_after
+        """The counters of the guard, and its present state."""
         is_open = self.breaker.state is CircuitState.OPEN
         return GuardStatistics(
             state=self.breaker.state.value,
             failure_count=self._failures,
             success_count=self._successes,
             last_failure_time=self._last_failure,
-            next_attempt=self._ctx.clock.wall() + wait if is_open else None,
+            next_attempt=self._ctx.clock.wall() + self.breaker.retry_after if is_open else None,
             current_timeout=self._timeout.current,
             p95=self._timeout.p95,
             lock_timeout=self._lock_timeout.current,
@@ -140,13 +134,9 @@ class Guard:
             self._connected = False
             self._ctx.tell(BackendDisconnected, store=self._store, reason=reason)
 
-    def close(self) -> None:
-        """Repeat nothing from now on: the store is about to be closed."""
-        self._closed = True
-
     def fail_all(self, failed: Failed) -> None:
         """Answer everything that is under way with `failed`: the actor has crashed or was stopped."""
-        self._closed = True
+        self.closed = True
         for attempt in tuple(self.attempts.outstanding):
             if self.attempts.take(attempt):
                 self.breaker.abandoned(attempt.ticket)
@@ -157,7 +147,7 @@ class Guard:
 
     def try_submit(
         self,
-        store: PipelinedStore | AwaitedStore,
+        store: _Store,
         requests: Sequence[Request[Any]],
         then: OnReplies,
         callers: SlotBatch | None = None,
@@ -184,7 +174,7 @@ class Guard:
 
     async def submit(
         self,
-        store: PipelinedStore | AwaitedStore,
+        store: _Store,
         requests: Sequence[Request[Any]],
         then: OnReplies,
         callers: SlotBatch | None = None,
@@ -209,16 +199,15 @@ class Guard:
         finally:
             attempt.scope = None
         if scope.cancel_called:
-            # Given up while it was being sent. Should it have been sent after all, its replies are dropped.
+            # Given up while it was being sent. If it was sent after all, its replies are dropped.
             self._end(attempt, self._too_late(attempt))
 
-    # A store that answers at once
+    # A store that is waited for
 
     async def execute(
         self, store: BatchStore, batch: Sequence[Request[Any]], deadline: float | None
     ) -> Sequence[Reply]:
-        """Carry out a batch, and repeat what failed of it where that may mend it. `deadline` is on the clock's monotonic
-        time."""
+        """Carry out a batch, and repeat requests that failed if that may help. `deadline` is on the monotonic clock."""
         again = partial(self._ask, AwaitedStore(store), SlotBatch(None, deadline=deadline))
         replies = await again(batch)
         if self._worth_repeating(batch, replies):
@@ -230,7 +219,7 @@ class Guard:
     async def _acquire(self) -> None:
         limiter = self._limiter
         try:
-            # Behind an open circuit there is nothing to wait for: a place would only lead to the refusal.
+            # Behind an open circuit there is nothing to wait for: with a place the call would be refused.
             if limiter.taken >= limiter.limit and (refusal := self.breaker.refusal()) is not None:
                 raise refusal
             await limiter.acquire()
@@ -241,7 +230,7 @@ class Guard:
     def _begin(
         self, requests: Sequence[Request[Any]], store: Any, then: OnReplies, callers: SlotBatch | None
     ) -> Attempt:
-        """An attempt that the circuit lets through, with the place that was taken for it. Raises `CircuitOpen`."""
+        """Make an attempt, for which a place was taken. Raises `CircuitOpen`."""
         try:
             breaker = self.breaker
             ticket = breaker.period if breaker.state is _CLOSED else breaker.admit()
@@ -278,12 +267,14 @@ class Guard:
                 if breaker.state is not _CLOSED or breaker.failures:
                     breaker.succeeded(attempt.ticket)
                 duration = self._now() - attempt.started
-                if duration <= self.policy.timeout_min or not timeout_extension(attempt.requests, self._longest):
+                if duration <= self.policy.timeout_min or not timeout_extension(
+                    attempt.requests, self.policy.timeout_max
+                ):
                     attempt.timeout.answered(duration)
                 if not self._connected:
                     self.connected()
         except BaseException as error:
-            interruption = error  # Whatever it was: the batch is answered, and its place is free.
+            interruption = error  # In any case the batch is answered, and its place is free.
         limiter = self._limiter
         if limiter.queue:
             limiter.release()
@@ -295,12 +286,12 @@ class Guard:
             try:
                 attempt.then(replies)
             finally:
-                self.on_free()  # Last: callers that ask again at once come into the batch that waited for this one.
+                self.on_free()  # Last: callers that ask again at once join the batch that waited for this one.
         if interruption is not None:
             raise interruption
 
     def _end(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
-        """Hand on replies of which some are failures, or repeat what is worth it before."""
+        """Hand on replies of which some are failures, after repeating what is worth it."""
         try:
             if attempt.may_repeat and self._worth_repeating(attempt.requests, replies):
                 self._ctx.start_soon(partial(self._go_on, attempt, replies))
@@ -318,19 +309,17 @@ class Guard:
         finally:
             attempt.then(replies)
 
-    async def _ask(
-        self, store: PipelinedStore | AwaitedStore, callers: SlotBatch | None, batch: Sequence[Request[Any]]
-    ) -> Sequence[Reply]:
+    async def _ask(self, store: _Store, callers: SlotBatch | None, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         port = open_port()
         await self.submit(store, batch, port.answer, callers, may_repeat=False)
         replies: Sequence[Reply] = await port.wait()
         return replies
 
     def _worth_repeating(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
-        return not self._closed and self._retries.worthwhile(batch, replies)
+        return not self.closed and self._retries.worthwhile(batch, replies)
 
     def _judge(self, attempt: Attempt, replies: Sequence[Reply]) -> bool:
-        """Take in replies of which some are failures. `False` if they are a success to the circuit breaker."""
+        """Judge replies of which some are failures. `False` if they are a success to the circuit breaker."""
         outcome, lost = outcome_of(replies, self.policy.excluded)
         if lost is not None:
             self.disconnected(lost)
@@ -353,8 +342,8 @@ class Guard:
 
     def _give_up(self, attempt: Attempt, now: float) -> None:
         self.attempts.take(attempt)
-        # Many batches under way are struck together. Counted one by one they would open the circuit of a server that has
-        # only become slower, before the timeout could follow it.
+        # A timeout strikes many batches together. Counted one by one, they would open the circuit of a server that is only
+        # slower than before, and the timeout could not follow it.
         news = not attempt.extended and attempt.timeout.struck(attempt.started, now)
         if not news or issubclass(CacheTimeoutError, self.policy.excluded):
             self.breaker.abandoned(attempt.ticket)
