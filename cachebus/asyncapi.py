@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cachebus.bus.address import NOBODY, ROOT, event_word
 from cachebus.bus.codec import JSON
-from cachebus.bus.subjects import NOBODY, ROOT, event_word
 from cachebus.messages import WIRE_NAMES, Event, Failed, Message, Request, reply_types
 
 from .asyncapi_schemas import VALUE, Schema, description, example, schemas, summary

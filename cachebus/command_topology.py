@@ -63,13 +63,14 @@ def _topology(arguments: argparse.Namespace) -> int:
 
     async def discovered() -> list[Place]:
         async with Node(settings) as node:
-            discover = import_module("cachebus.bus.nats_discovery").discover
+            discover = import_module("cachebus.bus.nats_micro").discover
+            bus: Any = node.bus
             before: Statistics = []
             started = time.monotonic()
             if arguments.interval:
-                before = await discover(node.bus, arguments.wait)
+                before = await discover(bus.connection, arguments.wait)
                 await asyncio.sleep(max(0.0, started + arguments.interval - time.monotonic()))
-            now: Statistics = await discover(node.bus, arguments.wait)
+            now: Statistics = await discover(bus.connection, arguments.wait)
             return places(before, now, max(arguments.interval, arguments.wait))
 
     found = [each for each in asyncio.run(discovered()) if arguments.all or each.namespace == settings.namespace]

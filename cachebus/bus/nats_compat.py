@@ -1,21 +1,22 @@
 """The private parts of nats-py that this package uses, in one place.
 
 nats-py hands each message through a queue and a task of its own, and parses headers whether they are read or not. That
-is half of what a message costs. `CompatClient` reads the protocol itself: it hands the messages of one read to their
-sinks in the order in which they came, and writes frames straight to the transport. Everything else, such as signing in,
-TLS, errors and JetStream, stays nats-py's.
+is half of the cost of a message. `CompatClient` reads the protocol itself: it hands the messages of one read to their
+listeners in order, and writes frames straight to the transport. Everything else stays with nats-py, such as signing in,
+TLS, errors and JetStream.
 
-All of it rests on names that nats-py may change in any release, so releases that were not tested are refused.
+nats-py may change these names in any release, so releases that were not tested are refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import msgspec
 import nats.errors
@@ -23,6 +24,8 @@ from nats.aio.client import Client
 from nats.protocol.parser import Parser
 
 from cachebus.messages import CacheConfigurationError
+
+logger = logging.getLogger("cachebus.bus")
 
 TESTED = ("2.14", "2.15", "2.16")
 """Releases of nats-py that the tests of this package have run with."""
@@ -72,15 +75,26 @@ class Delivery(msgspec.Struct, gc=False):
         return found
 
 
-class Sink(Protocol):
-    """Where the messages of a subscription go."""
+class Listener(msgspec.Struct, eq=False):
+    """A subscription that outlives reconnects: a subject, and the queue group that shares its messages, if any."""
 
+    subject: str
+    group: str
+    handler: Callable[[Delivery], None]
     pending_messages: int
     pending_bytes: int
+    client: CompatClient | None = None
+    subscription: Any = None
 
     def take(self, deliveries: list[Delivery]) -> None:
-        """Handle messages that came in together. Must not wait and must not raise."""
-        ...
+        """Hand over messages that came in together. Does not wait and does not raise."""
+        handler = self.handler
+        for delivery in deliveries:
+            try:
+                handler(delivery)
+            except Exception:
+                # A bug. It must not keep the next message from its handler.
+                logger.exception("a message on %s could not be handled", self.subject)
 
 
 def header_block(headers: Mapping[str, str]) -> bytes:
@@ -101,15 +115,15 @@ def frame(subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> b
 class CompatClient(Client):
     """A nats-py client that hands messages over in batches and writes frames at once.
 
-    If TLS was asked for, it tells a server without TLS nothing. It goes on reading after a flush that was given up.
+    With `tls_wanted` it sends nothing to a server without TLS. It goes on reading after a flush that was given up.
     """
 
     tls_wanted = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.sinks: dict[int, Sink] = {}
-        self.proven = 0.0  # When the last ping was sent that has been answered; `ping` says on which clock.
+        self.listeners: dict[int, Listener] = {}
+        self.proven = 0.0  # When the last answered ping was sent, on the clock of the caller of `ping`.
         self._pinging = False
         self._socket: asyncio.WriteTransport
         self._ps = _BatchParser(self)
@@ -117,7 +131,7 @@ class CompatClient(Client):
     # Out
 
     def connected(self, now: float) -> None:
-        """Begin to write frames. To be called once the client is connected; `now` is as for `ping`."""
+        """Begin to write frames, once the client is connected; `now` is as for `ping`."""
         writer = self._writer
         assert writer is not None
         self._socket = writer.transport
@@ -144,15 +158,15 @@ class CompatClient(Client):
         socket.write(frames)
 
     def ping(self, now: float) -> None:
-        """Ask the server for a sign of life, unless it still owes one; `proven` becomes `now` when it is there. What the server had sent before it
-        read the ping comes in before the answer, so that what follows was sent after `now`."""
+        """Ping the server, unless a ping is unanswered. At the answer `proven` becomes `now`: what comes in after the answer,
+        the server sent after it read the ping."""
         if not self._pinging:
             self._pinging = True
             with suppress(OSError):
                 self._await_pong(now)
 
     async def flushed(self) -> None:
-        """Return when the server has handled everything that was sent so far. Raises `OSError` and `TimeoutError`."""
+        """Return when the server has handled everything that was sent. Raises `OSError` and `TimeoutError`."""
         async with asyncio.timeout(_FLUSH):
             await self._await_pong(None)
 
@@ -164,19 +178,19 @@ class CompatClient(Client):
 
     # In
 
-    async def listen(self, subject: str, group: str, sink: Sink) -> Any:
-        """Hand the messages of a subject to a sink, and return the subscription."""
-        subscription: Any = await self.subscribe(subject, group)  # pyright: ignore[reportUnknownMemberType]
-        self.sinks[subscription._id] = sink
-        return subscription
+    async def listen(self, listener: Listener) -> None:
+        """Hand the messages of a subject to its listener."""
+        subscription: Any = await self.subscribe(listener.subject, listener.group)  # pyright: ignore[reportUnknownMemberType]
+        listener.subscription = subscription
+        self.listeners[subscription._id] = listener
 
     async def leave(self, subscription: Any) -> None:
         """End a subscription. Returns when every message that was delivered to it has been handed over."""
-        # Not nats-py's own drain: there the ping overtakes the goodbye, and what is delivered in between is lost.
+        # Not nats-py's own drain: there the ping overtakes the UNSUB, and messages that arrive in between are lost.
         await self._send_unsubscribe(subscription._id)
         await self.flushed()
         await subscription.unsubscribe()
-        self.sinks.pop(subscription._id, None)
+        self.listeners.pop(subscription._id, None)
 
     # Of nats-py
 
@@ -193,14 +207,14 @@ class CompatClient(Client):
         return cast("asyncio.Future[Any]", answered)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # nats-py goes on in the clear if the server says so, or somebody between the server and us.
+        # nats-py goes on in the clear if the server says so, or an attacker between the server and us.
         if initial_connection and self.tls_wanted and not info.get("tls_required"):
             raise nats.errors.Error(NO_TLS)
         await super()._process_info(info, initial_connection)
 
     async def _process_pong(self) -> None:
-        # A flush that was cancelled or timed out leaves its future in the line. nats-py would answer it, fail, and read
-        # nothing from this connection any more.
+        # A flush that was cancelled or timed out leaves its future in the line. nats-py would answer it, fail, and stop
+        # reading from this connection.
         line = cast("list[asyncio.Future[Any]]", self._pongs)  # type: ignore[redundant-cast]
         if line:
             first = line[0]
@@ -245,9 +259,9 @@ class _BatchParser(Parser):
             data = bytes(self._rest)
             self._rest = bytearray()
         client, known = self._client, self._known
-        sinks: dict[int, Sink] = client.sinks
-        sink: Sink | None = None
-        run: list[Delivery] = []  # Of one sink, that came one after the other.
+        listeners: dict[int, Listener] = client.listeners
+        listener: Listener | None = None
+        run: list[Delivery] = []  # Of one listener, that came one after the other.
         held = 0
         at, size = 0, len(data)
         self._needed = 0
@@ -261,9 +275,9 @@ class _BatchParser(Parser):
                 line = data[at:end]
                 opening = known.get(line) or self._opening(line)
                 if opening is None:
-                    if run and sink is not None:
-                        sink.take(run)
-                    sink, run = None, []
+                    if run and listener is not None:
+                        listener.take(run)
+                    listener, run = None, []
                     await self._line(data[at : end + 2])
                     at = end + 2
                     continue
@@ -273,12 +287,12 @@ class _BatchParser(Parser):
                 if size < stop + 2:
                     self._needed = stop + 2 - at
                     break
-                found = sinks.get(sid)
+                found = listeners.get(sid)
                 at = stop + 2
-                if found is not sink or found is None:
-                    if run and sink is not None:
-                        sink.take(run)
-                    sink, run, held = found, [], 0
+                if found is not listener or found is None:
+                    if run and listener is not None:
+                        listener.take(run)
+                    listener, run, held = found, [], 0
                     if found is None:
                         await client._process_msg(
                             sid, subject.encode(), reply.encode(), data[body + head : stop], data[body : body + head]
@@ -292,8 +306,8 @@ class _BatchParser(Parser):
         except (ValueError, IndexError):
             raise nats.errors.ProtocolError from None
         finally:
-            if run and sink is not None:
-                sink.take(run)
+            if run and listener is not None:
+                listener.take(run)
         if at < size:
             self._rest += data[at:] if at else data
 

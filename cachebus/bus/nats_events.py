@@ -2,7 +2,7 @@
 
 What goes out is numbered by subject, which is by kind and backend: in the copy that is sent, `epoch` is when this bus was
 opened and `seq` counts from 1. So a listener to any choice of kinds can see that one of them did not arrive. An event that
-is dropped here takes its number with it. What comes in is checked in the same way, see `nats_beats.py`. A gap, or a time
+is dropped here takes its number with it. What comes in is checked in the same way, see `nats_gaps.py`. A gap, or a time
 in which the connection was away, is reported to the listeners of this process as `EventsMissed`.
 """
 
@@ -21,16 +21,16 @@ from msgspec.structs import replace
 
 from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
 
+from .address import Subjects
 from .codec import JSON, MSGPACK, decode_one, encode_each
 from .compat import running_loop
 from .emitter import Emitter
 from .event_policy import EventPolicy
-from .nats_beats import GapDetector
-from .nats_compat import Delivery, header_block
-from .nats_connection import Listener, NatsConnection, end_task
+from .nats_compat import Delivery, Listener, header_block
+from .nats_connection import NatsConnection, end_task
+from .nats_gaps import GapDetector
 from .nats_options import NatsCounters
 from .nats_stream import MESSAGE_ID
-from .subjects import Subjects
 from .subscription import Audience, EventKind
 
 logger = logging.getLogger("cachebus.bus")
