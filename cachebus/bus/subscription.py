@@ -91,8 +91,7 @@ class Subscription:
                     await port.wait()
             finally:
                 self._waiter = None
-        event, shown = self._events.popleft()
-        return event if shown is None else shown(event)
+        return self._pop()
 
     def __iter__(self) -> Iterator[Event]:
         while (event := self.next()) is not None:
