@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
 from cachebus.messages import CacheClosed, Event, Get, GetOrLease, Request, Set
 
-from .cached_errors import unwrap
+from .cached_errors import CachedError, unwrap
 from .checks import Since, check_since
 from .failures import BACKEND_FAILURES, Failures, OnError
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+
+UNREAD: Any = object()
+"""In the place of a value that takes more than a look to read: `finish` does."""
 
 
 class Link:
@@ -74,6 +77,10 @@ class Link:
     def pipeline(self) -> PayloadPipeline | None:
         """What turns values into payloads; `None` where they stay objects."""
         return None
+
+    def value_of(self, key: str, value: Any, default: Any) -> Any:
+        """Return the value that a read has found, as it is to the caller: `default` if that is none, or `UNREAD`."""
+        return default if type(value) is CachedError else value
 
     async def request(self, message: Request[R], patience: float = 0.0) -> R:
         """Ask, awaiting the reply for `patience` seconds more than a call may take, or what stands for it (see

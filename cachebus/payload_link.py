@@ -45,7 +45,7 @@ from cachebus.messages import (
 
 from .cached_errors import CachedError, CachedFailure
 from .failures import BACKEND_FAILURES, OnError
-from .link import Link
+from .link import UNREAD, Link
 from .payload import PayloadPipeline
 from .payload_scalars import type_of
 
@@ -116,6 +116,17 @@ class PayloadLink(Link):
     @property
     def pipeline(self) -> PayloadPipeline:
         return self._pipeline
+
+    def value_of(self, key: str, value: Any, default: Any) -> Any:
+        """As `Link.value_of`."""
+        if type(value) is not bytes or (self._offload_above is not None and len(value) >= self._offload_above):
+            return UNREAD
+        try:
+            value = self._pipeline.decode(key, value)
+        except CacheSerializationError as error:
+            self._rejected(key, error, by_store=False)
+            return default
+        return default if type(value) is CachedError else value
 
     async def request(self, message: Request[R], patience: float = 0.0) -> R:
         """As `Link.request`."""
