@@ -1,189 +1,187 @@
-"""What depends on the counters of tags, until they are known."""
+"""The counters of tags in a Redis Cluster, where they are in another slot than the entries.
+
+A stamp is read before what it is for is begun: before a lease is asked for, and before a value is written. So what is
+invalidated meanwhile is invalid when it is stored, because its stamp is older than the counter. An answer that depends on
+counters is a `Doubt` until they are known.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from cachebus.messages import CacheError, GetOrLease, NotHeld, RenewLease, Reply
+from msgspec import Struct
+
+from cachebus.messages import Add, BadMessage, CacheError, CompareAndSet, GetOrLease, Request, Set, SetMany
 
 from .forms import unpack_plain
-from .redis_commands import Command
+from .redis_commands import Command, Fail
 from .redis_connection import Argument
-from .redis_leases import Leases, Parsed
-from .redis_tag_scripts import KEEP
-from .redis_tags import Claim, TagSpace, all_tags, split_tagged
-from .redis_values import HEADER, TAGGED
+from .redis_entry import NO_STAMP, Claim, TagSpace, claim_of, milliseconds, new_epoch, pack_tags
+from .redis_leases import Leases, kept_for
+from .redis_scripts import KEEP, STAMP
 
 
 class Doubt(NamedTuple):
-    """An answer that depends on whether claims hold. `decide` is told, and says what has to be sent then, if anything."""
+    """An answer that depends on whether claims hold: `decide` takes that, and returns a command that must be sent then."""
 
     claims: Sequence[Claim]
     decide: Callable[[Sequence[bool]], Command | None]
-    fail: Callable[[CacheError], None]
+    fail: Fail
 
 
-class Counters:
-    """The counters that some commands of a batch need: asked for together with these, where a store has an idea which they
-    are, and after them, where it has not.
+class Counters(Struct, eq=False):
+    """The counters that some commands of a batch need. They are asked for together with these if a store has an idea which
+    they are, and after them if not.
 
-    They may have been read before the entries: an invalidation in between has not returned to anybody who asks after it.
+    They may have been read before the entries: an invalidation in between has not returned to a caller that asks after it.
     With `px` the counters are kept for an entry that shall live for so many milliseconds (`""`: for ever).
     """
 
-    __slots__ = ("_asked", "_error", "_known", "_left", "_ordered", "_px", "_space", "_waiting")
-
-    def __init__(self, space: TagSpace, *, ordered: bool = False, px: str | None = None) -> None:
-        self._space = space
-        self._ordered = ordered
-        self._px = px
-        self._asked: dict[str, None] = {}
-        self._known: dict[str, bytes | None] = {}
-        self._left = 0
-        self._waiting: list[Doubt] = []
-        self._error: CacheError | None = None
+    space: TagSpace
+    ordered: bool = False
+    px: str | None = None
+    asked: dict[str, None] = {}
+    known: dict[str, bytes | None] = {}
+    left: int = 0
+    waiting: list[Doubt] = []
+    error: CacheError | None = None
 
     def want(self, tags: Sequence[str]) -> None:
         """Ask for the counters of tags together with the rest."""
-        self._asked.update(dict.fromkeys(tags))
+        self.asked.update(dict.fromkeys(tags))
 
     def command(self) -> Command | None:
         """The command that asks for what is wanted."""
-        return self._fetch(list(self._asked)) if self._asked else None
+        return self._fetch(list(self.asked)) if self.asked else None
 
     def judge(self, doubts: Sequence[Doubt]) -> Sequence[Command]:
-        """Decide what is known, and say what has to be sent."""
-        if self._left:
-            self._waiting += doubts
+        """Decide what is known, and return what has to be sent."""
+        if self.left:
+            self.waiting += doubts
             return ()
-        if self._error is not None:
+        if self.error is not None:
             for doubt in doubts:
-                doubt.fail(self._error)
+                doubt.fail(self.error)
             return ()
-        unknown = [
-            tag for tag in all_tags(claim for doubt in doubts for claim in doubt.claims) if tag not in self._known
-        ]
-        if unknown:
-            self._waiting += doubts
-            return [self._fetch(unknown)]
-        decided = [doubt.decide([claim.holds(self._known) for claim in doubt.claims]) for doubt in doubts]
+        tags = (tag for doubt in doubts for claim in doubt.claims for tag in claim.tags)
+        if unknown := dict.fromkeys(tag for tag in tags if tag not in self.known):
+            self.waiting += doubts
+            return [self._fetch(list(unknown))]
+        decided = [doubt.decide([claim.holds(self.known) for claim in doubt.claims]) for doubt in doubts]
         return [command for command in decided if command is not None]
 
     def _fetch(self, tags: list[str]) -> Command:
-        self._left += 1
-        return self._of(tags)
-
-    def _of(self, tags: list[str]) -> Command:
-        names = [self._space.counter(tag) for tag in tags]
+        self.left += 1
+        names = [self.space.counter(tag) for tag in tags]
 
         def settle(reply: Any, now: float) -> Sequence[Command]:
-            self._known.update(zip(tags, reply, strict=True))
+            self.known.update(zip(tags, reply, strict=True))
             return self._answered()
 
         def fail(error: CacheError) -> None:
-            self._error = error
+            self.error = error
             self._answered()
 
         def parts() -> list[Command]:
-            self._left += len(tags) - 1
-            return [self._of([tag]) for tag in tags]
+            self.left -= 1
+            return [self._fetch([tag]) for tag in tags]
 
+        script = None if self.px is None else KEEP
+        words: list[Argument] = ["MGET", *names] if self.px is None else [len(names), *names, self.px]
         more = parts if len(tags) > 1 else None
-        if self._px is None:
-            words: list[Argument] = ["MGET", *names]
-            return Command(words, names[0], settle, fail, parts=more, ordered=self._ordered)
-        words = [len(names), *names, self._px]
-        return Command(words, names[0], settle, fail, script=KEEP, parts=more, ordered=self._ordered)
+        return Command(words, names[0], settle, fail, script=script, parts=more, ordered=self.ordered)
 
     def _answered(self) -> Sequence[Command]:
-        self._left -= 1
-        if self._left or not self._waiting:
+        self.left -= 1
+        if self.left or not self.waiting:
             return ()
-        waiting, self._waiting = self._waiting, []
+        waiting, self.waiting = self.waiting, []
         return self.judge(waiting)
 
 
-# Single commands whose answer depends on counters that their script cannot see
-
-Answer = Callable[[Reply], None]
-Put = Callable[[bool], None]
-Fail = Callable[[CacheError], None]
-Again = Callable[[bytes], Command]
-"""Makes the command once more, with what is known of the counters."""
-
-
-def _claim_of(raw: Any) -> Claim | None:
-    """What an entry is valid by, if it has tags. Raises `CacheSerializationError`."""
-    tagged = type(raw) is bytes and len(raw) > HEADER.size and raw[HEADER.size] == TAGGED
-    return split_tagged(raw)[0] if tagged else None
+def lease_claims(request: Leases, reply: Any) -> tuple[Claim | None, Claim | None]:
+    """What the reply to a question about a lease depends on: the claim of the lease or of the value that is there, whose
+    loss makes the question one to be asked again; and that of the value that is served stale."""
+    if not isinstance(request, GetOrLease):
+        return (_declared(*reply) if isinstance(reply, list) else None), None
+    kind = reply[0]
+    if kind == 2:
+        return _declared(reply[4], reply[5]), claim_of(reply[3])
+    return (None, claim_of(reply[1])) if kind else (claim_of(reply[1]), None)
 
 
 def _declared(stamp: bytes, tags: bytes) -> Claim | None:
     return Claim(stamp, tuple(unpack_plain(tags))) if tags else None
 
 
-def settle_lease(
-    request: Leases, reply: Any, now: float, make: Parsed, put: Answer, fail: Fail, again: Again, space: TagSpace
-) -> Sequence[Command]:
-    """Take in the reply to a question about a lease: answer it, or say what has to be sent first."""
-    if type(request) is RenewLease:
-        return _settle_renewal(reply, now, make, put, fail, space)
-    if not isinstance(request, GetOrLease):
-        put(make(reply, now))
-        return ()
-    kind = reply[0]
-    # What it is about, whose loss makes the question one to be asked again; and what is served stale.
-    about = _declared(reply[4], reply[5]) if kind == 2 else _claim_of(reply[1]) if kind == 0 else None
-    stale = _claim_of(reply[3] if kind == 2 else reply[1]) if kind else None
-    if about is None and stale is None:
-        put(make(reply, now))
-        return ()
-    claims = [each for each in (about, stale) if each is not None]
+# Before a batch goes out
 
-    def decide(holds: Sequence[bool]) -> Command | None:
-        if about is not None and not holds[0]:
-            return again(about.verdict(False))
-        if stale is not None and not holds[-1]:
-            reply[3 if kind == 2 else 1] = b""
-        put(make(reply, now))
+_STORING = frozenset({Set, SetMany, Add, CompareAndSet})
+
+
+def wants_stamps(batch: Sequence[Request[Any]], space: TagSpace) -> bool:
+    """Whether something in a batch has tags, or may get some that only its loader knows."""
+    return any(_wants_stamp(request, space) for request in batch)
+
+
+def _wants_stamp(request: Any, space: TagSpace) -> bool:
+    kind = cast("type[object]", type(request))
+    return bool((kind in _STORING and request.tags) or (kind is GetOrLease and (space.seen or request.tags)))
+
+
+def looks_for_tags(batch: Sequence[Request[Any]], space: TagSpace) -> Command | None:
+    """The command beside leases that finds out whether the namespace has tags, while this store knows of none."""
+    if space.seen or not any(type(request) is GetOrLease for request in batch):
         return None
 
-    return Counters(space).judge([Doubt(claims, decide, fail)])
+    def settle(there: Any, now: float) -> None:
+        space.seen = space.seen or bool(there)
+
+    return Command(["EXISTS", space.sequence], space.sequence, settle, lambda error: None)
 
 
-def _settle_renewal(
-    reply: Any, now: float, make: Parsed, put: Answer, fail: Fail, space: TagSpace
-) -> Sequence[Command]:
-    if isinstance(reply, int):
-        put(make(reply, now))
-        return ()
-    claim = Claim(reply[0], tuple(unpack_plain(reply[1])))
+class Stamps:
+    """The stamps of the requests of a batch: `commands` ask for them, `by_place` has them then, or why there are none."""
 
-    def decide(holds: Sequence[bool]) -> None:
-        put(make(1, now) if holds[0] else NotHeld())
+    def __init__(self, batch: Sequence[Request[Any]], space: TagSpace, default_ttl: float | None) -> None:
+        self.by_place: dict[int, bytes | CacheError] = {}
+        groups: dict[str, list[tuple[int, Any]]] = {}
+        request: Any
+        for place, request in enumerate(batch):
+            if not _wants_stamp(request, space):
+                continue
+            try:
+                pack_tags(request.tags)
+                groups.setdefault(_kept(request, default_ttl), []).append((place, request))
+            except (CacheError, ValueError, OverflowError):
+                # It will be refused.
+                self.by_place[place] = BadMessage("the request is not understood")
+        space.seen = True
+        self.commands = [self._command(space, px, members) for px, members in groups.items()]
 
-    return Counters(space).judge([Doubt((claim,), decide, fail)])
+    def _command(self, space: TagSpace, px: str, members: Sequence[tuple[int, Any]]) -> Command:
+        tags = list(dict.fromkeys(tag for _, request in members for tag in request.tags))
+        names = [space.sequence, *(space.counter(tag) for tag in tags)]
+        words: list[Argument] = [len(names), *names, new_epoch(), px]
+
+        def settle(reply: Any, now: float) -> None:
+            counters = dict(zip(tags, reply[1:], strict=True))
+            for place, request in members:
+                # What is stored under a lease has the stamp of that, and is only compared with the counters.
+                leased = isinstance(request, Set) and request.lease is not None and request.tags
+                self.by_place[place] = max(counters[tag] for tag in request.tags) if leased else reply[0]
+
+        def fail(error: CacheError) -> None:
+            # Without a stamp a lease is as good for what will have no tags.
+            self.by_place.update((place, error if request.tags else NO_STAMP) for place, request in members)
+
+        return Command(words, names[0], settle, fail, script=STAMP)
 
 
-def settle_head(
-    head: bytes, put: Put | None, fail: Fail, again: Again | None, space: TagSpace, px: str | None = None
-) -> Sequence[Command]:
-    """Find out about the entry whose head was the reply: tell `put` that it is valid, or that it is not; or send the command
-    once more, if there is one for that. With `px` the counters are kept for so many milliseconds."""
-    try:
-        claim = _claim_of(head)
-    except CacheError as error:
-        fail(error)
-        return ()
-    if claim is None:
-        claim = Claim(b"", ())
-
-    def decide(holds: Sequence[bool]) -> Command | None:
-        if again is not None and (holds[0] or put is None):
-            return again(claim.verdict(holds[0]))
-        if put is not None:
-            put(holds[0])
-        return None
-
-    return Counters(space, ordered=again is not None, px=px).judge([Doubt((claim,), decide, fail)])
+def _kept(request: Any, default_ttl: float | None) -> str:
+    """For how many milliseconds the counters of a request are needed."""
+    if isinstance(request, GetOrLease):
+        return milliseconds(request.lease_ttl)
+    px = milliseconds(default_ttl if request.ttl == "default" else request.ttl)
+    return kept_for(request, px) if isinstance(request, Set) else px

@@ -43,11 +43,19 @@ from cachebus.messages.lease_names import NONCE_LENGTH, new_lease_name
 from .durations import time_stale
 from .lease_checks import check_lease
 from .redis_connection import Argument
-from .redis_script import Script
+from .redis_entry import (
+    HEADER,
+    TAGGED,
+    decode,
+    pack_metadata,
+    pack_tagged,
+    pack_tags,
+    read_entry,
+    split_metadata,
+    split_tagged,
+)
+from .redis_scripts import Script, Twin
 from .redis_slots import slot_of, tag_of
-from .redis_tag_scripts import Twin
-from .redis_tags import pack_tagged, pack_tags, read_tagged, split_tagged
-from .redis_values import HEADER, TAGGED, decode, pack_metadata, read_or_fail, split_metadata
 
 _MARK = """
 local MARK = struct.pack('>d', -1)
@@ -287,8 +295,7 @@ def _committed(version: Any, now: float) -> Reply:
 def _leased(reply: Any, now: float) -> Reply:
     if reply[0] == 0:
         # It was live to the server, whatever our clock says.
-        raw = reply[1]
-        return read_tagged(raw, now, live=True)[1] if raw[16] == TAGGED else read_or_fail(raw, now, live=True)
+        return read_entry(reply[1], now, live=True)[1]
     if reply[0] == 1:
         return LeaseGranted(reply[2].decode(), _stale(reply[1], "", 0.0))
     holder, remaining = reply[1].decode(), reply[2] / 1000

@@ -15,7 +15,7 @@ it. It then has CLAIM milliseconds to ask for it. If it does not, all that waits
 
 from __future__ import annotations
 
-from .redis_script import Script
+from .redis_scripts import COMMON, Script
 
 CLAIM_MS = 2000
 """How long a lock that is offered to another process is kept for it."""
@@ -30,7 +30,7 @@ GONE_MS = 60_000
 DAY_MS = 86_400_000
 
 # Arguments: 1 ticket, 2 our inbox, 3 what channels begin with, 4 name, 5 whether PUBLISH does not say who heard it.
-_HEAD = f"""
+_HEAD = f"""{COMMON}
 local state, queue, rows = KEYS[1], KEYS[2], KEYS[3]
 local ticket, inbox, channels, name, silent = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1'
 local CLAIM, RETAIN, DAY = {CLAIM_MS}, {RETAIN_MS}, {DAY_MS}
@@ -118,7 +118,7 @@ end
 """
 )
 
-ACQUIRE = Script.of(
+ACQUIRE = Script(
     _LOCK
     + """
 -- More: 6 owner, 7 milliseconds to hold, 8 milliseconds to wait.
@@ -156,7 +156,7 @@ return answer(wait_ms > 0 and 1 or 2, fresh)
 """
 )
 
-RENEW = Script.of(
+RENEW = Script(
     _LOCK
     + """
 -- More: 6 milliseconds to hold. The code is 0 if it is held, 1 if another holds it, 2 if nobody does.
@@ -172,7 +172,7 @@ return answer(holder == '' and 2 or 1)
 """
 )
 
-RELEASE = Script.of(
+RELEASE = Script(
     _LOCK
     + f"""
 -- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then;
@@ -206,7 +206,7 @@ return answer(code)
 """
 )
 
-DESCRIBE = Script.of(
+DESCRIBE = Script(
     _LOCK
     + """
 if holder == '' then pass_on() end

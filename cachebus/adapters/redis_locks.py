@@ -1,8 +1,7 @@
-"""Locks in Redis, for every process that shares the server; who waits is told by a channel, and asks nothing meanwhile."""
+"""Locks in Redis, for every process that shares the server. Waiters listen to a channel, and ask nothing meanwhile."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 from collections.abc import Callable
@@ -34,25 +33,24 @@ from cachebus.messages import (
 
 from .redis_connection import Argument
 from .redis_errors import BACKEND
-from .redis_listener import Listening, RedisListener
 from .redis_lock_scripts import ACQUIRE, CLAIM_MS, DESCRIBE, RELEASE, RENEW
-from .redis_plan import Plan
-from .redis_script import Script
+from .redis_pubsub import ChannelSubscription
+from .redis_scripts import Script
 
 
 class _Transport(PipelinedStore, Protocol):
     """A `RedisStore` or a `RedisClusterStore`."""
 
-    def listener(self) -> RedisListener: ...
+    def subscribe(self, *arguments: Any) -> ChannelSubscription: ...
 
 
 class RedisLockStore:
-    """A `LockStore` and `PipelinedStore` in a Redis server or cluster. `transport` makes the way there, given what plans its
-    commands; `clustered` says that `PUBLISH` counts the listeners of one server only.
+    """A `LockStore` and `PipelinedStore` in a Redis server or cluster. `transport` makes the store that sends its scripts;
+    `clustered` says that `PUBLISH` counts the listeners of one server only.
 
-    Uncontended, a lock costs one round trip to have and one to give back. Who has to wait stands in a queue in Redis. A lock
-    that is given back goes to the first in it, in the same step: of our own process the reply tells it, of another its
-    inbox does. Tokens are microseconds of the server's clock, or one more than the last.
+    Uncontended, a lock costs one round trip to have and one to give back. Waiters stand in a queue in Redis. A lock that is
+    given back goes to the first of them, in the same step: one of our own process hears it by the reply, one of another by
+    its inbox. Tokens are microseconds of the server's clock, or one more than the last.
     """
 
     name = BACKEND
@@ -66,28 +64,25 @@ class RedisLockStore:
         self.inbox = os.urandom(8).hex()
         self._prefix = f"{namespace}#lock:"
         self._clustered = clustered
-        self._transport = way = transport(planner=partial(_LockPlan, self))
-        self.execute, self.submit, self.try_submit = way.execute, way.submit, way.try_submit
-        self._listener: RedisListener | None = None
-        self._place: Listening | None = None
-        self._entering: asyncio.Task[None] | None = None
-        self._deaf: CacheError | None = None  # Why nobody here can be told anything.
+        self._transport = store = transport(call=self.call)
+        self.execute, self.submit, self.try_submit = store.execute, store.submit, store.try_submit
+        self._is_open = False
+        self._subscription: ChannelSubscription | None = None
+        self._deaf: CacheError | None = None  # Why our inbox cannot be heard.
 
     def __repr__(self) -> str:
-        return f"<RedisLockStore over {self._transport!r}, {'listening' if self._place else 'nobody waited'}>"
+        return f"<RedisLockStore over {self._transport!r}, {'listening' if self._subscription else 'nobody waited'}>"
 
     async def open(self) -> None:
         await self._transport.open()
-        self._listener = self._transport.listener()
+        self._is_open = True
 
     async def close(self) -> None:
-        if self._entering is not None:
-            self._entering.cancel()
-        self._place = self._entering = self._deaf = None
-        listener, self._listener = self._listener, None  # Replies may come until the transport is closed.
+        self._is_open = False  # Replies may come until the transport is closed.
+        subscription, self._subscription, self._deaf = self._subscription, None, None
         try:
-            if listener is not None:
-                await listener.close()
+            if subscription is not None:
+                await subscription.close()
         finally:
             await self._transport.close()
 
@@ -126,9 +121,11 @@ class RedisLockStore:
             passed_on = len(reply) > 5 and self._told(name, reply)
             answer = read(reply)
             if type(answer) is Released and self.told is not None and not passed_on:
-                self.told.look(name)  # Nobody waits there. Whoever does here has lost its place, as after a flush.
+                self.told.look(name)  # The queue is empty. Waiters of ours have lost their places, as after a flush.
             if type(answer) is LockQueued:
-                self._enter()
+                if self._subscription is None and self._is_open:
+                    inbox = f"{self._prefix}to:{self.inbox}"
+                    self._subscription = self._transport.subscribe(inbox, self._heard, self._look, self._refused)
                 if self._deaf is not None:
                     return Failed.of(self._deaf)
             return answer
@@ -136,7 +133,7 @@ class RedisLockStore:
         return [len(keys), *keys, *ours], state, script, make
 
     def _told(self, name: str, reply: Any) -> bool:
-        """Pass on what a reply says about others than who asked. Whether the lock was given, or offered, to one of them."""
+        """Pass on what a reply says about other callers. Whether the lock was given, or offered, to one of them."""
         token = reply[1]
         next_ticket, next_ttl, offered, lost, lost_token = reply[5:]
         if self.told is None:
@@ -146,50 +143,26 @@ class RedisLockStore:
         if next_ticket:
             self.told.granted(name, next_ticket.decode(), LockGranted(token, next_ttl / 1000))
         if offered:
-            # Should nobody be there to take it, somebody must notice.
+            # If its process is away, ours must notice.
             self.told.look(name, delay=CLAIM_MS / 1000 + 0.1)
         return bool(next_ticket or offered)
 
     # The inbox
 
-    def _enter(self) -> None:
-        """Listen to the inbox, from when somebody waits for the first time."""
-        if self._place is None and self._listener is not None:
-            self._place = self._listener.subscribe(f"{self._prefix}to:{self.inbox}", self._heard, self._missed)
-            self._entering = asyncio.create_task(self._entered(self._place))
-
-    async def _entered(self, place: Listening) -> None:
-        while True:
-            try:
-                await place.ready()
-                break
-            except CacheError as error:
-                if not error.transient:
-                    # The user may not listen. Who cannot be told does not wait, and is told that now.
-                    self._deaf = error
-                    break
-        self._missed()
+    def _refused(self, error: CacheError) -> None:
+        if not error.transient:
+            # The user may not listen. A caller that cannot hear its inbox does not wait, and gets the error now.
+            self._deaf = error
+            self._look()
 
     def _heard(self, payload: bytes) -> None:
         ticket, _, name = payload.decode().partition("|")
         if self.told is not None:
             self.told.look(name, ticket)
 
-    def _missed(self) -> None:
+    def _look(self) -> None:
         if self.told is not None:
             self.told.look_everywhere()
-
-
-class _LockPlan(Plan):
-    """A batch about locks: each request is one call of a script."""
-
-    def __init__(self, store: RedisLockStore, *arguments: Any, **named: Any) -> None:
-        self._store = store
-        super().__init__(*arguments, **named)
-
-    def _one(self, at: int, request: Request[Any]) -> None:
-        words, key, script, make = self._store.call(request)
-        self._add(at, words, key, make, script=script)
 
 
 def _tag(name: str) -> str:

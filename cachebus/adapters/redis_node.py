@@ -13,9 +13,8 @@ from msgspec import Struct
 from cachebus.messages import CacheClosed, CacheError
 
 from .redis_commands import Command
-from .redis_connect import Endpoint
+from .redis_connect import Endpoint, RedisPool
 from .redis_connection import Asked, RedisConnection, pack
-from .redis_pool import RedisPool
 
 _ASKING = pack("ASKING")
 
@@ -79,10 +78,10 @@ class Trip(Struct, eq=False):
 
 
 Arrived = Callable[["ClusterNode", Trip, Any, float], None]
-"""Told the reply to a command, by which server, and that server's Unix time in seconds."""
+"""Takes the reply to a command, by which server, and that server's Unix time in seconds."""
 
-Undelivered = Callable[["ClusterNode", Sequence[Trip], CacheError, bool], None]
-"""Told the commands that got no reply and why; the last argument says whether they were sent."""
+Undelivered = Callable[[Sequence[Trip], CacheError, bool], None]
+"""Takes commands that got no reply and why; the last argument says whether they were sent."""
 
 
 class ClusterNode:
@@ -166,7 +165,7 @@ class ClusterNode:
                 task.cancel()
         self.pool.drop(error)
         while self._queue:
-            self._failed(self, self._queue.popleft(), error, False)
+            self._failed(self._queue.popleft(), error, False)
 
     async def _ready(self) -> RedisConnection:
         try:
@@ -185,7 +184,7 @@ class ClusterNode:
                 # All of them: each would wait as long for the same answer.
                 waiting = [trip for trips in self._queue for trip in trips]
                 self._queue.clear()
-                self._failed(self, waiting, error, False)
+                self._failed(waiting, error, False)
                 return
             self._write(connection, self._queue.popleft())
 
@@ -211,7 +210,7 @@ class ClusterNode:
             for trip in trips:
                 trip.batch.answered_on(connection)
             if isinstance(replies, CacheError):
-                self._failed(self, trips, replies, True)
+                self._failed(trips, replies, True)
                 return
             now = connection.now()
             at = 0

@@ -10,11 +10,10 @@ import hiredis
 
 from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, CacheError
 
-from .redis_connect import Connector, Endpoint
+from .redis_connect import Connector, Endpoint, RedisPool
 from .redis_connection import pack
 from .redis_errors import BACKEND, translate, unreachable
 from .redis_node import Arrived, ClusterNode, Undelivered
-from .redis_pool import RedisPool
 from .redis_slots import SlotMap, read_slots
 
 ASKED_AT_ONCE = 4
@@ -29,7 +28,7 @@ class Topology:
 
     def __init__(
         self,
-        dial: Connector,
+        connector: Connector,
         seeds: Sequence[Endpoint],
         most: int,
         arrived: Arrived,
@@ -37,7 +36,7 @@ class Topology:
         changed: Callable[[Sequence[int]], None],
     ) -> None:
         self.map = SlotMap()
-        self._dial = dial
+        self._connector = connector
         self._seeds = seeds
         self._most = most
         self._arrived = arrived
@@ -56,7 +55,7 @@ class Topology:
         """The server at a place."""
         node = self._nodes.get(place)
         if node is None:
-            pool = RedisPool(lambda: self._dial.connect(place), self._most)
+            pool = RedisPool(lambda: self._connector.connect(place), self._most)
             node = self._nodes[place] = ClusterNode(place, pool, self._arrived, self._failed)
         return node
 
@@ -76,7 +75,7 @@ class Topology:
 
     def learn_soon(self) -> None:
         """Ask for the map beside everything else, if that is not under way or only just over."""
-        if not self._closed and self._dial.clock.monotonic() - self._learned_at >= LEARN_INTERVAL:
+        if not self._closed and self._connector.clock.monotonic() - self._learned_at >= LEARN_INTERVAL:
             self._begin_to_learn()
 
     def _begin_to_learn(self) -> asyncio.Task[None]:
@@ -104,7 +103,7 @@ class Topology:
 
     def _learned(self, task: asyncio.Task[None]) -> None:
         self._learning = None
-        self._learned_at = self._dial.clock.monotonic()
+        self._learned_at = self._connector.clock.monotonic()
         if not task.cancelled():
             task.exception()  # Whoever waited was told; nobody may have.
 
@@ -138,8 +137,8 @@ class Topology:
         """The owners of all slots, by one server."""
         node = self._nodes.get(place)
         try:
-            async with asyncio.timeout(self._dial.timeout):
-                connection = await (self._dial.connect(place) if node is None else node.pool.connect())
+            async with asyncio.timeout(self._connector.timeout):
+                connection = await (self._connector.connect(place) if node is None else node.pool.connect())
                 try:
                     # Beyond the window, if need be: a server that is busy is asked all the same.
                     (reply,) = await connection.ask(pack("CLUSTER", "SLOTS"))
@@ -147,7 +146,7 @@ class Topology:
                     if node is None:
                         connection.drop(CacheConnectionError("done", BACKEND))
         except TimeoutError as error:
-            raise unreachable(error, str(place), self._dial.timeout) from None
+            raise unreachable(error, str(place), self._connector.timeout) from None
         if isinstance(reply, hiredis.ReplyError):
             if "cluster support disabled" in str(reply):
                 raise CacheConfigurationError(f"redis: {place} is in no cluster: its URL begins with redis://")

@@ -5,8 +5,8 @@ The scripts that end a lease publish its token on `<namespace>#leases`, with the
     1 byte    length of the token, and the token
     rest      the name of the error, or nothing
 
-A delete takes a lease away in silence, and a channel keeps nothing. So nobody waits for long: whoever is told that time is
-up asks the server again.
+A delete takes a lease away in silence, and a channel keeps nothing. So waits are short: a caller whose time is up asks the
+server again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cachebus.messages import (
     WatchLease,
 )
 
-from .redis_listener import Listening, RedisListener
+from .redis_pubsub import ChannelSubscription
 
 IDLE = 60.0
 """Seconds after the last wait for which the channel is still listened to."""
@@ -46,25 +46,23 @@ class _Waiting(NamedTuple):
 
 
 class LeaseWatch:
-    """Who waits in this process for leases of one namespace, at most `limit` of them. For one asyncio event loop.
+    """The callers in this process that wait for leases of one namespace, at most `limit`. For one asyncio event loop.
 
-    Nothing is connected before somebody waits. Ends that were told lately are remembered, at most `memory` of them: who
-    begins to wait may have been told of the lease before its end and ask after it.
+    Nothing is connected before the first caller waits. At most `memory` recent ends are remembered: a caller may have heard
+    of a lease before its end and ask after it.
     """
 
     def __init__(
-        self, make_listener: Callable[[], RedisListener], namespace: str, *, limit: int = 10_000, memory: int = 4096
+        self, subscribe: Callable[..., ChannelSubscription], namespace: str, *, limit: int = 10_000, memory: int = 4096
     ) -> None:
-        self._make_listener = make_listener
+        self._subscribe = subscribe
         self._channel = f"{namespace}#leases"
         self._limit = limit
         self._memory = memory
         self._waiting: dict[str, list[_Waiting]] = {}
         self._count = 0
         self._ended: OrderedDict[str, Reply] = OrderedDict()
-        self._listener: RedisListener | None = None
-        self._place: Listening | None = None
-        self._standing: asyncio.Task[None] | None = None
+        self._subscription: ChannelSubscription | None = None
         self._trouble: CacheError | None = None
         self._idle: asyncio.TimerHandle | None = None
 
@@ -72,16 +70,17 @@ class LeaseWatch:
         return f"<LeaseWatch {self._channel!r}, {self._count}/{self._limit} waiting>"
 
     def watch(self, request: WatchLease, told: Told) -> None:
-        """Tell `told` what became of a lease: `NotHeld` when it has ended, what its loader has failed with, or `Loading` when
-        time is up. A `Failed` says that there is no use in waiting here."""
+        """Call `told` with what became of a lease: `NotHeld` when it has ended, what its loader has failed with, or `Loading`
+        when time is up. A `Failed` of the store says that there is no use in waiting here."""
         if not request.wait >= 0:
             told(Failed.of(BadMessage(f"wait must be a number of seconds from 0, not {request.wait!r}")))
             return
         if (ended := self._ended.get(request.token)) is not None:
             told(ended)
             return
-        if self._place is None:
-            self._listen()
+        if self._subscription is None:
+            self._trouble = None
+            self._subscription = self._subscribe(self._channel, self._heard, self._subscribed, self._refused)
         if self._trouble is not None:
             told(Failed.of(self._trouble))
         elif self._count >= self._limit:
@@ -90,16 +89,16 @@ class LeaseWatch:
             self._wait(request, told)
 
     async def close(self) -> None:
-        """Tell everybody who waits that it is over, and leave the channel. Safe to call twice."""
+        """Tell every waiter that it is over, and leave the channel. Safe to call twice."""
         self._tell_all(Failed.of(CacheClosed("the store was closed")))
         if self._idle is not None:
             self._idle.cancel()
+        subscription = self._subscription
         self._rest()
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            await listener.close()
+        if subscription is not None:
+            await subscription.close()
 
-    # Who waits
+    # The waiters
 
     def _wait(self, request: WatchLease, told: Told) -> None:
         token = request.token
@@ -109,7 +108,7 @@ class LeaseWatch:
             waiters.remove(waiting)
             if not waiters:
                 del self._waiting[token]
-            self._leaves(1)
+            self._leave(1)
             told(Loading(token))
 
         if self._idle is not None:
@@ -126,13 +125,13 @@ class LeaseWatch:
             each.alarm.cancel()
             each.told(reply)
         if waiters:
-            self._leaves(len(waiters))
+            self._leave(len(waiters))
 
     def _tell_all(self, reply: Reply) -> None:
         for token in tuple(self._waiting):
             self._tell(token, reply)
 
-    def _leaves(self, count: int) -> None:
+    def _leave(self, count: int) -> None:
         self._count -= count
         self._rest_soon()
 
@@ -142,27 +141,14 @@ class LeaseWatch:
 
     # The channel
 
-    def _listen(self) -> None:
-        if self._listener is None:
-            self._listener = self._make_listener()
-        self._trouble = None
-        self._place = self._listener.subscribe(self._channel, self._heard, self._missed)
-        self._standing = asyncio.create_task(self._stand(self._place))
+    def _refused(self, error: CacheError) -> None:
+        self._trouble = error
+        self._tell_all(Failed.of(error))
+        self._rest_soon()  # No callers wait while there is trouble.
 
-    async def _stand(self, place: Listening) -> None:
-        while True:
-            try:
-                await place.ready()
-            except CacheError as error:
-                self._trouble = error
-                self._tell_all(Failed.of(error))
-                self._rest_soon()  # Nobody waits while there is trouble.
-                if not error.transient:
-                    return  # Such as a channel that is forbidden: to try again does not help.
-            else:
-                self._trouble = None
-                self._missed()
-                return
+    def _subscribed(self) -> None:
+        self._trouble = None
+        self._tell_all(NotHeld())  # Something may have ended unheard: the waiters look for themselves.
 
     def _heard(self, payload: bytes) -> None:
         length = payload[0] if payload else 0
@@ -174,17 +160,10 @@ class LeaseWatch:
             self._ended.popitem(last=False)
         self._tell(token, reply)
 
-    def _missed(self) -> None:
-        # Something may have ended unheard: who waits looks for itself.
-        self._tell_all(NotHeld())
-
     def _rest(self) -> None:
-        """Listen no longer, until somebody waits again."""
+        """Listen no longer, until the next caller waits."""
         self._idle = None
-        place, self._place = self._place, None
-        standing, self._standing = self._standing, None
-        if standing is not None:
-            standing.cancel()
-        if place is not None:
-            place.close()
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            subscription.cancel()
         self._ended.clear()  # What ends from now on is not heard.

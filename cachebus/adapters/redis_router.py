@@ -2,52 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hiredis
 
 from cachebus.messages import CacheError
 
-from .redis_commands import Command
-from .redis_connect import Endpoint
+from .redis_commands import LATE_IS_WRONG, Command
+from .redis_connect import Connector, Endpoint
 from .redis_errors import code_of, moving, overtaken
 from .redis_node import ClusterNode, Trip
-from .redis_scripts import LATE_IS_WRONG
-from .redis_slots import SlotTraffic, read_redirection, slot_of
+from .redis_slots import SLOTS, SlotTraffic, read_redirection, slot_of
 from .redis_topology import Topology
 
 MOST_HOPS = 8
 """How often a command follows its slot before it is given up: servers that disagree send it round in circles."""
 
 
-class ClusterTraffic:
-    """The part of a `RedisClusterStore` that sends trips and takes in what comes back."""
+class Router:
+    """Sends trips to the servers of their slots, and takes in what comes back. `topology` is these servers."""
 
-    def __init__(self) -> None:
+    def __init__(self, connector: Connector, seeds: Sequence[Endpoint], max_connections: int) -> None:
+        self.topology = Topology(
+            connector, seeds, max_connections, self._arrived, self._undelivered, self._changed_hands
+        )
         self._traffic = SlotTraffic()
-        self._topology: Topology | None = None
         # Slots that are being moved, of which each command takes one key only: one about keys at two servers is refused.
         self._moving: set[int] = set()
 
-    def _send(self, topology: Topology, trips: Sequence[Trip], unreachable: dict[Endpoint, CacheError]) -> None:
+    def group(self, numbers: dict[str, int], name: str) -> int:
+        """The number of the keys that may go with a key: its slot. A key of a slot that is being moved is a group of its
+        own, which `numbers` counts beyond the slots."""
+        slot = slot_of(name)
+        return SLOTS + numbers.setdefault(name, len(numbers)) if slot in self._moving else slot
+
+    async def room(self, slots: set[int]) -> Mapping[Endpoint, CacheError]:
+        """Wait until every server that has one of the slots can take a batch; says which cannot be reached, and why."""
+        unreachable: dict[Endpoint, CacheError] = {}
+        while True:
+            if self._traffic.is_held(slots):
+                await self._traffic.change()
+                continue
+            nodes = (self.topology.node_of(slot) for slot in slots)
+            full = next((each for each in nodes if each and each.place not in unreachable and not each.has_room), None)
+            if full is None:
+                return unreachable
+            if full.is_down and full.trouble is not None:
+                unreachable[full.place] = full.trouble
+                full.try_again()
+                self.topology.learn_soon()
+                continue
+            try:
+                await full.room()
+            except CacheError as error:
+                unreachable[full.place] = error
+                with contextlib.suppress(CacheError):
+                    await self.topology.learn()  # Perhaps another has its slots by now.
+
+    def has_room(self, trips: Sequence[Trip]) -> bool:
+        """Whether commands may go out now."""
+        if self._traffic.is_held(trip.slot for trip in trips):
+            return False
+        for trip in trips:
+            node = self.topology.node_of(trip.slot)
+            if node is None or node.is_down or not node.has_room:
+                return False
+        return True
+
+    def send(self, trips: Sequence[Trip], unreachable: Mapping[Endpoint, CacheError] | None = None) -> None:
+        """Send commands; those to servers that are `unreachable` fail. Never waits."""
         parts: dict[ClusterNode, list[Trip]] = {}
         hopeless: list[tuple[Trip, CacheError]] = []
         for trip in trips:
             self._traffic.begin(trip.slot, trip, changes=bool(trip.command.changes))
             try:
-                node = topology.node(topology.map.place(trip.slot))
-                if node.place in unreachable:
+                node = self.topology.node(self.topology.map.place(trip.slot))
+                if unreachable and node.place in unreachable:
                     raise unreachable[node.place]
             except CacheError as error:
                 hopeless.append((trip, error))
-                topology.learn_soon()
+                self.topology.learn_soon()
                 continue
             parts.setdefault(node, []).append(trip)
         for node, part in parts.items():
             node.send(part)
         for trip, reason in hopeless:
             self._fail(trip, reason)
+
+    async def close(self) -> None:
+        """Finish what is under way, then close."""
+        while not self._traffic.idle:
+            await self._traffic.change()
+        await self.topology.close()
 
     # Coming back
 
@@ -60,24 +108,22 @@ class ClusterTraffic:
         else:
             self._end(trip)
 
-    def _failed(self, node: ClusterNode, trips: Sequence[Trip], error: CacheError, sent: bool) -> None:
+    def _undelivered(self, trips: Sequence[Trip], error: CacheError, sent: bool) -> None:
         for trip in trips:
             if sent:
                 trip.command.give_up(error)
                 self._end(trip)
             else:
                 self._fail(trip, error)
-        if self._topology is not None:
-            self._topology.learn_soon()
+        self.topology.learn_soon()
 
     def _sent_again(self, node: ClusterNode, trip: Trip, reply: hiredis.ReplyError) -> bool:
         """Whether a command that was refused has gone out once more, or was failed."""
-        assert self._topology is not None
         code = code_of(reply)
         command = trip.command
         if code == "NOSCRIPT" and command.script is not None and not trip.whole:
-            # Somebody has emptied the script cache, so it did nothing: sent whole it runs, unless what came after it has
-            # been done already.
+            # The script cache was emptied, so it did nothing: sent whole it runs, unless what came after it has been done
+            # already.
             if command.script in LATE_IS_WRONG and not self._traffic.is_newest_change(trip.slot, trip):
                 self._fail(trip, overtaken())
                 return True
@@ -86,7 +132,7 @@ class ClusterTraffic:
             node.send([trip])
             return True
         if code == "CLUSTERDOWN":
-            self._topology.learn_soon()
+            self.topology.learn_soon()
         if code not in ("MOVED", "ASK", "TRYAGAIN"):
             return False
         trip.hops += 1
@@ -94,18 +140,18 @@ class ClusterTraffic:
             self._fail(trip, moving("again and again"))
         elif code == "MOVED":
             slot, place = read_redirection(str(reply), node.place)
-            if self._topology.map.move(slot, place):
+            if self.topology.map.move(slot, place):
                 self._changed_hands([slot])
-                self._topology.learn_soon()
+                self.topology.learn_soon()
             trip.asking = False
-            self._topology.node(place).send([trip])
+            self.topology.node(place).send([trip])
         elif command.parts is not None and len(parts := command.parts()) > 1:
             self._take_apart(trip, parts)
         elif code == "ASK":
             _, place = read_redirection(str(reply), node.place)
             self._moving.add(trip.slot)
             trip.asking = True
-            self._topology.node(place).send([trip])
+            self.topology.node(place).send([trip])
         else:
             return False
         return True
@@ -116,37 +162,25 @@ class ClusterTraffic:
         They go to the slot's owner, which says of each where it is. What was sent after them has then been done
         already, so that this keeps the order only if nothing was.
         """
-        assert self._topology is not None
         self._moving.add(trip.slot)
         if not self._traffic.is_newest(trip.slot, trip):
             self._fail(trip, moving())
             return
         parts = [
-            Trip(command, trip.slot, command.packed(), trip.batch.one_more(), trip.follows) for command in commands
+            Trip(command, trip.slot, command.packed(), trip.batch.one_more(), trip.follows, trip.hops)
+            for command in commands
         ]
         if trip.follows is not None:
             trip.follows.followed_by += len(parts)
-        for part in parts:
-            part.hops = trip.hops
-            self._traffic.begin(trip.slot, part)
+        self.send(parts)
         self._traffic.hold(trip.slot)
         self._end(trip)
-        self._send_parts(self._topology, parts)
-
-    def _send_parts(self, topology: Topology, parts: Sequence[Trip]) -> None:
-        node = topology.node_of(parts[0].slot)
-        if node is not None:
-            node.send(parts)
-            return
-        for part in parts:
-            self._fail(part, moving())
 
     def _send_on(self, trip: Trip, commands: Sequence[Command]) -> None:
         """Send what the answer of a trip still needs. The trip ends with the last of it.
 
         What writes after all must not come after what was sent behind it about its key.
         """
-        assert self._topology is not None
         first = trip.first
         trips = [
             Trip(command, slot_of(command.key), command.packed(), trip.batch.one_more(), trip) for command in commands
@@ -159,7 +193,7 @@ class ClusterTraffic:
                 self._traffic.begin(each.slot, each)
                 self._fail(each, moving("its tags had to be looked up"))
             else:
-                self._send(self._topology, [each], {})
+                self.send([each])
 
     def _is_overtaken(self, trip: Trip) -> bool:
         later: Any = self._traffic.later(trip.slot, trip)

@@ -1,0 +1,175 @@
+"""Runs of reads and of writes: one command for all requests of a run, and what its reply says to each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from cachebus.messages import Add, CacheError, CompareAndSet, Failed, Found, Missing, NotStored, Set, Stored
+
+from .redis_commands import Command, failing
+from .redis_connection import Argument
+from .redis_counters import Counters, Doubt
+from .redis_entry import HEADER, MISSING, TagSpace, read_entry, split_tagged
+from .redis_scripts import READ, WRITE
+
+COMMAND_BYTES = 8 << 20
+"""The size at which a writing command takes no more values: a server closes a connection that sends it 1 GiB."""
+
+
+class Reads(Struct, eq=False):
+    """A command that reads: an `MGET`, or a script if the server is to leave out what is not valid (`checked`).
+
+    `prefix` is the length of what stands before the keys of the namespace. With `counters` these are in another slot.
+    """
+
+    replies: list[Any]
+    prefix: int
+    space: TagSpace
+    counters: Counters
+    checked: bool
+    places: dict[str, int] = {}
+    """The keys, and where each is in the command and in its reply."""
+    wants: list[tuple[int, str]] = []
+    """The positions of requests, and a key that each wants."""
+
+    def want(self, position: int, key: str) -> None:
+        """Read a key for the request in a position."""
+        self.places.setdefault(key, len(self.places))
+        self.wants.append((position, key))
+
+    def command(self) -> Command:
+        """The command for the whole run."""
+        parts = self._parts if len(self.places) > 1 else None
+        script = READ if self.checked else None
+        words: list[Argument] = [len(self.places), *self.places] if self.checked else ["MGET", *self.places]
+        return Command(words, next(iter(self.places)), self._settle, self._fail, script=script, parts=parts)
+
+    def _parts(self) -> list[Command]:
+        alone = {key: replace(self, places={}, wants=[]) for key in self.places}
+        for position, key in self.wants:
+            alone[key].want(position, key)
+        return [each.command() for each in alone.values()]
+
+    def _settle(self, reply: Any, now: float) -> Sequence[Command]:
+        doubts: list[Doubt] = []
+        for position, key in self.wants:
+            # Taken apart for each, so that no two callers share a list or a dict.
+            claim, answer = read_entry(reply[self.places[key]], now)
+            if claim is not None:
+                self.space.learn(key[self.prefix :], claim.tags)
+                if not self.checked:
+                    decide = partial(self._decide, position, key, answer)
+                    doubts.append(Doubt((claim,), decide, failing(self.replies, position)))
+                    continue
+            self._put(position, key, answer)
+        return self.counters.judge(doubts) if doubts else ()
+
+    def _decide(self, position: int, key: str, answer: Found | Missing | Failed, holds: Sequence[bool]) -> None:
+        self._put(position, key, answer if holds[0] else MISSING)
+
+    def _put(self, position: int, key: str, answer: Found | Missing | Failed) -> None:
+        whole = self.replies[position]
+        if whole is None:
+            self.replies[position] = answer
+        elif type(whole) is dict:
+            if isinstance(answer, Found):
+                whole[key[self.prefix :]] = answer
+            elif answer is not MISSING:
+                self.replies[position] = answer
+
+    def _fail(self, error: CacheError) -> None:
+        for position, _ in self.wants:
+            self.replies[position] = Failed.of(error)
+
+
+def condition_of(request: Any) -> str:
+    """The condition of a write, as the script takes it."""
+    if isinstance(request, Set):
+        return request.only_if or ""
+    if isinstance(request, CompareAndSet):
+        return repr(float(request.version))
+    return "absent" if isinstance(request, Add) else ""
+
+
+class Write(Struct, eq=False):
+    """A value to be written. A negative `position` is that of a `SetMany`, -1 for the first: its reply stands already."""
+
+    position: int
+    key: str
+    body: bytes
+    px: str
+    condition: str
+
+
+class Writes(Struct, eq=False):
+    """One call of the script that writes. `size` is the bytes of its values, `tagged` says that some have tags."""
+
+    replies: list[Any]
+    space: TagSpace
+    items: list[Write] = []
+    tagged: bool = False
+    size: int = 0
+
+    def add(self, item: Write) -> None:
+        """Write one more value."""
+        self.items.append(item)
+        self.size += len(item.body)
+
+    def command(self, verdict: bytes = b"") -> Command:
+        """The command. `verdict` is what is known of the counters, if the script cannot look for itself."""
+        items = self.items
+        words: list[Argument] = [len(items), *(item.key for item in items)]
+        for item in items:
+            words += (item.body, item.px, item.condition)
+        if verdict or self.tagged:
+            words.append(verdict or "t")
+        parts = self._parts if len(items) > 1 else None
+        script, ordered = WRITE.at(self.space.here), bool(verdict)
+        return Command(words, items[0].key, self._settle, self._fail, script, writes=True, parts=parts, ordered=ordered)
+
+    def _parts(self) -> list[Command]:
+        """The same, a key at a time, each key's in their order."""
+        alone: dict[str, Writes] = {}
+        for item in self.items:
+            alone.setdefault(item.key, replace(self, items=[])).items.append(item)
+        return [each.command() for each in alone.values()]
+
+    def _settle(self, reply: Any, now: float) -> Sequence[Command]:
+        doubts: list[Doubt] = []
+        for item, version in zip(self.items, reply, strict=True):
+            if type(version) is bytes:
+                doubts += self._doubts(item, version)
+            elif item.position >= 0:
+                self.replies[item.position] = Stored(float(version)) if version > 0 else NotStored(float(-version))
+        return Counters(self.space, ordered=True).judge(doubts) if doubts else ()
+
+    def _doubts(self, item: Write, head: bytes) -> Sequence[Doubt]:
+        """Write a key once more when it is known whether what is there, of which `head` is the beginning, is valid."""
+        alone = replace(self, items=[item])
+        try:
+            claim, _ = split_tagged(head)
+        except CacheError as error:
+            alone._fail(error)
+            return ()
+
+        def decide(holds: Sequence[bool]) -> Command | None:
+            version = HEADER.unpack_from(head)[0] if holds[0] else 0.0
+            if (
+                version
+                if item.condition == "absent"
+                else not version or item.condition not in ("present", repr(version))
+            ):
+                self.replies[item.position] = NotStored(version)
+                return None
+            return alone.command(claim.verdict(holds[0]))
+
+        return [Doubt((claim,), decide, alone._fail)]
+
+    def _fail(self, error: CacheError) -> None:
+        for item in self.items:
+            self.replies[item.position if item.position >= 0 else -1 - item.position] = Failed.of(error)
