@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import random
 import re
@@ -34,11 +33,10 @@ from .redis_connection import RedisConnection
 from .redis_counters import Stamps, looks_for_tags, wants_stamps
 from .redis_entry import TagSpace
 from .redis_errors import BACKEND
-from .redis_node import Trip, UnderWay
+from .redis_node import UnderWay
 from .redis_plan import CAPABILITIES, Plan, ScriptCall
 from .redis_pubsub import ChannelSubscription
 from .redis_router import Router
-from .redis_slots import slot_of
 from .redis_walk import Walks, matching, remove_matching, scan_words, submitted
 from .redis_watch import LeaseWatch
 
@@ -143,61 +141,54 @@ class RedisClusterStore:
             self._walks.start(batch, on_replies)
             return NO_PROGRESS
         stamps = await self._stamps(router, batch) if wants_stamps(batch, self._space) else None
-        under_way, trips = self._trips(router, batch, on_replies, stamps)
-        unreachable = await router.room({trip.slot for trip in trips})
-        # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
-        router.send(trips, unreachable)
+        under_way = self._planned(router, batch, on_replies, stamps)
+        await self._send(router, under_way)
         return under_way
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
         router = self._router
         if router is None or type(batch[0]) in self.long_running or wants_stamps(batch, self._space):
             return None
-        under_way, trips = self._trips(router, batch, on_replies)
-        if not router.has_room(trips):
+        under_way = self._planned(router, batch, on_replies)
+        if not router.has_room(under_way.trips):
             return None
-        router.send(trips)
+        router.send(under_way.trips)
         return under_way
+
+    async def _send(self, router: Router, under_way: UnderWay) -> None:
+        unreachable = await router.room({trip.slot for trip in under_way.trips})
+        # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
+        router.send(under_way.trips, unreachable)
 
     async def _stamps(self, router: Router, batch: Sequence[Request[Any]]) -> Mapping[int, bytes | CacheError]:
         """What has to be read of the counters before the batch goes out, by the places of its requests."""
         stamps = Stamps(batch, self._space, self._default_ttl)
         read = asyncio.Event()
-        under_way = UnderWay(len(stamps.commands), read.set)
-        trips = [Trip(command, slot_of(command.key), command.packed(), under_way) for command in stamps.commands]
-        if trips:
-            router.send(trips, await router.room({trip.slot for trip in trips}))
+        if stamps.commands:
+            await self._send(router, UnderWay(stamps.commands, read.set))
             await read.wait()
         return stamps.by_place
 
-    def _trips(
+    def _planned(
         self,
         router: Router,
         batch: Sequence[Request[Any]],
         on_replies: OnReplies,
         stamps: Mapping[int, bytes | CacheError] | None = None,
-    ) -> tuple[UnderWay, list[Trip]]:
-        plan, packed = self._planned(router, batch, stamps)
-        under_way = UnderWay(len(plan.commands), lambda: on_replies(plan.done()))
-        if not plan.commands:
-            on_replies(plan.done())
-        return under_way, [
-            Trip(command, slot_of(command.key), data, under_way)
-            for command, data in zip(plan.commands, packed, strict=True)
-        ]
-
-    def _planned(
-        self, router: Router, batch: Sequence[Request[Any]], stamps: Mapping[int, bytes | CacheError] | None
-    ) -> tuple[Plan, list[bytes]]:
+    ) -> UnderWay:
         look = looks_for_tags(batch, self._space)
-        plan = partial(Plan, batch, self._prefix, self._default_ttl, self._space, stamps=stamps, call=self._call)
-        for careful in (False, True):
-            with contextlib.suppress(UnicodeEncodeError):
-                made = plan(partial(router.group, {}), careful=careful)
-                if look is not None:
-                    made.commands.append(look)
-                return made, [command.packed() for command in made.commands]
-        raise AssertionError("a careful plan has only keys that can be encoded")
+        plan_it = partial(Plan, batch, self._prefix, self._default_ttl, self._space, stamps=stamps, call=self._call)
+        try:
+            plan = plan_it(partial(router.group, {}))
+            under_way = UnderWay(plan.commands, lambda: on_replies(plan.done()))
+        except UnicodeEncodeError:
+            plan = plan_it(partial(router.group, {}), careful=True)
+            under_way = UnderWay(plan.commands, lambda: on_replies(plan.done()))
+        if look is not None:
+            under_way.add(look)
+        elif not plan.commands:
+            on_replies(plan.done())
+        return under_way
 
     # Walks
 

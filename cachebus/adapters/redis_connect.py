@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import hiredis
 
@@ -43,12 +43,6 @@ class Credentials:
 
     user: str = ""
     password: str | None = field(default=None, repr=False)
-
-    def hello(self) -> bytes:
-        """The command that begins RESP3, as this user."""
-        if self.password is None:
-            return pack("HELLO", 3)
-        return pack("HELLO", 3, "AUTH", self.user or "default", self.password)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,17 +89,6 @@ class Connector:
             connection.watch()
         return connection
 
-    async def ask(self, place: Endpoint, *arguments: str) -> Any:
-        """The reply of a sentinel to one command, over a connection of its own."""
-        connection = await self.connect(place, "sentinel")
-        try:
-            async with asyncio.timeout(self.timeout):
-                return await connection.call(*arguments)
-        except TimeoutError as error:
-            raise unreachable(error, str(place), self.timeout) from None
-        finally:
-            connection.drop(CacheConnectionError("done", BACKEND))
-
     async def _open(self, place: Endpoint) -> RedisConnection:
         loop = asyncio.get_running_loop()
 
@@ -123,7 +106,8 @@ class Connector:
         return connection
 
     async def _handshake(self, connection: RedisConnection, role: Role) -> None:
-        commands = [self.identity.hello()]
+        user, password = self.identity.user or "default", self.identity.password
+        commands = [pack("HELLO", 3) if password is None else pack("HELLO", 3, "AUTH", user, password)]
         if role != "sentinel":
             commands.append(pack("TIME"))
         if role == "master":
@@ -151,9 +135,14 @@ async def find_master(connector: Connector, sentinels: Sequence[Endpoint], servi
     reasons: list[str] = []
     for place in sentinels:
         try:
-            found = await connector.ask(place, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
-        except CacheConnectionError as error:
-            reasons.append(error.detail)
+            connection = await connector.connect(place, "sentinel")
+            try:
+                async with asyncio.timeout(connector.timeout):
+                    found = await connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+            finally:
+                connection.drop(CacheConnectionError("done", BACKEND))
+        except (TimeoutError, CacheConnectionError) as error:
+            reasons.append(unreachable(error, str(place), connector.timeout).detail)
             continue
         if found:
             host, port = found
@@ -180,7 +169,8 @@ class RedisPool:
         self._connecting = asyncio.Lock()
         self._closed = False
         self._failures = 0
-        self._failure: CacheError | None = None
+        self.trouble: CacheError | None = None
+        """Why the last attempt to connect has failed; `None` if it has not."""
 
     def __repr__(self) -> str:
         return f"<RedisPool of {len(self.connections)}/{self._most} connections>"
@@ -201,9 +191,9 @@ class RedisPool:
         async with self._connecting:
             connection = self.up()
             if connection is None:
-                if failures != self._failures and self._failure is not None:
+                if failures != self._failures and self.trouble is not None:
                     # An attempt has failed while we waited: ours would take as long and come to the same.
-                    raise self._failure
+                    raise self.trouble
                 connection = self.main = await self._make()
             return connection
 
@@ -254,8 +244,9 @@ class RedisPool:
             connection = await self._make_one()
         except CacheError as error:
             self._failures += 1
-            self._failure = error
+            self.trouble = error
             raise
+        self.trouble = None
         if self._closed:
             connection.drop(CacheClosed("the connection to redis was closed"))
         return connection

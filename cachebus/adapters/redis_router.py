@@ -49,7 +49,7 @@ class Router:
             full = next((each for each in nodes if each and each.place not in unreachable and not each.has_room), None)
             if full is None:
                 return unreachable
-            if full.is_down and full.trouble is not None:
+            if full.trouble is not None:
                 unreachable[full.place] = full.trouble
                 full.try_again()
                 self.topology.learn_soon()
@@ -67,7 +67,7 @@ class Router:
             return False
         for trip in trips:
             node = self.topology.node_of(trip.slot)
-            if node is None or node.is_down or not node.has_room:
+            if node is None or not node.has_room:
                 return False
         return True
 
@@ -166,10 +166,7 @@ class Router:
         if not self._traffic.is_newest(trip.slot, trip):
             self._fail(trip, moving())
             return
-        parts = [
-            Trip(command, trip.slot, command.packed(), trip.batch.one_more(), trip.follows, trip.hops)
-            for command in commands
-        ]
+        parts = [trip.batch.add(command, follows=trip.follows, hops=trip.hops) for command in commands]
         if trip.follows is not None:
             trip.follows.followed_by += len(parts)
         self.send(parts)
@@ -182,9 +179,7 @@ class Router:
         What writes after all must not come after what was sent behind it about its key.
         """
         first = trip.first
-        trips = [
-            Trip(command, slot_of(command.key), command.packed(), trip.batch.one_more(), trip) for command in commands
-        ]
+        trips = [trip.batch.add(command, follows=trip) for command in commands]
         trip.followed_by = len(trips)
         for each in trips:
             if each.command.ordered:
