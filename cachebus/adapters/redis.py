@@ -36,11 +36,10 @@ from .redis_entry import NO_STAMP, HasTags, TagSpace, encode, milliseconds, read
 from .redis_errors import BACKEND
 from .redis_leases import commit_call, lease_call
 from .redis_plan import CAPABILITIES, Plan, ScriptCall
-from .redis_pubsub import ChannelSubscription
 from .redis_runs import COMMAND_BYTES
 from .redis_scripts import READ, WRITE
 from .redis_walk import Walks, remove_matching, submitted
-from .redis_watch import LeaseWatch
+from .redis_watch import ChannelSubscription, LeaseWatch
 
 __all__ = ["Connector", "Credentials", "Endpoint", "RedisStore", "TlsFiles"]
 

@@ -35,10 +35,9 @@ from .redis_entry import TagSpace
 from .redis_errors import BACKEND
 from .redis_node import UnderWay
 from .redis_plan import CAPABILITIES, Plan, ScriptCall
-from .redis_pubsub import ChannelSubscription
 from .redis_router import Router
 from .redis_walk import Walks, matching, remove_matching, scan_words, submitted
-from .redis_watch import LeaseWatch
+from .redis_watch import ChannelSubscription, LeaseWatch
 
 __all__ = ["RedisClusterStore"]
 

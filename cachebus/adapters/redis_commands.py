@@ -7,6 +7,7 @@ the worse for it.
 from __future__ import annotations
 
 import struct
+from binascii import crc_hqx
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, cast
@@ -32,8 +33,43 @@ LATE_IS_WRONG = frozenset(script for twin in (WRITE, TOUCH, INCREMENT) for scrip
 _READS = frozenset({"MGET", "GETRANGE", "SCAN"})
 _READING = frozenset({READ, PEEK.here, PEEK.elsewhere})
 
+SLOTS = 16384
+"""Keys are assigned to slots by CRC16 (XMODEM), of the key or of its hash tag: Redis Cluster Specification, "Key
+distribution model"."""
+
 UNREADABLE = (CacheError, ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error)
 """What reading a reply raises whose bytes are not ours, or damaged: an error of its own request, and of no other."""
+
+
+def slot_of(name: str) -> int:
+    """The slot of a key as it stands in the server. Raises `UnicodeEncodeError` for what is no valid Unicode."""
+    key = name.encode()
+    opened = key.find(b"{")
+    if opened >= 0:
+        closed = key.find(b"}", opened + 1)
+        if closed > opened + 1:
+            key = key[opened + 1 : closed]
+    return crc_hqx(key, 0) % SLOTS
+
+
+def tag_of(slot: int) -> bytes:
+    """Two bytes that, as a hash tag, put a key into a slot."""
+    for top in range(4):  # A slot is 14 bits of 16: four pairs have it, and one without a brace will do.
+        crc = slot | top << 14
+        # Backwards through the checksum: its low byte says which step was the last one.
+        last = _STEPS[crc & 0xFF]
+        first = _STEPS[crc >> 8 ^ _step(last) >> 8]
+        tag = bytes((first, last ^ _step(first) >> 8))
+        if b"}" not in tag:
+            return tag
+    raise AssertionError("all four pairs have a brace")
+
+
+def _step(byte: int) -> int:
+    return crc_hqx(bytes((byte,)), 0)
+
+
+_STEPS = {_step(byte) & 0xFF: byte for byte in range(256)}
 
 
 def failing(replies: list[Any], at: int) -> Fail:

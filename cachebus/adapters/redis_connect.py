@@ -11,10 +11,10 @@ from typing import Literal, TypeAlias
 import hiredis
 
 from cachebus.actors.ports import SYSTEM_CLOCK, Clock
-from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, CacheError
+from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
 
 from .redis_connection import RedisConnection, pack
-from .redis_errors import BACKEND, translate_greeting, unreachable
+from .redis_errors import BACKEND, closed, translate_greeting, unreachable
 from .redis_scripts import scripts
 from .tls import TlsFiles
 
@@ -152,11 +152,10 @@ async def find_master(connector: Connector, sentinels: Sequence[Endpoint], servi
 
 
 class RedisPool:
-    """Up to `most` connections, made when they are needed and made anew after they were lost.
+    """Up to `most` connections to a server, made when they are needed.
 
-    One of them carries every request, because one that is always busy is the fastest, and because it keeps their order.
-    That is `main`, which may have been lost. The others are for walks over many keys; with `most=1` these take turns with
-    the requests.
+    `main`, which may have been lost, carries every request: one that is always busy is the fastest, and it keeps their order.
+    The others are for walks over many keys; with `most=1` these share it.
     """
 
     def __init__(self, connect: Callable[[], Awaitable[RedisConnection]], most: int) -> None:
@@ -229,17 +228,16 @@ class RedisPool:
             for connection in self.connections:
                 await connection.drain()
         finally:
-            self.drop(CacheClosed("the connection to redis was closed"))
+            self.drop()
 
-    def drop(self, error: CacheError | None = None) -> None:
-        """Give up every connection; the next request makes a new one."""
-        error = error or CacheConnectionError("the connection to redis was given up", BACKEND)
+    def drop(self) -> None:
+        """Give up every connection."""
         for connection in self.connections:
-            connection.drop(error)
+            connection.drop(closed())
 
     async def _make(self) -> RedisConnection:
         if self._closed:
-            raise CacheClosed("the connection to redis was closed")
+            raise closed()
         try:
             connection = await self._make_one()
         except CacheError as error:
@@ -248,5 +246,5 @@ class RedisPool:
             raise
         self.trouble = None
         if self._closed:
-            connection.drop(CacheClosed("the connection to redis was closed"))
+            connection.drop(closed())
         return connection

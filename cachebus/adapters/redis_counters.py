@@ -12,10 +12,21 @@ from typing import Any, NamedTuple, cast
 
 from msgspec import Struct
 
-from cachebus.messages import Add, BadMessage, CacheError, CompareAndSet, GetOrLease, Request, Set, SetMany
+from cachebus.messages import (
+    Add,
+    BadMessage,
+    CacheError,
+    CompareAndSet,
+    Failed,
+    GetOrLease,
+    Reply,
+    Request,
+    Set,
+    SetMany,
+)
 
 from .forms import unpack_plain
-from .redis_commands import Command, Fail
+from .redis_commands import Command
 from .redis_connection import Argument
 from .redis_entry import NO_STAMP, Claim, TagSpace, claim_of, milliseconds, new_epoch, pack_tags
 from .redis_leases import Leases, kept_for
@@ -23,11 +34,13 @@ from .redis_scripts import KEEP, STAMP
 
 
 class Doubt(NamedTuple):
-    """An answer that depends on whether claims hold: `decide` takes that, and returns a command that must be sent then."""
+    """The reply in a place, which depends on whether claims hold: `decide` takes that, and gives the reply, or a command to
+    be sent; `None` if it has put the reply in its place itself."""
 
     claims: Sequence[Claim]
-    decide: Callable[[Sequence[bool]], Command | None]
-    fail: Fail
+    decide: Callable[[Sequence[bool]], Reply | Command | None]
+    replies: list[Any]
+    at: int
 
 
 class Counters(Struct, eq=False):
@@ -55,21 +68,27 @@ class Counters(Struct, eq=False):
         """The command that asks for what is wanted."""
         return self._fetch(list(self.asked)) if self.asked else None
 
-    def judge(self, doubts: Sequence[Doubt]) -> Sequence[Command]:
+    def judge(self, doubts: Sequence[Doubt]) -> list[Command]:
         """Decide what is known, and return what has to be sent."""
         if self.left:
             self.waiting += doubts
-            return ()
+            return []
         if self.error is not None:
             for doubt in doubts:
-                doubt.fail(self.error)
-            return ()
+                doubt.replies[doubt.at] = Failed.of(self.error)
+            return []
         tags = (tag for doubt in doubts for claim in doubt.claims for tag in claim.tags)
         if unknown := dict.fromkeys(tag for tag in tags if tag not in self.known):
             self.waiting += doubts
             return [self._fetch(list(unknown))]
-        decided = [doubt.decide([claim.holds(self.known) for claim in doubt.claims]) for doubt in doubts]
-        return [command for command in decided if command is not None]
+        commands: list[Command] = []
+        for doubt in doubts:
+            decided = doubt.decide([claim.holds(self.known) for claim in doubt.claims])
+            if isinstance(decided, Command):
+                commands.append(decided)
+            elif decided is not None:
+                doubt.replies[doubt.at] = decided
+        return commands
 
     def _fetch(self, tags: list[str]) -> Command:
         self.left += 1

@@ -40,6 +40,7 @@ from cachebus.messages import (
     LoadMetadata,
     Missing,
     Present,
+    Stale,
 )
 
 from .durations import time_to_live
@@ -216,6 +217,23 @@ def read_loaded(raw: bytes, now: float, *, live: bool) -> Found | None:
     ttl = left(expiry, now) if expiry else None
     load_time, stale_for, etag = metadata.load_time, metadata.stale_for, metadata.etag
     return Loaded(decode(plain), version, ttl, (), version * 1e-6, load_time, stale_for, etag, lifetime)
+
+
+def read_stale(raw: bytes, lease: str, remaining: float) -> Stale | None:
+    """The reply for an entry that is served stale while `lease` is under way; `None` if there is none, or a damaged one."""
+    if not raw:
+        return None
+    tags: tuple[str, ...] = ()
+    try:
+        if raw[16] == TAGGED:
+            claim, raw = split_tagged(raw)
+            tags = claim.tags
+        metadata, _, plain = split_metadata(raw)
+        value = decode(plain)
+    except CacheSerializationError:
+        return None
+    version, _ = HEADER.unpack_from(raw)
+    return Stale(value, version, tags, version * 1e-6, metadata.load_time, metadata.etag, lease, remaining)
 
 
 # Entries with tags

@@ -10,12 +10,12 @@ from typing import Any
 
 from msgspec import Struct
 
-from cachebus.messages import CacheClosed, CacheError
+from cachebus.messages import CacheError
 
-from .redis_commands import Command
+from .redis_commands import Command, slot_of
 from .redis_connect import Endpoint, RedisPool
 from .redis_connection import Asked, RedisConnection, pack
-from .redis_slots import slot_of
+from .redis_errors import closed
 
 _ASKING = pack("ASKING")
 
@@ -149,17 +149,17 @@ class ClusterNode:
                 await asyncio.wait([self._pump])
             await self.pool.close()
         finally:
-            self.drop(CacheClosed("the connection to redis was closed"))
+            self.drop()
 
-    def drop(self, error: CacheError) -> None:
+    def drop(self) -> None:
         """Give up what is under way."""
         for task in (self._pump, self._trial):
             if task is not None:
                 task.cancel()
         self._pump = None
-        self.pool.drop(error)
+        self.pool.drop()
         while self._queue:
-            self._failed(self._queue.popleft(), error, False)
+            self._failed(self._queue.popleft(), closed(), False)
 
     async def _send_waiting(self) -> None:
         try:

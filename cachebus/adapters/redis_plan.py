@@ -58,7 +58,6 @@ from .redis_entry import (
     MISSING,
     NO_STAMP,
     VALUE_MAX,
-    Claim,
     TagSpace,
     claim_of,
     encode,
@@ -91,6 +90,9 @@ CAPABILITIES = Capabilities(
 ScriptCall: TypeAlias = Callable[[Request[Any]], tuple[list[Argument], str, Script, Callable[[Any, float], Reply]]]
 """Carries out a request by a script: the words after its name, the key that says which server, the script, and how its reply
 is read. Raises `CacheError`."""
+
+Make: TypeAlias = "Callable[[Any, float], Reply | list[Command]]"
+"""Makes the reply to a request of that to its command, or the commands that it still needs."""
 
 
 class Plan:
@@ -275,19 +277,16 @@ class Plan:
                 raise CapabilityError(store="redis", capability=type(request).__name__)
 
     def _command(
-        self,
-        at: int,
-        words: list[Argument],
-        key: str,
-        make: Callable[[Any, float], Reply],
-        script: Script | None = None,
-        *,
-        writes: bool = False,
+        self, at: int, words: list[Argument], key: str, make: Make, script: Script | None = None, **more: Any
     ) -> Command:
-        def settle(reply: Any, now: float) -> None:
-            self.replies[at] = make(reply, now)
+        def settle(reply: Any, now: float) -> Sequence[Command]:
+            made = make(reply, now)
+            if isinstance(made, list):
+                return made
+            self.replies[at] = made
+            return ()
 
-        return Command(words, key, settle, failing(self.replies, at), script, writes)
+        return Command(words, key, settle, failing(self.replies, at), script, **more)
 
     def _delete_many(self, at: int, keys: Sequence[str]) -> Sequence[Command]:
         groups: dict[int, dict[str, None]] = {}
@@ -329,21 +328,22 @@ class Plan:
     def _exists(self, at: int, name: str) -> Command:
         here = self._space.here
 
-        def settle(head: Any, now: float) -> Sequence[Command]:
-            def decide(holds: Sequence[bool]) -> None:
-                self.replies[at] = read_head(head, now) if all(holds) else MISSING
+        def make(head: Any, now: float) -> Reply | list[Command]:
+            claim = None if here else claim_of(head)
+            if claim is None:
+                return read_head(head, now)
+            doubt = Doubt([claim], lambda holds: read_head(head, now) if holds[0] else MISSING, self.replies, at)
+            return Counters(self._space).judge([doubt])
 
-            return self._judge(at, [None if here else claim_of(head)], decide, Counters(self._space))
-
-        return Command([1, name], name, settle, failing(self.replies, at), PEEK.at(here))
+        return self._command(at, [1, name], name, make, PEEK.at(here))
 
     def _touch(self, at: int, name: str, px: str) -> Command:
-        def make(version: Any) -> Reply | bytes:
+        def read(version: Any) -> Reply | bytes:
             if type(version) is bytes:
                 return version
             return Present(float(version), int(px) / 1000 if px else None) if version else MISSING
 
-        return self._tagged(at, [1, name, px], name, TOUCH.at(self._space.here), make, px=px)
+        return self._tagged(at, [1, name, px], name, TOUCH.at(self._space.here), read, px=px)
 
     def _increment(self, at: int, request: Increment) -> Command:
         start = "" if request.initial is None else str(request.initial + request.delta)
@@ -351,14 +351,14 @@ class Plan:
             if number and not -(2**63) <= int(number) < 2**63:
                 raise translate(hiredis.ReplyError("OUTOFRANGE"))
 
-        def make(reply: Any) -> Reply | bytes:
+        def read(reply: Any) -> Reply | bytes:
             if isinstance(reply, list):
                 return cast("bytes", reply[0])
             return MISSING if reply is None else Incremented(int(reply))
 
         name = self._key(request.key)
         words: list[Argument] = [1, name, str(request.delta), start, self._px(request.ttl)]
-        return self._tagged(at, words, name, INCREMENT.at(self._space.here), make, writes=True)
+        return self._tagged(at, words, name, INCREMENT.at(self._space.here), read, writes=True)
 
     def _tagged(
         self,
@@ -366,68 +366,52 @@ class Plan:
         words: list[Argument],
         key: str,
         script: Script,
-        make: Callable[[Any], Reply | bytes],
+        read: Callable[[Any], Reply | bytes],
         *,
         verdict: bytes = b"",
         px: str | None = None,
         writes: bool = False,
     ) -> Command:
-        """A command of which `make` makes the reply, or the head of the entry whose tags decide. It is sent once more then,
+        """A command of which `read` gives the reply, or the head of the entry whose tags decide. It is sent once more then,
         with a verdict; a touch, which has a `px`, only if the entry is valid."""
 
-        def settle(reply: Any, now: float) -> Sequence[Command]:
-            made = make(reply)
-            if not isinstance(made, bytes):
-                self.replies[at] = made
-                return ()
-            claim, _ = split_tagged(made)
+        def make(reply: Any, now: float) -> Reply | list[Command]:
+            head = read(reply)
+            if not isinstance(head, bytes):
+                return head
+            claim, _ = split_tagged(head)
 
-            def decide(holds: Sequence[bool]) -> Command | None:
+            def decide(holds: Sequence[bool]) -> Reply | Command:
                 if px is not None and not holds[0]:
-                    self.replies[at] = MISSING
-                    return None
+                    return MISSING
                 known = claim.verdict(holds[0])
-                return self._tagged(at, words, key, script, make, verdict=known, px=px, writes=writes)
+                return self._tagged(at, words, key, script, read, verdict=known, px=px, writes=writes)
 
-            return self._judge(at, [claim], decide, Counters(self._space, ordered=True, px=px))
+            return Counters(self._space, ordered=True, px=px).judge([Doubt([claim], decide, self.replies, at)])
 
         told = words if self._space.here else [*words, verdict]
-        return Command(told, key, settle, failing(self.replies, at), script, writes, ordered=bool(verdict))
+        return self._command(at, told, key, make, script, writes=writes, ordered=bool(verdict))
 
     def _lease(self, at: int, request: Leases, verdict: bytes = b"") -> Command:
         name, here = self._key(request.key), self._space.here
         stamp = self._stamp(at, request.tags) if isinstance(request, GetOrLease) else NO_STAMP
-        words, script, make = lease_call(request, name, stamp, None if here else verdict)
-        if here:
-            return self._command(at, words, name, make, script)
+        words, script, read = lease_call(request, name, stamp, None if here else verdict)
 
-        def settle(reply: Any, now: float) -> Sequence[Command]:
+        def make(reply: Any, now: float) -> list[Command]:
             about, stale = lease_claims(request, reply)
 
-            def decide(holds: Sequence[bool]) -> Command | None:
+            def decide(holds: Sequence[bool]) -> Reply | Command:
                 if about is not None and not holds[0]:
-                    if isinstance(request, GetOrLease):
-                        return self._lease(at, request, about.verdict(False))
-                    self.replies[at] = NotHeld()
-                    return None
+                    again = isinstance(request, GetOrLease)
+                    return self._lease(at, request, about.verdict(False)) if again else NotHeld()
                 if stale is not None and not holds[-1]:
                     reply[3 if reply[0] == 2 else 1] = b""
-                self.replies[at] = make(reply, now)
-                return None
+                return read(reply, now)
 
-            return self._judge(at, [about, stale], decide, Counters(self._space))
+            claims = [claim for claim in (about, stale) if claim is not None]
+            return Counters(self._space).judge([Doubt(claims, decide, self.replies, at)])
 
-        return Command(words, name, settle, failing(self.replies, at), script)
-
-    def _judge(
-        self,
-        at: int,
-        claims: Sequence[Claim | None],
-        decide: Callable[[Sequence[bool]], Command | None],
-        counters: Counters,
-    ) -> Sequence[Command]:
-        doubt = Doubt([claim for claim in claims if claim is not None], decide, failing(self.replies, at))
-        return counters.judge([doubt])
+        return self._command(at, words, name, read if here else make, script)
 
 
 _FAMILIES: dict[type[Request[Any]], str] = {

@@ -3,22 +3,97 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import hiredis
 
 from cachebus.messages import CacheError
 
-from .redis_commands import LATE_IS_WRONG, Command
+from .redis_commands import LATE_IS_WRONG, SLOTS, Command, slot_of
 from .redis_connect import Connector, Endpoint
+from .redis_connection import Change
 from .redis_errors import code_of, moving, overtaken
 from .redis_node import ClusterNode, Trip
-from .redis_slots import SLOTS, SlotTraffic, read_redirection, slot_of
-from .redis_topology import Topology
+from .redis_topology import Topology, read_redirection
 
 MOST_HOPS = 8
 """How often a command follows its slot before it is given up: servers that disagree send it round in circles."""
+
+
+REMEMBERED = 64
+"""How many of what went out in a slot are remembered, while it has something under way."""
+
+
+class SlotTraffic:
+    """What is under way in each slot, so that nothing overtakes what is sent once more.
+
+    A slot is *held* from a redirection until all that was under way in it has its answer: what is sent then goes to the
+    new server, and would be there before what the old one has not yet sent on. `change` waits until a slot has become idle.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: dict[int, int] = {}
+        self._sent: dict[int, deque[object]] = {}
+        self._newest_change: dict[int, object] = {}
+        self._held: set[int] = set()
+        self._change = Change()
+        self.change = self._change.wait
+
+    def __repr__(self) -> str:
+        return f"<SlotTraffic in {len(self._under_way)} slots, {len(self._held)} held>"
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._under_way
+
+    def begin(self, slot: int, what: object, *, changes: bool = True) -> None:
+        """Note that `what` goes out, and whether it may change anything."""
+        self._under_way[slot] = self._under_way.get(slot, 0) + 1
+        sent = self._sent.get(slot)
+        if sent is None:
+            sent = self._sent[slot] = deque(maxlen=REMEMBERED)
+        sent.append(what)
+        if changes:
+            self._newest_change[slot] = what
+
+    def end(self, slot: int) -> None:
+        """Note that something of a slot has its answer."""
+        left = self._under_way[slot] - 1
+        if left:
+            self._under_way[slot] = left
+            return
+        del self._under_way[slot], self._sent[slot]
+        self._newest_change.pop(slot, None)
+        self._held.discard(slot)
+        self._change.wake()
+
+    def is_newest(self, slot: int, what: object) -> bool:
+        """Whether nothing of the slot went out after `what`."""
+        return slot in self._sent and self._sent[slot][-1] is what
+
+    def later(self, slot: int, what: object) -> list[object] | None:
+        """What went out in the slot after `what`; `None` if that was too much to be remembered."""
+        sent = list(self._sent.get(slot, ()))
+        for at, each in enumerate(sent):
+            if each is what:
+                return sent[at + 1 :]
+        return None
+
+    def is_newest_change(self, slot: int, what: object) -> bool:
+        """Whether nothing that may change anything in the slot went out after `what`."""
+        return self._newest_change.get(slot) is what
+
+    def hold(self, slot: int) -> None:
+        """Let nothing new out until the slot is idle."""
+        if slot in self._under_way:
+            self._held.add(slot)
+
+    def is_held(self, slots: Iterable[int]) -> bool:
+        """Whether one of the slots is held."""
+        return bool(self._held) and not self._held.isdisjoint(slots)
 
 
 class Router:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from cachebus.messages import Add, CacheError, CompareAndSet, Failed, Found, Missing, NotStored, Set, Stored
 
-from .redis_commands import Command, failing
+from .redis_commands import Command
 from .redis_connection import Argument
 from .redis_counters import Counters, Doubt
 from .redis_entry import HEADER, MISSING, TagSpace, read_entry, split_tagged
@@ -64,7 +64,7 @@ class Reads(Struct, eq=False):
                 self.space.learn(key[self.prefix :], claim.tags)
                 if not self.checked:
                     decide = partial(self._decide, position, key, answer)
-                    doubts.append(Doubt((claim,), decide, failing(self.replies, position)))
+                    doubts.append(Doubt((claim,), decide, self.replies, position))
                     continue
             self._put(position, key, answer)
         return self.counters.judge(doubts) if doubts else ()
@@ -150,25 +150,23 @@ class Writes(Struct, eq=False):
 
     def _doubts(self, item: Write, head: bytes) -> Sequence[Doubt]:
         """Write a key once more when it is known whether what is there, of which `head` is the beginning, is valid."""
-        alone = replace(self, items=[item])
         try:
             claim, _ = split_tagged(head)
         except CacheError as error:
-            alone._fail(error)
+            self.replies[item.position] = Failed.of(error)
             return ()
 
-        def decide(holds: Sequence[bool]) -> Command | None:
+        def decide(holds: Sequence[bool]) -> NotStored | Command:
             version = HEADER.unpack_from(head)[0] if holds[0] else 0.0
             if (
                 version
                 if item.condition == "absent"
                 else not version or item.condition not in ("present", repr(version))
             ):
-                self.replies[item.position] = NotStored(version)
-                return None
-            return alone.command(claim.verdict(holds[0]))
+                return NotStored(version)
+            return replace(self, items=[item]).command(claim.verdict(holds[0]))
 
-        return [Doubt((claim,), decide, alone._fail)]
+        return [Doubt((claim,), decide, self.replies, item.position)]
 
     def _fail(self, error: CacheError) -> None:
         for item in self.items:

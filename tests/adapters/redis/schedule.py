@@ -16,9 +16,9 @@ from typing import Any, Self
 
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_cluster import RedisClusterStore
+from cachebus.adapters.redis_commands import slot_of
 from cachebus.adapters.redis_connect import Connector, Endpoint
 from cachebus.adapters.redis_connection import InFlight, RedisConnection
-from cachebus.adapters.redis_slots import slot_of
 from cachebus.messages import (
     Add,
     Clear,
