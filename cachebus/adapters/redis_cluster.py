@@ -8,34 +8,41 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from cachebus.actors.ports import NO_PROGRESS, Gauges, OnReplies, Progress
 from cachebus.messages import (
+    Add,
     BadMessage,
     CacheConfigurationError,
     CacheConnectionError,
     CacheError,
     Clear,
     Cleared,
+    CompareAndSet,
     Deleted,
     DeleteMany,
     DeletePattern,
     Failed,
+    GetOrLease,
     Reply,
     Request,
     Scan,
     Scanned,
+    Set,
+    SetMany,
 )
 
+from .redis_commands import Command
 from .redis_connect import Connector, Endpoint
-from .redis_connection import RedisConnection
-from .redis_counters import Stamps, looks_for_tags, wants_stamps
-from .redis_entry import TagSpace
+from .redis_connection import Argument, RedisConnection
+from .redis_entry import NO_STAMP, TagSpace, milliseconds, new_epoch, pack_tags
 from .redis_errors import BACKEND
+from .redis_leases import kept_for
 from .redis_node import UnderWay
 from .redis_plan import CAPABILITIES, Plan, ScriptCall
 from .redis_router import Router
+from .redis_scripts import STAMP
 from .redis_walk import Walks, matching, remove_matching, scan_words, submitted
 from .redis_watch import ChannelSubscription, LeaseWatch
 
@@ -139,14 +146,14 @@ class RedisClusterStore:
         if not self.long_running.isdisjoint(map(type, batch)):
             self._walks.start(batch, on_replies)
             return NO_PROGRESS
-        stamps = await self._stamps(router, batch) if wants_stamps(batch, self._space) else None
+        stamps = await self._stamps(router, batch) if _wants_stamps(batch, self._space) else None
         under_way = self._planned(router, batch, on_replies, stamps)
         await self._send(router, under_way)
         return under_way
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
         router = self._router
-        if router is None or type(batch[0]) in self.long_running or wants_stamps(batch, self._space):
+        if router is None or type(batch[0]) in self.long_running or _wants_stamps(batch, self._space):
             return None
         under_way = self._planned(router, batch, on_replies)
         if not router.has_room(under_way.trips):
@@ -175,7 +182,7 @@ class RedisClusterStore:
         on_replies: OnReplies,
         stamps: Mapping[int, bytes | CacheError] | None = None,
     ) -> UnderWay:
-        look = looks_for_tags(batch, self._space)
+        look = _looks_for_tags(batch, self._space)
         plan_it = partial(Plan, batch, self._prefix, self._default_ttl, self._space, stamps=stamps, call=self._call)
         try:
             plan = plan_it(partial(router.group, {}))
@@ -246,3 +253,77 @@ class RedisClusterStore:
         if self._router is None:
             raise CacheConnectionError("the store is not open", BACKEND)
         return self._router
+
+
+_STORING = frozenset({Set, SetMany, Add, CompareAndSet})
+
+
+def _wants_stamps(batch: Sequence[Request[Any]], space: TagSpace) -> bool:
+    """Whether something in a batch has tags, or may get some that only its loader knows."""
+    return any(_wants_stamp(request, space) for request in batch)
+
+
+def _wants_stamp(request: Any, space: TagSpace) -> bool:
+    kind = cast("type[object]", type(request))
+    return bool((kind in _STORING and request.tags) or (kind is GetOrLease and (space.seen or request.tags)))
+
+
+def _looks_for_tags(batch: Sequence[Request[Any]], space: TagSpace) -> Command | None:
+    """The command beside leases that finds out whether the namespace has tags, while this store knows of none."""
+    if space.seen or not any(type(request) is GetOrLease for request in batch):
+        return None
+
+    def settle(there: Any, now: float) -> None:
+        space.seen = space.seen or bool(there)
+
+    return Command(["EXISTS", space.sequence], space.sequence, settle, lambda error: None)
+
+
+class Stamps:
+    """The stamps of the requests of a batch: `commands` ask for them, `by_place` has them then, or why there are none.
+
+    A stamp is read before what it is for is begun: before a lease is asked for, and before a value is written. So what is
+    invalidated meanwhile is invalid when it is stored, because its stamp is older than the counter.
+    """
+
+    def __init__(self, batch: Sequence[Request[Any]], space: TagSpace, default_ttl: float | None) -> None:
+        self.by_place: dict[int, bytes | CacheError] = {}
+        groups: dict[str, list[tuple[int, Any]]] = {}
+        request: Any
+        for place, request in enumerate(batch):
+            if not _wants_stamp(request, space):
+                continue
+            try:
+                pack_tags(request.tags)
+                groups.setdefault(_kept(request, default_ttl), []).append((place, request))
+            except (CacheError, ValueError, OverflowError):
+                # It will be refused.
+                self.by_place[place] = BadMessage("the request is not understood")
+        space.seen = True
+        self.commands = [self._command(space, px, members) for px, members in groups.items()]
+
+    def _command(self, space: TagSpace, px: str, members: Sequence[tuple[int, Any]]) -> Command:
+        tags = list(dict.fromkeys(tag for _, request in members for tag in request.tags))
+        names = [space.sequence, *(space.counter(tag) for tag in tags)]
+        words: list[Argument] = [len(names), *names, new_epoch(), px]
+
+        def settle(reply: Any, now: float) -> None:
+            counters = dict(zip(tags, reply[1:], strict=True))
+            for place, request in members:
+                # What is stored under a lease has the stamp of that, and is only compared with the counters.
+                leased = isinstance(request, Set) and request.lease is not None and request.tags
+                self.by_place[place] = max(counters[tag] for tag in request.tags) if leased else reply[0]
+
+        def fail(error: CacheError) -> None:
+            # Without a stamp a lease is as good for what will have no tags.
+            self.by_place.update((place, error if request.tags else NO_STAMP) for place, request in members)
+
+        return Command(words, names[0], settle, fail, script=STAMP)
+
+
+def _kept(request: Any, default_ttl: float | None) -> str:
+    """For how many milliseconds the counters of a request are needed."""
+    if isinstance(request, GetOrLease):
+        return milliseconds(request.lease_ttl)
+    px = milliseconds(default_ttl if request.ttl == "default" else request.ttl)
+    return kept_for(request, px) if isinstance(request, Set) else px

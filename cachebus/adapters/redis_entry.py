@@ -287,7 +287,8 @@ class TagSpace:
     namespace: str
     here: bool
     seen: bool = False
-    _hints: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    hints: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """The tags that a key had the last time."""
 
     def new_stamp(self, tags: Sequence[str]) -> bytes:
         """The 16 bytes that a request with tags begins with if scripts read the counters: an epoch for a sequence that is
@@ -304,14 +305,10 @@ class TagSpace:
         """The key of a tag's counter."""
         return f"{self.sequence}:{tag}"
 
-    def hint(self, key: str) -> tuple[str, ...]:
-        """The tags that a key had the last time."""
-        return self._hints.get(key, ())
-
     def learn(self, key: str, tags: tuple[str, ...]) -> None:
         """Remember the tags of a key, so that their counters are asked for with it."""
         self.seen = True
         if not self.here:
-            if key not in self._hints and len(self._hints) >= MOST_HINTS:
-                del self._hints[next(iter(self._hints))]
-            self._hints[key] = tags
+            if key not in self.hints and len(self.hints) >= MOST_HINTS:
+                del self.hints[next(iter(self.hints))]
+            self.hints[key] = tags

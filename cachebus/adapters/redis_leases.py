@@ -86,9 +86,12 @@ local function is_void(stamp, known)
 end
 """.replace("NAMELESS", str(-NONCE_LENGTH - 2))
 
-LEASE = Twin(
-    _MARK
-    + """
+
+def _script(body: str) -> Twin:
+    return Twin(_MARK + body)
+
+
+LEASE = _script("""
 -- ARGV: token for a new lease, milliseconds of it, '1' to load a live value anew, 16 bytes for the stamp, and tags. The answer
 -- begins with 0 found, 1 granted or 2 loading; then the entry; the stale entry and the token; or the token, milliseconds left,
 -- stale entry, stamp, tags. A lease that was asked for by the same question, and is still there, is granted as it is.
@@ -131,12 +134,9 @@ if ARGV[3] == '1' then
   end
 end
 return {0, raw}
-"""
-)
+""")
 
-COMMIT = Twin(
-    _MARK
-    + """
+COMMIT = _script("""
 -- ARGV: token, form and value, milliseconds to live, milliseconds to be kept; '' is for ever; 16 bytes about tags. The answer
 -- is the version, or that of what is in the way, negated.
 local key, token, body = KEYS[1], ARGV[1], ARGV[2]
@@ -177,12 +177,9 @@ else
   redis.call('SET', key, header(version, ARGV[3]) .. body, 'PX', ARGV[4])
 end
 return version
-"""
-)
+""")
 
-RENEW = Twin(
-    _MARK
-    + """
+RENEW = _script("""
 -- ARGV: token, milliseconds of the lease. The answer is 1 if it is held; stamp and tags, if it is unless one was invalidated.
 local key, token, lease_ms = KEYS[1], ARGV[1], tonumber(ARGV[2])
 local raw = redis.call('GET', key)
@@ -198,12 +195,9 @@ if lease and string.sub(lease, 1, #token + 1) == token .. '|' then
   return 1
 end
 return 0
-"""
-)
+""")
 
-RELEASE = Twin(
-    _MARK
-    + """
+RELEASE = _script("""
 -- ARGV: token, or what it was asked for as; name of the error that the loader has failed with. The answer is 1 if it was held.
 local key, token = KEYS[1], ARGV[1]
 local raw = redis.call('GET', key)
@@ -229,8 +223,7 @@ if held == token then
   return 1
 end
 return 0
-"""
-)
+""")
 
 Leases = GetOrLease | RenewLease | ReleaseLease
 Parsed = Callable[[Any, float], Reply]

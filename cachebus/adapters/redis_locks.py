@@ -62,18 +62,15 @@ GONE_MS = 60_000
 DAY_MS = 86_400_000
 
 # Arguments: 1 ticket, 2 our inbox, 3 what channels begin with, 4 name, 5 whether PUBLISH does not say who heard it.
-_HEAD = f"""{COMMON}
+_LOCK = (
+    f"{COMMON}local CLAIM, RETAIN, DAY, GONE = {CLAIM_MS}, {RETAIN_MS}, {DAY_MS}, {GONE_MS}"
+    """
 local state, queue, rows = KEYS[1], KEYS[2], KEYS[3]
 local ticket, inbox, channels, name, silent = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1'
-local CLAIM, RETAIN, DAY, GONE = {CLAIM_MS}, {RETAIN_MS}, {DAY_MS}, {GONE_MS}
 local s = redis.call('HMGET', state, 't', 'o', 'n', 'u', 'c', 's', 'i')
 local holder, owner, token, until_ms = s[1] or '', s[2] or '', tonumber(s[3] or 0), tonumber(s[4] or 0)
 local since = tonumber(s[6] or 0)
 local lost, lost_token, next_ticket, next_ttl, offered = '', 0, '', 0, 0
-"""
-_LOCK = (
-    _HEAD
-    + """
 local function leave(who)
   redis.call('HDEL', rows, who)
   return redis.call('ZREM', queue, who)
@@ -128,9 +125,8 @@ if holder ~= '' and until_ms <= now_ms then
     for n = 1, #all, 2 do
       if string.match(all[n + 1], '^([^|]*)|') == s[7] then leave(all[n]) end
     end
-  else
-    since = token + 1
   end
+  if s[5] ~= '0' then since = token + 1 end
   holder, owner, until_ms = '', '', 0
   redis.call('HSET', state, 't', '', 'u', 0, 's', since)
 end
@@ -146,9 +142,12 @@ end
 """
 )
 
-ACQUIRE = Script(
-    _LOCK
-    + """
+
+def _script(body: str) -> Script:
+    return Script(_LOCK + body)
+
+
+ACQUIRE = _script("""
 -- More: 6 owner, 7 milliseconds to hold, 8 milliseconds to wait.
 local me, ttl_ms, wait_ms = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
 local some = redis.call('EXISTS', KEYS[4], queue) > 0
@@ -181,12 +180,9 @@ if holder == '' then
 end
 if holder == ticket then return answer(0) end
 return answer(wait_ms > 0 and 1 or 2, fresh)
-"""
-)
+""")
 
-RENEW = Script(
-    _LOCK
-    + """
+RENEW = _script("""
 -- More: 6 milliseconds to hold. The code is 0 if it is held, 1 if another holds it, 2 if nobody does.
 if holder == ticket then
   until_ms = now_ms + tonumber(ARGV[6])
@@ -197,12 +193,9 @@ end
 if holder ~= '' then return answer(1) end
 pass_on()
 return answer(holder == '' and 2 or 1)
-"""
-)
+""")
 
-RELEASE = Script(
-    _LOCK
-    + """
+RELEASE = _script("""
 -- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then;
 -- '2' to give up only what is told to our inbox; '3' only if it does not know that it holds. 7 token.
 -- The codes are those of RENEW.
@@ -229,17 +222,13 @@ elseif holder ~= '' and ARGV[6] == '0' then
 end
 if holder == '' then pass_on() end
 return answer(code)
-"""
-)
+""")
 
-DESCRIBE = Script(
-    _LOCK
-    + """
+DESCRIBE = _script("""
 if holder == '' then pass_on() end
 -- The code is 0 if nobody holds it.
 return answer(holder == '' and 0 or 1)
-"""
-)
+""")
 
 
 class _Transport(PipelinedStore, Protocol):

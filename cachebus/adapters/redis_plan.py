@@ -53,7 +53,6 @@ from cachebus.messages import (
 
 from .redis_commands import Command, Fail, Settle, failing
 from .redis_connection import Argument
-from .redis_counters import Counters, Doubt, lease_claims
 from .redis_entry import (
     MISSING,
     NO_STAMP,
@@ -71,7 +70,7 @@ from .redis_entry import (
 from .redis_errors import translate
 from .redis_leases import Leases, commit_call, lease_call
 from .redis_rates import admit_call, limit_name
-from .redis_runs import COMMAND_BYTES, Reads, Write, Writes, condition_of
+from .redis_runs import COMMAND_BYTES, Counters, Doubt, Reads, Write, Writes, condition_of, lease_claims
 from .redis_scripts import INCREMENT, INVALIDATE, PEEK, TOUCH, Script
 from .redis_walk import matching, scan_words
 
@@ -152,7 +151,7 @@ class Plan:
 
     def _reads(self, positions: Sequence[int]) -> None:
         groups: dict[int, Reads] = {}
-        counters, hint = Counters(self._space), self._space.hint
+        counters, hints = Counters(self._space), self._space.hints
         hinted, bare = self._space.seen and not self._space.here, len(self._prefix)
         for position in positions:
             request: Any = self._batch[position]
@@ -172,7 +171,7 @@ class Plan:
                     reads = groups[group] = Reads(self.replies, bare, self._space, counters, self._checked)
                 reads.want(position, key)
                 if hinted:
-                    counters.want(hint(key[bare:]))
+                    counters.want(hints.get(key[bare:], ()))
         self.commands += (reads.command() for reads in groups.values())
         if (command := counters.command()) is not None:
             self.commands.append(command)

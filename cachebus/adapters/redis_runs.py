@@ -1,24 +1,142 @@
-"""Runs of reads and of writes: one command for all requests of a run, and what its reply says to each."""
+"""Runs of reads and of writes: one command for all requests of a run, and what its reply says to each.
+
+In a Redis Cluster the counters of tags are in another slot than the entries. A reply that depends on them is a `Doubt` until
+they are known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from cachebus.messages import Add, CacheError, CompareAndSet, Failed, Found, Missing, NotStored, Set, Stored
+from cachebus.messages import (
+    Add,
+    CacheError,
+    CompareAndSet,
+    Failed,
+    Found,
+    GetOrLease,
+    Missing,
+    NotStored,
+    Reply,
+    Set,
+    Stored,
+)
 
+from .forms import unpack_plain
 from .redis_commands import Command
 from .redis_connection import Argument
-from .redis_counters import Counters, Doubt
-from .redis_entry import HEADER, MISSING, TagSpace, read_entry, split_tagged
-from .redis_scripts import READ, WRITE
+from .redis_entry import HEADER, MISSING, Claim, TagSpace, claim_of, read_entry, split_tagged
+from .redis_leases import Leases
+from .redis_scripts import KEEP, READ, WRITE
 
 COMMAND_BYTES = 8 << 20
 """The size at which a writing command takes no more values: a server closes a connection that sends it 1 GiB."""
+
+
+class Doubt(NamedTuple):
+    """The reply in a place, which depends on whether claims hold: `decide` takes that, and gives the reply, or a command to
+    be sent; `None` if it has put the reply in its place itself."""
+
+    claims: Sequence[Claim]
+    decide: Callable[[Sequence[bool]], Reply | Command | None]
+    replies: list[Any]
+    at: int
+
+
+class Counters(Struct, eq=False):
+    """The counters that some commands of a batch need. They are asked for together with these if a store has an idea which
+    they are, and after them if not.
+
+    They may have been read before the entries: an invalidation in between has not returned to a caller that asks after it.
+    With `px` the counters are kept for an entry that shall live for so many milliseconds (`""`: for ever).
+    """
+
+    space: TagSpace
+    ordered: bool = False
+    px: str | None = None
+    asked: dict[str, None] = {}
+    known: dict[str, bytes | None] = {}
+    left: int = 0
+    waiting: list[Doubt] = []
+    error: CacheError | None = None
+
+    def want(self, tags: Sequence[str]) -> None:
+        """Ask for the counters of tags together with the rest."""
+        self.asked.update(dict.fromkeys(tags))
+
+    def command(self) -> Command | None:
+        """The command that asks for what is wanted."""
+        return self._fetch(list(self.asked)) if self.asked else None
+
+    def judge(self, doubts: Sequence[Doubt]) -> list[Command]:
+        """Decide what is known, and return what has to be sent."""
+        if self.left:
+            self.waiting += doubts
+            return []
+        if self.error is not None:
+            for doubt in doubts:
+                doubt.replies[doubt.at] = Failed.of(self.error)
+            return []
+        tags = (tag for doubt in doubts for claim in doubt.claims for tag in claim.tags)
+        if unknown := dict.fromkeys(tag for tag in tags if tag not in self.known):
+            self.waiting += doubts
+            return [self._fetch(list(unknown))]
+        commands: list[Command] = []
+        for doubt in doubts:
+            decided = doubt.decide([claim.holds(self.known) for claim in doubt.claims])
+            if isinstance(decided, Command):
+                commands.append(decided)
+            elif decided is not None:
+                doubt.replies[doubt.at] = decided
+        return commands
+
+    def _fetch(self, tags: list[str]) -> Command:
+        self.left += 1
+        names = [self.space.counter(tag) for tag in tags]
+
+        def settle(reply: Any, now: float) -> Sequence[Command]:
+            self.known.update(zip(tags, reply, strict=True))
+            return self._answered()
+
+        def fail(error: CacheError) -> None:
+            self.error = error
+            self._answered()
+
+        def parts() -> list[Command]:
+            self.left -= 1
+            return [self._fetch([tag]) for tag in tags]
+
+        script = None if self.px is None else KEEP
+        words: list[Argument] = ["MGET", *names] if self.px is None else [len(names), *names, self.px]
+        more = parts if len(tags) > 1 else None
+        return Command(words, names[0], settle, fail, script=script, parts=more, ordered=self.ordered)
+
+    def _answered(self) -> Sequence[Command]:
+        self.left -= 1
+        if self.left or not self.waiting:
+            return ()
+        waiting, self.waiting = self.waiting, []
+        return self.judge(waiting)
+
+
+def lease_claims(request: Leases, reply: Any) -> tuple[Claim | None, Claim | None]:
+    """What the reply to a question about a lease depends on: the claim of the lease or of the value that is there, whose
+    loss makes the question one to be asked again; and that of the value that is served stale."""
+    if not isinstance(request, GetOrLease):
+        return (_declared(*reply) if isinstance(reply, list) else None), None
+    kind = reply[0]
+    if kind == 2:
+        return _declared(reply[4], reply[5]), claim_of(reply[3])
+    return (None, claim_of(reply[1])) if kind else (claim_of(reply[1]), None)
+
+
+def _declared(stamp: bytes, tags: bytes) -> Claim | None:
+    return Claim(stamp, tuple(unpack_plain(tags))) if tags else None
 
 
 class Reads(Struct, eq=False):

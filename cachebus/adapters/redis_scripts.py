@@ -231,20 +231,21 @@ return out
 """
 )
 
-PEEK = Twin(
-    """
+PEEK = Twin("""
 -- The header and the form of an entry that is valid; with its stamp and tags, if it has any.
 local raw = redis.call('GETRANGE', KEYS[1], 0, 16)
 if string.byte(raw, 17) ~= 116 then return raw end
 raw = redis.call('GET', KEYS[1])
 if valid(raw) == false then return '' end
 return string.sub(raw, 1, inner(raw))
-"""
-)
+""")
 
-INVALIDATE = Script(
-    _SEQUENCE
-    + """
+
+def _counting(body: str) -> Script:
+    return Script(_SEQUENCE + body)
+
+
+INVALIDATE = _counting("""
 -- KEYS: the sequence, then counters. ARGV: an epoch, for a sequence that is not there.
 local sequence = KEYS[1]
 local stamp = stamp_at(sequence, ARGV[1])
@@ -256,29 +257,22 @@ for i = 2, #KEYS do
   redis.call('SET', KEYS[i], epoch .. number, 'XX', 'PX', RETENTION)
 end
 return 1
-"""
-)
+""")
 
-STAMP = Script(
-    _SEQUENCE
-    + """
+STAMP = _counting("""
 -- KEYS: the sequence, then counters. ARGV: an epoch, for a sequence that is not there, and milliseconds, '' for ever. The
 -- answer is the stamp of now, then the counters.
 local sequence = KEYS[1]
 local out = {stamp_at(sequence, ARGV[1])}
 for i = 2, #KEYS do out[i] = ensure(sequence, out[1], KEYS[i], ARGV[2]) end
 return out
-"""
-)
+""")
 
-KEEP = Script(
-    _SEQUENCE
-    + """
+KEEP = _counting("""
 -- KEYS: counters. ARGV: milliseconds, '' for ever. The answer is the counters, which stay for that long.
 for i = 1, #KEYS do keep(KEYS[i], ARGV[1]) end
 return redis.call('MGET', unpack(KEYS))
-"""
-)
+""")
 
 WRITE = Twin(
     """
@@ -335,8 +329,7 @@ return out
     later=True,
 )
 
-TOUCH = Twin(
-    """
+TOUCH = Twin("""
 -- Gives a value ARGV[1] milliseconds to live, '' for ever. The answer is its version, 0 where there is no value, or an
 -- entry's head where that depends on its tags.
 local version, _, exists, form = head(KEYS[1])
@@ -353,11 +346,9 @@ end
 redis.call('SETRANGE', KEYS[1], 0, header(version, ARGV[1]))
 if ARGV[1] == '' then redis.call('PERSIST', KEYS[1]) else redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
 return version
-"""
-)
+""")
 
-INCREMENT = Twin(
-    """
+INCREMENT = Twin("""
 -- Adds ARGV[1] to a counter that keeps its expiry. A missing one becomes ARGV[2] and lives for ARGV[3] milliseconds; with
 -- ARGV[2] '' it stays missing. The answer is the number as text, because Lua's are exact to 53 bits only: the sum is
 -- Redis's own. An entry's head in a list where it depends on its tags.
@@ -390,8 +381,7 @@ end
 local sum = redis.call('GET', key)
 redis.call('SET', key, struct.pack('>dd', math.max(now, old + 1), expiry) .. string.sub(raw, 17, at) .. sum, 'KEEPTTL')
 return sum
-"""
-)
+""")
 
 
 def scripts(here: bool) -> tuple[Script, ...]:

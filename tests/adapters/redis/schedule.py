@@ -164,7 +164,7 @@ class World:
         """Make sure that nothing is there of the worlds before."""
         self.gate.waiting.clear()
         for store in self.stores:
-            store._space._hints.clear()
+            store._space.hints.clear()
             store._space.seen = self.chance.random() < 0.7
         for connection in await connections(self.stores[0]):
             await connection.call("FLUSHALL")

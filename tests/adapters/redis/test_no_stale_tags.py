@@ -12,7 +12,6 @@ import pytest
 
 from cachebus.adapters import (
     redis,
-    redis_counters,
     redis_leases,
     redis_plan,
     redis_runs,
@@ -88,7 +87,7 @@ def scripts_with(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
                 elif isinstance(script, Twin) and old in script.here.text:
                     patch.setattr(script, "here", Script(script.here.text.replace(old, new)))
                     planted += 1
-        for module in (redis_runs, redis_plan, redis_counters, redis):
+        for module in (redis_runs, redis_plan, redis):
             for name in ("READ", "INVALIDATE", "KEEP"):
                 if hasattr(module, name):
                     patch.setattr(module, name, getattr(redis_scripts, name))

@@ -10,9 +10,8 @@ import anyio
 import pytest
 
 from cachebus import LoadResult, open_cache
-from cachebus.adapters.redis_cluster import RedisClusterStore
+from cachebus.adapters.redis_cluster import RedisClusterStore, Stamps
 from cachebus.adapters.redis_connect import Connector, Endpoint
-from cachebus.adapters.redis_counters import Stamps
 from cachebus.adapters.redis_entry import NO_STAMP, TagSpace
 from cachebus.adapters.redis_scripts import RETENTION_MS
 from cachebus.messages import (
