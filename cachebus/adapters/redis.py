@@ -157,15 +157,10 @@ class RedisStore:
                 connection.send(data, SentDirectly(connection, keys, read, plan_it, on_replies))
                 return connection
         plan = self._plan(batch)
-        try:
-            data = plan.packed()
-        except UnicodeEncodeError:
-            plan = self._plan(batch, careful=True)
-            data = plan.packed()
         if not plan.commands:
             on_replies(plan.done())
         else:
-            connection.send(data, SentCommands(plan.commands, connection, plan.done, on_replies))
+            connection.send(plan.packed(), SentCommands(plan.commands, connection, plan.done, on_replies))
         return connection
 
     # The commonest batches are one command, made in a third of the time that a plan takes. `None` for others
@@ -225,10 +220,8 @@ class RedisStore:
         words = ("EVALSHA", WRITE.here.sha, len(names), *names, *values)
         return words, names, partial(_read_versions, len(names))
 
-    def _plan(self, batch: Sequence[Request[Any]], *, careful: bool = False, checked: bool | None = None) -> Plan:
-        return Plan(
-            batch, self._prefix, self._default_ttl, self._space, careful=careful, checked=checked, call=self._call
-        )
+    def _plan(self, batch: Sequence[Request[Any]], *, checked: bool | None = None) -> Plan:
+        return Plan(batch, self._prefix, self._default_ttl, self._space, checked=checked, call=self._call)
 
     async def _walk(self, request: Request[Any]) -> Reply:
         connection = await self._opened().side()

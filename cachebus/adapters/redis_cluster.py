@@ -183,13 +183,9 @@ class RedisClusterStore:
         stamps: Mapping[int, bytes | CacheError] | None = None,
     ) -> UnderWay:
         look = _looks_for_tags(batch, self._space)
-        plan_it = partial(Plan, batch, self._prefix, self._default_ttl, self._space, stamps=stamps, call=self._call)
-        try:
-            plan = plan_it(partial(router.group, {}))
-            under_way = UnderWay(plan.commands, lambda: on_replies(plan.done()))
-        except UnicodeEncodeError:
-            plan = plan_it(partial(router.group, {}), careful=True)
-            under_way = UnderWay(plan.commands, lambda: on_replies(plan.done()))
+        group = partial(router.group, {})
+        plan = Plan(batch, self._prefix, self._default_ttl, self._space, group, stamps=stamps, call=self._call)
+        under_way = UnderWay(plan.commands, lambda: on_replies(plan.done()))
         if look is not None:
             under_way.add(look)
         elif not plan.commands:

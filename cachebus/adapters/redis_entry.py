@@ -147,15 +147,20 @@ def read_entry(raw: bytes | None, now: float, *, live: bool = False) -> tuple[Cl
         if form == LEASE:
             return None, MISSING
         if form == LOADED:
-            found = read_loaded(raw, now, live=live)
+            version, expiry = _unpack_header(raw)
+            if not live and expiry and expiry * 1e-3 <= now:
+                return None, MISSING
+            load, lifetime, plain = split_metadata(raw)
+            ttl, stored_at, value = left(expiry, now) if expiry else None, version * 1e-6, decode(plain)
+            found: Found = Loaded(
+                value, version, ttl, (), stored_at, load.load_time, load.stale_for, load.etag, lifetime
+            )
         else:
-            value: Any = raw[17:] if form == BYTES else decode(raw)
+            value = raw[17:] if form == BYTES else decode(raw)
             version, expiry = _unpack_header(raw)
             found = Found(value, version, left(expiry, now) if expiry else None, (), version * 1e-6)
     except CacheError as error:
         return None, Failed.of(error)
-    if found is None:
-        return None, MISSING
     return claim, found if claim is None else replace(found, tags=claim.tags)
 
 
@@ -206,17 +211,6 @@ def split_metadata(raw: bytes) -> tuple[LoadMetadata, float | None, bytes]:
     if not (all(type(each) in (float, int) for each in numbers) and (etag is None or type(etag) is str)):
         raise CacheSerializationError("the stored value is damaged")
     return LoadMetadata(load_time, stale_for, etag), lifetime, raw[: HEADER.size] + raw[end:]
-
-
-def read_loaded(raw: bytes, now: float, *, live: bool) -> Found | None:
-    """A loaded value with its metadata; `None` if its time is up."""
-    version, expiry = HEADER.unpack_from(raw)
-    if not live and expiry and expiry * 1e-3 <= now:
-        return None
-    metadata, lifetime, plain = split_metadata(raw)
-    ttl = left(expiry, now) if expiry else None
-    load_time, stale_for, etag = metadata.load_time, metadata.stale_for, metadata.etag
-    return Loaded(decode(plain), version, ttl, (), version * 1e-6, load_time, stale_for, etag, lifetime)
 
 
 def read_stale(raw: bytes, lease: str, remaining: float) -> Stale | None:

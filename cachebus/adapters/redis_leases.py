@@ -7,7 +7,7 @@ In the place of a missing value, or of one whose time is up, stands
     1 byte    form      l
     8 bytes   until     Unix time in milliseconds until which the value below may be served, 0 without one
     1 byte    length of the token, and the token: what was asked for, a dot and a nonce
-    16 bytes  stamp     of the moment when the load began, as `redis_tags` has it
+    16 bytes  stamp     of the moment when the load began, as `redis_entry` has it
     4 bytes   length of the packed tags that are known from the beginning, and these
     rest      the entry whose time is up, as it was
 
@@ -289,16 +289,13 @@ def _refresh_name(key: str) -> Argument:
     if "{" not in key and "}" not in key:
         return f"{namespace}#lease:{{{key}}}"
     name = f"{namespace}#lease:{key}"
-    try:
-        slot = slot_of(key)
-        if slot_of(name) == slot:
-            return name
-        # After the namespace, as in the others, by whose names access is given; if there is a brace in it, its tag counts.
-        tag = b"{%b}" % tag_of(slot)
-        place = f"{namespace}#lease:".encode()
-        return place + tag + key.encode() if b"{" not in place else tag + place + key.encode()
-    except UnicodeEncodeError:
-        return name  # Refused when it is packed.
+    slot = slot_of(key)
+    if slot_of(name) == slot:
+        return name
+    # After the namespace, as in the others, by whose names access is given; if there is a brace in it, its tag counts.
+    tag = b"{%b}" % tag_of(slot)
+    place = f"{namespace}#lease:".encode()
+    return place + tag + key.encode() if b"{" not in place else tag + place + key.encode()
 
 
 def _ms(seconds: float) -> int:

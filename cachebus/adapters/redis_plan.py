@@ -87,8 +87,7 @@ CAPABILITIES = Capabilities(
 """What a Redis server and a cluster can do."""
 
 ScriptCall: TypeAlias = Callable[[Request[Any]], tuple[list[Argument], str, Script, Callable[[Any, float], Reply]]]
-"""Carries out a request by a script: the words after its name, the key that says which server, the script, and how its reply
-is read. Raises `CacheError`."""
+"""Makes of a request the words after a script's name, the key that says which server, the script, and what reads its reply."""
 
 Make: TypeAlias = "Callable[[Any, float], Reply | list[Command]]"
 """Makes the reply to a request of that to its command, or the commands that it still needs."""
@@ -97,7 +96,6 @@ Make: TypeAlias = "Callable[[Any, float], Reply | list[Command]]"
 class Plan:
     """A batch under way. `replies` fills up as `commands` are answered; what is refused outright is there at once.
 
-    Keys that are no valid Unicode show when the commands are packed; a `careful` plan finds them, one by one.
     `slot_of` is the cluster's rule of which keys go together; `None` outside of a cluster. There the counters of `space`
     are out of the scripts' reach, and `stamps` says what was read of them before, by the place of the request. `checked`
     says whether reads leave out what is not valid, if that is decided already. `call` makes the commands of requests that
@@ -113,7 +111,6 @@ class Plan:
         slot_of: Callable[[str], int] | None = None,
         *,
         stamps: Mapping[int, bytes | CacheError] | None = None,
-        careful: bool = False,
         checked: bool | None = None,
         call: ScriptCall | None = None,
     ) -> None:
@@ -125,7 +122,6 @@ class Plan:
         self._space = space
         self._slot_of = slot_of
         self._stamps = stamps or {}
-        self._careful = careful
         self._checked = space.here and space.seen if checked is None else checked
         self._call = call
         families = [_FAMILIES.get(type(request)) for request in batch]
@@ -136,14 +132,18 @@ class Plan:
             elif family == "write":
                 self._writes(positions)
             else:
-                self._singles(positions)
+                for position in positions:
+                    try:
+                        self.commands += self._single(position, batch[position])
+                    except CacheError as error:
+                        self.replies[position] = Failed.of(error)
 
     def done(self) -> Sequence[Reply]:
         """The replies, in the order of the requests."""
         return [FoundMany(cast("dict[str, Found]", each)) if type(each) is dict else each for each in self.replies]
 
     def packed(self) -> bytes:
-        """The commands as bytes. Raises `UnicodeEncodeError` for a key that is no valid Unicode."""
+        """The commands as bytes."""
         commands = self.commands
         return commands[0].packed() if len(commands) == 1 else b"".join([each.packed() for each in commands])
 
@@ -210,17 +210,10 @@ class Plan:
                 writes.tagged = writes.tagged or bool(tags)
         self.commands += (call if isinstance(call, Command) else call.command() for call in calls)
 
-    def _singles(self, positions: Sequence[int]) -> None:
-        for position in positions:
-            try:
-                self.commands += self._single(position, self._batch[position])
-            except CacheError as error:
-                self.replies[position] = Failed.of(error)
-
     # Keys, times and stamps
 
     def _key(self, key: str) -> str:
-        if self._careful:
+        if not key.isascii():
             try:
                 key.encode()
             except UnicodeEncodeError:

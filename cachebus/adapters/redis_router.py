@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import hiredis
@@ -12,7 +13,7 @@ import hiredis
 from cachebus.messages import CacheError
 
 from .redis_commands import LATE_IS_WRONG, SLOTS, Command, slot_of
-from .redis_connect import Connector, Endpoint
+from .redis_connect import Connector, Endpoint, RedisPool
 from .redis_connection import Change
 from .redis_errors import code_of, moving, overtaken
 from .redis_node import ClusterNode, Trip
@@ -100,12 +101,16 @@ class Router:
     """Sends trips to the servers of their slots, and takes in what comes back. `topology` is these servers."""
 
     def __init__(self, connector: Connector, seeds: Sequence[Endpoint], max_connections: int) -> None:
-        self.topology = Topology(
-            connector, seeds, max_connections, self._arrived, self._undelivered, self._changed_hands
-        )
+        self.topology = Topology(connector, seeds, self._node, self._changed_hands)
+        self._connector = connector
+        self._max_connections = max_connections
         self._traffic = SlotTraffic()
         # Slots that are being moved, of which each command takes one key only: one about keys at two servers is refused.
         self._moving: set[int] = set()
+
+    def _node(self, place: Endpoint) -> ClusterNode:
+        pool = RedisPool(partial(self._connector.connect, place), self._max_connections)
+        return ClusterNode(place, pool, self._arrived, self._undelivered)
 
     def group(self, numbers: dict[str, int], name: str) -> int:
         """The number of the keys that may go with a key: its slot. A key of a slot that is being moved is a group of its

@@ -11,7 +11,7 @@ An entry with tags has, between its header and its form,
 
 The sequence of a namespace is one string: 8 random bytes, its *epoch*; a big-endian double, its *number*, which each
 invalidation makes larger by one; then 256 doubles, each the number at which a tag of that bucket was last invalidated.
-The counter of a tag is a string too: the epoch, and the number at the tag's last invalidation. `redis_tags` says why.
+The counter of a tag is a string too: the epoch, and the number at the tag's last invalidation. `redis_entry` says why.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import hiredis
 
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
 
-from .redis_connect import Connector, Endpoint, RedisPool
+from .redis_connect import Connector, Endpoint
 from .redis_connection import pack
 from .redis_errors import BACKEND, closed, translate, unreachable
-from .redis_node import Arrived, ClusterNode, Undelivered
+from .redis_node import ClusterNode
 
 ASKED_AT_ONCE = 4
 """How many servers are asked for the map at a time; the first one that answers is believed."""
@@ -86,17 +86,13 @@ class Topology:
         self,
         connector: Connector,
         seeds: Sequence[Endpoint],
-        most: int,
-        arrived: Arrived,
-        failed: Undelivered,
+        make_node: Callable[[Endpoint], ClusterNode],
         changed: Callable[[Sequence[int]], None],
     ) -> None:
         self.map = SlotMap()
         self._connector = connector
         self._seeds = seeds
-        self._most = most
-        self._arrived = arrived
-        self._failed = failed
+        self._make_node = make_node
         self._changed = changed
         self._nodes: dict[Endpoint, ClusterNode] = {}
         self._learning: asyncio.Task[None] | None = None
@@ -109,11 +105,9 @@ class Topology:
 
     def node(self, place: Endpoint) -> ClusterNode:
         """The server at a place."""
-        node = self._nodes.get(place)
-        if node is None:
-            pool = RedisPool(lambda: self._connector.connect(place), self._most)
-            node = self._nodes[place] = ClusterNode(place, pool, self._arrived, self._failed)
-        return node
+        if place not in self._nodes:
+            self._nodes[place] = self._make_node(place)
+        return self._nodes[place]
 
     def node_of(self, slot: int) -> ClusterNode | None:
         """The server that has a slot, if one has."""
