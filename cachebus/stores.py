@@ -85,24 +85,27 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -
         places = [redis.Endpoint(path=settings.socket)]
     else:
         places = [redis.Endpoint(*host_and_port(host, port)) for host in settings.hosts]
+    connector = redis.Connector(
+        clock=clock,
+        identity=_identity(redis, settings.user, settings.password),
+        database=settings.database,
+        tls=_tls(redis, settings),
+        timeout=settings.connect_timeout,
+        health_interval=settings.health_check_interval,
+        window=settings.window,
+    )
     common: dict[str, Any] = {
         "namespace": namespace,
-        "identity": _identity(redis, settings.user, settings.password),
-        "tls": _tls(redis, settings),
         "default_ttl": settings.default_ttl,
-        "window": settings.window,
         "max_connections": settings.max_connections,
-        "connect_timeout": settings.connect_timeout,
-        "health_check_interval": settings.health_check_interval,
-        "clock": clock,
         **more,
     }
     if settings.topology == "cluster":
-        return import_module("cachebus.adapters.redis_cluster").RedisClusterStore(places, **common)
+        return import_module("cachebus.adapters.redis_cluster").RedisClusterStore(places, connector, **common)
     return redis.RedisStore(
         places,
+        connector,
         **common,
-        database=settings.database,
         service=settings.service,
         sentinel_identity=_identity(redis, settings.sentinel_user, settings.sentinel_password),
     )
