@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 from cachebus.actors.ports import SLOWEST_LINE, Clock, Timer, Timers
 from cachebus.messages import CacheBackendError, CacheConfigurationError, CacheConnectionError, CacheError, Failed
 
-from .memcached_errors import BACKEND, ProtocolError, ServerError, lost, parse_error
+from .memcached_errors import BACKEND, ProtocolError, lost, parse_error
 from .memcached_socket import AsyncSocket
 
 MISS, NOT_STORED, EXISTS = -1, -2, -3
@@ -48,6 +48,9 @@ LARGE = 1 << 16
 LATE = 0.03
 """Seconds by which a timer may be late before the event loop counts as having stood still."""
 
+ITEM_OVERHEAD = 320
+"""Bytes of an item besides the entry: a header of 48 bytes, a CAS token, flags, a name and two line ends."""
+
 LINE_MAX = 2048
 """Bytes that the first line of an answer may have."""
 
@@ -63,7 +66,7 @@ _CODES = {b"HD": 0, b"EN": MISS, b"NF": MISS, b"NS": NOT_STORED, b"EX": EXISTS}
 
 
 class Connection(asyncio.Protocol):
-    """The protocol over one socket. Every answer is read to its end, or the connection is dropped, so no answer is ever
+    """The protocol over one socket. Every answer is read to its end or the connection is dropped, so no answer is ever
     another command's.
 
     `epoch` is the version at which those of the server's items begin, `entry_max` the bytes that an entry may have, and
@@ -97,11 +100,9 @@ class Connection(asyncio.Protocol):
         self._wanted = 0
         self._pieces: list[bytes] = []
         self._have = self._need = 0
-        self._limit = 0.0
-        self._moved = 0
-        self._unsent = 0
+        self._limit = self._armed_for = 0.0
+        self._moved = self._unsent = 0
         self._timer: Timer | None = None
-        self._armed_for = 0.0
         socket.attach(self)
         self._write = socket.write
 
@@ -114,7 +115,6 @@ class Connection(asyncio.Protocol):
 
     @property
     def waiting(self) -> bool:
-        """Whether an exchange waits for answers."""
         return self._exchange is not None and self.lost is None
 
     def begin(self, exchange: Exchange[Any], done: Done, count: int = 0) -> None:
@@ -176,7 +176,7 @@ class Connection(asyncio.Protocol):
                 self._resume(answers)
             elif self._have:
                 self._pieces = [data[at:] if at else data]
-        except (ProtocolError, ServerError, ValueError) as error:
+        except (ProtocolError, CacheError, ValueError) as error:
             self.close(lost(error, self.server, self.timeout))
 
     # Driving the exchange
@@ -202,7 +202,7 @@ class Connection(asyncio.Protocol):
         except CacheError as error:
             result = error
         except Exception:
-            # A fault of ours. What follows in the stream cannot be told apart from what it did not read.
+            # A fault of ours. What follows in the stream cannot be told apart from what was not read.
             self._exchange = None
             self.close(CacheConnectionError(f"an answer of {self.server} could not be understood", BACKEND))
             self._end(self.lost)
@@ -257,7 +257,8 @@ class Connection(asyncio.Protocol):
                         raise ProtocolError("statistics that do not end")
                     self._have, self._need = size - at, 0
                     return at
-                answers.append(_statistics(data[at:stop]))
+                pairs = [each.split(b" ", 2) for each in data[at:stop].split(b"\r\n")]
+                answers.append({pair[1]: pair[2] for pair in pairs if len(pair) == 3})
                 end = stop + 5
             else:
                 answers.append(parse_error(line))
@@ -332,15 +333,6 @@ class Connection(asyncio.Protocol):
 
     def _unlike_memcached(self) -> CacheError:
         return CacheConnectionError(f"{self.server} does not answer as a Memcached does", BACKEND)
-
-
-ITEM_OVERHEAD = 320
-"""Bytes of an item besides the entry: a header of 48 bytes, a CAS token, flags, a name and two line ends."""
-
-
-def _statistics(lines: bytes) -> dict[bytes, bytes]:
-    pairs = [line.split(b" ", 2) for line in lines.split(b"\r\n")]
-    return {pair[1]: pair[2] for pair in pairs if len(pair) == 3}
 
 
 # Commands

@@ -1,14 +1,15 @@
 """From requests to Memcached commands and back: a batch for one server becomes as few round trips as keep its order.
 
 Neighbours of one kind form a run. Reads, plain writes and removals go in one piece (`Direct`). Requests that have to know
-what is under a key before they write it go through `CasUpdate`.
+what is under a key before they write it go through `update`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Any, TypeAlias, cast
+from functools import partial
+from typing import Any, TypeAlias
 
 from cachebus.messages import (
     Admit,
@@ -36,7 +37,7 @@ from cachebus.messages import (
 )
 
 from .forms import decode_form, encode_form
-from .memcached_cas_updates import CasUpdate
+from .memcached_cas_updates import update
 from .memcached_connection import Connection, Exchange, first_error, read
 from .memcached_entry import CHUNKED, MISSING, NO_METADATA, Entry, EntryMetadata, found_of, found_or_fail
 from .memcached_errors import BACKEND, in_doubt
@@ -151,20 +152,17 @@ class Plan:
                 elif kind is Plan:
                     yield from self._everything(first, at)
                 else:
-                    decider = KeyUpdates if kind is KeyUpdates else LimitUpdates
-                    yield from CasUpdate(decider(self._session, self._values), batch, self.replies).run(first, at)
+                    make = partial(KeyUpdates if kind is KeyUpdates else LimitUpdates, self._session, self._values)
+                    yield from update(make, self._session, batch, self.replies, list(range(first, at)))
         except CacheError as error:
             if kind is Direct:
                 self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
-            self._give_up(error, at)
+            # What lies before `at` may have been sent.
+            for position, request in enumerate(batch):
+                if self.replies[position] is None:
+                    doubtful = position < at and self._session.writing and not request.IDEMPOTENT and error.transient
+                    self.replies[position] = Failed.of(in_doubt(error) if doubtful else error)
         return self.replies
-
-    def _give_up(self, error: CacheError, end: int) -> None:
-        """Answer what has no reply yet with the error. What lies before `end` may have been sent."""
-        for at, request in enumerate(self._batch):
-            if self.replies[at] is None:
-                doubtful = at < end and self._session.writing and not request.IDEMPOTENT and error.transient
-                self.replies[at] = Failed.of(in_doubt(error) if doubtful else error)
 
     def _direct(self, first: int, end: int) -> Exchange[None]:
         while True:
@@ -180,9 +178,10 @@ class Plan:
             try:
                 if isinstance(request, Clear):
                     yield from self._session.clear()
+                    self.replies[position] = Cleared()
                 else:
                     yield from invalidate(self._session, request.tags)
-                self.replies[position] = Cleared() if isinstance(request, Clear) else Invalidated()
+                    self.replies[position] = Invalidated()
             except CacheError as error:
                 if self._session.connection.lost:
                     raise
@@ -190,13 +189,11 @@ class Plan:
 
 
 _Kind: TypeAlias = "type[Direct | KeyUpdates | LimitUpdates | Plan]"
-"""What carries out a request and its neighbours of the same kind."""
+"""The class that carries out a request and its neighbours of the same kind."""
 
 
 def _kind(request: Request[Any]) -> _Kind:
     kind = type(request)
-    if kind is Get:
-        return Direct
     if kind is Admit:
         return LimitUpdates
     if kind is Clear or kind is InvalidateTags:
@@ -211,7 +208,6 @@ class Direct:
         self._session = session
         self._connection = session.connection
         self._values = values
-        self._memory = values.memory
         self._replies = replies
         self._head = session.connection.head
         self._guessed: dict[str, None] = {}
@@ -225,11 +221,15 @@ class Direct:
 
     def resolve(self, batch: Sequence[Request[Any]]) -> Exchange[None]:
         """Replace the entries among the replies, which do not say everything by themselves."""
+
+        def resolved(key: str, entry: Entry) -> Step:
+            return (yield from self._resolved({key: entry}))[key]
+
         steps: dict[int, Step] = {}
         for position, request in enumerate(batch):
             if type(entry := self._replies[position]) is Entry:
                 self._replies[position] = MISSING
-                steps[position] = self._resolved_one(getattr(request, "key", ""), entry)
+                steps[position] = resolved(getattr(request, "key", ""), entry)
         with contextlib.suppress(NamespaceChanged):  # Cleared meanwhile: they are misses.
             yield from self._together(steps)
 
@@ -311,8 +311,7 @@ class Direct:
 
     def _name(self, key: str) -> tuple[str, bytes]:
         """Return what follows the generation in the name of a key that is read, and what its entry keeps of the key."""
-        if self._memory:
-            self._guessed.update(dict.fromkeys(self._memory.of(key)))
+        self._guessed.update(dict.fromkeys(self._values.memory.names.get(key, ())))
         return self._values.keys.tail(key)
 
     def _read(self, keys: Sequence[str]) -> Step:
@@ -329,7 +328,7 @@ class Direct:
             # Taken apart for each, so that no two callers share a list or a dict.
             replies[key] = reply = found_or_fail(item[0], item[1], kept, epoch, now)
             if type(reply) is not Entry:
-                self._memory.note(key, ())
+                self._values.memory.note(key, ())
         return (yield from self._resolved(replies))
 
     def _resolved(self, replies: dict[str, Any]) -> Step:
@@ -348,14 +347,11 @@ class Direct:
                 replies[key] = Failed.of(error)
         return replies
 
-    def _resolved_one(self, key: str, entry: Entry) -> Step:
-        return (yield from self._resolved({key: entry}))[key]
-
     def _good(self, entries: dict[str, Entry]) -> Generator[list[bytes], Any, set[str]]:
         """Return the keys whose entries have the present generations of their tags."""
         for key, entry in entries.items():
             if entry.metadata.tags:
-                self._memory.note(key, self._generations.names(entry.metadata.tags))
+                self._values.memory.note(key, self._generations.names(entry.metadata.tags))
         tags = [tag for each in entries.values() for tag in each.metadata.tags]
         if tags and (unknown := self._generations.unknown(self._generations.names(tags))):
             self._generations.learn(unknown, (yield self._generations.reading(self._head, unknown)))
@@ -363,7 +359,7 @@ class Direct:
 
     def _set(self, request: Set | SetMany) -> Step:
         values, connection = self._values, self._connection
-        metadata = EntryMetadata(self._generations.current(request.tags)) if request.tags else NO_METADATA
+        metadata = EntryMetadata(tags=self._generations.current(request.tags)) if request.tags else NO_METADATA
         items = {request.key: request.value} if isinstance(request, Set) else request.items
         expiry = values.expiry(request.ttl, connection.now())
         commands: list[bytes] = []
@@ -387,12 +383,7 @@ class Direct:
         entries: dict[str, Entry] = {}
         for (key, (_, kept)), answer in zip(names.items(), answers[::2], strict=True):
             with contextlib.suppress(CacheError):  # Not ours, and gone all the same.
-                item: Any = answer
-                if (
-                    isinstance(item, tuple)
-                    and (entry := entry_of(self._connection, kept, cast("Any", item), self._connection.now()))
-                    is not None
-                ):
+                if (entry := entry_of(self._connection, kept, answer, self._connection.now())) is not None:
                     entries[key] = entry
         deleted = len((yield from self._good(entries)))
         chunks = [name for each in entries.values() if each.form == CHUNKED for name in chunk_tails(each.body)]

@@ -18,7 +18,7 @@ from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnect
 
 from .memcached_connection import Connection
 from .memcached_errors import BACKEND, unreachable
-from .memcached_socket import open_socket
+from .memcached_socket import AsyncSocket, open_socket
 
 BETWEEN_ATTEMPTS = 0.05
 """Seconds before a server that refused is connected to again, where no request waits for it."""
@@ -55,34 +55,36 @@ class Connector:
         """
         try:
             with anyio.fail_after(self.connect_timeout):
-                return await self._connect(endpoint, await self._addresses(endpoint, lookups))
+                failure: OSError = OSError(f"no address for {endpoint.host}")
+                for address in await self._addresses(endpoint, lookups):
+                    try:
+                        made = await open_socket(address, endpoint.port, self.tls, endpoint.host)
+                    except ssl.SSLError:
+                        raise
+                    except OSError as error:
+                        failure = error
+                    else:
+                        return await self._greet(endpoint, made)
+                raise failure
         except (OSError, ValueError) as error:
             raise unreachable(error, str(endpoint), self.connect_timeout) from None
 
-    async def _connect(self, endpoint: Endpoint, addresses: list[str]) -> Connection:
-        failure: OSError = OSError(f"no address for {endpoint.host}")
-        for address in addresses:
-            try:
-                made = await open_socket(address, endpoint.port, self.tls, endpoint.host)
-            except OSError as error:
-                failure = error
-                if isinstance(error, ssl.SSLError):
-                    break
-                continue
-            timers = running_timers(self.clock)
-            connection = Connection(str(endpoint), made, self.clock, timers, max(self.connect_timeout, self.timeout))
-            greeted = Result()
-            try:
-                connection.begin(connection.greet(), greeted)
-                if isinstance(refusal := await greeted.wait(), CacheError):
-                    plain = isinstance(refusal, CacheConnectionError | CacheConfigurationError)
-                    raise refusal if plain else unreachable(ValueError(), str(endpoint), 0.0)
-            except BaseException:
-                connection.close()
-                raise
-            connection.timeout = self.timeout
-            return connection
-        raise failure
+    async def _greet(self, endpoint: Endpoint, made: AsyncSocket) -> Connection:
+        timers = running_timers(self.clock)
+        connection = Connection(str(endpoint), made, self.clock, timers, max(self.connect_timeout, self.timeout))
+        greeted = Result()
+        try:
+            connection.begin(connection.greet(), greeted)
+            refusal = await greeted.wait()
+            if isinstance(refusal, CacheConnectionError | CacheConfigurationError):
+                raise refusal
+            if isinstance(refusal, CacheError):
+                raise unreachable(ValueError(), str(endpoint), 0.0)
+        except BaseException:
+            connection.close()
+            raise
+        connection.timeout = self.timeout
+        return connection
 
     async def _addresses(self, endpoint: Endpoint, lookups: set[object]) -> list[str]:
         try:
@@ -101,11 +103,8 @@ class Connector:
             finally:
                 lookups.discard(lookup)
 
-        try:
-            # A limiter of its own: the threads of the application are not to be used up by a slow name server.
-            return await to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
-        except OSError as error:
-            raise unreachable(error, str(endpoint), self.connect_timeout) from None
+        # A limiter of its own: the threads of the application are not to be used up by a slow name server.
+        return await to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
 
 
 class Result:
@@ -169,7 +168,7 @@ class Server:
                 if self._ill:
                     self._reconnect_aside()
                 else:
-                    self._use(await self._connect())
+                    await self._connect()
             assert self.connection is not None
             return self.connection
         except BaseException:
@@ -225,14 +224,15 @@ class Server:
                 self._waiting.remove(event)
             raise
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> None:
         try:
-            return await self._connector.connect(self.endpoint, self._lookups)
+            connection = await self._connector.connect(self.endpoint, self._lookups)
         except CacheError:
             self._ill = self._aside
             raise
-
-    def _use(self, connection: Connection) -> None:
+        if self._closed:
+            connection.close()
+            raise CacheClosed("the connection to memcached was closed")
         connection.on_idle = self.give
         self.connection, self._ill, self._failure = connection, False, None
 
@@ -249,11 +249,6 @@ class Server:
 
     async def _attempt(self) -> None:
         try:
-            connection = await self._connect()
+            await self._connect()
         except CacheError as error:
             self._failure, self._failed_at = error, self._connector.clock.monotonic()
-            return
-        if self._closed:
-            connection.close()
-        else:
-            self._use(connection)

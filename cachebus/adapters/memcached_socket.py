@@ -55,7 +55,7 @@ async def open_socket(host: str, port: int, tls: ssl.SSLContext | None, name: st
 
 
 class _Unattached(asyncio.Protocol):
-    """Leaves what comes to the operating system, until there is a receiver."""
+    """A protocol that leaves what comes to the operating system, until there is a receiver."""
 
     def connection_made(self, transport: Any) -> None:
         transport.pause_reading()
@@ -88,7 +88,7 @@ class StreamSocket:
         self._unsent: deque[bytes] = deque()
         self._sending = False
         self._receiver: asyncio.Protocol | None = None
-        self._tasks: set[Callable[[], None]] = set()
+        self._cancel_receiving = self._cancel_sending = _nothing
 
     @property
     def unsent(self) -> int:
@@ -96,26 +96,20 @@ class StreamSocket:
 
     def attach(self, receiver: asyncio.Protocol) -> None:
         self._receiver = receiver
-        self._start(self._receive())
+        self._cancel_receiving = spawn(self._guarded(self._receive()))
 
     def write(self, data: bytes) -> None:
         self._unsent.append(data)
         if not self._sending:
             self._sending = True
-            self._start(self._send())
+            self._cancel_sending = spawn(self._guarded(self._send()))
 
     def close(self) -> None:
         self._receiver = None
         self._unsent.clear()
-        for cancel in list(self._tasks):
-            cancel()
-        spawn(anyio.aclose_forcefully(self._stream), lambda: None)
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        # Kept until it has ended, so that closing can cancel it.
-        entry: list[Callable[[], None]] = []
-        entry.append(spawn(self._guarded(work), lambda: self._tasks.difference_update(entry)))
-        self._tasks.update(entry)
+        self._cancel_receiving()
+        self._cancel_sending()
+        spawn(anyio.aclose_forcefully(self._stream))
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         ended: Exception | None = None
@@ -143,3 +137,7 @@ class StreamSocket:
                     self._unsent.popleft()
         finally:
             self._sending = False
+
+
+def _nothing() -> None:
+    """Cancel nothing."""

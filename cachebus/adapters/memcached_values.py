@@ -36,7 +36,6 @@ from .memcached_entry import (
     NO_METADATA,
     Entry,
     EntryMetadata,
-    expiry_of,
     kept_until,
     pack_entry,
     read_entry,
@@ -69,8 +68,9 @@ class Values:
     memory: TagMemory = field(default_factory=TagMemory)
 
     def expiry(self, ttl: Ttl, now: float) -> float:
-        """Return the time at which a value's time is up; 0 for never."""
-        return expiry_of(self.default_ttl if ttl == "default" else ttl, now)
+        """Return the time at which a value's time is up; 0 for never. Raises `BadMessage` as `time_to_live` does."""
+        seconds = self.default_ttl if ttl == "default" else ttl
+        return 0.0 if seconds is None else now + math.ceil(time_to_live(seconds))
 
     def lifetime(self, ttl: Ttl) -> float | None:
         """Return the seconds that a value is given, which the server counts whole; `None` for ever."""

@@ -40,8 +40,7 @@ from cachebus.messages import (
 )
 from cachebus.messages.lease_names import NONCE_LENGTH, new_lease_name
 
-from .durations import time_stale
-from .lease_checks import check_lease
+from .durations import check_lease, time_stale
 from .redis_connection import Argument
 from .redis_script import Script
 from .redis_slots import slot_of, tag_of

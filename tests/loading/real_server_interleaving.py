@@ -53,7 +53,7 @@ class Client:
 
     def forget_tags(self) -> None:
         """Know nothing of the tags of keys, as a client that has just come."""
-        self._values.memory.clear()
+        self._values.memory.names.clear()
 
 
 def finish(steps: Steps) -> Any:

@@ -1,8 +1,9 @@
-"""What the memory store keeps for one key, and the ring that eviction policies order entries with."""
+"""Entries of a memory store, the ring that orders them, and the port of the policy that chooses what is given up."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 NEVER = float("inf")
 """The `expires_at` of an entry that does not expire."""
@@ -114,3 +115,34 @@ class Ring:
         """The entry that was appended next after `entry`, which must be in this ring; `None` for the youngest."""
         after = entry.next
         return None if after is self._root else after
+
+
+class EvictionPolicy(Protocol):
+    """Orders the entries of a full store by how soon they may go. Every method is O(1), amortised.
+
+    The store makes room *before* it admits: `evict` as often as the bounds ask, then `admit`. So a value that
+    was just set is there to be read, whatever the policy thinks of it.
+    """
+
+    on_hit: Callable[[Entry], None] | None
+    """Called on every hit; `None` for a lazy policy, for which the store only counts `Entry.visits`."""
+
+    changing: bool
+    """Set while a hit is being noted by a policy with an `on_hit`: still set later, that was interrupted."""
+
+    def admit(self, entry: Entry) -> None:
+        """Take in an entry whose key the store did not hold."""
+
+    def forget(self, entry: Entry) -> None:
+        """Drop an entry that was deleted or has expired: it is no victim and leaves no memory of itself."""
+
+    def evict(self) -> Entry:
+        """Choose the entry to give up, unlink it and return it. Never called on an empty policy."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything, what was learned included."""
+
+    def __len__(self) -> int:
+        """How many entries the policy holds."""
+        ...
