@@ -23,8 +23,7 @@ LARGE_ARRAY = 1024
 
 
 def encode_form(value: Any) -> bytes:
-    """Return the letter of the form, and the value in it. Raises `CacheSerializationError` for a type that would not come
-    back as it went."""
+    """Return the form's letter and the value in it. Raises `CacheSerializationError` for a type that would be lost."""
     kind = cast("type[object]", type(value))
     if kind is bytes:
         body: bytes = b"B" + value

@@ -93,9 +93,6 @@ class LeaseTable:
         # Only leases with waiters: any other is found to have run out when it is looked at.
         self._due: TimerQueue[Lease] = TimerQueue()
 
-    def __len__(self) -> int:
-        return len(self.by_key)
-
     def __repr__(self) -> str:
         return f"<LeaseTable {len(self.by_key)}/{self._max_leases} leases, {len(self._parked)}/{self._max_waiters} waiting>"
 

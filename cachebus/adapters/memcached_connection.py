@@ -1,7 +1,7 @@
 """A connection to one Memcached server: one exchange at a time, driven by the bytes that come.
 
 An exchange is a generator: it yields commands and how many answers they have, and is sent those answers. No task waits
-for them. The socket hands in bytes, and the last answer resumes the generator on the stack of the event loop.
+for them. The transport hands in bytes, and the last answer resumes the generator on the stack of the event loop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from cachebus.actors.ports import SLOWEST_LINE, Clock, Timer, Timers
 from cachebus.messages import CacheBackendError, CacheConfigurationError, CacheConnectionError, CacheError, Failed
 
 from .memcached_errors import BACKEND, ProtocolError, lost, parse_error
-from .memcached_socket import AsyncSocket
 
 MISS, NOT_STORED, EXISTS = -1, -2, -3
 Answer: TypeAlias = tuple[bytes, int] | int | dict[bytes, bytes] | CacheError
@@ -66,7 +65,7 @@ _CODES = {b"HD": 0, b"EN": MISS, b"NF": MISS, b"NS": NOT_STORED, b"EX": EXISTS}
 
 
 class Connection(asyncio.Protocol):
-    """The protocol over one socket. Every answer is read to its end or the connection is dropped, so no answer is ever
+    """The protocol over one transport. Every answer is read to its end or the connection is dropped, so no answer is ever
     another command's.
 
     `epoch` is the version at which those of the server's items begin, `entry_max` the bytes that an entry may have, and
@@ -75,7 +74,7 @@ class Connection(asyncio.Protocol):
     the time, on the clock's monotonic time, at which bytes last came or left; `timeout` the seconds that an exchange has.
     """
 
-    def __init__(self, server: str, socket: AsyncSocket, clock: Clock, timers: Timers, timeout: float) -> None:
+    def __init__(self, server: str, transport: asyncio.Transport, clock: Clock, timers: Timers, timeout: float) -> None:
         self.server = server
         self.epoch = 0.0
         self.entry_max = ITEM_MAX
@@ -88,7 +87,7 @@ class Connection(asyncio.Protocol):
         self.timeout = timeout
         self.mark = 0
         self.on_idle: Callable[[], None] | None = None
-        self._socket = socket
+        self._transport = transport
         self._now = clock.monotonic
         self._timers = timers
         self._offset = 0.0
@@ -103,8 +102,9 @@ class Connection(asyncio.Protocol):
         self._limit = self._armed_for = 0.0
         self._moved = self._unsent = 0
         self._timer: Timer | None = None
-        socket.attach(self)
-        self._write = socket.write
+        transport.set_protocol(self)
+        transport.resume_reading()
+        self._write = transport.write
 
     def __repr__(self) -> str:
         return f"<Connection to {self.server}, {'lost' if self.lost else 'busy' if self._exchange else 'idle'}>"
@@ -119,7 +119,7 @@ class Connection(asyncio.Protocol):
 
     def begin(self, exchange: Exchange[Any], done: Done, count: int = 0) -> None:
         """Start an exchange on an idle connection. `done` is called once, on the event loop, maybe before this returns,
-        with the result or the error; if there is a `count`, with so many `Failed` replies in place of an error."""
+        with the result or the error; with a `count`, an error becomes so many `Failed` replies."""
         now = self._now()
         self._done, self._count = done, count
         self._exchange = exchange if now - self._synced < RESYNC else self._synced_first(exchange)
@@ -134,7 +134,7 @@ class Connection(asyncio.Protocol):
         """Drop the connection. The exchange in flight ends with `error`."""
         if self.lost is None:
             self.lost = error or CacheConnectionError(f"the connection to {self.server} was closed", BACKEND)
-            self._socket.close()
+            self._transport.abort()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -144,9 +144,9 @@ class Connection(asyncio.Protocol):
     def drop_later(self, error: CacheError) -> None:
         """Drop the connection from inside its exchange, which goes on to its end."""
         self.lost = self.lost or error
-        self._socket.close()
+        self._transport.abort()
 
-    # For the socket
+    # For the transport
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.close(lost(exc or EOFError(), self.server, self.timeout))
@@ -182,8 +182,7 @@ class Connection(asyncio.Protocol):
     # Driving the exchange
 
     def _resume(self, answers: Any) -> None:
-        """Take the next step of the exchange with these answers (`None` to begin), or end it. A lost connection is raised
-        inside it."""
+        """Take the next step of the exchange with these answers (`None` to begin). It sees a lost connection as an error."""
         exchange = self._exchange
         assert exchange is not None
         try:
@@ -193,7 +192,7 @@ class Connection(asyncio.Protocol):
                     self._limit += len(data) / SLOWEST_LINE + self._wanted * COMMAND_TIME
                     self._write(data)
                     if len(data) > LARGE:
-                        self._unsent = self._socket.unsent
+                        self._unsent = self._transport.get_write_buffer_size()
                     return
             while True:
                 exchange.throw(self.lost)
@@ -271,7 +270,7 @@ class Connection(asyncio.Protocol):
     def _arm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._unsent = self._socket.unsent
+        self._unsent = self._transport.get_write_buffer_size()
         self._armed_for = self._limit
         self._timer = self._timers.call_at(self._limit, self._check)
 
@@ -281,7 +280,7 @@ class Connection(asyncio.Protocol):
         if self._exchange is None:
             return
         now = self._now()
-        unsent = self._socket.unsent
+        unsent = self._transport.get_write_buffer_size()
         if sent := max(self._unsent - unsent, 0):
             self.last_progress = now
         self._limit += (self._moved + sent) / STALLED_LINE

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -97,25 +98,16 @@ class EntryMetadata(msgspec.Struct, frozen=True, array_like=True):
 NO_METADATA = EntryMetadata()
 
 
+@dataclass(slots=True, eq=False)
 class Entry:
     """An item of ours, taken apart. `version` is what callers know of it."""
 
-    __slots__ = ("body", "expiry", "form", "metadata", "stored_at", "version")
-
-    def __init__(self, form: int, expiry: float, stored_at: float, version: float, body: memoryview) -> None:
-        self.metadata = NO_METADATA
-        if form == WITH_METADATA:
-            try:
-                end = _SIZE.size + _SIZE.unpack_from(body)[0]
-                self.metadata = unpack(body[_SIZE.size : end], EntryMetadata)
-                form, body = body[end], body[end + 1 :]
-            except (struct.error, ValueError, IndexError):
-                raise CacheSerializationError("the stored value is damaged") from None
-        self.form = form
-        self.expiry = expiry
-        self.stored_at = stored_at
-        self.version = version
-        self.body = body
+    form: int
+    expiry: float
+    stored_at: float
+    version: float
+    body: memoryview
+    metadata: EntryMetadata = NO_METADATA
 
     def left(self, now: float) -> float | None:
         """Return the seconds to live, `None` without expiry."""
@@ -123,10 +115,6 @@ class Entry:
 
     def present(self, now: float) -> Present:
         return Present(self.version, self.left(now))
-
-    def is_live(self, now: float) -> bool:
-        """Return whether its time to live is not over."""
-        return not self.expiry or self.expiry > now
 
     def packed(self, kept: bytes) -> bytes:
         """Return its bytes as they stand in a lease, and are put back: the version is kept."""
@@ -164,7 +152,15 @@ def read_entry(raw: bytes, token: int, kept: bytes, epoch: float, now: float = 0
         raise _not_ours()
     if (expiry and expiry <= now) or raw[_HEADER_SIZE:start] != kept:
         return None
-    return Entry(form[0], expiry, stored_at, version or epoch + token, memoryview(raw)[start:])
+    entry = Entry(form[0], expiry, stored_at, version or epoch + token, memoryview(raw)[start:])
+    if entry.form == WITH_METADATA:
+        try:
+            end = _SIZE.size + _SIZE.unpack_from(entry.body)[0]
+            entry.metadata = unpack(entry.body[_SIZE.size : end], EntryMetadata)
+            entry.form, entry.body = entry.body[end], entry.body[end + 1 :]
+        except (struct.error, ValueError, IndexError):
+            raise CacheSerializationError("the stored value is damaged") from None
+    return entry
 
 
 def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float) -> Found | Missing | Failed | Entry:

@@ -99,8 +99,7 @@ class KeyItem(Item):
 
 
 class Lookup:
-    """What was read in a round. `head` is what names begin with in it, `now` the server's time then, and `generations` are
-    those of tags."""
+    """Items read in a round. `head` is what names begin with, `now` the server's time, `generations` are those of tags."""
 
     def __init__(self, session: Session, values: Values) -> None:
         self.session = session
@@ -193,7 +192,9 @@ class Lookup:
     def live(self, item: KeyItem) -> Entry | None:
         """Return the live value of a key."""
         served = item.served
-        return served if served is not None and item.held is None and served.is_live(self.now) else None
+        if served is None or item.held is not None or 0 < served.expiry <= self.now:
+            return None
+        return served
 
     def current(self, held: Held | None) -> bool:
         """Return whether a lease has neither run out nor been lost to the invalidation of a tag."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from cachebus.messages import (
     Admit,
@@ -58,7 +58,7 @@ def carry_out(values: Values, connection: Connection, batch: Sequence[Request[An
     need more, they go the way of all others: reads are repeated, and so are writes for a generation that has ended.
     """
     if not (prepared := _prepare(connection, values, batch)):
-        return (yield from Plan(connection, values, batch).run())
+        return (yield from plan(connection, values, batch))
     data, count, takers = prepared
     mark = connection.mark
     try:
@@ -66,7 +66,7 @@ def carry_out(values: Values, connection: Connection, batch: Sequence[Request[An
         if answers[0] != (connection.generation, mark):
             with contextlib.suppress(NamespaceChanged):
                 yield from Session(connection, values.keys).check(answers[0])
-            return (yield from Plan(connection, values, batch).run())
+            return (yield from plan(connection, values, batch))
     except CacheError as error:
         doubtful = in_doubt(error) if error.transient else error
         return [Failed.of(error if request.IDEMPOTENT else doubtful) for request in batch]
@@ -128,77 +128,58 @@ def _prepare(
     return data, len(commands), takers
 
 
-class Plan:
-    """A batch for one server, on its way."""
-
-    def __init__(self, connection: Connection, values: Values, batch: Sequence[Request[Any]]) -> None:
-        self.replies: list[Any] = [None] * len(batch)
-        self._batch = batch
-        self._session = Session(connection, values.keys)
-        self._values = values
-
-    def run(self) -> Exchange[list[Reply]]:
-        """Carry the batch out. What goes wrong is in the replies."""
-        batch, at, end, first = self._batch, 0, len(self._batch), 0
-        kind: _Kind = Direct
-        try:
-            while at < end:
-                first, kind = at, _kind(batch[at])
-                while at < end and _kind(batch[at]) is kind:
-                    at += 1
-                self._session.writing = False
-                if kind is Direct:
-                    yield from self._direct(first, at)
-                elif kind is Plan:
-                    yield from self._everything(first, at)
-                else:
-                    make = partial(KeyUpdates if kind is KeyUpdates else LimitUpdates, self._session, self._values)
-                    yield from update(make, self._session, batch, self.replies, list(range(first, at)))
-        except CacheError as error:
-            if kind is Direct:
-                self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
-            # What lies before `at` may have been sent.
-            for position, request in enumerate(batch):
-                if self.replies[position] is None:
-                    doubtful = position < at and self._session.writing and not request.IDEMPOTENT and error.transient
-                    self.replies[position] = Failed.of(in_doubt(error) if doubtful else error)
-        return self.replies
-
-    def _direct(self, first: int, end: int) -> Exchange[None]:
-        while True:
-            try:
-                return (yield from Direct(self._session, self._values, self.replies).run(self._batch, first, end))
-            except NamespaceChanged:
-                self.replies[first:end] = [None] * (end - first)
-
-    def _everything(self, first: int, end: int) -> Exchange[None]:
-        """Carry out requests on all keys of the namespace, or of a tag."""
-        for position in range(first, end):
-            request: Any = self._batch[position]
-            try:
-                if isinstance(request, Clear):
-                    yield from self._session.clear()
-                    self.replies[position] = Cleared()
-                else:
-                    yield from invalidate(self._session, request.tags)
-                    self.replies[position] = Invalidated()
-            except CacheError as error:
-                if self._session.connection.lost:
-                    raise
-                self.replies[position] = Failed.of(error)
+def plan(connection: Connection, values: Values, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
+    """Carry a batch out, in runs of neighbours of one kind. What goes wrong is in the replies."""
+    replies: list[Any] = [None] * len(batch)
+    session = Session(connection, values.keys)
+    at = first = 0
+    kind = ""
+    try:
+        while at < len(batch):
+            first, kind = at, _kind(batch[at])
+            while at < len(batch) and _kind(batch[at]) == kind:
+                at += 1
+            session.writing = False
+            if kind == "direct":
+                yield from Direct(session, values, replies).run(batch, first, at)
+            elif kind == "everything":
+                for position in range(first, at):
+                    replies[position] = yield from _on_everything(session, batch[position])
+            else:
+                make = partial(LimitUpdates if kind == "limits" else KeyUpdates, session, values)
+                yield from update(make, session, batch, replies, list(range(first, at)))
+    except CacheError as error:
+        if kind == "direct":
+            replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
+        # What lies before `at` may have been sent.
+        for position, request in enumerate(batch):
+            if replies[position] is None:
+                doubtful = position < at and session.writing and not request.IDEMPOTENT and error.transient
+                replies[position] = Failed.of(in_doubt(error) if doubtful else error)
+    return replies
 
 
-_Kind: TypeAlias = "type[Direct | KeyUpdates | LimitUpdates | Plan]"
-"""The class that carries out a request and its neighbours of the same kind."""
-
-
-def _kind(request: Request[Any]) -> _Kind:
+def _kind(request: Request[Any]) -> Literal["direct", "keys", "limits", "everything"]:
     kind = type(request)
     if kind is Admit:
-        return LimitUpdates
+        return "limits"
     if kind is Clear or kind is InvalidateTags:
-        return Plan
-    return KeyUpdates if looks_first(request) else Direct
+        return "everything"
+    return "keys" if looks_first(request) else "direct"
+
+
+def _on_everything(session: Session, request: Any) -> Exchange[Reply]:
+    """Carry out a request on all keys of the namespace, or of a tag."""
+    try:
+        if isinstance(request, Clear):
+            yield from session.clear()
+            return Cleared()
+        yield from invalidate(session, request.tags)
+        return Invalidated()
+    except CacheError as error:
+        if session.connection.lost:
+            raise
+        return Failed.of(error)
 
 
 class Direct:
@@ -214,10 +195,17 @@ class Direct:
         self._generations = Generations(session)
 
     def run(self, batch: Sequence[Request[Any]], first: int, end: int) -> Exchange[None]:
-        """Carry out the requests from `first` to before `end`. Raises `NamespaceChanged`."""
-        self._head = yield from self._session.head()
-        yield from self._make_tags(batch, first, end)
-        yield from self._together({position: self._step(batch[position]) for position in range(first, end)})
+        """Carry out the requests from `first` to before `end`."""
+        while True:
+            try:
+                self._head = yield from self._session.head()
+                yield from self._make_tags(batch[first:end])
+                yield from self._together({position: self._step(batch[position]) for position in range(first, end)})
+                return
+            except NamespaceChanged:
+                self._replies[first:end] = [None] * (end - first)
+                self._generations = Generations(self._session)
+                self._guessed = {}
 
     def resolve(self, batch: Sequence[Request[Any]]) -> Exchange[None]:
         """Replace the entries among the replies, which do not say everything by themselves."""
@@ -270,11 +258,10 @@ class Direct:
             answers = {position: [told[each] for each in at] for position, at in places.items()}
             steps = {position: steps[position] for position in places}
 
-    def _make_tags(self, batch: Sequence[Request[Any]], first: int, end: int) -> Exchange[None]:
+    def _make_tags(self, requests: Sequence[Request[Any]]) -> Exchange[None]:
         """Read the generations under which values are stored, before they are."""
         names: dict[str, None] = {}
-        for position in range(first, end):
-            request = batch[position]
+        for request in requests:
             if isinstance(request, Set | SetMany) and request.tags:
                 with contextlib.suppress(CacheError):  # It is answered when the value is stored.
                     names.update(dict.fromkeys(map(self._values.keys.tag, request.tags)))

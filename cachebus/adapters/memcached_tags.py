@@ -110,8 +110,7 @@ class Generations:
         return self._seen.get(name, b"")
 
     def current(self, tags: Iterable[str]) -> TagVersions:
-        """Return the tags with their generations, for an entry that is made now. Raises `CacheError` for one that could
-        neither be read nor made."""
+        """Return the tags with their generations, for a new entry. Raises `CacheError` if one could not be read or made."""
         versions: list[TagVersion] = []
         for tag in dict.fromkeys(tags):
             name = self._keys.tag(tag)

@@ -109,17 +109,14 @@ class Values:
         room = connection.entry_max - HEADER.size - len(kept)
         if metadata is not NO_METADATA:
             room -= len(metadata.packed())
-        if len(form) - 1 <= room:
-            return [store(head + tail, pack_entry(form, kept, expiry, now, 0.0, metadata), seconds, condition)]
-        limit = CHUNKED_MAX if self.chunked else max(room, 0)
-        if len(form) - 1 > limit or form[0] == INT:
-            raise CacheCapacityError("the value is too large for Memcached", len(form) - 1, limit)
-        manifest, chunks = split(form, connection.entry_max)
-        entry = pack_entry(manifest, kept, expiry, now, 0.0, metadata)
-        return [
-            *(store(head + chunk, body, seconds) for chunk, body in chunks),
-            store(head + tail, entry, seconds, condition),
-        ]
+        chunks: list[bytes] = []
+        if len(form) - 1 > room:
+            limit = CHUNKED_MAX if self.chunked else max(room, 0)
+            if len(form) - 1 > limit or form[0] == INT:
+                raise CacheCapacityError("the value is too large for Memcached", len(form) - 1, limit)
+            form, parts = split(form, connection.entry_max)
+            chunks = [store(head + chunk, body, seconds) for chunk, body in parts]
+        return [*chunks, store(head + tail, pack_entry(form, kept, expiry, now, 0.0, metadata), seconds, condition)]
 
 
 def entry_of(connection: Connection, kept: bytes, answer: Answer, now: float) -> Entry | None:

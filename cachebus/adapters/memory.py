@@ -144,11 +144,6 @@ class MemoryStore(EntryTable):
             max_bytes=self._max_bytes,
         )
 
-    @property
-    def limits(self) -> int:
-        """How many rate limits are in use."""
-        return len(self._meters)
-
     # Reading
 
     def _reader(self) -> Callable[[Get], Found | Missing]:

@@ -58,8 +58,7 @@ def per_of(request: Admit) -> int:
 
 
 def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | RateLimitDenied, Meter | None]:
-    """Return the reply to a checked request, and the meter that it leaves; `None` if nothing changes. `now` is in
-    microseconds."""
+    """Return the reply to a checked request, and the meter, if that changes. `now` is in microseconds."""
     limit, per, at, level = request.limit, per_of(request), now, 0
     set_back = None
     if meter is not None:

@@ -26,8 +26,7 @@ from .weigh import ENTRY_OVERHEAD
 
 
 class Kept(NamedTuple):
-    """What is kept beside the entry of a loaded value: its metadata, the time to live that it was given, and until when it
-    may be served as stale."""
+    """Metadata of a loaded value, the time to live that it was given, and the time until which it may be served stale."""
 
     metadata: LoadMetadata
     lifetime: float | None

@@ -20,9 +20,6 @@ class TagTable:
         # tag -> [entries that carry it, version at which it was last invalidated]
         self._tags: dict[str, list[float]] = {}
 
-    def __len__(self) -> int:
-        return len(self._tags)
-
     def clear(self) -> None:
         """Forget every tag."""
         self._tags.clear()

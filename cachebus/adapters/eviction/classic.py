@@ -94,15 +94,11 @@ class _Bucket(Ring):
 
     __slots__ = ("frequency", "higher", "lower")
 
-    frequency: int
-    higher: _Bucket | None
-    lower: _Bucket | None
-
     def __init__(self, frequency: int) -> None:
         super().__init__()
         self.frequency = frequency
-        self.higher = None
-        self.lower = None
+        self.higher: _Bucket | None = None
+        self.lower: _Bucket | None = None
 
 
 class LfuPolicy:
@@ -125,7 +121,7 @@ class LfuPolicy:
         self.on_hit: Callable[[Entry], None] | None = self._touch
 
     def _after(self, lower: _Bucket | None, frequency: int) -> _Bucket:
-        """The bucket of `frequency`, made next to `lower` (`None` for the lowest place) when there is none."""
+        """Return the bucket of `frequency`, made next to `lower` (`None` for the lowest place) when there is none."""
         bucket = self._buckets.get(frequency)
         if bucket is None:
             bucket = self._buckets[frequency] = _Bucket(frequency)

@@ -21,12 +21,6 @@ class Entry:
 
     __slots__ = ("expires_at", "key", "next", "prev", "tags", "value", "version", "visits")
 
-    key: str
-    value: Any
-    version: float
-    expires_at: float
-    tags: tuple[str, ...]
-    visits: int
     prev: Entry
     next: Entry
 
@@ -70,9 +64,6 @@ class Ring:
         self._root.prev = self._root.next = self._root
         self.size = 0
 
-    def __len__(self) -> int:
-        return self.size
-
     def append(self, entry: Entry) -> None:
         """Link `entry` in as the youngest."""
         root = self._root
@@ -85,13 +76,12 @@ class Ring:
     def remove(self, entry: Entry) -> None:
         """Unlink `entry`, which must be in this ring."""
         before, after = entry.prev, entry.next
-        before.next = after
-        after.prev = before
+        before.next, after.prev = after, before
         del entry.prev, entry.next
         self.size -= 1
 
     def oldest(self) -> Entry:
-        """The entry that was appended first. Raises `IndexError` when the ring is empty."""
+        """Return the entry that was appended first. Raises `IndexError` when the ring is empty."""
         if not self.size:
             raise IndexError("oldest() of an empty ring")
         return self._root.next
@@ -99,20 +89,15 @@ class Ring:
     def rotate(self) -> None:
         """Make the oldest entry the youngest. The ring must not be empty."""
         root = self._root
-        moved = root.next
-        after = moved.next
-        last = root.prev
-        if moved is last:
-            return
-        root.next = after
-        after.prev = root
-        last.next = moved
-        moved.prev = last
-        moved.next = root
-        root.prev = moved
+        moved, last = root.next, root.prev
+        if moved is not last:
+            root.next = after = moved.next
+            after.prev = root
+            last.next = root.prev = moved
+            moved.prev, moved.next = last, root
 
     def younger(self, entry: Entry) -> Entry | None:
-        """The entry that was appended next after `entry`, which must be in this ring; `None` for the youngest."""
+        """Return the entry that was appended next after `entry`, which must be in this ring; `None` for the youngest."""
         after = entry.next
         return None if after is self._root else after
 

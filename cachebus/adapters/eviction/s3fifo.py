@@ -70,10 +70,6 @@ class Duels:
         self._defenders: OrderedDict[str, tuple[Entry, Gate] | Gate | None] = OrderedDict()
         self._trials: dict[str, str] = {}
 
-    def __len__(self) -> int:
-        """How many defenders are remembered."""
-        return len(self._defenders)
-
     def clear(self) -> None:
         """Forget all duels; the gates are cleared by their owner."""
         self._defenders.clear()
