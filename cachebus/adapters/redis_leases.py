@@ -38,8 +38,7 @@ from cachebus.messages import (
 )
 from cachebus.messages.lease_names import NONCE_LENGTH, new_lease_name
 
-from .durations import time_stale
-from .lease_checks import check_lease
+from .durations import check_lease, time_stale
 from .redis_commands import slot_of, tag_of
 from .redis_connection import Argument
 from .redis_entry import pack_metadata, pack_tagged, pack_tags, read_entry, read_stale
