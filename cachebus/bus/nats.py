@@ -28,7 +28,6 @@ from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
 from .compat import running_loop
 from .emitter import origin
-from .event_policy import EVERYTHING, EventPolicy
 from .local import LocalBus
 from .message_age import age_clock
 from .nats_claims import Claim
@@ -40,7 +39,7 @@ from .nats_options import NatsCounters, NatsOptions
 from .nats_requests import Requests
 from .nats_serving import Responder
 from .nats_stream import Replay, ensure_stream
-from .subscription import Subscription, event_kinds
+from .subscription import EVERYTHING, EventPolicy, Subscription, event_kinds
 
 logger = logging.getLogger("cachebus.bus")
 
