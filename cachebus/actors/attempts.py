@@ -11,14 +11,11 @@ from msgspec import Struct
 
 from cachebus.bus import Port, SlotBatch, open_port
 from cachebus.messages import (
-    AcquireLock,
+    WIRE_NAMES,
     CacheError,
     Clear,
     DeletePattern,
-    DescribeLock,
     Overloaded,
-    ReleaseLock,
-    RenewLock,
     Reply,
     Request,
     SetMany,
@@ -27,21 +24,16 @@ from cachebus.messages import (
 from .actor import Context
 from .ports import NO_PROGRESS, SLOWEST_LINE, Progress, Timer
 
-PUNCTUAL = 0.03
-"""Seconds by which a timer may fire late without saying anything about the event loop."""
-
+PUNCTUAL = 0.03  # Seconds by which a timer may fire late without saying anything about the event loop.
+# The duration of these grows with the number of keys stored. They have the longest timeout, and say nothing of others.
 SLOW_REQUESTS = frozenset[type[Request[Any]]]({Clear, DeletePattern})
-"""Requests whose duration grows with the number of keys stored: they have the longest timeout, and say nothing of others."""
-
-LOCK_REQUESTS = frozenset[type[Request[Any]]]({AcquireLock, RenewLock, ReleaseLock, DescribeLock})
-"""Requests with an adaptive timeout of their own."""
-
-SLOWEST_KEY = 100e-6
-"""Seconds that a backend may take for each key of a request about many."""
-
+# These have an adaptive timeout of their own.
+LOCK_REQUESTS = frozenset(kind for name, kind in WIRE_NAMES.items() if name.startswith("lock."))
+SLOWEST_KEY = 100e-6  # Seconds that a backend may take for each key of a request about many.
+# Of the timeout, each time that it strikes. From 0.1 s on, a backend that suddenly takes 0.3 s is heard before five failures
+# open its circuit. One that does not answer has opened it after 1.3 s; doubling would take 3.1 s.
 GROWTH = 1.5
-"""Of the timeout, each time that it strikes. From 0.1 s on, a backend that suddenly takes 0.3 s is heard before five failures
-open its circuit. One that does not answer has opened it after 1.3 s; doubling would take 3.1 s."""
+FACTOR = 3.0
 
 _NEVER = float("inf")
 
@@ -49,24 +41,15 @@ _NEVER = float("inf")
 class AdaptiveTimeout:
     """A timeout that follows the 95th percentile of the last `window` durations. All times are seconds.
 
-    It is `factor` times the percentile, within `lowest` and `highest`, and `initial` before anything is known. A timeout
+    It is `FACTOR` times the percentile, within `lowest` and `highest`, and `initial` before anything is known. A timeout
     that strikes makes it half as long again until an answer comes that did not need the addition (after Karn and
     Partridge, SIGCOMM 1987). Without that, the answers of a backend that has become slow would never be seen.
     """
 
-    def __init__(
-        self,
-        *,
-        window: int = 1000,
-        lowest: float = 0.1,
-        highest: float = 10.0,
-        initial: float = 1.0,
-        factor: float = 3.0,
-    ) -> None:
+    def __init__(self, *, window: int = 1000, lowest: float = 0.1, highest: float = 10.0, initial: float = 1.0) -> None:
         self.current = initial
         self._lowest = lowest
         self._highest = highest
-        self._factor = factor
         self._base = initial
         self._penalty = 1.0
         self._struck_at = float("-inf")
@@ -93,7 +76,7 @@ class AdaptiveTimeout:
         recent.append(duration)
         insort(ordered, duration)
         p95 = ordered[-(-len(ordered) * 19 // 20) - 1]
-        self._base = min(self._highest, max(self._lowest, self._factor * p95))
+        self._base = min(self._highest, max(self._lowest, FACTOR * p95))
         self.current = min(self._highest, self._base * self._penalty)
 
     def struck(self, started: float, now: float) -> bool:

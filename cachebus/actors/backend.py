@@ -71,8 +71,7 @@ STORE_REQUESTS: tuple[type[Request[Any]], ...] = tuple(
 )
 """The requests that a backend hands to its store."""
 
-SWEEP_BATCH = 1000
-"""The most expired entries that one turn removes, so that no turn is long."""
+SWEEP_BATCH = 1000  # The most expired entries that one turn removes, so that no turn is long.
 
 
 @dataclass(slots=True)

@@ -35,15 +35,9 @@ Then = Callable[[Reply], None]
 
 MAX_BATCH = 128
 
-OWED_FOR = 60.0
-"""Seconds for which the store is asked to take a lock back."""
-
-AGAIN = 1.0
-"""Seconds between two such tries."""
-
-PATIENCE = 2.0
-"""Seconds for which the answer to such a try is waited for."""
-
+OWED_FOR = 60.0  # Seconds for which the store is asked to take a lock back.
+AGAIN = 1.0  # Seconds between two such tries.
+PATIENCE = 2.0  # Seconds for which the answer to such a try is waited for.
 MOST_OWED = 10_000
 
 

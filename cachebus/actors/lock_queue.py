@@ -18,8 +18,7 @@ from cachebus.messages import (
     Reply,
 )
 
-LONGEST = 1e9
-"""Seconds that a lock may be held or waited for: thirty years."""
+LONGEST = 1e9  # Seconds that a lock may be held or waited for: thirty years.
 
 
 class LockReply(Struct, eq=False):

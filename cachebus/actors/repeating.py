@@ -16,9 +16,8 @@ from cachebus.messages import CacheError, Failed, Reply, Request, error_class
 from .actor import Context
 from .guard_policy import RetryPolicy
 
-RESERVE = 10.0
-MOST = 100.0
-"""Repetitions that a budget begins with, and that it can grow to."""
+RESERVE = 10.0  # Repetitions that a budget begins with.
+MOST = 100.0  # Repetitions that a budget can grow to.
 
 
 class Retries:

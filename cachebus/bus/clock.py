@@ -18,11 +18,8 @@ import anyio
 
 from .compat import running_loop
 
-TICK = 0.02
-"""Seconds by which an expiry may be late: far below the 100 ms that a deadline may be overrun by."""
-
-TICKS = 1 / TICK
-"""Ticks a second: a product takes less than a quotient."""
+TICK = 0.02  # Seconds by which an expiry may be late: far below the 100 ms that a deadline may be overrun by.
+TICKS = 1 / TICK  # Ticks a second: a product takes less than a quotient.
 
 
 class Clock(Protocol):

@@ -43,8 +43,7 @@ from .subscription import EVERYTHING, EventPolicy, Subscription, event_kinds
 
 logger = logging.getLogger("cachebus.bus")
 
-GROUP = "q"
-"""The queue group of the processes that share an address: the default of NATS micro."""
+GROUP = "q"  # The queue group of the processes that share an address: the default of NATS micro.
 
 
 class NatsBus(LocalBus):

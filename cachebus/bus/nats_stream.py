@@ -28,9 +28,7 @@ from .subscription import EventKind, Subscription, event_kinds
 
 logger = logging.getLogger("cachebus.bus")
 
-MESSAGE_ID = "Nats-Msg-Id"
-"""The header by which a stream keeps each event once."""
-
+MESSAGE_ID = "Nats-Msg-Id"  # The header by which a stream keeps each event once.
 _DUPLICATES = 120.0  # Seconds in which a stream knows an id again, if it keeps messages for as long.
 _BATCH = 256
 _EXPIRES = 2.0  # Seconds that one question for more events may stay open.

@@ -235,9 +235,7 @@ class Audience:
                 by_kind[kind] = (*by_kind.get(kind, ()), subscription)
         self._subscriptions = subscriptions
         self._by_kind = by_kind
-        self.listened_to = frozenset(
-            kind for kind, listeners in by_kind.items() if not all(each.local for each in listeners)
-        )
+        self.listened_to = frozenset().union(*(each.kinds for each in subscriptions if not each.local))
         self.kinds = frozenset(by_kind) | self._wanted_elsewhere
         for watcher in self._watchers:
             watcher()
@@ -337,5 +335,4 @@ def shares(sample: Mapping[str, float]) -> dict[EventKind, float]:
     return {kind: share for kind, share in found.items() if share < 1}
 
 
-EVERYTHING = EventPolicy()
-"""Plain keys, and every event."""
+EVERYTHING = EventPolicy()  # Plain keys, and every event.
