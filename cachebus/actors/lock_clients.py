@@ -30,9 +30,7 @@ from .lazy_store import LazyStore
 from .ports import BatchStore, InlineLockStore, PipelinedStore
 from .resilience import AwaitedStore, Guard
 
-Then = Callable[[Reply], None]
-"""Takes the reply; an error is a `Failed`."""
-
+Then = Callable[[Reply], None]  # Takes the reply; an error is a `Failed`.
 MAX_BATCH = 128
 
 OWED_FOR = 60.0  # Seconds for which the store is asked to take a lock back.

@@ -29,8 +29,7 @@ _SENDERS = 10_000  # Of those not heard for longest, the next message counts as 
 
 class _Sender(Struct, eq=False):
     least: float
-    recent: float
-    """The smallest difference since `since`."""
+    recent: float  # The smallest difference since `since`.
     since: float
     heard: float
 

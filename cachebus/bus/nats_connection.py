@@ -55,8 +55,7 @@ class NatsConnection:
         self._warns_after = 0.0
         self._ready = False  # Connected and subscribed: an answer would be heard.
         self._servers = list(options.servers)
-        self.max_payload = 1_048_576
-        """Bytes that the server takes in one message."""
+        self.max_payload = 1_048_576  # Bytes that the server takes in one message.
         self.loop: asyncio.AbstractEventLoop
 
     def __repr__(self) -> str:

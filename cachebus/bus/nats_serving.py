@@ -190,8 +190,7 @@ class IncomingBatch(Struct, eq=False):
     is_array: bool = False
     messages: Sequence[Message | BadMessage] = ()
     replies: list[Reply | None] = []
-    ready: list[int] = []
-    """Places that are answered and not sent."""
+    ready: list[int] = []  # Places that are answered and not sent.
     unanswered: int = 0
     began: float = 0.0
     handed_over: bool = False

@@ -27,8 +27,7 @@ from cachebus.messages import (
 from .ports import Port, ThreadPort, open_port
 
 EventKind = type[Event]
-Shown = Callable[[Event], Event]
-"""Returns an event as a listener may see it."""
+Shown = Callable[[Event], Event]  # Returns an event as a listener may see it.
 
 KeyForm: TypeAlias = Literal["plain", "hash", "none"]
 
