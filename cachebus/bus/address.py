@@ -58,9 +58,6 @@ class Subjects:
         self._root = f"{ROOT}v1.{self.namespace}"
         self.event_prefix = f"{self._root}.evt."
 
-    def __repr__(self) -> str:
-        return f"<Subjects of {self.namespace!r}>"
-
     def request(self, address: str) -> str:
         """The subject of requests to the actor at `address`."""
         return _short(f"{self._root}.req.{Address(address)}")

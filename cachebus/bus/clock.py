@@ -48,9 +48,6 @@ class SystemClock:
     async def sleep_until(self, instant: float) -> None:
         await anyio.sleep(max(0.0, instant - time.monotonic()))
 
-    def __repr__(self) -> str:
-        return "SystemClock()"
-
 
 SYSTEM_CLOCK = SystemClock()
 

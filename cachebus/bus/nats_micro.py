@@ -74,9 +74,6 @@ class Micro:
         self._waiting: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
-    def __repr__(self) -> str:
-        return f"<Micro {self.id}>"
-
     async def open(self) -> None:
         """Begin to answer."""
         self._base["version"] = await asyncio.to_thread(_installed_version)  # It is read from a file.
