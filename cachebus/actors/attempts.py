@@ -217,8 +217,7 @@ class Attempts:
 
     def _check(self) -> None:
         now = self._now()
-        # If the timer is late, this loop stood still and read nothing. An answer that arrived meanwhile is no failure, so
-        # answers are read first.
+        # If the timer is late, this loop stood still. Answers that arrived meanwhile are no failures: they are read first.
         if (stall := now - self.armed_for) > PUNCTUAL:
             for attempt in self.outstanding:
                 attempt.due += stall + PUNCTUAL

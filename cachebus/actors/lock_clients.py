@@ -73,9 +73,6 @@ class InlineLockClient:
         finally:
             self._busy = False
 
-    def statistics(self) -> dict[str, Any]:
-        return {}
-
     async def close(self, last: Sequence[Request[Any]]) -> None:
         """Carry these out, and no others."""
         for request in last:
@@ -111,9 +108,6 @@ class LockStoreClient:
                 return
         self._outbox.append((request, then))
         self._wake_up()
-
-    def sweep(self) -> None:
-        """Do nothing: a server sweeps by itself."""
 
     def statistics(self) -> dict[str, Any]:
         """The figures of the guard."""

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import get_ident
-from typing import Any, cast
+from typing import Any
 
 from cachebus.bus import Deferred
 from cachebus.messages import (
@@ -129,7 +129,7 @@ class LockManager(Actor):
         return Description(self.ctx.address, self._store.name, ("locks",), {"max_waiters": self._max_waiters})
 
     def on_take_snapshot(self, request: TakeSnapshot) -> Snapshot:
-        guard = self._client.statistics()
+        guard = self._client.statistics() if isinstance(self._client, LockStoreClient) else {}
         restarts, overloaded = self.ctx.restarts, self.ctx.overloaded
         return Snapshot(self.ctx.address, self._store.name, restarts=restarts, overloaded=overloaded, guard=guard)
 
@@ -147,9 +147,9 @@ class LockManager(Actor):
         except CacheError as error:
             return Failed.of(error)
 
-    def _serve(self, request: Request[Any]) -> Reply | Deferred:
+    def _serve(self, request: Any) -> Reply | Deferred:
         answer = LockReply()
-        check_lock_request(cast("Any", request))
+        check_lock_request(request)
         match request:
             case AcquireLock():
                 self._acquire(request, answer)
@@ -331,7 +331,8 @@ class LockManager(Actor):
     def on_sweep(self, request: Sweep) -> Released:
         """Look at what is due."""
         now, self._sweeps_at = self.ctx.clock.monotonic(), math.inf
-        self._client.sweep()
+        if isinstance(self._client, InlineLockClient):  # A server sweeps by itself.
+            self._client.sweep()
         for name, ticket in [*self._due.expire(now)]:
             if ticket:
                 if (waiter := self._waiters.get((name, ticket))) is not None and waiter.until <= now:

@@ -228,9 +228,8 @@ class NatsBus(LocalBus):
 
     def _lost(self) -> None:
         if self._requests is not None:
-            self._requests.end(
-                CacheConnectionError("the connection to NATS was lost; whether it took effect is not known", "nats")
-            )
+            detail = "the connection to NATS was lost; whether it took effect is not known"
+            self._requests.end(CacheConnectionError(detail, "nats"))
 
     def _back(self) -> None:
         self._outbox.wake()

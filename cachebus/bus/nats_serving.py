@@ -1,8 +1,7 @@
 """The answering side of a bus over NATS: a message is decoded, handed to the recipient, and answered once.
 
-No bytes end the subscription: a message that cannot be read is counted, and answered `BadMessage` if an answer is wanted.
-The answers to an array go back together, in its order. To a sender that says `Cachebus-Partial` they go back as they
-come, so that a slow one holds up no other.
+A message that cannot be read is counted, and answered `BadMessage` if an answer is wanted. The answers to an array go
+back together, in its order, or as they come to a sender that says `Cachebus-Partial`.
 
 A message is answered below an inbox prefix only. With any other subject the sender could choose what this process
 publishes, such as a request to JetStream; the message is dropped.
