@@ -25,7 +25,6 @@ LINES = 400
 
 LARGE = {
     "actors/cell.py": 540,  # the mailbox's turns, and the repair of turns that were interrupted
-    "actors/lock_manager.py": 415,
     "adapters/redis_plan.py": 445,  # runs of requests, and requests that stand alone
     "bus/nats_requests.py": 440,  # the inbox of a bus, and what is sent to one address
 }
