@@ -11,13 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast, get_args
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
-    ValidationError,
     field_serializer,
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cachebus.messages import CacheConfigurationError
 
@@ -38,7 +37,6 @@ from .options import (
     Switch,
     Word,
     named,
-    refusal,
     refuse_wrong,
     sentence,
     shown,
@@ -46,7 +44,7 @@ from .options import (
 )
 from .payload_settings import PayloadSettings
 from .redis_settings import RedisSettings, host_and_port
-from .sources import PREFIX, Environment, Profile, read_file
+from .sources import read_file, with_sources
 from .urls import did_you_mean, is_url, parse_url, redact_url
 
 Policy: TypeAlias = Literal["s3fifo", "lru", "lfu", "sieve"]
@@ -154,20 +152,14 @@ def _read_entries(value: object) -> object:
 _Entry = Annotated[BackendSettings, Field(discriminator="type"), BeforeValidator(_read_entry)]
 
 
-class _Root(BaseSettings):
+class _Root(Options):
     # Apart from Settings, so that type checkers still see a constructor with its fields.
     def __init__(self, /, **values: Any) -> None:
         known = type(self).model_fields
         for name in values:
-            # pydantic-settings would read _env_file and its like, and `Timeout` as `timeout`.
             if name not in known:
                 raise CacheConfigurationError(sentence((redact_url(name),), unknown_option(name, list(known))))
-        try:
-            super().__init__(**values)
-            return
-        except ValidationError as error:
-            refused = refusal(error, type(self))
-        raise refused
+        super().__init__(**with_sources(known, values))
 
 
 class Settings(_Root):
@@ -177,9 +169,7 @@ class Settings(_Root):
     Raises `CacheConfigurationError` that names the option, the value and what is allowed; never a password.
     """
 
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, hide_input_in_errors=True, env_prefix=PREFIX, env_nested_delimiter="__"
-    )
+    model_config = ConfigDict(validate_default=True)
 
     namespace: Word = "default"
     """Keeps the keys of several applications in one store apart."""
@@ -209,13 +199,6 @@ class Settings(_Root):
     """`production` refuses settings that are insecure."""
     debug: Switch = False
     """Whether the log names the keys that something went wrong with."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources of values, best first."""
-        return init_settings, Environment(settings_cls), Profile(settings_cls)
 
     @field_validator("backends")
     @classmethod
