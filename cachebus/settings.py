@@ -22,7 +22,7 @@ from cachebus.messages import CacheConfigurationError
 
 from .event_settings import EventSettings
 from .failures import OnError
-from .guard_settings import GuardSettings
+from .guard_settings import GuardSettings, host_and_port
 from .memcached_settings import MemcachedSettings
 from .nats_settings import BusSettings, NatsSettings, read_bus
 from .options import (
@@ -43,7 +43,7 @@ from .options import (
     unknown_option,
 )
 from .payload_settings import PayloadSettings
-from .redis_settings import RedisSettings, host_and_port
+from .redis_settings import RedisSettings
 from .sources import read_file, with_sources
 from .urls import did_you_mean, is_url, parse_url, redact_url
 
@@ -188,13 +188,11 @@ class Settings(_Root):
     payload: Annotated[PayloadSettings, BeforeValidator(named)] = PayloadSettings()
     """How values become bytes."""
     events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()
-    """What events say, and how many of them are told."""
+    """What events say, and how many of them go out."""
     locks: _Entry | None = None
-    """Where locks are kept, given as a backend is; `None` is where the default backend keeps its values. `bus:locks` is in
-    workers that say where."""
+    """Where locks are kept: a backend, or `bus:locks` in workers that name one; `None` is with the values of the default backend."""
     profile: Literal["dev", "production", "test"] | None = None
-    """A set of settings below all others: `dev` is `debug`; `production` is `environment: production`, zstd compression and
-    checksums; `test` is a timeout of 30 s."""
+    """Sets of settings: `dev` is `debug`; `production` is that environment, zstd and checksums; `test` is a timeout of 30 s."""
     environment: Literal["development", "test", "production"] = "development"
     """`production` refuses settings that are insecure."""
     debug: Switch = False
