@@ -12,10 +12,11 @@ from pydantic import SecretStr
 from cachebus.actors.ports import BatchStore, Clock, InlineStore, LockStore
 from cachebus.messages import CacheConfigurationError, CapabilityError
 
+from .guard_settings import ServerSettings, host_and_port
 from .memcached_settings import MemcachedSettings
 from .nats_settings import BusSettings
 from .options import shown
-from .redis_settings import RedisSettings, host_and_port
+from .redis_settings import RedisSettings
 from .settings import BackendSettings, MemorySettings, NullSettings, PluginSettings
 from .urls import STORES
 
@@ -115,20 +116,17 @@ def _memcached(
     settings: MemcachedSettings, namespace: str, clock: Clock, adapter: str = "memcached", store: str = "MemcachedStore"
 ) -> Any:
     memcached = _adapter("memcached", "memcached")
+    same = ("default_ttl", "connect_timeout", "timeout", "max_connections", "chunked")
     return getattr(_adapter("memcached", adapter), store)(
         [memcached.Endpoint(*host_and_port(host, 11211)) for host in settings.hosts],
         namespace=namespace,
         tls=_tls(memcached, settings),
-        default_ttl=settings.default_ttl,
-        connect_timeout=settings.connect_timeout,
-        timeout=settings.timeout,
-        max_connections=settings.max_connections,
-        chunked=settings.chunked,
+        **{name: getattr(settings, name) for name in same},
         clock=clock,
     )
 
 
-def _tls(adapter: Any, settings: RedisSettings | MemcachedSettings) -> Any:
+def _tls(adapter: Any, settings: ServerSettings) -> Any:
     if not settings.tls:
         return None
     return adapter.TlsFiles(ca=settings.tls_ca_file, certificate=settings.tls_cert_file, key=settings.tls_key_file)
