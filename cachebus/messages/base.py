@@ -55,6 +55,12 @@ class Request(Message, Generic[ReplyT_co], frozen=True, tag=""):
     """It removes what is out of date: a full mailbox still takes it, because losing one means stale reads."""
 
 
+class IdempotentRequest(Request[ReplyT_co], Generic[ReplyT_co], frozen=True, tag=""):
+    """A request that may be carried out twice."""
+
+    IDEMPOTENT: ClassVar[bool] = True
+
+
 class Event(Message, frozen=True, kw_only=True, tag=""):
     """A fact about the past, published to its listeners. The emitter fills in these common fields.
 
@@ -102,7 +108,7 @@ WIRE_NAMES: Mapping[str, type[Message]] = WireNames()
 def reply_types(request: type[Request[Any]]) -> tuple[type[Reply], ...]:
     """The replies that a request names, without `Failed`, which any request may get."""
     for base in getattr(request, "__orig_bases__", ()):
-        if getattr(base, "__origin__", None) is Request:
+        if issubclass(getattr(base, "__origin__", object), Request):
             (answer,) = base.__args__
             return tuple(getattr(answer, "__args__", (answer,)))
     raise TypeError(f"{request.__name__} does not say Request[...] with its reply types")

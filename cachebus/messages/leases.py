@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
-from .base import Reply, Request
+from .base import IdempotentRequest, Reply
 from .replies import Found
 
 
@@ -63,7 +63,9 @@ class NotHeld(Reply, frozen=True, gc=False, tag="reply.not_held"):
     """There is no such lease any more: it ran out, was given back, or was lost to an invalidation."""
 
 
-class GetOrLease(Request[Found | Stale | LeaseGranted | Loading], frozen=True, gc=False, tag="lease.get_or_lease"):
+class GetOrLease(
+    IdempotentRequest[Found | Stale | LeaseGranted | Loading], frozen=True, gc=False, tag="lease.get_or_lease"
+):
     """Read one key; where it has no live value, be the one who loads it.
 
     `token` names the question, and nobody has used it before. The lease is named by it and by a nonce. Asked for twice, the
@@ -87,10 +89,9 @@ class GetOrLease(Request[Found | Stale | LeaseGranted | Loading], frozen=True, g
     tags: tuple[str, ...] = ()
     refresh: bool = False
     after: str = ""
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class WatchLease(Request[NotHeld | Loading], frozen=True, gc=False, tag="lease.watch"):
+class WatchLease(IdempotentRequest[NotHeld | Loading], frozen=True, gc=False, tag="lease.watch"):
     """Wait for up to `wait` seconds until the lease `token` of a key, which somebody else holds, has ended.
 
     The reply says no more than that: whoever asked looks what is there now. It is `Loading` when time is up. Where the
@@ -101,19 +102,17 @@ class WatchLease(Request[NotHeld | Loading], frozen=True, gc=False, tag="lease.w
     key: str
     token: str
     wait: float
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class RenewLease(Request[Renewed | NotHeld], frozen=True, gc=False, tag="lease.renew"):
+class RenewLease(IdempotentRequest[Renewed | NotHeld], frozen=True, gc=False, tag="lease.renew"):
     """Hold a lease for `lease_ttl` seconds from now."""
 
     key: str
     token: str
     lease_ttl: float
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class ReleaseLease(Request[Released | NotHeld], frozen=True, tag="lease.release"):
+class ReleaseLease(IdempotentRequest[Released | NotHeld], frozen=True, tag="lease.release"):
     """Give a lease back, without a value to store. `token` is its name, or where no answer came, what it was asked for as.
 
     Those who wait get `late`, a value that is not to be stored; or the error that the loader failed, if `error` is the
@@ -124,4 +123,3 @@ class ReleaseLease(Request[Released | NotHeld], frozen=True, tag="lease.release"
     token: str
     error: str = ""
     late: Found | None = None
-    IDEMPOTENT: ClassVar[bool] = True

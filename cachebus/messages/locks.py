@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from .base import Reply, Request
+from .base import IdempotentRequest, Reply
 from .leases import NotHeld, Released, Renewed
 
 
@@ -44,7 +42,7 @@ class LockFree(Reply, frozen=True, gc=False, tag="reply.lock_free"):
     """Nobody holds the lock."""
 
 
-class AcquireLock(Request[LockGranted | LockQueued | LockDenied], frozen=True, gc=False, tag="lock.acquire"):
+class AcquireLock(IdempotentRequest[LockGranted | LockQueued | LockDenied], frozen=True, gc=False, tag="lock.acquire"):
     """Hold the lock `name` for `ttl` seconds.
 
     `ticket` names this one attempt, and nobody has used it before; asked for twice, the lock is granted once, and held
@@ -57,19 +55,17 @@ class AcquireLock(Request[LockGranted | LockQueued | LockDenied], frozen=True, g
     ticket: str
     ttl: float
     wait: float = 0.0
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class RenewLock(Request[Renewed | NotHeld], frozen=True, gc=False, tag="lock.renew"):
+class RenewLock(IdempotentRequest[Renewed | NotHeld], frozen=True, gc=False, tag="lock.renew"):
     """Hold a lock for `ttl` seconds from now. One that was lost is not held again."""
 
     name: str
     ticket: str
     ttl: float
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class ReleaseLock(Request[Released | NotHeld], frozen=True, gc=False, tag="lock.release"):
+class ReleaseLock(IdempotentRequest[Released | NotHeld], frozen=True, gc=False, tag="lock.release"):
     """Give a lock back, or the place in its queue. `owner` is for those who listen.
 
     `token` is that of the grant: with it the lock may be given back again when the answer was lost, whoever has it by then.
@@ -87,11 +83,9 @@ class ReleaseLock(Request[Released | NotHeld], frozen=True, gc=False, tag="lock.
     abandon: bool = False
     unclaimed: bool = False
     offered: bool = False
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class DescribeLock(Request[LockInfo | LockFree], frozen=True, gc=False, tag="lock.describe"):
+class DescribeLock(IdempotentRequest[LockInfo | LockFree], frozen=True, gc=False, tag="lock.describe"):
     """Say who holds a lock."""
 
     name: str
-    IDEMPOTENT: ClassVar[bool] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from .base import Request
+from .base import IdempotentRequest, Request
 from .leases import LoadMetadata
 from .replies import (
     Cleared,
@@ -29,25 +29,22 @@ Ttl = float | Literal["default"] | None
 """Seconds to live; `"default"` leaves it to the backend, `None` is no expiry."""
 
 
-class Get(Request[Found | Missing], frozen=True, gc=False, tag="backend.get"):
+class Get(IdempotentRequest[Found | Missing], frozen=True, gc=False, tag="backend.get"):
     """Read one key."""
 
     key: str
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class GetMany(Request[FoundMany], frozen=True, gc=False, tag="backend.get_many"):
+class GetMany(IdempotentRequest[FoundMany], frozen=True, gc=False, tag="backend.get_many"):
     """Read several keys."""
 
     keys: tuple[str, ...]
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class Exists(Request[Present | Missing], frozen=True, gc=False, tag="backend.exists"):
+class Exists(IdempotentRequest[Present | Missing], frozen=True, gc=False, tag="backend.exists"):
     """Ask whether a key has a live value, and for how long. It is no use of the value: no hit, no miss."""
 
     key: str
-    IDEMPOTENT: ClassVar[bool] = True
 
 
 class Set(Request[Stored | NotStored], frozen=True, tag="backend.set"):
@@ -96,12 +93,11 @@ class CompareAndSet(Request[Stored | NotStored], frozen=True, tag="backend.compa
     tags: tuple[str, ...] = ()
 
 
-class Touch(Request[Present | Missing], frozen=True, gc=False, tag="backend.touch"):
+class Touch(IdempotentRequest[Present | Missing], frozen=True, gc=False, tag="backend.touch"):
     """Give a live value a new time to live, counted from now."""
 
     key: str
     ttl: Ttl = "default"
-    IDEMPOTENT: ClassVar[bool] = True
 
 
 class Increment(Request[Incremented | Missing], frozen=True, gc=False, tag="backend.increment"):
@@ -114,73 +110,59 @@ class Increment(Request[Incremented | Missing], frozen=True, gc=False, tag="back
     ttl: Ttl = "default"
 
 
-class Delete(Request[Deleted], frozen=True, gc=False, tag="backend.delete"):
+class Delete(IdempotentRequest[Deleted], frozen=True, gc=False, tag="backend.delete"):
     """Remove one key."""
 
     key: str
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class DeleteMany(Request[Deleted], frozen=True, gc=False, tag="backend.delete_many"):
+class DeleteMany(IdempotentRequest[Deleted], frozen=True, gc=False, tag="backend.delete_many"):
     """Remove several keys."""
 
     keys: tuple[str, ...]
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class DeletePattern(Request[Deleted], frozen=True, gc=False, tag="backend.delete_pattern"):
+class DeletePattern(IdempotentRequest[Deleted], frozen=True, gc=False, tag="backend.delete_pattern"):
     """Remove every key that a glob matches: `*` is any run of characters, `?` is one, `[abc]` one of these, `\\` takes
     the next character as it stands."""
 
     pattern: str
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class Scan(Request[Scanned], frozen=True, gc=False, tag="backend.scan"):
+class Scan(IdempotentRequest[Scanned], frozen=True, gc=False, tag="backend.scan"):
     """List keys that a glob matches, a page at a time. Keys that come or go meanwhile may be listed or not."""
 
     pattern: str = "*"
     cursor: str = ""
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class InvalidateTags(Request[Invalidated], frozen=True, gc=False, tag="backend.invalidate_tags"):
+class InvalidateTags(IdempotentRequest[Invalidated], frozen=True, gc=False, tag="backend.invalidate_tags"):
     """Make every entry that carries one of the tags unreadable."""
 
     tags: tuple[str, ...]
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class Clear(Request[Cleared], frozen=True, gc=False, tag="backend.clear"):
+class Clear(IdempotentRequest[Cleared], frozen=True, gc=False, tag="backend.clear"):
     """Remove every key of the namespace."""
 
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class Ping(Request[Pong], frozen=True, gc=False, tag="actor.ping"):
+class Ping(IdempotentRequest[Pong], frozen=True, gc=False, tag="actor.ping"):
     """Ask whether the actor takes turns."""
 
-    IDEMPOTENT: ClassVar[bool] = True
 
-
-class Describe(Request[Description], frozen=True, gc=False, tag="actor.describe"):
+class Describe(IdempotentRequest[Description], frozen=True, gc=False, tag="actor.describe"):
     """Ask what the actor is and can do."""
 
-    IDEMPOTENT: ClassVar[bool] = True
 
-
-class TakeSnapshot(Request[Snapshot], frozen=True, gc=False, tag="actor.take_snapshot"):
+class TakeSnapshot(IdempotentRequest[Snapshot], frozen=True, gc=False, tag="actor.take_snapshot"):
     """Ask for the counters."""
 
-    IDEMPOTENT: ClassVar[bool] = True
 
-
-class Sweep(Request[Deleted], frozen=True, gc=False, tag="actor.sweep"):
+class Sweep(IdempotentRequest[Deleted], frozen=True, gc=False, tag="actor.sweep"):
     """Remove what has expired. A backend sends it to itself when the next entry is due."""
-
-    IDEMPOTENT: ClassVar[bool] = True
