@@ -34,17 +34,17 @@ from .timing import Figure, announce
 BOUNDS = {
     "memory-hit": 3,
     "memory-hit-plain": 3,
-    "memory-set": 8,
+    "memory-set": 6,
     "redis-hit": 25,
     "redis-set": 32,
     "redis-load-hit": 32,
     "redis-load-miss": 131,
     "memcached-hit": 32,
     "memcached-set": 42,
-    "worker-hit": 64,
-    "worker-set": 94,
+    "worker-hit": 63,
+    "worker-set": 91,
     "worker-redis-set": 113,
-    "event": 48,
+    "event": 40,
 }
 """The most calls that an operation may make, at both ends. `tests/benchmarks/test_path.py` holds them."""
 

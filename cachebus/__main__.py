@@ -8,31 +8,15 @@ from collections.abc import Sequence
 
 from cachebus.messages import CacheConfigurationError, CacheError, CacheKeyError
 
-from . import (
-    command_ask,
-    command_asyncapi,
-    command_config,
-    command_events,
-    command_info,
-    command_topology,
-    command_worker,
-)
+from . import command_ask, command_events, command_info, command_topology, command_worker
 from .command_line import FAILED, NO, WRONG
-
-_ALL = (
-    command_info,
-    command_config,
-    command_worker,
-    command_ask,
-    command_events,
-    command_topology,
-    command_asyncapi,
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 done; 1 the answer is no, such as a miss; 2 what the user got wrong; 3 the
-    system could not do it. One line on stderr says why."""
+    """Run one command and return the exit code. One line on stderr says why.
+
+    0 done; 1 the answer is no, such as a miss; 2 an error of the user; 3 the system could not do it.
+    """
     arguments = parser().parse_args(argv)
     try:
         code: int = arguments.command(arguments)
@@ -41,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("cachebus:", " ".join(str(error).split()), file=sys.stderr)
         return WRONG if isinstance(error, CacheConfigurationError | CacheKeyError) else FAILED
     except BrokenPipeError:
-        # Whoever read our output, such as `head`, has had enough. Python would complain again at exit.
+        # The reader of our output, such as `head`, has left. Python would complain again at exit.
         sys.stdout = None
         return NO
     except KeyboardInterrupt:
@@ -50,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of every command."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="cachebus", description="A cache built of actors and messages.")
     parser.add_argument("--version", action="version", version=f"cachebus {command_info.installed_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for each in _ALL:
+    for each in (command_info, command_worker, command_ask, command_events, command_topology):
         each.add(commands)
     return parser
 

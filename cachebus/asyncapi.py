@@ -1,33 +1,32 @@
-"""The AsyncAPI 3 document of a worker: what it can be asked and what it tells, made from the message classes."""
+"""The AsyncAPI 3 document of a worker: its requests and its events, made from the message classes."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import Any
 
+from cachebus.bus.address import NOBODY, ROOT, event_word
 from cachebus.bus.codec import JSON
-from cachebus.bus.subjects import NOBODY, ROOT, event_word
 from cachebus.messages import WIRE_NAMES, Event, Failed, Message, Request, reply_types
 
-from .asyncapi_schemas import VALUE, Schema, description, example, schemas
+from .asyncapi_schemas import VALUE, Schema, description, example, schemas, summary
 
 _ADDRESSES = {"backend": "backend.{backend}"}
-"""By the first word of a request's wire name: the address that is asked. Any other is asked at an address of its own."""
+"""The address of an actor, by the first word of the wire name of its requests. Others have an address of their own."""
 
 _PARAMETERS = {
     "namespace": {"description": "Of the application: one word of letters, digits, _ and -.", "default": "default"},
     "backend": {"description": f"The backend's name, one word; {NOBODY} in an event that belongs to none."},
     "address": {"description": "The actor's address: words joined by dots, such as backend.primary."},
 }
-_QUEUE = "q"
 
 
 def document(version: str) -> Schema:
-    """The document, as JSON and YAML can say it. `version` is that of the package."""
+    """Return the document, as JSON and YAML can say it. `version` is that of the package."""
     # Sorted, and only ours: an application may have messages of its own.
-    kinds = [cls for _, cls in sorted(WIRE_NAMES.items()) if cls.__module__.startswith("cachebus.")]
-    requests = [cls for cls in kinds if _is_a(cls, Request)]
-    events = [cls for cls in kinds if _is_a(cls, Event)]
+    kinds: list[Any] = [cls for _, cls in sorted(WIRE_NAMES.items()) if cls.__module__.startswith("cachebus.")]
+    requests = [cls for cls in kinds if issubclass(cls, Request)]
+    events = [cls for cls in kinds if issubclass(cls, Event)]
     replies = [cls for cls in kinds if cls not in requests and cls not in events]
     made = {
         "asyncapi": "3.0.0",
@@ -40,8 +39,20 @@ def document(version: str) -> Schema:
         },
         "defaultContentType": JSON,
         "servers": {"nats": {"host": "localhost:4222", "protocol": "nats"}},
-        "channels": {**_request_channels(requests), "replies": _reply_channel(replies), **_event_channels(events)},
-        "operations": {**_request_operations(requests), **_event_operations(events)},
+        "channels": {
+            **_request_channels(requests),
+            "replies": _channel(None, "Answers", "They go to the reply subject of the request.", replies),
+            **{
+                _event_channel(cls): _channel(
+                    f"{ROOT}v1.{{namespace}}.evt.{event_word(cls)}.{{backend}}", cls.__name__, description(cls), [cls]
+                )
+                for cls in events
+            },
+        },
+        "operations": {
+            **{f"{_room(cls)}{cls.__name__}": _request_operation(cls) for cls in requests},
+            **{f"tell{cls.__name__}": _operation("send", _event_channel(cls), cls) for cls in events},
+        },
         "components": {
             "messages": {cls.__name__: _message(cls) for cls in kinds},
             "schemas": {
@@ -53,17 +64,9 @@ def document(version: str) -> Schema:
             },
         },
     }
-    # Members of an enum become the text that they are, and parts that are used twice two parts: YAML would write a reference.
+    # Members of an enum become text, and shared parts become copies: YAML would write a reference.
     whole: Schema = json.loads(json.dumps(made))
     return whole
-
-
-def _word(cls: type[Message]) -> str:
-    return event_word(cast("type[Event]", cls))
-
-
-def _is_a(cls: type[Message], kind: type[Any]) -> bool:
-    return issubclass(cls, kind)
 
 
 def _header(text: str, **more: Any) -> Schema:
@@ -105,14 +108,13 @@ _EVENT_HEADERS: Schema = {
 }
 
 
-def _message(cls: type[Message]) -> Schema:
-    kind = "Request" if _is_a(cls, Request) else "Event" if _is_a(cls, Event) else "Reply"
-    text = description(cls)
+def _message(cls: Any) -> Schema:
+    kind = "Request" if issubclass(cls, Request) else "Event" if issubclass(cls, Event) else "Reply"
     return {
         "name": cls.WIRE_NAME,
         "title": cls.__name__,
-        "summary": text.partition(". ")[0].rstrip(".") + ".",
-        "description": text,
+        "summary": summary(cls),
+        "description": description(cls),
         "contentType": JSON,
         "headers": {"$ref": f"#/components/schemas/{kind}Headers"},
         "payload": {"$ref": f"#/components/schemas/{cls.__name__}"},
@@ -120,12 +122,9 @@ def _message(cls: type[Message]) -> Schema:
     }
 
 
-def _messages(classes: list[type[Message]]) -> Schema:
-    return {cls.__name__: {"$ref": f"#/components/messages/{cls.__name__}"} for cls in classes}
-
-
 def _channel(address: str | None, title: str, text: str, classes: list[type[Message]]) -> Schema:
-    made: Schema = {"address": address, "title": title, "description": text, "messages": _messages(classes)}
+    messages = {cls.__name__: {"$ref": f"#/components/messages/{cls.__name__}"} for cls in classes}
+    made: Schema = {"address": address, "title": title, "description": text, "messages": messages}
     parameters = {name: said for name, said in _PARAMETERS.items() if f"{{{name}}}" in (address or "")}
     return made | ({"parameters": parameters} if parameters else {})
 
@@ -144,22 +143,6 @@ def _request_channels(requests: list[type[Message]]) -> Schema:
     return channels
 
 
-def _reply_channel(replies: list[type[Message]]) -> Schema:
-    return _channel(None, "Answers", "They go to the reply subject of the request.", replies)
-
-
-def _event_channels(events: list[type[Message]]) -> Schema:
-    return {
-        _event_channel(cls): _channel(
-            f"{ROOT}v1.{{namespace}}.evt.{_word(cls)}.{{backend}}",
-            cls.__name__,
-            description(cls),
-            [cls],
-        )
-        for cls in events
-    }
-
-
 def _event_channel(cls: type[Message]) -> str:
     return f"{cls.__name__[:1].lower()}{cls.__name__[1:]}Events"
 
@@ -168,26 +151,19 @@ def _operation(action: str, channel: str, cls: type[Message]) -> Schema:
     return {
         "action": action,
         "channel": {"$ref": f"#/channels/{channel}"},
-        "summary": description(cls).partition(". ")[0].rstrip(".") + ".",
+        "summary": summary(cls),
         "messages": [{"$ref": f"#/channels/{channel}/messages/{cls.__name__}"}],
     }
 
 
-def _request_operations(requests: list[type[Message]]) -> Schema:
-    made: Schema = {}
-    for cls in requests:
-        replies: list[type[Message]] = [*reply_types(cast("type[Request[Any]]", cls)), Failed]
-        made[f"{_room(cls)}{cls.__name__}"] = {
-            **_operation("receive", f"{_room(cls)}Requests", cls),
-            # Workers that share an address are a queue group; a worker that has its address for itself is in none.
-            "bindings": {"nats": {"queue": _QUEUE, "bindingVersion": "0.1.0"}},
-            "reply": {
-                "channel": {"$ref": "#/channels/replies"},
-                "messages": [{"$ref": f"#/channels/replies/messages/{each.__name__}"} for each in replies],
-            },
-        }
-    return made
-
-
-def _event_operations(events: list[type[Message]]) -> Schema:
-    return {f"tell{cls.__name__}": _operation("send", _event_channel(cls), cls) for cls in events}
+def _request_operation(cls: Any) -> Schema:
+    replies: list[Any] = [*reply_types(cls), Failed]
+    return {
+        **_operation("receive", f"{_room(cls)}Requests", cls),
+        # Workers that share an address are a queue group; a worker that has its address for itself is in none.
+        "bindings": {"nats": {"queue": "q", "bindingVersion": "0.1.0"}},
+        "reply": {
+            "channel": {"$ref": "#/channels/replies"},
+            "messages": [{"$ref": f"#/channels/replies/messages/{each.__name__}"} for each in replies],
+        },
+    }

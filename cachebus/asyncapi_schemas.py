@@ -1,4 +1,4 @@
-"""JSON schemas and examples of messages, made from their type hints: what a body looks like in JSON."""
+"""JSON schemas and examples of messages, made from their type hints."""
 
 from __future__ import annotations
 
@@ -19,48 +19,41 @@ VALUE = {
     'only key is "$base64". An integer has 64 bits at most.',
     "examples": [{"name": "Ada"}, {"$base64": "AAEC"}, 1],
 }
-"""The schema of a value: it may be anything that JSON can say."""
+"""The schema of a value: anything that JSON can say."""
 
 _TEXTS = {
-    "key": "user:1",
-    "keys": "user:1",
+    **dict.fromkeys(("key", "keys", "entries", "items"), "user:1"),
+    **dict.fromkeys(("origin", "source"), "4711-9f86d081"),
+    **dict.fromkeys(("code", "error", "fields"), "timeout"),
+    **dict.fromkeys(("request", "wire_name"), "backend.get"),
     "pattern": "user:*",
     "cursor": "0",
     "tags": "users",
     "address": "backend.primary",
     "backend": "primary",
     "namespace": "default",
-    "origin": "4711-9f86d081",
-    "source": "4711-9f86d081",
     "id": "4711-9f86d081-18c2a7-42",
     "store": "redis",
-    "code": "timeout",
     "detail": "backend.primary: no answer within 5 s",
     "trace": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     "event": "event.cache_set",
-    "request": "backend.get",
-    "wire_name": "backend.get",
-    "error": "timeout",
     "reason": "CacheConnectionError",
-    "entries": "user:1",
-    "items": "user:1",
     "removals": "expired",
-    "fields": "timeout",
     "guard": "state",
     "limits": "max_key_bytes",
     "capabilities": "tags",
 }
-_NUMBERS = {"time": 1767225600.25, "stored_at": 1767225600.25, "version": 1767225600.25, "ttl": 60.0, "seq": 42}
+_NUMBERS = {**dict.fromkeys(("time", "stored_at", "version"), 1767225600.25), "ttl": 60.0, "seq": 42}
 _VALUES: dict[str, Any] = {"fields": 5.0, "guard": "closed"}
 
 
 def schemas(classes: Iterable[type[Message]]) -> dict[str, Schema]:
-    """Make the schema of each class, and of each class inside of these, by its name: what a body looks like in JSON."""
+    """Return the JSON schema of each class, and of each class inside of these, by its name."""
     _, made = msgspec.json.schema_components(classes, ref_template="#/components/schemas/{name}")
     for each in made.values():
         if "properties" not in each:  # An enum.
             continue
-        each["description"] = " ".join(each.get("description", "").replace("`", "").split())
+        each["description"] = _line(each.get("description"))
         each["properties"] = {
             name: {"$ref": "#/components/schemas/Value"} if schema == {} else _without_discriminators(schema)
             for name, schema in each["properties"].items()
@@ -70,24 +63,35 @@ def schemas(classes: Iterable[type[Message]]) -> dict[str, Schema]:
 
 def _without_discriminators(schema: Any) -> Any:
     """Leave out what OpenAPI has and AsyncAPI has not."""
-    if isinstance(schema, dict):
-        parts = cast("Schema", schema)
-        return {name: _without_discriminators(each) for name, each in parts.items() if name != "discriminator"}
-    if isinstance(schema, list):
-        several: Any = schema  # pyright: ignore[reportUnknownVariableType]
-        return [_without_discriminators(each) for each in several]
-    return schema
+    match schema:
+        case dict():
+            parts = cast("Schema", schema)
+            return {name: _without_discriminators(each) for name, each in parts.items() if name != "discriminator"}
+        case list():
+            several: Any = schema  # pyright: ignore[reportUnknownVariableType]
+            return [_without_discriminators(each) for each in several]
+        case _:
+            return schema
 
 
 def example(cls: type[Message]) -> dict[str, Any]:
-    """A message of a class, with every field filled, as a JSON body holds it."""
-    told: dict[str, Any] = json.loads(encode(_instance(cls), JSON))
-    return told
+    """Return a message of a class, with every field filled, as a JSON body holds it."""
+    made: dict[str, Any] = json.loads(encode(_instance(cls), JSON))
+    return made
 
 
 def description(cls: type[Message]) -> str:
-    """What the docstring of a class says, as one line."""
-    return " ".join((cls.__doc__ or "").replace("`", "").split())
+    """Return the docstring of a class as one line."""
+    return _line(cls.__doc__)
+
+
+def summary(cls: type[Message]) -> str:
+    """Return the first sentence of the docstring of a class."""
+    return description(cls).partition(". ")[0].rstrip(".") + "."
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").replace("`", "").split())
 
 
 def _instance(cls: type[Any]) -> Any:

@@ -123,7 +123,8 @@ def set_request(
         check_key(key)
     if only_if is not None and only_if not in ("absent", "present"):
         raise ValueError(f"only_if must be 'absent', 'present' or None, not {only_if!r}")
-    return Set(key, value, check_ttl(ttl), check_tags(tags) if tags else (), only_if)
+    seconds = ttl if type(ttl) is float and 0.0 < ttl < math.inf else check_ttl(ttl)  # On the hot path of `set`.
+    return Set(key, value, seconds, check_tags(tags) if tags else (), only_if)
 
 
 def escape_pattern(text: str) -> str:

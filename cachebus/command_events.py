@@ -1,4 +1,4 @@
-"""`cachebus events`: what happens in the caches of a namespace, one line for each event."""
+"""`cachebus events`: the events of a namespace, one line each."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import re
 from datetime import datetime
 from typing import Any
 
-from cachebus.bus import Subscription, event_kinds
+from cachebus.bus import event_kinds
 from cachebus.bus.codec import JSON, encode
 from cachebus.messages import CacheConfigurationError, Event, EventsMissed
 
 from .command_line import DONE, FAILED, Commands, add_bus, bus_settings, on_terminal, printable
+from .logs import own_fields
 from .node import Node
 
-_COMMON = frozenset(Event.__struct_fields__)
 _COLOURS = {
     "cache_hit": 32,
     "cache_miss": 33,
     "cache_set": 36,
-    "cache_deleted": 35,
     "cache_evicted": 31,
     "cache_expired": 34,
-    "cache_cleared": 35,
-    "tags_invalidated": 35,
     "events_missed": 91,
+    **dict.fromkeys(("cache_deleted", "cache_cleared", "tags_invalidated"), 35),
+    **dict.fromkeys(
+        ("circuit_opened", "backend_disconnected", "actor_gave_up", "actor_restarted", "load_failed", "dead_letter"), 91
+    ),
 }
-_ALARMING = ("circuit_opened", "backend_disconnected", "actor_gave_up", "actor_restarted", "load_failed", "dead_letter")
 _CAPACITY = 100_000
 
 
@@ -52,36 +52,30 @@ def add(commands: Commands) -> None:
 
 
 def _events(arguments: argparse.Namespace) -> int:
-    # What this process would tell of itself is nobody's business.
+    # A backend on the bus: this process has no events of its own.
     settings = bus_settings(arguments, backends=["bus:primary"])
     kinds = [kind for each in arguments.kind for kind in kinds_of(each)]
     line = as_json if arguments.json else Line(coloured=on_terminal() and "NO_COLOR" not in os.environ)
 
     async def listen() -> int:
+        left, dropped = arguments.count, 0
         async with Node(settings) as node:
             since = None if arguments.since is None else node.bus.clock.wall() - arguments.since
             wanted: list[str | type[Event]] = [*kinds, *([EventsMissed] if kinds else [])]
             with node.bus.subscribe(*wanted, capacity=_CAPACITY, since=since) as heard:
-                return await _print(heard, arguments, line)
+                async for event in heard:
+                    missed = isinstance(event, EventsMissed)
+                    if arguments.backend and event.backend not in arguments.backend and not missed:
+                        continue
+                    print(line(event), flush=True)  # The reader of a pipe wants each line at once.
+                    if heard.dropped > dropped:
+                        print(f"cachebus: {heard.dropped - dropped} events were too many for this terminal", flush=True)
+                        dropped = heard.dropped
+                    if left is not None and (left := left - 1) <= 0:
+                        return DONE
+        return FAILED  # It ended by itself: there is no stream, and the log says so.
 
     return asyncio.run(listen())
-
-
-async def _print(heard: Subscription, arguments: argparse.Namespace, line: Any) -> int:
-    left = arguments.count if arguments.count is not None else -1
-    dropped = 0
-    async for event in heard:
-        if arguments.backend and event.backend not in arguments.backend and not isinstance(event, EventsMissed):
-            continue
-        # Whoever reads a pipe wants each line when it is there.
-        print(line(event), flush=True)
-        if heard.dropped > dropped:
-            print(f"cachebus: {heard.dropped - dropped} events were too many for this terminal", flush=True)
-            dropped = heard.dropped
-        left -= 1
-        if left == 0:
-            return DONE
-    return FAILED  # It ended by itself: there is no stream, and the log says so.
 
 
 def _duration(text: str) -> float:
@@ -91,7 +85,7 @@ def _duration(text: str) -> float:
 
 
 def kinds_of(text: str) -> tuple[str, ...]:
-    """The kinds of events that a word names: `hit` is `cache_hit`. Raises `CacheConfigurationError`."""
+    """Return the kinds of events that a word names: `hit` is `cache_hit`. Raises `CacheConfigurationError`."""
     for each in (text, f"cache_{text}"):
         try:
             event_kinds((each,))
@@ -103,35 +97,25 @@ def kinds_of(text: str) -> tuple[str, ...]:
 
 
 def as_json(event: Event) -> str:
-    """An event as it is on the wire."""
+    """Return an event as on the wire."""
     return encode(event, JSON).decode()
 
 
 class Line:
-    """Writes an event for people: when, what, where, and what is particular to its kind."""
+    """Formats an event for people: when, what, where, and the fields of its kind."""
 
     def __init__(self, *, coloured: bool) -> None:
         self._coloured = coloured
 
     def __call__(self, event: Event) -> str:
         kind = event.WIRE_NAME.removeprefix("event.")
+        shown = f"{kind:<20}"
+        if self._coloured:
+            shown = f"\x1b[{_COLOURS.get(kind, 37)}m{shown}\x1b[0m"
         when = datetime.fromtimestamp(event.time).astimezone().isoformat(sep=" ", timespec="milliseconds")[:23]
-        own = " ".join(f"{name}={_word(value)}" for name, value in _own(event))
-        line = f"{when}  {self._paint(kind, f'{kind:<20}')}  {event.backend or '-':<10}  {own}"
+        own = " ".join(f"{name}={_word(value)}" for name, value in own_fields(event).items() if value not in (None, ()))
+        line = f"{when}  {shown}  {event.backend or '-':<10}  {own}"
         return f"{line.rstrip()}  ({event.origin} #{event.seq})"
-
-    def _paint(self, kind: str, text: str) -> str:
-        if not self._coloured:
-            return text
-        return f"\x1b[{91 if kind in _ALARMING else _COLOURS.get(kind, 37)}m{text}\x1b[0m"
-
-
-def _own(event: Event) -> list[tuple[str, Any]]:
-    return [
-        (name, value)
-        for name in event.__struct_fields__
-        if name not in _COMMON and (value := getattr(event, name)) not in (None, ())
-    ]
 
 
 def _word(value: Any) -> str:

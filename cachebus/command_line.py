@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, the options that say which cache is meant, and how results are shown."""
+"""Shared by the commands: exit codes, the options that choose a cache, and how results are shown."""
 
 from __future__ import annotations
 
@@ -40,44 +40,34 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def bus_settings(arguments: argparse.Namespace, source: object = None, **more: Any) -> Settings:
-    """The settings that `source` and the options of `add_bus` give. Raises `CacheConfigurationError`."""
+    """Return the settings that `source` and the options of `add_bus` give. Raises `CacheConfigurationError`."""
     given = {name: getattr(arguments, name) for name in ("bus", "namespace", "timeout")}
     return load_settings(source, **{name: value for name, value in given.items() if value is not None}, **more)
 
 
 def target(arguments: argparse.Namespace) -> tuple[Settings, Address]:
-    """The settings and the address that the options of `add_target` give. Raises `CacheConfigurationError`."""
-    if arguments.cache is not None:
-        settings = bus_settings(arguments, arguments.cache)
-    else:
-        settings = bus_settings(arguments, backends=["bus:primary"])
+    """Return the settings and the address that the options of `add_target` give. Raises `CacheConfigurationError`."""
+    more = {} if arguments.cache is not None else {"backends": ["bus:primary"]}
+    settings = bus_settings(arguments, arguments.cache, **more)
     try:
         address = Address(arguments.address) if arguments.address else backend_address(settings.default_backend.name)
     except ValueError as error:
-        problem = str(error)
-    else:
-        return settings, address
-    raise CacheConfigurationError(f"--address: {problem}")
+        raise CacheConfigurationError(f"--address: {error}") from None
+    return settings, address
 
 
-# The hints of PyYAML are not complete.
-_dump: Callable[..., str] = cast("Any", yaml).safe_dump
-
-
-def show(told: Any, *, as_json: bool) -> int:
+def show(result: Any, *, as_json: bool) -> int:
     """Print a result as YAML, or as JSON."""
-    if as_json:
-        print(json.dumps(told, indent=2))
-    else:
-        print(_dump(told, sort_keys=False, allow_unicode=True), end="")
+    dump: Callable[..., str] = cast("Any", yaml).safe_dump  # The hints of PyYAML are not complete.
+    print(json.dumps(result, indent=2) + "\n" if as_json else dump(result, sort_keys=False, allow_unicode=True), end="")
     return DONE
 
 
 def printable(text: str) -> str:
-    """Text as a terminal may be given it: what could command the terminal is escaped."""
+    """Return text for a terminal: everything that could control the terminal is escaped."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def on_terminal() -> bool:
-    """Whether a person reads the output."""
+    """Return whether a person reads the output."""
     return sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""`cachebus topology`: what runs where, as the workers themselves say over NATS micro."""
+"""`cachebus topology`: what runs where, as the workers report it over NATS micro."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import asyncio
 import json
 import time
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any
+
+from msgspec import Struct, to_builtins
 
 from cachebus.messages import CacheConfigurationError
 
@@ -17,7 +18,7 @@ from .command_line import DONE, NO, Commands, add_bus, bus_settings, printable
 from .node import Node
 
 Statistics = list[dict[str, Any]]
-"""What each worker answered to `$SRV.STATS`."""
+"""The answer of each worker to `$SRV.STATS`."""
 
 
 def add(commands: Commands) -> None:
@@ -36,9 +37,8 @@ def add(commands: Commands) -> None:
     topology.set_defaults(command=_topology)
 
 
-@dataclass(frozen=True)
-class Place:
-    """One address at one worker. Durations are seconds; `breaker` is empty where there is none."""
+class Place(Struct, frozen=True, kw_only=True):
+    """One address at one worker. Durations are seconds; `breaker` is empty if there is none."""
 
     address: str
     worker: str
@@ -61,28 +61,31 @@ def _topology(arguments: argparse.Namespace) -> int:
     if arguments.interval < 0 or arguments.wait <= 0:
         raise CacheConfigurationError("--interval and --wait are seconds above 0")
 
-    async def look() -> list[Place]:
+    async def discovered() -> list[Place]:
         async with Node(settings) as node:
-            discover = import_module("cachebus.bus.nats_discovery").discover
+            discover = import_module("cachebus.bus.nats_micro").discover
+            bus: Any = node.bus
             before: Statistics = []
             started = time.monotonic()
             if arguments.interval:
-                before = await discover(node.bus, arguments.wait)
+                before = await discover(bus.connection, arguments.wait)
                 await asyncio.sleep(max(0.0, started + arguments.interval - time.monotonic()))
-            now: Statistics = await discover(node.bus, arguments.wait)
+            now: Statistics = await discover(bus.connection, arguments.wait)
             return places(before, now, max(arguments.interval, arguments.wait))
 
-    found = [each for each in asyncio.run(look()) if arguments.all or each.namespace == settings.namespace]
+    found = [each for each in asyncio.run(discovered()) if arguments.all or each.namespace == settings.namespace]
     if arguments.json:
-        print(json.dumps([asdict(each) for each in found], indent=2))
+        print(json.dumps(to_builtins(found), indent=2))
     else:
         print(table(found) if found else "no worker answers")
     return DONE if found else NO
 
 
 def places(before: Statistics, now: Statistics, seconds: float) -> list[Place]:
-    """Every address at every worker, sorted. `before` was asked `seconds` before `now`; a worker that is not in it is new, or
-    nobody asked: its requests are counted over its uptime."""
+    """Return every address at every worker, sorted. `before` was asked `seconds` before `now`.
+
+    The requests of a worker that is not in `before` are counted over its uptime.
+    """
     then = {
         (worker["id"], endpoint["subject"]): endpoint["num_requests"]
         for worker in before
@@ -118,7 +121,7 @@ def places(before: Statistics, now: Statistics, seconds: float) -> list[Place]:
 
 
 def table(found: list[Place]) -> str:
-    """The places as a table for people."""
+    """Return the places as a table for people."""
     rows = [("ADDRESS", "WORKER", "HOST", "VERSION", "SHARED", "UPTIME", "MAILBOX", "REQUESTS/S", "ERRORS", "BREAKER")]
     for each in found:
         sharing = "yes" if each.shared else "no"

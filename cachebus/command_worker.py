@@ -45,32 +45,31 @@ def _worker(arguments: argparse.Namespace) -> int:
     log_to_stderr(arguments.log_format, arguments.log_level)
     settings = worker_settings(arguments)
 
-    async def serve() -> int:
+    async def serve() -> int:  # A worker is made on its event loop.
         return await Worker(settings, grace=arguments.grace, wait=arguments.wait).run()
 
     return asyncio.run(serve())
 
 
 def worker_settings(arguments: argparse.Namespace) -> Settings:
-    """The settings that the options of a worker give. Raises `CacheConfigurationError`."""
+    """Return the settings that the options of a worker give. Raises `CacheConfigurationError`."""
     more: dict[str, Any] = {}
     if arguments.backend:
         backends = [_backend(each) for each in arguments.backend]
-        # Which one is the default says nothing in a worker: callers name the address.
+        # The default has no meaning in a worker: callers name the address.
         more["backends"] = [each.model_copy(update={"default": number == 0}) for number, each in enumerate(backends)]
     return bus_settings(arguments, arguments.config, **more)
 
 
 def _backend(text: str) -> BackendSettings:
-    name, url = "primary", text
-    if (found := _NAMED.fullmatch(text)) and is_url(found[2]):
-        name, url = found[1], found[2]
-        try:
-            check_word(name, "name")
-        except ValueError as error:
-            raise CacheConfigurationError(f"--backend: {error}") from None
-        return backend_from_url(url).model_copy(update={"name": name})
-    return backend_from_url(url)
+    found = _NAMED.fullmatch(text)
+    if found is None or not is_url(found[2]):
+        return backend_from_url(text)
+    try:
+        name = check_word(found[1], "name")
+    except ValueError as error:
+        raise CacheConfigurationError(f"--backend: {error}") from None
+    return backend_from_url(found[2]).model_copy(update={"name": name})
 
 
 def _seconds(text: str) -> float:

@@ -1,4 +1,4 @@
-"""The page that lists every setting, made from the settings themselves: `python -m cachebus config reference`."""
+"""The page of all settings, made from their classes: `python -m cachebus config reference`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 
+from .event_settings import EventSettings
+from .memcached_settings import MemcachedSettings
 from .options import Options
-from .payload_scalars import type_of
 from .payload_settings import EncryptionKey, PayloadSettings
 from .redis_settings import RedisSettings
-from .settings import ActorSettings, EventSettings, MemorySettings, NullSettings, PluginSettings, Settings
+from .settings import ActorSettings, MemorySettings, NullSettings, PluginSettings, Settings
 from .sources import PREFIX
 
 _INTRODUCTION = """# Configuration
@@ -42,45 +43,41 @@ _GROUPS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("`actors`", ActorSettings, "actors"),
     ("A backend of `type: memory`", MemorySettings, ""),
     ("A backend of `type: redis`", RedisSettings, ""),
+    ("A backend of `type: memcached`", MemcachedSettings, ""),
     ("A backend of `type: null`", NullSettings, ""),
     ("A backend of `type: plugin`", PluginSettings, ""),
 )
 
 
 def configuration_page() -> str:
-    """The whole page, in Markdown."""
+    """Return the whole page, in Markdown."""
     return "\n".join([_INTRODUCTION, *(line for group in _GROUPS for line in _section(*group))])
 
 
 def undocumented() -> list[str]:
-    """Settings that nothing is said about."""
+    """Return the settings without a description."""
     return [
         f"{model.__name__}.{name}"
         for _, model, _ in _GROUPS
         for name in model.model_fields
-        if name != "type" and not documentation(model).get(name)
+        if name != "type" and not _documentation(model).get(name)
     ]
 
 
-def documentation(model: type[BaseModel]) -> dict[str, str]:
-    """What stands under each field of a model, in one line."""
+def _documentation(model: type[BaseModel]) -> dict[str, str]:
+    """Return the docstring of each field of a model, in one line."""
     said: dict[str, str] = {}
     for each in reversed(model.__mro__):
         if issubclass(each, BaseModel) and each not in (BaseModel, Options) and each.__module__.startswith("cachebus"):
-            said.update(_said(each))
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+            assert isinstance(tree, ast.ClassDef)
+            for field, below in zip(tree.body, tree.body[1:], strict=False):
+                match field, below:
+                    case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str() as text)):
+                        said[name] = " ".join(text.split())
+                    case _:
+                        pass
     return said
-
-
-def _said(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
-    assert isinstance(tree, ast.ClassDef)
-    for field, below in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            match below:
-                case ast.Expr(ast.Constant(str() as text)):
-                    yield field.target.id, " ".join(text.split())
-                case _:
-                    pass
 
 
 def _section(title: str, model: type[BaseModel], group: str) -> Iterator[str]:
@@ -89,7 +86,7 @@ def _section(title: str, model: type[BaseModel], group: str) -> Iterator[str]:
         yield " ".join(inspect.cleandoc(model.__doc__).split("\n\n")[0].split()) + "\n"
     yield "| name | value | default | meaning |"
     yield "| --- | --- | --- | --- |"
-    said = documentation(model)
+    said = _documentation(model)
     hints = typing.get_type_hints(model, include_extras=True)
     for name, field in model.model_fields.items():
         if name == "type":
@@ -101,27 +98,10 @@ def _section(title: str, model: type[BaseModel], group: str) -> Iterator[str]:
     yield ""
 
 
-_READERS = {
-    "_seconds": "seconds, above 0",
-    "_word": "one word",
-    "_switch": "true or false",
-    "_read_entries": "list of backends: URLs, or options with a type",
-    "_keys": "list of secrets",
-    "_key": "secret",
-    "_keyring": "secrets by id",
-    "_types": "list of classes",
-    "_hosts": "list of hosts",
-    "_hash_key": "secret",
-    "_sample": "shares by kind",
-}
-
-
 def _value(hint: Any) -> str:
     for extra in getattr(hint, "__metadata__", ()):
-        reader = getattr(extra, "func", None)
-        found = _reader(reader)
-        if found is not None:
-            return found
+        if isinstance(extra, str):
+            return extra
         hint = get_args(hint)[0]
     if inspect.isclass(hint) and issubclass(hint, BaseModel):
         return "options"
@@ -129,27 +109,13 @@ def _value(hint: Any) -> str:
         return ", ".join(f"`{each}`" for each in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join("none" if each is types.NoneType else _value(each) for each in get_args(hint))
-    if hint is SecretStr:
-        return "secret"
-    return "text" if hint is str else str(getattr(hint, "__name__", hint))
-
-
-def _reader(reader: Any) -> str | None:
-    name = getattr(reader, "__name__", "")
-    if name in _READERS:
-        return _READERS[name]
-    inner: dict[str, Any] = dict(inspect.getclosurevars(reader).nonlocals) if inspect.isfunction(reader) else {}
-    if "least" in inner:
-        return f"whole number, {inner['least']} or more"
-    if "read" in inner and (found := _reader(inner["read"])) is not None:
-        return f"{found}; or none"
-    return None
+    return "text" if hint is str else "secret" if hint is SecretStr else str(getattr(hint, "__name__", hint))
 
 
 def _shown(default: Any) -> str:
     if isinstance(default, BaseModel):
         return "see below"
-    if type_of(default) is tuple:
+    if isinstance(default, tuple):
         if default and isinstance(default[0], BaseModel):
             return "one memory backend"
         return ", ".join(f"`{each}`" for each in default) or "none"

@@ -1,4 +1,4 @@
-"""The options of the guard before a remote store, the same for every technology."""
+"""The options of the guard in front of a remote store, the same for every technology."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_seria
 from cachebus.actors import BreakerPolicy, GuardPolicy, RetryPolicy
 from cachebus.messages import CacheConfigurationError, error_class, error_codes
 
-from .options import AtLeastOne, NotNegative, Options, Seconds, Share, Switch, shown
+from .options import AtLeastOne, NotNegative, Options, Seconds, Share, Switch, refuse_wrong, shown
 from .urls import did_you_mean
 
 
@@ -33,7 +33,7 @@ def _errors(value: object) -> tuple[str, ...]:
 
 
 class GuardSettings(Options):
-    """How the guard before a remote store repeats, gives up, limits, and leaves a failing server alone.
+    """How the guard in front of a remote store retries, times out, limits, and leaves a failing server alone.
 
     Durations are seconds. A batch is what goes to the server at once, one request or many.
     """
@@ -48,7 +48,7 @@ class GuardSettings(Options):
     """How long an open circuit lets nothing through."""
     breaker_half_open_max: AtLeastOne = 3
     """How many probes of a half-open circuit are under way at a time."""
-    breaker_excluded: Annotated[tuple[str, ...], BeforeValidator(_errors)] = ()
+    breaker_excluded: Annotated[tuple[str, ...], "list of errors", BeforeValidator(_errors)] = ()
     """Errors that are no failures to the circuit, by code or class, those derived from them included."""
     retry_attempts: AtLeastOne = 3
     """How often a request that may be done twice is tried, the first time included."""
@@ -74,10 +74,8 @@ class GuardSettings(Options):
     @model_validator(mode="after")
     def _highest_are_not_below_lowest(self) -> GuardSettings:
         for low, high in (("retry_backoff_base", "retry_backoff_max"), ("timeout_min", "timeout_max")):
-            if getattr(self, high) < getattr(self, low):
-                raise CacheConfigurationError(
-                    f"{high} {getattr(self, high):g} is less than {low} {getattr(self, low):g}"
-                )
+            least, most = getattr(self, low), getattr(self, high)
+            refuse_wrong((most < least, f"{high} {most:g} is less than {low} {least:g}"))
         return self
 
     @model_serializer(mode="wrap")
@@ -87,31 +85,22 @@ class GuardSettings(Options):
         return values | last
 
     def guard_policy(self) -> GuardPolicy:
-        """What the guard is told."""
+        """Return the policy that the options describe."""
+        same = ("timeout_initial", "timeout_min", "timeout_max", "timeout_window", "max_concurrent", "max_waiting")
+        breaker = ("failure_threshold", "success_threshold", "recovery", "half_open_max")
         return GuardPolicy(
-            breaker=BreakerPolicy(
-                enabled=self.breaker,
-                failure_threshold=self.breaker_failure_threshold,
-                success_threshold=self.breaker_success_threshold,
-                recovery=self.breaker_recovery,
-                half_open_max=self.breaker_half_open_max,
-            ),
+            breaker=BreakerPolicy(enabled=self.breaker, **{name: getattr(self, f"breaker_{name}") for name in breaker}),
             retry=RetryPolicy(
                 attempts=self.retry_attempts,
                 backoff=self.retry_backoff_base,
                 backoff_max=self.retry_backoff_max,
                 budget=self.retry_budget,
             ),
-            timeout_initial=self.timeout_initial,
-            timeout_min=self.timeout_min,
-            timeout_max=self.timeout_max,
-            timeout_window=self.timeout_window,
-            max_concurrent=self.max_concurrent,
-            max_waiting=self.max_waiting,
             excluded=tuple(map(error_class, self.breaker_excluded)),
+            **{name: getattr(self, name) for name in same},
         )
 
 
 def guard_policy(settings: object) -> GuardPolicy:
-    """The policy of the guard before a backend: the default one for a store that has no such options."""
+    """Return the guard's policy of a backend: the default one if its settings have no such options."""
     return settings.guard_policy() if isinstance(settings, GuardSettings) else GuardPolicy()

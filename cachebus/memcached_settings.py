@@ -6,23 +6,18 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from cachebus.messages import CacheConfigurationError
-
 from .guard_settings import GuardSettings
-from .options import AtLeastOne, MaybeSeconds, Seconds, Switch, Word
+from .options import AtLeastOne, BackendOptions, MaybeSeconds, Seconds, Switch, refuse_wrong
 from .redis_settings import Hosts
 
 
-class MemcachedSettings(GuardSettings):
+class MemcachedSettings(GuardSettings, BackendOptions):
     """A store in one or several Memcached servers, version 1.6.10 or newer. Durations are seconds.
 
     As a URL: `memcached://host1:11211,host2?timeout=0.5`.
     """
 
     type: Literal["memcached"] = "memcached"
-    name: Word = "primary"
-    default: Switch = False
-    """Whether calls that name no backend go here. A single backend is the default by itself."""
     default_ttl: MaybeSeconds = None
     """The time to live, in seconds, of what is stored without one; `None` is no expiry. Memcached counts whole seconds:
     a part of one is rounded up."""
@@ -52,11 +47,9 @@ class MemcachedSettings(GuardSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> MemcachedSettings:
-        for wrong, reason in (
+        refuse_wrong(
             (len(set(self.hosts)) < len(self.hosts), "hosts: one is named twice"),
             (not self.tls and (self.tls_ca_file or self.tls_cert_file), "tls_ca_file, tls_cert_file: need tls"),
             (self.tls_key_file and not self.tls_cert_file, "tls_key_file: there is no tls_cert_file"),
-        ):
-            if wrong:
-                raise CacheConfigurationError(reason)
+        )
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, SecretStr, model_validator
@@ -10,30 +11,35 @@ from cachebus.bus import check_word, event_kinds
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import CacheConfigurationError
 
-from .options import AtLeastOne, MaybeSeconds, Options, Seconds, Switch, Word, named
+from .options import AtLeastOne, BackendOptions, MaybeSeconds, Options, Seconds, Switch, named
 from .redis_settings import Hosts, host_and_port
 from .urls import parse_bus_url, redact_url
 
 _DEFAULT = NatsOptions()
 
 
-def _kinds(value: object) -> object:
-    kinds = [each for each in value.split(",") if each] if isinstance(value, str) else value
-    if isinstance(kinds, list | tuple) and all(isinstance(each, str) for each in cast("list[Any]", kinds)):
-        given = tuple(str(each) for each in cast("list[Any]", kinds))
-        if given:
-            event_kinds(given)
-        return given
-    raise ValueError("expected kinds of events, such as cache_set or cache_*")
+def _texts(value: object, expected: str) -> tuple[str, ...]:
+    """Return a list of texts, also from one text with commas between them."""
+    parts = value.split(",") if isinstance(value, str) else value
+    given = cast("Sequence[Any]", parts) if isinstance(parts, list | tuple) else [None]
+    if not all(isinstance(each, str) for each in given):
+        raise ValueError(expected)
+    return tuple(map(str, given))
+
+
+def _kinds(value: object) -> tuple[str, ...]:
+    given = [each for each in value.split(",") if each] if isinstance(value, str) else value
+    kinds = _texts(given, "expected kinds of events, such as cache_set or cache_*")
+    if kinds:
+        event_kinds(kinds)
+    return kinds
 
 
 def _prefixes(value: object) -> tuple[str, ...]:
-    prefixes = value.split(",") if isinstance(value, str) else value
-    if isinstance(prefixes, list | tuple) and all(
-        isinstance(each, str) and each for each in cast("list[Any]", prefixes)
-    ):
-        return tuple(str(each) for each in cast("list[Any]", prefixes))
-    raise ValueError("expected beginnings of subjects, such as _INBOX")
+    expected = "expected beginnings of subjects, such as _INBOX"
+    if not all(prefixes := _texts(value, expected)):
+        raise ValueError(expected)
+    return prefixes
 
 
 def _text(value: object) -> str:
@@ -42,36 +48,33 @@ def _text(value: object) -> str:
     raise ValueError("expected text")
 
 
-MaybeText = Annotated[str | None, BeforeValidator(lambda value: value if value is None else _text(value))]
-
-
-def _stream(value: object) -> str | None:
-    if value is None:
-        return None
+def _stream(value: object) -> str:
     try:
         return str(check_word(value, "stream"))
     except ValueError:
         raise ValueError("expected one word of 1 to 64 letters, digits, _ and -") from None
 
 
-MaybeWord = Annotated[str | None, BeforeValidator(_stream)]
+def _maybe(read: Callable[[object], str]) -> BeforeValidator:
+    return BeforeValidator(lambda value: None if value is None else read(value))
 
 
-class BusSettings(Options):
+MaybeText = Annotated[str | None, "text or none", _maybe(_text)]
+MaybeWord = Annotated[str | None, "one word or none", _maybe(_stream)]
+
+
+class BusSettings(BackendOptions):
     """A backend that some worker on the bus has; as a string, `bus:primary`. The worker's settings say what it is."""
 
     type: Literal["bus"] = "bus"
-    name: Word = "primary"
-    default: Switch = False
-    """Whether calls that name no backend go here. A single backend is the default by itself."""
 
 
 class NatsSettings(Options):
     """A bus over NATS. Durations are seconds, sizes are bytes.
 
-    As a URL: `nats://user:password@host:4222,host2?window=4`, `nats://token@host`, and `tls://` where a server that
-    offers no TLS shall be refused. What is in a user, a password or a token and not a letter or a digit is escaped with
-    `%`. What the options mean in detail, `cachebus.bus.nats_options.NatsOptions` says.
+    As a URL: `nats://user:password@host:4222,host2?window=4`, `nats://token@host`, and `tls://` to refuse a server without
+    TLS. In a user, a password or a token, everything but letters and digits is escaped with `%`.
+    `cachebus.bus.nats_options.NatsOptions` explains the options in detail.
     """
 
     type: Literal["nats"] = "nats"
@@ -91,9 +94,9 @@ class NatsSettings(Options):
     tls_key_file: MaybeText = None
     allow_insecure: Switch = False
     """Whether production may talk plain text to this server, because the network is trusted."""
-    inbox_prefix: Annotated[str, BeforeValidator(_text)] = _DEFAULT.inbox_prefix
+    inbox_prefix: Annotated[str, "text", BeforeValidator(_text)] = _DEFAULT.inbox_prefix
     """What the subjects of answers begin with."""
-    reply_prefixes: Annotated[tuple[str, ...], BeforeValidator(_prefixes)] = _DEFAULT.reply_prefixes
+    reply_prefixes: Annotated[tuple[str, ...], "list of prefixes", BeforeValidator(_prefixes)] = _DEFAULT.reply_prefixes
     """What the reply subjects of requests begin with. A request with another one is dropped."""
     max_budget: Seconds = _DEFAULT.max_budget
     """What a request from elsewhere may take at most, whatever it says."""
@@ -114,7 +117,7 @@ class NatsSettings(Options):
     """When an idempotent request without an answer is sent once more."""
     claim_wait: Seconds = _DEFAULT.claim_wait
     """How long an actor that must be the only one at its address waits for objections."""
-    events: Annotated[tuple[str, ...], BeforeValidator(_kinds)] = _DEFAULT.events
+    events: Annotated[tuple[str, ...], "list of kinds", BeforeValidator(_kinds)] = _DEFAULT.events
     """Which kinds of events go out, as globs."""
     events_format: Literal["json", "msgpack"] = "json"
     events_stream: MaybeWord = None
@@ -138,11 +141,14 @@ class NatsSettings(Options):
         return self
 
     def nats_options(self, *, budget: float, name: str) -> NatsOptions:
-        """What the bus is told. Raises `CacheConfigurationError` for options that exclude each other."""
+        """Return the options for the bus. Raises `CacheConfigurationError` for options that exclude each other."""
         other = {"type", "hosts", "password", "token", "events_format", "allow_insecure"}
         same = {each: getattr(self, each) for each in type(self).model_fields if each not in other}
         return NatsOptions(
-            servers=tuple("{}:{}".format(*_bracketed(host)) for host in self.hosts),
+            servers=tuple(
+                f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+                for name, port in (host_and_port(host, 4222) for host in self.hosts)
+            ),
             password=None if self.password is None else self.password.get_secret_value(),
             token=None if self.token is None else self.token.get_secret_value(),
             events_as_json=self.events_format == "json",
@@ -153,7 +159,7 @@ class NatsSettings(Options):
 
 
 def bus_from_url(url: str) -> NatsSettings:
-    """The settings of the bus that a URL describes. Raises `CacheConfigurationError`."""
+    """Return the settings of the bus that a URL describes. Raises `CacheConfigurationError`."""
     options = parse_bus_url(url)
     try:
         return NatsSettings(**options)
@@ -162,10 +168,5 @@ def bus_from_url(url: str) -> NatsSettings:
 
 
 def read_bus(value: object) -> object:
-    """A URL or named options, as a setting gives them."""
+    """Return the settings of a URL; let through named options."""
     return bus_from_url(value) if isinstance(value, str) else named(value)
-
-
-def _bracketed(host: str) -> tuple[str, int]:
-    name, port = host_and_port(host, 4222)
-    return f"[{name}]" if ":" in name else name, port

@@ -36,11 +36,11 @@ StoreFactory = Callable[["BackendSettings"], "InlineStore | BatchStore"]
 class Node:
     """The cache's part of a process: a bus, and one supervised backend actor for each backend in the settings.
 
-    An asynchronous context manager. `stores` makes the store of a backend, anew for each life of its actor; left out,
-    stores are made as the settings say. `clock` is the source of time for everything in the node. With `serve`, other
-    processes on the bus reach the backends too, as a worker's: a store that is a server of its own is served by any
-    number of workers, which share the work, any other by one; a second one is refused with `AddressInUse`. `grace` is
-    the seconds that actors have, when the node is left, to answer what they were sent.
+    An asynchronous context manager. `stores` makes the store of a backend, a new one for each incarnation of its actor; left
+    out, stores are made as the settings say. `clock` is the source of time for everything in the node. With `serve`, other
+    processes on the bus reach the backends too, as a worker's: any number of workers share a store that is a server of its
+    own; any other store has one worker, and a second one is refused with `AddressInUse`. `grace` is the seconds that actors
+    have, when the node is left, to answer what they were sent.
     """
 
     def __init__(
@@ -64,11 +64,10 @@ class Node:
         )
         self._stores = stores or self._build_store
         actors = settings.actors
+        backoff = (actors.restart_backoff, actors.restart_backoff_max)
         self.supervisor = Supervisor(
             self.bus,
-            policy=RestartPolicy(
-                actors.max_restarts, actors.restart_window, actors.restart_backoff, actors.restart_backoff_max
-            ),
+            policy=RestartPolicy(actors.max_restarts, actors.restart_window, *backoff),
             capacity=actors.mailbox_capacity,
             inline_turns=actors.inline_turns,
             grace=grace,
@@ -80,8 +79,8 @@ class Node:
         kept = settings.locks_kept
         why_not = None
         if kept.type in LOCKLESS:
-            said = f"a {kept.type} backend keeps no locks: say where they are, as in locks='redis://host'"
-            why_not = CapabilityError(said, kept.type, "locks")
+            problem = f"a {kept.type} backend keeps no locks: say where they are, as in locks='redis://host'"
+            why_not = CapabilityError(problem, kept.type, "locks")
         self._lock_way = LockWay(self.bus, self._lock_address(kept), settings.timeout, self._timers, why_not)
         self._lock_tables: dict[str, LockStore] = {}
 
@@ -98,14 +97,11 @@ class Node:
         try:
             await self._resources.enter_async_context(self.supervisor)
             for backend in self.settings.backends:
-                if backend.type == "bus":
-                    continue
-                await self.supervisor.start(
-                    backend_address(backend.name),
-                    partial(self._actor, backend),
-                    backend=backend.name,
-                    visibility=self.visibility(backend),
-                )
+                if backend.type != "bus":
+                    address, actor = backend_address(backend.name), partial(self._actor, backend)
+                    await self.supervisor.start(
+                        address, actor, backend=backend.name, visibility=self.visibility(backend)
+                    )
             await self._start_locks()
         except BaseException:
             await self._resources.aclose()
@@ -124,65 +120,50 @@ class Node:
             self.bus.close()
 
     def link(self, name: str | None = None) -> Link:
-        """The way to a backend, the default one if `name` is left out."""
+        """Return the client of a backend, the default one if `name` is left out."""
         settings = self.settings
         backend = settings.default_backend if name is None else settings.backend(name)
-        emitter = Emitter(self.bus, backend.name)
-        address = backend_address(backend.name)
+        to = (self.bus, backend_address(backend.name), settings.timeout, Emitter(self.bus, backend.name), self._timers)
         pipeline = self._pipeline(backend)
         link: Link
         if pipeline is None:
-            link = Link(self.bus, address, settings.timeout, emitter, self._timers, settings.on_error)
-            link.locks = self._lock_way
-            return link
-        from .payload_link import PayloadLink  # Caches that keep objects do without.
+            link = Link(*to, settings.on_error)
+        else:
+            from .payload_link import PayloadLink  # Caches that keep objects do without.
 
-        link = PayloadLink(
-            self.bus,
-            address,
-            settings.timeout,
-            emitter,
-            self._timers,
-            pipeline,
-            on_error=settings.on_error,
-            offload_above=settings.payload.offload_above,
-            debug=settings.debug,
-        )
+            offload_above = settings.payload.offload_above
+            link = PayloadLink(
+                *to, pipeline, on_error=settings.on_error, offload_above=offload_above, debug=settings.debug
+            )
         link.locks = self._lock_way
         return link
 
     async def _start_locks(self) -> None:
-        """Start a lock manager: of all that serves, one for each backend, because their clients know them by these."""
+        """Start the lock manager. A node that serves starts one for each backend, because their clients ask at its name."""
         settings = self.settings
         kept = settings.backends if self.serve and settings.locks is None else (settings.locks_kept,)
         for each in kept:
             if each.type != "bus" and each.type not in LOCKLESS:
-                await self.supervisor.start(
-                    self._lock_address(each),
-                    partial(self._lock_manager, each),
-                    backend="locks",
-                    visibility=self.visibility(each),
-                )
+                address, manager = self._lock_address(each), partial(self._lock_manager, each)
+                await self.supervisor.start(address, manager, backend="locks", visibility=self.visibility(each))
 
     def _lock_address(self, kept: BackendSettings) -> Address:
-        # By the backend, where nobody says otherwise: so all who share its values share its locks, and nobody else does.
+        # By the backend, unless the settings say otherwise: exactly the processes that share its values share its locks.
         return LOCKS if self.settings.locks is not None else Address(f"{LOCKS}.{kept.name}")
 
     def _lock_manager(self, kept: BackendSettings) -> LockManager:
         from .guard_settings import GuardSettings, guard_policy  # As in `_build_store`.
         from .stores import build_lock_store
 
-        if isinstance(kept, GuardSettings):
+        store = self._lock_tables.get(kept.name)
+        if store is None:
             store = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
-            return LockManager(store, guard_policy(kept), shared=self.visibility(kept) == "shared")
-        table = self._lock_tables.get(kept.name)  # One for all lives of the actor.
-        if table is None:
-            table = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
-            self._lock_tables[kept.name] = table
-        return LockManager(table)
+            if not isinstance(kept, GuardSettings):
+                self._lock_tables[kept.name] = store  # In memory: one for all incarnations of the actor.
+        return LockManager(store, guard_policy(kept), shared=self.visibility(kept) == "shared")
 
     def visibility(self, backend: BackendSettings) -> Visibility:
-        """Who reaches the actor of a backend."""
+        """Return who can reach the actor of a backend."""
         if not self.serve:
             return "private"
         return "shared" if backend.type in SHARABLE else "sole"
@@ -201,7 +182,7 @@ class Node:
     def _actor(self, backend: BackendSettings) -> BackendActor:
         from .guard_settings import guard_policy  # As in `_build_store`.
 
-        # Whoever takes failures for misses is served from the start; whoever wants to know of them is told at once.
+        # A cache that takes failures for misses opens without its store; any other one fails at once.
         opens_later = self.settings.on_error == "miss"
         return BackendActor(self._stores(backend), guard_policy(backend), opens_later=opens_later)
 
@@ -229,8 +210,7 @@ LOCKLESS = frozenset({"null", "plugin"})
 
 
 def nats_bus(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> LocalBus:
-    """The bus over NATS that settings describe, not yet open. Raises `CacheConfigurationError` where nats-py is not
-    installed."""
+    """Make the bus over NATS of settings, not yet open. Raises `CacheConfigurationError` if nats-py is not installed."""
     assert settings.bus is not None
     try:
         nats = import_module("cachebus.bus.nats")
@@ -242,7 +222,7 @@ def nats_bus(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> LocalBus:
 
 
 def backend_address(name: str) -> Address:
-    """The address of a backend's actor."""
+    """Return the address of a backend's actor."""
     return Address(f"backend.{name}")
 
 

@@ -1,9 +1,10 @@
-"""What settings are made of: types that refuse what they do not mean, and errors that a person can act on."""
+"""The types and base classes of settings, and the sentences that say what is wrong with a value."""
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, cast
@@ -17,7 +18,7 @@ from .urls import Text, did_you_mean, redact_url
 T = TypeVar("T")
 Path: TypeAlias = tuple[str | int, ...]
 Problem: TypeAlias = tuple[Path, str]
-"""Where something is wrong, and what."""
+"""The path of an option, and what is wrong with it."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _FLOAT = re.compile(r"-?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?")
@@ -26,45 +27,39 @@ _SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "
 _SECRET = re.compile(r"(?i)pass|pwd|secret|token|key|credential|auth")
 _SHOWN = 80
 
-# A validator here raises a ValueError that says what it expects: "expected seconds above 0". A rule with a sentence
-# of its own raises a CacheConfigurationError. `refusal` makes whole sentences of both.
+# A validator raises a ValueError that says what it expects: "expected seconds above 0". A rule with a sentence of its own
+# raises a CacheConfigurationError. `refusal` makes whole sentences of both. A text in an `Annotated` is what the page of
+# settings says of the values.
 
 
-def _number(value: object) -> object:
+def _number(value: object) -> int | float:
+    """Return the number that a value is or, in a URL or the environment, says; else NaN, which is in no range."""
     if isinstance(value, Text):
         if _INTEGER.fullmatch(value):
             return int(value)
         if _FLOAT.fullmatch(value):
             return float(value)
-    return value
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def _seconds(value: object) -> float:
-    value = _number(value)
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            seconds = float(value)
-        except OverflowError:
-            seconds = math.inf
-        if 0 < seconds < math.inf:
-            return seconds
+    seconds = _number(value.total_seconds() if isinstance(value, timedelta) else value)
+    if 0 < seconds <= sys.float_info.max:
+        return float(seconds)
     raise ValueError("expected seconds above 0, as a number or a timedelta")
 
 
 def _share(value: object) -> float:
-    value = _number(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
-        return float(value)
+    if 0 <= (share := _number(value)) <= 1:
+        return float(share)
     raise ValueError("expected a number from 0 to 1")
 
 
 def _integer(least: int) -> Callable[[object], int]:
     def read(value: object) -> int:
-        value = _number(value)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
-            return value
+        number = _number(value)
+        if isinstance(number, int) and number >= least:
+            return number
         raise ValueError(f"expected a whole number, {least} or more")
 
     return read
@@ -85,7 +80,7 @@ def _optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
 
 
 def named(value: T) -> T:
-    """Let through what is no mapping, and a mapping whose names are text. What else is wrong the model says."""
+    """Return `value`. Raises `CacheConfigurationError` for a mapping with names that are no text."""
     options: Any = value
     if isinstance(options, Mapping) and not all(isinstance(name, str) for name in cast("Iterable[Any]", options)):
         raise CacheConfigurationError("the name of an option is text: put it in quotes")
@@ -106,24 +101,23 @@ def _switch(value: object) -> bool:
     raise ValueError("expected true or false")
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds)]
-MaybeSeconds = Annotated[float | None, BeforeValidator(_optional(_seconds))]
-AtLeastOne = Annotated[int, BeforeValidator(_integer(1))]
-MaybeAtLeastOne = Annotated[int | None, BeforeValidator(_optional(_integer(1)))]
-NotNegative = Annotated[int, BeforeValidator(_integer(0))]
-Share = Annotated[float, BeforeValidator(_share)]
-Word = Annotated[str, BeforeValidator(_word)]
-Switch = Annotated[bool, BeforeValidator(_switch)]
+Seconds = Annotated[float, "seconds, above 0", BeforeValidator(_seconds)]
+MaybeSeconds = Annotated[float | None, "seconds, above 0; or none", BeforeValidator(_optional(_seconds))]
+AtLeastOne = Annotated[int, "whole number, 1 or more", BeforeValidator(_integer(1))]
+MaybeAtLeastOne = Annotated[int | None, "whole number, 1 or more; or none", BeforeValidator(_optional(_integer(1)))]
+NotNegative = Annotated[int, "whole number, 0 or more", BeforeValidator(_integer(0))]
+Share = Annotated[float, "number from 0 to 1", BeforeValidator(_share)]
+Word = Annotated[str, "one word", BeforeValidator(_word)]
+Switch = Annotated[bool, "true or false", BeforeValidator(_switch)]
 
 
 class Options(BaseModel):
-    """A frozen group of options that refuses unknown ones. Raises `CacheConfigurationError` where pydantic would
-    raise its own error."""
+    """A frozen group of options that refuses unknown ones.
+
+    Raises `CacheConfigurationError` instead of pydantic's own error.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    by_reference: ClassVar[bool] = False
-    """Of a backend: whether its store can keep objects of this process, so that values need not become bytes."""
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -135,11 +129,29 @@ class Options(BaseModel):
         raise refused
 
 
-def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfigurationError:
-    """The error that says in one sentence all that pydantic found wrong with the values of a model.
+class BackendOptions(Options):
+    """The options that every backend has. `by_reference`: its store can keep objects, so that values need not become bytes."""
 
-    The sentence does not show what may be secret. `args` holds the `Problem`s one by one, for the model around this
-    one, whose error gives them longer paths.
+    by_reference: ClassVar[bool] = False
+
+    type: Any = None
+    name: Word = "primary"
+    """What calls and events call the backend."""
+    default: Switch = False
+    """Whether calls that name no backend go here. A single backend is the default by itself."""
+
+
+def refuse_wrong(*rules: tuple[object, str]) -> None:
+    """Raise `CacheConfigurationError` with the sentence of the first rule whose first part is true."""
+    for wrong, sentence in rules:
+        if wrong:
+            raise CacheConfigurationError(sentence)
+
+
+def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfigurationError:
+    """Return the error that says in one sentence all that pydantic found wrong with a model. It shows no secrets.
+
+    `args` holds the `Problem`s one by one, for the error of the enclosing model, which makes their paths longer.
     """
     found: list[Problem] = []
     for each in error.errors(include_url=False):
@@ -170,7 +182,7 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
 
 
 def unknown_option(name: str, known: list[str]) -> str:
-    """What to say of an option that nobody knows: the nearest known one, and all of them."""
+    """Return the sentence for an unknown option: the nearest known one, and all of them."""
     return f"unknown option{did_you_mean(name, known)}, known are {', '.join(known)}"
 
 
@@ -189,7 +201,7 @@ def _expected(kind: str, message: str, context: Mapping[str, Any]) -> str:
 
 
 def shown(value: object, path: Path = ()) -> str:
-    """A value as an error shows it: short, and without what is or may be secret."""
+    """Return a value as an error shows it: short, and without what may be secret."""
     if any(_SECRET.search(str(part)) for part in path):
         return "what was given"
     if isinstance(value, str):
@@ -197,12 +209,11 @@ def shown(value: object, path: Path = ()) -> str:
         return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
     if value is None or isinstance(value, bool | int | float | timedelta):
         return repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "such a large number"
-    # What is in it may be secret.
     return f"a value of type {type(value).__name__}"
 
 
 def sentence(path: Path, text: str) -> str:
-    """What is wrong, with the place where it is: `backends[0].name: ...`."""
+    """Return a problem with its path before it: `backends[0].name: ...`."""
     where = ""
     for part in path:
         if isinstance(part, str) and part.isidentifier():

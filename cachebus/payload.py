@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -10,8 +11,7 @@ from cachebus.messages import CacheCapacityError, CacheConfigurationError, Cache
 
 from .cached_errors import CachedError
 from .payload_auto import AutoSerializer
-from .payload_compression import Compressor, compressor_of, make_compressor
-from .payload_extras import load
+from .payload_compression import Compressor, make_compressor
 from .payload_format import (
     CHECKSUMMED,
     COMPRESSION_CODES,
@@ -27,17 +27,18 @@ from .payload_format import (
     RejectReason,
     SerializerName,
     binding,
+    load,
 )
 from .payload_frames import ArrowSerializer
 from .payload_json import JsonSerializer
 from .payload_msgpack import MsgpackSerializer
-from .payload_pickle import PickleSerializer
-from .payload_sealing import Sealer
-from .payload_signing import SIGNATURE_SIZE, Signer
+from .payload_scalars import type_name, type_of
+from .payload_sealing import SIGNATURE_SIZE, Sealer, Signer
 
 MAX_SIZE = 64 * 2**20
 _CHECKSUM_SIZE = 8
 _PLAIN = COMPRESSION_CODES["none"]
+_COMPRESSIONS: dict[int, Any] = {code: name for name, code in COMPRESSION_CODES.items()}
 
 
 class Serializer(Protocol):
@@ -50,41 +51,52 @@ class Serializer(Protocol):
     def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any: ...
 
 
+class PickleSerializer:
+    """Values to pickle, protocol 5, and back, for signed payloads only: unpickling runs what the bytes say."""
+
+    name = "pickle"
+
+    def dumps(self, value: Any) -> bytes:
+        """Return the bytes of a value. Raises `CacheSerializationError` that names the type, whatever its own code raised."""
+        try:
+            return pickle.dumps(value, protocol=5)
+        except Exception as error:
+            raise CacheSerializationError(
+                f"the serializer 'pickle' cannot write a {type_name(type_of(value))}: {type(error).__name__}"
+            ) from None
+
+    def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any:
+        """Return the value of bytes whose signature was verified. Raises whatever unpickling raises."""
+        if not trusted:
+            raise ValueError("a pickle is read only if its signature was verified")
+        return pickle.loads(data)  # noqa: S301  # signed by one of our keys, for this key of this namespace
+
+
 @dataclass(slots=True)
 class PayloadStatistics:
-    """What a pipeline has done since it was made. Sizes are bytes."""
+    """Counts of a pipeline since it was made. Sizes are bytes."""
 
     written: int = 0
     read: int = 0
     rejected: int = 0
     compressed: int = 0
     raw_bytes: int = 0
-    """What the serializer made of the values that compression was tried on."""
+    """Size of the content that compression was tried on."""
     packed_bytes: int = 0
     """What compression left of that."""
 
-    @property
-    def ratio(self) -> float:
-        """Size before over size after compression; 1.0 before the first."""
-        return self.raw_bytes / self.packed_bytes if self.packed_bytes else 1.0
-
-    @property
-    def bytes_saved(self) -> int:
-        """How many bytes compression has saved."""
-        return self.raw_bytes - self.packed_bytes
-
     def as_dict(self) -> dict[str, float]:
-        """All of it, by name."""
-        return {**asdict(self), "ratio": self.ratio, "bytes_saved": self.bytes_saved}
+        """Return the counts by name. `ratio` is the size before over the size after compression, 1.0 before the first."""
+        ratio = self.raw_bytes / self.packed_bytes if self.packed_bytes else 1.0
+        return {**asdict(self), "ratio": ratio, "bytes_saved": self.raw_bytes - self.packed_bytes}
 
 
 class PayloadPipeline:
     """Values to payloads and back, for the keys of one namespace. Usable from any thread.
 
-    What is larger than `max_size` bytes, as the serializer writes it, is refused with `CacheCapacityError`, and what would
-    unpack to more is rejected before it is unpacked. Content of less than `threshold` bytes is not compressed, and none is
-    that does not get smaller. With a `signer` or a `sealer` nothing is read that is not signed or sealed by it. `checksum`
-    guards against corruption, not against people.
+    Content of more than `max_size` bytes is refused with `CacheCapacityError`, and a payload that would unpack to more is
+    rejected before it is unpacked. Content is compressed from `threshold` bytes, if it gets smaller. With a `signer` or a
+    `sealer`, only payloads that it signed or sealed are read. `checksum` guards against corruption, not against people.
 
     Raises `CacheConfigurationError` for pickle without a signer, and for a library that is not installed.
     """
@@ -103,7 +115,7 @@ class PayloadPipeline:
         sealer: Sealer | None = None,
         types: Sequence[type[Any]] = (),
     ) -> None:
-        self._serializer = make_serializer(serializer, types) if isinstance(serializer, str) else serializer
+        self._serializer = _make_serializer(serializer, types) if isinstance(serializer, str) else serializer
         if self._serializer.name == "pickle" and signer is None:
             raise CacheConfigurationError("the serializer 'pickle' needs signing keys: unpickling runs what it reads")
         if not 0 < max_size <= SIZE_MAX:
@@ -119,9 +131,9 @@ class PayloadPipeline:
         protection = (CHECKSUMMED if self._checksum else 0) | (SIGNED if signer else 0) | (SEALED if sealer else 0)
         self._protection = protection
         self._code = SERIALIZER_CODES[self._serializer.name]
-        # What a payload begins with whose content is the rest of it.
+        # The header of a payload whose content is the rest of it.
         self._bare = bytes((VERSION, self._code, _PLAIN, 0))
-        # What every payload begins with that a plain pipeline can take as it is; none begins so where there is protection.
+        # The header of payloads that a pipeline without protection takes as they are; empty with protection.
         self._plain = b"" if protection else self._bare
         self._bound = binding(sealer.tenant if sealer else "", namespace)
         self._namespace = namespace
@@ -132,19 +144,19 @@ class PayloadPipeline:
 
     @property
     def serializer(self) -> str:
-        """The name of the serializer."""
+        """Name of the serializer."""
         return self._serializer.name
 
     @property
     def sealed(self) -> bool:
-        """Whether payloads are sealed."""
+        """True if payloads are sealed."""
         return self.sealer is not None
 
     def rotate_key(self, key: bytes, key_id: str | None = None) -> None:
-        """Seal with `key` under `key_id` from now on, or sign with it where payloads are not sealed. What the older keys sealed or
-        signed is still read. Usable from any thread, with calls under way.
+        """Seal with `key` under `key_id` from now on, or sign with `key` if there is no id. Payloads of older keys are still read.
 
-        Raises `CacheConfigurationError` for a key of less than 32 bytes, and where there is nothing to rotate.
+        Usable from any thread, with calls under way. Raises `CacheConfigurationError` for a key of less than 32 bytes, and
+        if there is nothing to rotate.
         """
         if key_id is not None and self.sealer is not None:
             self.sealer.rotate(key_id, key)
@@ -156,7 +168,7 @@ class PayloadPipeline:
             )
 
     def encode(self, key: str, value: Any) -> bytes:
-        """The payload of a value. Raises `CacheSerializationError` and `CacheCapacityError`."""
+        """Return the payload of a value. Raises `CacheSerializationError` and `CacheCapacityError`."""
         if type(value) is CachedError:
             return self.protect(key, value.content, error=True)
         content = self.serialize(value)
@@ -166,15 +178,14 @@ class PayloadPipeline:
         return self.protect(key, content)
 
     def serialize(self, value: Any) -> bytes:
-        """The first step of `encode`: the content, as the serializer writes it."""
+        """Return the content of a value, as the serializer writes it: the first step of `encode`."""
         content = self._serializer.dumps(value)
         if len(content) > self._max_size:
             raise CacheCapacityError("the value is too large for a payload", len(content), self._max_size)
         return content
 
     def protect(self, key: str, content: bytes, *, error: bool = False) -> bytes:
-        """The other steps of `encode`: compression, signature or checksum, and seal. `error`, the content is that of an
-        exception."""
+        """Return the payload of content: the other steps of `encode`. `error` marks the record of an exception."""
         self.statistics.written += 1
         code = ERROR_CODE if error else self._code
         header = bytes((VERSION, code, _PLAIN, 0)) if error else self._bare
@@ -195,7 +206,7 @@ class PayloadPipeline:
         return header + content
 
     def decode(self, key: str, payload: object) -> Any:
-        """The value of a payload. Raises `CacheSerializationError` whose `reason` says why it is not taken."""
+        """Return the value of a payload. Raises `CacheSerializationError` whose `reason` says why it is rejected."""
         plain = self._plain
         if (
             plain
@@ -208,7 +219,7 @@ class PayloadPipeline:
                 value = self._loads(payload[HEADER_SIZE:] if size < 16_384 else memoryview(payload)[HEADER_SIZE:])
                 self.statistics.read += 1
                 return value
-            except Exception:  # Said below, with the reason.
+            except Exception:  # Raised below, with the reason.
                 pass
         try:
             value = self._value(key, payload)
@@ -221,30 +232,25 @@ class PayloadPipeline:
     def _value(self, key: str, payload: object) -> Any:
         if type(payload) is not bytes or len(payload) < HEADER_SIZE or payload[0] != VERSION:
             raise _rejected("format", "what is stored is no payload, or one of another version")
-        rest = memoryview(payload)[HEADER_SIZE:]
-        content: bytes | memoryview = rest
-        trusted = False
-        if not payload.startswith(self._bare):
-            header = payload[:HEADER_SIZE]
-            if header[1] not in (self._code, ERROR_CODE):
-                raise _rejected("serializer", "another serializer wrote the payload")
-            if header[3] != self._protection:
-                raise _rejected("protection", "the payload is not protected as the settings demand")
-            if self._protection:
-                content = self._verified(key, header, rest)
-                trusted = self._checksum is None
-            if header[2] != _PLAIN:
-                content = self._unpacked(header[2], content)
-        elif self._protection:
+        header = payload[:HEADER_SIZE]
+        if header[1] not in (self._code, ERROR_CODE):
+            raise _rejected("serializer", "another serializer wrote the payload")
+        if header[3] != self._protection:
             raise _rejected("protection", "the payload is not protected as the settings demand")
+        content: bytes | memoryview = memoryview(payload)[HEADER_SIZE:]
+        if self._protection:
+            content = self._verified(key, header, memoryview(payload)[HEADER_SIZE:])
+        if header[2] != _PLAIN:
+            content = self._unpacked(header[2], content)
         if len(content) > self._max_size:
             raise _rejected("capacity", f"the payload holds more than {self._max_size:,} bytes")
         if payload[1] == ERROR_CODE:
             return CachedError(bytes(content))
         try:
+            trusted = bool(self.signer or self.sealer)
             return self._serializer.loads(content, trusted=trusted)
         except Exception:
-            # Whatever the bytes have led to. The error is not kept: it may show what they hold.
+            # The error is not kept: it may show what the bytes hold.
             problem = f"the serializer {self._serializer.name!r} cannot read the payload"
         raise _rejected("content", problem)
 
@@ -290,7 +296,7 @@ class PayloadPipeline:
     def _unpacked(self, code: int, content: bytes | memoryview) -> bytes:
         if code not in self._compressors:
             try:
-                self._compressors[code] = compressor_of(code)
+                self._compressors[code] = make_compressor(_COMPRESSIONS.get(code, "none"))
             except CacheConfigurationError:
                 self._compressors[code] = None  # Its library is not installed here.
         compressor = self._compressors[code]
@@ -306,24 +312,20 @@ class PayloadPipeline:
         raise _rejected("compression", problem)
 
 
-def make_serializer(name: SerializerName, types: Sequence[type[Any]] = ()) -> Serializer:
-    """The serializer of a name. `types` are classes that `auto` may carry. Raises `CacheConfigurationError` where its library
-    is not installed."""
-    made: Serializer
+def _make_serializer(name: SerializerName, types: Sequence[type[Any]]) -> Serializer:
     match name:
         case "msgpack":
-            made = MsgpackSerializer()
+            return MsgpackSerializer()
         case "json":
-            made = JsonSerializer()
+            return JsonSerializer()
         case "auto":
-            made = AutoSerializer(types)
+            return AutoSerializer(types)
         case "arrow":
-            made = ArrowSerializer()
+            return ArrowSerializer()
         case "pickle":
-            made = PickleSerializer()
+            return PickleSerializer()
         case _:
             raise CacheConfigurationError(f"there is no serializer {name!r} that makes bytes")
-    return made
 
 
 def _rejected(reason: RejectReason, detail: str) -> CacheSerializationError:

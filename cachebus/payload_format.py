@@ -1,4 +1,4 @@
-"""How a payload is laid out: one header, the same whatever is inside, and what a signature or a seal is bound to.
+"""The layout of a payload: one header for every content, and what signatures and seals are bound to.
 
     1 byte   version      1
     1 byte   serializer   m msgpack, j json, a auto, d arrow, p pickle; e an exception (see `cached_errors`)
@@ -8,14 +8,17 @@
              signed:      32 bytes HMAC-SHA256, then the content
              checksummed: 8 bytes xxh3-64 of header and content, big-endian, then the content
 
-The content is what the serializer wrote; if it is compressed, 4 bytes, big-endian, with its size before compression come
-first. Signed and sealed, the signature is inside the seal.
+The content is what the serializer wrote. Compressed content follows its size before compression: 4 bytes, big-endian.
+With both a signature and a seal, the signature is inside the seal.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Literal, TypeAlias
+from importlib import import_module
+from typing import Any, Literal, TypeAlias
+
+from cachebus.messages import CacheConfigurationError
 
 VERSION = 1
 HEADER_SIZE = 4
@@ -27,32 +30,46 @@ CHECKSUMMED, SIGNED, SEALED = 1, 2, 4
 SerializerName: TypeAlias = Literal["msgpack", "json", "auto", "arrow", "pickle", "none"]
 CompressionName: TypeAlias = Literal["none", "zlib", "gzip", "lz4", "zstd"]
 
-SERIALIZER_CODES: dict[str, int] = {
-    "msgpack": ord("m"),
-    "json": ord("j"),
-    "auto": ord("a"),
-    "arrow": ord("d"),
-    "pickle": ord("p"),
+SERIALIZER_CODES = {
+    name: ord(code) for name, code in zip(("msgpack", "json", "auto", "arrow", "pickle"), "mjadp", strict=True)
 }
 ERROR_CODE = ord("e")
-COMPRESSION_CODES: dict[str, int] = {
-    "none": ord("-"),
-    "zlib": ord("z"),
-    "gzip": ord("g"),
-    "lz4": ord("l"),
-    "zstd": ord("s"),
+COMPRESSION_CODES = {
+    name: ord(code) for name, code in zip(("none", "zlib", "gzip", "lz4", "zstd"), "-zgls", strict=True)
 }
+
+EXTRAS = {
+    "orjson": "json",
+    "lz4": "lz4",
+    "zstandard": "zstd",
+    "xxhash": "checksum",
+    "cryptography": "crypto",
+    **dict.fromkeys(("pyarrow", "pandas", "numpy"), "arrow"),
+}
+"""Which extra of cachebus brings a package."""
 
 RejectReason: TypeAlias = Literal[
     "format", "serializer", "compression", "checksum", "signature", "seal", "protection", "capacity", "content", "type"
 ]
-"""Why a stored payload is not taken: `format` it is none of ours or of another version; `serializer` another one wrote it;
-`compression`, `checksum`, `signature`, `seal` that step failed; `protection` it is less or otherwise protected than the
-settings demand; `capacity` it would unpack to more than `max_size`; `content` the serializer cannot read it; `type` it is
-not of the type that the caller asked for."""
+"""Why a stored payload is rejected: `format` it is none of ours, or of another version; `serializer` another one wrote it;
+`compression`, `checksum`, `signature`, `seal` that step failed; `protection` it lacks what the settings demand; `capacity` it
+would unpack to more than `max_size`; `content` the serializer cannot read it; `type` the caller asked for another type."""
 
 
 def binding(*parts: str) -> bytes:
-    """What a signature and a seal are bound to: tenant, namespace and key. Each part has its length before it, so that no two
-    bindings are the same. A binding of the first parts is the beginning of one of all parts."""
+    """Return what a signature and a seal are bound to: tenant, namespace and key, each after its length.
+
+    No two bindings are the same, and the binding of the first parts is the beginning of the binding of all parts.
+    """
     return b"".join([SIZE.pack(len(part)) + part for part in map(str.encode, parts)])
+
+
+def load(module: str, what: str) -> Any:
+    """Import a module of an extra. Raises `CacheConfigurationError` that names `what` needs it, and the extra."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise CacheConfigurationError(f"{what} needs {package}: pip install 'cachebus[{EXTRAS[package]}]'") from None

@@ -30,7 +30,7 @@ import msgpack  # type: ignore[import-untyped]
 
 from cachebus.messages import CacheSerializationError
 
-from .payload_extras import load
+from .payload_format import load
 from .payload_scalars import (
     read_date,
     read_datetime,
@@ -45,6 +45,8 @@ DEPTH_MAX = 200
 """How deep lists and dicts may be nested where tags are needed. Without tags orjson sets the bound, at 254."""
 
 _Packer: Any = msgpack.Packer  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+_KEPT_BUFFER = 65_536
+"""Bytes of a value after which the packer that has written it is kept for the next one."""
 _NOT_FINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 """Finds NaN and infinity in MessagePack, and now and then other bytes that look like one."""
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
@@ -84,6 +86,9 @@ class JsonSerializer:
     name = "json"
 
     def __init__(self) -> None:
+        self._packers: list[
+            Any
+        ] = []  # One at a time uses a packer: another thread, or a finalizer in between, makes one.
         orjson = load("orjson", "the serializer 'json'")
         self._dumps: Callable[[Any], bytes] = orjson.dumps
         self._loads: Callable[[Any], Any] = orjson.loads
@@ -105,15 +110,24 @@ class JsonSerializer:
         """The JSON of a value that needs no tags, if that is easily seen."""
         try:
             # In C: it refuses every type but the plain ones, bytes, and tags of its own, which orjson refuses in turn.
-            types = _Packer(strict_types=True, buf_size=16_384).pack(value)
+            packer = self._packer()
+            types: bytes = packer.pack(value)
             data = self._dumps(value)
         except (TypeError, ValueError, OverflowError):
             return None
+        if len(types) <= _KEPT_BUFFER:  # It grows to the largest value, and one that has failed is not kept either.
+            self._packers.append(packer)
         # What looks like a tag has to be told from one, and a NaN, which has become null, from other numbers. A search for
         # a byte or two is mostly enough.
-        if (b"$" in data and b'{"$' in data) or _NOT_FINITE(types):
-            return None
+        if (b"$" in data and b'{"$' in data) or b"\xcb\x7f" in types or b"\xcb\xff" in types:
+            return None if b'{"$' in data or _NOT_FINITE(types) else data
         return data
+
+    def _packer(self) -> Any:
+        try:
+            return self._packers.pop()
+        except IndexError:
+            return _Packer(strict_types=True, buf_size=16_384)
 
     def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any:
         """The value of bytes. Raises what orjson and the types raise."""

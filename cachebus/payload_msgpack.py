@@ -25,17 +25,7 @@ import msgpack  # type: ignore[import-untyped]
 
 from cachebus.messages import CacheSerializationError
 
-from .payload_scalars import (
-    read_date,
-    read_datetime,
-    read_int,
-    read_time,
-    refuse,
-    type_of,
-    write_date,
-    write_int,
-    write_moment,
-)
+from .payload_scalars import read_date, read_datetime, read_time, refuse, type_of, write_date, write_moment
 
 # msgpack comes without type hints.
 _packb: Callable[..., bytes] = msgpack.packb  # pyright: ignore[reportUnknownMemberType, reportAssignmentType, reportUnknownVariableType]
@@ -46,36 +36,40 @@ Ext: Any = msgpack.ExtType
 
 _PACKED_MAX = 2**20
 LARGE_ARRAY = 1024
-"""msgpack makes room for as many items as an array claims to have. Up to here that is harmless; a larger array is read only
-after a first pass has seen that its items are there."""
+"""msgpack allocates as many items as an array claims to have. Up to here that is harmless; a larger array is read only
+after a first pass has seen its items."""
 
-Writer = Callable[[Any], Any]
-ScalarReader = Callable[[bytes], Any]
 ContainerReader = Callable[[list[Any]], Any]
 
-SCALARS: Mapping[type[Any], tuple[int, Writer]] = {
-    dt.datetime: (4, lambda value: write_moment(value).encode()),
-    dt.date: (5, lambda value: write_date(value).encode()),
-    dt.time: (6, lambda value: write_moment(value).encode()),
-    dt.timedelta: (7, lambda value: _packb([value.days, value.seconds, value.microseconds])),
-    uuid.UUID: (8, lambda value: value.bytes),
-    Decimal: (9, lambda value: str(value).encode()),
-    int: (10, write_int),
-}
-SCALAR_READERS: Mapping[int, ScalarReader] = {
-    4: lambda data: read_datetime(data.decode()),
-    5: lambda data: read_date(data.decode()),
-    6: lambda data: read_time(data.decode()),
-    7: lambda data: dt.timedelta(*_unpackb(data, max_array_len=3, max_map_len=0, max_str_len=0, max_bin_len=0)),
-    8: lambda data: uuid.UUID(bytes=data),
-    9: lambda data: Decimal(data.decode()),
-    10: read_int,
-}
-CONTAINERS: Mapping[type[Any], int] = {tuple: 1, set: 2, frozenset: 3}
+_SCALARS: tuple[tuple[type[Any], int, Callable[[Any], bytes], Callable[[bytes], Any]], ...] = (
+    (dt.datetime, 4, lambda value: write_moment(value).encode(), lambda data: read_datetime(data.decode())),
+    (dt.date, 5, lambda value: write_date(value).encode(), lambda data: read_date(data.decode())),
+    (dt.time, 6, lambda value: write_moment(value).encode(), lambda data: read_time(data.decode())),
+    (
+        dt.timedelta,
+        7,
+        lambda value: _packb([value.days, value.seconds, value.microseconds]),
+        lambda data: dt.timedelta(*_unpackb(data, max_array_len=3, max_map_len=0, max_str_len=0, max_bin_len=0)),
+    ),
+    (uuid.UUID, 8, lambda value: value.bytes, lambda data: uuid.UUID(bytes=data)),
+    (Decimal, 9, lambda value: str(value).encode(), lambda data: Decimal(data.decode())),
+    (
+        int,  # Of more than 64 bits.
+        10,
+        lambda value: value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True),
+        lambda data: int.from_bytes(data, "big", signed=True),
+    ),
+)
+_WRITERS = {kind: (code, write) for kind, code, write, _ in _SCALARS}
+_READERS = {code: read for _, code, _, read in _SCALARS}
+_CONTAINERS: Mapping[type[Any], Any] = {tuple: Ext(1, b""), set: Ext(2, b""), frozenset: Ext(3, b"")}
 CONTAINER_READERS: Mapping[int, ContainerReader] = {1: tuple, 2: set, 3: frozenset}
 
+_PLAIN: frozenset[type[Any]] = frozenset({type(None), bool, int, float, str, bytes})
+_UNPLAIN: frozenset[type[Any]] = frozenset({tuple, frozenset, memoryview})
 
-class Marker:
+
+class _Marker:
     """The first item of an array that is no list."""
 
     __slots__ = ("code",)
@@ -85,47 +79,51 @@ class Marker:
 
 
 class _Marked(Exception):
-    """There is a marker, so arrays have to be looked at one by one."""
+    """Raised when a marker is met: arrays have to be looked at one by one."""
 
 
 class MsgpackSerializer:
     """Values to msgpack and back, exactly: what would come back otherwise than it went is refused.
 
-    A serializer that carries more gives a `writer`, for values of types that are not known here, and `readers` for the
+    A serializer that carries more overrides `write_other`, for values of other types, and gives `_readers` for the
     containers that it marks.
     """
 
     name = "msgpack"
 
     def __init__(self) -> None:
-        markers = {code: Ext(code, b"") for code in CONTAINERS.values()}
-        self._containers = {kind: markers[code] for kind, code in CONTAINERS.items()}
         self._readers: Mapping[int, ContainerReader] = CONTAINER_READERS
         # Making a packer takes a fifth of the time of packing 1 KB. Each is used by one thread at a time.
         self._packers: list[Any] = []
 
     def dumps(self, value: Any) -> bytes:
-        """The bytes of a value. Raises `CacheSerializationError` that names the type in the way."""
+        """Return the bytes of a value. Raises `CacheSerializationError` that names the type in the way."""
         try:
             packer = self._packer()
             packed: bytes = packer.pack(value)
         except CacheSerializationError:
             raise
         except (ValueError, TypeError, OverflowError) as error:
-            raise CacheSerializationError(
-                f"the serializer {self.name!r} cannot write the value: {_why(error)}"
-            ) from None
-        # A packer keeps the room that it once needed, and one that has failed what it had written.
+            if isinstance(error, UnicodeError):
+                problem = "it holds a str that is not valid Unicode"
+            elif "recursion" in str(error):
+                problem = "it is nested too deeply, or holds itself"
+            else:
+                problem = f"it holds something that msgpack has no form for ({type(error).__name__})"
+            raise CacheSerializationError(f"the serializer {self.name!r} cannot write the value: {problem}") from None
+        # A packer keeps the memory that it once needed, and one that has failed keeps what it had written.
         if len(packed) < _PACKED_MAX:
             self._packers.append(packer)
-        # msgpack writes a bytearray and a memoryview as bytes without asking. Only then is there one of these in it.
+        # msgpack writes a bytearray and a memoryview as bytes without asking. Only then can the value hold one.
         if type(value) not in _PLAIN and (b"\xc4" in packed or b"\xc5" in packed or b"\xc6" in packed):
             self._refuse_buffers(value)
         return packed
 
     def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any:
-        """The value of bytes. Raises whatever msgpack and the types raise; at most as much memory is taken as the
-        largest values of that many bytes need."""
+        """Return the value of bytes. Raises whatever msgpack and the types raise.
+
+        Takes at most as much memory as the largest values of that many bytes need.
+        """
         limit = len(data) if trusted else LARGE_ARRAY
         try:
             return _unpackb(data, ext_hook=self._scalar, strict_map_key=False, timestamp=3, max_array_len=limit)
@@ -136,21 +134,30 @@ class MsgpackSerializer:
                 raise
             limit = len(data)
             _walk(data)
-        reading = _Reading(self._scalar, self._readers)
-        value = _unpackb(
-            data,
-            ext_hook=reading.ext,
-            list_hook=reading.array,
-            strict_map_key=False,
-            timestamp=3,
-            max_array_len=limit,
-        )
-        if reading.markers:
+        markers = 0  # Those that were met and did not begin an array yet.
+
+        def ext(code: int, data: bytes) -> Any:
+            nonlocal markers
+            try:
+                return self._scalar(code, data)
+            except _Marked:
+                markers += 1
+                return _Marker(code)
+
+        def array(items: list[Any]) -> Any:
+            nonlocal markers
+            if items and type(items[0]) is _Marker:
+                markers -= 1
+                return self._readers[items[0].code](items[1:])
+            return items
+
+        value = _unpackb(data, ext_hook=ext, list_hook=array, strict_map_key=False, timestamp=3, max_array_len=limit)
+        if markers:
             raise ValueError("a marker without a container")
         return value
 
     def write_other(self, value: Any) -> Any:
-        """What stands for a value of a type that is not known here."""
+        """Return what stands for a value of another type. Raises `CacheSerializationError`."""
         refuse(value, self.name)
 
     def _packer(self) -> Any:
@@ -161,14 +168,14 @@ class MsgpackSerializer:
 
     def _default(self, value: Any) -> Any:
         kind = type_of(value)
-        if (marker := self._containers.get(kind)) is not None:
+        if (marker := _CONTAINERS.get(kind)) is not None:
             return [marker, *value]
-        if (scalar := SCALARS.get(kind)) is not None:
+        if (scalar := _WRITERS.get(kind)) is not None:
             return Ext(scalar[0], scalar[1](value))
         return self.write_other(value)
 
     def _scalar(self, code: int, data: bytes) -> Any:
-        read = SCALAR_READERS.get(code)
+        read = _READERS.get(code)
         if read is not None:
             return read(data)
         if code in self._readers and not data:
@@ -191,35 +198,6 @@ class MsgpackSerializer:
                 refuse(each, self.name)
 
 
-_PLAIN: frozenset[type[Any]] = frozenset({type(None), bool, int, float, str, bytes})
-_UNPLAIN: frozenset[type[Any]] = frozenset({tuple, frozenset, memoryview})
-
-
-class _Reading:
-    """One reading of arrays that may be something else."""
-
-    __slots__ = ("_readers", "_scalar", "markers")
-
-    def __init__(self, scalar: Callable[[int, bytes], Any], readers: Mapping[int, ContainerReader]) -> None:
-        self._scalar = scalar
-        self._readers = readers
-        self.markers = 0
-        """Those that have been seen and did not begin an array yet."""
-
-    def ext(self, code: int, data: bytes) -> Any:
-        try:
-            return self._scalar(code, data)
-        except _Marked:
-            self.markers += 1
-            return Marker(code)
-
-    def array(self, items: list[Any]) -> Any:
-        if items and type(items[0]) is Marker:
-            self.markers -= 1
-            return self._readers[items[0].code](items[1:])
-        return items
-
-
 def _walk(data: bytes | memoryview) -> None:
     """Go through a message without making anything of it. Raises `ValueError` if it is cut short."""
     unpacker: Any = _Unpacker(max_buffer_size=len(data) + 1, strict_map_key=False)
@@ -228,11 +206,3 @@ def _walk(data: bytes | memoryview) -> None:
         unpacker.skip()
     except msgpack.OutOfData:
         raise ValueError("the message is cut short") from None
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, UnicodeError):
-        return "it holds a str that is not valid Unicode"
-    if "recursion" in str(error):
-        return "it is nested too deeply, or holds itself"
-    return f"it holds something that msgpack has no form for ({type(error).__name__})"

@@ -1,7 +1,7 @@
 """Scalars that neither msgpack nor JSON has, as text that any language reads.
 
-Date, time and datetime are ISO 8601. A zone of the tz database follows in brackets, as RFC 9557 has it
-(`2024-03-31T02:30:00+01:00[Europe/Berlin]`), and so does a fold where there is one (`[_fold=1]`).
+Date, time and datetime are ISO 8601. A zone of the tz database follows in brackets, as in RFC 9557
+(`2024-03-31T02:30:00+01:00[Europe/Berlin]`), and so does a fold (`[_fold=1]`).
 """
 
 from __future__ import annotations
@@ -21,50 +21,38 @@ _FOLD = "[_fold=1]"
 
 
 def type_name(kind: type[Any]) -> str:
-    """How a sentence calls a type: builtins by name, others with their module."""
+    """Return a type's name for a sentence: builtins by name, others with their module."""
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def refuse(value: object, serializer: str) -> NoReturn:
-    """Raise the `CacheSerializationError` for a type that a serializer does not carry. Says who does."""
+    """Raise the `CacheSerializationError` for a type that a serializer does not carry. Names the serializer that does."""
     kind = type_of(value)
-    raise CacheSerializationError(
-        f"the serializer {serializer!r} does not carry a {type_name(kind)}; {_who_carries(kind, serializer)} does"
+    family, name = kind.__module__.partition(".")[0], kind.__name__
+    in_auto = (family, name) in (("numpy", "ndarray"), ("pandas", "Series")) or any(
+        base.__module__ == "numpy" and base.__name__ == "generic" for base in kind.__mro__
     )
-
-
-def _who_carries(kind: type[Any], serializer: str) -> str:
-    family = kind.__module__.partition(".")[0]
-    if serializer != "auto" and (
-        (family == "numpy" and kind.__name__ == "ndarray")
-        or (family == "pandas" and kind.__name__ == "Series")
-        or _is_numpy_scalar(kind)
+    if serializer != "auto" and in_auto:
+        carrier = "'auto'"
+    elif serializer not in ("auto", "arrow") and (family, name) == ("pandas", "DataFrame"):
+        carrier = "'auto', or on its own 'arrow',"
+    elif (family, name) == ("pyarrow", "Table"):
+        carrier = "'arrow'"
+    elif issubclass(kind, enum.Enum) or any(
+        hasattr(kind, each) for each in ("__dataclass_fields__", "__pydantic_fields__", "_fields")
     ):
-        return "'auto'"
-    if serializer not in ("auto", "arrow") and family == "pandas" and kind.__name__ == "DataFrame":
-        return "'auto', or on its own 'arrow',"
-    if family == "pyarrow" and kind.__name__ == "Table":
-        return "'arrow'"
-    registrable = issubclass(kind, enum.Enum) or any(
-        hasattr(kind, name) for name in ("__dataclass_fields__", "__pydantic_fields__", "_fields")
-    )
-    return "'auto', with the class among payload.types," if registrable else "'pickle'"
+        carrier = "'auto', with the class among payload.types,"
+    else:
+        carrier = "'pickle'"
+    raise CacheSerializationError(f"the serializer {serializer!r} does not carry a {type_name(kind)}; {carrier} does")
 
 
-def _is_numpy_scalar(kind: type[Any]) -> bool:
-    return any(base.__module__ == "numpy" and base.__name__ == "generic" for base in kind.__mro__)
-
-
-def write_date(value: dt.date) -> str:
-    return value.isoformat()
-
-
-def read_date(text: str) -> dt.date:
-    return dt.date.fromisoformat(text)
+write_date = dt.date.isoformat
+read_date = dt.date.fromisoformat
 
 
 def write_moment(value: dt.datetime | dt.time) -> str:
-    """A datetime or a time as text. Raises `CacheSerializationError` for a zone that would not come back as it is."""
+    """Return a datetime or a time as text. Raises `CacheSerializationError` for a zone that would not come back as it is."""
     text = value.isoformat()
     zone = value.tzinfo
     if zone is not None and zone is not dt.UTC:
@@ -103,12 +91,3 @@ def _read_moment(kind: type[DT], text: str) -> DT:
     if zone is not None:
         value = value.replace(tzinfo=zone)
     return cast("DT", value.replace(fold=1) if fold else value)
-
-
-def write_int(value: int) -> bytes:
-    """An int of any size: big-endian two's complement."""
-    return value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True)
-
-
-def read_int(data: bytes) -> int:
-    return int.from_bytes(data, "big", signed=True)

@@ -6,47 +6,54 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, SecretStr, field_serializer, model_validator
 
 from cachebus.messages import CacheConfigurationError
 
-from .options import AtLeastOne, MaybeAtLeastOne, NotNegative, Options, Switch
+from .options import AtLeastOne, MaybeAtLeastOne, NotNegative, Options, Switch, refuse_wrong
 from .payload import MAX_SIZE, PayloadPipeline
 from .payload_compression import LEVELS
 from .payload_format import SIZE_MAX, CompressionName
-from .payload_sealing import KEY_SIZE_MIN, Sealer
-from .payload_signing import Signer
-
-_EXPECTED_KEY = f"expected a key of at least {KEY_SIZE_MIN} bytes, as text or as base64: and base64"
+from .payload_sealing import KEY_SIZE_MIN, Sealer, Signer
 
 
-def _key(value: object) -> SecretStr:
-    if isinstance(value, bytes):
-        value = f"base64:{base64.b64encode(value).decode()}"
-    text = value.get_secret_value() if isinstance(value, SecretStr) else value
-    if not isinstance(text, str):
-        raise ValueError(_EXPECTED_KEY)
-    try:
-        size = len(key_bytes(SecretStr(text)))
-    except binascii.Error:
+def read_key(at_least: int, at_most: int | None = None) -> Callable[[object], SecretStr]:
+    """Return the validator of a key of so many bytes, given as text, as `base64:` and base64, or as bytes."""
+    sizes = f"{at_least} to {at_most}" if at_most else f"at least {at_least}"
+
+    def read(value: object) -> SecretStr:
+        if isinstance(value, bytes):
+            value = f"base64:{base64.b64encode(value).decode()}"
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
         size = 0
-    if size < KEY_SIZE_MIN:
-        raise CacheConfigurationError(_EXPECTED_KEY)
-    return SecretStr(str(text))
+        if isinstance(text, str):
+            try:
+                size = len(key_bytes(SecretStr(text)))
+            except binascii.Error:
+                size = 0
+        if not at_least <= size <= (at_most or size):
+            raise CacheConfigurationError(f"expected a key of {sizes} bytes, as text or as base64: and base64")
+        return SecretStr(str(text))
+
+    return read
 
 
 def key_bytes(secret: SecretStr) -> bytes:
-    """The bytes of a key in the settings."""
+    """Return the bytes of a key in the settings."""
     text = secret.get_secret_value()
     if text.startswith("base64:"):
         return base64.b64decode(text.removeprefix("base64:"), validate=True)
     return text.encode()
 
 
-def _from_text(value: object, read: Callable[[Any], Any], expected: str) -> Any:
+_key = read_key(KEY_SIZE_MIN)
+_EXPECTED_KEYS = f"expected keys of at least {KEY_SIZE_MIN} bytes, as text or as base64: and base64"
+
+
+def _from_json(value: object, expected: str) -> Any:
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = json.loads(value)
@@ -54,15 +61,16 @@ def _from_text(value: object, read: Callable[[Any], Any], expected: str) -> Any:
             value = None
     if value is None:
         raise CacheConfigurationError(expected)
-    return read(value)
+    return value
+
+
+def _several(value: object, expected: str) -> Sequence[Any]:
+    given = _from_json(value, expected)
+    return cast("Sequence[Any]", given if isinstance(given, list | tuple) else [given])
 
 
 def _keys(value: object) -> tuple[SecretStr, ...]:
-    def read(given: Any) -> tuple[SecretStr, ...]:
-        several = cast("Sequence[Any]", given if isinstance(given, list | tuple) else [given])
-        return tuple(map(_key, several))
-
-    return cast("tuple[SecretStr, ...]", _from_text(value, read, _EXPECTED_KEY))
+    return tuple(map(_key, _several(value, _EXPECTED_KEYS)))
 
 
 class EncryptionKey(Options):
@@ -70,30 +78,25 @@ class EncryptionKey(Options):
 
     id: str
     """1 to 32 letters, digits, `_`, `.` and `-`. Payloads show it."""
-    key: Annotated[SecretStr, BeforeValidator(_key)]
+    key: Annotated[SecretStr, "secret", BeforeValidator(_key)]
     """At least 32 bytes, as text or as `base64:` and base64."""
 
 
 def _keyring(value: object) -> tuple[Any, ...]:
-    def read(given: Any) -> tuple[Any, ...]:
-        if isinstance(given, list | tuple):
-            return tuple(given)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        if not isinstance(given, Mapping):
-            raise CacheConfigurationError("expected keys by their ids")
-        named: Mapping[Any, Any] = given  # pyright: ignore[reportUnknownVariableType]
-        return tuple(EncryptionKey(id=key_id, key=key) for key_id, key in named.items())
-
-    return cast("tuple[Any, ...]", _from_text(value, read, "expected keys by their ids"))
+    given = _from_json(value, "expected keys by their ids")
+    if isinstance(given, Mapping):
+        by_id = cast("dict[Any, Any]", given)
+        return tuple(EncryptionKey(id=key_id, key=key) for key_id, key in by_id.items())
+    if not isinstance(given, list | tuple):
+        raise CacheConfigurationError("expected keys by their ids")
+    return tuple(cast("Sequence[Any]", given))
 
 
 def _types(value: object) -> tuple[Any, ...]:
-    def read(given: Any) -> tuple[Any, ...]:
-        several = cast("Sequence[Any]", given if isinstance(given, list | tuple) else [given])
-        if all(isinstance(each, type) or (isinstance(each, str) and ":" in each) for each in several):
-            return tuple(str(each) if isinstance(each, str) else each for each in several)
-        raise CacheConfigurationError("expected classes, each as package.module:Class")
-
-    return cast("tuple[Any, ...]", _from_text(value, read, "expected classes"))
+    several = _several(value, "expected classes")
+    if all(isinstance(each, type) or (isinstance(each, str) and ":" in each) for each in several):
+        return tuple(str(each) if isinstance(each, str) else each for each in several)
+    raise CacheConfigurationError("expected classes, each as package.module:Class")
 
 
 class PayloadSettings(Options):
@@ -112,16 +115,16 @@ class PayloadSettings(Options):
     """A value of more bytes, as the serializer writes it, is refused, and a payload that would unpack to more is not read."""
     checksum: Switch = False
     """Whether payloads have an xxh3 checksum against corruption. Signatures and seals are one already."""
-    signing_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_keys)] = ()
+    signing_keys: Annotated[tuple[SecretStr, ...], "list of secrets", BeforeValidator(_keys)] = ()
     """The first one signs, all of them verify. At least 32 bytes each, as text or as `base64:` and base64."""
-    encryption_keys: Annotated[tuple[EncryptionKey, ...], BeforeValidator(_keyring)] = ()
+    encryption_keys: Annotated[tuple[EncryptionKey, ...], "secrets by id", BeforeValidator(_keyring)] = ()
     """Master keys by id, `{"2024-06": "base64:..."}`: with any, payloads are sealed, and what is not sealed is not read.
     Each is written as a signing key is."""
     encryption_key_id: str | None = None
     """The key that seals; left out, the first one. All of them open."""
     tenant: str = ""
     """Whose payloads these are: they are sealed with a key derived for this tenant, which opens nobody else's."""
-    types: Annotated[tuple[type[Any] | str, ...], BeforeValidator(_types)] = ()
+    types: Annotated[tuple[type[Any] | str, ...], "list of classes", BeforeValidator(_types)] = ()
     """The classes that the serializer `auto` may carry, each as `package.module:Class`, or the class itself."""
     offload_above: MaybeAtLeastOne = 256 * 1024
     """Payloads of so many bytes or more are packed and unpacked in a worker thread where there is an event loop; `None` is
@@ -132,52 +135,43 @@ class PayloadSettings(Options):
         low, high, _ = LEVELS.get(self.compression, (0, 0, 0))
         asked = [name for name in ("checksum", "signing_keys", "encryption_keys") if getattr(self, name)]
         asked += ["compression"] if self.compression != "none" else []
-        for wrong, reason in (
+        level, ids = self.level, [each.id for each in self.encryption_keys]
+        refuse_wrong(
             (self.serializer == "pickle" and not self.signing_keys, "serializer: pickle needs signing_keys"),
             (
                 self.serializer == "none" and asked,
                 f"serializer: none makes no bytes, which {' and '.join(asked)} ask for",
             ),
-            (self.level is not None and self.compression == "none", "level: there is no compression"),
+            (level is not None and self.compression == "none", "level: there is no compression"),
             (
-                self.level is not None and self.compression != "none" and not low <= self.level <= high,
+                level is not None and self.compression != "none" and not low <= level <= high,
                 f"level: {self.compression} has {low} to {high}",
             ),
             (self.max_size > SIZE_MAX, f"max_size: at most {SIZE_MAX}"),
             (
-                self.encryption_key_id is not None
-                and self.encryption_key_id not in [each.id for each in self.encryption_keys],
+                self.encryption_key_id is not None and self.encryption_key_id not in ids,
                 "encryption_key_id: there is no such key in encryption_keys",
             ),
-            (
-                len({each.id for each in self.encryption_keys}) < len(self.encryption_keys),
-                "encryption_keys: an id is taken twice",
-            ),
-            (self.tenant and not self.encryption_keys, "tenant: only sealed payloads have one; give encryption_keys"),
+            (len(set(ids)) < len(ids), "encryption_keys: an id is taken twice"),
+            (self.tenant and not ids, "tenant: only sealed payloads have one; give encryption_keys"),
             (self.types and self.serializer != "auto", "types: only the serializer auto carries them"),
-        ):
-            if wrong:
-                raise CacheConfigurationError(reason)
+        )
         return self
 
     @field_serializer("types", when_used="json")
     def _by_name(self, types: tuple[type[Any] | str, ...]) -> list[str]:
         return [each if isinstance(each, str) else f"{each.__module__}:{each.__qualname__}" for each in types]
 
-    @property
-    def makes_bytes(self) -> bool:
-        """Whether there is anything that forbids keeping objects, even in this process: nothing may be unsigned or unsealed."""
-        return bool(self.signing_keys or self.encryption_keys)
-
 
 def build_pipeline(settings: PayloadSettings, *, namespace: str, by_reference: bool) -> PayloadPipeline | None:
-    """The pipeline that settings describe; `None` where values stay objects. `by_reference` says that the store can hold these.
+    """Make the pipeline of settings; `None` if values stay objects. `by_reference` says that the store can hold objects.
 
     Raises `CacheConfigurationError` for a class that cannot be imported, and a library that is not installed.
     """
     serializer = settings.serializer
     if serializer == "default":
-        serializer = "none" if by_reference and not settings.makes_bytes else "msgpack"
+        protected = settings.signing_keys or settings.encryption_keys
+        serializer = "none" if by_reference and not protected else "msgpack"
     if serializer == "none":
         if by_reference:
             return None
@@ -201,11 +195,8 @@ def build_pipeline(settings: PayloadSettings, *, namespace: str, by_reference: b
 def _imported(named: type[Any] | str) -> type[Any]:
     if isinstance(named, type):
         return named
-    module, _, path = named.partition(":")
     try:
-        found: Any = import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
+        found = resolve_name(named)
     except (ImportError, AttributeError, ValueError):
         found = None
     if not isinstance(found, type):

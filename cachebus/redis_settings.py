@@ -8,10 +8,8 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, SecretStr, model_validator
 
-from cachebus.messages import CacheConfigurationError
-
 from .guard_settings import GuardSettings
-from .options import AtLeastOne, MaybeSeconds, NotNegative, Seconds, Switch, Word
+from .options import AtLeastOne, BackendOptions, MaybeSeconds, NotNegative, Seconds, Switch, refuse_wrong
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 
@@ -26,11 +24,11 @@ def _hosts(value: object) -> object:
     raise ValueError("expected hosts, each as name, name:port or [IPv6]:port")
 
 
-Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
+Hosts = Annotated[tuple[str, ...], "list of hosts", BeforeValidator(_hosts)]
 """At least one of name, name:port and [IPv6]:port."""
 
 
-class RedisSettings(GuardSettings):
+class RedisSettings(GuardSettings, BackendOptions):
     """A store in a Redis server, version 6.2 or newer. Durations are seconds.
 
     As a URL: `redis://user:password@host:6379/0?window=8`, `rediss://` for TLS, `unix:///path/of/socket`,
@@ -39,10 +37,6 @@ class RedisSettings(GuardSettings):
     """
 
     type: Literal["redis"] = "redis"
-    name: Word = "primary"
-    """What calls and events call the backend."""
-    default: Switch = False
-    """Whether calls that name no backend go here. A single backend is the default by itself."""
     default_ttl: MaybeSeconds = None
     """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
     topology: Literal["single", "sentinel", "cluster"] = "single"
@@ -87,7 +81,7 @@ class RedisSettings(GuardSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RedisSettings:
-        for wrong, reason in (
+        refuse_wrong(
             (self.topology == "sentinel" and not self.service, "service: sentinels need the name of the master"),
             (self.topology != "sentinel" and self.service, "service: only sentinels know one"),
             (self.topology != "sentinel" and self.sentinel_password, "sentinel_password: there is no sentinel"),
@@ -101,9 +95,7 @@ class RedisSettings(GuardSettings):
             (self.sentinel_user and self.sentinel_password is None, "sentinel_user: there is no sentinel_password"),
             (not self.tls and (self.tls_ca_file or self.tls_cert_file), "tls_ca_file, tls_cert_file: need tls"),
             (self.tls_key_file and not self.tls_cert_file, "tls_key_file: there is no tls_cert_file"),
-        ):
-            if wrong:
-                raise CacheConfigurationError(reason)
+        )
         return self
 
 

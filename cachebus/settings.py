@@ -1,8 +1,9 @@
-"""Settings: every option there is, where options come from, and which source wins."""
+"""The settings of a cache, where they come from, and which source wins."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ipaddress
+from collections.abc import Iterator, Mapping
 from os import PathLike, fsdecode
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast, get_args
@@ -18,50 +19,46 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from cachebus.bus import EventPolicy, KeyForm
 from cachebus.messages import CacheConfigurationError
 
-from .event_options import HashKey, Sample
+from .event_settings import EventSettings
 from .failures import OnError
 from .guard_settings import GuardSettings
 from .memcached_settings import MemcachedSettings
 from .nats_settings import BusSettings, NatsSettings, read_bus
 from .options import (
     AtLeastOne,
+    BackendOptions,
     MaybeAtLeastOne,
     MaybeSeconds,
     NotNegative,
     Options,
+    Problem,
     Seconds,
     Switch,
     Word,
     named,
     refusal,
+    refuse_wrong,
     sentence,
     shown,
     unknown_option,
 )
-from .payload_settings import PayloadSettings, key_bytes
-from .production import insecurities
-from .profiles import Profile
-from .redis_settings import RedisSettings
-from .sources import PREFIX, Environment, read_file
+from .payload_settings import PayloadSettings
+from .redis_settings import RedisSettings, host_and_port
+from .sources import PREFIX, Environment, Profile, read_file
 from .urls import did_you_mean, is_url, parse_url, redact_url
 
 Policy: TypeAlias = Literal["s3fifo", "lru", "lfu", "sieve"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
-class MemorySettings(Options):
+class MemorySettings(BackendOptions):
     """A store in the memory of this process."""
 
     by_reference: ClassVar[bool] = True
 
     type: Literal["memory"] = "memory"
-    name: Word = "primary"
-    """What calls and events call the backend."""
-    default: Switch = False
-    """Whether calls that name no backend go here. A single backend is the default by itself."""
     default_ttl: MaybeSeconds = None
     """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
     max_entries: MaybeAtLeastOne = 10_000
@@ -72,31 +69,23 @@ class MemorySettings(Options):
     """Chooses what goes when the store is full."""
 
 
-class NullSettings(Options):
+class NullSettings(BackendOptions):
     """A store that keeps nothing: the application runs as if it had no cache."""
 
     by_reference: ClassVar[bool] = True
 
     type: Literal["null"] = "null"
-    name: Word = "primary"
-    """What calls and events call the backend."""
-    default: Switch = False
-    """Whether calls that name no backend go here. A single backend is the default by itself."""
 
 
-class PluginSettings(GuardSettings):
+class PluginSettings(GuardSettings, BackendOptions):
     """A store from another package, which reads its own URL. The scheme is an entry point of `cachebus.stores`.
 
     The URL may hold a password: `repr` and JSON show it masked.
     """
 
     type: Literal["plugin"] = "plugin"
-    name: Word = "primary"
-    """What calls and events call the backend."""
-    default: Switch = False
-    """Whether calls that name no backend go here. A single backend is the default by itself."""
     url: str
-    """What the package reads its own options from."""
+    """The package reads its own options from it."""
 
     @field_validator("url")
     @classmethod
@@ -136,59 +125,20 @@ class ActorSettings(Options):
 
     @model_validator(mode="after")
     def _longest_is_not_shorter_than_first(self) -> ActorSettings:
-        if self.restart_backoff_max < self.restart_backoff:
-            raise CacheConfigurationError(
-                f"restart_backoff_max {self.restart_backoff_max:g} is less than restart_backoff {self.restart_backoff:g}"
-            )
+        most, least = self.restart_backoff_max, self.restart_backoff
+        refuse_wrong((most < least, f"restart_backoff_max {most:g} is less than restart_backoff {least:g}"))
         return self
-
-
-class EventSettings(Options):
-    """What events say, and how many of them are told."""
-
-    keys: KeyForm = "plain"
-    """How keys look where events leave, to listeners and on NATS: `plain`; `hash`, 32 hexadecimal digits of BLAKE2b, by which
-    equal keys are known; or `none`, the empty string. Tags are not changed."""
-    hash_key: HashKey = None
-    """The secret of hashed keys, 32 to 64 bytes: without one, who knows what keys look like finds out which it was. All who
-    shall give a key the same hash need the same one."""
-    sample: Sample = ()
-    """Which share of a kind of events is told, by globs: `{cache_hit: 0.01}`. Of several that fit, the first counts; the
-    counters of `statistics()` stay exact. What changes values (`cache_set`, `cache_deleted`, ...) is not sampled."""
-
-    @model_validator(mode="after")
-    def _secret_is_used(self) -> EventSettings:
-        if self.hash_key is not None and self.keys != "hash":
-            raise CacheConfigurationError(f"hash_key: only keys: hash has a use for it, not keys: {self.keys}")
-        return self
-
-    @field_serializer("sample")
-    def _by_glob(self, sample: Sample) -> dict[str, float]:
-        return dict(sample)
-
-    @property
-    def policy(self) -> EventPolicy:
-        """The same, as the bus is told."""
-        return EventPolicy(self.keys, b"" if self.hash_key is None else key_bytes(self.hash_key), dict(self.sample))
 
 
 def backend_from_url(url: str) -> BackendSettings:
-    """The settings of the backend that a URL describes. Raises `CacheConfigurationError`."""
+    """Return the settings of the backend that a URL describes. Raises `CacheConfigurationError`."""
     kind, options = parse_url(url)
+    made = next(each for each in get_args(BackendSettings) if each.model_fields["type"].default == kind)
     try:
-        return _BACKENDS[kind](**options)
+        backend: BackendSettings = made(**options)
     except CacheConfigurationError as error:
         raise CacheConfigurationError(f"{redact_url(url)!r}: {error}") from None
-
-
-_BACKENDS: dict[str, type[BackendSettings]] = {
-    "memory": MemorySettings,
-    "null": NullSettings,
-    "redis": RedisSettings,
-    "memcached": MemcachedSettings,
-    "plugin": PluginSettings,
-    "bus": BusSettings,
-}
+    return backend
 
 
 def _read_entry(value: object) -> object:
@@ -237,7 +187,9 @@ class Settings(_Root):
     """The time budget of one call, in seconds: the only deadline there is."""
     on_error: OnError = "miss"
     """When the backend fails: `miss`, and the application goes on as if nothing were cached; or `raise`."""
-    backends: Annotated[tuple[_Entry, ...], BeforeValidator(_read_entries)] = (MemorySettings(),)
+    backends: Annotated[
+        tuple[_Entry, ...], "list of backends: URLs, or options with a type", BeforeValidator(_read_entries)
+    ] = (MemorySettings(),)
     """Where values are kept. With several, one says `default: true`."""
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
     """How actors run."""
@@ -262,41 +214,32 @@ class Settings(_Root):
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What the values are taken from, best first."""
+        """Return the sources of values, best first."""
         return init_settings, Environment(settings_cls), Profile(settings_cls)
 
     @field_validator("backends")
     @classmethod
     def _one_default(cls, backends: tuple[BackendSettings, ...]) -> tuple[BackendSettings, ...]:
-        if not backends:
-            raise CacheConfigurationError("there must be at least one")
         names = [each.name for each in backends]
-        for name in names:
-            if names.count(name) > 1:
-                raise CacheConfigurationError(f"the name {name!r} is taken twice: give each backend its own")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        refuse_wrong(
+            (not names, "there must be at least one"),
+            (twice, f"the name {twice!r} is taken twice: give each backend its own"),
+        )
         if len(backends) == 1:
             return (backends[0].model_copy(update={"default": True}),)
         defaults = [each.name for each in backends if each.default]
-        if not defaults:
-            raise CacheConfigurationError(f"one of {', '.join(names)} must be the default: say default: true there")
-        if len(defaults) > 1:
-            raise CacheConfigurationError(f"only one can be the default, not all of {', '.join(defaults)}")
+        refuse_wrong(
+            (not defaults, f"one of {', '.join(names)} must be the default: say default: true there"),
+            (len(defaults) > 1, f"only one can be the default, not all of {', '.join(defaults)}"),
+        )
         return backends
-
-    @model_validator(mode="after")
-    def _a_bus_where_one_is_needed(self) -> Settings:
-        for backend in self.backends:
-            if isinstance(backend, BusSettings) and self.bus is None:
-                raise CacheConfigurationError(f"backend {backend.name!r} is on a bus: give its URL, bus='nats://host'")
-        if isinstance(self.locks, BusSettings) and self.bus is None:
-            raise CacheConfigurationError("locks are on a bus: give its URL, bus='nats://host'")
-        return self
 
     @field_validator("locks")
     @classmethod
     def _can_be_kept(cls, locks: BackendSettings | None) -> BackendSettings | None:
-        if isinstance(locks, BusSettings) and locks.name != "locks":
-            raise CacheConfigurationError("the lock manager of a worker is at bus:locks")
+        elsewhere = isinstance(locks, BusSettings) and locks.name != "locks"
+        refuse_wrong((elsewhere, "the lock manager of a worker is at bus:locks"))
         if isinstance(locks, NullSettings | PluginSettings):
             raise CacheConfigurationError(
                 f"a {locks.type} backend keeps no locks: memory, redis, memcached or bus:locks"
@@ -304,15 +247,15 @@ class Settings(_Root):
         return locks
 
     @model_validator(mode="after")
-    def _fit_for_production(self) -> Settings:
+    def _fits_together(self) -> Settings:
+        on_bus = [f"backend {each.name!r} is" for each in self.backends if isinstance(each, BusSettings)]
+        on_bus += ["locks are"] if isinstance(self.locks, BusSettings) else []
+        if on_bus and self.bus is None:
+            raise CacheConfigurationError(f"{on_bus[0]} on a bus: give its URL, bus='nats://host'")
         if self.environment == "production" and (found := list(insecurities(self))):
             refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))
             refused.args = tuple(found)
             raise refused
-        return self
-
-    @model_validator(mode="after")
-    def _values_can_be_kept(self) -> Settings:
         remote = [each.name for each in self.backends if not each.by_reference]
         if self.payload.serializer == "none" and remote:
             raise CacheConfigurationError(
@@ -322,7 +265,7 @@ class Settings(_Root):
 
     @property
     def locks_kept(self) -> BackendSettings:
-        """What says where locks are kept."""
+        """The backend whose store keeps the locks."""
         return self.default_backend if self.locks is None else self.locks
 
     @property
@@ -331,7 +274,7 @@ class Settings(_Root):
         return next(each for each in self.backends if each.default)
 
     def backend(self, name: str) -> BackendSettings:
-        """The backend of that name. Raises `CacheConfigurationError` that names those there are."""
+        """Return the backend of a name. Raises `CacheConfigurationError` that lists the known ones."""
         for each in self.backends:
             if each.name == name:
                 return each
@@ -340,8 +283,8 @@ class Settings(_Root):
 
 
 def load_settings(source: object = None, /, **overrides: Any) -> Settings:
-    """Settings from a `Settings`, a mapping, a file (.yaml .yml .toml .json), a URL, a list with one URL, or from the
-    environment alone. `overrides` win over the source, that over the environment, that over the defaults.
+    """Return the settings of a source: a `Settings`, a mapping, a file (.yaml .yml .toml .json), a URL, a list with one URL,
+    or `None` for the environment alone. `overrides` win over the source, that over the environment, that over the defaults.
 
     Groups of options are merged, lists are replaced. Reads files, so it blocks: call it before the loop runs.
 
@@ -382,3 +325,50 @@ def _read(source: object) -> dict[str, Any]:
             raise CacheConfigurationError(
                 f"settings are read from a mapping, a file or a URL, not from {shown(source)}"
             )
+
+
+def insecurities(settings: Settings) -> Iterator[Problem]:
+    """Yield the path of each insecure setting, and what to do. Settings that are fit for production yield nothing."""
+    if settings.debug:
+        yield ("debug",), "writes keys to the log; leave it out in production"
+    events = settings.events
+    if settings.payload.encryption_keys and events.keys == "plain":
+        yield ("events", "keys"), "events carry plain keys while payloads are sealed; say keys: hash or keys: none"
+    if settings.payload.encryption_keys and events.keys == "hash" and events.hash_key is None:
+        problem = "keys can be guessed from hashes without a secret while payloads are sealed; give one"
+        yield ("events", "hash_key"), problem
+    for place, backend in enumerate(settings.backends):
+        if backend.type == "memory" and backend.max_entries is None and backend.max_bytes is None:
+            problem = "the memory backend has no bound; give max_entries or max_bytes"
+            yield ("backends", place, "max_entries"), problem
+        yield from _plain_text(("backends", place), backend)
+    yield from _plain_text(("locks",), settings.locks)
+    yield from _plain_text(("bus",), settings.bus)
+
+
+def _plain_text(at: tuple[str | int, ...], server: Any) -> Iterator[Problem]:
+    match server:
+        case RedisSettings() if not server.socket:
+            remedy = "use rediss:// (tls: true)"
+        case MemcachedSettings():
+            remedy = "say tls: true"
+        case NatsSettings():
+            remedy = "use tls:// (tls: true)"
+        case _:
+            return
+    foreign = [host for host in server.hosts if not _is_loopback(host)]
+    if foreign and not (server.tls or server.allow_insecure):
+        problem = (
+            f"plain text to {', '.join(foreign)}; {remedy}, or say allow_insecure: true where the network is trusted"
+        )
+        yield (*at, "tls"), problem
+
+
+def _is_loopback(host: str) -> bool:
+    name = host_and_port(host, 0)[0]
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

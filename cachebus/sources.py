@@ -1,16 +1,18 @@
-"""Where settings come from besides keywords and URLs: the environment, and YAML, TOML and JSON files."""
+"""The sources of settings besides keywords and URLs: the environment, profiles, and YAML, TOML and JSON files."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
-from pydantic_settings import EnvSettingsSource, SettingsError
+from pydantic.fields import FieldInfo
+from pydantic_settings import EnvSettingsSource, PydanticBaseSettingsSource, SettingsError
 
 from cachebus.messages import CacheConfigurationError
 
@@ -18,12 +20,32 @@ from .options import unknown_option
 from .urls import Text, is_url, known_schemes, redact_url
 
 PREFIX = "CACHEBUS_"
-"""How the name of every environment variable of cachebus begins."""
+"""The beginning of the name of every environment variable of cachebus."""
+
+PROFILES: Mapping[str, dict[str, Any]] = {
+    "dev": {"environment": "development", "debug": True},
+    "production": {"environment": "production", "payload": {"compression": "zstd", "checksum": True}},
+    "test": {"environment": "test", "timeout": 30.0},
+}
+"""Sets of settings by name. They win over the defaults and over nothing else."""
+
+FORMATS = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML", ".json": "JSON"}
+"""The suffixes of files that can be read."""
+
+
+class Profile(PydanticBaseSettingsSource):
+    """The settings of the profile that a better source has named."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Not used: `__call__` gives all values at once."""
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return copy.deepcopy(PROFILES.get(str(self.current_state.get("profile")), {}))
 
 
 class Environment(EnvSettingsSource):
-    """The environment as a source of settings. It refuses variables that nobody knows, which pydantic-settings
-    overlooks (its issue 985)."""
+    """The environment as a source of settings. It refuses unknown variables, which pydantic-settings overlooks (its issue 985)."""
 
     # What Kubernetes sets in every container for a service that is called "cachebus".
     _SERVICE = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
@@ -38,11 +60,11 @@ class Environment(EnvSettingsSource):
             return {name: _as_text(value) for name, value in super().__call__().items()}
         except SettingsError as error:
             cause = error.__cause__
-        # Anew, because pydantic-settings' error has one that holds the value as its cause.
+        # A new error, because the cause of pydantic-settings' own one holds the value.
         raise CacheConfigurationError(str(cause) if isinstance(cause, CacheConfigurationError) else "unreadable")
 
     def variables(self) -> list[str]:
-        """The names of every variable that is read."""
+        """Return the names of all variables that are read."""
         names: list[str] = []
         for name, field in self.settings_cls.model_fields.items():
             names.append(f"{PREFIX}{name}".upper())
@@ -52,7 +74,7 @@ class Environment(EnvSettingsSource):
         return names
 
     def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
-        """What a variable holds that is more than one word. It is written as JSON, but for a URL."""
+        """Return the value of a variable that holds a list or options: JSON, or a URL."""
         if field_name in ("bus", "locks") and isinstance(value, str) and is_url(value):
             return value
         try:
@@ -70,65 +92,25 @@ def _as_text(value: Any) -> Any:
     return Text(value) if isinstance(value, str) else value
 
 
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text) or {}
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        problem = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
-    except (yaml.YAMLError, ValueError):
-        problem = "a character or a value that it cannot hold"
-    raise ValueError(problem)
-
-
-def _toml(text: str) -> Any:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r"\(at ([^()]*)\)$", str(error))
-    raise ValueError(place[1] if place else "somewhere")
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        problem = f"line {error.lineno}, column {error.colno}"
-    raise ValueError(problem)
-
-
-READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
-    ".yaml": ("YAML", _yaml),
-    ".yml": ("YAML", _yaml),
-    ".toml": ("TOML", _toml),
-    ".json": ("JSON", _json),
-}
-"""The suffixes of files that can be read. A reader's `ValueError` says where it stopped, and nothing of what stood
-there, which may be a password."""
-
-
 def read_file(source: str | Path) -> dict[str, Any]:
-    """The options that a file holds, not yet checked. Blocks. Raises `CacheConfigurationError`."""
+    """Return the options that a file holds, not yet checked. Blocks. Raises `CacheConfigurationError`."""
     path = Path(source)
     shown = repr(redact_url(str(source)))
-    suffixes = " ".join(READERS)
-    if path.suffix.lower() not in READERS and not (isinstance(source, Path) or path.is_file()):
+    suffixes = " ".join(FORMATS)
+    name = FORMATS.get(path.suffix.lower())
+    if name is None and not (isinstance(source, Path) or path.is_file()):
         scheme = re.split(r"[:?]", str(source))[0]
         hint = f"; did you mean '{scheme}://'?" if scheme in known_schemes() else ""
         raise CacheConfigurationError(
             f"{shown} is neither a URL (scheme://...) nor a file of settings ({suffixes}){hint}"
         )
-    if path.suffix.lower() not in READERS:
+    if name is None:
         raise CacheConfigurationError(f"{shown}: settings are read from {suffixes} files")
-    name, reader = READERS[path.suffix.lower()]
     try:
-        values = reader(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            problem = "does not hold named options"
-        else:
+        values = _parse(name, path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
             return values  # pyright: ignore[reportUnknownVariableType]
+        problem = "does not hold named options"
     except UnicodeDecodeError:
         problem = "is not UTF-8 text"
     except OSError as error:
@@ -136,3 +118,24 @@ def read_file(source: str | Path) -> dict[str, Any]:
     except ValueError as error:
         problem = f"is not valid {name}: {error}"
     raise CacheConfigurationError(f"{shown} {problem}")
+
+
+def _parse(name: str, text: str) -> Any:
+    """Return what a text says. The `ValueError` for a wrong one names the place, and nothing that stands there: it may be secret."""
+    import yaml
+
+    try:
+        if name == "YAML":
+            return yaml.safe_load(text) or {}
+        return tomllib.loads(text) if name == "TOML" else json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = f"line {error.lineno}, column {error.colno}"
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"\(at ([^()]*)\)$", str(error))
+        problem = place[1] if place else "somewhere"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        problem = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+    except (yaml.YAMLError, ValueError):
+        problem = "a character or a value that it cannot hold"
+    raise ValueError(problem)

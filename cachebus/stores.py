@@ -1,10 +1,10 @@
-"""From settings to stores: the adapter of a backend is imported when its backend is in use, and not before."""
+"""From settings to stores. An adapter is imported when its backend is opened, and not before."""
 
 from __future__ import annotations
 
 from functools import partial
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any, assert_never
 
 from pydantic import SecretStr
@@ -21,10 +21,9 @@ from .urls import STORES
 
 
 def build_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> InlineStore | BatchStore:
-    """The store that settings describe, not yet open. Imports its adapter, so it may block the first time.
+    """Make the store that settings describe, not yet open. Imports its adapter, so it may block the first time.
 
-    Raises `CacheConfigurationError` when the package of a plugin cannot be used; what a plugin raises besides is its
-    own.
+    Raises `CacheConfigurationError` if a package is missing or unfit; a plugin may raise other errors.
     """
     store: Any
     match settings:
@@ -52,7 +51,7 @@ def build_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> I
 
 
 def build_lock_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> LockStore:
-    """Where locks are kept by these settings, not yet open. As `build_store`."""
+    """Make the store that keeps the locks of these settings, not yet open. As `build_store`."""
     store: Any
     match settings:
         case MemorySettings():
@@ -60,8 +59,7 @@ def build_lock_store(settings: BackendSettings, *, namespace: str, clock: Clock)
         case RedisSettings():
             clustered = settings.topology == "cluster"
             transport = partial(_redis, settings, namespace, clock)
-            _redis_adapter()
-            locks = import_module("cachebus.adapters.redis_locks")
+            locks = _adapter("redis", "redis_locks")
             store = locks.RedisLockStore(transport, namespace=namespace, clustered=clustered)
         case MemcachedSettings():
             store = _memcached(settings, namespace, clock, "memcached_locks", "MemcachedLockStore")
@@ -70,15 +68,18 @@ def build_lock_store(settings: BackendSettings, *, namespace: str, clock: Clock)
     return store  # type: ignore[no-any-return]
 
 
-def _redis_adapter() -> Any:
+def _adapter(technology: str, module: str) -> Any:
+    """Import an adapter. Raises `CacheConfigurationError` if the driver of its technology is not installed."""
     try:
-        return import_module("cachebus.adapters.redis")
+        return import_module(f"cachebus.adapters.{module}")
     except ModuleNotFoundError as error:
-        raise CacheConfigurationError(f"redis needs {error.name}: pip install 'cachebus[redis]'") from error
+        raise CacheConfigurationError(
+            f"{technology} needs {error.name}: pip install 'cachebus[{technology}]'"
+        ) from error
 
 
 def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -> Any:
-    redis = _redis_adapter()
+    redis = _adapter("redis", "redis")
     port = 26379 if settings.topology == "sentinel" else 6379
     if settings.socket is not None:
         places = [redis.Endpoint(path=settings.socket)]
@@ -110,11 +111,8 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -
 def _memcached(
     settings: MemcachedSettings, namespace: str, clock: Clock, adapter: str = "memcached", store: str = "MemcachedStore"
 ) -> Any:
-    try:
-        memcached = import_module("cachebus.adapters.memcached")
-    except ModuleNotFoundError as error:
-        raise CacheConfigurationError(f"memcached needs {error.name}: pip install 'cachebus[memcached]'") from error
-    return getattr(import_module(f"cachebus.adapters.{adapter}"), store)(
+    memcached = _adapter("memcached", "memcached")
+    return getattr(_adapter("memcached", adapter), store)(
         [memcached.Endpoint(*host_and_port(host, 11211)) for host in settings.hosts],
         namespace=namespace,
         tls=_tls(memcached, settings),
@@ -139,7 +137,14 @@ def _identity(redis: Any, user: str, password: SecretStr | None) -> Any:
 
 def _plugin(url: str, namespace: str, clock: Clock) -> Any:
     scheme = url.partition("://")[0].lower()
-    entry = _entry(scheme)
+    # The same entry may be announced twice: by an installed package and by its source tree.
+    found = {each.value: each for each in entry_points(group=STORES, name=scheme)}
+    if not found:
+        raise CacheConfigurationError(f"no installed package announces a store for {scheme}://")
+    entry = found.popitem()[1]
+    if found:
+        announced = " and ".join(sorted((entry.value, *found)))
+        raise CacheConfigurationError(f"the scheme {scheme!r} is announced by {announced}: remove one")
     try:
         make = entry.load()
     except (ImportError, AttributeError) as error:
@@ -150,15 +155,3 @@ def _plugin(url: str, namespace: str, clock: Clock) -> Any:
     raise CacheConfigurationError(
         f"the store for {scheme}:// is {entry.value}, which made {shown(store)}, neither InlineStore nor BatchStore"
     )
-
-
-def _entry(scheme: str) -> EntryPoint:
-    # The same entry may be announced twice: by an installed package and by its source tree.
-    found = {each.value: each for each in entry_points(group=STORES, name=scheme)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if found:
-        raise CacheConfigurationError(
-            f"the scheme {scheme!r} is announced by {' and '.join(sorted(found))}: remove one"
-        )
-    raise CacheConfigurationError(f"no installed package announces a store for {scheme}://")

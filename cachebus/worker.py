@@ -1,4 +1,4 @@
-"""A worker: a process that has backends and serves them on the bus, until it is asked to stop."""
+"""A worker: a process that serves its backends on the bus until it is asked to stop."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import random
 import signal
 from collections.abc import Callable, Generator
 from contextlib import AsyncExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from cachebus.bus import Subscription, origin
-from cachebus.messages import ActorGaveUp, CacheConfigurationError, CacheConnectionError, Event
+from cachebus.messages import ActorGaveUp, CacheConfigurationError, CacheConnectionError
 
-from .logs import say
+from .logs import own_fields, say
 from .node import Node, StoreFactory, backend_address
 
 if TYPE_CHECKING:
@@ -23,15 +24,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cachebus.worker")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_TOLD = ("actor_*", "backend_*", "circuit_*")
 _LOUD = frozenset({"actor_restarted", "actor_gave_up", "backend_disconnected", "circuit_opened"})
-_COMMON = frozenset(Event.__struct_fields__)
 
 _PAUSE, _PAUSE_MAX = 0.1, 2.0
 """Seconds: a pause at the start is drawn below the first, which doubles up to the second."""
 
-# Of the grace, so that the supervisor's two rounds and the bus have theirs before it is spent.
 _SHARE = 0.4
+"""Of the grace, so that the supervisor's two rounds and the bus have theirs before it is spent."""
 
 GAVE_UP, OUT_OF_TIME = 1, 1
 """Exit codes of a worker whose every actor stays down, and of one that could not end cleanly within its grace."""
@@ -42,8 +41,8 @@ class Worker:
 
     Stopping drains: nothing new comes in, what has come in is answered, and the connections are closed, all within `grace`
     seconds; a second signal ends the process at once. At the start the bus may be away for `wait` seconds, and with
-    `on_error="raise"` the backends too: whoever starts everything together need not start it in order. `stores` replaces
-    the way that stores are made.
+    `on_error="raise"` the backends too, so that processes can be started in any order. `stores` replaces the way that
+    stores are made.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Worker:
         self.settings = settings
         self.grace = grace
         self.wait = wait
-        self._stores = stores
+        self._new_node = partial(Node, settings, serve=True, grace=grace * _SHARE, stores=stores)
         self._node = self._new_node()
         self._stopping = asyncio.Event()
         self._code = 0
@@ -66,7 +65,7 @@ class Worker:
         return f"<Worker of {', '.join(self.addresses)}>"
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> int:
-        """Serve, and return the exit code: 0 when everything was answered. `on_ready` is called when others reach us.
+        """Serve, and return the exit code: 0 if everything was answered. `on_ready` is called when others can reach us.
 
         Raises what starting the actors raises, such as `AddressInUse`, and `CacheConnectionError` when the wait is over.
         """
@@ -77,29 +76,28 @@ class Worker:
                 async with AsyncExitStack() as stack:
                     if not await self._started(stack):
                         return self._code
-                    node = self._node
-                    with node.bus.subscribe(*_TOLD, capacity=10_000) as heard:
-                        say(
-                            logger, logging.INFO, "serving", worker=origin(), namespace=self.settings.namespace,
-                            addresses=",".join(f"{each}:{self._visibility(each)}" for each in self.addresses),
-                        )  # fmt: skip
-                        listening = asyncio.create_task(self._tell(heard))
+                    with self._node.bus.subscribe("actor_*", "backend_*", "circuit_*", capacity=10_000) as heard:
+                        visibility = self._node.visibility
+                        own = [each for each in self.settings.backends if each.type != "bus"]
+                        addresses = ",".join(f"{backend_address(each.name)}:{visibility(each)}" for each in own)
+                        self._say("serving", namespace=self.settings.namespace, addresses=addresses)
+                        listening = asyncio.create_task(self._log_events(heard))
                         on_ready()
                         await self._stopping.wait()
                         backstop = loop.call_later(self.grace, self._out_of_time)
-                        say(logger, logging.INFO, "draining", worker=origin(), grace=self.grace)
-                        await node.stop()
+                        self._say("draining", grace=self.grace)
+                        await self._node.stop()
                     await listening
         finally:
             if backstop is not None:
                 backstop.cancel()
-        say(logger, logging.INFO, "stopped", worker=origin(), code=self._code)
+        self._say("stopped", code=self._code)
         return self._code
 
     def stop(self) -> None:
         """Begin to drain; asked again, end at once. For the loop of `run`."""
         if self._stopping.is_set():
-            say(logger, logging.WARNING, "asked twice to stop: ending at once", worker=origin())
+            self._say("asked twice to stop: ending at once", logging.WARNING)
             _end(OUT_OF_TIME)
         self._stopping.set()
 
@@ -114,19 +112,16 @@ class Worker:
                 pause = random.uniform(0.0, longest)
                 if loop.time() + pause >= until:
                     raise
-                say(logger, logging.WARNING, "waiting", worker=origin(), reason=str(error))
+                self._say("waiting", logging.WARNING, reason=str(error))
             else:
                 return True
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
             if self._stopping.is_set():
-                say(logger, logging.INFO, "stopped", worker=origin(), code=self._code)
+                self._say("stopped", code=self._code)
                 return False
             longest = min(_PAUSE_MAX, longest * 2)
             self._node = self._new_node()
-
-    def _new_node(self) -> Node:
-        return Node(self.settings, serve=True, grace=self.grace * _SHARE, stores=self._stores)
 
     @contextmanager
     def _signals(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:
@@ -138,35 +133,30 @@ class Worker:
             for number in STOP_SIGNALS:
                 loop.remove_signal_handler(number)
 
-    def _visibility(self, address: str) -> str:
-        return self._node.visibility(self.settings.backend(address.removeprefix("backend.")))
-
-    async def _tell(self, heard: Subscription) -> None:
+    async def _log_events(self, heard: Subscription) -> None:
         down: set[str] = set()
         async for event in heard:
             if event.origin != origin():
-                continue  # Another worker's, who logs it itself.
+                continue  # Another worker logs its own.
             kind = event.WIRE_NAME.removeprefix("event.")
-            values = {name: getattr(event, name) for name in _own_fields(event)}
             level = logging.WARNING if kind in _LOUD else logging.INFO
-            say(logger, level, kind.replace("_", " "), backend=event.backend, **values)
+            say(logger, level, kind.replace("_", " "), backend=event.backend, **own_fields(event))
             if isinstance(event, ActorGaveUp):
                 down.add(event.address)
                 if down >= set(self.addresses) and not self._stopping.is_set():
                     self._code = GAVE_UP
-                    say(logger, logging.ERROR, "every actor stays down: ending", worker=origin())
+                    self._say("every actor stays down: ending", logging.ERROR)
                     self._stopping.set()
 
+    def _say(self, message: str, level: int = logging.INFO, **values: Any) -> None:
+        say(logger, level, message, worker=origin(), **values)
+
     def _out_of_time(self) -> None:
-        say(logger, logging.ERROR, "the grace is spent: ending with something left", worker=origin())
+        self._say("the grace is spent: ending with something left", logging.ERROR)
         _end(OUT_OF_TIME)
 
 
-def _own_fields(event: Event) -> list[str]:
-    return [name for name in event.__struct_fields__ if name not in _COMMON]
-
-
 def _end(code: int) -> None:
-    """End the process without any more ado: what should have been done with it was not done in time."""
+    """End the process at once: what was left to do was not done in time."""
     logging.shutdown()
     os._exit(code)

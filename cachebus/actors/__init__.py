@@ -1,13 +1,12 @@
 """Behaviour: actors, the turns they take, who supervises them, and the ports that adapters implement."""
 
-from .actor import Actor, Handlers
+from .actor import Actor, Context
 from .backend import STORE_REQUESTS, BackendActor
 from .breaker import BreakerPolicy, CircuitState
 from .cell import Cell
-from .context import Context
-from .guard_policy import GuardPolicy, GuardStatistics, RetryPolicy
+from .guard_policy import GuardPolicy, RetryPolicy
 from .lock_manager import LockManager
-from .ports import BatchStore, Capabilities, Gauges, InlineStore, LockStore, PipelinedStore, Store, Timer, Timers
+from .ports import BatchStore, Capabilities, Gauges, InlineStore, LockStore, PipelinedStore, Timer, Timers
 from .resilience import Guard
 from .supervisor import RestartPolicy, Supervisor
 
@@ -24,15 +23,12 @@ __all__ = [
     "Gauges",
     "Guard",
     "GuardPolicy",
-    "GuardStatistics",
-    "Handlers",
     "InlineStore",
     "LockManager",
     "LockStore",
     "PipelinedStore",
     "RestartPolicy",
     "RetryPolicy",
-    "Store",
     "Supervisor",
     "Timer",
     "Timers",

@@ -1,4 +1,4 @@
-"""What an actor is: state, and handlers that are found by the type of their parameter."""
+"""Actors: state, handlers that are found by the type of their parameter, and the context that the actor sees."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from cachebus.bus import Deferred, Envelope, Pending
-from cachebus.messages import Message, Reply
+from cachebus.bus import Address, Audience, Clock, Deferred, Envelope, Pending
+from cachebus.messages import Event, Message, Reply
 
-from .context import Context
+from .ports import Timer, Timers
 
 PlainHandler = Callable[[Any], "Reply | Pending | None"]
 EagerHandler = Callable[[Any], "Reply | Pending | None"]
@@ -26,10 +26,9 @@ BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Pending]"]]
 class Handlers:
     """An actor's handlers by the kind of message that they take.
 
-    `plain` ones (`def`) cannot wait and may run on the stack of whoever sends. `waiting` ones (`async def`) run in
-    the actor's own task. `batch` ones take everything that has come in meanwhile; an `eager` one stands beside them
-    and is asked first, on the stack of whoever sends, while nothing else is in the mailbox. It cannot wait either, and
-    declines with `None` what would have to.
+    `plain` ones (`def`) cannot wait and may run on the sender's stack. `waiting` ones (`async def`) run in the actor's
+    own task. `batch` ones take everything that has come in meanwhile. An `eager` one of the same kind is asked first, on
+    the sender's stack, while the mailbox is empty. It cannot wait either: it returns `None` to decline.
     """
 
     plain: dict[type[Message], PlainHandler] = field(default_factory=dict)
@@ -37,9 +36,52 @@ class Handlers:
     batch: dict[type[Message], BatchHandler] = field(default_factory=dict)
     eager: dict[type[Message], EagerHandler] = field(default_factory=dict)
 
-    def kinds(self) -> set[type[Message]]:
-        """Every kind of message that is taken."""
-        return {*self.plain, *self.waiting, *self.batch}
+
+class Context(Protocol):
+    """An actor's surroundings: its name, the time, and ways to publish, to reply later and to be called back.
+
+    `deadline` is until when the request of the current turn is worth working on, on `clock.monotonic`. It is `None` if
+    no caller waits, and in plain handlers, which do not wait. `audience.kinds` holds the kinds of events that have
+    listeners: look before you build one. `restarts` counts the incarnations after the first, `overloaded` the requests
+    that the full mailbox turned away. `timers` call functions back, even during a turn, until the actor ends.
+    """
+
+    address: Address
+    clock: Clock
+    audience: Audience
+    deadline: float | None
+    restarts: int
+
+    @property
+    def timers(self) -> Timers: ...
+
+    @property
+    def overloaded(self) -> int: ...
+
+    @property
+    def traces(self) -> list[str | None]:
+        """In the turn of a batch, until its first await: the trace context of each request."""
+        ...
+
+    def emit(self, event: Event) -> None:
+        """Publish an event."""
+
+    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+        """Publish an event of a kind with these fields. It is built only if it has listeners and the sample has it."""
+
+    def defer(self) -> Deferred:
+        """Promise a reply: return it from the handler, and answer it later. On stop it is answered for you."""
+        ...
+
+    def send_after(self, delay: float, message: Message) -> Timer:
+        """Send `message` to this actor after `delay` seconds, unless the timer is cancelled."""
+        ...
+
+    def start_soon(self, function: Callable[[], Awaitable[None]], /) -> None:
+        """Run `function` beside the turns. It ends with the actor's supervisor at the latest."""
+
+    def crash(self, error: BaseException, /) -> None:
+        """End this incarnation of the actor, for an error that was met beside its turns."""
 
 
 class Actor:
@@ -48,27 +90,26 @@ class Actor:
     Every public method whose one parameter is annotated with a message class (or several, `A | B`) is the handler of
     these messages and returns the reply, or a `Deferred` from `ctx.defer()`. A parameter `Sequence[A | B]` of an
     `async def` makes it a batch handler, which returns one reply a message, in order. A `CacheError` raised is an
-    answer; any other exception is a crash, and the supervisor begins a new life with a new actor.
+    answer. Any other exception is a crash, and the supervisor replaces the actor.
     """
 
     ctx: Context
 
     max_batch: int = 512
     """The most messages of one batch turn."""
-
     max_batch_bytes: int = 1 << 20
     """The size at which a batch turn takes no more messages, counting the values that are `bytes`."""
 
     async def on_start(self) -> None:
-        """Called once before the first turn of this life. Raising is a failed start."""
+        """Called once before the first turn of this incarnation. Raising is a failed start."""
 
     async def on_stop(self) -> None:
-        """Called once after the last turn of this life, a crashed one included."""
+        """Called once after the last turn of this incarnation, also after a crash."""
 
     def repair(self) -> Collection[Deferred] | None:
-        """Put right what a turn left half done that was interrupted at any instruction, and return the replies that this
-        actor still owes; any others are answered as lost. `None`, the default, says that only a new incarnation puts it
-        right. That is no crash: it counts as no restart. May itself be interrupted, and is then called again.
+        """Repair the state after a turn that was interrupted at any instruction, and return the replies that this actor
+        still owes; any others are answered as lost. `None`, the default, asks for a new incarnation, which counts as no
+        restart. May itself be interrupted, and is then called again.
         """
         return None
 
@@ -126,9 +167,7 @@ def _message_kinds(
         members: tuple[typing.Any, ...] = typing.get_args(annotation)
     else:
         members = (annotation,)
-    if not all(isinstance(each, type) and issubclass(each, Message) for each in members):
-        return batch, ()
-    return batch, members
+    return batch, members if all(isinstance(each, type) and issubclass(each, Message) for each in members) else ()
 
 
 def check_batch(envelopes: Sequence[Envelope], replies: Sequence[Any]) -> None:

@@ -1,19 +1,22 @@
-"""Batches that a store was given and has not answered yet, and when to stop waiting for each."""
+"""Batches that a store has not answered yet: how many there may be, and when to stop waiting for each."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from msgspec import Struct
 
+from cachebus.bus import Port, SlotBatch, open_port
 from cachebus.messages import (
     AcquireLock,
-    CacheTimeoutError,
+    CacheError,
     Clear,
     DeletePattern,
     DescribeLock,
-    Failed,
+    Overloaded,
     ReleaseLock,
     RenewLock,
     Reply,
@@ -21,8 +24,7 @@ from cachebus.messages import (
     SetMany,
 )
 
-from .context import Context
-from .latency import AdaptiveTimeout
+from .actor import Context
 from .ports import NO_PROGRESS, SLOWEST_LINE, Progress, Timer
 
 PUNCTUAL = 0.03
@@ -37,42 +39,146 @@ LOCK_REQUESTS = frozenset[type[Request[Any]]]({AcquireLock, RenewLock, ReleaseLo
 SLOWEST_KEY = 100e-6
 """Seconds that a backend may take for each key of a request about many."""
 
+GROWTH = 1.5
+"""Of the timeout, each time that it strikes. From 0.1 s on, a backend that suddenly takes 0.3 s is heard before five failures
+open its circuit. One that does not answer has opened it after 1.3 s; doubling would take 3.1 s."""
+
 _NEVER = float("inf")
 
 
-class CallDeadlines(Protocol):
-    """Until when the callers of a batch wait."""
+class AdaptiveTimeout:
+    """A timeout that follows the 95th percentile of the last `window` durations. All times are seconds.
 
-    def seconds_left(self, now: float, *, longest: bool = False) -> float | None:
-        """Until the first deadline, or the last one with `longest`; `None` without one."""
-        ...
+    It is `factor` times the percentile, within `lowest` and `highest`, and `initial` before anything is known. A timeout
+    that strikes makes it half as long again until an answer comes that did not need the addition (after Karn and
+    Partridge, SIGCOMM 1987). Without that, the answers of a backend that has become slow would never be seen.
+    """
+
+    def __init__(
+        self,
+        *,
+        window: int = 1000,
+        lowest: float = 0.1,
+        highest: float = 10.0,
+        initial: float = 1.0,
+        factor: float = 3.0,
+    ) -> None:
+        self.current = initial
+        self._lowest = lowest
+        self._highest = highest
+        self._factor = factor
+        self._base = initial
+        self._penalty = 1.0
+        self._struck_at = float("-inf")
+        self._recent: deque[float] = deque(maxlen=window)
+        self._sorted: list[float] = []
+
+    def __repr__(self) -> str:
+        return f"<AdaptiveTimeout {self.current:.3g} s, p95 {self.p95:.3g} s of {len(self._recent)}>"
+
+    @property
+    def p95(self) -> float:
+        """The duration that 95 of 100 calls do not exceed; 0 before the first."""
+        ordered = self._sorted
+        return ordered[-(-len(ordered) * 19 // 20) - 1] if ordered else 0.0
+
+    def answered(self, duration: float) -> None:
+        """Note how long an answer took."""
+        if self._penalty > 1.0 and duration <= self._base:
+            self._penalty = 1.0
+        # Kept in order: two binary searches and two short moves of memory, 1 us for a window of 1000.
+        recent, ordered = self._recent, self._sorted
+        if len(recent) == recent.maxlen:
+            del ordered[bisect_left(ordered, recent[0])]
+        recent.append(duration)
+        insort(ordered, duration)
+        p95 = ordered[-(-len(ordered) * 19 // 20) - 1]
+        self._base = min(self._highest, max(self._lowest, self._factor * p95))
+        self.current = min(self._highest, self._base * self._penalty)
+
+    def struck(self, started: float, now: float) -> bool:
+        """Note that a call that began at `started` has no answer `now`, and return whether that is news.
+
+        Calls that were under way together when the first of them was given up count once. The wait does not enter the
+        window: there an outage would become the usual duration.
+        """
+        if started < self._struck_at:
+            return False
+        self._struck_at = now
+        if self._base * self._penalty < self._highest:
+            self._penalty *= GROWTH
+            self.current = min(self._highest, self._base * self._penalty)
+        return True
 
 
-class FixedDeadline:
-    """One deadline for a whole batch, on the clock's monotonic time."""
+class ConcurrencyLimiter:
+    """At most `limit` batches under way, of which `taken` are, and a bounded queue of callers before it. Belongs to one loop."""
 
-    __slots__ = ("_deadline",)
+    __slots__ = ("_address", "_granted", "_most", "limit", "queue", "taken")
 
-    def __init__(self, deadline: float | None) -> None:
-        self._deadline = deadline
+    def __init__(self, limit: int, queue: int, address: str) -> None:
+        self.taken = 0
+        self.limit = limit
+        self._most = queue
+        self._address = address
+        self.queue: deque[Port] = deque()
+        self._granted: set[Port] = set()
 
-    def seconds_left(self, now: float, *, longest: bool = False) -> float | None:
-        """As `CallDeadlines.seconds_left`."""
-        return None if self._deadline is None else self._deadline - now
+    def __repr__(self) -> str:
+        return f"<ConcurrencyLimiter {self.taken}/{self.limit} taken, {len(self.queue)}/{self._most} waiting>"
+
+    async def acquire(self) -> None:
+        """Take a place, waiting for it. Raises `Overloaded` if too many wait already, and the error of `refuse_all`."""
+        if self.taken < self.limit:
+            self.taken += 1
+            return
+        if len(self.queue) >= self._most:
+            detail = f"{self.taken} batches ask {self._address} and {len(self.queue)} wait"
+            raise Overloaded(detail, self._address, self._most)
+        port = open_port()
+        self.queue.append(port)
+        try:
+            refusal: CacheError | None = await port.wait()
+        except BaseException:
+            if port in self._granted:
+                self._granted.remove(port)
+                self.release()  # The place was ours already, and we do not take it.
+            elif port in self.queue:
+                self.queue.remove(port)
+            raise
+        if refusal is not None:
+            raise refusal
+        self._granted.discard(port)
+
+    def release(self) -> None:
+        """Give the place to the caller that has waited longest."""
+        if self.queue:
+            port = self.queue.popleft()
+            self._granted.add(port)
+            port.answer(None)
+        else:
+            self.taken -= 1
+
+    def refuse_all(self, refusal: Callable[[], CacheError]) -> int:
+        """Refuse every caller in the queue, each with an error of its own. Returns their number."""
+        refused = len(self.queue)
+        while self.queue:
+            self.queue.popleft().answer(refusal())
+        return refused
 
 
 class Attempt(Struct, eq=False):
     """A batch that was handed to the store.
 
-    `then` takes its replies. `scope` breaks off the sending, while that is awaited. `extended` says that the attempt had
-    more time than the adaptive timeout, so that its end says nothing about the backend's health. `short` is false for slow
-    requests; where it matters, those have batches of their own.
+    `then` takes its replies, and `callers` knows until when they are worth waiting for. `scope` breaks off the sending,
+    while that is awaited. `extended`: the attempt had more time than the adaptive timeout, so its end says nothing about the
+    backend's health. `short` is false for slow requests; where it matters, those have batches of their own.
     """
 
     requests: Sequence[Request[Any]]
     store: Any
     then: Callable[[Sequence[Reply]], None]
-    callers: CallDeadlines | None
+    callers: SlotBatch | None
     ticket: int
     timeout: AdaptiveTimeout
     started: float
@@ -83,20 +189,13 @@ class Attempt(Struct, eq=False):
     scope: Any = None
     may_repeat: bool = True
 
-    def too_late(self, detail: str, address: str, now: float) -> list[Failed]:
-        """The replies of an attempt that is given up."""
-        waited = now - self.started
-        errors = (CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT) for each in self.requests)
-        return [Failed.of(error) for error in errors]
-
 
 class Attempts:
-    """The attempts under way: a guard enters them in `outstanding`, and arms the timer for one that is due before
-    `armed_for`. `overdue` is given each whose time is up; it must call `take`.
+    """The attempts under way. A guard enters them in `outstanding`, and arms the timer for one that is due before
+    `armed_for`. `overdue` is called with each whose time is up; it must call `take`.
 
-    One timer for all, armed again only for an attempt that is due earlier: mostly everything that it was armed for has
-    been answered when it fires, and what each batch costs is one comparison. `longest` bounds the extension of an attempt,
-    in seconds; `short` is the number of attempts without slow requests.
+    All share one timer, which is armed again only for an attempt that is due earlier, so a batch costs one comparison.
+    `longest` bounds the extension of an attempt, in seconds. `short` counts the attempts without slow requests.
     """
 
     def __init__(self, ctx: Context, longest: float, overdue: Callable[[Attempt, float], None]) -> None:
@@ -110,15 +209,11 @@ class Attempts:
         self._timer: Timer | None = None
 
     def take(self, attempt: Attempt) -> bool:
-        """Whether the attempt has not been settled before; now it has."""
+        """Take an attempt out. `False` if that was done before."""
         if self.outstanding.pop(attempt, attempt) is not None:
             return False
         self.short -= attempt.short
         return True
-
-    def take_all(self) -> list[Attempt]:
-        """Every attempt that is under way."""
-        return [attempt for attempt in tuple(self.outstanding) if self.take(attempt)]
 
     def arm(self, due: float) -> None:
         """Look at the attempts again when it is `due`."""
@@ -129,15 +224,15 @@ class Attempts:
 
     def _check(self) -> None:
         now = self._now()
-        # A timer that is late says that this loop stood still and read nothing. The answers may have arrived by now, so they
-        # are read first: what arrived during the stall is no failure.
+        # If the timer is late, this loop stood still and read nothing. An answer that arrived meanwhile is no failure, so
+        # answers are read first.
         if (stall := now - self.armed_for) > PUNCTUAL:
             for attempt in self.outstanding:
                 attempt.due += stall + PUNCTUAL
         self._timer = None
         self.armed_for = _NEVER
         for attempt in [each for each in self.outstanding if each.due <= now]:
-            # Looked at only now, because nearly every batch is answered long before.
+            # Only now, because nearly every batch is answered long before.
             self._extend(attempt, now)
             if attempt.due <= now:
                 self._overdue(attempt, now)

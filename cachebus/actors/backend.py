@@ -1,15 +1,16 @@
-"""The actor in front of a store: it counts, tells what happened, and keeps what has expired from piling up."""
+"""The actor in front of a store: it counts, publishes events, and removes what has expired."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from cachebus.bus import Deferred, Pending, ReplySlot, turn_trace
 from cachebus.messages import (
-    Add,
+    WIRE_NAMES,
     Admit,
     CacheDeleted,
     CacheError,
@@ -20,34 +21,19 @@ from cachebus.messages import (
     CacheSet,
     CapabilityError,
     Clear,
-    CompareAndSet,
-    Delete,
     Deleted,
-    DeleteMany,
-    DeletePattern,
     Describe,
     Description,
-    Exists,
     Failed,
-    Get,
-    GetMany,
-    GetOrLease,
-    Increment,
     InvalidateTags,
     Ping,
     Pong,
-    ReleaseLease,
     RemovalCause,
-    RenewLease,
     Reply,
     Request,
-    Scan,
-    Set,
-    SetMany,
     Snapshot,
     Sweep,
     TakeSnapshot,
-    Touch,
     WatchLease,
 )
 
@@ -59,43 +45,27 @@ from .pipeline import RequestPipeline
 from .ports import BatchStore, InlineStore, LeaseNotifyingStore, LeasingStore, PipelinedStore, Store, Timer
 from .resilience import Guard
 
-STORE_REQUESTS: tuple[type[Request[Any]], ...] = (
-    Get,
-    GetMany,
-    Exists,
-    Set,
-    SetMany,
-    Add,
-    CompareAndSet,
-    Touch,
-    Increment,
-    Delete,
-    DeleteMany,
-    DeletePattern,
-    Scan,
-    InvalidateTags,
-    Clear,
-    GetOrLease,
-    RenewLease,
-    ReleaseLease,
-    Admit,
+STORE_REQUESTS: tuple[type[Request[Any]], ...] = tuple(
+    kind
+    for name, kind in WIRE_NAMES.items()
+    if issubclass(kind, Request) and name.startswith(("backend.", "lease.", "rate.")) and kind is not WatchLease
 )
-"""What a backend hands to its store."""
+"""The requests that a backend hands to its store."""
 
 SWEEP_BATCH = 1000
-"""Expired entries that one turn removes at most, so that no turn is long."""
+"""The most expired entries that one turn removes, so that no turn is long."""
 
 
 class BackendActor(Actor):
-    """Stands before a store and owns it: opens it, closes it, counts, and publishes what happened.
+    """Owns a store: opens it, closes it, counts, and publishes events.
 
     Over an `InlineStore` every turn is plain, and the store's own verbs are the handlers: a read costs no call more
     than the store's. Over a `BatchStore` everything that arrives during one round trip leaves with the next. Over a
     `PipelinedStore` a turn ends when its batch is sent, and the next may be sent before its replies are there. Before
-    both stands a `Guard` that does as `guard` says.
+    both stands a `Guard` with the policy `guard`.
 
-    A server that is not there when the actor begins fails its start, or, with `opens_later`, each request until it is
-    there. A life after the first always begins so: an outage shall not use up the restarts.
+    A server that is away when the actor starts fails the start, or, with `opens_later`, each request until it is back.
+    An incarnation after the first always starts that way: an outage must not use up the restarts.
     """
 
     def __init__(
@@ -138,11 +108,7 @@ class BackendActor(Actor):
         except CacheError as error:
             if not error.transient or not (self._opens_later or self.ctx.restarts):
                 raise
-
-            def opened() -> None:
-                self._use(store)
-
-            self._use(LazyStore(store, opened))
+            self._use(LazyStore(store, partial(self._use, store)))
             guard.disconnected(str(error))
         else:
             guard.connected()
@@ -158,7 +124,7 @@ class BackendActor(Actor):
             if self._pipeline is not None:
                 await self._pipeline.drain()
             if self._guard is not None:
-                self._guard.close()
+                self._guard.closed = True
             await self._store.close()
         finally:
             if self._incarnation is not None:
@@ -270,7 +236,7 @@ class BackendActor(Actor):
         return self.ctx.traces if self.ctx.audience.kinds else ()
 
     def _emit(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
-        """Emit what came of a batch, each event with the trace of its request."""
+        """Emit the events of a batch, each with the trace of its request."""
         token = turn_trace.set(None)
         try:
             for place, (request, reply) in enumerate(zip(batch, replies, strict=True)):
@@ -281,7 +247,7 @@ class BackendActor(Actor):
             turn_trace.reset(token)
 
     async def _watch(self, request: WatchLease) -> Deferred:
-        # It waits for nothing: a coroutine, so that it is the actor's task that asks, on the store's event loop.
+        # A coroutine, although it does not wait, so that the actor's task asks, on the store's event loop.
         assert isinstance(self._store, LeaseNotifyingStore)
         promise = self.ctx.defer()
         self._store.watch(request, promise.answer)
@@ -290,19 +256,16 @@ class BackendActor(Actor):
     # Events of an inline store
 
     def _listen(self) -> None:
-        """Turn the store's listeners on and off with the audience: nobody listening, nothing is called."""
+        """Turn the store's listeners on and off with the audience: without listeners nothing is called."""
         if not isinstance(self._store, InlineStore):
             return
         kinds = self.ctx.audience.kinds
         self._store.on_read = self._tell_read if kinds & {CacheHit, CacheMiss} else None
-        self._store.on_write = self._tell_write if CacheSet in kinds else None
+        self._store.on_write = partial(self.ctx.tell, CacheSet) if CacheSet in kinds else None
         self._store.on_removal = self._tell_removal if kinds & set(_REMOVALS.values()) else None
 
     def _tell_read(self, key: str, hit: bool) -> None:
         self.ctx.tell(CacheHit if hit else CacheMiss, key)
-
-    def _tell_write(self, key: str, version: float, ttl: float | None, tags: tuple[str, ...]) -> None:
-        self.ctx.tell(CacheSet, key, version, ttl, tags)
 
     def _tell_removal(self, key: str, cause: RemovalCause) -> None:
         if (kind := _REMOVALS.get(cause)) is not None:

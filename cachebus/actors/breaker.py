@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from enum import Enum, StrEnum, auto
 
 import msgspec
 
 from cachebus.bus import Clock
-from cachebus.messages import CacheConfigurationError, CircuitOpen
+from cachebus.messages import (
+    CacheConfigurationError,
+    CacheConnectionError,
+    CacheError,
+    CircuitOpen,
+    Failed,
+    Reply,
+    error_class,
+)
 
 
 class CircuitState(StrEnum):
@@ -45,8 +53,8 @@ class CircuitBreaker:
     """The state of one circuit. Not safe for use from several threads: its actor's loop makes it so.
 
     `admit` gives a ticket, and every ticket is given back once, to `succeeded`, `failed` or `abandoned`. A ticket of an
-    earlier `period` says nothing about the present one: a straggler from before an outage neither closes the circuit nor
-    prolongs the outage. `state` is as of the last transition: an open circuit is half open only once a call tries it. `changed` is told of every transition, with the state that it led to.
+    earlier `period` changes nothing: a straggler from before an outage neither closes the circuit nor prolongs the outage.
+    An open circuit is half open only once a call tries it. `changed` is called at every transition, with the new `state`.
     """
 
     def __init__(
@@ -119,7 +127,7 @@ class CircuitBreaker:
             self._enter(CircuitState.OPEN)
 
     def abandoned(self, ticket: int) -> None:
-        """Take back the ticket of a call of which nobody knows what it would have been: it was cancelled, say."""
+        """Take back the ticket of a call without an outcome, such as a cancelled one."""
         if ticket == self.period and self.state is CircuitState.HALF_OPEN:
             self._probes -= 1
 
@@ -130,3 +138,29 @@ class CircuitBreaker:
         if state is CircuitState.CLOSED:
             self.failures = 0
         self._changed(state)
+
+
+class Outcome(Enum):
+    """What a batch of which something failed says about its backend; `IGNORED` is nothing."""
+
+    SUCCESS = auto()
+    FAILURE = auto()
+    IGNORED = auto()
+
+
+def outcome_of(replies: Sequence[Reply], excluded: tuple[type[CacheError], ...]) -> tuple[Outcome, str | None]:
+    """The outcome of a batch, and why the backend cannot be reached, if that is so.
+
+    A batch has failed if nothing of it was done, and for a reason that may pass. Errors of `excluded` classes count
+    neither way. Neither does a refusal, such as that of a password: the backend has not looked at the request.
+    """
+    failures = [(error_class(each.code), each.detail) for each in replies if isinstance(each, Failed)]
+    counting = [(kind, detail) for kind, detail in failures if kind.transient and not issubclass(kind, excluded)]
+    lost = next((detail for kind, detail in counting if issubclass(kind, CacheConnectionError)), None)
+    if len(failures) == len(replies):
+        if counting:
+            return Outcome.FAILURE, lost
+        refusals = ("configuration", "closed")
+        if all(kind.transient or issubclass(kind, excluded) or kind.code in refusals for kind, _ in failures):
+            return Outcome.IGNORED, lost
+    return Outcome.SUCCESS, lost

@@ -23,6 +23,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from time import monotonic
+from typing import Any
 
 from anyio.lowlevel import checkpoint
 
@@ -105,6 +106,7 @@ class Cell:
         self._deferred: set[Deferred] = set()
         self._eager: dict[type[Message], EagerHandler] = {}
         self._turns: dict[type[Message], Turn] = {}
+        self._called: dict[type[Message], list[Any]] = {}
         self._wakes: list[Port] = []
         self._serving: Envelope | None = None
         self._looks_again = False
@@ -144,24 +146,27 @@ class Cell:
     def make_turn(self, kind: type[Message]) -> Turn:
         """As `turn`, which makes one for each kind."""
         # A closure over everything it needs: this is the hot path of a cache, and each lookup on self costs 10-20 ns.
-        mailbox, free, handler_of, eager_of = self._mailbox, self._turn.free, self._inline.get, self._eager.get
+        mailbox, free = self._mailbox, self._turn.free
+        called = self._called.setdefault(kind, [None, None])
+        self._name_handlers(kind, called)
 
         def take_turn(message: Message) -> Reply | Pending | None:
             if mailbox:
                 return None
+            reply: Reply | Pending | None
             try:
                 try:
                     token = free.pop()
                 except IndexError:
                     return None
                 try:
-                    handler = handler_of(kind)
+                    handler = called[0]
                     if handler is not None:
                         reply = handler(message)
                         if reply is None:
                             raise TypeError(f"the handler of {kind.__name__} returned None, not a reply")
                     else:
-                        reply = None if (eager := eager_of(kind)) is None else eager(message)
+                        reply = None if (eager := called[1]) is None else eager(message)
                 except CacheError as error:
                     reply = Failed.of(error)
                 except Exception as error:
@@ -229,6 +234,7 @@ class Cell:
         if self._inline_turns and not self.stopping:
             self._inline.update(self._handlers.plain)
             self._eager.update(self._handlers.eager)
+            self._name_all_handlers()
         try:
             while True:
                 # Opened before looking, so that a wake-up between the look and the wait is not lost.
@@ -516,6 +522,17 @@ class Cell:
         """Take no turns on the stacks of others from now on."""
         self._inline.clear()
         self._eager.clear()
+        self._name_all_handlers()
+
+    def _name_handlers(self, kind: type[Message], called: list[Any]) -> None:
+        """Note which handlers the turn of a kind calls now: a look into a list takes less than one into a dict."""
+        called[:] = self._inline.get(kind), self._eager.get(kind)
+        if self._inline.get(kind) is not called[0] or self._eager.get(kind) is not called[1]:
+            called[:] = None, None  # Another thread has taken the handlers out meanwhile.
+
+    def _name_all_handlers(self) -> None:
+        for kind, called in tuple(self._called.items()):
+            self._name_handlers(kind, called)
 
 
 _TURN_CODES = {vars(Cell)[name].__code__ for name in ("_serve_mail", "_take_turns", "_reclaim")} | {

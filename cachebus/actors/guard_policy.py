@@ -1,4 +1,4 @@
-"""What a guard is told to do, and what it says it did."""
+"""The policy of a guard, and its statistics."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from .breaker import BreakerPolicy
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """How often, and after what pauses. `attempts` counts the first one.
+    """How often a request is attempted, the first attempt included, and after what pauses.
 
     Before the n-th repetition there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of
-    `backoff` * 2^(n-1) seconds, at most `backoff_max`. Each batch that was carried out, well or not, allows for `budget`
-    repetitions on the whole.
+    `backoff` * 2^(n-1) seconds, at most `backoff_max`. Each batch allows for `budget` repetitions in all.
     """
 
     attempts: int = 3
@@ -33,11 +32,11 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GuardPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What a guard does. Times are seconds.
+    """The options of a guard. Times are seconds.
 
-    `timeout_min` and `timeout_max` bound the adaptive timeout, `timeout_initial` is the one before anything is known,
-    and `timeout_window` is how many durations it looks at. `max_concurrent` batches ask at a time, `max_waiting` more
-    wait. Errors of the classes in `excluded` are none for the circuit breaker.
+    `timeout_min` and `timeout_max` bound the adaptive timeout, `timeout_initial` is the first one, and `timeout_window` is
+    the number of durations that it looks at. `max_concurrent` batches are under way at a time, `max_waiting` more wait.
+    Errors of the classes in `excluded` do not count for the circuit breaker.
     """
 
     breaker: BreakerPolicy = msgspec.field(default_factory=BreakerPolicy)
@@ -62,9 +61,9 @@ class GuardPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GuardStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """What a guard has seen. Counts are of batches since it was made; `last_failure_time` and `next_attempt` are Unix
-    time, `None` where there is none. `lock_timeout` and `lock_p95` are of lock operations, the others of all else.
-    `rejected` counts what was turned away without asking the store, because the circuit was open or the queue full.
+    """The figures of a guard. It counts batches. `last_failure_time` and `next_attempt` are Unix time. `lock_timeout` and
+    `lock_p95` are of lock operations, the others of all else. `rejected` counts batches that the store was not asked,
+    because the circuit was open or the queue full.
     """
 
     state: str

@@ -1,4 +1,4 @@
-"""A store whose server is not there yet: it is opened with the first batch that finds it."""
+"""A store whose server is not reachable yet: the first batch that reaches it opens it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .ports import BatchStore, OnReplies, PipelinedStore, Progress
 
 
 class LazyStore:
-    """Stands for a store that could not be opened, and opens it before it hands a batch on.
+    """Opens a store before it hands the first batch on.
 
-    What opening raises is what the batch gets, so that the guard judges it like any other failure. `opened` is called
-    once it is open; from then on the store itself may be asked.
+    The batch gets the error of opening, so that the guard judges it like any other failure. `opened` is called once the
+    store is open; from then on the store itself may be asked.
     """
 
     def __init__(self, store: BatchStore, opened: Callable[[], None]) -> None:
@@ -32,15 +32,13 @@ class LazyStore:
         return getattr(self._store, name)
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        """As `BatchStore.execute`."""
         await self._open()
         return await self._store.execute(batch)
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> None:
-        """As `PipelinedStore.try_submit`: opening has to be waited for."""
+        """Do nothing: opening has to be waited for."""
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        """As `PipelinedStore.submit`."""
         await self._open()
         assert isinstance(self._store, PipelinedStore)
         return await self._store.submit(batch, on_replies)

@@ -1,8 +1,8 @@
-"""The actor that gives out locks: it keeps whoever waits, in the order in which they came, and asks nobody twice a second.
+"""The actor that gives out locks: it keeps the callers that wait, in the order in which they came, and does not poll.
 
-What decides who holds a lock is the store, in one step each time. The manager asks it for one caller, and again when
-something may have changed: the store says so, a lease ends, a connection came back. Each `AcquireLock` may be asked any number
-of times, so none of these ever does harm, and none has to be the last word.
+The store decides who holds a lock, in one step each time. The manager asks it for one caller, and again when something
+may have changed: the store says so, a lease ends, a connection came back. An `AcquireLock` may be asked any number of
+times, so asking once more does no harm.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import get_ident
 from typing import Any, cast
 
@@ -44,32 +45,35 @@ from cachebus.messages import (
 
 from .actor import Actor, Handlers
 from .guard_policy import GuardPolicy
-from .lock_asking import Asking, AskingBatches, AskingInline
-from .lock_checks import check_lock_request
-from .lock_waiters import Answer, Room, Waiter
+from .lock_clients import InlineLockClient, LockStoreClient
+from .lock_queue import LockQueue, LockReply, Waiter, check_lock_request
 from .ports import BatchStore, InlineLockStore, LockStore, Timer, TimerQueue
 
 LOCK_REQUESTS: tuple[type[Request[Any]], ...] = (AcquireLock, RenewLock, ReleaseLock, DescribeLock)
 
 PARKED = 10.0
-"""Seconds after which a caller who waits is told so, and asks again: that shows that it is alive."""
+"""Seconds after which a waiting caller has to ask again, which shows that it is alive."""
 
 KEPT = 5.0
 """Seconds for which the place of such a caller is kept."""
 
 AGAIN = 1.0
-"""Seconds after which a store that failed is asked again for those who wait."""
+"""Seconds after which a store that failed is asked again for the waiters."""
 
 SLACK = 0.001
 """Seconds after the end of a lease at which its store surely knows of it."""
 
 POLL_MAX = 12
-"""How many times its shortest pause a store that cannot tell is left alone, at most."""
+"""The longest pause between two questions to a store without a queue, as a multiple of the shortest one."""
+
+
+def _ignore(reply: Reply) -> None:
+    """Do nothing with a reply."""
 
 
 class LockManager(Actor):
-    """Stands before a `LockStore`. At most `max_waiters` callers wait for locks, or for the store to answer. `shared`, it is
-    one of several at its address: a caller may be here now and there the next time."""
+    """Actor before a `LockStore`. At most `max_waiters` callers wait for locks, or for the store to answer. `shared`: it is
+    one of several at its address, and a caller may ask another one the next time."""
 
     def __init__(
         self,
@@ -85,10 +89,10 @@ class LockManager(Actor):
         self._max_waiters = max_waiters
         self._shared = shared
         self._draw = draw
-        self._asking: Asking
+        self._client: InlineLockClient | LockStoreClient
         self._inline = store if isinstance(store, InlineLockStore) else None
         self._waiters: dict[tuple[str, str], Waiter] = {}  # By the names of their locks and their tickets.
-        self._rooms: dict[str, Room] = {}
+        self._queues: dict[str, LockQueue] = {}
         self._due: TimerQueue[tuple[str, str]] = TimerQueue()  # Of locks, without a ticket, and of waiters.
         self._sweeps_at = math.inf
         self._sweep_timer: Timer | None = None
@@ -100,22 +104,22 @@ class LockManager(Actor):
     async def on_start(self) -> None:
         self._thread = get_ident()
         if self._inline is not None:
-            self._asking = AskingInline(self._inline)
+            self._client = InlineLockClient(self._inline)
         else:
             assert isinstance(self._store, BatchStore)
-            self._asking = AskingBatches(self._store, self._policy, self.ctx)
+            self._client = LockStoreClient(self._store, self._policy, self.ctx)
         self._store.told = self
 
     async def on_stop(self) -> None:
         places = [each.abandoned(unclaimed=True) for each in self._waiters.values()]
         for each in self._waiters.values():
-            self._answer(each, LockQueued("", 0.0))  # Another manager may serve the same store.
+            each.give(LockQueued("", 0.0))  # Another manager may serve the same store.
         self._waiters.clear()
-        self._rooms.clear()
-        await self._asking.close(places)
+        self._queues.clear()
+        await self._client.close(places)
 
     def repair(self) -> None:
-        # A new incarnation: callers that wait are asked to come again, and the store knows their places.
+        # Then a new incarnation begins: waiting callers are asked to come again, and the store knows their places.
         if self._inline is not None:
             self._inline.repair()
 
@@ -134,12 +138,12 @@ class LockManager(Actor):
         return Pong(self.ctx.address)
 
     async def on_describe(self, request: Describe) -> Description:
-        # It need not wait. But whoever would block for a lock in the thread of an event loop is refused because of it:
-        # the lock may be given back by a task of this very loop.
+        # A coroutine, although it does not wait: because of it, a caller that would block for a lock in the thread of an
+        # event loop is refused. The lock may be given back by a task of this very loop.
         return Description(self.ctx.address, self._store.name, ("locks",), {"max_waiters": self._max_waiters})
 
     def on_take_snapshot(self, request: TakeSnapshot) -> Snapshot:
-        guard = self._asking.statistics()
+        guard = self._client.statistics()
         restarts, overloaded = self.ctx.restarts, self.ctx.overloaded
         return Snapshot(self.ctx.address, self._store.name, restarts=restarts, overloaded=overloaded, guard=guard)
 
@@ -158,7 +162,7 @@ class LockManager(Actor):
             return Failed.of(error)
 
     def _serve(self, request: Request[Any]) -> Reply | Deferred:
-        answer = Answer()
+        answer = LockReply()
         check_lock_request(cast("Any", request))
         match request:
             case AcquireLock():
@@ -166,18 +170,17 @@ class LockManager(Actor):
             case ReleaseLock():
                 self._release(request, answer)
             case _:
-                self._asking.ask(request, answer.give)
+                self._client.ask(request, answer.give)
         self._arm()
         return answer.take(self.ctx.defer)
 
-    def _acquire(self, request: AcquireLock, answer: Answer) -> None:
+    def _acquire(self, request: AcquireLock, answer: LockReply) -> None:
         now = self.ctx.clock.monotonic()
         waiter = self._waiters.get((request.name, request.ticket))
         if waiter is not None:
-            if waiter.answer is not None:  # Asked twice: who asked first is not the one who waits.
-                waiter.answer.give(LockQueued("", 0.0))
+            waiter.give(LockQueued("", 0.0))  # Asked twice: the first one to ask waits no longer.
             waiter.request, waiter.answer, waiter.ends = request, answer, now + request.wait
-            self._await(waiter, now)
+            self._await(waiter, min(waiter.ends, now + PARKED))
             if self._shared or request.wait <= 0 or not waiter.queued:
                 self._ask_for(waiter)
             return
@@ -187,14 +190,14 @@ class LockManager(Actor):
         self._waiters[request.name, request.ticket] = waiter
         if self._store.poll is not None and request.wait > 0:
             # The store keeps no queue, so this is the queue, also while the first of it is being asked for.
-            if (room := self._rooms.get(request.name)) is not None:
-                self._queue(waiter, room.owner, max(0.0, room.ends_at - now), now)
+            if (queue := self._queues.get(request.name)) is not None:
+                self._queue(waiter, queue.owner, max(0.0, queue.ends_at - now), now)
                 return
-            self._rooms[request.name] = room = Room()
-            room.waiters[request.ticket] = waiter
+            self._queues[request.name] = queue = LockQueue()
+            queue.waiters[request.ticket] = waiter
         self._ask_for(waiter)
 
-    def _release(self, request: ReleaseLock, answer: Answer) -> None:
+    def _release(self, request: ReleaseLock, answer: LockReply) -> None:
         waiter = self._waiters.get((request.name, request.ticket))
         if waiter is None:
 
@@ -205,16 +208,16 @@ class LockManager(Actor):
                 if self._store.poll is not None:
                     self.look(request.name)
 
-            self._asking.ask(request, released)
+            self._client.ask(request, released)
             return
         self._forget(waiter)
-        if waiter.is_there and waiter.answer is not None:
-            waiter.answer.give(LockDenied("", 0.0))
+        if waiter.is_there:
+            waiter.give(LockDenied("", 0.0))
         if waiter.asking:
             waiter.left = True  # What comes of it is given back.
             answer.give(Released())
         else:
-            self._asking.ask(waiter.abandoned(), answer.give)
+            self._client.ask(waiter.abandoned(), answer.give)
 
     # What the store says
 
@@ -223,31 +226,31 @@ class LockManager(Actor):
             waiter.again = True
             return
         waiter.asking, waiter.again = True, False
-        self._asking.ask(waiter.request, lambda reply: self._replied(waiter, reply))
+        self._client.ask(waiter.request, lambda reply: self._replied(waiter, reply))
 
     def _replied(self, waiter: Waiter, reply: Reply) -> None:
         waiter.asking = False
-        request, now = waiter.request, self.ctx.clock.monotonic()
+        now = self.ctx.clock.monotonic()
         if waiter.left:
             self._give_up(waiter)
-            return
-        if isinstance(reply, LockGranted):
+        elif isinstance(reply, LockGranted):
             self._grant(waiter, reply)
-            return
-        if isinstance(reply, Failed):
+        elif isinstance(reply, Failed):
             self._failed(waiter, reply, now)
-            return
-        assert isinstance(reply, LockQueued | LockDenied)
-        waiter.trouble = None
-        if isinstance(reply, LockDenied) and (self._store.poll is None or request.wait <= 0):
+        elif isinstance(reply, LockDenied) and (self._store.poll is None or waiter.request.wait <= 0):
             self._forget(waiter)
-            self._answer(waiter, reply)
-            return
+            waiter.give(reply)
+        else:
+            assert isinstance(reply, LockQueued | LockDenied)
+            self._wait_on(waiter, reply, now)
+
+    def _wait_on(self, waiter: Waiter, reply: LockQueued | LockDenied, now: float) -> None:
+        waiter.trouble = None
         lost_its_place = isinstance(reply, LockQueued) and reply.fresh and waiter.queued
         self._queue(waiter, reply.owner, reply.remaining, now)
         if lost_its_place:
             # And so have the others, who ask when the first of them has.
-            first, *others = self._rooms[request.name].waiters.values()
+            first, *others = self._queues[waiter.request.name].waiters.values()
             for each in others if first is waiter else [first]:
                 self._ask_for(each)
         if waiter.again:
@@ -255,21 +258,21 @@ class LockManager(Actor):
 
     def _queue(self, waiter: Waiter, owner: str, remaining: float, now: float) -> None:
         request = waiter.request
-        room = self._rooms.setdefault(request.name, Room())
-        room.owner, room.ends_at, room.overdue = owner, now + remaining, False
+        queue = self._queues.setdefault(request.name, LockQueue())
+        queue.owner, queue.ends_at, queue.overdue = owner, now + remaining, False
         if not waiter.queued:
             waiter.queued = True
-            room.waiters[request.ticket] = waiter
-            self._await(waiter, now)
+            queue.waiters[request.ticket] = waiter
+            self._await(waiter, min(waiter.ends, now + PARKED))
         if self._store.poll is None:
-            self._look_at(room.ends_at + SLACK, request.name)
-        elif next(iter(room.waiters)) == request.ticket:
-            room.pause = min(max(self._store.poll, room.pause * 1.5), self._store.poll * POLL_MAX)
-            self._look_at(now + room.pause * (0.5 + self._draw()), request.name)
+            self._look_at(queue.ends_at + SLACK, request.name)
+        elif next(iter(queue.waiters)) == request.ticket:
+            queue.pause = min(max(self._store.poll, queue.pause * 1.5), self._store.poll * POLL_MAX)
+            self._look_at(now + queue.pause * (0.5 + self._draw()), request.name)
 
     def _grant(self, waiter: Waiter, grant: LockGranted) -> None:
         request = waiter.request
-        self._leave_room(waiter)
+        self._leave_queue(waiter)
         if waiter.answer is None and waiter.until > self.ctx.clock.monotonic():
             waiter.queued = False  # It was told to ask again, and finds the lock then.
             return
@@ -278,41 +281,38 @@ class LockManager(Actor):
             self._give_up(waiter, unclaimed=True)
             return
         self.ctx.tell(LockAcquired, request.name, request.owner, grant.token)
-        self._answer(waiter, grant)
+        waiter.give(grant)
 
     def _failed(self, waiter: Waiter, reply: Failed, now: float) -> None:
         transient = error_class(reply.code).transient
         if waiter.queued and transient and waiter.ends > now:
             waiter.trouble = reply
-            if waiter.request.name in self._rooms:
+            if waiter.request.name in self._queues:
                 self._look_at(now + AGAIN, waiter.request.name)
             return
-        room, others = self._rooms.get(waiter.request.name), list[Waiter]()
-        if room is not None and not waiter.queued and waiter.request.ticket in room.waiters:
+        queue, others = self._queues.get(waiter.request.name), list[Waiter]()
+        if queue is not None and not waiter.queued and waiter.request.ticket in queue.waiters:
             # The store has not been heard yet, so each of those who came meanwhile asks for itself.
-            others = [each for each in room.waiters.values() if each is not waiter]
+            others = [each for each in queue.waiters.values() if each is not waiter]
         self._forget(waiter)
         for each in others:
             each.queued = False
             self._ask_for(each)
-        self._answer(waiter, reply)
+        waiter.give(reply)
         if transient:
             self._give_up(waiter)  # Whether it was done is not known.
 
     def _give_up(self, waiter: Waiter, *, unclaimed: bool = False) -> None:
-        def gone(reply: Reply) -> None:
-            if self._store.poll is not None:
-                self.look(waiter.request.name)
-
-        self._asking.ask(waiter.abandoned(unclaimed=unclaimed), gone)
+        gone = _ignore if self._store.poll is None else lambda _: self.look(waiter.request.name)
+        self._client.ask(waiter.abandoned(unclaimed=unclaimed), gone)
 
     # For the store: `LockListener`
 
     def granted(self, name: str, ticket: str, grant: LockGranted) -> None:
         waiter = self._waiters.get((name, ticket))
         if waiter is None:
-            # Nobody of ours, or of a life before this one.
-            self._asking.ask(ReleaseLock(name, ticket, unclaimed=True), lambda reply: None)
+            # Another manager's, or one of an incarnation before this one.
+            self._client.ask(ReleaseLock(name, ticket, unclaimed=True), _ignore)
         elif waiter.asking:
             waiter.again = True
         else:
@@ -320,21 +320,21 @@ class LockManager(Actor):
 
     def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
         if delay > 0:
-            self.ctx.timers.call_after(delay, lambda: self._asking.ask(DescribeLock(name), lambda reply: None))
+            self.ctx.timers.call_after(delay, partial(self._client.ask, DescribeLock(name), _ignore))
             return
         if ticket:
             if (waiter := self._waiters.get((name, ticket))) is not None:
                 self._ask_for(waiter)
             else:
                 # It has gone; or it has the lock by now, because it asked once more while this was on its way.
-                self._asking.ask(ReleaseLock(name, ticket, unclaimed=True, offered=True), lambda reply: None)
-        elif (room := self._rooms.get(name)) is not None:
-            room.pause = 0.0
-            self._ask_for(next(iter(room.waiters.values())))
+                self._client.ask(ReleaseLock(name, ticket, unclaimed=True, offered=True), _ignore)
+        elif (queue := self._queues.get(name)) is not None:
+            queue.pause = 0.0
+            self._ask_for(next(iter(queue.waiters.values())))
 
     def look_everywhere(self) -> None:
-        for room in [*self._rooms.values()]:
-            for waiter in [*room.waiters.values()]:
+        for queue in [*self._queues.values()]:
+            for waiter in [*queue.waiters.values()]:
                 self._ask_for(waiter)
 
     def expired(self, name: str, owner: str, token: int) -> None:
@@ -345,36 +345,35 @@ class LockManager(Actor):
     def on_sweep(self, request: Sweep) -> Released:
         """Look at what is due."""
         now, self._sweeps_at = self.ctx.clock.monotonic(), math.inf
-        self._asking.sweep()
+        self._client.sweep()
         for name, ticket in [*self._due.expire(now)]:
             if ticket:
                 if (waiter := self._waiters.get((name, ticket))) is not None and waiter.until <= now:
                     self._waited(waiter, now)
-            elif (room := self._rooms.get(name)) is not None and (name, "") not in self._due:
-                room.overdue = True
-                self._ask_for(next(iter(room.waiters.values())))
+            elif (queue := self._queues.get(name)) is not None and (name, "") not in self._due:
+                queue.overdue = True
+                self._ask_for(next(iter(queue.waiters.values())))
         self._arm()
         return Released()
 
     def _waited(self, waiter: Waiter, now: float) -> None:
         """The caller has waited long enough, for now or altogether; or it has not asked again."""
-        if waiter.is_there and waiter.ends > now and waiter.answer is not None:
-            room = self._rooms.get(waiter.request.name, Room())
+        queue, was_there = self._queues.get(waiter.request.name, LockQueue()), waiter.is_there
+        remaining = max(0.0, queue.ends_at - now)
+        if waiter.answer is not None and was_there and waiter.ends > now:
             answer, waiter.answer = waiter.answer, None
-            waiter.until = now + KEPT
-            self._look_at(waiter.until, waiter.request.name, waiter.request.ticket)
-            answer.give(LockQueued(room.owner, max(0.0, room.ends_at - now)))
+            self._await(waiter, now + KEPT)
+            answer.give(LockQueued(queue.owner, remaining))
             return
-        room, was_there = self._rooms.get(waiter.request.name, Room()), waiter.is_there
         self._forget(waiter)
-        self._answer(waiter, waiter.trouble or LockDenied(room.owner, max(0.0, room.ends_at - now)))
+        waiter.give(waiter.trouble or LockDenied(queue.owner, remaining))
         if waiter.asking:
             waiter.left = True
         else:
             self._give_up(waiter, unclaimed=not was_there)
 
-    def _await(self, waiter: Waiter, now: float) -> None:
-        waiter.until = min(waiter.ends, now + PARKED)
+    def _await(self, waiter: Waiter, until: float) -> None:
+        waiter.until = until
         self._look_at(waiter.until, waiter.request.name, waiter.request.ticket)
 
     def _look_at(self, when: float, name: str, ticket: str = "") -> None:
@@ -391,24 +390,18 @@ class LockManager(Actor):
             self._sweeps_at = due
             self._sweep_timer = self.ctx.send_after(due - self.ctx.clock.monotonic(), Sweep())
 
-    # Helpers
-
-    def _answer(self, waiter: Waiter, reply: Reply) -> None:
-        if waiter.answer is not None:
-            waiter.answer.give(reply)
-
     def _forget(self, waiter: Waiter) -> None:
         which = (waiter.request.name, waiter.request.ticket)
         self._waiters.pop(which, None)
         self._due.discard(which)
-        self._leave_room(waiter)
+        self._leave_queue(waiter)
 
-    def _leave_room(self, waiter: Waiter) -> None:
+    def _leave_queue(self, waiter: Waiter) -> None:
         name = waiter.request.name
-        if (room := self._rooms.get(name)) is not None and room.waiters.pop(waiter.request.ticket, None) is not None:
-            if not room.waiters:
-                del self._rooms[name]
+        if (queue := self._queues.get(name)) is not None and queue.waiters.pop(waiter.request.ticket, None) is not None:
+            if not queue.waiters:
+                del self._queues[name]
                 self._due.discard((name, ""))
-            elif self._store.poll is not None or room.overdue:
+            elif self._store.poll is not None or queue.overdue:
                 delay = (self._store.poll or 0.0) * (0.5 + self._draw())
                 self._look_at(self.ctx.clock.monotonic() + delay, name)

@@ -1,4 +1,4 @@
-"""What waits for an actor's turn."""
+"""Mailboxes: the messages that wait for an actor's turn."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ from cachebus.messages import CacheError, CacheTimeoutError, DeadLetter, Failed,
 from .actor import Actor, BatchHandler
 
 STOP: Any = object()
-"""In the place of a message: what was posted before it is served, and then the life ends."""
+"""In the place of a message: the messages before it are served, and then the incarnation ends."""
 
 
-def _has_value(kind: type[Message]) -> bool:
+@cache
+def _has_value(kind: Any) -> bool:
+    """Whether messages of a kind carry values. Cached, because `hasattr` takes 1 us to say no."""
     return hasattr(kind, "value")
-
-
-_weighs: Any = cache(_has_value)
-"""Whether messages of a kind carry values. Remembered, because `hasattr` takes 1 us to say no."""
 
 
 class Mailbox(deque[Envelope]):
     """The envelopes before an actor, in order. `overloaded` counts those that were turned away because it was full.
 
-    `capacity` bounds it, except for requests that invalidate, whose number is bounded by the callers who wait for them.
+    `capacity` does not bound requests that invalidate: the callers that wait for them bound their number.
     """
 
     def __init__(self, address: Address, emitter: Emitter, clock: Clock, capacity: int) -> None:
@@ -52,11 +50,11 @@ class Mailbox(deque[Envelope]):
         return False
 
     def blocks_a_thread(self) -> bool:
-        """Whether a thread stands still for something in here."""
+        """Whether a thread is blocked for an answer from here."""
         return any(isinstance(each.port, ThreadPort) for each in tuple(self))
 
     def worthwhile(self, envelope: Envelope, now: float) -> bool:
-        """Whether to work on a message: not if its budget is spent, nor if the caller has gone, unless it invalidates."""
+        """Whether to work on a message: not if its time is up, nor if the caller has gone, unless it invalidates."""
         if envelope.deadline is not None and now >= envelope.deadline:
             self.answer(envelope, CacheTimeoutError("no turn was free", self._address, 0.0))
             return False
@@ -69,7 +67,7 @@ class Mailbox(deque[Envelope]):
         handler_of: Callable[[type[Message]], BatchHandler | None],
         actor: Actor,
     ) -> list[Envelope]:
-        """`first` and what stands behind it for the same handler, in order, up to the actor's bounds."""
+        """`first` and the messages after it for the same handler, in order, up to the actor's bounds."""
         most, most_bytes = actor.max_batch, actor.max_batch_bytes
         envelopes = [first]
         size, now = first.size, self._now()
@@ -80,10 +78,10 @@ class Mailbox(deque[Envelope]):
             if kind is not last:
                 if handler_of(kind) != handler:
                     break
-                last, weighs = kind, _weighs(kind)
+                last, weighs = kind, _has_value(kind)
             self.popleft()
             port, deadline = following.port, following.deadline
-            # The commonest answer of `worthwhile` first.
+            # The most frequent answer of `worthwhile` first.
             if (port is not None and port.waiting and (deadline is None or now < deadline)) or self.worthwhile(
                 following, now
             ):
@@ -93,7 +91,7 @@ class Mailbox(deque[Envelope]):
         return envelopes
 
     def answer(self, envelope: Envelope, reply: Reply | CacheError) -> None:
-        """Give the reply to whoever waits for it. An error that nobody waits for is a `DeadLetter`."""
+        """Give the reply to the caller. An error without a caller is a `DeadLetter`."""
         if isinstance(reply, CacheError):
             reply = Failed.of(reply)
         if envelope.port is not None:

@@ -18,8 +18,8 @@ from typing import Any
 from cachebus.bus import ReplySlot, SlotBatch, TaskPort, current_trace, open_port, running_deadlines
 from cachebus.messages import ActorFailed, CacheClosed, CacheError, Failed, Get, Reply, Request
 
+from .actor import Context
 from .breaker import CircuitState
-from .context import Context
 from .ports import PipelinedStore
 from .resilience import Guard
 

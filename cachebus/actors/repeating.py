@@ -1,6 +1,6 @@
-"""Once more: the requests of a batch that may be repeated, after pauses, within a budget, and until when.
+"""Repetitions of the requests of a batch: after pauses, within a budget, and until a deadline.
 
-The guard imports this when it is made: a process without a remote store has no use for tenacity.
+A guard imports this when it is made: a process without a remote store does not need tenacity.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result
 
 from cachebus.messages import CacheError, Failed, Reply, Request, error_class
 
-from .context import Context
+from .actor import Context
 from .guard_policy import RetryPolicy
 
 RESERVE = 10.0
@@ -22,10 +22,10 @@ MOST = 100.0
 
 
 class Retries:
-    """The repetitions of one guard. `count` is how many there were, `batches` says how many batches there were in all.
+    """The repetitions of one guard, of which there were `count`. `batches` returns the number of batches so far.
 
-    Each batch earns `policy.budget` of a repetition, up to `MOST`, and `RESERVE` are there from the start, so that a quiet
-    cache may repeat as well, and a backend in trouble never has twice its load (after Finagle's RetryBudget, Twitter, 2016).
+    Each batch earns `policy.budget` of a repetition, up to `MOST`. The initial `RESERVE` lets a quiet cache repeat as well.
+    So a backend in trouble never has twice its load (after Finagle's RetryBudget, Twitter, 2016).
     """
 
     def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random, batches: Callable[[], int]) -> None:
@@ -41,7 +41,7 @@ class Retries:
         return f"<Retries {self._left:.3g}/{MOST:g} left, {self.count} made>"
 
     def worthwhile(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
-        """Whether something of a batch is to be repeated."""
+        """Whether to repeat some requests of a batch."""
         return self._policy.attempts > 1 and bool(_repeatable(batch, replies)) and self._allowed()
 
     async def run(
@@ -51,9 +51,9 @@ class Retries:
         replies: Sequence[Reply],
         deadline: float | None,
     ) -> Sequence[Reply]:
-        """The replies after what may be repeated was. `again` makes an attempt with a part of the batch.
+        """Repeat what may be repeated, and return the replies. `again` makes an attempt with a part of the batch.
 
-        No pause ends after `deadline`, on the clock's monotonic time. Where an attempt raises, the reply before it counts.
+        No pause ends after `deadline`, on the monotonic clock. If an attempt raises, the replies before it count.
         """
         result, clock, policy = list(replies), self._clock, self._policy
 
@@ -66,7 +66,7 @@ class Retries:
             try:
                 answers = await again([batch[place] for place in places])
             except CacheError:
-                return False  # The circuit has opened, or there is no room: what is known already is the better answer.
+                return False  # The circuit has opened, or there is no room: the replies so far say more.
             for place, reply in zip(places, answers, strict=True):
                 result[place] = reply
             return bool(_repeatable(batch, result))
@@ -94,7 +94,7 @@ class Retries:
         return result
 
     def _allowed(self) -> bool:
-        # Earned only here, so that a batch that goes well costs nothing.
+        # Earned only here, so that a batch without failures costs nothing.
         batches = self._batches()
         self._left = min(MOST, self._left + self._policy.budget * (batches - self._seen))
         self._seen = batches
@@ -107,7 +107,7 @@ class Retries:
 
 
 def _repeatable(batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> list[int]:
-    """The places of requests that another attempt may mend and that may be done twice."""
+    """The places of failed requests that may be done twice, and that another attempt may help."""
     return [
         place
         for place, reply in enumerate(replies)

@@ -1,4 +1,4 @@
-"""The guard between a backend's actor and its store: what keeps one backend's trouble from becoming everybody's.
+"""The guard between a backend's actor and its store, which keeps trouble from spreading.
 
 It repeats what may be repeated, leaves a failing backend alone, gives up on what takes far longer than usual, and limits
 how many batches are under way at a time. Nothing else in cachebus does any of this.
@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 
-from cachebus.bus import open_port
+from cachebus.bus import SlotBatch, open_port
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
@@ -27,58 +27,59 @@ from cachebus.messages import (
     Request,
 )
 
-from .attempts import LOCK_REQUESTS, SLOW_REQUESTS, Attempt, Attempts, CallDeadlines, FixedDeadline, timeout_extension
-from .breaker import CircuitBreaker, CircuitState
-from .concurrency_limit import ConcurrencyLimiter
-from .context import Context
+from .actor import Context
+from .attempts import (
+    LOCK_REQUESTS,
+    SLOW_REQUESTS,
+    AdaptiveTimeout,
+    Attempt,
+    Attempts,
+    ConcurrencyLimiter,
+    timeout_extension,
+)
+from .breaker import CircuitBreaker, CircuitState, Outcome, outcome_of
 from .guard_policy import GuardPolicy, GuardStatistics
-from .latency import AdaptiveTimeout
-from .outcome import FAILURE, SUCCESS, outcome_of
 from .ports import NO_PROGRESS, BatchStore, OnReplies, PipelinedStore, Progress
 
 _CLOSED = CircuitState.CLOSED
 
 
 class AwaitedStore:
-    """A store that only has `execute`, as one that is submitted to."""
+    """Adapts a store that only has `execute` to `try_submit` and `submit`."""
 
     def __init__(self, store: BatchStore) -> None:
         self._store = store
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
-        """As `PipelinedStore.try_submit`: it has to be waited for."""
+        """Do nothing: the store has to be waited for."""
         return None
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        """As `PipelinedStore.submit`, until the replies are there."""
+        """As `PipelinedStore.submit`, and wait for the replies."""
         on_replies(await self._store.execute(batch))
         return NO_PROGRESS
 
 
-class Guard:
-    """Stands before one batch store. Belongs to one event loop, that of its actor.
+_Store = PipelinedStore | AwaitedStore
 
-    `execute` returns the replies; `try_submit` and `submit` hand them to a function, once, when everything that is worth
-    repeating was repeated. A batch that the guard refuses raises `CircuitOpen` or `Overloaded`; what the store raises
-    becomes a `Failed` for each request. `on_free` is called whenever an attempt has ended, `on_open` when the circuit opens.
+
+class Guard:
+    """Stands before one batch store. Belongs to the event loop of its actor.
+
+    `execute` returns the replies. `try_submit` and `submit` hand them to a function, once, when everything that is worth
+    repeating was repeated. A batch that the guard refuses raises `CircuitOpen` or `Overloaded`; an error of the store
+    becomes a `Failed` for each request. `on_free` is called whenever an attempt has ended. When `closed`, nothing is
+    repeated.
     """
 
-    def __init__(
-        self,
-        policy: GuardPolicy,
-        ctx: Context,
-        store: str,
-        *,
-        seed: int | None = None,
-        on_free: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, policy: GuardPolicy, ctx: Context, store: str, *, seed: int | None = None) -> None:
         self.policy = policy
         self.breaker = CircuitBreaker(policy.breaker, ctx.clock, ctx.address, self._circuit_changed)
-        self.on_free = on_free
+        self.on_free: Callable[[], None] = lambda: None
+        self.closed = False
         self._ctx = ctx
         self._store = store
         self._now = ctx.clock.monotonic
-        self._longest = policy.timeout_max
         self._timeout, self._lock_timeout = (
             AdaptiveTimeout(
                 window=policy.timeout_window,
@@ -93,7 +94,6 @@ class Guard:
         self._retries = Retries(policy.retry, ctx, random.Random(seed), lambda: self._successes + self._failures)
         self.attempts = Attempts(ctx, policy.timeout_max, self._give_up)
         self._limiter = ConcurrencyLimiter(policy.max_concurrent, policy.max_waiting, ctx.address)
-        self._closed = False
         self._connected: bool | None = None
         self._failures = 0
         self._successes = 0
@@ -104,21 +104,20 @@ class Guard:
         return f"<Guard of {self._ctx.address}, {self.breaker.state}, {self._limiter!r}>"
 
     def statistics(self) -> GuardStatistics:
-        """What the guard has seen, and its present state."""
-        wait = self.breaker.retry_after
+        """The counters of the guard, and its present state."""
         is_open = self.breaker.state is CircuitState.OPEN
         return GuardStatistics(
             state=self.breaker.state.value,
             failure_count=self._failures,
             success_count=self._successes,
             last_failure_time=self._last_failure,
-            next_attempt=self._ctx.clock.wall() + wait if is_open else None,
+            next_attempt=self._ctx.clock.wall() + self.breaker.retry_after if is_open else None,
             current_timeout=self._timeout.current,
             p95=self._timeout.p95,
             lock_timeout=self._lock_timeout.current,
             lock_p95=self._lock_timeout.p95,
             in_flight=self._limiter.taken,
-            waiting=self._limiter.waiting,
+            waiting=len(self._limiter.queue),
             rejected=self._rejected,
             retries=self._retries.count,
         )
@@ -127,36 +126,31 @@ class Guard:
         """Note that the store can be reached."""
         if not self._connected:
             self._connected = True
-            if BackendConnected in self._ctx.audience.kinds:
-                self._ctx.emit(BackendConnected(store=self._store))
+            self._ctx.tell(BackendConnected, store=self._store)
 
     def disconnected(self, reason: str) -> None:
         """Note that the store cannot be reached."""
         if self._connected is not False:
             self._connected = False
-            if BackendDisconnected in self._ctx.audience.kinds:
-                self._ctx.emit(BackendDisconnected(store=self._store, reason=reason))
-
-    def close(self) -> None:
-        """Repeat nothing from now on: the store is about to be closed."""
-        self._closed = True
+            self._ctx.tell(BackendDisconnected, store=self._store, reason=reason)
 
     def fail_all(self, failed: Failed) -> None:
         """Answer everything that is under way with `failed`: the actor has crashed or was stopped."""
-        self._closed = True
-        for attempt in self.attempts.take_all():
-            self.breaker.abandoned(attempt.ticket)
-            self._limiter.release()
-            attempt.then([failed] * len(attempt.requests))
+        self.closed = True
+        for attempt in tuple(self.attempts.outstanding):
+            if self.attempts.take(attempt):
+                self.breaker.abandoned(attempt.ticket)
+                self._limiter.release()
+                attempt.then([failed] * len(attempt.requests))
 
     # A store that answers later
 
     def try_submit(
         self,
-        store: PipelinedStore | AwaitedStore,
+        store: _Store,
         requests: Sequence[Request[Any]],
         then: OnReplies,
-        callers: CallDeadlines | None = None,
+        callers: SlotBatch | None = None,
     ) -> bool:
         """Send a batch, if nothing has to be waited for; else `False`. Raises `CircuitOpen`."""
         limiter = self._limiter
@@ -180,10 +174,10 @@ class Guard:
 
     async def submit(
         self,
-        store: PipelinedStore | AwaitedStore,
+        store: _Store,
         requests: Sequence[Request[Any]],
         then: OnReplies,
-        callers: CallDeadlines | None = None,
+        callers: SlotBatch | None = None,
         *,
         may_repeat: bool = True,
     ) -> None:
@@ -205,17 +199,16 @@ class Guard:
         finally:
             attempt.scope = None
         if scope.cancel_called:
-            # Given up while it was being sent. Should it have been sent after all, its replies are dropped.
+            # Given up while it was being sent. If it was sent after all, its replies are dropped.
             self._end(attempt, self._too_late(attempt))
 
-    # A store that answers at once
+    # A store that is waited for
 
     async def execute(
         self, store: BatchStore, batch: Sequence[Request[Any]], deadline: float | None
     ) -> Sequence[Reply]:
-        """Carry out a batch, and repeat what failed of it where that may mend it. `deadline` is on the clock's monotonic
-        time."""
-        again = partial(self._ask, AwaitedStore(store), FixedDeadline(deadline))
+        """Carry out a batch, and repeat requests that failed if that may help. `deadline` is on the monotonic clock."""
+        again = partial(self._ask, AwaitedStore(store), SlotBatch(None, deadline=deadline))
         replies = await again(batch)
         if self._worth_repeating(batch, replies):
             replies = await self._retries.run(again, batch, replies, deadline)
@@ -224,21 +217,20 @@ class Guard:
     # On the way out
 
     async def _acquire(self) -> None:
-        if self._limiter.try_acquire():
-            return
+        limiter = self._limiter
         try:
-            # Behind an open circuit there is nothing to wait for: a place would only lead to the refusal.
-            if (refusal := self.breaker.refusal()) is not None:
+            # Behind an open circuit there is nothing to wait for: with a place the call would be refused.
+            if limiter.taken >= limiter.limit and (refusal := self.breaker.refusal()) is not None:
                 raise refusal
-            await self._limiter.acquire()
+            await limiter.acquire()
         except CacheError:
             self._rejected += 1
             raise
 
     def _begin(
-        self, requests: Sequence[Request[Any]], store: Any, then: OnReplies, callers: CallDeadlines | None
+        self, requests: Sequence[Request[Any]], store: Any, then: OnReplies, callers: SlotBatch | None
     ) -> Attempt:
-        """An attempt that the circuit lets through, with the place that was taken for it. Raises `CircuitOpen`."""
+        """Make an attempt, for which a place was taken. Raises `CircuitOpen`."""
         try:
             breaker = self.breaker
             ticket = breaker.period if breaker.state is _CLOSED else breaker.admit()
@@ -275,12 +267,14 @@ class Guard:
                 if breaker.state is not _CLOSED or breaker.failures:
                     breaker.succeeded(attempt.ticket)
                 duration = self._now() - attempt.started
-                if duration <= self.policy.timeout_min or not timeout_extension(attempt.requests, self._longest):
+                if duration <= self.policy.timeout_min or not timeout_extension(
+                    attempt.requests, self.policy.timeout_max
+                ):
                     attempt.timeout.answered(duration)
                 if not self._connected:
                     self.connected()
         except BaseException as error:
-            interruption = error  # Whatever it was: the batch is answered, and its place is free.
+            interruption = error  # In any case the batch is answered, and its place is free.
         limiter = self._limiter
         if limiter.queue:
             limiter.release()
@@ -292,12 +286,12 @@ class Guard:
             try:
                 attempt.then(replies)
             finally:
-                self.on_free()  # Last: callers that ask again at once come into the batch that waited for this one.
+                self.on_free()  # Last: callers that ask again at once join the batch that waited for this one.
         if interruption is not None:
             raise interruption
 
     def _end(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
-        """Hand on replies of which some are failures, or repeat what is worth it before."""
+        """Hand on replies of which some are failures, after repeating what is worth it."""
         try:
             if attempt.may_repeat and self._worth_repeating(attempt.requests, replies):
                 self._ctx.start_soon(partial(self._go_on, attempt, replies))
@@ -307,38 +301,33 @@ class Guard:
             self.on_free()
 
     async def _go_on(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
-        again = partial(self._ask, attempt.store, attempt.callers)
-        answer, now = replies, self._now()
+        again, now = partial(self._ask, attempt.store, attempt.callers), self._now()
         left = None if attempt.callers is None else attempt.callers.seconds_left(now)
         deadline = None if left is None else now + left
         try:
-            answer = await self._retries.run(again, attempt.requests, replies, deadline)
+            replies = await self._retries.run(again, attempt.requests, replies, deadline)
         finally:
-            attempt.then(answer)
+            attempt.then(replies)
 
-    async def _ask(
-        self, store: PipelinedStore | AwaitedStore, callers: CallDeadlines | None, batch: Sequence[Request[Any]]
-    ) -> Sequence[Reply]:
+    async def _ask(self, store: _Store, callers: SlotBatch | None, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         port = open_port()
         await self.submit(store, batch, port.answer, callers, may_repeat=False)
         replies: Sequence[Reply] = await port.wait()
         return replies
 
     def _worth_repeating(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
-        return not self._closed and self._retries.worthwhile(batch, replies)
+        return not self.closed and self._retries.worthwhile(batch, replies)
 
     def _judge(self, attempt: Attempt, replies: Sequence[Reply]) -> bool:
-        """Take in replies of which some are failures. `False` if they are a success to the circuit breaker."""
+        """Judge replies of which some are failures. `False` if they are a success to the circuit breaker."""
         outcome, lost = outcome_of(replies, self.policy.excluded)
         if lost is not None:
             self.disconnected(lost)
-        if outcome is SUCCESS:
-            return False
-        if outcome is FAILURE:
+        if outcome is Outcome.FAILURE:
             self._failed(attempt)
-        else:
+        elif outcome is Outcome.IGNORED:
             self.breaker.abandoned(attempt.ticket)
-        return True
+        return outcome is not Outcome.SUCCESS
 
     def _failed(self, attempt: Attempt) -> None:
         self._failures += 1
@@ -353,8 +342,8 @@ class Guard:
 
     def _give_up(self, attempt: Attempt, now: float) -> None:
         self.attempts.take(attempt)
-        # Many batches under way are struck together. Counted one by one they would open the circuit of a server that has
-        # only become slower, before the timeout could follow it.
+        # A timeout strikes many batches together. Counted one by one, they would open the circuit of a server that is only
+        # slower than before, and the timeout could not follow it.
         news = not attempt.extended and attempt.timeout.struck(attempt.started, now)
         if not news or issubclass(CacheTimeoutError, self.policy.excluded):
             self.breaker.abandoned(attempt.ticket)
@@ -368,15 +357,16 @@ class Guard:
             self._end(attempt, self._too_late(attempt))
 
     def _too_late(self, attempt: Attempt) -> Sequence[Reply]:
-        return attempt.too_late(f"{self._store} gave no answer", self._ctx.address, self._now())
+        detail, address, waited = f"{self._store} gave no answer", self._ctx.address, self._now() - attempt.started
+        errors = (CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT) for each in attempt.requests)
+        return [Failed.of(error) for error in errors]
 
     def _circuit_changed(self, state: CircuitState) -> None:
-        kinds, address = self._ctx.audience.kinds, self._ctx.address
+        address = self._ctx.address
         if state is CircuitState.OPEN:
             # Refused now, and not one by one as the places before them become free.
             self._limiter.refuse_all(lambda: self.breaker.refusal() or CircuitOpen(address=address))
-            if CircuitOpened in kinds:
-                recovery = self.policy.breaker.recovery
-                self._ctx.emit(CircuitOpened(address=address, failures=self.breaker.failures, retry_after=recovery))
-        elif state is CircuitState.CLOSED and CircuitClosed in kinds:
-            self._ctx.emit(CircuitClosed(address=address))
+            failures, recovery = self.breaker.failures, self.policy.breaker.recovery
+            self._ctx.tell(CircuitOpened, address=address, failures=failures, retry_after=recovery)
+        elif state is _CLOSED:
+            self._ctx.tell(CircuitClosed, address=address)

@@ -1,4 +1,4 @@
-"""Supervision: actors are started, begun anew after a crash, and stopped with nothing left unanswered."""
+"""Supervision: actors are started, restarted after a crash, and stopped with nothing left unanswered."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import anyio
 import msgspec
 
-from cachebus.bus import Address, Bus, Emitter, Envelope, Port, Visibility, open_port
+from cachebus.bus import Address, Bus, Emitter, Port, Visibility, open_port
 from cachebus.messages import (
     ActorFailed,
     ActorGaveUp,
@@ -21,7 +20,6 @@ from cachebus.messages import (
     ActorStopped,
     CacheClosed,
     CacheError,
-    Message,
 )
 
 from .actor import Actor
@@ -34,11 +32,11 @@ logger = logging.getLogger("cachebus.actors")
 
 
 class RestartPolicy(msgspec.Struct, frozen=True):
-    """How an actor that crashed is begun anew.
+    """How an actor that crashed is restarted.
 
-    More than `max_restarts` crashes within `window` seconds, and it stays down. Before the n-th restart of a window
-    there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of `backoff` * 2^(n-1)
-    seconds, at most `backoff_max`; the first restart of a window is at once.
+    After more than `max_restarts` crashes within `window` seconds it stays down. The first restart of a window is at once.
+    Before the n-th one there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of
+    `backoff` * 2^(n-1) seconds, at most `backoff_max`.
     """
 
     max_restarts: int = 5
@@ -66,10 +64,10 @@ class _Charge:
 
 
 class Supervisor:
-    """Runs actors, one for one: a crash of one is no concern of the others.
+    """Runs actors, and restarts each by itself when it crashes.
 
-    An asynchronous context manager. Leaving it stops every actor, the last started first: each finishes its turn
-    and answers its mailbox, up to `grace` seconds in all; what is still open then is answered with `CacheClosed`.
+    An asynchronous context manager. Leaving it stops every actor, the last started first: each finishes its turn and
+    answers its mailbox, within `grace` seconds for all. Requests that are open then are answered with `CacheClosed`.
     """
 
     def __init__(
@@ -102,9 +100,7 @@ class Supervisor:
         self._tasks.start_soon(self._start_beside)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         assert self._tasks is not None
         try:
             # Shielded, because a cancelled application still owes answers to its callers.
@@ -112,33 +108,22 @@ class Supervisor:
                 await self.stop()
         finally:
             self._tasks.cancel_scope.cancel()
-            # The tasks are all ours, and their errors were dealt with: nothing of the caller's passes through here.
+            # The tasks are all ours, and their errors were dealt with: no error of the caller passes through here.
             await self._tasks.__aexit__(None, None, None)
             self._tasks = None
 
     async def start(
-        self,
-        address: Address,
-        factory: Callable[[], Actor],
-        *,
-        backend: str = "",
-        visibility: Visibility = "private",
+        self, address: Address, factory: Callable[[], Actor], *, backend: str = "", visibility: Visibility = "private"
     ) -> Cell:
         """Start the actor that `factory` makes, and serve it at `address`. Returns once it takes turns.
 
-        `factory` is called again for every new life. `backend` is the name that the actor's events carry, and
-        `visibility` says who else may reach it. Raises `AddressInUse`, and whatever the actor's `on_start` raises in its
-        first life.
+        `factory` is called again for every incarnation. `backend` is the name in the actor's events, and `visibility` says
+        which processes may reach it. Raises `AddressInUse`, and any error of `on_start` in the first incarnation.
         """
         if self._tasks is None:
             raise CacheClosed("the supervisor is not open: use `async with`")
-        cell = Cell(
-            address,
-            Emitter(self.bus, backend),
-            self.bus.clock,
-            capacity=self._capacity,
-            inline_turns=self._inline_turns,
-        )
+        emitter = Emitter(self.bus, backend)
+        cell = Cell(address, emitter, self.bus.clock, capacity=self._capacity, inline_turns=self._inline_turns)
         cell.start_soon = lambda function: self._ask_beside(cell, function)
         cell.timers.start()
         self.bus.serve(address, cell)
@@ -162,7 +147,7 @@ class Supervisor:
                 charge.cell.stop()
                 charge.pause_scope.cancel()
                 await charge.done.wait()
-        # Whoever outlasted the grace does not take it from the others: they have as long again, all at once.
+        # An actor that outlasts the grace does not take it from the others: they have as long again, all at once.
         others = [each for each in charges if not each.done.is_set()][1:]
         for charge in others:
             charge.cell.stop()
@@ -173,32 +158,18 @@ class Supervisor:
         for charge in charges:
             self._discard(charge)
 
-    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Run `function` beside the actors. It ends with the supervisor at the latest."""
-        if self._tasks is None:
-            raise CacheClosed("the supervisor is not open: use `async with`")
-
-        async def run() -> None:
-            await function()
-
-        self._tasks.start_soon(run)
-
     def forked(self) -> None:
         """Make every actor unusable in the child of a fork."""
         for charge in self._charges.values():
             charge.cell.forked()
 
-    def tell(self, address: Address, message: Message) -> None:
-        """Put a message into an actor's mailbox, without an answer."""
-        self._charges[address].cell.post(Envelope(message))
-
     def _discard(self, charge: _Charge) -> None:
-        # Who was discarded before may have a successor at the address by now.
+        # If it was discarded before, the address may have a successor by now.
         if self._charges.get(charge.cell.address) is charge:
             self.bus.withdraw(charge.cell.address)
             del self._charges[charge.cell.address]
         charge.cell.end(CacheClosed(f"{charge.cell.address} was stopped"))
-        # What has outlasted the grace gives up its turn, and the request in it is answered too.
+        # An actor that has outlasted the grace gives up its turn, and the request in it is answered too.
         charge.lives_scope.cancel()
 
     async def _supervise(self, charge: _Charge, *, task_status: TaskStatus[None]) -> None:
@@ -206,15 +177,15 @@ class Supervisor:
             with charge.lives_scope:
                 await self._lives(charge, task_status)
         except BaseException:
-            # Cancelled with what is around it: nobody will take a turn here, so nobody shall wait for one.
+            # Cancelled from outside: there will be no more turns, so no caller may wait for one.
             charge.cell.end(CacheClosed(f"{charge.cell.address} was stopped"))
             raise
         finally:
             charge.cell.timers.close()
             charge.done.set()
 
-    # A store's replies arrive in callbacks of the event loop, which are no task, and from there anyio starts none: it
-    # cannot tell whose the loop is. So they are handed to a task that can.
+    # Replies of a store arrive in callbacks of the event loop, and anyio starts no tasks from there. So functions are handed
+    # to a task that starts them.
 
     def _ask_beside(self, cell: Cell, function: Callable[[], Awaitable[None]]) -> None:
         self._beside.append((cell, function))
@@ -269,7 +240,7 @@ class Supervisor:
             finally:
                 if actor is not None:
                     await self._farewell(cell, actor)
-            if not crashed:  # No fault of the actor's: it costs none of its restarts.
+            if not crashed:  # No fault of the actor, so it costs no restart.
                 if cell.stopping:
                     return
                 cell.emitter.renew()
@@ -282,10 +253,10 @@ class Supervisor:
             if len(crashes) > self.policy.max_restarts:
                 cell.end(ActorFailed(address=cell.address, reason=f"{reason}, {len(crashes)} crashes in a row"))
                 cell.emit(ActorGaveUp(address=cell.address, reason=reason, restarts=cell.restarts - 1))
-                # Others who serve the address do better, and where there are none callers learn that at once.
+                # Other processes at the address may do better. Without them callers learn at once that there is none.
                 await self.bus.retire(cell.address)
                 return
-            # Stopping cuts the pause short, and nothing is begun anew that is to end.
+            # Stopping cuts the pause short, and then there is no restart.
             with charge.pause_scope:
                 await clock.sleep_until(now + self.policy.pause(len(crashes), self._chance))
             if cell.stopping:

@@ -133,8 +133,8 @@ class MemoryStore(LoadTable):
 
     def gauges(self) -> Gauges:
         return Gauges(
-            hits=self.hits,
-            misses=self.misses,
+            hits=self._counts[0],
+            misses=self._counts[1],
             sets=self.sets,
             removals=dict(self._removals),
             entries=len(self._entries),
@@ -154,18 +154,19 @@ class MemoryStore(LoadTable):
         """The verb of `Get`."""
         # The hot path of the whole library. As a closure it looks nothing up that does not change, which saves 50 ns.
         find, now, valid, loaded = self._find, self._now, self._tags.valid, self._metadata_of
+        on_hit, on_read, counts = self._on_hit, self._on_read, self._counts
 
         def get(request: Get) -> Found | Missing:
             entry = find(request.key)
             if entry is not None:
                 left = entry.expires_at - now()
                 if left > 0 and (not entry.tags or valid(entry)):
-                    if self._on_hit is not None:
-                        self._on_hit(entry)
+                    if on_hit is not None:
+                        on_hit(entry)
                     elif entry.visits < VISITS_MAX:
                         entry.visits += 1
-                    self.hits += 1
-                    if self.on_read is not None:
+                    counts[0] += 1
+                    if on_read:
                         self._tell_read(request.key, hit=True)
                     if loaded and request.key in loaded:
                         return self._found(entry, now())
@@ -175,8 +176,8 @@ class MemoryStore(LoadTable):
                     self._lapse(entry, now())
                 else:
                     self._drop(entry, RemovalCause.EXPLICIT)
-            self.misses += 1
-            if self.on_read is not None:
+            counts[1] += 1
+            if on_read:
                 self._tell_read(request.key, hit=False)
             return _MISSING
 
@@ -204,7 +205,7 @@ class MemoryStore(LoadTable):
         if request.lease is not None:
             return self.set_leased(request, request.lease, now)
         if request.only_if is None:
-            return self._stored(request.key, request.value, request.ttl, request.tags, now)
+            return Stored(self._store(request.key, request.value, request.ttl, request.tags, now).version)
         entry = self._live(request.key, now)
         if (entry is None) != (request.only_if == "absent"):
             return NotStored(0.0 if entry is None else entry.version)

@@ -22,6 +22,8 @@ from .leases import Lease
 from .tags import TagTable
 from .weigh import ENTRY_OVERHEAD
 
+_REPLACED = RemovalCause.REPLACED
+
 
 class Kept:
     """What is kept beside the entry of a loaded value: its metadata, the time to live that it was given, and until when it
@@ -57,12 +59,11 @@ class EntryTable:
                 raise ValueError(f"{name} must be at least 1, or None for no bound, not {bound!r}")
         if default_ttl is not None and not 0 < default_ttl < NEVER:
             raise ValueError(f"default_ttl must be a positive number of seconds, or None, not {default_ttl!r}")
-        self.on_read: ReadListener | None = None
+        self._on_read: list[ReadListener] = []
         self.on_write: WriteListener | None = None
         self.on_removal: RemovalListener | None = None
         self.on_due: Callable[[float], None] | None = None
-        self.hits = 0
-        self.misses = 0
+        self._counts = [0, 0]  # Hits and misses.
         self.sets = 0
         self._removals = dict.fromkeys(RemovalCause, 0)
         self._max_entries = max_entries
@@ -89,6 +90,15 @@ class EntryTable:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def on_read(self) -> ReadListener | None:
+        """What is called with the key of each read, and whether that was a hit."""
+        return self._on_read[0] if self._on_read else None
+
+    @on_read.setter
+    def on_read(self, hook: ReadListener | None) -> None:
+        self._on_read[:] = [] if hook is None else [hook]
 
     def _live(self, key: str, now: float) -> Entry | None:
         """The entry of a key, if it may still be read."""
@@ -128,7 +138,10 @@ class EntryTable:
             self._make_room(1, weight)
             entry = self._admit(key, value, version, expires_at, tags, weight, now)
         else:
-            self._replaced(entry, now)
+            if entry.expires_at > now and not entry.tags and self.on_removal is None:
+                self._removals[_REPLACED] += 1  # As `_replaced` does.
+            else:
+                self._replaced(entry, now)
             if tags or entry.tags:
                 self._tags.attach(tags)
                 self._tags.detach(entry.tags)
@@ -337,7 +350,7 @@ class EntryTable:
             hook(when)
 
     def _tell_read(self, key: str, *, hit: bool) -> None:
-        if (hook := self.on_read) is not None:
+        for hook in self._on_read:
             hook(key, hit)
 
     def _tell_write(self, entry: Entry, now: float) -> None:

@@ -1,18 +1,16 @@
 """Delivery: the in-process bus and the codec of messages. Imports `messages` only."""
 
 from .address import Address, check_word
-from .api import Bus, Envelope, Recipient, Turn, Visibility
-from .clock import SYSTEM_CLOCK, Clock, SystemClock
+from .api import Bus, Envelope, Turn, Visibility
+from .clock import SYSTEM_CLOCK, Clock, running_deadlines
 from .compat import running_loop
-from .deadlines import running_deadlines
 from .emitter import Emitter, origin
 from .event_policy import EventPolicy, KeyForm, shares
-from .local import TURNS_PER_CHECKPOINT, LocalBus, check_budget, settled
+from .local import TURNS_PER_CHECKPOINT, LocalBus
 from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .slots import PENDING, Pending, ReplySlot, SlotBatch
 from .subscription import Audience, Subscription, event_kinds
-from .timer_queue import TimerQueue
-from .timers import LoopTimers, Timer, running_timers
+from .timers import LoopTimers, Timer, TimerQueue, running_timers
 from .tracing import current_trace, turn_trace, use_trace
 
 __all__ = [
@@ -32,18 +30,15 @@ __all__ = [
     "LoopTimers",
     "Pending",
     "Port",
-    "Recipient",
     "ReplySlot",
     "SlotBatch",
     "Subscription",
-    "SystemClock",
     "TaskPort",
     "ThreadPort",
     "Timer",
     "TimerQueue",
     "Turn",
     "Visibility",
-    "check_budget",
     "check_word",
     "current_trace",
     "event_kinds",
@@ -53,7 +48,6 @@ __all__ = [
     "running_deadlines",
     "running_loop",
     "running_timers",
-    "settled",
     "shares",
     "too_late",
     "turn_trace",

@@ -1,9 +1,11 @@
-"""What a bus is, and what it delivers to."""
+"""The interfaces of a bus and of the recipients that it delivers to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar
+
+from msgspec import Struct
 
 from cachebus.messages import Event, Message, Reply, Request
 
@@ -17,29 +19,24 @@ from .subscription import Audience, Subscription
 R = TypeVar("R")
 
 Visibility = Literal["private", "shared", "sole"]
-"""Who reaches an actor: callers of its own process; callers everywhere, and then others may serve its address as well and
-share the work; or callers everywhere, and nobody else serves its address."""
+"""Which callers reach an actor. `private`: those of its process. `shared`: those of every process, and other processes
+may serve its address too. `sole`: those of every process, and no other process serves its address."""
 
 Turn = Callable[[Any], "Reply | Pending | None"]
-"""Takes a message's turn on the caller's own stack. `None`: it must be posted; `Pending`: the reply comes later."""
+"""Takes a turn for a message on the caller's stack. `None`: it must be posted; `Pending`: the reply comes later."""
 
 
-class Envelope:
-    """A message in a mailbox: where the answer goes, until when it is worth working on, and how often it was tried.
+class Envelope(Struct, eq=False):
+    """A message in a mailbox: the port of the answer, until when it is worth working on, and how often it was tried.
 
-    `deadline` is on the bus's monotonic clock, `None` where nobody waits. `trace` is the `traceparent` of the call.
+    `deadline` is on the bus's monotonic clock, `None` without a caller. `trace` is the `traceparent` of the call.
     """
 
-    __slots__ = ("attempts", "deadline", "message", "port", "trace")
-
-    def __init__(
-        self, message: Message, port: Port | None = None, deadline: float | None = None, trace: str | None = None
-    ) -> None:
-        self.message = message
-        self.port = port
-        self.deadline = deadline
-        self.trace = trace
-        self.attempts = 0
+    message: Message
+    port: Port | None = None
+    deadline: float | None = None
+    trace: str | None = None
+    attempts: int = 0
 
     @property
     def size(self) -> int:
@@ -49,17 +46,17 @@ class Envelope:
 
 
 class Recipient(Protocol):
-    """What stands at an address: an actor of this process, or the way to one."""
+    """The actor at an address, or a proxy for one in another process."""
 
     def turn(self, kind: type[Message]) -> Turn:
         """A function that takes turns for messages of one kind inline, for hot paths to keep."""
         ...
 
     def post(self, envelope: Envelope) -> None:
-        """Put a message into the mailbox. Never waits; what cannot be taken is answered at once."""
+        """Put a message into the mailbox. Never waits; a message that cannot be taken is answered at once."""
 
     def obstacle_to_blocking(self) -> str | None:
-        """Why this thread must not block for an answer from here, because it would wait for itself; else `None`."""
+        """Why this thread would wait for itself if it blocked for an answer from here; else `None`."""
         ...
 
 
@@ -67,38 +64,36 @@ class Bus(Protocol):
     """Delivery of messages to addresses and of events to listeners.
 
     Every request is answered exactly once. Messages from one sender to one address are handled in the order they
-    were sent. Events never slow whoever publishes them.
+    were sent. Events never slow their publisher.
     """
 
     namespace: str
     clock: Clock
     audience: Audience
     policy: EventPolicy
-    """What events may say, and how many of them are told."""
 
     def serve(self, address: Address, recipient: Recipient) -> None:
-        """Deliver to `recipient` what is sent to `address`. Raises `AddressInUse`."""
+        """Deliver messages to `address` to `recipient`. Raises `AddressInUse`."""
 
     def withdraw(self, address: Address) -> None:
-        """Stop delivering to `address`. Harmless if nobody serves it."""
+        """Stop delivering to `address`. Harmless if it is not served."""
 
     async def claim(self, address: Address, visibility: Visibility) -> None:
-        """Before an actor starts: make sure that no other process serves the address if it is `sole`. Raises
-        `AddressInUse`, naming the holder."""
+        """Before an actor starts: make sure that no other process serves a `sole` address. Raises `AddressInUse`."""
 
     async def announce(self, address: Address, visibility: Visibility) -> None:
-        """When an actor has started: let other processes reach who serves the address, as its visibility says."""
+        """When an actor has started: let other processes reach it, as its visibility says."""
 
     async def retire(self, address: Address) -> None:
-        """Before an actor stops: be reached from this process only. Returns when what had come from others is in the
-        actor's mailbox. Harmless if the address was not announced."""
+        """Before an actor stops: let only this process reach it. Returns when the requests of other processes that have
+        arrived are in its mailbox. Harmless if the address was not announced."""
 
     def recipient(self, address: Address) -> Recipient:
-        """Whoever serves `address`. Raises `NoSuchActor`."""
+        """The recipient at `address`. Raises `NoSuchActor`."""
         ...
 
     async def request(self, address: Address, message: Request[R], timeout: float) -> R:
-        """Ask, and wait up to `timeout` seconds for the reply. A `Failed` reply is raised as its error."""
+        """Send a request, and wait up to `timeout` seconds for the reply. A `Failed` reply is raised as its error."""
         ...
 
     def request_blocking(self, address: Address, message: Request[R], timeout: float) -> R:
@@ -106,7 +101,7 @@ class Bus(Protocol):
         ...
 
     async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
-        """Come to the reply from what a turn of the recipient's has returned: `request` less its first step."""
+        """Do the second half of `request`: wait for the reply if a turn of the recipient has returned none."""
         ...
 
     def finish_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
@@ -114,10 +109,10 @@ class Bus(Protocol):
         ...
 
     def send(self, address: Address, message: Message) -> None:
-        """Tell, without waiting and without an answer. What cannot be delivered is a `DeadLetter` event."""
+        """Send without waiting and without an answer. A message that cannot be delivered is a `DeadLetter` event."""
 
     def publish(self, event: Event) -> None:
-        """Hand an event to every listener that wants it. Never waits; a full listener loses it and counts that."""
+        """Hand an event to its listeners. Never waits; a full listener loses it and counts that."""
 
     def subscribe(
         self,
@@ -127,11 +122,10 @@ class Bus(Protocol):
         local: bool = False,
         real_keys: bool = False,
     ) -> Subscription:
-        """Listen to kinds of events, or to a glob over their wire names such as `"cache_*"`; to all if none is named.
+        """Listen to kinds of events, or to globs over their wire names such as `"cache_*"`; to all if none is named.
 
-        With `since`, in Unix time, what has happened since then is told first. Raises `CapabilityError` where nobody
-        keeps events. With `local`, only to what this process tells, as whoever counts does. `real_keys` is for parts of the
-        cache itself, which compare keys: the events of this process then come as they are, however the policy redacts
-        them. What others tell is as they sent it.
+        With `since`, in Unix time, the events since then come first; raises `CapabilityError` if no stream keeps events.
+        `local` leaves out the events of other processes. `real_keys` is for parts of the cache itself, which compare keys:
+        the events of this process then come without redaction. Other processes have redacted theirs already.
         """
         ...

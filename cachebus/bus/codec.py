@@ -21,7 +21,7 @@ import msgspec
 
 from cachebus.messages import WIRE_NAMES, BadMessage, CacheSerializationError, Message
 
-from .codec_values import JSON_VALUES, MSGPACK_VALUES, Unfit, ValueForm, map_values, name_of_type
+from .codec_values import JSON_IN, JSON_OUT, MSGPACK_IN, MSGPACK_OUT, Direction, Unfit, map_values, name_of_type
 
 VERSION = 1
 MSGPACK = "application/msgpack"
@@ -39,11 +39,12 @@ def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) ->
     """
     form = _FORMATS.get(content_type) or _format(content_type)
     try:
+        out = form.out
+        places = out.places
         if isinstance(message, Message):
-            return form.encode(form.outgoing(message) if form.values.places[type(message)] else message)
+            return form.encode(map_values(message, out) if places[type(message)] else message)
         if message:
-            places, outgoing = form.values.places, form.outgoing
-            return form.encode([outgoing(each) if places[type(each)] else each for each in message])
+            return form.encode([map_values(each, out) if places[type(each)] else each for each in message])
         problem = ""
     except Unfit as unfit:
         problem = str(unfit)
@@ -57,6 +58,22 @@ def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) ->
     if problem:
         raise CacheSerializationError(problem)
     raise BadMessage("an array of messages is empty")
+
+
+def encode_each(messages: Sequence[Message], content_type: str = MSGPACK) -> list[bytes | CacheSerializationError]:
+    """Encode messages one by one, each as a body of its own: a message that cannot be encoded is an error in its place."""
+    form = _FORMATS.get(content_type) or _format(content_type)
+    places, encode_one = form.out.places, form.encode
+    done: list[bytes | CacheSerializationError] = []
+    for each in messages:
+        try:
+            done.append(encode_one(map_values(each, form.out) if places[type(each)] else each))
+        except Exception:
+            try:
+                done.append(encode(each, content_type))
+            except CacheSerializationError as error:
+                done.append(error)
+    return done
 
 
 def decode(data: bytes, content_type: str = MSGPACK) -> Message | list[Message]:
@@ -79,10 +96,7 @@ def decode_each(data: bytes, content_type: str = MSGPACK) -> tuple[list[Message 
     """
     form = _FORMATS.get(content_type) or _format(content_type)
     if not form.is_array(data):
-        message = _decoded(form, form.decode_one, data)
-        if isinstance(message, BadMessage):
-            raise message
-        return [message], False
+        return [decode_one(data, content_type)], False
     messages = _decoded(form, form.decode_array, data)
     if isinstance(messages, BadMessage):
         parts = _decoded(form, form.decode_parts, data)
@@ -97,6 +111,20 @@ def decode_each(data: bytes, content_type: str = MSGPACK) -> tuple[list[Message 
     return messages, True
 
 
+def decode_one(data: bytes, content_type: str = MSGPACK) -> Message:
+    """Decode a body that is one message. Raises `BadMessage`, also for an array."""
+    form = _FORMATS.get(content_type) or _format(content_type)
+    try:
+        message = form.one(data)
+        return message if form.incoming.places[type(message)] is None else map_values(message, form.incoming)  # type: ignore[no-any-return]
+    except Exception:
+        pass  # The other path says what it is.
+    message = _decoded(form, form.decode_one, data)
+    if isinstance(message, BadMessage):
+        raise message
+    return cast("Message", message)
+
+
 def join(parts: Sequence[bytes], content_type: str = MSGPACK) -> bytes:
     """Make the body for an array of messages that were encoded one by one: at least one, and `MAX_MESSAGES` at most."""
     if _format(content_type) is _FORMATS[JSON]:
@@ -109,14 +137,15 @@ def join(parts: Sequence[bytes], content_type: str = MSGPACK) -> bytes:
 class _Format:
     """A content type: msgspec's encoder and decoders for it, and how it says values."""
 
-    def __init__(self, library: Any, values: ValueForm, arrays: frozenset[bytes]) -> None:
-        self.values = values
+    def __init__(self, library: Any, out: Direction, incoming: Direction, arrays: frozenset[bytes]) -> None:
+        self.out = out
+        self.incoming = incoming
         self.encode: Callable[[Any], bytes] = library.Encoder(enc_hook=_plain).encode
         self._parts: Callable[[bytes], Any] = library.Decoder(list[msgspec.Raw]).decode
         self._library = library
         self._arrays = arrays
         self._kinds: frozenset[str] = frozenset()
-        self._one: Callable[[bytes], Any]
+        self.one: Callable[[bytes], Any]
         self._array: Callable[[bytes], Any]
 
     def is_array(self, data: bytes) -> bool:
@@ -125,7 +154,7 @@ class _Format:
 
     def decode_parts(self, data: bytes) -> Any:
         """Divide an array into the bytes of its elements. Raises what msgspec raises, and `Unfit`."""
-        if self.values is MSGPACK_VALUES:
+        if self._library is msgspec.msgpack:
             size = 4 if data[0] == 0xDD else 2 if data[0] == 0xDC else 0
             if int.from_bytes(data[1 : 1 + size], "big") > MAX_MESSAGES:
                 raise Unfit(_TOO_MANY)
@@ -138,20 +167,16 @@ class _Format:
         """Decode a message. Raises what msgspec raises, and `Unfit`."""
         if not self._kinds:
             self.learn()
-        message = self._one(data)
-        values = self.values
-        return map_values(message, values, values.read) if values.places[type(message)] else message
+        message = self.one(data)
+        return map_values(message, self.incoming) if self.incoming.places[type(message)] else message
 
     def decode_array(self, data: bytes) -> Any:
         """Decode an array of messages in one call. Raises what msgspec raises, and `Unfit`."""
         if not self._kinds:
             self.learn()
-        values, read, places = self.values, self.values.read, self.values.places
-        return [map_values(each, values, read) if places[type(each)] else each for each in self._array(data)]
-
-    def outgoing(self, message: Message) -> Any:
-        """Check the values of a message, and put them as this content type says them. Raises `Unfit`."""
-        return map_values(message, self.values, self.values.write)
+        incoming = self.incoming
+        places = incoming.places
+        return [map_values(each, incoming) if places[type(each)] else each for each in self._array(data)]
 
     def learn(self) -> bool:
         """Make the decoders for the message classes that there are now; say if there are more than the last time."""
@@ -159,7 +184,7 @@ class _Format:
         if kinds.keys() == self._kinds:
             return False
         union: Any = _union[tuple(kinds.values())]
-        self._one = self._library.Decoder(union).decode
+        self.one = self._library.Decoder(union).decode
         self._array = self._library.Decoder(types.GenericAlias(list, (union,))).decode
         self._kinds = frozenset(kinds)
         return True
@@ -214,8 +239,6 @@ def _malformed(text: str) -> str:
 
 def _plain(held: Any) -> Any:
     """Turn into what msgspec knows what it does not know. Raises `Unfit`."""
-    if isinstance(held, str):
-        return str(held)  # Such as an address, which is a kind of `str`.
     if isinstance(held, Mapping):
         return dict(cast("Mapping[str, Any]", held))
     if isinstance(held, str):
@@ -250,7 +273,10 @@ _union: Any = typing.Union  # A type made at run time is a value to the type che
 
 _FORMATS = {
     MSGPACK: _Format(
-        msgspec.msgpack, MSGPACK_VALUES, frozenset(bytes((first,)) for first in (*range(0x90, 0xA0), 0xDC, 0xDD))
+        msgspec.msgpack,
+        MSGPACK_OUT,
+        MSGPACK_IN,
+        frozenset(bytes((first,)) for first in (*range(0x90, 0xA0), 0xDC, 0xDD)),
     ),
-    JSON: _Format(msgspec.json, JSON_VALUES, frozenset({b"["})),
+    JSON: _Format(msgspec.json, JSON_OUT, JSON_IN, frozenset({b"["})),
 }

@@ -16,6 +16,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, NoReturn, get_args, get_origin
 
 import msgspec
@@ -146,55 +147,70 @@ def _from_base64(text: Any) -> bytes:
     raise Unfit(problem)
 
 
-class ValueForm:
-    """How one content type says values.
+class Direction:
+    """How values of one content type go out, or come in.
 
-    What is of a type in `plain` needs no second look: it is written as it is. With `numbers`, numbers do: JSON has no
-    NaN, for which msgspec writes null, and reads integers of any size. `places` are the fields of each message class that
-    need one, found when the class is first met.
+    `change` is made to each value that is of no type in `plain`. `numbers` are the types of numbers that need a look: JSON
+    has no NaN, for which msgspec writes null, and integers of any size, unless a field's type bounds them. `places` are the fields of each message class
+    that need one, found when the class is first met.
     """
 
-    def __init__(self, plain: frozenset[type[Any]], *, numbers: bool, write: _Change, read: _Change) -> None:
+    def __init__(
+        self, plain: frozenset[type[Any]], numbers: frozenset[type[Any]], change: Callable[[Any], Any]
+    ) -> None:
         self.plain = plain
-        self.write = write
-        self.read = read
+        self.change = change
         self.places = _Places(numbers)
 
 
-class _Places(dict[type[Any], tuple[tuple[str, "_Inside"], ...]]):
-    def __init__(self, numbers: bool) -> None:
+class _Places(dict[type[Any], "_Found | None"]):
+    def __init__(self, numbers: frozenset[type[Any]]) -> None:
         super().__init__()
         self._numbers = numbers
 
-    def __missing__(self, cls: type[Any]) -> tuple[tuple[str, _Inside], ...]:
+    def __missing__(self, cls: type[Any]) -> _Found | None:
         if not issubclass(cls, msgspec.Struct):
             raise TypeError(f"a {type_name(cls)} is no message")
         fields = msgspec.structs.fields(cls)
         found = tuple((each.name, inside) for each in fields if (inside := _inside(each.type, self._numbers)))
-        self[cls] = found
-        return found
+        names = [name for name, _ in found]
+        self[cls] = (attrgetter(*names, names[0]), found) if names else None  # Of two names or more it makes a tuple.
+        return self[cls]
 
 
-_Change = Callable[[Any], Any]
-_Inside = Callable[[Any, ValueForm, _Change], Any]
+_Inside = Callable[[Any, Direction], Any]
+_Found = tuple[Callable[[Any], tuple[Any, ...]], tuple[tuple[str, _Inside], ...]]
+"""What gets the fields that need a look, all at once, and their names, each with what looks inside."""
 
-MSGPACK_VALUES = ValueForm(_LEAVES, numbers=False, write=check, read=check)
-JSON_VALUES = ValueForm(frozenset({type(None), bool, str}), numbers=True, write=to_json, read=from_json)
+_JSON_PLAIN: frozenset[type[Any]] = frozenset({type(None), bool, str})
+MSGPACK_OUT = MSGPACK_IN = Direction(_LEAVES, frozenset(), check)
+JSON_OUT = Direction(_JSON_PLAIN, frozenset({int, float}), to_json)
+JSON_IN = Direction(_JSON_PLAIN, frozenset({int}), from_json)
 
 
-def map_values(message: Any, form: ValueForm, change: _Change) -> Any:
-    """The message with `change` made to each value of the user's in it that the form does not say as it is; the message itself
-    if nothing changes. Raises `Unfit`, naming the field, and `TypeError` for an object that is not a message."""
+def map_values(message: Any, direction: Direction) -> Any:
+    """The message with each value of the user's in it changed for a direction, if it does not go as it is; the message
+    itself if nothing changes. Raises `Unfit`, naming the field, and `TypeError` for an object that is not a message."""
+    places = direction.places[type(message)]
+    if places is None:
+        return message
+    fields, inside_of = places
+    plain = direction.plain
+    for held in fields(message):
+        kind = type_of(held)
+        # Most of what is not plain is a number that both formats say: finite, and of 64 bits.
+        if not (
+            kind in plain or (kind is float and held - held == 0.0) or (kind is int and MIN_INT <= held <= MAX_INT)
+        ):
+            break
+    else:
+        return message
     changed: dict[str, Any] = {}
-    name, plain = "", form.plain
+    name = ""
     try:
-        for name, inside in form.places[type(message)]:
+        for name, inside in inside_of:
             held = getattr(message, name)
-            kind = type_of(held)
-            # Most of what is not plain is a number that both formats say: finite, and of 64 bits.
-            if kind in plain or (kind is float and held - held == 0.0) or (kind is int and MIN_INT <= held <= MAX_INT):
-                continue
-            if (new := inside(held, form, change)) is not held:
+            if type(held) not in plain and (new := inside(held, direction)) is not held:
                 changed[name] = new
     except Unfit as unfit:
         problem = str(unfit) if unfit.placed else f"field {name!r} of {_name_of(message)} {unfit}"
@@ -203,39 +219,38 @@ def map_values(message: Any, form: ValueForm, change: _Change) -> Any:
     raise Unfit(problem, placed=True)
 
 
-def _of_value(held: Any, form: ValueForm, change: _Change) -> Any:
-    return change(held)
+def _of_value(held: Any, direction: Direction) -> Any:
+    return direction.change(held)
 
 
-def _of_number(held: Any, form: ValueForm, change: _Change) -> Any:
-    return change(held) if type(held) is float or type(held) is int else held
+def _of_number(held: Any, direction: Direction) -> Any:
+    return direction.change(held) if type(held) is float or type(held) is int else held
 
 
-def _of_values(held: Mapping[str, Any], form: ValueForm, change: _Change) -> Any:
+def _of_values(held: Mapping[str, Any], direction: Direction) -> Any:
     for name in held:
         if not isinstance(name, str):
             raise Unfit(f"holds a key of type {name_of_type(name)}, and only str will do")
-    new = {name: each if type(each) in form.plain else change(each) for name, each in held.items()}
+    plain, change = direction.plain, direction.change
+    new = {name: each if type(each) in plain else change(each) for name, each in held.items()}
     return held if all(new[name] is each for name, each in held.items()) else new
 
 
-def _of_messages(held: Mapping[str, Any], form: ValueForm, change: _Change) -> Any:
-    new = {name: map_values(each, form, change) for name, each in held.items()}
+def _of_messages(held: Mapping[str, Any], direction: Direction) -> Any:
+    new = {name: map_values(each, direction) for name, each in held.items()}
     return held if all(new[name] is each for name, each in held.items()) else new
 
 
-def _inside(hint: Any, numbers: bool) -> _Inside | None:
+def _inside(hint: Any, numbers: frozenset[type[Any]]) -> _Inside | None:
     if hint is Any:
         return _of_value
     options: set[Any] = set(get_args(hint)) if get_origin(hint) in {typing.Union, types.UnionType} else {hint}
-    if options & {int, float}:
-        return _of_number if numbers else None
     if any(isinstance(each, type) and issubclass(each, msgspec.Struct) for each in options):
         return map_values
     if get_origin(hint) is Mapping:
         inner = _inside(get_args(hint)[1], numbers)
         return _of_messages if inner is map_values else _of_values if inner is not None else None
-    return None
+    return _of_number if options & numbers else None
 
 
 def _name_of(message: Any) -> str:

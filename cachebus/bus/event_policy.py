@@ -1,4 +1,4 @@
-"""What events may say, and how many of them are told: redacted keys, and samples of frequent kinds."""
+"""The policy of events: redacted keys, and samples of frequent kinds."""
 
 from __future__ import annotations
 
@@ -9,39 +9,32 @@ from typing import Any, Literal, TypeAlias
 
 from msgspec.structs import replace
 
-from cachebus.messages import (
-    CacheCleared,
-    CacheDeleted,
-    CacheSet,
-    Event,
-    EventsMissed,
-    TagsInvalidated,
-)
+from cachebus.messages import CacheCleared, CacheDeleted, CacheSet, Event, EventsMissed, TagsInvalidated
 
 from .subscription import EventKind, event_kinds
 
 KeyForm: TypeAlias = Literal["plain", "hash", "none"]
 
 UNSAMPLED: frozenset[EventKind] = frozenset({CacheSet, CacheDeleted, CacheCleared, TagsInvalidated, EventsMissed})
-"""Kinds of which every one is told: whoever keeps copies of values goes stale for want of one."""
+"""Kinds that are never sampled: a listener that keeps copies of values goes stale if it misses one."""
 
 _HASH_BYTES = 16
 _LONGEST_HASH_KEY = 64  # BLAKE2b takes no longer one.
 
 
 class EventPolicy:
-    """What events may say of keys, and which share of them is told.
+    """How keys look in events, and which share of the events is published.
 
-    `keys` is how a key looks where an event leaves: to listeners of the application, and on NATS. `plain` as it is; `hash`
-    as 32 hexadecimal digits of BLAKE2b, keyed with `hash_key` if there is one, so that equal keys are seen to be equal;
-    `none` as the empty string. `sample` says, by globs over kinds, which share from 0 to 1 is told; of several globs that
-    fit a kind, the first counts. `draw` returns numbers from 0 to below 1.
+    `keys` applies where an event leaves: to listeners of the application, and on NATS. `plain` keeps keys; `hash` makes
+    them 32 hexadecimal digits of BLAKE2b, keyed with `hash_key` if there is one, so that equal keys look equal; `none`
+    makes them empty. `sample` maps globs over kinds to the share that is published, from 0 to 1; of several globs that fit
+    a kind, the first counts. `draw` returns numbers from 0 to below 1.
 
-    Raises `ValueError` for a glob that fits nothing or one of `UNSAMPLED`, for a share that is none, and for a `hash_key`
+    Raises `ValueError` for a glob that fits nothing or one of `UNSAMPLED`, for a share out of range, and for a `hash_key`
     that BLAKE2b does not take.
     """
 
-    __slots__ = ("_draw", "_hash", "_hash_key", "_shares", "keys")
+    __slots__ = ("_draw", "_hash", "_hash_key", "_shares", "keys", "redacts", "samples")
 
     def __init__(
         self,
@@ -54,6 +47,7 @@ class EventPolicy:
         if len(hash_key) > _LONGEST_HASH_KEY:
             raise ValueError(f"a hash_key has at most {_LONGEST_HASH_KEY} bytes")
         self.keys: KeyForm = keys
+        self.redacts = keys != "plain"
         self._hash_key = hash_key
         self._draw = draw
         if keys == "hash":
@@ -61,42 +55,28 @@ class EventPolicy:
 
             self._hash = partial(blake2b, digest_size=_HASH_BYTES, key=hash_key)
         self._shares = shares(sample or {})
+        self.samples = bool(self._shares)
 
     def __repr__(self) -> str:
         sampled = {kind.WIRE_NAME: share for kind, share in self._shares.items()}
         return f"<EventPolicy keys={self.keys} {'keyed' if self._hash_key else 'unkeyed'} sample={sampled}>"
 
-    @property
-    def redacts(self) -> bool:
-        """Whether events leave without their real keys."""
-        return self.keys != "plain"
-
-    @property
-    def samples(self) -> bool:
-        """Whether any kind is sampled."""
-        return bool(self._shares)
-
     def sampled(self, kind: EventKind) -> bool:
-        """Whether the event of this kind that could be told now is one of the sample."""
+        """Whether to publish the present event of this kind."""
         share = self._shares.get(kind)
         return share is None or self._draw() < share
 
     def key(self, key: str) -> str:
-        """A key as events show it. No key stays no key."""
-        if self.keys == "plain" or not key:
+        """A key as events show it. An empty key stays empty."""
+        if not key or not self.redacts:
             return key
-        if self.keys == "none":
-            return ""
-        data = key.encode("utf-8", "surrogatepass")
-        return self._hash(data).hexdigest()
+        return "" if self.keys == "none" else self._hash(key.encode("utf-8", "surrogatepass")).hexdigest()
 
     def redacted(self, event: Event) -> Event:
         """The event as it leaves: itself, or a copy with its key redacted."""
         key: str | None = getattr(event, "key", None)
-        if not key or self.keys == "plain":
-            return event
-        changed: dict[str, Any] = {"key": self.key(key)}
-        return replace(event, **changed)
+        changed: dict[str, Any] = {"key": self.key(key)} if key and self.redacts else {}
+        return replace(event, **changed) if changed else event
 
 
 def shares(sample: Mapping[str, float]) -> dict[EventKind, float]:

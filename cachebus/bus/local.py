@@ -24,8 +24,7 @@ from cachebus.messages import (
 
 from .address import Address, check_word
 from .api import Envelope, Recipient, Visibility
-from .clock import SYSTEM_CLOCK, Clock
-from .deadlines import running_deadlines
+from .clock import SYSTEM_CLOCK, Clock, running_deadlines
 from .emitter import Emitter
 from .event_policy import EVERYTHING, EventPolicy
 from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late

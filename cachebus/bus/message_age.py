@@ -1,10 +1,10 @@
-"""How long a message has been on its way, although the clocks of its sender and its receiver have nothing in common.
+"""The age of a message, although the clocks of its sender and its receiver have nothing in common.
 
 There are two sources. Neither is enough alone (decision 42 has the figures):
 
-* **Delays.** A sender says when it sent a message, by its own clock. The difference to the time of arrival is the delay
-  plus what the two clocks differ by. The smallest difference of late stands for a message that was not held up; what
-  another one has on top of it is its age. A sender that is heard for the first time has no smallest difference.
+* **Delays.** A message carries the time of sending, by the sender's clock. The difference to the time of arrival is the
+  delay plus the difference of the two clocks. The smallest recent difference stands for a message that was not held up;
+  the excess of another one is its age. A new sender has no smallest difference.
 * **Pings.** What a connection delivers after the answer to a ping was sent after that ping. If a process was stopped, or
   if something between it and the server holds bytes back, the last answered ping is old, and so may be the message.
 """
@@ -15,6 +15,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+
+from msgspec import Struct
 
 from .clock import SYSTEM_CLOCK, Clock
 
@@ -29,14 +31,12 @@ _WINDOW = 10.0  # Seconds of messages after which the smallest difference is the
 _SENDERS = 10_000  # Of those not heard for longest, the next message counts as the first.
 
 
-class _Sender:
-    __slots__ = ("heard", "least", "recent", "since")
-
-    def __init__(self, difference: float, now: float) -> None:
-        self.least = difference
-        self.recent = difference  # The smallest since `since`.
-        self.since = now
-        self.heard = now
+class _Sender(Struct, eq=False):
+    least: float
+    recent: float
+    """The smallest difference since `since`."""
+    since: float
+    heard: float
 
 
 class MessageAges:
@@ -62,7 +62,7 @@ class MessageAges:
         if known is None:
             if link > 0.0:
                 return link  # It may have been held up, and so its delay says nothing about the next one.
-            self._senders[sender] = _Sender(difference, now)
+            self._senders[sender] = _Sender(difference, difference, now, now)
             if len(self._senders) > _SENDERS:
                 self._senders.popitem(last=False)
             return 0.0

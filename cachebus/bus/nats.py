@@ -1,7 +1,7 @@
-"""The bus between processes: a `LocalBus` that also knows the way out.
+"""The bus between processes: a `LocalBus` that also reaches addresses in others.
 
 An address that is served in this process is reached as on a `LocalBus`, inline turns and all; any other through NATS.
-Subjects are made by `subjects.py`, bytes by `codec.py`.
+`address.py` makes the subjects, `codec.py` the bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from types import TracebackType
 from typing import Any, Self
 
 from cachebus.messages import (
@@ -18,35 +17,34 @@ from cachebus.messages import (
     CacheConnectionError,
     CacheError,
     Event,
+    Heartbeat,
     Ping,
-    Reply,
-    Request,
 )
 
-from .address import Address
+from .address import Address, Subjects
 from .api import Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
 from .compat import running_loop
+from .emitter import origin
 from .event_policy import EVERYTHING, EventPolicy
 from .local import LocalBus
 from .message_age import MessageAges, age_clock
-from .nats_beats import Heartbeater
 from .nats_claims import Claim
-from .nats_connection import Listener, NatsConnection
+from .nats_compat import Listener, header_block
+from .nats_connection import NatsConnection, end_task
 from .nats_events import EventListener, Outbox
 from .nats_micro import Micro
 from .nats_options import NatsCounters, NatsOptions
 from .nats_requests import Requests
 from .nats_serving import Responder
 from .nats_stream import Replay, ensure_stream
-from .subjects import Subjects
 from .subscription import Subscription, event_kinds
 
 logger = logging.getLogger("cachebus.bus")
 
 GROUP = "q"
-"""The queue group of those who share an address: NATS micro's own default."""
+"""The queue group of the processes that share an address: the default of NATS micro."""
 
 
 class NatsBus(LocalBus):
@@ -89,9 +87,7 @@ class NatsBus(LocalBus):
         await self.open()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     async def open(self) -> None:
@@ -100,7 +96,7 @@ class NatsBus(LocalBus):
             raise CacheConfigurationError("a bus over NATS is opened on asyncio: nats-py knows no other event loop")
         if self._closed or self._requests is not None:
             raise CacheClosed("a bus is opened once; make a new one")
-        # The first message that is read makes pydantic look through the installed packages: not on the loop.
+        # The first decoding makes pydantic look through the installed packages, so it is done off the loop.
         await asyncio.to_thread(lambda: decode(encode(Ping())))
         await self.connection.open()
         try:
@@ -108,9 +104,7 @@ class NatsBus(LocalBus):
             await requests.open()
             self._outbox = Outbox(self.connection, self._subjects, self.policy, self.counters)
             self._listener = EventListener(self.connection, self._subjects, self.audience, self._emitter, self.counters)
-            self._heartbeater = Heartbeater(
-                self.connection, self._subjects, self._outbox, self.clock, self.counters, self.options.heartbeat
-            )
+            self._heartbeater = Heartbeater(self.connection, self._subjects, self._outbox, self.clock)
             if self.options.events_stream is not None:
                 await ensure_stream(self.connection, self._subjects)
             await self.connection.flush()
@@ -124,7 +118,7 @@ class NatsBus(LocalBus):
         self.audience.want_elsewhere(self._kinds)
 
     async def aclose(self, grace: float = 5.0) -> None:
-        """Be reached no more, answer what is under way within `grace` seconds, send what waits, and disconnect."""
+        """Stop being reached, answer what is under way within `grace` seconds, send what waits, and disconnect."""
         for address in list(self._serving):
             await self.retire(Address(address))
         if self._micro is not None:
@@ -180,7 +174,7 @@ class NatsBus(LocalBus):
     async def claim(self, address: Address, visibility: Visibility) -> None:
         if visibility != "sole":
             return
-        claim = Claim(address, self._subjects.owner(address), self.connection, self._lost_address)
+        claim = Claim(address, self._subjects.owner(address), self.connection, lambda: self._run(self.retire(address)))
         await claim.make()
         self._claims[address] = claim
 
@@ -188,14 +182,14 @@ class NatsBus(LocalBus):
         if visibility == "private":
             return
         recipient = self._recipients[address]
-        responder = Responder(address, recipient, self.connection, self.clock, self._emitter, self.counters, self._ages)
+        responder = Responder(address, recipient, self.connection, self.clock, self._emitter, self._ages)
         self.connection.watch_link()
         group = GROUP if visibility == "shared" else ""
         listener = await self.connection.listen(self._subjects.request(address), responder.take, group)
         self._serving[address] = responder, listener
         if self._micro is None:
             micro = self._micro = Micro(
-                self.connection, self.clock, self.namespace, lambda: self._serving, self._local_answer
+                self.connection, self.clock, self.namespace, lambda: self._serving, self.request
             )
             await micro.open()
         await self.connection.flush()
@@ -213,10 +207,6 @@ class NatsBus(LocalBus):
         # Without having been retired, as after a start that failed.
         if (address in self._serving or address in self._claims) and self._requests is not None:
             self._run(self.retire(address))
-
-    async def _local_answer(self, address: Address, message: Request[Any], timeout: float) -> Reply:
-        reply: Reply = await self.request(address, message, timeout)
-        return reply
 
     # Events
 
@@ -255,23 +245,77 @@ class NatsBus(LocalBus):
         self._listener.missed_some()
         for claim in self._claims.values():
             try:
-                claim.say_again()
+                claim.say("again")
             except CacheConnectionError:
                 return  # Lost again. It will be said after the next return.
         if self.options.events_stream is not None:
-            self._run(self._stream_again())
+            self._run(self._ensure_stream())
 
-    async def _stream_again(self) -> None:
-        """The server that is back may be another one, which has lost its streams."""
+    async def _ensure_stream(self) -> None:
+        # The server that is back may be another one, without the stream.
         try:
             await ensure_stream(self.connection, self._subjects)
         except CacheError as error:
             logger.warning("events are not kept: %s", error)
 
-    def _lost_address(self, address: str) -> None:
-        self._run(self.retire(Address(address)))
-
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+class Heartbeater:
+    """Publishes the last numbers of this bus at the interval of the options, once it has sent an event."""
+
+    def __init__(self, connection: NatsConnection, subjects: Subjects, outbox: Outbox, clock: Clock) -> None:
+        self._connection = connection
+        self._namespace = subjects.namespace
+        self._subject = subjects.event(Heartbeat, "")
+        self._outbox = outbox
+        self._clock = clock
+        self._interval = connection.options.heartbeat
+        self._count = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        """Begin to beat."""
+        if self._interval is not None:
+            self._task = asyncio.create_task(self._run(self._interval), name="cachebus-heartbeat")
+
+    async def close(self) -> None:
+        """Beat a last time, because no event comes after this."""
+        task, self._task = self._task, None
+        if task is not None:
+            await end_task(task)
+            self.beat()
+
+    def beat(self) -> None:
+        """Publish the last numbers."""
+        last = self._outbox.numbers()
+        if self._interval is None or not last or not self._connection.up:
+            return
+        name = origin()
+        beat = Heartbeat(
+            interval=self._interval,
+            last=last,
+            id=f"{name}-{self._outbox.epoch:x}-beat-{self._count + 1}",
+            namespace=self._namespace,
+            origin=name,
+            epoch=self._outbox.epoch,
+            seq=self._count + 1,
+            time=self._clock.wall(),
+        )
+        content_type = self._outbox.content_type
+        try:
+            self._connection.write(
+                self._subject, encode(beat, content_type), head=header_block({"Content-Type": content_type})
+            )
+        except CacheError:
+            return  # The next one says as much.
+        self._count += 1
+        self._connection.counters.heartbeats_sent += 1
+
+    async def _run(self, interval: float) -> None:
+        while True:
+            await asyncio.sleep(interval)
+            self.beat()

@@ -1,15 +1,15 @@
-"""Claims: how an address that only one may serve gets one server, and only one.
+"""Claims: how an address with a single server gets one, and only one.
 
-Everybody who has or wants such an address listens on its owner subject. A claimant says there who it is and with which
-number, and waits a moment for objections:
+Every process that has or wants such an address listens on its owner subject. A claimant publishes its name and a number
+there, and waits a moment for objections:
 
     a holder objects, always                    the claimant gives up
     a claimant with a lower number objects      the claimant gives up
     a claimant hears a claim of a lower number  it gives up by itself
 
-Numbers are drawn at random. The subscription is made before the claim is said, so of two claimants at least one hears
-the other, and both decide by the same rule. After a reconnect a holder says its claim again, in case that two parts of
-a network each have got one; the one with the higher number then retires.
+Numbers are random. A claimant subscribes before it publishes, so of two claimants at least one hears the other, and both
+decide by the same rule. After a reconnect a holder publishes its claim again, because two parts of a split network may
+each have got one; the one with the higher number then retires.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 
 from cachebus.messages import AddressInUse, CacheError
 
-from .nats_compat import Delivery
-from .nats_connection import Listener, NatsConnection
+from .nats_compat import Delivery, Listener
+from .nats_connection import NatsConnection
 
 logger = logging.getLogger("cachebus.bus")
 
@@ -34,9 +34,9 @@ _LONGEST_NAME = 200
 
 
 class Claim:
-    """One address that this process has, or wants, for itself alone."""
+    """One address that this process alone has, or wants. `on_lost` is called when another process has it."""
 
-    def __init__(self, address: str, subject: str, connection: NatsConnection, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, address: str, subject: str, connection: NatsConnection, on_lost: Callable[[], None]) -> None:
         self.address = address
         self.held = False
         self.identity = f"process {os.getpid()} on {socket.gethostname()}"
@@ -52,7 +52,7 @@ class Claim:
         self._listener = await self._connection.listen(self._subject, self._heard)
         try:
             await self._connection.flush()
-            self._say("claim")
+            self.say("claim")
             await self._connection.flush()
             done, _ = await asyncio.wait([self._objection], timeout=self._connection.options.claim_wait)
             if done:
@@ -62,13 +62,8 @@ class Claim:
             await self.release()
             raise
 
-    def say_again(self) -> None:
-        """Tell everybody that we have it, after a time in which we may not have heard others. Raises
-        `CacheConnectionError` while away."""
-        self._say("again")
-
     async def release(self) -> None:
-        """Have the address no longer."""
+        """Give the address up."""
         self.held = False
         if self._listener is not None:
             listener, self._listener = self._listener, None
@@ -80,19 +75,21 @@ class Claim:
             word, number, to = str(said["says"]), str(said["number"]), str(said["to"])
             who = str(said["who"])[:_LONGEST_NAME]
         except (ValueError, TypeError, KeyError, RecursionError):
-            return  # Junk: nobody's claim.
+            return  # Junk.
         if word == "held":
             if to == self._number:
                 self._yield_to(who)
         elif (word == "claim" and self.held) or ((self.held or word == "claim") and self._number < number):
             try:
-                self._say("held", number)
+                self.say("held", number)
             except CacheError:
                 logger.warning("a claim to %s could not be objected to: the connection is away", self.address)
         else:
             self._yield_to(who)
 
-    def _say(self, word: str, to: str = "") -> None:
+    def say(self, word: str, to: str = "") -> None:
+        """Publish a word: `claim`, `held` to the claimant with the number `to`, or `again` when the connection is back.
+        Raises `CacheConnectionError` while away."""
         words = {"says": word, "number": self._number, "to": to, "who": self.identity}
         self._connection.write(self._subject, json.dumps(words).encode())
 
@@ -100,6 +97,6 @@ class Claim:
         if self.held:
             self.held = False
             logger.error("%s is served by %s too; this process retires from it", self.address, who)
-            self._on_lost(self.address)
+            self._on_lost()
         elif not self._objection.done():
             self._objection.set_result(who)

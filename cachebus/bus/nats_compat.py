@@ -1,21 +1,22 @@
 """The private parts of nats-py that this package uses, in one place.
 
 nats-py hands each message through a queue and a task of its own, and parses headers whether they are read or not. That
-is half of what a message costs. `CompatClient` reads the protocol itself: it hands the messages of one read to their
-sinks in the order in which they came, and writes frames straight to the transport. Everything else, such as signing in,
-TLS, errors and JetStream, stays nats-py's.
+is half of the cost of a message. `CompatClient` reads the protocol itself: it hands the messages of one read to their
+listeners in order, and writes frames straight to the transport. Everything else stays with nats-py, such as signing in,
+TLS, errors and JetStream.
 
-All of it rests on names that nats-py may change in any release, so releases that were not tested are refused.
+nats-py may change these names in any release, so releases that were not tested are refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import msgspec
 import nats.errors
@@ -24,6 +25,8 @@ from nats.protocol.parser import Parser
 
 from cachebus.messages import CacheConfigurationError
 
+logger = logging.getLogger("cachebus.bus")
+
 TESTED = ("2.14", "2.15", "2.16")
 """Releases of nats-py that the tests of this package have run with."""
 
@@ -31,6 +34,7 @@ NO_TLS = "the server offers no TLS"
 
 _LONGEST_LINE = 1024 * 1024  # Bytes: the INFO of a large cluster is one line.
 _FLUSH = 10.0  # Seconds that a server has to confirm what was sent.
+_KNOWN_LINES = 512
 _LINE_ENDS = str.maketrans("\r\n", "  ")
 
 
@@ -71,15 +75,26 @@ class Delivery(msgspec.Struct, gc=False):
         return found
 
 
-class Sink(Protocol):
-    """Where the messages of a subscription go."""
+class Listener(msgspec.Struct, eq=False):
+    """A subscription that outlives reconnects: a subject, and the queue group that shares its messages, if any."""
 
+    subject: str
+    group: str
+    handler: Callable[[Delivery], None]
     pending_messages: int
     pending_bytes: int
+    client: CompatClient | None = None
+    subscription: Any = None
 
     def take(self, deliveries: list[Delivery]) -> None:
-        """Handle messages that came in together. Must not wait and must not raise."""
-        ...
+        """Hand over messages that came in together. Does not wait and does not raise."""
+        handler = self.handler
+        for delivery in deliveries:
+            try:
+                handler(delivery)
+            except Exception:
+                # A bug. It must not keep the next message from its handler.
+                logger.exception("a message on %s could not be handled", self.subject)
 
 
 def header_block(headers: Mapping[str, str]) -> bytes:
@@ -100,15 +115,15 @@ def frame(subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> b
 class CompatClient(Client):
     """A nats-py client that hands messages over in batches and writes frames at once.
 
-    If TLS was asked for, it tells a server without TLS nothing. It goes on reading after a flush that was given up.
+    With `tls_wanted` it sends nothing to a server without TLS. It goes on reading after a flush that was given up.
     """
 
     tls_wanted = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.sinks: dict[int, Sink] = {}
-        self.proven = 0.0  # When the last ping was sent that has been answered; `ping` says on which clock.
+        self.listeners: dict[int, Listener] = {}
+        self.proven = 0.0  # When the last answered ping was sent, on the clock of the caller of `ping`.
         self._pinging = False
         self._socket: asyncio.WriteTransport
         self._ps = _BatchParser(self)
@@ -116,7 +131,7 @@ class CompatClient(Client):
     # Out
 
     def connected(self, now: float) -> None:
-        """Begin to write frames. To be called once the client is connected; `now` is as for `ping`."""
+        """Begin to write frames, once the client is connected; `now` is as for `ping`."""
         writer = self._writer
         assert writer is not None
         self._socket = writer.transport
@@ -143,15 +158,15 @@ class CompatClient(Client):
         socket.write(frames)
 
     def ping(self, now: float) -> None:
-        """Ask the server for a sign of life, unless it still owes one; `proven` becomes `now` when it is there. What the server had sent before it
-        read the ping comes in before the answer, so that what follows was sent after `now`."""
+        """Ping the server, unless a ping is unanswered. At the answer `proven` becomes `now`: what comes in after the answer,
+        the server sent after it read the ping."""
         if not self._pinging:
             self._pinging = True
             with suppress(OSError):
                 self._await_pong(now)
 
     async def flushed(self) -> None:
-        """Return when the server has handled everything that was sent so far. Raises `OSError` and `TimeoutError`."""
+        """Return when the server has handled everything that was sent. Raises `OSError` and `TimeoutError`."""
         async with asyncio.timeout(_FLUSH):
             await self._await_pong(None)
 
@@ -163,19 +178,19 @@ class CompatClient(Client):
 
     # In
 
-    async def listen(self, subject: str, group: str, sink: Sink) -> Any:
-        """Hand the messages of a subject to a sink, and return the subscription."""
-        subscription: Any = await self.subscribe(subject, group)  # pyright: ignore[reportUnknownMemberType]
-        self.sinks[subscription._id] = sink
-        return subscription
+    async def listen(self, listener: Listener) -> None:
+        """Hand the messages of a subject to its listener."""
+        subscription: Any = await self.subscribe(listener.subject, listener.group)  # pyright: ignore[reportUnknownMemberType]
+        listener.subscription = subscription
+        self.listeners[subscription._id] = listener
 
     async def leave(self, subscription: Any) -> None:
         """End a subscription. Returns when every message that was delivered to it has been handed over."""
-        # Not nats-py's own drain: there the ping overtakes the goodbye, and what is delivered in between is lost.
+        # Not nats-py's own drain: there the ping overtakes the UNSUB, and messages that arrive in between are lost.
         await self._send_unsubscribe(subscription._id)
         await self.flushed()
         await subscription.unsubscribe()
-        self.sinks.pop(subscription._id, None)
+        self.listeners.pop(subscription._id, None)
 
     # Of nats-py
 
@@ -192,14 +207,14 @@ class CompatClient(Client):
         return cast("asyncio.Future[Any]", answered)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # nats-py goes on in the clear if the server says so, or somebody between the server and us.
+        # nats-py goes on in the clear if the server says so, or an attacker between the server and us.
         if initial_connection and self.tls_wanted and not info.get("tls_required"):
             raise nats.errors.Error(NO_TLS)
         await super()._process_info(info, initial_connection)
 
     async def _process_pong(self) -> None:
-        # A flush that was cancelled or timed out leaves its future in the line. nats-py would answer it, fail, and read
-        # nothing from this connection any more.
+        # A flush that was cancelled or timed out leaves its future in the line. nats-py would answer it, fail, and stop
+        # reading from this connection.
         line = cast("list[asyncio.Future[Any]]", self._pongs)  # type: ignore[redundant-cast]
         if line:
             first = line[0]
@@ -217,6 +232,10 @@ class _Pong(asyncio.Future[Any]):
     sent: float | None = None
 
 
+_Opening = tuple[str, int, str, int, int]
+"""Subject, number of the subscription, subject for the reply, bytes of the headers, and bytes on the whole."""
+
+
 class _BatchParser(Parser):
     """Reads the server's side of the protocol, and hands over the messages of one read together."""
 
@@ -225,6 +244,7 @@ class _BatchParser(Parser):
         self._client: Any = client  # Whose private parts are used.
         self._rest = bytearray()
         self._needed = 0  # Bytes of the message that begins in the rest; 0 if its size is not known yet.
+        self._known: dict[bytes, _Opening] = {}  # Lines that are likely to come again.
 
     def reset(self) -> None:
         super().reset()
@@ -238,10 +258,10 @@ class _BatchParser(Parser):
                 return
             data = bytes(self._rest)
             self._rest = bytearray()
-        client = self._client
-        sinks: dict[int, Sink] = client.sinks
-        sink: Sink | None = None
-        run: list[Delivery] = []  # Of one sink, that came one after the other.
+        client, known = self._client, self._known
+        listeners: dict[int, Listener] = client.listeners
+        listener: Listener | None = None
+        run: list[Delivery] = []  # Of one listener, that came one after the other.
         held = 0
         at, size = 0, len(data)
         self._needed = 0
@@ -252,55 +272,62 @@ class _BatchParser(Parser):
                     if size - at > _LONGEST_LINE:
                         raise nats.errors.ProtocolError
                     break
-                words = data[at:end].split()
-                verb = words[0] if words else b""
-                if verb == b"MSG":
-                    has_reply = len(words) == 5
-                    head = 0
-                elif verb == b"HMSG":
-                    has_reply = len(words) == 6
-                    head = int(words[-2])
-                else:
-                    if run and sink is not None:
-                        sink.take(run)
-                    sink, run = None, []
+                line = data[at:end]
+                opening = known.get(line) or self._opening(line)
+                if opening is None:
+                    if run and listener is not None:
+                        listener.take(run)
+                    listener, run = None, []
                     await self._line(data[at : end + 2])
                     at = end + 2
                     continue
+                subject, sid, reply, head, length = opening
                 body = end + 2
-                stop = body + int(words[-1])
+                stop = body + length
                 if size < stop + 2:
                     self._needed = stop + 2 - at
                     break
-                sid = int(words[2])
-                reply = words[3] if has_reply else b""
-                found = sinks.get(sid)
+                found = listeners.get(sid)
                 at = stop + 2
-                if found is not sink or found is None:
-                    if run and sink is not None:
-                        sink.take(run)
-                    sink, run, held = found, [], 0
+                if found is not listener or found is None:
+                    if run and listener is not None:
+                        listener.take(run)
+                    listener, run, held = found, [], 0
                     if found is None:
                         await client._process_msg(
-                            sid, words[1], reply, data[body + head : stop], data[body : body + head]
+                            sid, subject.encode(), reply.encode(), data[body + head : stop], data[body : body + head]
                         )
                         continue
                 held += stop - body
                 if len(run) >= found.pending_messages or held > found.pending_bytes:
-                    await client._error_cb(
-                        nats.errors.SlowConsumerError(words[1].decode(), reply.decode(), sid, client._subs[sid])
-                    )
+                    await client._error_cb(nats.errors.SlowConsumerError(subject, reply, sid, client._subs[sid]))
                     continue
-                run.append(
-                    Delivery(words[1].decode(), reply.decode(), data[body + head : stop], data[body : body + head])
-                )
+                run.append(Delivery(subject, reply, data[body + head : stop], data[body : body + head]))
         except (ValueError, IndexError):
             raise nats.errors.ProtocolError from None
         finally:
-            if run and sink is not None:
-                sink.take(run)
+            if run and listener is not None:
+                listener.take(run)
         if at < size:
             self._rest += data[at:] if at else data
+
+    def _opening(self, line: bytes) -> _Opening | None:
+        """Read the first line of a message. `None` if the line begins no message."""
+        words = line.split()
+        verb, count = (words[0] if words else b""), len(words)
+        if verb not in (b"MSG", b"HMSG"):
+            return None
+        has_head = verb == b"HMSG"
+        if count - has_head not in (4, 5):
+            raise nats.errors.ProtocolError
+        has_reply, head = count - has_head == 5, int(words[-2]) if has_head else 0
+        reply = words[3].decode() if has_reply else ""
+        opening = (words[1].decode(), int(words[2]), reply, head, int(words[-1]))
+        if not has_reply:  # Such as an event: the next ones of its kind have the same line, if they are as long.
+            if len(self._known) >= _KNOWN_LINES:
+                self._known.clear()
+            self._known[line] = opening
+        return opening
 
     async def _line(self, line: bytes) -> None:
         """Leave a line that is no message to nats-py."""

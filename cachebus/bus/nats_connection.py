@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
 
 import nats.errors
 
@@ -15,41 +15,16 @@ from cachebus.messages import CacheConnectionError, Overloaded
 
 from .message_age import PING_INTERVAL
 from .nats_client import PENDING, connect
-from .nats_compat import CompatClient, Delivery, frame
+from .nats_compat import CompatClient, Delivery, Listener, frame
 from .nats_options import NatsCounters, NatsOptions
 
 logger = logging.getLogger("cachebus.bus")
 
-Handler = Callable[[Delivery], None]
-"""Takes one message. Called on the loop; must not wait and must not raise."""
-
-_LOOK = 0.25  # Seconds: nats-py has ways to end without calling back, so it is looked after as well.
-_FLUSH = 5.0  # Seconds that the last words may take on a connection that is being closed.
-
-
-class Listener:
-    """A subscription that outlives reconnects: a subject, and the queue group that shares its messages, if any."""
-
-    __slots__ = ("client", "group", "handler", "pending_bytes", "pending_messages", "subject", "subscription")
-
-    def __init__(self, subject: str, group: str, handler: Handler, options: NatsOptions) -> None:
-        self.subject = subject
-        self.group = group
-        self.handler = handler
-        self.pending_messages = options.pending_messages
-        self.pending_bytes = options.pending_bytes
-        self.client: CompatClient | None = None
-        self.subscription: Any = None
-
-    def take(self, deliveries: list[Delivery]) -> None:
-        """Hand over messages that came in, in their order."""
-        handler = self.handler
-        for delivery in deliveries:
-            try:
-                handler(delivery)
-            except Exception:
-                # A bug, or a message that finds one: the next message is none the worse.
-                logger.exception("a message on %s could not be handled", self.subject)
+_AWAY = "the connection to NATS is away"
+_LOOK = 0.25  # Seconds between two looks at a client, because nats-py has ways to end without calling back.
+_FLUSH = 5.0  # Seconds that the last messages may take on a connection that is being closed.
+_QUIET = 10.0  # Seconds between two warnings that messages are thrown away.
+_ERRORS = (nats.errors.Error, OSError, TimeoutError)
 
 
 class NatsConnection:
@@ -72,16 +47,16 @@ class NatsConnection:
         self._on_back = on_back
         self._client: CompatClient | None = None
         self._listeners: list[Listener] = []
-        self._ended: asyncio.Future[None] | None = None
+        self._changed = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._now = now
         self._pinger: asyncio.TimerHandle | None = None
-        self._slow = False
+        self._warns_after = 0.0
         self._ready = False  # Connected and subscribed: an answer would be heard.
         self._servers = list(options.servers)
         self.max_payload = 1_048_576
         """Bytes that the server takes in one message, as it said when it was last connected."""
-        self._loop: asyncio.AbstractEventLoop
+        self.loop: asyncio.AbstractEventLoop
 
     def __repr__(self) -> str:
         return f"<NatsConnection to {', '.join(self.options.servers)}, {'up' if self.up else 'away'}>"
@@ -92,21 +67,16 @@ class NatsConnection:
         return self._ready and self._client is not None and self._client.is_connected
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop that it belongs to, once it was opened."""
-        return self._loop
-
-    @property
     def client(self) -> CompatClient:
         """The present client. Raises `CacheConnectionError` while away."""
         if self._client is None or not self._client.is_connected:
-            raise CacheConnectionError("the connection to NATS is away", "nats")
+            raise CacheConnectionError(_AWAY, "nats")
         return self._client
 
     @property
     def proven(self) -> float:
-        """When the last ping was sent that the server has answered: what comes in now was sent by the server after that.
-        It is kept up to date by `watch_link`."""
+        """When the last ping was sent that the server has answered: what comes in now, the server sent after that.
+        `watch_link` keeps it up to date."""
         return self._client.proven if self._client is not None else self._now()
 
     def watch_link(self) -> None:
@@ -115,13 +85,13 @@ class NatsConnection:
             self._ping()
 
     def _ping(self) -> None:
-        self._pinger = self._loop.call_later(PING_INTERVAL, self._ping)
+        self._pinger = self.loop.call_later(PING_INTERVAL, self._ping)
         if self._client is not None and self._ready:
             self._client.ping(self._now())
 
     async def open(self) -> None:
         """Connect. Raises `CacheConnectionError`."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._client = await self._connect()
         self._ready = True
         self._keeper = asyncio.create_task(self._keep(), name="cachebus-nats")
@@ -139,7 +109,7 @@ class NatsConnection:
                 async with asyncio.timeout(_FLUSH):
                     await client.flushed()
                     await client.close()
-            except (nats.errors.Error, OSError, TimeoutError):
+            except _ERRORS:
                 client.abandon()
 
     def write(self, subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> None:
@@ -153,7 +123,7 @@ class NatsConnection:
         """Send the bytes of one or more messages, as `write` does."""
         client = self._client
         if client is None or not self._ready or not client.is_connected:
-            raise CacheConnectionError("the connection to NATS is away", "nats")
+            raise CacheConnectionError(_AWAY, "nats")
         try:
             client.send(frames, PENDING)
         except BufferError:
@@ -168,18 +138,14 @@ class NatsConnection:
 
     async def flush(self) -> None:
         """Return when the server has handled everything that was sent so far. Raises `CacheConnectionError`."""
-        client = self._client
         try:
-            if client is not None and client.is_connected:
-                await client.flushed()
-                return
-        except (nats.errors.Error, OSError, TimeoutError):
-            pass
-        raise CacheConnectionError("the connection to NATS is away", "nats")
+            await self.client.flushed()
+        except _ERRORS:
+            raise CacheConnectionError(_AWAY, "nats") from None
 
-    async def listen(self, subject: str, handler: Handler, group: str = "") -> Listener:
-        """Call `handler` for every message on a subject from now on, over every reconnect."""
-        listener = Listener(subject, group, handler, self.options)
+    async def listen(self, subject: str, handler: Callable[[Delivery], None], group: str = "") -> Listener:
+        """Call `handler` on the loop for every message on a subject from now on, over every reconnect. It must not wait."""
+        listener = Listener(subject, group, handler, self.options.pending_messages, self.options.pending_bytes)
         self._listeners.append(listener)
         await self._subscribe(listener)
         return listener
@@ -192,11 +158,9 @@ class NatsConnection:
         listener.client = listener.subscription = None
         if client is None or subscription is None or client is not self._client or not client.is_connected:
             return
-        try:
+        with suppress(*_ERRORS):  # Lost meanwhile: nothing comes from there any more.
             async with asyncio.timeout(_FLUSH):
                 await client.leave(subscription)
-        except (nats.errors.Error, OSError, TimeoutError):
-            pass  # Lost meanwhile: nothing comes from there any more.
 
     async def _subscribe(self, listener: Listener) -> None:
         client = self._client
@@ -204,7 +168,7 @@ class NatsConnection:
             return  # With the others, when the connection is back; or done.
         listener.client = client
         try:
-            listener.subscription = await client.listen(listener.subject, listener.group, listener)
+            await client.listen(listener)
         except nats.errors.Error:
             self._look()
 
@@ -231,8 +195,10 @@ class NatsConnection:
     async def _end_of_life(self) -> None:
         client = self._client
         while client is not None and not client.is_closed:
-            self._ended = self._loop.create_future()
-            await asyncio.wait([self._ended], timeout=_LOOK)
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK):
+                    await self._changed.wait()
         self._ready = False
         if client is not None:
             client.abandon()
@@ -252,7 +218,7 @@ class NatsConnection:
                 self._ready = True
                 return
             except Exception as error:
-                # Whatever it is, also a file that cannot be read just now: no caller waits for this.
+                # Any error, such as a file that cannot be read just now: no caller waits for this.
                 logger.info("no way back to NATS yet: %s", error)
                 if self._client is not None:
                     self._client.abandon()
@@ -260,23 +226,18 @@ class NatsConnection:
 
     def _look(self) -> None:
         """Something may have happened: let the keeper look, once nats-py is done with what it is doing."""
-        if self._ended is not None and not self._ended.done():
-            self._loop.call_soon(_wake, self._ended)
+        self.loop.call_soon(self._changed.set)
 
     def _heard(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self.counters.slow_consumer += 1
-            if not self._slow:
-                self._slow = True
+            if self.loop.time() >= self._warns_after:
+                self._warns_after = self.loop.time() + _QUIET
                 logger.warning("messages on %s are thrown away: too many came in at once", error.subject)
-                self._loop.call_later(10.0, self._no_longer_slow)
         elif "permissions violation" in str(error):
             logger.error("NATS refuses: %s", error)
         else:
             logger.debug("NATS: %s", type(error).__name__)
-
-    def _no_longer_slow(self) -> None:
-        self._slow = False
 
 
 def _notify(listener: Callable[[], None]) -> None:
@@ -293,8 +254,3 @@ async def end_task(task: asyncio.Task[None]) -> None:
         # Again and again: nats-py swallows a cancellation here and there, and so does Python 3.11's wait_for.
         task.cancel()
         await asyncio.wait([task], timeout=0.05)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -2,7 +2,7 @@
 
 What goes out is numbered by subject, which is by kind and backend: in the copy that is sent, `epoch` is when this bus was
 opened and `seq` counts from 1. So a listener to any choice of kinds can see that one of them did not arrive. An event that
-is dropped here takes its number with it. What comes in is checked in the same way, see `nats_beats.py`. A gap, or a time
+is dropped here takes its number with it. What comes in is checked in the same way, see `nats_gaps.py`. A gap, or a time
 in which the connection was away, is reported to the listeners of this process as `EventsMissed`.
 """
 
@@ -16,22 +16,21 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from threading import get_ident
-from typing import Any
 
 from msgspec.structs import replace
 
 from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
 
-from .codec import JSON, MSGPACK, decode_each, encode
+from .address import Subjects
+from .codec import JSON, MSGPACK, decode_one, encode_each
 from .compat import running_loop
 from .emitter import Emitter
 from .event_policy import EventPolicy
-from .nats_beats import GapDetector
-from .nats_compat import Delivery, frame, header_block
-from .nats_connection import Listener, NatsConnection, end_task
+from .nats_compat import Delivery, Listener, header_block
+from .nats_connection import NatsConnection, end_task
+from .nats_gaps import GapDetector
 from .nats_options import NatsCounters
 from .nats_stream import MESSAGE_ID
-from .subjects import Subjects
 from .subscription import Audience, EventKind
 
 logger = logging.getLogger("cachebus.bus")
@@ -43,13 +42,14 @@ _TURN = 128  # Events that are sent before other tasks run.
 
 
 class _Channel:
-    """The events of one kind about one backend: where they go, and the number of the last one."""
+    """The events of one kind about one backend: their subject, the number of the last one, and the beginning of each frame."""
 
-    __slots__ = ("last", "subject")
+    __slots__ = ("last", "opening", "subject")
 
-    def __init__(self, subject: str) -> None:
+    def __init__(self, subject: str, head: bytes) -> None:
         self.subject = subject
         self.last = 0
+        self.opening = b"HPUB %b %d " % (subject.encode(), len(head))
 
 
 class Outbox:
@@ -145,15 +145,7 @@ class Outbox:
                 self._scheduled = True
                 self._loop.call_later(_PAUSE, self._flush)
                 return
-            frames: list[bytes] = []
-            for _ in range(min(len(events), _TURN)):
-                self._add(frames, events.popleft())
-            try:
-                connection.write_frames(b"".join(frames))
-                self._counters.events_sent += len(frames)
-            except CacheError as error:
-                self._counters.events_dropped += len(frames)
-                logger.debug("%d events cannot be sent: %s", len(frames), error)
+            self._send([events.popleft() for _ in range(min(len(events), _TURN))])
             if events:
                 if not self._scheduled:
                     self._scheduled = True
@@ -166,35 +158,62 @@ class Outbox:
         """Raises `ValueError` for a backend that no subject can hold."""
         channel = self._channels.get((kind, backend))
         if channel is None:
-            channel = self._channels[kind, backend] = _Channel(self._subjects.event(kind, backend))
+            channel = self._channels[kind, backend] = _Channel(self._subjects.event(kind, backend), self._head)
         return channel
 
-    def _add(self, frames: list[bytes], event: Event) -> None:
-        """Add the bytes of an event that can be sent."""
+    def _send(self, events: list[Event]) -> None:
+        """Send each event that can be sent, and count the others as dropped."""
+        frames: list[bytes] = []
         try:
+            numbered, channels = self._numbered(events)
+            for event, channel, body in zip(numbered, channels, encode_each(numbered, self.content_type), strict=True):
+                if isinstance(body, CacheError):
+                    logger.debug("an event %s cannot be sent: %s", event.WIRE_NAME, body)
+                    continue
+                head, opening = self._head, channel.opening
+                if self._kept:
+                    head = header_block({"Content-Type": self.content_type, MESSAGE_ID: event.id})
+                    opening = b"HPUB %b %d " % (channel.subject.encode(), len(head))
+                size = len(head) + len(body)
+                if size > self._connection.max_payload:
+                    logger.debug("an event %s is too large for the bus", event.WIRE_NAME)
+                    continue
+                frames.append(b"%b%d\r\n%b%b\r\n" % (opening, size, head, body))
+            self._connection.write_frames(b"".join(frames))
+        except CacheError as error:
+            logger.debug("%d events cannot be sent: %s", len(frames), error)
+            frames.clear()
+        except Exception:
+            logger.exception("%d events cannot be sent", len(events))  # A bug: the events after these still go out.
+            frames.clear()
+        self._counters.events_sent += len(frames)
+        self._counters.events_dropped += len(events) - len(frames)
+
+    def _numbered(self, events: list[Event]) -> tuple[list[Event], list[_Channel]]:
+        """Return the events as they go out, each with the number of its subject, and their channels.
+
+        An event that no subject can hold is left out.
+        """
+        numbered: list[Event] = []
+        channels: list[_Channel] = []
+        epoch, known, redacts = self.epoch, self._channels, self._redacts
+        for event in events:
             kind = type(event)
-            channel = self._channels.get((kind, event.backend)) or self._channel(kind, event.backend)
+            channel = known.get((kind, event.backend))
+            if channel is None:
+                try:
+                    channel = self._channel(kind, event.backend)
+                except ValueError as error:
+                    logger.debug("an event %s cannot be sent: %s", event.WIRE_NAME, error)
+                    continue
             channel.last += 1  # Also if it cannot be sent: then it is missed.
             if self._skipped:
                 with self._guard:
                     channel.last += self._skipped.pop((kind, event.backend), 0)
-            header: dict[str, Any] = {"epoch": self.epoch, "seq": channel.last}
-            if self._redacts and (key := getattr(event, "key", "")):
-                header["key"] = self._policy.key(key)
-            body = encode(replace(event, **header), self.content_type)
-            head = self._head
-            if self._kept:
-                head = header_block({"Content-Type": self.content_type, MESSAGE_ID: event.id})
-            if len(body) + len(head) > self._connection.max_payload:
-                raise ValueError("it is too large for the bus")
-            frames.append(frame(channel.subject, body, "", head))
-        except (CacheError, ValueError) as error:
-            self._counters.events_dropped += 1
-            logger.debug("an event %s cannot be sent: %s", event.WIRE_NAME, error)
-        except Exception:
-            # A bug, and one event: the others still go out.
-            self._counters.events_dropped += 1
-            logger.exception("an event %s cannot be sent", event.WIRE_NAME)
+            shown = self._policy.redacted(event) if redacts else event
+            numbered.append(replace(shown, epoch=epoch, seq=channel.last))
+            channels.append(channel)
+        return numbered, channels
 
 
 class EventListener:
@@ -210,6 +229,7 @@ class EventListener:
     ) -> None:
         self._connection = connection
         self._subjects = subjects
+        self._namespace = subjects.namespace
         self._audience = audience
         self._emitter = emitter
         self._counters = counters
@@ -289,11 +309,11 @@ class EventListener:
             self._content_type = delivery.headers.get("Content-Type", JSON)
             self._head = head[: head.find(b"\r\n", len(_FIRST_LINE)) + 2] if head.startswith(_FIRST_LINE) else b""
         try:
-            event = decode_each(delivery.data, self._content_type)[0][0]
+            event = decode_one(delivery.data, self._content_type)
         except CacheError:
             self._counters.bad_messages += 1
             return
-        if not isinstance(event, Event) or event.namespace != self._subjects.namespace:
+        if not isinstance(event, Event) or event.namespace != self._namespace:
             self._counters.bad_messages += 1
             return
         if type(event) is Heartbeat:

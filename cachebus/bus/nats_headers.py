@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from cachebus.messages import BadMessage
 
-from .deadlines import TICK
+from .clock import TICK
 from .tracing import valid_trace
 
 BUDGET, SENT, PARTIAL, INDEX = "Cachebus-Budget", "Cachebus-Sent", "Cachebus-Partial", "Cachebus-Index"

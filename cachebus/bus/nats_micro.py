@@ -1,7 +1,7 @@
-"""A worker as NATS micro shows it: it answers `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS` (ADR-32 of NATS).
+"""Workers in NATS micro: each answers `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS` (ADR-32 of NATS), and `discover` asks them.
 
-nats-py has a `micro` of its own, which belongs to one client and takes the requests itself; our clients come and go, and
-our requests are taken by `nats_serving.py`. So these are plain subscriptions.
+The `micro` of nats-py is no use here: it belongs to one client and takes the requests itself, while our clients come and go,
+and `nats_serving.py` takes our requests. So these are plain subscriptions.
 """
 
 from __future__ import annotations
@@ -12,44 +12,42 @@ import json
 import os
 import platform
 import re
+import secrets
 import socket
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from cachebus.messages import CacheError, Reply, Request, TakeSnapshot
+import msgspec
+
+from cachebus.messages import CacheError, Request, TakeSnapshot
 
 from .address import Address
 from .clock import Clock
 from .codec import JSON, encode
 from .emitter import origin
-from .nats_compat import Delivery
-from .nats_connection import Listener, NatsConnection
+from .nats_compat import Delivery, Listener
+from .nats_connection import NatsConnection
 from .nats_serving import Responder
 
 NAME = "cachebus"
-"""What every worker is called; which one it is, its id says."""
+"""The name of every worker; ids tell them apart."""
 
 PREFIX = "$SRV"
 SNAPSHOT_WAIT = 0.5
-"""Seconds that an actor has for its statistics. Without them the rest is told all the same: whoever looks at a system that
-is ill must not wait for the ill part of it."""
+"""Seconds that an actor has for its statistics. The answer then goes out without them: an ill actor must not hold up what
+an operator sees of the others."""
 
 _SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 _numbers = itertools.count(1)
 
-Ask = Callable[[Address, Request[Any], float], Coroutine[Any, Any, Reply]]
-
-
-@runtime_checkable
-class _Queueing(Protocol):
-    @property
-    def waiting(self) -> int: ...
+Ask = Callable[[Address, Request[Any], float], Coroutine[Any, Any, Any]]
 
 
 class Micro:
-    """The service of one bus. `serving` are the addresses as they are served now, and their queue groups."""
+    """The service of one bus. `serving` returns what serves each address now."""
 
     def __init__(
         self,
@@ -85,8 +83,7 @@ class Micro:
 
     async def open(self) -> None:
         """Begin to answer."""
-        # It is read from a file, so not on the loop.
-        self._base["version"] = semantic_version(await asyncio.to_thread(_installed_version))
+        self._base["version"] = await asyncio.to_thread(_installed_version)  # It is read from a file.
         verbs = {"PING": self._ping, "INFO": self._info, "STATS": self._stats}
         for verb, answer in verbs.items():
             for subject in (f"{PREFIX}.{verb}", f"{PREFIX}.{verb}.{NAME}", f"{PREFIX}.{verb}.{NAME}.{self.id}"):
@@ -112,13 +109,13 @@ class Micro:
         self._answer(msg.reply, "info", {"description": "a worker of cachebus", "endpoints": endpoints})
 
     def _stats(self, msg: Delivery) -> None:
-        # Everybody who asks while the figures are being put together gets the same ones.
+        # All that ask while the figures are being collected get the same ones.
         if len(self._waiting) < 1000:
             self._waiting.append(msg.reply)
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._tell_statistics(), name="cachebus-micro")
+            self._task = asyncio.create_task(self._send_statistics(), name="cachebus-micro")
 
-    async def _tell_statistics(self) -> None:
+    async def _send_statistics(self) -> None:
         while self._waiting:
             places = list(self._serving().items())
             endpoints = await asyncio.gather(*(self._figures(address, *place) for address, place in places))
@@ -128,14 +125,14 @@ class Micro:
 
     async def _figures(self, address: str, serving: Responder, listener: Listener) -> dict[str, Any]:
         data: dict[str, Any] = {"address": address}
-        if isinstance(serving.recipient, _Queueing):
-            data["mailbox"] = serving.recipient.waiting
+        if (waiting := getattr(serving.recipient, "waiting", None)) is not None:
+            data["mailbox"] = waiting
         try:
-            told = await self._ask(Address(address), TakeSnapshot(), SNAPSHOT_WAIT)
-            snapshot: dict[str, Any] = json.loads(encode(told, JSON))
+            reply = await self._ask(Address(address), TakeSnapshot(), SNAPSHOT_WAIT)
+            snapshot: dict[str, Any] = json.loads(encode(reply, JSON))
             data["statistics"] = {name: each for name, each in snapshot.items() if name not in {"v", "kind", "address"}}
         except CacheError as error:
-            data["error"] = error.code  # Not every actor has some, and one that is ill may have none just now.
+            data["error"] = error.code  # Not every actor has statistics, and an ill one may not answer.
         nanoseconds = round(serving.busy * 1e9)
         return {
             **_place(serving, listener),
@@ -150,11 +147,9 @@ class Micro:
     def _answer(self, reply_to: str, kind: str, more: dict[str, Any]) -> None:
         if not reply_to.startswith(self._connection.options.inboxes):
             return
-        said = {**self._base, "type": f"io.nats.micro.v1.{kind}_response", **more}
-        try:
-            self._connection.write(reply_to, json.dumps(said).encode())
-        except CacheError:
-            return  # Away: whoever asked will ask again.
+        answer = {**self._base, "type": f"io.nats.micro.v1.{kind}_response", **more}
+        with suppress(CacheError):  # The connection is away: the operator asks again.
+            self._connection.write(reply_to, json.dumps(answer).encode())
 
 
 def _place(serving: Responder, listener: Listener) -> dict[str, Any]:
@@ -165,7 +160,7 @@ def _place(serving: Responder, listener: Listener) -> dict[str, Any]:
 
 def _installed_version() -> str:
     try:
-        return version("cachebus")
+        return semantic_version(version("cachebus"))
     except PackageNotFoundError:
         return "0.0.0"
 
@@ -173,3 +168,58 @@ def _installed_version() -> str:
 def semantic_version(text: str) -> str:
     """A version as ADR-32 wants it: that of a source tree, or of a release of another form, is 0.0.0."""
     return text if _SEMVER.fullmatch(text) else "0.0.0"
+
+
+class _Metadata(msgspec.Struct):
+    namespace: str
+    host: str
+
+
+class _Data(msgspec.Struct):
+    address: str
+    mailbox: int = 0
+    statistics: dict[str, Any] = {}
+    error: str = ""
+
+
+class _Endpoint(msgspec.Struct):
+    subject: str
+    num_requests: int
+    num_errors: int
+    last_error: str
+    data: _Data
+    queue_group: str = ""
+
+
+class _Statistics(msgspec.Struct):
+    id: str
+    version: str
+    started: str
+    metadata: _Metadata
+    endpoints: list[_Endpoint]
+
+
+async def discover(connection: NatsConnection, wait: float) -> list[dict[str, Any]]:
+    """Return what the workers on the server answer to `$SRV.STATS` within `wait` seconds, the first answer of each.
+    Anything else that answers is left out. Raises `CacheConnectionError` while the connection is away."""
+    found: dict[str, dict[str, Any]] = {}
+    no_worker = asyncio.Event()
+
+    def heard(msg: Delivery) -> None:
+        if msg.headers.get("Status") == "503":
+            no_worker.set()
+            return
+        with suppress(msgspec.MsgspecError, RecursionError):  # Another service of the name, or junk.
+            answer = msgspec.json.decode(msg.data, type=_Statistics)
+            found.setdefault(answer.id, msgspec.to_builtins(answer))
+
+    inbox = f"{connection.options.inbox_prefix}.{secrets.token_hex(12)}"
+    listener = await connection.listen(inbox, heard)
+    try:
+        connection.write(f"{PREFIX}.STATS.{NAME}", b"", inbox)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                await no_worker.wait()
+    finally:
+        await connection.leave(listener)
+    return list(found.values())

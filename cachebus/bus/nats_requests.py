@@ -40,10 +40,9 @@ from cachebus.messages import (
 )
 
 from .api import Envelope, Turn
-from .clock import Clock
+from .clock import TICK, Bucket, Clock, Deadlines, deadlines_here
 from .codec import MSGPACK, decode_each, encode
 from .compat import running_loop
-from .deadlines import TICK, Bucket, Deadlines, deadlines_here
 from .emitter import Emitter
 from .message_age import age_clock
 from .nats_compat import Delivery

@@ -1,11 +1,11 @@
-"""The answering side of a bus over NATS: what comes in is decoded, handed to the recipient, and answered once.
+"""The answering side of a bus over NATS: a message is decoded, handed to the recipient, and answered once.
 
-Whatever the bytes are, they end no subscription: what cannot be read is answered `BadMessage` if an answer is wanted, and
-counted. The answers to an array go back together, in its order. To a sender that says `Cachebus-Partial` they go back as
-they come, so that one that takes long holds up no other.
+No bytes end the subscription: a message that cannot be read is counted, and answered `BadMessage` if an answer is wanted.
+The answers to an array go back together, in its order. To a sender that says `Cachebus-Partial` they go back as they
+come, so that a slow one holds up no other.
 
-A message is answered below an inbox prefix only. With another subject it would be the sender who chooses what this process
-publishes where, such as a request to JetStream; it is dropped.
+A message is answered below an inbox prefix only. With any other subject the sender could choose what this process
+publishes, such as a request to JetStream; the message is dropped.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import asyncio
 from collections.abc import Sequence
 from threading import get_ident
 from typing import Any
+
+from msgspec import Struct
 
 from cachebus.messages import (
     BadMessage,
@@ -29,9 +31,8 @@ from cachebus.messages import (
 )
 
 from .api import Envelope, Recipient, Turn
-from .clock import Clock
+from .clock import Bucket, Clock, deadlines_here
 from .codec import JSON, MSGPACK, decode_each, encode
-from .deadlines import Bucket, Deadlines, deadlines_here
 from .emitter import Emitter
 from .message_age import MessageAges, age_clock
 from .nats_compat import Delivery, header_block
@@ -47,7 +48,6 @@ from .nats_headers import (
     read_sent,
     read_traces,
 )
-from .nats_options import NatsCounters
 from .nats_requests import HEADROOM
 from .slots import PENDING
 from .tracing import turn_trace
@@ -65,7 +65,6 @@ class Responder:
         connection: NatsConnection,
         clock: Clock,
         emitter: Emitter,
-        counters: NatsCounters,
         ages: MessageAges,
     ) -> None:
         self.address = address
@@ -73,20 +72,20 @@ class Responder:
         self.connection = connection
         self.now = clock.monotonic
         self.emitter = emitter
-        self.counters = counters
+        self.counters = connection.counters
         self.loop = asyncio.get_running_loop()
         self.thread = get_ident()
-        self.deadlines: Deadlines = deadlines_here()
+        self.deadlines = deadlines_here()
         self.open: set[IncomingBatch] = set()
         self.requests = 0
         self.errors = 0
         self.last_error = ""
-        self.busy = 0.0  # Seconds from the arrival of each request to its answer, all together.
+        self.busy = 0.0  # Seconds from arrival to answer, summed over all requests.
+        self.idle = asyncio.Event()
         self._ages = ages
         self._age_now = age_clock(clock)
         self._inboxes = connection.options.inboxes
         self._turns: dict[type[Any], Turn] = {}
-        self._idle: asyncio.Event = asyncio.Event()
 
     def take(self, delivery: Delivery) -> None:
         """Serve one NATS message."""
@@ -94,10 +93,11 @@ class Responder:
             self.counters.replies_refused += 1
             return
         headers = delivery.headers
-        batch = IncomingBatch(self, delivery.reply, headers)
+        content_type = headers.get(CONTENT_TYPE, MSGPACK)
+        batch = IncomingBatch(self, delivery.reply, content_type, headers.get(REQUEST_ID), PARTIAL in headers)
         options = self.connection.options
         try:
-            messages, batch.is_array = decode_each(delivery.data, batch.content_type)
+            messages, batch.is_array = decode_each(delivery.data, content_type)
             count = len(messages)
             budgets = read_budgets(headers, count, options.budget, options.max_budget)
         except CacheError as error:
@@ -109,7 +109,6 @@ class Responder:
         replies: list[Reply | None] = [None] * count
         batch.replies = replies
         batch.unanswered = count
-        batch.whole = list(range(count))
         self.counters.requests_served += count
         self.requests += count
         now = batch.began = self.now()
@@ -117,7 +116,7 @@ class Responder:
         traces = read_traces(headers, count)
         one_trace, one_budget = len(traces) == 1, len(budgets) == 1
         trace, left = traces[0], budgets[0] - age
-        # Set in any case: what this task inherited is the trace of the code that opened the bus.
+        # Set in any case: the task has inherited the trace of the code that opened the bus.
         token = turn_trace.set(trace)
         try:
             message: Any
@@ -139,8 +138,8 @@ class Responder:
                         self.failed(reply.code)
         finally:
             turn_trace.reset(token)
-        # Without the age, or an estimate that is too high would have the caller hear of its own deadline from here.
-        batch.handed_over(max(budgets))
+        # Without the age: if the estimate is too high, the caller would get its own deadline from here.
+        batch.watch_rest(max(budgets))
 
     def _reply(self, message: Message | BadMessage, left: float) -> Any:
         """Take the recipient's turn for one request; `None` if it must be posted."""
@@ -158,89 +157,58 @@ class Responder:
         return turn(message)
 
     async def drained(self) -> None:
-        """Return when everything that was taken in is answered. What takes longer than its budget is answered too."""
+        """Return when everything that was taken in is answered, at the latest when its budget is spent."""
         while self.open:
-            self._idle.clear()
-            await self._idle.wait()
+            self.idle.clear()
+            await self.idle.wait()
 
     def failed(self, code: str) -> None:
         """Count a request that was answered with an error."""
         self.errors += 1
         self.last_error = code
 
-    def done(self, batch: IncomingBatch) -> None:
-        """Forget a message that is answered in full."""
-        self.open.discard(batch)
-        if not self.open:
-            self._idle.set()
 
-
-class ReplySlot:
+class ReplySlot(Struct, eq=False):
     """The port of one request that came over NATS."""
 
-    __slots__ = ("_batch", "_place")
-
-    def __init__(self, batch: IncomingBatch, place: int) -> None:
-        self._batch = batch
-        self._place = place
+    batch: IncomingBatch
+    place: int
 
     @property
     def waiting(self) -> bool:
-        return not self._batch.over and self._batch.replies[self._place] is None
+        return not self.batch.over and self.batch.replies[self.place] is None
 
     def answer(self, reply: Any) -> None:
-        batch = self._batch
+        batch = self.batch
         responder = batch.responder
         if get_ident() == responder.thread:
-            batch.settle(self._place, reply)
+            batch.settle(self.place, reply)
             return
         try:
-            responder.loop.call_soon_threadsafe(batch.settle, self._place, reply)
+            responder.loop.call_soon_threadsafe(batch.settle, self.place, reply)
         except RuntimeError:  # The loop is closed, and the connection with it.
             responder.counters.lost_replies += 1
 
 
-class IncomingBatch:
+class IncomingBatch(Struct, eq=False):
     """One NATS message of requests, and the replies to it so far."""
 
-    __slots__ = (
-        "_bucket",
-        "_handed_over",
-        "_handed_to_others",
-        "_scheduled",
-        "began",
-        "content_type",
-        "is_array",
-        "messages",
-        "over",
-        "partial",
-        "ready",
-        "replies",
-        "reply_to",
-        "request_id",
-        "responder",
-        "unanswered",
-        "whole",
-    )
-
-    def __init__(self, responder: Responder, reply_to: str, headers: dict[str, str]) -> None:
-        self.responder = responder
-        self.reply_to = reply_to
-        self.content_type = headers.get(CONTENT_TYPE, MSGPACK)
-        self.request_id = headers.get(REQUEST_ID)
-        self.partial = PARTIAL in headers
-        self.is_array = False
-        self.messages: Sequence[Message | BadMessage] = ()
-        self.replies: list[Reply | None] = []
-        self.unanswered = 0
-        self.whole: list[int] = []  # Every place.
-        self.over = False
-        self.began = 0.0
-        self._bucket: Bucket | None = None
-        self.ready: list[int] = []  # Places that are answered and not sent.
-        self._handed_over = False
-        self._handed_to_others = False  # At least one request is not answered at once.
-        self._scheduled = False
+    responder: Responder
+    reply_to: str
+    content_type: str
+    request_id: str | None
+    partial: bool
+    is_array: bool = False
+    messages: Sequence[Message | BadMessage] = ()
+    replies: list[Reply | None] = []
+    ready: list[int] = []
+    """Places that are answered and not sent."""
+    unanswered: int = 0
+    began: float = 0.0
+    handed_over: bool = False
+    over: bool = False
+    scheduled: bool = False
+    bucket: Bucket | None = None
 
     def settle(self, place: int, reply: Reply) -> None:
         """Take the reply to one request. Only the first counts."""
@@ -250,31 +218,30 @@ class IncomingBatch:
         if type(reply) is Failed:
             self.responder.failed(reply.code)
         self.ready.append(place)
-        if not self._handed_over:
+        if not self.handed_over:
             return
         self.unanswered -= 1
         if not self.unanswered and not self.is_array:
             self._send()
-        elif (not self.unanswered or self.partial) and not self._scheduled:
-            # What is answered within the same step of the loop goes back together.
-            self._scheduled = True
+        elif (not self.unanswered or self.partial) and not self.scheduled:
+            # Replies of the same step of the loop go back together.
+            self.scheduled = True
             self.responder.loop.call_soon(self._send)
 
-    def handed_over(self, budget: float) -> None:
-        """Every request has been handed over: send what is answered, and watch over the rest."""
-        self._handed_over = True
+    def watch_rest(self, budget: float) -> None:
+        """Send what is answered, now that every request has been handed over, and wait for the rest."""
+        self.handed_over = True
         self.unanswered -= len(self.ready)
         if self.unanswered:
             responder = self.responder
             responder.open.add(self)
-            self._handed_to_others = True
-            self._bucket = responder.deadlines.watch(self, max(budget, 0.0), _nothing)
+            self.bucket = responder.deadlines.watch(self, max(budget, 0.0))
         if not self.unanswered or (self.partial and self.ready):
             self._send()
 
     def answer(self, reply: Any) -> None:
-        """Called by the deadlines: what is not answered by now never will be."""
-        self._bucket = None
+        """Called at the deadline: answer the rest with a timeout."""
+        self.bucket = None
         if self.unanswered:
             late = Failed.of(CacheTimeoutError("no answer", self.responder.address, 0.0))
             for place, given in enumerate(self.replies):
@@ -289,7 +256,7 @@ class IncomingBatch:
         self._publish(encode(failed, self.content_type), failed)
 
     def _send(self) -> None:
-        self._scheduled = False
+        self.scheduled = False
         places, self.ready = self.ready, []
         if not places:
             return
@@ -297,26 +264,19 @@ class IncomingBatch:
         responder.busy += (responder.now() - self.began) * len(places)
         if not self.unanswered:
             self.over = True
-            if self._bucket is not None:
-                self._bucket.pop(self, None)
-            if self._handed_to_others:
-                responder.done(self)
+            if self.bucket is not None:
+                self.bucket.pop(self, None)
+            if self in responder.open:
+                responder.open.discard(self)
+                if not responder.open:
+                    responder.idle.set()
         if not self.reply_to:
             self._dead(places)
         elif not self.is_array:
-            self._send_single(self.replies[0])
+            reply, body = self._encoded(self.replies[0])
+            self._publish(body, reply if type(reply) is Failed else None)
         else:
-            self._send_array(places if self.partial else self.whole)
-
-    def _send_single(self, reply: Any) -> None:
-        limit = self.responder.connection.max_payload - HEADROOM
-        try:
-            body = encode(reply, self.content_type)
-        except CacheError:
-            body = b""
-        if not body or len(body) > limit:
-            reply, body = self._encoded(reply)
-        self._publish(body, reply if type(reply) is Failed else None)
+            self._send_array(places if self.partial else list(range(len(self.replies))))
 
     def _send_array(self, places: list[int]) -> None:
         replies: list[Any] = [self.replies[place] for place in places]
@@ -364,7 +324,7 @@ class IncomingBatch:
         if not self.reply_to:
             return
         headers: dict[str, str] = {}
-        if places is not None and places != self.whole:
+        if places is not None and places != list(range(len(self.replies))):
             headers[INDEX] = ",".join(map(str, places))
         if self.content_type != MSGPACK:
             headers[CONTENT_TYPE] = JSON if self.content_type.startswith(JSON) else MSGPACK
@@ -385,7 +345,3 @@ class IncomingBatch:
             if isinstance(reply, Failed):
                 wire_name = "" if isinstance(message, BadMessage) else message.WIRE_NAME
                 responder.emitter.emit(DeadLetter(address=responder.address, wire_name=wire_name, reason=reply.detail))
-
-
-def _nothing() -> None:
-    pass

@@ -1,8 +1,7 @@
-"""Events of the past: a JetStream stream keeps them, and a listener who says since when is told them again.
+"""Events of the past: a JetStream stream keeps them, and replays them to subscriptions with `since`.
 
-The stream belongs to the server; whoever names one in the settings makes sure that it is there. A replay reads the stream
-and nothing else, also when it has come to the present, so there is no seam where an event could be told twice or not at
-all. It takes no more than its subscription has room for, so it loses nothing to a slow listener.
+A replay reads the stream and nothing else, also when it has come to the present, so there is no seam at which an event
+could come twice or not at all. It takes no more than its subscription has room for, so a slow listener loses nothing.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from nats.js.errors import APIError, BadRequestError, NotFoundError, ServiceUnav
 
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError, Event, EventsMissed
 
+from .address import Subjects
 from .codec import JSON, decode
 from .nats_connection import NatsConnection, end_task
-from .subjects import Subjects
 from .subscription import EventKind, Subscription, event_kinds
 
 logger = logging.getLogger("cachebus.bus")
@@ -36,16 +35,14 @@ _DUPLICATES = 120.0  # Seconds in which a stream knows an id again, if it keeps 
 _BATCH = 256
 _EXPIRES = 2.0  # Seconds that one question for more events may stay open.
 _IDLE = 60.0  # Seconds after which the server forgets a reader that has gone without a word.
-_AGAIN, _AGAIN_MAX = (
-    0.25,
-    2.0,
-)  # Seconds until an interrupted replay tries again: below the first, doubling up to the second.
-_NUMBERINGS = 10_000  # That are remembered; of those not heard for longest, the next event begins anew.
+_AGAIN = 0.25  # Seconds until an interrupted replay tries again, at most; doubles up to `_AGAIN_MAX`.
+_AGAIN_MAX = 2.0
+_NUMBERINGS = 10_000  # The most that are remembered; those not seen for longest are forgotten.
 
 
 async def ensure_stream(connection: NatsConnection, subjects: Subjects) -> None:
-    """Make sure that the stream of the options is there and takes the events of the namespace. What else somebody has
-    settled about it stays as it is. Raises `CacheConfigurationError` where the server keeps no streams."""
+    """Make sure that the stream of the options exists and takes the events of the namespace. Its other options stay as they
+    are. Raises `CacheConfigurationError` if the server keeps no streams."""
     options = connection.options
     name, subject = options.events_stream, subjects.all_events()
     assert name is not None
@@ -63,7 +60,7 @@ async def ensure_stream(connection: NatsConnection, subjects: Subjects) -> None:
         try:
             await stream.add_stream(config)
         except BadRequestError:
-            # There is one of the name with other options: somebody's choice.
+            # One of the name exists, with other options: the operator's choice.
             found = (await stream.stream_info(name)).config
             known: list[str] = list(found.subjects or ())
             if subject not in known:
@@ -80,34 +77,14 @@ async def ensure_stream(connection: NatsConnection, subjects: Subjects) -> None:
 
 
 class _NoStream(Exception):
-    """Nobody keeps the events."""
-
-
-class _Paced(Subscription):
-    """A subscription that says when something was taken from it, from any thread."""
-
-    def __init__(
-        self, kinds: frozenset[EventKind], capacity: int, on_close: Callable[[], None], on_taken: Callable[[], None]
-    ) -> None:
-        super().__init__(kinds, capacity, lambda _: on_close())
-        self._on_taken = on_taken
-
-    @property
-    def room(self) -> int:
-        """How many events it takes now."""
-        return self.capacity - len(self)
-
-    def _pop(self) -> Event:
-        event = super()._pop()
-        self._on_taken()
-        return event
+    """No stream keeps the events."""
 
 
 class Replay:
-    """Tells one subscription what a stream has kept since a time, and goes on with what happens now.
+    """Replays to one subscription what a stream has kept since a time, and goes on with new events.
 
-    `since` is Unix time in seconds. Where events were lost, because the stream no longer has them or they never came to
-    it, `EventsMissed` is told in their place.
+    `since` is Unix time in seconds. `EventsMissed` stands in for events that were lost, because the stream no longer has
+    them or they never came to it.
     """
 
     def __init__(
@@ -119,32 +96,29 @@ class Replay:
         capacity: int,
         on_end: Callable[[Replay], None],
     ) -> None:
-        self.subscription = _Paced(event_kinds(what), capacity, self._closed, self._taken)
+        self.subscription = Subscription(
+            event_kinds(what), capacity, lambda _: self._on_loop(self._end), on_taken=self._taken
+        )
         self._connection = connection
         self._subjects = subjects
         self._since = since
         self._on_end = on_end
-        self._loop: asyncio.AbstractEventLoop = connection.loop
+        self._loop = connection.loop
         self._last: OrderedDict[tuple[str, int, str], int] = OrderedDict()
-        self._full = False  # Somebody waits for room.
+        self._full = False  # The task waits for room.
         self._room = asyncio.Event()
         self._place = 0  # In the stream: the number of the last message that was read.
         self._task: asyncio.Task[None] | None = None
         self._begun = False
         self._tries = 0
-        self._ended = False
 
     def __repr__(self) -> str:
         return f"<Replay at {self._place} of {len(self._last)}/{_NUMBERINGS} numberings for {self.subscription!r}>"
 
     def start(self) -> None:
         """Begin to read. On the loop of the connection."""
-        if not self._ended:
+        if not self.subscription.closed:
             self._task = asyncio.create_task(self._run(), name="cachebus-replay")
-
-    def _closed(self) -> None:
-        self._ended = True
-        self._on_loop(self._end)
 
     def _taken(self) -> None:
         if self._full:
@@ -169,7 +143,7 @@ class Replay:
 
     async def _run(self) -> None:
         try:
-            while not self._ended:
+            while not self.subscription.closed:
                 try:
                     await self._read()
                 except (nats.errors.Error, CacheError, OSError, TimeoutError) as error:
@@ -180,11 +154,11 @@ class Replay:
                     await asyncio.sleep(random.uniform(0.0, longest))
         except _NoStream:
             logger.error("no stream keeps the events of %s", self._subjects.namespace)
-            await self._missed("", "", 0)
+            await self._missed()
         except Exception:
-            # Ours or nats-py's. A listener that is told nothing any more must not take it for silence.
+            # A bug of ours or of nats-py. The listener must not take the end of its events for silence.
             logger.exception("a replay has failed")
-            await self._missed("", "", 0)
+            await self._missed()
         finally:
             self.subscription.close()
 
@@ -202,7 +176,7 @@ class Replay:
         self._begun = True
         reader: Any = await jetstream.pull_subscribe_bind(consumer=created.name, stream=stream)
         try:
-            while not self._ended:
+            while not self.subscription.closed:
                 room = await self._some_room()
                 try:
                     messages: list[Msg] = await reader.fetch(min(room, _BATCH), timeout=_EXPIRES)
@@ -222,31 +196,26 @@ class Replay:
         state = (await jetstream.stream_info(stream)).state
         if state.first_seq <= self._place + 1:
             return
-        if self._place:
-            await self._missed("", "", 0)
-        elif state.messages:
-            # Something was given up: was it later than what we are asked for?
+        if not self._place and state.messages:
+            # The stream has dropped something: was that before `since`?
             oldest = await jetstream.get_msg(stream, state.first_seq)
-            if oldest.time is None or oldest.time.timestamp() > self._since:
-                await self._missed("", "", 0)
-        else:
-            await self._missed("", "", 0)
+            if oldest.time is not None and oldest.time.timestamp() <= self._since:
+                return
+        await self._missed()
 
     def _consumer(self) -> ConsumerConfig:
-        wanted = [self._subjects.events(kind) for kind in self.subscription.kinds - {EventsMissed}]
-        everything = self.subscription.kinds == event_kinds(())
-        start: dict[str, Any]
+        kinds, start = self.subscription.kinds, dict[str, Any]()
+        if kinds == event_kinds(()):
+            subjects = [self._subjects.all_events()]
+        else:
+            subjects = sorted(self._subjects.events(kind) for kind in kinds - {EventsMissed})
         if self._place:
             start = {"deliver_policy": DeliverPolicy.BY_START_SEQUENCE, "opt_start_seq": self._place + 1}
         else:
             when = datetime.fromtimestamp(0, UTC) + timedelta(seconds=self._since)
             start = {"deliver_policy": DeliverPolicy.BY_START_TIME, "opt_start_time": when}
         return ConsumerConfig(
-            ack_policy=AckPolicy.NONE,
-            filter_subjects=[self._subjects.all_events()] if everything else sorted(wanted),
-            inactive_threshold=_IDLE,
-            mem_storage=True,
-            **start,
+            ack_policy=AckPolicy.NONE, filter_subjects=subjects, inactive_threshold=_IDLE, mem_storage=True, **start
         )
 
     async def _tell(self, msg: Msg) -> None:
@@ -268,22 +237,23 @@ class Replay:
         await self._some_room()
         self.subscription.offer(event)
 
-    async def _missed(self, source: str, event: str, count: int) -> None:
+    async def _missed(self, source: str = "", event: str = "", count: int = 0) -> None:
         if EventsMissed in self.subscription.kinds:
-            told = EventsMissed(source=source, event=event, count=count, namespace=self._subjects.namespace)
+            missed = EventsMissed(source=source, event=event, count=count, namespace=self._subjects.namespace)
             await self._some_room()
-            self.subscription.offer(told)
+            self.subscription.offer(missed)
 
     async def _some_room(self) -> int:
-        """Wait until the listener takes something, if the subscription is full, and say how much fits."""
-        while (room := self.subscription.room) <= 0:
+        """Wait until the listener takes something, if the subscription is full, and return how much fits."""
+        subscription = self.subscription
+        while len(subscription) >= subscription.capacity:
             self._room.clear()
             # Announced before looking again: what is taken in between finds us waiting or is found by the look.
             self._full = True
-            if self.subscription.room <= 0:
+            if len(subscription) >= subscription.capacity:
                 await self._room.wait()
             self._full = False
-        return room
+        return subscription.capacity - len(subscription)
 
 
 def _jetstream(connection: NatsConnection) -> Any:

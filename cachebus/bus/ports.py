@@ -20,8 +20,8 @@ import anyio
 
 from cachebus.messages import CacheTimeoutError, Failed, Reply
 
+from .clock import Deadlines, running_deadlines
 from .compat import running_loop
-from .deadlines import Deadlines, running_deadlines
 
 
 class Port(Protocol):

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from cachebus.messages import Failed, Reply, Request
 
-from .deadlines import Bucket, Deadlines
+from .clock import Bucket, Deadlines
 from .ports import Deferred, Port
 
 _NEVER = float("inf")

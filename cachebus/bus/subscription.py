@@ -1,4 +1,4 @@
-"""Listening: bounded queues of events, and the record of what anybody wants to hear."""
+"""Subscriptions: bounded queues of events, and the registry of the kinds that have listeners."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import fnmatch
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Self
 
 from cachebus.messages import WIRE_NAMES, CacheClosed, Event, Heartbeat
@@ -15,19 +14,19 @@ from .ports import Port, ThreadPort, open_port
 
 EventKind = type[Event]
 Shown = Callable[[Event], Event]
-"""Makes of an event what a listener may see."""
+"""Returns an event as a listener may see it."""
 
 _LATE = object()
 
 
 class Subscription:
-    """Events for one listener, in the order they were published: iterate with `async for`, or with `for` in a thread.
+    """Events for one listener, in the order in which they were published. Iterate with `async for`, or in a thread with `for`.
 
-    At most `capacity` wait; what comes on top is lost to this listener and counted in `dropped`. Iteration ends when
-    the subscription or its bus is closed. One task or thread iterates.
+    At most `capacity` events wait; more are lost to this listener and counted in `dropped`. Iteration ends when the
+    subscription or its bus is closed. One task or thread iterates.
 
-    `local` leaves out what other processes tell. `shown` redacts what this process tells, when it is handed over and so at
-    the listener's cost; what others tell they have redacted themselves.
+    `local` leaves out the events of other processes. `shown` redacts those of this process, when they are handed over and so
+    at the listener's cost; other processes have redacted theirs. `on_taken` is called whenever an event was taken out.
     """
 
     def __init__(
@@ -38,6 +37,7 @@ class Subscription:
         *,
         local: bool = False,
         shown: Shown | None = None,
+        on_taken: Callable[[], None] | None = None,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity of a subscription must be at least 1, not {capacity!r}")
@@ -45,22 +45,16 @@ class Subscription:
         self.capacity = capacity
         self.local = local
         self.dropped = 0
-        self._shown = shown
+        self.shown = shown
         self._events: deque[tuple[Event, Shown | None]] = deque()
         self._waiter: Port | None = None
         self._on_close = on_close
-        self._closed = False
+        self._on_taken = on_taken
+        self.closed = False
 
-    def offer(self, event: Event) -> None:
-        """Take an event of this process in, or count it as dropped. Called by the bus, from any thread."""
-        self._take(event, self._shown)
-
-    def offer_foreign(self, event: Event) -> None:
-        """As `offer`, for an event of another process."""
-        self._take(event, None)
-
-    def _take(self, event: Event, shown: Shown | None) -> None:
-        if self._closed:
+    def offer(self, event: Event, shown: Shown | None = None) -> None:
+        """Take an event in, or count it as dropped. `shown` redacts it when it is handed over. From any thread."""
+        if self.closed:
             return
         if len(self._events) >= self.capacity:
             self.dropped += 1
@@ -70,9 +64,9 @@ class Subscription:
             waiter.answer(None)
 
     def close(self) -> None:
-        """Take no more events. What waits can still be read. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
+        """Take no more events. Those that wait can still be read. Safe to call twice."""
+        if not self.closed:
+            self.closed = True
             self._on_close(self)
             if (waiter := self._waiter) is not None:
                 waiter.answer(None)
@@ -88,17 +82,17 @@ class Subscription:
 
     async def __anext__(self) -> Event:
         while not self._events:
-            if self._closed:
+            if self.closed:
                 raise StopAsyncIteration
-            port = open_port()
             # Announced before looking again: an event offered in between finds the waiter or is found by the look.
-            self._waiter = port
+            port = self._waiter = open_port()
             try:
                 if self._nothing_yet():
                     await port.wait()
             finally:
                 self._waiter = None
-        return self._pop()
+        event, shown = self._events.popleft()
+        return event if shown is None else shown(event)
 
     def __iter__(self) -> Iterator[Event]:
         while (event := self.next()) is not None:
@@ -106,65 +100,47 @@ class Subscription:
 
     def next(self, timeout: float | None = None) -> Event | None:
         """Block this thread for the next event, up to `timeout` seconds; `None` when there is none, or no more."""
-        while not self._events:
-            if self._closed:
-                return None
-            port = ThreadPort()
-            self._waiter = port
-            late = self._wait_in_thread(port, timeout)
+        while self._nothing_yet():
+            port = self._waiter = ThreadPort()
+            is_late = self._nothing_yet() and port.wait(timeout, late=lambda: _LATE) is _LATE
             self._waiter = None
-            if late:
-                return self._pop() if self._events else None
-        return self._pop()
+            if is_late:
+                break
+        return self._pop() if self._events else None
+
+    def _nothing_yet(self) -> bool:
+        return not self._events and not self.closed
 
     def _pop(self) -> Event:
         event, shown = self._events.popleft()
+        if self._on_taken is not None:
+            self._on_taken()
         return event if shown is None else shown(event)
-
-    def _nothing_yet(self) -> bool:
-        return not self._events and not self._closed
-
-    def _wait_in_thread(self, port: ThreadPort, timeout: float | None) -> bool:
-        if not self._nothing_yet():
-            return False
-        return port.wait(timeout, late=lambda: _LATE) is _LATE
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self.close()
 
 
 class Audience:
-    """Who listens to what.
+    """The registry of subscriptions.
 
-    `kinds` holds the kinds of events that anybody wants: empty, there is nothing to build. Speakers look here first.
+    `kinds` holds the kinds of events with listeners. Look here before you build an event. `listened_to` holds those that
+    listeners of this process want from other processes too.
     """
-
-    __slots__ = (
-        "_by_kind",
-        "_closed",
-        "_guard",
-        "_subscriptions",
-        "_wanted_elsewhere",
-        "_wanted_of_others",
-        "_watchers",
-        "kinds",
-    )
 
     def __init__(self) -> None:
         self.kinds: frozenset[EventKind] = frozenset()
         self._wanted_elsewhere: frozenset[EventKind] = frozenset()
-        self._wanted_of_others: frozenset[EventKind] = frozenset()
+        self.listened_to: frozenset[EventKind] = frozenset()
         self._subscriptions: tuple[Subscription, ...] = ()
         self._by_kind: dict[EventKind, tuple[Subscription, ...]] = {}
         self._closed = False
@@ -175,20 +151,15 @@ class Audience:
         """Call `watcher` now and whenever `kinds` changes."""
         with self._guard:
             self._watchers = (*self._watchers, watcher)
-            watcher()  # With the lock, or what it saw may be older than what a subscriber tells it meanwhile.
+            watcher()  # With the lock, or it may see an older state than a subscriber calls it for meanwhile.
 
     def unwatch(self, watcher: Callable[[], None]) -> None:
         """Call `watcher` no more. Harmless if it is not called."""
         with self._guard:
             self._watchers = tuple(each for each in self._watchers if each != watcher)
 
-    @property
-    def listened_to(self) -> frozenset[EventKind]:
-        """The kinds that listeners of this process want to hear from others too."""
-        return self._wanted_of_others
-
     def want_elsewhere(self, kinds: frozenset[EventKind]) -> None:
-        """Have events of these kinds built whoever listens here, because others may, where nobody can see them."""
+        """Have events of these kinds built without listeners here too, because other processes may have some."""
         with self._guard:
             self._wanted_elsewhere = kinds
             self._arrange(self._subscriptions)
@@ -205,19 +176,19 @@ class Audience:
         return subscription
 
     def hear(self, event: Event) -> None:
-        """Offer an event of this process to whoever wants it."""
+        """Offer an event of this process to its listeners."""
         for subscription in self._by_kind.get(type(event), ()):
-            subscription.offer(event)
+            subscription.offer(event, subscription.shown)
 
     def hear_foreign(self, event: Event) -> None:
-        """Offer an event of another process to whoever wants it."""
+        """Offer an event of another process to its listeners."""
         for subscription in self._by_kind.get(type(event), ()):
             if not subscription.local:
-                subscription.offer_foreign(event)
+                subscription.offer(event)
 
     @property
     def dropped(self) -> int:
-        """Events that listeners of now have lost."""
+        """Events that the present listeners have lost."""
         return sum(each.dropped for each in self._subscriptions)
 
     def close(self) -> None:
@@ -228,7 +199,7 @@ class Audience:
             subscription.close()
 
     def forked(self) -> None:
-        """Forget the listeners, and a lock that nobody in this process will release."""
+        """Forget the listeners, and a lock that another thread of the parent may have held."""
         self._guard = threading.Lock()
         self._wanted_elsewhere = frozenset()
         self._arrange(())
@@ -244,7 +215,7 @@ class Audience:
                 by_kind[kind] = (*by_kind.get(kind, ()), subscription)
         self._subscriptions = subscriptions
         self._by_kind = by_kind
-        self._wanted_of_others = frozenset(
+        self.listened_to = frozenset(
             kind for kind, listeners in by_kind.items() if not all(each.local for each in listeners)
         )
         self.kinds = frozenset(by_kind) | self._wanted_elsewhere
@@ -253,9 +224,9 @@ class Audience:
 
 
 def event_kinds(what: tuple[EventKind | str, ...]) -> frozenset[EventKind]:
-    """The kinds of events that `what` names: classes, which stand for those that inherit from them too, or globs over
-    the part of the wire name after `event.`; all if `what` is empty. Heartbeats are meant by their own name only. Raises
-    `ValueError` for what names none."""
+    """The kinds of events that `what` names: classes, with their subclasses, or globs over the part of the wire name
+    after `event.`; all kinds if `what` is empty. Only the name `heartbeat` includes heartbeats. Raises `ValueError` for
+    a name without a kind."""
     known = {name.removeprefix("event."): kind for name, kind in WIRE_NAMES.items() if issubclass(kind, Event)}
     chosen: set[EventKind] = set()
     for each in what or ("*",):

@@ -8,8 +8,8 @@ import contextvars
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
+from .clock import running_deadlines
 from .compat import enter_task, leave_task, running_loop
-from .deadlines import running_deadlines
 
 _running: set[asyncio.Task[None]] = set()  # A loop holds its tasks weakly.
 

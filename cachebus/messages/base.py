@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import msgspec
 
 ReplyT_co = TypeVar("ReplyT_co", covariant=True)
+
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""An integer whose bounds msgspec checks as it decodes, which is faster than a second look."""
 
 
 class _WireName:
@@ -73,8 +76,8 @@ class Event(Message, frozen=True, kw_only=True, tag=""):
     namespace: str = ""
     backend: str = ""
     origin: str = ""
-    epoch: int = 0
-    seq: int = 0
+    epoch: Int64 = 0
+    seq: Int64 = 0
     time: float = 0.0
     trace: str | None = None
 

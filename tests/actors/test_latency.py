@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachebus.actors.latency import AdaptiveTimeout
+from cachebus.actors.attempts import AdaptiveTimeout
 
 
 @given(st.lists(st.floats(0.0, 20.0), min_size=1, max_size=60), st.integers(1, 25))

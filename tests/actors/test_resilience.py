@@ -9,7 +9,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from cachebus.actors import BreakerPolicy, Guard, GuardPolicy, RetryPolicy
-from cachebus.actors.concurrency_limit import ConcurrencyLimiter
+from cachebus.actors.attempts import ConcurrencyLimiter
 from cachebus.actors.pipeline import GOOD_BATCH, RequestPipeline
 from cachebus.actors.ports import NO_PROGRESS, Capabilities, Gauges, OnReplies, Progress
 from cachebus.messages import (
@@ -576,7 +576,7 @@ async def test_nobody_waits_behind_an_open_circuit() -> None:
 
 async def test_who_is_cancelled_with_a_refusal_on_the_way_gives_no_place_away() -> None:
     places = ConcurrencyLimiter(1, 5, "backend.main")
-    assert places.try_acquire()
+    await places.acquire()
 
     async def take() -> None:
         with contextlib.suppress(CircuitOpen):  # Which of the two comes first, the loops see differently.
@@ -585,18 +585,18 @@ async def test_who_is_cancelled_with_a_refusal_on_the_way_gives_no_place_away() 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(take)
         tasks.start_soon(take)
-        while places.waiting < 2:
+        while len(places.queue) < 2:
             await checkpoint()
         assert places.refuse_all(lambda: CircuitOpen("open")) == 2
         tasks.cancel_scope.cancel()
-    assert (places.taken, places.waiting) == (1, 0)
+    assert (places.taken, len(places.queue)) == (1, 0)
     places.release()
     assert places.taken == 0
 
 
 async def test_who_is_cancelled_with_a_place_on_the_way_hands_it_on() -> None:
     places = ConcurrencyLimiter(1, 5, "backend.main")
-    assert places.try_acquire()
+    await places.acquire()
 
     async def take() -> None:
         await places.acquire()
@@ -604,7 +604,7 @@ async def test_who_is_cancelled_with_a_place_on_the_way_hands_it_on() -> None:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(take)
-        while not places.waiting:
+        while not len(places.queue):
             await checkpoint()
         places.release()
         tasks.cancel_scope.cancel()

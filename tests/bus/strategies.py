@@ -6,7 +6,7 @@ import enum
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ def values(content_type: str) -> st.SearchStrategy[Any]:
 
 
 def messages(cls: type[Any], content_type: str) -> st.SearchStrategy[Message]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     names = cls.__struct_fields__
     return st.builds(cls, **{name: _field(hints[name], content_type) for name in names})
 
@@ -47,6 +47,9 @@ def _field(hint: Any, content_type: str) -> st.SearchStrategy[Any]:
         return values(content_type)
     if hint is int:
         return INTS
+    if get_origin(hint) is Annotated:
+        bounds = get_args(hint)[1]
+        return st.integers(bounds.ge, bounds.le)
     if hint is float:
         return floats(content_type)
     if hint is str:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachebus.bus import ThreadPort, open_port
-from cachebus.bus.deadlines import TICKS, Deadlines, running_deadlines
+from cachebus.bus.clock import TICKS, Deadlines, running_deadlines
 
 
 class FakeLoop:

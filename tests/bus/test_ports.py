@@ -12,7 +12,7 @@ import anyio.to_thread
 import pytest
 
 from cachebus.bus import Deferred, ThreadPort, open_port
-from cachebus.bus.deadlines import TICKS, Deadlines
+from cachebus.bus.clock import TICKS, Deadlines
 from cachebus.messages import Missing, Pong
 
 pytestmark = pytest.mark.anyio

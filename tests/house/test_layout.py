@@ -24,7 +24,7 @@ LINES = 400
 """The longest a module may be."""
 
 LARGE = {
-    "actors/cell.py": 530,  # the mailbox's turns, and the repair of turns that were interrupted
+    "actors/cell.py": 540,  # the mailbox's turns, and the repair of turns that were interrupted
     "actors/lock_manager.py": 415,
     "adapters/memcached_planner.py": 405,
     "adapters/redis_plan.py": 455,  # runs of requests, and requests that stand alone

@@ -277,7 +277,7 @@ class Withheld:
         self.acquiring: list[tuple[str, Any]] = []
         locks.table.poll = 0.02
         asking: Any = self
-        locks.manager._asking = asking
+        locks.manager._client = asking
 
     def ask(self, request: Any, then: Any) -> None:
         if isinstance(request, AcquireLock):

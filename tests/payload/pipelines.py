@@ -15,8 +15,7 @@ from zoneinfo import ZoneInfo
 from hypothesis import strategies as st
 
 from cachebus.payload import PayloadPipeline
-from cachebus.payload_sealing import Sealer
-from cachebus.payload_signing import Signer
+from cachebus.payload_sealing import Sealer, Signer
 
 SIGNING_KEY = bytes(range(32))
 MASTER_KEY = bytes(range(100, 132))

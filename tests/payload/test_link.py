@@ -6,7 +6,7 @@ from typing import Any
 
 from cachebus import open_sync_cache
 from cachebus.messages import WIRE_NAMES, Found, Incremented, Reply, Request, Set
-from cachebus.payload_places import has_value, with_value
+from cachebus.payload_link import has_value, with_value
 
 VALUED = {"backend.set", "backend.add", "backend.compare_and_set", "reply.found"}
 

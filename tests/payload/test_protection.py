@@ -17,8 +17,7 @@ import cachebus
 from cachebus.messages import CacheConfigurationError, CacheSerializationError
 from cachebus.payload import PayloadPipeline
 from cachebus.payload_format import binding
-from cachebus.payload_sealing import Nonces, Sealer
-from cachebus.payload_signing import Signer
+from cachebus.payload_sealing import Nonces, Sealer, Signer
 
 from .pipelines import EXAMPLE, MASTER_KEY, SIGNING_KEY, pipeline
 
@@ -254,4 +253,4 @@ def test_signatures_are_compared_in_constant_time_only() -> None:
                     [f"{file.name}:{node.lineno}"] if names & {"signature", "mac", "_mac", "tag", "digest"} else []
                 )
     assert compared == []
-    assert "hmac.compare_digest" in (folder / "payload_signing.py").read_text(encoding="utf-8")
+    assert "hmac.compare_digest" in (folder / "payload_sealing.py").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ import yaml
 
 from cachebus.__main__ import main
 from cachebus.asyncapi import document
+from cachebus.bus.address import Subjects
 from cachebus.bus.codec import JSON, decode, encode
-from cachebus.bus.subjects import Subjects
 from cachebus.messages import Event, Request
 from tests.golden.examples import KINDS
 from tests.golden.examples import example as golden_example

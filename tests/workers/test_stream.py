@@ -18,10 +18,10 @@ from nats.js import JetStreamContext
 from cachebus import CapabilityError, open_cache, open_sync_cache
 from cachebus.__main__ import main
 from cachebus.bus import Emitter
+from cachebus.bus.address import Subjects
 from cachebus.bus.codec import JSON, encode
 from cachebus.bus.nats import NatsBus
 from cachebus.bus.nats_options import NatsOptions
-from cachebus.bus.subjects import Subjects
 from cachebus.messages import CacheConfigurationError, CacheDeleted, CacheSet, Event, EventsMissed
 from cachebus.testing.servers import Server, run_nats
 

@@ -19,7 +19,7 @@ from cachebus.actors.ports import InlineStore
 from cachebus.adapters.memory import MemoryStore
 from cachebus.bus import Address
 from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_discovery import discover
+from cachebus.bus.nats_micro import discover
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import CacheConfigurationError, Get, Request
 from cachebus.testing.servers import Server, run_nats, run_redis
@@ -35,7 +35,7 @@ SECRET = "hunter" + str(2)
 async def served(server: Server, namespace: str) -> dict[str, int]:
     """How many requests each worker of the namespace has been sent."""
     async with NatsBus(namespace, NatsOptions(servers=(f"{server.host}:{server.port}",))) as bus:
-        found = await discover(bus, 1.0)
+        found = await discover(bus.connection, 1.0)
     mine = [each for each in found if each["metadata"]["namespace"] == namespace]
     return {each["id"]: sum(place["num_requests"] for place in each["endpoints"]) for each in mine}
 

@@ -14,7 +14,7 @@ import pytest
 from cachebus.actors import Supervisor
 from cachebus.bus import Address, Emitter
 from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_discovery import discover
+from cachebus.bus.nats_micro import discover
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import (
     CacheClosed,
@@ -200,9 +200,9 @@ async def test_the_sample_of_permissions_separates_callers_from_tellers(monkeypa
         ):
             await supervisor.start(PLACE, Answering, visibility="sole")
             assert await caller.request(PLACE, Get("k"), T) == Found("k")
-            (seen,) = await discover(operator, 1.0)
+            (seen,) = await discover(operator.connection, 1.0)
             assert [each["data"]["address"] for each in seen["endpoints"]] == [PLACE]
-            assert await discover(caller, 0.2) == []
+            assert await discover(caller.connection, 0.2) == []
             with pytest.raises(CacheError):
                 await teller.request(PLACE, Get("k"), 0.2)
             with worker.subscribe(CacheSet) as heard:

@@ -13,9 +13,9 @@ import pytest
 from msgspec.structs import replace
 
 from cachebus.bus import Emitter
+from cachebus.bus.address import Subjects
 from cachebus.bus.codec import JSON, MSGPACK, decode, encode
 from cachebus.bus.nats import NatsBus
-from cachebus.bus.subjects import Subjects
 from cachebus.messages import CacheConfigurationError, CacheHit, CacheSet, Event, EventsMissed
 from cachebus.testing.servers import Server
 

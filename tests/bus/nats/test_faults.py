@@ -15,9 +15,9 @@ import pytest
 
 from cachebus.actors import Supervisor
 from cachebus.bus import Address
+from cachebus.bus.address import Subjects
 from cachebus.bus.codec import JSON, decode, decode_each, encode
 from cachebus.bus.nats import NatsBus
-from cachebus.bus.subjects import Subjects
 from cachebus.messages import (
     BadMessage,
     CacheConnectionError,

@@ -14,9 +14,9 @@ import pytest
 from msgspec.structs import replace
 
 from cachebus.bus import Emitter
+from cachebus.bus.address import Subjects
 from cachebus.bus.codec import JSON, encode
 from cachebus.bus.nats import NatsBus
-from cachebus.bus.subjects import Subjects
 from cachebus.messages import CacheDeleted, CacheSet, Event, EventsMissed, Heartbeat
 from cachebus.testing.servers import Server
 

@@ -14,10 +14,10 @@ import pytest
 
 from cachebus.actors import Supervisor
 from cachebus.bus import Address
+from cachebus.bus.address import Subjects
 from cachebus.bus.codec import decode, encode
 from cachebus.bus.nats import NatsBus
 from cachebus.bus.nats_options import NatsOptions
-from cachebus.bus.subjects import Subjects
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheTimeoutError, Found, Get, Touch
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, run_nats

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cachebus.bus import Address
-from cachebus.bus.subjects import LONGEST, Subjects
+from cachebus.bus.address import LONGEST, Subjects
 from cachebus.messages import CacheSet, EventsMissed, Found, Get
 
 from .conftest import Connect, StartWorker
