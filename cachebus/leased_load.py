@@ -36,7 +36,7 @@ from cachebus.messages import (
     Stale,
     Stored,
 )
-from cachebus.messages.lease_names import asked_as
+from cachebus.messages.leases import asked_as
 
 from .cached_errors import CachedFailure
 from .load_options import LoadOptions

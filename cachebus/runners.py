@@ -10,7 +10,7 @@ import time
 from asyncio import CancelledError, current_task
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import anyio
 import anyio.to_thread
@@ -24,8 +24,6 @@ from .background import BACKGROUND
 from .link import Link, run
 from .loaders import awaited
 from .singleflight import CURRENT_LOADS, InFlightLoad
-
-R = TypeVar("R")
 
 MAX_THREADS = 64
 """The most threads in which plain loaders of synchronous caches may go on by themselves. Beyond that, they run in the thread of
@@ -46,8 +44,7 @@ class Work(Protocol):
 class AsyncRunner:
     """Runs loads as tasks of asyncio or trio.
 
-    `ask` asks the backend, up to `patience` seconds longer than a call may take; `finish` returns the reply, given what a turn has
-    returned; `wait` is `InFlightLoad.wait`.
+    `ask`, `finish` and `probe` are `request`, `finish` and `probe` of the link; `wait` is `InFlightLoad.wait`.
     """
 
     blocks = False
@@ -57,10 +54,7 @@ class AsyncRunner:
         self.link = link
         self.ask: Any = link.request
         self.finish: Any = link.finish
-
-    async def probe(self, request: Request[R], patience: float = 0.0) -> R:
-        """As `ask`, for the error as it is, which counts nowhere."""
-        return await self.link.probe(request, self.link.timeout + patience)
+        self.probe: Any = link.probe
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         """Ask the backend several things at once. A request that fails has `Failed` as its reply."""
@@ -148,17 +142,15 @@ class ThreadRunner:
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        self.ask: Any = link.request_blocking
-        self.finish: Any = link.finish_blocking
-
-    async def probe(self, request: Request[R], patience: float = 0.0) -> R:
-        return await self.link.probe_blocking(request, self.link.timeout + patience)
+        self.ask: Any = partial(link.request, blocking=True)
+        self.finish: Any = partial(link.finish, blocking=True)
+        self.probe: Any = partial(link.probe, blocking=True)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         replies: list[Any] = []
         for request in requests:
             try:
-                replies.append(await self.link.request_blocking(request))
+                replies.append(await self.ask(request))
             except CacheError as error:
                 replies.append(Failed.of(error))
         return replies

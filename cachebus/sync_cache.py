@@ -145,7 +145,7 @@ class SyncCache:
         """As `Cache.set`."""
         request = set_request(key, value, ttl, tags, only_if)
         reply = self._turn_set(request)
-        return isinstance(reply if type(reply) is Stored else run(self.link.finish_blocking(request, reply)), Stored)
+        return type(reply) is Stored or isinstance(run(self.link.finish(request, reply, blocking=True)), Stored)
 
     def get_or_load(
         self,

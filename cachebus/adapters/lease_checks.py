@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from cachebus.messages import BadMessage, GetOrLease, RenewLease
-from cachebus.messages.lease_names import ASKED_MAX
+from cachebus.messages.leases import ASKED_MAX
 
 
 def check_lease(request: GetOrLease | RenewLease) -> None:

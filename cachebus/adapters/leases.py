@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from cachebus.actors.ports import Deferred, TimerQueue
 from cachebus.messages import GetOrLease, Overloaded, Reply
-from cachebus.messages.lease_names import new_lease_name
+from cachebus.messages.leases import new_lease_name
 
 
 class Waiter:

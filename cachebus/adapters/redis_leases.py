@@ -38,7 +38,7 @@ from cachebus.messages import (
     Stale,
     Stored,
 )
-from cachebus.messages.lease_names import NONCE_LENGTH, new_lease_name
+from cachebus.messages.leases import NONCE_LENGTH, new_lease_name
 
 from .durations import time_stale
 from .lease_checks import check_lease

@@ -1,13 +1,36 @@
-"""Leases: the right of one caller in the whole fleet to load a key, and what the others are told meanwhile."""
+"""Leases: the right of one caller among all processes to load a key, and the replies to the others meanwhile.
+
+The name of a lease is the token of its question, a dot, and a nonce of the store's own. A question may be sent twice, if no
+answer came in time, and the first copy may be carried out when all is over: late enough to grant again what an invalidation
+has taken away. The nonce makes that another lease, under which no caller loads, so that the holder of the first stores
+nothing with it.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import msgspec
 
 from .base import IdempotentRequest, Reply
 from .replies import Found
+
+NONCE_LENGTH = 16
+"""Characters of a nonce."""
+
+ASKED_MAX = 255 - NONCE_LENGTH - 1
+"""The most bytes of a token. So the length of a name fits into a byte."""
+
+
+def new_lease_name(token: str) -> str:
+    """Return a name for a lease that was asked for with `token`, unlike any other."""
+    return f"{token}.{os.urandom(NONCE_LENGTH // 2).hex()}"
+
+
+def asked_as(name: str) -> str:
+    """Return the token with which the lease of this name was asked for."""
+    return name[: -NONCE_LENGTH - 1]
 
 
 class LoadMetadata(msgspec.Struct, frozen=True, gc=False):

@@ -99,6 +99,24 @@ class Scanned(Reply, frozen=True, gc=False, tag="reply.scanned"):
     cursor: str = ""
 
 
+class Admitted(Reply, frozen=True, gc=False, tag="reply.admitted"):
+    """The units were taken, and the caller may go on after `delay` seconds. `remaining` units are left to be taken at once; all
+    are back `reset_after` seconds from now."""
+
+    remaining: int
+    reset_after: float = 0.0
+    delay: float = 0.0
+
+
+class RateLimitDenied(Reply, frozen=True, gc=False, tag="reply.rate_limit_denied"):
+    """No units were taken. If no other caller takes any, the same will be admitted `retry_after` seconds from now. The rest is as
+    in `Admitted`."""
+
+    remaining: int
+    retry_after: float
+    reset_after: float = 0.0
+
+
 class Pong(Reply, frozen=True, gc=False, tag="reply.pong"):
     """The actor is there and takes turns."""
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from .base import IdempotentRequest, Request
 from .leases import LoadMetadata
 from .replies import (
+    Admitted,
     Cleared,
     Deleted,
     Description,
@@ -19,6 +20,7 @@ from .replies import (
     NotStored,
     Pong,
     Present,
+    RateLimitDenied,
     Scanned,
     Snapshot,
     Stored,
@@ -150,6 +152,27 @@ class Clear(IdempotentRequest[Cleared], frozen=True, gc=False, tag="backend.clea
     """Remove every key of the namespace."""
 
     INVALIDATES: ClassVar[bool] = True
+
+
+class Admit(Request[Admitted | RateLimitDenied], frozen=True, gc=False, tag="rate.admit"):
+    """Take `cost` units of a rate limit of `limit` units in `per` seconds, of which `burst` may be taken at once.
+
+    `key` names the limit; it has nothing to do with the value under the same key. Units that
+    will be there within `wait` seconds are taken in advance.
+    """
+
+    key: str
+    limit: int
+    per: float
+    burst: int
+    cost: int = 1
+    wait: float = 0.0
+
+    MOST: ClassVar[int] = 10**9
+    """Units that `limit`, `burst` and `cost` may be."""
+
+    LONGEST: ClassVar[float] = 1e9
+    """Seconds that `per`, `wait` and filling up again may take: beyond that numbers of 64 bits get short."""
 
 
 class Ping(IdempotentRequest[Pong], frozen=True, gc=False, tag="actor.ping"):
