@@ -24,44 +24,40 @@ class RemovalCause(StrEnum):
     SIZE = "size"
 
 
-class CacheHit(Event, frozen=True, gc=False, tag="event.cache_hit"):
+class KeyEvent(Event, frozen=True, gc=False, tag=""):
+    """An event about one key, or about the lock or the rate limit of that name."""
+
+    key: str
+
+
+class CacheHit(KeyEvent, frozen=True, gc=False, tag="event.cache_hit"):
     """A key was read and had a live value."""
 
-    key: str
 
-
-class CacheMiss(Event, frozen=True, gc=False, tag="event.cache_miss"):
+class CacheMiss(KeyEvent, frozen=True, gc=False, tag="event.cache_miss"):
     """A key was read and had none."""
 
-    key: str
 
-
-class CacheSet(Event, frozen=True, gc=False, tag="event.cache_set"):
+class CacheSet(KeyEvent, frozen=True, gc=False, tag="event.cache_set"):
     """A value was stored. `ttl` is in seconds."""
 
-    key: str
     version: float = 0.0
     ttl: float | None = None
     tags: tuple[str, ...] = ()
 
 
-class CacheDeleted(Event, frozen=True, gc=False, tag="event.cache_deleted"):
+class CacheDeleted(KeyEvent, frozen=True, gc=False, tag="event.cache_deleted"):
     """A key was removed because somebody asked."""
 
-    key: str
 
-
-class CacheEvicted(Event, frozen=True, gc=False, tag="event.cache_evicted"):
+class CacheEvicted(KeyEvent, frozen=True, gc=False, tag="event.cache_evicted"):
     """A value was given up for its `cause`: always `SIZE` so far."""
 
-    key: str
     cause: RemovalCause = RemovalCause.SIZE
 
 
-class CacheExpired(Event, frozen=True, gc=False, tag="event.cache_expired"):
+class CacheExpired(KeyEvent, frozen=True, gc=False, tag="event.cache_expired"):
     """A value was removed because its time was up. It was unreadable from that moment, whenever this is said."""
-
-    key: str
 
 
 class CacheCleared(Event, frozen=True, gc=False, tag="event.cache_cleared"):
@@ -74,87 +70,73 @@ class TagsInvalidated(Event, frozen=True, gc=False, tag="event.tags_invalidated"
     tags: tuple[str, ...]
 
 
-class PayloadRejected(Event, frozen=True, gc=False, tag="event.payload_rejected"):
+class PayloadRejected(KeyEvent, frozen=True, gc=False, tag="event.payload_rejected"):
     """What is stored under a key was not taken, for `reason`, and the read is a miss. `serializer` is the reader's own."""
 
-    key: str
     reason: str
     serializer: str = ""
     tenant: str = ""
 
 
-class PayloadSealed(Event, frozen=True, gc=False, tag="event.payload_sealed"):
+class PayloadSealed(KeyEvent, frozen=True, gc=False, tag="event.payload_sealed"):
     """A payload of `size` bytes was sealed for `tenant`, with the key `key_id`."""
 
-    key: str
     key_id: str
     tenant: str = ""
     size: int = 0
 
 
-class LoadStarted(Event, frozen=True, gc=False, tag="event.load_started"):
+class LoadStarted(KeyEvent, frozen=True, gc=False, tag="event.load_started"):
     """A loader was called for a key."""
 
-    key: str
 
-
-class LoadSucceeded(Event, frozen=True, gc=False, tag="event.load_succeeded"):
+class LoadSucceeded(KeyEvent, frozen=True, gc=False, tag="event.load_succeeded"):
     """A loader returned, after `duration` seconds."""
 
-    key: str
     duration: float = 0.0
 
 
-class LoadFailed(Event, frozen=True, gc=False, tag="event.load_failed"):
+class LoadFailed(KeyEvent, frozen=True, gc=False, tag="event.load_failed"):
     """A loader raised `error` (its type's name), after `duration` seconds."""
 
-    key: str
     error: str
     duration: float = 0.0
 
 
-class StaleServed(Event, frozen=True, gc=False, tag="event.stale_served"):
+class StaleServed(KeyEvent, frozen=True, gc=False, tag="event.stale_served"):
     """A value whose time to live was over was served, because nothing fresher was to be had in time."""
 
-    key: str
 
-
-class LoadLeaseLost(Event, frozen=True, gc=False, tag="event.load_lease_lost"):
+class LoadLeaseLost(KeyEvent, frozen=True, gc=False, tag="event.load_lease_lost"):
     """A loaded value was not stored, because the right to do so was lost on the way: to an invalidation or a write of
     the key, or because the load outlasted its lease."""
 
-    key: str
 
-
-class RateLimitExceeded(Event, frozen=True, gc=False, tag="event.rate_limit_exceeded"):
+class RateLimitExceeded(KeyEvent, frozen=True, gc=False, tag="event.rate_limit_exceeded"):
     """A caller was refused: the limit that `key` names had no `cost` units left, and will have them after `retry_after`
     seconds."""
 
-    key: str
     cost: int = 1
     retry_after: float = 0.0
 
 
-class LockAcquired(Event, frozen=True, gc=False, tag="event.lock_acquired"):
+class LockAcquired(KeyEvent, frozen=True, gc=False, tag="event.lock_acquired"):
     """`owner` holds the lock named `key`, with the fencing token `token`."""
 
-    key: str
     owner: str
     token: int
 
 
-class LockReleased(Event, frozen=True, gc=False, tag="event.lock_released"):
+class LockReleased(KeyEvent, frozen=True, gc=False, tag="event.lock_released"):
     """`owner` gave the lock named `key` back."""
 
-    key: str
     owner: str = ""
     token: int = 0
 
 
-class LockExpired(Event, frozen=True, gc=False, tag="event.lock_expired"):
+class LockExpired(KeyEvent, frozen=True, gc=False, tag="event.lock_expired"):
     """The time of `owner`, who held the lock named `key`, ran out. It was so from that moment, whenever this is said."""
 
-    key: str
     owner: str = ""
     token: int = 0
 
