@@ -205,7 +205,7 @@ class LoadCoordinator:
         try:
             if timeout == 0.0 and limit == "soft":
                 if start is not None:
-                    in_flight.keep()
+                    in_flight.kept = True
                     start()
                 return stale
             # A caller whose time to wait is over does not begin to wait for one more load.
@@ -232,7 +232,7 @@ class LoadCoordinator:
         if isinstance(found, Loaded) and options.wants_refresh(found, table.random) and job.key not in table.refreshing:
             load = self._new_load(runner, job, link.bus.clock.monotonic())
             load.refreshed = found
-            load.in_flight.keep()
+            load.in_flight.kept = True
             table.refreshing.add(job.key)
             try:
                 load.start()

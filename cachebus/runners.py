@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-import os
 import threading
 import time
 from asyncio import CancelledError, current_task
@@ -23,7 +22,7 @@ from cachebus.messages import CacheError, Failed, LoadFailed, LoadStarted, LoadS
 from .background import BACKGROUND
 from .link import Link, run
 from .loaders import awaited
-from .singleflight import CURRENT_LOADS, InFlightLoad
+from .singleflight import CURRENT_LOADS, InFlightLoad, PerProcess
 
 MAX_THREADS = 64
 """The most threads in which plain loaders of synchronous caches may go on by themselves. Beyond that, they run in the thread of
@@ -182,7 +181,7 @@ class ThreadRunner:
     def start(self, work: Work, *, background: bool) -> None:
         # Before the thread starts: until then the caller is the owner, and may be gone soon.
         work.in_flight.owner = running = work.run()
-        free = _threads.free
+        free = _threads.value
         if not background or not free.acquire(blocking=False):
             _run(running, work)
             return
@@ -248,17 +247,5 @@ async def call_loader(
     return loaded, duration
 
 
-class _Threads:
-    """The threads that may still be started. The child of a fork has none of its parent's, and begins with all."""
-
-    def __init__(self) -> None:
-        self.forked()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.forked)
-
-    def forked(self) -> None:
-        """Count no thread as started."""
-        self.free = threading.BoundedSemaphore(MAX_THREADS)
-
-
-_threads = _Threads()
+_threads = PerProcess(lambda: threading.BoundedSemaphore(MAX_THREADS))
+"""The threads that may still be started. The child of a fork has none of its parent's."""

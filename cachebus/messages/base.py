@@ -45,14 +45,14 @@ class Message(msgspec.Struct, frozen=True, tag_field="kind", tag=""):
 
 
 class Reply(Message, frozen=True, tag=""):
-    """What became of a request."""
+    """The outcome of a request."""
 
 
 class Request(Message, Generic[ReplyT_co], frozen=True, tag=""):
-    """Something that an actor is asked to do; the parameter names the replies that may come back."""
+    """A task for an actor; the parameter names the possible replies."""
 
     IDEMPOTENT: ClassVar[bool] = False
-    """Doing it twice does what doing it once does: after a crash the actor's next incarnation may be handed it again."""
+    """Twice has the effect of once: after a crash the actor's next incarnation may get it again."""
 
     INVALIDATES: ClassVar[bool] = False
     """It removes what is out of date: a full mailbox still takes it, because losing one means stale reads."""
@@ -65,10 +65,10 @@ class IdempotentRequest(Request[ReplyT_co], Generic[ReplyT_co], frozen=True, tag
 
 
 class Event(Message, frozen=True, kw_only=True, tag=""):
-    """A fact about the past, published to its listeners. The emitter fills in these common fields.
+    """A fact about the past, published to its subscribers. The emitter fills in these common fields.
 
     `id` names the event for ever; `origin` is the process; `epoch` names the incarnation of the actor that emitted it,
-    and `seq` counts the events of that incarnation, from 1, so that a listener notices a gap. `time` is Unix time in
+    and `seq` counts the events of that incarnation, from 1, so that a subscriber notices a gap. `time` is Unix time in
     seconds. `trace` is the W3C `traceparent` of the call, if there is one.
     """
 
@@ -109,7 +109,7 @@ WIRE_NAMES: Mapping[str, type[Message]] = WireNames()
 
 
 def reply_types(request: type[Request[Any]]) -> tuple[type[Reply], ...]:
-    """The replies that a request names, without `Failed`, which any request may get."""
+    """Return the replies that a request names, without `Failed`, which any request may get."""
     for base in getattr(request, "__orig_bases__", ()):
         if issubclass(getattr(base, "__origin__", object), Request):
             (answer,) = base.__args__

@@ -44,14 +44,14 @@ class GetMany(IdempotentRequest[FoundMany], frozen=True, gc=False, tag="backend.
 
 
 class Exists(IdempotentRequest[Present | Missing], frozen=True, gc=False, tag="backend.exists"):
-    """Ask whether a key has a live value, and for how long. It is no use of the value: no hit, no miss."""
+    """Ask if a key has a live value, and for how long. It counts neither as hit nor as miss."""
 
     key: str
 
 
 class Set(Request[Stored | NotStored], frozen=True, tag="backend.set"):
-    """Store a value; with `only_if`, only where the key has none (`absent`) or has one (`present`); with `lease`, only
-    if that lease is still held, which ends with this. `metadata` is what a loaded value keeps of its loading."""
+    """Store a value: with `only_if`, only if the key has none (`absent`) or has one (`present`); with `lease`, only if that lease is
+    still held, which this ends. `metadata` is that of the load."""
 
     key: str
     value: Any
@@ -65,7 +65,7 @@ class Set(Request[Stored | NotStored], frozen=True, tag="backend.set"):
 class SetMany(Request[StoredMany], frozen=True, tag="backend.set_many"):
     """Store several values with one TTL and the same tags.
 
-    Not idempotent, as no write is: done once more, after what came in between, it brings back what that deleted.
+    Not idempotent, as no write is: repeated after a delete, it would bring the values back.
     """
 
     items: Mapping[str, Any]
@@ -77,7 +77,7 @@ class SetMany(Request[StoredMany], frozen=True, tag="backend.set_many"):
 
 
 class Add(Request[Stored | NotStored], frozen=True, tag="backend.add"):
-    """Store a value only where the key has none."""
+    """Store a value if the key has none."""
 
     key: str
     value: Any
@@ -86,7 +86,7 @@ class Add(Request[Stored | NotStored], frozen=True, tag="backend.add"):
 
 
 class CompareAndSet(Request[Stored | NotStored], frozen=True, tag="backend.compare_and_set"):
-    """Store a value only where the key still holds the one read at `version`."""
+    """Store a value if the key still has the one that was read at `version`."""
 
     key: str
     value: Any
@@ -103,8 +103,8 @@ class Touch(IdempotentRequest[Present | Missing], frozen=True, gc=False, tag="ba
 
 
 class Increment(Request[Incremented | Missing], frozen=True, gc=False, tag="backend.increment"):
-    """Add `delta` to an integer, in one step. A missing key starts at `initial`, with `ttl`; `initial=None` leaves
-    it missing. An existing one keeps its time to live."""
+    """Add `delta` to an integer, in one step. A missing key starts at `initial`, with `ttl`, unless that is `None`. An existing one
+    keeps its time to live."""
 
     key: str
     delta: int = 1
@@ -176,11 +176,11 @@ class Admit(Request[Admitted | RateLimitDenied], frozen=True, gc=False, tag="rat
 
 
 class Ping(IdempotentRequest[Pong], frozen=True, gc=False, tag="actor.ping"):
-    """Ask whether the actor takes turns."""
+    """Ask if the actor takes turns."""
 
 
 class Describe(IdempotentRequest[Description], frozen=True, gc=False, tag="actor.describe"):
-    """Ask what the actor is and can do."""
+    """Ask for a description of the actor."""
 
 
 class TakeSnapshot(IdempotentRequest[Snapshot], frozen=True, gc=False, tag="actor.take_snapshot"):
