@@ -8,7 +8,7 @@ import contextvars
 import os
 import queue
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
@@ -18,10 +18,9 @@ T = TypeVar("T")
 
 
 class Background:
-    """An asyncio loop in a daemon thread, started when first needed.
+    """An asyncio loop in a daemon thread, started when first needed. The child of a fork starts its own.
 
-    The thread is a daemon and nobody joins it, so that an interpreter exits at once whatever was left open; a child of
-    a fork starts its own.
+    The thread is never joined, so that an interpreter exits at once, whatever was left open.
     """
 
     def __init__(self) -> None:
@@ -31,7 +30,7 @@ class Background:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
 
-    def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+    def run(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine function in the loop and block for its result. Raises `CacheError` on the loop's own thread, which
         would wait for itself."""
         if threading.get_ident() == self._thread:
@@ -39,10 +38,9 @@ class Background:
                 "a blocking call would stop the event loop that it waits for, because it was made by a coroutine there,"
                 " such as a loader; await an asynchronous cache, or let the loader be a plain function"
             )
+        loop = self._running()
         # In a context of its own: that of a caller under trio would make anyio take this loop for trio's.
-        context = contextvars.Context()
-        future = context.run(asyncio.run_coroutine_threadsafe, _call(function, *args), self._running())
-        return future.result()
+        return contextvars.Context().run(asyncio.run_coroutine_threadsafe, function(), loop).result()
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._guard:
@@ -88,12 +86,8 @@ class Hosted:
                 raise
             opened.set_exception(error)
         except BaseException:
-            opened.cancel()  # Whoever waits for it would wait for ever.
+            opened.cancel()  # The caller of `open` would wait for ever.
             raise
-
-
-async def _call(function: Callable[..., Awaitable[T]], *args: Any) -> T:
-    return await function(*args)
 
 
 def _serve(ready: queue.SimpleQueue[asyncio.AbstractEventLoop]) -> None:

@@ -49,13 +49,12 @@ from cachebus.messages import (
 from . import cached_function
 from .cache_coordination import CacheCoordination
 from .cached_errors import unwrap
-from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, set_request
+from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, fit, set_request
 from .failures import BACKEND_FAILURES
 from .link import UNREAD, Link, NoLink
 from .load_coordinator import LoadCoordinator
 from .node import Node
 from .runners import AsyncRunner, Runner, ThreadRunner
-from .typed import fit
 
 if TYPE_CHECKING:
     from .payload import PayloadPipeline

@@ -1,14 +1,15 @@
-"""Validation of arguments: keys, times to live, durations and tags."""
+"""Validation: of keys, times to live, durations and tags that callers pass, and of cached values against a type."""
 
 from __future__ import annotations
 
+import functools
 import math
 import reprlib
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any, Literal, cast
 
-from cachebus.messages import CacheKeyError, Set, Ttl
+from cachebus.messages import CacheKeyError, CacheSerializationError, Set, Ttl
 
 TimeToLive = float | timedelta | Literal["default"] | None
 """Seconds (or a `timedelta`) that a value lives; `"default"` is the backend's, `None` is for ever."""
@@ -130,3 +131,37 @@ def set_request(
 def escape_pattern(text: str) -> str:
     r"""Return `text` so that it stands for itself in a pattern: `delete_pattern(f"user:{escape_pattern(name)}:*")`."""
     return "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in text)
+
+
+def fit(value: Any, kind: Any) -> Any:
+    """Return the value as a `kind`: a builtin, generic, dataclass, TypedDict or pydantic model.
+
+    Raises `CacheSerializationError` with the reason `type` if it does not fit. The sentence names places and shows no values.
+    """
+    from pydantic import ValidationError  # Takes longer to import than all of cachebus.
+
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        places = [".".join(map(str, each["loc"])) or "the value" for each in error.errors(include_input=False)]
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    raise CacheSerializationError(
+        f"the cached value is no {getattr(kind, '__qualname__', kind)}: {', '.join(places[:3])}{more} does not fit",
+        "type",
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _hashable_adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _adapter(kind: Any) -> Any:
+    try:
+        return _hashable_adapter(kind)
+    except TypeError:  # Annotated[int, [...]] and the like cannot be hashed.
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(kind)

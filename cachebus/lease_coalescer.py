@@ -1,9 +1,8 @@
 """Lease requests sent together: one question to the backend for all callers of this process who ask about a key at the same time.
 
-An answer is only good for the callers who asked before the question was sent: to a later caller it may be out of date. So callers
+An answer is valid only for callers who asked before the question was sent: for a later one it may be out of date. So callers
 who come while a question is on its way belong to the next round, which begins when this one has ended. However many ask, there
-are two questions: one on its way, and one to come. Tasks that an event loop has woken together, as with the replies of one
-batch, are in one round.
+are two questions: one on its way, and one to come. Tasks that an event loop wakes together share a round.
 """
 
 from __future__ import annotations
@@ -12,20 +11,19 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import Struct
+
 from .leased_load import LeasedLoad, LoadJob
 from .runners import Runner
 from .singleflight import CANCELLED, InFlightLoad, Raised, Value
 
 
-class _Round:
-    """The callers that one question is asked for. `sent` says that the question is on its way."""
+class _Round(Struct, eq=False):
+    """The callers that share one question. `sent` says that the question is on its way."""
 
-    __slots__ = ("answer", "next", "sent")
-
-    def __init__(self, job: LoadJob) -> None:
-        self.answer = InFlightLoad(owner=job.caller)
-        self.next: _Round | None = None
-        self.sent = False
+    answer: InFlightLoad
+    next: _Round | None = None
+    sent: bool = False
 
 
 class LeaseCoalescer:
@@ -56,7 +54,9 @@ class LeaseCoalescer:
                     await runner.wait(before.answer)
                 else:
                     await runner.let_others_run()
-                self._send(job.key, mine)
+                with self._guard:
+                    self._rounds[job.key] = mine
+                    mine.sent = True
                 load = make()
                 reply = await load.ask()
                 outcome = Value(reply)
@@ -75,19 +75,14 @@ class LeaseCoalescer:
             if current is not None and _is_over(current):
                 current = None
             if current is None:
-                mine = self._rounds[job.key] = _Round(job)
+                mine = self._rounds[job.key] = _Round(InFlightLoad(owner=job.caller))
                 return mine, None, True
             if not current.sent:
                 return current, None, False
             if current.next is None or _is_over(current.next):
-                current.next = _Round(job)
+                current.next = _Round(InFlightLoad(owner=job.caller))
                 return current.next, current, True
             return current.next, None, False
-
-    def _send(self, key: str, mine: _Round) -> None:
-        with self._guard:
-            self._rounds[key] = mine
-            mine.sent = True
 
     def _end(self, key: str, mine: _Round, before: _Round | None) -> None:
         with self._guard:

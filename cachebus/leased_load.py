@@ -36,9 +36,9 @@ from cachebus.messages import (
     Stale,
     Stored,
 )
-from cachebus.messages.lease_names import asked_as
+from cachebus.messages.leases import asked_as
 
-from .cached_errors import CachedFailure
+from .cached_errors import CachedError, CachedFailure
 from .load_options import LoadOptions
 from .loaders import LeftOut, LoadContext, LoadResult, as_result
 from .renewals import PER_LEASE, Renewals
@@ -366,9 +366,10 @@ class LeasedLoad(Struct, eq=False):
         job, link = self.job, self.runner.link
         if self.lease is None or self.stale is not None or (not self.lease and link.pipeline is None):
             return False  # The last, because a read that takes a shortcut would not notice that it is no value.
-        if (record := job.options.record_of(error)) is None:
+        options = job.options
+        if not isinstance(error, options.cache_errors) or (record := CachedError.of(error)) is None:
             return False
-        ttl = job.options.time_of_error(self.table.random)
+        ttl = (options.error_ttl or 0.0) * (1 - options.ttl_jitter * self.table.random.random())
         # With metadata, however empty, a read of it takes no shortcut.
         request = Set(job.key, record, ttl, job.tags, None, self.lease or None, LoadMetadata())
         try:

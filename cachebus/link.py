@@ -1,4 +1,4 @@
-"""The way from a facade to its backend."""
+"""Client through which a facade calls its backend, and what synchronous doubles of asynchronous classes need."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ UNREAD: Any = object()
 
 
 class Link:
-    """A bus, an address on it, the time that a call may take, in seconds, and what failures mean to the caller.
+    """Client through which a facade calls its backend actor. A call may take `timeout` seconds.
 
-    `turn_get`, `turn_set` and `turn_lease` take a message's turn on the caller's stack where that is possible. `epoch` is
-    the Unix time at which the monotonic clock was 0, as of the beginning: a later jump of the wall clock changes nothing. `timers` are those of
-    the node, on its event loop.
-    `locks` is the way to the node's lock manager.
+    `turn_get`, `turn_set` and `turn_lease` take a message's turn on the caller's stack if possible. `epoch` is the Unix time at
+    which the monotonic clock was 0: a later jump of the wall clock changes nothing. `timers` are those of the node, on its event
+    loop; `locks` is the client of its lock manager. With `blocking`, a coroutine blocks the thread and never suspends.
     """
 
     __slots__ = (
@@ -75,58 +74,47 @@ class Link:
 
     @property
     def pipeline(self) -> PayloadPipeline | None:
-        """What turns values into payloads; `None` where they stay objects."""
+        """The pipeline that turns values into payloads; `None` if they stay objects."""
         return None
 
     def value_of(self, key: str, value: Any, default: Any) -> Any:
         """Return the value that a read has found, as it is to the caller: `default` if that is none, or `UNREAD`."""
         return default if type(value) is CachedError else value
 
-    async def request(self, message: Request[R], patience: float = 0.0) -> R:
-        """Ask, awaiting the reply for `patience` seconds more than a call may take, or what stands for it (see
-        `Failures`)."""
+    async def request(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
+        """Return the reply, awaited for `patience` seconds more than a call may take, or its fallback (see `Failures`)."""
+        timeout = self.timeout + patience
         try:
-            return unwrap(await self.bus.request(self.address, message, self.timeout + patience))
+            if blocking:
+                return unwrap(self.bus.request_blocking(self.address, message, timeout))
+            return unwrap(await self.bus.request(self.address, message, timeout))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
 
-    async def request_blocking(self, message: Request[R], patience: float = 0.0) -> R:
-        """Ask, blocking this thread; a coroutine that never suspends, so that the facades can share their code."""
-        try:
-            return unwrap(self.bus.request_blocking(self.address, message, self.timeout + patience))
-        except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)
-
-    def send(self, message: Request[Any]) -> None:
-        """Send what nobody waits for."""
-        self.bus.send(self.address, message)
-
-    async def probe(self, message: Request[R], timeout: float) -> R:
-        """Ask within `timeout` seconds, for the reply or the error as it is: a failure counts nowhere."""
+    async def probe(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
+        """As `request`, but return the reply or raise the error as it is: a failure counts nowhere."""
+        timeout = self.timeout + patience
+        if blocking:
+            return self.bus.request_blocking(self.address, message, timeout)
         return await self.bus.request(self.address, message, timeout)
 
-    async def probe_blocking(self, message: Request[R], timeout: float) -> R:
-        """As `probe`, in the manner of `request_blocking`."""
-        return self.bus.request_blocking(self.address, message, timeout)
-
-    async def finish(self, message: Request[R], reply: Any) -> R:
-        """Come to the reply from what a turn has returned."""
+    async def finish(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
+        """Return the reply of a message whose turn has returned `reply`, or its fallback."""
         try:
+            if blocking:
+                return unwrap(self.bus.finish_blocking(self.address, message, reply, self.timeout))
             return unwrap(await self.bus.finish(self.address, message, reply, self.timeout))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
 
-    async def finish_blocking(self, message: Request[R], reply: Any) -> R:
-        """As `finish`, in the manner of `request_blocking`."""
-        try:
-            return unwrap(self.bus.finish_blocking(self.address, message, reply, self.timeout))
-        except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)
+    def send(self, message: Request[Any]) -> None:
+        """Send a message without awaiting the reply."""
+        self.bus.send(self.address, message)
 
     def subscribe(
         self, *what: type[Event] | str, capacity: int, since: Since = None, local: bool = False
     ) -> Subscription:
-        """Listen to the events of the bus."""
+        """Subscribe to the events of the bus."""
         if since is not None and local:
             raise ValueError("since and local exclude each other: a stream keeps what all processes have told")
         moment = check_since(since, self.bus.clock.wall())
@@ -134,7 +122,7 @@ class Link:
 
 
 class NoLink(Link):
-    """A way that is not there: every use says why."""
+    """The client of a closed cache: every use raises `CacheClosed` with the reason."""
 
     __slots__ = ("_why",)
 
@@ -147,7 +135,7 @@ class NoLink(Link):
         raise CacheClosed(self._why)
 
     def __getattr__(self, name: str) -> NoReturn:
-        # Reached for the slots that stay empty, whatever method of Link asks for them.
+        # Reached for the slots that stay empty, from whatever method of Link.
         raise CacheClosed(self._why)
 
     def _refuse(self, message: Any) -> NoReturn:

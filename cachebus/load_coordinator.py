@@ -1,9 +1,9 @@
-"""Coordinating loads: one load of a key in the whole fleet, shared by all callers who ask for it meanwhile.
+"""Coordination of loads: one load of a key among all processes, shared by all callers who ask for it meanwhile.
 
-A caller who misses asks the backend for the lease of the key. One caller of the fleet is granted it, and loads. To all others
-the backend names the lease under which the key is being loaded; the callers of one process share one `InFlightLoad` under that
-name, whichever process loads. So each caller's own question to the backend decides what it waits for, and no caller is given a
-value whose load began before an invalidation that had returned when the caller asked.
+A caller that misses asks the backend for the lease of the key. One caller is granted it, and loads. To all others the backend
+names the lease under which the key is being loaded; the callers of one process share one `InFlightLoad` under that name,
+whichever process loads. So each caller's own question to the backend decides what it waits for, and no caller gets a value
+whose load began before an invalidation that had returned when the caller asked.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class LoadCoordinator:
                     return await self._load_alone(runner, job, started)
                 elif isinstance(reply, Missing):
                     _raise_again(reply, job)
-                    # What is stored cannot be read, and another caller is replacing it, the end of which is not told.
+                    # The stored value cannot be read, and another caller is replacing it, with no notification of the end.
                     if now() - started >= min(options.wait_limit, options.hard_timeout or options.wait_limit):
                         return await self._load_alone(runner, job, started)
                     await runner.pause(pause * (0.5 + table.random.random() / 2))
@@ -139,8 +139,8 @@ class LoadCoordinator:
             else:
                 outcome = await self._wait(runner, options, in_flight, work, stale, started, is_leader=is_leader)
             if told and told not in in_flight.lease_names and not (outcome is TIMED_OUT or isinstance(outcome, Stale)):
-                # It was asked for by the same question, and is not the lease that this caller was told of: one may have
-                # been lost to an invalidation that had returned when this caller asked.
+                # The load's question was granted another lease than the one that this caller waits for, which an invalidation
+                # that had returned when this caller asked may have taken away.
                 continue
             if isinstance(outcome, Values):
                 outcome = outcome.by_key.get(job.key, LEFT_OUT)
@@ -166,7 +166,7 @@ class LoadCoordinator:
     def _join(
         self, runner: Runner, job: LoadJob, told: str, started: float, released: str
     ) -> tuple[InFlightLoad, LeaseFollower | None] | None:
-        """Return the load under the lease that the caller was told of, with its follower if that is still to be started.
+        """Return the load under the lease `told`, with its follower if that is still to be started.
 
         `None` means that the caller is to ask again.
         """
@@ -205,10 +205,10 @@ class LoadCoordinator:
         try:
             if timeout == 0.0 and limit == "soft":
                 if start is not None:
-                    in_flight.keep()
+                    in_flight.kept = True
                     start()
                 return stale
-            # A caller who has waited for as long as it may does not begin to wait for one more load.
+            # A caller whose time to wait is over does not begin to wait for one more load.
             if timeout != 0.0 or limit != "wait":
                 outcome = await runner.wait(in_flight, timeout, keep=limit != "wait", start=start)
                 if outcome is not TIMED_OUT:
@@ -221,18 +221,18 @@ class LoadCoordinator:
         if limit == "hard":
             raise CacheTimeoutError("the loader has not returned", runner.link.address, options.hard_timeout or 0.0)
         if options.wait == "raise":
-            raise CacheStampedeError(f"somebody else has been loading the key for {options.wait_limit:g} s")
+            raise CacheStampedeError(f"another caller has been loading the key for {options.wait_limit:g} s")
         return TIMED_OUT
 
     # Hits that are not only read
 
     def _note_hit(self, runner: Runner, job: LoadJob, found: Found) -> None:
-        """Refresh a value that was read, or let it live on, if the options ask for that."""
+        """Refresh a value that was read, or prolong its life, if the options ask for that."""
         options, link, table = job.options, runner.link, self.table
         if isinstance(found, Loaded) and options.wants_refresh(found, table.random) and job.key not in table.refreshing:
             load = self._new_load(runner, job, link.bus.clock.monotonic())
             load.refreshed = found
-            load.in_flight.keep()
+            load.in_flight.kept = True
             table.refreshing.add(job.key)
             try:
                 load.start()
@@ -319,7 +319,18 @@ class LoadCoordinator:
             try:
                 answers = await runner.ask_all([load.question() for load in loads.values()])
                 for (key, load), reply in zip(loads.items(), answers, strict=True):
-                    replies[key] = self._leased(load, reply)
+                    if isinstance(reply, Failed):
+                        error = reply.error()
+                        if isinstance(error, CapabilityError):
+                            self._leasing = False
+                        elif not isinstance(error, Overloaded):
+                            raise error
+                    elif isinstance(reply, NotHeld):
+                        load.release(load.token)
+                    else:
+                        replies[key] = reply
+                        if isinstance(reply, LeaseGranted):
+                            load.granted(reply)
             except BaseException:
                 for load in loads.values():
                     if not load.is_held:
@@ -331,24 +342,9 @@ class LoadCoordinator:
                         in_flight.pop(load.token, None)
         if not self._leasing:
             for key, reply in replies.items():
-                loads[key].lease = "" if reply is None else loads[key].lease
+                if reply is None:
+                    loads[key].lease = ""
         return replies
-
-    def _leased(self, load: LeasedLoad, reply: Any) -> Any:
-        """Return the reply to the question of a load; `None` if the key cannot be leased."""
-        if isinstance(reply, Failed):
-            error = reply.error()
-            if isinstance(error, CapabilityError):
-                self._leasing = False
-            elif not isinstance(error, Overloaded):
-                raise error
-            return None
-        if isinstance(reply, NotHeld):
-            load.release(load.token)
-            return None
-        if isinstance(reply, LeaseGranted):
-            load.granted(reply)
-        return reply
 
     async def _load_group(self, group: GroupLoad, started: float) -> dict[str, Any]:
         runner, stale = group.runner, group.stale()

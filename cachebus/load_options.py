@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from types import EllipsisType
 from typing import Any, Literal, TypedDict, Unpack
@@ -14,7 +15,7 @@ from msgspec.structs import replace
 
 from cachebus.messages import Loaded, LoadMetadata, Ttl
 
-from .cached_errors import CachedError, CachedFailure, check_classes
+from .cached_errors import CachedFailure, check_classes
 from .checks import Duration, TimeToLive, check_seconds, check_tags, check_ttl
 from .loaders import LoadResult
 
@@ -95,13 +96,10 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
             )
         if "cache_errors" in options:
             options["cache_errors"] = check_classes(options["cache_errors"])
-        try:
-            # Of a function as `ttl`, each call has one of its own, which is not to be kept.
-            return _checked(ttl, checked, **options) if callable(ttl) else _checked_once(ttl, checked, **options)
-        except TypeError:
-            return _checked(
-                ttl, checked, **options
-            )  # Something that cannot be hashed, or is wrong: the error says which.
+        if not callable(ttl):  # A function may be another one in each call, which would fill the cache.
+            with suppress(TypeError):  # An option that cannot be hashed, or is wrong: the error below names it.
+                return _checked_once(ttl, checked, **options)
+        return _checked(ttl, checked, **options)
 
     def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
         """Return the time to live of a loaded value: what its loader said, or else what these options say."""
@@ -125,14 +123,6 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         """Return the seconds that a value may live at most, however often it is read; `None` if that is not known."""
         ttl = self.negative_ttl if value is None and self.negative_ttl is not None else self.ttl
         return ttl if isinstance(ttl, float) else None
-
-    def record_of(self, error: Exception) -> CachedError | None:
-        """Return what is to be stored of a loader's exception, if anything."""
-        return CachedError.of(error) if self.cache_errors and isinstance(error, self.cache_errors) else None
-
-    def time_of_error(self, chance: random.Random) -> float:
-        """Return the seconds for which an exception is kept."""
-        return (self.error_ttl or 0.0) * (1 - self.ttl_jitter * chance.random())
 
     def recalled(self, failure: CachedFailure) -> Exception | None:
         """Return the exception that was kept, if this caller asks for such."""

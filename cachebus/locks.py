@@ -119,7 +119,7 @@ class Lock:
             raise CacheError(f"this object holds the lock {self.name!r} already, or waits for it: make another one")
         self._end()
         self._waits = True
-        ticket, refused = next_ticket(), False
+        ticket, refused = f"{origin()}-{next(_numbers)}", False
         try:
             reply, sent = await self._attempt(ticket)
             if refused := not isinstance(reply, LockGranted):
@@ -291,11 +291,6 @@ class SyncLock:
     __exit__ = blocking(Lock.__aexit__)
 
 
-def next_ticket() -> str:
-    """Return a name for one attempt to acquire a lock, unlike any other."""
-    return f"{origin()}-{next(_numbers)}"
-
-
 def check_owner(owner: object) -> str:
     """Return `owner` if it can be sent to others, else raise `TypeError` or `ValueError`."""
     if not isinstance(owner, str):
@@ -307,4 +302,4 @@ def check_owner(owner: object) -> str:
 
 
 _host = cache(socket.gethostname)
-_numbers = itertools.count()
+_numbers = itertools.count()  # One for each attempt to acquire a lock.

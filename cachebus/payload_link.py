@@ -128,14 +128,10 @@ class PayloadLink(Link):
             return default
         return default if type(value) is CachedError else value
 
-    async def request(self, message: Request[R], patience: float = 0.0) -> R:
+    async def request(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
         """As `Link.request`."""
-        return cast("R", await self._answer(_WAITING, message, await self._coded(_WAITING, message), patience=patience))
-
-    async def request_blocking(self, message: Request[R], patience: float = 0.0) -> R:
-        """As `Link.request_blocking`."""
-        coded = await self._coded(_BLOCKING, message)
-        return cast("R", await self._answer(_BLOCKING, message, coded, patience=patience))
+        coded = await self._coded(blocking, message)
+        return cast("R", await self._answer(blocking, message, coded, patience=patience))
 
     def send(self, message: Request[Any]) -> None:
         """As `Link.send`."""
@@ -147,8 +143,10 @@ class PayloadLink(Link):
                 message = replace(message, late=None)  # The followers load by themselves.
         super().send(message)
 
-    async def finish(self, message: Request[R], reply: Any) -> R:
+    async def finish(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
         """As `Link.finish`."""
+        if blocking:
+            return cast("R", await self._answer(_BLOCKING, message, message, reply))
         # Most calls of a remote backend come by here: the commonest of `_answer`, in a third of the time.
         coded: Any = message
         if type(reply) is Handed:
@@ -192,10 +190,6 @@ class PayloadLink(Link):
                 return cast("R", await self._unreadable(ask, coded, error))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
-
-    async def finish_blocking(self, message: Request[R], reply: Any) -> R:
-        """As `Link.finish_blocking`."""
-        return cast("R", await self._answer(_BLOCKING, message, message, reply))
 
     async def _answer(
         self, blocking: bool, message: Request[Any], coded: Any, turned: Any = _UNASKED, patience: float = 0.0

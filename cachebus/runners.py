@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-import os
 import threading
 import time
 from asyncio import CancelledError, current_task
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import anyio
 import anyio.to_thread
@@ -23,9 +22,7 @@ from cachebus.messages import CacheError, Failed, LoadFailed, LoadStarted, LoadS
 from .background import BACKGROUND
 from .link import Link, run
 from .loaders import awaited
-from .singleflight import CURRENT_LOADS, InFlightLoad
-
-R = TypeVar("R")
+from .singleflight import CURRENT_LOADS, InFlightLoad, PerProcess
 
 MAX_THREADS = 64
 """The most threads in which plain loaders of synchronous caches may go on by themselves. Beyond that, they run in the thread of
@@ -46,8 +43,7 @@ class Work(Protocol):
 class AsyncRunner:
     """Runs loads as tasks of asyncio or trio.
 
-    `ask` asks the backend, up to `patience` seconds longer than a call may take; `finish` returns the reply, given what a turn has
-    returned; `wait` is `InFlightLoad.wait`.
+    `ask`, `finish` and `probe` are `request`, `finish` and `probe` of the link; `wait` is `InFlightLoad.wait`.
     """
 
     blocks = False
@@ -57,10 +53,7 @@ class AsyncRunner:
         self.link = link
         self.ask: Any = link.request
         self.finish: Any = link.finish
-
-    async def probe(self, request: Request[R], patience: float = 0.0) -> R:
-        """As `ask`, for the error as it is, which counts nowhere."""
-        return await self.link.probe(request, self.link.timeout + patience)
+        self.probe: Any = link.probe
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         """Ask the backend several things at once. A request that fails has `Failed` as its reply."""
@@ -148,17 +141,15 @@ class ThreadRunner:
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        self.ask: Any = link.request_blocking
-        self.finish: Any = link.finish_blocking
-
-    async def probe(self, request: Request[R], patience: float = 0.0) -> R:
-        return await self.link.probe_blocking(request, self.link.timeout + patience)
+        self.ask: Any = partial(link.request, blocking=True)
+        self.finish: Any = partial(link.finish, blocking=True)
+        self.probe: Any = partial(link.probe, blocking=True)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         replies: list[Any] = []
         for request in requests:
             try:
-                replies.append(await self.link.request_blocking(request))
+                replies.append(await self.ask(request))
             except CacheError as error:
                 replies.append(Failed.of(error))
         return replies
@@ -190,7 +181,7 @@ class ThreadRunner:
     def start(self, work: Work, *, background: bool) -> None:
         # Before the thread starts: until then the caller is the owner, and may be gone soon.
         work.in_flight.owner = running = work.run()
-        free = _threads.free
+        free = _threads.value
         if not background or not free.acquire(blocking=False):
             _run(running, work)
             return
@@ -256,17 +247,5 @@ async def call_loader(
     return loaded, duration
 
 
-class _Threads:
-    """The threads that may still be started. The child of a fork has none of its parent's, and begins with all."""
-
-    def __init__(self) -> None:
-        self.forked()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.forked)
-
-    def forked(self) -> None:
-        """Count no thread as started."""
-        self.free = threading.BoundedSemaphore(MAX_THREADS)
-
-
-_threads = _Threads()
+_threads = PerProcess(lambda: threading.BoundedSemaphore(MAX_THREADS))
+"""The threads that may still be started. The child of a fork has none of its parent's."""

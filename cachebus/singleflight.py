@@ -10,12 +10,14 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from msgspec import Struct, field
 
 from cachebus.bus import Port, ThreadPort, open_port
 from cachebus.messages import CacheError
+
+T = TypeVar("T")
 
 
 class _Outcome(Struct, frozen=True):
@@ -63,7 +65,7 @@ class Raised(Struct, frozen=True):
 class InFlightLoad(Struct, eq=False, kw_only=True):
     """A load that callers wait for, as tasks of any event loop or as threads.
 
-    When the last waiter leaves, `cancel` is called, unless a waiter asked for the load to go on. `lease_names` are the leases
+    When the last waiter leaves, `cancel` is called, unless the load is to be `kept`. `lease_names` are the leases
     that it loads under or waits for. `thread` is where it runs, or where its event loop does. `owner` is the coroutine that
     will resolve it. `waits_for` counts the waits of its loader for other loads.
     """
@@ -73,11 +75,11 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
     owner: Coroutine[Any, Any, Any] | None = None
     outcome: Any = None
     cancel: Callable[[], None] | None = None
+    kept: bool = False
     lease_names: set[str] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     _guard: threading.Lock = field(default_factory=threading.Lock)
     _waiters: dict[Port, None] = field(default_factory=dict)
-    _kept: bool = False
     _starting: bool = False
 
     @property
@@ -89,10 +91,6 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
         """Return whether the owner ended without resolving the load, as an interrupted thread may."""
         owner = self.owner
         return owner is not None and not self.resolved and inspect.getcoroutinestate(owner) == inspect.CORO_CLOSED
-
-    def keep(self) -> None:
-        """Let the load go on when all waiters have left."""
-        self._kept = True
 
     async def wait(
         self,
@@ -129,7 +127,7 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
                 outcome: Any = port.wait(timeout, lambda: TIMED_OUT)
                 if not blocking:
                     outcome = await outcome
-                self._kept = self._kept or (keep and outcome is TIMED_OUT)
+                self.kept = self.kept or (keep and outcome is TIMED_OUT)
                 return outcome
             finally:
                 if not self.resolved:
@@ -150,7 +148,7 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
         """Forget a waiter; without any other the load is cancelled, unless it is to go on."""
         with self._guard:
             self._waiters.pop(port, None)
-            forsaken = not (self.resolved or self._waiters or self._kept or self._starting)
+            forsaken = not (self.resolved or self._waiters or self.kept or self._starting)
         if forsaken and self.cancel is not None:
             self.cancel()
 
@@ -170,19 +168,21 @@ CURRENT_LOADS: ContextVar[tuple[InFlightLoad, ...]] = ContextVar("loads", defaul
 """The loads on whose behalf the current task or thread works, outermost first."""
 
 
-class _Graph:
-    """The lock of the graph. The child of a fork gets a new one, because no thread of the child would release the old one."""
+class PerProcess(Generic[T]):
+    """Something that the child of a fork makes again, because no thread of the child would release or give back the old one."""
 
-    def __init__(self) -> None:
-        self.forked()
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self.renew()
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.forked)
+            os.register_at_fork(after_in_child=self.renew)
 
-    def forked(self) -> None:
-        self.lock = threading.Lock()
+    def renew(self) -> None:
+        """Make it again."""
+        self.value = self._make()
 
 
-_graph = _Graph()
+_graph = PerProcess(threading.Lock)
 
 
 def _add_edge(loads: tuple[InFlightLoad, ...], awaited: InFlightLoad) -> InFlightLoad | None:
@@ -194,7 +194,7 @@ def _add_edge(loads: tuple[InFlightLoad, ...], awaited: InFlightLoad) -> InFligh
     if not chain:
         return None
     waiting = chain[-1]
-    with _graph.lock:
+    with _graph.value:
         if awaited in chain:
             raise CacheError("a loader asks for the very key that it is loading, and would wait for itself")
         if _reaches(awaited, waiting):
@@ -205,7 +205,7 @@ def _add_edge(loads: tuple[InFlightLoad, ...], awaited: InFlightLoad) -> InFligh
 
 def _remove_edge(waiting: InFlightLoad, awaited: InFlightLoad) -> None:
     """Take back what `_add_edge` noted."""
-    with _graph.lock:
+    with _graph.value:
         left = waiting.waits_for.get(awaited, 0) - 1
         if left > 0:
             waiting.waits_for[awaited] = left

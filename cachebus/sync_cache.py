@@ -53,9 +53,16 @@ class SyncCache:
         self.loads.forked()
         self._guard = threading.Lock()
         self._hosted: Hosted | None = None
+        self._unopen()
+
+    def _unopen(self) -> None:
         self._cache: Cache | None = None
-        self._turn_get: Turn = self._open_and_get
-        self._turn_set: Turn = self._open_and_set
+        self._turn_get: Turn = self._first_turn
+        self._turn_set: Turn = self._first_turn
+
+    def _first_turn(self, request: Any) -> Any:
+        link = self.link  # Opens the cache, unless it is closed.
+        return link.turn_get(request) if type(request) is Get else link.turn_set(request)
 
     def __repr__(self) -> str:
         where = "closed" if self._closed else "unopened" if self._cache is None else str(self._cache.link.address)
@@ -72,8 +79,7 @@ class SyncCache:
         """Finish the calls under way and refuse new ones. Safe to call twice."""
         with self._guard:
             self._closed = True
-            self._cache = None
-            self._turn_get, self._turn_set = self._open_and_get, self._open_and_set
+            self._unopen()
             hosted, self._hosted = self._hosted, None
         if hosted is not None:
             BACKGROUND.run(hosted.close)
@@ -98,12 +104,6 @@ class SyncCache:
             return self._cache
 
     _inner = property(_opened)  # For `mirrored`.
-
-    def _open_and_get(self, message: Any) -> Any:
-        return self._opened().link.turn_get(message)
-
-    def _open_and_set(self, message: Any) -> Any:
-        return self._opened().link.turn_set(message)
 
     @property
     def blocking_cache(self) -> Cache:
@@ -145,7 +145,7 @@ class SyncCache:
         """As `Cache.set`."""
         request = set_request(key, value, ttl, tags, only_if)
         reply = self._turn_set(request)
-        return isinstance(reply if type(reply) is Stored else run(self.link.finish_blocking(request, reply)), Stored)
+        return type(reply) is Stored or isinstance(run(self.link.finish(request, reply, blocking=True)), Stored)
 
     def get_or_load(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from cachebus.messages import BadMessage, GetOrLease, LoadMetadata, RenewLease
-from cachebus.messages.lease_names import ASKED_MAX
+from cachebus.messages.leases import ASKED_MAX
 
 LONGEST = 1e12
 """Seconds: 31,000 years. Longer ones count as this: servers refuse what overflows when they add the time of day."""

@@ -31,7 +31,7 @@ from cachebus.messages import (
     Stale,
     Stored,
 )
-from cachebus.messages.lease_names import new_lease_name
+from cachebus.messages.leases import new_lease_name
 
 from .durations import check_lease
 from .eviction import Entry

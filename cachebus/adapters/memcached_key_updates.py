@@ -38,7 +38,7 @@ from cachebus.messages import (
     Touch,
     WrongType,
 )
-from cachebus.messages.lease_names import asked_as, new_lease_name
+from cachebus.messages.leases import asked_as, new_lease_name
 
 from .durations import check_lease
 from .forms import INT, decode_form, encode_form

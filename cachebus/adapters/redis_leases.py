@@ -36,7 +36,7 @@ from cachebus.messages import (
     Set,
     Stored,
 )
-from cachebus.messages.lease_names import NONCE_LENGTH, new_lease_name
+from cachebus.messages.leases import NONCE_LENGTH, new_lease_name
 
 from .durations import check_lease, time_stale
 from .redis_commands import slot_of, tag_of

@@ -85,9 +85,7 @@ from .locks import LockInfo as LockInfo
 from .locks import LockQueued as LockQueued
 from .locks import ReleaseLock as ReleaseLock
 from .locks import RenewLock as RenewLock
-from .rates import Admit as Admit
-from .rates import Admitted as Admitted
-from .rates import RateLimitDenied as RateLimitDenied
+from .replies import Admitted as Admitted
 from .replies import Cleared as Cleared
 from .replies import Deleted as Deleted
 from .replies import Description as Description
@@ -101,11 +99,13 @@ from .replies import Missing as Missing
 from .replies import NotStored as NotStored
 from .replies import Pong as Pong
 from .replies import Present as Present
+from .replies import RateLimitDenied as RateLimitDenied
 from .replies import Scanned as Scanned
 from .replies import Snapshot as Snapshot
 from .replies import Stored as Stored
 from .replies import StoredMany as StoredMany
 from .requests import Add as Add
+from .requests import Admit as Admit
 from .requests import Clear as Clear
 from .requests import CompareAndSet as CompareAndSet
 from .requests import Delete as Delete

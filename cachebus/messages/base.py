@@ -45,24 +45,30 @@ class Message(msgspec.Struct, frozen=True, tag_field="kind", tag=""):
 
 
 class Reply(Message, frozen=True, tag=""):
-    """What became of a request."""
+    """The outcome of a request."""
 
 
 class Request(Message, Generic[ReplyT_co], frozen=True, tag=""):
-    """Something that an actor is asked to do; the parameter names the replies that may come back."""
+    """A task for an actor; the parameter names the possible replies."""
 
     IDEMPOTENT: ClassVar[bool] = False
-    """Doing it twice does what doing it once does: after a crash the actor's next incarnation may be handed it again."""
+    """Twice has the effect of once: after a crash the actor's next incarnation may get it again."""
 
     INVALIDATES: ClassVar[bool] = False
     """It removes what is out of date: a full mailbox still takes it, because losing one means stale reads."""
 
 
+class IdempotentRequest(Request[ReplyT_co], Generic[ReplyT_co], frozen=True, tag=""):
+    """A request that may be carried out twice."""
+
+    IDEMPOTENT: ClassVar[bool] = True
+
+
 class Event(Message, frozen=True, kw_only=True, tag=""):
-    """A fact about the past, published to its listeners. The emitter fills in these common fields.
+    """A fact about the past, published to its subscribers. The emitter fills in these common fields.
 
     `id` names the event for ever; `origin` is the process; `epoch` names the incarnation of the actor that emitted it,
-    and `seq` counts the events of that incarnation, from 1, so that a listener notices a gap. `time` is Unix time in
+    and `seq` counts the events of that incarnation, from 1, so that a subscriber notices a gap. `time` is Unix time in
     seconds. `trace` is the W3C `traceparent` of the call, if there is one.
     """
 
@@ -103,9 +109,9 @@ WIRE_NAMES: Mapping[str, type[Message]] = WireNames()
 
 
 def reply_types(request: type[Request[Any]]) -> tuple[type[Reply], ...]:
-    """The replies that a request names, without `Failed`, which any request may get."""
+    """Return the replies that a request names, without `Failed`, which any request may get."""
     for base in getattr(request, "__orig_bases__", ()):
-        if getattr(base, "__origin__", None) is Request:
+        if issubclass(getattr(base, "__origin__", object), Request):
             (answer,) = base.__args__
             return tuple(getattr(answer, "__args__", (answer,)))
     raise TypeError(f"{request.__name__} does not say Request[...] with its reply types")

@@ -1,4 +1,4 @@
-"""Events: what happened, in the words that users know. The common fields are those of `Event`."""
+"""Events: facts about the past. The common fields are those of `Event`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .base import Event
 
 
 class RemovalCause(StrEnum):
-    """Why a value went: `EXPLICIT` somebody asked, `REPLACED` by a newer one, `EXPIRED` its time was up, `SIZE` the
-    store was full."""
+    """The cause of a removal: `EXPLICIT` on request, `REPLACED` by a newer value, `EXPIRED` at the end of its time, `SIZE` because
+    the store was full."""
 
     # Enum's own hash is written in Python, and these are keys of counters on hot paths.
     __hash__ = str.__hash__
@@ -24,44 +24,40 @@ class RemovalCause(StrEnum):
     SIZE = "size"
 
 
-class CacheHit(Event, frozen=True, gc=False, tag="event.cache_hit"):
+class KeyEvent(Event, frozen=True, gc=False, tag=""):
+    """An event about one key, or about the lock or the rate limit of that name."""
+
+    key: str
+
+
+class CacheHit(KeyEvent, frozen=True, gc=False, tag="event.cache_hit"):
     """A key was read and had a live value."""
 
-    key: str
 
-
-class CacheMiss(Event, frozen=True, gc=False, tag="event.cache_miss"):
+class CacheMiss(KeyEvent, frozen=True, gc=False, tag="event.cache_miss"):
     """A key was read and had none."""
 
-    key: str
 
-
-class CacheSet(Event, frozen=True, gc=False, tag="event.cache_set"):
+class CacheSet(KeyEvent, frozen=True, gc=False, tag="event.cache_set"):
     """A value was stored. `ttl` is in seconds."""
 
-    key: str
     version: float = 0.0
     ttl: float | None = None
     tags: tuple[str, ...] = ()
 
 
-class CacheDeleted(Event, frozen=True, gc=False, tag="event.cache_deleted"):
-    """A key was removed because somebody asked."""
-
-    key: str
+class CacheDeleted(KeyEvent, frozen=True, gc=False, tag="event.cache_deleted"):
+    """A key was removed on request."""
 
 
-class CacheEvicted(Event, frozen=True, gc=False, tag="event.cache_evicted"):
-    """A value was given up for its `cause`: always `SIZE` so far."""
+class CacheEvicted(KeyEvent, frozen=True, gc=False, tag="event.cache_evicted"):
+    """A value was evicted for `cause`: always `SIZE` so far."""
 
-    key: str
     cause: RemovalCause = RemovalCause.SIZE
 
 
-class CacheExpired(Event, frozen=True, gc=False, tag="event.cache_expired"):
-    """A value was removed because its time was up. It was unreadable from that moment, whenever this is said."""
-
-    key: str
+class CacheExpired(KeyEvent, frozen=True, gc=False, tag="event.cache_expired"):
+    """A value was removed because its time was up. It was unreadable since then, even if the event comes later."""
 
 
 class CacheCleared(Event, frozen=True, gc=False, tag="event.cache_cleared"):
@@ -74,87 +70,71 @@ class TagsInvalidated(Event, frozen=True, gc=False, tag="event.tags_invalidated"
     tags: tuple[str, ...]
 
 
-class PayloadRejected(Event, frozen=True, gc=False, tag="event.payload_rejected"):
-    """What is stored under a key was not taken, for `reason`, and the read is a miss. `serializer` is the reader's own."""
+class PayloadRejected(KeyEvent, frozen=True, gc=False, tag="event.payload_rejected"):
+    """A stored payload was rejected for `reason`, and the read is a miss. `serializer` is that of the reader."""
 
-    key: str
     reason: str
     serializer: str = ""
     tenant: str = ""
 
 
-class PayloadSealed(Event, frozen=True, gc=False, tag="event.payload_sealed"):
+class PayloadSealed(KeyEvent, frozen=True, gc=False, tag="event.payload_sealed"):
     """A payload of `size` bytes was sealed for `tenant`, with the key `key_id`."""
 
-    key: str
     key_id: str
     tenant: str = ""
     size: int = 0
 
 
-class LoadStarted(Event, frozen=True, gc=False, tag="event.load_started"):
+class LoadStarted(KeyEvent, frozen=True, gc=False, tag="event.load_started"):
     """A loader was called for a key."""
 
-    key: str
 
-
-class LoadSucceeded(Event, frozen=True, gc=False, tag="event.load_succeeded"):
+class LoadSucceeded(KeyEvent, frozen=True, gc=False, tag="event.load_succeeded"):
     """A loader returned, after `duration` seconds."""
 
-    key: str
     duration: float = 0.0
 
 
-class LoadFailed(Event, frozen=True, gc=False, tag="event.load_failed"):
+class LoadFailed(KeyEvent, frozen=True, gc=False, tag="event.load_failed"):
     """A loader raised `error` (its type's name), after `duration` seconds."""
 
-    key: str
     error: str
     duration: float = 0.0
 
 
-class StaleServed(Event, frozen=True, gc=False, tag="event.stale_served"):
-    """A value whose time to live was over was served, because nothing fresher was to be had in time."""
-
-    key: str
+class StaleServed(KeyEvent, frozen=True, gc=False, tag="event.stale_served"):
+    """A value was served after its time to live, because no fresher one came in time."""
 
 
-class LoadLeaseLost(Event, frozen=True, gc=False, tag="event.load_lease_lost"):
-    """A loaded value was not stored, because the right to do so was lost on the way: to an invalidation or a write of
-    the key, or because the load outlasted its lease."""
-
-    key: str
+class LoadLeaseLost(KeyEvent, frozen=True, gc=False, tag="event.load_lease_lost"):
+    """A loaded value was not stored, because its lease was lost to an invalidation or a write of the key, or ran out."""
 
 
-class RateLimitExceeded(Event, frozen=True, gc=False, tag="event.rate_limit_exceeded"):
-    """A caller was refused: the limit that `key` names had no `cost` units left, and will have them after `retry_after`
-    seconds."""
+class RateLimitExceeded(KeyEvent, frozen=True, gc=False, tag="event.rate_limit_exceeded"):
+    """A caller was refused: the limit named `key` had no `cost` units left. It has them again after `retry_after` seconds."""
 
-    key: str
     cost: int = 1
     retry_after: float = 0.0
 
 
-class LockAcquired(Event, frozen=True, gc=False, tag="event.lock_acquired"):
+class LockAcquired(KeyEvent, frozen=True, gc=False, tag="event.lock_acquired"):
     """`owner` holds the lock named `key`, with the fencing token `token`."""
 
-    key: str
     owner: str
     token: int
 
 
-class LockReleased(Event, frozen=True, gc=False, tag="event.lock_released"):
-    """`owner` gave the lock named `key` back."""
+class LockReleased(KeyEvent, frozen=True, gc=False, tag="event.lock_released"):
+    """`owner` released the lock named `key`."""
 
-    key: str
     owner: str = ""
     token: int = 0
 
 
-class LockExpired(Event, frozen=True, gc=False, tag="event.lock_expired"):
-    """The time of `owner`, who held the lock named `key`, ran out. It was so from that moment, whenever this is said."""
+class LockExpired(KeyEvent, frozen=True, gc=False, tag="event.lock_expired"):
+    """The lock named `key`, held by `owner`, ran out. It was free since then, even if the event comes later."""
 
-    key: str
     owner: str = ""
     token: int = 0
 
@@ -173,7 +153,7 @@ class BackendDisconnected(Event, frozen=True, gc=False, tag="event.backend_disco
 
 
 class CircuitOpened(Event, frozen=True, gc=False, tag="event.circuit_opened"):
-    """A backend failed `failures` times in a row, and is left alone for `retry_after` seconds."""
+    """A backend failed `failures` times in a row, and gets no requests for `retry_after` seconds."""
 
     address: str
     failures: int
@@ -181,15 +161,15 @@ class CircuitOpened(Event, frozen=True, gc=False, tag="event.circuit_opened"):
 
 
 class CircuitClosed(Event, frozen=True, gc=False, tag="event.circuit_closed"):
-    """A backend that was left alone works again."""
+    """A backend whose circuit was open works again."""
 
     address: str
 
 
 class RequestFailed(Event, frozen=True, gc=False, tag="event.request_failed"):
-    """A backend did not do what a caller asked, a request of the kind `request` (its wire name), for the reason `error`
-    (an error's code). A read was answered as a miss (`missed`), a write was not stored (`dropped`), who asked a rate limit
-    went on (`admitted`), or the caller got the error (`raised`). `key` is empty where it was not about one."""
+    """A backend failed a request with the wire name `request`, with an error of the code `error`. A read became a miss (`missed`), a
+    write was not stored (`dropped`), a rate limit was passed (`admitted`), or the caller got the error (`raised`). `key` is empty
+    if the request has none."""
 
     request: str
     error: str
@@ -204,7 +184,7 @@ class ActorStarted(Event, frozen=True, gc=False, tag="event.actor_started"):
 
 
 class ActorRestarted(Event, frozen=True, gc=False, tag="event.actor_restarted"):
-    """An actor crashed for `reason` (the exception's type) and has a new life, its `restarts`-th."""
+    """An actor crashed for `reason` (the exception's type) and was restarted, for the `restarts`-th time."""
 
     address: str
     reason: str
@@ -212,7 +192,7 @@ class ActorRestarted(Event, frozen=True, gc=False, tag="event.actor_restarted"):
 
 
 class ActorGaveUp(Event, frozen=True, gc=False, tag="event.actor_gave_up"):
-    """An actor crashed too often and stays down; its mail is answered with `ActorFailed`."""
+    """An actor crashed too often and stays down; its requests are answered with `ActorFailed`."""
 
     address: str
     reason: str
@@ -220,13 +200,13 @@ class ActorGaveUp(Event, frozen=True, gc=False, tag="event.actor_gave_up"):
 
 
 class ActorStopped(Event, frozen=True, gc=False, tag="event.actor_stopped"):
-    """An actor answered what it had been sent and takes no more."""
+    """An actor answered its last request and takes no more."""
 
     address: str
 
 
 class DeadLetter(Event, frozen=True, gc=False, tag="event.dead_letter"):
-    """A message that nobody waits for could not be delivered. `wire_name` says what kind it was."""
+    """A message without a waiting sender could not be delivered. `wire_name` is that of the message."""
 
     address: str
     wire_name: str
@@ -234,8 +214,8 @@ class DeadLetter(Event, frozen=True, gc=False, tag="event.dead_letter"):
 
 
 class EventsMissed(Event, frozen=True, gc=False, tag="event.events_missed"):
-    """Events of other processes did not arrive: `count` of kind `event` from the process `source`. Where these are empty
-    and 0, the connection was away, and nobody knows what was told meanwhile. `backend` is empty."""
+    """Events of other processes did not arrive: `count` of kind `event` from the process `source`. If these are empty and 0, the
+    connection was lost, and the number is unknown. `backend` is empty."""
 
     source: str
     event: str
@@ -243,9 +223,8 @@ class EventsMissed(Event, frozen=True, gc=False, tag="event.events_missed"):
 
 
 class Heartbeat(Event, frozen=True, tag="event.heartbeat"):
-    """A process that has told events says how far their numbers go: `last` is the last `seq` of its `epoch` by kind and
-    backend, such as `cache_set.primary`. It beats every `interval` seconds. Only who asks for heartbeats by name hears
-    them: they are about events."""
+    """A process that emits events reports their numbers: `last` is the last `seq` of its `epoch` by kind and backend, such as
+    `cache_set.primary`. It does so every `interval` seconds. Subscribers get heartbeats only if they name them."""
 
     interval: float = 0.0
     last: Mapping[str, int] = msgspec.field(default_factory=dict[str, int])

@@ -1,19 +1,41 @@
-"""Leases: the right of one caller in the whole fleet to load a key, and what the others are told meanwhile."""
+"""Leases: the right of one caller among all processes to load a key, and the replies to the others meanwhile.
+
+The name of a lease is the token of its question, a dot, and a nonce of the store's own. A question may be sent twice, if no
+answer came in time, and the first copy may be carried out when all is over: late enough to grant again what an invalidation
+has taken away. The nonce makes that another lease, under which no caller loads, so that the holder of the first stores
+nothing with it.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import os
+from typing import Any
 
 import msgspec
 
-from .base import Reply, Request
+from .base import IdempotentRequest, Reply
 from .replies import Found
+
+NONCE_LENGTH = 16
+"""Characters of a nonce."""
+
+ASKED_MAX = 255 - NONCE_LENGTH - 1
+"""The most bytes of a token. So the length of a name fits into a byte."""
+
+
+def new_lease_name(token: str) -> str:
+    """Return a name for a lease that was asked for with `token`, unlike any other."""
+    return f"{token}.{os.urandom(NONCE_LENGTH // 2).hex()}"
+
+
+def asked_as(name: str) -> str:
+    """Return the token with which the lease of this name was asked for."""
+    return name[: -NONCE_LENGTH - 1]
 
 
 class LoadMetadata(msgspec.Struct, frozen=True, gc=False):
-    """How a value came to be, kept with its entry. `load_time` is the seconds that its loader took, `stale_for` the
-    seconds after its time to live for which it may be served where nothing fresher is to be had, `etag` its version at
-    the source."""
+    """Metadata of a load, stored with the value. `load_time` is the seconds that the loader took, `stale_for` the seconds after
+    its time to live for which the value may be served stale, `etag` its version at the source."""
 
     load_time: float = 0.0
     stale_for: float = 0.0
@@ -21,8 +43,8 @@ class LoadMetadata(msgspec.Struct, frozen=True, gc=False):
 
 
 class Stale(Reply, frozen=True, tag="reply.stale"):
-    """A value whose time to live is over, and that may still be served. `lease` is the token of the load that is under
-    way, empty where there is none; `remaining` the seconds that its lease has left. The rest is as in `Loaded`."""
+    """A value whose time to live is over, and that may still be served. `lease` names the lease of the load under way, if there
+    is one; `remaining` is the seconds that it has left. The rest is as in `Loaded`."""
 
     value: Any
     version: float = 0.0
@@ -35,15 +57,14 @@ class Stale(Reply, frozen=True, tag="reply.stale"):
 
 
 class LeaseGranted(Reply, frozen=True, tag="reply.lease_granted"):
-    """Whoever asked shall load the value, and store it with `token`, which is the name of this lease and of no other: what
-    was asked for, with a nonce of the store's. `stale` is what may be served until then."""
+    """The caller is to load the value, and to store it with `token`, the name of this lease. `stale` may be served until then."""
 
     token: str
     stale: Stale | None = None
 
 
 class Loading(Reply, frozen=True, gc=False, tag="reply.loading"):
-    """Somebody else loads the value, under the lease `token`, which has `remaining` seconds left."""
+    """Another caller loads the value, under the lease `token`, which has `remaining` seconds left."""
 
     token: str
     remaining: float = 0.0
@@ -60,23 +81,22 @@ class Released(Reply, frozen=True, gc=False, tag="reply.released"):
 
 
 class NotHeld(Reply, frozen=True, gc=False, tag="reply.not_held"):
-    """There is no such lease any more: it ran out, was given back, or was lost to an invalidation."""
+    """There is no such lease any more: it ran out, was released, or was lost to an invalidation."""
 
 
-class GetOrLease(Request[Found | Stale | LeaseGranted | Loading], frozen=True, gc=False, tag="lease.get_or_lease"):
-    """Read one key; where it has no live value, be the one who loads it.
+class GetOrLease(
+    IdempotentRequest[Found | Stale | LeaseGranted | Loading], frozen=True, gc=False, tag="lease.get_or_lease"
+):
+    """Read one key; if it has no live value, ask for the right to load it. It counts neither as hit nor as miss.
 
-    `token` names the question, and nobody has used it before. The lease is named by it and by a nonce. Asked for twice, the
-    same lease is granted twice while it is held, and another one once it was lost. The
-    lease is lost after `lease_ttl` seconds unless renewed, and to a delete, a clear, a plain write of the key, or the
-    invalidation of one of `tags`. Who is not granted it may wait for up to `wait` seconds: for the value, or for the
-    lease if the one who has it gives up. `owner` is a process, or a part of one, that shares loads within itself: it is
-    never made to wait for itself. With `refresh` a live value is loaded anew, if nobody does so already.
+    `token` names the question, and is used once: asked twice, the same lease is granted twice while it is held, and another
+    one once it was lost. The lease is lost after `lease_ttl` seconds unless renewed, and to a delete, a clear, a plain write of
+    the key, or the invalidation of one of `tags`. A caller that is not granted it may wait for up to `wait` seconds: for the
+    value, or for the lease if its holder gives up. `owner` is a process, or a part of one, that shares loads within itself: it
+    never waits for itself. With `refresh` a live value is reloaded, unless that is under way.
 
-    Where a store lets nobody wait, and tells nobody of the end of a lease, who waits asks again and again, and says in
-    `after` which lease it was told of: if the loader of that one has failed, the reply is the error `LoaderFailed`.
-
-    It counts neither as hit nor as miss.
+    A store that neither lets callers wait nor notifies of the end of a lease is asked again and again. `after` is the lease that
+    the caller waits for: if the loader of that one has failed, the reply is the error `LoaderFailed`.
     """
 
     key: str
@@ -87,41 +107,36 @@ class GetOrLease(Request[Found | Stale | LeaseGranted | Loading], frozen=True, g
     tags: tuple[str, ...] = ()
     refresh: bool = False
     after: str = ""
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class WatchLease(Request[NotHeld | Loading], frozen=True, gc=False, tag="lease.watch"):
-    """Wait for up to `wait` seconds until the lease `token` of a key, which somebody else holds, has ended.
+class WatchLease(IdempotentRequest[NotHeld | Loading], frozen=True, gc=False, tag="lease.watch"):
+    """Wait for up to `wait` seconds until the lease `token` of a key, which another caller holds, has ended.
 
-    The reply says no more than that: whoever asked looks what is there now. It is `Loading` when time is up. Where the
-    loader has failed, it is the error `LoaderFailed`. A store that lets callers wait with `GetOrLease`, or that hears
-    nothing of the end of a lease, refuses it with `CapabilityError`.
+    The reply is `NotHeld`, or `Loading` when time is up, or the error `LoaderFailed` if the loader has failed. A store that lets
+    callers wait with `GetOrLease`, or has no notifications, refuses it with `CapabilityError`.
     """
 
     key: str
     token: str
     wait: float
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class RenewLease(Request[Renewed | NotHeld], frozen=True, gc=False, tag="lease.renew"):
+class RenewLease(IdempotentRequest[Renewed | NotHeld], frozen=True, gc=False, tag="lease.renew"):
     """Hold a lease for `lease_ttl` seconds from now."""
 
     key: str
     token: str
     lease_ttl: float
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class ReleaseLease(Request[Released | NotHeld], frozen=True, tag="lease.release"):
-    """Give a lease back, without a value to store. `token` is its name, or where no answer came, what it was asked for as.
+class ReleaseLease(IdempotentRequest[Released | NotHeld], frozen=True, tag="lease.release"):
+    """Release a lease, without a value to store. `token` is its name, or, if no answer came, the token of the question.
 
-    Those who wait get `late`, a value that is not to be stored; or the error that the loader failed, if `error` is the
-    name of what it raised; or else one of them gets the lease.
+    The waiters get `late`, a value that is not to be stored; or `LoaderFailed`, if `error` names the type of an exception; or else
+    one of them gets the lease.
     """
 
     key: str
     token: str
     error: str = ""
     late: Found | None = None
-    IDEMPOTENT: ClassVar[bool] = True

@@ -1,24 +1,21 @@
-"""Locks: the right of one holder in the whole fleet, for a time, with a number that grows from holder to holder."""
+"""Locks: the right of one holder among all processes, for a time, with a number that grows from holder to holder."""
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from .base import Reply, Request
+from .base import IdempotentRequest, Reply
 from .leases import NotHeld, Released, Renewed
 
 
 class LockGranted(Reply, frozen=True, gc=False, tag="reply.lock_granted"):
-    """Whoever asked holds the lock for `ttl` seconds, from when it asked or later. `token` is larger than that of every
-    holder before."""
+    """The caller holds the lock for `ttl` seconds, from its request or later. `token` is larger than that of any holder before."""
 
     token: int
     ttl: float
 
 
 class LockQueued(Reply, frozen=True, gc=False, tag="reply.lock_queued"):
-    """`owner` holds the lock, for `remaining` seconds more if it does not renew it, and whoever asked has a place in the
-    queue. It asks again with the same ticket, soon, to keep that. `fresh` says that it had no place before."""
+    """`owner` holds the lock, for `remaining` seconds more if it does not renew it, and the caller has a place in the queue. To
+    keep that, it soon asks again with the same ticket. `fresh` says that it had no place before."""
 
     owner: str
     remaining: float
@@ -26,14 +23,14 @@ class LockQueued(Reply, frozen=True, gc=False, tag="reply.lock_queued"):
 
 
 class LockDenied(Reply, frozen=True, gc=False, tag="reply.lock_denied"):
-    """`owner` holds the lock, for `remaining` seconds more if it does not renew it; whoever asked does not wait."""
+    """`owner` holds the lock, for `remaining` seconds more if it does not renew it; the caller has no place in the queue."""
 
     owner: str
     remaining: float
 
 
 class LockInfo(Reply, frozen=True, gc=False, tag="reply.lock_info"):
-    """Who holds a lock: what it calls itself, its fencing token, and the seconds that it has left."""
+    """The holder of a lock: its name for itself, its fencing token, and the seconds that it has left."""
 
     owner: str
     token: int
@@ -41,15 +38,15 @@ class LockInfo(Reply, frozen=True, gc=False, tag="reply.lock_info"):
 
 
 class LockFree(Reply, frozen=True, gc=False, tag="reply.lock_free"):
-    """Nobody holds the lock."""
+    """The lock is free."""
 
 
-class AcquireLock(Request[LockGranted | LockQueued | LockDenied], frozen=True, gc=False, tag="lock.acquire"):
+class AcquireLock(IdempotentRequest[LockGranted | LockQueued | LockDenied], frozen=True, gc=False, tag="lock.acquire"):
     """Hold the lock `name` for `ttl` seconds.
 
-    `ticket` names this one attempt, and nobody has used it before; asked for twice, the lock is granted once, and held
-    for `ttl` seconds from then. `owner` is who others are told that it is. Who cannot have it yet waits in a queue for up
-    to `wait` seconds: first come, first served.
+    `ticket` names this attempt, and is used once: asked for twice, the lock is granted once, and held for `ttl` seconds from
+    then. `owner` names the holder to others. If the lock is held, the caller waits in a queue for up to `wait` seconds: first
+    come, first served.
     """
 
     name: str
@@ -57,27 +54,25 @@ class AcquireLock(Request[LockGranted | LockQueued | LockDenied], frozen=True, g
     ticket: str
     ttl: float
     wait: float = 0.0
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class RenewLock(Request[Renewed | NotHeld], frozen=True, gc=False, tag="lock.renew"):
+class RenewLock(IdempotentRequest[Renewed | NotHeld], frozen=True, gc=False, tag="lock.renew"):
     """Hold a lock for `ttl` seconds from now. One that was lost is not held again."""
 
     name: str
     ticket: str
     ttl: float
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class ReleaseLock(Request[Released | NotHeld], frozen=True, gc=False, tag="lock.release"):
-    """Give a lock back, or the place in its queue. `owner` is for those who listen.
+class ReleaseLock(IdempotentRequest[Released | NotHeld], frozen=True, gc=False, tag="lock.release"):
+    """Release a lock, or the place in its queue. `owner` is for events.
 
-    `token` is that of the grant: with it the lock may be given back again when the answer was lost, whoever has it by then.
-    Without it the lock is taken from its holder, who is told so when it gives it back.
+    `token` is that of the grant: with it the release may be repeated when the answer was lost, even if the lock has another
+    holder by then. Without it the lock is taken from its holder, whose own release then fails.
 
-    With `abandon` whoever asked does not know what became of its `AcquireLock`: should that come only now, it is refused. With
-    `unclaimed` a manager gives up what it was not asked for again; only if no other manager was, and it may come again. With
-    `offered` it gives up no more than an offer that nobody has taken up.
+    `abandon` is for a caller that has no answer to its `AcquireLock`: if that comes only later, it is refused. With `unclaimed` a
+    manager releases a lock that its client did not ask for again, unless the client asked another manager; it may ask again.
+    With `offered` it withdraws only an offer that was not taken up.
     """
 
     name: str
@@ -87,11 +82,9 @@ class ReleaseLock(Request[Released | NotHeld], frozen=True, gc=False, tag="lock.
     abandon: bool = False
     unclaimed: bool = False
     offered: bool = False
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class DescribeLock(Request[LockInfo | LockFree], frozen=True, gc=False, tag="lock.describe"):
-    """Say who holds a lock."""
+class DescribeLock(IdempotentRequest[LockInfo | LockFree], frozen=True, gc=False, tag="lock.describe"):
+    """Describe the holder of a lock."""
 
     name: str
-    IDEMPOTENT: ClassVar[bool] = True

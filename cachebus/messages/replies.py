@@ -12,8 +12,8 @@ from .errors import CacheError, rebuild
 
 
 class Found(Reply, frozen=True, tag="reply.found"):
-    """A live value. `version` is a number that grows with every write of the key, exact in 64-bit floats; `ttl` is the seconds left, `None` without expiry;
-    `stored_at` is Unix time in seconds."""
+    """A live value. `version` grows with every write of the key, exact in 64-bit floats; `ttl` is the seconds left, `None` without
+    expiry; `stored_at` is Unix time in seconds."""
 
     value: Any
     version: float = 0.0
@@ -23,8 +23,7 @@ class Found(Reply, frozen=True, tag="reply.found"):
 
 
 class Loaded(Found, frozen=True, tag="reply.loaded"):
-    """A live value with its load metadata, as `LoadMetadata` has it. `lifetime` is the seconds that it was given, `None` without
-    expiry."""
+    """A live value with its `LoadMetadata`. `lifetime` is the seconds that it was given, `None` without expiry."""
 
     load_time: float = 0.0
     stale_for: float = 0.0
@@ -65,8 +64,8 @@ class StoredMany(Reply, frozen=True, gc=False, tag="reply.stored_many"):
 
 
 class NotStored(Reply, frozen=True, gc=False, tag="reply.not_stored"):
-    """Nothing changed: the condition of the write did not hold, or the lease under which it was made was lost. `version`
-    is that of the value in the way, 0 where there is none."""
+    """Nothing changed: the condition of the write did not hold, or its lease was lost. `version` is that of the present value, 0 if
+    there is none."""
 
     version: float = 0.0
     reason: Literal["condition", "lease_lost"] = "condition"
@@ -99,6 +98,24 @@ class Scanned(Reply, frozen=True, gc=False, tag="reply.scanned"):
     cursor: str = ""
 
 
+class Admitted(Reply, frozen=True, gc=False, tag="reply.admitted"):
+    """The units were taken, and the caller may go on after `delay` seconds. `remaining` units are left to be taken at once; all
+    are back `reset_after` seconds from now."""
+
+    remaining: int
+    reset_after: float = 0.0
+    delay: float = 0.0
+
+
+class RateLimitDenied(Reply, frozen=True, gc=False, tag="reply.rate_limit_denied"):
+    """No units were taken. If no other caller takes any, the same will be admitted `retry_after` seconds from now. The rest is as
+    in `Admitted`."""
+
+    remaining: int
+    retry_after: float
+    reset_after: float = 0.0
+
+
 class Pong(Reply, frozen=True, gc=False, tag="reply.pong"):
     """The actor is there and takes turns."""
 
@@ -118,14 +135,12 @@ class Description(Reply, frozen=True, tag="reply.description"):
 
 
 class Snapshot(Reply, frozen=True, tag="reply.snapshot"):
-    """Counters of a backend since its actor started, and gauges of now. Whoever shows them says so.
+    """Counters of a backend since its actor started, and gauges of the present.
 
-    `removals` counts by `RemovalCause`. `weight` is in bytes where the store has a weigher, else 0. `overloaded`
-    counts the requests that a full mailbox turned away. `guard` says how the backend has been doing, by the names of
-    `GuardStatistics`; it is empty where nothing needs a guard. `payload` says what the asking cache has made of values,
-    by the names of `PayloadStatistics`; it is empty where values stay objects. `errors` and `dropped_writes` are
-    counted by the cache that asked, too: the calls of its own that the backend failed, and among these the writes that
-    were dropped.
+    `removals` counts by `RemovalCause`. `weight` is in bytes if the store has a weigher, else 0. `overloaded` counts the requests
+    that a full mailbox refused. `guard` has the fields of `GuardStatistics`, and is empty without a guard. The rest is counted by
+    the cache that asked: `payload` has the fields of `PayloadStatistics`, and is empty if values stay objects; `errors` are its
+    calls that the backend failed, and `dropped_writes` the writes among them that were dropped.
     """
 
     address: str
@@ -150,7 +165,7 @@ class Snapshot(Reply, frozen=True, tag="reply.snapshot"):
 
     @property
     def requests(self) -> int:
-        """How many keys were read, found or not."""
+        """The number of keys that were read, found or not."""
         return self.hits + self.misses
 
     @property
@@ -171,9 +186,9 @@ class Failed(Reply, frozen=True, tag="reply.failed"):
 
     @classmethod
     def of(cls, error: CacheError) -> Failed:
-        """The reply that says `error`."""
+        """Return the reply for an error."""
         return cls(error.code, str(error), error.wire_fields())
 
     def error(self) -> CacheError:
-        """The error that this reply says, as an exception of the same class."""
+        """Return the error of this reply, as an exception of the same class."""
         return rebuild(self.code, self.detail, self.fields)

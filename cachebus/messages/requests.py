@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from .base import Request
+from .base import IdempotentRequest, Request
 from .leases import LoadMetadata
 from .replies import (
+    Admitted,
     Cleared,
     Deleted,
     Description,
@@ -19,6 +20,7 @@ from .replies import (
     NotStored,
     Pong,
     Present,
+    RateLimitDenied,
     Scanned,
     Snapshot,
     Stored,
@@ -29,30 +31,27 @@ Ttl = float | Literal["default"] | None
 """Seconds to live; `"default"` leaves it to the backend, `None` is no expiry."""
 
 
-class Get(Request[Found | Missing], frozen=True, gc=False, tag="backend.get"):
+class Get(IdempotentRequest[Found | Missing], frozen=True, gc=False, tag="backend.get"):
     """Read one key."""
 
     key: str
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class GetMany(Request[FoundMany], frozen=True, gc=False, tag="backend.get_many"):
+class GetMany(IdempotentRequest[FoundMany], frozen=True, gc=False, tag="backend.get_many"):
     """Read several keys."""
 
     keys: tuple[str, ...]
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class Exists(Request[Present | Missing], frozen=True, gc=False, tag="backend.exists"):
-    """Ask whether a key has a live value, and for how long. It is no use of the value: no hit, no miss."""
+class Exists(IdempotentRequest[Present | Missing], frozen=True, gc=False, tag="backend.exists"):
+    """Ask if a key has a live value, and for how long. It counts neither as hit nor as miss."""
 
     key: str
-    IDEMPOTENT: ClassVar[bool] = True
 
 
 class Set(Request[Stored | NotStored], frozen=True, tag="backend.set"):
-    """Store a value; with `only_if`, only where the key has none (`absent`) or has one (`present`); with `lease`, only
-    if that lease is still held, which ends with this. `metadata` is what a loaded value keeps of its loading."""
+    """Store a value: with `only_if`, only if the key has none (`absent`) or has one (`present`); with `lease`, only if that lease is
+    still held, which this ends. `metadata` is that of the load."""
 
     key: str
     value: Any
@@ -66,7 +65,7 @@ class Set(Request[Stored | NotStored], frozen=True, tag="backend.set"):
 class SetMany(Request[StoredMany], frozen=True, tag="backend.set_many"):
     """Store several values with one TTL and the same tags.
 
-    Not idempotent, as no write is: done once more, after what came in between, it brings back what that deleted.
+    Not idempotent, as no write is: repeated after a delete, it would bring the values back.
     """
 
     items: Mapping[str, Any]
@@ -78,7 +77,7 @@ class SetMany(Request[StoredMany], frozen=True, tag="backend.set_many"):
 
 
 class Add(Request[Stored | NotStored], frozen=True, tag="backend.add"):
-    """Store a value only where the key has none."""
+    """Store a value if the key has none."""
 
     key: str
     value: Any
@@ -87,7 +86,7 @@ class Add(Request[Stored | NotStored], frozen=True, tag="backend.add"):
 
 
 class CompareAndSet(Request[Stored | NotStored], frozen=True, tag="backend.compare_and_set"):
-    """Store a value only where the key still holds the one read at `version`."""
+    """Store a value if the key still has the one that was read at `version`."""
 
     key: str
     value: Any
@@ -96,17 +95,16 @@ class CompareAndSet(Request[Stored | NotStored], frozen=True, tag="backend.compa
     tags: tuple[str, ...] = ()
 
 
-class Touch(Request[Present | Missing], frozen=True, gc=False, tag="backend.touch"):
+class Touch(IdempotentRequest[Present | Missing], frozen=True, gc=False, tag="backend.touch"):
     """Give a live value a new time to live, counted from now."""
 
     key: str
     ttl: Ttl = "default"
-    IDEMPOTENT: ClassVar[bool] = True
 
 
 class Increment(Request[Incremented | Missing], frozen=True, gc=False, tag="backend.increment"):
-    """Add `delta` to an integer, in one step. A missing key starts at `initial`, with `ttl`; `initial=None` leaves
-    it missing. An existing one keeps its time to live."""
+    """Add `delta` to an integer, in one step. A missing key starts at `initial`, with `ttl`, unless that is `None`. An existing one
+    keeps its time to live."""
 
     key: str
     delta: int = 1
@@ -114,73 +112,80 @@ class Increment(Request[Incremented | Missing], frozen=True, gc=False, tag="back
     ttl: Ttl = "default"
 
 
-class Delete(Request[Deleted], frozen=True, gc=False, tag="backend.delete"):
+class Delete(IdempotentRequest[Deleted], frozen=True, gc=False, tag="backend.delete"):
     """Remove one key."""
 
     key: str
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class DeleteMany(Request[Deleted], frozen=True, gc=False, tag="backend.delete_many"):
+class DeleteMany(IdempotentRequest[Deleted], frozen=True, gc=False, tag="backend.delete_many"):
     """Remove several keys."""
 
     keys: tuple[str, ...]
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class DeletePattern(Request[Deleted], frozen=True, gc=False, tag="backend.delete_pattern"):
+class DeletePattern(IdempotentRequest[Deleted], frozen=True, gc=False, tag="backend.delete_pattern"):
     """Remove every key that a glob matches: `*` is any run of characters, `?` is one, `[abc]` one of these, `\\` takes
     the next character as it stands."""
 
     pattern: str
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class Scan(Request[Scanned], frozen=True, gc=False, tag="backend.scan"):
+class Scan(IdempotentRequest[Scanned], frozen=True, gc=False, tag="backend.scan"):
     """List keys that a glob matches, a page at a time. Keys that come or go meanwhile may be listed or not."""
 
     pattern: str = "*"
     cursor: str = ""
-    IDEMPOTENT: ClassVar[bool] = True
 
 
-class InvalidateTags(Request[Invalidated], frozen=True, gc=False, tag="backend.invalidate_tags"):
+class InvalidateTags(IdempotentRequest[Invalidated], frozen=True, gc=False, tag="backend.invalidate_tags"):
     """Make every entry that carries one of the tags unreadable."""
 
     tags: tuple[str, ...]
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class Clear(Request[Cleared], frozen=True, gc=False, tag="backend.clear"):
+class Clear(IdempotentRequest[Cleared], frozen=True, gc=False, tag="backend.clear"):
     """Remove every key of the namespace."""
 
-    IDEMPOTENT: ClassVar[bool] = True
     INVALIDATES: ClassVar[bool] = True
 
 
-class Ping(Request[Pong], frozen=True, gc=False, tag="actor.ping"):
-    """Ask whether the actor takes turns."""
+class Admit(Request[Admitted | RateLimitDenied], frozen=True, gc=False, tag="rate.admit"):
+    """Take `cost` units of a rate limit of `limit` units in `per` seconds, of which `burst` may be taken at once.
 
-    IDEMPOTENT: ClassVar[bool] = True
+    `key` names the limit; it has nothing to do with the value under the same key. Units that
+    will be there within `wait` seconds are taken in advance.
+    """
+
+    key: str
+    limit: int
+    per: float
+    burst: int
+    cost: int = 1
+    wait: float = 0.0
+
+    MOST: ClassVar[int] = 10**9
+    """Units that `limit`, `burst` and `cost` may be."""
+
+    LONGEST: ClassVar[float] = 1e9
+    """Seconds that `per`, `wait` and filling up again may take: beyond that numbers of 64 bits get short."""
 
 
-class Describe(Request[Description], frozen=True, gc=False, tag="actor.describe"):
-    """Ask what the actor is and can do."""
-
-    IDEMPOTENT: ClassVar[bool] = True
+class Ping(IdempotentRequest[Pong], frozen=True, gc=False, tag="actor.ping"):
+    """Ask if the actor takes turns."""
 
 
-class TakeSnapshot(Request[Snapshot], frozen=True, gc=False, tag="actor.take_snapshot"):
+class Describe(IdempotentRequest[Description], frozen=True, gc=False, tag="actor.describe"):
+    """Ask for a description of the actor."""
+
+
+class TakeSnapshot(IdempotentRequest[Snapshot], frozen=True, gc=False, tag="actor.take_snapshot"):
     """Ask for the counters."""
 
-    IDEMPOTENT: ClassVar[bool] = True
 
-
-class Sweep(Request[Deleted], frozen=True, gc=False, tag="actor.sweep"):
+class Sweep(IdempotentRequest[Deleted], frozen=True, gc=False, tag="actor.sweep"):
     """Remove what has expired. A backend sends it to itself when the next entry is due."""
-
-    IDEMPOTENT: ClassVar[bool] = True

@@ -134,13 +134,13 @@ def test_a_load_that_can_have_no_thread_of_its_own_is_done_by_whoever_asks(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_the_child_of_a_fork_has_all_its_threads_and_a_graph_that_nobody_holds(sync_cache: SyncCache) -> None:
-    with _graph.lock:
+    with _graph.value:
         for _ in range(MAX_THREADS):
-            assert _threads.free.acquire(blocking=False)
+            assert _threads.value.acquire(blocking=False)
         pid = os.fork()
         if not pid:
-            free = _threads.free.acquire(blocking=False)
-            os._exit(0 if free and _graph.lock.acquire(blocking=False) else 1)
+            free = _threads.value.acquire(blocking=False)
+            os._exit(0 if free and _graph.value.acquire(blocking=False) else 1)
         for _ in range(MAX_THREADS):
-            _threads.free.release()
+            _threads.value.release()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
