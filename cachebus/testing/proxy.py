@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Literal, Self, get_args
 from urllib.parse import urlsplit, urlunsplit
 
-Mode = Literal["pass", "refuse", "reset", "half_open", "latency", "trickle", "lose_reply", "garbage"]
+Mode = Literal["pass", "refuse", "reset", "half_open", "latency", "slow", "trickle", "lose_reply", "garbage"]
 """What a proxy does with connections, those that are open included.
 
 * `pass`: hands everything on.
@@ -20,12 +20,14 @@ Mode = Literal["pass", "refuse", "reset", "half_open", "latency", "trickle", "lo
 * `half_open`: connections are accepted and stay open, and nothing passes. What was said meanwhile, up to what the
   buffers hold, arrives when the mode changes, as after a network's partition.
 * `latency`: every piece of data is on its way for some seconds; any number may be on the way at once.
+* `slow`: a megabyte takes some seconds, in each direction.
 * `trickle`: data arrive one byte at a time.
 * `lose_reply`: the server is asked, and the connection is reset in the place of its reply.
 * `garbage`: replies have their bytes replaced by others.
 """
 
 _CHUNK = 65536
+_PAUSE = 0.02  # Seconds between two pieces on a slow line.
 _RESET = struct.pack("ii", 1, 0)
 
 
@@ -73,7 +75,7 @@ class Proxy:
         return len(self._pairs)
 
     def switch(self, mode: Mode, *, seconds: float = 0.0) -> None:
-        """Change the mode, for open connections too. `seconds` is the delay of `latency`."""
+        """Change the mode, for open connections too. `seconds` is the delay of `latency`, and of a megabyte for `slow`."""
         _checked(mode)
         self._run(self._switch(mode, seconds))
 
@@ -189,6 +191,8 @@ class Proxy:
         try:
             while data := await reader.read(_CHUNK):
                 await under_way.put((now() + (self.seconds if self.mode == "latency" else 0.0), data))
+                while self.mode == "slow" and under_way.qsize() > 1:
+                    await asyncio.sleep(0.001)  # A slow line has no room for what the sender is quick to write.
             await under_way.put((0.0, b""))
             await delivering
         finally:
@@ -207,6 +211,14 @@ class Proxy:
             # A reset throws away what was not read yet, so the client is given a chance to read first.
             await asyncio.sleep(0.01)
             pair.reset()
+        elif mode == "slow":
+            size = max(1, int(_PAUSE * 1e6 / self.seconds))
+            for start in range(0, len(data), size):
+                piece = data[start : start + size]
+                await asyncio.sleep(len(piece) / 1e6 * self.seconds)
+                count(len(piece))
+                writer.write(piece)
+                await writer.drain()
         elif mode == "trickle":
             for place in range(len(data)):
                 count(1)
