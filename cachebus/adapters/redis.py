@@ -38,7 +38,7 @@ from .redis_leases import commit_call, lease_call
 from .redis_plan import CAPABILITIES, Plan, ScriptCall
 from .redis_runs import COMMAND_BYTES
 from .redis_scripts import READ, WRITE
-from .redis_walk import Walks, remove_matching, submitted
+from .redis_walk import Walks, submitted
 from .redis_watch import ChannelSubscription, LeaseWatch
 
 __all__ = ["Connector", "Credentials", "Endpoint", "RedisStore", "TlsFiles"]
@@ -226,8 +226,8 @@ class RedisStore:
     async def _walk(self, request: Request[Any]) -> Reply:
         connection = await self._opened().side()
         if isinstance(request, DeletePattern):
-            return Deleted(await remove_matching(connection, self._prefix, request.pattern))
-        await remove_matching(connection, self._prefix, "*")
+            return Deleted(await self._walks.remove(connection, self._prefix, request.pattern))
+        await self._walks.remove(connection, self._prefix, "*")
         return Cleared()
 
     async def _connect(self) -> RedisConnection:

@@ -21,9 +21,7 @@ from cachebus.messages import (
     Cleared,
     CompareAndSet,
     Deleted,
-    DeleteMany,
     DeletePattern,
-    Failed,
     GetOrLease,
     Reply,
     Request,
@@ -43,7 +41,7 @@ from .redis_node import UnderWay
 from .redis_plan import CAPABILITIES, Plan, ScriptCall
 from .redis_router import Router
 from .redis_scripts import STAMP
-from .redis_walk import Walks, matching, remove_matching, scan_words, submitted
+from .redis_walk import Walks, matching, scan_words, submitted
 from .redis_watch import ChannelSubscription, LeaseWatch
 
 __all__ = ["RedisClusterStore"]
@@ -214,17 +212,10 @@ class RedisClusterStore:
             version = topology.map.version
             for place in topology.map.places():
                 connection = await topology.node(place).pool.side()
-                removed += await remove_matching(connection, self._prefix, pattern, self._delete)
+                removed += await self._walks.remove(connection, self._prefix, pattern)
             if topology.map.version == version:
                 break
         return removed
-
-    async def _delete(self, keys: Sequence[str]) -> int:
-        # By the way of every other request, which follows keys that have moved since they were listed.
-        (reply,) = await self.execute([DeleteMany(tuple(keys))])
-        if isinstance(reply, Failed):
-            raise reply.error()
-        return reply.count if isinstance(reply, Deleted) else 0
 
     async def _page(self, request: Scan) -> Reply:
         topology = self._opened().topology

@@ -19,7 +19,7 @@ from cachebus.actors.ports import OnReplies
 from cachebus.messages import CacheConnectionError, CacheError, CacheSerializationError, Failed, Reply
 
 from .redis_connection import Argument, RedisConnection, pack_words
-from .redis_errors import BACKEND, STALE_ROLE, code_of, in_doubt, overtaken, translate
+from .redis_errors import BACKEND, STALE_ROLE, code_of, overtaken, translate
 from .redis_scripts import INCREMENT, PEEK, READ, TOUCH, WRITE, Script
 
 Settle = Callable[[Any, float], "Sequence[Command] | None"]
@@ -128,7 +128,8 @@ class Command(Struct, eq=False):
 
     def give_up(self, error: CacheError) -> None:
         """Take in that the connection was lost after the command was sent."""
-        self.fail(in_doubt(error) if self.writes else error)
+        doubt = f"{error.detail}; whether the request was done is not known"
+        self.fail(CacheConnectionError(doubt, BACKEND) if self.writes else error)
 
 
 class SentCommands(Struct, eq=False):
@@ -172,7 +173,8 @@ class SentCommands(Struct, eq=False):
             connection.drop(CacheConnectionError(f"{connection.server} has become a replica", BACKEND))
         # The script cache was emptied, so the unknown did nothing: sent whole they run, and the server knows them again. What
         # follows from an answer only reads.
-        again = _sendable_again(commands, unknown, connection.changes_in_flight) if unknown else ()
+        behind = chain.from_iterable(batch.changes() for batch in connection.in_flight)
+        again = _sendable_again(commands, unknown, behind) if unknown else ()
         if not again and not more:
             self.on_replies(self.done())
             return

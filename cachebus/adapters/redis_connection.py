@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any, Protocol, TypeAlias, cast
 
 import hiredis
@@ -143,11 +142,6 @@ class RedisConnection(asyncio.Protocol):
             await self._change.wait()
         if self.lost is not None:
             raise self.lost
-
-    @property
-    def changes_in_flight(self) -> Iterable[Any]:
-        """The keys that what is in flight may change."""
-        return chain.from_iterable(batch.changes() for batch in self.in_flight)
 
     def send(self, data: bytes, batch: InFlight) -> None:
         """Send commands. Never waits; a lost connection answers at once."""

@@ -120,11 +120,6 @@ def moving(how: str = "TRYAGAIN") -> CacheConnectionError:
     return CacheConnectionError(f"the cluster is moving these keys ({how})", BACKEND)
 
 
-def in_doubt(error: CacheError) -> CacheError:
-    """The error of a write that was sent on a connection before it was lost."""
-    return CacheConnectionError(f"{error.detail}; whether the request was done is not known", BACKEND)
-
-
 def overtaken() -> CacheError:
     """The error of a write that was refused, and may not be sent again because something newer has been done to its key."""
     # Not transient: another attempt would be as late.

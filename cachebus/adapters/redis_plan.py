@@ -69,7 +69,7 @@ from .redis_entry import (
 )
 from .redis_errors import translate
 from .redis_leases import Leases, commit_call, lease_call
-from .redis_rates import admit_call, limit_name
+from .redis_rates import admit_call
 from .redis_runs import COMMAND_BYTES, Counters, Doubt, Reads, Write, Writes, condition_of, lease_claims
 from .redis_scripts import INCREMENT, INVALIDATE, PEEK, TOUCH, Script
 from .redis_walk import matching, scan_words
@@ -260,8 +260,7 @@ class Plan:
                 return self._invalidate(at, tags)
             case Admit(key=key):
                 self._key(key)
-                name = limit_name(self._prefix, key)
-                words, script, make = admit_call(request, name)
+                words, name, script, make = admit_call(request, self._prefix)
                 return [self._command(at, words, name, make, script, writes=True)]
             case Scan(pattern=pattern, cursor=cursor):
                 return [self._scan(at, pattern, cursor)]

@@ -45,17 +45,12 @@ return {{1, math.floor(math.max(0, room - after) / per), delay, reset}}
 """)
 
 
-def admit_call(request: Admit, name: str) -> tuple[list[Argument], Script, Callable[[Any, float], Reply]]:
-    """The words after the script's name, the script, and how its reply is read. Raises `BadMessage`."""
+def admit_call(request: Admit, prefix: str) -> tuple[list[Argument], str, Script, Callable[[Any, float], Reply]]:
+    """The words after the script's name, the key of the limit, the script, and what reads its reply. `prefix` is that of the
+    namespace's keys. Raises `BadMessage`."""
     check_admit(request)
-    per, wait = per_of(request), microseconds(request.wait)
-    words: list[Argument] = [1, name, request.limit, per, request.burst, request.cost, wait]
-    return words, ADMIT, _admitted
-
-
-def limit_name(prefix: str, key: str) -> str:
-    """What a limit is called in Redis, by the prefix of the namespace's keys."""
-    return f"{prefix[:-1]}#rate:{key}"
+    name, per, wait = f"{prefix[:-1]}#rate:{request.key}", per_of(request), microseconds(request.wait)
+    return [1, name, request.limit, per, request.burst, request.cost, wait], name, ADMIT, _admitted
 
 
 def _admitted(reply: Any, now: float) -> Reply:
