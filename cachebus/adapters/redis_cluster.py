@@ -31,14 +31,13 @@ from cachebus.messages import (
     SetMany,
 )
 
-from .redis_commands import Command
+from .redis_commands import Command, UnderWay
 from .redis_connect import Connector, Endpoint
 from .redis_connection import Argument, RedisConnection
-from .redis_entry import NO_STAMP, TagSpace, milliseconds, new_epoch, pack_tags
+from .redis_entry import CAPABILITIES, NO_STAMP, TagSpace, milliseconds, new_epoch, pack_tags
 from .redis_errors import BACKEND
 from .redis_leases import kept_for
-from .redis_node import UnderWay
-from .redis_plan import CAPABILITIES, Plan, ScriptCall
+from .redis_plan import Plan, ScriptCall
 from .redis_router import Router
 from .redis_scripts import STAMP
 from .redis_walk import Walks, matching, scan_words, submitted

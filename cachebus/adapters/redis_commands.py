@@ -1,4 +1,4 @@
-"""Redis commands under way: what is sent, and what becomes of the replies.
+"""Redis commands under way, to one server or through a cluster: what is sent, and what becomes of the replies.
 
 Each reply is read alone: what cannot be read is an error of its own request, and neither the batch nor the connection is
 the worse for it.
@@ -204,3 +204,58 @@ def _sendable_again(
             again += reversed(_sendable_again(parts := command.parts(), parts, changed))
     again.reverse()
     return again
+
+
+class UnderWay:
+    """A batch under way: its commands, and what to call when each has its answer."""
+
+    def __init__(self, commands: Sequence[Command], done: Callable[[], object]) -> None:
+        self.trips: list[Trip] = []
+        self._left = 0
+        self._done = done
+        for command in commands:
+            self.add(command)
+
+    @property
+    def last_progress(self) -> float:
+        """When bytes last moved on the connection, of those that still owe an answer, on which it is longest ago."""
+        carriers = {each.connection for each in self.trips if each.connection is not None}
+        return min((each.last_progress for each in carriers), default=float("-inf"))
+
+    def add(self, command: Command, *, follows: Trip | None = None, hops: int = 0) -> Trip:
+        """Take in one command more."""
+        trip = Trip(command, slot_of(command.key), command.packed(), self, follows, hops)
+        self.trips.append(trip)
+        self._left += 1
+        return trip
+
+    def one_done(self) -> None:
+        """A command has its answer; the last one answers the batch."""
+        self._left -= 1
+        if not self._left:
+            self.trips = []  # They refer to the batch.
+            self._done()
+
+
+class Trip(Struct, eq=False):
+    """A command on its way through the cluster, on a `connection` while it has no answer.
+
+    `asking` is set if a server takes it though the slot is another's yet, `whole` if the server does not know the script by
+    its name. It `follows` another whose answer needs it, which is `followed_by` so many.
+    """
+
+    command: Command
+    slot: int
+    packed: bytes
+    batch: UnderWay
+    follows: Trip | None = None
+    hops: int = 0
+    asking: bool = False
+    whole: bool = False
+    followed_by: int = 0
+    connection: RedisConnection | None = None
+
+    @property
+    def first(self) -> Trip:
+        """The trip that it follows, or the one which that follows."""
+        return self if self.follows is None else self.follows.first

@@ -42,9 +42,9 @@ FORBIDDEN: Mapping[str, str] = {
     "NOPROTO": "the server does not speak RESP3; Redis 6 or newer is needed",
     "DENIED": "the server runs in protected mode and refuses other hosts",
     # The store of a cluster follows these itself.
-    "MOVED": "the server is one of a cluster: its URL begins with redis+cluster://",
-    "ASK": "the server is one of a cluster: its URL begins with redis+cluster://",
-    "CROSSSLOT": "the server is one of a cluster: its URL begins with redis+cluster://",
+    **dict.fromkeys(
+        ("MOVED", "ASK", "CROSSSLOT"), "the server is one of a cluster: its URL begins with redis+cluster://"
+    ),
 }
 UNFIT: Mapping[str, str] = {
     "WRONGTYPE": "the key holds a Redis type that is no cached value",

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias, cast
 
 import hiredis
 
-from cachebus.actors.ports import Capabilities
 from cachebus.messages import (
     Add,
     Admit,
@@ -56,7 +55,6 @@ from .redis_connection import Argument
 from .redis_entry import (
     MISSING,
     NO_STAMP,
-    VALUE_MAX,
     TagSpace,
     claim_of,
     encode,
@@ -74,18 +72,6 @@ from .redis_runs import COMMAND_BYTES, Counters, Doubt, Reads, Write, Writes, co
 from .redis_scripts import INCREMENT, INVALIDATE, PEEK, TOUCH, Script
 from .redis_walk import matching, scan_words
 
-CAPABILITIES = Capabilities(
-    patterns=True,
-    tags=True,
-    compare_and_set=True,
-    counters=True,
-    leases=True,
-    rate_limits=True,
-    locks=True,
-    max_value_bytes=VALUE_MAX,
-)
-"""What a Redis server and a cluster can do."""
-
 ScriptCall: TypeAlias = Callable[[Request[Any]], tuple[list[Argument], str, Script, Callable[[Any, float], Reply]]]
 """Makes of a request the words after a script's name, the key that says which server, the script, and what reads its reply."""
 
@@ -96,10 +82,9 @@ Make: TypeAlias = "Callable[[Any, float], Reply | list[Command]]"
 class Plan:
     """A batch under way. `replies` fills up as `commands` are answered; what is refused outright is there at once.
 
-    `slot_of` is the cluster's rule of which keys go together; `None` outside of a cluster. There the counters of `space`
-    are out of the scripts' reach, and `stamps` says what was read of them before, by the place of the request. `checked`
-    says whether reads leave out what is not valid, if that is decided already. `call` makes the commands of requests that
-    are not a cache's.
+    `group` numbers the keys that may go together in a cluster. There the counters of `space` are out of the scripts' reach,
+    and `stamps` says what was read of them before, by the place of the request. `checked` says whether reads leave out what
+    is not valid, if that is decided already. `call` makes the commands of requests that are not a cache's.
     """
 
     def __init__(
@@ -108,7 +93,7 @@ class Plan:
         prefix: str,
         default_ttl: float | None,
         space: TagSpace,
-        slot_of: Callable[[str], int] | None = None,
+        group: Callable[[str], int] = lambda name: 0,
         *,
         stamps: Mapping[int, bytes | CacheError] | None = None,
         checked: bool | None = None,
@@ -120,7 +105,7 @@ class Plan:
         self._prefix = prefix
         self._default_px = milliseconds(default_ttl)
         self._space = space
-        self._slot_of = slot_of
+        self._group = group
         self._stamps = stamps or {}
         self._checked = space.here and space.seen if checked is None else checked
         self._call = call
@@ -141,11 +126,6 @@ class Plan:
     def done(self) -> Sequence[Reply]:
         """The replies, in the order of the requests."""
         return [FoundMany(cast("dict[str, Found]", each)) if type(each) is dict else each for each in self.replies]
-
-    def packed(self) -> bytes:
-        """The commands as bytes."""
-        commands = self.commands
-        return commands[0].packed() if len(commands) == 1 else b"".join([each.packed() for each in commands])
 
     # Runs
 
@@ -219,9 +199,6 @@ class Plan:
             except UnicodeEncodeError:
                 raise CacheKeyError("a cache key must be valid Unicode", ascii(key)[:60]) from None
         return self._prefix + key
-
-    def _group(self, key: str) -> int:
-        return 0 if self._slot_of is None else self._slot_of(key)
 
     def _px(self, ttl: Ttl) -> str:
         return self._default_px if ttl == "default" else milliseconds(ttl)
@@ -304,7 +281,7 @@ class Plan:
         return [self._command(at, words, names[0], lambda reply, now: Invalidated(), INVALIDATE)]
 
     def _scan(self, at: int, pattern: str, cursor: str) -> Command:
-        if self._slot_of is not None or (cursor and not (cursor.isascii() and cursor.isdigit())):
+        if cursor and not (cursor.isascii() and cursor.isdigit()):
             raise BadMessage(f"the cursor {cursor[:40]!r} is none that a scan gave")
         prefix = self._prefix
 

@@ -12,12 +12,11 @@ import hiredis
 
 from cachebus.messages import CacheError
 
-from .redis_commands import LATE_IS_WRONG, SLOTS, Command, slot_of
+from .redis_commands import LATE_IS_WRONG, SLOTS, Command, Trip, slot_of
 from .redis_connect import Connector, Endpoint, RedisPool
 from .redis_connection import Change
 from .redis_errors import code_of, moving, overtaken
-from .redis_node import ClusterNode, Trip
-from .redis_topology import Topology, read_redirection
+from .redis_topology import ClusterNode, Topology, read_redirection
 
 MOST_HOPS = 8
 """How often a command follows its slot before it is given up: servers that disagree send it round in circles."""
