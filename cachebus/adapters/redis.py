@@ -69,7 +69,6 @@ class RedisStore:
         service: str | None = None,
         sentinel_identity: Credentials | None = None,
         default_ttl: float | None = None,
-        max_connections: int = 2,
         call: ScriptCall | None = None,
     ) -> None:
         if not namespace or ":" in namespace:
@@ -79,7 +78,6 @@ class RedisStore:
         self._service = service
         self._sentinel_identity = sentinel_identity or Credentials()
         self._connector = connector or Connector()
-        self._max_connections = max_connections
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
         self._default_px = milliseconds(default_ttl)
@@ -95,7 +93,7 @@ class RedisStore:
 
     async def open(self) -> None:
         self._connector = await self._connector.prepared()
-        self._pool = RedisPool(self._connect, self._max_connections)
+        self._pool = RedisPool(self._connect, self._connector.max_connections)
         await self._pool.connect()
 
     async def close(self) -> None:

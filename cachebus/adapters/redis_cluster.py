@@ -74,7 +74,6 @@ class RedisClusterStore:
         *,
         namespace: str,
         default_ttl: float | None = None,
-        max_connections: int = 2,
         call: ScriptCall | None = None,
     ) -> None:
         if not namespace or ":" in namespace or "{}" in namespace:
@@ -84,7 +83,6 @@ class RedisClusterStore:
             )
         self._seeds = tuple(places)
         self._connector = dataclasses.replace(connector or Connector(), counters_here=False)
-        self._max_connections = max_connections
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
         self._space = TagSpace(namespace, here=False)
@@ -99,7 +97,7 @@ class RedisClusterStore:
 
     async def open(self) -> None:
         self._connector = await self._connector.prepared()
-        self._router = Router(self._connector, self._seeds, self._max_connections)
+        self._router = Router(self._connector, self._seeds)
         try:
             await self._router.topology.learn()
         except BaseException:

@@ -47,8 +47,8 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connector:
-    """Makes connections. `timeout` is in seconds and holds for all of connecting; `health_interval` and `window` as in
-    `RedisConnection`."""
+    """Makes connections, at most `max_connections` to a server. `timeout` is in seconds and holds for all of connecting;
+    `health_interval` and `window` as in `RedisConnection`."""
 
     clock: Clock = SYSTEM_CLOCK
     identity: Credentials = Credentials()
@@ -57,6 +57,7 @@ class Connector:
     timeout: float = 1.0
     health_interval: float | None = 2.0
     window: int = 8
+    max_connections: int = 2
     counters_here: bool = True
     """Whether the scripts read the counters of tags, which in a cluster are in another slot."""
 
