@@ -29,13 +29,13 @@ from cachebus.messages import (
     Stored,
 )
 
-from .redis_commands import UNREADABLE, SentCommands
+from .redis_commands import UNREADABLE, ScriptCall, SentCommands
 from .redis_connect import Connector, Credentials, Endpoint, RedisPool, TlsFiles, find_master
 from .redis_connection import Argument, RedisConnection, pack_words
 from .redis_entry import CAPABILITIES, NO_STAMP, HasTags, TagSpace, encode, milliseconds, read_run
 from .redis_errors import BACKEND
 from .redis_leases import commit_call, lease_call
-from .redis_plan import Plan, ScriptCall
+from .redis_plan import Plan
 from .redis_runs import COMMAND_BYTES
 from .redis_scripts import READ, WRITE
 from .redis_walk import Walks, submitted
@@ -69,7 +69,7 @@ class RedisStore:
         service: str | None = None,
         sentinel_identity: Credentials | None = None,
         default_ttl: float | None = None,
-        call: ScriptCall | None = None,
+        call: Callable[[Request[Any]], ScriptCall] | None = None,
     ) -> None:
         if not namespace or ":" in namespace:
             # Else the keys of "a:b" would be keys of "a" too.
@@ -192,9 +192,9 @@ class RedisStore:
                 stamp = self._space.new_stamp(request.tags)
             if stores:
                 px = default_px if request.ttl == "default" else milliseconds(request.ttl)
-                call, script, make = commit_call(request, name, encode(request.value), px, stamp, True)
+                call, _, make, script = commit_call(request, name, encode(request.value), px, stamp, True)
             else:
-                call, script, make = lease_call(request, name, stamp, None)
+                call, _, make, script = lease_call(request, name, stamp, None)
             return ("EVALSHA", script.sha, *call), (name,), lambda reply, now: [make(reply, now)]
         if not stores:
             return None
@@ -262,11 +262,9 @@ class SentDirectly(Struct, eq=False):
     wanted: int = 1
 
     def changes(self) -> Iterable[Any]:
-        """The keys that may be written."""
         return self.keys
 
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
-        """Take the one reply; or why there is none."""
         connection = self.connection
         if not isinstance(replies, CacheError) and type(replies[0]) is not hiredis.ReplyError:
             try:

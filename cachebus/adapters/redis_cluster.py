@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -31,13 +31,13 @@ from cachebus.messages import (
     SetMany,
 )
 
-from .redis_commands import Command, UnderWay
+from .redis_commands import Command, ScriptCall, UnderWay
 from .redis_connect import Connector, Endpoint
 from .redis_connection import Argument, RedisConnection
 from .redis_entry import CAPABILITIES, NO_STAMP, TagSpace, milliseconds, new_epoch, pack_tags
 from .redis_errors import BACKEND
 from .redis_leases import kept_for
-from .redis_plan import Plan, ScriptCall
+from .redis_plan import Plan
 from .redis_router import Router
 from .redis_scripts import STAMP
 from .redis_walk import Walks, matching, scan_words, submitted
@@ -74,7 +74,7 @@ class RedisClusterStore:
         *,
         namespace: str,
         default_ttl: float | None = None,
-        call: ScriptCall | None = None,
+        call: Callable[[Request[Any]], ScriptCall] | None = None,
     ) -> None:
         if not namespace or ":" in namespace or "{}" in namespace:
             # With an empty pair of braces in front the counters of its tags would not be in one slot.

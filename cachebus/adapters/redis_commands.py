@@ -10,7 +10,7 @@ import struct
 from binascii import crc_hqx
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import hiredis
 from msgspec import Struct
@@ -26,6 +26,9 @@ Settle = Callable[[Any, float], "Sequence[Command] | None"]
 """Takes in a reply, and the server's Unix time in seconds. Returns commands that the answer still needs."""
 
 Fail = Callable[[CacheError], None]
+
+ScriptCall: TypeAlias = tuple[list[Argument], str, Callable[[Any, float], Reply], Script]
+"""The words after a script's name, the key that says which node it goes to, what reads its reply, and the script."""
 
 LATE_IS_WRONG = frozenset(script for twin in (WRITE, TOUCH, INCREMENT) for script in (twin.here, twin.elsewhere))
 """Those that must not be done after what was sent later. The others only read, or find out themselves that they are late."""
@@ -142,11 +145,9 @@ class SentCommands(Struct, eq=False):
 
     @property
     def wanted(self) -> int:
-        """How many replies it takes."""
         return len(self.commands)
 
     def changes(self) -> Iterable[Any]:
-        """The keys that the commands may change."""
         return chain.from_iterable(command.changes for command in self.commands)
 
     def answer(self, replies: Sequence[Any] | CacheError) -> None:

@@ -61,7 +61,6 @@ class Asked(Struct, eq=False):
     answer: Answer
 
     def changes(self) -> Iterable[Any]:
-        """None."""
         return ()
 
 

@@ -44,6 +44,7 @@ from cachebus.messages import (
     Request,
 )
 
+from .redis_commands import ScriptCall
 from .redis_connection import Argument
 from .redis_errors import BACKEND
 from .redis_scripts import COMMON, Script
@@ -284,8 +285,8 @@ class RedisLockStore:
 
     # Commands
 
-    def call(self, request: Request[Any]) -> tuple[list[Argument], str, Script, Callable[[Any, float], Reply]]:
-        """The words after the script's name, the key that says which server, the script, and how its reply is read."""
+    def call(self, request: Request[Any]) -> ScriptCall:
+        """The script that carries out a request."""
         name = getattr(request, "name", "")
         state = f"{self._prefix}{{{_tag(name)}}}"
         keys: list[Argument] = [state, f"{state}:queue", f"{state}:waiting"]
@@ -323,7 +324,7 @@ class RedisLockStore:
                     return Failed.of(self._deaf)
             return answer
 
-        return [len(keys), *keys, *ours], state, script, make
+        return [len(keys), *keys, *ours], state, make, script
 
     def _told(self, name: str, reply: Any) -> bool:
         """Pass on what a reply says about other callers. Whether the lock was given, or offered, to one of them."""

@@ -50,7 +50,7 @@ from cachebus.messages import (
     Ttl,
 )
 
-from .redis_commands import Command, Fail, Settle, failing
+from .redis_commands import Command, Fail, ScriptCall, Settle, failing
 from .redis_connection import Argument
 from .redis_entry import (
     MISSING,
@@ -71,9 +71,6 @@ from .redis_rates import admit_call
 from .redis_runs import COMMAND_BYTES, Counters, Doubt, Reads, Write, Writes, condition_of, lease_claims
 from .redis_scripts import INCREMENT, INVALIDATE, PEEK, TOUCH, Script
 from .redis_walk import matching, scan_words
-
-ScriptCall: TypeAlias = Callable[[Request[Any]], tuple[list[Argument], str, Script, Callable[[Any, float], Reply]]]
-"""Makes of a request the words after a script's name, the key that says which server, the script, and what reads its reply."""
 
 Make: TypeAlias = "Callable[[Any, float], Reply | list[Command]]"
 """Makes the reply to a request of that to its command, or the commands that it still needs."""
@@ -97,7 +94,7 @@ class Plan:
         *,
         stamps: Mapping[int, bytes | CacheError] | None = None,
         checked: bool | None = None,
-        call: ScriptCall | None = None,
+        call: Callable[[Request[Any]], ScriptCall] | None = None,
     ) -> None:
         self.replies: list[Any] = [None] * len(batch)
         self.commands: list[Command] = []
@@ -169,8 +166,8 @@ class Plan:
                 encoded = [(self._key(key), encode(value)) for key, value in items.items()]
                 if isinstance(request, Set) and request.lease is not None:
                     (name, body), groups = encoded[0], {}
-                    words, script, make = commit_call(request, name, body, px, stamp, self._space.here)
-                    calls.append(self._command(position, words, name, make, script, writes=True))
+                    call = commit_call(request, name, body, px, stamp, self._space.here)
+                    calls.append(self._command(position, *call, writes=True))
                     continue
                 if tags:
                     encoded = [(name, pack_tagged(body, tags, stamp)) for name, body in encoded]
@@ -188,7 +185,7 @@ class Plan:
                     calls.append(writes)
                 writes.add(Write(-1 - position if many else position, key, body, px, condition))
                 writes.tagged = writes.tagged or bool(tags)
-        self.commands += (call if isinstance(call, Command) else call.command() for call in calls)
+        self.commands += (each if isinstance(each, Command) else each.command() for each in calls)
 
     # Keys, times and stamps
 
@@ -217,8 +214,7 @@ class Plan:
 
     def _single(self, at: int, request: Request[Any]) -> Sequence[Command]:
         if self._call is not None:
-            words, name, script, make = self._call(request)
-            return [self._command(at, words, name, make, script)]
+            return [self._command(at, *self._call(request))]
         match request:
             case Exists(key=key):
                 return [self._exists(at, self._key(key))]
@@ -237,8 +233,7 @@ class Plan:
                 return self._invalidate(at, tags)
             case Admit(key=key):
                 self._key(key)
-                words, name, script, make = admit_call(request, self._prefix)
-                return [self._command(at, words, name, make, script, writes=True)]
+                return [self._command(at, *admit_call(request, self._prefix), writes=True)]
             case Scan(pattern=pattern, cursor=cursor):
                 return [self._scan(at, pattern, cursor)]
             case _:
@@ -363,7 +358,7 @@ class Plan:
     def _lease(self, at: int, request: Leases, verdict: bytes = b"") -> Command:
         name, here = self._key(request.key), self._space.here
         stamp = self._stamp(at, request.tags) if isinstance(request, GetOrLease) else NO_STAMP
-        words, script, read = lease_call(request, name, stamp, None if here else verdict)
+        words, name, read, script = lease_call(request, name, stamp, None if here else verdict)
 
         def make(reply: Any, now: float) -> list[Command]:
             about, stale = lease_claims(request, reply)
