@@ -116,7 +116,7 @@ class Connector:
         if self.database:
             commands.append(pack("SELECT", self.database))
         needed = len(commands)
-        # A user who may not load scripts may still send them whole: what comes of these is not asked.
+        # A user without the right to load scripts may still send them whole, so these replies do not matter.
         if role != "sentinel":
             commands.extend(pack("SCRIPT", "LOAD", script.text) for script in scripts(self.counters_here))
         asked_at = self.clock.monotonic()
@@ -208,7 +208,7 @@ class RedisPool:
             return connection
 
     async def side(self) -> RedisConnection:
-        """A connection for a walk, each in turn. Raises `CacheConnectionError` when the server cannot be reached."""
+        """A connection for a walk, one after the other. Raises `CacheConnectionError` when the server cannot be reached."""
         if self._most == 1:
             return await self.connect()
         async with self._connecting:

@@ -182,10 +182,10 @@ class RedisConnection(asyncio.Protocol):
     def set_time(self, reply: Any, asked_at: float) -> None:
         """Take in the server's reply to `TIME`, asked at `asked_at` of our clock."""
         seconds, micros = reply
-        told = int(seconds) + int(micros) * 1e-6
-        # It was told between then and now. The earliest moment is the bound, and the best bound so far is kept while
-        # it agrees with what was told last: a clock that was set disagrees.
-        earliest, latest = told - self._clock.monotonic(), told - asked_at
+        time = int(seconds) + int(micros) * 1e-6
+        # It was the time at a moment between then and now. The earliest moment is the bound, and the best bound so far is
+        # kept while it agrees with the last reply: a clock that was set disagrees.
+        earliest, latest = time - self._clock.monotonic(), time - asked_at
         self.offset = min(self.offset, latest) if earliest <= self.offset else latest
 
     def watch(self) -> None:

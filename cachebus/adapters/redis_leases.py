@@ -67,7 +67,7 @@ local function expiry_of(raw)
   return expiry
 end
 local function tell_end(key, token, error)
-  -- On the channel of the namespace, to those who wait elsewhere. If that is forbidden to us, they ask again by themselves.
+  -- On the channel of the namespace, to waiters elsewhere. If that is forbidden to us, they ask again by themselves.
   if #token > 255 then return end
   redis.pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.char(#token) .. token .. error)
 end
@@ -91,7 +91,7 @@ def _script(body: str) -> Twin:
 
 
 LEASE = _script("""
--- ARGV: token for a new lease, milliseconds of it, '1' to load a live value anew, 16 bytes for the stamp, and tags. The answer
+-- ARGV: token for a new lease, milliseconds of it, '1' to refresh a live value, 16 bytes for the stamp, and tags. The answer
 -- begins with 0 found, 1 granted or 2 loading; then the entry; the stale entry and the token; or the token, milliseconds left,
 -- stale entry, stamp, tags. A lease that was asked for by the same question, and is still there, is granted as it is.
 local key, token, lease_ms, tags = KEYS[1], ARGV[1], tonumber(ARGV[2]), ARGV[5]

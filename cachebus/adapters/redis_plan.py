@@ -77,7 +77,7 @@ Make: TypeAlias = "Callable[[Any, float], Reply | list[Command]]"
 
 
 class Plan:
-    """A batch under way. `replies` fills up as `commands` are answered; what is refused outright is there at once.
+    """A batch under way. `replies` fills up as `commands` are answered; what is refused outright has its reply at once.
 
     `group` numbers the keys that may go together in a cluster. There the counters of `space` are out of the scripts' reach,
     and `stamps` says what was read of them before, by the place of the request. `checked` says whether reads leave out what
@@ -295,8 +295,11 @@ class Plan:
             claim = None if here else claim_of(head)
             if claim is None:
                 return read_head(head, now)
-            doubt = Doubt([claim], lambda holds: read_head(head, now) if holds[0] else MISSING, self.replies, at)
-            return Counters(self._space).judge([doubt])
+
+            def decide(holds: Sequence[bool]) -> Reply:
+                return read_head(head, now) if holds[0] else MISSING
+
+            return Counters(self._space).judge([Doubt([claim], decide, self.replies, at)])
 
         return self._command(at, [1, name], name, make, PEEK.at(here))
 
@@ -352,8 +355,8 @@ class Plan:
 
             return Counters(self._space, ordered=True, px=px).judge([Doubt([claim], decide, self.replies, at)])
 
-        told = words if self._space.here else [*words, verdict]
-        return self._command(at, told, key, make, script, writes=writes, ordered=bool(verdict))
+        sent = words if self._space.here else [*words, verdict]
+        return self._command(at, sent, key, make, script, writes=writes, ordered=bool(verdict))
 
     def _lease(self, at: int, request: Leases, verdict: bytes = b"") -> Command:
         name, here = self._key(request.key), self._space.here

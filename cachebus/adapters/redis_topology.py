@@ -210,7 +210,7 @@ class ClusterNode:
 
 
 class Topology:
-    """Which servers there are, and which slots each has. `changed` is told of slots that have another owner now."""
+    """Which servers there are, and which slots each has. `changed` gets the slots that have another owner now."""
 
     def __init__(
         self,
