@@ -94,13 +94,9 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -
         timeout=settings.connect_timeout,
         health_interval=settings.health_check_interval,
         window=settings.window,
+        max_connections=settings.max_connections,
     )
-    common: dict[str, Any] = {
-        "namespace": namespace,
-        "default_ttl": settings.default_ttl,
-        "max_connections": settings.max_connections,
-        **more,
-    }
+    common: dict[str, Any] = {"namespace": namespace, "default_ttl": settings.default_ttl, **more}
     if settings.topology == "cluster":
         return import_module("cachebus.adapters.redis_cluster").RedisClusterStore(places, connector, **common)
     return redis.RedisStore(

@@ -29,16 +29,16 @@ from cachebus.messages import (
     Stored,
 )
 
-from .redis_commands import UNREADABLE, SentCommands
+from .redis_commands import UNREADABLE, ScriptCall, SentCommands
 from .redis_connect import Connector, Credentials, Endpoint, RedisPool, TlsFiles, find_master
 from .redis_connection import Argument, RedisConnection, pack_words
-from .redis_entry import NO_STAMP, HasTags, TagSpace, encode, milliseconds, read_run
+from .redis_entry import CAPABILITIES, NO_STAMP, HasTags, TagSpace, encode, milliseconds, read_run
 from .redis_errors import BACKEND
 from .redis_leases import commit_call, lease_call
-from .redis_plan import CAPABILITIES, Plan, ScriptCall
+from .redis_plan import Plan
 from .redis_runs import COMMAND_BYTES
 from .redis_scripts import READ, WRITE
-from .redis_walk import Walks, remove_matching, submitted
+from .redis_walk import Walks, submitted
 from .redis_watch import ChannelSubscription, LeaseWatch
 
 __all__ = ["Connector", "Credentials", "Endpoint", "RedisStore", "TlsFiles"]
@@ -69,8 +69,7 @@ class RedisStore:
         service: str | None = None,
         sentinel_identity: Credentials | None = None,
         default_ttl: float | None = None,
-        max_connections: int = 2,
-        call: ScriptCall | None = None,
+        call: Callable[[Request[Any]], ScriptCall] | None = None,
     ) -> None:
         if not namespace or ":" in namespace:
             # Else the keys of "a:b" would be keys of "a" too.
@@ -79,7 +78,6 @@ class RedisStore:
         self._service = service
         self._sentinel_identity = sentinel_identity or Credentials()
         self._connector = connector or Connector()
-        self._max_connections = max_connections
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
         self._default_px = milliseconds(default_ttl)
@@ -95,7 +93,7 @@ class RedisStore:
 
     async def open(self) -> None:
         self._connector = await self._connector.prepared()
-        self._pool = RedisPool(self._connect, self._max_connections)
+        self._pool = RedisPool(self._connect, self._connector.max_connections)
         await self._pool.connect()
 
     async def close(self) -> None:
@@ -160,7 +158,8 @@ class RedisStore:
         if not plan.commands:
             on_replies(plan.done())
         else:
-            connection.send(plan.packed(), SentCommands(plan.commands, connection, plan.done, on_replies))
+            data = b"".join([command.packed() for command in plan.commands])
+            connection.send(data, SentCommands(plan.commands, connection, plan.done, on_replies))
         return connection
 
     # The commonest batches are one command, made in a third of the time that a plan takes. `None` for others
@@ -193,9 +192,9 @@ class RedisStore:
                 stamp = self._space.new_stamp(request.tags)
             if stores:
                 px = default_px if request.ttl == "default" else milliseconds(request.ttl)
-                call, script, make = commit_call(request, name, encode(request.value), px, stamp, True)
+                call, _, make, script = commit_call(request, name, encode(request.value), px, stamp, True)
             else:
-                call, script, make = lease_call(request, name, stamp, None)
+                call, _, make, script = lease_call(request, name, stamp, None)
             return ("EVALSHA", script.sha, *call), (name,), lambda reply, now: [make(reply, now)]
         if not stores:
             return None
@@ -226,8 +225,8 @@ class RedisStore:
     async def _walk(self, request: Request[Any]) -> Reply:
         connection = await self._opened().side()
         if isinstance(request, DeletePattern):
-            return Deleted(await remove_matching(connection, self._prefix, request.pattern))
-        await remove_matching(connection, self._prefix, "*")
+            return Deleted(await self._walks.remove(connection, self._prefix, request.pattern))
+        await self._walks.remove(connection, self._prefix, "*")
         return Cleared()
 
     async def _connect(self) -> RedisConnection:
@@ -263,11 +262,9 @@ class SentDirectly(Struct, eq=False):
     wanted: int = 1
 
     def changes(self) -> Iterable[Any]:
-        """The keys that may be written."""
         return self.keys
 
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
-        """Take the one reply; or why there is none."""
         connection = self.connection
         if not isinstance(replies, CacheError) and type(replies[0]) is not hiredis.ReplyError:
             try:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -21,9 +21,7 @@ from cachebus.messages import (
     Cleared,
     CompareAndSet,
     Deleted,
-    DeleteMany,
     DeletePattern,
-    Failed,
     GetOrLease,
     Reply,
     Request,
@@ -33,17 +31,16 @@ from cachebus.messages import (
     SetMany,
 )
 
-from .redis_commands import Command
+from .redis_commands import Command, ScriptCall, UnderWay
 from .redis_connect import Connector, Endpoint
 from .redis_connection import Argument, RedisConnection
-from .redis_entry import NO_STAMP, TagSpace, milliseconds, new_epoch, pack_tags
+from .redis_entry import CAPABILITIES, NO_STAMP, TagSpace, milliseconds, new_epoch, pack_tags
 from .redis_errors import BACKEND
 from .redis_leases import kept_for
-from .redis_node import UnderWay
-from .redis_plan import CAPABILITIES, Plan, ScriptCall
+from .redis_plan import Plan
 from .redis_router import Router
 from .redis_scripts import STAMP
-from .redis_walk import Walks, matching, remove_matching, scan_words, submitted
+from .redis_walk import Walks, matching, scan_words, submitted
 from .redis_watch import ChannelSubscription, LeaseWatch
 
 __all__ = ["RedisClusterStore"]
@@ -77,8 +74,7 @@ class RedisClusterStore:
         *,
         namespace: str,
         default_ttl: float | None = None,
-        max_connections: int = 2,
-        call: ScriptCall | None = None,
+        call: Callable[[Request[Any]], ScriptCall] | None = None,
     ) -> None:
         if not namespace or ":" in namespace or "{}" in namespace:
             # With an empty pair of braces in front the counters of its tags would not be in one slot.
@@ -87,7 +83,6 @@ class RedisClusterStore:
             )
         self._seeds = tuple(places)
         self._connector = dataclasses.replace(connector or Connector(), counters_here=False)
-        self._max_connections = max_connections
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
         self._space = TagSpace(namespace, here=False)
@@ -102,7 +97,7 @@ class RedisClusterStore:
 
     async def open(self) -> None:
         self._connector = await self._connector.prepared()
-        self._router = Router(self._connector, self._seeds, self._max_connections)
+        self._router = Router(self._connector, self._seeds)
         try:
             await self._router.topology.learn()
         except BaseException:
@@ -214,17 +209,10 @@ class RedisClusterStore:
             version = topology.map.version
             for place in topology.map.places():
                 connection = await topology.node(place).pool.side()
-                removed += await remove_matching(connection, self._prefix, pattern, self._delete)
+                removed += await self._walks.remove(connection, self._prefix, pattern)
             if topology.map.version == version:
                 break
         return removed
-
-    async def _delete(self, keys: Sequence[str]) -> int:
-        # By the way of every other request, which follows keys that have moved since they were listed.
-        (reply,) = await self.execute([DeleteMany(tuple(keys))])
-        if isinstance(reply, Failed):
-            raise reply.error()
-        return reply.count if isinstance(reply, Deleted) else 0
 
     async def _page(self, request: Scan) -> Reply:
         topology = self._opened().topology

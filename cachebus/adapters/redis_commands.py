@@ -1,4 +1,4 @@
-"""Redis commands under way: what is sent, and what becomes of the replies.
+"""Redis commands under way, to one server or through a cluster: what is sent, and what becomes of the replies.
 
 Each reply is read alone: what cannot be read is an error of its own request, and neither the batch nor the connection is
 the worse for it.
@@ -10,7 +10,7 @@ import struct
 from binascii import crc_hqx
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import hiredis
 from msgspec import Struct
@@ -19,13 +19,16 @@ from cachebus.actors.ports import OnReplies
 from cachebus.messages import CacheConnectionError, CacheError, CacheSerializationError, Failed, Reply
 
 from .redis_connection import Argument, RedisConnection, pack_words
-from .redis_errors import BACKEND, STALE_ROLE, code_of, in_doubt, overtaken, translate
+from .redis_errors import BACKEND, STALE_ROLE, code_of, overtaken, translate
 from .redis_scripts import INCREMENT, PEEK, READ, TOUCH, WRITE, Script
 
 Settle = Callable[[Any, float], "Sequence[Command] | None"]
 """Takes in a reply, and the server's Unix time in seconds. Returns commands that the answer still needs."""
 
 Fail = Callable[[CacheError], None]
+
+ScriptCall: TypeAlias = tuple[list[Argument], str, Callable[[Any, float], Reply], Script]
+"""The words after a script's name, the key that says which node it goes to, what reads its reply, and the script."""
 
 LATE_IS_WRONG = frozenset(script for twin in (WRITE, TOUCH, INCREMENT) for script in (twin.here, twin.elsewhere))
 """Those that must not be done after what was sent later. The others only read, or find out themselves that they are late."""
@@ -128,7 +131,8 @@ class Command(Struct, eq=False):
 
     def give_up(self, error: CacheError) -> None:
         """Take in that the connection was lost after the command was sent."""
-        self.fail(in_doubt(error) if self.writes else error)
+        doubt = f"{error.detail}; whether the request was done is not known"
+        self.fail(CacheConnectionError(doubt, BACKEND) if self.writes else error)
 
 
 class SentCommands(Struct, eq=False):
@@ -141,11 +145,9 @@ class SentCommands(Struct, eq=False):
 
     @property
     def wanted(self) -> int:
-        """How many replies it takes."""
         return len(self.commands)
 
     def changes(self) -> Iterable[Any]:
-        """The keys that the commands may change."""
         return chain.from_iterable(command.changes for command in self.commands)
 
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
@@ -172,7 +174,8 @@ class SentCommands(Struct, eq=False):
             connection.drop(CacheConnectionError(f"{connection.server} has become a replica", BACKEND))
         # The script cache was emptied, so the unknown did nothing: sent whole they run, and the server knows them again. What
         # follows from an answer only reads.
-        again = _sendable_again(commands, unknown, connection.changes_in_flight) if unknown else ()
+        behind = chain.from_iterable(batch.changes() for batch in connection.in_flight)
+        again = _sendable_again(commands, unknown, behind) if unknown else ()
         if not again and not more:
             self.on_replies(self.done())
             return
@@ -202,3 +205,58 @@ def _sendable_again(
             again += reversed(_sendable_again(parts := command.parts(), parts, changed))
     again.reverse()
     return again
+
+
+class UnderWay:
+    """A batch under way: its commands, and what to call when each has its answer."""
+
+    def __init__(self, commands: Sequence[Command], done: Callable[[], object]) -> None:
+        self.trips: list[Trip] = []
+        self._left = 0
+        self._done = done
+        for command in commands:
+            self.add(command)
+
+    @property
+    def last_progress(self) -> float:
+        """When bytes last moved on the connection, of those that still owe an answer, on which it is longest ago."""
+        carriers = {each.connection for each in self.trips if each.connection is not None}
+        return min((each.last_progress for each in carriers), default=float("-inf"))
+
+    def add(self, command: Command, *, follows: Trip | None = None, hops: int = 0) -> Trip:
+        """Take in one command more."""
+        trip = Trip(command, slot_of(command.key), command.packed(), self, follows, hops)
+        self.trips.append(trip)
+        self._left += 1
+        return trip
+
+    def one_done(self) -> None:
+        """A command has its answer; the last one answers the batch."""
+        self._left -= 1
+        if not self._left:
+            self.trips = []  # They refer to the batch.
+            self._done()
+
+
+class Trip(Struct, eq=False):
+    """A command on its way through the cluster, on a `connection` while it has no answer.
+
+    `asking` is set if a server takes it though the slot is another's yet, `whole` if the server does not know the script by
+    its name. It `follows` another whose answer needs it, which is `followed_by` so many.
+    """
+
+    command: Command
+    slot: int
+    packed: bytes
+    batch: UnderWay
+    follows: Trip | None = None
+    hops: int = 0
+    asking: bool = False
+    whole: bool = False
+    followed_by: int = 0
+    connection: RedisConnection | None = None
+
+    @property
+    def first(self) -> Trip:
+        """The trip that it follows, or the one which that follows."""
+        return self if self.follows is None else self.follows.first

@@ -47,8 +47,8 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connector:
-    """Makes connections. `timeout` is in seconds and holds for all of connecting; `health_interval` and `window` as in
-    `RedisConnection`."""
+    """Makes connections, at most `max_connections` to a server. `timeout` is in seconds and holds for all of connecting;
+    `health_interval` and `window` as in `RedisConnection`."""
 
     clock: Clock = SYSTEM_CLOCK
     identity: Credentials = Credentials()
@@ -57,6 +57,7 @@ class Connector:
     timeout: float = 1.0
     health_interval: float | None = 2.0
     window: int = 8
+    max_connections: int = 2
     counters_here: bool = True
     """Whether the scripts read the counters of tags, which in a cluster are in another slot."""
 
@@ -115,7 +116,7 @@ class Connector:
         if self.database:
             commands.append(pack("SELECT", self.database))
         needed = len(commands)
-        # A user who may not load scripts may still send them whole: what comes of these is not asked.
+        # A user without the right to load scripts may still send them whole, so these replies do not matter.
         if role != "sentinel":
             commands.extend(pack("SCRIPT", "LOAD", script.text) for script in scripts(self.counters_here))
         asked_at = self.clock.monotonic()
@@ -207,7 +208,7 @@ class RedisPool:
             return connection
 
     async def side(self) -> RedisConnection:
-        """A connection for a walk, each in turn. Raises `CacheConnectionError` when the server cannot be reached."""
+        """A connection for a walk, one after the other. Raises `CacheConnectionError` when the server cannot be reached."""
         if self._most == 1:
             return await self.connect()
         async with self._connecting:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any, Protocol, TypeAlias, cast
 
 import hiredis
@@ -62,7 +61,6 @@ class Asked(Struct, eq=False):
     answer: Answer
 
     def changes(self) -> Iterable[Any]:
-        """None."""
         return ()
 
 
@@ -144,11 +142,6 @@ class RedisConnection(asyncio.Protocol):
         if self.lost is not None:
             raise self.lost
 
-    @property
-    def changes_in_flight(self) -> Iterable[Any]:
-        """The keys that what is in flight may change."""
-        return chain.from_iterable(batch.changes() for batch in self.in_flight)
-
     def send(self, data: bytes, batch: InFlight) -> None:
         """Send commands. Never waits; a lost connection answers at once."""
         if self.lost is not None or self._transport is None:
@@ -189,10 +182,10 @@ class RedisConnection(asyncio.Protocol):
     def set_time(self, reply: Any, asked_at: float) -> None:
         """Take in the server's reply to `TIME`, asked at `asked_at` of our clock."""
         seconds, micros = reply
-        told = int(seconds) + int(micros) * 1e-6
-        # It was told between then and now. The earliest moment is the bound, and the best bound so far is kept while
-        # it agrees with what was told last: a clock that was set disagrees.
-        earliest, latest = told - self._clock.monotonic(), told - asked_at
+        time = int(seconds) + int(micros) * 1e-6
+        # It was the time at a moment between then and now. The earliest moment is the bound, and the best bound so far is
+        # kept while it agrees with the last reply: a clock that was set disagrees.
+        earliest, latest = time - self._clock.monotonic(), time - asked_at
         self.offset = min(self.offset, latest) if earliest <= self.offset else latest
 
     def watch(self) -> None:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
+from cachebus.actors.ports import Capabilities
 from cachebus.messages import (
     BadMessage,
     CacheCapacityError,
@@ -50,6 +51,18 @@ HEADER = struct.Struct(">dd")
 VALUE_AT = HEADER.size + 1
 VALUE_MAX = 512 * 2**20 - VALUE_AT
 """The bytes of a value at most: a Redis string has 512 MiB (`proto-max-bulk-len`)."""
+
+CAPABILITIES = Capabilities(
+    patterns=True,
+    tags=True,
+    compare_and_set=True,
+    counters=True,
+    leases=True,
+    rate_limits=True,
+    locks=True,
+    max_value_bytes=VALUE_MAX,
+)
+"""What a Redis server and a cluster can do."""
 
 MISSING = Missing()
 

@@ -42,9 +42,9 @@ FORBIDDEN: Mapping[str, str] = {
     "NOPROTO": "the server does not speak RESP3; Redis 6 or newer is needed",
     "DENIED": "the server runs in protected mode and refuses other hosts",
     # The store of a cluster follows these itself.
-    "MOVED": "the server is one of a cluster: its URL begins with redis+cluster://",
-    "ASK": "the server is one of a cluster: its URL begins with redis+cluster://",
-    "CROSSSLOT": "the server is one of a cluster: its URL begins with redis+cluster://",
+    **dict.fromkeys(
+        ("MOVED", "ASK", "CROSSSLOT"), "the server is one of a cluster: its URL begins with redis+cluster://"
+    ),
 }
 UNFIT: Mapping[str, str] = {
     "WRONGTYPE": "the key holds a Redis type that is no cached value",
@@ -118,11 +118,6 @@ def closed() -> CacheClosed:
 def moving(how: str = "TRYAGAIN") -> CacheConnectionError:
     """The error of a command that did not find its keys in one place of a cluster."""
     return CacheConnectionError(f"the cluster is moving these keys ({how})", BACKEND)
-
-
-def in_doubt(error: CacheError) -> CacheError:
-    """The error of a write that was sent on a connection before it was lost."""
-    return CacheConnectionError(f"{error.detail}; whether the request was done is not known", BACKEND)
 
 
 def overtaken() -> CacheError:

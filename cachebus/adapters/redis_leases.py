@@ -18,7 +18,6 @@ in it: if the value has another version by the time the new one comes, or is gon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from cachebus.messages import (
@@ -39,10 +38,10 @@ from cachebus.messages import (
 from cachebus.messages.leases import NONCE_LENGTH, new_lease_name
 
 from .durations import check_lease, time_stale
-from .redis_commands import slot_of, tag_of
+from .redis_commands import ScriptCall, slot_of, tag_of
 from .redis_connection import Argument
 from .redis_entry import pack_metadata, pack_tagged, pack_tags, read_entry, read_stale
-from .redis_scripts import Script, Twin
+from .redis_scripts import Twin
 
 _MARK = """
 local MARK = struct.pack('>d', -1)
@@ -67,7 +66,7 @@ local function expiry_of(raw)
   return expiry
 end
 local function tell_end(key, token, error)
-  -- On the channel of the namespace, to those who wait elsewhere. If that is forbidden to us, they ask again by themselves.
+  -- On the channel of the namespace, to waiters elsewhere. If that is forbidden to us, they ask again by themselves.
   if #token > 255 then return end
   redis.pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.char(#token) .. token .. error)
 end
@@ -91,7 +90,7 @@ def _script(body: str) -> Twin:
 
 
 LEASE = _script("""
--- ARGV: token for a new lease, milliseconds of it, '1' to load a live value anew, 16 bytes for the stamp, and tags. The answer
+-- ARGV: token for a new lease, milliseconds of it, '1' to refresh a live value, 16 bytes for the stamp, and tags. The answer
 -- begins with 0 found, 1 granted or 2 loading; then the entry; the stale entry and the token; or the token, milliseconds left,
 -- stale entry, stamp, tags. A lease that was asked for by the same question, and is still there, is granted as it is.
 local key, token, lease_ms, tags = KEYS[1], ARGV[1], tonumber(ARGV[2]), ARGV[5]
@@ -225,12 +224,10 @@ return 0
 """)
 
 Leases = GetOrLease | RenewLease | ReleaseLease
-Parsed = Callable[[Any, float], Reply]
 
 
-def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -> tuple[list[Argument], Script, Parsed]:
-    """The words after the script's name, the script, and what reads its reply. `key` is the key in Redis. `verdict` is what
-    is known of the counters; `None` if the script reads them itself."""
+def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -> ScriptCall:
+    """`key` is the key in Redis, `verdict` what is known of the counters; `None` if the script reads them itself."""
     here = verdict is None
     more: list[Argument] = [] if verdict is None else [verdict]
     if isinstance(request, GetOrLease):
@@ -239,18 +236,16 @@ def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -
         keys: list[Argument] = [2, key, _refresh_name(key)] if request.refresh else [1, key]
         words = [*keys, new_lease_name(request.token), _ms(request.lease_ttl), "1" if request.refresh else "0", stamp]
         words += (pack_tags(request.tags) if request.tags else b"", *more)
-        return words, LEASE.here if here else LEASE.elsewhere, _leased
+        return words, key, _leased, LEASE.here if here else LEASE.elsewhere
     words = [2, key, _refresh_name(key), request.token]
     if isinstance(request, RenewLease):
         ttl = request.lease_ttl
         check_lease(request)
-        return [*words, _ms(ttl), *more], RENEW.at(here), lambda held, _: Renewed(ttl) if held else NotHeld()
-    return [*words, request.error, *more], RELEASE.at(here), lambda held, _: Released() if held else NotHeld()
+        return [*words, _ms(ttl), *more], key, lambda held, _: Renewed(ttl) if held else NotHeld(), RENEW.at(here)
+    return [*words, request.error, *more], key, lambda held, _: Released() if held else NotHeld(), RELEASE.at(here)
 
 
-def commit_call(
-    request: Set, key: str, body: bytes, px: str, stamp: bytes, here: bool
-) -> tuple[list[Argument], Script, Parsed]:
+def commit_call(request: Set, key: str, body: bytes, px: str, stamp: bytes, here: bool) -> ScriptCall:
     """As `lease_call`, for a value that is stored under a lease. `px` is its time to live in milliseconds, as text. `stamp` is
     the latest of its counters, if the script cannot read them itself."""
     if request.only_if is not None:
@@ -260,7 +255,7 @@ def commit_call(
     if request.tags:
         body = pack_tagged(body, request.tags, stamp)
     words: list[Argument] = [2, key, _refresh_name(key), request.lease or "", body, px, kept_for(request, px), stamp]
-    return words, COMMIT.here if here else COMMIT.elsewhere, _committed
+    return words, key, _committed, COMMIT.here if here else COMMIT.elsewhere
 
 
 def kept_for(request: Set, px: str) -> str:

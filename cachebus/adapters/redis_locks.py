@@ -1,16 +1,16 @@
 """Locks in Redis, for every process that shares the server. Waiters listen to a channel, and ask nothing meanwhile.
 
-Each decision is one step in the server, by its clock. A lock named N in a namespace S is in these keys, which a cluster keeps in one slot:
+Each decision is one step in the server, by its clock. A lock named N in a namespace S is in these keys, in one slot:
 
     S#lock:{N}            hash   t ticket, o owner and i inbox of the holder; n its token, the last one given; u until when it
-                                 holds, in milliseconds; c 1 if it knows that it does; s a token: nobody who had that one or a
+                                 holds, in milliseconds; c 1 if it knows that it does; s a token: no holder of that one or a
                                  later one has lost the lock; q the last number of a place in the queue
     S#lock:{N}:queue      sorted set of tickets that wait, by the number of their places
     S#lock:{N}:waiting    hash   ticket -> inbox|until|ttl|owner, the times in milliseconds
     S#lock:{N}:gone:T     there for a minute after the ticket T was given up
 
-An inbox is a channel, `S#lock:to:<process>`: there a process is told `ticket|name` when a lock is offered to one that waits in
-it. It then has CLAIM milliseconds to ask for it. If it does not, all that waits there loses its place: it is away.
+An inbox is a channel, `S#lock:to:<process>`: a process gets `ticket|name` there when a lock is offered to one of its waiters.
+It then has CLAIM milliseconds to ask for it. If it does not, it is away, and all that waits there loses its place.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from cachebus.messages import (
     Request,
 )
 
+from .redis_commands import ScriptCall
 from .redis_connection import Argument
 from .redis_errors import BACKEND
 from .redis_scripts import COMMON, Script
@@ -53,8 +54,8 @@ CLAIM_MS = 2000
 """How long a lock that is offered to another process is kept for it."""
 
 RETAIN_MS = 7 * 86_400_000
-"""How long the last token of a lock that nobody wants is remembered, from the first time on the day of its last holder. After
-that the clock alone makes it grow."""
+"""How long the last token of an unused lock is remembered, from the first time on the day of its last holder. After that the
+clock alone makes it grow."""
 
 GONE_MS = 60_000
 """How long a ticket that was given up is refused."""
@@ -183,7 +184,7 @@ return answer(wait_ms > 0 and 1 or 2, fresh)
 """)
 
 RENEW = _script("""
--- More: 6 milliseconds to hold. The code is 0 if it is held, 1 if another holds it, 2 if nobody does.
+-- More: 6 milliseconds to hold. The code is 0 if it is held, 1 if another holds it, 2 if it is free.
 if holder == ticket then
   until_ms = now_ms + tonumber(ARGV[6])
   redis.call('HSET', state, 'u', until_ms, 'c', 1)
@@ -197,7 +198,7 @@ return answer(holder == '' and 2 or 1)
 
 RELEASE = _script("""
 -- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then;
--- '2' to give up only what is told to our inbox; '3' only if it does not know that it holds. 7 token.
+-- '2' to give up only what our inbox gets; '3' only if it does not know that it holds. 7 token.
 -- The codes are those of RENEW.
 local had = tonumber(ARGV[7])
 if ARGV[6] == '1' then redis.call('SET', KEYS[4], '', 'PX', GONE) end
@@ -216,7 +217,7 @@ end
 local code = 2
 local gave_back = since > 0 and had >= since and (had < token or had == token and holder == '')
 if leave(ticket) == 1 or gave_back then
-  code = 0 -- It waited; or it is told once more, because the answer to the first time was lost.
+  code = 0 -- It waited; or it asks once more, because the answer to the first time was lost.
 elseif holder ~= '' and ARGV[6] == '0' then
   code = 1
 end
@@ -226,7 +227,7 @@ return answer(code)
 
 DESCRIBE = _script("""
 if holder == '' then pass_on() end
--- The code is 0 if nobody holds it.
+-- The code is 0 if it is free.
 return answer(holder == '' and 0 or 1)
 """)
 
@@ -284,8 +285,8 @@ class RedisLockStore:
 
     # Commands
 
-    def call(self, request: Request[Any]) -> tuple[list[Argument], str, Script, Callable[[Any, float], Reply]]:
-        """The words after the script's name, the key that says which server, the script, and how its reply is read."""
+    def call(self, request: Request[Any]) -> ScriptCall:
+        """The script that carries out a request."""
         name = getattr(request, "name", "")
         state = f"{self._prefix}{{{_tag(name)}}}"
         keys: list[Argument] = [state, f"{state}:queue", f"{state}:waiting"]
@@ -323,7 +324,7 @@ class RedisLockStore:
                     return Failed.of(self._deaf)
             return answer
 
-        return [len(keys), *keys, *ours], state, script, make
+        return [len(keys), *keys, *ours], state, make, script
 
     def _told(self, name: str, reply: Any) -> bool:
         """Pass on what a reply says about other callers. Whether the lock was given, or offered, to one of them."""

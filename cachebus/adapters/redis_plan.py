@@ -13,7 +13,6 @@ from typing import Any, TypeAlias, cast
 
 import hiredis
 
-from cachebus.actors.ports import Capabilities
 from cachebus.messages import (
     Add,
     Admit,
@@ -51,12 +50,11 @@ from cachebus.messages import (
     Ttl,
 )
 
-from .redis_commands import Command, Fail, Settle, failing
+from .redis_commands import Command, Fail, ScriptCall, Settle, failing
 from .redis_connection import Argument
 from .redis_entry import (
     MISSING,
     NO_STAMP,
-    VALUE_MAX,
     TagSpace,
     claim_of,
     encode,
@@ -69,37 +67,21 @@ from .redis_entry import (
 )
 from .redis_errors import translate
 from .redis_leases import Leases, commit_call, lease_call
-from .redis_rates import admit_call, limit_name
+from .redis_rates import admit_call
 from .redis_runs import COMMAND_BYTES, Counters, Doubt, Reads, Write, Writes, condition_of, lease_claims
 from .redis_scripts import INCREMENT, INVALIDATE, PEEK, TOUCH, Script
 from .redis_walk import matching, scan_words
-
-CAPABILITIES = Capabilities(
-    patterns=True,
-    tags=True,
-    compare_and_set=True,
-    counters=True,
-    leases=True,
-    rate_limits=True,
-    locks=True,
-    max_value_bytes=VALUE_MAX,
-)
-"""What a Redis server and a cluster can do."""
-
-ScriptCall: TypeAlias = Callable[[Request[Any]], tuple[list[Argument], str, Script, Callable[[Any, float], Reply]]]
-"""Makes of a request the words after a script's name, the key that says which server, the script, and what reads its reply."""
 
 Make: TypeAlias = "Callable[[Any, float], Reply | list[Command]]"
 """Makes the reply to a request of that to its command, or the commands that it still needs."""
 
 
 class Plan:
-    """A batch under way. `replies` fills up as `commands` are answered; what is refused outright is there at once.
+    """A batch under way. `replies` fills up as `commands` are answered; what is refused outright has its reply at once.
 
-    `slot_of` is the cluster's rule of which keys go together; `None` outside of a cluster. There the counters of `space`
-    are out of the scripts' reach, and `stamps` says what was read of them before, by the place of the request. `checked`
-    says whether reads leave out what is not valid, if that is decided already. `call` makes the commands of requests that
-    are not a cache's.
+    `group` numbers the keys that may go together in a cluster. There the counters of `space` are out of the scripts' reach,
+    and `stamps` says what was read of them before, by the place of the request. `checked` says whether reads leave out what
+    is not valid, if that is decided already. `call` makes the commands of requests that are not a cache's.
     """
 
     def __init__(
@@ -108,11 +90,11 @@ class Plan:
         prefix: str,
         default_ttl: float | None,
         space: TagSpace,
-        slot_of: Callable[[str], int] | None = None,
+        group: Callable[[str], int] = lambda name: 0,
         *,
         stamps: Mapping[int, bytes | CacheError] | None = None,
         checked: bool | None = None,
-        call: ScriptCall | None = None,
+        call: Callable[[Request[Any]], ScriptCall] | None = None,
     ) -> None:
         self.replies: list[Any] = [None] * len(batch)
         self.commands: list[Command] = []
@@ -120,7 +102,7 @@ class Plan:
         self._prefix = prefix
         self._default_px = milliseconds(default_ttl)
         self._space = space
-        self._slot_of = slot_of
+        self._group = group
         self._stamps = stamps or {}
         self._checked = space.here and space.seen if checked is None else checked
         self._call = call
@@ -141,11 +123,6 @@ class Plan:
     def done(self) -> Sequence[Reply]:
         """The replies, in the order of the requests."""
         return [FoundMany(cast("dict[str, Found]", each)) if type(each) is dict else each for each in self.replies]
-
-    def packed(self) -> bytes:
-        """The commands as bytes."""
-        commands = self.commands
-        return commands[0].packed() if len(commands) == 1 else b"".join([each.packed() for each in commands])
 
     # Runs
 
@@ -189,8 +166,8 @@ class Plan:
                 encoded = [(self._key(key), encode(value)) for key, value in items.items()]
                 if isinstance(request, Set) and request.lease is not None:
                     (name, body), groups = encoded[0], {}
-                    words, script, make = commit_call(request, name, body, px, stamp, self._space.here)
-                    calls.append(self._command(position, words, name, make, script, writes=True))
+                    call = commit_call(request, name, body, px, stamp, self._space.here)
+                    calls.append(self._command(position, *call, writes=True))
                     continue
                 if tags:
                     encoded = [(name, pack_tagged(body, tags, stamp)) for name, body in encoded]
@@ -208,7 +185,7 @@ class Plan:
                     calls.append(writes)
                 writes.add(Write(-1 - position if many else position, key, body, px, condition))
                 writes.tagged = writes.tagged or bool(tags)
-        self.commands += (call if isinstance(call, Command) else call.command() for call in calls)
+        self.commands += (each if isinstance(each, Command) else each.command() for each in calls)
 
     # Keys, times and stamps
 
@@ -219,9 +196,6 @@ class Plan:
             except UnicodeEncodeError:
                 raise CacheKeyError("a cache key must be valid Unicode", ascii(key)[:60]) from None
         return self._prefix + key
-
-    def _group(self, key: str) -> int:
-        return 0 if self._slot_of is None else self._slot_of(key)
 
     def _px(self, ttl: Ttl) -> str:
         return self._default_px if ttl == "default" else milliseconds(ttl)
@@ -240,8 +214,7 @@ class Plan:
 
     def _single(self, at: int, request: Request[Any]) -> Sequence[Command]:
         if self._call is not None:
-            words, name, script, make = self._call(request)
-            return [self._command(at, words, name, make, script)]
+            return [self._command(at, *self._call(request))]
         match request:
             case Exists(key=key):
                 return [self._exists(at, self._key(key))]
@@ -260,9 +233,7 @@ class Plan:
                 return self._invalidate(at, tags)
             case Admit(key=key):
                 self._key(key)
-                name = limit_name(self._prefix, key)
-                words, script, make = admit_call(request, name)
-                return [self._command(at, words, name, make, script, writes=True)]
+                return [self._command(at, *admit_call(request, self._prefix), writes=True)]
             case Scan(pattern=pattern, cursor=cursor):
                 return [self._scan(at, pattern, cursor)]
             case _:
@@ -305,7 +276,7 @@ class Plan:
         return [self._command(at, words, names[0], lambda reply, now: Invalidated(), INVALIDATE)]
 
     def _scan(self, at: int, pattern: str, cursor: str) -> Command:
-        if self._slot_of is not None or (cursor and not (cursor.isascii() and cursor.isdigit())):
+        if cursor and not (cursor.isascii() and cursor.isdigit()):
             raise BadMessage(f"the cursor {cursor[:40]!r} is none that a scan gave")
         prefix = self._prefix
 
@@ -324,8 +295,11 @@ class Plan:
             claim = None if here else claim_of(head)
             if claim is None:
                 return read_head(head, now)
-            doubt = Doubt([claim], lambda holds: read_head(head, now) if holds[0] else MISSING, self.replies, at)
-            return Counters(self._space).judge([doubt])
+
+            def decide(holds: Sequence[bool]) -> Reply:
+                return read_head(head, now) if holds[0] else MISSING
+
+            return Counters(self._space).judge([Doubt([claim], decide, self.replies, at)])
 
         return self._command(at, [1, name], name, make, PEEK.at(here))
 
@@ -381,13 +355,13 @@ class Plan:
 
             return Counters(self._space, ordered=True, px=px).judge([Doubt([claim], decide, self.replies, at)])
 
-        told = words if self._space.here else [*words, verdict]
-        return self._command(at, told, key, make, script, writes=writes, ordered=bool(verdict))
+        sent = words if self._space.here else [*words, verdict]
+        return self._command(at, sent, key, make, script, writes=writes, ordered=bool(verdict))
 
     def _lease(self, at: int, request: Leases, verdict: bytes = b"") -> Command:
         name, here = self._key(request.key), self._space.here
         stamp = self._stamp(at, request.tags) if isinstance(request, GetOrLease) else NO_STAMP
-        words, script, read = lease_call(request, name, stamp, None if here else verdict)
+        words, name, read, script = lease_call(request, name, stamp, None if here else verdict)
 
         def make(reply: Any, now: float) -> list[Command]:
             about, stale = lease_claims(request, reply)

@@ -6,13 +6,12 @@ it. It is four doubles: level, the server's time in microseconds, limit, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from cachebus.messages import Admit, Admitted, RateLimitDenied, Reply
 
 from .rates import CLOCK_BACK, check_admit, microseconds, per_of
-from .redis_connection import Argument
+from .redis_commands import ScriptCall
 from .redis_scripts import COMMON, Script
 
 ADMIT = Script(f"""{COMMON}
@@ -45,17 +44,11 @@ return {{1, math.floor(math.max(0, room - after) / per), delay, reset}}
 """)
 
 
-def admit_call(request: Admit, name: str) -> tuple[list[Argument], Script, Callable[[Any, float], Reply]]:
-    """The words after the script's name, the script, and how its reply is read. Raises `BadMessage`."""
+def admit_call(request: Admit, prefix: str) -> ScriptCall:
+    """`prefix` is that of the namespace's keys. Raises `BadMessage`."""
     check_admit(request)
-    per, wait = per_of(request), microseconds(request.wait)
-    words: list[Argument] = [1, name, request.limit, per, request.burst, request.cost, wait]
-    return words, ADMIT, _admitted
-
-
-def limit_name(prefix: str, key: str) -> str:
-    """What a limit is called in Redis, by the prefix of the namespace's keys."""
-    return f"{prefix[:-1]}#rate:{key}"
+    name, per, wait = f"{prefix[:-1]}#rate:{request.key}", per_of(request), microseconds(request.wait)
+    return [1, name, request.limit, per, request.burst, request.cost, wait], name, _admitted, ADMIT
 
 
 def _admitted(reply: Any, now: float) -> Reply:

@@ -12,12 +12,11 @@ import hiredis
 
 from cachebus.messages import CacheError
 
-from .redis_commands import LATE_IS_WRONG, SLOTS, Command, slot_of
+from .redis_commands import LATE_IS_WRONG, SLOTS, Command, Trip, slot_of
 from .redis_connect import Connector, Endpoint, RedisPool
 from .redis_connection import Change
 from .redis_errors import code_of, moving, overtaken
-from .redis_node import ClusterNode, Trip
-from .redis_topology import Topology, read_redirection
+from .redis_topology import ClusterNode, Topology, read_redirection
 
 MOST_HOPS = 8
 """How often a command follows its slot before it is given up: servers that disagree send it round in circles."""
@@ -100,16 +99,15 @@ class SlotTraffic:
 class Router:
     """Sends trips to the servers of their slots, and takes in what comes back. `topology` is these servers."""
 
-    def __init__(self, connector: Connector, seeds: Sequence[Endpoint], max_connections: int) -> None:
+    def __init__(self, connector: Connector, seeds: Sequence[Endpoint]) -> None:
         self.topology = Topology(connector, seeds, self._node, self._changed_hands)
         self._connector = connector
-        self._max_connections = max_connections
         self._traffic = SlotTraffic()
         # Slots that are being moved, of which each command takes one key only: one about keys at two servers is refused.
         self._moving: set[int] = set()
 
     def _node(self, place: Endpoint) -> ClusterNode:
-        pool = RedisPool(partial(self._connector.connect, place), self._max_connections)
+        pool = RedisPool(partial(self._connector.connect, place), self._connector.max_connections)
         return ClusterNode(place, pool, self._arrived, self._undelivered)
 
     def group(self, numbers: dict[str, int], name: str) -> int:

@@ -125,10 +125,10 @@ class Counters(Struct, eq=False):
 
 
 def lease_claims(request: Leases, reply: Any) -> tuple[Claim | None, Claim | None]:
-    """What the reply to a question about a lease depends on: the claim of the lease or of the value that is there, whose
-    loss makes the question one to be asked again; and that of the value that is served stale."""
+    """The claims that the reply to a question about a lease depends on: that of the lease or the value found, without which
+    the question is asked again; and that of the value that is served stale."""
     if not isinstance(request, GetOrLease):
-        return (_declared(*reply) if isinstance(reply, list) else None), None
+        return (None if isinstance(reply, int) else _declared(*reply)), None
     kind = reply[0]
     if kind == 2:
         return _declared(reply[4], reply[5]), claim_of(reply[3])
@@ -267,7 +267,7 @@ class Writes(Struct, eq=False):
         return Counters(self.space, ordered=True).judge(doubts) if doubts else ()
 
     def _doubts(self, item: Write, head: bytes) -> Sequence[Doubt]:
-        """Write a key once more when it is known whether what is there, of which `head` is the beginning, is valid."""
+        """Write a key once more when it is known whether the entry that begins with `head` is valid."""
         try:
             claim, _ = split_tagged(head)
         except CacheError as error:

@@ -1,9 +1,10 @@
-"""The servers of a Redis Cluster: the connections to them, and the map of slots."""
+"""The servers of a Redis Cluster, the commands on their way to each, and the map of slots."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,16 +12,18 @@ import hiredis
 
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
 
-from .redis_connect import Connector, Endpoint
-from .redis_connection import pack
+from .redis_commands import Trip
+from .redis_connect import Connector, Endpoint, RedisPool
+from .redis_connection import Asked, RedisConnection, pack
 from .redis_errors import BACKEND, closed, translate, unreachable
-from .redis_node import ClusterNode
 
 ASKED_AT_ONCE = 4
 """How many servers are asked for the map at a time; the first one that answers is believed."""
 
 LEARN_INTERVAL = 0.05
 """Seconds within which the map is not learned twice, however many commands say that it is wrong."""
+
+_ASKING = pack("ASKING")
 
 
 class SlotMap:
@@ -79,8 +82,135 @@ def read_redirection(reply: str, asked: Endpoint) -> tuple[int, Endpoint]:
     return int(slot), Endpoint(asked.host if host in ("", "?") else host, int(port))
 
 
+Arrived = Callable[["ClusterNode", Trip, Any, float], None]
+"""Takes the reply to a command, by which server, and that server's Unix time in seconds."""
+
+Undelivered = Callable[[Sequence[Trip], CacheError, bool], None]
+"""Takes commands that got no reply and why; the last argument says whether they were sent."""
+
+
+class ClusterNode:
+    """A server's connections and the queue before them: what is handed over first is sent first.
+
+    Every command handed over is given to `arrived` or to `failed`, once.
+    """
+
+    def __init__(self, place: Endpoint, pool: RedisPool, arrived: Arrived, failed: Undelivered) -> None:
+        self.place = place
+        self.pool = pool
+        self._arrived = arrived
+        self._failed = failed
+        self._queue: deque[Sequence[Trip]] = deque()
+        self._pump: asyncio.Task[None] | None = None
+        self._trial: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<ClusterNode {self.place}, {len(self._queue)} waiting, {self.pool!r}>"
+
+    @property
+    def has_room(self) -> bool:
+        """Whether commands may be sent now."""
+        connection = self.pool.up()
+        return not self._queue and connection is not None and connection.has_room
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way to the server or back."""
+        return not self._queue and self._pump is None and not any(each.in_flight for each in self.pool.connections)
+
+    @property
+    def trouble(self) -> CacheError | None:
+        """Why there is no connection, if the last attempt to make one has failed."""
+        return self.pool.trouble if self.pool.up() is None else None
+
+    def try_again(self) -> None:
+        """Make a connection beside everything else. Waiting for a silent server costs a batch the time to connect, so only
+        the first batches wait."""
+        if self._trial is None or self._trial.done():
+            self._trial = asyncio.create_task(self._try())
+
+    async def room(self) -> None:
+        """Wait until commands may be sent. Raises `CacheConnectionError` when the server cannot be reached."""
+        while not self.has_room:
+            if self._pump is not None:
+                await asyncio.wait([self._pump])
+                continue
+            await self.pool.ready()
+
+    def send(self, trips: Sequence[Trip]) -> None:
+        """Send commands after those that wait already. Never waits itself."""
+        connection = self.pool.up()
+        if connection is not None and self.has_room:
+            self._write(connection, trips)
+            return
+        self._queue.append(trips)
+        if self._pump is None:
+            self._pump = asyncio.create_task(self._send_waiting())
+
+    async def close(self) -> None:
+        """Finish what is under way, then close; cancelled, break it off."""
+        if self._trial is not None:
+            self._trial.cancel()
+        try:
+            while self._pump is not None:
+                await asyncio.wait([self._pump])
+            await self.pool.close()
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Give up what is under way."""
+        for task in (self._pump, self._trial):
+            if task is not None:
+                task.cancel()
+        self._pump = None
+        self.pool.drop()
+        while self._queue:
+            self._failed(self._queue.popleft(), closed(), False)
+
+    async def _send_waiting(self) -> None:
+        try:
+            while self._queue:
+                connection = await self.pool.ready()
+                self._write(connection, self._queue.popleft())
+        except CacheError as error:
+            # All of them: each would wait as long for the same answer.
+            waiting = [trip for trips in self._queue for trip in trips]
+            self._queue.clear()
+            self._pump = None  # What the failures lead to may need another.
+            self._failed(waiting, error, False)
+        finally:
+            if self._pump is asyncio.current_task():
+                self._pump = None
+
+    async def _try(self) -> None:
+        with contextlib.suppress(CacheError):  # It is the server's trouble, and the pool remembers it.
+            await self.pool.ready()
+
+    def _write(self, connection: RedisConnection, trips: Sequence[Trip]) -> None:
+        wanted = len(trips) + sum(trip.asking for trip in trips)
+        data = b"".join([_ASKING + trip.packed if trip.asking else trip.packed for trip in trips])
+
+        def answered(replies: Sequence[Any] | CacheError) -> None:
+            for trip in trips:
+                trip.connection = None
+            if isinstance(replies, CacheError):
+                self._failed(trips, replies, True)
+                return
+            now = connection.now()
+            at = 0
+            for trip in trips:
+                at += trip.asking
+                self._arrived(self, trip, replies[at], now)
+                at += 1
+
+        for trip in trips:
+            trip.connection = connection
+        connection.send(data, Asked(wanted, answered))
+
+
 class Topology:
-    """Which servers there are, and which slots each has. `changed` is told of slots that have another owner now."""
+    """Which servers there are, and which slots each has. `changed` gets the slots that have another owner now."""
 
     def __init__(
         self,

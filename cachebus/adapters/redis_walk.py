@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from cachebus.actors.ports import OnReplies, Progress
-from cachebus.messages import CacheConnectionError, CacheError, Failed, Reply, Request
+from cachebus.messages import CacheConnectionError, CacheError, Deleted, DeleteMany, Failed, Reply, Request
 
 from .glob import compile_glob, widen
 from .redis_connection import Argument, RedisConnection
@@ -18,28 +18,10 @@ PAGE = 500
 
 
 def scan_words(prefix: str, pattern: str, cursor: str | bytes) -> list[Argument]:
-    """The command that asks for a page."""
-    return ["SCAN", cursor, "MATCH", server_glob(prefix, pattern), "COUNT", PAGE]
-
-
-Remove = Callable[[Sequence[str]], Awaitable[int]]
-"""Removes keys of the namespace, and says how many there were."""
-
-
-async def remove_matching(connection: RedisConnection, prefix: str, pattern: str, remove: Remove | None = None) -> int:
-    """Remove every key of the namespace that a pattern matches, and say how many. What is stored meanwhile may go
-    or stay. `remove` does it where the server that lists the keys is not always the one that has them."""
-    removed = 0
-    cursor = b"0"
-    while True:
-        cursor, names = await connection.call(*scan_words(prefix, pattern, cursor))
-        if keys := matching(names, prefix, pattern):
-            if remove is None:
-                removed += await connection.call("UNLINK", *(prefix + key for key in keys))
-            else:
-                removed += await remove(keys)
-        if cursor == b"0":
-            return removed
+    """The command that asks for a page: our keys that match, and perhaps more of ours. The server's `?` and sets are about
+    bytes, and ours about characters, so the last word is `matching`'s."""
+    literal = "".join(f"\\{each}" if each in "*?[]\\^-" else each for each in prefix)
+    return ["SCAN", cursor, "MATCH", literal + widen(pattern), "COUNT", PAGE]
 
 
 def matching(names: Sequence[bytes], prefix: str, pattern: str) -> list[str]:
@@ -54,13 +36,6 @@ def matching(names: Sequence[bytes], prefix: str, pattern: str) -> list[str]:
         if key and matches(key):
             found[key] = None
     return list(found)
-
-
-def server_glob(prefix: str, pattern: str) -> str:
-    """What the server is to look for: our keys that match, and perhaps more of ours. Its `?` and sets are about bytes,
-    and ours about characters, so the last word is `matching`'s."""
-    literal = "".join(f"\\{each}" if each in "*?[]\\^-" else each for each in prefix)
-    return literal + widen(pattern)
 
 
 class Walks:
@@ -83,6 +58,21 @@ class Walks:
         task = asyncio.create_task(self._run(batch, on_replies))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
+
+    async def remove(self, connection: RedisConnection, prefix: str, pattern: str) -> int:
+        """Remove every key of the namespace that a server lists and a pattern matches, and say how many. What is stored
+        meanwhile may go or stay."""
+        removed, cursor = 0, b"0"
+        while True:
+            cursor, names = await connection.call(*scan_words(prefix, pattern, cursor))
+            if keys := matching(names, prefix, pattern):
+                # By the way of every other request, which in a cluster follows keys that have moved since they were listed.
+                (reply,) = await self._execute([DeleteMany(tuple(keys))])
+                if isinstance(reply, Failed):
+                    raise reply.error()
+                removed += reply.count if isinstance(reply, Deleted) else 0
+            if cursor == b"0":
+                return removed
 
     async def finish(self) -> None:
         """Wait until no walk is under way."""

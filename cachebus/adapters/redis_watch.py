@@ -227,9 +227,6 @@ class LeaseWatch:
 
     def _leave(self, count: int) -> None:
         self._count -= count
-        self._rest_soon()
-
-    def _rest_soon(self) -> None:
         if not self._count and self._idle is None:
             self._idle = asyncio.get_running_loop().call_later(IDLE, self._rest)
 
@@ -238,7 +235,7 @@ class LeaseWatch:
     def _refused(self, error: CacheError) -> None:
         self._trouble = error
         self._tell_all(Failed.of(error))
-        self._rest_soon()  # No callers wait while there is trouble.
+        self._leave(0)  # No callers wait while there is trouble.
 
     def _subscribed(self) -> None:
         self._trouble = None

@@ -274,14 +274,14 @@ class World:
 async def open_stores(servers: Sequence[Server], stack: AsyncExitStack) -> list[Any]:
     """Stores of one namespace on servers of the test's own, each with connections of its own."""
     places = [Endpoint(host=server.host, port=server.port) for server in servers]
-    connector = Connector(health_interval=None)
+    connector = Connector(health_interval=None, max_connections=1)
     stores: list[Any] = []
     for _ in range(STORES):
         store: Any
         if len(servers) == 1:
-            store = RedisStore(places, connector, namespace="schedule", max_connections=1)
+            store = RedisStore(places, connector, namespace="schedule")
         else:
-            store = RedisClusterStore(places, connector, namespace="schedule", max_connections=1)
+            store = RedisClusterStore(places, connector, namespace="schedule")
         await store.open()
         stack.push_async_callback(store.close)
         for connection in await connections(store):
