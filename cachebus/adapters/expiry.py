@@ -99,7 +99,7 @@ class ExpiryWheel:
         return self._references > 2 * entries + _SLOTS
 
     def rebuild(self, entries: Iterable[Entry], now: float) -> None:
-        """Begin anew with `entries`, without leftovers."""
+        """Start over with `entries`, without leftovers."""
         self.clear()
         for entry in entries:
             if entry.expires_at != NEVER:

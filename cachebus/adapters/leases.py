@@ -1,4 +1,4 @@
-"""Leases of a store in this process: who loads which key, who waits for it, and what takes the right away.
+"""Leases of a store in this process: rights to load keys, the callers that wait for a load, and what revokes a lease.
 
 The idea is that of Nishtala et al., "Scaling Memcache at Facebook" (NSDI 2013): a delete voids the lease of a load that is
 under way, so that what was loaded before it is never stored after it.
@@ -48,8 +48,8 @@ class Waiter:
 
 
 class Lease:
-    """The right to load a key, and those who wait for what comes of it. `granted` is the store's version then. It is called
-    `token`, and was asked for as `asked`."""
+    """The right to load a key, and its waiters. `granted` is the store's version then. The lease is called `token`, and was
+    asked for as `asked`."""
 
     __slots__ = ("asked", "expires_at", "granted", "key", "owner", "tags", "token", "waiters")
 
@@ -283,7 +283,7 @@ class LeaseTable:
             self._ask_again(lease, now)
 
     def _withdraw(self, key: str, asked: str) -> None:
-        """Answer the caller who waits with the question `asked`, if there is one: it has been given back."""
+        """Answer the waiter with the question `asked`, if there is one: it has been given back."""
         current = self.by_key.get(key)
         void = [each for each in self._void.values() if each.key == key] if self._void else []
         for lease in void if current is None else [current, *void]:
@@ -357,7 +357,7 @@ class LeaseTable:
                 del self._void[lease.token]
 
     def clear(self) -> None:
-        """Forget every lease, and all who wait."""
+        """Forget every lease and every waiter."""
         for each in (self.by_key, self._void, self._tagged, self._lost_tags, self._parked, self._due):
             each.clear()
 
