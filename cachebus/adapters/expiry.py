@@ -32,8 +32,6 @@ class ExpiryWheel:
     monotonic clock.
     """
 
-    __slots__ = ("_heap", "_on_due", "_references", "_slots")
-
     def __init__(self, on_due: Callable[[float], None]) -> None:
         self._on_due = on_due
         self.clear()

@@ -47,8 +47,6 @@ def blake(raw: bytes) -> bytes:
 class Keys:
     """The names of a namespace's keys. `hasher` makes at most 32 bytes of any number of bytes."""
 
-    __slots__ = ("_hasher", "_room", "generation_name", "namespace")
-
     def __init__(self, namespace: str, hasher: Hasher = blake) -> None:
         if not _NAMESPACE.fullmatch(namespace):
             raise CacheConfigurationError(

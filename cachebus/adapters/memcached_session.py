@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from cachebus.messages import CacheBackendError, CacheError
 
@@ -25,6 +26,7 @@ class NamespaceChanged(Exception):
     """Raised when the namespace has another generation than the commands were made for. They are to be made again."""
 
 
+@dataclass(slots=True, eq=False)
 class Session:
     """An exchange's view of its connection. Each part of its commands also reads the generation, so that checking it costs
     no round trip. If the generation has changed, the commands went to keys that are not read any more, and are repeated.
@@ -32,10 +34,9 @@ class Session:
     `writing` is true while commands are in flight that must not be carried out twice.
     """
 
-    def __init__(self, connection: Connection, keys: Keys) -> None:
-        self.connection = connection
-        self.keys = keys
-        self.writing = False
+    connection: Connection
+    keys: Keys
+    writing: bool = False
 
     def head(self) -> Exchange[str]:
         """Return what the names of the namespace's keys begin with now."""
