@@ -45,8 +45,6 @@ from .memcached_connection import Answer, Connection, Exchange, ask, read, store
 from .memcached_entry import server_expiry
 from .memcached_errors import BACKEND
 
-__all__ = ["MemcachedLockStore"]
-
 RETAIN = 7 * 86_400
 """Seconds for which a counter is kept that is not counted."""
 
