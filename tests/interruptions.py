@@ -110,8 +110,8 @@ def assert_sound(store: MemoryStore) -> None:
     assert leases.granting is None
     tagged: dict[str, set[str]] = {}
     for lease in leases.by_key.values():
-        for tag in lease.tags:
-            tagged.setdefault(tag, set()).add(lease.key)
+        for tag in lease.request.tags:
+            tagged.setdefault(tag, set()).add(lease.request.key)
     assert leases._tagged == tagged
     victims = [store._policy.evict() for _ in range(len(entries))]
     assert {id(each) for each in victims} == {id(each) for each in entries.values()}

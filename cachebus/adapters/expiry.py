@@ -32,8 +32,6 @@ class ExpiryWheel:
     monotonic clock.
     """
 
-    __slots__ = ("_heap", "_on_due", "_references", "_slots")
-
     def __init__(self, on_due: Callable[[float], None]) -> None:
         self._on_due = on_due
         self.clear()
@@ -99,7 +97,7 @@ class ExpiryWheel:
         return self._references > 2 * entries + _SLOTS
 
     def rebuild(self, entries: Iterable[Entry], now: float) -> None:
-        """Begin anew with `entries`, without leftovers."""
+        """Start over with `entries`, without leftovers."""
         self.clear()
         for entry in entries:
             if entry.expires_at != NEVER:

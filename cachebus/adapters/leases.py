@@ -1,4 +1,4 @@
-"""Leases of a store in this process: who loads which key, who waits for it, and what takes the right away.
+"""Leases of a store in this process: rights to load keys, the callers that wait for a load, and what revokes a lease.
 
 The idea is that of Nishtala et al., "Scaling Memcache at Facebook" (NSDI 2013): a delete voids the lease of a load that is
 under way, so that what was loaded before it is never stored after it.
@@ -7,7 +7,7 @@ under way, so that what was loaded before it is never stored after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cachebus.actors.ports import Deferred, TimerQueue
 from cachebus.messages import (
@@ -47,21 +47,15 @@ class Waiter:
     until: float
 
 
+@dataclass(slots=True, eq=False)
 class Lease:
-    """The right to load a key, and those who wait for what comes of it. `granted` is the store's version then. It is called
-    `token`, and was asked for as `asked`."""
+    """The right to load the key of a request, and its waiters. `granted` is the store's version then, `token` its name."""
 
-    __slots__ = ("asked", "expires_at", "granted", "key", "owner", "tags", "token", "waiters")
-
-    def __init__(self, request: GetOrLease, granted: float, expires_at: float) -> None:
-        self.key = request.key
-        self.asked = request.token
-        self.token = new_lease_name(request.token)
-        self.owner = request.owner
-        self.tags = request.tags
-        self.granted = granted
-        self.expires_at = expires_at
-        self.waiters: list[Waiter] = []
+    request: GetOrLease
+    granted: float
+    expires_at: float
+    token: str
+    waiters: list[Waiter] = field(default_factory=list)
 
 
 class LeaseTable:
@@ -105,7 +99,7 @@ class LeaseTable:
         reply = self._read_or_lease(request, now)
         if type(reply) in (Loading, Stale) and request.wait > 0 and defer is not None:
             lease = self.by_key[request.key]
-            if lease.owner != request.owner and len(self._parked) < self._max_waiters:
+            if lease.request.owner != request.owner and len(self._parked) < self._max_waiters:
                 port = defer()
                 self._park(lease, Waiter(request, port, now + request.wait))
                 return port
@@ -180,7 +174,7 @@ class LeaseTable:
             lease = None
         if lease is None:
             lease = self.grant(request, table.version, now)
-        if lease.asked == request.token:
+        if lease.request.token == request.token:
             granted = LeaseGranted(lease.token, table.stale(request.key, now))
             self.granting = None
             return granted
@@ -196,7 +190,7 @@ class LeaseTable:
                 self.take(lease)
             if len(self.by_key) >= self._max_leases:
                 raise Overloaded(f"{self._max_leases} keys are being loaded, which is the most", "", self._max_leases)
-        lease = self.granting = Lease(request, version, now + request.lease_ttl)
+        lease = self.granting = Lease(request, version, now + request.lease_ttl, new_lease_name(request.token))
         self.by_key[request.key] = lease
         for tag in request.tags:
             self._tagged.setdefault(tag, set()).add(request.key)
@@ -211,10 +205,10 @@ class LeaseTable:
 
     def take(self, lease: Lease) -> None:
         """End a current lease. Its waiters are to be answered."""
-        del self.by_key[lease.key]
-        for tag in lease.tags:
+        del self.by_key[lease.request.key]
+        for tag in lease.request.tags:
             if (keys := self._tagged.get(tag)) is not None:  # `None` for a tag that is named twice.
-                keys.discard(lease.key)
+                keys.discard(lease.request.key)
                 if not keys:
                     del self._tagged[tag]
         if not self.by_key:
@@ -224,16 +218,16 @@ class LeaseTable:
     def _take_void(self, key: str, token: str) -> Lease | None:
         """End a lease that was lost while others waited for it. These are to be answered."""
         lease = self._void.get(token)
-        return self._void.pop(token) if lease is not None and lease.key == key else None
+        return self._void.pop(token) if lease is not None and lease.request.key == key else None
 
     def _name_of(self, key: str, asked: str) -> str:
         """Return the name of the lease that was asked for as `asked`, current or void; `asked` itself if there is none."""
         lease = self.by_key.get(key)
-        if lease is not None and lease.asked == asked:
+        if lease is not None and lease.request.token == asked:
             return lease.token
         if asked in self._void:
             return asked
-        return next((each.token for each in self._void.values() if each.asked == asked), asked)
+        return next((each.token for each in self._void.values() if each.request.token == asked), asked)
 
     # Waiting
 
@@ -277,15 +271,15 @@ class LeaseTable:
         It may be if it has a tag that was not known until now: callers that asked after the invalidation of that tag share
         the lease, and a waiter may stand for several callers without the times at which they asked.
         """
-        if set(late.tags) <= set(lease.tags):
+        if set(late.tags) <= set(lease.request.tags):
             self.answer_all(lease, late)
         else:
             self._ask_again(lease, now)
 
     def _withdraw(self, key: str, asked: str) -> None:
-        """Answer the caller who waits with the question `asked`, if there is one: it has been given back."""
+        """Answer the waiter with the question `asked`, if there is one: it has been given back."""
         current = self.by_key.get(key)
-        void = [each for each in self._void.values() if each.key == key] if self._void else []
+        void = [each for each in self._void.values() if each.request.key == key] if self._void else []
         for lease in void if current is None else [current, *void]:
             for waiter in lease.waiters:
                 if waiter.request.token == asked:
@@ -339,7 +333,7 @@ class LeaseTable:
     def advance(self, now: float) -> None:
         """Let leases run out, and callers have waited long enough."""
         while (lease := self._due.pop(now)) is not None:
-            is_current = self.by_key.get(lease.key) is lease
+            is_current = self.by_key.get(lease.request.key) is lease
             if lease.expires_at <= now:
                 if is_current:
                     self.take(lease)
@@ -357,7 +351,7 @@ class LeaseTable:
                 del self._void[lease.token]
 
     def clear(self) -> None:
-        """Forget every lease, and all who wait."""
+        """Forget every lease and every waiter."""
         for each in (self.by_key, self._void, self._tagged, self._lost_tags, self._parked, self._due):
             each.clear()
 
@@ -367,13 +361,13 @@ class LeaseTable:
         A lease whose caller was interrupted before it got it goes. Callers that wait for no lease any more are answered
         by the state of the store.
         """
-        if (ghost := self.granting) is not None and self.by_key.get(ghost.key) is ghost:
-            del self.by_key[ghost.key]
+        if (ghost := self.granting) is not None and self.by_key.get(ghost.request.key) is ghost:
+            del self.by_key[ghost.request.key]
         self.granting = None
         self._tagged.clear()
         for lease in self.by_key.values():
-            for tag in lease.tags:
-                self._tagged.setdefault(tag, set()).add(lease.key)
+            for tag in lease.request.tags:
+                self._tagged.setdefault(tag, set()).add(lease.request.key)
         waited_for = [lease for lease in (*self.by_key.values(), *self._void.values()) if lease.waiters]
         self._due.clear()
         for lease in waited_for:

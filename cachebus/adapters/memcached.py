@@ -177,7 +177,7 @@ class MemcachedStore:
             try:
                 connection = await server.take()
             except CacheError as error:
-                join.taking(share)([Failed.of(error)] * len(share))
+                join.take(share, [Failed.of(error)] * len(share))
             else:
                 self._begin(join, connection, share)
 
@@ -191,7 +191,7 @@ class MemcachedStore:
     def _begin(self, join: _Join, connection: Connection, share: Share) -> None:
         part = [request for _, request in share]
         join.connections.append(connection)
-        connection.begin(self._exchange(connection, part), join.taking(share), len(part))
+        connection.begin(self._exchange(connection, part), partial(join.take, share), len(part))
 
     def _share_out(self, batch: Sequence[Request[Any]]) -> dict[Server, Share]:
         """Return what each server has to do."""
@@ -236,11 +236,8 @@ class _Join:
         """The time at which bytes last came from one of the servers, or left to it."""
         return max((each.last_progress for each in self.connections), default=0.0)
 
-    def taking(self, share: Share) -> OnReplies:
-        """Return the function that takes the replies to a share."""
-        return partial(self._take, share)
-
-    def _take(self, share: Share, replies: Sequence[Reply]) -> None:
+    def take(self, share: Share, replies: Sequence[Reply]) -> None:
+        """Take the replies to a share."""
         for (position, _), reply in zip(share, replies, strict=True):
             self._replies[position] = _merged(self._replies[position], reply)
         self._missing -= 1

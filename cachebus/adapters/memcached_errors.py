@@ -22,7 +22,7 @@ BACKEND = "memcached"
 #   silence for longer than `timeout`                  CacheConnectionError             is dropped
 #   a certificate that is not good                     CacheConfigurationError          is dropped
 #
-# A dropped connection is never read from again, so that what arrives late is nobody's answer.
+# A dropped connection is never read from again, so that what arrives late is no other command's answer.
 _STAYS: dict[bytes, str] = {
     b"SERVER_ERROR out of memory storing object": "the server's memory is full and it evicts nothing",
     b"SERVER_ERROR object too large for cache": "the entry is larger than the server's items may be",

@@ -1,5 +1,5 @@
-"""Updates of values that depend on what is there: conditional writes, touches and counts; and those of leases: who may load a
-key, and what a load may store. Decision 27 has the interleavings that the order of their commands is about.
+"""Updates of values that depend on what is there: conditional writes, touches and counts; and those of leases: the right to
+load a key, and what a load may store. Decision 27 has the interleavings that the order of their commands is about.
 
 Memcached's own counters are not used: they know no negative numbers, wrap at 64 bits without a word, and hold nothing
 but digits, so neither an expiry nor a version nor the key that a hash stands for. A value read and written back under its
@@ -57,7 +57,7 @@ from .memcached_entry import (
 )
 from .memcached_errors import BACKEND
 from .memcached_keys import ALL_TAGS
-from .memcached_lookup import FAILURE_SHOWN, Held, KeyItem, Lookup
+from .memcached_lookup import FAILURE_SHOWN, Held, KeyItem, Lookup, names_lease
 from .memcached_session import Session
 from .memcached_tags import Generations
 from .memcached_values import Values, chunk_tails
@@ -98,6 +98,10 @@ class KeyUpdates:
         # One new version a round: two writes of one key are two versions. Counts and touches have none of their own.
         if item.draft is not None and item.draft.kind is not type(request):
             return None
+        if isinstance(request, GetOrLease) or names_lease(request):
+            for answer in (item.answer, item.refresh_answer):
+                if isinstance(answer, CacheError):
+                    raise answer
         match request:
             case GetOrLease():
                 return self._lease(request, item)
@@ -195,7 +199,6 @@ class KeyUpdates:
     # Leases
 
     def _lease(self, request: GetOrLease, item: KeyItem) -> Reply | Draft:
-        _check_answers(item)
         check_lease(request)
         now, live = self._looked.now, self._looked.live(item)
         if live is not None and not request.refresh:
@@ -226,7 +229,6 @@ class KeyUpdates:
         return self._place(item, held, LeaseGranted(held.token, stale), refresh=live is not None)
 
     def _commit(self, request: Set, item: KeyItem, lease: str) -> Reply | Draft:
-        _check_answers(item)
         if request.only_if is not None:
             raise BadMessage("a value that is stored under a lease has no other condition")
         now, held = self._looked.now, self._held(lease, item)
@@ -248,7 +250,6 @@ class KeyUpdates:
         return Draft(self._commands(item, encode_form(request.value), expiry, metadata), None, tags)
 
     def _renew(self, request: RenewLease, item: KeyItem) -> Reply | Draft:
-        _check_answers(item)
         check_lease(request)
         held = self._held(request.token, item)
         if held is None or not self._looked.current(held):
@@ -257,9 +258,8 @@ class KeyUpdates:
         return self._place(item, renewed, Renewed(request.lease_ttl), refresh=held is item.refresh_held)
 
     def _release(self, request: ReleaseLease, item: KeyItem) -> Reply | Draft:
-        _check_answers(item)
         token = request.token
-        # It may be what the lease was asked for as, if the caller was not told its name.
+        # It may be what the lease was asked for as, if the caller did not learn its name.
         for each in (item.held, item.refresh_held):
             if each is not None and asked_as(each.token) == request.token:
                 token = each.token
@@ -320,12 +320,6 @@ class KeyUpdates:
 def over(answer: Answer) -> bytes:
     """Return the condition that there is nothing, or what was looked at."""
     return b" C%d" % answer[1] if isinstance(answer, tuple) else b" ME"
-
-
-def _check_answers(item: KeyItem) -> None:
-    for answer in (item.answer, item.refresh_answer):
-        if isinstance(answer, CacheError):
-            raise answer
 
 
 def _integer(entry: Entry) -> int:

@@ -31,7 +31,8 @@ KEPT_MAX = 1024
 """Bytes of a hashed key that are kept in the entry as they are; of a longer one another hash is kept."""
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_GENERATION = re.compile(rb"[0-9a-f]{%d}" % GENERATION_DIGITS)
+is_generation = re.compile(rb"[0-9a-f]{%d}" % GENERATION_DIGITS).fullmatch
+"""Match bytes that are a generation of ours."""
 
 Hasher = Callable[[bytes], bytes]
 
@@ -46,8 +47,6 @@ def blake(raw: bytes) -> bytes:
 
 class Keys:
     """The names of a namespace's keys. `hasher` makes at most 32 bytes of any number of bytes."""
-
-    __slots__ = ("_hasher", "_room", "generation_name", "namespace")
 
     def __init__(self, namespace: str, hasher: Hasher = blake) -> None:
         if not _NAMESPACE.fullmatch(namespace):
@@ -104,8 +103,3 @@ def new_generation(now: float) -> bytes:
     """Return a generation that never was: microseconds of the Unix time `now`, and 16 random bits, so that not even a clock
     that was set back brings an old one up again."""
     return b"%013x%04x" % (int(now * 1e6) & (1 << 52) - 1, secrets.randbits(16))
-
-
-def is_generation(raw: bytes) -> bool:
-    """Return whether bytes are a generation of ours."""
-    return _GENERATION.fullmatch(raw) is not None

@@ -45,8 +45,6 @@ from .memcached_connection import Answer, Connection, Exchange, ask, read, store
 from .memcached_entry import server_expiry
 from .memcached_errors import BACKEND
 
-__all__ = ["MemcachedLockStore"]
-
 RETAIN = 7 * 86_400
 """Seconds for which a counter is kept that is not counted."""
 
@@ -88,12 +86,12 @@ class _Holder:
     token: int
 
 
+@dataclass(frozen=True, slots=True)
 class _Locks:
     """Requests about locks, on their way over one connection."""
 
-    def __init__(self, connection: Connection, namespace: str) -> None:
-        self._connection = connection
-        self._namespace = namespace
+    connection: Connection
+    namespace: str
 
     def run(self, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
         """Carry out one after the other. What goes wrong is in the replies."""
@@ -119,7 +117,7 @@ class _Locks:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
     def _acquire(self, request: AcquireLock, item: str) -> Exchange[Reply]:
-        started = self._connection.now()
+        started = self.connection.now()
         gone = read(self._gone(item, request.ticket))
         holder: _Holder | None = None
         for _ in range(TRIES):
@@ -135,9 +133,9 @@ class _Locks:
         else:
             raise _contended()
         # Not before: a client that counts first and adds later would hold the lock with the smaller number.
-        first = int(self._connection.now() * 1e6)
+        first = int(self.connection.now() * 1e6)
         token = _number((yield from ask(f"ma {item}+ N{RETAIN} J{first} D1 T{RETAIN} v c\r\n".encode())))
-        if self._connection.now() - started >= request.ttl:
+        if self.connection.now() - started >= request.ttl:
             raise CacheConnectionError("a lock was had only when its time was over", BACKEND)
         return LockGranted(token, request.ttl)
 
@@ -199,16 +197,16 @@ class _Locks:
         raise CacheBackendError("what stands in the place of a lock is none", BACKEND)
 
     def _put(self, item: str, request: AcquireLock | RenewLock, owner: str, over: _Holder | None) -> bytes:
-        now = self._connection.now()
+        now = self.connection.now()
         until = now + request.ttl
         body = f"{math.ceil(until * 1000)}|{request.ticket}|{owner}".encode()
         return store(item, body, server_expiry(until, now), b" ME" if over is None else b" C%d" % over.token)
 
     def _left(self, holder: _Holder) -> float:
-        return max(0.0, holder.until - self._connection.now())
+        return max(0.0, holder.until - self.connection.now())
 
     def _item(self, name: str) -> str:
-        return f"{self._namespace}:@{_hash(name, 32)}"
+        return f"{self.namespace}:@{_hash(name, 32)}"
 
     def _gone(self, item: str, ticket: str) -> str:
         return f"{item}-{_hash(ticket, 16)}"

@@ -123,7 +123,7 @@ class Lookup:
                 replies[position] = Failed.of(error)
                 continue
             served = served or isinstance(request, GetOrLease)
-            grants = grants or isinstance(request, GetOrLease) or (isinstance(request, Set) and _of_lease(request))
+            grants = grants or isinstance(request, GetOrLease) or (isinstance(request, Set) and names_lease(request))
             keyed.append((position, item))
         if not items:
             return keyed
@@ -151,7 +151,7 @@ class Lookup:
         name = self._keys.tail(request.key)
         tags.update(dict.fromkeys(map(self._keys.tag, getattr(request, "tags", ()))))
         item = items.setdefault(name, KeyItem(*name))
-        if request.refresh if isinstance(request, GetOrLease) else _of_lease(request):
+        if request.refresh if isinstance(request, GetOrLease) else names_lease(request):
             item.refresh = self._keys.refresh(request.key)
         return item
 
@@ -201,6 +201,6 @@ class Lookup:
         return held is not None and held.deadline > self.now and self.generations.good(held.tags)
 
 
-def _of_lease(request: Request[Any]) -> bool:
+def names_lease(request: Request[Any]) -> bool:
     """Return whether a request names the lease that it is about."""
     return isinstance(request, RenewLease | ReleaseLease) or (isinstance(request, Set) and request.lease is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from cachebus.messages import CacheBackendError, CacheError
 
@@ -25,6 +26,7 @@ class NamespaceChanged(Exception):
     """Raised when the namespace has another generation than the commands were made for. They are to be made again."""
 
 
+@dataclass(slots=True, eq=False)
 class Session:
     """An exchange's view of its connection. Each part of its commands also reads the generation, so that checking it costs
     no round trip. If the generation has changed, the commands went to keys that are not read any more, and are repeated.
@@ -32,10 +34,9 @@ class Session:
     `writing` is true while commands are in flight that must not be carried out twice.
     """
 
-    def __init__(self, connection: Connection, keys: Keys) -> None:
-        self.connection = connection
-        self.keys = keys
-        self.writing = False
+    connection: Connection
+    keys: Keys
+    writing: bool = False
 
     def head(self) -> Exchange[str]:
         """Return what the names of the namespace's keys begin with now."""
@@ -81,16 +82,14 @@ class Session:
             self._use(answer[0])
         else:
             self.connection.generation = b""
-            yield from self._learn(answer)
+            yield from self._learn()
         raise NamespaceChanged
 
-    def _learn(self, answer: Answer | None = None) -> Exchange[None]:
+    def _learn(self) -> Exchange[None]:
         """Read the generation, and make one if there is none. The first to store one makes it for all."""
         name = self.keys.generation_name.decode()
         for _ in range(GENERATION_TRIES):
-            if answer is None or isinstance(answer, tuple):
-                # A mark is no CAS token, so what a check has seen is read once more.
-                answer = yield from ask(read(name))
+            answer = yield from ask(read(name))
             if isinstance(answer, tuple):
                 if is_generation(answer[0]):
                     self._use(answer[0])
@@ -99,9 +98,8 @@ class Session:
             elif answer == MISS:
                 condition = b" ME"
             else:
-                raise answer if isinstance(answer, CacheError) else self._drop(ProtocolError(str(answer)[:40]))
+                raise self._drop(ProtocolError(str(answer)[:40]))
             yield from ask(store(name, new_generation(self.connection.now()), 0, condition))
-            answer = None
         raise CacheBackendError("the generation of the namespace is lost as soon as it is stored", BACKEND)
 
     def _use(self, generation: bytes) -> None:

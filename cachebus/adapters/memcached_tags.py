@@ -35,8 +35,6 @@ class TagMemory:
     """The tags that keys had when they were last read: their generations are read in the same round trip as the value. If it
     is wrong, or has forgotten a key, there is one round trip more. `names` are those of the generations, by key."""
 
-    __slots__ = ("names",)
-
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {}
 

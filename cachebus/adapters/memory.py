@@ -127,7 +127,7 @@ class MemoryStore(EntryTable):
         """Let go of every value."""
         self._drop_all()
         self._meters.clear()
-        self._leases.clear()  # Callers who wait are answered by the actor, which is ending.
+        self._leases.clear()  # Waiters are answered by the actor, which is ending.
 
     def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Reply] | None:
         return self._verbs.get(kind)
@@ -245,12 +245,15 @@ class MemoryStore(EntryTable):
         if entry is None:
             if request.initial is None:
                 return _MISSING
-            value = _counter(request.initial + request.delta)
+            before = request.initial
+        elif type(before := entry.value) is not int:
+            raise WrongType(f"increment needs an int under the key, not {type(before).__name__}")
+        value = before + request.delta
+        if not -(2**63) <= value < 2**63:
+            raise WrongType("increment leaves the range of a signed 64-bit integer; the value is unchanged")
+        if entry is None:
             self.write(request.key, value, request.ttl, (), now)
             return Incremented(value)
-        if type(entry.value) is not int:
-            raise WrongType(f"increment needs an int under the key, not {type(entry.value).__name__}")
-        value = _counter(entry.value + request.delta)
         weight = self._weigh(value)
         self._changing = request.key
         self._replaced(entry, now)
@@ -344,9 +347,3 @@ class MemoryStore(EntryTable):
     def _present(self, entry: Entry) -> Present:
         left = entry.expires_at - self.now()
         return Present(entry.version, left if left < NEVER else None)
-
-
-def _counter(value: int) -> int:
-    if not -(2**63) <= value < 2**63:
-        raise WrongType("increment leaves the range of a signed 64-bit integer; the value is unchanged")
-    return value

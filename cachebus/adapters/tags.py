@@ -14,8 +14,6 @@ class TagTable:
     carries is forgotten, so the table is bounded by the entries.
     """
 
-    __slots__ = ("_tags",)
-
     def __init__(self) -> None:
         # tag -> [entries that carry it, version at which it was last invalidated]
         self._tags: dict[str, list[float]] = {}

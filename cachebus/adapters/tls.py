@@ -10,14 +10,14 @@ from cachebus.messages import CacheConfigurationError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsFiles:
-    """Paths of PEM files: whom we trust (the system's authorities if left out), and who we are."""
+    """Paths of PEM files: the trusted authorities (the system's if left out), and our own certificate and key."""
 
     ca: str | None = None
     certificate: str | None = None
     key: str | None = None
 
     def context(self, store: str) -> ssl.SSLContext:
-        """A context that checks certificates and host names. Reads the files, so it blocks.
+        """Return a context that checks certificates and host names. Reads the files, so it blocks.
 
         Raises `CacheConfigurationError` that names the store and the files.
         """

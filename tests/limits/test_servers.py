@@ -151,7 +151,8 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> Trips:
 
 
 async def memcached(server: Server, namespace: str) -> MemcachedStore:
-    store = MemcachedStore([MemcachedPlace(server.host, server.port)], namespace=namespace)
+    # A hundred rounds of one exchange take more than the usual second on a busy machine.
+    store = MemcachedStore([MemcachedPlace(server.host, server.port)], namespace=namespace, timeout=30.0)
     await store.open()
     return store
 

@@ -203,7 +203,7 @@ class SteppedStore(MemcachedStore):
                 told = await server.run(lambda connection: self._exchange(connection, part))
             except CacheError as error:
                 told = [Failed.of(error)] * len(share)
-            join.taking(share)(told)
+            join.take(share, told)
 
         await asyncio.gather(*(run(server, share) for server, share in shares.items()))
         return join

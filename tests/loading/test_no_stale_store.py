@@ -87,7 +87,7 @@ class LeasesNeverEnd(MemoryStore):
 
         self._leases.grant = remember  # type: ignore[method-assign]
         self._leases.held = lambda key, token, now: held(key, token, now) or forever.get((key, token))  # type: ignore[method-assign]
-        self._leases.take = lambda lease: forget(lease) if self._leases.by_key.get(lease.key) is lease else None  # type: ignore[method-assign]
+        self._leases.take = lambda lease: forget(lease) if self._leases.by_key.get(lease.request.key) is lease else None  # type: ignore[method-assign]
 
 
 class LeasesAreNamedByTheirQuestion(MemoryStore):

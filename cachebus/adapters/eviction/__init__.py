@@ -31,13 +31,4 @@ def make_policy(name: str, capacity: int | None) -> EvictionPolicy:
     return factory(capacity)
 
 
-__all__ = [
-    "NEVER",
-    "POLICIES",
-    "VISITS_MAX",
-    "Entry",
-    "EvictionPolicy",
-    "Ring",
-    "WeighedEntry",
-    "make_policy",
-]
+__all__ = ["NEVER", "POLICIES", "VISITS_MAX", "Entry", "EvictionPolicy", "Ring", "WeighedEntry", "make_policy"]

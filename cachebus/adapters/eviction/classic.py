@@ -14,8 +14,6 @@ class LruPolicy:
     flushes the lot, and a loop larger than the cache gets no hit at all.
     """
 
-    __slots__ = ("_ring", "changing", "on_hit")
-
     def __init__(self, capacity: int | None = None) -> None:
         self._ring = Ring()
         self.changing = False
@@ -53,8 +51,6 @@ class SievePolicy:
     soon after they arrive. Lazy: a hit only counts. A call of `evict` passes each visited entry once and
     resets it, so the steps are paid for by earlier hits.
     """
-
-    __slots__ = ("_hand", "_ring", "changing", "on_hit")
 
     def __init__(self, capacity: int | None = None) -> None:
         self._ring = Ring()
@@ -110,8 +106,6 @@ class LfuPolicy:
     `Entry.visits` is the number of uses. The bucket list is what keeps `forget` O(1): when the lowest bucket
     becomes empty, the next one is a link away and not a search.
     """
-
-    __slots__ = ("_buckets", "_lowest", "_size", "changing", "on_hit")
 
     def __init__(self, capacity: int | None = None) -> None:
         self._buckets: dict[int, _Bucket] = {}

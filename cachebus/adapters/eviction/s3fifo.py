@@ -23,8 +23,6 @@ class Gate:
     always have the same outcome.
     """
 
-    __slots__ = ("_credit", "ceiling", "floor", "share")
-
     def __init__(self, floor: float, ceiling: float) -> None:
         self.floor = floor
         self.ceiling = ceiling
@@ -60,8 +58,6 @@ class Duels:
 
     Remembers the keys of defenders only, and a challenger only while it is resident: no value outlives its entry.
     """
-
-    __slots__ = ("_defenders", "_trials")
 
     def __init__(self) -> None:
         # By the defender's key: the challenger and the gate it came through; the gate alone when the challenger was given
@@ -136,24 +132,6 @@ class S3FifoPolicy:
     `evict` is amortised O(1): it passes an entry only by taking a visit from it, or by moving it once from small to main.
     The ghosts together hold at most twice as many keys as there are entries, and none before the first eviction.
     """
-
-    __slots__ = (
-        "_capacity",
-        "_chance",
-        "_duel_bound",
-        "_duels",
-        "_full",
-        "_ghost",
-        "_ghost_bound",
-        "_main",
-        "_main_share",
-        "_newest",
-        "_return",
-        "_small",
-        "_small_share",
-        "changing",
-        "on_hit",
-    )
 
     def __init__(self, capacity: int | None = None) -> None:
         self.on_hit: Callable[[Entry], None] | None = None
