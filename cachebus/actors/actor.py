@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cachebus.bus import Address, Audience, Clock, Deferred, Envelope, Pending
-from cachebus.messages import Event, Message, Reply
+from cachebus.messages import Event, Message, Ping, Pong, Reply
 
 from .ports import Timer, Timers
 
@@ -113,6 +113,10 @@ class Actor:
         """
         return None
 
+    def on_ping(self, request: Ping) -> Pong:
+        """Every actor answers `Ping`."""
+        return Pong(self.ctx.address)
+
     def handlers(self) -> Handlers:
         """The handlers of this actor, bound to it."""
         table = Handlers()
@@ -129,7 +133,7 @@ def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...],
     found: list[tuple[str, tuple[type[Message], ...], str]] = []
     taken: dict[type[Message], str] = {}
     for name, function in inspect.getmembers(cls, inspect.isfunction):
-        if name.startswith("_") or name in vars(Actor):
+        if name.startswith("_"):
             continue
         parameters = list(inspect.signature(function).parameters.values())[1:]
         if len(parameters) != 1:

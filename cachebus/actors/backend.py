@@ -40,8 +40,6 @@ from cachebus.messages import (
     Invalidated,
     InvalidateTags,
     Missing,
-    Ping,
-    Pong,
     RateLimitDenied,
     RateLimitExceeded,
     RemovalCause,
@@ -218,9 +216,6 @@ class BackendActor(Actor):
         if (due := self._store.next_expiry()) is not None:
             self._due(due)
         return owed
-
-    def on_ping(self, request: Ping) -> Pong:
-        return Pong(self.ctx.address)
 
     def on_describe(self, request: Describe) -> Description:
         capabilities = self._store.capabilities

@@ -87,13 +87,12 @@ class CircuitBreaker:
 
     def admit(self) -> int:
         """The ticket of a call that may pass. Raises `CircuitOpen`."""
-        if self.state is CircuitState.CLOSED:
-            return self.period
-        if (refusal := self.refusal()) is not None:
-            raise refusal
-        if self.state is CircuitState.OPEN:
-            self._enter(CircuitState.HALF_OPEN)
-        self._probes += 1
+        if self.state is not CircuitState.CLOSED:
+            if (refusal := self.refusal()) is not None:
+                raise refusal
+            if self.state is CircuitState.OPEN:
+                self._enter(CircuitState.HALF_OPEN)
+            self._probes += 1
         return self.period
 
     def refusal(self) -> CircuitOpen | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import anyio
@@ -134,25 +135,25 @@ class LockStoreClient:
                 self._wake = open_port()
                 await self._wake.wait()
                 continue
-            await self._send([self._outbox.popleft() for _ in range(min(MAX_BATCH, len(self._outbox)))])
+            batch = [self._outbox.popleft() for _ in range(min(MAX_BATCH, len(self._outbox)))]
+            replied = partial(_hand_over, batch)
+            try:
+                await self._guard.submit(self._target, [request for request, _ in batch], replied)
+            except CacheError as error:
+                replied([Failed.of(error)] * len(batch))
         while self._outbox:
             self._outbox.popleft()[1](Failed.of(CacheClosed("the lock manager was stopped")))
-
-    async def _send(self, batch: Sequence[tuple[Request[Any], Then]]) -> None:
-        def replied(replies: Sequence[Reply]) -> None:
-            for (_, then), reply in zip(batch, replies, strict=True):
-                then(reply)
-
-        try:
-            await self._guard.submit(self._target, [request for request, _ in batch], replied)
-        except CacheError as error:
-            replied([Failed.of(error)] * len(batch))
 
     def _opened(self) -> None:
         self._target, self._is_open = self._as_pipelined(self._store), True
 
     def _as_pipelined(self, store: Any) -> PipelinedStore | AwaitedStore:
         return store if isinstance(self._store, PipelinedStore) else AwaitedStore(store)
+
+
+def _hand_over(batch: Sequence[tuple[Request[Any], Then]], replies: Sequence[Reply]) -> None:
+    for (_, then), reply in zip(batch, replies, strict=True):
+        then(reply)
 
 
 class PendingReleases:

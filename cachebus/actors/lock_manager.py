@@ -29,8 +29,6 @@ from cachebus.messages import (
     LockQueued,
     LockReleased,
     Overloaded,
-    Ping,
-    Pong,
     Released,
     ReleaseLock,
     Reply,
@@ -119,9 +117,6 @@ class LockManager(Actor):
             table.batch.update(dict.fromkeys(LOCK_REQUESTS, self._on_batch))
             table.eager.update(dict.fromkeys(LOCK_REQUESTS, self._at_once))
         return table
-
-    def on_ping(self, request: Ping) -> Pong:
-        return Pong(self.ctx.address)
 
     async def on_describe(self, request: Describe) -> Description:
         # A coroutine, although it does not wait: because of it, a caller that would block for a lock in the thread of an
