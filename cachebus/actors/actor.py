@@ -63,9 +63,6 @@ class Context(Protocol):
         """In the turn of a batch, until its first await: the trace context of each request."""
         ...
 
-    def emit(self, event: Event) -> None:
-        """Publish an event."""
-
     def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
         """Publish an event of a kind with these fields. It is built only if it has listeners and the sample has it."""
 

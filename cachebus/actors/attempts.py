@@ -6,6 +6,7 @@ import random
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -272,8 +273,7 @@ class Retries:
     """
 
     def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random, batches: Callable[[], int]) -> None:
-        import tenacity  # noqa: F401  # Late, for processes without a remote store; not in `run`, where it would block.
-
+        import_module("tenacity")  # Late, for processes without a remote store; but not in `run`, where it would block.
         self.count = 0
         self._policy = policy
         self._clock = ctx.clock

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -62,10 +62,10 @@ from .pipeline import RequestPipeline
 from .ports import BatchStore, InlineStore, LeaseNotifyingStore, LeasingStore, PipelinedStore, Store, Timer
 from .resilience import Guard
 
-STORE_REQUESTS: tuple[type[Request[Any]], ...] = tuple(
-    kind
+STORE_REQUESTS = tuple(
+    cast("type[Request[Any]]", kind)
     for name, kind in WIRE_NAMES.items()
-    if issubclass(kind, Request) and name.startswith(("backend.", "lease.", "rate.")) and kind is not WatchLease
+    if name.startswith(("backend.", "lease.", "rate.")) and kind is not WatchLease
 )
 """The requests that a backend hands to its store."""
 
@@ -322,6 +322,8 @@ class BackendActor(Actor):
                 tell(TagsInvalidated, tags=tags)
             case _, Cleared():
                 tell(CacheCleared)
+            case _:
+                pass
 
     async def _watch(self, request: WatchLease) -> Deferred:
         # A coroutine, although it does not wait, so that the actor's task asks, on the store's event loop.

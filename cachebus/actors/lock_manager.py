@@ -284,7 +284,10 @@ class LockManager(Actor):
             self._give_up(waiter)  # Whether it was done is not known.
 
     def _give_up(self, waiter: Waiter, *, unclaimed: bool = False) -> None:
-        gone = _ignore if self._store.poll is None else lambda _: self.look(waiter.request.name)
+        def gone(reply: Reply) -> None:
+            if self._store.poll is not None:
+                self.look(waiter.request.name)
+
         self._client.ask(waiter.abandoned(unclaimed=unclaimed), gone)
 
     # For the store: `LockListener`

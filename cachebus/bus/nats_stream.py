@@ -197,7 +197,8 @@ class Replay:
         await self._missed()
 
     def _consumer(self) -> ConsumerConfig:
-        kinds, start = self.subscription.kinds, dict[str, Any]()
+        kinds = self.subscription.kinds
+        start: dict[str, Any]
         if kinds == event_kinds(()):
             subjects = [self._subjects.all_events()]
         else:
