@@ -255,7 +255,7 @@ class LockManager(Actor):
         request = waiter.request
         self._leave_queue(waiter)
         if waiter.answer is None and waiter.until > self.ctx.clock.monotonic():
-            waiter.queued = False  # It was told to ask again, and finds the lock then.
+            waiter.queued = False  # Its caller comes again, and finds the lock then.
             return
         self._forget(waiter)
         if not waiter.is_there:

@@ -132,7 +132,7 @@ def _spawn_in_trio(work: Coroutine[Any, Any, None], ended: Callable[[], None]) -
         finally:
             ended()
 
-    # A system task: no nursery here is sure to outlive whoever asks, which is the point.
+    # A system task, because no nursery here is sure to outlive the caller.
     token = trio.lowlevel.current_trio_token()
     trio.lowlevel.spawn_system_task(run, context=contextvars.copy_context())
 

@@ -60,4 +60,4 @@ def _span(opentelemetry: Any) -> str | None:
             return None
         return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
     except Exception:
-        return None  # Half imported, or somebody's own tracer: no reason for a call to fail.
+        return None  # Half imported, or another tracer: no reason for a call to fail.
