@@ -29,10 +29,9 @@ from .codec import decode, encode
 from .compat import running_loop
 from .emitter import origin
 from .local import LocalBus
-from .message_age import age_clock
 from .nats_claims import Claim
 from .nats_compat import Listener, header_block
-from .nats_connection import NatsConnection, end_task
+from .nats_connection import NatsConnection, age_clock, end_task
 from .nats_events import EventListener, Outbox
 from .nats_micro import Micro
 from .nats_options import NatsCounters, NatsOptions
