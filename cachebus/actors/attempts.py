@@ -32,6 +32,9 @@ from .ports import NO_PROGRESS, SLOWEST_LINE, Progress, Timer
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
+Batch = Sequence[Request[Any]]
+Replies = Sequence[Reply]
+
 PUNCTUAL = 0.03  # Seconds by which a timer may fire late without saying anything about the event loop.
 # The duration of these grows with the number of keys stored. They have the longest timeout, and say nothing of others.
 SLOW_REQUESTS = frozenset[type[Request[Any]]]({Clear, DeletePattern})
@@ -169,9 +172,9 @@ class Attempt(Struct, eq=False):
     backend's health. `short` is false for slow requests; where it matters, those have batches of their own.
     """
 
-    requests: Sequence[Request[Any]]
+    requests: Batch
     store: Any
-    then: Callable[[Sequence[Reply]], None]
+    then: Callable[[Replies], None]
     callers: SlotBatch | None
     ticket: int
     timeout: AdaptiveTimeout
@@ -249,7 +252,7 @@ class Attempts:
         attempt.due = due
 
 
-def timeout_extension(requests: Sequence[Request[Any]], longest: float) -> float:
+def timeout_extension(requests: Batch, longest: float) -> float:
     """Seconds that a batch may take longer than others, for its bytes and keys; `longest` for slow requests."""
     if not SLOW_REQUESTS.isdisjoint(map(type, requests)):
         return longest
@@ -285,17 +288,13 @@ class Retries:
     def __repr__(self) -> str:
         return f"<Retries {self._left:.3g}/{MOST:g} left, {self.count} made>"
 
-    def worthwhile(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
+    def worthwhile(self, batch: Batch, replies: Replies) -> bool:
         """Whether to repeat some requests of a batch."""
         return self._policy.attempts > 1 and bool(_repeatable(batch, replies)) and self._allowed()
 
     async def run(
-        self,
-        again: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
-        batch: Sequence[Request[Any]],
-        replies: Sequence[Reply],
-        deadline: float | None,
-    ) -> Sequence[Reply]:
+        self, again: Callable[[Batch], Awaitable[Replies]], batch: Batch, replies: Replies, deadline: float | None
+    ) -> Replies:
         """Repeat what may be repeated, and return the replies. `again` makes an attempt with a part of the batch.
 
         No pause ends after `deadline`, on the monotonic clock. If an attempt raises, the replies before it count.
@@ -353,7 +352,7 @@ class Retries:
         return self._chance.uniform(0.0, min(policy.backoff_max, policy.backoff * 2.0 ** (repetition - 1)))
 
 
-def _repeatable(batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> list[int]:
+def _repeatable(batch: Batch, replies: Replies) -> list[int]:
     """The places of failed requests that may be done twice, and that another attempt may help."""
     return [
         place
