@@ -34,7 +34,7 @@ from .nats_compat import Listener, header_block
 from .nats_connection import NatsConnection, age_clock, end_task
 from .nats_events import EventListener, Outbox
 from .nats_micro import Micro
-from .nats_options import NatsCounters, NatsOptions
+from .nats_options import NatsOptions
 from .nats_requests import Requests
 from .nats_serving import Responder
 from .nats_stream import Replay, ensure_stream
@@ -62,8 +62,8 @@ class NatsBus(LocalBus):
     ) -> None:
         super().__init__(namespace, clock=clock, policy=policy)
         self.options = options or NatsOptions()
-        self.counters = NatsCounters()
-        self.connection = NatsConnection(self.options, self.counters, self._lost, self._back, age_clock(clock))
+        self.connection = NatsConnection(self.options, self._lost, self._back, age_clock(clock))
+        self.counters = self.connection.counters
         self._subjects = Subjects(namespace)
         self._kinds = event_kinds(self.options.events) if self.options.events else frozenset[type[Event]]()
         self._serving: dict[str, tuple[Responder, Listener]] = {}
@@ -183,7 +183,7 @@ class NatsBus(LocalBus):
         listener = await self.connection.listen(self._subjects.request(address), responder.take, group)
         self._serving[address] = responder, listener
         if self._micro is None:
-            self._micro = Micro(self.connection, self.clock, self.namespace, lambda: self._serving, self.request)
+            self._micro = Micro(self.connection, self.clock, self.namespace, self._serving, self.request)
             await self._micro.open()
         await self.connection.flush()
 

@@ -43,15 +43,10 @@ class NatsConnection:
     """
 
     def __init__(
-        self,
-        options: NatsOptions,
-        counters: NatsCounters,
-        on_lost: Callable[[], None],
-        on_back: Callable[[], None],
-        now: Callable[[], float] = time.monotonic,
+        self, options: NatsOptions, on_lost: Callable[[], None], on_back: Callable[[], None], now: Callable[[], float]
     ) -> None:
         self.options = options
-        self.counters = counters
+        self.counters = NatsCounters()
         self._on_lost = on_lost
         self._on_back = on_back
         self._client: CompatClient | None = None
