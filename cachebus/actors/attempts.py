@@ -295,10 +295,8 @@ class Retries:
     async def run(
         self, again: Callable[[Batch], Awaitable[Replies]], batch: Batch, replies: Replies, deadline: float | None
     ) -> Replies:
-        """Repeat what may be repeated, and return the replies. `again` makes an attempt with a part of the batch.
-
-        No pause ends after `deadline`, on the monotonic clock. If an attempt raises, the replies before it count.
-        """
+        """Repeat what may be repeated, and return the replies. `again` makes an attempt with a part of the batch. No
+        pause ends after `deadline`, on the monotonic clock. If an attempt raises, the replies before it count."""
         from tenacity import AsyncRetrying, retry_if_result
 
         result, clock, policy = list(replies), self._clock, self._policy

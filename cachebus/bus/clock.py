@@ -23,11 +23,8 @@ TICKS = 1 / TICK  # Ticks a second: a product takes less than a quotient.
 
 
 class Clock(Protocol):
-    """A source of time. Durations and instants are float seconds.
-
-    `monotonic` never jumps and decides every expiry, deadline and back-off. `wall` is Unix time; it labels events and
-    entries for people and decides nothing.
-    """
+    """A source of time. Durations and instants are float seconds. `monotonic` never jumps and decides every expiry,
+    deadline and back-off. `wall` is Unix time; it labels events and entries for people and decides nothing."""
 
     monotonic: Callable[[], float]
     wall: Callable[[], float]

@@ -110,10 +110,8 @@ def frame(subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> b
 
 
 class CompatClient(Client):
-    """A nats-py client that hands messages over in batches and writes frames at once.
-
-    With `tls_wanted` it sends nothing to a server without TLS. It goes on reading after a flush that was given up.
-    """
+    """A nats-py client that hands messages over in batches and writes frames at once. With `tls_wanted` it sends
+    nothing to a server without TLS. It goes on reading after a flush that was given up."""
 
     tls_wanted = False
 
@@ -140,10 +138,8 @@ class CompatClient(Client):
         return int(self._pending_data_size) + self._socket.get_write_buffer_size()
 
     def send(self, frames: bytes, most: int) -> None:
-        """Write frames, after everything that nats-py has not written yet.
-
-        Raises `OSError` if the connection is gone, and `BufferError` if more than `most` bytes would wait for the socket.
-        """
+        """Write frames, after everything that nats-py has not written yet. Raises `OSError` if the connection is gone,
+        and `BufferError` if more than `most` bytes would wait for the socket."""
         socket = self._socket
         if socket.is_closing():
             raise ConnectionResetError("the connection is closed")

@@ -37,10 +37,8 @@ _ERRORS = (nats.errors.Error, OSError, TimeoutError)
 
 
 class NatsConnection:
-    """A connection that is replaced whenever it is lost. Belongs to one asyncio loop.
-
-    `on_lost` is called when it is lost. `on_back` is called when it is replaced and every listener is subscribed again.
-    """
+    """A connection that is replaced whenever it is lost. Belongs to one asyncio loop. `on_lost` is called when it is
+    lost. `on_back` is called when it is replaced and every listener is subscribed again."""
 
     def __init__(
         self, options: NatsOptions, on_lost: Callable[[], None], on_back: Callable[[], None], now: Callable[[], float]
@@ -116,10 +114,8 @@ class NatsConnection:
                 client.abandon()
 
     def write(self, subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> None:
-        """Send a message without waiting; `head` is a block of headers.
-
-        Raises `CacheConnectionError` while away, and `Overloaded` while too much waits for the socket.
-        """
+        """Send a message without waiting; `head` is a block of headers. Raises `CacheConnectionError` while away, and
+        `Overloaded` while too much waits for the socket."""
         self.write_frames(frame(subject, payload, reply, head))
 
     def write_frames(self, frames: bytes) -> None:
@@ -285,11 +281,8 @@ class MessageAges:
         return f"<MessageAges of {len(self._senders)}/{_SENDERS} senders>"
 
     def age(self, now: float, proven: float, sender: str = "", sent: float = 0.0) -> float:
-        """Seconds that a message has been on its way.
-
-        It is looked at `now`, and the last answered ping was sent at `proven`; `sender` sent it when its own clock said
-        `sent`. An empty `sender` has said nothing.
-        """
+        """Seconds that a message has been on its way. It is looked at `now`, and the last answered ping was sent at
+        `proven`; `sender` sent it when its own clock said `sent`. An empty `sender` has said nothing."""
         link = max(0.0, now - proven - SLACK)
         if not sender:
             return link

@@ -150,11 +150,8 @@ class Subscription:
 
 
 class Audience:
-    """The registry of subscriptions.
-
-    `kinds` holds the kinds of events with listeners. Look here before you build an event. `listened_to` holds those that
-    listeners of this process want from other processes too.
-    """
+    """The registry of subscriptions. `kinds` holds the kinds of events with listeners. Look here before you build an
+    event. `listened_to` holds those that listeners of this process want from other processes too."""
 
     def __init__(self) -> None:
         self.kinds: frozenset[EventKind] = frozenset()

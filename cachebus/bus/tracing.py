@@ -40,10 +40,8 @@ def valid_trace(text: str | None) -> str | None:
 
 @contextmanager
 def use_trace(traceparent: str | None) -> Generator[None]:
-    """Give calls within the block a trace context, for applications that have no OpenTelemetry.
-
-    Raises `ValueError` for what is no W3C `traceparent`.
-    """
+    """Give calls within the block a trace context, for applications that have no OpenTelemetry. Raises `ValueError` for
+    what is no W3C `traceparent`."""
     if traceparent is not None and valid_trace(traceparent) is None:
         raise ValueError("a traceparent is 00-<32 hexadecimal digits>-<16>-<2>, lower case and not all zero")
     token = _given.set(traceparent)
