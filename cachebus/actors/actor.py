@@ -106,8 +106,7 @@ class Actor:
     def repair(self) -> Collection[Deferred] | None:
         """Repair the state after a turn that was interrupted at any instruction, and return the replies that this actor
         still owes; any others are answered as lost. `None`, the default, asks for a new incarnation, which counts as no
-        restart. May itself be interrupted, and is then called again.
-        """
+        restart. May itself be interrupted, and is then called again."""
         return None
 
     def on_ping(self, request: Ping) -> Pong:

@@ -94,11 +94,9 @@ class AdaptiveTimeout:
         self.current = min(self._highest, self._base * self._penalty)
 
     def struck(self, started: float, now: float) -> bool:
-        """Note that a call that began at `started` has no answer `now`, and return whether that is news.
-
-        Calls that were under way together when the first of them was given up count once. The wait does not enter the
-        window: there an outage would become the usual duration.
-        """
+        """Note that a call that began at `started` has no answer `now`, and return whether that is news. Calls that
+        were under way together when the first of them was given up count once. The wait does not enter the window:
+        there an outage would become the usual duration."""
         if started < self._struck_at:
             return False
         self._struck_at = now
@@ -269,11 +267,9 @@ def timeout_extension(requests: Batch, longest: float) -> float:
 
 
 class Retries:
-    """The repetitions of one guard, of which there were `count`. `batches` returns the number of batches so far.
-
-    Each batch earns `policy.budget` of a repetition, up to `MOST`. The initial `RESERVE` lets a quiet cache repeat as well.
-    So a backend in trouble never has twice its load (after Finagle's RetryBudget, Twitter, 2016).
-    """
+    """The repetitions of one guard, of which there were `count`. `batches` returns the number of batches so far. Each
+    batch earns `policy.budget` of a repetition, up to `MOST`. The initial `RESERVE` lets a quiet cache repeat as
+    well. So a backend in trouble never has twice its load (after Finagle's RetryBudget, Twitter, 2016)."""
 
     def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random, batches: Callable[[], int]) -> None:
         import_module("tenacity")  # Late, for processes without a remote store; but not in `run`, where it would block.

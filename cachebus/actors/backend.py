@@ -264,8 +264,6 @@ class BackendActor(Actor):
             self._sweep_at = when
             self._sweep_timer = self.ctx.send_after(when - self.ctx.clock.monotonic(), Sweep())
 
-    # Over a batch store
-
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert self._guard is not None
         traces = self._traces()
@@ -331,8 +329,6 @@ class BackendActor(Actor):
         promise = self.ctx.defer()
         self._store.watch(request, promise.answer)
         return promise
-
-    # Events of an inline store
 
     def _listen(self) -> None:
         """Turn the store's listeners on and off with the audience: without listeners nothing is called."""

@@ -53,10 +53,6 @@ SLACK = 0.001  # Seconds after the end of a lease at which its store surely know
 POLL_MAX = 12  # The longest pause between two questions to a store without a queue, as a multiple of the shortest one.
 
 
-def _ignore(reply: Reply) -> None:
-    """Do nothing with a reply."""
-
-
 class LockManager(Actor):
     """Actor before a `LockStore`. At most `max_waiters` callers wait for locks, or for the store to answer. `shared`: it is
     one of several at its address, and a caller may ask another one the next time."""
@@ -128,8 +124,6 @@ class LockManager(Actor):
         restarts, overloaded = self.ctx.restarts, self.ctx.overloaded
         return Snapshot(self.ctx.address, self._store.name, restarts=restarts, overloaded=overloaded, guard=guard)
 
-    # Requests
-
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply | Deferred]:
         return [self._served(request) for request in batch]
 
@@ -199,8 +193,6 @@ class LockManager(Actor):
             answer.give(Released())
         else:
             self._client.ask(waiter.abandoned(), answer.give)
-
-    # What the store says
 
     def _ask_for(self, waiter: Waiter) -> None:
         if waiter.asking:
@@ -296,7 +288,7 @@ class LockManager(Actor):
         waiter = self._waiters.get((name, ticket))
         if waiter is None:
             # Another manager's, or one of an incarnation before this one.
-            self._client.ask(ReleaseLock(name, ticket, unclaimed=True), _ignore)
+            self._client.ask(ReleaseLock(name, ticket, unclaimed=True), lambda reply: None)
         elif waiter.asking:
             waiter.again = True
         else:
@@ -304,14 +296,14 @@ class LockManager(Actor):
 
     def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
         if delay > 0:
-            self.ctx.timers.call_after(delay, partial(self._client.ask, DescribeLock(name), _ignore))
+            self.ctx.timers.call_after(delay, partial(self._client.ask, DescribeLock(name), lambda reply: None))
             return
         if ticket:
             if (waiter := self._waiters.get((name, ticket))) is not None:
                 self._ask_for(waiter)
             else:
                 # It has gone; or it has the lock by now, because it asked once more while this was on its way.
-                self._client.ask(ReleaseLock(name, ticket, unclaimed=True, offered=True), _ignore)
+                self._client.ask(ReleaseLock(name, ticket, unclaimed=True, offered=True), lambda reply: None)
         elif (queue := self._queues.get(name)) is not None:
             queue.pause = 0.0
             self._ask_for(next(iter(queue.waiters.values())))
@@ -323,8 +315,6 @@ class LockManager(Actor):
 
     def expired(self, name: str, owner: str, token: int) -> None:
         self.ctx.tell(LockExpired, name, owner, token)
-
-    # Time
 
     def on_sweep(self, request: Sweep) -> Released:
         """Look at what is due."""

@@ -142,8 +142,6 @@ class Guard:
                 self._limiter.release()
                 attempt.then([failed] * len(attempt.requests))
 
-    # A store that answers later
-
     def try_submit(self, store: _Store, requests: Batch, then: OnReplies, callers: SlotBatch | None = None) -> bool:
         """Send a batch, if nothing has to be waited for; else `False`. Raises `CircuitOpen`."""
         limiter = self._limiter
@@ -189,8 +187,6 @@ class Guard:
             # Given up while it was being sent. If it was sent after all, its replies are dropped.
             self._end(attempt, self._too_late(attempt))
 
-    # A store that is waited for
-
     async def execute(self, store: BatchStore, batch: Batch, deadline: float | None) -> Replies:
         """Carry out a batch, and repeat requests that failed if that may help. `deadline` is on the monotonic clock."""
         again = partial(self._ask, AwaitedStore(store), SlotBatch(None, deadline=deadline))
@@ -198,8 +194,6 @@ class Guard:
         if self._worth_repeating(batch, replies):
             replies = await self._retries.run(again, batch, replies, deadline)
         return replies
-
-    # On the way out
 
     async def _acquire(self) -> None:
         limiter = self._limiter
@@ -232,8 +226,6 @@ class Guard:
         if due < attempts.armed_for:
             attempts.arm(due)
         return attempt
-
-    # On the way back
 
     def _settle(self, attempt: Attempt, replies: Replies) -> None:
         """Take the replies of an attempt, unless it was given up before they came."""

@@ -201,8 +201,6 @@ class NatsBus(LocalBus):
         if (address in self._serving or address in self._claims) and self._requests is not None:
             self._run(self.retire(address))
 
-    # Events
-
     def publish(self, event: Event) -> None:
         self.audience.hear(event)
         if type(event) in self._kinds and self._requests is not None:

@@ -123,8 +123,6 @@ class CompatClient(Client):
         self._socket: asyncio.WriteTransport
         self._ps = _BatchParser(self)
 
-    # Out
-
     def connected(self, now: float) -> None:
         """Begin to write frames, once the client is connected; `now` is as for `ping`."""
         writer = self._writer
@@ -168,8 +166,6 @@ class CompatClient(Client):
         writer = self._writer
         if writer is not None:
             writer.transport.abort()
-
-    # In
 
     async def listen(self, listener: Listener) -> None:
         """Hand the messages of a subject to its listener."""

@@ -114,8 +114,7 @@ class Subscription:
         return self._pop()
 
     def __iter__(self) -> Iterator[Event]:
-        while (event := self.next()) is not None:
-            yield event
+        return iter(self.next, None)
 
     def next(self, timeout: float | None = None) -> Event | None:
         """Block this thread for the next event, up to `timeout` seconds; `None` when there is none, or no more."""
