@@ -181,8 +181,6 @@ class CompatClient(Client):
         await subscription.unsubscribe()
         self.listeners.pop(subscription._id, None)
 
-    # Of nats-py
-
     @property
     def _writer(self) -> asyncio.StreamWriter | None:
         transport: Any = self._transport
