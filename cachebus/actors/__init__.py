@@ -2,7 +2,7 @@
 
 from .actor import Actor, Context
 from .backend import STORE_REQUESTS, BackendActor
-from .breaker import BreakerPolicy, CircuitState
+from .breaker import BreakerPolicy
 from .cell import Cell
 from .guard_policy import GuardPolicy, RetryPolicy
 from .lock_manager import LockManager
@@ -18,7 +18,6 @@ __all__ = [
     "BreakerPolicy",
     "Capabilities",
     "Cell",
-    "CircuitState",
     "Context",
     "Gauges",
     "Guard",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cachebus.bus import Address, Audience, Clock, Deferred, Envelope, Pending
-from cachebus.messages import Event, Message, Reply
+from cachebus.messages import Event, Message, Ping, Pong, Reply
 
 from .ports import Timer, Timers
 
@@ -63,9 +63,6 @@ class Context(Protocol):
         """In the turn of a batch, until its first await: the trace context of each request."""
         ...
 
-    def emit(self, event: Event) -> None:
-        """Publish an event."""
-
     def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
         """Publish an event of a kind with these fields. It is built only if it has listeners and the sample has it."""
 
@@ -109,9 +106,12 @@ class Actor:
     def repair(self) -> Collection[Deferred] | None:
         """Repair the state after a turn that was interrupted at any instruction, and return the replies that this actor
         still owes; any others are answered as lost. `None`, the default, asks for a new incarnation, which counts as no
-        restart. May itself be interrupted, and is then called again.
-        """
+        restart. May itself be interrupted, and is then called again."""
         return None
+
+    def on_ping(self, request: Ping) -> Pong:
+        """Every actor answers `Ping`."""
+        return Pong(self.ctx.address)
 
     def handlers(self) -> Handlers:
         """The handlers of this actor, bound to it."""
@@ -129,7 +129,7 @@ def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...],
     found: list[tuple[str, tuple[type[Message], ...], str]] = []
     taken: dict[type[Message], str] = {}
     for name, function in inspect.getmembers(cls, inspect.isfunction):
-        if name.startswith("_") or name in vars(Actor):
+        if name.startswith("_"):
             continue
         parameters = list(inspect.signature(function).parameters.values())[1:]
         if len(parameters) != 1:

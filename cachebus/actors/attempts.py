@@ -6,6 +6,7 @@ import random
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -30,6 +31,9 @@ from .ports import NO_PROGRESS, SLOWEST_LINE, Progress, Timer
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
+
+Batch = Sequence[Request[Any]]
+Replies = Sequence[Reply]
 
 PUNCTUAL = 0.03  # Seconds by which a timer may fire late without saying anything about the event loop.
 # The duration of these grows with the number of keys stored. They have the longest timeout, and say nothing of others.
@@ -90,11 +94,9 @@ class AdaptiveTimeout:
         self.current = min(self._highest, self._base * self._penalty)
 
     def struck(self, started: float, now: float) -> bool:
-        """Note that a call that began at `started` has no answer `now`, and return whether that is news.
-
-        Calls that were under way together when the first of them was given up count once. The wait does not enter the
-        window: there an outage would become the usual duration.
-        """
+        """Note that a call that began at `started` has no answer `now`, and return whether that is news. Calls that
+        were under way together when the first of them was given up count once. The wait does not enter the window:
+        there an outage would become the usual duration."""
         if started < self._struck_at:
             return False
         self._struck_at = now
@@ -168,9 +170,9 @@ class Attempt(Struct, eq=False):
     backend's health. `short` is false for slow requests; where it matters, those have batches of their own.
     """
 
-    requests: Sequence[Request[Any]]
+    requests: Batch
     store: Any
-    then: Callable[[Sequence[Reply]], None]
+    then: Callable[[Replies], None]
     callers: SlotBatch | None
     ticket: int
     timeout: AdaptiveTimeout
@@ -248,7 +250,7 @@ class Attempts:
         attempt.due = due
 
 
-def timeout_extension(requests: Sequence[Request[Any]], longest: float) -> float:
+def timeout_extension(requests: Batch, longest: float) -> float:
     """Seconds that a batch may take longer than others, for its bytes and keys; `longest` for slow requests."""
     if not SLOW_REQUESTS.isdisjoint(map(type, requests)):
         return longest
@@ -265,15 +267,12 @@ def timeout_extension(requests: Sequence[Request[Any]], longest: float) -> float
 
 
 class Retries:
-    """The repetitions of one guard, of which there were `count`. `batches` returns the number of batches so far.
-
-    Each batch earns `policy.budget` of a repetition, up to `MOST`. The initial `RESERVE` lets a quiet cache repeat as well.
-    So a backend in trouble never has twice its load (after Finagle's RetryBudget, Twitter, 2016).
-    """
+    """The repetitions of one guard, of which there were `count`. `batches` returns the number of batches so far. Each
+    batch earns `policy.budget` of a repetition, up to `MOST`. The initial `RESERVE` lets a quiet cache repeat as
+    well. So a backend in trouble never has twice its load (after Finagle's RetryBudget, Twitter, 2016)."""
 
     def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random, batches: Callable[[], int]) -> None:
-        import tenacity  # noqa: F401  # Late, for processes without a remote store; not in `run`, where it would block.
-
+        import_module("tenacity")  # Late, for processes without a remote store; but not in `run`, where it would block.
         self.count = 0
         self._policy = policy
         self._clock = ctx.clock
@@ -285,21 +284,15 @@ class Retries:
     def __repr__(self) -> str:
         return f"<Retries {self._left:.3g}/{MOST:g} left, {self.count} made>"
 
-    def worthwhile(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
+    def worthwhile(self, batch: Batch, replies: Replies) -> bool:
         """Whether to repeat some requests of a batch."""
         return self._policy.attempts > 1 and bool(_repeatable(batch, replies)) and self._allowed()
 
     async def run(
-        self,
-        again: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
-        batch: Sequence[Request[Any]],
-        replies: Sequence[Reply],
-        deadline: float | None,
-    ) -> Sequence[Reply]:
-        """Repeat what may be repeated, and return the replies. `again` makes an attempt with a part of the batch.
-
-        No pause ends after `deadline`, on the monotonic clock. If an attempt raises, the replies before it count.
-        """
+        self, again: Callable[[Batch], Awaitable[Replies]], batch: Batch, replies: Replies, deadline: float | None
+    ) -> Replies:
+        """Repeat what may be repeated, and return the replies. `again` makes an attempt with a part of the batch. No
+        pause ends after `deadline`, on the monotonic clock. If an attempt raises, the replies before it count."""
         from tenacity import AsyncRetrying, retry_if_result
 
         result, clock, policy = list(replies), self._clock, self._policy
@@ -353,7 +346,7 @@ class Retries:
         return self._chance.uniform(0.0, min(policy.backoff_max, policy.backoff * 2.0 ** (repetition - 1)))
 
 
-def _repeatable(batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> list[int]:
+def _repeatable(batch: Batch, replies: Replies) -> list[int]:
     """The places of failed requests that may be done twice, and that another attempt may help."""
     return [
         place

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -40,8 +40,6 @@ from cachebus.messages import (
     Invalidated,
     InvalidateTags,
     Missing,
-    Ping,
-    Pong,
     RateLimitDenied,
     RateLimitExceeded,
     RemovalCause,
@@ -64,10 +62,10 @@ from .pipeline import RequestPipeline
 from .ports import BatchStore, InlineStore, LeaseNotifyingStore, LeasingStore, PipelinedStore, Store, Timer
 from .resilience import Guard
 
-STORE_REQUESTS: tuple[type[Request[Any]], ...] = tuple(
-    kind
+STORE_REQUESTS = tuple(
+    cast("type[Request[Any]]", kind)
     for name, kind in WIRE_NAMES.items()
-    if issubclass(kind, Request) and name.startswith(("backend.", "lease.", "rate.")) and kind is not WatchLease
+    if name.startswith(("backend.", "lease.", "rate.")) and kind is not WatchLease
 )
 """The requests that a backend hands to its store."""
 
@@ -219,9 +217,6 @@ class BackendActor(Actor):
             self._due(due)
         return owed
 
-    def on_ping(self, request: Ping) -> Pong:
-        return Pong(self.ctx.address)
-
     def on_describe(self, request: Describe) -> Description:
         capabilities = self._store.capabilities
         gauges = self._store.gauges()
@@ -268,8 +263,6 @@ class BackendActor(Actor):
                 self._sweep_timer.cancel()
             self._sweep_at = when
             self._sweep_timer = self.ctx.send_after(when - self.ctx.clock.monotonic(), Sweep())
-
-    # Over a batch store
 
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert self._guard is not None
@@ -327,6 +320,8 @@ class BackendActor(Actor):
                 tell(TagsInvalidated, tags=tags)
             case _, Cleared():
                 tell(CacheCleared)
+            case _:
+                pass
 
     async def _watch(self, request: WatchLease) -> Deferred:
         # A coroutine, although it does not wait, so that the actor's task asks, on the store's event loop.
@@ -334,8 +329,6 @@ class BackendActor(Actor):
         promise = self.ctx.defer()
         self._store.watch(request, promise.answer)
         return promise
-
-    # Events of an inline store
 
     def _listen(self) -> None:
         """Turn the store's listeners on and off with the audience: without listeners nothing is called."""

@@ -87,13 +87,12 @@ class CircuitBreaker:
 
     def admit(self) -> int:
         """The ticket of a call that may pass. Raises `CircuitOpen`."""
-        if self.state is CircuitState.CLOSED:
-            return self.period
-        if (refusal := self.refusal()) is not None:
-            raise refusal
-        if self.state is CircuitState.OPEN:
-            self._enter(CircuitState.HALF_OPEN)
-        self._probes += 1
+        if self.state is not CircuitState.CLOSED:
+            if (refusal := self.refusal()) is not None:
+                raise refusal
+            if self.state is CircuitState.OPEN:
+                self._enter(CircuitState.HALF_OPEN)
+            self._probes += 1
         return self.period
 
     def refusal(self) -> CircuitOpen | None:
@@ -149,11 +148,9 @@ class Outcome(Enum):
 
 
 def outcome_of(replies: Sequence[Reply], excluded: tuple[type[CacheError], ...]) -> tuple[Outcome, str | None]:
-    """The outcome of a batch, and why the backend cannot be reached, if that is so.
-
-    A batch has failed if nothing of it was done, and for a reason that may pass. Errors of `excluded` classes count
-    neither way. Neither does a refusal, such as that of a password: the backend has not looked at the request.
-    """
+    """The outcome of a batch, and why the backend cannot be reached, if that is so. A batch has failed if nothing of it
+    was done, and for a reason that may pass. Errors of `excluded` classes count neither way. Neither does a refusal,
+    such as that of a password: the backend has not looked at the request."""
     failures = [(error_class(each.code), each.detail) for each in replies if isinstance(each, Failed)]
     counting = [(kind, detail) for kind, detail in failures if kind.transient and not issubclass(kind, excluded)]
     lost = next((detail for kind, detail in counting if issubclass(kind, CacheConnectionError)), None)

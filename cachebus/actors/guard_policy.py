@@ -10,11 +10,9 @@ from .breaker import BreakerPolicy
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a request is attempted, the first attempt included, and after what pauses.
-
-    Before the n-th repetition there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of
-    `backoff` * 2^(n-1) seconds, at most `backoff_max`. Each batch allows for `budget` repetitions in all.
-    """
+    """How often a request is attempted, the first attempt included, and after what pauses. Before the n-th repetition
+    there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of `backoff` * 2^(n-1)
+    seconds, at most `backoff_max`. Each batch allows for `budget` repetitions in all."""
 
     attempts: int = 3
     backoff: float = 0.05
@@ -63,8 +61,7 @@ class GuardPolicy(msgspec.Struct, frozen=True, kw_only=True):
 class GuardStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of a guard. It counts batches. `last_failure_time` and `next_attempt` are Unix time. `lock_timeout` and
     `lock_p95` are of lock operations, the others of all else. `rejected` counts batches that the store was not asked,
-    because the circuit was open or the queue full.
-    """
+    because the circuit was open or the queue full."""
 
     state: str
     failure_count: int

@@ -13,11 +13,8 @@ from .ports import BatchStore, OnReplies, PipelinedStore, Progress
 
 
 class LazyStore:
-    """Opens a store before it hands the first batch on.
-
-    The batch gets the error of opening, so that the guard judges it like any other failure. `opened` is called once the
-    store is open; from then on the store itself may be asked.
-    """
+    """Opens a store before it hands the first batch on. The batch gets the error of opening, so that the guard judges
+    it like any other failure. `opened` is called once the store is open; from then on the store itself may be asked."""
 
     def __init__(self, store: BatchStore, opened: Callable[[], None]) -> None:
         self._store = store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import anyio
@@ -81,24 +82,34 @@ class InlineLockClient:
 
 class LockStoreClient:
     """Client of a store that waits for its answers. A lone request leaves at once, and what comes while others are under
-    way leaves with the next batch. The first request opens the store: a process without locks pays nothing for them."""
+    way leaves with the next batch. The first request opens the store: a process without locks pays nothing for them.
+
+    A release that the store did not carry out is answered, and asked again until the store is back, for `MOST_OWED` locks
+    at most. Without that, the lock would be held until its lease ends.
+    """
 
     def __init__(self, store: BatchStore, policy: GuardPolicy, ctx: Context) -> None:
         self._store = store
-        lazy: Any = LazyStore(store, self._opened)
-        self._target = self._as_pipelined(lazy)
-        self._releases = PendingReleases(lazy, ctx)
+        self._ctx = ctx
+        self._now = ctx.clock.monotonic
+        self._lazy = LazyStore(store, self._opened)
+        self._target = self._as_pipelined(self._lazy)
         self._guard = Guard(policy, ctx, store.name)
         self._outbox: deque[tuple[Request[Any], Then]] = deque()
         self._wake: TaskPort | None = None
+        self._owed: list[tuple[ReleaseLock, float]] = []  # Releases to be asked again, with when to give up.
+        self._collects = False
         self._is_open = False
         self._closed = False
         ctx.start_soon(self._pump)
 
+    def __repr__(self) -> str:
+        return f"<LockStoreClient of {self._store!r}, {len(self._owed)}/{MOST_OWED} releases pending>"
+
     def ask(self, request: Request[Any], then: Then) -> None:
         """Have the store carry out a request, after those that were asked before. Does not wait."""
         if type(request) is ReleaseLock and not request.unclaimed:
-            then = self._releases.unless_done(request, then)
+            then = self._until_done(request, then)
         if not self._outbox:
             try:
                 if self._guard.try_submit(self._target, (request,), lambda replies: then(replies[0])):
@@ -115,7 +126,7 @@ class LockStoreClient:
 
     async def close(self, last: Sequence[Request[Any]]) -> None:
         """Carry these out if the store is open, and no others."""
-        self._closed = self._releases.closed = self._guard.closed = True
+        self._closed = self._guard.closed = True
         self._wake_up()
         try:
             if last and self._is_open:
@@ -134,19 +145,14 @@ class LockStoreClient:
                 self._wake = open_port()
                 await self._wake.wait()
                 continue
-            await self._send([self._outbox.popleft() for _ in range(min(MAX_BATCH, len(self._outbox)))])
+            batch = [self._outbox.popleft() for _ in range(min(MAX_BATCH, len(self._outbox)))]
+            replied = partial(_hand_over, batch)
+            try:
+                await self._guard.submit(self._target, [request for request, _ in batch], replied)
+            except CacheError as error:
+                replied([Failed.of(error)] * len(batch))
         while self._outbox:
             self._outbox.popleft()[1](Failed.of(CacheClosed("the lock manager was stopped")))
-
-    async def _send(self, batch: Sequence[tuple[Request[Any], Then]]) -> None:
-        def replied(replies: Sequence[Reply]) -> None:
-            for (_, then), reply in zip(batch, replies, strict=True):
-                then(reply)
-
-        try:
-            await self._guard.submit(self._target, [request for request, _ in batch], replied)
-        except CacheError as error:
-            replied([Failed.of(error)] * len(batch))
 
     def _opened(self) -> None:
         self._target, self._is_open = self._as_pipelined(self._store), True
@@ -154,23 +160,7 @@ class LockStoreClient:
     def _as_pipelined(self, store: Any) -> PipelinedStore | AwaitedStore:
         return store if isinstance(self._store, PipelinedStore) else AwaitedStore(store)
 
-
-class PendingReleases:
-    """Locks that were given back while their store was away, `MOST_OWED` at most. The caller has its answer; the store is
-    asked again until it is back, because without that the lock would be held until its lease ends."""
-
-    def __init__(self, store: BatchStore, ctx: Context) -> None:
-        self.closed = False
-        self._store = store
-        self._ctx = ctx
-        self._now = ctx.clock.monotonic
-        self._owed: list[tuple[ReleaseLock, float]] = []  # With when to ask no longer.
-        self._collects = False
-
-    def __repr__(self) -> str:
-        return f"<PendingReleases {len(self._owed)}/{MOST_OWED}>"
-
-    def unless_done(self, request: ReleaseLock, then: Then) -> Then:
+    def _until_done(self, request: ReleaseLock, then: Then) -> Then:
         """Wrap `then`: it gets the reply, and the request is repeated if the reply is that of no store."""
 
         def replied(reply: Reply) -> None:
@@ -187,7 +177,7 @@ class PendingReleases:
         try:
             while self._owed:
                 await self._ctx.clock.sleep_until(self._now() + AGAIN)
-                if self.closed:
+                if self._closed:
                     return
                 await self._ask_again()
         finally:
@@ -202,7 +192,7 @@ class PendingReleases:
             # Past the guard: this goes on while the circuit is open, and says nothing about what callers would meet.
             with anyio.move_on_after(PATIENCE):
                 try:
-                    replies = await self._store.execute([request for request, _ in batch])
+                    replies = await self._lazy.execute([request for request, _ in batch])
                 except CacheError as error:
                     replies = [Failed.of(error)] * len(batch)
             for each, reply in zip(batch, replies, strict=True):
@@ -214,6 +204,11 @@ class PendingReleases:
         # First those that were not asked for: of several servers one may be there.
         now = self._now()
         self._owed[:0] = [each for each in (*owed, *undone) if now < each[1]]
+
+
+def _hand_over(batch: Sequence[tuple[Request[Any], Then]], replies: Sequence[Reply]) -> None:
+    for (_, then), reply in zip(batch, replies, strict=True):
+        then(reply)
 
 
 def _is_undone(reply: Reply) -> bool:

@@ -29,8 +29,6 @@ from cachebus.messages import (
     LockQueued,
     LockReleased,
     Overloaded,
-    Ping,
-    Pong,
     Released,
     ReleaseLock,
     Reply,
@@ -53,10 +51,6 @@ KEPT = 5.0  # Seconds for which the place of such a caller is kept.
 AGAIN = 1.0  # Seconds after which a store that failed is asked again for the waiters.
 SLACK = 0.001  # Seconds after the end of a lease at which its store surely knows of it.
 POLL_MAX = 12  # The longest pause between two questions to a store without a queue, as a multiple of the shortest one.
-
-
-def _ignore(reply: Reply) -> None:
-    """Do nothing with a reply."""
 
 
 class LockManager(Actor):
@@ -120,9 +114,6 @@ class LockManager(Actor):
             table.eager.update(dict.fromkeys(LOCK_REQUESTS, self._at_once))
         return table
 
-    def on_ping(self, request: Ping) -> Pong:
-        return Pong(self.ctx.address)
-
     async def on_describe(self, request: Describe) -> Description:
         # A coroutine, although it does not wait: because of it, a caller that would block for a lock in the thread of an
         # event loop is refused. The lock may be given back by a task of this very loop.
@@ -132,8 +123,6 @@ class LockManager(Actor):
         guard = self._client.statistics() if isinstance(self._client, LockStoreClient) else {}
         restarts, overloaded = self.ctx.restarts, self.ctx.overloaded
         return Snapshot(self.ctx.address, self._store.name, restarts=restarts, overloaded=overloaded, guard=guard)
-
-    # Requests
 
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply | Deferred]:
         return [self._served(request) for request in batch]
@@ -205,8 +194,6 @@ class LockManager(Actor):
         else:
             self._client.ask(waiter.abandoned(), answer.give)
 
-    # What the store says
-
     def _ask_for(self, waiter: Waiter) -> None:
         if waiter.asking:
             waiter.again = True
@@ -260,7 +247,7 @@ class LockManager(Actor):
         request = waiter.request
         self._leave_queue(waiter)
         if waiter.answer is None and waiter.until > self.ctx.clock.monotonic():
-            waiter.queued = False  # It was told to ask again, and finds the lock then.
+            waiter.queued = False  # Its caller comes again, and finds the lock then.
             return
         self._forget(waiter)
         if not waiter.is_there:
@@ -289,7 +276,10 @@ class LockManager(Actor):
             self._give_up(waiter)  # Whether it was done is not known.
 
     def _give_up(self, waiter: Waiter, *, unclaimed: bool = False) -> None:
-        gone = _ignore if self._store.poll is None else lambda _: self.look(waiter.request.name)
+        def gone(reply: Reply) -> None:
+            if self._store.poll is not None:
+                self.look(waiter.request.name)
+
         self._client.ask(waiter.abandoned(unclaimed=unclaimed), gone)
 
     # For the store: `LockListener`
@@ -298,7 +288,7 @@ class LockManager(Actor):
         waiter = self._waiters.get((name, ticket))
         if waiter is None:
             # Another manager's, or one of an incarnation before this one.
-            self._client.ask(ReleaseLock(name, ticket, unclaimed=True), _ignore)
+            self._client.ask(ReleaseLock(name, ticket, unclaimed=True), lambda reply: None)
         elif waiter.asking:
             waiter.again = True
         else:
@@ -306,14 +296,14 @@ class LockManager(Actor):
 
     def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
         if delay > 0:
-            self.ctx.timers.call_after(delay, partial(self._client.ask, DescribeLock(name), _ignore))
+            self.ctx.timers.call_after(delay, partial(self._client.ask, DescribeLock(name), lambda reply: None))
             return
         if ticket:
             if (waiter := self._waiters.get((name, ticket))) is not None:
                 self._ask_for(waiter)
             else:
                 # It has gone; or it has the lock by now, because it asked once more while this was on its way.
-                self._client.ask(ReleaseLock(name, ticket, unclaimed=True, offered=True), _ignore)
+                self._client.ask(ReleaseLock(name, ticket, unclaimed=True, offered=True), lambda reply: None)
         elif (queue := self._queues.get(name)) is not None:
             queue.pause = 0.0
             self._ask_for(next(iter(queue.waiters.values())))
@@ -325,8 +315,6 @@ class LockManager(Actor):
 
     def expired(self, name: str, owner: str, token: int) -> None:
         self.ctx.tell(LockExpired, name, owner, token)
-
-    # Time
 
     def on_sweep(self, request: Sweep) -> Released:
         """Look at what is due."""

@@ -23,9 +23,7 @@ def _has_value(kind: Any) -> bool:
 
 class Mailbox(deque[Envelope]):
     """The envelopes before an actor, in order. `overloaded` counts those that were turned away because it was full.
-
-    `capacity` does not bound requests that invalidate: the callers that wait for them bound their number.
-    """
+    `capacity` does not bound requests that invalidate: the callers that wait for them bound their number."""
 
     def __init__(self, address: Address, emitter: Emitter, clock: Clock, capacity: int) -> None:
         if capacity < 1:

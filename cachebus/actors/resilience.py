@@ -7,7 +7,7 @@ how many batches are under way at a time. Nothing else in cachebus does any of t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,6 @@ from cachebus.messages import (
     CircuitOpen,
     CircuitOpened,
     Failed,
-    Reply,
-    Request,
 )
 
 from .actor import Context
@@ -34,7 +32,9 @@ from .attempts import (
     AdaptiveTimeout,
     Attempt,
     Attempts,
+    Batch,
     ConcurrencyLimiter,
+    Replies,
     Retries,
     timeout_extension,
 )
@@ -51,11 +51,11 @@ class AwaitedStore:
     def __init__(self, store: BatchStore) -> None:
         self._store = store
 
-    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
+    def try_submit(self, batch: Batch, on_replies: OnReplies) -> Progress | None:
         """Do nothing: the store has to be waited for."""
         return None
 
-    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
+    async def submit(self, batch: Batch, on_replies: OnReplies) -> Progress:
         """As `PipelinedStore.submit`, and wait for the replies."""
         on_replies(await self._store.execute(batch))
         return NO_PROGRESS
@@ -142,15 +142,7 @@ class Guard:
                 self._limiter.release()
                 attempt.then([failed] * len(attempt.requests))
 
-    # A store that answers later
-
-    def try_submit(
-        self,
-        store: _Store,
-        requests: Sequence[Request[Any]],
-        then: OnReplies,
-        callers: SlotBatch | None = None,
-    ) -> bool:
+    def try_submit(self, store: _Store, requests: Batch, then: OnReplies, callers: SlotBatch | None = None) -> bool:
         """Send a batch, if nothing has to be waited for; else `False`. Raises `CircuitOpen`."""
         limiter = self._limiter
         if limiter.taken >= limiter.limit:
@@ -172,25 +164,19 @@ class Guard:
         return True
 
     async def submit(
-        self,
-        store: _Store,
-        requests: Sequence[Request[Any]],
-        then: OnReplies,
-        callers: SlotBatch | None = None,
-        *,
-        may_repeat: bool = True,
+        self, store: _Store, batch: Batch, then: OnReplies, callers: SlotBatch | None = None, *, may_repeat: bool = True
     ) -> None:
         """Send a batch, waiting for a place and for the store. Raises `CircuitOpen` and `Overloaded`."""
         await self._acquire()
-        attempt = self._begin(requests, store, then, callers)
+        attempt = self._begin(batch, store, then, callers)
         attempt.may_repeat = may_repeat
         scope = attempt.scope = anyio.CancelScope()
         try:
             with scope:
-                attempt.progress = await store.submit(requests, partial(self._settle, attempt))
+                attempt.progress = await store.submit(batch, partial(self._settle, attempt))
         except CacheError as error:
             if not scope.cancel_called:
-                self._settle(attempt, [Failed.of(error)] * len(requests))
+                self._settle(attempt, [Failed.of(error)] * len(batch))
                 return
         except BaseException:
             self._abandon(attempt)
@@ -201,19 +187,13 @@ class Guard:
             # Given up while it was being sent. If it was sent after all, its replies are dropped.
             self._end(attempt, self._too_late(attempt))
 
-    # A store that is waited for
-
-    async def execute(
-        self, store: BatchStore, batch: Sequence[Request[Any]], deadline: float | None
-    ) -> Sequence[Reply]:
+    async def execute(self, store: BatchStore, batch: Batch, deadline: float | None) -> Replies:
         """Carry out a batch, and repeat requests that failed if that may help. `deadline` is on the monotonic clock."""
         again = partial(self._ask, AwaitedStore(store), SlotBatch(None, deadline=deadline))
         replies = await again(batch)
         if self._worth_repeating(batch, replies):
             replies = await self._retries.run(again, batch, replies, deadline)
         return replies
-
-    # On the way out
 
     async def _acquire(self) -> None:
         limiter = self._limiter
@@ -226,9 +206,7 @@ class Guard:
             self._rejected += 1
             raise
 
-    def _begin(
-        self, requests: Sequence[Request[Any]], store: Any, then: OnReplies, callers: SlotBatch | None
-    ) -> Attempt:
+    def _begin(self, requests: Batch, store: Any, then: OnReplies, callers: SlotBatch | None) -> Attempt:
         """Make an attempt, for which a place was taken. Raises `CircuitOpen`."""
         try:
             breaker = self.breaker
@@ -249,9 +227,7 @@ class Guard:
             attempts.arm(due)
         return attempt
 
-    # On the way back
-
-    def _settle(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
+    def _settle(self, attempt: Attempt, replies: Replies) -> None:
         """Take the replies of an attempt, unless it was given up before they came."""
         attempts = self.attempts
         if attempts.outstanding.pop(attempt, attempt) is not None:
@@ -289,7 +265,7 @@ class Guard:
         if interruption is not None:
             raise interruption
 
-    def _end(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
+    def _end(self, attempt: Attempt, replies: Replies) -> None:
         """Hand on replies of which some are failures, after repeating what is worth it."""
         try:
             if attempt.may_repeat and self._worth_repeating(attempt.requests, replies):
@@ -299,7 +275,7 @@ class Guard:
         finally:
             self.on_free()
 
-    async def _go_on(self, attempt: Attempt, replies: Sequence[Reply]) -> None:
+    async def _go_on(self, attempt: Attempt, replies: Replies) -> None:
         again, now = partial(self._ask, attempt.store, attempt.callers), self._now()
         left = None if attempt.callers is None else attempt.callers.seconds_left(now)
         deadline = None if left is None else now + left
@@ -308,16 +284,16 @@ class Guard:
         finally:
             attempt.then(replies)
 
-    async def _ask(self, store: _Store, callers: SlotBatch | None, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+    async def _ask(self, store: _Store, callers: SlotBatch | None, batch: Batch) -> Replies:
         port = open_port()
         await self.submit(store, batch, port.answer, callers, may_repeat=False)
-        replies: Sequence[Reply] = await port.wait()
+        replies: Replies = await port.wait()
         return replies
 
-    def _worth_repeating(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
+    def _worth_repeating(self, batch: Batch, replies: Replies) -> bool:
         return not self.closed and self._retries.worthwhile(batch, replies)
 
-    def _judge(self, attempt: Attempt, replies: Sequence[Reply]) -> bool:
+    def _judge(self, attempt: Attempt, replies: Replies) -> bool:
         """Judge replies of which some are failures. `False` if they are a success to the circuit breaker."""
         outcome, lost = outcome_of(replies, self.policy.excluded)
         if lost is not None:
@@ -355,7 +331,7 @@ class Guard:
         else:
             self._end(attempt, self._too_late(attempt))
 
-    def _too_late(self, attempt: Attempt) -> Sequence[Reply]:
+    def _too_late(self, attempt: Attempt) -> Replies:
         detail, address, waited = f"{self._store} gave no answer", self._ctx.address, self._now() - attempt.started
         errors = (CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT) for each in attempt.requests)
         return [Failed.of(error) for error in errors]

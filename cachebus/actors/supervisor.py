@@ -64,11 +64,9 @@ class _Charge:
 
 
 class Supervisor:
-    """Runs actors, and restarts each by itself when it crashes.
-
-    An asynchronous context manager. Leaving it stops every actor, the last started first: each finishes its turn and
-    answers its mailbox, within `grace` seconds for all. Requests that are open then are answered with `CacheClosed`.
-    """
+    """Runs actors, and restarts each by itself when it crashes. An asynchronous context manager. Leaving it stops every
+    actor, the last started first: each finishes its turn and answers its mailbox, within `grace` seconds for all.
+    Requests that are open then are answered with `CacheClosed`."""
 
     def __init__(
         self,
@@ -115,11 +113,9 @@ class Supervisor:
     async def start(
         self, address: Address, factory: Callable[[], Actor], *, backend: str = "", visibility: Visibility = "private"
     ) -> Cell:
-        """Start the actor that `factory` makes, and serve it at `address`. Returns once it takes turns.
-
-        `factory` is called again for every incarnation. `backend` is the name in the actor's events, and `visibility` says
-        which processes may reach it. Raises `AddressInUse`, and any error of `on_start` in the first incarnation.
-        """
+        """Start the actor that `factory` makes, and serve it at `address`. Returns once it takes turns. `factory` is
+        called again for every incarnation. `backend` is the name in the actor's events, and `visibility` says which
+        processes may reach it. Raises `AddressInUse`, and any error of `on_start` in the first incarnation."""
         if self._tasks is None:
             raise CacheClosed("the supervisor is not open: use `async with`")
         emitter = Emitter(self.bus, backend)

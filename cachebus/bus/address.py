@@ -21,20 +21,16 @@ _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def check_word(text: object, what: str) -> str:
-    """Return `text` if it is one word of letters, digits, `_` and `-`, at most 64 of them.
-
-    Namespaces, backend names and the words of an address come through here. Raises `ValueError` that names `what`.
-    """
+    """Return `text` if it is one word of letters, digits, `_` and `-`, at most 64 of them. Namespaces, backend names
+    and the words of an address come through here. Raises `ValueError` that names `what`."""
     if not isinstance(text, str) or not _WORD.fullmatch(text):
         raise ValueError(f"{what} {text!r} is not 1 to 64 letters, digits, '_' or '-'")
     return text
 
 
 class Address(str):
-    """The name of an actor: checked words joined by dots, such as `backend.primary`.
-
-    Raises `ValueError` for anything else: empty words, wildcards, blanks, line breaks.
-    """
+    """The name of an actor: checked words joined by dots, such as `backend.primary`. Raises `ValueError` for anything
+    else: empty words, wildcards, blanks, line breaks."""
 
     __slots__ = ()
 

@@ -27,9 +27,7 @@ Turn = Callable[[Any], "Reply | Pending | None"]
 
 class Envelope(Struct, eq=False):
     """A message in a mailbox: the port of the answer, until when it is worth working on, and how often it was tried.
-
-    `deadline` is on the bus's monotonic clock, `None` without a caller. `trace` is the `traceparent` of the call.
-    """
+    `deadline` is on the bus's monotonic clock, `None` without a caller. `trace` is the `traceparent` of the call."""
 
     message: Message
     port: Port | None = None
@@ -60,11 +58,8 @@ class Recipient(Protocol):
 
 
 class Bus(Protocol):
-    """Delivery of messages to addresses and of events to listeners.
-
-    Every request is answered exactly once. Messages from one sender to one address are handled in the order they
-    were sent. Events never slow their publisher.
-    """
+    """Delivery of messages to addresses and of events to listeners. Every request is answered exactly once. Messages
+    from one sender to one address are handled in the order they were sent. Events never slow their publisher."""
 
     namespace: str
     clock: Clock

@@ -23,11 +23,8 @@ TICKS = 1 / TICK  # Ticks a second: a product takes less than a quotient.
 
 
 class Clock(Protocol):
-    """A source of time. Durations and instants are float seconds.
-
-    `monotonic` never jumps and decides every expiry, deadline and back-off. `wall` is Unix time; it labels events and
-    entries for people and decides nothing.
-    """
+    """A source of time. Durations and instants are float seconds. `monotonic` never jumps and decides every expiry,
+    deadline and back-off. `wall` is Unix time; it labels events and entries for people and decides nothing."""
 
     monotonic: Callable[[], float]
     wall: Callable[[], float]
@@ -61,10 +58,6 @@ class Watched(Protocol):
 Bucket = dict[Watched, Callable[[], Any]]
 
 
-def _nothing() -> None:
-    """The default of `late`."""
-
-
 class Deadlines:
     """The deadlines of one event loop. Used by the loop's own thread only, so it needs no lock."""
 
@@ -79,7 +72,7 @@ class Deadlines:
         )
         self._buckets: dict[int, Bucket] = {}
 
-    def watch(self, port: Watched, timeout: float, late: Callable[[], Any] = _nothing) -> Bucket:
+    def watch(self, port: Watched, timeout: float, late: Callable[[], Any] = lambda: None) -> Bucket:
         """Answer `port` with `late()` after `timeout` seconds, unless it is taken out of the bucket returned."""
         if timeout > TIMEOUT_MAX:  # An infinite one has no tick.
             timeout = TIMEOUT_MAX

@@ -29,13 +29,12 @@ from .codec import decode, encode
 from .compat import running_loop
 from .emitter import origin
 from .local import LocalBus
-from .message_age import age_clock
 from .nats_claims import Claim
 from .nats_compat import Listener, header_block
-from .nats_connection import NatsConnection, end_task
+from .nats_connection import NatsConnection, age_clock, end_task
 from .nats_events import EventListener, Outbox
 from .nats_micro import Micro
-from .nats_options import NatsCounters, NatsOptions
+from .nats_options import NatsOptions
 from .nats_requests import Requests
 from .nats_serving import Responder
 from .nats_stream import Replay, ensure_stream
@@ -63,8 +62,8 @@ class NatsBus(LocalBus):
     ) -> None:
         super().__init__(namespace, clock=clock, policy=policy)
         self.options = options or NatsOptions()
-        self.counters = NatsCounters()
-        self.connection = NatsConnection(self.options, self.counters, self._lost, self._back, age_clock(clock))
+        self.connection = NatsConnection(self.options, self._lost, self._back, age_clock(clock))
+        self.counters = self.connection.counters
         self._subjects = Subjects(namespace)
         self._kinds = event_kinds(self.options.events) if self.options.events else frozenset[type[Event]]()
         self._serving: dict[str, tuple[Responder, Listener]] = {}
@@ -184,7 +183,7 @@ class NatsBus(LocalBus):
         listener = await self.connection.listen(self._subjects.request(address), responder.take, group)
         self._serving[address] = responder, listener
         if self._micro is None:
-            self._micro = Micro(self.connection, self.clock, self.namespace, lambda: self._serving, self.request)
+            self._micro = Micro(self.connection, self.clock, self.namespace, self._serving, self.request)
             await self._micro.open()
         await self.connection.flush()
 
@@ -201,8 +200,6 @@ class NatsBus(LocalBus):
         # Without having been retired, as after a start that failed.
         if (address in self._serving or address in self._claims) and self._requests is not None:
             self._run(self.retire(address))
-
-    # Events
 
     def publish(self, event: Event) -> None:
         self.audience.hear(event)

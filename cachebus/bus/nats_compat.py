@@ -111,10 +111,8 @@ def frame(subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> b
 
 
 class CompatClient(Client):
-    """A nats-py client that hands messages over in batches and writes frames at once.
-
-    With `tls_wanted` it sends nothing to a server without TLS. It goes on reading after a flush that was given up.
-    """
+    """A nats-py client that hands messages over in batches and writes frames at once. With `tls_wanted` it sends
+    nothing to a server without TLS. It goes on reading after a flush that was given up."""
 
     tls_wanted = False
 
@@ -125,8 +123,6 @@ class CompatClient(Client):
         self._pinging = False
         self._socket: asyncio.WriteTransport
         self._ps = _BatchParser(self)
-
-    # Out
 
     def connected(self, now: float) -> None:
         """Begin to write frames, once the client is connected; `now` is as for `ping`."""
@@ -141,10 +137,8 @@ class CompatClient(Client):
         return int(self._pending_data_size) + self._socket.get_write_buffer_size()
 
     def send(self, frames: bytes, most: int) -> None:
-        """Write frames, after everything that nats-py has not written yet.
-
-        Raises `OSError` if the connection is gone, and `BufferError` if more than `most` bytes would wait for the socket.
-        """
+        """Write frames, after everything that nats-py has not written yet. Raises `OSError` if the connection is gone,
+        and `BufferError` if more than `most` bytes would wait for the socket."""
         socket = self._socket
         if socket.is_closing():
             raise ConnectionResetError("the connection is closed")
@@ -174,8 +168,6 @@ class CompatClient(Client):
         if writer is not None:
             writer.transport.abort()
 
-    # In
-
     async def listen(self, listener: Listener) -> None:
         """Hand the messages of a subject to its listener."""
         subscription: Any = await self.subscribe(listener.subject, listener.group)  # pyright: ignore[reportUnknownMemberType]
@@ -189,8 +181,6 @@ class CompatClient(Client):
         await self.flushed()
         await subscription.unsubscribe()
         self.listeners.pop(subscription._id, None)
-
-    # Of nats-py
 
     @property
     def _writer(self) -> asyncio.StreamWriter | None:

@@ -19,10 +19,8 @@ _ORIGINS = 10_000  # Numberings that are remembered, at most; those not heard fo
 
 
 class GapDetector:
-    """Reports events of other processes that did not arrive to the listeners of this process.
-
-    Events and heartbeats come in the order in which the server sent them. Belongs to one loop.
-    """
+    """Reports events of other processes that did not arrive to the listeners of this process. Events and heartbeats
+    come in the order in which the server sent them. Belongs to one loop."""
 
     def __init__(self, subjects: Subjects, emitter: Emitter, counters: NatsCounters) -> None:
         self._prefix = subjects.event_prefix

@@ -39,20 +39,14 @@ SNAPSHOT_WAIT = 0.5  # Seconds that an actor has for its statistics: an ill one 
 _SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 _numbers = itertools.count(1)
 
+Serving = Mapping[str, tuple[Responder, Listener]]
 Ask = Callable[[Address, Request[Any], float], Coroutine[Any, Any, Any]]
 
 
 class Micro:
-    """The service of one bus. `serving` returns what serves each address now."""
+    """The service of one bus. `serving` is what serves each address now."""
 
-    def __init__(
-        self,
-        connection: NatsConnection,
-        clock: Clock,
-        namespace: str,
-        serving: Callable[[], Mapping[str, tuple[Responder, Listener]]],
-        ask: Ask,
-    ) -> None:
+    def __init__(self, connection: NatsConnection, clock: Clock, namespace: str, serving: Serving, ask: Ask) -> None:
         number = next(_numbers)
         self.id = origin() if number == 1 else f"{origin()}-{number}"
         self._connection = connection
@@ -97,7 +91,7 @@ class Micro:
     def _info(self, msg: Delivery) -> None:
         endpoints = [
             {**_place(serving, listener), "metadata": {"address": address}}
-            for address, (serving, listener) in self._serving().items()
+            for address, (serving, listener) in self._serving.items()
         ]
         self._answer(msg.reply, "info", {"description": "a worker of cachebus", "endpoints": endpoints})
 
@@ -110,7 +104,7 @@ class Micro:
 
     async def _send_statistics(self) -> None:
         while self._waiting:
-            places = list(self._serving().items())
+            places = list(self._serving.items())
             endpoints = await asyncio.gather(*(self._figures(address, *place) for address, place in places))
             waiting, self._waiting = self._waiting, []
             for reply_to in waiting:

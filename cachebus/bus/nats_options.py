@@ -22,10 +22,8 @@ SHARED_KINDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NatsOptions:
-    """How to reach a NATS server, and how a bus over it behaves. Durations are seconds, sizes are bytes.
-
-    Secrets are not in `repr`. A file with a seed or with credentials is read at every connect, so it may be renewed.
-    """
+    """How to reach a NATS server, and how a bus over it behaves. Durations are seconds, sizes are bytes. Secrets are
+    not in `repr`. A file with a seed or with credentials is read at every connect, so it may be renewed."""
 
     servers: tuple[str, ...] = ("localhost:4222",)  # `host:port` of each; one that answers is enough.
     user: str = ""

@@ -44,9 +44,8 @@ from .clock import TICK, Bucket, Clock, Deadlines, deadlines_here
 from .codec import MSGPACK, decode_each, encode
 from .compat import running_loop
 from .emitter import Emitter
-from .message_age import age_clock
 from .nats_compat import Delivery
-from .nats_connection import NatsConnection
+from .nats_connection import NatsConnection, age_clock
 from .nats_headers import BUDGET, CONTENT_TYPE, INDEX, PARTIAL, SENT, write_budgets, write_traces
 from .nats_options import NatsCounters
 

@@ -76,11 +76,9 @@ async def ensure_stream(connection: NatsConnection, subjects: Subjects) -> None:
 
 
 class Replay:
-    """Replays to one subscription what a stream has kept since a time, and goes on with new events.
-
-    `since` is Unix time in seconds. `EventsMissed` stands in for events that were lost, because the stream no longer has
-    them or they never came to it.
-    """
+    """Replays to one subscription what a stream has kept since a time, and goes on with new events. `since` is Unix
+    time in seconds. `EventsMissed` stands in for events that were lost, because the stream no longer has them or
+    they never came to it."""
 
     def __init__(
         self,
@@ -197,7 +195,8 @@ class Replay:
         await self._missed()
 
     def _consumer(self) -> ConsumerConfig:
-        kinds, start = self.subscription.kinds, dict[str, Any]()
+        kinds = self.subscription.kinds
+        start: dict[str, Any]
         if kinds == event_kinds(()):
             subjects = [self._subjects.all_events()]
         else:

@@ -114,8 +114,7 @@ class Subscription:
         return self._pop()
 
     def __iter__(self) -> Iterator[Event]:
-        while (event := self.next()) is not None:
-            yield event
+        return iter(self.next, None)
 
     def next(self, timeout: float | None = None) -> Event | None:
         """Block this thread for the next event, up to `timeout` seconds; `None` when there is none, or no more."""
@@ -150,11 +149,8 @@ class Subscription:
 
 
 class Audience:
-    """The registry of subscriptions.
-
-    `kinds` holds the kinds of events with listeners. Look here before you build an event. `listened_to` holds those that
-    listeners of this process want from other processes too.
-    """
+    """The registry of subscriptions. `kinds` holds the kinds of events with listeners. Look here before you build an
+    event. `listened_to` holds those that listeners of this process want from other processes too."""
 
     def __init__(self) -> None:
         self.kinds: frozenset[EventKind] = frozenset()

@@ -27,7 +27,7 @@ def spawn(
     """
     deadlines = running_deadlines()  # It knows the loop; asking asyncio costs Python 3.11 a system call.
     if deadlines is None:
-        return _spawn_in_trio(work, ended or unbegun or _nothing)
+        return _spawn_in_trio(work, ended or unbegun or (lambda: None))
     loop = deadlines.loop
     if loop.get_task_factory() is None:
         begun = _Begun(work)
@@ -37,7 +37,7 @@ def spawn(
         if begun.over:
             if ended is not None:
                 ended()  # The task has one step left, which finds that nothing is left to do.
-            return _nothing
+            return lambda: None
     else:
         # Tasks of this factory may begin at any time.
         task = loop.create_task(work)
@@ -58,16 +58,10 @@ def spawn(
     return cancel
 
 
-def _nothing() -> None:
-    """Cancel what is over."""
-
-
 class _Begun(Coroutine[Any, Any, None]):
-    """A coroutine whose task takes it over after its first step.
-
-    That step is taken in the name of the task, so that what looks for the current task in it (a timeout, a task group, a
-    cancel scope) finds the one that will go on. Python 3.12 can do this by itself (`eager_start`); 3.11 cannot.
-    """
+    """A coroutine whose task takes it over after its first step. That step is taken in the name of the task, so that
+    what looks for the current task in it (a timeout, a task group, a cancel scope) finds the one that will go on.
+    Python 3.12 can do this by itself (`eager_start`); 3.11 cannot."""
 
     __slots__ = ("_awaits", "_coroutine", "_error", "over")
 
@@ -132,7 +126,7 @@ def _spawn_in_trio(work: Coroutine[Any, Any, None], ended: Callable[[], None]) -
         finally:
             ended()
 
-    # A system task: no nursery here is sure to outlive whoever asks, which is the point.
+    # A system task, because no nursery here is sure to outlive the caller.
     token = trio.lowlevel.current_trio_token()
     trio.lowlevel.spawn_system_task(run, context=contextvars.copy_context())
 

@@ -213,7 +213,7 @@ class _LoopQueue:
         self._busy = False
         self._waking = False
         self._armed_for = math.inf
-        self._disarm: Callable[[], object] = _nothing
+        self._disarm: Callable[[], object] = lambda: None
         self._logged: set[tuple[object, type[Exception]]] = set()
         self.loop = loop = _current_loop()
         self._is_asyncio = isinstance(loop, AbstractEventLoop)
@@ -275,7 +275,7 @@ class _LoopQueue:
             self._queue.discard(timer)
         if not self._queue:
             self._disarm()
-            self._armed_for, self._disarm = math.inf, _nothing
+            self._armed_for, self._disarm = math.inf, lambda: None
 
     def _arm(self, due: float) -> None:
         delay = min(max(due - self._now(), 0.0), _LONGEST)
@@ -301,7 +301,7 @@ class _LoopQueue:
 
     def _fire(self, due: float) -> None:
         if due == self._armed_for:
-            self._armed_for, self._disarm = math.inf, _nothing
+            self._armed_for, self._disarm = math.inf, lambda: None
         if self._busy:
             return
         self._busy = True
@@ -354,7 +354,3 @@ def running_timers(clock: Clock = SYSTEM_CLOCK) -> LoopTimers:
     timers = LoopTimers(clock)
     timers.start()
     return timers
-
-
-def _nothing() -> None:
-    """There is nothing to disarm."""

@@ -40,10 +40,8 @@ def valid_trace(text: str | None) -> str | None:
 
 @contextmanager
 def use_trace(traceparent: str | None) -> Generator[None]:
-    """Give calls within the block a trace context, for applications that have no OpenTelemetry.
-
-    Raises `ValueError` for what is no W3C `traceparent`.
-    """
+    """Give calls within the block a trace context, for applications that have no OpenTelemetry. Raises `ValueError` for
+    what is no W3C `traceparent`."""
     if traceparent is not None and valid_trace(traceparent) is None:
         raise ValueError("a traceparent is 00-<32 hexadecimal digits>-<16>-<2>, lower case and not all zero")
     token = _given.set(traceparent)
@@ -60,4 +58,4 @@ def _span(opentelemetry: Any) -> str | None:
             return None
         return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
     except Exception:
-        return None  # Half imported, or somebody's own tracer: no reason for a call to fail.
+        return None  # Half imported, or another tracer: no reason for a call to fail.

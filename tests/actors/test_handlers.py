@@ -21,8 +21,8 @@ async def test_handlers_are_sorted_by_how_they_run() -> None:
     assert table.batch == {}
     batcher = Porter(Desk()).handlers()
     assert set(batcher.batch) == {Batched}
-    assert set(batcher.plain) == {Plain}
-    assert {*batcher.plain, *batcher.waiting, *batcher.batch} == {Batched, Plain}
+    assert set(batcher.plain) == {Plain, Ping}
+    assert {*batcher.plain, *batcher.waiting, *batcher.batch} == {Batched, Plain, Ping}
 
 
 async def test_a_union_of_messages_is_handled_by_one_method() -> None:

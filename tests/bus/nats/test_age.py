@@ -19,8 +19,8 @@ from cachebus.bus import Address
 from cachebus.bus.address import Subjects
 from cachebus.bus.clock import SYSTEM_CLOCK
 from cachebus.bus.codec import decode, encode
-from cachebus.bus.message_age import MessageAges, age_clock
 from cachebus.bus.nats import NatsBus
+from cachebus.bus.nats_connection import MessageAges, age_clock
 from cachebus.bus.nats_serving import IncomingBatch
 from cachebus.messages import CacheTimeoutError, Found, Get, Increment, Incremented, Touch
 from cachebus.testing.proxy import Proxy
