@@ -95,9 +95,7 @@ def document(version: str) -> Schema:
             "schemas": {
                 "Value": _VALUE,
                 **_schemas(kinds),
-                "RequestHeaders": _REQUEST_HEADERS,
-                "ReplyHeaders": _REPLY_HEADERS,
-                "EventHeaders": _EVENT_HEADERS,
+                **{f"{kind}Headers": _headers(own) for kind, own in _HEADERS.items()},
             },
         },
     }
@@ -110,13 +108,8 @@ def _header(text: str, **more: Any) -> Schema:
     return {"type": "string", "description": text, **more}
 
 
-_CONTENT_TYPE = _header(
-    "The content type of the body; MessagePack if it is left out.", enum=[JSON, "application/msgpack"], examples=[JSON]
-)
-_REQUEST_HEADERS: Schema = {
-    "type": "object",
-    "properties": {
-        "Content-Type": _CONTENT_TYPE,
+_HEADERS: Mapping[str, Schema] = {
+    "Request": {
         "Cachebus-Budget": _header("Seconds that are left for the answer.", examples=["2.5"]),
         "Cachebus-Sent": _header(
             "A name of the sender, and the seconds of its monotonic clock: what was held up is not worked on.",
@@ -125,24 +118,19 @@ _REQUEST_HEADERS: Schema = {
         "Cachebus-Partial": _header("Any value: an array may be answered in several messages.", examples=["1"]),
         "Cachebus-Request-Id": _header("Comes back with the answer.", examples=["a1"]),
     },
-}
-_REPLY_HEADERS: Schema = {
-    "type": "object",
-    "properties": {
-        "Content-Type": _CONTENT_TYPE,
+    "Reply": {
         "Cachebus-Request-Id": _header("That of the request.", examples=["a1"]),
         "Cachebus-Index": _header("Which requests of the array this answers, from 0.", examples=["0,2"]),
         "Nats-Service-Error": _header("What went wrong, if the reply is Failed."),
         "Nats-Service-Error-Code": _header("The code of the error.", examples=["timeout"]),
     },
+    "Event": {"Nats-Msg-Id": _header("The id of the event, where a stream keeps events: each is kept once.")},
 }
-_EVENT_HEADERS: Schema = {
-    "type": "object",
-    "properties": {
-        "Content-Type": _CONTENT_TYPE,
-        "Nats-Msg-Id": _header("The id of the event, where a stream keeps events: each is kept once."),
-    },
-}
+
+
+def _headers(own: Schema) -> Schema:
+    types, text = [JSON, "application/msgpack"], "The content type of the body; MessagePack if it is left out."
+    return {"type": "object", "properties": {"Content-Type": _header(text, enum=types, examples=[JSON]), **own}}
 
 
 def _message(cls: Any) -> Schema:
@@ -240,12 +228,10 @@ def _example(cls: type[Message]) -> dict[str, Any]:
 
 
 def _description(cls: type[Message]) -> str:
-    """Return the docstring of a class as one line."""
     return _line(cls.__doc__)
 
 
 def _summary(cls: type[Message]) -> str:
-    """Return the first sentence of the docstring of a class."""
     return _description(cls).partition(". ")[0].rstrip(".") + "."
 
 
