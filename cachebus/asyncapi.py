@@ -135,6 +135,7 @@ def _headers(own: Schema) -> Schema:
 
 def _message(cls: Any) -> Schema:
     kind = "Request" if _is_a(cls, Request) else "Event" if _is_a(cls, Event) else "Reply"
+    example = json.loads(encode(_instance(cls), JSON))
     return {
         "name": cls.WIRE_NAME,
         "title": cls.__name__,
@@ -143,7 +144,7 @@ def _message(cls: Any) -> Schema:
         "contentType": JSON,
         "headers": {"$ref": f"#/components/schemas/{kind}Headers"},
         "payload": {"$ref": f"#/components/schemas/{cls.__name__}"},
-        "examples": [{"name": "every field", "headers": {"Content-Type": JSON}, "payload": _example(cls)}],
+        "examples": [{"name": "every field", "headers": {"Content-Type": JSON}, "payload": example}],
     }
 
 
@@ -219,12 +220,6 @@ def _without_discriminators(schema: Any) -> Any:
             return [_without_discriminators(each) for each in several]
         case _:
             return schema
-
-
-def _example(cls: type[Message]) -> dict[str, Any]:
-    """Return a message of a class, with every field filled, as a JSON body holds it."""
-    made: dict[str, Any] = json.loads(encode(_instance(cls), JSON))
-    return made
 
 
 def _description(cls: type[Message]) -> str:
