@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast, get_args, get_origin
 
 import msgspec
@@ -14,6 +14,7 @@ from cachebus.bus.codec import JSON, encode
 from cachebus.messages import WIRE_NAMES, Event, Failed, Message, Request, reply_types
 
 Schema = dict[str, Any]
+_is_a: Callable[[Any, Any], bool] = issubclass  # Type checkers would narrow to what they know less of.
 
 _ADDRESSES = {"backend": "backend.{backend}"}
 """The address of an actor, by the first word of the wire name of its requests. Others have an address of their own."""
@@ -61,8 +62,8 @@ def document(version: str) -> Schema:
     """Return the document, as JSON and YAML can say it. `version` is that of the package."""
     # Sorted, and only ours: an application may have messages of its own.
     kinds: list[Any] = [cls for _, cls in sorted(WIRE_NAMES.items()) if cls.__module__.startswith("cachebus.")]
-    requests = [cls for cls in kinds if issubclass(cls, Request)]
-    events = [cls for cls in kinds if issubclass(cls, Event)]
+    requests = [cls for cls in kinds if _is_a(cls, Request)]
+    events = [cls for cls in kinds if _is_a(cls, Event)]
     replies = [cls for cls in kinds if cls not in requests and cls not in events]
     made = {
         "asyncapi": "3.0.0",
@@ -94,9 +95,7 @@ def document(version: str) -> Schema:
             "schemas": {
                 "Value": _VALUE,
                 **_schemas(kinds),
-                "RequestHeaders": _REQUEST_HEADERS,
-                "ReplyHeaders": _REPLY_HEADERS,
-                "EventHeaders": _EVENT_HEADERS,
+                **{f"{kind}Headers": _headers(own) for kind, own in _HEADERS.items()},
             },
         },
     }
@@ -109,13 +108,8 @@ def _header(text: str, **more: Any) -> Schema:
     return {"type": "string", "description": text, **more}
 
 
-_CONTENT_TYPE = _header(
-    "The content type of the body; MessagePack if it is left out.", enum=[JSON, "application/msgpack"], examples=[JSON]
-)
-_REQUEST_HEADERS: Schema = {
-    "type": "object",
-    "properties": {
-        "Content-Type": _CONTENT_TYPE,
+_HEADERS: Mapping[str, Schema] = {
+    "Request": {
         "Cachebus-Budget": _header("Seconds that are left for the answer.", examples=["2.5"]),
         "Cachebus-Sent": _header(
             "A name of the sender, and the seconds of its monotonic clock: what was held up is not worked on.",
@@ -124,28 +118,24 @@ _REQUEST_HEADERS: Schema = {
         "Cachebus-Partial": _header("Any value: an array may be answered in several messages.", examples=["1"]),
         "Cachebus-Request-Id": _header("Comes back with the answer.", examples=["a1"]),
     },
-}
-_REPLY_HEADERS: Schema = {
-    "type": "object",
-    "properties": {
-        "Content-Type": _CONTENT_TYPE,
+    "Reply": {
         "Cachebus-Request-Id": _header("That of the request.", examples=["a1"]),
         "Cachebus-Index": _header("Which requests of the array this answers, from 0.", examples=["0,2"]),
         "Nats-Service-Error": _header("What went wrong, if the reply is Failed."),
         "Nats-Service-Error-Code": _header("The code of the error.", examples=["timeout"]),
     },
+    "Event": {"Nats-Msg-Id": _header("The id of the event, where a stream keeps events: each is kept once.")},
 }
-_EVENT_HEADERS: Schema = {
-    "type": "object",
-    "properties": {
-        "Content-Type": _CONTENT_TYPE,
-        "Nats-Msg-Id": _header("The id of the event, where a stream keeps events: each is kept once."),
-    },
-}
+
+
+def _headers(own: Schema) -> Schema:
+    types, text = [JSON, "application/msgpack"], "The content type of the body; MessagePack if it is left out."
+    return {"type": "object", "properties": {"Content-Type": _header(text, enum=types, examples=[JSON]), **own}}
 
 
 def _message(cls: Any) -> Schema:
-    kind = "Request" if issubclass(cls, Request) else "Event" if issubclass(cls, Event) else "Reply"
+    kind = "Request" if _is_a(cls, Request) else "Event" if _is_a(cls, Event) else "Reply"
+    example = json.loads(encode(_instance(cls), JSON))
     return {
         "name": cls.WIRE_NAME,
         "title": cls.__name__,
@@ -154,7 +144,7 @@ def _message(cls: Any) -> Schema:
         "contentType": JSON,
         "headers": {"$ref": f"#/components/schemas/{kind}Headers"},
         "payload": {"$ref": f"#/components/schemas/{cls.__name__}"},
-        "examples": [{"name": "every field", "headers": {"Content-Type": JSON}, "payload": _example(cls)}],
+        "examples": [{"name": "every field", "headers": {"Content-Type": JSON}, "payload": example}],
     }
 
 
@@ -232,19 +222,11 @@ def _without_discriminators(schema: Any) -> Any:
             return schema
 
 
-def _example(cls: type[Message]) -> dict[str, Any]:
-    """Return a message of a class, with every field filled, as a JSON body holds it."""
-    made: dict[str, Any] = json.loads(encode(_instance(cls), JSON))
-    return made
-
-
 def _description(cls: type[Message]) -> str:
-    """Return the docstring of a class as one line."""
     return _line(cls.__doc__)
 
 
 def _summary(cls: type[Message]) -> str:
-    """Return the first sentence of the docstring of a class."""
     return _description(cls).partition(". ")[0].rstrip(".") + "."
 
 

@@ -27,7 +27,7 @@ from cachebus.messages import (
 )
 
 from .checks import check_key, check_keys, check_tags, check_ttl
-from .command_line import DONE, NO, Commands, add_target, on_terminal, printable, target
+from .command_line import DONE, NO, Commands, add_target, printable, target
 from .node import Node
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def _get(arguments: argparse.Namespace) -> int:
         if isinstance(value, bytes):
             sys.stdout.buffer.write(value)
         elif isinstance(value, str):
-            print(printable(value) if on_terminal() else value)
+            print(printable(value) if sys.stdout.isatty() else value)
         else:  # As on the wire, with bytes inside as base64.
             print(json.dumps(json.loads(encode(reply, JSON))["value"], ensure_ascii=False))
     return DONE

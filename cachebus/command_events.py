@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import sys
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ from cachebus.bus import event_kinds
 from cachebus.bus.codec import JSON, encode
 from cachebus.messages import CacheConfigurationError, Event, EventsMissed
 
-from .command_line import DONE, FAILED, Commands, add_bus, bus_settings, on_terminal, printable
+from .command_line import DONE, FAILED, Commands, add_bus, bus_settings, printable
 from .node import Node
 from .worker import own_fields
 
@@ -55,7 +56,7 @@ def _events(arguments: argparse.Namespace) -> int:
     # A backend on the bus: this process has no events of its own.
     settings = bus_settings(arguments, backends=["bus:primary"])
     kinds = [kind for each in arguments.kind for kind in kinds_of(each)]
-    line = as_json if arguments.json else Line(coloured=on_terminal() and "NO_COLOR" not in os.environ)
+    line = as_json if arguments.json else Line(coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
 
     async def listen() -> int:
         left, dropped = arguments.count, 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
@@ -66,8 +65,3 @@ def show(result: Any, *, as_json: bool) -> int:
 def printable(text: str) -> str:
     """Return text for a terminal: everything that could control the terminal is escaped."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
-def on_terminal() -> bool:
-    """Return whether a person reads the output."""
-    return sys.stdout.isatty()

@@ -119,9 +119,10 @@ def _shown(default: Any) -> str:
     if isinstance(default, BaseModel):
         return "see below"
     if isinstance(default, tuple):
-        if default and isinstance(default[0], BaseModel):
+        items: Any = default  # pyright: ignore[reportUnknownVariableType]
+        if items and isinstance(items[0], BaseModel):
             return "one memory backend"
-        return ", ".join(f"`{each}`" for each in default) or "none"
+        return ", ".join(f"`{each}`" for each in items) or "none"
     if isinstance(default, enum.Enum):
         default = default.value
     if isinstance(default, bool) or default is None:

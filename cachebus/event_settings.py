@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias, cast
+from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, SecretStr, field_serializer, model_validator
 
@@ -40,20 +40,16 @@ def _sample(value: object) -> tuple[tuple[str, float], ...]:
     raise CacheConfigurationError(problem)
 
 
-HashKey: TypeAlias = Annotated[
-    SecretStr | None, "secret", BeforeValidator(lambda value: None if value is None else _read_hash_key(value))
-]
-Sample: TypeAlias = Annotated[tuple[tuple[str, float], ...], "shares by kind", BeforeValidator(_sample)]
-
-
 class EventSettings(Options):
     """What events say, and how many of them go out."""
 
     keys: KeyForm = "plain"
     """Keys in events: `plain`; `hash`, 32 hexadecimal digits of BLAKE2b; or `none`, the empty string. Tags stay plain."""
-    hash_key: HashKey = None
+    hash_key: Annotated[
+        SecretStr | None, "secret", BeforeValidator(lambda value: None if value is None else _read_hash_key(value))
+    ] = None
     """The secret of hashed keys, 32 to 64 bytes, the same for all processes. Without it, keys can be guessed from their hashes."""
-    sample: Sample = ()
+    sample: Annotated[tuple[tuple[str, float], ...], "shares by kind", BeforeValidator(_sample)] = ()
     """The share of a kind of events that goes out, by globs: `{cache_hit: 0.01}`. Of several that fit, the first counts; the
     counters of `statistics()` stay exact. What changes values (`cache_set`, `cache_deleted`, ...) is not sampled."""
 
@@ -64,7 +60,7 @@ class EventSettings(Options):
         return self
 
     @field_serializer("sample")
-    def _by_glob(self, sample: Sample) -> dict[str, float]:
+    def _by_glob(self, sample: tuple[tuple[str, float], ...]) -> dict[str, float]:
         return dict(sample)
 
     @property

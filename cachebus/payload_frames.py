@@ -91,7 +91,20 @@ def write_frame(value: Any, form: str) -> bytes:
 
 def read_frame(data: bytes | memoryview, form: str, *, trusted: bool = False) -> Any:
     """Return the object that a stream holds. Raises whatever Arrow and pandas raise."""
-    table = _read_stream(data, trusted=trusted)
+    arrow = load("pyarrow", "a DataFrame")
+    buffer = arrow.py_buffer(data)
+    if not trusted:
+        messages = arrow.ipc.MessageReader.open_stream(buffer)
+        if any(_is_compressed(memoryview(message.metadata)) for message in messages):
+            raise ValueError("a compressed buffer")
+    with arrow.ipc.open_stream(buffer) as reader:
+        if not all(_is_allowed(arrow.types, each) for each in reader.schema.types):
+            raise ValueError("a type that is not carried")
+        table = reader.read_all()
+    if table.num_rows * max(table.num_columns, 1) > CELLS_MAX:
+        raise ValueError("too many cells")
+    if not trusted:
+        table.validate(full=True)
     if form == "table":
         return table
     frame = table.to_pandas()
@@ -119,24 +132,6 @@ def _stream(arrow: Any, table: Any) -> bytes:
         writer.write_table(table)
     data: bytes = sink.getvalue().to_pybytes()
     return data
-
-
-def _read_stream(data: bytes | memoryview, *, trusted: bool) -> Any:
-    arrow = load("pyarrow", "a DataFrame")
-    buffer = arrow.py_buffer(data)
-    if not trusted:
-        messages = arrow.ipc.MessageReader.open_stream(buffer)
-        if any(_is_compressed(memoryview(message.metadata)) for message in messages):
-            raise ValueError("a compressed buffer")
-    with arrow.ipc.open_stream(buffer) as reader:
-        if not all(_is_allowed(arrow.types, each) for each in reader.schema.types):
-            raise ValueError("a type that is not carried")
-        table = reader.read_all()
-    if table.num_rows * max(table.num_columns, 1) > CELLS_MAX:
-        raise ValueError("too many cells")
-    if not trusted:
-        table.validate(full=True)
-    return table
 
 
 def _is_allowed(types: Any, kind: Any, *, nested: bool = False) -> bool:

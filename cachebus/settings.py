@@ -347,9 +347,7 @@ def _plain_text(at: tuple[str | int, ...], server: Any) -> Iterator[Problem]:
 
 def _is_loopback(host: str) -> bool:
     name = host_and_port(host, 0)[0]
-    if name == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
