@@ -1,19 +1,22 @@
-"""The one event loop of this process for callers that have none."""
+"""For callers without an event loop: one in the background, and synchronous doubles of asynchronous classes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import contextvars
+import functools
 import os
 import queue
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from cachebus.messages import CacheError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -98,3 +101,29 @@ def _serve(ready: queue.SimpleQueue[asyncio.AbstractEventLoop]) -> None:
 
 
 BACKGROUND = Background()
+
+
+def run(coroutine: Coroutine[Any, Any, R]) -> R:
+    """Return the result of a coroutine that never suspends, such as those over a blocking link."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: R = stop.value
+        return result
+    coroutine.close()
+    raise RuntimeError("a coroutine of the synchronous cache has suspended")
+
+
+def mirrored(method: Callable[Concatenate[Any, P], T], convert: Callable[[T], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return the method of a synchronous double: it calls a method of `self._inner`, and converts what that returns."""
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return convert(method(self._inner, *args, **kwargs))
+
+    return call
+
+
+def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
+    """Return the method of a synchronous double: it runs a coroutine method of `self._inner`, which never suspends."""
+    return mirrored(method, run)

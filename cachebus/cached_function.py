@@ -13,9 +13,10 @@ from anyio.lowlevel import checkpoint
 from cachebus.bus import TURNS_PER_CHECKPOINT
 from cachebus.messages import CacheConfigurationError, Found, Get
 
+from .background import run
 from .checks import check_key, check_tags
 from .leased_load import LoadJob
-from .link import Link, run
+from .link import Link
 from .load_coordinator import LoadCoordinator
 from .load_options import LoadKeywords, LoadOptions, LoadTtl
 from .loaders import is_asynchronous

@@ -19,8 +19,8 @@ from cachebus.bus import running_loop
 from cachebus.bus.tasks import spawn
 from cachebus.messages import CacheError, Failed, LoadFailed, LoadStarted, LoadSucceeded, Request
 
-from .background import BACKGROUND
-from .link import Link, run
+from .background import BACKGROUND, run
+from .link import Link
 from .loaders import awaited
 from .singleflight import CURRENT_LOADS, InFlightLoad, PerProcess
 

@@ -16,11 +16,11 @@ from cachebus.bus import Turn
 from cachebus.messages import CacheClosed, Found, Get, Stored
 
 from . import cached_function
-from .background import BACKGROUND, Hosted
+from .background import BACKGROUND, Hosted, blocking, mirrored, run
 from .cache import Cache
 from .checks import Duration, TimeToLive, check_key, set_request
 from .leased_load import LoadJob
-from .link import Link, blocking, mirrored, run
+from .link import Link
 from .load_coordinator import LoadCoordinator
 from .load_options import LOAD_OPTIONS, LoadKeywords, LoadOptions, LoadTtl
 from .loaders import Loader, kind_of
