@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from cachebus.messages import CacheError
 
@@ -20,8 +20,22 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
+class PerProcess(Generic[T]):
+    """Something that the child of a fork makes again, because no thread of the child would release or give back the old one."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self.renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        """Make it again."""
+        self.value = self._make()
+
+
 class Background:
-    """An asyncio loop in a daemon thread, started when first needed. The child of a fork starts its own.
+    """An asyncio loop in a daemon thread, started when first needed.
 
     The thread is never joined, so that an interpreter exits at once, whatever was left open.
     """
@@ -30,8 +44,6 @@ class Background:
         self._guard = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: int | None = None
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
 
     def run(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine function in the loop and block for its result. Raises `CacheError` on the loop's own thread, which
@@ -53,10 +65,6 @@ class Background:
                 thread.start()
                 self._loop, self._thread = ready.get(), thread.ident
             return self._loop
-
-    def _forget(self) -> None:
-        self._guard = threading.Lock()
-        self._loop = self._thread = None
 
 
 class Hosted:
@@ -100,7 +108,7 @@ def _serve(ready: queue.SimpleQueue[asyncio.AbstractEventLoop]) -> None:
         loop.run_forever()
 
 
-BACKGROUND = Background()
+BACKGROUND = PerProcess(Background)
 
 
 def run(coroutine: Coroutine[Any, Any, R]) -> R:

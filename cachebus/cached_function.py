@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import string
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast
@@ -171,7 +172,7 @@ def compile_template(function: Callable[..., Any], template: str, what: str) -> 
     parameters = inspect.signature(function).parameters
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-        unknown = [field for field in fields if _first_name(field) not in parameters]
+        unknown = [field for field in fields if re.split(r"[.\[]", field, maxsplit=1)[0] not in parameters]
         if not unknown:
             # A dry run, for what else can be wrong: conversions, and fields within format specifications.
             template.format(**dict.fromkeys(parameters, _Anything()))
@@ -209,10 +210,6 @@ class _Anything:
 
     def __format__(self, specification: str) -> str:
         return ""
-
-
-def _first_name(field: str) -> str:
-    return field.partition(".")[0].partition("[")[0]
 
 
 class _Verbatim(str):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
-from cachebus.messages import CacheClosed, Event, Get, GetOrLease, Request, Set
+from cachebus.bus import Address, Bus, Emitter, Turn
+from cachebus.messages import CacheClosed, Get, GetOrLease, Request, Set
 
 from .cached_errors import unwrap
-from .checks import Since, check_since
 from .failures import BACKEND_FAILURES, Failures, OnError
 
 if TYPE_CHECKING:
@@ -99,15 +98,6 @@ class Link:
     def send(self, message: Request[Any]) -> None:
         """Send a message without awaiting the reply."""
         self.bus.send(self.address, message)
-
-    def subscribe(
-        self, *what: type[Event] | str, capacity: int, since: Since = None, local: bool = False
-    ) -> Subscription:
-        """Subscribe to the events of the bus."""
-        if since is not None and local:
-            raise ValueError("since and local exclude each other: a stream keeps what all processes have told")
-        moment = check_since(since, self.bus.clock.wall())
-        return self.bus.subscribe(*what, capacity=capacity, since=moment, local=local)
 
 
 class NoLink(Link):

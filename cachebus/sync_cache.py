@@ -82,7 +82,7 @@ class SyncCache:
             self._unopen()
             hosted, self._hosted = self._hosted, None
         if hosted is not None:
-            BACKGROUND.run(hosted.close)
+            BACKGROUND.value.run(hosted.close)
 
     def _opened(self) -> Cache:
         cache = self._cache
@@ -94,7 +94,7 @@ class SyncCache:
             if self._cache is None:
                 node = self._make_node()
                 hosted = Hosted(node)
-                BACKGROUND.run(hosted.open)
+                BACKGROUND.value.run(hosted.open)
                 self._hosted = hosted
                 link = node.link(self._name)
                 cache = Cache(self._make_node, self._name).attach(link, blocking=True)
