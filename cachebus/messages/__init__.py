@@ -50,6 +50,7 @@ from .events import CircuitOpened as CircuitOpened
 from .events import DeadLetter as DeadLetter
 from .events import EventsMissed as EventsMissed
 from .events import Heartbeat as Heartbeat
+from .events import KeyEvent as KeyEvent
 from .events import LoadFailed as LoadFailed
 from .events import LoadLeaseLost as LoadLeaseLost
 from .events import LoadStarted as LoadStarted
