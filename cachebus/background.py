@@ -1,24 +1,41 @@
-"""The one event loop of this process for callers that have none."""
+"""For callers without an event loop: one in the background, and synchronous doubles of asynchronous classes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import contextvars
+import functools
 import os
 import queue
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from cachebus.messages import CacheError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
+class PerProcess(Generic[T]):
+    """Something that the child of a fork makes again, because no thread of the child would release or give back the old one."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self.renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        """Make it again."""
+        self.value = self._make()
+
+
 class Background:
-    """An asyncio loop in a daemon thread, started when first needed. The child of a fork starts its own.
+    """An asyncio loop in a daemon thread, started when first needed.
 
     The thread is never joined, so that an interpreter exits at once, whatever was left open.
     """
@@ -27,8 +44,6 @@ class Background:
         self._guard = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: int | None = None
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
 
     def run(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine function in the loop and block for its result. Raises `CacheError` on the loop's own thread, which
@@ -50,10 +65,6 @@ class Background:
                 thread.start()
                 self._loop, self._thread = ready.get(), thread.ident
             return self._loop
-
-    def _forget(self) -> None:
-        self._guard = threading.Lock()
-        self._loop = self._thread = None
 
 
 class Hosted:
@@ -97,4 +108,30 @@ def _serve(ready: queue.SimpleQueue[asyncio.AbstractEventLoop]) -> None:
         loop.run_forever()
 
 
-BACKGROUND = Background()
+BACKGROUND = PerProcess(Background)
+
+
+def run(coroutine: Coroutine[Any, Any, R]) -> R:
+    """Return the result of a coroutine that never suspends, such as those over a blocking link."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: R = stop.value
+        return result
+    coroutine.close()
+    raise RuntimeError("a coroutine of the synchronous cache has suspended")
+
+
+def mirrored(method: Callable[Concatenate[Any, P], T], convert: Callable[[T], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return the method of a synchronous double: it calls a method of `self._inner`, and converts what that returns."""
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return convert(method(self._inner, *args, **kwargs))
+
+    return call
+
+
+def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
+    """Return the method of a synchronous double: it runs a coroutine method of `self._inner`, which never suspends."""
+    return mirrored(method, run)

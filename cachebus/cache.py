@@ -49,7 +49,7 @@ from cachebus.messages import (
 from . import cached_function
 from .cache_coordination import CacheCoordination
 from .cached_errors import unwrap
-from .checks import Since, TimeToLive, check_key, check_keys, check_tags, check_ttl, fit, set_request
+from .checks import Since, TimeToLive, check_key, check_keys, check_since, check_tags, check_ttl, fit, set_request
 from .failures import BACKEND_FAILURES
 from .link import UNREAD, Link, NoLink
 from .load_coordinator import LoadCoordinator
@@ -342,7 +342,11 @@ class Cache(CacheCoordination):
         since then come first (`events_stream`), and a slow subscriber loses none; `EventsMissed` marks events that were lost
         before. Raises `CapabilityError` if the bus has no stream, and `ValueError` for `since` with `local`.
         """
-        return self._link.subscribe(*what, capacity=capacity, since=since, local=local)
+        if since is not None and local:
+            raise ValueError("since and local exclude each other: a stream keeps the events of all processes")
+        bus = self._link.bus
+        moment = check_since(since, bus.clock.wall())
+        return bus.subscribe(*what, capacity=capacity, since=moment, local=local)
 
     async def statistics(self) -> Snapshot:
         """Return the counters since the backend's actor started, and how full its store is."""

@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
+from msgspec import Struct
+
 from cachebus.messages import Found, FoundMany, LeaseGranted, Loaded, Loading, Missing, Stale
 
 logger = logging.getLogger("cachebus")
@@ -27,13 +29,10 @@ class _Unfit(Exception):
     """Raised for an exception that would not come back as it was."""
 
 
-class CachedError:
+class CachedError(Struct, frozen=True):
     """An exception in the place of a value: `content` is the record."""
 
-    __slots__ = ("content",)
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
+    content: bytes
 
     def __repr__(self) -> str:
         return f"<CachedError of {len(self.content)} bytes>"

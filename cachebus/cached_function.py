@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import string
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast
 
 from anyio.lowlevel import checkpoint
+from msgspec import Struct
 
 from cachebus.bus import TURNS_PER_CHECKPOINT
 from cachebus.messages import CacheConfigurationError, Found, Get
 
+from .background import run
 from .checks import check_key, check_tags
 from .leased_load import LoadJob
-from .link import Link, run
+from .link import Link
 from .load_coordinator import LoadCoordinator
 from .load_options import LoadKeywords, LoadOptions, LoadTtl
 from .loaders import is_asynchronous
@@ -29,12 +32,6 @@ TURNS_OF_A_MISS = 16
 does not wait, nothing else lets them run."""
 
 _EMPTY = inspect.Parameter.empty
-
-
-class Decorator(Protocol):
-    """Turns a function, coroutine function or plain one, into its cached self, with the same signature and types."""
-
-    def __call__(self, function: Callable[P, T], /) -> Callable[P, T]: ...
 
 
 class LoadingCache(Protocol):
@@ -54,7 +51,7 @@ def cached(
     ttl: LoadTtl = "default",
     tags: Iterable[str] = (),
     **options: Unpack[LoadKeywords],
-) -> Decorator:
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Return a decorator that caches what a function returns, under a key made of its arguments.
 
     `key` is a template over the function's parameters (`"user:{user_id}"`) or a function that takes its arguments and returns the
@@ -63,46 +60,43 @@ def cached(
     Raises `CacheConfigurationError` for a template that does not fit the function.
     """
     checked = LoadOptions.of(ttl, tags, **options)
+    if not isinstance(key, str) and not callable(key):
+        raise TypeError(f"key must be a template or a function that returns the key, not {key!r}")
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        made = CachedFunction(cache, function, key, checked)
+        if not callable(function):
+            raise TypeError(f"cached() decorates a function, not {function!r}")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"cached() cannot keep what a generator yields, and {function!r} makes one")
+        key_of = compile_template(function, key, "key") if isinstance(key, str) else _checked(key)
+        templates = [compile_template(function, tag, "tag") for tag in checked.tags]
+        made = CachedFunction(cache, function, checked, key_of, templates)
         shape = made.as_coroutine_function if is_asynchronous(function) else made.as_function
         return cast("Callable[P, T]", shape())
 
     return decorate
 
 
-class CachedFunction:
+def _checked(key_of: Callable[..., str]) -> Callable[..., str]:
+    return lambda *args, **kwargs: check_key(key_of(*args, **kwargs))
+
+
+class CachedFunction(Struct, eq=False):
     """A function whose results are cached: where its values are, and how its arguments make keys and tags."""
 
-    __slots__ = ("_cache", "_function", "_key_of", "_options", "_tag_templates")
-
-    def __init__(
-        self, cache: LoadingCache, function: Callable[..., Any], key: str | Callable[..., str], options: LoadOptions
-    ) -> None:
-        if not callable(function):
-            raise TypeError(f"cached() decorates a function, not {function!r}")
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise TypeError(f"cached() cannot keep what a generator yields, and {function!r} makes one")
-        if not callable(key) and not isinstance(key, str):
-            raise TypeError(f"key must be a template or a function that returns the key, not {key!r}")
-        self._cache = cache
-        self._function = function
-        self._options = options
-        self._key_of: Callable[..., str] = (
-            compile_template(function, key, "key")
-            if isinstance(key, str)
-            else lambda *args, **kwargs: check_key(key(*args, **kwargs))
-        )
-        self._tag_templates = [compile_template(function, tag, "tag") for tag in options.tags]
+    cache: LoadingCache
+    function: Callable[..., Any]
+    options: LoadOptions
+    key_of: Callable[..., str]
+    tag_templates: list[Callable[..., str]]
 
     def as_coroutine_function(self) -> Callable[..., Any]:
         """Return the cached function, for a coroutine function."""
-        key_of, cache, load = self._key_of, self._cache, self._load
-        slides = self._options.idle_ttl is not None
+        key_of, cache, load = self.key_of, self.cache, self._load
+        slides = self.options.idle_ttl is not None
         turns_left = TURNS_PER_CHECKPOINT
 
-        @functools.wraps(self._function)
+        @functools.wraps(self.function)
         async def cached(*args: Any, **kwargs: Any) -> Any:
             nonlocal turns_left
             key = key_of(*args, **kwargs)
@@ -122,10 +116,10 @@ class CachedFunction:
 
     def as_function(self) -> Callable[..., Any]:
         """Return the cached function, for a plain function."""
-        key_of, cache, load = self._key_of, self._cache, self._load
-        slides = self._options.idle_ttl is not None
+        key_of, cache, load = self.key_of, self.cache, self._load
+        slides = self.options.idle_ttl is not None
 
-        @functools.wraps(self._function)
+        @functools.wraps(self.function)
         def cached(*args: Any, **kwargs: Any) -> Any:
             link = cache.link
             request = Get(key_of(*args, **kwargs))
@@ -139,13 +133,13 @@ class CachedFunction:
     def _load(self, runner: Runner, request: Get, reply: Any, args: Any, kwargs: Any) -> Coroutine[Any, Any, Any]:
         check_key(request.key)
         # Checked again: two templates may give the same tag, or none.
-        tags = check_tags([each(*args, **kwargs) for each in self._tag_templates]) if self._tag_templates else ()
+        tags = check_tags([each(*args, **kwargs) for each in self.tag_templates]) if self.tag_templates else ()
         if runner.blocks:
-            call = functools.partial(_not_a_coroutine, self._function, args, kwargs)
+            call = functools.partial(_not_a_coroutine, self.function, args, kwargs)
         else:
-            call = functools.partial(self._function, *args, **kwargs)
-        job = LoadJob(request.key, call, self._options, tags, asynchronous=not runner.blocks)
-        return self._cache.loads.deliver(runner, job, request, reply)
+            call = functools.partial(self.function, *args, **kwargs)
+        job = LoadJob(request.key, call, self.options, tags, asynchronous=not runner.blocks)
+        return self.cache.loads.deliver(runner, job, request, reply)
 
 
 def _not_a_coroutine(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -170,7 +164,7 @@ def compile_template(function: Callable[..., Any], template: str, what: str) -> 
     parameters = inspect.signature(function).parameters
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-        unknown = [field for field in fields if _first_name(field) not in parameters]
+        unknown = [field for field in fields if re.split(r"[.\[]", field, maxsplit=1)[0] not in parameters]
         if not unknown:
             # A dry run, for what else can be wrong: conversions, and fields within format specifications.
             template.format(**dict.fromkeys(parameters, _Anything()))
@@ -208,10 +202,6 @@ class _Anything:
 
     def __format__(self, specification: str) -> str:
         return ""
-
-
-def _first_name(field: str) -> str:
-    return field.partition(".")[0].partition("[")[0]
 
 
 class _Verbatim(str):

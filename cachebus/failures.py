@@ -9,42 +9,21 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
+from cachebus import messages
 from cachebus.bus import Emitter
-from cachebus.messages import (
-    ActorFailed,
-    Add,
-    Admitted,
-    CacheBackendError,
-    CacheError,
-    CacheInvalidationError,
-    CacheTimeoutError,
-    CircuitOpen,
-    CompareAndSet,
-    Exists,
-    FoundMany,
-    Get,
-    GetMany,
-    GetOrLease,
-    Missing,
-    NoSuchActor,
-    NotHeld,
-    NotStored,
-    Overloaded,
-    Reply,
-    Request,
-    RequestFailed,
-    Scan,
-    Scanned,
-    Set,
-    SetMany,
-    StoredMany,
-    Touch,
-)
+from cachebus.messages import CacheError, CacheTimeoutError, Missing, Reply, Request, RequestFailed
 
 R = TypeVar("R")
 OnError: TypeAlias = Literal["miss", "raise"]
 
-BACKEND_FAILURES = (CacheBackendError, CacheTimeoutError, CircuitOpen, Overloaded, ActorFailed, NoSuchActor)
+BACKEND_FAILURES = (
+    messages.CacheBackendError,
+    CacheTimeoutError,
+    messages.CircuitOpen,
+    messages.Overloaded,
+    messages.ActorFailed,
+    messages.NoSuchActor,
+)
 """The errors of the backend, which may pass. All others say that the program or its settings are wrong, or that the cache is
 closed: they are raised whatever `on_error` says."""
 
@@ -52,16 +31,16 @@ MISSED = Missing()
 """The fallback for a `Get`: it shows that the backend fails, so that the caller sends it no more requests."""
 
 _STAND_INS: Mapping[type[Request[Any]], tuple[str, Callable[[], Reply]]] = {
-    Get: ("missed", lambda: MISSED),
-    GetMany: ("missed", lambda: FoundMany({})),
-    Exists: ("missed", Missing),
-    Scan: ("missed", lambda: Scanned(())),
-    GetOrLease: ("missed", NotHeld),  # Its caller loads without a lease, and stores nothing.
-    Set: ("dropped", NotStored),
-    SetMany: ("dropped", lambda: StoredMany(0)),
-    Add: ("dropped", NotStored),
-    CompareAndSet: ("dropped", NotStored),
-    Touch: ("dropped", Missing),
+    messages.Get: ("missed", lambda: MISSED),
+    messages.GetMany: ("missed", lambda: messages.FoundMany({})),
+    messages.Exists: ("missed", Missing),
+    messages.Scan: ("missed", lambda: messages.Scanned(())),
+    messages.GetOrLease: ("missed", messages.NotHeld),  # Its caller loads without a lease, and stores nothing.
+    messages.Set: ("dropped", messages.NotStored),
+    messages.SetMany: ("dropped", lambda: messages.StoredMany(0)),
+    messages.Add: ("dropped", messages.NotStored),
+    messages.CompareAndSet: ("dropped", messages.NotStored),
+    messages.Touch: ("dropped", Missing),
 }
 """For each request that may fail unnoticed: the outcome in `RequestFailed`, and the reply in place of the backend's."""
 
@@ -94,7 +73,7 @@ class Failures:
             error.in_doubt = True
         outcome, stand_in = _RAISED
         if allow:
-            outcome, stand_in = "admitted", lambda: Admitted(0)
+            outcome, stand_in = "admitted", lambda: messages.Admitted(0)
         elif self.on_error == "miss":
             outcome, stand_in = _STAND_INS.get(type(request), _RAISED)
         with self._guard:
@@ -106,5 +85,5 @@ class Failures:
             return cast("R", stand_in())
         if self.on_error == "miss" and request.INVALIDATES:
             named = name.removeprefix("backend.")
-            raise CacheInvalidationError(f"{named} may not have been carried out: {error}") from error
+            raise messages.CacheInvalidationError(f"{named} may not have been carried out: {error}") from error
         raise error

@@ -33,9 +33,6 @@ class LeaseCoalescer:
         self._guard = threading.Lock()
         self._rounds: dict[str, _Round] = {}
 
-    def __len__(self) -> int:
-        return len(self._rounds)
-
     async def ask(self, runner: Runner, job: LoadJob, make: Callable[[], LeasedLoad]) -> tuple[Any, LeasedLoad | None]:
         """Return the reply to a question for the lease that was sent after this call began, and the load that asked it if that
         was made by this caller."""

@@ -97,10 +97,6 @@ class LoadTable:
                 in_flight.resolve(CANCELLED)
         return None
 
-    def is_ours(self, name: str) -> bool:
-        """Return whether a lease was granted to this process."""
-        return name.startswith(f"{self.owner}-")
-
 
 class LeasedLoad(Struct, eq=False):
     """The load of one key by this process, a method for each step.

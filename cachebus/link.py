@@ -1,27 +1,22 @@
-"""Client through which a facade calls its backend, and what synchronous doubles of asynchronous classes need."""
+"""Client through which a facade calls its backend."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from cachebus.bus import Address, Bus, Emitter, Subscription, Turn
-from cachebus.messages import CacheClosed, Event, Get, GetOrLease, Request, Set
+from cachebus.bus import Address, Bus, Emitter, Turn
+from cachebus.messages import CacheClosed, Get, GetOrLease, Request, Set
 
 from .cached_errors import CachedError, unwrap
-from .checks import Since, check_since
 from .failures import BACKEND_FAILURES, Failures, OnError
 
 if TYPE_CHECKING:
     from cachebus.actors import Timers
 
-    from .lock_ways import LockWay
+    from .locks import LockWay
     from .payload import PayloadPipeline
 
-P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
 
 UNREAD: Any = object()
 """In the place of a value that takes more than a look to read: `finish` does."""
@@ -111,15 +106,6 @@ class Link:
         """Send a message without awaiting the reply."""
         self.bus.send(self.address, message)
 
-    def subscribe(
-        self, *what: type[Event] | str, capacity: int, since: Since = None, local: bool = False
-    ) -> Subscription:
-        """Subscribe to the events of the bus."""
-        if since is not None and local:
-            raise ValueError("since and local exclude each other: a stream keeps what all processes have told")
-        moment = check_since(since, self.bus.clock.wall())
-        return self.bus.subscribe(*what, capacity=capacity, since=moment, local=local)
-
 
 class NoLink(Link):
     """The client of a closed cache: every use raises `CacheClosed` with the reason."""
@@ -140,29 +126,3 @@ class NoLink(Link):
 
     def _refuse(self, message: Any) -> NoReturn:
         raise CacheClosed(self._why)
-
-
-def run(coroutine: Coroutine[Any, Any, R]) -> R:
-    """Return the result of a coroutine that never suspends, such as those over a blocking link."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        result: R = stop.value
-        return result
-    coroutine.close()
-    raise RuntimeError("a coroutine of the synchronous cache has suspended")
-
-
-def mirrored(method: Callable[Concatenate[Any, P], T], convert: Callable[[T], R]) -> Callable[Concatenate[Any, P], R]:
-    """Return the method of a synchronous double: it calls a method of `self._inner`, and converts what that returns."""
-
-    @functools.wraps(method)
-    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return convert(method(self._inner, *args, **kwargs))
-
-    return call
-
-
-def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
-    """Return the method of a synchronous double: it runs a coroutine method of `self._inner`, which never suspends."""
-    return mirrored(method, run)

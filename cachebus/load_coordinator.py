@@ -174,7 +174,7 @@ class LoadCoordinator:
         in_flight = table.find(told)
         if in_flight is not None:
             return in_flight, None
-        if table.is_ours(told) and told != released:
+        if told.startswith(f"{table.owner}-") and told != released:
             # No load of this process has that lease any more: it ended just now, or its caller was interrupted.
             runner.link.send(ReleaseLease(job.key, told))
             return None

@@ -22,9 +22,6 @@ from .loaders import LoadResult
 LoadTtl = TimeToLive | Callable[[Any], TimeToLive]
 """As a `TimeToLive`, or a function of the loaded value that gives one."""
 
-ErrorClasses = Iterable[type[Exception]] | type[Exception]
-"""Classes of exceptions, or one."""
-
 Refresh = Literal["xfetch"] | float | None
 """When a live value is refreshed: by chance, the likelier the nearer its end and the longer its load (`"xfetch"`), or
 after this part of its lifetime."""
@@ -53,7 +50,7 @@ class LoadKeywords(ManyLoadKeywords, total=False):
     refresh_after: Duration | None
     beta: float
     idle_ttl: Duration | None
-    cache_errors: ErrorClasses
+    cache_errors: Iterable[type[Exception]] | type[Exception]
     error_ttl: Duration | None
 
 

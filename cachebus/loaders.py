@@ -97,7 +97,7 @@ def as_result(loaded: object) -> LoadResult:
     Raises `TypeError` for a generator, of which only the first reader would get anything.
     """
     result = loaded if isinstance(loaded, LoadResult) else LoadResult(loaded)
-    if isinstance(result.value, GeneratorType | AsyncGeneratorType):
+    if issubclass(type(result.value), GeneratorType | AsyncGeneratorType):
         raise TypeError(f"a loader cannot bring a generator, which can be read only once: {result.value!r}")
     return result
 
@@ -127,7 +127,7 @@ def calls_for_one(load: Loader, key: str) -> Callable[[], Any]:
 
     def call() -> Any:
         loaded: Any = load([key])
-        return only_awaited(loaded) if isinstance(loaded, Awaitable) else only(loaded)
+        return only_awaited(loaded) if hasattr(loaded, "__await__") else only(loaded)
 
     return call
 

@@ -1,4 +1,4 @@
-"""Locks as callers hold them: `Lock` to be awaited, `SyncLock` for code without an event loop."""
+"""Locks as callers hold them: `Lock` to be awaited, `SyncLock` for code without an event loop; and the client of their manager."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import itertools
 import math
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import cache, partial
 from operator import attrgetter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from cachebus.bus import origin
+from cachebus.actors import Timers
+from cachebus.bus import Address, Bus, origin
+from cachebus.bus.tasks import spawn
 from cachebus.messages import (
     AcquireLock,
     CacheError,
@@ -27,19 +30,89 @@ from cachebus.messages import (
     NotHeld,
     ReleaseLock,
     RenewLock,
+    Request,
 )
 
+from .background import blocking, run
 from .checks import Duration, check_key, check_seconds
-from .link import blocking, run
-from .lock_ways import LockWay
+from .renewals import PER_LEASE, Renewals
 
-__all__ = ["Lock", "LockInfo", "SyncLock"]
+R = TypeVar("R")
 
+LOCKS = Address("locks")
+"""Address of the lock manager, if settings say where locks are kept; else each backend has one, at `locks.<backend>`."""
+
+PER_LEASE_IN_TROUBLE = 12
+"""How often a lock is renewed within its own time after a renewal that failed."""
 SLICE = 10.0
 """The longest that one request to the manager waits for the lock, in seconds."""
 
 CONFIRMED = 4
 """A lock whose request took longer than this part of its `ttl` is renewed before it is relied on."""
+
+
+class LockWay:
+    """Client through which the locks of a node reach their manager. Usable from any thread.
+
+    `timeout` is the seconds that a call may take. Locks are renewed on the event loop of the node. `why_not` is raised by every
+    request if there is no manager.
+    """
+
+    def __init__(
+        self, bus: Bus, address: Address, timeout: float, timers: Timers, why_not: CacheError | None = None
+    ) -> None:
+        self.bus = bus
+        self.address = address
+        self.timeout = timeout
+        self._why_not = why_not
+        self._timers = timers
+        self._renewals = Renewals()
+
+    def __repr__(self) -> str:
+        return f"<LockWay to {self.address}, {len(self._renewals)} held>"
+
+    def now(self) -> float:
+        """Return the time by which locks end, in seconds."""
+        return self.bus.clock.monotonic()
+
+    async def ask(self, request: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
+        """Ask the manager, awaiting the reply for `patience` seconds more than a call may take.
+
+        With `blocking` it blocks this thread: a coroutine that never suspends.
+        """
+        if self._why_not is not None:
+            raise self._why_not
+        timeout = self.timeout + patience
+        if blocking:
+            return self.bus.request_blocking(self.address, request, timeout)
+        return await self.bus.request(self.address, request, timeout)
+
+    def send(self, request: Request[Any]) -> None:
+        """Send a request without awaiting the reply."""
+        if self._why_not is None:
+            self.bus.send(self.address, request)
+
+    def hold(self, ticket: str, ttl: float, renew: Callable[[], Awaitable[bool]]) -> None:
+        """Call `renew` from now on, in good time before `ttl` seconds are over. It returns whether the lock is still held."""
+
+        async def renew_once() -> None:
+            started, share = self.now(), PER_LEASE
+            try:
+                if not await renew():
+                    self.let_go(ticket)
+                    return
+            except CacheError:
+                started, share = self.now(), PER_LEASE_IN_TROUBLE
+            self._renewals.postpone(ticket, self._timers, started + ttl / share)
+
+        def renew_beside() -> None:
+            spawn(renew_once())
+
+        self._renewals.track(ticket, self._timers, self.now() + ttl / PER_LEASE, renew_beside)
+
+    def let_go(self, ticket: str) -> None:
+        """Renew a lock no longer."""
+        self._renewals.untrack(ticket)
 
 
 class Lock:

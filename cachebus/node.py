@@ -24,7 +24,7 @@ from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, LoopTi
 from cachebus.messages import CacheClosed, CacheConfigurationError, CapabilityError
 
 from .link import Link
-from .lock_ways import LOCKS, LockWay
+from .locks import LOCKS, LockWay
 
 if TYPE_CHECKING:
     from .payload import PayloadPipeline

@@ -10,9 +10,9 @@ import msgspec
 
 from cachebus.messages import Admit, RateLimitDenied, RateLimited
 
+from .background import blocking
 from .checks import Duration, check_key, check_seconds
 from .failures import BACKEND_FAILURES
-from .link import blocking
 from .runners import Runner
 
 OnLimitError: TypeAlias = Literal["raise", "allow"]

@@ -19,10 +19,10 @@ from cachebus.bus import running_loop
 from cachebus.bus.tasks import spawn
 from cachebus.messages import CacheError, Failed, LoadFailed, LoadStarted, LoadSucceeded, Request
 
-from .background import BACKGROUND
-from .link import Link, run
+from .background import BACKGROUND, PerProcess, run
+from .link import Link
 from .loaders import awaited
-from .singleflight import CURRENT_LOADS, InFlightLoad, PerProcess
+from .singleflight import CURRENT_LOADS, InFlightLoad
 
 MAX_THREADS = 64
 """The most threads in which plain loaders of synchronous caches may go on by themselves. Beyond that, they run in the thread of
@@ -165,7 +165,7 @@ class ThreadRunner:
             return await awaited(result)
 
         try:
-            return BACKGROUND.run(in_background)
+            return BACKGROUND.value.run(in_background)
         finally:
             _close([result])  # If it was not started.
 

@@ -6,8 +6,8 @@ from pydantic import SecretStr
 
 from cachebus.messages import CacheConfigurationError, CacheSerializationError
 
+from .background import blocking
 from .cache import Cache, Health
-from .link import blocking
 from .state_store import StateStore
 from .sync_cache import SyncCache
 

@@ -6,18 +6,17 @@ Loaders that would wait for each other forever get an error instead: the loads f
 from __future__ import annotations
 
 import inspect
-import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import ContextVar
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 
 from msgspec import Struct, field
 
 from cachebus.bus import Port, ThreadPort, open_port
 from cachebus.messages import CacheError
 
-T = TypeVar("T")
+from .background import PerProcess
 
 
 class _Outcome(Struct, frozen=True):
@@ -120,8 +119,10 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
                 )
             port = ThreadPort() if blocking else open_port()
             try:
-                if not self.add_waiter(port):
-                    return self.outcome
+                with self._guard:
+                    if self.resolved:
+                        return self.outcome
+                    self._waiters[port] = None
                 if start is not None:
                     self._starting = False
                 outcome: Any = port.wait(timeout, lambda: TIMED_OUT)
@@ -135,14 +136,6 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
         finally:
             if waiting is not None:
                 _remove_edge(waiting, self)
-
-    def add_waiter(self, port: Port) -> bool:
-        """Answer `port` with the outcome; return false if there is one already."""
-        with self._guard:
-            if self.resolved:
-                return False
-            self._waiters[port] = None
-            return True
 
     def remove_waiter(self, port: Port) -> None:
         """Forget a waiter; without any other the load is cancelled, unless it is to go on."""
@@ -166,20 +159,6 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
 
 CURRENT_LOADS: ContextVar[tuple[InFlightLoad, ...]] = ContextVar("loads", default=())
 """The loads on whose behalf the current task or thread works, outermost first."""
-
-
-class PerProcess(Generic[T]):
-    """Something that the child of a fork makes again, because no thread of the child would release or give back the old one."""
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self.renew()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.renew)
-
-    def renew(self) -> None:
-        """Make it again."""
-        self.value = self._make()
 
 
 _graph = PerProcess(threading.Lock)

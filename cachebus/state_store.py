@@ -7,9 +7,9 @@ from typing import Any
 
 from cachebus.messages import CacheConfigurationError, CacheSerializationError, CapabilityError, Found
 
+from .background import blocking
 from .cache import Cache, Health
 from .checks import check_key, check_keys, escape_pattern
-from .link import blocking
 from .sync_cache import SyncCache
 
 _NOTHING: Any = object()

@@ -16,11 +16,11 @@ from cachebus.bus import Turn
 from cachebus.messages import CacheClosed, Found, Get, Stored
 
 from . import cached_function
-from .background import BACKGROUND, Hosted
+from .background import BACKGROUND, Hosted, blocking, mirrored, run
 from .cache import Cache
 from .checks import Duration, TimeToLive, check_key, set_request
 from .leased_load import LoadJob
-from .link import Link, blocking, mirrored, run
+from .link import Link
 from .load_coordinator import LoadCoordinator
 from .load_options import LOAD_OPTIONS, LoadKeywords, LoadOptions, LoadTtl
 from .loaders import Loader, kind_of
@@ -82,7 +82,7 @@ class SyncCache:
             self._unopen()
             hosted, self._hosted = self._hosted, None
         if hosted is not None:
-            BACKGROUND.run(hosted.close)
+            BACKGROUND.value.run(hosted.close)
 
     def _opened(self) -> Cache:
         cache = self._cache
@@ -94,7 +94,7 @@ class SyncCache:
             if self._cache is None:
                 node = self._make_node()
                 hosted = Hosted(node)
-                BACKGROUND.run(hosted.open)
+                BACKGROUND.value.run(hosted.open)
                 self._hosted = hosted
                 link = node.link(self._name)
                 cache = Cache(self._make_node, self._name).attach(link, blocking=True)

@@ -32,7 +32,6 @@ from .errors import RateLimited as RateLimited
 from .errors import WrongType as WrongType
 from .errors import error_class as error_class
 from .errors import error_codes as error_codes
-from .errors import rebuild as rebuild
 from .events import ActorGaveUp as ActorGaveUp
 from .events import ActorRestarted as ActorRestarted
 from .events import ActorStarted as ActorStarted
@@ -51,6 +50,7 @@ from .events import CircuitOpened as CircuitOpened
 from .events import DeadLetter as DeadLetter
 from .events import EventsMissed as EventsMissed
 from .events import Heartbeat as Heartbeat
+from .events import KeyEvent as KeyEvent
 from .events import LoadFailed as LoadFailed
 from .events import LoadLeaseLost as LoadLeaseLost
 from .events import LoadStarted as LoadStarted

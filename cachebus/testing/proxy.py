@@ -191,7 +191,7 @@ class Proxy:
         try:
             while data := await reader.read(_CHUNK):
                 await under_way.put((now() + (self.seconds if self.mode == "latency" else 0.0), data))
-                while self.mode == "slow" and under_way.qsize() > 1:
+                while self.mode == "slow" and under_way.qsize() > 1:  # noqa: ASYNC110 (what it waits for is a size)
                     await asyncio.sleep(0.001)  # A slow line has no room for what the sender is quick to write.
             await under_way.put((0.0, b""))
             await delivering

@@ -27,8 +27,8 @@ from cachebus import (
     open_cache,
     open_sync_cache,
 )
+from cachebus.background import run
 from cachebus.bus import TURNS_PER_CHECKPOINT
-from cachebus.link import run
 from cachebus.messages import (
     CacheCleared,
     CacheDeleted,

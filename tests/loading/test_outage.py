@@ -12,7 +12,7 @@ import pytest
 from anyio import to_thread
 
 from cachebus import CacheConnectionError
-from cachebus.link import run
+from cachebus.background import run
 from cachebus.messages import Get, GetOrLease, LoadLeaseLost, ReleaseLease, RequestFailed, Set
 from tests.facade.faces import heard
 from tests.facade.outages import Outage, down

@@ -27,7 +27,7 @@ from cachebus import (
     open_sync_cache,
 )
 from cachebus.adapters.memory import MemoryStore
-from cachebus.link import run
+from cachebus.background import run
 from cachebus.messages import CacheHit, CacheSet, Found, Get, PayloadRejected, PayloadSealed, Set
 from cachebus.testing.servers import run_redis
 from tests.facade.faces import awaited, heard

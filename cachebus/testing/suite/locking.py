@@ -32,8 +32,7 @@ from cachebus.messages import (
 )
 
 from ...checks import LONGEST
-from ...lock_ways import LOCKS, LockWay
-from ...locks import Lock
+from ...locks import LOCKS, Lock, LockWay
 
 LONG = 60.0
 ODD_NAMES = (
