@@ -45,7 +45,7 @@ class Proxy:
         self.bytes_in = 0
         self.bytes_out = 0
         self.port = 0
-        self.mode: Mode = _checked(mode)
+        self.mode: Mode = _checked(mode, seconds)
         self.seconds = seconds
         self._target = (host, port)
         self._pairs: set[_Pair] = set()
@@ -76,7 +76,7 @@ class Proxy:
 
     def switch(self, mode: Mode, *, seconds: float = 0.0) -> None:
         """Change the mode, for open connections too. `seconds` is the delay of `latency`, and of a megabyte for `slow`."""
-        _checked(mode)
+        _checked(mode, seconds)
         self._run(self._switch(mode, seconds))
 
     def cut(self) -> None:
@@ -269,7 +269,9 @@ class _Pair:
         return [self.near, self.far] if self.far is not None else [self.near]
 
 
-def _checked(mode: Mode) -> Mode:
+def _checked(mode: Mode, seconds: float) -> Mode:
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+    if mode == "slow" and not seconds > 0:
+        raise ValueError(f"a slow line takes seconds for a megabyte, more than 0, not {seconds!r}")
     return mode

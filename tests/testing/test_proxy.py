@@ -152,4 +152,9 @@ def test_a_url_keeps_all_but_the_place() -> None:
 
 def test_an_unknown_mode_is_refused_and_the_known_ones_are_named() -> None:
     with pytest.raises(ValueError, match="half_open"):
-        Proxy("127.0.0.1", 1, "slow")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        Proxy("127.0.0.1", 1, "sluggish")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_a_slow_line_needs_a_speed() -> None:
+    with pytest.raises(ValueError, match="more than 0, not 0.0"):
+        Proxy("127.0.0.1", 1, "slow")
