@@ -38,7 +38,7 @@ BOUNDS = {
     "redis-hit": 25,
     "redis-set": 32,
     "redis-load-hit": 32,
-    "redis-load-miss": 131,
+    "redis-load-miss": 130,
     "memcached-hit": 32,
     "memcached-set": 42,
     "worker-hit": 63,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import enum
 import json
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, cast, get_args, get_origin
+
+import msgspec
 
 from cachebus.bus.address import NOBODY, ROOT, event_word
-from cachebus.bus.codec import JSON
+from cachebus.bus.codec import JSON, encode
 from cachebus.messages import WIRE_NAMES, Event, Failed, Message, Request, reply_types
 
-from .asyncapi_schemas import VALUE, Schema, description, example, schemas, summary
+Schema = dict[str, Any]
 
 _ADDRESSES = {"backend": "backend.{backend}"}
 """The address of an actor, by the first word of the wire name of its requests. Others have an address of their own."""
@@ -19,6 +23,38 @@ _PARAMETERS = {
     "backend": {"description": f"The backend's name, one word; {NOBODY} in an event that belongs to none."},
     "address": {"description": "The actor's address: words joined by dots, such as backend.primary."},
 }
+
+_VALUE = {
+    "description": "What is cached: null, a boolean, a number, a string, an array or an object. Bytes are an object whose "
+    'only key is "$base64". An integer has 64 bits at most.',
+    "examples": [{"name": "Ada"}, {"$base64": "AAEC"}, 1],
+}
+"""The schema of a value: anything that JSON can say."""
+
+_TEXTS = {
+    **dict.fromkeys(("key", "keys", "entries", "items"), "user:1"),
+    **dict.fromkeys(("origin", "source"), "4711-9f86d081"),
+    **dict.fromkeys(("code", "error", "fields"), "timeout"),
+    **dict.fromkeys(("request", "wire_name"), "backend.get"),
+    "pattern": "user:*",
+    "cursor": "0",
+    "tags": "users",
+    "address": "backend.primary",
+    "backend": "primary",
+    "namespace": "default",
+    "id": "4711-9f86d081-18c2a7-42",
+    "store": "redis",
+    "detail": "backend.primary: no answer within 5 s",
+    "trace": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    "event": "event.cache_set",
+    "reason": "CacheConnectionError",
+    "removals": "expired",
+    "guard": "state",
+    "limits": "max_key_bytes",
+    "capabilities": "tags",
+}
+_NUMBERS = {**dict.fromkeys(("time", "stored_at", "version"), 1767225600.25), "ttl": 60.0, "seq": 42}
+_VALUES: dict[str, Any] = {"fields": 5.0, "guard": "closed"}
 
 
 def document(version: str) -> Schema:
@@ -44,7 +80,7 @@ def document(version: str) -> Schema:
             "replies": _channel(None, "Answers", "They go to the reply subject of the request.", replies),
             **{
                 _event_channel(cls): _channel(
-                    f"{ROOT}v1.{{namespace}}.evt.{event_word(cls)}.{{backend}}", cls.__name__, description(cls), [cls]
+                    f"{ROOT}v1.{{namespace}}.evt.{event_word(cls)}.{{backend}}", cls.__name__, _description(cls), [cls]
                 )
                 for cls in events
             },
@@ -56,8 +92,8 @@ def document(version: str) -> Schema:
         "components": {
             "messages": {cls.__name__: _message(cls) for cls in kinds},
             "schemas": {
-                "Value": VALUE,
-                **schemas(kinds),
+                "Value": _VALUE,
+                **_schemas(kinds),
                 "RequestHeaders": _REQUEST_HEADERS,
                 "ReplyHeaders": _REPLY_HEADERS,
                 "EventHeaders": _EVENT_HEADERS,
@@ -113,12 +149,12 @@ def _message(cls: Any) -> Schema:
     return {
         "name": cls.WIRE_NAME,
         "title": cls.__name__,
-        "summary": summary(cls),
-        "description": description(cls),
+        "summary": _summary(cls),
+        "description": _description(cls),
         "contentType": JSON,
         "headers": {"$ref": f"#/components/schemas/{kind}Headers"},
         "payload": {"$ref": f"#/components/schemas/{cls.__name__}"},
-        "examples": [{"name": "every field", "headers": {"Content-Type": JSON}, "payload": example(cls)}],
+        "examples": [{"name": "every field", "headers": {"Content-Type": JSON}, "payload": _example(cls)}],
     }
 
 
@@ -151,7 +187,7 @@ def _operation(action: str, channel: str, cls: type[Message]) -> Schema:
     return {
         "action": action,
         "channel": {"$ref": f"#/channels/{channel}"},
-        "summary": summary(cls),
+        "summary": _summary(cls),
         "messages": [{"$ref": f"#/channels/{channel}/messages/{cls.__name__}"}],
     }
 
@@ -167,3 +203,78 @@ def _request_operation(cls: Any) -> Schema:
             "messages": [{"$ref": f"#/channels/replies/messages/{each.__name__}"} for each in replies],
         },
     }
+
+
+def _schemas(classes: Iterable[type[Message]]) -> dict[str, Schema]:
+    """Return the JSON schema of each class, and of each class inside of these, by its name."""
+    _, made = msgspec.json.schema_components(classes, ref_template="#/components/schemas/{name}")
+    for each in made.values():
+        if "properties" not in each:  # An enum.
+            continue
+        each["description"] = _line(each.get("description"))
+        each["properties"] = {
+            name: {"$ref": "#/components/schemas/Value"} if schema == {} else _without_discriminators(schema)
+            for name, schema in each["properties"].items()
+        }
+    return made
+
+
+def _without_discriminators(schema: Any) -> Any:
+    """Leave out what OpenAPI has and AsyncAPI has not."""
+    match schema:
+        case dict():
+            parts = cast("Schema", schema)
+            return {name: _without_discriminators(each) for name, each in parts.items() if name != "discriminator"}
+        case list():
+            several: Any = schema  # pyright: ignore[reportUnknownVariableType]
+            return [_without_discriminators(each) for each in several]
+        case _:
+            return schema
+
+
+def _example(cls: type[Message]) -> dict[str, Any]:
+    """Return a message of a class, with every field filled, as a JSON body holds it."""
+    made: dict[str, Any] = json.loads(encode(_instance(cls), JSON))
+    return made
+
+
+def _description(cls: type[Message]) -> str:
+    """Return the docstring of a class as one line."""
+    return _line(cls.__doc__)
+
+
+def _summary(cls: type[Message]) -> str:
+    """Return the first sentence of the docstring of a class."""
+    return _description(cls).partition(". ")[0].rstrip(".") + "."
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").replace("`", "").split())
+
+
+def _instance(cls: type[Any]) -> Any:
+    return cls(**{each.name: _sample(each.type, each.name) for each in msgspec.structs.fields(cls)})
+
+
+def _sample(hint: Any, name: str) -> Any:
+    simple: dict[Any, Any] = {
+        Any: _VALUES.get(name, {"name": "Ada"}),
+        str: _TEXTS.get(name, name),
+        bool: True,
+        int: _NUMBERS.get(name, 1),
+        float: _NUMBERS.get(name, 1.5),
+    }
+    if hint in simple:
+        return simple[hint]
+    if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
+        return next(iter(hint))
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return _instance(hint)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return args[0]
+    if origin is tuple:
+        return (_sample(args[0], name),)
+    if origin is Mapping:
+        return {_TEXTS.get(name, name): _sample(args[1], name)}
+    return _sample(args[0], name)

@@ -14,7 +14,7 @@ from anyio.lowlevel import checkpoint
 from msgspec import Struct
 from msgspec.structs import replace
 
-from cachebus.bus import TURNS_PER_CHECKPOINT, ReplySlot, Subscription
+from cachebus.bus import TURNS_PER_CHECKPOINT, ReplySlot, Subscription, too_late
 from cachebus.messages import (
     Add,
     CacheClosed,
@@ -51,7 +51,7 @@ from .cache_coordination import CacheCoordination
 from .cached_errors import unwrap
 from .checks import Since, TimeToLive, check_key, check_keys, check_since, check_tags, check_ttl, fit, set_request
 from .failures import BACKEND_FAILURES
-from .link import Link, NoLink
+from .link import UNREAD, Link, NoLink
 from .load_coordinator import LoadCoordinator
 from .node import Node
 from .runners import AsyncRunner, Runner, ThreadRunner
@@ -122,6 +122,10 @@ class Cache(CacheCoordination):
         self._turn_get, self._turn_set = link.turn_get, link.turn_set
         self._runner: Runner = ThreadRunner(link) if blocking else AsyncRunner(link)
         self._ask, self._finish = self._runner.ask, self._runner.finish
+        self._value_of = link.value_of
+        self._within = (
+            None if blocking or isinstance(link, NoLink) else (link.timeout, too_late(link.address, link.timeout))
+        )
         # A blocking caller has no event loop to let go of.
         self._turns_left = sys.maxsize if blocking else TURNS_PER_CHECKPOINT
         return self
@@ -153,11 +157,23 @@ class Cache(CacheCoordination):
         self._turns_left = left = self._turns_left - 1
         if type(reply) is Found and left > 0:
             return reply.value
-        # A reply that must be waited for suspends anyway: it needs no checkpoint, and so one coroutine less.
+        # A reply that must be waited for suspends anyway: it needs no checkpoint, and so one coroutine less. Most replies of
+        # a remote backend are awaited and read right here, which saves another one.
+        if type(reply) is ReplySlot and self._within is not None and key and key.isascii():
+            slot = reply
+            try:
+                reply = await slot.within(*self._within)
+            except BaseException:
+                slot.leave()
+                raise
+            if type(reply) is Missing:
+                return default
+            if type(reply) is Found and (value := self._value_of(key, reply.value, default)) is not UNREAD:
+                return value
+            found = await self._finish(request, reply)
+            return found.value if isinstance(found, Found) else default
         found = await (
-            self._finish(request, reply)
-            if (type(reply) is ReplySlot or reply is None) and key and key.isascii()
-            else self.finish_get(request, reply)
+            self._finish(request, reply) if reply is None and key and key.isascii() else self.finish_get(request, reply)
         )
         return found.value if isinstance(found, Found) else default
 
@@ -329,8 +345,7 @@ class Cache(CacheCoordination):
         if since is not None and local:
             raise ValueError("since and local exclude each other: a stream keeps the events of all processes")
         bus = self._link.bus
-        moment = check_since(since, bus.clock.wall())
-        return bus.subscribe(*what, capacity=capacity, since=moment, local=local)
+        return bus.subscribe(*what, capacity=capacity, since=check_since(since, bus.clock.wall()), local=local)
 
     async def statistics(self) -> Snapshot:
         """Return the counters since the backend's actor started, and how full its store is."""

@@ -15,8 +15,8 @@ from cachebus.bus.codec import JSON, encode
 from cachebus.messages import CacheConfigurationError, Event, EventsMissed
 
 from .command_line import DONE, FAILED, Commands, add_bus, bus_settings, on_terminal, printable
-from .logs import own_fields
 from .node import Node
+from .worker import own_fields
 
 _COLOURS = {
     "cache_hit": 32,

@@ -11,10 +11,9 @@ from cachebus.bus import check_word
 from cachebus.messages import CacheConfigurationError
 
 from .command_line import Commands, add_bus, bus_settings
-from .logs import log_to_stderr
 from .settings import BackendSettings, Settings, backend_from_url
 from .urls import is_url
-from .worker import Worker
+from .worker import Worker, log_to_stderr
 
 _NAMED = re.compile(r"([^=:/?]*)=(.*)", re.DOTALL)
 

@@ -14,9 +14,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 
+from cachebus.bus.nats_options import NatsOptions
+
 from .event_settings import EventSettings
 from .memcached_settings import MemcachedSettings
-from .options import Options
+from .nats_settings import NatsSettings
 from .payload_settings import EncryptionKey, PayloadSettings
 from .redis_settings import RedisSettings
 from .settings import ActorSettings, MemorySettings, NullSettings, PluginSettings, Settings
@@ -41,6 +43,7 @@ _GROUPS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("A key in `payload.encryption_keys`", EncryptionKey, ""),
     ("`events`", EventSettings, "events"),
     ("`actors`", ActorSettings, "actors"),
+    ("`bus`", NatsSettings, "bus"),
     ("A backend of `type: memory`", MemorySettings, ""),
     ("A backend of `type: redis`", RedisSettings, ""),
     ("A backend of `type: memcached`", MemcachedSettings, ""),
@@ -65,18 +68,18 @@ def undocumented() -> list[str]:
 
 
 def _documentation(model: type[BaseModel]) -> dict[str, str]:
-    """Return the docstring of each field of a model, in one line."""
+    """Return the docstring of each field of a model, in one line. Many fields of a bus are those of `NatsOptions`."""
     said: dict[str, str] = {}
-    for each in reversed(model.__mro__):
-        if issubclass(each, BaseModel) and each not in (BaseModel, Options) and each.__module__.startswith("cachebus"):
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
-            assert isinstance(tree, ast.ClassDef)
-            for field, below in zip(tree.body, tree.body[1:], strict=False):
-                match field, below:
-                    case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str() as text)):
-                        said[name] = " ".join(text.split())
-                    case _:
-                        pass
+    ours = [each for each in reversed(model.__mro__) if each.__module__.startswith("cachebus")]
+    for each in (NatsOptions, *ours) if model is NatsSettings else ours:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, below in zip(tree.body, tree.body[1:], strict=False):
+            match field, below:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str() as text)):
+                    said[name] = " ".join(text.split())
+                case _:
+                    pass
     return said
 
 

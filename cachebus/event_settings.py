@@ -50,11 +50,9 @@ class EventSettings(Options):
     """What events say, and how many of them go out."""
 
     keys: KeyForm = "plain"
-    """How keys look in events, to listeners and on NATS: `plain`; `hash`, 32 hexadecimal digits of BLAKE2b, by which
-    equal keys are known; or `none`, the empty string. Tags are not changed."""
+    """Keys in events: `plain`; `hash`, 32 hexadecimal digits of BLAKE2b; or `none`, the empty string. Tags stay plain."""
     hash_key: HashKey = None
-    """The secret of hashed keys, 32 to 64 bytes. Without one, keys can be guessed from their hashes. Processes that shall
-    give a key the same hash need the same secret."""
+    """The secret of hashed keys, 32 to 64 bytes, the same for all processes. Without it, keys can be guessed from their hashes."""
     sample: Sample = ()
     """The share of a kind of events that goes out, by globs: `{cache_hit: 0.01}`. Of several that fit, the first counts; the
     counters of `statistics()` stay exact. What changes values (`cache_set`, `cache_deleted`, ...) is not sampled."""

@@ -1,7 +1,8 @@
-"""The options of the guard in front of a remote store, the same for every technology."""
+"""The options of remote stores, the same for every technology: their servers, and the guard in front of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
@@ -10,7 +11,18 @@ from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_seria
 from cachebus.actors import BreakerPolicy, GuardPolicy, RetryPolicy
 from cachebus.messages import CacheConfigurationError, error_class, error_codes
 
-from .options import AtLeastOne, NotNegative, Options, Seconds, Share, Switch, refuse_wrong, shown
+from .options import (
+    AtLeastOne,
+    BackendOptions,
+    MaybeSeconds,
+    NotNegative,
+    Options,
+    Seconds,
+    Share,
+    Switch,
+    refuse_wrong,
+    shown,
+)
 from .urls import did_you_mean
 
 
@@ -30,6 +42,30 @@ def _errors(value: object) -> tuple[str, ...]:
             raise CacheConfigurationError(f"no error is called {shown(code)}{hint}")
         found.append(code)
     return tuple(dict.fromkeys(found))
+
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+
+
+def _hosts(value: object) -> object:
+    hosts = value.split(",") if isinstance(value, str) else value
+    if isinstance(hosts, list | tuple):
+        given = cast("Sequence[Any]", hosts)
+        found = [str(each) for each in given if isinstance(each, str) and _HOST.fullmatch(each)]
+        if found and len(found) == len(given):
+            return tuple(found)
+    raise ValueError("expected hosts, each as name, name:port or [IPv6]:port")
+
+
+Hosts = Annotated[tuple[str, ...], "list of hosts", BeforeValidator(_hosts)]
+"""At least one of name, name:port and [IPv6]:port."""
+
+
+def host_and_port(host: str, port: int) -> tuple[str, int]:
+    """Return the two parts of an entry of `hosts`; `port` is the default."""
+    matched = _HOST.fullmatch(host)
+    assert matched is not None
+    return matched[1].strip("[]"), int(matched[2] or port)
 
 
 class GuardSettings(Options):
@@ -99,6 +135,35 @@ class GuardSettings(Options):
             excluded=tuple(map(error_class, self.breaker_excluded)),
             **{name: getattr(self, name) for name in same},
         )
+
+
+class ServerSettings(GuardSettings, BackendOptions):
+    """A backend in one or several servers. Durations are seconds."""
+
+    default_ttl: MaybeSeconds = None
+    """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
+    hosts: Hosts = ("localhost",)
+    """Names or addresses, each with or without a port."""
+    tls: Switch = False
+    """Whether to talk TLS. Certificates and host names are always checked."""
+    tls_ca_file: str | None = None
+    """The authorities to trust, as a PEM file; those of the system if left out."""
+    tls_cert_file: str | None = None
+    """Our own certificate, as a PEM file, if the server asks for one."""
+    tls_key_file: str | None = None
+    """The key to our certificate, unencrypted, if it is not in the same file."""
+    allow_insecure: Switch = False
+    """Whether production may talk plain text to these servers, because the network is trusted."""
+    connect_timeout: Seconds = 1.0
+    """How long connecting may take, greeting included."""
+
+    @model_validator(mode="after")
+    def _certificates_need_tls(self) -> ServerSettings:
+        refuse_wrong(
+            (not self.tls and (self.tls_ca_file or self.tls_cert_file), "tls_ca_file, tls_cert_file: need tls"),
+            (self.tls_key_file and not self.tls_cert_file, "tls_key_file: there is no tls_cert_file"),
+        )
+        return self
 
 
 def guard_policy(settings: object) -> GuardPolicy:

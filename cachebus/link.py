@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from cachebus.bus import Address, Bus, Emitter, Turn
 from cachebus.messages import CacheClosed, Get, GetOrLease, Request, Set
 
-from .cached_errors import unwrap
+from .cached_errors import CachedError, unwrap
 from .failures import BACKEND_FAILURES, Failures, OnError
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .payload import PayloadPipeline
 
 R = TypeVar("R")
+
+UNREAD: Any = object()
+"""In the place of a value that takes more than a look to read: `finish` does."""
 
 
 class Link:
@@ -68,6 +71,10 @@ class Link:
     def pipeline(self) -> PayloadPipeline | None:
         """The pipeline that turns values into payloads; `None` if they stay objects."""
         return None
+
+    def value_of(self, key: str, value: Any, default: Any) -> Any:
+        """Return the value that a read has found, as it is to the caller: `default` if that is none, or `UNREAD`."""
+        return default if type(value) is CachedError else value
 
     async def request(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
         """Return the reply, awaited for `patience` seconds more than a call may take, or its fallback (see `Failures`)."""

@@ -11,8 +11,8 @@ from cachebus.bus import check_word, event_kinds
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import CacheConfigurationError
 
+from .guard_settings import Hosts, host_and_port
 from .options import AtLeastOne, BackendOptions, MaybeSeconds, Options, Seconds, Switch, named
-from .redis_settings import Hosts, host_and_port
 from .urls import parse_bus_url, redact_url
 
 _DEFAULT = NatsOptions()
@@ -73,16 +73,19 @@ class NatsSettings(Options):
     """A bus over NATS. Durations are seconds, sizes are bytes.
 
     As a URL: `nats://user:password@host:4222,host2?window=4`, `nats://token@host`, and `tls://` to refuse a server without
-    TLS. In a user, a password or a token, everything but letters and digits is escaped with `%`.
-    `cachebus.bus.nats_options.NatsOptions` explains the options in detail.
+    TLS. In a user, a password or a token, everything but letters and digits is escaped with `%`. Options without a description
+    here are those of `cachebus.bus.nats_options.NatsOptions`.
     """
 
     type: Literal["nats"] = "nats"
     hosts: Hosts = ("localhost",)
     """Servers of one cluster, each with or without a port: 4222 if left out."""
     user: str = ""
+    """The user to sign in as, with `password`."""
     password: SecretStr | None = None
+    """The password of `user`."""
     token: SecretStr | None = None
+    """The token to sign in with, instead of a user."""
     nkey_seed_file: MaybeText = None
     """A file with the seed of an nkey. Read at every connect."""
     credentials_file: MaybeText = None
@@ -90,50 +93,39 @@ class NatsSettings(Options):
     tls: Switch = False
     """Whether a server without TLS is refused. Certificates and host names are always checked."""
     tls_ca_file: MaybeText = None
+    """The authorities to trust, as a PEM file; those of the system if left out."""
     tls_cert_file: MaybeText = None
+    """Our own certificate, as a PEM file, if the server asks for one."""
     tls_key_file: MaybeText = None
+    """The key to our certificate, unencrypted, if it is not in the same file."""
     allow_insecure: Switch = False
-    """Whether production may talk plain text to this server, because the network is trusted."""
+    """Whether production may talk plain text to these servers, because the network is trusted."""
     inbox_prefix: Annotated[str, "text", BeforeValidator(_text)] = _DEFAULT.inbox_prefix
-    """What the subjects of answers begin with."""
     reply_prefixes: Annotated[tuple[str, ...], "list of prefixes", BeforeValidator(_prefixes)] = _DEFAULT.reply_prefixes
-    """What the reply subjects of requests begin with. A request with another one is dropped."""
     max_budget: Seconds = _DEFAULT.max_budget
-    """What a request from elsewhere may take at most, whatever it says."""
     connect_timeout: Seconds = _DEFAULT.connect_timeout
+    """How long connecting may take, greeting included."""
     reconnect_wait: Seconds = _DEFAULT.reconnect_wait
-    """The upper end of the first pause before a reconnect. It doubles with each try; the pause is drawn below it."""
     reconnect_wait_max: Seconds = _DEFAULT.reconnect_wait_max
+    """The upper end of the longest pause before a reconnect."""
     ping_interval: Seconds = _DEFAULT.ping_interval
-    """How often the server is asked for a sign of life."""
     batch: AtLeastOne = _DEFAULT.batch
-    """How many requests to one address may travel in one NATS message."""
     batch_bytes: AtLeastOne = _DEFAULT.batch_bytes
     window: AtLeastOne = _DEFAULT.window
-    """How many NATS messages to one address may be unanswered before further requests wait to travel together."""
     max_waiting: AtLeastOne = _DEFAULT.max_waiting
-    """How many requests to one address may wait to travel; more are answered `Overloaded`."""
     resend_after: Seconds = _DEFAULT.resend_after
-    """When an idempotent request without an answer is sent once more."""
     claim_wait: Seconds = _DEFAULT.claim_wait
-    """How long an actor that must be the only one at its address waits for objections."""
     events: Annotated[tuple[str, ...], "list of kinds", BeforeValidator(_kinds)] = _DEFAULT.events
-    """Which kinds of events go out, as globs."""
     events_format: Literal["json", "msgpack"] = "json"
+    """`json` is for listeners in any language."""
     events_stream: MaybeWord = None
-    """The JetStream stream that keeps events, for `cache.events(since=...)`; made if there is none."""
     events_stream_max_age: Seconds = _DEFAULT.events_stream_max_age
-    """How long a stream that is made keeps them."""
     events_stream_max_bytes: AtLeastOne = _DEFAULT.events_stream_max_bytes
-    """How much a stream that is made keeps; the oldest goes."""
     heartbeat: MaybeSeconds = _DEFAULT.heartbeat
-    """How often a process that has told events says how far their numbers go, so that others notice the loss of the last
-    ones; `none` is never."""
     outbox: AtLeastOne = _DEFAULT.outbox
-    """How many events may wait to go out; more are lost and counted."""
     pending_messages: AtLeastOne = _DEFAULT.pending_messages
-    """How many messages that came in may wait to be looked at, by subscription."""
     pending_bytes: AtLeastOne = _DEFAULT.pending_bytes
+    """How many bytes of them may be taken at once."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> NatsSettings:

@@ -26,6 +26,12 @@ _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _SECRET = re.compile(r"(?i)pass|pwd|secret|token|key|credential|auth")
 _SHOWN = 80
+_EXPECTED = {
+    "string_type": "expected text",
+    "union_tag_not_found": "expected a URL, or options with a type",
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected named options"),
+}
+"""What is expected, by the type of pydantic's error."""
 
 # A validator raises a ValueError that says what it expects: "expected seconds above 0". A rule with a sentence of its own
 # raises a CacheConfigurationError. `refusal` makes whole sentences of both. A text in an `Annotated` is what the page of
@@ -174,7 +180,12 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
         elif each["type"] == "missing":
             found.append((path, "is needed"))
         else:
-            expected = str(inner) if inner else _expected(each["type"], each["msg"], context)
+            other = (
+                f"expected {context['expected']}"
+                if "expected" in context
+                else each["msg"][:1].lower() + each["msg"][1:]
+            )
+            expected = str(inner) if inner else _EXPECTED.get(each["type"], other)
             found.append((path, f"{expected}, not {shown(each['input'], path)}"))
     refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))
     refused.args = tuple(found)
@@ -184,20 +195,6 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
 def unknown_option(name: str, known: list[str]) -> str:
     """Return the sentence for an unknown option: the nearest known one, and all of them."""
     return f"unknown option{did_you_mean(name, known)}, known are {', '.join(known)}"
-
-
-def _expected(kind: str, message: str, context: Mapping[str, Any]) -> str:
-    match kind:
-        case "literal_error":
-            return f"expected {context['expected']}"
-        case "union_tag_not_found":
-            return "expected a URL, or options with a type"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return "expected named options"
-        case "string_type":
-            return "expected text"
-        case _:
-            return message[:1].lower() + message[1:]
 
 
 def shown(value: object, path: Path = ()) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from cachebus.messages import CacheCapacityError, CacheConfigurationError, CacheSerializationError
 
@@ -24,7 +24,6 @@ from .payload_format import (
     SIZE_MAX,
     VERSION,
     CompressionName,
-    RejectReason,
     SerializerName,
     binding,
     load,
@@ -39,16 +38,6 @@ MAX_SIZE = 64 * 2**20
 _CHECKSUM_SIZE = 8
 _PLAIN = COMPRESSION_CODES["none"]
 _COMPRESSIONS: dict[int, Any] = {code: name for name, code in COMPRESSION_CODES.items()}
-
-
-class Serializer(Protocol):
-    """Turns values into bytes and back. `trusted` says that a signature or a seal has vouched for the bytes."""
-
-    name: str
-
-    def dumps(self, value: Any) -> bytes: ...
-
-    def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any: ...
 
 
 class PickleSerializer:
@@ -70,6 +59,12 @@ class PickleSerializer:
         if not trusted:
             raise ValueError("a pickle is read only if its signature was verified")
         return pickle.loads(data)  # noqa: S301  # signed by one of our keys, for this key of this namespace
+
+
+_Serializer: TypeAlias = MsgpackSerializer | JsonSerializer | ArrowSerializer | PickleSerializer
+_SERIALIZERS: dict[str, Callable[[], _Serializer]] = {
+    each.name: each for each in (MsgpackSerializer, JsonSerializer, AutoSerializer, ArrowSerializer, PickleSerializer)
+}
 
 
 @dataclass(slots=True)
@@ -103,7 +98,7 @@ class PayloadPipeline:
 
     def __init__(
         self,
-        serializer: SerializerName | Serializer = "msgpack",
+        serializer: SerializerName = "msgpack",
         *,
         namespace: str = "default",
         compression: CompressionName = "none",
@@ -115,11 +110,13 @@ class PayloadPipeline:
         sealer: Sealer | None = None,
         types: Sequence[type[Any]] = (),
     ) -> None:
-        self._serializer = _make_serializer(serializer, types) if isinstance(serializer, str) else serializer
-        if self._serializer.name == "pickle" and signer is None:
+        if serializer not in _SERIALIZERS:
+            raise CacheConfigurationError(f"there is no serializer {serializer!r} that makes bytes")
+        if serializer == "pickle" and signer is None:
             raise CacheConfigurationError("the serializer 'pickle' needs signing keys: unpickling runs what it reads")
         if not 0 < max_size <= SIZE_MAX:
             raise CacheConfigurationError(f"max_size is 1 to {SIZE_MAX:,} bytes, not {max_size:,}")
+        self._serializer: _Serializer = AutoSerializer(types) if serializer == "auto" else _SERIALIZERS[serializer]()
         self._loads = self._serializer.loads
         self._compressor = make_compressor(compression, level)
         self._compressors: dict[int, Compressor | None] = {}
@@ -131,10 +128,9 @@ class PayloadPipeline:
         protection = (CHECKSUMMED if self._checksum else 0) | (SIGNED if signer else 0) | (SEALED if sealer else 0)
         self._protection = protection
         self._code = SERIALIZER_CODES[self._serializer.name]
-        # The header of a payload whose content is the rest of it.
-        self._bare = bytes((VERSION, self._code, _PLAIN, 0))
+        self._header = bytes((VERSION, self._code, _PLAIN, protection))
         # The header of payloads that a pipeline without protection takes as they are; empty with protection.
-        self._plain = b"" if protection else self._bare
+        self._plain = b"" if protection else self._header
         self._bound = binding(sealer.tenant if sealer else "", namespace)
         self._namespace = namespace
         self.statistics = PayloadStatistics()
@@ -186,14 +182,16 @@ class PayloadPipeline:
 
     def protect(self, key: str, content: bytes, *, error: bool = False) -> bytes:
         """Return the payload of content: the other steps of `encode`. `error` marks the record of an exception."""
-        self.statistics.written += 1
-        code = ERROR_CODE if error else self._code
-        header = bytes((VERSION, code, _PLAIN, 0)) if error else self._bare
+        statistics = self.statistics
+        statistics.written += 1
+        header = bytes((VERSION, ERROR_CODE, _PLAIN, self._protection)) if error else self._header
         if self._compressor is not None and len(content) >= self._threshold:
-            content, compression = self._packed(content, self._compressor)
-            header = bytes((VERSION, code, compression, self._protection))
-        elif self._protection:
-            header = bytes((VERSION, code, _PLAIN, self._protection))
+            packed = SIZE.pack(len(content)) + self._compressor.pack(content)
+            statistics.raw_bytes += len(content)
+            statistics.packed_bytes += min(len(packed), len(content))
+            if len(packed) < len(content):
+                statistics.compressed += 1
+                content, header = packed, bytes((VERSION, header[1], self._compressor.code, self._protection))
         if not self._protection:
             return header + content
         if self._checksum is not None:
@@ -231,19 +229,19 @@ class PayloadPipeline:
 
     def _value(self, key: str, payload: object) -> Any:
         if type(payload) is not bytes or len(payload) < HEADER_SIZE or payload[0] != VERSION:
-            raise _rejected("format", "what is stored is no payload, or one of another version")
+            raise CacheSerializationError("what is stored is no payload, or one of another version", "format")
         header = payload[:HEADER_SIZE]
         if header[1] not in (self._code, ERROR_CODE):
-            raise _rejected("serializer", "another serializer wrote the payload")
+            raise CacheSerializationError("another serializer wrote the payload", "serializer")
         if header[3] != self._protection:
-            raise _rejected("protection", "the payload is not protected as the settings demand")
+            raise CacheSerializationError("the payload is not protected as the settings demand", "protection")
         content: bytes | memoryview = memoryview(payload)[HEADER_SIZE:]
         if self._protection:
             content = self._verified(key, header, memoryview(payload)[HEADER_SIZE:])
         if header[2] != _PLAIN:
             content = self._unpacked(header[2], content)
         if len(content) > self._max_size:
-            raise _rejected("capacity", f"the payload holds more than {self._max_size:,} bytes")
+            raise CacheSerializationError(f"the payload holds more than {self._max_size:,} bytes", "capacity")
         if payload[1] == ERROR_CODE:
             return CachedError(bytes(content))
         try:
@@ -252,27 +250,26 @@ class PayloadPipeline:
         except Exception:
             # The error is not kept: it may show what the bytes hold.
             problem = f"the serializer {self._serializer.name!r} cannot read the payload"
-        raise _rejected("content", problem)
+        raise CacheSerializationError(problem, "content")
 
     def _verified(self, key: str, header: bytes, rest: memoryview) -> memoryview:
         if self._checksum is not None:
             content = rest[_CHECKSUM_SIZE:]
             if len(rest) < _CHECKSUM_SIZE or self._digest(header, content) != bytes(rest[:_CHECKSUM_SIZE]):
-                raise _rejected("checksum", "the payload is damaged")
+                raise CacheSerializationError("the payload is damaged", "checksum")
             return content
         bound = self._bound + binding(key)
         if self.sealer is not None:
             opened = self.sealer.open(rest, header, bound)
             if opened is None:
-                raise _rejected("seal", "the payload was sealed with another key or for another place, or was changed")
+                problem = "the payload was sealed with another key or for another place, or was changed"
+                raise CacheSerializationError(problem, "seal")
             rest = memoryview(opened)
         if self.signer is not None:
-            content = rest[SIGNATURE_SIZE:]
-            if len(rest) < SIGNATURE_SIZE or not self.signer.verify(
-                bytes(rest[:SIGNATURE_SIZE]), bound, header, content
-            ):
-                raise _rejected("signature", "the payload was not signed with one of our keys for this place")
-            return content
+            signature, rest = bytes(rest[:SIGNATURE_SIZE]), rest[SIGNATURE_SIZE:]
+            if not self.signer.verify(signature, bound, header, rest):
+                problem = "the payload was not signed with one of our keys for this place"
+                raise CacheSerializationError(problem, "signature")
         return rest
 
     def _digest(self, header: bytes, content: bytes | memoryview) -> bytes:
@@ -282,17 +279,6 @@ class PayloadPipeline:
         made: bytes = digest.digest()
         return made
 
-    def _packed(self, content: bytes, compressor: Compressor) -> tuple[bytes, int]:
-        packed = compressor.pack(content)
-        statistics = self.statistics
-        statistics.raw_bytes += len(content)
-        if len(packed) + SIZE.size >= len(content):
-            statistics.packed_bytes += len(content)
-            return content, _PLAIN
-        statistics.compressed += 1
-        statistics.packed_bytes += len(packed) + SIZE.size
-        return SIZE.pack(len(content)) + packed, compressor.code
-
     def _unpacked(self, code: int, content: bytes | memoryview) -> bytes:
         if code not in self._compressors:
             try:
@@ -301,32 +287,12 @@ class PayloadPipeline:
                 self._compressors[code] = None  # Its library is not installed here.
         compressor = self._compressors[code]
         if compressor is None or len(content) < SIZE.size:
-            raise _rejected("compression", "the payload's compression is not known here")
+            raise CacheSerializationError("the payload's compression is not known here", "compression")
         size: int = SIZE.unpack_from(content)[0]
         if not 0 < size <= self._max_size:
-            raise _rejected("capacity", f"the payload would unpack to {size:,} bytes")
+            raise CacheSerializationError(f"the payload would unpack to {size:,} bytes", "capacity")
         try:
             return compressor.unpack(memoryview(content)[SIZE.size :], size)
         except ValueError:
             problem = "the payload does not unpack to what it claims"
-        raise _rejected("compression", problem)
-
-
-def _make_serializer(name: SerializerName, types: Sequence[type[Any]]) -> Serializer:
-    match name:
-        case "msgpack":
-            return MsgpackSerializer()
-        case "json":
-            return JsonSerializer()
-        case "auto":
-            return AutoSerializer(types)
-        case "arrow":
-            return ArrowSerializer()
-        case "pickle":
-            return PickleSerializer()
-        case _:
-            raise CacheConfigurationError(f"there is no serializer {name!r} that makes bytes")
-
-
-def _rejected(reason: RejectReason, detail: str) -> CacheSerializationError:
-    return CacheSerializationError(detail, reason)
+        raise CacheSerializationError(problem, "compression")

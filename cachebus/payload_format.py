@@ -48,13 +48,6 @@ EXTRAS = {
 }
 """Which extra of cachebus brings a package."""
 
-RejectReason: TypeAlias = Literal[
-    "format", "serializer", "compression", "checksum", "signature", "seal", "protection", "capacity", "content", "type"
-]
-"""Why a stored payload is rejected: `format` it is none of ours, or of another version; `serializer` another one wrote it;
-`compression`, `checksum`, `signature`, `seal` that step failed; `protection` it lacks what the settings demand; `capacity` it
-would unpack to more than `max_size`; `content` the serializer cannot read it; `type` the caller asked for another type."""
-
 
 def binding(*parts: str) -> bytes:
     """Return what a signature and a seal are bound to: tenant, namespace and key, each after its length.

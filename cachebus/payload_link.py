@@ -45,7 +45,7 @@ from cachebus.messages import (
 
 from .cached_errors import CachedError, CachedFailure
 from .failures import BACKEND_FAILURES, OnError
-from .link import Link
+from .link import UNREAD, Link
 from .payload import PayloadPipeline
 from .payload_scalars import type_of
 
@@ -58,7 +58,6 @@ _MISSING = Missing()
 _UNASKED: Any = object()
 _UNPROTECTED: Any = object()
 """In the place of a turn's reply: the value of the message is serialized, and large enough for a worker thread."""
-_WAITING, _BLOCKING = False, True
 
 
 class Handed(NamedTuple):
@@ -117,6 +116,17 @@ class PayloadLink(Link):
     def pipeline(self) -> PayloadPipeline:
         return self._pipeline
 
+    def value_of(self, key: str, value: Any, default: Any) -> Any:
+        """As `Link.value_of`."""
+        if type(value) is not bytes or (self._offload_above is not None and len(value) >= self._offload_above):
+            return UNREAD
+        try:
+            value = self._pipeline.decode(key, value)
+        except CacheSerializationError as error:
+            self._rejected(key, error, by_store=False)
+            return default
+        return default if type(value) is CachedError else value
+
     async def request(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
         """As `Link.request`."""
         coded = await self._coded(blocking, message)
@@ -134,13 +144,11 @@ class PayloadLink(Link):
 
     async def finish(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
         """As `Link.finish`."""
-        if blocking:
-            return cast("R", await self._answer(_BLOCKING, message, message, reply))
+        if blocking or (type(reply) is Handed and reply.reply is _UNPROTECTED):
+            return cast("R", await self._answer(blocking, message, message, reply))
         # Most calls of a remote backend come by here: the commonest of `_answer`, in a third of the time.
         coded: Any = message
         if type(reply) is Handed:
-            if reply.reply is _UNPROTECTED:
-                return cast("R", await self._answer(_WAITING, message, message, reply))
             coded, reply = reply
         deadline = 0.0  # That of a slot is read when it is needed.
         try:
@@ -172,10 +180,10 @@ class PayloadLink(Link):
                         if type(value) is CachedError:
                             return cast("R", CachedFailure(value))
                         return cast("R", Found(value, came.version, came.ttl, came.tags, came.stored_at))
-                ask = partial(self._ask, _WAITING, deadline or self.bus.clock.monotonic() + reply.seconds_left)
-                return cast("R", await self._come_back(_WAITING, ask, coded, came))
+                ask = partial(self._ask, blocking, deadline or self.bus.clock.monotonic() + reply.seconds_left)
+                return cast("R", await self._come_back(blocking, ask, coded, came))
             except CacheSerializationError as error:
-                ask = partial(self._ask, _WAITING, deadline or self.bus.clock.monotonic() + reply.seconds_left)
+                ask = partial(self._ask, blocking, deadline or self.bus.clock.monotonic() + reply.seconds_left)
                 return cast("R", await self._unreadable(ask, coded, error))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)

@@ -103,32 +103,29 @@ class PayloadSettings(Options):
     """How values become bytes. Sizes are bytes."""
 
     serializer: Literal["default", "msgpack", "json", "auto", "arrow", "pickle", "none"] = "default"
-    """`default` is `msgpack`; on a memory backend without signing and encryption keys it is `none`, which keeps values by
-    reference, so that nothing else here counts."""
+    """`default` is `msgpack`, or `none` on a memory backend without keys: values by reference, and nothing else here counts."""
     compression: CompressionName = "none"
-    """How content is compressed. It is kept only where it gets smaller; whatever the setting, each of them is read."""
+    """The compression of content that gets smaller. Payloads of every compression are read."""
     threshold: NotNegative = 1024
-    """Content of less than so many bytes is not compressed."""
+    """Content of fewer bytes is not compressed."""
     level: NotNegative | None = None
     """How hard to compress: zlib and gzip 1-9, lz4 0-12, zstd 1-19; left out, the usual level."""
     max_size: AtLeastOne = MAX_SIZE
-    """A value of more bytes, as the serializer writes it, is refused, and a payload that would unpack to more is not read."""
+    """Content of more bytes is refused, and a payload that would unpack to more is not read."""
     checksum: Switch = False
     """Whether payloads have an xxh3 checksum against corruption. Signatures and seals are one already."""
     signing_keys: Annotated[tuple[SecretStr, ...], "list of secrets", BeforeValidator(_keys)] = ()
     """The first one signs, all of them verify. At least 32 bytes each, as text or as `base64:` and base64."""
     encryption_keys: Annotated[tuple[EncryptionKey, ...], "secrets by id", BeforeValidator(_keyring)] = ()
-    """Master keys by id, `{"2024-06": "base64:..."}`: with any, payloads are sealed, and what is not sealed is not read.
-    Each is written as a signing key is."""
+    """Master keys by id, `{"2024-06": "base64:..."}`, each as a signing key. With any, only sealed payloads are written and read."""
     encryption_key_id: str | None = None
     """The key that seals; left out, the first one. All of them open."""
     tenant: str = ""
-    """Whose payloads these are: they are sealed with a key derived for this tenant, which opens nobody else's."""
+    """The tenant of the payloads. They are sealed with a key derived for it, which opens those of no other tenant."""
     types: Annotated[tuple[type[Any] | str, ...], "list of classes", BeforeValidator(_types)] = ()
     """The classes that the serializer `auto` may carry, each as `package.module:Class`, or the class itself."""
     offload_above: MaybeAtLeastOne = 256 * 1024
-    """Payloads of so many bytes or more are packed and unpacked in a worker thread where there is an event loop; `None` is
-    never."""
+    """Payloads of so many bytes or more are packed and unpacked in a worker thread on an event loop; `None` is never."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> PayloadSettings:

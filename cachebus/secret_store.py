@@ -1,4 +1,4 @@
-"""Secrets on top of a backend: sealed, or not at all."""
+"""Secrets on top of a backend, always sealed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from .sync_cache import SyncCache
 
 
 class SecretStore:
-    """Texts by name over an open `Cache` whose payloads are sealed. They are handed out as pydantic's `SecretStr`, which does not
-    show what it holds.
+    """Texts by name over an open `Cache` whose payloads are sealed, handed out as pydantic's `SecretStr`, which hides them in `repr`.
 
-    Raises `CacheConfigurationError` for a cache without encryption keys. As for `StateStore`, the backend must be one that does not
-    evict, and a secret that cannot be opened is an error and no miss.
+    As in a `StateStore`, the backend must not evict, and reading a secret that cannot be opened is an error and no miss. Raises
+    `CacheConfigurationError` for a cache without encryption keys.
     """
 
     def __init__(self, cache: Cache, *, prefix: str = "secret:") -> None:
@@ -30,7 +29,7 @@ class SecretStore:
         return f"<{type(self).__name__} of {self._store!r}>"
 
     async def get(self, name: str) -> SecretStr | None:
-        """The secret of a name; `None` if there is none. Raises `CacheSerializationError` for one that cannot be opened."""
+        """Return the secret of a name; `None` if there is none. Raises `CacheSerializationError` for one that cannot be opened."""
         value = await self._store.get(name)
         if value is None:
             return None
@@ -46,15 +45,15 @@ class SecretStore:
         await self._store.set(name, text, ttl=ttl)
 
     async def delete(self, name: str) -> bool:
-        """Remove a secret; says whether there was one."""
+        """Remove a secret. Returns whether there was one."""
         return await self._store.delete(name)
 
     async def list(self, prefix: str = "") -> list[str]:
-        """The names that begin with `prefix`, sorted."""
+        """Return the names that begin with `prefix`, sorted."""
         return await self._store.list(prefix)
 
     async def health(self) -> Health:
-        """Whether the backend answers."""
+        """Return whether the backend answers."""
         return await self._store.health()
 
 

@@ -11,19 +11,18 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast, get_args
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
-    ValidationError,
     field_serializer,
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cachebus.messages import CacheConfigurationError
 
 from .event_settings import EventSettings
 from .failures import OnError
-from .guard_settings import GuardSettings
+from .guard_settings import GuardSettings, host_and_port
 from .memcached_settings import MemcachedSettings
 from .nats_settings import BusSettings, NatsSettings, read_bus
 from .options import (
@@ -38,15 +37,14 @@ from .options import (
     Switch,
     Word,
     named,
-    refusal,
     refuse_wrong,
     sentence,
     shown,
     unknown_option,
 )
 from .payload_settings import PayloadSettings
-from .redis_settings import RedisSettings, host_and_port
-from .sources import PREFIX, Environment, Profile, read_file
+from .redis_settings import RedisSettings
+from .sources import read_file, with_sources
 from .urls import did_you_mean, is_url, parse_url, redact_url
 
 Policy: TypeAlias = Literal["s3fifo", "lru", "lfu", "sieve"]
@@ -154,20 +152,14 @@ def _read_entries(value: object) -> object:
 _Entry = Annotated[BackendSettings, Field(discriminator="type"), BeforeValidator(_read_entry)]
 
 
-class _Root(BaseSettings):
+class _Root(Options):
     # Apart from Settings, so that type checkers still see a constructor with its fields.
     def __init__(self, /, **values: Any) -> None:
         known = type(self).model_fields
         for name in values:
-            # pydantic-settings would read _env_file and its like, and `Timeout` as `timeout`.
             if name not in known:
                 raise CacheConfigurationError(sentence((redact_url(name),), unknown_option(name, list(known))))
-        try:
-            super().__init__(**values)
-            return
-        except ValidationError as error:
-            refused = refusal(error, type(self))
-        raise refused
+        super().__init__(**with_sources(known, values))
 
 
 class Settings(_Root):
@@ -177,9 +169,7 @@ class Settings(_Root):
     Raises `CacheConfigurationError` that names the option, the value and what is allowed; never a password.
     """
 
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, hide_input_in_errors=True, env_prefix=PREFIX, env_nested_delimiter="__"
-    )
+    model_config = ConfigDict(validate_default=True)
 
     namespace: Word = "default"
     """Keeps the keys of several applications in one store apart."""
@@ -198,24 +188,15 @@ class Settings(_Root):
     payload: Annotated[PayloadSettings, BeforeValidator(named)] = PayloadSettings()
     """How values become bytes."""
     events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()
-    """What events say, and how many of them are told."""
+    """What events say, and how many of them go out."""
     locks: _Entry | None = None
-    """Where locks are kept, given as a backend is; `None` is where the default backend keeps its values. `bus:locks` is in
-    workers that say where."""
+    """Where locks are kept: a backend, or `bus:locks` in workers that name one; `None` is with the values of the default backend."""
     profile: Literal["dev", "production", "test"] | None = None
-    """A set of settings below all others: `dev` is `debug`; `production` is `environment: production`, zstd compression and
-    checksums; `test` is a timeout of 30 s."""
+    """Sets of settings: `dev` is `debug`; `production` is that environment, zstd and checksums; `test` is a timeout of 30 s."""
     environment: Literal["development", "test", "production"] = "development"
     """`production` refuses settings that are insecure."""
     debug: Switch = False
     """Whether the log names the keys that something went wrong with."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources of values, best first."""
-        return init_settings, Environment(settings_cls), Profile(settings_cls)
 
     @field_validator("backends")
     @classmethod

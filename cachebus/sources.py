@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_settings import EnvSettingsSource, PydanticBaseSettingsSource, SettingsError
 
 from cachebus.messages import CacheConfigurationError
 
@@ -33,57 +32,71 @@ FORMATS = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML", ".json": "JSON"}
 """The suffixes of files that can be read."""
 
 
-class Profile(PydanticBaseSettingsSource):
-    """The settings of the profile that a better source has named."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Not used: `__call__` gives all values at once."""
-        return None, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return copy.deepcopy(PROFILES.get(str(self.current_state.get("profile")), {}))
+# What Kubernetes sets in every container for a service that is called "cachebus".
+_SERVICE = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
 
 
-class Environment(EnvSettingsSource):
-    """The environment as a source of settings. It refuses unknown variables, which pydantic-settings overlooks (its issue 985)."""
+def with_sources(fields: Mapping[str, FieldInfo], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of settings, not yet checked: keywords win over the environment, that over the profile.
 
-    # What Kubernetes sets in every container for a service that is called "cachebus".
-    _SERVICE = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
+    Raises `CacheConfigurationError` for an unknown variable of the environment.
+    """
+    given = _merged(_read_environment(fields), keywords)
+    return _merged(PROFILES.get(str(given.get("profile")), {}), given)
 
-    def __call__(self) -> dict[str, Any]:
-        known = self.variables()
-        for name in sorted(map(str.upper, self.env_vars)):
-            rest = name.removeprefix(PREFIX)
-            if rest != name and name not in known and not self._SERVICE.fullmatch(rest):
-                raise CacheConfigurationError(f"environment variable {name}: {unknown_option(name, known)}")
-        try:
-            return {name: _as_text(value) for name, value in super().__call__().items()}
-        except SettingsError as error:
-            cause = error.__cause__
-        # A new error, because the cause of pydantic-settings' own one holds the value.
-        raise CacheConfigurationError(str(cause) if isinstance(cause, CacheConfigurationError) else "unreadable")
 
-    def variables(self) -> list[str]:
-        """Return the names of all variables that are read."""
-        names: list[str] = []
-        for name, field in self.settings_cls.model_fields.items():
-            names.append(f"{PREFIX}{name}".upper())
-            for part in (field.annotation, *get_args(field.annotation)):
-                if isinstance(part, type) and issubclass(part, BaseModel):
-                    names.extend(f"{PREFIX}{name}__{inner}".upper() for inner in part.model_fields)
-        return names
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two mappings as one. Mappings in both are merged, of everything else that of `above` counts."""
+    both = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], dict) and isinstance(above[name], dict):
+            both[name] = _merged(below[name], above[name])
+    return both
 
-    def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
-        """Return the value of a variable that holds a list or options: JSON, or a URL."""
-        if field_name in ("bus", "locks") and isinstance(value, str) and is_url(value):
-            return value
-        try:
-            return json.loads(value)
-        except ValueError:
-            example = '["memory://?max_entries=100"]' if field_name == "backends" else '{"max_restarts": 3}'
-        raise CacheConfigurationError(
-            f"environment variable {PREFIX}{field_name.upper()}: expected JSON, such as {example}"
-        )
+
+def _read_environment(fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    variables = {f"{PREFIX}{'__'.join(path)}".upper(): (path, kind) for path, kind in _variables(fields)}
+    given = {name.upper(): text for name, text in os.environ.items() if name.upper().startswith(PREFIX)}
+    for name in sorted(given.keys() - variables.keys()):
+        if not _SERVICE.fullmatch(name.removeprefix(PREFIX)):
+            raise CacheConfigurationError(f"environment variable {name}: {unknown_option(name, list(variables))}")
+    values: dict[str, Any] = {}
+    for name, ((group, *option), kind) in variables.items():
+        if name not in given:
+            continue
+        value = _decoded(name, kind, given[name])
+        if not option:
+            values[group] = value
+        elif isinstance(within := values.setdefault(group, {}), dict):
+            within[option[0]] = value
+    return values
+
+
+def _variables(fields: Mapping[str, FieldInfo]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield path and type of all settings that have a variable, a group before its options."""
+    for name, field in fields.items():
+        yield (name,), field.annotation
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from (((name, inner), option.annotation) for inner, option in part.model_fields.items())
+
+
+def _decoded(name: str, kind: Any, text: str) -> Any:
+    """Return the value of a variable: text, or JSON for a list or options, which may be a URL too."""
+    group = name.removeprefix(PREFIX).lower()
+    if not _is_json(kind) or (group in ("bus", "locks") and is_url(text)):
+        return Text(text)
+    try:
+        return _as_text(json.loads(text))
+    except ValueError:
+        example = '["memory://?max_entries=100"]' if group == "backends" else '{"max_restarts": 3}'
+    raise CacheConfigurationError(f"environment variable {name}: expected JSON, such as {example}")
+
+
+def _is_json(kind: Any) -> bool:
+    if isinstance(kind, type):
+        return issubclass(kind, BaseModel)
+    return get_origin(kind) is tuple or any(map(_is_json, get_args(kind)))
 
 
 def _as_text(value: Any) -> Any:

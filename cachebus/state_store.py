@@ -1,4 +1,4 @@
-"""State on top of a backend: what an application relies on to find again, which a cache may forget."""
+"""State on top of a backend: values that an application relies on, where a cache may forget."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from .sync_cache import SyncCache
 
 _NOTHING: Any = object()
 _FORGETFUL = ("null", "memcached")
-"""Stores that evict whatever bound one gives them."""
+"""Stores that evict whatever their bound."""
 
 
 class StateStore:
-    """Values by key over an open `Cache`, without expiry unless it is asked for, and without eviction.
+    """Values by key over an open `Cache`, without eviction, and without expiry unless it is asked for.
 
-    Refuses to write to a store that gives values up when it is full, such as a bounded memory backend, with a
-    `CapabilityError`; of a Redis server its `maxmemory-policy` has to be `noeviction`. A value that is there and cannot be read is an
-    error here, and no miss. `prefix` keeps its keys apart from others in the namespace.
+    `prefix` keeps its keys apart from others in the namespace. Writing raises `CapabilityError` if the store evicts, such as a
+    bounded memory backend; the `maxmemory-policy` of a Redis server has to be `noeviction`. Reading a value that is there and
+    cannot be read is an error and no miss.
 
-    Raises `CacheConfigurationError` for a cache that takes failures for misses: during an outage it would say that there is
-    nothing.
+    Raises `CacheConfigurationError` for a cache that takes failures for misses: in an outage it would find nothing.
     """
 
     def __init__(self, cache: Cache, *, prefix: str = "state:") -> None:
@@ -39,7 +38,7 @@ class StateStore:
         return f"<{type(self).__name__} {self._prefix!r} over {self._cache!r}>"
 
     async def get(self, key: str, default: Any = None) -> Any:
-        """The value under `key`, or `default`. Raises `CacheSerializationError` for one that cannot be read."""
+        """Return the value under `key`, or `default`. Raises `CacheSerializationError` for one that cannot be read."""
         at = self._at(key)
         found = await self._cache.lookup(at)
         if isinstance(found, Found):
@@ -49,7 +48,7 @@ class StateStore:
         return default
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
-        """The values under those of `keys` that have one. Raises `CacheSerializationError` if one of them cannot be read."""
+        """Return the values under those of `keys` that have one. Raises `CacheSerializationError` for one that cannot be read."""
         wanted = {key: self._at(key) for key in check_keys(keys)}
         found = await self._cache.get_many(wanted.values())
         for key, at in wanted.items():
@@ -63,16 +62,16 @@ class StateStore:
         await self._cache.set(self._at(key), value, ttl=ttl)
 
     async def delete(self, key: str) -> bool:
-        """Remove the value under `key`; says whether there was one."""
+        """Remove the value under `key`. Returns whether there was one."""
         return await self._cache.delete(self._at(key))
 
     async def list(self, prefix: str = "") -> list[str]:
-        """The keys that begin with `prefix`, sorted."""
+        """Return the keys that begin with `prefix`, sorted."""
         found = [key async for key in self._cache.scan(f"{escape_pattern(self._prefix + prefix)}*")]
         return sorted({key.removeprefix(self._prefix) for key in found})
 
     async def health(self) -> Health:
-        """Whether the backend answers."""
+        """Return whether the backend answers."""
         return await self._cache.health()
 
     def _at(self, key: str) -> str:
@@ -81,11 +80,11 @@ class StateStore:
     async def _check_keeping(self) -> None:
         if self._keeps:
             return
-        told = await self._cache.statistics()
-        bounds = [name for name in ("max_entries", "max_bytes") if getattr(told, name) is not None]
-        if bounds or told.store in _FORGETFUL:
+        store = await self._cache.statistics()
+        bounds = [name for name in ("max_entries", "max_bytes") if getattr(store, name) is not None]
+        if bounds or store.store in _FORGETFUL:
             why = f"gives values up when it is full ({', '.join(bounds)})" if bounds else "may forget at any time"
-            raise CapabilityError(f"the {told.store} store {why}, and state must stay", told.store, "state")
+            raise CapabilityError(f"the {store.store} store {why}, and state must stay", store.store, "state")
         self._keeps = True
 
 

@@ -12,10 +12,11 @@ from pydantic import SecretStr
 from cachebus.actors.ports import BatchStore, Clock, InlineStore, LockStore
 from cachebus.messages import CacheConfigurationError, CapabilityError
 
+from .guard_settings import ServerSettings, host_and_port
 from .memcached_settings import MemcachedSettings
 from .nats_settings import BusSettings
 from .options import shown
-from .redis_settings import RedisSettings, host_and_port
+from .redis_settings import RedisSettings
 from .settings import BackendSettings, MemorySettings, NullSettings, PluginSettings
 from .urls import STORES
 
@@ -85,24 +86,27 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -
         places = [redis.Endpoint(path=settings.socket)]
     else:
         places = [redis.Endpoint(*host_and_port(host, port)) for host in settings.hosts]
+    connector = redis.Connector(
+        clock=clock,
+        identity=_identity(redis, settings.user, settings.password),
+        database=settings.database,
+        tls=_tls(redis, settings),
+        timeout=settings.connect_timeout,
+        health_interval=settings.health_check_interval,
+        window=settings.window,
+    )
     common: dict[str, Any] = {
         "namespace": namespace,
-        "identity": _identity(redis, settings.user, settings.password),
-        "tls": _tls(redis, settings),
         "default_ttl": settings.default_ttl,
-        "window": settings.window,
         "max_connections": settings.max_connections,
-        "connect_timeout": settings.connect_timeout,
-        "health_check_interval": settings.health_check_interval,
-        "clock": clock,
         **more,
     }
     if settings.topology == "cluster":
-        return import_module("cachebus.adapters.redis_cluster").RedisClusterStore(places, **common)
+        return import_module("cachebus.adapters.redis_cluster").RedisClusterStore(places, connector, **common)
     return redis.RedisStore(
         places,
+        connector,
         **common,
-        database=settings.database,
         service=settings.service,
         sentinel_identity=_identity(redis, settings.sentinel_user, settings.sentinel_password),
     )
@@ -112,20 +116,17 @@ def _memcached(
     settings: MemcachedSettings, namespace: str, clock: Clock, adapter: str = "memcached", store: str = "MemcachedStore"
 ) -> Any:
     memcached = _adapter("memcached", "memcached")
+    same = ("default_ttl", "connect_timeout", "timeout", "max_connections", "chunked")
     return getattr(_adapter("memcached", adapter), store)(
         [memcached.Endpoint(*host_and_port(host, 11211)) for host in settings.hosts],
         namespace=namespace,
         tls=_tls(memcached, settings),
-        default_ttl=settings.default_ttl,
-        connect_timeout=settings.connect_timeout,
-        timeout=settings.timeout,
-        max_connections=settings.max_connections,
-        chunked=settings.chunked,
+        **{name: getattr(settings, name) for name in same},
         clock=clock,
     )
 
 
-def _tls(adapter: Any, settings: RedisSettings | MemcachedSettings) -> Any:
+def _tls(adapter: Any, settings: ServerSettings) -> Any:
     if not settings.tls:
         return None
     return adapter.TlsFiles(ca=settings.tls_ca_file, certificate=settings.tls_cert_file, key=settings.tls_key_file)

@@ -1,27 +1,34 @@
-"""A worker: a process that serves its backends on the bus until it is asked to stop."""
+"""A worker: a process that serves its backends on the bus until it is asked to stop, and its log of one line for each fact."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Generator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from cachebus.bus import Subscription, origin
-from cachebus.messages import ActorGaveUp, CacheConfigurationError, CacheConnectionError
+from cachebus.messages import ActorGaveUp, CacheConfigurationError, CacheConnectionError, Event
 
-from .logs import own_fields, say
 from .node import Node, StoreFactory, backend_address
 
 if TYPE_CHECKING:
     from .settings import Settings
 
 logger = logging.getLogger("cachebus.worker")
+
+LogForm: TypeAlias = Literal["text", "json"]
+
+_FIELDS = "cachebus_fields"
+"""The attribute of a log record that holds its named values."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOUD = frozenset({"actor_restarted", "actor_gave_up", "backend_disconnected", "circuit_opened"})
@@ -140,7 +147,8 @@ class Worker:
                 continue  # Another worker logs its own.
             kind = event.WIRE_NAME.removeprefix("event.")
             level = logging.WARNING if kind in _LOUD else logging.INFO
-            say(logger, level, kind.replace("_", " "), backend=event.backend, **own_fields(event))
+            values = {"backend": event.backend, **own_fields(event)}
+            logger.log(level, kind.replace("_", " "), extra={_FIELDS: values})
             if isinstance(event, ActorGaveUp):
                 down.add(event.address)
                 if down >= set(self.addresses) and not self._stopping.is_set():
@@ -149,7 +157,7 @@ class Worker:
                     self._stopping.set()
 
     def _say(self, message: str, level: int = logging.INFO, **values: Any) -> None:
-        say(logger, level, message, worker=origin(), **values)
+        logger.log(level, message, extra={_FIELDS: {"worker": origin(), **values}})
 
     def _out_of_time(self) -> None:
         self._say("the grace is spent: ending with something left", logging.ERROR)
@@ -160,3 +168,44 @@ def _end(code: int) -> None:
     """End the process at once: what was left to do was not done in time."""
     logging.shutdown()
     os._exit(code)
+
+
+class OneLine(logging.Formatter):
+    """Formats a record as one line: line breaks and control characters are escaped."""
+
+    def __init__(self, form: LogForm = "text") -> None:
+        super().__init__()
+        self._form = form
+
+    def format(self, record: logging.LogRecord) -> str:
+        values: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, _FIELDS, {}),
+        }
+        if record.exc_info:
+            values["traceback"] = self.formatException(record.exc_info)
+        if self._form == "json":
+            return json.dumps(values, default=str)
+        return " ".join(f"{name}={_word(value)}" for name, value in values.items())
+
+
+def log_to_stderr(form: LogForm, level: str) -> None:
+    """Send the logs of this process to standard error, one line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine(form))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def own_fields(event: Event) -> dict[str, Any]:
+    """Return the fields of an event that not every event has."""
+    own = [name for name in event.__struct_fields__ if name not in Event.__struct_fields__]
+    return {name: getattr(event, name) for name in own}
+
+
+def _word(value: Any) -> str:
+    text = str(value)
+    if text and text.isascii() and text.isprintable() and not set(text) & set(' "='):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())

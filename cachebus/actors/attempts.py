@@ -1,47 +1,49 @@
-"""Batches that a store has not answered yet: how many there may be, and when to stop waiting for each."""
+"""Attempts of a guard at batches: how many at a time, how long to wait for each, and how often to repeat it."""
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
 from cachebus.bus import Port, SlotBatch, open_port
 from cachebus.messages import (
-    AcquireLock,
+    WIRE_NAMES,
     CacheError,
     Clear,
     DeletePattern,
-    DescribeLock,
+    Failed,
     Overloaded,
-    ReleaseLock,
-    RenewLock,
     Reply,
     Request,
     SetMany,
+    error_class,
 )
 
 from .actor import Context
+from .guard_policy import RetryPolicy
 from .ports import NO_PROGRESS, SLOWEST_LINE, Progress, Timer
 
-PUNCTUAL = 0.03
-"""Seconds by which a timer may fire late without saying anything about the event loop."""
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
+PUNCTUAL = 0.03  # Seconds by which a timer may fire late without saying anything about the event loop.
+# The duration of these grows with the number of keys stored. They have the longest timeout, and say nothing of others.
 SLOW_REQUESTS = frozenset[type[Request[Any]]]({Clear, DeletePattern})
-"""Requests whose duration grows with the number of keys stored: they have the longest timeout, and say nothing of others."""
-
-LOCK_REQUESTS = frozenset[type[Request[Any]]]({AcquireLock, RenewLock, ReleaseLock, DescribeLock})
-"""Requests with an adaptive timeout of their own."""
-
-SLOWEST_KEY = 100e-6
-"""Seconds that a backend may take for each key of a request about many."""
-
+# These have an adaptive timeout of their own.
+LOCK_REQUESTS = frozenset(kind for name, kind in WIRE_NAMES.items() if name.startswith("lock."))
+SLOWEST_KEY = 100e-6  # Seconds that a backend may take for each key of a request about many.
+# Of the timeout, each time that it strikes. From 0.1 s on, a backend that suddenly takes 0.3 s is heard before five failures
+# open its circuit. One that does not answer has opened it after 1.3 s; doubling would take 3.1 s.
 GROWTH = 1.5
-"""Of the timeout, each time that it strikes. From 0.1 s on, a backend that suddenly takes 0.3 s is heard before five failures
-open its circuit. One that does not answer has opened it after 1.3 s; doubling would take 3.1 s."""
+FACTOR = 3.0
+
+RESERVE = 10.0  # Repetitions that a budget begins with.
+MOST = 100.0  # Repetitions that a budget can grow to.
 
 _NEVER = float("inf")
 
@@ -49,24 +51,15 @@ _NEVER = float("inf")
 class AdaptiveTimeout:
     """A timeout that follows the 95th percentile of the last `window` durations. All times are seconds.
 
-    It is `factor` times the percentile, within `lowest` and `highest`, and `initial` before anything is known. A timeout
+    It is `FACTOR` times the percentile, within `lowest` and `highest`, and `initial` before anything is known. A timeout
     that strikes makes it half as long again until an answer comes that did not need the addition (after Karn and
     Partridge, SIGCOMM 1987). Without that, the answers of a backend that has become slow would never be seen.
     """
 
-    def __init__(
-        self,
-        *,
-        window: int = 1000,
-        lowest: float = 0.1,
-        highest: float = 10.0,
-        initial: float = 1.0,
-        factor: float = 3.0,
-    ) -> None:
+    def __init__(self, *, window: int = 1000, lowest: float = 0.1, highest: float = 10.0, initial: float = 1.0) -> None:
         self.current = initial
         self._lowest = lowest
         self._highest = highest
-        self._factor = factor
         self._base = initial
         self._penalty = 1.0
         self._struck_at = float("-inf")
@@ -93,7 +86,7 @@ class AdaptiveTimeout:
         recent.append(duration)
         insort(ordered, duration)
         p95 = ordered[-(-len(ordered) * 19 // 20) - 1]
-        self._base = min(self._highest, max(self._lowest, self._factor * p95))
+        self._base = min(self._highest, max(self._lowest, FACTOR * p95))
         self.current = min(self._highest, self._base * self._penalty)
 
     def struck(self, started: float, now: float) -> bool:
@@ -224,8 +217,7 @@ class Attempts:
 
     def _check(self) -> None:
         now = self._now()
-        # If the timer is late, this loop stood still and read nothing. An answer that arrived meanwhile is no failure, so
-        # answers are read first.
+        # If the timer is late, this loop stood still. Answers that arrived meanwhile are no failures: they are read first.
         if (stall := now - self.armed_for) > PUNCTUAL:
             for attempt in self.outstanding:
                 attempt.due += stall + PUNCTUAL
@@ -270,3 +262,101 @@ def timeout_extension(requests: Sequence[Request[Any]], longest: float) -> float
             values = (getattr(request, "value", None),)
         size += sum(len(value) for value in values if isinstance(value, bytes | str))
     return size / SLOWEST_LINE + keys * SLOWEST_KEY
+
+
+class Retries:
+    """The repetitions of one guard, of which there were `count`. `batches` returns the number of batches so far.
+
+    Each batch earns `policy.budget` of a repetition, up to `MOST`. The initial `RESERVE` lets a quiet cache repeat as well.
+    So a backend in trouble never has twice its load (after Finagle's RetryBudget, Twitter, 2016).
+    """
+
+    def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random, batches: Callable[[], int]) -> None:
+        import tenacity  # noqa: F401  # Late, for processes without a remote store; not in `run`, where it would block.
+
+        self.count = 0
+        self._policy = policy
+        self._clock = ctx.clock
+        self._chance = chance
+        self._batches = batches
+        self._left = RESERVE
+        self._seen = 0
+
+    def __repr__(self) -> str:
+        return f"<Retries {self._left:.3g}/{MOST:g} left, {self.count} made>"
+
+    def worthwhile(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> bool:
+        """Whether to repeat some requests of a batch."""
+        return self._policy.attempts > 1 and bool(_repeatable(batch, replies)) and self._allowed()
+
+    async def run(
+        self,
+        again: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
+        batch: Sequence[Request[Any]],
+        replies: Sequence[Reply],
+        deadline: float | None,
+    ) -> Sequence[Reply]:
+        """Repeat what may be repeated, and return the replies. `again` makes an attempt with a part of the batch.
+
+        No pause ends after `deadline`, on the monotonic clock. If an attempt raises, the replies before it count.
+        """
+        from tenacity import AsyncRetrying, retry_if_result
+
+        result, clock, policy = list(replies), self._clock, self._policy
+
+        async def once_more() -> bool:
+            places = _repeatable(batch, result)
+            if not self._allowed():
+                return False
+            self._left -= 1
+            self.count += 1
+            try:
+                answers = await again([batch[place] for place in places])
+            except CacheError:
+                return False  # The circuit has opened, or there is no room: the replies so far say more.
+            for place, reply in zip(places, answers, strict=True):
+                result[place] = reply
+            return bool(_repeatable(batch, result))
+
+        def stop(state: RetryCallState) -> bool:
+            return state.attempt_number >= policy.attempts - 1 or over(state.upcoming_sleep)
+
+        def over(seconds: float) -> bool:
+            return deadline is not None and clock.monotonic() + seconds >= deadline
+
+        async def sleep(seconds: float) -> None:
+            await clock.sleep_until(clock.monotonic() + seconds)
+
+        first = self._pause(1)
+        if over(first):
+            return result
+        await sleep(first)
+        await AsyncRetrying(
+            sleep=sleep,
+            wait=lambda state: self._pause(state.attempt_number + 1),
+            stop=stop,
+            retry=retry_if_result(bool),
+            retry_error_callback=lambda state: None,
+        )(once_more)
+        return result
+
+    def _allowed(self) -> bool:
+        # Earned only here, so that a batch without failures costs nothing.
+        batches = self._batches()
+        self._left = min(MOST, self._left + self._policy.budget * (batches - self._seen))
+        self._seen = batches
+        return self._left >= 1
+
+    def _pause(self, repetition: int) -> float:
+        """Seconds to wait before the n-th repetition."""
+        policy = self._policy
+        return self._chance.uniform(0.0, min(policy.backoff_max, policy.backoff * 2.0 ** (repetition - 1)))
+
+
+def _repeatable(batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> list[int]:
+    """The places of failed requests that may be done twice, and that another attempt may help."""
+    return [
+        place
+        for place, reply in enumerate(replies)
+        if type(reply) is Failed and batch[place].IDEMPOTENT and error_class(reply.code).transient
+    ]

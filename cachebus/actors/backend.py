@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from cachebus.bus import Deferred, Pending, ReplySlot, turn_trace
 from cachebus.messages import (
     WIRE_NAMES,
     Admit,
+    CacheCleared,
     CacheDeleted,
     CacheError,
     CacheEvicted,
@@ -21,18 +23,36 @@ from cachebus.messages import (
     CacheSet,
     CapabilityError,
     Clear,
+    Cleared,
+    Delete,
     Deleted,
+    DeleteMany,
     Describe,
     Description,
     Failed,
+    Found,
+    FoundMany,
+    Get,
+    GetMany,
+    GetOrLease,
+    Increment,
+    Incremented,
+    Invalidated,
     InvalidateTags,
+    Missing,
     Ping,
     Pong,
+    RateLimitDenied,
+    RateLimitExceeded,
     RemovalCause,
     Reply,
     Request,
+    SetMany,
     Snapshot,
+    Stored,
+    StoredMany,
     Sweep,
+    TagsInvalidated,
     TakeSnapshot,
     WatchLease,
 )
@@ -40,7 +60,6 @@ from cachebus.messages import (
 from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
 from .lazy_store import LazyStore
-from .outcomes import StoreCounters, emit_events
 from .pipeline import RequestPipeline
 from .ports import BatchStore, InlineStore, LeaseNotifyingStore, LeasingStore, PipelinedStore, Store, Timer
 from .resilience import Guard
@@ -52,8 +71,45 @@ STORE_REQUESTS: tuple[type[Request[Any]], ...] = tuple(
 )
 """The requests that a backend hands to its store."""
 
-SWEEP_BATCH = 1000
-"""The most expired entries that one turn removes, so that no turn is long."""
+SWEEP_BATCH = 1000  # The most expired entries that one turn removes, so that no turn is long.
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """Counters of a batch store, counted from the replies. A server does not report what it evicts and expires, so the
+    removals are the explicit ones."""
+
+    hits: int = 0
+    misses: int = 0
+    sets: int = 0
+    removals: dict[RemovalCause, int] = field(default_factory=lambda: dict.fromkeys(RemovalCause, 0))
+
+    def count_all(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
+        """Count a batch by its replies."""
+        kinds: list[object] = list(map(type, replies))
+        hits, sets = kinds.count(Found), kinds.count(Stored)
+        if hits + sets == len(kinds) and (not hits or GetOrLease not in map(type, batch)):
+            self.hits += hits  # The most frequent case, without a look at each.
+            self.sets += sets
+            return
+        for request, reply in zip(batch, replies, strict=True):
+            self.count(request, reply)
+
+    def count(self, request: Request[Any], reply: Reply) -> None:
+        """Count one request by its reply."""
+        if isinstance(reply, Found):
+            self.hits += not isinstance(request, GetOrLease)
+        elif isinstance(reply, Missing):
+            self.misses += isinstance(request, Get)
+        elif isinstance(reply, FoundMany) and isinstance(request, GetMany):
+            self.hits += len(reply.entries)
+            self.misses += len(set(request.keys)) - len(reply.entries)
+        elif isinstance(reply, Stored):
+            self.sets += 1
+        elif isinstance(reply, StoredMany):
+            self.sets += reply.count
+        elif isinstance(reply, Deleted):
+            self.removals[RemovalCause.EXPLICIT] += reply.count
 
 
 class BackendActor(Actor):
@@ -163,8 +219,6 @@ class BackendActor(Actor):
             self._due(due)
         return owed
 
-    # What every actor answers
-
     def on_ping(self, request: Ping) -> Pong:
         return Pong(self.ctx.address)
 
@@ -197,8 +251,6 @@ class BackendActor(Actor):
             overloaded=self.ctx.overloaded,
             guard=msgspec.structs.asdict(self._guard.statistics()) if self._guard is not None else {},
         )
-
-    # Expiry
 
     def on_sweep(self, request: Sweep) -> Deleted:
         """Remove what is due, a bounded number at a time, and be called again when the next is."""
@@ -242,9 +294,39 @@ class BackendActor(Actor):
             for place, (request, reply) in enumerate(zip(batch, replies, strict=True)):
                 if traces:
                     turn_trace.set(traces[place])
-                emit_events(request, reply, self.ctx.tell)
+                self._emit_one(request, reply)
         finally:
             turn_trace.reset(token)
+
+    def _emit_one(self, request: Request[Any], reply: Reply) -> None:
+        """Emit the events of a request and its reply."""
+        tell = self.ctx.tell
+        match request, reply:
+            case Get(key=key), Found() | Missing():
+                tell(CacheHit if isinstance(reply, Found) else CacheMiss, key=key)
+            case GetMany(keys=keys), FoundMany(entries=entries):
+                for key in dict.fromkeys(keys):
+                    tell(CacheHit if key in entries else CacheMiss, key=key)
+            case _, Stored(version=version):
+                key, tags = getattr(request, "key", ""), getattr(request, "tags", ())
+                ttl = getattr(request, "ttl", None)
+                tell(CacheSet, key=key, version=version, ttl=None if ttl == "default" else ttl, tags=tags)
+            case SetMany(items=items, ttl=ttl, tags=tags), StoredMany():
+                for key in items:
+                    tell(CacheSet, key=key, ttl=None if ttl == "default" else ttl, tags=tags)
+            case Increment(key=key), Incremented():
+                tell(CacheSet, key=key)
+            case Delete(key=key), Deleted(count=count) if count:
+                tell(CacheDeleted, key=key)
+            case DeleteMany(keys=keys), Deleted():
+                for key in dict.fromkeys(keys):
+                    tell(CacheDeleted, key=key)
+            case Admit(key=key, cost=cost), RateLimitDenied(retry_after=retry_after):
+                tell(RateLimitExceeded, key=key, cost=cost, retry_after=retry_after)
+            case InvalidateTags(tags=tags), Invalidated():
+                tell(TagsInvalidated, tags=tags)
+            case _, Cleared():
+                tell(CacheCleared)
 
     async def _watch(self, request: WatchLease) -> Deferred:
         # A coroutine, although it does not wait, so that the actor's task asks, on the store's event loop.
@@ -275,7 +357,7 @@ class BackendActor(Actor):
         def tell(request: Request[Any]) -> Reply | Pending | None:
             reply = verb(request)
             if isinstance(reply, Reply):
-                emit_events(request, reply, self.ctx.tell)
+                self._emit_one(request, reply)
             return reply
 
         return tell

@@ -21,12 +21,11 @@ class LazyStore:
 
     def __init__(self, store: BatchStore, opened: Callable[[], None]) -> None:
         self._store = store
-        self._opened = opened
-        self._is_open = False
+        self._opened: Callable[[], None] | None = opened  # `None` once it is open.
         self._opening = anyio.Lock()
 
     def __repr__(self) -> str:
-        return f"<LazyStore {'open' if self._is_open else 'not open yet'}, {self._store!r}>"
+        return f"<LazyStore {'not open yet' if self._opened else 'open'}, {self._store!r}>"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -45,7 +44,7 @@ class LazyStore:
 
     async def _open(self) -> None:
         async with self._opening:
-            if not self._is_open:
+            if self._opened is not None:
                 await self._store.open()
-                self._is_open = True
-                self._opened()
+                opened, self._opened = self._opened, None
+                opened()

@@ -30,20 +30,12 @@ from .lazy_store import LazyStore
 from .ports import BatchStore, InlineLockStore, PipelinedStore
 from .resilience import AwaitedStore, Guard
 
-Then = Callable[[Reply], None]
-"""Takes the reply; an error is a `Failed`."""
-
+Then = Callable[[Reply], None]  # Takes the reply; an error is a `Failed`.
 MAX_BATCH = 128
 
-OWED_FOR = 60.0
-"""Seconds for which the store is asked to take a lock back."""
-
-AGAIN = 1.0
-"""Seconds between two such tries."""
-
-PATIENCE = 2.0
-"""Seconds for which the answer to such a try is waited for."""
-
+OWED_FOR = 60.0  # Seconds for which the store is asked to take a lock back.
+AGAIN = 1.0  # Seconds between two such tries.
+PATIENCE = 2.0  # Seconds for which the answer to such a try is waited for.
 MOST_OWED = 10_000
 
 
@@ -81,9 +73,6 @@ class InlineLockClient:
         finally:
             self._busy = False
 
-    def statistics(self) -> dict[str, Any]:
-        return {}
-
     async def close(self, last: Sequence[Request[Any]]) -> None:
         """Carry these out, and no others."""
         for request in last:
@@ -119,9 +108,6 @@ class LockStoreClient:
                 return
         self._outbox.append((request, then))
         self._wake_up()
-
-    def sweep(self) -> None:
-        """Do nothing: a server sweeps by itself."""
 
     def statistics(self) -> dict[str, Any]:
         """The figures of the guard."""

@@ -1,4 +1,4 @@
-"""The actor that gives out locks: it keeps the callers that wait, in the order in which they came, and does not poll.
+"""The actor that gives out locks: it keeps the callers that wait, in the order in which they came.
 
 The store decides who holds a lock, in one step each time. The manager asks it for one caller, and again when something
 may have changed: the store says so, a lease ends, a connection came back. An `AcquireLock` may be asked any number of
@@ -12,13 +12,12 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import get_ident
-from typing import Any, cast
+from typing import Any
 
 from cachebus.bus import Deferred
 from cachebus.messages import (
     AcquireLock,
-    BadMessage,
-    CacheKeyError,
+    CacheError,
     Describe,
     DescribeLock,
     Description,
@@ -34,7 +33,6 @@ from cachebus.messages import (
     Pong,
     Released,
     ReleaseLock,
-    RenewLock,
     Reply,
     Request,
     Snapshot,
@@ -44,27 +42,17 @@ from cachebus.messages import (
 )
 
 from .actor import Actor, Handlers
+from .attempts import LOCK_REQUESTS
 from .guard_policy import GuardPolicy
 from .lock_clients import InlineLockClient, LockStoreClient
 from .lock_queue import LockQueue, LockReply, Waiter, check_lock_request
 from .ports import BatchStore, InlineLockStore, LockStore, Timer, TimerQueue
 
-LOCK_REQUESTS: tuple[type[Request[Any]], ...] = (AcquireLock, RenewLock, ReleaseLock, DescribeLock)
-
-PARKED = 10.0
-"""Seconds after which a waiting caller has to ask again, which shows that it is alive."""
-
-KEPT = 5.0
-"""Seconds for which the place of such a caller is kept."""
-
-AGAIN = 1.0
-"""Seconds after which a store that failed is asked again for the waiters."""
-
-SLACK = 0.001
-"""Seconds after the end of a lease at which its store surely knows of it."""
-
-POLL_MAX = 12
-"""The longest pause between two questions to a store without a queue, as a multiple of the shortest one."""
+PARKED = 10.0  # Seconds after which a waiting caller has to ask again, which shows that it is alive.
+KEPT = 5.0  # Seconds for which the place of such a caller is kept.
+AGAIN = 1.0  # Seconds after which a store that failed is asked again for the waiters.
+SLACK = 0.001  # Seconds after the end of a lease at which its store surely knows of it.
+POLL_MAX = 12  # The longest pause between two questions to a store without a queue, as a multiple of the shortest one.
 
 
 def _ignore(reply: Reply) -> None:
@@ -132,8 +120,6 @@ class LockManager(Actor):
             table.eager.update(dict.fromkeys(LOCK_REQUESTS, self._at_once))
         return table
 
-    # What every actor answers
-
     def on_ping(self, request: Ping) -> Pong:
         return Pong(self.ctx.address)
 
@@ -143,7 +129,7 @@ class LockManager(Actor):
         return Description(self.ctx.address, self._store.name, ("locks",), {"max_waiters": self._max_waiters})
 
     def on_take_snapshot(self, request: TakeSnapshot) -> Snapshot:
-        guard = self._client.statistics()
+        guard = self._client.statistics() if isinstance(self._client, LockStoreClient) else {}
         restarts, overloaded = self.ctx.restarts, self.ctx.overloaded
         return Snapshot(self.ctx.address, self._store.name, restarts=restarts, overloaded=overloaded, guard=guard)
 
@@ -158,12 +144,12 @@ class LockManager(Actor):
     def _served(self, request: Request[Any]) -> Reply | Deferred:
         try:
             return self._serve(request)
-        except (BadMessage, CacheKeyError, Overloaded) as error:
+        except CacheError as error:
             return Failed.of(error)
 
-    def _serve(self, request: Request[Any]) -> Reply | Deferred:
+    def _serve(self, request: Any) -> Reply | Deferred:
         answer = LockReply()
-        check_lock_request(cast("Any", request))
+        check_lock_request(request)
         match request:
             case AcquireLock():
                 self._acquire(request, answer)
@@ -345,7 +331,8 @@ class LockManager(Actor):
     def on_sweep(self, request: Sweep) -> Released:
         """Look at what is due."""
         now, self._sweeps_at = self.ctx.clock.monotonic(), math.inf
-        self._client.sweep()
+        if isinstance(self._client, InlineLockClient):  # A server sweeps by itself.
+            self._client.sweep()
         for name, ticket in [*self._due.expire(now)]:
             if ticket:
                 if (waiter := self._waiters.get((name, ticket))) is not None and waiter.until <= now:

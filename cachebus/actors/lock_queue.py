@@ -18,8 +18,7 @@ from cachebus.messages import (
     Reply,
 )
 
-LONGEST = 1e9
-"""Seconds that a lock may be held or waited for: thirty years."""
+LONGEST = 1e9  # Seconds that a lock may be held or waited for: thirty years.
 
 
 class LockReply(Struct, eq=False):
@@ -52,21 +51,14 @@ class Waiter(Struct, eq=False):
     """One attempt to acquire a lock."""
 
     request: AcquireLock
-    answer: LockReply | None
-    """`None` from when the caller was asked to come again until it does."""
-    ends: float
-    """When the caller's patience ends."""
-    until: float = 0.0
-    """When it is answered, or given up if its caller has not come again."""
-    asking: bool = False
-    """The store is being asked for it."""
-    again: bool = False
-    """The store is to be asked once more after that."""
-    left: bool = False
-    """The caller has given up while the store was being asked."""
+    answer: LockReply | None  # `None` from when the caller was asked to come again until it does.
+    ends: float  # When the caller's patience ends.
+    until: float = 0.0  # When it is answered, or given up if its caller has not come again.
+    asking: bool = False  # The store is being asked for it.
+    again: bool = False  # The store is to be asked once more after that.
+    left: bool = False  # The caller has given up while the store was being asked.
     queued: bool = False
-    trouble: Failed | None = None
-    """Why the store could not be asked the last time."""
+    trouble: Failed | None = None  # Why the store could not be asked the last time.
 
     @property
     def is_there(self) -> bool:
@@ -88,12 +80,9 @@ class LockQueue(Struct, eq=False):
 
     waiters: dict[str, Waiter] = {}
     owner: str = ""
-    ends_at: float = 0.0
-    """When the lease of `owner` ends, as far as is known."""
-    overdue: bool = False
-    """The lease has ended, and the store has named no holder since: it may have lost every place in the queue."""
-    pause: float = 0.0
-    """Seconds for which a store without a queue is left alone."""
+    ends_at: float = 0.0  # When the lease of `owner` ends, as far as is known.
+    overdue: bool = False  # The lease has ended and no holder was named since: places may be lost.
+    pause: float = 0.0  # Seconds for which a store without a queue is left alone.
 
 
 def check_lock_request(request: AcquireLock | RenewLock | ReleaseLock | DescribeLock) -> None:

@@ -12,8 +12,7 @@ from cachebus.messages import CacheError, CacheTimeoutError, DeadLetter, Failed,
 
 from .actor import Actor, BatchHandler
 
-STOP: Any = object()
-"""In the place of a message: the messages before it are served, and then the incarnation ends."""
+STOP: Any = object()  # In the place of a message: the messages before it are served, and then the incarnation ends.
 
 
 @cache

@@ -35,6 +35,7 @@ from .attempts import (
     Attempt,
     Attempts,
     ConcurrencyLimiter,
+    Retries,
     timeout_extension,
 )
 from .breaker import CircuitBreaker, CircuitState, Outcome, outcome_of
@@ -89,8 +90,6 @@ class Guard:
             )
             for _ in range(2)
         )
-        from .repeating import Retries  # Here, and not with the first failure: a guard is made where imports may block.
-
         self._retries = Retries(policy.retry, ctx, random.Random(seed), lambda: self._successes + self._failures)
         self.attempts = Attempts(ctx, policy.timeout_max, self._give_up)
         self._limiter = ConcurrencyLimiter(policy.max_concurrent, policy.max_waiting, ctx.address)

@@ -240,25 +240,20 @@ class Supervisor:
             finally:
                 if actor is not None:
                     await self._farewell(cell, actor)
-            if not crashed:  # No fault of the actor, so it costs no restart.
-                if cell.stopping:
+            if crashed:  # An interruption is no fault of the actor, so it costs no restart.
+                now = clock.monotonic()
+                crashes.append(now)
+                while crashes[0] < now - self.policy.window:
+                    crashes.popleft()
+                cell.restarts += 1
+                if len(crashes) > self.policy.max_restarts:
+                    cell.end(ActorFailed(address=cell.address, reason=f"{reason}, {len(crashes)} crashes in a row"))
+                    cell.emit(ActorGaveUp(address=cell.address, reason=reason, restarts=cell.restarts - 1))
+                    # Other processes at the address may do better. Without them callers learn at once that there is none.
+                    await self.bus.retire(cell.address)
                     return
-                cell.emitter.renew()
-                continue
-            now = clock.monotonic()
-            crashes.append(now)
-            while crashes[0] < now - self.policy.window:
-                crashes.popleft()
-            cell.restarts += 1
-            if len(crashes) > self.policy.max_restarts:
-                cell.end(ActorFailed(address=cell.address, reason=f"{reason}, {len(crashes)} crashes in a row"))
-                cell.emit(ActorGaveUp(address=cell.address, reason=reason, restarts=cell.restarts - 1))
-                # Other processes at the address may do better. Without them callers learn at once that there is none.
-                await self.bus.retire(cell.address)
-                return
-            # Stopping cuts the pause short, and then there is no restart.
-            with charge.pause_scope:
-                await clock.sleep_until(now + self.policy.pause(len(crashes), self._chance))
+                with charge.pause_scope:  # Stopping cuts the pause short.
+                    await clock.sleep_until(now + self.policy.pause(len(crashes), self._chance))
             if cell.stopping:
                 return
             charge.pause_scope = anyio.CancelScope()

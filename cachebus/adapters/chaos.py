@@ -22,7 +22,7 @@ from cachebus.messages import (
 
 @dataclass(slots=True)
 class ChaosCounts:
-    """What a chaos store was asked for, and what it did about it."""
+    """Counts of what a chaos store was asked for, and of what it did about it."""
 
     batches: int = 0
     operations: int = 0
@@ -46,7 +46,7 @@ class ChaosStore:
 
     `error` makes an error out of a sentence; a class of the error tree does. The same `seed` does the same things to
     the same sequence of batches, on every platform, and changing one rate changes nothing about the others' draws.
-    `counts` says what was done. Expiry and eviction inside an inline store are not told to anybody.
+    `counts` says what was done. Expiry and eviction inside an inline store are not reported.
     """
 
     def __init__(
@@ -61,14 +61,6 @@ class ChaosStore:
         delay: tuple[float, float] = (0.0, 0.0),
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        rates = {
-            "failure_rate": failure_rate,
-            "operation_failure_rate": operation_failure_rate,
-            "lost_reply_rate": lost_reply_rate,
-        }
-        for option, rate in rates.items():
-            if not 0 <= rate <= 1:
-                raise CacheConfigurationError(f"{option}: expected a probability from 0 to 1, not {rate!r}")
         if not 0 <= delay[0] <= delay[1] < float("inf"):
             raise CacheConfigurationError(f"delay: expected 0 <= shortest <= longest, in seconds, not {delay!r}")
         self.inner = inner
@@ -79,6 +71,9 @@ class ChaosStore:
         self.lost_reply_rate = lost_reply_rate
         self.error = error
         self.delay = delay
+        for option in ("failure_rate", "operation_failure_rate", "lost_reply_rate"):
+            if not 0 <= (rate := getattr(self, option)) <= 1:
+                raise CacheConfigurationError(f"{option}: expected a probability from 0 to 1, not {rate!r}")
         self.counts = ChaosCounts()
         self._random = random.Random(seed)
         self._clock = clock
@@ -111,24 +106,17 @@ class ChaosStore:
         if fails:
             self.counts.failed_batches += 1
             raise self.error("chaos: the batch failed and nothing was done")
-        done = iter(
-            await self._carry_out([request for request, spoil in zip(batch, spoiled, strict=True) if not spoil])
-        )
+        kept = [request for request, spoil in zip(batch, spoiled, strict=True) if not spoil]
+        if isinstance(self.inner, InlineStore):
+            done = iter([_run(self.inner, request) for request in kept])
+        else:
+            done = iter(await self.inner.execute(kept) if kept else ())
         self.counts.failed_operations += sum(spoiled)
         if loses_reply:
             self.counts.lost_replies += 1
             raise CacheTimeoutError("no reply, though all was done,", self.name, pause)
-        return [self._failed() if spoil else next(done) for spoil in spoiled]
-
-    def _failed(self) -> Failed:
-        return Failed.of(self.error("chaos: the operation failed and was not done"))
-
-    async def _carry_out(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        if not batch:
-            return ()
-        if isinstance(self.inner, InlineStore):
-            return [_run(self.inner, request) for request in batch]
-        return await self.inner.execute(batch)
+        failed = "chaos: the operation failed and was not done"
+        return [Failed.of(self.error(failed)) if spoil else next(done) for spoil in spoiled]
 
 
 def _run(store: InlineStore, request: Request[Any]) -> Reply:

@@ -23,19 +23,25 @@ LARGE_ARRAY = 1024
 
 
 def encode_form(value: Any) -> bytes:
-    """The letter of the form, and the value in it. Raises `CacheSerializationError` for a type that would not come
-    back as it went."""
+    """Return the form's letter and the value in it. Raises `CacheSerializationError` for a type that would be lost."""
     kind = cast("type[object]", type(value))
     if kind is bytes:
         body: bytes = b"B" + value
         return body
     if kind is int and -(2**63) <= value < 2**63:
         return b"I%d" % value
-    return b"M" + _pack(value)
+    if kind is bytearray or kind is memoryview:
+        _refuse(value)
+    try:
+        return b"M" + _packb(value, strict_types=True, default=_refuse)
+    except OverflowError:
+        raise CacheSerializationError("an int of more than 64 bits cannot be stored") from None
+    except (TypeError, ValueError) as error:
+        raise CacheSerializationError(f"a {kind.__name__} cannot be stored: {error}") from None
 
 
 def decode_form(form: int, body: bytes | memoryview) -> Any:
-    """The value of a form. Raises `CacheSerializationError` for a form that there is not, and for damage."""
+    """Return the value of a form. Raises `CacheSerializationError` for an unknown form, and for damage."""
     try:
         if form == BYTES:
             return bytes(body)
@@ -49,12 +55,12 @@ def decode_form(form: int, body: bytes | memoryview) -> Any:
 
 
 def pack_plain(value: Any) -> bytes:
-    """As msgpack, of what a store itself has put together."""
+    """Return msgpack of what a store itself has put together."""
     return _packb(value)
 
 
 def unpack_plain(packed: bytes) -> Any:
-    """What `pack_plain` was given. Raises `ValueError` for anything else."""
+    """Return what `pack_plain` was given. Raises `ValueError` for anything else."""
     try:
         return _unpacked(packed)
     except msgpack.UnpackException as error:
@@ -79,18 +85,6 @@ def _unpacked(packed: bytes | memoryview) -> Any:
     except msgpack.OutOfData:
         raise ValueError("the value is cut short") from None
     return _unpackb(packed, strict_map_key=False, max_array_len=size, **bounds)
-
-
-def _pack(value: Any) -> bytes:
-    if type(value) in (bytearray, memoryview):
-        _refuse(value)
-    try:
-        packed: bytes = _packb(value, strict_types=True, default=_refuse)
-    except OverflowError:
-        raise CacheSerializationError("an int of more than 64 bits cannot be stored") from None
-    except (TypeError, ValueError) as error:
-        raise CacheSerializationError(f"a {type(value).__name__} cannot be stored: {error}") from None
-    return packed
 
 
 def _refuse(value: Any) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 
 _STARS_MAX = 6
 _SPECIAL = "*?[]\\^-"
@@ -11,7 +12,7 @@ _SPECIAL = "*?[]\\^-"
 
 @functools.lru_cache(maxsize=256)
 def compile_glob(pattern: str) -> re.Pattern[str]:
-    r"""A regular expression that matches the whole keys that a glob matches.
+    r"""Return a regular expression that matches the whole keys that a glob matches.
 
     `*` is any run of characters, `?` any one, `[abc]`, `[a-z]` and `[^abc]` one of a set; `\` takes the next character
     as it stands, inside a set too. These are the globs of Redis. A set that is not closed, and a `\` at the end, stand
@@ -19,58 +20,55 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     """
     # What stands between two stars, of which each matches as many characters as it has elements.
     runs: list[str] = [""]
-    position = 0
-    while position < len(pattern):
-        character = pattern[position]
-        position += 1
-        if character == "*":
-            if len(runs) == 1 or runs[-1]:
-                runs.append("")
-        elif character == "?":
-            runs[-1] += "."
-        elif character == "[" and (end := _set_end(pattern, position)) is not None:
-            runs[-1] += _set(pattern[position:end])
-            position = end + 1
-        elif character == "\\" and position < len(pattern):
-            runs[-1] += re.escape(pattern[position])
-            position += 1
-        else:
-            runs[-1] += re.escape(character)
+    for kind, text in _tokens(pattern):
+        if kind != "*":
+            runs[-1] += "." if kind == "?" else _set(text) if kind == "[" else re.escape(text)
+        elif len(runs) == 1 or runs[-1]:
+            runs.append("")
     first, *between = runs
     if not between:
         return re.compile(first, re.DOTALL)
-    # The leftmost place for each run is as good as any other, so none is looked for again: an atomic group. Without it
-    # a pattern of n stars takes time in the n-th power of the key's length.
+    # The leftmost place for each run is as good as any other, so no other is tried: an atomic group. Without it a pattern
+    # of n stars takes time in the n-th power of the key's length.
     atomic = "".join(f"(?>.*?{each})" for each in between[:-1])
     return re.compile(f"{first}{atomic}.*{between[-1]}", re.DOTALL)
 
 
 def widen(pattern: str) -> str:
-    r"""A glob of literal text and a few `*` only, that matches at least what `pattern` does: for a server that reads
-    globs in a way of its own, or slowly where there are many stars."""
+    r"""Return a glob of literal text and a few `*` only, that matches at least what `pattern` does: for a server that reads
+    globs in a way of its own, or slowly if they have many stars."""
     pieces = [""]
+    for kind, text in _tokens(pattern):
+        if kind == "":
+            pieces[-1] += f"\\{text}" if text in _SPECIAL else text
+        elif len(pieces) > _STARS_MAX:
+            pieces[-1] = ""
+            break
+        elif len(pieces) == 1 or pieces[-1]:
+            pieces.append("")
+    return "*".join(pieces)
+
+
+def _tokens(pattern: str) -> Iterator[tuple[str, str]]:
+    """Yield the parts of a glob: `*` and `?`, `[` with the body of a set, and an empty kind with a literal character."""
     position = 0
     while position < len(pattern):
         character = pattern[position]
         position += 1
-        end = _set_end(pattern, position) if character == "[" else None
-        if character in "*?" or end is not None:
-            if len(pieces) > _STARS_MAX:
-                pieces[-1] = ""
-                break
-            if len(pieces) == 1 or pieces[-1]:
-                pieces.append("")
-            position = position if end is None else end + 1
-            continue
-        if character == "\\" and position < len(pattern):
-            character = pattern[position]
+        if character in "*?":
+            yield character, ""
+        elif character == "[" and (end := _set_end(pattern, position)) is not None:
+            yield character, pattern[position:end]
+            position = end + 1
+        elif character == "\\" and position < len(pattern):
+            yield "", pattern[position]
             position += 1
-        pieces[-1] += f"\\{character}" if character in _SPECIAL else character
-    return "*".join(pieces)
+        else:
+            yield "", character
 
 
 def _set_end(pattern: str, start: int) -> int | None:
-    """Where the set that begins at `start` closes."""
+    """Return where the set that begins at `start` closes."""
     position = start
     while position < len(pattern):
         if pattern[position] == "]":
@@ -80,23 +78,11 @@ def _set_end(pattern: str, start: int) -> int | None:
 
 
 def _set(body: str) -> str:
+    """Return the body of a set as a regular expression."""
+    # Each member is one character or an escaped one, alone or at both ends of a range.
     negated = body.startswith("^")
-    members: list[str] = []
-    position = int(negated)
-    while position < len(body):
-        low, position = _member(body, position)
-        if body[position : position + 1] == "-" and position + 1 < len(body):
-            high, position = _member(body, position + 1)
-            low, high = sorted((low, high))
-            members.append(f"{re.escape(low)}-{re.escape(high)}")
-        else:
-            members.append(re.escape(low))
+    ranges = re.findall(r"(\\.|.)(?:-(\\.|.))?", body[negated:], re.DOTALL)
+    members = [sorted(each[-1] for each in pair if each) for pair in ranges]
     if not members:
         return "." if negated else "(?!)"
-    return f"[{'^' if negated else ''}{''.join(members)}]"
-
-
-def _member(body: str, position: int) -> tuple[str, int]:
-    if body[position] == "\\" and position + 1 < len(body):
-        position += 1
-    return body[position], position + 1
+    return f"[{'^' if negated else ''}{''.join('-'.join(map(re.escape, each)) for each in members)}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from cachebus.actors.ports import SYSTEM_CLOCK, Clock, LockListener, TimerQueue
@@ -27,22 +28,20 @@ from cachebus.messages import (
 )
 
 
+@dataclass(slots=True, eq=False)
 class _Held:
-    __slots__ = ("expires_at", "owner", "ticket", "token")
-
-    def __init__(self, ticket: str, owner: str, token: int, expires_at: float) -> None:
-        self.ticket = ticket
-        self.owner = owner
-        self.token = token
-        self.expires_at = expires_at
+    ticket: str
+    owner: str
+    token: int
+    expires_at: float
 
 
 class LockTable:
     """An `InlineLockStore` for one process: at most `max_locks` locks that are held, and the queues before them.
 
-    Tokens are microseconds of Unix time, or one more than the last where the clock has not moved on: so they grow also over
-    a restart of the process, as long as nobody sets the clock back, and within its life in any case. It outlives its actor,
-    so that a crash of that frees no lock.
+    Tokens are microseconds of Unix time, or one more than the last if the clock has not moved on. So they grow within the
+    life of the process, and over a restart too unless the clock is set back. The table outlives its actor, so that a crash
+    of the actor frees no lock.
     """
 
     name = "memory"
@@ -57,7 +56,7 @@ class LockTable:
         self._queues: dict[str, dict[str, AcquireLock]] = {}
         self._last_token = 0
         self._since = math.inf
-        self._lost: dict[str, int] = {}  # The last token of each lock with which somebody lost it.
+        self._lost: dict[str, int] = {}  # The last token with which each lock was lost.
         self._ends: TimerQueue[str] = TimerQueue()
 
     def __repr__(self) -> str:
@@ -65,7 +64,6 @@ class LockTable:
         return f"<LockTable {len(self._held)}/{self._max_locks} held, {waiting} waiting>"
 
     def decide(self, request: Request[Any]) -> Reply:
-        """As `InlineLockStore.decide`."""
         match request:
             case AcquireLock():
                 return self._acquire(request)
@@ -79,19 +77,16 @@ class LockTable:
                 raise CapabilityError(store=self.name, capability=type(request).__name__)
 
     def next_expiry(self) -> float | None:
-        """As `InlineLockStore.next_expiry`."""
         due = self._ends.due()
         return None if due == math.inf else due
 
     def sweep(self) -> None:
-        """As `InlineLockStore.sweep`."""
         now = self._now()
         while (name := self._ends.pop(now)) is not None:
             self._holder(name, now)
             self._pass_on(name, now)
 
     def repair(self) -> None:
-        """As `InlineLockStore.repair`."""
         self._queues = {name: queue for name, queue in self._queues.items() if queue}
         self._ends.clear()
         for name, held in self._held.items():
@@ -138,7 +133,9 @@ class LockTable:
                 self._note_loss(name, held.token)  # It was taken from its holder.
             self._pass_on(name, now)
             return Released()
-        gave_back = self._gave_back(name, request.token, held)
+        # A token that was given back comes once more if the answer was lost.
+        newest = self._last_token if held is None else held.token - 1
+        gave_back = max(self._since, self._lost.get(name, 0) + 1) <= request.token <= newest
         if held is None:
             self._pass_on(name, now)
         if self._leave(name, request.ticket) or gave_back:
@@ -147,18 +144,13 @@ class LockTable:
             raise LockNotOwned(name=name, owner=held.owner)
         return NotHeld()
 
-    def _gave_back(self, name: str, token: int, held: _Held | None) -> bool:
-        """Whether whoever had a lock with a token gave it back: it is told once more, because the answer was lost."""
-        newest = self._last_token if held is None else held.token - 1
-        return max(self._since, self._lost.get(name, 0) + 1) <= token <= newest
-
     def _describe(self, request: DescribeLock) -> Reply:
         now = self._now()
         held = self._holder(request.name, now) or self._pass_on(request.name, now)
         return LockFree() if held is None else LockInfo(held.owner, held.token, held.expires_at - now)
 
     def _holder(self, name: str, now: float) -> _Held | None:
-        """Who holds a lock now. Whose time is up loses it here."""
+        """Return the present holder of a lock. A holder whose time is up loses it here."""
         held = self._held.get(name)
         if held is not None and held.expires_at <= now:
             self._drop(name)
@@ -174,13 +166,13 @@ class LockTable:
 
     def _note_loss(self, name: str, token: int) -> None:
         if len(self._lost) >= self._max_locks and name not in self._lost:
-            # What is not known any more is taken for lost: that is the safe answer to whoever gives a lock back.
+            # What is not known any more is taken for lost: that is the safe answer to a caller that gives a lock back.
             self._since = self._last_token + 1
             self._lost.clear()
         self._lost[name] = token
 
     def _pass_on(self, name: str, now: float, asks: str = "") -> _Held | None:
-        """Give a free lock to the first who waits for it, and tell it, unless it is the one who asks."""
+        """Give a free lock to the first waiter, and notify it unless its ticket is the one that `asks`."""
         queue = self._queues.get(name)
         if not queue:
             return None

@@ -44,15 +44,12 @@ __all__ = ["Endpoint", "MemcachedStore", "TlsFiles"]
 Share = list[tuple[int, Request[Any]]]
 """A server's part of a batch: requests, with the positions of those that they are part of."""
 
-_EVERYWHERE = frozenset[type[Request[Any]]]({Clear, InvalidateTags})
-"""What is for all servers."""
-
 
 class MemcachedStore:
     """A `PipelinedStore` in one or several Memcached servers, version 1.6.10 or newer, on asyncio and on trio.
 
-    Each server has one batch in flight; a batch for several servers is in flight at all of them at once. The keys are
-    shared out by rendezvous hashing: a server that comes or goes moves its own keys only, and one that does not answer
+    Each server has one batch in flight; a batch for several servers is in flight at all of them at once. Keys are
+    distributed by rendezvous hashing: a server that comes or goes moves its own keys only, and one that does not answer
     costs its own keys only. Every server has a generation of the namespace, which `Clear` replaces on each, and one of
     every tag. Times to live are rounded up to whole seconds.
     """
@@ -89,7 +86,7 @@ class MemcachedStore:
         self._tls = tls
         self._values = Values(self._keys, default_ttl, chunked)
         self._exchange: Callable[[Connection, Sequence[Request[Any]]], Exchange[list[Reply]]]
-        self._exchange = partial(carry_out, self._values)  # Called for each batch, so not a method that only forwards.
+        self._exchange = partial(carry_out, self._values)
         self._connector = Connector(clock=clock, connect_timeout=connect_timeout, timeout=timeout, most=max_connections)
         self._servers: dict[str, Server] = {}
         self._only: Server | None = None
@@ -205,20 +202,19 @@ class MemcachedStore:
         return shares
 
     def _parts(self, request: Any) -> list[tuple[str, Request[Any]]]:
-        if type(request) in _EVERYWHERE:
+        if isinstance(request, Clear | InvalidateTags):
             return [(name, request) for name in self._servers]
         if not isinstance(request, GetMany | SetMany | DeleteMany):
             return [(self._server(getattr(request, "key", "")), request)]
-        keys = request.items if isinstance(request, SetMany) else request.keys
         by_server: dict[str, list[str]] = {}
-        for key in keys:
+        for key in request.items if isinstance(request, SetMany) else request.keys:
             by_server.setdefault(self._server(key), []).append(key)
         if len(by_server) < 2:
             return [(next(iter(by_server), next(iter(self._servers))), request)]
-        if not isinstance(request, SetMany):
-            return [(server, type(request)(tuple(some))) for server, some in by_server.items()]
-        items, ttl, tags = request.items, request.ttl, request.tags
-        return [(server, SetMany({key: items[key] for key in some}, ttl, tags)) for server, some in by_server.items()]
+        if isinstance(request, SetMany):
+            items, ttl, tags = request.items, request.ttl, request.tags
+            return [(name, SetMany({key: items[key] for key in some}, ttl, tags)) for name, some in by_server.items()]
+        return [(name, type(request)(tuple(some))) for name, some in by_server.items()]
 
     def _server(self, key: str) -> str:
         return str(self._shares.get_node(key))

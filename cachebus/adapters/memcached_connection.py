@@ -1,7 +1,7 @@
 """A connection to one Memcached server: one exchange at a time, driven by the bytes that come.
 
 An exchange is a generator: it yields commands and how many answers they have, and is sent those answers. No task waits
-for them. The socket hands in bytes, and the last answer resumes the generator on the stack of the event loop.
+for them. The transport hands in bytes, and the last answer resumes the generator on the stack of the event loop.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 from cachebus.actors.ports import SLOWEST_LINE, Clock, Timer, Timers
 from cachebus.messages import CacheBackendError, CacheConfigurationError, CacheConnectionError, CacheError, Failed
 
-from .memcached_errors import BACKEND, ProtocolError, ServerError, lost, parse_error
-from .memcached_socket import AsyncSocket
+from .memcached_errors import BACKEND, ProtocolError, lost, parse_error
 
 MISS, NOT_STORED, EXISTS = -1, -2, -3
 Answer: TypeAlias = tuple[bytes, int] | int | dict[bytes, bytes] | CacheError
@@ -48,6 +47,9 @@ LARGE = 1 << 16
 LATE = 0.03
 """Seconds by which a timer may be late before the event loop counts as having stood still."""
 
+ITEM_OVERHEAD = 320
+"""Bytes of an item besides the entry: a header of 48 bytes, a CAS token, flags, a name and two line ends."""
+
 LINE_MAX = 2048
 """Bytes that the first line of an answer may have."""
 
@@ -63,7 +65,7 @@ _CODES = {b"HD": 0, b"EN": MISS, b"NF": MISS, b"NS": NOT_STORED, b"EX": EXISTS}
 
 
 class Connection(asyncio.Protocol):
-    """The protocol over one socket. Every answer is read to its end, or the connection is dropped, so no answer is ever
+    """The protocol over one transport. Every answer is read to its end or the connection is dropped, so no answer is ever
     another command's.
 
     `epoch` is the version at which those of the server's items begin, `entry_max` the bytes that an entry may have, and
@@ -72,7 +74,7 @@ class Connection(asyncio.Protocol):
     the time, on the clock's monotonic time, at which bytes last came or left; `timeout` the seconds that an exchange has.
     """
 
-    def __init__(self, server: str, socket: AsyncSocket, clock: Clock, timers: Timers, timeout: float) -> None:
+    def __init__(self, server: str, transport: asyncio.Transport, clock: Clock, timers: Timers, timeout: float) -> None:
         self.server = server
         self.epoch = 0.0
         self.entry_max = ITEM_MAX
@@ -85,7 +87,7 @@ class Connection(asyncio.Protocol):
         self.timeout = timeout
         self.mark = 0
         self.on_idle: Callable[[], None] | None = None
-        self._socket = socket
+        self._transport = transport
         self._now = clock.monotonic
         self._timers = timers
         self._offset = 0.0
@@ -97,13 +99,12 @@ class Connection(asyncio.Protocol):
         self._wanted = 0
         self._pieces: list[bytes] = []
         self._have = self._need = 0
-        self._limit = 0.0
-        self._moved = 0
-        self._unsent = 0
+        self._limit = self._armed_for = 0.0
+        self._moved = self._unsent = 0
         self._timer: Timer | None = None
-        self._armed_for = 0.0
-        socket.attach(self)
-        self._write = socket.write
+        transport.set_protocol(self)
+        transport.resume_reading()
+        self._write = transport.write
 
     def __repr__(self) -> str:
         return f"<Connection to {self.server}, {'lost' if self.lost else 'busy' if self._exchange else 'idle'}>"
@@ -114,12 +115,11 @@ class Connection(asyncio.Protocol):
 
     @property
     def waiting(self) -> bool:
-        """Whether an exchange waits for answers."""
         return self._exchange is not None and self.lost is None
 
     def begin(self, exchange: Exchange[Any], done: Done, count: int = 0) -> None:
         """Start an exchange on an idle connection. `done` is called once, on the event loop, maybe before this returns,
-        with the result or the error; if there is a `count`, with so many `Failed` replies in place of an error."""
+        with the result or the error; with a `count`, an error becomes so many `Failed` replies."""
         now = self._now()
         self._done, self._count = done, count
         self._exchange = exchange if now - self._synced < RESYNC else self._synced_first(exchange)
@@ -134,7 +134,7 @@ class Connection(asyncio.Protocol):
         """Drop the connection. The exchange in flight ends with `error`."""
         if self.lost is None:
             self.lost = error or CacheConnectionError(f"the connection to {self.server} was closed", BACKEND)
-            self._socket.close()
+            self._transport.abort()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -144,9 +144,9 @@ class Connection(asyncio.Protocol):
     def drop_later(self, error: CacheError) -> None:
         """Drop the connection from inside its exchange, which goes on to its end."""
         self.lost = self.lost or error
-        self._socket.close()
+        self._transport.abort()
 
-    # For the socket
+    # For the transport
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.close(lost(exc or EOFError(), self.server, self.timeout))
@@ -176,14 +176,13 @@ class Connection(asyncio.Protocol):
                 self._resume(answers)
             elif self._have:
                 self._pieces = [data[at:] if at else data]
-        except (ProtocolError, ServerError, ValueError) as error:
+        except (ProtocolError, CacheError, ValueError) as error:
             self.close(lost(error, self.server, self.timeout))
 
     # Driving the exchange
 
     def _resume(self, answers: Any) -> None:
-        """Take the next step of the exchange with these answers (`None` to begin), or end it. A lost connection is raised
-        inside it."""
+        """Take the next step of the exchange with these answers (`None` to begin). It sees a lost connection as an error."""
         exchange = self._exchange
         assert exchange is not None
         try:
@@ -193,7 +192,7 @@ class Connection(asyncio.Protocol):
                     self._limit += len(data) / SLOWEST_LINE + self._wanted * COMMAND_TIME
                     self._write(data)
                     if len(data) > LARGE:
-                        self._unsent = self._socket.unsent
+                        self._unsent = self._transport.get_write_buffer_size()
                     return
             while True:
                 exchange.throw(self.lost)
@@ -202,7 +201,7 @@ class Connection(asyncio.Protocol):
         except CacheError as error:
             result = error
         except Exception:
-            # A fault of ours. What follows in the stream cannot be told apart from what it did not read.
+            # A fault of ours. What follows in the stream cannot be told apart from what was not read.
             self._exchange = None
             self.close(CacheConnectionError(f"an answer of {self.server} could not be understood", BACKEND))
             self._end(self.lost)
@@ -257,7 +256,8 @@ class Connection(asyncio.Protocol):
                         raise ProtocolError("statistics that do not end")
                     self._have, self._need = size - at, 0
                     return at
-                answers.append(_statistics(data[at:stop]))
+                pairs = [each.split(b" ", 2) for each in data[at:stop].split(b"\r\n")]
+                answers.append({pair[1]: pair[2] for pair in pairs if len(pair) == 3})
                 end = stop + 5
             else:
                 answers.append(parse_error(line))
@@ -270,7 +270,7 @@ class Connection(asyncio.Protocol):
     def _arm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._unsent = self._socket.unsent
+        self._unsent = self._transport.get_write_buffer_size()
         self._armed_for = self._limit
         self._timer = self._timers.call_at(self._limit, self._check)
 
@@ -280,7 +280,7 @@ class Connection(asyncio.Protocol):
         if self._exchange is None:
             return
         now = self._now()
-        unsent = self._socket.unsent
+        unsent = self._transport.get_write_buffer_size()
         if sent := max(self._unsent - unsent, 0):
             self.last_progress = now
         self._limit += (self._moved + sent) / STALLED_LINE
@@ -332,15 +332,6 @@ class Connection(asyncio.Protocol):
 
     def _unlike_memcached(self) -> CacheError:
         return CacheConnectionError(f"{self.server} does not answer as a Memcached does", BACKEND)
-
-
-ITEM_OVERHEAD = 320
-"""Bytes of an item besides the entry: a header of 48 bytes, a CAS token, flags, a name and two line ends."""
-
-
-def _statistics(lines: bytes) -> dict[bytes, bytes]:
-    pairs = [line.split(b" ", 2) for line in lines.split(b"\r\n")]
-    return {pair[1]: pair[2] for pair in pairs if len(pair) == 3}
 
 
 # Commands

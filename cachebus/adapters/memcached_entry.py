@@ -1,7 +1,7 @@
 """The bytes of a Memcached item, and what they say.
 
     1 byte    form       B bytes as they are, I decimal int, M msgpack, C chunked (see `memcached_values`); small letters
-                         are another layout: o with metadata (below), l a lease (see `memcached_leases`)
+                         are another layout: o with metadata (below), l a lease (see `memcached_lookup`)
     2 bytes   key size   big-endian; 0 where the name on the wire is the key itself
     8 bytes   expiry     big-endian double: Unix time of the server in seconds, 0 for none
     8 bytes   stored at  big-endian double: Unix time of the server in seconds
@@ -23,7 +23,9 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 from cachebus.messages import (
     CacheError,
@@ -32,13 +34,13 @@ from cachebus.messages import (
     Failed,
     Found,
     Loaded,
-    LoadMetadata,
     Missing,
     Present,
 )
 
-from .durations import time_stale, time_to_live
-from .forms import BYTES, decode_form, pack_plain, unpack_plain
+from .durations import LONGEST
+from .forms import BYTES, decode_form, unpack_plain
+from .memcached_connection import store
 
 HEADER = struct.Struct(">cHddd")
 CHUNKED, WITH_METADATA = b"Co"
@@ -58,53 +60,54 @@ _LATEST = 2**31 - 1
 _unpack_header: Callable[[bytes], tuple[bytes, int, float, float, float]] = HEADER.unpack_from
 _HEADER_SIZE = HEADER.size
 _SIZE = struct.Struct(">I")
-_unpack_size: Callable[[memoryview], tuple[int]] = _SIZE.unpack_from
 
-TagVersion = tuple[str, bytes]
+T = TypeVar("T")
+
+Number = Annotated[float, msgspec.Meta(ge=-1e300)]
+"""A float that is no NaN."""
+
+Instant = Annotated[float, msgspec.Meta(ge=0, lt=_FAR)]
+
+TagVersion = tuple[str, Annotated[bytes, msgspec.Meta(max_length=VERSION_MAX)]]
 """A tag with the generation that it had."""
 
 TagVersions = tuple[TagVersion, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class EntryMetadata:
-    """The tags of an entry, and how its value was loaded. `lifetime` is the seconds that a loaded value was given, `None`
-    for ever."""
+class EntryLoad(msgspec.Struct, frozen=True, array_like=True):
+    """How a value was loaded. `lifetime` is the seconds that it was given, `None` for ever."""
 
+    load_time: Number
+    stale_for: Number
+    etag: str | None
+    lifetime: Number | None
+
+
+class EntryMetadata(msgspec.Struct, frozen=True, array_like=True):
+    """How the value of an entry was loaded, and its tags."""
+
+    load: EntryLoad | None = None
     tags: TagVersions = ()
-    load: LoadMetadata | None = None
-    lifetime: float | None = None
-
-    @property
-    def stale_for(self) -> float:
-        """Seconds for which the value may be served when its time is up."""
-        return time_stale(self.load)
 
     def packed(self) -> bytes:
         """Return the metadata as they stand before the value, with their form."""
-        load = self.load
-        loaded = None if load is None else [load.load_time, load.stale_for, load.etag, self.lifetime]
-        packed = pack_tagged([loaded, [list(each) for each in self.tags]])
+        packed = pack(self)
         return b"".join((b"o", _SIZE.pack(len(packed)), packed))
 
 
 NO_METADATA = EntryMetadata()
 
 
+@dataclass(slots=True, eq=False)
 class Entry:
     """An item of ours, taken apart. `version` is what callers know of it."""
 
-    __slots__ = ("body", "expiry", "form", "metadata", "stored_at", "version")
-
-    def __init__(self, form: int, expiry: float, stored_at: float, version: float, body: memoryview) -> None:
-        self.metadata = NO_METADATA
-        if form == WITH_METADATA:
-            self.metadata, form, body = _split(body)
-        self.form = form
-        self.expiry = expiry
-        self.stored_at = stored_at
-        self.version = version
-        self.body = body
+    form: int
+    expiry: float
+    stored_at: float
+    version: float
+    body: memoryview
+    metadata: EntryMetadata = NO_METADATA
 
     def left(self, now: float) -> float | None:
         """Return the seconds to live, `None` without expiry."""
@@ -113,18 +116,14 @@ class Entry:
     def present(self, now: float) -> Present:
         return Present(self.version, self.left(now))
 
-    def is_live(self, now: float) -> bool:
-        """Return whether its time to live is not over."""
-        return not self.expiry or self.expiry > now
-
     def packed(self, kept: bytes) -> bytes:
         """Return its bytes as they stand in a lease, and are put back: the version is kept."""
         form = bytes((self.form,)) + self.body
         return pack_entry(form, kept, self.expiry, self.stored_at, self.version, self.metadata)
 
-    def kept_until(self) -> float:
-        """Return when the server may forget it: after its time, if it may be served stale. 0 for never."""
-        return kept_until(self.expiry, self.metadata)
+    def put_back(self, name: str, kept: bytes, now: float, condition: bytes) -> bytes:
+        """Return the command that stores it once more, with its version."""
+        return store(name, self.packed(kept), server_expiry(kept_until(self.expiry, self.metadata), now), condition)
 
 
 def pack_entry(
@@ -153,7 +152,15 @@ def read_entry(raw: bytes, token: int, kept: bytes, epoch: float, now: float = 0
         raise _not_ours()
     if (expiry and expiry <= now) or raw[_HEADER_SIZE:start] != kept:
         return None
-    return Entry(form[0], expiry, stored_at, version or epoch + token, memoryview(raw)[start:])
+    entry = Entry(form[0], expiry, stored_at, version or epoch + token, memoryview(raw)[start:])
+    if entry.form == WITH_METADATA:
+        try:
+            end = _SIZE.size + _SIZE.unpack_from(entry.body)[0]
+            entry.metadata = unpack(entry.body[_SIZE.size : end], EntryMetadata)
+            entry.form, entry.body = entry.body[end], entry.body[end + 1 :]
+        except (struct.error, ValueError, IndexError):
+            raise CacheSerializationError("the stored value is damaged") from None
+    return entry
 
 
 def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float) -> Found | Missing | Failed | Entry:
@@ -183,18 +190,13 @@ def found_of(entry: Entry, value: Any, now: float) -> Found:
     if (load := metadata.load) is None:
         return Found(value, entry.version, left, tags, entry.stored_at)
     load_time, stale_for, etag = load.load_time, load.stale_for, load.etag
-    return Loaded(value, entry.version, left, tags, entry.stored_at, load_time, stale_for, etag, metadata.lifetime)
+    return Loaded(value, entry.version, left, tags, entry.stored_at, load_time, stale_for, etag, load.lifetime)
 
 
 def kept_until(expiry: float, metadata: EntryMetadata) -> float:
-    """Return when the server may forget an entry with this expiry; 0 for never."""
-    return expiry and expiry + metadata.stale_for
-
-
-def expiry_of(ttl: float | None, now: float) -> float:
-    """Return the time at which an entry's time is up, for a time to live in seconds; 0 for none. Raises `BadMessage`
-    as `time_to_live` does."""
-    return 0.0 if ttl is None else now + math.ceil(time_to_live(ttl))
+    """Return when the server may forget an entry: after its time, if it may be served stale. 0 for never."""
+    load = metadata.load
+    return expiry if load is None or not expiry else expiry + min(max(0.0, load.stale_for), LONGEST)
 
 
 def server_expiry(expiry: float, now: float) -> int:
@@ -215,60 +217,19 @@ def server_expiry(expiry: float, now: float) -> int:
 # What metadata and leases are made of
 
 
-def pack_tagged(value: Any) -> bytes:
-    """Pack something with tags in it. Raises `CacheKeyError` for a tag that is no valid Unicode."""
+def pack(value: msgspec.Struct) -> bytes:
+    """Pack a struct with tags in it. Raises `CacheKeyError` for a tag that is no valid Unicode."""
     try:
-        return pack_plain(value)
+        return msgspec.msgpack.encode(value)
     except UnicodeEncodeError as error:
         raise CacheKeyError("a tag must be valid Unicode", ascii(error.object)[:60]) from None
 
 
-def unpack_tagged(packed: bytes) -> Any:
-    """Unpack what `pack_tagged` has packed. Raises `ValueError`."""
+def unpack(packed: memoryview, kind: type[T]) -> T:
+    """Unpack a struct that `pack` has packed. Raises `ValueError`."""
     if len(packed) > METADATA_MAX:
         raise ValueError("too large")
-    return unpack_plain(packed)
-
-
-def tag_versions(pairs: Any) -> TagVersions:
-    """Return tags as they were packed. Raises `ValueError` or `TypeError`."""
-    made: list[TagVersion] = []
-    for tag, generation in pairs:
-        if type(tag) is not str or type(generation) is not bytes or len(generation) > VERSION_MAX:
-            raise TypeError
-        made.append((tag, generation))
-    return tuple(made)
-
-
-def number(value: Any, largest: float = _FAR) -> float:
-    """Return a number that is not negative. Raises `TypeError` for anything else."""
-    if type(value) not in (int, float) or not 0 <= value < largest:
-        raise TypeError
-    return float(value)
-
-
-def _split(body: memoryview) -> tuple[EntryMetadata, int, memoryview]:
-    """Return the metadata of an entry, and its value's own form and bytes. Raises `CacheSerializationError`."""
-    begin = _SIZE.size
-    try:
-        end = begin + _unpack_size(body)[0]
-        loaded, pairs = unpack_tagged(bytes(body[begin:end]))
-        load, lifetime = None, None
-        if loaded is not None:
-            load_time, stale_for, etag, lifetime = loaded
-            if not (etag is None or type(etag) is str):
-                raise TypeError
-            load = LoadMetadata(_seconds(load_time), _seconds(stale_for), etag)
-            lifetime = None if lifetime is None else _seconds(lifetime)
-        return EntryMetadata(tag_versions(pairs), load, lifetime), body[end], body[end + 1 :]
-    except (struct.error, ValueError, TypeError, IndexError):
-        raise CacheSerializationError("the stored value is damaged") from None
-
-
-def _seconds(value: Any) -> Any:
-    if type(value) not in (int, float) or math.isnan(value):
-        raise TypeError
-    return cast("float", value)
+    return msgspec.convert(unpack_plain(bytes(packed)), kind, builtin_types=(bytes,))
 
 
 def _not_ours() -> CacheError:

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import ssl
 
-from cachebus.messages import (
-    CacheBackendError,
-    CacheConfigurationError,
-    CacheConnectionError,
-    CacheError,
-)
+from cachebus.messages import CacheBackendError, CacheConfigurationError, CacheConnectionError, CacheError
 
 BACKEND = "memcached"
 
@@ -39,31 +34,23 @@ class ProtocolError(Exception):
     """Raised when a server sends what is no answer to the commands in flight."""
 
 
-class ServerError(Exception):
-    """Raised when a server reports a failure after which its next answers cannot be told apart. `error` says which."""
-
-    def __init__(self, error: CacheError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 def parse_error(line: bytes) -> CacheError:
     """Return our error for a line that refuses one command and leaves the connection usable.
 
-    Raises `ServerError` for a line after which it is not, and `ProtocolError` for a line that reports no error.
+    Raises our error for a line after which it is not, and `ProtocolError` for a line that reports no error.
     """
     if (reason := _STAYS.get(line)) is not None:
         return CacheBackendError(reason, BACKEND)
     if line.startswith(b"ERROR Too many open connections"):
-        raise ServerError(CacheConnectionError("the server has too many open connections", BACKEND))
+        raise CacheConnectionError("the server has too many open connections", BACKEND)
     if line.startswith((b"SERVER_ERROR", b"CLIENT_ERROR", b"ERROR")):
         # Only its first words: what follows may be our own data.
-        raise ServerError(CacheBackendError(f"the server answered: {_printable(line[:80])}", BACKEND))
+        raise CacheBackendError(f"the server answered: {_printable(line[:80])}", BACKEND)
     raise ProtocolError(_printable(line[:40]))
 
 
 def unreachable(error: BaseException, server: str, timeout: float) -> CacheError:
-    """Our error for a connection that could not be made."""
+    """Return our error for a connection that could not be made."""
     if isinstance(error, CacheError):
         return error
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -80,9 +67,9 @@ def unreachable(error: BaseException, server: str, timeout: float) -> CacheError
 
 
 def lost(error: BaseException, server: str, timeout: float) -> CacheError:
-    """Our error for a connection that was there and is gone."""
-    if isinstance(error, ServerError):
-        return error.error
+    """Return our error for a connection that was there and is gone."""
+    if isinstance(error, CacheError):
+        return error
     if isinstance(error, TimeoutError):
         why = f"no answer within {timeout:g} s"
     elif isinstance(error, ProtocolError):
@@ -95,7 +82,7 @@ def lost(error: BaseException, server: str, timeout: float) -> CacheError:
 
 
 def in_doubt(error: CacheError) -> CacheError:
-    """What a write is told that was sent on a connection before it was lost."""
+    """Return the error of a write that was sent on a connection before it was lost."""
     return CacheConnectionError(f"{error.detail}; whether the request was done is not known", BACKEND)
 
 

@@ -8,8 +8,9 @@ CAS token has all of that, and costs one round trip more. Counts of one key in o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from cachebus.messages import (
     Add,
@@ -25,7 +26,6 @@ from cachebus.messages import (
     Loading,
     NotHeld,
     NotStored,
-    Present,
     Released,
     ReleaseLease,
     Renewed,
@@ -40,8 +40,8 @@ from cachebus.messages import (
 )
 from cachebus.messages.leases import asked_as, new_lease_name
 
+from .durations import check_lease
 from .forms import INT, decode_form, encode_form
-from .lease_checks import check_lease
 from .memcached_cas_updates import Draft, outcome_of
 from .memcached_connection import Answer, Exchange, first_error, store, unlike
 from .memcached_entry import (
@@ -49,57 +49,41 @@ from .memcached_entry import (
     MISSING,
     NO_METADATA,
     Entry,
+    EntryLoad,
     EntryMetadata,
-    TagVersions,
     found_of,
     kept_until,
-    pack_entry,
     server_expiry,
 )
 from .memcached_errors import BACKEND
 from .memcached_keys import ALL_TAGS
-from .memcached_leases import FAILURE_SHOWN, Held, stale_of
-from .memcached_lookup import KeyItem, Lookup, over
+from .memcached_lookup import FAILURE_SHOWN, Held, KeyItem, Lookup
 from .memcached_session import Session
 from .memcached_tags import Generations
 from .memcached_values import Values, chunk_tails
 
-_VALUES = frozenset[type[Request[Any]]]({Add, CompareAndSet, Touch, Increment})
-_LEASES = frozenset[type[Request[Any]]]({GetOrLease, RenewLease, ReleaseLease})
+_LOOK_FIRST = frozenset[type[Request[Any]]](
+    {Add, CompareAndSet, Touch, Increment, GetOrLease, RenewLease, ReleaseLease}
+)
 
 
 def looks_first(request: Request[Any]) -> bool:
     """Return whether a request depends on what is under its key."""
     if isinstance(request, Set):
         return request.only_if is not None or request.lease is not None
-    return type(request) in _VALUES or type(request) in _LEASES
-
-
-@dataclass(slots=True, eq=False)
-class _Count(Draft):
-    """A counter with its new value, its expiry and its metadata."""
-
-    number: int
-    expiry: float
-    metadata: EntryMetadata
-
-
-class _Touched(Draft):
-    """An entry with another time to live."""
-
-    __slots__ = ()
+    return type(request) in _LOOK_FIRST
 
 
 class KeyUpdates:
-    """Decides what becomes of values and leases. Each round has a lookup of its own."""
+    """Decides what becomes of values and leases, by what a lookup has read."""
 
     unversioned = False
 
     def __init__(self, session: Session, values: Values) -> None:
-        self.session = session
         self._values = values
         self._connection = session.connection
-        self._round = Lookup(session, values, "")
+        self._looked = Lookup(session, values)
+        self._generations = self._looked.generations
         self._after = Generations(session)
         self._names: list[str] = []
 
@@ -108,37 +92,34 @@ class KeyUpdates:
     def lookup(
         self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]
     ) -> Exchange[list[tuple[int, KeyItem]]]:
-        self._round = Lookup(self.session, self._values, (yield from self.session.head()))
-        return (yield from self._round.read(waiting, replies))
+        return self._looked.read(waiting, replies)
 
     def decide(self, request: Request[Any], item: KeyItem) -> Reply | Draft | None:
         # One new version a round: two writes of one key are two versions. Counts and touches have none of their own.
-        match item.draft, request:
-            case (None, _) | (_Count(), Increment()) | (_Touched(), Touch()):
-                pass
-            case _:
-                return None
-        if type(request) in _LEASES or (isinstance(request, Set) and request.lease is not None):
-            return LeaseUpdates(self._round).decide(request, item)
-        if item.error is not None:
-            raise item.error
-        entry = self._round.live(item)
+        if item.draft is not None and item.draft.kind is not type(request):
+            return None
         match request:
+            case GetOrLease():
+                return self._lease(request, item)
+            case RenewLease():
+                return self._renew(request, item)
+            case ReleaseLease():
+                return self._release(request, item)
+            case Set() if request.lease is not None:
+                return self._commit(request, item, request.lease)
             case Set() | Add() | CompareAndSet():
-                return self._store(request, item, entry)
+                return self._store(request, item)
             case Touch():
-                return self._touch(request, item, entry)
+                return self._touch(request, item)
             case Increment():
-                return self._count(request, item, entry)
+                return self._count(request, item)
             case _:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
     def commands(self, items: list[KeyItem]) -> list[list[bytes]]:
         # The tags are read once more when all is stored: a caller that joined a load until then relies on it.
-        self._after = Generations(self.session)
-        drafts = [item.draft for item in items if isinstance(item.draft, LeaseDraft)]
-        self._names = list(dict.fromkeys(name for draft in drafts for name in self._after.names(draft.tags)))
-        return [*(item.draft.commands for item in items), self._after.reading(self._round.head, self._names)]
+        self._names = list(dict.fromkeys(name for item in items for name in self._after.names(item.draft.tags)))
+        return [*(item.draft.commands for item in items), self._after.reading(self._looked.head, self._names)]
 
     def outcomes(self, items: list[KeyItem], answers: list[list[Answer]]) -> list[Reply | CacheError | None]:
         self._after.learn(self._names, answers.pop())
@@ -149,116 +130,74 @@ class KeyUpdates:
         token = outcome_of(first_error(answers) or answers[-1])
         if not isinstance(token, int):
             return token
-        if isinstance(draft, LeaseDraft) and not self._after.good(draft.tags):
+        if not self._after.good(draft.tags):
             return NotStored(0.0, "lease_lost")
         return Stored(self._connection.epoch + token) if token or draft.reply else unlike()
 
     # Values
 
-    def _store(self, request: Set | Add | CompareAndSet, item: KeyItem, entry: Entry | None) -> Reply | Draft:
-        tags = self._round.generations.current(request.tags)
-        metadata = EntryMetadata(tags) if tags else NO_METADATA
+    def _live(self, item: KeyItem) -> Entry | None:
+        """Return the live value of a key. Raises `CacheError` if what is there is none of ours."""
+        if item.error is not None:
+            raise item.error
+        return self._looked.live(item)
+
+    def _store(self, request: Set | Add | CompareAndSet, item: KeyItem) -> Reply | Draft:
+        entry = self._live(item)
+        tags = self._generations.current(request.tags)
         version = 0.0 if entry is None else entry.version
         if isinstance(request, CompareAndSet):
             fits = entry is not None and version == request.version
         else:
             fits = (entry is None) == (isinstance(request, Add) or request.only_if == "absent")
-        expiry = self._values.expiry(request.ttl, self._round.now)
+        expiry = self._values.expiry(request.ttl, self._looked.now)
+        metadata = EntryMetadata(tags=tags) if tags else NO_METADATA
         commands = self._commands(item, encode_form(request.value), expiry, metadata)
         return Draft(commands, None) if fits else NotStored(version)
 
-    def _touch(self, request: Touch, item: KeyItem, entry: Entry | None) -> Reply | Draft:
-        if entry is None:
+    def _touch(self, request: Touch, item: KeyItem) -> Reply | Draft:
+        if (entry := self._live(item)) is None:
             return MISSING
-        now, head = self._round.now, self._round.head
-        expiry = self._values.expiry(request.ttl, now)
-        seconds = server_expiry(kept_until(expiry, entry.metadata), now)
+        now, head = self._looked.now, self._looked.head
+        entry.expiry = self._values.expiry(request.ttl, now)
+        seconds = server_expiry(kept_until(entry.expiry, entry.metadata), now)
         chunks = chunk_tails(entry.body) if entry.form == CHUNKED else []
-        commands = [f"mg {head}{tail} T{seconds}\r\n".encode() for tail in chunks]
+        draft: Draft = item.draft or Draft([], None, kind=Touch)
+        draft.commands = [f"mg {head}{tail} T{seconds}\r\n".encode() for tail in chunks]
         # The version is kept: the item's own token is a new one.
-        form = bytes((entry.form,)) + entry.body
-        packed = pack_entry(form, item.kept, expiry, entry.stored_at, entry.version, entry.metadata)
-        commands.append(store(head + item.tail, packed, seconds, over(item.answer)))
-        draft: Draft = item.draft or _Touched(commands, None)
-        draft.commands, draft.reply = commands, Present(entry.version, expiry - now if expiry else None)
+        draft.commands.append(entry.put_back(head + item.tail, item.kept, now, over(item.answer)))
+        draft.reply = entry.present(now)
         return draft
 
-    def _count(self, request: Increment, item: KeyItem, entry: Entry | None) -> Reply | Draft:
-        before: _Count | None = item.draft
-        if before is not None:
-            number, expiry, metadata = before.number + request.delta, before.expiry, before.metadata
-        elif entry is not None:
-            number, expiry, metadata = _integer(entry) + request.delta, entry.expiry, entry.metadata
+    def _count(self, request: Increment, item: KeyItem) -> Reply | Draft:
+        entry, now = self._live(item), self._looked.now
+        if entry is not None:
+            number = _integer(entry) + request.delta
         elif request.initial is None:
             return MISSING
         else:
-            number, metadata = request.initial + request.delta, NO_METADATA
-            expiry = self._values.expiry(request.ttl, self._round.now)
+            entry = Entry(INT, self._values.expiry(request.ttl, now), now, 0.0, memoryview(b""))
+            number = request.initial + request.delta
         if not -(2**63) <= number < 2**63:
             raise WrongType("increment leaves the range of a signed 64-bit integer; the value is unchanged")
-        commands = self._commands(item, b"I%d" % number, expiry, metadata)
-        draft = _Count(commands, Incremented(number), number, expiry, metadata)
-        if before is not None:
-            draft.replies = before.replies
+        draft: Draft = item.draft or Draft([], None, kind=Increment)
+        draft.commands = self._commands(item, b"I%d" % number, entry.expiry, entry.metadata)
+        draft.reply = Incremented(number)
+        # What the next count of this round begins with.
+        entry.body = memoryview(b"%d" % number)
+        item.held, item.served = None, entry
         return draft
 
     def _commands(self, item: KeyItem, form: bytes, expiry: float, metadata: EntryMetadata) -> list[bytes]:
-        name = item.tail, item.kept
-        return self._values.commands(
-            self._connection, self._round.head, name, form, expiry, metadata, over(item.answer)
-        )
+        name, condition = (item.tail, item.kept), over(item.answer)
+        return self._values.commands(self._connection, self._looked.head, name, form, expiry, metadata, condition)
 
-
-def _integer(entry: Entry) -> int:
-    if entry.form == INT and len(entry.body) <= 20:
-        try:
-            return int(bytes(entry.body))
-        except ValueError:
-            pass
-    raise WrongType("increment needs an int under the key")
-
-
-# Leases
-
-
-@dataclass(slots=True, eq=False)
-class LeaseDraft(Draft):
-    """What is to be written for a load. A value is only stored if its tags' generations are the present ones even after."""
-
-    tags: TagVersions = ()
-
-
-class LeaseUpdates:
-    """Decides what becomes of requests about leases, by what a lookup has read."""
-
-    def __init__(self, looked: Lookup) -> None:
-        self._looked = looked
-        self._head = looked.head
-        self._now = looked.now
-        self._values = looked.values
-        self._connection = looked.connection
-        self._generations = looked.generations
-
-    def decide(self, request: Request[Any], item: KeyItem) -> Reply | Draft:
-        """Return the reply, or what is to be written for it. Raises `CacheError`."""
-        for answer in (item.answer, item.refresh_answer):
-            if isinstance(answer, CacheError):
-                raise answer
-        match request:
-            case GetOrLease():
-                return self._lease(request, item)
-            case Set():
-                return self._commit(request, item)
-            case RenewLease():
-                return self._renew(request, item)
-            case ReleaseLease():
-                return self._release(request, item)
-            case _:
-                raise BadMessage(f"{type(request).__name__} is not about leases")
+    # Leases
 
     def _lease(self, request: GetOrLease, item: KeyItem) -> Reply | Draft:
+        _check_answers(item)
         check_lease(request)
-        now, live = self._now, self._looked.live(item)
+        now, live = self._looked.now, self._looked.live(item)
         if live is not None and not request.refresh:
             return found_of(live, decode_form(*item.content), now)
         held = item.refresh_held if live is not None else item.held
@@ -273,7 +212,7 @@ class LeaseUpdates:
             # Asked for twice, it is granted twice, on the terms of the first time: the load may have begun by then.
             if held.deadline > now:
                 return LeaseGranted(held.token, stale)
-            held = held.until(now + request.lease_ttl)
+            held = replace(held, deadline=now + request.lease_ttl)
         elif held is not None and self._looked.current(held):
             if live is not None:
                 return found_of(live, decode_form(*item.content), now)
@@ -283,15 +222,15 @@ class LeaseUpdates:
             version = 0.0 if live is None else live.version
             tags = self._generations.current(request.tags)
             all_tags = self._generations.seen(ALL_TAGS)
-            name = new_lease_name(request.token)
-            held = Held(name, now + request.lease_ttl, version, all_tags, tags, failed=failed)
+            held = Held(new_lease_name(request.token), now + request.lease_ttl, version, all_tags, tags, b"", failed)
         return self._place(item, held, LeaseGranted(held.token, stale), refresh=live is not None)
 
-    def _commit(self, request: Set, item: KeyItem) -> Reply | Draft:
+    def _commit(self, request: Set, item: KeyItem, lease: str) -> Reply | Draft:
+        _check_answers(item)
         if request.only_if is not None:
             raise BadMessage("a value that is stored under a lease has no other condition")
-        held = self._held(request.lease or "", item)
-        if held is None or held.deadline <= self._now:
+        now, held = self._looked.now, self._held(lease, item)
+        if held is None or held.deadline <= now:
             live = self._looked.live(item)
             return NotStored(0.0 if live is None else live.version, "lease_lost")
         known = dict(held.tags)
@@ -301,25 +240,24 @@ class LeaseUpdates:
             return self._end(item, NotStored(0.0, "lease_lost"), refresh=held is item.refresh_held)
         known |= dict(self._generations.current(late))
         tags = tuple([(tag, known[tag]) for tag in dict.fromkeys(request.tags)])
-        expiry = self._values.expiry(request.ttl, self._now)
-        metadata = NO_METADATA
-        if tags or request.metadata is not None:
-            metadata = EntryMetadata(tags, request.metadata, self._values.lifetime(request.ttl))
+        expiry, load = self._values.expiry(request.ttl, now), None
+        if (given := request.metadata) is not None:
+            load = EntryLoad(given.load_time, given.stale_for, given.etag, self._values.lifetime(request.ttl))
+        metadata = EntryMetadata(load, tags) if tags or load is not None else NO_METADATA
         # Over the lease, or over the value that is being refreshed, if it is still the one that was looked at.
-        name, condition = (item.tail, item.kept), over(item.answer)
-        form = encode_form(request.value)
-        commands = self._values.commands(self._connection, self._head, name, form, expiry, metadata, condition)
-        return LeaseDraft(commands, None, tags)
+        return Draft(self._commands(item, encode_form(request.value), expiry, metadata), None, tags)
 
     def _renew(self, request: RenewLease, item: KeyItem) -> Reply | Draft:
+        _check_answers(item)
         check_lease(request)
         held = self._held(request.token, item)
         if held is None or not self._looked.current(held):
             return NotHeld()
-        refresh = held is item.refresh_held
-        return self._place(item, held.until(self._now + request.lease_ttl), Renewed(request.lease_ttl), refresh=refresh)
+        renewed = replace(held, deadline=self._looked.now + request.lease_ttl)
+        return self._place(item, renewed, Renewed(request.lease_ttl), refresh=held is item.refresh_held)
 
     def _release(self, request: ReleaseLease, item: KeyItem) -> Reply | Draft:
+        _check_answers(item)
         token = request.token
         # It may be what the lease was asked for as, if the caller was not told its name.
         for each in (item.held, item.refresh_held):
@@ -328,10 +266,11 @@ class LeaseUpdates:
         held = self._held(token, item)
         if held is None or held.ended:
             return NotHeld()
-        if request.error and held is item.held and self._looked.current(held):
-            return self._place(item, held.with_error(request.error), Released(), refresh=False)
-        reply = Released() if self._looked.current(held) else NotHeld()
-        return self._end(item, reply, refresh=held is item.refresh_held)
+        current = self._looked.current(held)
+        if request.error and held is item.held and current:
+            failed = replace(held, deadline=0.0, failed=(held.token, request.error))
+            return self._place(item, failed, Released(), refresh=False)
+        return self._end(item, Released() if current else NotHeld(), refresh=held is item.refresh_held)
 
     def _held(self, token: str, item: KeyItem) -> Held | None:
         """Return the lease of that name, in the place of a value or beside one."""
@@ -343,32 +282,56 @@ class LeaseUpdates:
         return None
 
     def _stale(self, item: KeyItem, lease: str, remaining: float) -> Stale | None:
-        if item.served is None:
+        """Return the reply that says what may be served stale."""
+        if (entry := item.served) is None:
             return None
         try:
-            return stale_of(item.served, decode_form(*item.content), lease, remaining)
+            value = decode_form(*item.content)
         except CacheError:
             return None  # Damaged, and so nothing to serve.
+        load, tags = entry.metadata.load, tuple([tag for tag, _ in entry.metadata.tags])
+        load_time, etag = (0.0, None) if load is None else (load.load_time, load.etag)
+        return Stale(value, entry.version, tags, entry.stored_at, load_time, etag, lease, remaining)
 
     def _place(self, item: KeyItem, held: Held, reply: Reply, *, refresh: bool) -> Draft:
         """Write a lease: in the place of the key's value with what is stale, or beside it."""
-        keep, tail, answer, stale = held.deadline or self._now + FAILURE_SHOWN, item.tail, item.answer, b""
+        now = self._looked.now
+        keep, tail, answer, stale = held.deadline or now + FAILURE_SHOWN, item.tail, item.answer, b""
         if refresh:
             tail, answer = item.refresh, item.refresh_answer
             stale = held.stale
         elif (served := item.served) is not None:
             stale = served.packed(item.kept)
-            keep = max(keep, served.kept_until())
-        packed = held.pack(item.kept, stale)
+            keep = max(keep, kept_until(served.expiry, served.metadata))
+        packed = held.item(item.kept, stale)
         if len(packed) > self._connection.entry_max:
-            packed = held.pack(item.kept, b"")  # No room for both: the stale value goes.
-        return LeaseDraft([store(self._head + tail, packed, server_expiry(keep, self._now), over(answer))], reply)
+            packed = held.item(item.kept, b"")  # No room for both: the stale value goes.
+        return Draft([store(self._looked.head + tail, packed, server_expiry(keep, now), over(answer))], reply)
 
     def _end(self, item: KeyItem, reply: Reply, *, refresh: bool) -> Draft:
         """Remove a lease, and put back what is stale."""
         tail, answer = (item.refresh, item.refresh_answer) if refresh else (item.tail, item.answer)
-        served = None if refresh else item.served
-        if served is None:
-            return LeaseDraft([f"md {self._head}{tail}{over(answer).decode()}\r\n".encode()], reply)
-        seconds = server_expiry(served.kept_until(), self._now)
-        return LeaseDraft([store(self._head + tail, served.packed(item.kept), seconds, over(answer))], reply)
+        name = self._looked.head + tail
+        if refresh or item.served is None:
+            return Draft([f"md {name}{over(answer).decode()}\r\n".encode()], reply)
+        return Draft([item.served.put_back(name, item.kept, self._looked.now, over(answer))], reply)
+
+
+def over(answer: Answer) -> bytes:
+    """Return the condition that there is nothing, or what was looked at."""
+    return b" C%d" % answer[1] if isinstance(answer, tuple) else b" ME"
+
+
+def _check_answers(item: KeyItem) -> None:
+    for answer in (item.answer, item.refresh_answer):
+        if isinstance(answer, CacheError):
+            raise answer
+
+
+def _integer(entry: Entry) -> int:
+    if entry.form == INT and len(entry.body) <= 20:
+        try:
+            return int(bytes(entry.body))
+        except ValueError:
+            pass
+    raise WrongType("increment needs an int under the key")

@@ -1,4 +1,4 @@
-"""What a key is called on the wire: nothing raw gets there, and no two namespaces share a name.
+"""Names on the wire: nothing raw gets there, and no two namespaces share a name.
 
     <namespace>:<generation>:<key>      a key that Memcached can hold as it is
     <namespace>:<generation>#<hash>     any other: the hash is BLAKE2b with 32 bytes, in hexadecimal
@@ -6,7 +6,7 @@
     <namespace>:<generation>!<hash>     the lease of a live value that is being refreshed, by its key
     <namespace>:<generation>=<tag>      the generation of a tag that Memcached can hold as it is
     <namespace>:<generation>%<hash>     that of any other tag
-    <namespace>:<generation>@           the generation of all tags, which each invalidation of one makes anew
+    <namespace>:<generation>@           the generation of all tags, which each invalidation of one replaces
     <namespace>::                       the generation of the namespace
     <namespace>:~<name>                 a rate limit, whatever the generation; `<namespace>:~#<hash>` as above
 
@@ -40,7 +40,7 @@ ALL_TAGS = "@"
 
 
 def blake(raw: bytes) -> bytes:
-    """The hash that stands for a key on the wire."""
+    """Return the hash that stands for a key on the wire."""
     return blake2b(raw, digest_size=32, person=b"cachebus.wire").digest()
 
 
@@ -63,7 +63,7 @@ class Keys:
         return f"<Keys of {self.namespace!r}>"
 
     def tail(self, key: str, what: str = "a cache key") -> tuple[str, bytes]:
-        """What follows the generation, and what an entry keeps of the key: nothing where the name says it all.
+        """Return what follows the generation, and what an entry keeps of the key: nothing if the name says it all.
 
         Raises `CacheKeyError` for a key that is no valid Unicode.
         """
@@ -78,7 +78,7 @@ class Keys:
         return f"#{self._hasher(raw).hex()}", kept
 
     def limit(self, name: str) -> str:
-        """What a rate limit is called on the wire. Raises `CacheKeyError` as `tail` does."""
+        """Return the name of a rate limit on the wire. Raises `CacheKeyError` as `tail` does."""
         tail, kept = self.tail(name)
         if tail[0] == ":":
             return f"{self.namespace}:~{tail}"
@@ -90,8 +90,7 @@ class Keys:
         return f"!{self._hasher(key.encode()).hex()}"
 
     def tag(self, tag: str) -> str:
-        """What follows the generation in the name of a tag's generation. Raises `CacheKeyError` for a tag that is no
-        valid Unicode."""
+        """Return what follows the generation in the name of a tag's generation. Raises `CacheKeyError` as `tail` does."""
         # Two tags with one hash would be invalidated together, and no worse.
         tail, _ = self.tail(tag, "a tag")
         return f"={tag}" if tail[0] == ":" else f"%{tail[1:]}"
@@ -108,5 +107,5 @@ def new_generation(now: float) -> bytes:
 
 
 def is_generation(raw: bytes) -> bool:
-    """Whether somebody's bytes are a generation of ours."""
+    """Return whether bytes are a generation of ours."""
     return _GENERATION.fullmatch(raw) is not None

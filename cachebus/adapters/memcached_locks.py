@@ -6,7 +6,7 @@
 
 The token is counted after the item was added, so of two holders the later one has the larger token. A counter that is lost
 (evicted, `flush_all`, a restart) begins again at the server's time in microseconds, which is more than it ever was.
-Memcached tells nobody anything and keeps no queue: the manager has both, for its own process, and asks again in between.
+Memcached has no notifications and keeps no queue: the manager has both, for its own process, and asks again in between.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .memcached_errors import BACKEND
 __all__ = ["MemcachedLockStore"]
 
 RETAIN = 7 * 86_400
-"""Seconds for which a counter is kept that nobody counts."""
+"""Seconds for which a counter is kept that is not counted."""
 
 DIGITS = 20
 """Digits that a number in an item of ours has, at most."""
@@ -108,66 +108,70 @@ class _Locks:
     def _one(self, request: Request[Any]) -> Exchange[Reply]:
         match request:
             case AcquireLock():
-                return self._acquire(request)
+                return self._acquire(request, self._item(request.name))
             case RenewLock():
-                return self._renew(request)
+                return self._renew(request, self._item(request.name))
             case ReleaseLock():
-                return self._release(request)
+                return self._release(request, self._item(request.name))
             case DescribeLock():
-                return self._describe(request)
+                return self._describe(self._item(request.name))
             case _:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
-    def _acquire(self, request: AcquireLock) -> Exchange[Reply]:
-        item, started = self._item(request.name), self._connection.now()
+    def _acquire(self, request: AcquireLock, item: str) -> Exchange[Reply]:
+        started = self._connection.now()
         gone = read(self._gone(item, request.ticket))
-        command = self._put(item, request, request.owner, b" ME")
+        holder: _Holder | None = None
         for _ in range(TRIES):
-            answer, given_up = yield command + gone, 2
+            answer, given_up = yield self._put(item, request, request.owner, holder) + gone, 2
             if isinstance(given_up, tuple):
-                yield from self._release(ReleaseLock(request.name, request.ticket, abandon=True))
+                yield from self._release(ReleaseLock(request.name, request.ticket, abandon=True), item)
                 return LockDenied("", 0.0)
             if _done(answer):
                 break
             holder = yield from self._look(item)
             if holder is not None and holder.ticket != request.ticket:
                 return LockDenied(holder.owner, self._left(holder))
-            command = self._put(item, request, request.owner, b" C%d" % holder.token if holder else b" ME")
         else:
             raise _contended()
-        # Not before: whoever counts first and adds later would hold the lock with the smaller number.
+        # Not before: a client that counts first and adds later would hold the lock with the smaller number.
         first = int(self._connection.now() * 1e6)
         token = _number((yield from ask(f"ma {item}+ N{RETAIN} J{first} D1 T{RETAIN} v c\r\n".encode())))
         if self._connection.now() - started >= request.ttl:
             raise CacheConnectionError("a lock was had only when its time was over", BACKEND)
         return LockGranted(token, request.ttl)
 
-    def _renew(self, request: RenewLock) -> Exchange[Reply]:
-        item = self._item(request.name)
+    def _renew(self, request: RenewLock, item: str) -> Exchange[Reply]:
         for _ in range(TRIES):
             holder = yield from self._look(item)
             if holder is None:
                 return NotHeld()
             if holder.ticket != request.ticket:
                 raise LockNotOwned(name=request.name, owner=holder.owner)
-            if _done((yield from ask(self._put(item, request, holder.owner, b" C%d" % holder.token)))):
+            if _done((yield from ask(self._put(item, request, holder.owner, holder)))):
                 return Renewed(request.ttl)
         raise _contended()
 
-    def _release(self, request: ReleaseLock) -> Exchange[Reply]:
+    def _release(self, request: ReleaseLock, item: str) -> Exchange[Reply]:
         if request.unclaimed:
             return NotHeld()  # Another manager may have been asked, and the item does not say: it ends by itself.
-        item, note = self._item(request.name), b""
-        gone = self._gone(item, request.ticket)
+        gone, note = self._gone(item, request.ticket), b""
         if request.abandon:
             yield from ask(store(gone, b"", GONE))
         elif request.token:
-            # With the deletion, so that it costs no round trip: who was not heard, and says so again, did give it back.
+            # With the deletion, so that it costs no round trip: a client that says so again, unheard, did give it back.
             note = store(gone, BACK, GONE)
         for _ in range(TRIES):
             holder = yield from self._look(item)
             if holder is None or holder.ticket != request.ticket:
-                return (yield from self._not_held(request, gone, holder))
+                if request.abandon:
+                    return NotHeld()
+                noted = yield from ask(read(gone))
+                if isinstance(noted, tuple) and noted[0] == BACK:
+                    return Released()
+                if holder is not None:
+                    raise LockNotOwned(name=request.name, owner=holder.owner)
+                return NotHeld()
             answer, *_ = yield b"md %b C%d\r\n%b" % (item.encode(), holder.token, note), 1 + bool(note)
             if _done(answer):
                 return Released()
@@ -175,17 +179,7 @@ class _Locks:
                 yield from ask(f"md {gone}\r\n".encode())
         raise _contended()
 
-    def _not_held(self, request: ReleaseLock, gone: str, holder: _Holder | None) -> Exchange[Reply]:
-        if not request.abandon:
-            note = yield from ask(read(gone))
-            if isinstance(note, tuple) and note[0] == BACK:
-                return Released()
-            if holder is not None:
-                raise LockNotOwned(name=request.name, owner=holder.owner)
-        return NotHeld()
-
-    def _describe(self, request: DescribeLock) -> Exchange[Reply]:
-        item = self._item(request.name)
+    def _describe(self, item: str) -> Exchange[Reply]:
         holder = yield from self._look(item)
         if holder is None:
             return LockFree()
@@ -204,11 +198,11 @@ class _Locks:
             pass
         raise CacheBackendError("what stands in the place of a lock is none", BACKEND)
 
-    def _put(self, item: str, request: AcquireLock | RenewLock, owner: str, condition: bytes) -> bytes:
+    def _put(self, item: str, request: AcquireLock | RenewLock, owner: str, over: _Holder | None) -> bytes:
         now = self._connection.now()
         until = now + request.ttl
         body = f"{math.ceil(until * 1000)}|{request.ticket}|{owner}".encode()
-        return store(item, body, server_expiry(until, now), condition)
+        return store(item, body, server_expiry(until, now), b" ME" if over is None else b" C%d" % over.token)
 
     def _left(self, holder: _Holder) -> float:
         return max(0.0, holder.until - self._connection.now())

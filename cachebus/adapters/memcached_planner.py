@@ -1,14 +1,15 @@
 """From requests to Memcached commands and back: a batch for one server becomes as few round trips as keep its order.
 
 Neighbours of one kind form a run. Reads, plain writes and removals go in one piece (`Direct`). Requests that have to know
-what is under a key before they write it go through `CasUpdate`.
+what is under a key before they write it go through `update`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Any, TypeAlias, cast
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 from cachebus.messages import (
     Admit,
@@ -36,7 +37,7 @@ from cachebus.messages import (
 )
 
 from .forms import decode_form, encode_form
-from .memcached_cas_updates import CasUpdate
+from .memcached_cas_updates import update
 from .memcached_connection import Connection, Exchange, first_error, read
 from .memcached_entry import CHUNKED, MISSING, NO_METADATA, Entry, EntryMetadata, found_of, found_or_fail
 from .memcached_errors import BACKEND, in_doubt
@@ -57,7 +58,7 @@ def carry_out(values: Values, connection: Connection, batch: Sequence[Request[An
     need more, they go the way of all others: reads are repeated, and so are writes for a generation that has ended.
     """
     if not (prepared := _prepare(connection, values, batch)):
-        return (yield from Plan(connection, values, batch).run())
+        return (yield from plan(connection, values, batch))
     data, count, takers = prepared
     mark = connection.mark
     try:
@@ -65,7 +66,7 @@ def carry_out(values: Values, connection: Connection, batch: Sequence[Request[An
         if answers[0] != (connection.generation, mark):
             with contextlib.suppress(NamespaceChanged):
                 yield from Session(connection, values.keys).check(answers[0])
-            return (yield from Plan(connection, values, batch).run())
+            return (yield from plan(connection, values, batch))
     except CacheError as error:
         doubtful = in_doubt(error) if error.transient else error
         return [Failed.of(error if request.IDEMPOTENT else doubtful) for request in batch]
@@ -127,81 +128,58 @@ def _prepare(
     return data, len(commands), takers
 
 
-class Plan:
-    """A batch for one server, on its way."""
-
-    def __init__(self, connection: Connection, values: Values, batch: Sequence[Request[Any]]) -> None:
-        self.replies: list[Any] = [None] * len(batch)
-        self._batch = batch
-        self._session = Session(connection, values.keys)
-        self._values = values
-
-    def run(self) -> Exchange[list[Reply]]:
-        """Carry the batch out. What goes wrong is in the replies."""
-        batch, at, end, first = self._batch, 0, len(self._batch), 0
-        kind: _Kind = Direct
-        try:
-            while at < end:
-                first, kind = at, _kind(batch[at])
-                while at < end and _kind(batch[at]) is kind:
-                    at += 1
-                self._session.writing = False
-                if kind is Direct:
-                    yield from self._direct(first, at)
-                elif kind is Plan:
-                    yield from self._everything(first, at)
-                else:
-                    decider = KeyUpdates if kind is KeyUpdates else LimitUpdates
-                    yield from CasUpdate(decider(self._session, self._values), batch, self.replies).run(first, at)
-        except CacheError as error:
-            if kind is Direct:
-                self.replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
-            self._give_up(error, at)
-        return self.replies
-
-    def _give_up(self, error: CacheError, end: int) -> None:
-        """Answer what has no reply yet with the error. What lies before `end` may have been sent."""
-        for at, request in enumerate(self._batch):
-            if self.replies[at] is None:
-                doubtful = at < end and self._session.writing and not request.IDEMPOTENT and error.transient
-                self.replies[at] = Failed.of(in_doubt(error) if doubtful else error)
-
-    def _direct(self, first: int, end: int) -> Exchange[None]:
-        while True:
-            try:
-                return (yield from Direct(self._session, self._values, self.replies).run(self._batch, first, end))
-            except NamespaceChanged:
-                self.replies[first:end] = [None] * (end - first)
-
-    def _everything(self, first: int, end: int) -> Exchange[None]:
-        """Carry out requests on all keys of the namespace, or of a tag."""
-        for position in range(first, end):
-            request: Any = self._batch[position]
-            try:
-                if isinstance(request, Clear):
-                    yield from self._session.clear()
-                else:
-                    yield from invalidate(self._session, request.tags)
-                self.replies[position] = Cleared() if isinstance(request, Clear) else Invalidated()
-            except CacheError as error:
-                if self._session.connection.lost:
-                    raise
-                self.replies[position] = Failed.of(error)
+def plan(connection: Connection, values: Values, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
+    """Carry a batch out, in runs of neighbours of one kind. What goes wrong is in the replies."""
+    replies: list[Any] = [None] * len(batch)
+    session = Session(connection, values.keys)
+    at = first = 0
+    kind = ""
+    try:
+        while at < len(batch):
+            first, kind = at, _kind(batch[at])
+            while at < len(batch) and _kind(batch[at]) == kind:
+                at += 1
+            session.writing = False
+            if kind == "direct":
+                yield from Direct(session, values, replies).run(batch, first, at)
+            elif kind == "everything":
+                for position in range(first, at):
+                    replies[position] = yield from _on_everything(session, batch[position])
+            else:
+                make = partial(LimitUpdates if kind == "limits" else KeyUpdates, session, values)
+                yield from update(make, session, batch, replies, list(range(first, at)))
+    except CacheError as error:
+        if kind == "direct":
+            replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
+        # What lies before `at` may have been sent.
+        for position, request in enumerate(batch):
+            if replies[position] is None:
+                doubtful = position < at and session.writing and not request.IDEMPOTENT and error.transient
+                replies[position] = Failed.of(in_doubt(error) if doubtful else error)
+    return replies
 
 
-_Kind: TypeAlias = "type[Direct | KeyUpdates | LimitUpdates | Plan]"
-"""What carries out a request and its neighbours of the same kind."""
-
-
-def _kind(request: Request[Any]) -> _Kind:
+def _kind(request: Request[Any]) -> Literal["direct", "keys", "limits", "everything"]:
     kind = type(request)
-    if kind is Get:
-        return Direct
     if kind is Admit:
-        return LimitUpdates
+        return "limits"
     if kind is Clear or kind is InvalidateTags:
-        return Plan
-    return KeyUpdates if looks_first(request) else Direct
+        return "everything"
+    return "keys" if looks_first(request) else "direct"
+
+
+def _on_everything(session: Session, request: Any) -> Exchange[Reply]:
+    """Carry out a request on all keys of the namespace, or of a tag."""
+    try:
+        if isinstance(request, Clear):
+            yield from session.clear()
+            return Cleared()
+        yield from invalidate(session, request.tags)
+        return Invalidated()
+    except CacheError as error:
+        if session.connection.lost:
+            raise
+        return Failed.of(error)
 
 
 class Direct:
@@ -211,25 +189,35 @@ class Direct:
         self._session = session
         self._connection = session.connection
         self._values = values
-        self._memory = values.memory
         self._replies = replies
         self._head = session.connection.head
         self._guessed: dict[str, None] = {}
         self._generations = Generations(session)
 
     def run(self, batch: Sequence[Request[Any]], first: int, end: int) -> Exchange[None]:
-        """Carry out the requests from `first` to before `end`. Raises `NamespaceChanged`."""
-        self._head = yield from self._session.head()
-        yield from self._make_tags(batch, first, end)
-        yield from self._together({position: self._step(batch[position]) for position in range(first, end)})
+        """Carry out the requests from `first` to before `end`."""
+        while True:
+            try:
+                self._head = yield from self._session.head()
+                yield from self._make_tags(batch[first:end])
+                yield from self._together({position: self._step(batch[position]) for position in range(first, end)})
+                return
+            except NamespaceChanged:
+                self._replies[first:end] = [None] * (end - first)
+                self._generations = Generations(self._session)
+                self._guessed = {}
 
     def resolve(self, batch: Sequence[Request[Any]]) -> Exchange[None]:
         """Replace the entries among the replies, which do not say everything by themselves."""
+
+        def resolved(key: str, entry: Entry) -> Step:
+            return (yield from self._resolved({key: entry}))[key]
+
         steps: dict[int, Step] = {}
         for position, request in enumerate(batch):
             if type(entry := self._replies[position]) is Entry:
                 self._replies[position] = MISSING
-                steps[position] = self._resolved_one(getattr(request, "key", ""), entry)
+                steps[position] = resolved(getattr(request, "key", ""), entry)
         with contextlib.suppress(NamespaceChanged):  # Cleared meanwhile: they are misses.
             yield from self._together(steps)
 
@@ -270,11 +258,10 @@ class Direct:
             answers = {position: [told[each] for each in at] for position, at in places.items()}
             steps = {position: steps[position] for position in places}
 
-    def _make_tags(self, batch: Sequence[Request[Any]], first: int, end: int) -> Exchange[None]:
+    def _make_tags(self, requests: Sequence[Request[Any]]) -> Exchange[None]:
         """Read the generations under which values are stored, before they are."""
         names: dict[str, None] = {}
-        for position in range(first, end):
-            request = batch[position]
+        for request in requests:
             if isinstance(request, Set | SetMany) and request.tags:
                 with contextlib.suppress(CacheError):  # It is answered when the value is stored.
                     names.update(dict.fromkeys(map(self._values.keys.tag, request.tags)))
@@ -311,8 +298,7 @@ class Direct:
 
     def _name(self, key: str) -> tuple[str, bytes]:
         """Return what follows the generation in the name of a key that is read, and what its entry keeps of the key."""
-        if self._memory:
-            self._guessed.update(dict.fromkeys(self._memory.of(key)))
+        self._guessed.update(dict.fromkeys(self._values.memory.names.get(key, ())))
         return self._values.keys.tail(key)
 
     def _read(self, keys: Sequence[str]) -> Step:
@@ -329,7 +315,7 @@ class Direct:
             # Taken apart for each, so that no two callers share a list or a dict.
             replies[key] = reply = found_or_fail(item[0], item[1], kept, epoch, now)
             if type(reply) is not Entry:
-                self._memory.note(key, ())
+                self._values.memory.note(key, ())
         return (yield from self._resolved(replies))
 
     def _resolved(self, replies: dict[str, Any]) -> Step:
@@ -348,14 +334,11 @@ class Direct:
                 replies[key] = Failed.of(error)
         return replies
 
-    def _resolved_one(self, key: str, entry: Entry) -> Step:
-        return (yield from self._resolved({key: entry}))[key]
-
     def _good(self, entries: dict[str, Entry]) -> Generator[list[bytes], Any, set[str]]:
         """Return the keys whose entries have the present generations of their tags."""
         for key, entry in entries.items():
             if entry.metadata.tags:
-                self._memory.note(key, self._generations.names(entry.metadata.tags))
+                self._values.memory.note(key, self._generations.names(entry.metadata.tags))
         tags = [tag for each in entries.values() for tag in each.metadata.tags]
         if tags and (unknown := self._generations.unknown(self._generations.names(tags))):
             self._generations.learn(unknown, (yield self._generations.reading(self._head, unknown)))
@@ -363,7 +346,7 @@ class Direct:
 
     def _set(self, request: Set | SetMany) -> Step:
         values, connection = self._values, self._connection
-        metadata = EntryMetadata(self._generations.current(request.tags)) if request.tags else NO_METADATA
+        metadata = EntryMetadata(tags=self._generations.current(request.tags)) if request.tags else NO_METADATA
         items = {request.key: request.value} if isinstance(request, Set) else request.items
         expiry = values.expiry(request.ttl, connection.now())
         commands: list[bytes] = []
@@ -387,12 +370,7 @@ class Direct:
         entries: dict[str, Entry] = {}
         for (key, (_, kept)), answer in zip(names.items(), answers[::2], strict=True):
             with contextlib.suppress(CacheError):  # Not ours, and gone all the same.
-                item: Any = answer
-                if (
-                    isinstance(item, tuple)
-                    and (entry := entry_of(self._connection, kept, cast("Any", item), self._connection.now()))
-                    is not None
-                ):
+                if (entry := entry_of(self._connection, kept, answer, self._connection.now())) is not None:
                     entries[key] = entry
         deleted = len((yield from self._good(entries)))
         chunks = [name for each in entries.values() if each.form == CHUNKED for name in chunk_tails(each.body)]

@@ -46,13 +46,11 @@ class LimitUpdates:
     unversioned = True
 
     def __init__(self, session: Session, values: Values) -> None:
-        self.session = session
         self._keys = values.keys
         self._connection = session.connection
-        self._now = 0.0
+        self._now = session.connection.now()
 
     def lookup(self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]) -> Exchange[list[tuple[int, _Limit]]]:
-        self._now = self._connection.now()
         limits: dict[str, _Limit] = {}
         keyed: list[tuple[int, _Limit]] = []
         for position, request in waiting:
@@ -70,8 +68,8 @@ class LimitUpdates:
         yield from ()
         return keyed
 
-    def decide(self, request: Request[Any], item: _Limit) -> Reply | Draft:
-        reply, meter = admit(cast("Admit", request), item.meter, microseconds(self._now))
+    def decide(self, request: Admit, item: _Limit) -> Reply | Draft:
+        reply, meter = admit(request, item.meter, microseconds(self._now))
         item.meter = meter or item.meter
         item.reset = max(item.reset, getattr(reply, "reset_after", 0.0))
         draft: Draft = item.draft or Draft([], reply)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
 
 import anyio
 from anyio import to_thread
+from anyio.abc import ByteStream
+from anyio.streams.tls import TLSStream
 
-from cachebus.actors.ports import Clock, running_timers, spawn
+from cachebus.actors.ports import Clock, running_loop, running_timers, spawn
 from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, CacheError
 
 from .memcached_connection import Connection
 from .memcached_errors import BACKEND, unreachable
-from .memcached_socket import open_socket
+
+READ_BYTES = 1 << 18
 
 BETWEEN_ATTEMPTS = 0.05
-"""Seconds before a server that refused is connected to again, where no request waits for it."""
+"""Seconds before a server that refused is connected to again, if no request waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +59,36 @@ class Connector:
         """
         try:
             with anyio.fail_after(self.connect_timeout):
-                return await self._connect(endpoint, await self._addresses(endpoint, lookups))
+                failure: OSError = OSError(f"no address for {endpoint.host}")
+                for address in await self._addresses(endpoint, lookups):
+                    try:
+                        transport = await open_transport(address, endpoint.port, self.tls, endpoint.host)
+                    except ssl.SSLError:
+                        raise
+                    except OSError as error:
+                        failure = error
+                    else:
+                        return await self._greet(endpoint, transport)
+                raise failure
         except (OSError, ValueError) as error:
             raise unreachable(error, str(endpoint), self.connect_timeout) from None
 
-    async def _connect(self, endpoint: Endpoint, addresses: list[str]) -> Connection:
-        failure: OSError = OSError(f"no address for {endpoint.host}")
-        for address in addresses:
-            try:
-                made = await open_socket(address, endpoint.port, self.tls, endpoint.host)
-            except OSError as error:
-                failure = error
-                if isinstance(error, ssl.SSLError):
-                    break
-                continue
-            timers = running_timers(self.clock)
-            connection = Connection(str(endpoint), made, self.clock, timers, max(self.connect_timeout, self.timeout))
-            greeted = Result()
-            try:
-                connection.begin(connection.greet(), greeted)
-                if isinstance(refusal := await greeted.wait(), CacheError):
-                    plain = isinstance(refusal, CacheConnectionError | CacheConfigurationError)
-                    raise refusal if plain else unreachable(ValueError(), str(endpoint), 0.0)
-            except BaseException:
-                connection.close()
-                raise
-            connection.timeout = self.timeout
-            return connection
-        raise failure
+    async def _greet(self, endpoint: Endpoint, transport: asyncio.Transport) -> Connection:
+        timers = running_timers(self.clock)
+        connection = Connection(str(endpoint), transport, self.clock, timers, max(self.connect_timeout, self.timeout))
+        greeted = Result()
+        try:
+            connection.begin(connection.greet(), greeted)
+            refusal = await greeted.wait()
+            if isinstance(refusal, CacheConnectionError | CacheConfigurationError):
+                raise refusal
+            if isinstance(refusal, CacheError):
+                raise unreachable(ValueError(), str(endpoint), 0.0)
+        except BaseException:
+            connection.close()
+            raise
+        connection.timeout = self.timeout
+        return connection
 
     async def _addresses(self, endpoint: Endpoint, lookups: set[object]) -> list[str]:
         try:
@@ -101,11 +107,99 @@ class Connector:
             finally:
                 lookups.discard(lookup)
 
+        # A limiter of its own: the threads of the application are not to be used up by a slow name server.
+        return await to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+
+
+class StreamTransport(asyncio.Transport):
+    """A transport over a stream of anyio, for event loops other than asyncio's."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        super().__init__()
+        self._stream = stream
+        self._unsent: deque[bytes] = deque()
+        self._sending = False
+        self._receiver: Any = None
+        self._cancel_receiving = self._cancel_sending = _nothing
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._receiver = protocol
+
+    def resume_reading(self) -> None:
+        self._cancel_receiving = spawn(self._guarded(self._receive()))
+
+    def get_write_buffer_size(self) -> int:
+        return sum(map(len, self._unsent))
+
+    def write(self, data: Any) -> None:
+        self._unsent.append(data)
+        if not self._sending:
+            self._sending = True
+            self._cancel_sending = spawn(self._guarded(self._send()))
+
+    def abort(self) -> None:
+        self._receiver = None
+        self._unsent.clear()
+        self._cancel_receiving()
+        self._cancel_sending()
+        spawn(anyio.aclose_forcefully(self._stream))
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        ended: Exception | None = None
         try:
-            # A limiter of its own: the threads of the application are not to be used up by a slow name server.
-            return await to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
-        except OSError as error:
-            raise unreachable(error, str(endpoint), self.connect_timeout) from None
+            await work
+            return
+        except anyio.EndOfStream:
+            pass
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            ended = error
+        if self._receiver is not None:
+            self._receiver.connection_lost(ended)
+
+    async def _receive(self) -> None:
+        while (receiver := self._receiver) is not None:
+            data = await self._stream.receive(READ_BYTES)
+            if self._receiver is receiver:
+                receiver.data_received(data)
+
+    async def _send(self) -> None:
+        try:
+            while self._unsent:
+                await self._stream.send(self._unsent[0])
+                if self._unsent:  # Aborting has taken them away.
+                    self._unsent.popleft()
+        finally:
+            self._sending = False
+
+
+def _nothing() -> None:
+    """Cancel nothing."""
+
+
+async def open_transport(host: str, port: int, tls: ssl.SSLContext | None, name: str) -> asyncio.Transport:
+    """Connect to a numeric address; with `tls`, to the server of that name. Raises `OSError`.
+
+    Bytes that come wait in the operating system until the transport has a protocol and is resumed.
+    """
+    if running_loop() is None:
+        stream: ByteStream = await anyio.connect_tcp(host, port)
+        if tls is not None:
+            try:
+                stream = await TLSStream.wrap(stream, hostname=name, ssl_context=tls, standard_compatible=False)
+            except BaseException:
+                await anyio.aclose_forcefully(stream)
+                raise
+        return StreamTransport(stream)
+    loop, wanted = asyncio.get_running_loop(), name if tls else None
+    transport, _ = await loop.create_connection(_Paused, host, port, ssl=tls, server_hostname=wanted)
+    return transport
+
+
+class _Paused(asyncio.Protocol):
+    """The protocol of a transport that has no other yet."""
+
+    def connection_made(self, transport: Any) -> None:
+        transport.pause_reading()
 
 
 class Result:
@@ -137,8 +231,7 @@ class Server:
         self.connection: Connection | None = None
         self._connector = connector
         self._aside = aside
-        self._busy = False
-        self._waiting: deque[anyio.Event] = deque()
+        self._turn = anyio.Semaphore(1, fast_acquire=True)
         self._closed = False
         self._ill = False
         self._lookups: set[object] = set()
@@ -148,20 +241,20 @@ class Server:
         self._failed_at = float("-inf")
 
     def __repr__(self) -> str:
-        state = "busy" if self._busy else "idle"
+        state = "idle" if self._turn.value else "busy"
         return f"<Server at {self.endpoint}, {state}, {len(self._lookups)}/{self._connector.most} lookups>"
 
     def take_at_once(self) -> Connection | None:
         """Take the turn and the connection, if neither has to be waited for."""
         connection = self.connection
-        if self._busy or connection is None or connection.lost is not None:
+        if connection is None or connection.lost is not None or not self._turn.value:
             return None
-        self._busy = True
+        self._turn.acquire_nowait()
         return connection
 
     async def take(self) -> Connection:
         """Wait for the turn and for the connection. Raises `CacheConnectionError` if there is none."""
-        await self._take_turn()
+        await self._turn.acquire()
         try:
             if self._closed:
                 raise CacheClosed("the connection to memcached was closed")
@@ -169,7 +262,7 @@ class Server:
                 if self._ill:
                     self._reconnect_aside()
                 else:
-                    self._use(await self._connect())
+                    await self._connect()
             assert self.connection is not None
             return self.connection
         except BaseException:
@@ -180,13 +273,7 @@ class Server:
         """Give the turn back: to the caller that has waited longest."""
         if self.connection is not None and self.connection.lost is not None:
             self._ill = self._aside
-        self._busy = False
-        while self._waiting:
-            event = self._waiting.popleft()
-            if not event.is_set():
-                self._busy = True
-                event.set()
-                return
+        self._turn.release()
 
     async def connect(self) -> None:
         """Make the connection, unless there is one. Raises `CacheError`."""
@@ -196,7 +283,7 @@ class Server:
     async def close(self) -> None:
         """Finish what is in flight, then close. Cancelled, it closes at once."""
         try:
-            await self._take_turn()
+            await self._turn.acquire()
             self.give()
         finally:
             self.abort()
@@ -210,29 +297,15 @@ class Server:
             self.connection.close()
             self.connection = None
 
-    async def _take_turn(self) -> None:
-        if not self._busy:
-            self._busy = True
-            return
-        event = anyio.Event()
-        self._waiting.append(event)
+    async def _connect(self) -> None:
         try:
-            await event.wait()
-        except BaseException:
-            if event.is_set():
-                self.give()  # It had come just now.
-            else:
-                self._waiting.remove(event)
-            raise
-
-    async def _connect(self) -> Connection:
-        try:
-            return await self._connector.connect(self.endpoint, self._lookups)
+            connection = await self._connector.connect(self.endpoint, self._lookups)
         except CacheError:
             self._ill = self._aside
             raise
-
-    def _use(self, connection: Connection) -> None:
+        if self._closed:
+            connection.close()
+            raise CacheClosed("the connection to memcached was closed")
         connection.on_idle = self.give
         self.connection, self._ill, self._failure = connection, False, None
 
@@ -249,11 +322,6 @@ class Server:
 
     async def _attempt(self) -> None:
         try:
-            connection = await self._connect()
+            await self._connect()
         except CacheError as error:
             self._failure, self._failed_at = error, self._connector.clock.monotonic()
-            return
-        if self._closed:
-            connection.close()
-        else:
-            self._use(connection)

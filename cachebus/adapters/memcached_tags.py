@@ -1,12 +1,12 @@
-"""Tags: each has a generation, which an invalidation makes anew, and an entry is good while those that it was made with
-are the present ones.
+"""Tags: each has a generation, which an invalidation replaces. An entry is good while its tags have the generations that it
+was made with.
 
 Every server has its own generation of each tag, beside the entries whose tags it guards: they are read together, and lost
-together. A generation is 96 bits of chance and never counted up, so that one that was lost, to an eviction or a restart,
-never comes back, and with it nothing that was made before. One that is missing is that of no entry.
+together. A generation is 96 random bits and never counted up. One that was lost, to an eviction or a restart, never comes
+back, and with it nothing that was made before. No entry is good under one that is missing.
 
-`ALL_TAGS` has one more. An invalidation makes it anew before those of its tags, so that whoever loads under tags that it did
-not know at the beginning can see at the end whether any was invalidated meanwhile. Decision 27 has the interleavings.
+`ALL_TAGS` has one more. An invalidation replaces it before those of its tags, so that a load under tags that it did not
+know at the beginning can see at the end whether any was invalidated meanwhile. Decision 27 has the interleavings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cachebus.messages import CacheBackendError, CacheError
 from .memcached_connection import Answer, Exchange, first_error, read, store
 from .memcached_entry import VERSION_MAX, TagVersion, TagVersions
 from .memcached_errors import BACKEND
-from .memcached_keys import ALL_TAGS, Keys
+from .memcached_keys import ALL_TAGS
 from .memcached_session import NamespaceChanged, Session
 
 REMEMBERED_KEYS, REMEMBERED_TAGS = 10_000, 8
@@ -27,13 +27,13 @@ REMEMBERED_KEYS, REMEMBERED_TAGS = 10_000, 8
 
 
 def fresh() -> bytes:
-    """A generation that never was and never will be."""
+    """Return a generation that never was and never will be."""
     return secrets.token_bytes(12)
 
 
 class TagMemory:
-    """Which tags keys had when they were last read: their generations are asked for in the same round trip as the value.
-    Where it is wrong, or has forgotten a key, there is one round trip more."""
+    """The tags that keys had when they were last read: their generations are read in the same round trip as the value. If it
+    is wrong, or has forgotten a key, there is one round trip more. `names` are those of the generations, by key."""
 
     __slots__ = ("names",)
 
@@ -43,26 +43,14 @@ class TagMemory:
     def __repr__(self) -> str:
         return f"<TagMemory {len(self.names)}/{REMEMBERED_KEYS} keys>"
 
-    def __bool__(self) -> bool:
-        return bool(self.names)
-
-    def clear(self) -> None:
-        """Forget every key."""
-        self.names.clear()
-
-    def of(self, key: str) -> tuple[str, ...]:
-        """The names of the tags of a key, as far as is known."""
-        return self.names.get(key, ())
-
     def note(self, key: str, names: tuple[str, ...]) -> None:
         """Remember the names of a key's tags."""
         if not names:
             self.names.pop(key, None)
-        if not names or self.names.get(key) == names or len(names) > REMEMBERED_TAGS:
-            return
-        if len(self.names) >= REMEMBERED_KEYS:
-            del self.names[next(iter(self.names))]
-        self.names[key] = names
+        elif self.names.get(key) != names and len(names) <= REMEMBERED_TAGS:
+            if len(self.names) >= REMEMBERED_KEYS:
+                del self.names[next(iter(self.names))]
+            self.names[key] = names
 
 
 class Generations:
@@ -71,7 +59,7 @@ class Generations:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._keys: Keys = session.keys
+        self._keys = session.keys
         self._seen: dict[str, bytes] = {}  # By what follows the namespace's generation; empty where there is none.
         self._errors: dict[str, CacheError] = {}
 
@@ -80,7 +68,7 @@ class Generations:
         return tuple([self._keys.tag(tag) for tag, _ in tags])
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """Return those of which the generation has not been read."""
+        """Return the names of generations that have not been read."""
         return [name for name in dict.fromkeys(names) if name not in self._seen]
 
     # Asking
@@ -122,8 +110,7 @@ class Generations:
         return self._seen.get(name, b"")
 
     def current(self, tags: Iterable[str]) -> TagVersions:
-        """Return the tags with their generations, for an entry that is made now. Raises `CacheError` for one that could
-        neither be read nor made."""
+        """Return the tags with their generations, for a new entry. Raises `CacheError` if one could not be read or made."""
         versions: list[TagVersion] = []
         for tag in dict.fromkeys(tags):
             name = self._keys.tag(tag)

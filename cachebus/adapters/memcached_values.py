@@ -36,7 +36,6 @@ from .memcached_entry import (
     NO_METADATA,
     Entry,
     EntryMetadata,
-    expiry_of,
     kept_until,
     pack_entry,
     read_entry,
@@ -69,8 +68,9 @@ class Values:
     memory: TagMemory = field(default_factory=TagMemory)
 
     def expiry(self, ttl: Ttl, now: float) -> float:
-        """Return the time at which a value's time is up; 0 for never."""
-        return expiry_of(self.default_ttl if ttl == "default" else ttl, now)
+        """Return the time at which a value's time is up; 0 for never. Raises `BadMessage` as `time_to_live` does."""
+        seconds = self.default_ttl if ttl == "default" else ttl
+        return 0.0 if seconds is None else now + math.ceil(time_to_live(seconds))
 
     def lifetime(self, ttl: Ttl) -> float | None:
         """Return the seconds that a value is given, which the server counts whole; `None` for ever."""
@@ -109,17 +109,14 @@ class Values:
         room = connection.entry_max - HEADER.size - len(kept)
         if metadata is not NO_METADATA:
             room -= len(metadata.packed())
-        if len(form) - 1 <= room:
-            return [store(head + tail, pack_entry(form, kept, expiry, now, 0.0, metadata), seconds, condition)]
-        limit = CHUNKED_MAX if self.chunked else max(room, 0)
-        if len(form) - 1 > limit or form[0] == INT:
-            raise CacheCapacityError("the value is too large for Memcached", len(form) - 1, limit)
-        manifest, chunks = split(form, connection.entry_max)
-        entry = pack_entry(manifest, kept, expiry, now, 0.0, metadata)
-        return [
-            *(store(head + chunk, body, seconds) for chunk, body in chunks),
-            store(head + tail, entry, seconds, condition),
-        ]
+        chunks: list[bytes] = []
+        if len(form) - 1 > room:
+            limit = CHUNKED_MAX if self.chunked else max(room, 0)
+            if len(form) - 1 > limit or form[0] == INT:
+                raise CacheCapacityError("the value is too large for Memcached", len(form) - 1, limit)
+            form, parts = split(form, connection.entry_max)
+            chunks = [store(head + chunk, body, seconds) for chunk, body in parts]
+        return [*chunks, store(head + tail, pack_entry(form, kept, expiry, now, 0.0, metadata), seconds, condition)]
 
 
 def entry_of(connection: Connection, kept: bytes, answer: Answer, now: float) -> Entry | None:

@@ -41,26 +41,26 @@ from cachebus.messages import (
     Stored,
     StoredMany,
     Touch,
-    Ttl,
     WrongType,
 )
 
 from .eviction import NEVER, VISITS_MAX, Entry
 from .glob import compile_glob
-from .loads import LoadTable
+from .leases import LeaseTable
 from .rates import MeterTable
+from .table import EntryTable
 from .weigh import estimate_size
 
 _MISSING = Missing()
 
 
-class MemoryStore(LoadTable):
+class MemoryStore(EntryTable):
     """An `InlineStore` in this process's memory.
 
     Bounded by `max_entries`, and by `max_bytes` of what `weigher` says of the values plus an overhead for each entry;
     `None` is no bound. `default_ttl` is in seconds, `None` for no expiry. `policy` names what is given up first when a
     bound is reached. At most `max_leases` keys are loaded at a time, and `max_limits` rate limits are in use. Values are
-    kept by reference: who changes one changes it for everybody.
+    kept by reference: mutating one affects every reader.
 
     Not safe for concurrent use by itself: its actor's turn makes it so.
     """
@@ -89,9 +89,10 @@ class MemoryStore(LoadTable):
             policy=policy,
             weigher=weigher,
             clock=clock,
-            max_leases=max_leases,
         )
-        self._meters = MeterTable(clock.monotonic, self._announce_due, max_limits)
+        self._leases = LeaseTable(self, max_leases=max_leases)
+        self._leased, self._overtaken = self._leases.by_key, self._leases.overtaken
+        self._meters = MeterTable(clock.monotonic, self.announce_due, max_limits)
         self.get = self._reader()
         self._verbs: Mapping[type[Request[Any]], Callable[[Any], Any]] = {
             Get: self.get,
@@ -109,9 +110,9 @@ class MemoryStore(LoadTable):
             Scan: self.scan,
             InvalidateTags: self.invalidate_tags,
             Clear: self.clear,
-            GetOrLease: self.get_or_lease,
-            RenewLease: self.renew,
-            ReleaseLease: self.release,
+            GetOrLease: self._leases.get_or_lease,
+            RenewLease: self._leases.renew,
+            ReleaseLease: self._leases.release,
             Admit: self._meters.admit,
         }
 
@@ -143,17 +144,12 @@ class MemoryStore(LoadTable):
             max_bytes=self._max_bytes,
         )
 
-    @property
-    def limits(self) -> int:
-        """How many rate limits are in use."""
-        return len(self._meters)
-
     # Reading
 
     def _reader(self) -> Callable[[Get], Found | Missing]:
         """The verb of `Get`."""
         # The hot path of the whole library. As a closure it looks nothing up that does not change, which saves 50 ns.
-        find, now, valid, loaded = self._find, self._now, self._tags.valid, self._metadata_of
+        find, now, valid, loaded = self._find, self.now, self._tags.valid, self._metadata_of
         on_hit, on_read, counts = self._on_hit, self._on_read, self._counts
 
         def get(request: Get) -> Found | Missing:
@@ -167,9 +163,9 @@ class MemoryStore(LoadTable):
                         entry.visits += 1
                     counts[0] += 1
                     if on_read:
-                        self._tell_read(request.key, hit=True)
+                        on_read[0](request.key, True)
                     if loaded and request.key in loaded:
-                        return self._found(entry, now())
+                        return self.found(entry, now())
                     version = entry.version
                     return Found(entry.value, version, left if left < NEVER else None, entry.tags, version)
                 if left <= 0:
@@ -178,7 +174,7 @@ class MemoryStore(LoadTable):
                     self._drop(entry, RemovalCause.EXPLICIT)
             counts[1] += 1
             if on_read:
-                self._tell_read(request.key, hit=False)
+                on_read[0](request.key, False)
             return _MISSING
 
         return get
@@ -191,7 +187,7 @@ class MemoryStore(LoadTable):
         return FoundMany(entries)
 
     def exists(self, request: Exists) -> Present | Missing:
-        entry = self._live(request.key, self._now())
+        entry = self.live(request.key, self.now())
         return _MISSING if entry is None else self._present(entry)
 
     def scan(self, request: Scan) -> Scanned:
@@ -201,42 +197,40 @@ class MemoryStore(LoadTable):
     # Writing
 
     def set(self, request: Set) -> Stored | NotStored:
-        now = self._now()
+        now = self.now()
         if request.lease is not None:
-            return self.set_leased(request, request.lease, now)
-        if request.only_if is None:
-            return Stored(self._store(request.key, request.value, request.ttl, request.tags, now).version)
-        entry = self._live(request.key, now)
-        if (entry is None) != (request.only_if == "absent"):
-            return NotStored(0.0 if entry is None else entry.version)
-        return self._stored(request.key, request.value, request.ttl, request.tags, now)
+            return self._leases.set_leased(request, request.lease, now)
+        if request.only_if is not None:
+            entry = self.live(request.key, now)
+            if (entry is None) != (request.only_if == "absent"):
+                return NotStored(0.0 if entry is None else entry.version)
+        return Stored(self.write(request.key, request.value, request.ttl, request.tags, now).version)
 
     def set_many(self, request: SetMany) -> StoredMany:
-        now = self._now()
+        now = self.now()
         for value in request.items.values():
             self._weigh(value)  # Refused before anything is stored, so that it is all or nothing.
         for key, value in request.items.items():
-            self._store(key, value, request.ttl, request.tags, now)
+            self.write(key, value, request.ttl, request.tags, now)
         return StoredMany(len(request.items))
 
     def add(self, request: Add) -> Stored | NotStored:
-        now = self._now()
-        entry = self._live(request.key, now)
-        if entry is not None:
+        now = self.now()
+        if (entry := self.live(request.key, now)) is not None:
             return NotStored(entry.version)
-        return self._stored(request.key, request.value, request.ttl, request.tags, now)
+        return Stored(self.write(request.key, request.value, request.ttl, request.tags, now).version)
 
     def compare_and_set(self, request: CompareAndSet) -> Stored | NotStored:
-        now = self._now()
-        entry = self._live(request.key, now)
+        now = self.now()
+        entry = self.live(request.key, now)
         if entry is None or entry.version != request.version:
             return NotStored(0.0 if entry is None else entry.version)
-        return self._stored(request.key, request.value, request.ttl, request.tags, now)
+        return Stored(self.write(request.key, request.value, request.ttl, request.tags, now).version)
 
     def touch(self, request: Touch) -> Present | Missing:
-        now = self._now()
+        now = self.now()
         expires_at = self._expiry(request.ttl, now)
-        entry = self._live(request.key, now)
+        entry = self.live(request.key, now)
         if entry is None:
             return _MISSING
         self._changing = ""
@@ -246,13 +240,13 @@ class MemoryStore(LoadTable):
         return self._present(entry)
 
     def increment(self, request: Increment) -> Incremented | Missing:
-        now = self._now()
-        entry = self._live(request.key, now)
+        now = self.now()
+        entry = self.live(request.key, now)
         if entry is None:
             if request.initial is None:
                 return _MISSING
             value = _counter(request.initial + request.delta)
-            self._store(request.key, value, request.ttl, (), now)
+            self.write(request.key, value, request.ttl, (), now)
             return Incremented(value)
         if type(entry.value) is not int:
             raise WrongType(f"increment needs an int under the key, not {type(entry.value).__name__}")
@@ -289,14 +283,14 @@ class MemoryStore(LoadTable):
         self._leases.void_all(matches)
         matching = self._matching(request.pattern)
         # What is stale is no live value, and goes too.
-        now = self._now()
+        now = self.now()
         self._delete(tuple(key for key in self._metadata_of if matches(key) and self._entries[key].expires_at <= now))
         for entry in matching:
             self._drop(entry, RemovalCause.EXPLICIT)
         return Deleted(len(matching))
 
     def invalidate_tags(self, request: InvalidateTags) -> Invalidated:
-        version = self._next_version(self._now())
+        version = self._next_version(self.now())
         for tag in request.tags:
             self._tags.invalidate(tag, version)
         if self._leased:
@@ -315,7 +309,7 @@ class MemoryStore(LoadTable):
         return due if due is not None and due <= other else other if other < NEVER else None
 
     def sweep(self, limit: int) -> int:
-        now = self._now()
+        now = self.now()
         self._leases.advance(now)
         self._meters.sweep(limit)
         swept = 0
@@ -337,21 +331,18 @@ class MemoryStore(LoadTable):
         none is wrong. Returns the replies that are still owed."""
         self._repair_entries()
         self._meters.repair()
-        return self._leases.repair(self._now())
+        return self._leases.repair(self.now())
 
     # Helpers
 
-    def _stored(self, key: str, value: Any, ttl: Ttl, tags: tuple[str, ...], now: float) -> Stored:
-        return Stored(self._store(key, value, ttl, tags, now).version)
-
     def _matching(self, pattern: str) -> list[Entry]:
         matches = compile_glob(pattern).fullmatch
-        now = self._now()
+        now = self.now()
         found = [entry for key, entry in self._entries.items() if matches(key)]
-        return [entry for entry in found if self._live(entry.key, now) is entry]
+        return [entry for entry in found if self.live(entry.key, now) is entry]
 
     def _present(self, entry: Entry) -> Present:
-        left = entry.expires_at - self._now()
+        left = entry.expires_at - self.now()
         return Present(entry.version, left if left < NEVER else None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from cachebus.actors.ports import Capabilities, Deferred, Gauges, ReadListener, RemovalListener, WriteListener
@@ -41,9 +41,9 @@ from cachebus.messages import (
 class NullStore:
     """An `InlineStore` in which every key is missing, always.
 
-    Writes are accepted, as a memory store of no size would, and forgotten: they say `Stored` at version 0 where the
-    condition of the write holds for a missing key. Reads count as misses and are told to `on_read`; no write is told
-    to `on_write` or counted, because nothing was kept.
+    Writes are accepted and forgotten, as by a memory store of no size: the reply is `Stored` at version 0 if the condition
+    of the write holds for a missing key. Reads count as misses and go to `on_read`. No write is counted or goes to
+    `on_write`, because nothing was kept.
     """
 
     name = "null"
@@ -65,13 +65,10 @@ class NullStore:
             CompareAndSet: lambda _: NotStored(),
             Touch: lambda _: Missing(),
             Increment: self._increment,
-            Delete: lambda _: Deleted(0),
-            DeleteMany: lambda _: Deleted(0),
-            DeletePattern: lambda _: Deleted(0),
+            **dict.fromkeys((Delete, DeleteMany, DeletePattern, Sweep), lambda _: Deleted(0)),
             Scan: lambda _: Scanned(()),
             InvalidateTags: lambda _: Invalidated(),
             Clear: lambda _: Cleared(),
-            Sweep: lambda _: Deleted(0),
         }
 
     def __repr__(self) -> str:
@@ -99,18 +96,15 @@ class NullStore:
         return 0
 
     def _get(self, request: Get) -> Missing:
-        self._missed((request.key,))
+        self._misses += 1
+        if self.on_read is not None:
+            self.on_read(request.key, False)
         return Missing()
 
     def _get_many(self, request: GetMany) -> FoundMany:
-        self._missed(dict.fromkeys(request.keys))
+        for key in dict.fromkeys(request.keys):
+            self._get(Get(key))
         return FoundMany({})
-
-    def _missed(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            self._misses += 1
-            if self.on_read is not None:
-                self.on_read(key, False)
 
     def _increment(self, request: Increment) -> Incremented | Missing:
         return Missing() if request.initial is None else Incremented(request.initial + request.delta)

@@ -48,18 +48,17 @@ def check_admit(request: Admit) -> None:
 
 
 def microseconds(seconds: float) -> int:
-    """Seconds as whole microseconds."""
+    """Return seconds as whole microseconds."""
     return round(seconds * 1e6)
 
 
 def per_of(request: Admit) -> int:
-    """The microseconds of the request's `per`."""
+    """Return the microseconds of the request's `per`."""
     return max(1, microseconds(request.per))
 
 
 def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | RateLimitDenied, Meter | None]:
-    """The reply to a checked request, and the meter that it leaves behind; `None` if nothing changes. `now` is in
-    microseconds."""
+    """Return the reply to a checked request, and the meter, if that changes. `now` is in microseconds."""
     limit, per, at, level = request.limit, per_of(request), now, 0
     set_back = None
     if meter is not None:
@@ -88,8 +87,9 @@ def _up(number: int, by: int) -> int:
 class MeterTable:
     """The meters of a memory store, at most `most` of them.
 
-    One that is at 0 again is forgotten. Where there is no room for a new one, the one goes that would have been at 0 first:
-    who has used little gets it back early, and who has used a lot does not. `on_due` is told when `sweep` is needed.
+    One that is at 0 again is forgotten. If there is no room for a new one, the one goes that would have been at 0 first: a
+    limit of which little was used is whole again early, one of which much was used is not. `on_due` is called with the time
+    at which `sweep` is needed.
     """
 
     def __init__(self, now: Callable[[], float], on_due: Callable[[float], None], most: int) -> None:

@@ -1,7 +1,7 @@
 """One connection to a Redis server, auto-pipelined: batches go out one after the other, and come back in that order.
 
-Only the connection reads its socket, and it reads every reply to its end, whoever still waits for it. So a caller
-that gave up never leaves half a reply behind for the next one; where that cannot be kept, the connection is dropped.
+The connection reads every reply to its end, even if its caller has gone. So a caller that gave up never leaves half a reply
+behind for the next one; if that cannot be kept, the connection is dropped.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _MORE: Any = object()  # What hiredis says when it has no whole reply.
 
 # hiredis' own hints know commands of one word only.
 pack_words: Callable[[tuple[Argument, ...]], bytes] = cast("Any", hiredis.pack_command)
+"""Make bytes of a command."""
 
 
 def pack(*arguments: Argument) -> bytes:
@@ -47,7 +48,7 @@ class InFlight(Protocol):
     def wanted(self) -> int: ...
 
     def answer(self, replies: Sequence[Any] | CacheError, /) -> None:
-        """Take the replies, in order; or why there will be none. Called once."""
+        """Take the replies, in order; or why there will be none."""
 
     def changes(self) -> Iterable[Any]:
         """The keys that the commands may change."""
@@ -65,42 +66,33 @@ class Asked(Struct, eq=False):
         return ()
 
 
-class Waiters:
-    """Tasks that wait for a change."""
+class Change:
+    """A change that tasks wait for; `awaited` while there are any."""
 
     def __init__(self) -> None:
-        self.futures: list[asyncio.Future[None]] = []
+        self.awaited: asyncio.Future[None] | None = None
 
-    async def change(self) -> None:
-        """Wait for the next change. Raises the error that `wake` is given."""
-        future = asyncio.get_running_loop().create_future()
-        self.futures.append(future)
-        try:
-            await future
-        finally:
-            if future in self.futures:
-                self.futures.remove(future)
+    async def wait(self) -> None:
+        """Wait for the next change."""
+        if self.awaited is None:
+            self.awaited = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self.awaited)
 
-    def wake(self, error: CacheError | None = None) -> None:
-        """Tell everyone who waits of a change, or of an error."""
-        futures, self.futures = self.futures, []
-        for future in futures:
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
+    def wake(self) -> None:
+        """End the wait of every task."""
+        if self.awaited is not None:
+            self.awaited.set_result(None)
+            self.awaited = None
 
 
 class RedisConnection(asyncio.Protocol):
     """A connection with up to `window` batches in flight, which are answered in order.
 
-    `server` names it in errors, `greeted` says that the server has taken us in. Every `health_interval` seconds the server
-    is asked for its time, which keeps the connection alive and our idea of the server's clock good; a server that says
-    nothing for so long, and the time that the bytes in flight may take, is given up. `on_push` takes what the server says
-    unasked, such as a message of a channel. `heard_at` is when bytes last came, `offset` what the server's clock is ahead of
-    the monotonic one.
+    `server` names it in errors, `greeted` says that the handshake is over. Every `health_interval` seconds the server is
+    asked for its time, which keeps the connection alive and our idea of the server's clock good. A server that is silent for
+    so long, and for the time that the bytes in flight may take, is given up. `on_push` takes what the server sends unasked,
+    such as a message of a channel. `heard_at` is when bytes last came, `offset` what the server's clock is ahead of the
+    monotonic one.
     """
 
     def __init__(self, server: str, clock: Clock, *, window: int, health_interval: float | None) -> None:
@@ -116,7 +108,7 @@ class RedisConnection(asyncio.Protocol):
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self.in_flight: deque[InFlight] = deque()
         self._replies: list[Any] = []  # Of the batch that is answered next.
-        self._waiters = Waiters()
+        self._change = Change()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.paused = False
@@ -148,7 +140,7 @@ class RedisConnection(asyncio.Protocol):
     async def room(self) -> None:
         """Wait until another batch may be sent. Raises `CacheConnectionError` once the connection is lost."""
         while self.lost is None and not self.has_room:
-            await self._waiters.change()
+            await self._change.wait()
         if self.lost is not None:
             raise self.lost
 
@@ -211,12 +203,12 @@ class RedisConnection(asyncio.Protocol):
     async def drain(self) -> None:
         """Wait until nothing is in flight."""
         while self.in_flight:
-            await self._waiters.change()
+            await self._change.wait()
 
     async def gone(self) -> CacheError:
         """Wait until the connection is lost, and say why."""
         while self.lost is None:
-            await self._waiters.change()
+            await self._change.wait()
         return self.lost
 
     def drop(self, error: CacheError) -> None:
@@ -229,7 +221,7 @@ class RedisConnection(asyncio.Protocol):
             self._transport.abort()
         while self.in_flight:
             self.in_flight.popleft().answer(self.lost)
-        self._waiters.wake()
+        self._change.wake()
 
     # For the event loop
 
@@ -252,7 +244,7 @@ class RedisConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.paused = False
-        self._waiters.wake()
+        self._change.wake()
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._monotonic()
@@ -287,8 +279,8 @@ class RedisConnection(asyncio.Protocol):
             if batch is not None:
                 batch.answer(error)
             raise
-        if batch is not None and self._waiters.futures:
-            self._waiters.wake()
+        if batch is not None and self._change.awaited:
+            self._change.wake()
 
     # Helpers
 

@@ -10,6 +10,7 @@ import hiredis
 
 from cachebus.messages import (
     CacheBackendError,
+    CacheClosed,
     CacheConfigurationError,
     CacheConnectionError,
     CacheError,
@@ -109,13 +110,18 @@ def lost(server: str, why: str) -> CacheConnectionError:
     return CacheConnectionError(f"the connection to {server} was lost: {why}", BACKEND)
 
 
+def closed() -> CacheClosed:
+    """The error of what is asked of a store that is closed."""
+    return CacheClosed("the connection to redis was closed")
+
+
 def moving(how: str = "TRYAGAIN") -> CacheConnectionError:
     """The error of a command that did not find its keys in one place of a cluster."""
     return CacheConnectionError(f"the cluster is moving these keys ({how})", BACKEND)
 
 
 def in_doubt(error: CacheError) -> CacheError:
-    """What a write is told that was sent on a connection before it was lost."""
+    """The error of a write that was sent on a connection before it was lost."""
     return CacheConnectionError(f"{error.detail}; whether the request was done is not known", BACKEND)
 
 

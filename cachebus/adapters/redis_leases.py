@@ -1,4 +1,4 @@
-"""Leases in Redis: who loads a key stands under the key itself, so that whatever removes or writes the key takes it away.
+"""Leases in Redis: the lease of a key stands under the key itself, so that a write or a delete of the key takes it away.
 
 In the place of a missing value, or of one whose time is up, stands
 
@@ -7,12 +7,12 @@ In the place of a missing value, or of one whose time is up, stands
     1 byte    form      l
     8 bytes   until     Unix time in milliseconds until which the value below may be served, 0 without one
     1 byte    length of the token, and the token: what was asked for, a dot and a nonce
-    16 bytes  stamp     of the moment when the load began, as `redis_tags` has it
+    16 bytes  stamp     of the moment when the load began, as `redis_entry` has it
     4 bytes   length of the packed tags that are known from the beginning, and these
     rest      the entry whose time is up, as it was
 
-A live value that is loaded anew stays where it is. Its lease is a key of its own, with the version of that value and the stamp in it: if
-the value has another version by the time the new one comes, or is gone, the lease is lost.
+A live value that is refreshed stays where it is. Its lease is a key of its own, with the version of that value and the stamp
+in it: if the value has another version by the time the new one comes, or is gone, the lease is lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any
 
 from cachebus.messages import (
     BadMessage,
-    CacheSerializationError,
     GetOrLease,
     LeaseGranted,
     Loading,
@@ -35,19 +34,15 @@ from cachebus.messages import (
     RenewLease,
     Reply,
     Set,
-    Stale,
     Stored,
 )
 from cachebus.messages.leases import NONCE_LENGTH, new_lease_name
 
-from .durations import time_stale
-from .lease_checks import check_lease
+from .durations import check_lease, time_stale
+from .redis_commands import slot_of, tag_of
 from .redis_connection import Argument
-from .redis_script import Script
-from .redis_slots import slot_of, tag_of
-from .redis_tag_scripts import Twin
-from .redis_tags import pack_tagged, pack_tags, read_tagged, split_tagged
-from .redis_values import HEADER, TAGGED, decode, pack_metadata, read_or_fail, split_metadata
+from .redis_entry import pack_metadata, pack_tagged, pack_tags, read_entry, read_stale
+from .redis_scripts import Script, Twin
 
 _MARK = """
 local MARK = struct.pack('>d', -1)
@@ -90,9 +85,12 @@ local function is_void(stamp, known)
 end
 """.replace("NAMELESS", str(-NONCE_LENGTH - 2))
 
-LEASE = Twin(
-    _MARK
-    + """
+
+def _script(body: str) -> Twin:
+    return Twin(_MARK + body)
+
+
+LEASE = _script("""
 -- ARGV: token for a new lease, milliseconds of it, '1' to load a live value anew, 16 bytes for the stamp, and tags. The answer
 -- begins with 0 found, 1 granted or 2 loading; then the entry; the stale entry and the token; or the token, milliseconds left,
 -- stale entry, stamp, tags. A lease that was asked for by the same question, and is still there, is granted as it is.
@@ -135,12 +133,9 @@ if ARGV[3] == '1' then
   end
 end
 return {0, raw}
-"""
-)
+""")
 
-COMMIT = Twin(
-    _MARK
-    + """
+COMMIT = _script("""
 -- ARGV: token, form and value, milliseconds to live, milliseconds to be kept; '' is for ever; 16 bytes about tags. The answer
 -- is the version, or that of what is in the way, negated.
 local key, token, body = KEYS[1], ARGV[1], ARGV[2]
@@ -181,12 +176,9 @@ else
   redis.call('SET', key, header(version, ARGV[3]) .. body, 'PX', ARGV[4])
 end
 return version
-"""
-)
+""")
 
-RENEW = Twin(
-    _MARK
-    + """
+RENEW = _script("""
 -- ARGV: token, milliseconds of the lease. The answer is 1 if it is held; stamp and tags, if it is unless one was invalidated.
 local key, token, lease_ms = KEYS[1], ARGV[1], tonumber(ARGV[2])
 local raw = redis.call('GET', key)
@@ -202,12 +194,9 @@ if lease and string.sub(lease, 1, #token + 1) == token .. '|' then
   return 1
 end
 return 0
-"""
-)
+""")
 
-RELEASE = Twin(
-    _MARK
-    + """
+RELEASE = _script("""
 -- ARGV: token, or what it was asked for as; name of the error that the loader has failed with. The answer is 1 if it was held.
 local key, token = KEYS[1], ARGV[1]
 local raw = redis.call('GET', key)
@@ -233,26 +222,25 @@ if held == token then
   return 1
 end
 return 0
-"""
-)
+""")
 
 Leases = GetOrLease | RenewLease | ReleaseLease
 Parsed = Callable[[Any, float], Reply]
 
 
 def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -> tuple[list[Argument], Script, Parsed]:
-    """The words after the script's name, the script, and how its reply is read. `key` is the key in Redis. `verdict` is
-    what is known of the counters, where the script cannot look; `None` where it can."""
+    """The words after the script's name, the script, and what reads its reply. `key` is the key in Redis. `verdict` is what
+    is known of the counters; `None` if the script reads them itself."""
     here = verdict is None
     more: list[Argument] = [] if verdict is None else [verdict]
     if isinstance(request, GetOrLease):
         check_lease(request)
         # One key, where that is enough, does well in a slot of a cluster that is being moved.
-        keys: list[Argument] = [2, key, _anew(key)] if request.refresh else [1, key]
+        keys: list[Argument] = [2, key, _refresh_name(key)] if request.refresh else [1, key]
         words = [*keys, new_lease_name(request.token), _ms(request.lease_ttl), "1" if request.refresh else "0", stamp]
         words += (pack_tags(request.tags) if request.tags else b"", *more)
         return words, LEASE.here if here else LEASE.elsewhere, _leased
-    words = [2, key, _anew(key), request.token]
+    words = [2, key, _refresh_name(key), request.token]
     if isinstance(request, RenewLease):
         ttl = request.lease_ttl
         check_lease(request)
@@ -264,14 +252,14 @@ def commit_call(
     request: Set, key: str, body: bytes, px: str, stamp: bytes, here: bool
 ) -> tuple[list[Argument], Script, Parsed]:
     """As `lease_call`, for a value that is stored under a lease. `px` is its time to live in milliseconds, as text. `stamp` is
-    the latest of its counters, where the script cannot look for itself."""
+    the latest of its counters, if the script cannot read them itself."""
     if request.only_if is not None:
         raise BadMessage("a value that is stored under a lease has no other condition")
     if (metadata := request.metadata) is not None:
         body = pack_metadata(metadata, int(px) / 1000 if px else None) + body
     if request.tags:
         body = pack_tagged(body, request.tags, stamp)
-    words: list[Argument] = [2, key, _anew(key), request.lease or "", body, px, kept_for(request, px), stamp]
+    words: list[Argument] = [2, key, _refresh_name(key), request.lease or "", body, px, kept_for(request, px), stamp]
     return words, COMMIT.here if here else COMMIT.elsewhere, _committed
 
 
@@ -287,46 +275,26 @@ def _committed(version: Any, now: float) -> Reply:
 def _leased(reply: Any, now: float) -> Reply:
     if reply[0] == 0:
         # It was live to the server, whatever our clock says.
-        raw = reply[1]
-        return read_tagged(raw, now, live=True)[1] if raw[16] == TAGGED else read_or_fail(raw, now, live=True)
+        return read_entry(reply[1], now, live=True)[1]
     if reply[0] == 1:
-        return LeaseGranted(reply[2].decode(), _stale(reply[1], "", 0.0))
+        return LeaseGranted(reply[2].decode(), read_stale(reply[1], "", 0.0))
     holder, remaining = reply[1].decode(), reply[2] / 1000
-    return _stale(reply[3], holder, remaining) or Loading(holder, remaining)
+    return read_stale(reply[3], holder, remaining) or Loading(holder, remaining)
 
 
-def _stale(raw: bytes, lease: str, remaining: float) -> Stale | None:
-    if not raw:
-        return None
-    tags: tuple[str, ...] = ()
-    try:
-        if raw[16] == TAGGED:
-            claim, raw = split_tagged(raw)
-            tags = claim.tags
-        metadata, _, plain = split_metadata(raw)
-        value = decode(plain)
-    except CacheSerializationError:
-        return None  # Damaged, and so nothing to serve.
-    version, _ = HEADER.unpack_from(raw)
-    return Stale(value, version, tags, version * 1e-6, metadata.load_time, metadata.etag, lease, remaining)
-
-
-def _anew(key: str) -> Argument:
-    """Where the lease of a live value stands: in the same slot of a cluster, and outside of the namespace's keys."""
+def _refresh_name(key: str) -> Argument:
+    """The key of a live value's lease: in the same slot of a cluster, and outside of the namespace's keys."""
     namespace = key.partition(":")[0]
     if "{" not in key and "}" not in key:
         return f"{namespace}#lease:{{{key}}}"
     name = f"{namespace}#lease:{key}"
-    try:
-        slot = slot_of(key)
-        if slot_of(name) == slot:
-            return name
-        # After the namespace, as in the others, by whose names access is given; if there is a brace in it, its tag counts.
-        tag = b"{%b}" % tag_of(slot)
-        place = f"{namespace}#lease:".encode()
-        return place + tag + key.encode() if b"{" not in place else tag + place + key.encode()
-    except UnicodeEncodeError:
-        return name  # Refused when it is packed.
+    slot = slot_of(key)
+    if slot_of(name) == slot:
+        return name
+    # After the namespace, as in the others, by whose names access is given; if there is a brace in it, its tag counts.
+    tag = b"{%b}" % tag_of(slot)
+    place = f"{namespace}#lease:".encode()
+    return place + tag + key.encode() if b"{" not in place else tag + place + key.encode()
 
 
 def _ms(seconds: float) -> int:

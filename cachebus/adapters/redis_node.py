@@ -10,57 +10,53 @@ from typing import Any
 
 from msgspec import Struct
 
-from cachebus.messages import CacheClosed, CacheError
+from cachebus.messages import CacheError
 
-from .redis_commands import Command
-from .redis_connect import Endpoint
+from .redis_commands import Command, slot_of
+from .redis_connect import Endpoint, RedisPool
 from .redis_connection import Asked, RedisConnection, pack
-from .redis_pool import RedisPool
+from .redis_errors import closed
 
 _ASKING = pack("ASKING")
 
 
 class UnderWay:
-    """A batch under way: how many of its commands have no answer yet, and on which connections."""
+    """A batch under way: its commands, and what to call when each has its answer."""
 
-    def __init__(self, commands: int, done: Callable[[], object]) -> None:
+    def __init__(self, commands: Sequence[Command], done: Callable[[], object]) -> None:
+        self.trips: list[Trip] = []
+        self._left = 0
         self._done = done
-        self._left = commands
-        self._carriers: dict[RedisConnection, int] = {}
+        for command in commands:
+            self.add(command)
 
     @property
     def last_progress(self) -> float:
         """When bytes last moved on the connection, of those that still owe an answer, on which it is longest ago."""
-        return min((each.last_progress for each in self._carriers), default=float("-inf"))
+        carriers = {each.connection for each in self.trips if each.connection is not None}
+        return min((each.last_progress for each in carriers), default=float("-inf"))
 
-    def sent_on(self, connection: RedisConnection) -> None:
-        """A command was sent."""
-        self._carriers[connection] = self._carriers.get(connection, 0) + 1
-
-    def answered_on(self, connection: RedisConnection) -> None:
-        """A command that was sent has its reply, or will have none."""
-        left = self._carriers[connection] - 1
-        if left:
-            self._carriers[connection] = left
-        else:
-            del self._carriers[connection]
-
-    def one_more(self) -> UnderWay:
-        """There is one command more."""
+    def add(self, command: Command, *, follows: Trip | None = None, hops: int = 0) -> Trip:
+        """Take in one command more."""
+        trip = Trip(command, slot_of(command.key), command.packed(), self, follows, hops)
+        self.trips.append(trip)
         self._left += 1
-        return self
+        return trip
 
     def one_done(self) -> None:
         """A command has its answer; the last one answers the batch."""
         self._left -= 1
         if not self._left:
+            self.trips = []  # They refer to the batch.
             self._done()
 
 
 class Trip(Struct, eq=False):
-    """A command on its way through the cluster. `asking` is set where a server takes it though the slot is another's yet,
-    `whole` where it does not know the script by its name. It `follows` another whose answer needs it, which is
-    `followed_by` so many."""
+    """A command on its way through the cluster, on a `connection` while it has no answer.
+
+    `asking` is set if a server takes it though the slot is another's yet, `whole` if the server does not know the script by
+    its name. It `follows` another whose answer needs it, which is `followed_by` so many.
+    """
 
     command: Command
     slot: int
@@ -71,6 +67,7 @@ class Trip(Struct, eq=False):
     asking: bool = False
     whole: bool = False
     followed_by: int = 0
+    connection: RedisConnection | None = None
 
     @property
     def first(self) -> Trip:
@@ -79,23 +76,21 @@ class Trip(Struct, eq=False):
 
 
 Arrived = Callable[["ClusterNode", Trip, Any, float], None]
-"""Told the reply to a command, by which server, and that server's Unix time in seconds."""
+"""Takes the reply to a command, by which server, and that server's Unix time in seconds."""
 
-Undelivered = Callable[["ClusterNode", Sequence[Trip], CacheError, bool], None]
-"""Told the commands that got no reply and why; the last argument says whether they were sent."""
+Undelivered = Callable[[Sequence[Trip], CacheError, bool], None]
+"""Takes commands that got no reply and why; the last argument says whether they were sent."""
 
 
 class ClusterNode:
     """A server's connections and the queue before them: what is handed over first is sent first.
 
-    Every command handed over is given to `arrived` or to `failed`, once. `trouble` is why the server could not be
-    reached the last time, `None` if it could.
+    Every command handed over is given to `arrived` or to `failed`, once.
     """
 
     def __init__(self, place: Endpoint, pool: RedisPool, arrived: Arrived, failed: Undelivered) -> None:
         self.place = place
         self.pool = pool
-        self.trouble: CacheError | None = None
         self._arrived = arrived
         self._failed = failed
         self._queue: deque[Sequence[Trip]] = deque()
@@ -117,16 +112,15 @@ class ClusterNode:
         return not self._queue and self._pump is None and not any(each.in_flight for each in self.pool.connections)
 
     @property
-    def is_down(self) -> bool:
-        """Whether there is no connection, and the last attempt to make one has failed."""
-        return self.trouble is not None and self.pool.up() is None
+    def trouble(self) -> CacheError | None:
+        """Why there is no connection, if the last attempt to make one has failed."""
+        return self.pool.trouble if self.pool.up() is None else None
 
     def try_again(self) -> None:
-        """Make a connection beside everything else. A server that is silent costs those who wait for it a connect
-        timeout, and with them the rest of their batch; so only the first ones wait."""
-        if self._trial is None:
+        """Make a connection beside everything else. Waiting for a silent server costs a batch the time to connect, so only
+        the first batches wait."""
+        if self._trial is None or self._trial.done():
             self._trial = asyncio.create_task(self._try())
-            self._trial.add_done_callback(self._tried)
 
     async def room(self) -> None:
         """Wait until commands may be sent. Raises `CacheConnectionError` when the server cannot be reached."""
@@ -134,19 +128,17 @@ class ClusterNode:
             if self._pump is not None:
                 await asyncio.wait([self._pump])
                 continue
-            await self._ready()
+            await self.pool.ready()
 
     def send(self, trips: Sequence[Trip]) -> None:
         """Send commands after those that wait already. Never waits itself."""
-        if self.has_room:
-            connection = self.pool.up()
-            assert connection is not None
+        connection = self.pool.up()
+        if connection is not None and self.has_room:
             self._write(connection, trips)
             return
         self._queue.append(trips)
         if self._pump is None:
             self._pump = asyncio.create_task(self._send_waiting())
-            self._pump.add_done_callback(self._pumped)
 
     async def close(self) -> None:
         """Finish what is under way, then close; cancelled, break it off."""
@@ -157,51 +149,36 @@ class ClusterNode:
                 await asyncio.wait([self._pump])
             await self.pool.close()
         finally:
-            self.drop(CacheClosed("the connection to redis was closed"))
+            self.drop()
 
-    def drop(self, error: CacheError) -> None:
+    def drop(self) -> None:
         """Give up what is under way."""
         for task in (self._pump, self._trial):
             if task is not None:
                 task.cancel()
-        self.pool.drop(error)
+        self._pump = None
+        self.pool.drop()
         while self._queue:
-            self._failed(self, self._queue.popleft(), error, False)
-
-    async def _ready(self) -> RedisConnection:
-        try:
-            connection = await self.pool.ready()
-        except CacheError as error:
-            self.trouble = error
-            raise
-        self.trouble = None
-        return connection
+            self._failed(self._queue.popleft(), closed(), False)
 
     async def _send_waiting(self) -> None:
-        while self._queue:
-            try:
-                connection = await self._ready()
-            except CacheError as error:
-                # All of them: each would wait as long for the same answer.
-                waiting = [trip for trips in self._queue for trip in trips]
-                self._queue.clear()
-                self._failed(self, waiting, error, False)
-                return
-            self._write(connection, self._queue.popleft())
+        try:
+            while self._queue:
+                connection = await self.pool.ready()
+                self._write(connection, self._queue.popleft())
+        except CacheError as error:
+            # All of them: each would wait as long for the same answer.
+            waiting = [trip for trips in self._queue for trip in trips]
+            self._queue.clear()
+            self._pump = None  # What the failures lead to may need another.
+            self._failed(waiting, error, False)
+        finally:
+            if self._pump is asyncio.current_task():
+                self._pump = None
 
     async def _try(self) -> None:
-        with contextlib.suppress(CacheError):  # It is the server's trouble, and remembered.
-            await self._ready()
-
-    def _tried(self, trial: asyncio.Task[None]) -> None:
-        self._trial = None
-
-    def _pumped(self, pump: asyncio.Task[None]) -> None:
-        self._pump = None
-        if self._queue and not pump.cancelled():
-            # Handed over between the last look at the queue and now.
-            self._pump = asyncio.create_task(self._send_waiting())
-            self._pump.add_done_callback(self._pumped)
+        with contextlib.suppress(CacheError):  # It is the server's trouble, and the pool remembers it.
+            await self.pool.ready()
 
     def _write(self, connection: RedisConnection, trips: Sequence[Trip]) -> None:
         wanted = len(trips) + sum(trip.asking for trip in trips)
@@ -209,9 +186,9 @@ class ClusterNode:
 
         def answered(replies: Sequence[Any] | CacheError) -> None:
             for trip in trips:
-                trip.batch.answered_on(connection)
+                trip.connection = None
             if isinstance(replies, CacheError):
-                self._failed(self, trips, replies, True)
+                self._failed(trips, replies, True)
                 return
             now = connection.now()
             at = 0
@@ -221,5 +198,5 @@ class ClusterNode:
                 at += 1
 
         for trip in trips:
-            trip.batch.sent_on(connection)
+            trip.connection = connection
         connection.send(data, Asked(wanted, answered))

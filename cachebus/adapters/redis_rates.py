@@ -13,10 +13,9 @@ from cachebus.messages import Admit, Admitted, RateLimitDenied, Reply
 
 from .rates import CLOCK_BACK, check_admit, microseconds, per_of
 from .redis_connection import Argument
-from .redis_script import Script
+from .redis_scripts import COMMON, Script
 
-ADMIT = Script.of(
-    f"""
+ADMIT = Script(f"""{COMMON}
 -- ARGV: limit, microseconds of per, burst, cost, microseconds of wait. The answer is 1 or 0, the units left, and the
 -- microseconds of the delay and until nothing is used any more.
 local limit, per, burst = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -43,8 +42,7 @@ end
 local reset = lag + math.ceil(after / limit)
 redis.call('SET', KEYS[1], struct.pack('>dddd', after, at, limit, per), 'PX', math.ceil(reset / 1000))
 return {{1, math.floor(math.max(0, room - after) / per), delay, reset}}
-"""
-)
+""")
 
 
 def admit_call(request: Admit, name: str) -> tuple[list[Argument], Script, Callable[[Any, float], Reply]]:

@@ -1,16 +1,285 @@
-"""Lua that runs in the Redis server: what must be one step, and what needs the server's clock."""
+"""Scripts in Lua that run in the Redis server: each is one step, by the server's clock.
+
+`TIME` is taken once a script. A version is larger than that of the value before it even if the clock was set back.
+
+An entry with tags has, between its header and its form,
+
+    1 byte    form      t
+    4 bytes   length of the packed tags
+    16 bytes  stamp     epoch and number of the sequence, at the start of the entry's load
+    rest      the tags, a msgpack array of str
+
+The sequence of a namespace is one string: 8 random bytes, its *epoch*; a big-endian double, its *number*, which each
+invalidation makes larger by one; then 256 doubles, each the number at which a tag of that bucket was last invalidated.
+The counter of a tag is a string too: the epoch, and the number at the tag's last invalidation. `redis_entry` says why.
+"""
 
 from __future__ import annotations
 
-from .redis_script import Script
-from .redis_tag_scripts import PEEK, READ, Twin
+import hashlib
+
+RETENTION_MS = 600_000
+"""Milliseconds for which a counter is kept after an invalidation or a lease, and after the last entry that has its tag."""
+
+COMMON = """
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local now_ms = math.floor(now / 1000)
+local function head(key)
+  -- The version and the expiry of what is stored, whether anything is, and its form. What is not ours has version 0.
+  local raw = redis.pcall('GETRANGE', key, 0, 16)
+  if type(raw) ~= 'string' then return 0, 0, true end
+  if #raw < 16 then return 0, 0, #raw > 0 end
+  local version, expiry = struct.unpack('>dd', raw)
+  -- A lease is no value, and neither is what is only kept to be served stale.
+  if version == -1 or (expiry > 0 and expiry <= now_ms) then return 0, 0, false end
+  if not (version >= 1 and version < 9007199254740992 and version == math.floor(version)) then return 0, 0, true end
+  return version, expiry, true, string.byte(raw, 17)
+end
+local function header(version, px)
+  return struct.pack('>dd', version, px == '' and 0 or now_ms + tonumber(px))
+end
+"""
+
+_LAYOUT = """
+local function inner(raw)
+  -- Where the form of the value itself stands.
+  if string.byte(raw, 17) ~= 116 then return 17 end
+  return 38 + struct.unpack('>I4', raw, 18)
+end
+local function claim(raw)
+  -- The stamp of an entry, and its tags as they are packed.
+  return string.sub(raw, 22, 37), string.sub(raw, 38, inner(raw) - 1)
+end
+"""
+
+_SEQUENCE = f"""
+local RETENTION = {RETENTION_MS}
+local function place()
+  local namespace = string.match(KEYS[1], '^[^:]*')
+  return namespace .. '#tags:{{' .. namespace .. '}}'
+end
+local function bucket(counter)
+  return 16 + 8 * tonumber(string.sub(redis.sha1hex(counter), 1, 2), 16)
+end
+local function stamp_at(sequence, proposed)
+  -- The stamp of now. A sequence that is not there, or was lost, begins with an epoch that no entry has.
+  local stamp = redis.call('GETRANGE', sequence, 0, 15)
+  if #stamp == 16 then return stamp end
+  stamp = string.sub(proposed, 1, 8) .. struct.pack('>d', 1)
+  redis.call('SET', sequence, stamp)
+  return stamp
+end
+local function keep(name, px)
+  local left = redis.call('PTTL', name)
+  if left < 0 then return end
+  if px == '' then
+    redis.call('PERSIST', name)
+  elseif left < px + RETENTION / 2 then
+    redis.call('PEXPIRE', name, px + RETENTION)
+  end
+end
+local function ensure(sequence, stamp, name, px)
+  -- Make sure that the counter is there for as long as an entry of `px` milliseconds. One that was lost gets the number of
+  -- its bucket: the tag was not invalidated later than that.
+  local epoch, counter = string.sub(stamp, 1, 8), redis.call('GET', name)
+  if counter and string.sub(counter, 1, 8) == epoch then
+    keep(name, px)
+    return counter
+  end
+  local at = bucket(name)
+  local number = redis.call('GETRANGE', sequence, at, at + 7)
+  counter = epoch .. (#number == 8 and number or struct.pack('>d', 0))
+  if px == '' then
+    redis.call('SET', name, counter)
+  else
+    redis.call('SET', name, counter, 'PX', px + RETENTION)
+  end
+  return counter
+end
+local function is_after(counter, stamp)
+  return not counter or string.sub(counter, 1, 8) ~= string.sub(stamp, 1, 8)
+    or struct.unpack('>d', counter, 9) > struct.unpack('>d', stamp, 9)
+end
+"""
+
+_HERE = """
+local function names(tags)
+  local found, at = cmsgpack.unpack(tags), place() .. ':'
+  for i = 1, #found do found[i] = at .. found[i] end
+  return found
+end
+local function holds(stamp, tags)
+  -- Whether none of the tags was invalidated since.
+  for _, name in ipairs(names(tags)) do
+    if is_after(redis.call('GET', name), stamp) then return false end
+  end
+  return true
+end
+local function stamp_of(tags, px, proposed)
+  -- The stamp of now; the counters of the tags are there from now on.
+  local sequence = place()
+  local stamp = stamp_at(sequence, proposed)
+  if tags ~= '' then
+    for _, name in ipairs(names(tags)) do ensure(sequence, stamp, name, px) end
+  end
+  return stamp
+end
+local function is_current(stamp, tags, px, proposed)
+  -- Whether what began at `stamp` may be stored with the tags.
+  stamp_of(tags, px, proposed)
+  return holds(stamp, tags)
+end
+local function stamped(body, px)
+  local tags = string.sub(body, 22, 21 + struct.unpack('>I4', body, 2))
+  return string.sub(body, 1, 5) .. stamp_of(tags, px, string.sub(body, 6, 21)) .. string.sub(body, 22)
+end
+local function keep_all(tags, px)
+  for _, name in ipairs(names(tags)) do keep(name, px) end
+end
+"""
+
+_ELSEWHERE = """
+-- The counters are in another slot, and the caller has looked there. The last argument is what it found: a sign before the
+-- stamp and the tags that it is about. What it has not looked up is `nil`.
+local function holds(stamp, tags)
+  local verdict = ARGV[#ARGV]
+  if verdict == '+' .. stamp .. tags then return true end
+  if verdict == '-' .. stamp .. tags then return false end
+  return nil
+end
+local function stamp_of(tags, px, stamp)
+  return stamp
+end
+local function is_current(stamp, tags, px, latest)
+  -- `latest` is the largest of the counters.
+  return string.sub(stamp, 1, 8) == string.sub(latest, 1, 8)
+    and struct.unpack('>d', stamp, 9) >= struct.unpack('>d', latest, 9)
+end
+local function stamped(body, px)
+  return body
+end
+local function keep_all(tags, px)
+end
+"""
+
+_VALID = """
+local function valid(raw)
+  -- Whether an entry has no tag that was invalidated since; `nil` is not known. A damaged one is not valid.
+  if string.byte(raw, 17) ~= 116 then return true end
+  local understood, holding = pcall(function() return inner(raw) <= #raw and holds(claim(raw)) end)
+  if not understood then return false end
+  return holding
+end
+"""
+
+_TAGS_HERE = _LAYOUT + _SEQUENCE + _HERE + _VALID
+_TAGS_ELSEWHERE = _LAYOUT + _ELSEWHERE + _VALID
+_LATER = """
+local made
+local function tags()
+  if made then return made end
+%s
+  made = {inner = inner, stamped = stamped, valid = valid}
+  return made
+end
+"""
+
+
+class Script:
+    """A script and the name under which the server knows it."""
+
+    __slots__ = ("sha", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+class Twin:
+    """A script in two versions: `here` reads the counters itself; `elsewhere`, in a cluster, they are in another slot.
+
+    With `later` a script calls `tags()` for the functions about tags: making them takes longer than a small script does.
+    """
+
+    __slots__ = ("elsewhere", "here")
+
+    def __init__(self, body: str, *, later: bool = False) -> None:
+        functions = COMMON + (_LATER if later else "%s")
+        self.here = Script(functions % _TAGS_HERE + body)
+        self.elsewhere = Script(functions % _TAGS_ELSEWHERE + body)
+
+    def at(self, here: bool) -> Script:
+        """The version for a store whose scripts read the counters, or for another."""
+        return self.here if here else self.elsewhere
+
+
+READ = Script(
+    _TAGS_HERE
+    + """
+-- The entries of the keys, as MGET has them, without those that are not valid.
+local out = {}
+for first = 1, #KEYS, 1000 do
+  local raws = redis.call('MGET', unpack(KEYS, first, math.min(first + 999, #KEYS)))
+  for i = 1, #raws do
+    local raw = raws[i]
+    if raw and string.byte(raw, 17) == 116 and not valid(raw) then raw = false end
+    out[first + i - 1] = raw
+  end
+end
+return out
+"""
+)
+
+PEEK = Twin("""
+-- The header and the form of an entry that is valid; with its stamp and tags, if it has any.
+local raw = redis.call('GETRANGE', KEYS[1], 0, 16)
+if string.byte(raw, 17) ~= 116 then return raw end
+raw = redis.call('GET', KEYS[1])
+if valid(raw) == false then return '' end
+return string.sub(raw, 1, inner(raw))
+""")
+
+
+def _counting(body: str) -> Script:
+    return Script(_SEQUENCE + body)
+
+
+INVALIDATE = _counting("""
+-- KEYS: the sequence, then counters. ARGV: an epoch, for a sequence that is not there.
+local sequence = KEYS[1]
+local stamp = stamp_at(sequence, ARGV[1])
+local epoch, number = string.sub(stamp, 1, 8), struct.pack('>d', struct.unpack('>d', stamp, 9) + 1)
+redis.call('SETRANGE', sequence, 0, epoch .. number)
+for i = 2, #KEYS do
+  redis.call('SETRANGE', sequence, bucket(KEYS[i]), number)
+  -- Without a counter nothing valid has the tag. With one, nothing that is older needs it any more.
+  redis.call('SET', KEYS[i], epoch .. number, 'XX', 'PX', RETENTION)
+end
+return 1
+""")
+
+STAMP = _counting("""
+-- KEYS: the sequence, then counters. ARGV: an epoch, for a sequence that is not there, and milliseconds, '' for ever. The
+-- answer is the stamp of now, then the counters.
+local sequence = KEYS[1]
+local out = {stamp_at(sequence, ARGV[1])}
+for i = 2, #KEYS do out[i] = ensure(sequence, out[1], KEYS[i], ARGV[2]) end
+return out
+""")
+
+KEEP = _counting("""
+-- KEYS: counters. ARGV: milliseconds, '' for ever. The answer is the counters, which stay for that long.
+for i = 1, #KEYS do keep(KEYS[i], ARGV[1]) end
+return redis.call('MGET', unpack(KEYS))
+""")
 
 WRITE = Twin(
     """
 -- For each key: form and value, milliseconds to live or '', and the condition: '', 'absent', 'present' or a version. One
--- more argument is 't' where values have tags. The answer is the new version, or the old one negated where the condition did
--- not hold, or an entry's head where that depends on its tags. This is the busiest script: it reads `head` out at length,
--- which takes a fifth of its time away.
+-- more argument is 't' if values have tags. The answer is the new version, or the old one negated if the condition did not
+-- hold, or an entry's head if that depends on its tags. This is the busiest script: `head` is written out in it, which
+-- saves a fifth of its time.
 local call, pcall, pack, unpack = redis.call, redis.pcall, struct.pack, struct.unpack
 local tagged = ARGV[3 * #KEYS + 1] == 't'
 local out = {}
@@ -22,7 +291,7 @@ for i = 1, #KEYS do
     old = unpack('>d', raw)
     if old == -1 then
       exists = false
-      -- The lease of a load that is overtaken: whoever waits for it finds this value (see redis_watch.py).
+      -- The lease of a load that is overtaken: its waiters find this value (see redis_watch.py).
       local lease = call('GETRANGE', key, 25, 280)
       if lease ~= '' then
         pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.sub(lease, 1, 1 + string.byte(lease)))
@@ -60,8 +329,7 @@ return out
     later=True,
 )
 
-TOUCH = Twin(
-    """
+TOUCH = Twin("""
 -- Gives a value ARGV[1] milliseconds to live, '' for ever. The answer is its version, 0 where there is no value, or an
 -- entry's head where that depends on its tags.
 local version, _, exists, form = head(KEYS[1])
@@ -78,11 +346,9 @@ end
 redis.call('SETRANGE', KEYS[1], 0, header(version, ARGV[1]))
 if ARGV[1] == '' then redis.call('PERSIST', KEYS[1]) else redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
 return version
-"""
-)
+""")
 
-INCREMENT = Twin(
-    """
+INCREMENT = Twin("""
 -- Adds ARGV[1] to a counter that keeps its expiry. A missing one becomes ARGV[2] and lives for ARGV[3] milliseconds; with
 -- ARGV[2] '' it stays missing. The answer is the number as text, because Lua's are exact to 53 bits only: the sum is
 -- Redis's own. An entry's head in a list where it depends on its tags.
@@ -115,18 +381,10 @@ end
 local sum = redis.call('GET', key)
 redis.call('SET', key, struct.pack('>dd', math.max(now, old + 1), expiry) .. string.sub(raw, 17, at) .. sum, 'KEEPTTL')
 return sum
-"""
-)
-
-
-LATE_IS_WRONG = frozenset(script for twin in (WRITE, TOUCH, INCREMENT) for script in (twin.here, twin.elsewhere))
-"""Those that must not be done after what was sent later. The others read, or look for themselves whether they come too late."""
-
-READING = frozenset({READ, PEEK.here, PEEK.elsewhere})
-"""Those that change nothing."""
+""")
 
 
 def scripts(here: bool) -> tuple[Script, ...]:
-    """Those that a server is told of when a connection is made."""
+    """The scripts that a new connection loads."""
     twins = (WRITE, TOUCH, INCREMENT, PEEK)
     return (READ, *(each.here for each in twins)) if here else tuple(each.elsewhere for each in twins)

@@ -1,21 +1,20 @@
-"""The servers of a Redis Cluster: the connections to them, and the map of slots with ways to learn it anew."""
+"""The servers of a Redis Cluster: the connections to them, and the map of slots."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import hiredis
 
-from cachebus.messages import CacheClosed, CacheConfigurationError, CacheConnectionError, CacheError
+from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
 
 from .redis_connect import Connector, Endpoint
 from .redis_connection import pack
-from .redis_errors import BACKEND, translate, unreachable
-from .redis_node import Arrived, ClusterNode, Undelivered
-from .redis_pool import RedisPool
-from .redis_slots import SlotMap, read_slots
+from .redis_errors import BACKEND, closed, translate, unreachable
+from .redis_node import ClusterNode
 
 ASKED_AT_ONCE = 4
 """How many servers are asked for the map at a time; the first one that answers is believed."""
@@ -24,24 +23,76 @@ LEARN_INTERVAL = 0.05
 """Seconds within which the map is not learned twice, however many commands say that it is wrong."""
 
 
+class SlotMap:
+    """Which server has which slot, as far as we know. `version` grows when a slot has changed hands."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._owners: dict[int, Endpoint] = {}
+
+    def __repr__(self) -> str:
+        return f"<SlotMap of {len(self._owners)} slots at {len(self.places())} servers>"
+
+    def place(self, slot: int) -> Endpoint:
+        """The server that has a slot. Raises `CacheConnectionError` where there is none."""
+        owner = self._owners.get(slot)
+        if owner is None:
+            raise CacheConnectionError(f"no server of the cluster has the slot {slot}", BACKEND)
+        return owner
+
+    def places(self) -> list[Endpoint]:
+        """Every server that has slots, in an order that does not depend on which slots."""
+        return sorted(set(self._owners.values()), key=str)
+
+    def move(self, slot: int, place: Endpoint) -> bool:
+        """Take in where a slot is. `False` if that is known already."""
+        if self._owners.get(slot) == place:
+            return False
+        self._owners[slot] = place
+        self.version += 1
+        return True
+
+    def replace(self, owners: dict[int, Endpoint]) -> list[int]:
+        """Take in a whole map, and say which slots have another owner by it."""
+        changed = [slot for slot, place in owners.items() if self._owners.get(slot) != place]
+        self._owners = owners
+        self.version += bool(changed)
+        return changed
+
+
+def read_slots(reply: Any, asked: Endpoint) -> dict[int, Endpoint]:
+    """The owners of all slots, by the reply of the server `asked` to `CLUSTER SLOTS`."""
+    owners: dict[int, Endpoint] = {}
+    for first, last, master, *_ in reply:
+        # A server that does not know its own name gives none: it is where we found it.
+        host = (master[0] or b"").decode()
+        place = Endpoint(asked.host if host in ("", "?") else host, int(master[1]))
+        for slot in range(first, last + 1):
+            owners[slot] = place
+    return owners
+
+
+def read_redirection(reply: str, asked: Endpoint) -> tuple[int, Endpoint]:
+    """The slot and the server that `MOVED 3999 10.0.0.1:6381` or `ASK ...` names, said by the server `asked`."""
+    _, slot, target = reply.split(" ")[:3]
+    host, _, port = target.rpartition(":")
+    return int(slot), Endpoint(asked.host if host in ("", "?") else host, int(port))
+
+
 class Topology:
     """Which servers there are, and which slots each has. `changed` is told of slots that have another owner now."""
 
     def __init__(
         self,
-        dial: Connector,
+        connector: Connector,
         seeds: Sequence[Endpoint],
-        most: int,
-        arrived: Arrived,
-        failed: Undelivered,
+        make_node: Callable[[Endpoint], ClusterNode],
         changed: Callable[[Sequence[int]], None],
     ) -> None:
         self.map = SlotMap()
-        self._dial = dial
+        self._connector = connector
         self._seeds = seeds
-        self._most = most
-        self._arrived = arrived
-        self._failed = failed
+        self._make_node = make_node
         self._changed = changed
         self._nodes: dict[Endpoint, ClusterNode] = {}
         self._learning: asyncio.Task[None] | None = None
@@ -54,11 +105,9 @@ class Topology:
 
     def node(self, place: Endpoint) -> ClusterNode:
         """The server at a place."""
-        node = self._nodes.get(place)
-        if node is None:
-            pool = RedisPool(lambda: self._dial.connect(place), self._most)
-            node = self._nodes[place] = ClusterNode(place, pool, self._arrived, self._failed)
-        return node
+        if place not in self._nodes:
+            self._nodes[place] = self._make_node(place)
+        return self._nodes[place]
 
     def node_of(self, slot: int) -> ClusterNode | None:
         """The server that has a slot, if one has."""
@@ -71,12 +120,12 @@ class Topology:
         """Ask for the map. Raises `CacheConnectionError` when no server of the cluster can be reached, and
         `CacheConfigurationError` when those that can will not have us."""
         if self._closed and self._learning is None:
-            raise CacheClosed("the connection to redis was closed")
+            raise closed()
         await asyncio.shield(self._begin_to_learn())
 
     def learn_soon(self) -> None:
         """Ask for the map beside everything else, if that is not under way or only just over."""
-        if not self._closed and self._dial.clock.monotonic() - self._learned_at >= LEARN_INTERVAL:
+        if not self._closed and self._connector.clock.monotonic() - self._learned_at >= LEARN_INTERVAL:
             self._begin_to_learn()
 
     def _begin_to_learn(self) -> asyncio.Task[None]:
@@ -84,6 +133,12 @@ class Topology:
             self._learning = asyncio.create_task(self._learn())
             self._learning.add_done_callback(self._learned)
         return self._learning
+
+    def _learned(self, task: asyncio.Task[None]) -> None:
+        self._learning = None
+        self._learned_at = self._connector.clock.monotonic()
+        if not task.cancelled():
+            task.exception()  # Its waiters got it, if it had any.
 
     async def close(self) -> None:
         """Finish what is under way, then close; cancelled, break it off."""
@@ -100,13 +155,7 @@ class Topology:
             if task is not None:
                 task.cancel()
         for node in self._nodes.values():
-            node.drop(CacheClosed("the connection to redis was closed"))
-
-    def _learned(self, task: asyncio.Task[None]) -> None:
-        self._learning = None
-        self._learned_at = self._dial.clock.monotonic()
-        if not task.cancelled():
-            task.exception()  # Whoever waited was told; nobody may have.
+            node.drop()
 
     async def _learn(self) -> None:
         errors: list[CacheError] = []
@@ -117,19 +166,17 @@ class Topology:
             try:
                 for next_one in asyncio.as_completed(asked):
                     try:
-                        owners = await next_one
+                        self._take_in(await next_one)
+                        return
                     except CacheError as error:
                         errors.append(error)
-                        continue
-                    self._take_in(owners)
-                    return
             finally:
                 for task in asked:
                     task.cancel()
                 await asyncio.gather(*asked, return_exceptions=True)
-        permanent = [error for error in errors if isinstance(error, CacheConfigurationError)]
-        if permanent:
-            raise permanent[0]
+        for permanent in errors:
+            if isinstance(permanent, CacheConfigurationError):
+                raise permanent
         raise CacheConnectionError(
             f"no server of the cluster says who has which slots: {'; '.join(error.detail for error in errors)}", BACKEND
         )
@@ -138,8 +185,8 @@ class Topology:
         """The owners of all slots, by one server."""
         node = self._nodes.get(place)
         try:
-            async with asyncio.timeout(self._dial.timeout):
-                connection = await (self._dial.connect(place) if node is None else node.pool.connect())
+            async with asyncio.timeout(self._connector.timeout):
+                connection = await (self._connector.connect(place) if node is None else node.pool.connect())
                 try:
                     # Beyond the window, if need be: a server that is busy is asked all the same.
                     (reply,) = await connection.ask(pack("CLUSTER", "SLOTS"))
@@ -147,7 +194,7 @@ class Topology:
                     if node is None:
                         connection.drop(CacheConnectionError("done", BACKEND))
         except TimeoutError as error:
-            raise unreachable(error, str(place), self._dial.timeout) from None
+            raise unreachable(error, str(place), self._connector.timeout) from None
         if isinstance(reply, hiredis.ReplyError):
             if "cluster support disabled" in str(reply):
                 raise CacheConfigurationError(f"redis: {place} is in no cluster: its URL begins with redis://")
@@ -162,12 +209,10 @@ class Topology:
             self._changed(changed)
         places = set(self.map.places())
         for place in [place for place, node in self._nodes.items() if place not in places and node.idle]:
-            leaving = asyncio.create_task(self._nodes.pop(place).close())
+            leaving = asyncio.create_task(self._leave(self._nodes.pop(place)))
             self._leaving.add(leaving)
-            leaving.add_done_callback(self._left)
+            leaving.add_done_callback(self._leaving.discard)
 
-    def _left(self, task: asyncio.Task[None]) -> None:
-        self._leaving.discard(task)
-        if not task.cancelled():
-            with contextlib.suppress(CacheError):
-                task.result()
+    async def _leave(self, node: ClusterNode) -> None:
+        with contextlib.suppress(CacheError):
+            await node.close()

@@ -64,8 +64,8 @@ def server_glob(prefix: str, pattern: str) -> str:
 
 
 class Walks:
-    """The requests of some `kinds` that are under way: each takes many round trips, beside everything else. `walk` carries
-    one of them out, `execute` the rest of a batch that has some."""
+    """Batches with requests of some `kinds` that are under way beside everything else, because each takes many round trips.
+    `walk` carries one of these out, `execute` any other request of such a batch."""
 
     def __init__(
         self,
@@ -95,20 +95,16 @@ class Walks:
             task.cancel()
 
     async def _run(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> None:
-        replies: list[Any] = [None] * len(batch)
+        replies: list[Reply] = []
         try:
-            for at, request in enumerate(batch):
-                if type(request) in self._kinds:
-                    try:
-                        replies[at] = await self._walk(request)
-                    except CacheError as error:
-                        replies[at] = Failed.of(error)
-            beside = [at for at, reply in enumerate(replies) if reply is None]
-            if beside:
-                for at, reply in zip(beside, await self._execute([batch[at] for at in beside]), strict=True):
-                    replies[at] = reply
-        except CacheError as error:
-            replies = [Failed.of(error) if reply is None else reply for reply in replies]
+            for request in batch:
+                try:
+                    if type(request) in self._kinds:
+                        replies.append(await self._walk(request))
+                    else:
+                        replies += await self._execute([request])
+                except CacheError as error:
+                    replies.append(Failed.of(error))
         except asyncio.CancelledError:
             on_replies([Failed.of(CacheConnectionError("the store was closed", BACKEND))] * len(batch))
             raise

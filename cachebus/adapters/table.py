@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from cachebus.actors.ports import Clock, ReadListener, RemovalListener, WriteListener, is_interruption
+from cachebus.actors.ports import Clock, Deferred, ReadListener, RemovalListener, WriteListener, is_interruption
 from cachebus.messages import (
     CacheCapacityError,
     CacheSerializationError,
+    Found,
+    Loaded,
     LoadMetadata,
     RemovalCause,
+    Stale,
     Ttl,
 )
 
-from .durations import time_to_live
+from .durations import time_stale, time_to_live
 from .eviction import NEVER, VISITS_MAX, Entry, WeighedEntry, make_policy
 from .expiry import GONE, ExpiryWheel
-from .leases import Lease
 from .tags import TagTable
 from .weigh import ENTRY_OVERHEAD
 
 _REPLACED = RemovalCause.REPLACED
 
 
-class Kept:
-    """What is kept beside the entry of a loaded value: its metadata, the time to live that it was given, and until when it
-    may be served as stale."""
+class Kept(NamedTuple):
+    """Metadata of a loaded value, the time to live that it was given, and the time until which it may be served stale."""
 
-    __slots__ = ("lifetime", "metadata", "stale_until")
-
-    def __init__(self, metadata: LoadMetadata, lifetime: float | None, stale_until: float) -> None:
-        self.metadata = metadata
-        self.lifetime = lifetime
-        self.stale_until = stale_until
+    metadata: LoadMetadata
+    lifetime: float | None
+    stale_until: float
 
 
 class EntryTable:
@@ -63,6 +61,7 @@ class EntryTable:
         self.on_write: WriteListener | None = None
         self.on_removal: RemovalListener | None = None
         self.on_due: Callable[[float], None] | None = None
+        self.defer: Callable[[], Deferred] | None = None
         self._counts = [0, 0]  # Hits and misses.
         self.sets = 0
         self._removals = dict.fromkeys(RemovalCause, 0)
@@ -70,23 +69,25 @@ class EntryTable:
         self._max_bytes = max_bytes
         self._default_ttl = default_ttl
         self._weigher = weigher
-        self._now = clock.monotonic
+        self.now = clock.monotonic
         self._weight = 0
         self._entries: dict[str, Entry] = {}
         self._find = self._entries.get
         self._policy = make_policy(policy, max_entries)
         self._on_hit = self._policy.on_hit
-        self._wheel = ExpiryWheel(self._announce_due)
+        self._wheel = ExpiryWheel(self.announce_due)
         self._tags = TagTable()
         # Beside the entries, because few have one and a slot more would make each of them larger.
         self._metadata_of: dict[str, Kept] = {}
-        self._leased: dict[str, Lease] = {}
+        # The keys that are being loaded, and what ends the load of one that another caller has written.
+        self._leased: Mapping[str, object] = {}
+        self._overtaken: Callable[[Entry], None] = lambda entry: None
         # The key that is being written, "" for other changes. Still set when a turn begins, the last one was interrupted.
         self._changing: str | None = None
         # A version is the Unix time of the start plus the monotonic time since, pushed up where two would be equal: one
         # float is both the version and the time of storing, and no restart brings a version back.
         self._epoch = clock.wall() - clock.monotonic()
-        self._version = 0.0
+        self.version = 0.0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -100,8 +101,8 @@ class EntryTable:
     def on_read(self, hook: ReadListener | None) -> None:
         self._on_read[:] = [] if hook is None else [hook]
 
-    def _live(self, key: str, now: float) -> Entry | None:
-        """The entry of a key, if it may still be read."""
+    def live(self, key: str, now: float) -> Entry | None:
+        """Return the entry of a key that may still be read."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -119,24 +120,59 @@ class EntryTable:
         if kept is None or kept.stale_until <= now:
             self._drop(entry, RemovalCause.EXPIRED)
 
-    def _overtaken(self, entry: Entry) -> None:
-        """End the load of a key that was just written by somebody else."""
-        raise NotImplementedError
+    def found(self, entry: Entry, now: float) -> Found:
+        """Return the reply that says a live entry."""
+        version, left = entry.version, entry.expires_at - now
+        ttl = left if left < NEVER else None
+        if (kept := self._metadata_of.get(entry.key)) is None:
+            return Found(entry.value, version, ttl, entry.tags, version)
+        load = kept.metadata
+        return Loaded(
+            entry.value, version, ttl, entry.tags, version, load.load_time, load.stale_for, load.etag, kept.lifetime
+        )
 
-    def _store(self, key: str, value: Any, ttl: Ttl, tags: tuple[str, ...], now: float) -> Entry:
+    def stale(self, key: str, now: float, lease: str = "", remaining: float = 0.0) -> Stale | None:
+        """Return the reply that says what may still be served of a key without a live value."""
+        entry, kept = self._entries.get(key), self._metadata_of.get(key)
+        if entry is None or kept is None or entry.expires_at > now or kept.stale_until <= now:
+            return None
+        if entry.tags and not self._tags.valid(entry):
+            return None
+        version, load = entry.version, kept.metadata
+        return Stale(entry.value, version, entry.tags, version, load.load_time, load.etag, lease, remaining)
+
+    def keep_metadata(self, entry: Entry, metadata: LoadMetadata, now: float) -> None:
+        """Note how the value of an entry was loaded."""
+        lifetime = None if entry.expires_at == NEVER else entry.expires_at - now
+        self._metadata_of[entry.key] = Kept(metadata, lifetime, entry.expires_at + time_stale(metadata))
+
+    def write(self, key: str, value: Any, ttl: Ttl, tags: tuple[str, ...], now: float) -> Entry:
+        """Store a value under a key. Raises `CacheError`."""
         # Every write comes through here, so what happens on each is written out: a call costs 50 ns.
         expires_at = NEVER if ttl is None else now + ttl if type(ttl) is float and ttl > 0 else self._expiry(ttl, now)
         weight = 0 if self._max_bytes is None else self._weigh(value)
         version = now + self._epoch
-        if version <= self._version:
-            version = math.nextafter(self._version, NEVER)
-        self._version = version
+        if version <= self.version:
+            version = math.nextafter(self.version, NEVER)
+        self.version = version
         self.sets += 1
         self._changing = key
         entry = self._find(key)
         if entry is None:
             self._make_room(1, weight)
-            entry = self._admit(key, value, version, expires_at, tags, weight, now)
+            if self._max_bytes is None:
+                entry = Entry(key, value, version, expires_at, tags)
+            else:
+                entry = WeighedEntry(key, value, version, expires_at, tags)
+                entry.weight = weight
+                self._weight += weight
+            self._entries[key] = entry
+            self._policy.admit(entry)
+            if tags:
+                self._tags.attach(tags)
+            if expires_at != NEVER:
+                self._wheel.schedule(entry, now)
+                self._tidy()
         else:
             if entry.expires_at > now and not entry.tags and self.on_removal is None:
                 self._removals[_REPLACED] += 1  # As `_replaced` does.
@@ -165,24 +201,6 @@ class EntryTable:
             self._overtaken(entry)
         if self.on_write is not None:
             self._tell_write(entry, now)
-        return entry
-
-    def _admit(
-        self, key: str, value: Any, version: float, expires_at: float, tags: tuple[str, ...], weight: int, now: float
-    ) -> Entry:
-        if self._max_bytes is None:
-            entry = Entry(key, value, version, expires_at, tags)
-        else:
-            entry = WeighedEntry(key, value, version, expires_at, tags)
-            entry.weight = weight
-            self._weight += weight
-        self._entries[key] = entry
-        self._policy.admit(entry)
-        if tags:
-            self._tags.attach(tags)
-        if expires_at != NEVER:
-            self._wheel.schedule(entry, now)
-            self._tidy()
         return entry
 
     def _replaced(self, entry: Entry, now: float) -> None:
@@ -232,7 +250,7 @@ class EntryTable:
     def _tidy(self) -> None:
         """Rid the wheel of leftovers when they have become too many."""
         if self._wheel.crowded(len(self._entries)):
-            self._wheel.rebuild(self._entries.values(), self._now())
+            self._wheel.rebuild(self._entries.values(), self.now())
 
     def _unlist(self, entry: Entry, cause: RemovalCause) -> None:
         del self._entries[entry.key]
@@ -282,15 +300,15 @@ class EntryTable:
             if self._on_hit is None:
                 entry.visits = visits
         self._policy.changing = False
-        self._wheel.rebuild(entries.values(), self._now())
+        self._wheel.rebuild(entries.values(), self.now())
         self._make_room(0, 0)
         self._changing = None
 
     def _delete(self, keys: tuple[str, ...]) -> int:
-        now = self._now()
+        now = self.now()
         deleted = 0
         for key in keys:
-            if (entry := self._live(key, now)) is not None:
+            if (entry := self.live(key, now)) is not None:
                 self._drop(entry, RemovalCause.EXPLICIT)
                 deleted += 1
             elif (stale := self._entries.get(key)) is not None:
@@ -320,9 +338,9 @@ class EntryTable:
 
     def _next_version(self, now: float) -> float:
         version = now + self._epoch
-        if version <= self._version:
-            version = math.nextafter(self._version, NEVER)
-        self._version = version
+        if version <= self.version:
+            version = math.nextafter(self.version, NEVER)
+        self.version = version
         return version
 
     def _weigh(self, value: Any) -> int:
@@ -345,13 +363,10 @@ class EntryTable:
 
     # Telling
 
-    def _announce_due(self, when: float) -> None:
+    def announce_due(self, when: float) -> None:
+        """Report a next expiry that has become an earlier one."""
         if (hook := self.on_due) is not None:
             hook(when)
-
-    def _tell_read(self, key: str, *, hit: bool) -> None:
-        for hook in self._on_read:
-            hook(key, hit)
 
     def _tell_write(self, entry: Entry, now: float) -> None:
         if (hook := self.on_write) is not None:

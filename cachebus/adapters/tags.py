@@ -20,9 +20,6 @@ class TagTable:
         # tag -> [entries that carry it, version at which it was last invalidated]
         self._tags: dict[str, list[float]] = {}
 
-    def __len__(self) -> int:
-        return len(self._tags)
-
     def clear(self) -> None:
         """Forget every tag."""
         self._tags.clear()
@@ -30,11 +27,7 @@ class TagTable:
     def attach(self, tags: tuple[str, ...]) -> None:
         """Note that one more entry carries `tags`."""
         for tag in tags:
-            record = self._tags.get(tag)
-            if record is None:
-                self._tags[tag] = [1, 0]
-            else:
-                record[0] += 1
+            self._tags.setdefault(tag, [0, 0])[0] += 1
 
     def detach(self, tags: tuple[str, ...]) -> None:
         """Note that one entry fewer carries `tags`."""
@@ -45,15 +38,11 @@ class TagTable:
                 del self._tags[tag]
 
     def rebuild(self, entries: Iterable[Entry]) -> None:
-        """Count anew which tags `entries` carry. What is known of invalidations stays."""
+        """Count again which tags `entries` carry. What is known of invalidations stays."""
         counted: dict[str, list[float]] = {}
         for entry in entries:
             for tag in entry.tags:
-                if (record := counted.get(tag)) is None:
-                    known = self._tags.get(tag)
-                    counted[tag] = [1, 0 if known is None else known[1]]
-                else:
-                    record[0] += 1
+                counted.setdefault(tag, [0, self._tags.get(tag, (0, 0))[1]])[0] += 1
         self._tags = counted
 
     def invalidate(self, tag: str, version: float) -> None:

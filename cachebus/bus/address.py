@@ -13,14 +13,9 @@ from typing import Self
 
 from cachebus.messages import Event
 
-ROOT = "cachebus."
-"""The beginning of the subjects of every version."""
-
-NOBODY = "_"
-"""In the place of the backend, for an event without one."""
-
-LONGEST = 1024
-"""Characters that a subject may have: a server takes a line of 4,096, with a second subject and the sizes in it."""
+ROOT = "cachebus."  # The beginning of the subjects of every version.
+NOBODY = "_"  # In the place of the backend, for an event without one.
+LONGEST = 1024  # Characters of a subject: a server takes a line of 4,096, with a second subject and sizes in it.
 
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -62,9 +57,6 @@ class Subjects:
         self.namespace = check_word(namespace, "namespace")
         self._root = f"{ROOT}v1.{self.namespace}"
         self.event_prefix = f"{self._root}.evt."
-
-    def __repr__(self) -> str:
-        return f"<Subjects of {self.namespace!r}>"
 
     def request(self, address: str) -> str:
         """The subject of requests to the actor at `address`."""

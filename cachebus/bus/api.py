@@ -11,10 +11,9 @@ from cachebus.messages import Event, Message, Reply, Request
 
 from .address import Address
 from .clock import Clock
-from .event_policy import EventPolicy
 from .ports import Port
 from .slots import Pending
-from .subscription import Audience, Subscription
+from .subscription import Audience, EventPolicy, Subscription
 
 R = TypeVar("R")
 

@@ -18,11 +18,8 @@ import anyio
 
 from .compat import running_loop
 
-TICK = 0.02
-"""Seconds by which an expiry may be late: far below the 100 ms that a deadline may be overrun by."""
-
-TICKS = 1 / TICK
-"""Ticks a second: a product takes less than a quotient."""
+TICK = 0.02  # Seconds by which an expiry may be late: far below the 100 ms that a deadline may be overrun by.
+TICKS = 1 / TICK  # Ticks a second: a product takes less than a quotient.
 
 
 class Clock(Protocol):
@@ -50,9 +47,6 @@ class SystemClock:
 
     async def sleep_until(self, instant: float) -> None:
         await anyio.sleep(max(0.0, instant - time.monotonic()))
-
-    def __repr__(self) -> str:
-        return "SystemClock()"
 
 
 SYSTEM_CLOCK = SystemClock()

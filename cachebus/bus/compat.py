@@ -11,8 +11,7 @@ import sys
 
 from cachebus.messages import CacheConfigurationError
 
-TESTED = ("3.11", "3.12", "3.13")
-"""Versions of Python that the tests of this package have run with. Others may do: the names are looked for."""
+TESTED = ("3.11", "3.12", "3.13")  # The tests have run with these. Others may do, if they have the names.
 
 try:
     from asyncio import _enter_task as enter_task

@@ -13,8 +13,7 @@ from msgspec.structs import replace
 from cachebus.messages import Event
 
 from .clock import Clock
-from .event_policy import EventPolicy
-from .subscription import Audience
+from .subscription import Audience, EventPolicy
 from .tracing import current_trace
 
 

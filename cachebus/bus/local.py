@@ -26,10 +26,9 @@ from .address import Address, check_word
 from .api import Envelope, Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock, running_deadlines
 from .emitter import Emitter
-from .event_policy import EVERYTHING, EventPolicy
 from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
 from .slots import PENDING, Pending, ReplySlot
-from .subscription import Audience, Subscription
+from .subscription import EVERYTHING, Audience, EventPolicy, Subscription
 from .tracing import current_trace
 
 R = TypeVar("R")

@@ -20,12 +20,8 @@ from msgspec import Struct
 
 from .clock import SYSTEM_CLOCK, Clock
 
-PING_INTERVAL = 0.1
-"""Seconds between two pings of a connection over which requests come in."""
-
-SLACK = 0.25
-"""Seconds that the last answered ping may be old before it says anything: two intervals, and some time for the answer."""
-
+PING_INTERVAL = 0.1  # Seconds between two pings of a connection over which requests come in.
+SLACK = 0.25  # Seconds that the last answered ping may be old: two intervals, and some time for the answer.
 _DRIFT = 0.0005  # Seconds a second by which two clocks may come apart while a sender is silent.
 _WINDOW = 10.0  # Seconds of messages after which the smallest difference is the smallest of these.
 _SENDERS = 10_000  # Of those not heard for longest, the next message counts as the first.
@@ -33,8 +29,7 @@ _SENDERS = 10_000  # Of those not heard for longest, the next message counts as 
 
 class _Sender(Struct, eq=False):
     least: float
-    recent: float
-    """The smallest difference since `since`."""
+    recent: float  # The smallest difference since `since`.
     since: float
     heard: float
 
@@ -72,8 +67,8 @@ class MessageAges:
         excess = difference - known.least
         if excess < 0.0:
             known.least, excess = difference, 0.0
-        # Forget the smallest difference when `_WINDOW` seconds of messages have had none as small. What was held up
-        # teaches nothing, and a window is not made of silence.
+        # Forget the smallest difference when `_WINDOW` seconds of messages have had none as small. A message that was held
+        # up does not count, and neither does silence.
         if link > 0.0 or now - known.heard > _WINDOW:
             known.recent, known.since = difference, now
         elif difference < known.recent:

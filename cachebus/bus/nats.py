@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, Self
 
 from cachebus.messages import (
@@ -27,9 +28,8 @@ from .clock import SYSTEM_CLOCK, Clock
 from .codec import decode, encode
 from .compat import running_loop
 from .emitter import origin
-from .event_policy import EVERYTHING, EventPolicy
 from .local import LocalBus
-from .message_age import MessageAges, age_clock
+from .message_age import age_clock
 from .nats_claims import Claim
 from .nats_compat import Listener, header_block
 from .nats_connection import NatsConnection, end_task
@@ -39,12 +39,11 @@ from .nats_options import NatsCounters, NatsOptions
 from .nats_requests import Requests
 from .nats_serving import Responder
 from .nats_stream import Replay, ensure_stream
-from .subscription import Subscription, event_kinds
+from .subscription import EVERYTHING, EventPolicy, Subscription, event_kinds
 
 logger = logging.getLogger("cachebus.bus")
 
-GROUP = "q"
-"""The queue group of the processes that share an address: the default of NATS micro."""
+GROUP = "q"  # The queue group of the processes that share an address: the default of NATS micro.
 
 
 class NatsBus(LocalBus):
@@ -66,7 +65,6 @@ class NatsBus(LocalBus):
         self.options = options or NatsOptions()
         self.counters = NatsCounters()
         self.connection = NatsConnection(self.options, self.counters, self._lost, self._back, age_clock(clock))
-        self._ages = MessageAges()
         self._subjects = Subjects(namespace)
         self._kinds = event_kinds(self.options.events) if self.options.events else frozenset[type[Event]]()
         self._serving: dict[str, tuple[Responder, Listener]] = {}
@@ -77,7 +75,7 @@ class NatsBus(LocalBus):
         self._requests: Requests | None = None
         self._outbox: Outbox
         self._listener: EventListener
-        self._heartbeater: Heartbeater
+        self._heart: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         up = "up" if self.connection.up else "away"
@@ -104,7 +102,6 @@ class NatsBus(LocalBus):
             await requests.open()
             self._outbox = Outbox(self.connection, self._subjects, self.policy, self.counters)
             self._listener = EventListener(self.connection, self._subjects, self.audience, self._emitter, self.counters)
-            self._heartbeater = Heartbeater(self.connection, self._subjects, self._outbox, self.clock)
             if self.options.events_stream is not None:
                 await ensure_stream(self.connection, self._subjects)
             await self.connection.flush()
@@ -113,7 +110,8 @@ class NatsBus(LocalBus):
             raise
         self._outbox.open()
         self._listener.open()
-        self._heartbeater.open()
+        if (interval := self.options.heartbeat) is not None:
+            self._heart = asyncio.create_task(self._beat_every(interval), name="cachebus-heartbeat")
         self._requests = requests
         self.audience.want_elsewhere(self._kinds)
 
@@ -136,7 +134,9 @@ class NatsBus(LocalBus):
             await replay.close()
         await self._listener.close()
         await self._outbox.close(grace)
-        await self._heartbeater.close()
+        if self._heart is not None:
+            await end_task(self._heart)
+            self._beat()  # A last time, because no event comes after this.
         for claim in list(self._claims.values()):
             await claim.release()
         for task in list(self._tasks):
@@ -151,11 +151,9 @@ class NatsBus(LocalBus):
         super().forked()
 
     async def settled(self) -> None:
-        """Return when NATS knows everything that this bus listens to and serves, as far as it was asked before the call.
-        Raises `CacheConnectionError`."""
+        """Return when NATS knows everything that this bus listened to and served at the call. Raises
+        `CacheConnectionError`."""
         await self._listener.settled()
-
-    # Whom to ask
 
     def recipient(self, address: Address) -> Recipient:
         found = self._recipients.get(address)
@@ -169,8 +167,6 @@ class NatsBus(LocalBus):
             remote = self._requests.recipient(address, self._subjects.request(address))
         return remote
 
-    # Who is asked
-
     async def claim(self, address: Address, visibility: Visibility) -> None:
         if visibility != "sole":
             return
@@ -182,16 +178,14 @@ class NatsBus(LocalBus):
         if visibility == "private":
             return
         recipient = self._recipients[address]
-        responder = Responder(address, recipient, self.connection, self.clock, self._emitter, self._ages)
+        responder = Responder(address, recipient, self.connection, self.clock, self._emitter)
         self.connection.watch_link()
         group = GROUP if visibility == "shared" else ""
         listener = await self.connection.listen(self._subjects.request(address), responder.take, group)
         self._serving[address] = responder, listener
         if self._micro is None:
-            micro = self._micro = Micro(
-                self.connection, self.clock, self.namespace, lambda: self._serving, self.request
-            )
-            await micro.open()
+            self._micro = Micro(self.connection, self.clock, self.namespace, lambda: self._serving, self.request)
+            await self._micro.open()
         await self.connection.flush()
 
     async def retire(self, address: Address) -> None:
@@ -232,13 +226,10 @@ class NatsBus(LocalBus):
         self.connection.loop.call_soon_threadsafe(replay.start)
         return replay.subscription
 
-    # The connection
-
     def _lost(self) -> None:
         if self._requests is not None:
-            self._requests.end(
-                CacheConnectionError("the connection to NATS was lost; whether it took effect is not known", "nats")
-            )
+            detail = "the connection to NATS was lost; whether it took effect is not known"
+            self._requests.end(CacheConnectionError(detail, "nats"))
 
     def _back(self) -> None:
         self._outbox.wake()
@@ -247,7 +238,7 @@ class NatsBus(LocalBus):
             try:
                 claim.say("again")
             except CacheConnectionError:
-                return  # Lost again. It will be said after the next return.
+                return  # Lost again. The next return comes back to it.
         if self.options.events_stream is not None:
             self._run(self._ensure_stream())
 
@@ -263,59 +254,28 @@ class NatsBus(LocalBus):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-
-class Heartbeater:
-    """Publishes the last numbers of this bus at the interval of the options, once it has sent an event."""
-
-    def __init__(self, connection: NatsConnection, subjects: Subjects, outbox: Outbox, clock: Clock) -> None:
-        self._connection = connection
-        self._namespace = subjects.namespace
-        self._subject = subjects.event(Heartbeat, "")
-        self._outbox = outbox
-        self._clock = clock
-        self._interval = connection.options.heartbeat
-        self._count = 0
-        self._task: asyncio.Task[None] | None = None
-
-    def open(self) -> None:
-        """Begin to beat."""
-        if self._interval is not None:
-            self._task = asyncio.create_task(self._run(self._interval), name="cachebus-heartbeat")
-
-    async def close(self) -> None:
-        """Beat a last time, because no event comes after this."""
-        task, self._task = self._task, None
-        if task is not None:
-            await end_task(task)
-            self.beat()
-
-    def beat(self) -> None:
-        """Publish the last numbers."""
-        last = self._outbox.numbers()
-        if self._interval is None or not last or not self._connection.up:
+    def _beat(self) -> None:
+        """Publish how far the numbers of the events go, once one was sent, so that the loss of the last ones is noticed."""
+        outbox, interval, last = self._outbox, self.options.heartbeat, self._outbox.numbers()
+        if interval is None or not last or not self.connection.up:
             return
-        name = origin()
+        name, number = origin(), self.counters.heartbeats_sent + 1
         beat = Heartbeat(
-            interval=self._interval,
+            interval=interval,
             last=last,
-            id=f"{name}-{self._outbox.epoch:x}-beat-{self._count + 1}",
-            namespace=self._namespace,
+            id=f"{name}-{outbox.epoch:x}-beat-{number}",
+            namespace=self.namespace,
             origin=name,
-            epoch=self._outbox.epoch,
-            seq=self._count + 1,
-            time=self._clock.wall(),
+            epoch=outbox.epoch,
+            seq=number,
+            time=self.clock.wall(),
         )
-        content_type = self._outbox.content_type
-        try:
-            self._connection.write(
-                self._subject, encode(beat, content_type), head=header_block({"Content-Type": content_type})
-            )
-        except CacheError:
-            return  # The next one says as much.
-        self._count += 1
-        self._connection.counters.heartbeats_sent += 1
+        head = header_block({"Content-Type": outbox.content_type})
+        with suppress(CacheError):  # The next one says as much.
+            self.connection.write(self._subjects.event(Heartbeat, ""), encode(beat, outbox.content_type), head=head)
+            self.counters.heartbeats_sent = number
 
-    async def _run(self, interval: float) -> None:
+    async def _beat_every(self, interval: float) -> None:
         while True:
             await asyncio.sleep(interval)
-            self.beat()
+            self._beat()

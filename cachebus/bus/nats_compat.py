@@ -27,9 +27,7 @@ from cachebus.messages import CacheConfigurationError
 
 logger = logging.getLogger("cachebus.bus")
 
-TESTED = ("2.14", "2.15", "2.16")
-"""Releases of nats-py that the tests of this package have run with."""
-
+TESTED = ("2.14", "2.15", "2.16")  # Releases of nats-py that the tests of this package have run with.
 NO_TLS = "the server offers no TLS"
 
 _LONGEST_LINE = 1024 * 1024  # Bytes: the INFO of a large cluster is one line.

@@ -13,7 +13,7 @@ import nats.errors
 
 from cachebus.messages import CacheConnectionError, Overloaded
 
-from .message_age import PING_INTERVAL
+from .message_age import PING_INTERVAL, MessageAges
 from .nats_client import PENDING, connect
 from .nats_compat import CompatClient, Delivery, Listener, frame
 from .nats_options import NatsCounters, NatsOptions
@@ -49,13 +49,13 @@ class NatsConnection:
         self._listeners: list[Listener] = []
         self._changed = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self._now = now
+        self.now = now  # The clock of `proven`, and of the ages of messages.
+        self.ages = MessageAges()
         self._pinger: asyncio.TimerHandle | None = None
         self._warns_after = 0.0
         self._ready = False  # Connected and subscribed: an answer would be heard.
         self._servers = list(options.servers)
-        self.max_payload = 1_048_576
-        """Bytes that the server takes in one message, as it said when it was last connected."""
+        self.max_payload = 1_048_576  # Bytes that the server takes in one message.
         self.loop: asyncio.AbstractEventLoop
 
     def __repr__(self) -> str:
@@ -75,19 +75,18 @@ class NatsConnection:
 
     @property
     def proven(self) -> float:
-        """When the last ping was sent that the server has answered: what comes in now, the server sent after that.
-        `watch_link` keeps it up to date."""
-        return self._client.proven if self._client is not None else self._now()
+        """When the last answered ping was sent, after which the server sent what comes in now. See `watch_link`."""
+        return self._client.proven if self._client is not None else self.now()
 
     def watch_link(self) -> None:
-        """Ping the server often from now on, so that it is seen when what comes in was held up."""
+        """Ping the server often from now on, which shows when messages were held up."""
         if self._pinger is None:
             self._ping()
 
     def _ping(self) -> None:
         self._pinger = self.loop.call_later(PING_INTERVAL, self._ping)
         if self._client is not None and self._ready:
-            self._client.ping(self._now())
+            self._client.ping(self.now())
 
     async def open(self) -> None:
         """Connect. Raises `CacheConnectionError`."""
@@ -173,7 +172,7 @@ class NatsConnection:
             self._look()
 
     async def _connect(self) -> CompatClient:
-        began = self._now()
+        began = self.now()
         client = await connect(self.options, self._servers, self._heard, self._look)
         client.connected(began)
         self.max_payload = client.max_payload
@@ -183,26 +182,24 @@ class NatsConnection:
         return client
 
     async def _keep(self) -> None:
+        servers = ", ".join(self.options.servers)
         while True:
-            await self._end_of_life()
-            logger.warning("the connection to NATS at %s is lost", ", ".join(self.options.servers))
+            client = self._client
+            while client is not None and not client.is_closed:
+                self._changed.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK):
+                        await self._changed.wait()
+            self._ready = False
+            if client is not None:
+                client.abandon()
+                self._client = None
+            logger.warning("the connection to NATS at %s is lost", servers)
             _notify(self._on_lost)
             await self._return()
             self.counters.reconnects += 1
-            logger.warning("the connection to NATS at %s is back", ", ".join(self.options.servers))
+            logger.warning("the connection to NATS at %s is back", servers)
             _notify(self._on_back)
-
-    async def _end_of_life(self) -> None:
-        client = self._client
-        while client is not None and not client.is_closed:
-            self._changed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK):
-                    await self._changed.wait()
-        self._ready = False
-        if client is not None:
-            client.abandon()
-            self._client = None
 
     async def _return(self) -> None:
         tries = 0
@@ -225,7 +222,7 @@ class NatsConnection:
                 self._client = None
 
     def _look(self) -> None:
-        """Something may have happened: let the keeper look, once nats-py is done with what it is doing."""
+        """Let the keeper look at the client, when the present callback of nats-py is over."""
         self.loop.call_soon(self._changed.set)
 
     def _heard(self, error: Exception) -> None:
@@ -244,13 +241,13 @@ def _notify(listener: Callable[[], None]) -> None:
     try:
         listener()
     except Exception:
-        # Also when the connection is lost again meanwhile: the keeper must go on.
+        # Also if the connection is lost again meanwhile: the keeper must go on.
         logger.exception("a change of the connection to NATS could not be dealt with")
 
 
 async def end_task(task: asyncio.Task[None]) -> None:
     """Cancel a task, and wait until it has ended."""
     while not task.done():
-        # Again and again: nats-py swallows a cancellation here and there, and so does Python 3.11's wait_for.
+        # Repeatedly, because nats-py swallows some cancellations, and so does wait_for of Python 3.11.
         task.cancel()
         await asyncio.wait([task], timeout=0.05)

@@ -25,13 +25,12 @@ from .address import Subjects
 from .codec import JSON, MSGPACK, decode_one, encode_each
 from .compat import running_loop
 from .emitter import Emitter
-from .event_policy import EventPolicy
 from .nats_compat import Delivery, Listener, header_block
 from .nats_connection import NatsConnection, end_task
 from .nats_gaps import GapDetector
 from .nats_options import NatsCounters
 from .nats_stream import MESSAGE_ID
-from .subscription import Audience, EventKind
+from .subscription import Audience, EventKind, EventPolicy
 
 logger = logging.getLogger("cachebus.bus")
 

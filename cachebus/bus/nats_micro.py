@@ -32,13 +32,9 @@ from .nats_compat import Delivery, Listener
 from .nats_connection import NatsConnection
 from .nats_serving import Responder
 
-NAME = "cachebus"
-"""The name of every worker; ids tell them apart."""
-
+NAME = "cachebus"  # The name of every worker; ids tell them apart.
 PREFIX = "$SRV"
-SNAPSHOT_WAIT = 0.5
-"""Seconds that an actor has for its statistics. The answer then goes out without them: an ill actor must not hold up what
-an operator sees of the others."""
+SNAPSHOT_WAIT = 0.5  # Seconds that an actor has for its statistics: an ill one must not hold up those of the others.
 
 _SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 _numbers = itertools.count(1)
@@ -77,9 +73,6 @@ class Micro:
         self._listeners: list[Listener] = []
         self._waiting: list[str] = []
         self._task: asyncio.Task[None] | None = None
-
-    def __repr__(self) -> str:
-        return f"<Micro {self.id}>"
 
     async def open(self) -> None:
         """Begin to answer."""

@@ -27,63 +27,41 @@ class NatsOptions:
     Secrets are not in `repr`. A file with a seed or with credentials is read at every connect, so it may be renewed.
     """
 
-    servers: tuple[str, ...] = ("localhost:4222",)
-    """`host:port` of each; one that answers is enough."""
+    servers: tuple[str, ...] = ("localhost:4222",)  # `host:port` of each; one that answers is enough.
     user: str = ""
     password: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
     nkey_seed_file: str | None = None
     credentials_file: str | None = None
-    tls: bool = False
-    """Whether a server that offers no TLS is refused, before it learns any secret."""
+    tls: bool = False  # Whether a server that offers no TLS is refused, before it learns any secret.
     tls_ca_file: str | None = None
     tls_cert_file: str | None = None
     tls_key_file: str | None = None
-    name: str = "cachebus"
-    """The name of this connection in the server's reports."""
-    inbox_prefix: str = "_INBOX"
-    """The beginning of the subjects of answers, for accounts that may listen only below a prefix of their own."""
+    name: str = "cachebus"  # The name of this connection in the server's reports.
+    inbox_prefix: str = "_INBOX"  # The beginning of the subjects of answers, for accounts that are limited to one.
     connect_timeout: float = 2.0
-    reconnect_wait: float = 0.05
-    """The upper end of the first pause before a reconnect; it doubles, and the pause is drawn below it (full jitter)."""
+    reconnect_wait: float = 0.05  # Bound of the first random pause before a reconnect; it doubles (full jitter).
     reconnect_wait_max: float = 2.0
-    ping_interval: float = 2.0
-    """Seconds between two pings of the server; after two without an answer, the connection is given up."""
-    batch: int = 256
-    """The most requests in one NATS message."""
-    batch_bytes: int = 262_144
-    """The most bytes in such a message, unless the server sets a lower limit."""
-    window: int = 2
-    """The most unanswered NATS messages to one address before requests wait to be sent together."""
-    max_waiting: int = 10_000
-    """The most requests to one address that wait to be sent; more are answered `Overloaded`."""
-    resend_after: float = 1.0
-    """An idempotent request without an answer for so long is sent once more: its receiver may be dead."""
-    budget: float = 5.0
-    """Seconds that a request from elsewhere may take if it does not say."""
-    max_budget: float = 300.0
-    """Seconds that a request from elsewhere may take at most."""
+    ping_interval: float = 2.0  # Seconds between two pings; after two without an answer, the connection is given up.
+    batch: int = 256  # The most requests in one NATS message.
+    batch_bytes: int = 262_144  # The most bytes in such a message, unless the server sets a lower limit.
+    window: int = 2  # The most unanswered NATS messages to one address before requests wait to be sent together.
+    max_waiting: int = 10_000  # The most requests to one address that wait to be sent; more are answered `Overloaded`.
+    resend_after: float = 1.0  # After so long, an idempotent request is sent once more: its receiver may be dead.
+    budget: float = 5.0  # Seconds that a request from elsewhere may take if it does not say.
+    max_budget: float = 300.0  # Seconds that a request from elsewhere may take at most.
     reply_prefixes: tuple[str, ...] = ("_INBOX",)
     """The allowed beginnings of reply subjects of requests from elsewhere, next to `inbox_prefix`. A request with another
     one is dropped and counted: its sender could choose what this process publishes."""
-    claim_wait: float = 0.25
-    """Seconds that a claim to an address waits for objections."""
-    events: tuple[str, ...] = SHARED_KINDS
-    """Globs over the kinds of events that go out."""
-    events_as_json: bool = True
-    """For listeners in any language; otherwise msgpack."""
-    events_stream: str | None = None
-    """The JetStream stream that keeps events for subscriptions with `since`; created if it does not exist."""
-    events_stream_max_age: float = 86_400.0
-    """How long a created stream keeps them."""
-    events_stream_max_bytes: int = 67_108_864
-    """How much a created stream keeps; the oldest is dropped."""
-    heartbeat: float | None = 1.0
-    """Seconds between two heartbeats, which show the loss of the last events; `None` is never."""
-    outbox: int = 10_000
-    """The most events that wait to go out; more are lost and counted."""
-    pending_messages: int = 65_536
-    """The most messages of a subscription that are taken from the socket at once; more are lost and counted."""
+    claim_wait: float = 0.25  # Seconds that a claim to an address waits for objections.
+    events: tuple[str, ...] = SHARED_KINDS  # Globs over the kinds of events that go out.
+    events_as_json: bool = True  # For listeners in any language; otherwise msgpack.
+    events_stream: str | None = None  # The JetStream stream with the events for `since`; created if missing.
+    events_stream_max_age: float = 86_400.0  # How long a created stream keeps them.
+    events_stream_max_bytes: int = 67_108_864  # How much a created stream keeps; the oldest is dropped.
+    heartbeat: float | None = 1.0  # Seconds between two heartbeats, which show the loss of the last events.
+    outbox: int = 10_000  # The most events that wait to go out; more are lost and counted.
+    pending_messages: int = 65_536  # The most messages of a subscription that are read at once; more are lost.
     pending_bytes: int = 67_108_864
 
     def __post_init__(self) -> None:
@@ -117,25 +95,18 @@ class NatsCounters:
     """What happened on a bus over NATS since it was opened. Counted on its loop."""
 
     requests_sent: int = 0
-    messages_sent: int = 0
-    """NATS messages of requests: fewer than requests if there are many callers."""
+    messages_sent: int = 0  # NATS messages of requests: fewer than requests if there are many callers.
     requests_resent: int = 0
     requests_served: int = 0
-    requests_expired: int = 0
-    """Requests that came in too late, and were not worked on."""
-    replies_refused: int = 0
-    """Messages that were dropped because their reply subject is outside of the inboxes."""
+    requests_expired: int = 0  # Requests that came in too late, and were not worked on.
+    replies_refused: int = 0  # Messages that were dropped because their reply subject is outside of the inboxes.
     bad_messages: int = 0
-    late_replies: int = 0
-    """Answers that came after their callers had gone."""
-    lost_replies: int = 0
-    """Answers that could not be sent, because the connection was away or full."""
-    slow_consumer: int = 0
-    """Messages that were thrown away, because too many came in at once."""
+    late_replies: int = 0  # Answers that came after their callers had gone.
+    lost_replies: int = 0  # Answers that could not be sent, because the connection was away or full.
+    slow_consumer: int = 0  # Messages that were thrown away, because too many came in at once.
     reconnects: int = 0
     events_sent: int = 0
     events_dropped: int = 0
     heartbeats_sent: int = 0
     events_received: int = 0
-    events_missed: int = 0
-    """Events of other processes that did not arrive."""
+    events_missed: int = 0  # Events of other processes that did not arrive.

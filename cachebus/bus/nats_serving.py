@@ -1,8 +1,7 @@
 """The answering side of a bus over NATS: a message is decoded, handed to the recipient, and answered once.
 
-No bytes end the subscription: a message that cannot be read is counted, and answered `BadMessage` if an answer is wanted.
-The answers to an array go back together, in its order. To a sender that says `Cachebus-Partial` they go back as they
-come, so that a slow one holds up no other.
+A message that cannot be read is counted, and answered `BadMessage` if an answer is wanted. The answers to an array go
+back together, in its order, or as they come to a sender that says `Cachebus-Partial`.
 
 A message is answered below an inbox prefix only. With any other subject the sender could choose what this process
 publishes, such as a request to JetStream; the message is dropped.
@@ -34,7 +33,6 @@ from .api import Envelope, Recipient, Turn
 from .clock import Bucket, Clock, deadlines_here
 from .codec import JSON, MSGPACK, decode_each, encode
 from .emitter import Emitter
-from .message_age import MessageAges, age_clock
 from .nats_compat import Delivery, header_block
 from .nats_connection import NatsConnection
 from .nats_headers import (
@@ -59,13 +57,7 @@ class Responder:
     """One address as other processes reach it."""
 
     def __init__(
-        self,
-        address: str,
-        recipient: Recipient,
-        connection: NatsConnection,
-        clock: Clock,
-        emitter: Emitter,
-        ages: MessageAges,
+        self, address: str, recipient: Recipient, connection: NatsConnection, clock: Clock, emitter: Emitter
     ) -> None:
         self.address = address
         self.recipient = recipient
@@ -73,8 +65,6 @@ class Responder:
         self.now = clock.monotonic
         self.emitter = emitter
         self.counters = connection.counters
-        self.loop = asyncio.get_running_loop()
-        self.thread = get_ident()
         self.deadlines = deadlines_here()
         self.open: set[IncomingBatch] = set()
         self.requests = 0
@@ -82,8 +72,6 @@ class Responder:
         self.last_error = ""
         self.busy = 0.0  # Seconds from arrival to answer, summed over all requests.
         self.idle = asyncio.Event()
-        self._ages = ages
-        self._age_now = age_clock(clock)
         self._inboxes = connection.options.inboxes
         self._turns: dict[type[Any], Turn] = {}
 
@@ -112,7 +100,7 @@ class Responder:
         self.counters.requests_served += count
         self.requests += count
         now = batch.began = self.now()
-        age = self._ages.age(self._age_now(), self.connection.proven, *read_sent(headers))
+        age = self.connection.ages.age(self.connection.now(), self.connection.proven, *read_sent(headers))
         traces = read_traces(headers, count)
         one_trace, one_budget = len(traces) == 1, len(budgets) == 1
         trace, left = traces[0], budgets[0] - age
@@ -181,11 +169,11 @@ class ReplySlot(Struct, eq=False):
     def answer(self, reply: Any) -> None:
         batch = self.batch
         responder = batch.responder
-        if get_ident() == responder.thread:
+        if get_ident() == responder.deadlines.thread:
             batch.settle(self.place, reply)
             return
         try:
-            responder.loop.call_soon_threadsafe(batch.settle, self.place, reply)
+            responder.deadlines.loop.call_soon_threadsafe(batch.settle, self.place, reply)
         except RuntimeError:  # The loop is closed, and the connection with it.
             responder.counters.lost_replies += 1
 
@@ -201,8 +189,7 @@ class IncomingBatch(Struct, eq=False):
     is_array: bool = False
     messages: Sequence[Message | BadMessage] = ()
     replies: list[Reply | None] = []
-    ready: list[int] = []
-    """Places that are answered and not sent."""
+    ready: list[int] = []  # Places that are answered and not sent.
     unanswered: int = 0
     began: float = 0.0
     handed_over: bool = False
@@ -226,7 +213,7 @@ class IncomingBatch(Struct, eq=False):
         elif (not self.unanswered or self.partial) and not self.scheduled:
             # Replies of the same step of the loop go back together.
             self.scheduled = True
-            self.responder.loop.call_soon(self._send)
+            self.responder.deadlines.loop.call_soon(self._send)
 
     def watch_rest(self, budget: float) -> None:
         """Send what is answered, now that every request has been handed over, and wait for the rest."""

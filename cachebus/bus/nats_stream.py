@@ -11,6 +11,7 @@ import logging
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -28,9 +29,7 @@ from .subscription import EventKind, Subscription, event_kinds
 
 logger = logging.getLogger("cachebus.bus")
 
-MESSAGE_ID = "Nats-Msg-Id"
-"""The header by which a stream keeps each event once."""
-
+MESSAGE_ID = "Nats-Msg-Id"  # The header by which a stream keeps each event once.
 _DUPLICATES = 120.0  # Seconds in which a stream knows an id again, if it keeps messages for as long.
 _BATCH = 256
 _EXPIRES = 2.0  # Seconds that one question for more events may stay open.
@@ -74,10 +73,6 @@ async def ensure_stream(connection: NatsConnection, subjects: Subjects) -> None:
     except (nats.errors.Error, OSError, TimeoutError) as error:
         raise CacheConnectionError(f"events_stream {name!r}: {type(error).__name__}", "nats") from None
     raise CacheConfigurationError(problem)
-
-
-class _NoStream(Exception):
-    """No stream keeps the events."""
 
 
 class Replay:
@@ -125,10 +120,8 @@ class Replay:
             self._on_loop(self._room.set)
 
     def _on_loop(self, call: Callable[[], None]) -> None:
-        try:
+        with suppress(RuntimeError):  # The loop is closed, and the task with it.
             self._loop.call_soon_threadsafe(call)
-        except RuntimeError:
-            return  # The loop is closed, and the task with it.
 
     def _end(self) -> None:
         self._on_end(self)
@@ -152,9 +145,6 @@ class Replay:
                     self._tries += 1
                     longest = min(_AGAIN_MAX, _AGAIN * 2.0 ** min(self._tries - 1, 10))
                     await asyncio.sleep(random.uniform(0.0, longest))
-        except _NoStream:
-            logger.error("no stream keeps the events of %s", self._subjects.namespace)
-            await self._missed()
         except Exception:
             # A bug of ours or of nats-py. The listener must not take the end of its events for silence.
             logger.exception("a replay has failed")
@@ -170,7 +160,10 @@ class Replay:
             # After a restart of the server its streams may need a moment.
             if self._begun:
                 raise
-            raise _NoStream from None
+            logger.error("no stream keeps the events of %s", self._subjects.namespace)
+            await self._missed()
+            self.subscription.close()
+            return
         await self._look_for_a_beginning(jetstream, stream)
         created = await jetstream.add_consumer(stream, self._consumer())
         self._begun = True

@@ -1,4 +1,4 @@
-"""Work beside whoever starts it, in the event loop that is running, on asyncio and on trio."""
+"""Background work in the running event loop, on asyncio and on trio."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from .compat import enter_task, leave_task, running_loop
 
 _running: set[asyncio.Task[None]] = set()  # A loop holds its tasks weakly.
 
-
 Ended = Callable[[], None]
 
 
@@ -22,14 +21,11 @@ def spawn(
 ) -> Callable[[], None]:
     """Run `work` beside the current task, in a copy of its context, and return a function that cancels it from any thread.
 
-    `work` must not raise. `ended` is called once, whatever happens: also when `work` is cancelled before its first step,
-    and when the event loop ends first. `unbegun` is for work that ends by itself once it has begun: it is called if it did not,
-    and may be called in other cases. On asyncio the first step is taken at once, on this stack: what does not have to wait has
-    ended when this returns.
+    `work` must not raise. `ended` is called once in any case, also if `work` is cancelled before its first step or the
+    event loop ends first. `unbegun` is called if `work` does not begin, and perhaps in other cases. On asyncio the first
+    step is taken at once, on this stack, so work that does not wait has ended when this returns.
     """
-    deadlines = (
-        running_deadlines()
-    )  # Which knows the loop without the system call that asking for it costs Python 3.11.
+    deadlines = running_deadlines()  # It knows the loop; asking asyncio costs Python 3.11 a system call.
     if deadlines is None:
         return _spawn_in_trio(work, ended or unbegun or _nothing)
     loop = deadlines.loop
@@ -43,7 +39,7 @@ def spawn(
                 ended()  # The task has one step left, which finds that nothing is left to do.
             return _nothing
     else:
-        # Whose tasks are of another kind, and may begin when they like.
+        # Tasks of this factory may begin at any time.
         task = loop.create_task(work)
         ended = ended or unbegun
     _running.add(task)

@@ -18,6 +18,7 @@ import itertools
 import logging
 import math
 import threading
+from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import Context
@@ -214,28 +215,11 @@ class _LoopQueue:
         self._armed_for = math.inf
         self._disarm: Callable[[], object] = _nothing
         self._logged: set[tuple[object, type[Exception]]] = set()
-        self._asyncio = running_loop()
-        self._call_soon: Callable[[Callable[[], object]], object]
-        if self._asyncio is not None:
-            self._call_soon = self._asyncio.call_soon_threadsafe
-        else:
-            import trio
-
-            self._trio = trio.lowlevel.current_trio_token()
-            self._call_soon = self._trio.run_sync_soon
-
-    def running_here(self) -> bool:
-        """Whether this thread runs the loop."""
-        if get_ident() != self._thread:
-            return False
-        if self._asyncio is not None:
-            return running_loop() is self._asyncio
-        import trio
-
-        try:
-            return trio.lowlevel.current_trio_token() is self._trio
-        except RuntimeError:
-            return False
+        self.loop = loop = _current_loop()
+        self._is_asyncio = isinstance(loop, AbstractEventLoop)
+        self._call_soon: Callable[[Callable[[], object]], object] = (
+            loop.call_soon_threadsafe if self._is_asyncio else loop.run_sync_soon
+        )
 
     def count(self, owner: LoopTimers) -> int:
         """How many timers an owner has; on the loop's own thread."""
@@ -298,8 +282,8 @@ class _LoopQueue:
         disarm: Callable[[], object]
         try:
             # In a context of its own: that of the caller holds a trace, and much else.
-            if self._asyncio is not None and isinstance(self._clock, SystemClock):
-                disarm = self._asyncio.call_later(delay, self._fire, due, context=Context()).cancel
+            if self._is_asyncio and isinstance(self._clock, SystemClock):
+                disarm = self.loop.call_later(delay, self._fire, due, context=Context()).cancel
             else:
                 disarm = Context().run(self._sleep, due, self._now() + delay)
         except RuntimeError:
@@ -344,6 +328,15 @@ class _LoopQueue:
                 logger.exception("the callback of a timer failed")
 
 
+def _current_loop() -> Any:
+    """The loop of asyncio that runs in this thread, or the token of the run of trio. Raises `RuntimeError`."""
+    if (loop := running_loop()) is not None:
+        return loop
+    import trio
+
+    return trio.lowlevel.current_trio_token()
+
+
 _here = threading.local()  # `queue` is that of the loop that this thread used last.
 
 
@@ -351,7 +344,7 @@ def _queue_of_running_loop(clock: Clock) -> _LoopQueue:
     if not isinstance(clock, SystemClock):
         return _LoopQueue(clock)
     queue: _LoopQueue | None = getattr(_here, "queue", None)
-    if queue is None or not queue.running_here():
+    if queue is None or queue.loop is not _current_loop():
         queue = _here.queue = _LoopQueue(clock)
     return queue
 

@@ -1,7 +1,7 @@
 """The trace context of the call that is under way, as W3C `traceparent`.
 
-Where it is looked for, in this order: what the request that is being handled brought with it; the current span of
-OpenTelemetry, if the application has imported that (it is never imported here); what `use_trace` was given.
+It is that of the request that is being handled; else the current span of OpenTelemetry, if the application has imported
+that (it is never imported here); else what `use_trace` was given.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Final
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _NO_TURN: Final = ""
 
-# What an actor's task or a callback inherits is the context of whoever opened the cache or set the alarm. So a turn says
-# whose it is, `None` included.
+# An actor's task and a callback inherit the context of the code that opened the cache or armed the timer. So a turn sets
+# the trace of its request, `None` included.
 turn_trace: ContextVar[str | None] = ContextVar("cachebus_turn_trace", default=_NO_TURN)
-"""The trace of the request that is being handled: `None` if it has none, the empty string outside of such a turn."""
+"""The trace of the request that is being handled: `None` if it has none, the empty string outside of a turn."""
 
 _given: ContextVar[str | None] = ContextVar("cachebus_trace", default=None)
 
@@ -28,12 +28,9 @@ def current_trace() -> str | None:
     """The `traceparent` of the call that is under way, or `None`."""
     if (trace := turn_trace.get()) != _NO_TURN:
         return trace
-    # `opentelemetry` alone may be an empty namespace, so it is asked for the part that knows the span.
-    if (opentelemetry := sys.modules.get("opentelemetry.trace")) is not None and (
-        span := _span(opentelemetry)
-    ) is not None:
-        return span
-    return _given.get()
+    # `opentelemetry` alone may be an empty namespace, so this looks for the part that knows the span.
+    opentelemetry = sys.modules.get("opentelemetry.trace")
+    return (None if opentelemetry is None else _span(opentelemetry)) or _given.get()
 
 
 def valid_trace(text: str | None) -> str | None:

@@ -872,7 +872,7 @@ async def test_what_fails_because_the_store_is_closed_is_not_repeated() -> None:
     stage = Stage(store=store)
     told: list[Sequence[Reply]] = []
     await stage.guard.submit(store, [Get("a")], told.append)
-    stage.guard.close()
+    stage.guard.closed = True
     store.open_replies.pop()([Failed.of(DOWN)])
     assert [failures(each) for each in told] == [[CacheConnectionError]]
     assert stage.ctx.beside == []

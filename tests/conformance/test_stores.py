@@ -16,7 +16,7 @@ from cachebus.adapters.memcached import MemcachedStore
 from cachebus.adapters.memory import MemoryStore
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_connect import Credentials, Endpoint
+from cachebus.adapters.redis_connect import Connector, Credentials, Endpoint
 from cachebus.bus.codec import JSON
 from cachebus.testing.fakes import CodecStore
 from cachebus.testing.servers import Server, run_memcached, run_redis_cluster
@@ -183,7 +183,7 @@ async def opened_cluster(
     servers: Sequence[Server], namespace: str, default_ttl: float | None
 ) -> AsyncGenerator[AnyStore]:
     places = [Endpoint(host=server.host, port=server.port) for server in servers]
-    store = RedisClusterStore(places, namespace=namespace, default_ttl=default_ttl, connect_timeout=PATIENCE)
+    store = RedisClusterStore(places, Connector(timeout=PATIENCE), namespace=namespace, default_ttl=default_ttl)
     await store.open()
     yield store
     await store.close()
@@ -208,10 +208,9 @@ async def opened(server: Server, namespace: str, default_ttl: float | None) -> A
     identity = Credentials(user=parts.username or "", password=parts.password)
     store = RedisStore(
         [Endpoint(host=server.host, port=server.port)],
+        Connector(identity=identity, timeout=PATIENCE),
         namespace=namespace,
-        identity=identity,
         default_ttl=default_ttl,
-        connect_timeout=PATIENCE,
     )
     await store.open()
     yield store

@@ -189,7 +189,7 @@ def test_the_ghosts_of_s3fifo_are_bounded_and_remember_no_resident(script: list[
     for step in script:
         store.run([step])
         assert len(policy._ghost) <= 1.5 * capacity
-        assert len(policy._duels) <= 0.5 * capacity + 1
+        assert len(policy._duels._defenders) <= 0.5 * capacity + 1
         remembered = [*policy._ghost, *policy._duels._defenders]
         assert len(set(remembered)) == len(remembered)
         assert not set(remembered) & set(store.entries)
@@ -200,7 +200,7 @@ def test_s3fifo_remembers_nothing_before_the_first_eviction() -> None:
     store = Store("s3fifo", 100).run([("get", number % 100) for number in range(300)])
     policy = cast(Any, store.policy)
     assert not policy._ghost
-    assert not len(policy._duels)
+    assert not len(policy._duels._defenders)
 
 
 def test_s3fifo_learned_nothing_after_a_clear() -> None:
@@ -208,7 +208,7 @@ def test_s3fifo_learned_nothing_after_a_clear() -> None:
     policy = cast(Any, store.policy)
     assert policy._return.share < 1
     policy.clear()
-    assert (policy._return.share, len(policy._ghost), len(policy._duels)) == (1, 0, 0)
+    assert (policy._return.share, len(policy._ghost), len(policy._duels._defenders)) == (1, 0, 0)
 
 
 def test_a_forgotten_challenger_keeps_no_entry_alive() -> None:
@@ -376,7 +376,7 @@ def test_a_ring_turns_and_walks_from_old_to_young() -> None:
     assert [entry.key for entry in order] == ["b", "c", "a"]
     for entry in order:
         ring.remove(entry)
-    assert len(ring) == 0
+    assert ring.size == 0
     ring.append(entries[0])
     ring.rotate()
     assert ring.oldest() is entries[0]

@@ -35,7 +35,7 @@ THIRD_PARTIES: Mapping[str, frozenset[str]] = {
     "adapters/embed*": frozenset({"numpy"}),
     "adapters/prometheus*": frozenset({"prometheus_client"}),
     "adapters/opentelemetry*": frozenset({"opentelemetry"}),
-    "facade": frozenset({"anyio", "msgspec", "pydantic", "pydantic_settings", "yaml"}),
+    "facade": frozenset({"anyio", "msgspec", "pydantic", "yaml"}),
     "payload_json*": frozenset({"msgpack"}),  # whose strict packer says if a value has only plain types
     "payload_msgpack*": frozenset({"msgpack"}),
     # The suites that ship; `import cachebus` does not load them.

@@ -12,9 +12,9 @@ from .paths import ROOT
 LATE = {
     *("redis", "hiredis", "pymemcache", "nats", "faiss", "numpy", "prometheus_client", "opentelemetry"),
     *("orjson", "pyarrow", "pandas", "lz4", "zstandard", "xxhash", "cryptography", "msgpack"),
-    *("pydantic", "pydantic_settings", "yaml", "rich", "trio", "pytest"),
+    *("pydantic", "yaml", "rich", "trio", "pytest"),
     *("tenacity", "hashlib", "multiprocessing", "importlib.metadata", "sqlite3", "http", "urllib"),
-    *("cachebus.settings", "cachebus.stores", "cachebus.payload", "cachebus.bus.codec", "cachebus.actors.repeating"),
+    *("cachebus.settings", "cachebus.stores", "cachebus.payload", "cachebus.bus.codec"),
 }
 """Loaded when a URL, a command or a settings file asks for it, not before."""
 

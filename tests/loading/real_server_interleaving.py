@@ -12,7 +12,7 @@ from typing import Any
 from cachebus.actors.ports import SYSTEM_CLOCK
 from cachebus.adapters.memcached_connection import Connection
 from cachebus.adapters.memcached_keys import Keys
-from cachebus.adapters.memcached_planner import Plan
+from cachebus.adapters.memcached_planner import plan
 from cachebus.adapters.memcached_server import Endpoint
 from cachebus.adapters.memcached_values import Values
 from cachebus.testing.servers import Server
@@ -35,7 +35,7 @@ class Client:
 
     def steps(self, request: Any) -> Steps:
         """Carry out a request, stopping before each command."""
-        talk = Plan(self.connection, self._values, [request]).run()
+        talk = plan(self.connection, self._values, [request])
         try:
             question = next(talk)
             while True:
@@ -53,7 +53,7 @@ class Client:
 
     def forget_tags(self) -> None:
         """Know nothing of the tags of keys, as a client that has just come."""
-        self._values.memory.clear()
+        self._values.memory.names.clear()
 
 
 def finish(steps: Steps) -> Any:

@@ -49,8 +49,6 @@ def commands_of(data: bytes) -> Iterator[bytes]:
 class BlockingSocket:
     """A socket on which the whole world waits for the answer: to the simulation it takes no time."""
 
-    unsent = 0
-
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(5.0)
         self._sock = sock
@@ -60,10 +58,16 @@ class BlockingSocket:
     def write(self) -> Callable[[bytes], None]:
         return self._write
 
-    def attach(self, receiver: Any) -> None:
-        self._receiver = receiver
+    def set_protocol(self, protocol: Any) -> None:
+        self._receiver = protocol
 
-    def close(self) -> None:
+    def resume_reading(self) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def abort(self) -> None:
         self._sock.close()
 
     def _write(self, data: bytes) -> None:
@@ -87,7 +91,7 @@ class NoTimers:
 
 def connect(endpoint: Endpoint, clock: Clock) -> Connection:
     """A connection that blocks."""
-    sock = BlockingSocket(socket.create_connection((endpoint.host, endpoint.port), 5.0))
+    sock: Any = BlockingSocket(socket.create_connection((endpoint.host, endpoint.port), 5.0))
     connection = Connection(str(endpoint), sock, clock, NoTimers(), 5.0)
     ask(connection, connection.greet())
     connection._synced = float("inf")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from msgspec.structs import replace
 
 from cachebus.adapters import memcached_key_updates, memcached_planner, memcached_tags
-from cachebus.adapters.memcached_key_updates import LeaseDraft, LeaseUpdates
+from cachebus.adapters.memcached_cas_updates import Draft
+from cachebus.adapters.memcached_key_updates import KeyUpdates
 from cachebus.adapters.memcached_keys import ALL_TAGS
 from cachebus.adapters.memcached_lookup import Lookup
 from cachebus.adapters.memcached_session import Session
@@ -115,18 +116,20 @@ def test_no_interleaving_lets_an_invalidated_value_be_read(
 
 
 def late_tags_are_not_looked_at(patch: pytest.MonkeyPatch) -> None:
-    held = LeaseUpdates._held
+    held = KeyUpdates._held
 
     def careless(self: Any, token: str, item: Any) -> Any:
         found = held(self, token, item)
         return found and replace(found, all_tags=self._generations.seen(ALL_TAGS))
 
-    patch.setattr(LeaseUpdates, "_held", careless)
+    patch.setattr(KeyUpdates, "_held", careless)
 
 
 def nothing_is_looked_at_after_storing(patch: pytest.MonkeyPatch) -> None:
-    make = LeaseDraft.__init__
-    patch.setattr(LeaseDraft, "__init__", lambda self, commands, reply, tags=(): make(self, commands, reply))
+    make = Draft.__init__
+    patch.setattr(
+        Draft, "__init__", lambda self, commands, reply, tags=(), kind=None: make(self, commands, reply, kind=kind)
+    )
 
 
 def all_tags_are_made_anew_last(patch: pytest.MonkeyPatch) -> None:
@@ -160,13 +163,13 @@ def values_are_stored_over_anything(patch: pytest.MonkeyPatch) -> None:
 
 
 def generations_are_those_of_the_end(patch: pytest.MonkeyPatch) -> None:
-    held = LeaseUpdates._held
+    held = KeyUpdates._held
 
     def careless(self: Any, token: str, item: Any) -> Any:
         found = held(self, token, item)
         return found and replace(found, tags=self._generations.current(tag for tag, _ in found.tags))
 
-    patch.setattr(LeaseUpdates, "_held", careless)
+    patch.setattr(KeyUpdates, "_held", careless)
 
 
 PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, bool]] = [

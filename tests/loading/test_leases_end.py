@@ -54,15 +54,15 @@ async def test_a_question_that_is_given_back_while_it_waits_is_answered() -> Non
         return parked[-1]
 
     store.defer = defer
-    theirs = store.get_or_lease(GetOrLease("k", "another process", "a", 60.0))
+    theirs = store._leases.get_or_lease(GetOrLease("k", "another process", "a", 60.0))
     assert isinstance(theirs, LeaseGranted)
     for number in range(20):
-        assert store.get_or_lease(GetOrLease("k", "p", f"q{number}", 60.0, 60.0)) is parked[-1]
+        assert store._leases.get_or_lease(GetOrLease("k", "p", f"q{number}", 60.0, 60.0)) is parked[-1]
         assert parked[-1].waiting
-        assert isinstance(store.release(ReleaseLease("k", f"q{number}")), NotHeld)
+        assert isinstance(store._leases.release(ReleaseLease("k", f"q{number}")), NotHeld)
     assert len(parked) == 20
     assert not any(each.waiting for each in parked)
-    assert isinstance(store.release(ReleaseLease("k", theirs.token)), Released)
+    assert isinstance(store._leases.release(ReleaseLease("k", theirs.token)), Released)
 
 
 def test_a_lost_lease_ends_with_the_last_question_that_waits_for_it() -> None:
@@ -70,11 +70,11 @@ def test_a_lost_lease_ends_with_the_last_question_that_waits_for_it() -> None:
     store = MemoryStore(clock=clock)
     store.defer = Deferred
     for lost in (False, True):
-        assert isinstance(store.get_or_lease(GetOrLease("k", "another process", f"{lost}", 60.0)), LeaseGranted)
-        store.get_or_lease(GetOrLease("k", "p", f"q{lost}", 60.0, 30.0))
+        assert isinstance(store._leases.get_or_lease(GetOrLease("k", "another process", f"{lost}", 60.0)), LeaseGranted)
+        store._leases.get_or_lease(GetOrLease("k", "p", f"q{lost}", 60.0, 30.0))
         if lost:
             store.delete(Delete("k"))
-        store.release(ReleaseLease("k", f"q{lost}"))
+        store._leases.release(ReleaseLease("k", f"q{lost}"))
         clock.advance(100.0)
         store.sweep(100)
         assert not store._leases._void

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cachebus.adapters import memcached_tags
-from cachebus.adapters.memcached_key_updates import LeaseUpdates
+from cachebus.adapters.memcached_key_updates import KeyUpdates
 from cachebus.adapters.memcached_lookup import Lookup
 from cachebus.adapters.memcached_tags import Generations
 from cachebus.adapters.memcached_values import content_of
@@ -66,8 +66,8 @@ def generations_come_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def whoever_holds_the_lease_is_taken_for_the_one_who_asks(patch: pytest.MonkeyPatch) -> None:
-    held = LeaseUpdates._held
-    patch.setattr(LeaseUpdates, "_held", lambda self, token, item: item.held or held(self, token, item))
+    held = KeyUpdates._held
+    patch.setattr(KeyUpdates, "_held", lambda self, token, item: item.held or held(self, token, item))
 
 
 def who_asks_for_a_lease_is_given_what_is_invalid(patch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from cachebus import Cache
-from cachebus.adapters.eviction import Entry
 from cachebus.adapters.leases import Lease
 from cachebus.adapters.memory import MemoryStore
-from cachebus.messages import Delete, Deleted, Found, Stale
+from cachebus.messages import Delete, Deleted, Stale
 from cachebus.singleflight import Value
 
 from .simulation import simulate
@@ -68,8 +67,9 @@ class TagsThatTheLoaderNamesAreForgotten(MemoryStore):
 
 
 class WritesLeaveLeases(MemoryStore):
-    def _overtaken(self, entry: Entry) -> None:
-        pass
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._overtaken = lambda entry: None
 
 
 class LeasesNeverEnd(MemoryStore):
@@ -78,7 +78,7 @@ class LeasesNeverEnd(MemoryStore):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         forever: dict[tuple[str, str], Lease] = {}
-        held, grant, forget = self._leases.held, self._leases.grant, self._leases._forget
+        held, grant, forget = self._leases.held, self._leases.grant, self._leases.take
 
         def remember(request: Any, version: float, now: float) -> Lease:
             lease = grant(request, version, now)
@@ -87,7 +87,7 @@ class LeasesNeverEnd(MemoryStore):
 
         self._leases.grant = remember  # type: ignore[method-assign]
         self._leases.held = lambda key, token, now: held(key, token, now) or forever.get((key, token))  # type: ignore[method-assign]
-        self._leases._forget = lambda lease: forget(lease) if self._leases.by_key.get(lease.key) is lease else None  # type: ignore[method-assign]
+        self._leases.take = lambda lease: forget(lease) if self._leases.by_key.get(lease.key) is lease else None  # type: ignore[method-assign]
 
 
 class LeasesAreNamedByTheirQuestion(MemoryStore):
@@ -107,26 +107,27 @@ class LeasesAreNamedByTheirQuestion(MemoryStore):
 
 class DeletesLeaveTheStale(MemoryStore):
     def _delete(self, keys: tuple[str, ...]) -> int:
-        now = self._now()
-        live = tuple(key for key in keys if self._live(key, now) is not None)
+        now = self.now()
+        live = tuple(key for key in keys if self.live(key, now) is not None)
         return super()._delete(live)
 
 
 class InvalidTagsAreServedStale(MemoryStore):
-    def _stale(self, key: str, now: float, lease: Lease | None = None) -> Stale | None:
+    def stale(self, key: str, now: float, lease: str = "", remaining: float = 0.0) -> Stale | None:
         entry = self._entries.get(key)
         if entry is None or not entry.tags:
-            return super()._stale(key, now, lease)
+            return super().stale(key, now, lease, remaining)
         tags, entry.tags = entry.tags, ()
         try:
-            return super()._stale(key, now, lease)
+            return super().stale(key, now, lease, remaining)
         finally:
             entry.tags = tags
 
 
 class LateValuesGoToEverybody(MemoryStore):
-    def _bring_late(self, lease: Lease, late: Found, now: float) -> None:
-        self._leases.answer_all(lease, late)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._leases.bring_late = lambda lease, late, now: self._leases.answer_all(lease, late)  # type: ignore[method-assign]
 
 
 def everybody_shares(cache: Cache) -> None:

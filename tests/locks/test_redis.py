@@ -15,7 +15,7 @@ import pytest
 
 import cachebus.settings  # noqa: F401 (which blocks, as an import does, if a test is the first to open a cache)
 from cachebus import Cache, CacheError, open_cache
-from cachebus.adapters.redis_lock_scripts import CLAIM_MS
+from cachebus.adapters.redis_locks import CLAIM_MS
 from cachebus.messages import (
     AcquireLock,
     CacheBackendError,

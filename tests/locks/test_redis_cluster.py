@@ -12,7 +12,7 @@ import pytest
 
 import cachebus.settings  # noqa: F401 (which blocks, as an import does, if a test is the first to open a cache)
 from cachebus import open_cache
-from cachebus.adapters.redis_lock_scripts import CLAIM_MS
+from cachebus.adapters.redis_locks import CLAIM_MS
 from cachebus.testing.servers import Server, run_redis_cluster
 from tests.lateness import within
 

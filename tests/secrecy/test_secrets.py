@@ -236,7 +236,7 @@ def test_the_commands_show_no_secret(redis: Server, nats: Server, tmp_path: Path
 LEAKS = {
     "logs": "import logging\n\ndef test() -> None:\n    logging.getLogger('cachebus').debug('a %s', {canary!r})\n",
     "prints": "def test() -> None:\n    print({canary!r})\n",
-    "logs later": "import logging\nfrom cachebus.logs import log_to_stderr\n\ndef test_a() -> None:\n    log_to_stderr('text', 'info')\n\n"
+    "logs later": "import logging\nfrom cachebus.worker import log_to_stderr\n\ndef test_a() -> None:\n    log_to_stderr('text', 'info')\n\n"
     "def test_b() -> None:\n    logging.getLogger('cachebus').debug('a %s', {canary!r})\n",
     "keeps": "def test() -> None:\n    {canary!r}\n",
 }

@@ -1,4 +1,4 @@
-"""Eviction: what a full memory store gives up. One module per rule, all behind `EvictionPolicy`."""
+"""Eviction: what a full memory store gives up, by rules behind `EvictionPolicy`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import Final
 
 from cachebus.messages import CacheConfigurationError
 
-from .entry import NEVER, VISITS_MAX, Entry, Ring, WeighedEntry
-from .lfu import LfuPolicy
-from .lru import LruPolicy
-from .policy import EvictionPolicy
+from .classic import LfuPolicy, LruPolicy, SievePolicy
+from .entry import NEVER, VISITS_MAX, Entry, EvictionPolicy, Ring, WeighedEntry
 from .s3fifo import S3FifoPolicy
-from .sieve import SievePolicy
 
 POLICIES: Final[dict[str, Callable[[int | None], EvictionPolicy]]] = {
     "s3fifo": S3FifoPolicy,

@@ -1,8 +1,9 @@
-"""What the memory store keeps for one key, and the ring that eviction policies order entries with."""
+"""Entries of a memory store, the ring that orders them, and the port of the policy that chooses what is given up."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 NEVER = float("inf")
 """The `expires_at` of an entry that does not expire."""
@@ -20,12 +21,6 @@ class Entry:
 
     __slots__ = ("expires_at", "key", "next", "prev", "tags", "value", "version", "visits")
 
-    key: str
-    value: Any
-    version: float
-    expires_at: float
-    tags: tuple[str, ...]
-    visits: int
     prev: Entry
     next: Entry
 
@@ -69,9 +64,6 @@ class Ring:
         self._root.prev = self._root.next = self._root
         self.size = 0
 
-    def __len__(self) -> int:
-        return self.size
-
     def append(self, entry: Entry) -> None:
         """Link `entry` in as the youngest."""
         root = self._root
@@ -84,13 +76,12 @@ class Ring:
     def remove(self, entry: Entry) -> None:
         """Unlink `entry`, which must be in this ring."""
         before, after = entry.prev, entry.next
-        before.next = after
-        after.prev = before
+        before.next, after.prev = after, before
         del entry.prev, entry.next
         self.size -= 1
 
     def oldest(self) -> Entry:
-        """The entry that was appended first. Raises `IndexError` when the ring is empty."""
+        """Return the entry that was appended first. Raises `IndexError` when the ring is empty."""
         if not self.size:
             raise IndexError("oldest() of an empty ring")
         return self._root.next
@@ -98,19 +89,45 @@ class Ring:
     def rotate(self) -> None:
         """Make the oldest entry the youngest. The ring must not be empty."""
         root = self._root
-        moved = root.next
-        after = moved.next
-        last = root.prev
-        if moved is last:
-            return
-        root.next = after
-        after.prev = root
-        last.next = moved
-        moved.prev = last
-        moved.next = root
-        root.prev = moved
+        moved, last = root.next, root.prev
+        if moved is not last:
+            root.next = after = moved.next
+            after.prev = root
+            last.next = root.prev = moved
+            moved.prev, moved.next = last, root
 
     def younger(self, entry: Entry) -> Entry | None:
-        """The entry that was appended next after `entry`, which must be in this ring; `None` for the youngest."""
+        """Return the entry that was appended next after `entry`, which must be in this ring; `None` for the youngest."""
         after = entry.next
         return None if after is self._root else after
+
+
+class EvictionPolicy(Protocol):
+    """Orders the entries of a full store by how soon they may go. Every method is O(1), amortised.
+
+    The store makes room *before* it admits: `evict` as often as the bounds ask, then `admit`. So a value that
+    was just set is there to be read, whatever the policy thinks of it.
+    """
+
+    on_hit: Callable[[Entry], None] | None
+    """Called on every hit; `None` for a lazy policy, for which the store only counts `Entry.visits`."""
+
+    changing: bool
+    """Set while a hit is being noted by a policy with an `on_hit`: still set later, that was interrupted."""
+
+    def admit(self, entry: Entry) -> None:
+        """Take in an entry whose key the store did not hold."""
+
+    def forget(self, entry: Entry) -> None:
+        """Drop an entry that was deleted or has expired: it is no victim and leaves no memory of itself."""
+
+    def evict(self) -> Entry:
+        """Choose the entry to give up, unlink it and return it. Never called on an empty policy."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything, what was learned included."""
+
+    def __len__(self) -> int:
+        """How many entries the policy holds."""
+        ...

@@ -40,10 +40,16 @@ class Socket:
     def write(self) -> Callable[[bytes], None]:
         return self.sent.append
 
-    def attach(self, receiver: Any) -> None:
+    def set_protocol(self, protocol: Any) -> None:
         pass
 
-    def close(self) -> None:
+    def resume_reading(self) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def abort(self) -> None:
         self.closed = True
 
 
@@ -92,7 +98,8 @@ class Line:
         self.timers = Timers(self.clock)
         self.results: list[Any] = []
         clock: Any = self.clock
-        self.connection = Connection("here:1", self.socket, clock, self.timers, TIMEOUT)
+        transport: Any = self.socket
+        self.connection = Connection("here:1", transport, clock, self.timers, TIMEOUT)
         self.connection.begin(asking(b"version\r\n"), self.results.append)
         self.connection.data_received(STATISTICS)
         self.connection.data_received(b"EN\r\n")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached_leases import FAILURE_SHOWN
+from cachebus.adapters.memcached_lookup import FAILURE_SHOWN
 from cachebus.messages import (
     Add,
     Delete,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import anyio
 import pytest
 
-from cachebus.adapters.memcached_socket import AsyncioSocket, StreamSocket, open_socket
+from cachebus.adapters.memcached_server import StreamTransport, open_transport
 from cachebus.messages import Found, FoundMany, Get, GetMany, Set, SetMany, Stored, StoredMany
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import run_memcached
@@ -75,9 +75,10 @@ class Heard(asyncio.Protocol):
 async def test_what_is_said_comes_back_whatever_waits_for_what() -> None:
     chance = random.Random(1)
     with echo(2) as port:
-        made = await open_socket("127.0.0.1", port, None, "")
+        made = await open_transport("127.0.0.1", port, None, "")
         heard = Heard()
-        made.attach(heard)
+        made.set_protocol(heard)
+        made.resume_reading()
         with anyio.fail_after(LIMIT):
             for number in range(500):
                 said = chance.randbytes(chance.choice((1, 50, TINY, TINY + 1, 5 * TINY)))
@@ -85,29 +86,31 @@ async def test_what_is_said_comes_back_whatever_waits_for_what() -> None:
                 made.write(said)
                 await heard.change.wait()
                 assert heard.data == said, number
-        made.close()
+        made.abort()
 
 
 async def test_a_socket_that_is_closed_by_the_other_end_says_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        made = await open_socket("127.0.0.1", listener.getsockname()[1], None, "")
+        made = await open_transport("127.0.0.1", listener.getsockname()[1], None, "")
         heard = Heard()
         heard.size = 1
-        made.attach(heard)
+        made.set_protocol(heard)
+        made.resume_reading()
         theirs, _ = await sync(listener.accept)
         theirs.close()
         with anyio.fail_after(30):
             await heard.change.wait()
         assert heard.data == b""
-        made.close()
+        made.abort()
 
 
 async def test_the_socket_is_that_of_the_event_loop(anyio_backend_name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        made = await open_socket("127.0.0.1", listener.getsockname()[1], None, "")
-        made.attach(Heard())
-        assert type(made) is (AsyncioSocket if anyio_backend_name == "asyncio" else StreamSocket)
-        made.close()
+        made = await open_transport("127.0.0.1", listener.getsockname()[1], None, "")
+        made.set_protocol(Heard())
+        made.resume_reading()
+        assert isinstance(made, StreamTransport) == (anyio_backend_name == "trio")
+        made.abort()
 
 
 async def test_large_batches_pass_through_small_buffers_both_ways() -> None:

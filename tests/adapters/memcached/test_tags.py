@@ -110,8 +110,8 @@ def test_the_memory_of_tags_is_bounded() -> None:
         memory.note(f"k{number}", ("=a",))
     memory.note("many", ("=a",) * (REMEMBERED_TAGS + 1))
     assert repr(memory) == f"<TagMemory {REMEMBERED_KEYS}/{REMEMBERED_KEYS} keys>"
-    assert memory.of("k0") == ()
-    assert memory.of(f"k{REMEMBERED_KEYS}") == ("=a",)
+    assert "k0" not in memory.names
+    assert memory.names[f"k{REMEMBERED_KEYS}"] == ("=a",)
 
 
 async def test_what_was_remembered_wrongly_is_found_out(server: Server) -> None:

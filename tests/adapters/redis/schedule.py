@@ -16,9 +16,9 @@ from typing import Any, Self
 
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_connect import Endpoint
+from cachebus.adapters.redis_commands import slot_of
+from cachebus.adapters.redis_connect import Connector, Endpoint
 from cachebus.adapters.redis_connection import InFlight, RedisConnection
-from cachebus.adapters.redis_slots import slot_of
 from cachebus.messages import (
     Add,
     Clear,
@@ -107,7 +107,9 @@ async def lose(store: Any, *names: str) -> None:
         if isinstance(store, RedisStore):
             (connection,) = await connections(store)
         else:
-            connection = await store._topology.node(store._topology.map.place(slot_of(name))).pool.connect()
+            connection = await store._router.topology.node(
+                store._router.topology.map.place(slot_of(name))
+            ).pool.connect()
         await connection.call("UNLINK", name)
 
 
@@ -162,7 +164,7 @@ class World:
         """Make sure that nothing is there of the worlds before."""
         self.gate.waiting.clear()
         for store in self.stores:
-            store._space._hints.clear()
+            store._space.hints.clear()
             store._space.seen = self.chance.random() < 0.7
         for connection in await connections(self.stores[0]):
             await connection.call("FLUSHALL")
@@ -272,13 +274,14 @@ class World:
 async def open_stores(servers: Sequence[Server], stack: AsyncExitStack) -> list[Any]:
     """Stores of one namespace on servers of the test's own, each with connections of its own."""
     places = [Endpoint(host=server.host, port=server.port) for server in servers]
+    connector = Connector(health_interval=None)
     stores: list[Any] = []
     for _ in range(STORES):
         store: Any
         if len(servers) == 1:
-            store = RedisStore(places, namespace="schedule", health_check_interval=None, max_connections=1)
+            store = RedisStore(places, connector, namespace="schedule", max_connections=1)
         else:
-            store = RedisClusterStore(places, namespace="schedule", health_check_interval=None, max_connections=1)
+            store = RedisClusterStore(places, connector, namespace="schedule", max_connections=1)
         await store.open()
         stack.push_async_callback(store.close)
         for connection in await connections(store):
@@ -292,7 +295,7 @@ async def connections(store: Any) -> list[RedisConnection]:
     if isinstance(store, RedisStore):
         assert store._pool is not None
         return [await store._pool.connect()]
-    return [await store._topology.node(place).pool.connect() for place in store._topology.map.places()]
+    return [await store._router.topology.node(place).pool.connect() for place in store._router.topology.map.places()]
 
 
 async def replay(seed: int, servers: Sequence[Server]) -> World:

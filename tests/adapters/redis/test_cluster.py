@@ -16,8 +16,10 @@ from redis.crc import key_slot
 
 from cachebus import CacheConnectionError, CacheError, open_cache
 from cachebus.adapters.redis_cluster import RedisClusterStore
+from cachebus.adapters.redis_commands import slot_of, tag_of
 from cachebus.adapters.redis_connect import Endpoint
-from cachebus.adapters.redis_slots import SlotMap, SlotTraffic, read_redirection, read_slots, slot_of, tag_of
+from cachebus.adapters.redis_router import SlotTraffic
+from cachebus.adapters.redis_topology import SlotMap, read_redirection, read_slots
 from cachebus.messages import (
     Admit,
     BadMessage,

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, CircuitOpen, Overloaded
-from cachebus.adapters.redis_pool import RedisPool
+from cachebus.adapters.redis_connect import RedisPool
 from cachebus.bus import SYSTEM_CLOCK
 from cachebus.messages import (
     CacheBackendError,

@@ -6,11 +6,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
-import pytest
 
-from cachebus import CacheClosed, CacheConnectionError
-from cachebus.adapters.redis_listener import RedisListener
-from cachebus.messages import CacheConfigurationError
+from cachebus import CacheConnectionError
+from cachebus.messages import CacheConfigurationError, CacheError
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel
 from tests.certificates import Certificates
@@ -24,43 +22,55 @@ async def tell(server: Server, *words: str) -> bytes:
     return await anyio.to_thread.run_sync(lambda: redis_command(server, *words))
 
 
-@asynccontextmanager
-async def listening(url: str) -> AsyncGenerator[RedisListener]:
-    async with opened(url) as store:
-        listener = store.listener()
-        try:
-            yield listener
-        finally:
-            await listener.close()
-
-
 class Ear:
     """Collects what it hears; `await next()` waits for one thing."""
 
     def __init__(self) -> None:
         self._heard: asyncio.Queue[bytes] = asyncio.Queue()
-        self.missed_times = 0
-        self._missed = asyncio.Event()
+        self._failures: asyncio.Queue[CacheError] = asyncio.Queue()
+        self.times_up = 0
+        self._up = asyncio.Event()
 
     def heard(self, payload: bytes) -> None:
         self._heard.put_nowait(payload)
 
-    def missed(self) -> None:
-        self.missed_times += 1
-        self._missed.set()
+    def subscribed(self) -> None:
+        self.times_up += 1
+        self._up.set()
+
+    def failed(self, error: CacheError) -> None:
+        self._failures.put_nowait(error)
 
     async def next(self) -> bytes:
         async with asyncio.timeout(30):
             return await self._heard.get()
 
-    async def until_missed(self) -> None:
+    async def failure(self) -> CacheError:
         async with asyncio.timeout(30):
-            await self._missed.wait()
-        self._missed.clear()
+            return await self._failures.get()
+
+    async def until_up(self) -> None:
+        """Wait until the channel is heard, at first or after a loss."""
+        async with asyncio.timeout(30):
+            await self._up.wait()
+        self._up.clear()
 
     @property
     def is_empty(self) -> bool:
         return self._heard.empty()
+
+
+@asynccontextmanager
+async def listening(url: str, channel: str = "a", ear: Ear | None = None) -> AsyncGenerator[Ear]:
+    """An ear at a channel that is heard."""
+    ear = ear or Ear()
+    async with opened(url) as store:
+        subscription = store.subscribe(channel, ear.heard, ear.subscribed, ear.failed)
+        try:
+            await ear.until_up()
+            yield ear
+        finally:
+            await subscription.close()
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -69,18 +79,8 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_what_is_published_after_ready_is_heard_by_everybody_at_the_channel_and_nobody_else(
-    server: Server,
-) -> None:
-    async with listening(server.url) as listener:
-        one, two, other = Ear(), Ear(), Ear()
-        places = [
-            listener.subscribe("a", one.heard),
-            listener.subscribe(b"a", two.heard),
-            listener.subscribe("b", other.heard),
-        ]
-        for place in places:
-            await place.ready()
+async def test_what_is_published_after_it_is_up_is_heard_at_the_channel_and_at_no_other(server: Server) -> None:
+    async with listening(server.url) as one, listening(server.url) as two, listening(server.url, "b") as other:
         for payload in ("1", "2"):
             await tell(server, "PUBLISH", "a", payload)
         assert [await one.next(), await one.next()] == [b"1", b"2"]
@@ -88,153 +88,126 @@ async def test_what_is_published_after_ready_is_heard_by_everybody_at_the_channe
         await tell(server, "PUBLISH", "b", "3")
         assert await other.next() == b"3"
         assert one.is_empty
-        assert one.missed_times == 0
+        assert one.times_up == 1
 
 
-async def test_the_connection_is_made_by_the_first_who_listens_and_is_one_for_all(server: Server) -> None:
+async def test_a_subscription_is_one_connection_and_a_closed_one_none(server: Server) -> None:
     async def connections() -> int:
         return (await tell(server, "CLIENT", "LIST")).count(b"id=")
 
-    async with listening(server.url) as listener:
+    async with opened(server.url) as store:
         before = await connections()
-        assert repr(listener) == "<RedisListener idle, 0 channels>"
-        places = [listener.subscribe(f"c{number}", Ear().heard) for number in range(50)]
-        await asyncio.gather(*(place.ready() for place in places))
+        ear = Ear()
+        subscription = store.subscribe("left", ear.heard, ear.subscribed, ear.failed)
+        assert repr(subscription) == "<ChannelSubscription to 'left', away>"
+        await ear.until_up()
+        assert repr(subscription) == "<ChannelSubscription to 'left', up>"
         assert await connections() == before + 1
-        assert repr(listener) == "<RedisListener up, 50 channels>"
-
-
-async def test_a_channel_that_everybody_has_left_is_left(server: Server) -> None:
-    async with listening(server.url) as listener:
-        one, two = Ear(), Ear()
-        first, second = listener.subscribe("left", one.heard), listener.subscribe("left", two.heard)
-        await first.ready()
-        await second.ready()
-        first.close()
-        first.close()
-        await tell(server, "PUBLISH", "left", "1")
-        assert await two.next() == b"1"
-        assert one.is_empty
-        second.close()
+        await subscription.close()
+        await subscription.close()
+        assert repr(subscription) == "<ChannelSubscription to 'left', closed>"
 
         async def is_left() -> bool:
-            return b"left" not in await tell(server, "PUBSUB", "CHANNELS")
+            return b"left" not in await tell(server, "PUBSUB", "CHANNELS") and await connections() == before
 
         await until(is_left)
-        with pytest.raises(CacheClosed):
-            await second.ready()
-        # Left and entered again before the server could say anything.
-        hasty = listener.subscribe("left", one.heard)
-        hasty.close()
-        again = listener.subscribe("left", one.heard)
-        await again.ready()
-        await tell(server, "PUBLISH", "left", "2")
-        assert await one.next() == b"2"
+        await tell(server, "PUBLISH", "left", "1")
+        assert ear.is_empty
 
 
 async def test_a_server_that_was_killed_is_listened_to_again_and_the_gap_is_told() -> None:
     with run_redis() as server:
-        async with listening(f"{server.url}?{FAST}") as listener:
-            ear = Ear()
-            await listener.subscribe("a", ear.heard, ear.missed).ready()
+        async with listening(f"{server.url}?{FAST}") as ear:
             await anyio.to_thread.run_sync(server.kill)
             await anyio.to_thread.run_sync(server.start)
-            await ear.until_missed()
+            await ear.until_up()
             await tell(server, "PUBLISH", "a", "after")
             assert await ear.next() == b"after"
-            assert ear.missed_times == 1
+            assert ear.times_up == 2
 
 
 async def test_a_server_that_falls_silent_is_left_and_the_gap_is_told() -> None:
     with run_redis() as server:
-        async with listening(f"{server.url}?{FAST}") as listener:
+        async with opened(f"{server.url}?{FAST}") as store:
             ear = Ear()
-            await listener.subscribe("a", ear.heard, ear.missed).ready()
+            subscription = store.subscribe("a", ear.heard, ear.subscribed, ear.failed)
+            await ear.until_up()
             await anyio.to_thread.run_sync(server.pause)
             try:
                 with anyio.fail_after(30):
-                    while "up" in repr(listener):
+                    while subscription.is_up:
                         await asyncio.sleep(0.01)
             finally:
                 await anyio.to_thread.run_sync(server.resume)
-            await ear.until_missed()
+            await ear.until_up()
+            await subscription.close()
 
 
-async def test_who_waits_for_a_server_that_is_away_is_told_and_the_listener_goes_on_trying() -> None:
+async def test_that_a_server_is_away_is_told_and_the_subscription_goes_on_trying() -> None:
     with run_redis() as server:
-        async with listening(f"{server.url}?{FAST}") as listener:
+        async with opened(f"{server.url}?{FAST}") as store:
             await anyio.to_thread.run_sync(server.kill)
             ear = Ear()
-            place = listener.subscribe("a", ear.heard, ear.missed)
-            with pytest.raises(CacheConnectionError):
-                await place.ready()
+            subscription = store.subscribe("a", ear.heard, ear.subscribed, ear.failed)
+            for _ in range(2):
+                assert isinstance(await ear.failure(), CacheConnectionError)
             await anyio.to_thread.run_sync(server.start)
-            with anyio.fail_after(30):
-                while True:
-                    try:
-                        await place.ready()
-                        break
-                    except CacheConnectionError:
-                        pass
+            await ear.until_up()
             await tell(server, "PUBLISH", "a", "1")
             assert await ear.next() == b"1"
+            await subscription.close()
 
 
-async def test_a_channel_that_the_user_may_not_have_is_refused_and_the_others_go_on() -> None:
+async def test_a_channel_that_the_user_may_not_have_is_refused_and_is_asked_for_once() -> None:
     with run_redis() as server:
         await tell(server, "ACL", "SETUSER", "me", "on", ">pw", "+@all", "~*", "resetchannels", "&mine#*")
-        async with listening(f"redis://me:pw@127.0.0.1:{server.port}") as listener:
+        url = f"redis://me:pw@127.0.0.1:{server.port}"
+        async with listening(url, "mine#1") as mine, opened(url) as store:
             ear = Ear()
-            mine = listener.subscribe("mine#1", ear.heard, ear.missed)
-            await mine.ready()
-            yours = listener.subscribe("yours#1", ear.heard)
-            with pytest.raises(CacheConfigurationError, match="may not"):
-                await yours.ready()
-            with pytest.raises(CacheConfigurationError, match="may not"):
-                await yours.ready()
-            await ear.until_missed()
+            refused = store.subscribe("yours#1", ear.heard, ear.subscribed, ear.failed)
+            error = await ear.failure()
+            assert isinstance(error, CacheConfigurationError)
+            assert "may not" in str(error)
+
+            async def is_over() -> bool:
+                return repr(refused) == "<ChannelSubscription to 'yours#1', closed>"
+
+            await until(is_over)
             await tell(server, "PUBLISH", "mine#1", "1")
-            assert await ear.next() == b"1"
+            assert await mine.next() == b"1"
             await tell(server, "ACL", "SETUSER", "me", "&yours#*")
-            second = Ear()
-            await listener.subscribe("yours#1", second.heard).ready()
-            await yours.ready()
-            await tell(server, "PUBLISH", "yours#1", "2")
-            assert [await ear.next(), await second.next()] == [b"2", b"2"], "whoever was refused before hears it too"
+            async with listening(url, "yours#1") as allowed:
+                await tell(server, "PUBLISH", "yours#1", "2")
+                assert await allowed.next() == b"2"
 
 
-async def test_a_listener_that_fails_harms_no_other(server: Server) -> None:
-    async with listening(server.url) as listener:
-        told: list[dict[str, Any]] = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
-        ear = Ear()
-
-        def fail(payload: bytes) -> None:
+async def test_a_function_that_fails_does_no_harm_to_the_connection(server: Server) -> None:
+    class Careless(Ear):
+        def heard(self, payload: bytes) -> None:
+            super().heard(payload)
             raise RuntimeError("mine")
 
-        await listener.subscribe("a", fail).ready()
-        await listener.subscribe("a", ear.heard, ear.missed).ready()
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    async with listening(server.url, ear=Careless()) as ear:
         for payload in ("1", "2"):
             await tell(server, "PUBLISH", "a", payload)
         assert [await ear.next(), await ear.next()] == [b"1", b"2"]
-        assert len(told) == 2
-        assert ear.missed_times == 0
+        assert len(reported) == 2
+        assert ear.times_up == 1
 
 
-async def test_a_closed_listener_lets_nobody_wait() -> None:
+async def test_closing_does_not_wait_for_a_silent_server() -> None:
     with run_redis() as server:
-        async with opened(f"{server.url}?{FAST}") as store:
-            listener = store.listener()
+        async with opened(f"{server.url}?connect_timeout=100&health_check_interval=none") as store:
             await anyio.to_thread.run_sync(server.pause)
             try:
-                waiting = asyncio.create_task(listener.subscribe("a", Ear().heard).ready())
+                ear = Ear()
+                subscription = store.subscribe("a", ear.heard, ear.subscribed, ear.failed)
                 await asyncio.sleep(0)
-                await listener.close()
-                await listener.close()
-                with pytest.raises(CacheClosed):
-                    await waiting
-                with pytest.raises(CacheClosed):
-                    listener.subscribe("a", Ear().heard)
+                with anyio.fail_after(30):
+                    await subscription.close()
+                assert ear.times_up == 0
             finally:
                 await anyio.to_thread.run_sync(server.resume)
 
@@ -242,16 +215,14 @@ async def test_a_closed_listener_lets_nobody_wait() -> None:
 async def test_in_a_cluster_any_server_hears_what_any_server_is_told() -> None:
     with run_redis_cluster() as servers:
         hosts = ",".join(f"127.0.0.1:{each.port}" for each in servers)
-        async with listening(f"redis+cluster://{hosts}?{FAST}") as listener:
-            ear = Ear()
-            await listener.subscribe("a", ear.heard, ear.missed).ready()
+        async with listening(f"redis+cluster://{hosts}?{FAST}") as ear:
             for number, server in enumerate(servers):
                 await tell(server, "PUBLISH", "a", str(number))
                 assert await ear.next() == str(number).encode()
             heard_by = [each for each in servers if b"\na\r" in await tell(each, "PUBSUB", "CHANNELS")]
             assert len(heard_by) == 1
             await anyio.to_thread.run_sync(heard_by[0].kill)
-            await ear.until_missed()
+            await ear.until_up()
             left = next(each for each in servers if each is not heard_by[0])
             await tell(left, "PUBLISH", "a", "again")
             assert await ear.next() == b"again"
@@ -269,9 +240,7 @@ async def test_it_listens_over_tls(tmp_path: Any) -> None:
     )
     options += ("--tls-cert-file", str(certificates.server), "--tls-key-file", str(certificates.key("server")))
     with run_redis(*options) as server:
-        async with listening(f"rediss://127.0.0.1:{port}?tls_ca_file={certificates.ca}") as listener:
-            ear = Ear()
-            await listener.subscribe("a", ear.heard).ready()
+        async with listening(f"rediss://127.0.0.1:{port}?tls_ca_file={certificates.ca}") as ear:
             await tell(server, "PUBLISH", "a", "1")
             assert await ear.next() == b"1"
 
@@ -287,12 +256,10 @@ async def test_it_follows_the_master_that_the_sentinels_name() -> None:
             return b"slaves=1" in await tell(sentinel, "INFO", "sentinel")
 
         await until(is_known)
-        async with listening(f"redis+sentinel://127.0.0.1:{sentinel.port}/shop/0?{FAST}") as listener:
-            ear = Ear()
-            await listener.subscribe("a", ear.heard, ear.missed).ready()
+        async with listening(f"redis+sentinel://127.0.0.1:{sentinel.port}/shop/0?{FAST}") as ear:
             await tell(master, "PUBLISH", "a", "1")
             assert await ear.next() == b"1"
             await anyio.to_thread.run_sync(master.kill)
-            await ear.until_missed()
+            await ear.until_up()
             await tell(replica, "PUBLISH", "a", "2")
             assert await ear.next() == b"2"

@@ -12,16 +12,13 @@ import pytest
 
 from cachebus.adapters import (
     redis,
-    redis_counters,
     redis_leases,
     redis_plan,
-    redis_reads,
+    redis_runs,
     redis_scripts,
-    redis_tag_scripts,
 )
-from cachebus.adapters.redis_script import Script
-from cachebus.adapters.redis_tag_scripts import Twin
-from cachebus.adapters.redis_tags import Claim
+from cachebus.adapters.redis_entry import Claim
+from cachebus.adapters.redis_scripts import Script, Twin
 from cachebus.testing.servers import Server, run_redis_cluster
 
 from .schedule import Gate, World, open_stores, replay
@@ -82,18 +79,18 @@ def scripts_with(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         planted = 0
-        for module in (redis_leases, redis_scripts, redis_tag_scripts):
+        for module in (redis_leases, redis_scripts):
             for name, script in list(vars(module).items()):
                 if isinstance(script, Script) and old in script.text:
-                    patch.setattr(module, name, Script.bare(script.text.replace(old, new)))
+                    patch.setattr(module, name, Script(script.text.replace(old, new)))
                     planted += 1
                 elif isinstance(script, Twin) and old in script.here.text:
-                    patch.setattr(script, "here", Script.bare(script.here.text.replace(old, new)))
+                    patch.setattr(script, "here", Script(script.here.text.replace(old, new)))
                     planted += 1
-        for module in (redis_reads, redis_plan, redis_counters, redis):
+        for module in (redis_runs, redis_plan, redis):
             for name in ("READ", "INVALIDATE", "KEEP"):
                 if hasattr(module, name):
-                    patch.setattr(module, name, getattr(redis_tag_scripts, name))
+                    patch.setattr(module, name, getattr(redis_scripts, name))
         assert planted
 
     return plant

@@ -10,11 +10,10 @@ import anyio
 import pytest
 
 from cachebus import LoadResult, open_cache
-from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_cluster_tags import Stamps
-from cachebus.adapters.redis_connect import Endpoint
-from cachebus.adapters.redis_tag_scripts import RETENTION_MS
-from cachebus.adapters.redis_tags import NO_STAMP, TagSpace
+from cachebus.adapters.redis_cluster import RedisClusterStore, Stamps
+from cachebus.adapters.redis_connect import Connector, Endpoint
+from cachebus.adapters.redis_entry import NO_STAMP, TagSpace
+from cachebus.adapters.redis_scripts import RETENTION_MS
 from cachebus.messages import (
     BadMessage,
     CacheConfigurationError,
@@ -291,7 +290,7 @@ def cluster() -> Iterator[Sequence[Server]]:
 @pytest.fixture
 async def spread(cluster: Sequence[Server]) -> AsyncIterator[Any]:
     places = [Endpoint(host=server.host, port=server.port) for server in cluster]
-    store = RedisClusterStore(places, namespace="tests", health_check_interval=None)
+    store = RedisClusterStore(places, Connector(health_interval=None), namespace="tests")
     await store.open()
     for server in cluster:
         await told(server, "FLUSHALL")

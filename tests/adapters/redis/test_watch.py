@@ -62,7 +62,7 @@ async def wait(store: Any, token: str, *, key: str = "k", wait: float = LONG) ->
         store.watch(WatchLease(key, token, wait), told)
         if "0/" in repr(store._watch):
             return told
-        if store._watch._standing.done():
+        if store._watch._subscription.is_up:
             return told
         await told.reply()
 
@@ -185,7 +185,7 @@ async def test_a_channel_for_which_nobody_could_wait_is_left_too(monkeypatch: py
             store.watch(WatchLease("k", "t", LONG), told)
             assert isinstance(await told.reply(), Failed)
             with anyio.fail_after(10):
-                while "1 channels" in repr(store._watch._listener):
+                while store._watch._subscription is not None:
                     await asyncio.sleep(0.01)
             await anyio.to_thread.run_sync(lambda: redis_command(server, "ACL", "SETUSER", "me", "&*"))
             told = await wait(store, "t", wait=0.05)
@@ -225,7 +225,7 @@ async def test_a_server_that_is_away_or_forbids_the_channel_is_not_waited_for() 
 
 async def test_no_more_than_so_many_wait_and_closing_lets_nobody_wait(server: Server) -> None:
     async with opened(server.url) as store:
-        watch = LeaseWatch(store.listener, "tests", limit=2)
+        watch = LeaseWatch(store.subscribe, "tests", limit=2)
         all_told = [Told() for _ in range(3)]
         for number, told in enumerate(all_told):
             watch.watch(WatchLease("k", f"t{number}", LONG), told)

@@ -57,7 +57,7 @@ async def test_without_heartbeats_it_is_not(connect: Connect) -> None:
         await here.settled()
         Emitter(there).emit(CacheSet(key="k"))
         assert isinstance(await anext(heard), CacheSet)
-        there._heartbeater.beat()
+        there._beat()
         await there.connection.flush()
         await here.settled()
         assert not len(heard)
@@ -71,7 +71,7 @@ async def test_who_has_told_something_beats_at_its_interval_until_it_is_closed(
     async with NatsBus(namespace, options(nats_server, heartbeat=0.05)) as there:
         with here.subscribe("heartbeat") as heard, here.subscribe() as everything:
             await here.settled()
-            there._heartbeater.beat()
+            there._beat()
             assert there.counters.heartbeats_sent == 0
             Emitter(there, "primary").emit(CacheSet(key="k"))
             Emitter(there, "primary").emit(CacheSet(key="l"))
