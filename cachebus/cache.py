@@ -345,8 +345,7 @@ class Cache(CacheCoordination):
         if since is not None and local:
             raise ValueError("since and local exclude each other: a stream keeps the events of all processes")
         bus = self._link.bus
-        moment = check_since(since, bus.clock.wall())
-        return bus.subscribe(*what, capacity=capacity, since=moment, local=local)
+        return bus.subscribe(*what, capacity=capacity, since=check_since(since, bus.clock.wall()), local=local)
 
     async def statistics(self) -> Snapshot:
         """Return the counters since the backend's actor started, and how full its store is."""

@@ -58,7 +58,6 @@ _MISSING = Missing()
 _UNASKED: Any = object()
 _UNPROTECTED: Any = object()
 """In the place of a turn's reply: the value of the message is serialized, and large enough for a worker thread."""
-_WAITING, _BLOCKING = False, True
 
 
 class Handed(NamedTuple):
@@ -145,13 +144,11 @@ class PayloadLink(Link):
 
     async def finish(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
         """As `Link.finish`."""
-        if blocking:
-            return cast("R", await self._answer(_BLOCKING, message, message, reply))
+        if blocking or (type(reply) is Handed and reply.reply is _UNPROTECTED):
+            return cast("R", await self._answer(blocking, message, message, reply))
         # Most calls of a remote backend come by here: the commonest of `_answer`, in a third of the time.
         coded: Any = message
         if type(reply) is Handed:
-            if reply.reply is _UNPROTECTED:
-                return cast("R", await self._answer(_WAITING, message, message, reply))
             coded, reply = reply
         deadline = 0.0  # That of a slot is read when it is needed.
         try:
@@ -183,10 +180,10 @@ class PayloadLink(Link):
                         if type(value) is CachedError:
                             return cast("R", CachedFailure(value))
                         return cast("R", Found(value, came.version, came.ttl, came.tags, came.stored_at))
-                ask = partial(self._ask, _WAITING, deadline or self.bus.clock.monotonic() + reply.seconds_left)
-                return cast("R", await self._come_back(_WAITING, ask, coded, came))
+                ask = partial(self._ask, blocking, deadline or self.bus.clock.monotonic() + reply.seconds_left)
+                return cast("R", await self._come_back(blocking, ask, coded, came))
             except CacheSerializationError as error:
-                ask = partial(self._ask, _WAITING, deadline or self.bus.clock.monotonic() + reply.seconds_left)
+                ask = partial(self._ask, blocking, deadline or self.bus.clock.monotonic() + reply.seconds_left)
                 return cast("R", await self._unreadable(ask, coded, error))
         except BACKEND_FAILURES as error:
             return self.failures.settle(message, error)
