@@ -143,13 +143,13 @@ class PayloadLink(Link):
         super().send(message)
 
     async def finish(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
-        """As `Link.finish`."""
-        if blocking or (type(reply) is Handed and reply.reply is _UNPROTECTED):
-            return cast("R", await self._answer(blocking, message, message, reply))
-        # Most calls of a remote backend come by here: the commonest of `_answer`, in a third of the time.
+        """As `Link.finish`: the commonest of `_answer`, in a third of the time, because most calls come by here."""
+        turned: Any = reply
+        if blocking or (type(turned) is Handed and turned.reply is _UNPROTECTED):
+            return cast("R", await self._answer(blocking, message, message, turned))
         coded: Any = message
-        if type(reply) is Handed:
-            coded, reply = reply
+        if type(turned) is Handed:
+            coded, reply = turned
         deadline = 0.0  # That of a slot is read when it is needed.
         try:
             try:
