@@ -216,7 +216,11 @@ class InlineStore(Store, Protocol):
     the store's next expiry has become an earlier one.
     """
 
-    on_read: ReadListener | None
+    @property
+    def on_read(self) -> ReadListener | None: ...
+    @on_read.setter
+    def on_read(self, hook: ReadListener | None, /) -> None: ...
+
     on_write: WriteListener | None
     on_removal: RemovalListener | None
     on_due: Callable[[float], None] | None
