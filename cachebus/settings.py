@@ -22,8 +22,7 @@ from cachebus.messages import CacheConfigurationError
 
 from .event_settings import EventSettings
 from .failures import OnError
-from .guard_settings import GuardSettings, host_and_port
-from .memcached_settings import MemcachedSettings
+from .guard_settings import GuardSettings, MemcachedSettings, RedisSettings, host_and_port
 from .nats_settings import BusSettings, NatsSettings, read_bus
 from .options import (
     AtLeastOne,
@@ -43,7 +42,6 @@ from .options import (
     unknown_option,
 )
 from .payload_settings import PayloadSettings
-from .redis_settings import RedisSettings
 from .sources import read_file, with_sources
 from .urls import did_you_mean, is_url, parse_url, redact_url
 

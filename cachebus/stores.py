@@ -12,11 +12,9 @@ from pydantic import SecretStr
 from cachebus.actors.ports import BatchStore, Clock, InlineStore, LockStore
 from cachebus.messages import CacheConfigurationError, CapabilityError
 
-from .guard_settings import ServerSettings, host_and_port
-from .memcached_settings import MemcachedSettings
+from .guard_settings import MemcachedSettings, RedisSettings, ServerSettings, host_and_port
 from .nats_settings import BusSettings
 from .options import shown
-from .redis_settings import RedisSettings
 from .settings import BackendSettings, MemorySettings, NullSettings, PluginSettings
 from .urls import STORES
 
