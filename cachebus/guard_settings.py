@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, SecretStr, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -22,39 +20,28 @@ from .options import (
     Switch,
     refuse_wrong,
     shown,
+    texts,
 )
-from .urls import did_you_mean
+from .urls import HOST, did_you_mean
 
 
 def _errors(value: object) -> tuple[str, ...]:
-    given = value.split(",") if isinstance(value, str) else value
-    if not isinstance(given, list | tuple):
-        raise ValueError("expected errors by code or class, such as timeout or CacheTimeoutError")
     codes = error_codes()
     by_class = {error_class(code).__name__: code for code in codes}
-    found: list[str] = []
-    for name in cast("Sequence[Any]", given):
-        code = by_class.get(name, name) if isinstance(name, str) else name
-        if code == "":
-            continue  # What an empty option of a URL leaves.
+    given = texts(value, "expected errors by code or class, such as timeout or CacheTimeoutError")
+    found = dict.fromkeys(by_class.get(name, name) for name in given if name)  # An empty option of a URL leaves "".
+    for code in found:
         if code not in codes:
-            hint = did_you_mean(code, (*codes, *by_class)) if isinstance(code, str) else ""
-            raise CacheConfigurationError(f"no error is called {shown(code)}{hint}")
-        found.append(code)
-    return tuple(dict.fromkeys(found))
+            raise CacheConfigurationError(f"no error is called {shown(code)}{did_you_mean(code, (*codes, *by_class))}")
+    return tuple(found)
 
 
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
-
-
-def _hosts(value: object) -> object:
-    hosts = value.split(",") if isinstance(value, str) else value
-    if isinstance(hosts, list | tuple):
-        given = cast("Sequence[Any]", hosts)
-        found = [str(each) for each in given if isinstance(each, str) and _HOST.fullmatch(each)]
-        if found and len(found) == len(given):
-            return tuple(found)
-    raise ValueError("expected hosts, each as name, name:port or [IPv6]:port")
+def _hosts(value: object) -> tuple[str, ...]:
+    expected = "expected hosts, each as name, name:port or [IPv6]:port"
+    hosts = texts(value, expected)
+    if not hosts or not all(map(HOST.fullmatch, hosts)):
+        raise ValueError(expected)
+    return hosts
 
 
 Hosts = Annotated[tuple[str, ...], "list of hosts", BeforeValidator(_hosts)]
@@ -63,7 +50,7 @@ Hosts = Annotated[tuple[str, ...], "list of hosts", BeforeValidator(_hosts)]
 
 def host_and_port(host: str, port: int) -> tuple[str, int]:
     """Return the two parts of an entry of `hosts`; `port` is the default."""
-    matched = _HOST.fullmatch(host)
+    matched = HOST.fullmatch(host)
     assert matched is not None
     return matched[1].strip("[]"), int(matched[2] or port)
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, SecretStr, model_validator
 
-from cachebus.bus import check_word, event_kinds
+from cachebus.bus import event_kinds
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import CacheConfigurationError
 
 from .guard_settings import Hosts, host_and_port
-from .options import AtLeastOne, BackendOptions, MaybeSeconds, Options, Seconds, Switch, named
+from .options import AtLeastOne, BackendOptions, MaybeSeconds, Options, Seconds, Switch, named, optional, texts, word
 from .urls import parse_bus_url, redact_url
 
 _DEFAULT = NatsOptions()
 
 
-def _texts(value: object, expected: str) -> tuple[str, ...]:
-    """Return a list of texts, also from one text with commas between them."""
-    parts = value.split(",") if isinstance(value, str) else value
-    given = cast("Sequence[Any]", parts) if isinstance(parts, list | tuple) else [None]
-    if not all(isinstance(each, str) for each in given):
-        raise ValueError(expected)
-    return tuple(map(str, given))
-
-
 def _kinds(value: object) -> tuple[str, ...]:
     given = [each for each in value.split(",") if each] if isinstance(value, str) else value
-    kinds = _texts(given, "expected kinds of events, such as cache_set or cache_*")
+    kinds = texts(given, "expected kinds of events, such as cache_set or cache_*")
     if kinds:
         event_kinds(kinds)
     return kinds
@@ -37,7 +27,7 @@ def _kinds(value: object) -> tuple[str, ...]:
 
 def _prefixes(value: object) -> tuple[str, ...]:
     expected = "expected beginnings of subjects, such as _INBOX"
-    if not all(prefixes := _texts(value, expected)):
+    if not all(prefixes := texts(value, expected)):
         raise ValueError(expected)
     return prefixes
 
@@ -48,19 +38,7 @@ def _text(value: object) -> str:
     raise ValueError("expected text")
 
 
-def _stream(value: object) -> str:
-    try:
-        return str(check_word(value, "stream"))
-    except ValueError:
-        raise ValueError("expected one word of 1 to 64 letters, digits, _ and -") from None
-
-
-def _maybe(read: Callable[[object], str]) -> BeforeValidator:
-    return BeforeValidator(lambda value: None if value is None else read(value))
-
-
-MaybeText = Annotated[str | None, "text or none", _maybe(_text)]
-MaybeWord = Annotated[str | None, "one word or none", _maybe(_stream)]
+MaybeText = Annotated[str | None, "text or none", BeforeValidator(optional(_text))]
 
 
 class BusSettings(BackendOptions):
@@ -118,7 +96,7 @@ class NatsSettings(Options):
     events: Annotated[tuple[str, ...], "list of kinds", BeforeValidator(_kinds)] = _DEFAULT.events
     events_format: Literal["json", "msgpack"] = "json"
     """`json` is for listeners in any language."""
-    events_stream: MaybeWord = None
+    events_stream: Annotated[str | None, "one word or none", BeforeValidator(optional(word))] = None
     events_stream_max_age: Seconds = _DEFAULT.events_stream_max_age
     events_stream_max_bytes: AtLeastOne = _DEFAULT.events_stream_max_bytes
     heartbeat: MaybeSeconds = _DEFAULT.heartbeat
