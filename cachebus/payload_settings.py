@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pkgutil import resolve_name
@@ -30,10 +31,8 @@ def read_key(at_least: int, at_most: int | None = None) -> Callable[[object], Se
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         size = 0
         if isinstance(text, str):
-            try:
+            with contextlib.suppress(binascii.Error):
                 size = len(key_bytes(SecretStr(text)))
-            except binascii.Error:
-                size = 0
         if not at_least <= size <= (at_most or size):
             raise CacheConfigurationError(f"expected a key of {sizes} bytes, as text or as base64: and base64")
         return SecretStr(str(text))
@@ -175,14 +174,11 @@ def build_pipeline(settings: PayloadSettings, *, namespace: str, by_reference: b
         raise CacheConfigurationError("payload.serializer: none is for the memory backend; other stores need bytes")
     signing = [key_bytes(each) for each in settings.signing_keys]
     sealing = {each.id: key_bytes(each.key) for each in settings.encryption_keys}
+    same = ("compression", "threshold", "level", "max_size", "checksum")
     return PayloadPipeline(
         serializer,
         namespace=namespace,
-        compression=settings.compression,
-        threshold=settings.threshold,
-        level=settings.level,
-        max_size=settings.max_size,
-        checksum=settings.checksum,
+        **{name: getattr(settings, name) for name in same},
         signer=Signer(signing) if signing else None,
         sealer=Sealer(sealing, key_id=settings.encryption_key_id, tenant=settings.tenant) if sealing else None,
         types=[_imported(each) for each in settings.types],
