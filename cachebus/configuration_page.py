@@ -17,9 +17,8 @@ from pydantic import BaseModel, SecretStr
 
 from cachebus.bus.nats_options import NatsOptions
 
-from .event_settings import EventSettings
+from .bus_settings import EventSettings, NatsSettings
 from .guard_settings import MemcachedSettings, RedisSettings
-from .nats_settings import NatsSettings
 from .payload_settings import EncryptionKey, PayloadSettings
 from .settings import ActorSettings, MemorySettings, NullSettings, PluginSettings, Settings
 from .sources import PREFIX
@@ -127,8 +126,8 @@ def _shown(default: Any) -> str:
         return ", ".join(f"`{each}`" for each in items) or "none"
     if isinstance(default, enum.Enum):
         default = default.value
-    if isinstance(default, bool) or default is None:
-        return str(default).lower() if default is not None else "none"
+    if default is None or isinstance(default, bool):
+        return str(default).lower()
     if isinstance(default, int) and re.fullmatch(r"\d{5,}", str(default)):
         return f"{default:,}"
     return f"`{default}`" if default != "" else "empty"

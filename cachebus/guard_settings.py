@@ -109,7 +109,6 @@ class GuardSettings(Options):
 
     def guard_policy(self) -> GuardPolicy:
         """Return the policy that the options describe."""
-        same = ("timeout_initial", "timeout_min", "timeout_max", "timeout_window", "max_concurrent", "max_waiting")
         breaker = ("failure_threshold", "success_threshold", "recovery", "half_open_max")
         return GuardPolicy(
             breaker=BreakerPolicy(enabled=self.breaker, **{name: getattr(self, f"breaker_{name}") for name in breaker}),
@@ -120,7 +119,9 @@ class GuardSettings(Options):
                 budget=self.retry_budget,
             ),
             excluded=tuple(map(error_class, self.breaker_excluded)),
-            **{name: getattr(self, name) for name in same},
+            **self.pick(
+                "timeout_initial", "timeout_min", "timeout_max", "timeout_window", "max_concurrent", "max_waiting"
+            ),
         )
 
 
@@ -189,16 +190,14 @@ class RedisSettings(ServerSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RedisSettings:
+        single, sentinel = self.topology == "single", self.topology == "sentinel"
         refuse_wrong(
-            (self.topology == "sentinel" and not self.service, "service: sentinels need the name of the master"),
-            (self.topology != "sentinel" and self.service, "service: only sentinels know one"),
-            (self.topology != "sentinel" and self.sentinel_password, "sentinel_password: there is no sentinel"),
-            (self.topology == "single" and len(self.hosts) > 1, "hosts: several need the topology sentinel or cluster"),
+            (sentinel and not self.service, "service: sentinels need the name of the master"),
+            (self.service and not sentinel, "service: only sentinels know one"),
+            (self.sentinel_password and not sentinel, "sentinel_password: there is no sentinel"),
+            (single and len(self.hosts) > 1, "hosts: several need the topology sentinel or cluster"),
             (self.topology == "cluster" and self.database, "database: a cluster has only the database 0"),
-            (
-                self.socket and (self.tls or self.topology != "single"),
-                "socket: neither TLS nor a topology goes with it",
-            ),
+            (self.socket and (self.tls or not single), "socket: neither TLS nor a topology goes with it"),
             (self.user and self.password is None, "user: there is no password"),
             (self.sentinel_user and self.sentinel_password is None, "sentinel_user: there is no sentinel_password"),
         )

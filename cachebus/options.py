@@ -145,6 +145,10 @@ class Options(BaseModel):
         # Outside the `except`, so that pydantic's error, which holds every value, is not kept as the context.
         raise refused
 
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Return the options of these names, for a callee that calls them the same."""
+        return {name: getattr(self, name) for name in names}
+
 
 class BackendOptions(Options):
     """The options that every backend has. `by_reference`: its store can keep objects, so that values need not become bytes."""
@@ -191,11 +195,8 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
         elif each["type"] == "missing":
             found.append((path, "is needed"))
         else:
-            other = (
-                f"expected {context['expected']}"
-                if "expected" in context
-                else each["msg"][:1].lower() + each["msg"][1:]
-            )
+            message = each["msg"]
+            other = f"expected {context['expected']}" if "expected" in context else message[:1].lower() + message[1:]
             expected = str(inner) if inner else _EXPECTED.get(each["type"], other)
             found.append((path, f"{expected}, not {shown(each['input'], path)}"))
     refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))

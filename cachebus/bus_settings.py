@@ -1,17 +1,32 @@
-"""The options of a bus over NATS, and of a backend that is reached over it."""
+"""The options of a bus: how it reaches other processes over NATS, and which events it carries how."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, SecretStr, model_validator
+from pydantic import BeforeValidator, SecretStr, field_serializer, model_validator
 
-from cachebus.bus import event_kinds
+from cachebus.bus import EventPolicy, KeyForm, event_kinds, shares
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import CacheConfigurationError
 
 from .guard_settings import Hosts, host_and_port
-from .options import AtLeastOne, BackendOptions, MaybeSeconds, Options, Seconds, Switch, named, optional, texts, word
+from .options import (
+    AtLeastOne,
+    BackendOptions,
+    MaybeSeconds,
+    Options,
+    Seconds,
+    Switch,
+    named,
+    optional,
+    refuse_wrong,
+    texts,
+    word,
+)
+from .payload_settings import key_bytes, read_key
 from .urls import parse_bus_url, redact_url
 
 _DEFAULT = NatsOptions()
@@ -140,3 +155,55 @@ def bus_from_url(url: str) -> NatsSettings:
 def read_bus(value: object) -> object:
     """Return the settings of a URL; let through named options."""
     return bus_from_url(value) if isinstance(value, str) else named(value)
+
+
+_read_hash_key = read_key(32, 64)  # BLAKE2b takes no longer key.
+
+
+def _sample(value: object) -> tuple[tuple[str, float], ...]:
+    # The environment has a mapping as JSON. Kept as pairs, because settings can be hashed.
+    try:
+        given: Any = json.loads(value) if isinstance(value, str) else value
+        sample = dict(cast("Any", given)) if isinstance(given, Mapping | tuple) else None
+    except (TypeError, ValueError):
+        sample = None
+    if sample is None or not all(
+        isinstance(glob, str) and isinstance(share, int | float) and not isinstance(share, bool)
+        for glob, share in sample.items()
+    ):
+        raise ValueError("expected shares from 0 to 1 by kinds of events, such as cache_hit: 0.01")
+    sample = {str(glob): float(share) for glob, share in sample.items()}
+    try:
+        shares(sample)
+    except ValueError as error:
+        raise CacheConfigurationError(str(error)) from None
+    return tuple(sample.items())
+
+
+class EventSettings(Options):
+    """What events say, and how many of them go out."""
+
+    keys: KeyForm = "plain"
+    """Keys in events: `plain`; `hash`, 32 hexadecimal digits of BLAKE2b; or `none`, the empty string. Tags stay plain."""
+    hash_key: Annotated[
+        SecretStr | None, "secret", BeforeValidator(lambda value: None if value is None else _read_hash_key(value))
+    ] = None
+    """The secret of hashed keys, 32 to 64 bytes, the same for all processes. Without it, keys can be guessed from their hashes."""
+    sample: Annotated[tuple[tuple[str, float], ...], "shares by kind", BeforeValidator(_sample)] = ()
+    """The share of a kind of events that goes out, by globs: `{cache_hit: 0.01}`. Of several that fit, the first counts; the
+    counters of `statistics()` stay exact. What changes values (`cache_set`, `cache_deleted`, ...) is not sampled."""
+
+    @model_validator(mode="after")
+    def _secret_is_used(self) -> EventSettings:
+        unused = self.hash_key is not None and self.keys != "hash"
+        refuse_wrong((unused, f"hash_key: only keys: hash has a use for it, not keys: {self.keys}"))
+        return self
+
+    @field_serializer("sample")
+    def _by_glob(self, sample: tuple[tuple[str, float], ...]) -> dict[str, float]:
+        return dict(sample)
+
+    @property
+    def policy(self) -> EventPolicy:
+        """The same options, for the bus."""
+        return EventPolicy(self.keys, b"" if self.hash_key is None else key_bytes(self.hash_key), dict(self.sample))
