@@ -81,7 +81,7 @@ def document(version: str) -> Schema:
             "replies": _channel(None, "Answers", "They go to the reply subject of the request.", replies),
             **{
                 _event_channel(cls): _channel(
-                    f"{ROOT}v1.{{namespace}}.evt.{event_word(cls)}.{{backend}}", cls.__name__, _description(cls), [cls]
+                    f"{ROOT}v1.{{namespace}}.evt.{event_word(cls)}.{{backend}}", cls.__name__, _line(cls.__doc__), [cls]
                 )
                 for cls in events
             },
@@ -140,7 +140,7 @@ def _message(cls: Any) -> Schema:
         "name": cls.WIRE_NAME,
         "title": cls.__name__,
         "summary": _summary(cls),
-        "description": _description(cls),
+        "description": _line(cls.__doc__),
         "contentType": JSON,
         "headers": {"$ref": f"#/components/schemas/{kind}Headers"},
         "payload": {"$ref": f"#/components/schemas/{cls.__name__}"},
@@ -211,23 +211,14 @@ def _schemas(classes: Iterable[type[Message]]) -> dict[str, Schema]:
 
 def _without_discriminators(schema: Any) -> Any:
     """Leave out what OpenAPI has and AsyncAPI has not."""
-    match schema:
-        case dict():
-            parts = cast("Schema", schema)
-            return {name: _without_discriminators(each) for name, each in parts.items() if name != "discriminator"}
-        case list():
-            several: Any = schema  # pyright: ignore[reportUnknownVariableType]
-            return [_without_discriminators(each) for each in several]
-        case _:
-            return schema
-
-
-def _description(cls: type[Message]) -> str:
-    return _line(cls.__doc__)
+    if isinstance(schema, dict):
+        parts = cast("Schema", schema)
+        return {name: _without_discriminators(each) for name, each in parts.items() if name != "discriminator"}
+    return list(map(_without_discriminators, cast("Iterable[Any]", schema))) if isinstance(schema, list) else schema
 
 
 def _summary(cls: type[Message]) -> str:
-    return _description(cls).partition(". ")[0].rstrip(".") + "."
+    return _line(cls.__doc__).partition(". ")[0].rstrip(".") + "."
 
 
 def _line(text: str | None) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from cachebus.bus import event_kinds
@@ -38,15 +39,16 @@ def add(commands: Commands) -> None:
     """Add the command."""
     events = commands.add_parser("events", help="what happens, one line for each event, until ctrl-C")
     add_bus(events)
+    several: Any = {"action": "append", "default": []}
     events.add_argument(
-        *("--kind",), action="append", default=[], metavar="KIND",
-        help="such as hit, cache_set or circuit_*; several are allowed; all if left out",
-    )  # fmt: skip
-    events.add_argument("--backend", action="append", default=[], metavar="NAME", help="several are allowed")
-    events.add_argument(
-        *("--since",), type=_duration, metavar="DURATION",
-        help="such as 90s, 10m, 2h or 1d: first what a stream of the bus has kept (`events_stream`)",
-    )  # fmt: skip
+        "--kind",
+        **several,
+        metavar="KIND",
+        help="such as hit, cache_set or circuit_*; several are allowed; default: all",
+    )
+    events.add_argument("--backend", **several, metavar="NAME", help="several are allowed")
+    kept = "such as 90s, 10m, 2h or 1d: first what a stream of the bus has kept (`events_stream`)"
+    events.add_argument("--since", type=_duration, metavar="DURATION", help=kept)
     events.add_argument("--count", type=int, metavar="N", help="end after so many")
     events.add_argument("--json", action="store_true", help="one JSON object a line, as it is on the wire")
     events.set_defaults(command=_events)
@@ -56,7 +58,8 @@ def _events(arguments: argparse.Namespace) -> int:
     # A backend on the bus: this process has no events of its own.
     settings = bus_settings(arguments, backends=["bus:primary"])
     kinds = [kind for each in arguments.kind for kind in kinds_of(each)]
-    line = as_json if arguments.json else Line(coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    line = as_json if arguments.json else partial(as_line, coloured=coloured)
 
     async def listen() -> int:
         left, dropped = arguments.count, 0
@@ -102,21 +105,16 @@ def as_json(event: Event) -> str:
     return encode(event, JSON).decode()
 
 
-class Line:
-    """Formats an event for people: when, what, where, and the fields of its kind."""
-
-    def __init__(self, *, coloured: bool) -> None:
-        self._coloured = coloured
-
-    def __call__(self, event: Event) -> str:
-        kind = event.WIRE_NAME.removeprefix("event.")
-        shown = f"{kind:<20}"
-        if self._coloured:
-            shown = f"\x1b[{_COLOURS.get(kind, 37)}m{shown}\x1b[0m"
-        when = datetime.fromtimestamp(event.time).astimezone().isoformat(sep=" ", timespec="milliseconds")[:23]
-        own = " ".join(f"{name}={_word(value)}" for name, value in own_fields(event).items() if value not in (None, ()))
-        line = f"{when}  {shown}  {event.backend or '-':<10}  {own}"
-        return f"{line.rstrip()}  ({event.origin} #{event.seq})"
+def as_line(event: Event, *, coloured: bool) -> str:
+    """Return an event for people: when, what, where, and the fields of its kind."""
+    kind = event.WIRE_NAME.removeprefix("event.")
+    shown = f"{kind:<20}"
+    if coloured:
+        shown = f"\x1b[{_COLOURS.get(kind, 37)}m{shown}\x1b[0m"
+    when = datetime.fromtimestamp(event.time).astimezone().isoformat(sep=" ", timespec="milliseconds")[:23]
+    own = " ".join(f"{name}={_word(value)}" for name, value in own_fields(event).items() if value not in (None, ()))
+    line = f"{when}  {shown}  {event.backend or '-':<10}  {own}"
+    return f"{line.rstrip()}  ({event.origin} #{event.seq})"
 
 
 def _word(value: Any) -> str:

@@ -26,13 +26,9 @@ def add(commands: Commands) -> None:
     topology = commands.add_parser("topology", help="what runs where, and how it does")
     add_bus(topology)
     topology.add_argument("--all", action="store_true", help="every namespace on the server")
-    topology.add_argument(
-        *("--interval",), type=float, default=1.0, metavar="SECONDS",
-        help="what requests are counted over (1); 0: over the uptime",
-    )  # fmt: skip
-    topology.add_argument(
-        "--wait", type=float, default=0.75, metavar="SECONDS", help="what workers have to answer (0.75)"
-    )
+    seconds: Any = {"type": float, "metavar": "SECONDS"}
+    topology.add_argument("--interval", **seconds, default=1.0, help="requests are counted over it (1); 0: the uptime")
+    topology.add_argument("--wait", **seconds, default=0.75, help="what workers have to answer (0.75)")
     topology.add_argument("--json", action="store_true", help="print JSON instead of a table")
     topology.set_defaults(command=_topology)
 

@@ -22,19 +22,12 @@ def add(commands: Commands) -> None:
     """Add the command."""
     worker = commands.add_parser("worker", help="serve backends on the bus, until a signal comes")
     worker.add_argument("--config", metavar="SOURCE", help="a file of settings; left out, the environment alone")
-    worker.add_argument(
-        *("--backend",), action="append", default=[], metavar="NAME=URL",
-        help="a backend, such as primary=redis://localhost; several are allowed",
-    )  # fmt: skip
+    backend = "a backend, such as primary=redis://localhost; several are allowed"
+    worker.add_argument("--backend", action="append", default=[], metavar="NAME=URL", help=backend)
     add_bus(worker)
-    worker.add_argument(
-        *("--grace",), type=_seconds, default=10.0, metavar="SECONDS",
-        help="what stopping may take: until then what has come in is answered (10)",
-    )  # fmt: skip
-    worker.add_argument(
-        *("--wait",), type=_seconds, default=30.0, metavar="SECONDS",
-        help="how long the bus may be away at the start, tried again and again (30)",
-    )  # fmt: skip
+    seconds: Any = {"type": _seconds, "metavar": "SECONDS"}
+    worker.add_argument("--grace", **seconds, default=10.0, help="for stopping: what has come in is answered (10)")
+    worker.add_argument("--wait", **seconds, default=30.0, help="how long the bus may be away at the start (30)")
     worker.add_argument("--log-format", choices=("text", "json"), default="text", help="one line for each fact")
     worker.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     worker.set_defaults(command=_worker)

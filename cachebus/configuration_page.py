@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import enum
 import inspect
+import itertools
 import re
 import textwrap
 import types
@@ -16,11 +17,9 @@ from pydantic import BaseModel, SecretStr
 
 from cachebus.bus.nats_options import NatsOptions
 
-from .event_settings import EventSettings
-from .memcached_settings import MemcachedSettings
-from .nats_settings import NatsSettings
+from .bus_settings import EventSettings, NatsSettings
+from .guard_settings import MemcachedSettings, RedisSettings
 from .payload_settings import EncryptionKey, PayloadSettings
-from .redis_settings import RedisSettings
 from .settings import ActorSettings, MemorySettings, NullSettings, PluginSettings, Settings
 from .sources import PREFIX
 
@@ -68,13 +67,15 @@ def undocumented() -> list[str]:
 
 
 def _documentation(model: type[BaseModel]) -> dict[str, str]:
-    """Return the docstring of each field of a model, in one line. Many fields of a bus are those of `NatsOptions`."""
+    """Return the meaning of each field of a model, from its docstring or its comment. Many fields of a bus are those of `NatsOptions`."""
     said: dict[str, str] = {}
-    ours = [each for each in reversed(model.__mro__) if each.__module__.startswith("cachebus")]
+    ours: list[Any] = [each for each in reversed(model.__mro__) if each.__module__.startswith("cachebus")]
     for each in (NatsOptions, *ours) if model is NatsSettings else ours:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        source = textwrap.dedent(inspect.getsource(each))
+        said.update(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
+        (tree,) = ast.parse(source).body
         assert isinstance(tree, ast.ClassDef)
-        for field, below in zip(tree.body, tree.body[1:], strict=False):
+        for field, below in itertools.pairwise(tree.body):
             match field, below:
                 case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str() as text)):
                     said[name] = " ".join(text.split())
@@ -125,8 +126,8 @@ def _shown(default: Any) -> str:
         return ", ".join(f"`{each}`" for each in items) or "none"
     if isinstance(default, enum.Enum):
         default = default.value
-    if isinstance(default, bool) or default is None:
-        return str(default).lower() if default is not None else "none"
+    if default is None or isinstance(default, bool):
+        return str(default).lower()
     if isinstance(default, int) and re.fullmatch(r"\d{5,}", str(default)):
         return f"{default:,}"
     return f"`{default}`" if default != "" else "empty"

@@ -1,12 +1,10 @@
-"""The options of remote stores, the same for every technology: their servers, and the guard in front of them."""
+"""The options of remote stores: their servers, and the guard in front of them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BeforeValidator, SecretStr, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cachebus.actors import BreakerPolicy, GuardPolicy, RetryPolicy
 from cachebus.messages import CacheConfigurationError, error_class, error_codes
@@ -22,39 +20,28 @@ from .options import (
     Switch,
     refuse_wrong,
     shown,
+    texts,
 )
-from .urls import did_you_mean
+from .urls import HOST, did_you_mean
 
 
 def _errors(value: object) -> tuple[str, ...]:
-    given = value.split(",") if isinstance(value, str) else value
-    if not isinstance(given, list | tuple):
-        raise ValueError("expected errors by code or class, such as timeout or CacheTimeoutError")
     codes = error_codes()
     by_class = {error_class(code).__name__: code for code in codes}
-    found: list[str] = []
-    for name in cast("Sequence[Any]", given):
-        code = by_class.get(name, name) if isinstance(name, str) else name
-        if code == "":
-            continue  # What an empty option of a URL leaves.
+    given = texts(value, "expected errors by code or class, such as timeout or CacheTimeoutError")
+    found = dict.fromkeys(by_class.get(name, name) for name in given if name)  # An empty option of a URL leaves "".
+    for code in found:
         if code not in codes:
-            hint = did_you_mean(code, (*codes, *by_class)) if isinstance(code, str) else ""
-            raise CacheConfigurationError(f"no error is called {shown(code)}{hint}")
-        found.append(code)
-    return tuple(dict.fromkeys(found))
+            raise CacheConfigurationError(f"no error is called {shown(code)}{did_you_mean(code, (*codes, *by_class))}")
+    return tuple(found)
 
 
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
-
-
-def _hosts(value: object) -> object:
-    hosts = value.split(",") if isinstance(value, str) else value
-    if isinstance(hosts, list | tuple):
-        given = cast("Sequence[Any]", hosts)
-        found = [str(each) for each in given if isinstance(each, str) and _HOST.fullmatch(each)]
-        if found and len(found) == len(given):
-            return tuple(found)
-    raise ValueError("expected hosts, each as name, name:port or [IPv6]:port")
+def _hosts(value: object) -> tuple[str, ...]:
+    expected = "expected hosts, each as name, name:port or [IPv6]:port"
+    hosts = texts(value, expected)
+    if not hosts or not all(map(HOST.fullmatch, hosts)):
+        raise ValueError(expected)
+    return hosts
 
 
 Hosts = Annotated[tuple[str, ...], "list of hosts", BeforeValidator(_hosts)]
@@ -63,7 +50,7 @@ Hosts = Annotated[tuple[str, ...], "list of hosts", BeforeValidator(_hosts)]
 
 def host_and_port(host: str, port: int) -> tuple[str, int]:
     """Return the two parts of an entry of `hosts`; `port` is the default."""
-    matched = _HOST.fullmatch(host)
+    matched = HOST.fullmatch(host)
     assert matched is not None
     return matched[1].strip("[]"), int(matched[2] or port)
 
@@ -122,7 +109,6 @@ class GuardSettings(Options):
 
     def guard_policy(self) -> GuardPolicy:
         """Return the policy that the options describe."""
-        same = ("timeout_initial", "timeout_min", "timeout_max", "timeout_window", "max_concurrent", "max_waiting")
         breaker = ("failure_threshold", "success_threshold", "recovery", "half_open_max")
         return GuardPolicy(
             breaker=BreakerPolicy(enabled=self.breaker, **{name: getattr(self, f"breaker_{name}") for name in breaker}),
@@ -133,7 +119,9 @@ class GuardSettings(Options):
                 budget=self.retry_budget,
             ),
             excluded=tuple(map(error_class, self.breaker_excluded)),
-            **{name: getattr(self, name) for name in same},
+            **self.pick(
+                "timeout_initial", "timeout_min", "timeout_max", "timeout_window", "max_concurrent", "max_waiting"
+            ),
         )
 
 
@@ -163,6 +151,80 @@ class ServerSettings(GuardSettings, BackendOptions):
             (not self.tls and (self.tls_ca_file or self.tls_cert_file), "tls_ca_file, tls_cert_file: need tls"),
             (self.tls_key_file and not self.tls_cert_file, "tls_key_file: there is no tls_cert_file"),
         )
+        return self
+
+
+class RedisSettings(ServerSettings):
+    """A store in a Redis server, version 6.2 or newer. Durations are seconds.
+
+    As a URL: `redis://user:password@host:6379/0?window=8`, `rediss://` for TLS, `unix:///path/of/socket`,
+    `redis+sentinel://host:26379,host2/service/0`, `redis+cluster://host:6379,host2`. In a user and a password, everything but
+    letters and digits is escaped with `%`.
+    """
+
+    type: Literal["redis"] = "redis"
+    topology: Literal["single", "sentinel", "cluster"] = "single"
+    """`sentinel`: `hosts` know the master of `service`. `cluster`: `hosts` know the other servers of a Redis Cluster."""
+    hosts: Hosts = ("localhost",)
+    """Names or addresses, each with or without a port: 6379 if left out, of a sentinel 26379."""
+    socket: str | None = None
+    """The path of a unix socket, instead of a host."""
+    service: str | None = None
+    """The sentinels' name of the master."""
+    user: str = ""
+    """The user to sign in as; empty is the server's default user."""
+    password: SecretStr | None = None
+    """Of `user`, or of the server."""
+    sentinel_user: str = ""
+    """The user to sign in as at the sentinels, which know other users than the server."""
+    sentinel_password: SecretStr | None = None
+    """Of `sentinel_user`, or of the sentinels."""
+    database: NotNegative = 0
+    """The number of the database within the server."""
+    window: AtLeastOne = 8
+    """How many batches may be under way on a connection."""
+    max_connections: AtLeastOne = 2
+    """Connections to one server: one takes all requests, the others scan keys for `clear` and `delete_pattern`."""
+    health_check_interval: MaybeSeconds = 2.0
+    """How often a server is asked for a sign of life. A server that is silent for so long is reconnected; `None` never asks."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RedisSettings:
+        single, sentinel = self.topology == "single", self.topology == "sentinel"
+        refuse_wrong(
+            (sentinel and not self.service, "service: sentinels need the name of the master"),
+            (self.service and not sentinel, "service: only sentinels know one"),
+            (self.sentinel_password and not sentinel, "sentinel_password: there is no sentinel"),
+            (single and len(self.hosts) > 1, "hosts: several need the topology sentinel or cluster"),
+            (self.topology == "cluster" and self.database, "database: a cluster has only the database 0"),
+            (self.socket and (self.tls or not single), "socket: neither TLS nor a topology goes with it"),
+            (self.user and self.password is None, "user: there is no password"),
+            (self.sentinel_user and self.sentinel_password is None, "sentinel_user: there is no sentinel_password"),
+        )
+        return self
+
+
+class MemcachedSettings(ServerSettings):
+    """A store in one or several Memcached servers, version 1.6.10 or newer. Durations are seconds.
+
+    As a URL: `memcached://host1:11211,host2?timeout=0.5`.
+    """
+
+    type: Literal["memcached"] = "memcached"
+    default_ttl: MaybeSeconds = None
+    """The time to live, in seconds, of what is stored without one, rounded up to whole seconds; `None` is no expiry."""
+    hosts: Hosts = ("localhost",)
+    """Names or addresses; port 11211 if left out. Keys are spread over them: give every process the same ones, written alike."""
+    timeout: Seconds = 1.0
+    """How long a server may take for a batch, besides the time of its bytes. A server that takes longer is disconnected."""
+    max_connections: AtLeastOne = 2
+    """Attempts to connect to one server whose name is still being looked up, which nothing can break off. One connection is used."""
+    chunked: Switch = False
+    """Whether values over the server's limit for items are stored in several of them, instead of being refused."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> MemcachedSettings:
+        refuse_wrong((len(set(self.hosts)) < len(self.hosts), "hosts: one is named twice"))
         return self
 
 

@@ -57,11 +57,7 @@ class Node:
         self.settings = settings
         self.clock = clock
         self.serve = serve
-        self.bus: LocalBus = (
-            LocalBus(settings.namespace, clock=clock, policy=settings.events.policy)
-            if settings.bus is None
-            else nats_bus(settings, clock)
-        )
+        self.bus = _make_bus(settings, clock)
         self._stores = stores or self._build_store
         actors = settings.actors
         backoff = (actors.restart_backoff, actors.restart_backoff_max)
@@ -204,14 +200,14 @@ class Node:
 SHARABLE = frozenset({"redis", "memcached", "null"})
 """Types of backends whose data are not in the process: several workers may serve the same one."""
 
-
 LOCKLESS = frozenset({"null", "plugin"})
 """Types of backends that keep no locks."""
 
 
-def nats_bus(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> LocalBus:
-    """Make the bus over NATS of settings, not yet open. Raises `CacheConfigurationError` if nats-py is not installed."""
-    assert settings.bus is not None
+def _make_bus(settings: Settings, clock: Clock) -> LocalBus:
+    """Make the bus of settings, not yet open. Raises `CacheConfigurationError` if it needs nats-py, which is not installed."""
+    if settings.bus is None:
+        return LocalBus(settings.namespace, clock=clock, policy=settings.events.policy)
     try:
         nats = import_module("cachebus.bus.nats")
     except ModuleNotFoundError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, cast
 
@@ -71,9 +71,10 @@ def _integer(least: int) -> Callable[[object], int]:
     return read
 
 
-def _optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
+def optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
+    """Return a validator that also takes `None`, as `none` too: TOML, URLs and the environment have no null."""
+
     def read_or_none(value: object) -> Any:
-        # TOML, URLs and the environment have no null.
         if value is None or (isinstance(value, str) and value == "none"):
             return None
         try:
@@ -85,6 +86,15 @@ def _optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
     return read_or_none
 
 
+def texts(value: object, expected: str) -> tuple[str, ...]:
+    """Return a list of texts, also from one text with commas between them. Raises `ValueError(expected)`."""
+    parts = value.split(",") if isinstance(value, str) else value
+    given = cast("Sequence[Any]", parts) if isinstance(parts, list | tuple) else [None]
+    if not all(isinstance(each, str) for each in given):
+        raise ValueError(expected)
+    return tuple(map(str, given))
+
+
 def named(value: T) -> T:
     """Return `value`. Raises `CacheConfigurationError` for a mapping with names that are no text."""
     options: Any = value
@@ -93,7 +103,8 @@ def named(value: T) -> T:
     return value
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
+    """Return one word. Raises `ValueError`."""
     if isinstance(value, str) and _WORD.fullmatch(value):
         return str(value)
     raise ValueError("expected one word of 1 to 64 letters, digits, _ and -")
@@ -108,12 +119,12 @@ def _switch(value: object) -> bool:
 
 
 Seconds = Annotated[float, "seconds, above 0", BeforeValidator(_seconds)]
-MaybeSeconds = Annotated[float | None, "seconds, above 0; or none", BeforeValidator(_optional(_seconds))]
+MaybeSeconds = Annotated[float | None, "seconds, above 0; or none", BeforeValidator(optional(_seconds))]
 AtLeastOne = Annotated[int, "whole number, 1 or more", BeforeValidator(_integer(1))]
-MaybeAtLeastOne = Annotated[int | None, "whole number, 1 or more; or none", BeforeValidator(_optional(_integer(1)))]
+MaybeAtLeastOne = Annotated[int | None, "whole number, 1 or more; or none", BeforeValidator(optional(_integer(1)))]
 NotNegative = Annotated[int, "whole number, 0 or more", BeforeValidator(_integer(0))]
 Share = Annotated[float, "number from 0 to 1", BeforeValidator(_share)]
-Word = Annotated[str, "one word", BeforeValidator(_word)]
+Word = Annotated[str, "one word", BeforeValidator(word)]
 Switch = Annotated[bool, "true or false", BeforeValidator(_switch)]
 
 
@@ -133,6 +144,10 @@ class Options(BaseModel):
             refused = refusal(error, type(self))
         # Outside the `except`, so that pydantic's error, which holds every value, is not kept as the context.
         raise refused
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Return the options of these names, for a callee that calls them the same."""
+        return {name: getattr(self, name) for name in names}
 
 
 class BackendOptions(Options):
@@ -180,11 +195,8 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
         elif each["type"] == "missing":
             found.append((path, "is needed"))
         else:
-            other = (
-                f"expected {context['expected']}"
-                if "expected" in context
-                else each["msg"][:1].lower() + each["msg"][1:]
-            )
+            message = each["msg"]
+            other = f"expected {context['expected']}" if "expected" in context else message[:1].lower() + message[1:]
             expected = str(inner) if inner else _EXPECTED.get(each["type"], other)
             found.append((path, f"{expected}, not {shown(each['input'], path)}"))
     refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))

@@ -66,31 +66,24 @@ def _unpack(
     return out
 
 
-class _Zstd:
+class _Zstd(threading.local):
+    """The compressor and the decompressor of each thread: neither may be used by two at a time."""
+
     def __init__(self, level: int) -> None:
         self._zstd = load("zstandard", "the compression 'zstd'")
-        self._level = level
-        # Neither a compressor nor a decompressor may be used by two threads at a time.
-        self._mine = threading.local()
+        self._compressor = self._zstd.ZstdCompressor(level=level)
+        self._decompressor = self._zstd.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX)
 
     def pack(self, data: bytes) -> bytes:
-        try:
-            compressor = self._mine.compressor
-        except AttributeError:
-            compressor = self._mine.compressor = self._zstd.ZstdCompressor(level=self._level)
-        packed: bytes = compressor.compress(data)
+        packed: bytes = self._compressor.compress(data)
         return packed
 
     def unpack(self, data: memoryview, size: int) -> bytes:
         try:
-            unpacker = self._mine.decompressor
-        except AttributeError:
-            unpacker = self._mine.decompressor = self._zstd.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX)
-        try:
             # The library allocates what the frame says, so that must be what the header says.
             if self._zstd.frame_content_size(data) != size:
                 raise ValueError("not of the size that it claims")
-            out: bytes = unpacker.decompress(data, max_output_size=size, allow_extra_data=False)
+            out: bytes = self._decompressor.decompress(data, max_output_size=size, allow_extra_data=False)
         except self._zstd.ZstdError:
             raise ValueError("damaged") from None
         if len(out) != size:

@@ -73,9 +73,7 @@ _SCALAR_READERS: Mapping[str, Callable[[Any], Any]] = {
     "$float": lambda text: {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[text],
 }
 _CONTAINER_READERS: Mapping[str, Callable[[Iterable[Any]], Any]] = {
-    "$tuple": tuple,
-    "$set": set,
-    "$frozenset": frozenset,
+    **{tag: kind for kind, tag in _CONTAINERS.items()},
     "$map": dict,
 }
 
@@ -88,7 +86,7 @@ class JsonSerializer:
     def __init__(self) -> None:
         self._packers: list[
             Any
-        ] = []  # One at a time uses a packer: another thread, or a finalizer in between, makes one.
+        ] = []  # Each is used once at a time: another thread, or a finalizer in between, makes one.
         orjson = load("orjson", "the serializer 'json'")
         self._dumps: Callable[[Any], bytes] = orjson.dumps
         self._loads: Callable[[Any], Any] = orjson.loads

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack  # type: ignore[import-untyped]
 
@@ -69,13 +69,10 @@ _PLAIN: frozenset[type[Any]] = frozenset({type(None), bool, int, float, str, byt
 _UNPLAIN: frozenset[type[Any]] = frozenset({tuple, frozenset, memoryview})
 
 
-class _Marker:
+class _Marker(NamedTuple):
     """The first item of an array that is no list."""
 
-    __slots__ = ("code",)
-
-    def __init__(self, code: int) -> None:
-        self.code = code
+    code: int
 
 
 class _Marked(Exception):

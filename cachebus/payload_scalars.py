@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, TypeVar, cast
 from zoneinfo import ZoneInfo
 
@@ -71,14 +72,6 @@ def write_moment(value: dt.datetime | dt.time) -> str:
     return text + _FOLD if value.fold else text
 
 
-def read_datetime(text: str) -> dt.datetime:
-    return _read_moment(dt.datetime, text)
-
-
-def read_time(text: str) -> dt.time:
-    return _read_moment(dt.time, text)
-
-
 def _read_moment(kind: type[DT], text: str) -> DT:
     fold = text.endswith(_FOLD)
     if fold:
@@ -91,3 +84,7 @@ def _read_moment(kind: type[DT], text: str) -> DT:
     if zone is not None:
         value = value.replace(tzinfo=zone)
     return cast("DT", value.replace(fold=1) if fold else value)
+
+
+read_datetime: Callable[[str], dt.datetime] = partial(_read_moment, dt.datetime)
+read_time: Callable[[str], dt.time] = partial(_read_moment, dt.time)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pkgutil import resolve_name
@@ -30,10 +31,8 @@ def read_key(at_least: int, at_most: int | None = None) -> Callable[[object], Se
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         size = 0
         if isinstance(text, str):
-            try:
+            with contextlib.suppress(binascii.Error):
                 size = len(key_bytes(SecretStr(text)))
-            except binascii.Error:
-                size = 0
         if not at_least <= size <= (at_most or size):
             raise CacheConfigurationError(f"expected a key of {sizes} bytes, as text or as base64: and base64")
         return SecretStr(str(text))
@@ -132,23 +131,17 @@ class PayloadSettings(Options):
         low, high, _ = LEVELS.get(self.compression, (0, 0, 0))
         asked = [name for name in ("checksum", "signing_keys", "encryption_keys") if getattr(self, name)]
         asked += ["compression"] if self.compression != "none" else []
-        level, ids = self.level, [each.id for each in self.encryption_keys]
+        makes_no_bytes = f"serializer: none makes no bytes, which {' and '.join(asked)} ask for"
+        key_id, ids = self.encryption_key_id, [each.id for each in self.encryption_keys]
+        level, compressed = self.level, self.compression != "none"
+        fits = level is None or not compressed or low <= level <= high
         refuse_wrong(
             (self.serializer == "pickle" and not self.signing_keys, "serializer: pickle needs signing_keys"),
-            (
-                self.serializer == "none" and asked,
-                f"serializer: none makes no bytes, which {' and '.join(asked)} ask for",
-            ),
-            (level is not None and self.compression == "none", "level: there is no compression"),
-            (
-                level is not None and self.compression != "none" and not low <= level <= high,
-                f"level: {self.compression} has {low} to {high}",
-            ),
+            (self.serializer == "none" and asked, makes_no_bytes),
+            (level is not None and not compressed, "level: there is no compression"),
+            (not fits, f"level: {self.compression} has {low} to {high}"),
             (self.max_size > SIZE_MAX, f"max_size: at most {SIZE_MAX}"),
-            (
-                self.encryption_key_id is not None and self.encryption_key_id not in ids,
-                "encryption_key_id: there is no such key in encryption_keys",
-            ),
+            (key_id not in (None, *ids), "encryption_key_id: there is no such key in encryption_keys"),
             (len(set(ids)) < len(ids), "encryption_keys: an id is taken twice"),
             (self.tenant and not ids, "tenant: only sealed payloads have one; give encryption_keys"),
             (self.types and self.serializer != "auto", "types: only the serializer auto carries them"),
@@ -178,11 +171,7 @@ def build_pipeline(settings: PayloadSettings, *, namespace: str, by_reference: b
     return PayloadPipeline(
         serializer,
         namespace=namespace,
-        compression=settings.compression,
-        threshold=settings.threshold,
-        level=settings.level,
-        max_size=settings.max_size,
-        checksum=settings.checksum,
+        **settings.pick("compression", "threshold", "level", "max_size", "checksum"),
         signer=Signer(signing) if signing else None,
         sealer=Sealer(sealing, key_id=settings.encryption_key_id, tenant=settings.tenant) if sealing else None,
         types=[_imported(each) for each in settings.types],

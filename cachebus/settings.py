@@ -20,11 +20,9 @@ from pydantic import (
 
 from cachebus.messages import CacheConfigurationError
 
-from .event_settings import EventSettings
+from .bus_settings import BusSettings, EventSettings, NatsSettings, read_bus
 from .failures import OnError
-from .guard_settings import GuardSettings, host_and_port
-from .memcached_settings import MemcachedSettings
-from .nats_settings import BusSettings, NatsSettings, read_bus
+from .guard_settings import GuardSettings, MemcachedSettings, RedisSettings, host_and_port
 from .options import (
     AtLeastOne,
     BackendOptions,
@@ -43,7 +41,6 @@ from .options import (
     unknown_option,
 )
 from .payload_settings import PayloadSettings
-from .redis_settings import RedisSettings
 from .sources import read_file, with_sources
 from .urls import did_you_mean, is_url, parse_url, redact_url
 
@@ -256,10 +253,9 @@ class Settings(_Root):
 
     def backend(self, name: str) -> BackendSettings:
         """Return the backend of a name. Raises `CacheConfigurationError` that lists the known ones."""
-        for each in self.backends:
-            if each.name == name:
-                return each
-        known = [each.name for each in self.backends]
+        known = {each.name: each for each in self.backends}
+        if name in known:
+            return known[name]
         raise CacheConfigurationError(f"no backend {name!r}{did_you_mean(name, known)}, known are {', '.join(known)}")
 
 
@@ -327,22 +323,21 @@ def insecurities(settings: Settings) -> Iterator[Problem]:
     yield from _plain_text(("bus",), settings.bus)
 
 
+_TLS_REMEDIES = {
+    "redis": "use rediss:// (tls: true)",
+    "memcached": "say tls: true",
+    "nats": "use tls:// (tls: true)",
+}
+
+
 def _plain_text(at: tuple[str | int, ...], server: Any) -> Iterator[Problem]:
-    match server:
-        case RedisSettings() if not server.socket:
-            remedy = "use rediss:// (tls: true)"
-        case MemcachedSettings():
-            remedy = "say tls: true"
-        case NatsSettings():
-            remedy = "use tls:// (tls: true)"
-        case _:
-            return
+    remedy = _TLS_REMEDIES.get(getattr(server, "type", ""))
+    if remedy is None or getattr(server, "socket", None):
+        return
     foreign = [host for host in server.hosts if not _is_loopback(host)]
     if foreign and not (server.tls or server.allow_insecure):
-        problem = (
-            f"plain text to {', '.join(foreign)}; {remedy}, or say allow_insecure: true where the network is trusted"
-        )
-        yield (*at, "tls"), problem
+        otherwise = f"{remedy}, or say allow_insecure: true where the network is trusted"
+        yield (*at, "tls"), f"plain text to {', '.join(foreign)}; {otherwise}"
 
 
 def _is_loopback(host: str) -> bool:

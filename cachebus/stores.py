@@ -12,11 +12,9 @@ from pydantic import SecretStr
 from cachebus.actors.ports import BatchStore, Clock, InlineStore, LockStore
 from cachebus.messages import CacheConfigurationError, CapabilityError
 
-from .guard_settings import ServerSettings, host_and_port
-from .memcached_settings import MemcachedSettings
-from .nats_settings import BusSettings
+from .bus_settings import BusSettings
+from .guard_settings import MemcachedSettings, RedisSettings, ServerSettings, host_and_port
 from .options import shown
-from .redis_settings import RedisSettings
 from .settings import BackendSettings, MemorySettings, NullSettings, PluginSettings
 from .urls import STORES
 
@@ -29,13 +27,8 @@ def build_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> I
     store: Any
     match settings:
         case MemorySettings():
-            store = import_module("cachebus.adapters.memory").MemoryStore(
-                max_entries=settings.max_entries,
-                max_bytes=settings.max_bytes,
-                default_ttl=settings.default_ttl,
-                policy=settings.policy,
-                clock=clock,
-            )
+            options = settings.pick("max_entries", "max_bytes", "default_ttl", "policy")
+            store = import_module("cachebus.adapters.memory").MemoryStore(**options, clock=clock)
         case NullSettings():
             store = import_module("cachebus.adapters.null").NullStore()
         case RedisSettings():
@@ -112,12 +105,11 @@ def _memcached(
     settings: MemcachedSettings, namespace: str, clock: Clock, adapter: str = "memcached", store: str = "MemcachedStore"
 ) -> Any:
     memcached = _adapter("memcached", "memcached")
-    same = ("default_ttl", "connect_timeout", "timeout", "max_connections", "chunked")
     return getattr(_adapter("memcached", adapter), store)(
         [memcached.Endpoint(*host_and_port(host, 11211)) for host in settings.hosts],
         namespace=namespace,
         tls=_tls(memcached, settings),
-        **{name: getattr(settings, name) for name in same},
+        **settings.pick("default_ttl", "connect_timeout", "timeout", "max_connections", "chunked"),
         clock=clock,
     )
 

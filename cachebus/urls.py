@@ -22,9 +22,11 @@ STORES = "cachebus.stores"
 ON_THE_BUS = "bus:"
 """The prefix of a backend that a worker has, where a URL could stand."""
 
+HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+"""A host as name, name:port or [IPv6]:port."""
+
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 _WRONG_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SECRET_OPTION = re.compile(r"(?i)([?&;][^=&;]*(?:pass|pwd|secret|token|key|credential|auth)[^=&;]*=)[^&;]*")
 
@@ -141,8 +143,8 @@ def _parse_place(place: str, shown: str) -> tuple[str, str | None, tuple[str, ..
         raise CacheConfigurationError(f"{shown}: in a user or a password write : as %3A, / as %2F, @ as %40 and so on")
     found = tuple(hosts.split(",")) if hosts else ()
     for host in found:
-        matched = _HOST.fullmatch(host)
-        if matched is None or (matched[1] and not 0 < int(matched[1]) < 65536):
+        matched = HOST.fullmatch(host)
+        if matched is None or (matched[2] and not 0 < int(matched[2]) < 65536):
             raise CacheConfigurationError(f"{shown}: a host is written as name, name:port or [IPv6]:port")
     plain: list[str] = []
     for text in (user, password, path):

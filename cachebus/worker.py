@@ -91,7 +91,8 @@ class Worker:
                         listening = asyncio.create_task(self._log_events(heard))
                         on_ready()
                         await self._stopping.wait()
-                        backstop = loop.call_later(self.grace, self._out_of_time)
+                        why = "the grace is spent: ending with something left"
+                        backstop = loop.call_later(self.grace, self._end, why, logging.ERROR)
                         self._say("draining", grace=self.grace)
                         await self._node.stop()
                     await listening
@@ -104,8 +105,7 @@ class Worker:
     def stop(self) -> None:
         """Begin to drain; asked again, end at once. For the loop of `run`."""
         if self._stopping.is_set():
-            self._say("asked twice to stop: ending at once", logging.WARNING)
-            _end(OUT_OF_TIME)
+            self._end("asked twice to stop: ending at once", logging.WARNING)
         self._stopping.set()
 
     async def _started(self, stack: AsyncExitStack) -> bool:
@@ -159,15 +159,11 @@ class Worker:
     def _say(self, message: str, level: int = logging.INFO, **values: Any) -> None:
         logger.log(level, message, extra={_FIELDS: {"worker": origin(), **values}})
 
-    def _out_of_time(self) -> None:
-        self._say("the grace is spent: ending with something left", logging.ERROR)
-        _end(OUT_OF_TIME)
-
-
-def _end(code: int) -> None:
-    """End the process at once: what was left to do was not done in time."""
-    logging.shutdown()
-    os._exit(code)
+    def _end(self, why: str, level: int) -> None:
+        """End the process at once, with requests unanswered."""
+        self._say(why, level)
+        logging.shutdown()
+        os._exit(OUT_OF_TIME)
 
 
 class OneLine(logging.Formatter):
@@ -200,8 +196,7 @@ def log_to_stderr(form: LogForm, level: str) -> None:
 
 def own_fields(event: Event) -> dict[str, Any]:
     """Return the fields of an event that not every event has."""
-    own = [name for name in event.__struct_fields__ if name not in Event.__struct_fields__]
-    return {name: getattr(event, name) for name in own}
+    return {name: getattr(event, name) for name in event.__struct_fields__ if name not in Event.__struct_fields__}
 
 
 def _word(value: Any) -> str:

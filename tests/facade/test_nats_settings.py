@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cachebus.bus.nats_options import NatsOptions
+from cachebus.bus_settings import NatsSettings, bus_from_url
 from cachebus.messages import CacheConfigurationError
-from cachebus.nats_settings import NatsSettings, bus_from_url
 from cachebus.settings import Settings, load_settings
 
 SECRET = "hunter" + str(2)

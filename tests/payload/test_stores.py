@@ -16,8 +16,7 @@ from cachebus import (
     open_cache,
     open_sync_cache,
 )
-from cachebus.secret_store import SecretStore, SyncSecretStore
-from cachebus.state_store import StateStore, SyncStateStore
+from cachebus.state_store import SecretStore, StateStore, SyncSecretStore, SyncStateStore
 from cachebus.testing.servers import run_redis
 
 from .pipelines import MASTER_KEY, SIGNING_KEY

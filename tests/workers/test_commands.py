@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from cachebus.__main__ import main
-from cachebus.command_events import Line, as_json, kinds_of
+from cachebus.command_events import as_json, as_line, kinds_of
 from cachebus.command_topology import places, table
 from cachebus.messages import CacheConfigurationError, CacheEvicted, CacheSet, CircuitOpened, Event
 from cachebus.testing.servers import Server, run_redis
@@ -164,7 +165,7 @@ def stamped(event: Event) -> Event:
 
 
 def test_a_line_cannot_command_a_terminal_and_is_one_line() -> None:
-    text = Line(coloured=False)(stamped(CacheSet(key="a\x1b[2Jb\nc d", tags=("x y",))))
+    text = as_line(stamped(CacheSet(key="a\x1b[2Jb\nc d", tags=("x y",))), coloured=False)
     assert text.isprintable()
     assert r'key="a\\x1b[2Jb\\nc d"' in text
     assert text.endswith("(1-ab #7)")
@@ -172,7 +173,7 @@ def test_a_line_cannot_command_a_terminal_and_is_one_line() -> None:
 
 
 def test_kinds_have_colours_on_a_terminal() -> None:
-    plain, coloured = Line(coloured=False), Line(coloured=True)
+    plain, coloured = partial(as_line, coloured=False), partial(as_line, coloured=True)
     event = stamped(CacheEvicted(key="k"))
     assert re.sub(r"\x1b\[\d+m", "", coloured(event)) == plain(event)
     colours = {re.findall(r"\x1b\[(\d+)m", coloured(stamped(each)))[0] for each in (

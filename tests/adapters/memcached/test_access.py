@@ -16,7 +16,7 @@ from cachebus.adapters.memcached import Endpoint, MemcachedStore
 from cachebus.adapters.memcached_server import Connector
 from cachebus.adapters.memcached_server import Server as Server_
 from cachebus.bus import SYSTEM_CLOCK
-from cachebus.memcached_settings import MemcachedSettings
+from cachebus.guard_settings import MemcachedSettings
 from cachebus.messages import Failed, Found, Get, Set
 from cachebus.settings import backend_from_url
 from cachebus.stores import build_store

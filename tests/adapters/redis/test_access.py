@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from cachebus import CacheConnectionError, CacheError, open_cache, open_sync_cache
 from cachebus.adapters.redis import RedisStore
-from cachebus.guard_settings import host_and_port
+from cachebus.guard_settings import RedisSettings, host_and_port
 from cachebus.messages import (
     Add,
     Admit,
@@ -38,7 +38,6 @@ from cachebus.messages import (
     Stored,
     Touch,
 )
-from cachebus.redis_settings import RedisSettings
 from cachebus.settings import backend_from_url, load_settings
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel

@@ -20,6 +20,7 @@ from cachebus.adapters.redis_commands import slot_of, tag_of
 from cachebus.adapters.redis_connect import Endpoint
 from cachebus.adapters.redis_router import SlotTraffic
 from cachebus.adapters.redis_topology import SlotMap, read_redirection, read_slots
+from cachebus.guard_settings import RedisSettings
 from cachebus.messages import (
     Admit,
     BadMessage,
@@ -48,7 +49,6 @@ from cachebus.messages import (
     Stored,
     Touch,
 )
-from cachebus.redis_settings import RedisSettings
 from cachebus.settings import backend_from_url
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster

@@ -1,35 +1,40 @@
-"""The options of a bus over NATS, and of a backend that is reached over it."""
+"""The options of a bus: how it reaches other processes over NATS, and which events it carries how."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, SecretStr, model_validator
+from pydantic import BeforeValidator, SecretStr, field_serializer, model_validator
 
-from cachebus.bus import check_word, event_kinds
+from cachebus.bus import EventPolicy, KeyForm, event_kinds, shares
 from cachebus.bus.nats_options import NatsOptions
 from cachebus.messages import CacheConfigurationError
 
 from .guard_settings import Hosts, host_and_port
-from .options import AtLeastOne, BackendOptions, MaybeSeconds, Options, Seconds, Switch, named
+from .options import (
+    AtLeastOne,
+    BackendOptions,
+    MaybeSeconds,
+    Options,
+    Seconds,
+    Switch,
+    named,
+    optional,
+    refuse_wrong,
+    texts,
+    word,
+)
+from .payload_settings import key_bytes, read_key
 from .urls import parse_bus_url, redact_url
 
 _DEFAULT = NatsOptions()
 
 
-def _texts(value: object, expected: str) -> tuple[str, ...]:
-    """Return a list of texts, also from one text with commas between them."""
-    parts = value.split(",") if isinstance(value, str) else value
-    given = cast("Sequence[Any]", parts) if isinstance(parts, list | tuple) else [None]
-    if not all(isinstance(each, str) for each in given):
-        raise ValueError(expected)
-    return tuple(map(str, given))
-
-
 def _kinds(value: object) -> tuple[str, ...]:
     given = [each for each in value.split(",") if each] if isinstance(value, str) else value
-    kinds = _texts(given, "expected kinds of events, such as cache_set or cache_*")
+    kinds = texts(given, "expected kinds of events, such as cache_set or cache_*")
     if kinds:
         event_kinds(kinds)
     return kinds
@@ -37,7 +42,7 @@ def _kinds(value: object) -> tuple[str, ...]:
 
 def _prefixes(value: object) -> tuple[str, ...]:
     expected = "expected beginnings of subjects, such as _INBOX"
-    if not all(prefixes := _texts(value, expected)):
+    if not all(prefixes := texts(value, expected)):
         raise ValueError(expected)
     return prefixes
 
@@ -48,19 +53,7 @@ def _text(value: object) -> str:
     raise ValueError("expected text")
 
 
-def _stream(value: object) -> str:
-    try:
-        return str(check_word(value, "stream"))
-    except ValueError:
-        raise ValueError("expected one word of 1 to 64 letters, digits, _ and -") from None
-
-
-def _maybe(read: Callable[[object], str]) -> BeforeValidator:
-    return BeforeValidator(lambda value: None if value is None else read(value))
-
-
-MaybeText = Annotated[str | None, "text or none", _maybe(_text)]
-MaybeWord = Annotated[str | None, "one word or none", _maybe(_stream)]
+MaybeText = Annotated[str | None, "text or none", BeforeValidator(optional(_text))]
 
 
 class BusSettings(BackendOptions):
@@ -118,7 +111,7 @@ class NatsSettings(Options):
     events: Annotated[tuple[str, ...], "list of kinds", BeforeValidator(_kinds)] = _DEFAULT.events
     events_format: Literal["json", "msgpack"] = "json"
     """`json` is for listeners in any language."""
-    events_stream: MaybeWord = None
+    events_stream: Annotated[str | None, "one word or none", BeforeValidator(optional(word))] = None
     events_stream_max_age: Seconds = _DEFAULT.events_stream_max_age
     events_stream_max_bytes: AtLeastOne = _DEFAULT.events_stream_max_bytes
     heartbeat: MaybeSeconds = _DEFAULT.heartbeat
@@ -162,3 +155,55 @@ def bus_from_url(url: str) -> NatsSettings:
 def read_bus(value: object) -> object:
     """Return the settings of a URL; let through named options."""
     return bus_from_url(value) if isinstance(value, str) else named(value)
+
+
+_read_hash_key = read_key(32, 64)  # BLAKE2b takes no longer key.
+
+
+def _sample(value: object) -> tuple[tuple[str, float], ...]:
+    # The environment has a mapping as JSON. Kept as pairs, because settings can be hashed.
+    try:
+        given: Any = json.loads(value) if isinstance(value, str) else value
+        sample = dict(cast("Any", given)) if isinstance(given, Mapping | tuple) else None
+    except (TypeError, ValueError):
+        sample = None
+    if sample is None or not all(
+        isinstance(glob, str) and isinstance(share, int | float) and not isinstance(share, bool)
+        for glob, share in sample.items()
+    ):
+        raise ValueError("expected shares from 0 to 1 by kinds of events, such as cache_hit: 0.01")
+    sample = {str(glob): float(share) for glob, share in sample.items()}
+    try:
+        shares(sample)
+    except ValueError as error:
+        raise CacheConfigurationError(str(error)) from None
+    return tuple(sample.items())
+
+
+class EventSettings(Options):
+    """What events say, and how many of them go out."""
+
+    keys: KeyForm = "plain"
+    """Keys in events: `plain`; `hash`, 32 hexadecimal digits of BLAKE2b; or `none`, the empty string. Tags stay plain."""
+    hash_key: Annotated[
+        SecretStr | None, "secret", BeforeValidator(lambda value: None if value is None else _read_hash_key(value))
+    ] = None
+    """The secret of hashed keys, 32 to 64 bytes, the same for all processes. Without it, keys can be guessed from their hashes."""
+    sample: Annotated[tuple[tuple[str, float], ...], "shares by kind", BeforeValidator(_sample)] = ()
+    """The share of a kind of events that goes out, by globs: `{cache_hit: 0.01}`. Of several that fit, the first counts; the
+    counters of `statistics()` stay exact. What changes values (`cache_set`, `cache_deleted`, ...) is not sampled."""
+
+    @model_validator(mode="after")
+    def _secret_is_used(self) -> EventSettings:
+        unused = self.hash_key is not None and self.keys != "hash"
+        refuse_wrong((unused, f"hash_key: only keys: hash has a use for it, not keys: {self.keys}"))
+        return self
+
+    @field_serializer("sample")
+    def _by_glob(self, sample: tuple[tuple[str, float], ...]) -> dict[str, float]:
+        return dict(sample)
+
+    @property
+    def policy(self) -> EventPolicy:
+        """The same options, for the bus."""
+        return EventPolicy(self.keys, b"" if self.hash_key is None else key_bytes(self.hash_key), dict(self.sample))
