@@ -26,7 +26,7 @@ from cachebus.messages import (
 )
 
 from .actor import Context
-from .guard_policy import RetryPolicy
+from .guard_policy import GuardPolicy, RetryPolicy
 from .ports import NO_PROGRESS, SLOWEST_LINE, Progress, Timer
 
 if TYPE_CHECKING:
@@ -48,26 +48,23 @@ FACTOR = 3.0
 
 RESERVE = 10.0  # Repetitions that a budget begins with.
 MOST = 100.0  # Repetitions that a budget can grow to.
-
 _NEVER = float("inf")
 
 
 class AdaptiveTimeout:
-    """A timeout that follows the 95th percentile of the last `window` durations. All times are seconds.
+    """A timeout that follows the 95th percentile of the last `timeout_window` durations. All times are seconds.
 
-    It is `FACTOR` times the percentile, within `lowest` and `highest`, and `initial` before anything is known. A timeout
-    that strikes makes it half as long again until an answer comes that did not need the addition (after Karn and
+    It is `FACTOR` times the percentile, within the bounds of the policy, and `timeout_initial` at first. A timeout that
+    strikes makes it half as long again until an answer comes that did not need the addition (after Karn and
     Partridge, SIGCOMM 1987). Without that, the answers of a backend that has become slow would never be seen.
     """
 
-    def __init__(self, *, window: int = 1000, lowest: float = 0.1, highest: float = 10.0, initial: float = 1.0) -> None:
-        self.current = initial
-        self._lowest = lowest
-        self._highest = highest
-        self._base = initial
+    def __init__(self, policy: GuardPolicy) -> None:
+        self.current = self._base = policy.timeout_initial
+        self._lowest, self._highest = policy.timeout_min, policy.timeout_max
         self._penalty = 1.0
         self._struck_at = float("-inf")
-        self._recent: deque[float] = deque(maxlen=window)
+        self._recent: deque[float] = deque(maxlen=policy.timeout_window)
         self._sorted: list[float] = []
 
     def __repr__(self) -> str:
@@ -108,8 +105,6 @@ class AdaptiveTimeout:
 
 class ConcurrencyLimiter:
     """At most `limit` batches under way, of which `taken` are, and a bounded queue of callers before it. Belongs to one loop."""
-
-    __slots__ = ("_address", "_granted", "_most", "limit", "queue", "taken")
 
     def __init__(self, limit: int, queue: int, address: str) -> None:
         self.taken = 0

@@ -57,10 +57,9 @@ from cachebus.messages import (
 
 from .actor import Actor, Handlers, PlainHandler
 from .guard_policy import GuardPolicy
-from .lazy_store import LazyStore
 from .pipeline import RequestPipeline
 from .ports import BatchStore, InlineStore, LeaseNotifyingStore, LeasingStore, PipelinedStore, Store, Timer
-from .resilience import Guard
+from .resilience import Guard, LazyStore
 
 STORE_REQUESTS = tuple(
     cast("type[Request[Any]]", kind)
@@ -148,9 +147,8 @@ class BackendActor(Actor):
         else:
             self._guard = Guard(self._policy, self.ctx, self._store.name)
             if self._pipelined is not None:
-                self._pipeline = RequestPipeline(
-                    self._pipelined, self._guard, self.ctx, self._counters.count_all, self._emit
-                )
+                count_all = self._counters.count_all
+                self._pipeline = RequestPipeline(self._pipelined, self._guard, self.ctx, count_all, self._emit)
                 self._incarnation = self.ctx.defer()
                 self._incarnation.attach(_EndOfIncarnation(self._pipeline))
             await self._open(self._store, self._guard)
@@ -356,19 +354,15 @@ class BackendActor(Actor):
         return tell
 
 
-class _EndOfIncarnation:
+class _EndOfIncarnation(msgspec.Struct):
     """The port that is answered when the actor crashes, or is stopped with something still under way."""
 
-    def __init__(self, pipeline: RequestPipeline) -> None:
-        self._pipeline = pipeline
-
-    @property
-    def waiting(self) -> bool:
-        return True
+    pipeline: RequestPipeline
+    waiting: bool = True
 
     def answer(self, reply: Any) -> None:
         if isinstance(reply, Failed):
-            self._pipeline.fail_all(reply)
+            self.pipeline.fail_all(reply)
 
 
 _REMOVALS: dict[RemovalCause, type[CacheDeleted | CacheEvicted | CacheExpired]] = {

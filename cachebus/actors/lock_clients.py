@@ -27,9 +27,8 @@ from cachebus.messages import (
 
 from .actor import Context
 from .guard_policy import GuardPolicy
-from .lazy_store import LazyStore
 from .ports import BatchStore, InlineLockStore, PipelinedStore
-from .resilience import AwaitedStore, Guard
+from .resilience import AwaitedStore, Guard, LazyStore
 
 Then = Callable[[Reply], None]  # Takes the reply; an error is a `Failed`.
 MAX_BATCH = 128

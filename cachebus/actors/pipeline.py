@@ -30,9 +30,7 @@ GOOD_BATCH = 16
 """Requests that are sent though others are under way: fewer wait for those, because a system call costs as much as ten
 requests do."""
 
-Count = Callable[[Sequence[Request[Any]], Sequence[Reply]], None]
-"""Counts the requests of a batch by their replies."""
-
+Count = Callable[[Sequence[Request[Any]], Sequence[Reply]], None]  # Counts the requests of a batch by their replies.
 Emit = Callable[[Sequence[Request[Any]], Sequence[Reply], Sequence[str | None]], None]
 """Emits the events of a batch: its requests, their replies, and their traces."""
 

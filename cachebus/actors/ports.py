@@ -46,11 +46,8 @@ __all__ = [
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What a store can do. What it cannot is answered with `CapabilityError`, never with a quiet 0 or False.
-
-    `max_key_bytes` and `max_value_bytes` are `None` where the store sets no limit. `ttl_resolution` is the step, in
-    seconds, to which the store rounds times to live up; 0 where it is a millisecond or less.
-    """
+    """The abilities of a store. Anything else is answered with `CapabilityError`, never with a quiet 0 or False. A limit
+    of `None` is none. Times to live are rounded up to `ttl_resolution` seconds; 0 is a millisecond or less."""
 
     patterns: bool = False
     tags: bool = False
@@ -69,11 +66,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Gauges(msgspec.Struct, frozen=True, kw_only=True):
-    """How full a store is, and what it did since it was made. Bounds are `None` where there is none; weights are bytes.
-
-    An inline store counts its hits, misses, sets and removals itself, in its turns; of a batch store the actor counts
-    them from the replies.
-    """
+    """How full a store is, and what it did since it was made. A bound of `None` is none; weights are bytes. An inline store
+    counts its hits, misses, sets and removals itself; the actor of a batch store counts them from the replies."""
 
     hits: int = 0
     misses: int = 0
@@ -86,13 +80,13 @@ class Gauges(msgspec.Struct, frozen=True, kw_only=True):
 
 
 ReadListener = Callable[[str, bool], None]
-"""Told of each key that is read, and whether it had a live value."""
+"""Called for each key that is read, with whether it had a live value."""
 
 WriteListener = Callable[[str, float, float | None, tuple[str, ...]], None]
-"""Told of each value that is stored: key, version, seconds to live, tags."""
+"""Called for each value that is stored: key, version, seconds to live, tags."""
 
 RemovalListener = Callable[[str, RemovalCause], None]
-"""Told of each value that a store removes by itself or on request, except by `Clear`, which is one fact."""
+"""Called for each value that a store removes by itself or on request, except by `Clear`, which is one fact."""
 
 
 class Timer(Protocol):
@@ -119,10 +113,7 @@ class Timers(Protocol):
 
 
 class Store(Protocol):
-    """A technology that keeps values, as the actor in front of it sees it.
-
-    `name` is the technology's (`memory`, `redis`), `capabilities` what it can do.
-    """
+    """A technology that keeps values, as its actor sees it. `name` is that of the technology (`memory`, `redis`)."""
 
     name: str
     capabilities: Capabilities
@@ -144,10 +135,8 @@ class BatchStore(Store, Protocol):
     """A store that must wait for its answers, and likes many questions at once."""
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        """Carry out a batch and return one reply an operation, in order.
-
-        What goes wrong with one operation is its own `Failed`; what goes wrong with all of them is raised.
-        """
+        """Carry out a batch and return one reply an operation, in order. The error of one operation is its own `Failed`;
+        an error of all of them is raised."""
         ...
 
 
@@ -178,21 +167,17 @@ NO_PROGRESS = _NoProgress()
 class PipelinedStore(BatchStore, Protocol):
     """A batch store that can have several batches under way: the turn of its actor ends when a batch is sent.
 
-    Batches take effect in the order of their submission; the next is submitted when the one before it was sent. From
-    `max_batch` requests on a batch is better sent in two, one being prepared while the other is carried out. Each of
-    the `long_running` kinds of requests takes many round trips, and goes in a batch of its own, so that nothing else
-    waits for it.
+    Batches take effect in the order of their submission; the next is submitted when the one before it was sent. A batch
+    of more than `max_batch` requests is better sent in two: one is prepared while the other is carried out. Requests of
+    the `long_running` kinds take many round trips. Each goes in a batch of its own, so that nothing else waits for it.
     """
 
     max_batch: int
     long_running: frozenset[type[Request[Any]]]
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
-        """Send a batch if nothing has to be waited for; else `None`, and nothing was done.
-
-        Called on the store's event loop. `on_replies` is called once, perhaps before this returns, with what goes wrong
-        as `Failed`. Raises a `CacheError` if nothing was sent; then `on_replies` is not called.
-        """
+        """Send a batch if nothing has to be waited for; else return `None`. Called on the store's event loop. `on_replies`
+        is called once, perhaps before this returns. Raises a `CacheError` if nothing was sent, and does not call it."""
         ...
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
@@ -202,7 +187,7 @@ class PipelinedStore(BatchStore, Protocol):
 
 @runtime_checkable
 class LeaseNotifyingStore(Store, Protocol):
-    """A store that is told by its server when a lease has ended, and tells who waits for it."""
+    """A store whose server says when a lease has ended, so that callers can wait for it."""
 
     def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:
         """Call `told` once, with a reply to `request`, now or later. Called on the store's event loop; does not wait."""
@@ -210,11 +195,8 @@ class LeaseNotifyingStore(Store, Protocol):
 
 @runtime_checkable
 class InlineStore(Store, Protocol):
-    """A store that never waits, so that its operations run on the stack of whoever asks.
-
-    The four listeners are `None` while nobody wants to know, which costs a reader one comparison. `on_due` is told when
-    the store's next expiry has become an earlier one.
-    """
+    """A store that never waits, so that its operations run on the caller's stack. The four listeners may be `None`, which
+    costs a reader one comparison. `on_due` is called when the store's next expiry has become an earlier one."""
 
     @property
     def on_read(self) -> ReadListener | None: ...
@@ -243,24 +225,23 @@ class InlineStore(Store, Protocol):
 
 @runtime_checkable
 class LeasingStore(InlineStore, Protocol):
-    """An inline store that lets callers wait for a load: its verb of `GetOrLease` may return what `defer` has made instead
-    of a reply. While `defer` is `None` nobody waits."""
+    """An inline store that lets callers wait for a load: its verb of `GetOrLease` may return what `defer` makes instead of
+    a reply. While `defer` is `None`, no caller waits."""
 
     defer: Callable[[], Deferred] | None
 
 
 class LockListener(Protocol):
-    """Who waits for the locks of a store, and is told by it, on the store's event loop."""
+    """Takes the news of a lock store for the callers that wait, on the store's event loop."""
 
     def granted(self, name: str, ticket: str, grant: LockGranted) -> None:
         """A ticket that waited holds the lock now."""
 
     def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
-        """A ticket may hold the lock now, or somebody may have to say that its time is over: ask again, in so many
-        seconds."""
+        """A ticket may hold the lock now, or its lease may be over: ask again after `delay` seconds."""
 
     def look_everywhere(self) -> None:
-        """Something may have been missed: ask again for everybody who waits."""
+        """Something may have been missed: ask again for every waiter."""
 
     def expired(self, name: str, owner: str, token: int) -> None:
         """The time of a holder has run out."""
@@ -271,9 +252,9 @@ class LockStore(Protocol):
     """Where locks are kept, as the `LockManager` sees it: it carries out `AcquireLock`, `RenewLock`, `ReleaseLock` and
     `DescribeLock`, each at once. One that waits for its answers is a `BatchStore` too.
 
-    With `poll` being `None` it keeps the queue: an `AcquireLock` that waits is answered `LockQueued`, and `told` when its turn
-    may have come. A store that cannot tell keeps no queue and answers `LockDenied`; it is asked again for the first who
-    waits, after `poll` seconds or several times as many.
+    If `poll` is `None`, it keeps the queue: an `AcquireLock` that waits is answered `LockQueued`, and `told` hears when its
+    turn may have come. Other stores answer `LockDenied`. They are asked again for the first waiter, after `poll` seconds
+    or several times as many.
     """
 
     name: str

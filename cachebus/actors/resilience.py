@@ -61,6 +61,41 @@ class AwaitedStore:
         return NO_PROGRESS
 
 
+class LazyStore:
+    """Opens a store before it hands the first batch on. The batch gets the error of opening, so that the guard judges
+    it like any other failure. `opened` is called once the store is open; from then on the store itself may be asked."""
+
+    def __init__(self, store: BatchStore, opened: Callable[[], None]) -> None:
+        self._store = store
+        self._opened: Callable[[], None] | None = opened  # `None` once it is open.
+        self._opening = anyio.Lock()
+
+    def __repr__(self) -> str:
+        return f"<LazyStore {'not open yet' if self._opened else 'open'}, {self._store!r}>"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def execute(self, batch: Batch) -> Replies:
+        await self._open()
+        return await self._store.execute(batch)
+
+    def try_submit(self, batch: Batch, on_replies: OnReplies) -> None:
+        """Do nothing: opening has to be waited for."""
+
+    async def submit(self, batch: Batch, on_replies: OnReplies) -> Progress:
+        await self._open()
+        assert isinstance(self._store, PipelinedStore)
+        return await self._store.submit(batch, on_replies)
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if self._opened is not None:
+                await self._store.open()
+                opened, self._opened = self._opened, None
+                opened()
+
+
 _Store = PipelinedStore | AwaitedStore
 
 
@@ -81,15 +116,7 @@ class Guard:
         self._ctx = ctx
         self._store = store
         self._now = ctx.clock.monotonic
-        self._timeout, self._lock_timeout = (
-            AdaptiveTimeout(
-                window=policy.timeout_window,
-                lowest=policy.timeout_min,
-                highest=policy.timeout_max,
-                initial=policy.timeout_initial,
-            )
-            for _ in range(2)
-        )
+        self._timeout, self._lock_timeout = AdaptiveTimeout(policy), AdaptiveTimeout(policy)
         self._retries = Retries(policy.retry, ctx, random.Random(seed), lambda: self._successes + self._failures)
         self.attempts = Attempts(ctx, policy.timeout_max, self._give_up)
         self._limiter = ConcurrencyLimiter(policy.max_concurrent, policy.max_waiting, ctx.address)
@@ -167,7 +194,15 @@ class Guard:
         self, store: _Store, batch: Batch, then: OnReplies, callers: SlotBatch | None = None, *, may_repeat: bool = True
     ) -> None:
         """Send a batch, waiting for a place and for the store. Raises `CircuitOpen` and `Overloaded`."""
-        await self._acquire()
+        limiter = self._limiter
+        try:
+            # Behind an open circuit there is nothing to wait for: with a place the call would be refused.
+            if limiter.taken >= limiter.limit and (refusal := self.breaker.refusal()) is not None:
+                raise refusal
+            await limiter.acquire()
+        except CacheError:
+            self._rejected += 1
+            raise
         attempt = self._begin(batch, store, then, callers)
         attempt.may_repeat = may_repeat
         scope = attempt.scope = anyio.CancelScope()
@@ -194,17 +229,6 @@ class Guard:
         if self._worth_repeating(batch, replies):
             replies = await self._retries.run(again, batch, replies, deadline)
         return replies
-
-    async def _acquire(self) -> None:
-        limiter = self._limiter
-        try:
-            # Behind an open circuit there is nothing to wait for: with a place the call would be refused.
-            if limiter.taken >= limiter.limit and (refusal := self.breaker.refusal()) is not None:
-                raise refusal
-            await limiter.acquire()
-        except CacheError:
-            self._rejected += 1
-            raise
 
     def _begin(self, requests: Batch, store: Any, then: OnReplies, callers: SlotBatch | None) -> Attempt:
         """Make an attempt, for which a place was taken. Raises `CircuitOpen`."""

@@ -45,9 +45,7 @@ from .redis_watch import ChannelSubscription, LeaseWatch
 
 __all__ = ["RedisClusterStore"]
 
-MOST_WALKS = 3
-"""How often a walk begins again because slots have changed hands during it."""
-
+MOST_WALKS = 3  # How often a walk begins again because slots have changed hands during it.
 _CURSOR = re.compile(r"([0-9]{1,20})@(.+)", re.DOTALL)
 
 
@@ -190,7 +188,6 @@ class RedisClusterStore:
     # Walks
 
     async def _walk(self, request: Request[Any]) -> Reply:
-        topology = self._opened().topology
         try:
             if isinstance(request, Scan):
                 return await self._page(request)
@@ -199,7 +196,7 @@ class RedisClusterStore:
             await self._remove("*")
             return Cleared()
         except CacheError:
-            topology.learn_soon()
+            self._opened().topology.learn_soon()
             raise
 
     async def _remove(self, pattern: str) -> int:

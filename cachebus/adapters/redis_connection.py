@@ -24,15 +24,13 @@ Answer: TypeAlias = Callable[["Sequence[Any] | CacheError"], None]
 
 Argument: TypeAlias = str | bytes | int
 
-UNSENT_MAX = 4 << 20
-"""Bytes that may wait to be sent before no more batches are."""
+UNSENT_MAX = 4 << 20  # Bytes that may wait to be sent before no more batches are.
 
 _MORE: Any = object()  # What hiredis says when it has no whole reply.
 
 
 # hiredis' own hints know commands of one word only.
-pack_words: Callable[[tuple[Argument, ...]], bytes] = cast("Any", hiredis.pack_command)
-"""Make bytes of a command."""
+pack_words: Callable[[tuple[Argument, ...]], bytes] = cast("Any", hiredis.pack_command)  # Make bytes of a command.
 
 
 def pack(*arguments: Argument) -> bytes:

@@ -49,9 +49,7 @@ from .forms import BYTES, decode_form, encode_form, pack_plain, unpack_plain
 
 HEADER = struct.Struct(">dd")
 VALUE_AT = HEADER.size + 1
-VALUE_MAX = 512 * 2**20 - VALUE_AT
-"""The bytes of a value at most: a Redis string has 512 MiB (`proto-max-bulk-len`)."""
-
+VALUE_MAX = 512 * 2**20 - VALUE_AT  # The bytes of a value at most: a Redis string has 512 MiB (`proto-max-bulk-len`).
 CAPABILITIES = Capabilities(
     patterns=True,
     tags=True,
@@ -72,9 +70,7 @@ STAMP_BYTES = 16
 NO_STAMP = bytes(STAMP_BYTES)
 """Of a load that began when its namespace had no sequence: nothing with tags may come of it."""
 
-MOST_HINTS = 16_384
-"""The keys whose tags a store remembers at most."""
-
+MOST_HINTS = 16_384  # The keys whose tags a store remembers at most.
 _METADATA_LENGTH = struct.Struct(">H")
 _TAGS_LENGTH = struct.Struct(">I")
 _unpack_header: Callable[[bytes], tuple[float, float]] = HEADER.unpack_from

@@ -50,16 +50,12 @@ from .redis_errors import BACKEND
 from .redis_scripts import COMMON, Script
 from .redis_watch import ChannelSubscription
 
-CLAIM_MS = 2000
-"""How long a lock that is offered to another process is kept for it."""
-
+CLAIM_MS = 2000  # How long a lock that is offered to another process is kept for it.
 RETAIN_MS = 7 * 86_400_000
 """How long the last token of an unused lock is remembered, from the first time on the day of its last holder. After that the
 clock alone makes it grow."""
 
-GONE_MS = 60_000
-"""How long a ticket that was given up is refused."""
-
+GONE_MS = 60_000  # How long a ticket that was given up is refused.
 DAY_MS = 86_400_000
 
 # Arguments: 1 ticket, 2 our inbox, 3 what channels begin with, 4 name, 5 whether PUBLISH does not say who heard it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,8 +22,7 @@ MOST_HOPS = 8
 """How often a command follows its slot before it is given up: servers that disagree send it round in circles."""
 
 
-REMEMBERED = 64
-"""How many of what went out in a slot are remembered, while it has something under way."""
+REMEMBERED = 64  # How many of what went out in a slot are remembered, while it has something under way.
 
 
 class SlotTraffic:
@@ -35,7 +34,7 @@ class SlotTraffic:
 
     def __init__(self) -> None:
         self._under_way: dict[int, int] = {}
-        self._sent: dict[int, deque[object]] = {}
+        self._sent: defaultdict[int, deque[object]] = defaultdict(partial(deque[object], maxlen=REMEMBERED))
         self._newest_change: dict[int, object] = {}
         self._held: set[int] = set()
         self._change = Change()
@@ -52,10 +51,7 @@ class SlotTraffic:
     def begin(self, slot: int, what: object, *, changes: bool = True) -> None:
         """Note that `what` goes out, and whether it may change anything."""
         self._under_way[slot] = self._under_way.get(slot, 0) + 1
-        sent = self._sent.get(slot)
-        if sent is None:
-            sent = self._sent[slot] = deque(maxlen=REMEMBERED)
-        sent.append(what)
+        self._sent[slot].append(what)
         if changes:
             self._newest_change[slot] = what
 
@@ -143,11 +139,8 @@ class Router:
         """Whether commands may go out now."""
         if self._traffic.is_held(trip.slot for trip in trips):
             return False
-        for trip in trips:
-            node = self.topology.node_of(trip.slot)
-            if node is None or not node.has_room:
-                return False
-        return True
+        nodes = (self.topology.node_of(trip.slot) for trip in trips)
+        return all(node is not None and node.has_room for node in nodes)
 
     def send(self, trips: Sequence[Trip], unreachable: Mapping[Endpoint, CacheError] | None = None) -> None:
         """Send commands; those to servers that are `unreachable` fail. Never waits."""
@@ -200,8 +193,7 @@ class Router:
         code = code_of(reply)
         command = trip.command
         if code == "NOSCRIPT" and command.script is not None and not trip.whole:
-            # The script cache was emptied, so it did nothing: sent whole it runs, unless what came after it has been done
-            # already.
+            # The script cache was emptied, so it did nothing. Sent whole it runs, unless something newer has been done.
             if command.script in LATE_IS_WRONG and not self._traffic.is_newest_change(trip.slot, trip):
                 self._fail(trip, overtaken())
                 return True
@@ -235,11 +227,8 @@ class Router:
         return True
 
     def _take_apart(self, trip: Trip, commands: Sequence[Command]) -> None:
-        """Send a command about several keys, of which only some have moved, once more as one for each key.
-
-        They go to the slot's owner, which says of each where it is. What was sent after them has then been done
-        already, so that this keeps the order only if nothing was.
-        """
+        """Send a command about several keys, of which only some have moved, once more as one for each key. They go to the
+        slot's owner, which says of each where it is. This keeps the order only if nothing was sent after the command."""
         self._moving.add(trip.slot)
         if not self._traffic.is_newest(trip.slot, trip):
             self._fail(trip, moving())
@@ -252,10 +241,8 @@ class Router:
         self._end(trip)
 
     def _send_on(self, trip: Trip, commands: Sequence[Command]) -> None:
-        """Send what the answer of a trip still needs. The trip ends with the last of it.
-
-        What writes after all must not come after what was sent behind it about its key.
-        """
+        """Send what the answer of a trip still needs, with the last of which the trip ends. What writes after all must not
+        come after what was sent behind it about its key."""
         first = trip.first
         trips = [trip.batch.add(command, follows=trip) for command in commands]
         trip.followed_by = len(trips)

@@ -17,12 +17,8 @@ from .redis_connect import Connector, Endpoint, RedisPool
 from .redis_connection import Asked, RedisConnection, pack
 from .redis_errors import BACKEND, closed, translate, unreachable
 
-ASKED_AT_ONCE = 4
-"""How many servers are asked for the map at a time; the first one that answers is believed."""
-
-LEARN_INTERVAL = 0.05
-"""Seconds within which the map is not learned twice, however many commands say that it is wrong."""
-
+ASKED_AT_ONCE = 4  # How many servers are asked for the map at a time; the first one that answers is believed.
+LEARN_INTERVAL = 0.05  # Seconds within which the map is not learned twice, however many commands say that it is wrong.
 _ASKING = pack("ASKING")
 
 
@@ -66,12 +62,10 @@ class SlotMap:
 def read_slots(reply: Any, asked: Endpoint) -> dict[int, Endpoint]:
     """The owners of all slots, by the reply of the server `asked` to `CLUSTER SLOTS`."""
     owners: dict[int, Endpoint] = {}
-    for first, last, master, *_ in reply:
+    for first, last, (host, port, *_), *_ in reply:
         # A server that does not know its own name gives none: it is where we found it.
-        host = (master[0] or b"").decode()
-        place = Endpoint(asked.host if host in ("", "?") else host, int(master[1]))
-        for slot in range(first, last + 1):
-            owners[slot] = place
+        place = Endpoint(asked.host if host in (None, b"", b"?") else host.decode(), int(port))
+        owners.update(dict.fromkeys(range(first, last + 1), place))
     return owners
 
 
@@ -90,10 +84,8 @@ Undelivered = Callable[[Sequence[Trip], CacheError, bool], None]
 
 
 class ClusterNode:
-    """A server's connections and the queue before them: what is handed over first is sent first.
-
-    Every command handed over is given to `arrived` or to `failed`, once.
-    """
+    """A server's connections and the queue before them: what is handed over first is sent first. Every command is given to
+    `arrived` or to `failed`, once."""
 
     def __init__(self, place: Endpoint, pool: RedisPool, arrived: Arrived, failed: Undelivered) -> None:
         self.place = place
@@ -126,8 +118,13 @@ class ClusterNode:
     def try_again(self) -> None:
         """Make a connection beside everything else. Waiting for a silent server costs a batch the time to connect, so only
         the first batches wait."""
+
+        async def connect() -> None:
+            with contextlib.suppress(CacheError):  # It is the server's trouble, and the pool remembers it.
+                await self.pool.ready()
+
         if self._trial is None or self._trial.done():
-            self._trial = asyncio.create_task(self._try())
+            self._trial = asyncio.create_task(connect())
 
     async def room(self) -> None:
         """Wait until commands may be sent. Raises `CacheConnectionError` when the server cannot be reached."""
@@ -183,10 +180,6 @@ class ClusterNode:
             if self._pump is asyncio.current_task():
                 self._pump = None
 
-    async def _try(self) -> None:
-        with contextlib.suppress(CacheError):  # It is the server's trouble, and the pool remembers it.
-            await self.pool.ready()
-
     def _write(self, connection: RedisConnection, trips: Sequence[Trip]) -> None:
         wanted = len(trips) + sum(trip.asking for trip in trips)
         data = b"".join([_ASKING + trip.packed if trip.asking else trip.packed for trip in trips])
@@ -198,11 +191,10 @@ class ClusterNode:
                 self._failed(trips, replies, True)
                 return
             now = connection.now()
-            at = 0
+            at = -1
             for trip in trips:
-                at += trip.asking
+                at += 1 + trip.asking  # The reply to `ASKING` says nothing.
                 self._arrived(self, trip, replies[at], now)
-                at += 1
 
         for trip in trips:
             trip.connection = connection
@@ -307,9 +299,8 @@ class Topology:
         for permanent in errors:
             if isinstance(permanent, CacheConfigurationError):
                 raise permanent
-        raise CacheConnectionError(
-            f"no server of the cluster says who has which slots: {'; '.join(error.detail for error in errors)}", BACKEND
-        )
+        reasons = "; ".join(error.detail for error in errors)
+        raise CacheConnectionError(f"no server of the cluster says who has which slots: {reasons}", BACKEND)
 
     async def _ask(self, place: Endpoint) -> dict[int, Endpoint]:
         """The owners of all slots, by one server."""

@@ -13,8 +13,7 @@ from .glob import compile_glob, widen
 from .redis_connection import Argument, RedisConnection
 from .redis_errors import BACKEND
 
-PAGE = 500
-"""The keys that a server looks at for one page."""
+PAGE = 500  # The keys that a server looks at for one page.
 
 
 def scan_words(prefix: str, pattern: str, cursor: str | bytes) -> list[Argument]:

@@ -43,12 +43,8 @@ PAUSE_MAX = 2.0
 """Seconds between two attempts to connect: the longest pause after the first failure, and after many. A pause is random, so
 that not all processes come back at once."""
 
-IDLE = 60.0
-"""Seconds after the last wait for which the channel is still listened to."""
-
-LONGEST = 60.0
-"""Seconds that one wait takes at most, whatever was asked for."""
-
+IDLE = 60.0  # Seconds after the last wait for which the channel is still listened to.
+LONGEST = 60.0  # Seconds that one wait takes at most, whatever was asked for.
 Told = Callable[[Reply], None]
 
 

@@ -26,9 +26,7 @@ from .nats_options import NatsOptions
 PENDING = 64 * 1024 * 1024
 """Bytes that may wait for the socket. What is refused before that, the callers of `write` decide."""
 
-_PERMANENT = ("Authorization Violation", NO_TLS)
-"""What servers say, in nats-py's words, that they will say again."""
-
+_PERMANENT = ("Authorization Violation", NO_TLS)  # What servers say, in nats-py's words, that they will say again.
 OnError = Callable[[Exception], None]
 
 

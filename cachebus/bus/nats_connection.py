@@ -28,7 +28,6 @@ SLACK = 0.25  # Seconds that the last answered ping may be old: two intervals, a
 _DRIFT = 0.0005  # Seconds a second by which two clocks may come apart while a sender is silent.
 _WINDOW = 10.0  # Seconds of messages after which the smallest difference is the smallest of these.
 _SENDERS = 10_000  # Of those not heard for longest, the next message counts as the first.
-
 _AWAY = "the connection to NATS is away"
 _LOOK = 0.25  # Seconds between two looks at a client, because nats-py has ways to end without calling back.
 _FLUSH = 5.0  # Seconds that the last messages may take on a connection that is being closed.

@@ -2,8 +2,8 @@
 
 What goes out is numbered by subject, which is by kind and backend: in the copy that is sent, `epoch` is when this bus was
 opened and `seq` counts from 1. So a listener to any choice of kinds can see that one of them did not arrive. An event that
-is dropped here takes its number with it. What comes in is checked in the same way, see `nats_gaps.py`. A gap, or a time
-in which the connection was away, is reported to the listeners of this process as `EventsMissed`.
+is dropped here takes its number with it. A gap in what comes in, or a time in which the connection was away, is reported
+to the listeners of this process as `EventsMissed`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter, OrderedDict, deque
 from contextlib import suppress
 from threading import get_ident
 
+from msgspec import Struct
 from msgspec.structs import replace
 
-from cachebus.messages import CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
+from cachebus.messages import WIRE_NAMES, CacheConnectionError, CacheError, Event, EventsMissed, Heartbeat
 
-from .address import Subjects
+from .address import Subjects, event_word
 from .codec import JSON, MSGPACK, decode_one, encode_each
 from .compat import running_loop
 from .emitter import Emitter
 from .nats_compat import Delivery, Listener, header_block
 from .nats_connection import NatsConnection, end_task
-from .nats_gaps import GapDetector
 from .nats_options import NatsCounters
 from .nats_stream import MESSAGE_ID
 from .subscription import Audience, EventKind, EventPolicy
@@ -38,31 +37,27 @@ _ENOUGH = 1024 * 1024  # Bytes that may wait for the socket before events wait f
 _PAUSE = 0.002  # Seconds until it is looked again whether fewer bytes wait.
 _FIRST_LINE = b"NATS/1.0\r\nContent-Type:"
 _TURN = 128  # Events that are sent before other tasks run.
+_ORIGINS = 10_000  # Numberings that are remembered, at most; those not heard for longest are forgotten.
 
 
-class _Channel:
-    """The events of one kind about one backend: their subject, the number of the last one, and the beginning of each frame."""
+class _Channel(Struct, eq=False):
+    """The events of one kind about one backend: their subject, the beginning of each frame, and the number of the last."""
 
-    __slots__ = ("last", "opening", "subject")
-
-    def __init__(self, subject: str, head: bytes) -> None:
-        self.subject = subject
-        self.last = 0
-        self.opening = b"HPUB %b %d " % (subject.encode(), len(head))
+    subject: str
+    opening: bytes
+    last: int = 0
 
 
 class Outbox:
     """Events on their way out: a bounded queue that any thread puts into, and that is emptied beside its callers."""
 
-    def __init__(
-        self, connection: NatsConnection, subjects: Subjects, policy: EventPolicy, counters: NatsCounters
-    ) -> None:
+    def __init__(self, connection: NatsConnection, subjects: Subjects, policy: EventPolicy) -> None:
         options = connection.options
         self._connection = connection
         self._subjects = subjects
         self._policy = policy
         self._redacts = policy.redacts
-        self._counters = counters
+        self._counters = connection.counters
         self._capacity = options.outbox
         self.content_type = JSON if options.events_as_json else MSGPACK
         self._head = header_block({"Content-Type": self.content_type})
@@ -157,7 +152,9 @@ class Outbox:
         """Raises `ValueError` for a backend that no subject can hold."""
         channel = self._channels.get((kind, backend))
         if channel is None:
-            channel = self._channels[kind, backend] = _Channel(self._subjects.event(kind, backend), self._head)
+            subject = self._subjects.event(kind, backend)
+            channel = _Channel(subject, b"HPUB %b %d " % (subject.encode(), len(self._head)))
+            self._channels[kind, backend] = channel
         return channel
 
     def _send(self, events: list[Event]) -> None:
@@ -189,10 +186,8 @@ class Outbox:
         self._counters.events_dropped += len(events) - len(frames)
 
     def _numbered(self, events: list[Event]) -> tuple[list[Event], list[_Channel]]:
-        """Return the events as they go out, each with the number of its subject, and their channels.
-
-        An event that no subject can hold is left out.
-        """
+        """The events as they go out, each with the number of its subject, and their channels. One that no subject can hold
+        is left out."""
         numbered: list[Event] = []
         channels: list[_Channel] = []
         epoch, known, redacts = self.epoch, self._channels, self._redacts
@@ -218,23 +213,16 @@ class Outbox:
 class EventListener:
     """Events of other processes, for the listeners of this one."""
 
-    def __init__(
-        self,
-        connection: NatsConnection,
-        subjects: Subjects,
-        audience: Audience,
-        emitter: Emitter,
-        counters: NatsCounters,
-    ) -> None:
+    def __init__(self, connection: NatsConnection, subjects: Subjects, audience: Audience, emitter: Emitter) -> None:
         self._connection = connection
         self._subjects = subjects
         self._namespace = subjects.namespace
         self._audience = audience
         self._emitter = emitter
-        self._counters = counters
+        self._counters = connection.counters
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[type[Event], Listener] = {}
-        self._gaps = GapDetector(subjects, emitter, counters)
+        self._gaps = GapDetector(subjects, emitter, connection.counters)
         self._head, self._content_type = b"", JSON  # The first lines of the last event: most have the same.
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -257,7 +245,8 @@ class EventListener:
         if running_loop() is self._loop:
             self._look()
             return
-        _soon(self._loop, self._look)
+        with suppress(RuntimeError):  # The loop is closed, and the bus with it.
+            self._loop.call_soon_threadsafe(self._look)
 
     async def settled(self) -> None:
         """Return when NATS knows of every listener that there was at the call. Raises `CacheConnectionError`."""
@@ -323,8 +312,75 @@ class EventListener:
         self._audience.hear_foreign(event)
 
 
-def _soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:
-        return  # The loop is closed, and the bus with it.
+class GapDetector:
+    """Reports events of other processes that did not arrive. Belongs to one loop.
+
+    The number of an event shows that those before it were lost. The last event before a silence has no next one, so a bus
+    that has sent events publishes its last numbers at intervals, in heartbeats. Both come in the order of sending.
+    """
+
+    def __init__(self, subjects: Subjects, emitter: Emitter, counters: NatsCounters) -> None:
+        self._prefix = subjects.event_prefix
+        self._emitter = emitter
+        self._counters = counters
+        self._sure: frozenset[EventKind] = frozenset()
+        self._last: OrderedDict[tuple[str, int, str], int] = OrderedDict()
+        # The kinds that were subscribed at the last heartbeat of an origin: what it begins to number later begins at 1.
+        self._met: OrderedDict[tuple[str, int], frozenset[EventKind]] = OrderedDict()
+
+    def listens_to(self, kinds: frozenset[EventKind]) -> None:
+        """Note that the server knows by now that these kinds are subscribed, and no others."""
+        gone = {event_word(kind) for kind in self._sure - kinds}
+        if gone:
+            for numbering in [each for each in self._last if self._word(each[2]) in gone]:
+                del self._last[numbering]
+            for origin, met in self._met.items():
+                self._met[origin] = met & kinds
+        self._sure = kinds
+
+    def check(self, event: Event, subject: str) -> None:
+        """Note an event that came in."""
+        numbering, seq = (event.origin, event.epoch, subject), event.seq
+        last = self._last.get(numbering)
+        if last is not None and last + 1 == seq:
+            self._last[numbering] = seq
+            self._last.move_to_end(numbering)
+        else:
+            self._reach(numbering, seq, type(event), missing=seq - 1)
+
+    def beat(self, beat: Heartbeat) -> None:
+        """Note a heartbeat that came in."""
+        origin = (beat.origin, beat.epoch)
+        met = self._met.get(origin, frozenset[EventKind]())
+        for tail, last in beat.last.items():
+            numbering = (*origin, f"{self._prefix}{tail}")
+            kind = WIRE_NAMES.get(f"event.{self._word(numbering[2])}")
+            if kind is None or not issubclass(kind, Event) or kind not in self._sure:
+                continue
+            if kind not in met and numbering not in self._last:
+                self._reach(numbering, last, kind, missing=0)  # It may have been sent before this listener came.
+            elif self._last.get(numbering, 0) < last:
+                self._reach(numbering, last, kind, missing=last)
+        self._met[origin] = self._sure
+        self._met.move_to_end(origin)
+        if len(self._met) > _ORIGINS:
+            self._met.popitem(last=False)
+
+    def _reach(self, numbering: tuple[str, int, str], number: int, kind: EventKind, *, missing: int) -> None:
+        """Note that numbers up to `number` were sent, and that those up to `missing` which are not known did not arrive."""
+        last = self._last.get(numbering)
+        if last is None and kind in self._met.get(numbering[:2], ()):
+            last = 0
+        if number > (last or 0):
+            self._last[numbering] = number
+        if numbering in self._last:
+            self._last.move_to_end(numbering)
+        if len(self._last) > _ORIGINS:
+            forgotten, _ = self._last.popitem(last=False)
+            self._met.pop(forgotten[:2], None)
+        if last is not None and missing > last:
+            self._counters.events_missed += missing - last
+            self._emitter.emit(EventsMissed(source=numbering[0], event=kind.WIRE_NAME, count=missing - last))
+
+    def _word(self, subject: str) -> str:
+        return subject.removeprefix(self._prefix).partition(".")[0]

@@ -35,7 +35,6 @@ from .nats_serving import Responder
 NAME = "cachebus"  # The name of every worker; ids tell them apart.
 PREFIX = "$SRV"
 SNAPSHOT_WAIT = 0.5  # Seconds that an actor has for its statistics: an ill one must not hold up those of the others.
-
 _SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 _numbers = itertools.count(1)
 

@@ -25,6 +25,8 @@ from collections import deque
 from threading import get_ident
 from typing import Any
 
+from msgspec import Struct
+
 from cachebus.messages import (
     BadMessage,
     CacheCapacityError,
@@ -47,29 +49,23 @@ from .emitter import Emitter
 from .nats_compat import Delivery
 from .nats_connection import NatsConnection, age_clock
 from .nats_headers import BUDGET, CONTENT_TYPE, INDEX, PARTIAL, SENT, write_budgets, write_traces
-from .nats_options import NatsCounters
 
-HEADROOM = 4096
-"""Bytes of a NATS message that are left to headers."""
-
+HEADROOM = 4096  # Bytes of a NATS message that are left to headers.
 _FEW = 16  # Requests that are not worth two messages.
 _NONE: dict[str, str] = {}
 _HOLD = 0.01  # Seconds that requests wait for an answer to others, at most.
 
 
-class RequestBatch:
+class RequestBatch(Struct, eq=False):
     """The requests of one NATS message. A slot holds one that is not answered yet."""
 
-    __slots__ = ("answered", "bucket", "end", "recipient", "slots", "token", "unanswered")
-
-    def __init__(self, recipient: RemoteRecipient, token: str, envelopes: list[Envelope], end: float) -> None:
-        self.recipient = recipient
-        self.token = token
-        self.slots: list[Envelope | None] = [*envelopes]
-        self.unanswered = len(envelopes)
-        self.end = end
-        self.answered = False  # At least in part, or given up as lost.
-        self.bucket: Bucket | None = None
+    recipient: RemoteRecipient
+    token: str
+    slots: list[Envelope | None]
+    unanswered: int
+    end: float
+    answered: bool = False  # At least in part, or given up as lost.
+    bucket: Bucket | None = None
 
     def answer(self, reply: Any) -> None:
         """Called by the deadlines: it is time to send again what may be sent again, or to give up."""
@@ -79,13 +75,13 @@ class RequestBatch:
 class Requests:
     """The inbox of one bus, and its remote recipients."""
 
-    def __init__(self, connection: NatsConnection, clock: Clock, emitter: Emitter, counters: NatsCounters) -> None:
+    def __init__(self, connection: NatsConnection, clock: Clock, emitter: Emitter) -> None:
         self.connection = connection
         self.options = connection.options
         self.now = clock.monotonic
         self.age_now = age_clock(clock)
         self.emitter = emitter
-        self.counters = counters
+        self.counters = connection.counters
         self.in_flight: dict[str, RequestBatch] = {}
         self.loop = asyncio.get_running_loop()
         self.thread = get_ident()
@@ -99,12 +95,6 @@ class Requests:
     async def open(self) -> None:
         """Listen for answers."""
         await self.connection.listen(f"{self.inbox}*", self._take)
-
-    def recipient(self, address: str, subject: str) -> RemoteRecipient:
-        """The recipient that stands for an address elsewhere."""
-        if (found := self.recipients.get(address)) is None:
-            found = self.recipients[address] = RemoteRecipient(address, subject, self)
-        return found
 
     def end(self, error: CacheError) -> None:
         """Answer everything that is in flight or waits with an error."""
@@ -123,18 +113,6 @@ class Requests:
 
 class RemoteRecipient:
     """A `Recipient` for an address that another process serves."""
-
-    __slots__ = (
-        "_address",
-        "_bytes_each",
-        "_held",
-        "_in_flight",
-        "_requests",
-        "_scheduled",
-        "_subject",
-        "_unanswered",
-        "_waiting",
-    )
 
     def __init__(self, address: str, subject: str, requests: Requests) -> None:
         self._address = address
@@ -158,7 +136,10 @@ class RemoteRecipient:
     def post(self, envelope: Envelope) -> None:
         requests, waiting = self._requests, self._waiting
         if get_ident() != requests.thread:
-            self._post_from_elsewhere(envelope)
+            try:
+                requests.loop.call_soon_threadsafe(self.post, envelope)
+            except RuntimeError:  # The loop is closed.
+                self._fail(envelope, CacheClosed("the bus is closed"))
             return
         if len(waiting) >= requests.options.max_waiting and not getattr(envelope.message, "INVALIDATES", False):
             self._fail(envelope, Overloaded(address=self._address, capacity=requests.options.max_waiting))
@@ -184,12 +165,6 @@ class RemoteRecipient:
         if running_loop() is not None:
             return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
         return None
-
-    def _post_from_elsewhere(self, envelope: Envelope) -> None:
-        try:
-            self._requests.loop.call_soon_threadsafe(self.post, envelope)
-        except RuntimeError:  # The loop is closed.
-            self._fail(envelope, CacheClosed("the bus is closed"))
 
     # Out
 
@@ -233,7 +208,8 @@ class RemoteRecipient:
             body = self._encoded(envelopes, budgets)
             if body is None:
                 return
-            batch = RequestBatch(self, f"{next(requests.tokens):x}", envelopes, now + max(budgets))
+            token, end = f"{next(requests.tokens):x}", now + max(budgets)
+            batch = RequestBatch(self, token, [*envelopes], len(envelopes), end)
             requests.connection.write(self._subject, body, requests.inbox + batch.token, self._head(envelopes, budgets))
         except CacheError as error:
             for envelope in envelopes:

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cachebus.actors import GuardPolicy
 from cachebus.actors.attempts import AdaptiveTimeout
 
 
 @given(st.lists(st.floats(0.0, 20.0), min_size=1, max_size=60), st.integers(1, 25))
 def test_the_percentile_is_that_of_the_last_durations(durations: list[float], window: int) -> None:
-    timeout = AdaptiveTimeout(window=window)
+    timeout = AdaptiveTimeout(GuardPolicy(timeout_window=window))
     for duration in durations:
         timeout.answered(duration)
     recent = sorted(durations[-window:])
@@ -20,7 +21,7 @@ def test_the_percentile_is_that_of_the_last_durations(durations: list[float], wi
 
 
 def test_it_begins_with_what_it_was_told_and_stays_between_its_bounds() -> None:
-    timeout = AdaptiveTimeout(initial=2.0)
+    timeout = AdaptiveTimeout(GuardPolicy(timeout_initial=2.0))
     assert (timeout.current, timeout.p95) == (2.0, 0.0)
     timeout.answered(0.001)
     assert timeout.current == 0.1
@@ -33,7 +34,7 @@ def test_it_begins_with_what_it_was_told_and_stays_between_its_bounds() -> None:
 
 
 def test_the_twentieth_slow_answer_of_a_hundred_counts_and_the_fifth_does_not() -> None:
-    timeout = AdaptiveTimeout(window=100)
+    timeout = AdaptiveTimeout(GuardPolicy(timeout_window=100))
     for number in range(100):
         timeout.answered(1.0 if number < 5 else 0.05)
     assert timeout.current == pytest.approx(0.15)
@@ -44,7 +45,7 @@ def test_the_twentieth_slow_answer_of_a_hundred_counts_and_the_fifth_does_not() 
 
 
 def test_each_strike_lengthens_it_and_calls_that_were_under_way_together_strike_once() -> None:
-    timeout = AdaptiveTimeout(initial=0.1)
+    timeout = AdaptiveTimeout(GuardPolicy(timeout_initial=0.1))
     for _ in range(100):
         timeout.answered(0.001)
     for _ in range(4):
@@ -55,7 +56,7 @@ def test_each_strike_lengthens_it_and_calls_that_were_under_way_together_strike_
 
 
 def test_it_stays_longer_until_an_answer_comes_that_is_quick_again() -> None:
-    timeout = AdaptiveTimeout()
+    timeout = AdaptiveTimeout(GuardPolicy())
     for _ in range(100):
         timeout.answered(0.001)
     timeout.struck(0.0, 0.1)
@@ -67,7 +68,7 @@ def test_it_stays_longer_until_an_answer_comes_that_is_quick_again() -> None:
 
 
 def test_an_outage_does_not_become_what_is_usual() -> None:
-    timeout = AdaptiveTimeout()
+    timeout = AdaptiveTimeout(GuardPolicy())
     for _ in range(100):
         timeout.answered(0.001)
     for number in range(1000):
