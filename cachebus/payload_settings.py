@@ -16,8 +16,7 @@ from cachebus.messages import CacheConfigurationError
 
 from .options import AtLeastOne, MaybeAtLeastOne, NotNegative, Options, Switch, refuse_wrong
 from .payload import MAX_SIZE, PayloadPipeline
-from .payload_compression import LEVELS
-from .payload_format import SIZE_MAX, CompressionName
+from .payload_format import LEVELS, SIZE_MAX, CompressionName
 from .payload_sealing import KEY_SIZE_MIN, Sealer, Signer
 
 

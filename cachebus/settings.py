@@ -35,6 +35,7 @@ from .options import (
     Switch,
     Word,
     named,
+    problems_error,
     refuse_wrong,
     sentence,
     shown,
@@ -216,12 +217,11 @@ class Settings(_Root):
     @field_validator("locks")
     @classmethod
     def _can_be_kept(cls, locks: BackendSettings | None) -> BackendSettings | None:
-        elsewhere = isinstance(locks, BusSettings) and locks.name != "locks"
-        refuse_wrong((elsewhere, "the lock manager of a worker is at bus:locks"))
-        if isinstance(locks, NullSettings | PluginSettings):
-            raise CacheConfigurationError(
-                f"a {locks.type} backend keeps no locks: memory, redis, memcached or bus:locks"
-            )
+        kind = None if locks is None else locks.type
+        refuse_wrong(
+            (isinstance(locks, BusSettings) and locks.name != "locks", "the lock manager of a worker is at bus:locks"),
+            (kind in ("null", "plugin"), f"a {kind} backend keeps no locks: memory, redis, memcached or bus:locks"),
+        )
         return locks
 
     @model_validator(mode="after")
@@ -231,14 +231,10 @@ class Settings(_Root):
         if on_bus and self.bus is None:
             raise CacheConfigurationError(f"{on_bus[0]} on a bus: give its URL, bus='nats://host'")
         if self.environment == "production" and (found := list(insecurities(self))):
-            refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))
-            refused.args = tuple(found)
-            raise refused
-        remote = [each.name for each in self.backends if not each.by_reference]
-        if self.payload.serializer == "none" and remote:
-            raise CacheConfigurationError(
-                f"payload.serializer: none is for the memory backend, and {', '.join(remote)} keeps bytes"
-            )
+            raise problems_error(found)
+        remote = ", ".join(each.name for each in self.backends if not each.by_reference)
+        problem = f"payload.serializer: none is for the memory backend, and {remote} keeps bytes"
+        refuse_wrong((self.payload.serializer == "none" and remote, problem))
         return self
 
     @property
