@@ -81,8 +81,7 @@ class NatsSettings(Options):
     tls_ca_file: MaybeText = None  # The authorities to trust, as a PEM file; those of the system if left out.
     tls_cert_file: MaybeText = None  # Our own certificate, as a PEM file, if the server asks for one.
     tls_key_file: MaybeText = None  # The key to our certificate, unencrypted, if it is not in the same file.
-    allow_insecure: Switch = False
-    """Whether production may talk plain text to these servers, because the network is trusted."""
+    allow_insecure: Switch = False  # Whether production may talk plain text to them, because the network is trusted.
     inbox_prefix: Annotated[str, "text", BeforeValidator(_text)] = _DEFAULT.inbox_prefix
     reply_prefixes: Annotated[tuple[str, ...], "list of prefixes", BeforeValidator(_prefixes)] = _DEFAULT.reply_prefixes
     max_budget: Seconds = _DEFAULT.max_budget

@@ -156,10 +156,8 @@ class BackendOptions(Options):
     by_reference: ClassVar[bool] = False
 
     type: Any = None
-    name: Word = "primary"
-    """What calls and events call the backend."""
-    default: Switch = False
-    """Whether calls that name no backend go here. A single backend is the default by itself."""
+    name: Word = "primary"  # What calls and events call the backend.
+    default: Switch = False  # Whether calls that name no backend go here. A single backend is the default by itself.
 
 
 def refuse_wrong(*rules: tuple[object, str]) -> None:

@@ -55,14 +55,10 @@ class MemorySettings(BackendOptions):
     by_reference: ClassVar[bool] = True
 
     type: Literal["memory"] = "memory"
-    default_ttl: MaybeSeconds = None
-    """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
-    max_entries: MaybeAtLeastOne = 10_000
-    """How many values there may be; `None` is no bound."""
-    max_bytes: MaybeAtLeastOne = None
-    """How many bytes they may take together, by an estimate; `None` is no bound."""
-    policy: Policy = "s3fifo"
-    """Chooses what goes when the store is full."""
+    default_ttl: MaybeSeconds = None  # Seconds that values without a time to live are kept; `None` is no expiry.
+    max_entries: MaybeAtLeastOne = 10_000  # How many values there may be; `None` is no bound.
+    max_bytes: MaybeAtLeastOne = None  # How many bytes they may take together, by an estimate; `None` is no bound.
+    policy: Policy = "s3fifo"  # Chooses what goes when the store is full.
 
 
 class NullSettings(BackendOptions):
@@ -106,18 +102,12 @@ BackendSettings: TypeAlias = (
 class ActorSettings(Options):
     """How actors run. Durations are seconds."""
 
-    mailbox_capacity: AtLeastOne = 10_000
-    """How many messages may wait for one actor before it answers `Overloaded`."""
-    inline_turns: Switch = True
-    """Whether a caller may run a turn that cannot wait on its own stack."""
-    max_restarts: NotNegative = 5
-    """How many restarts within `restart_window` are tried before an actor is given up."""
-    restart_window: Seconds = 30.0
-    """How long a crash counts, in seconds."""
-    restart_backoff: Seconds = 0.05
-    """The upper end of the first back-off. It doubles with each restart; the pause is drawn below it (full jitter)."""
-    restart_backoff_max: Seconds = 5.0
-    """The upper end of the longest back-off, in seconds."""
+    mailbox_capacity: AtLeastOne = 10_000  # How many messages may wait for one actor before it answers `Overloaded`.
+    inline_turns: Switch = True  # Whether a caller may run a turn that cannot wait on its own stack.
+    max_restarts: NotNegative = 5  # How many restarts within `restart_window` are tried before an actor is given up.
+    restart_window: Seconds = 30.0  # How long a crash counts, in seconds.
+    restart_backoff: Seconds = 0.05  # Upper end of the first random pause; it doubles with each restart (full jitter).
+    restart_backoff_max: Seconds = 5.0  # The upper end of the longest back-off, in seconds.
 
     @model_validator(mode="after")
     def _longest_is_not_shorter_than_first(self) -> ActorSettings:
@@ -308,12 +298,13 @@ def insecurities(settings: Settings) -> Iterator[Problem]:
     if settings.payload.encryption_keys and events.keys == "plain":
         yield ("events", "keys"), "events carry plain keys while payloads are sealed; say keys: hash or keys: none"
     if settings.payload.encryption_keys and events.keys == "hash" and events.hash_key is None:
-        problem = "keys can be guessed from hashes without a secret while payloads are sealed; give one"
-        yield ("events", "hash_key"), problem
+        yield (
+            ("events", "hash_key"),
+            "keys can be guessed from hashes without a secret while payloads are sealed; give one",
+        )
     for place, backend in enumerate(settings.backends):
         if backend.type == "memory" and backend.max_entries is None and backend.max_bytes is None:
-            problem = "the memory backend has no bound; give max_entries or max_bytes"
-            yield ("backends", place, "max_entries"), problem
+            yield ("backends", place, "max_entries"), "the memory backend has no bound; give max_entries or max_bytes"
         yield from _plain_text(("backends", place), backend)
     yield from _plain_text(("locks",), settings.locks)
     yield from _plain_text(("bus",), settings.bus)
