@@ -100,8 +100,7 @@ def document(version: str) -> Schema:
         },
     }
     # Members of an enum become text, and shared parts become copies: YAML would write a reference.
-    whole: Schema = json.loads(json.dumps(made))
-    return whole
+    return cast("Schema", json.loads(json.dumps(made)))
 
 
 def _header(text: str, **more: Any) -> Schema:

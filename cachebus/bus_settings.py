@@ -71,36 +71,23 @@ class NatsSettings(Options):
     """
 
     type: Literal["nats"] = "nats"
-    hosts: Hosts = ("localhost",)
-    """Servers of one cluster, each with or without a port: 4222 if left out."""
-    user: str = ""
-    """The user to sign in as, with `password`."""
-    password: SecretStr | None = None
-    """The password of `user`."""
-    token: SecretStr | None = None
-    """The token to sign in with, instead of a user."""
-    nkey_seed_file: MaybeText = None
-    """A file with the seed of an nkey. Read at every connect."""
-    credentials_file: MaybeText = None
-    """A `.creds` file, with a JWT and a seed. Read at every connect."""
-    tls: Switch = False
-    """Whether a server without TLS is refused. Certificates and host names are always checked."""
-    tls_ca_file: MaybeText = None
-    """The authorities to trust, as a PEM file; those of the system if left out."""
-    tls_cert_file: MaybeText = None
-    """Our own certificate, as a PEM file, if the server asks for one."""
-    tls_key_file: MaybeText = None
-    """The key to our certificate, unencrypted, if it is not in the same file."""
-    allow_insecure: Switch = False
-    """Whether production may talk plain text to these servers, because the network is trusted."""
+    hosts: Hosts = ("localhost",)  # Servers of one cluster, each with or without a port: 4222 if left out.
+    user: str = ""  # The user to sign in as, with `password`.
+    password: SecretStr | None = None  # The password of `user`.
+    token: SecretStr | None = None  # The token to sign in with, instead of a user.
+    nkey_seed_file: MaybeText = None  # A file with the seed of an nkey. Read at every connect.
+    credentials_file: MaybeText = None  # A `.creds` file, with a JWT and a seed. Read at every connect.
+    tls: Switch = False  # Whether a server without TLS is refused. Certificates and host names are always checked.
+    tls_ca_file: MaybeText = None  # The authorities to trust, as a PEM file; those of the system if left out.
+    tls_cert_file: MaybeText = None  # Our own certificate, as a PEM file, if the server asks for one.
+    tls_key_file: MaybeText = None  # The key to our certificate, unencrypted, if it is not in the same file.
+    allow_insecure: Switch = False  # Whether production may talk plain text to them, because the network is trusted.
     inbox_prefix: Annotated[str, "text", BeforeValidator(_text)] = _DEFAULT.inbox_prefix
     reply_prefixes: Annotated[tuple[str, ...], "list of prefixes", BeforeValidator(_prefixes)] = _DEFAULT.reply_prefixes
     max_budget: Seconds = _DEFAULT.max_budget
-    connect_timeout: Seconds = _DEFAULT.connect_timeout
-    """How long connecting may take, greeting included."""
+    connect_timeout: Seconds = _DEFAULT.connect_timeout  # How long connecting may take, greeting included.
     reconnect_wait: Seconds = _DEFAULT.reconnect_wait
-    reconnect_wait_max: Seconds = _DEFAULT.reconnect_wait_max
-    """The upper end of the longest pause before a reconnect."""
+    reconnect_wait_max: Seconds = _DEFAULT.reconnect_wait_max  # The upper end of the longest pause before a reconnect.
     ping_interval: Seconds = _DEFAULT.ping_interval
     batch: AtLeastOne = _DEFAULT.batch
     batch_bytes: AtLeastOne = _DEFAULT.batch_bytes
@@ -109,16 +96,14 @@ class NatsSettings(Options):
     resend_after: Seconds = _DEFAULT.resend_after
     claim_wait: Seconds = _DEFAULT.claim_wait
     events: Annotated[tuple[str, ...], "list of kinds", BeforeValidator(_kinds)] = _DEFAULT.events
-    events_format: Literal["json", "msgpack"] = "json"
-    """`json` is for listeners in any language."""
+    events_format: Literal["json", "msgpack"] = "json"  # `json` is for listeners in any language.
     events_stream: Annotated[str | None, "one word or none", BeforeValidator(optional(word))] = None
     events_stream_max_age: Seconds = _DEFAULT.events_stream_max_age
     events_stream_max_bytes: AtLeastOne = _DEFAULT.events_stream_max_bytes
     heartbeat: MaybeSeconds = _DEFAULT.heartbeat
     outbox: AtLeastOne = _DEFAULT.outbox
     pending_messages: AtLeastOne = _DEFAULT.pending_messages
-    pending_bytes: AtLeastOne = _DEFAULT.pending_bytes
-    """How many bytes of them may be taken at once."""
+    pending_bytes: AtLeastOne = _DEFAULT.pending_bytes  # How many bytes of them may be taken at once.
 
     @model_validator(mode="after")
     def _fits_together(self) -> NatsSettings:

@@ -42,14 +42,9 @@ def add(commands: Commands) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    found = {
-        "cachebus": installed_version(),
-        "python": platform.python_version(),
-        "schemes": list(known_schemes()),
-        "policies": list(POLICIES),
-        "extras": extras(),
-    }
-    return show(found, as_json=arguments.json)
+    versions = {"cachebus": installed_version(), "python": platform.python_version()}
+    usable = {"schemes": list(known_schemes()), "policies": list(POLICIES), "extras": extras()}
+    return show(versions | usable, as_json=arguments.json)
 
 
 def _settings(arguments: argparse.Namespace) -> int:

@@ -56,16 +56,6 @@ def configuration_page() -> str:
     return "\n".join([_INTRODUCTION, *(line for group in _GROUPS for line in _section(*group))])
 
 
-def undocumented() -> list[str]:
-    """Return the settings without a description."""
-    return [
-        f"{model.__name__}.{name}"
-        for _, model, _ in _GROUPS
-        for name in model.model_fields
-        if name != "type" and not _documentation(model).get(name)
-    ]
-
-
 def _documentation(model: type[BaseModel]) -> dict[str, str]:
     """Return the meaning of each field of a model, from its docstring or its comment. Many fields of a bus are those of `NatsOptions`."""
     said: dict[str, str] = {}

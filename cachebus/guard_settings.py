@@ -61,38 +61,23 @@ class GuardSettings(Options):
     Durations are seconds. A batch is what goes to the server at once, one request or many.
     """
 
-    breaker: Switch = True
-    """Whether a server that fails again and again is left alone for a while."""
-    breaker_failure_threshold: AtLeastOne = 5
-    """Batches in a row that fail and open the circuit."""
-    breaker_success_threshold: AtLeastOne = 3
-    """Probes that succeed and close a half-open circuit."""
-    breaker_recovery: Seconds = 30.0
-    """How long an open circuit lets nothing through."""
-    breaker_half_open_max: AtLeastOne = 3
-    """How many probes of a half-open circuit are under way at a time."""
+    breaker: Switch = True  # Whether a server that fails again and again is left alone for a while.
+    breaker_failure_threshold: AtLeastOne = 5  # Batches in a row that fail and open the circuit.
+    breaker_success_threshold: AtLeastOne = 3  # Probes that succeed and close a half-open circuit.
+    breaker_recovery: Seconds = 30.0  # How long an open circuit lets nothing through.
+    breaker_half_open_max: AtLeastOne = 3  # How many probes of a half-open circuit are under way at a time.
     breaker_excluded: Annotated[tuple[str, ...], "list of errors", BeforeValidator(_errors)] = ()
     """Errors that are no failures to the circuit, by code or class, those derived from them included."""
-    retry_attempts: AtLeastOne = 3
-    """How often a request that may be done twice is tried, the first time included."""
-    retry_backoff_base: Seconds = 0.05
-    """The upper end of the first pause. It doubles with each; the pause is drawn below it (full jitter)."""
-    retry_backoff_max: Seconds = 1.0
-    """The longest pause."""
-    retry_budget: Share = 0.2
-    """How many repetitions a batch allows for, on the average: they never multiply the load of a server in trouble."""
-    timeout_initial: Seconds = 1.0
-    """How long an answer is waited for while nothing is known; then three times the 95th percentile."""
-    timeout_min: Seconds = 0.1
-    """How long an answer is waited for at least."""
-    timeout_max: Seconds = 10.0
-    """How long an answer is waited for at most."""
-    timeout_window: AtLeastOne = 1000
-    """Of how many last batches the percentile is."""
-    max_concurrent: AtLeastOne = 100
-    """How many batches the server may be asked at a time."""
-    max_waiting: NotNegative = 1000
-    """How many more may wait for that; the rest is `Overloaded`."""
+    retry_attempts: AtLeastOne = 3  # How often a request that may be done twice is tried, the first time included.
+    retry_backoff_base: Seconds = 0.05  # Upper end of the first random pause; it doubles with each (full jitter).
+    retry_backoff_max: Seconds = 1.0  # The longest pause.
+    retry_budget: Share = 0.2  # Repetitions for each batch, on the average: they never multiply the load of a server.
+    timeout_initial: Seconds = 1.0  # How long to wait while nothing is known; then three times the 95th percentile.
+    timeout_min: Seconds = 0.1  # How long an answer is waited for at least.
+    timeout_max: Seconds = 10.0  # How long an answer is waited for at most.
+    timeout_window: AtLeastOne = 1000  # Of how many last batches the percentile is.
+    max_concurrent: AtLeastOne = 100  # How many batches the server may be asked at a time.
+    max_waiting: NotNegative = 1000  # How many more may wait for that; the rest is `Overloaded`.
 
     @model_validator(mode="after")
     def _highest_are_not_below_lowest(self) -> GuardSettings:
@@ -128,22 +113,14 @@ class GuardSettings(Options):
 class ServerSettings(GuardSettings, BackendOptions):
     """A backend in one or several servers. Durations are seconds."""
 
-    default_ttl: MaybeSeconds = None
-    """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
-    hosts: Hosts = ("localhost",)
-    """Names or addresses, each with or without a port."""
-    tls: Switch = False
-    """Whether to talk TLS. Certificates and host names are always checked."""
-    tls_ca_file: str | None = None
-    """The authorities to trust, as a PEM file; those of the system if left out."""
-    tls_cert_file: str | None = None
-    """Our own certificate, as a PEM file, if the server asks for one."""
-    tls_key_file: str | None = None
-    """The key to our certificate, unencrypted, if it is not in the same file."""
-    allow_insecure: Switch = False
-    """Whether production may talk plain text to these servers, because the network is trusted."""
-    connect_timeout: Seconds = 1.0
-    """How long connecting may take, greeting included."""
+    default_ttl: MaybeSeconds = None  # Seconds that values without a time to live are kept; `None` is no expiry.
+    hosts: Hosts = ("localhost",)  # Names or addresses, each with or without a port.
+    tls: Switch = False  # Whether to talk TLS. Certificates and host names are always checked.
+    tls_ca_file: str | None = None  # The authorities to trust, as a PEM file; those of the system if left out.
+    tls_cert_file: str | None = None  # Our own certificate, as a PEM file, if the server asks for one.
+    tls_key_file: str | None = None  # The key to our certificate, unencrypted, if it is not in the same file.
+    allow_insecure: Switch = False  # Whether production may talk plain text to them, because the network is trusted.
+    connect_timeout: Seconds = 1.0  # How long connecting may take, greeting included.
 
     @model_validator(mode="after")
     def _certificates_need_tls(self) -> ServerSettings:
@@ -165,24 +142,15 @@ class RedisSettings(ServerSettings):
     type: Literal["redis"] = "redis"
     topology: Literal["single", "sentinel", "cluster"] = "single"
     """`sentinel`: `hosts` know the master of `service`. `cluster`: `hosts` know the other servers of a Redis Cluster."""
-    hosts: Hosts = ("localhost",)
-    """Names or addresses, each with or without a port: 6379 if left out, of a sentinel 26379."""
-    socket: str | None = None
-    """The path of a unix socket, instead of a host."""
-    service: str | None = None
-    """The sentinels' name of the master."""
-    user: str = ""
-    """The user to sign in as; empty is the server's default user."""
-    password: SecretStr | None = None
-    """Of `user`, or of the server."""
-    sentinel_user: str = ""
-    """The user to sign in as at the sentinels, which know other users than the server."""
-    sentinel_password: SecretStr | None = None
-    """Of `sentinel_user`, or of the sentinels."""
-    database: NotNegative = 0
-    """The number of the database within the server."""
-    window: AtLeastOne = 8
-    """How many batches may be under way on a connection."""
+    hosts: Hosts = ("localhost",)  # Names or addresses; port 6379 if left out, of a sentinel 26379.
+    socket: str | None = None  # The path of a unix socket, instead of a host.
+    service: str | None = None  # The sentinels' name of the master.
+    user: str = ""  # The user to sign in as; empty is the server's default user.
+    password: SecretStr | None = None  # Of `user`, or of the server.
+    sentinel_user: str = ""  # The user to sign in as at the sentinels, which know other users than the server.
+    sentinel_password: SecretStr | None = None  # Of `sentinel_user`, or of the sentinels.
+    database: NotNegative = 0  # The number of the database within the server.
+    window: AtLeastOne = 8  # How many batches may be under way on a connection.
     max_connections: AtLeastOne = 2
     """Connections to one server: one takes all requests, the others scan keys for `clear` and `delete_pattern`."""
     health_check_interval: MaybeSeconds = 2.0
@@ -215,12 +183,10 @@ class MemcachedSettings(ServerSettings):
     """The time to live, in seconds, of what is stored without one, rounded up to whole seconds; `None` is no expiry."""
     hosts: Hosts = ("localhost",)
     """Names or addresses; port 11211 if left out. Keys are spread over them: give every process the same ones, written alike."""
-    timeout: Seconds = 1.0
-    """How long a server may take for a batch, besides the time of its bytes. A server that takes longer is disconnected."""
+    timeout: Seconds = 1.0  # Limit of a batch, besides the time of its bytes. A slower server is disconnected.
     max_connections: AtLeastOne = 2
     """Attempts to connect to one server whose name is still being looked up, which nothing can break off. One connection is used."""
-    chunked: Switch = False
-    """Whether values over the server's limit for items are stored in several of them, instead of being refused."""
+    chunked: Switch = False  # Whether values over the server's limit for items are split into several, not refused.
 
     @model_validator(mode="after")
     def _fits_together(self) -> MemcachedSettings:

@@ -156,10 +156,8 @@ class BackendOptions(Options):
     by_reference: ClassVar[bool] = False
 
     type: Any = None
-    name: Word = "primary"
-    """What calls and events call the backend."""
-    default: Switch = False
-    """Whether calls that name no backend go here. A single backend is the default by itself."""
+    name: Word = "primary"  # What calls and events call the backend.
+    default: Switch = False  # Whether calls that name no backend go here. A single backend is the default by itself.
 
 
 def refuse_wrong(*rules: tuple[object, str]) -> None:
@@ -199,8 +197,14 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
             other = f"expected {context['expected']}" if "expected" in context else message[:1].lower() + message[1:]
             expected = str(inner) if inner else _EXPECTED.get(each["type"], other)
             found.append((path, f"{expected}, not {shown(each['input'], path)}"))
-    refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))
-    refused.args = tuple(found)
+    return problems_error(found)
+
+
+def problems_error(found: Iterable[Problem]) -> CacheConfigurationError:
+    """Return the error that says several problems. Its `args` are the problems one by one."""
+    problems = tuple(found)
+    refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in problems))
+    refused.args = problems
     return refused
 
 

@@ -11,7 +11,6 @@ from cachebus.messages import CacheCapacityError, CacheConfigurationError, Cache
 
 from .cached_errors import CachedError
 from .payload_auto import AutoSerializer
-from .payload_compression import Compressor, make_compressor
 from .payload_format import (
     CHECKSUMMED,
     COMPRESSION_CODES,
@@ -24,9 +23,11 @@ from .payload_format import (
     SIZE_MAX,
     VERSION,
     CompressionName,
+    Compressor,
     SerializerName,
     binding,
     load,
+    make_compressor,
 )
 from .payload_frames import ArrowSerializer
 from .payload_json import JsonSerializer
@@ -235,9 +236,9 @@ class PayloadPipeline:
             raise CacheSerializationError("another serializer wrote the payload", "serializer")
         if header[3] != self._protection:
             raise CacheSerializationError("the payload is not protected as the settings demand", "protection")
-        content: bytes | memoryview = memoryview(payload)[HEADER_SIZE:]
+        content: Any = memoryview(payload)[HEADER_SIZE:]
         if self._protection:
-            content = self._verified(key, header, memoryview(payload)[HEADER_SIZE:])
+            content = self._verified(key, header, content)
         if header[2] != _PLAIN:
             content = self._unpacked(header[2], content)
         if len(content) > self._max_size:
@@ -245,8 +246,7 @@ class PayloadPipeline:
         if payload[1] == ERROR_CODE:
             return CachedError(bytes(content))
         try:
-            trusted = bool(self.signer or self.sealer)
-            return self._serializer.loads(content, trusted=trusted)
+            return self._serializer.loads(content, trusted=bool(self.signer or self.sealer))
         except Exception:
             # The error is not kept: it may show what the bytes hold.
             problem = f"the serializer {self._serializer.name!r} cannot read the payload"

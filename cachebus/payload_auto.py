@@ -24,7 +24,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from cachebus.messages import CacheConfigurationError, CacheSerializationError
 
@@ -158,10 +158,7 @@ def _carrier(kind: Any) -> _Carrier:
 
 
 def _fingerprint(fields: Mapping[str, Any]) -> int:
-    hints = [
-        (name, type_name(cast("type[Any]", hint)) if isinstance(hint, type) else str(hint))
-        for name, hint in fields.items()
-    ]
+    hints = [(name, type_name(hint) if isinstance(hint, type) else str(hint)) for name, hint in fields.items()]
     return zlib.crc32(repr(hints).encode())
 
 

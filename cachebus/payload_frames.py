@@ -8,7 +8,7 @@ are not validated again.
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, cast
 
 from cachebus.messages import CacheSerializationError
 
@@ -130,8 +130,7 @@ def _stream(arrow: Any, table: Any) -> bytes:
     sink = arrow.BufferOutputStream()
     with arrow.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    return cast("bytes", sink.getvalue().to_pybytes())
 
 
 def _is_allowed(types: Any, kind: Any, *, nested: bool = False) -> bool:
@@ -193,8 +192,7 @@ def _is_compressed(metadata: memoryview) -> bool:
 
 
 def _uoffset(data: memoryview, at: int) -> int:
-    found: int = at + _INT32.unpack_from(data, at)[0]
-    return found
+    return at + cast("int", _INT32.unpack_from(data, at)[0])
 
 
 def _field(data: memoryview, table: int, number: int) -> int | None:

@@ -16,8 +16,7 @@ from cachebus.messages import CacheConfigurationError
 
 from .options import AtLeastOne, MaybeAtLeastOne, NotNegative, Options, Switch, refuse_wrong
 from .payload import MAX_SIZE, PayloadPipeline
-from .payload_compression import LEVELS
-from .payload_format import SIZE_MAX, CompressionName
+from .payload_format import LEVELS, SIZE_MAX, CompressionName
 from .payload_sealing import KEY_SIZE_MIN, Sealer, Signer
 
 
@@ -105,8 +104,7 @@ class PayloadSettings(Options):
     """`default` is `msgpack`, or `none` on a memory backend without keys: values by reference, and nothing else here counts."""
     compression: CompressionName = "none"
     """The compression of content that gets smaller. Payloads of every compression are read."""
-    threshold: NotNegative = 1024
-    """Content of fewer bytes is not compressed."""
+    threshold: NotNegative = 1024  # Content of fewer bytes is not compressed.
     level: NotNegative | None = None
     """How hard to compress: zlib and gzip 1-9, lz4 0-12, zstd 1-19; left out, the usual level."""
     max_size: AtLeastOne = MAX_SIZE
@@ -117,8 +115,7 @@ class PayloadSettings(Options):
     """The first one signs, all of them verify. At least 32 bytes each, as text or as `base64:` and base64."""
     encryption_keys: Annotated[tuple[EncryptionKey, ...], "secrets by id", BeforeValidator(_keyring)] = ()
     """Master keys by id, `{"2024-06": "base64:..."}`, each as a signing key. With any, only sealed payloads are written and read."""
-    encryption_key_id: str | None = None
-    """The key that seals; left out, the first one. All of them open."""
+    encryption_key_id: str | None = None  # The key that seals; left out, the first one. All of them open.
     tenant: str = ""
     """The tenant of the payloads. They are sealed with a key derived for it, which opens those of no other tenant."""
     types: Annotated[tuple[type[Any] | str, ...], "list of classes", BeforeValidator(_types)] = ()

@@ -35,6 +35,7 @@ from .options import (
     Switch,
     Word,
     named,
+    problems_error,
     refuse_wrong,
     sentence,
     shown,
@@ -54,14 +55,10 @@ class MemorySettings(BackendOptions):
     by_reference: ClassVar[bool] = True
 
     type: Literal["memory"] = "memory"
-    default_ttl: MaybeSeconds = None
-    """The time to live, in seconds, of what is stored without one; `None` is no expiry."""
-    max_entries: MaybeAtLeastOne = 10_000
-    """How many values there may be; `None` is no bound."""
-    max_bytes: MaybeAtLeastOne = None
-    """How many bytes they may take together, by an estimate; `None` is no bound."""
-    policy: Policy = "s3fifo"
-    """Chooses what goes when the store is full."""
+    default_ttl: MaybeSeconds = None  # Seconds that values without a time to live are kept; `None` is no expiry.
+    max_entries: MaybeAtLeastOne = 10_000  # How many values there may be; `None` is no bound.
+    max_bytes: MaybeAtLeastOne = None  # How many bytes they may take together, by an estimate; `None` is no bound.
+    policy: Policy = "s3fifo"  # Chooses what goes when the store is full.
 
 
 class NullSettings(BackendOptions):
@@ -105,18 +102,12 @@ BackendSettings: TypeAlias = (
 class ActorSettings(Options):
     """How actors run. Durations are seconds."""
 
-    mailbox_capacity: AtLeastOne = 10_000
-    """How many messages may wait for one actor before it answers `Overloaded`."""
-    inline_turns: Switch = True
-    """Whether a caller may run a turn that cannot wait on its own stack."""
-    max_restarts: NotNegative = 5
-    """How many restarts within `restart_window` are tried before an actor is given up."""
-    restart_window: Seconds = 30.0
-    """How long a crash counts, in seconds."""
-    restart_backoff: Seconds = 0.05
-    """The upper end of the first back-off. It doubles with each restart; the pause is drawn below it (full jitter)."""
-    restart_backoff_max: Seconds = 5.0
-    """The upper end of the longest back-off, in seconds."""
+    mailbox_capacity: AtLeastOne = 10_000  # How many messages may wait for one actor before it answers `Overloaded`.
+    inline_turns: Switch = True  # Whether a caller may run a turn that cannot wait on its own stack.
+    max_restarts: NotNegative = 5  # How many restarts within `restart_window` are tried before an actor is given up.
+    restart_window: Seconds = 30.0  # How long a crash counts, in seconds.
+    restart_backoff: Seconds = 0.05  # Upper end of the first random pause; it doubles with each restart (full jitter).
+    restart_backoff_max: Seconds = 5.0  # The upper end of the longest back-off, in seconds.
 
     @model_validator(mode="after")
     def _longest_is_not_shorter_than_first(self) -> ActorSettings:
@@ -216,12 +207,11 @@ class Settings(_Root):
     @field_validator("locks")
     @classmethod
     def _can_be_kept(cls, locks: BackendSettings | None) -> BackendSettings | None:
-        elsewhere = isinstance(locks, BusSettings) and locks.name != "locks"
-        refuse_wrong((elsewhere, "the lock manager of a worker is at bus:locks"))
-        if isinstance(locks, NullSettings | PluginSettings):
-            raise CacheConfigurationError(
-                f"a {locks.type} backend keeps no locks: memory, redis, memcached or bus:locks"
-            )
+        kind = None if locks is None else locks.type
+        refuse_wrong(
+            (isinstance(locks, BusSettings) and locks.name != "locks", "the lock manager of a worker is at bus:locks"),
+            (kind in ("null", "plugin"), f"a {kind} backend keeps no locks: memory, redis, memcached or bus:locks"),
+        )
         return locks
 
     @model_validator(mode="after")
@@ -231,14 +221,10 @@ class Settings(_Root):
         if on_bus and self.bus is None:
             raise CacheConfigurationError(f"{on_bus[0]} on a bus: give its URL, bus='nats://host'")
         if self.environment == "production" and (found := list(insecurities(self))):
-            refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in found))
-            refused.args = tuple(found)
-            raise refused
-        remote = [each.name for each in self.backends if not each.by_reference]
-        if self.payload.serializer == "none" and remote:
-            raise CacheConfigurationError(
-                f"payload.serializer: none is for the memory backend, and {', '.join(remote)} keeps bytes"
-            )
+            raise problems_error(found)
+        remote = ", ".join(each.name for each in self.backends if not each.by_reference)
+        problem = f"payload.serializer: none is for the memory backend, and {remote} keeps bytes"
+        refuse_wrong((self.payload.serializer == "none" and remote, problem))
         return self
 
     @property
@@ -312,12 +298,13 @@ def insecurities(settings: Settings) -> Iterator[Problem]:
     if settings.payload.encryption_keys and events.keys == "plain":
         yield ("events", "keys"), "events carry plain keys while payloads are sealed; say keys: hash or keys: none"
     if settings.payload.encryption_keys and events.keys == "hash" and events.hash_key is None:
-        problem = "keys can be guessed from hashes without a secret while payloads are sealed; give one"
-        yield ("events", "hash_key"), problem
+        yield (
+            ("events", "hash_key"),
+            "keys can be guessed from hashes without a secret while payloads are sealed; give one",
+        )
     for place, backend in enumerate(settings.backends):
         if backend.type == "memory" and backend.max_entries is None and backend.max_bytes is None:
-            problem = "the memory backend has no bound; give max_entries or max_bytes"
-            yield ("backends", place, "max_entries"), problem
+            yield ("backends", place, "max_entries"), "the memory backend has no bound; give max_entries or max_bytes"
         yield from _plain_text(("backends", place), backend)
     yield from _plain_text(("locks",), settings.locks)
     yield from _plain_text(("bus",), settings.bus)

@@ -159,8 +159,8 @@ def _parse_place(place: str, shown: str) -> tuple[str, str | None, tuple[str, ..
 
 def _redis_options(scheme: str, place: str, shown: str) -> dict[str, Any]:
     user, password, hosts, path = _parse_place(place, shown)
-    options: dict[str, Any] = {"user": user, "password": password, "hosts": hosts}
-    options = {name: value for name, value in options.items() if value}
+    given = {"user": user, "password": password, "hosts": hosts}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value}
     if scheme == "unix":
         if hosts or not path:
             raise CacheConfigurationError(f"{shown}: write unix:///path/of/socket")

@@ -9,8 +9,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Generator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -78,25 +78,28 @@ class Worker:
         """
         loop = asyncio.get_running_loop()
         backstop: asyncio.TimerHandle | None = None
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self.stop)
         try:
-            with self._signals(loop):
-                async with AsyncExitStack() as stack:
-                    if not await self._started(stack):
-                        return self._code
-                    with self._node.bus.subscribe("actor_*", "backend_*", "circuit_*", capacity=10_000) as heard:
-                        visibility = self._node.visibility
-                        own = [each for each in self.settings.backends if each.type != "bus"]
-                        addresses = ",".join(f"{backend_address(each.name)}:{visibility(each)}" for each in own)
-                        self._say("serving", namespace=self.settings.namespace, addresses=addresses)
-                        listening = asyncio.create_task(self._log_events(heard))
-                        on_ready()
-                        await self._stopping.wait()
-                        why = "the grace is spent: ending with something left"
-                        backstop = loop.call_later(self.grace, self._end, why, logging.ERROR)
-                        self._say("draining", grace=self.grace)
-                        await self._node.stop()
-                    await listening
+            async with AsyncExitStack() as stack:
+                if not await self._started(stack):
+                    return self._code
+                with self._node.bus.subscribe("actor_*", "backend_*", "circuit_*", capacity=10_000) as heard:
+                    visibility = self._node.visibility
+                    own = [each for each in self.settings.backends if each.type != "bus"]
+                    addresses = ",".join(f"{backend_address(each.name)}:{visibility(each)}" for each in own)
+                    self._say("serving", namespace=self.settings.namespace, addresses=addresses)
+                    listening = asyncio.create_task(self._log_events(heard))
+                    on_ready()
+                    await self._stopping.wait()
+                    why = "the grace is spent: ending with something left"
+                    backstop = loop.call_later(self.grace, self._end, why, logging.ERROR)
+                    self._say("draining", grace=self.grace)
+                    await self._node.stop()
+                await listening
         finally:
+            for number in STOP_SIGNALS:
+                loop.remove_signal_handler(number)
             if backstop is not None:
                 backstop.cancel()
         self._say("stopped", code=self._code)
@@ -129,16 +132,6 @@ class Worker:
                 return False
             longest = min(_PAUSE_MAX, longest * 2)
             self._node = self._new_node()
-
-    @contextmanager
-    def _signals(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self.stop)
-        try:
-            yield
-        finally:
-            for number in STOP_SIGNALS:
-                loop.remove_signal_handler(number)
 
     async def _log_events(self, heard: Subscription) -> None:
         down: set[str] = set()
