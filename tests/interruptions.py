@@ -19,7 +19,7 @@ PACKAGE = str(Path(cachebus.__file__).parent)
 TURN = (
     *("actors/cell.py", "actors/mailbox.py", "actors/backend.py", "actors/turns.py", "bus/ports.py"),
     *("adapters/memory.py", "adapters/table.py", "adapters/leases.py", "adapters/expiry.py"),
-    *("adapters/tags.py", "adapters/rates.py", "adapters/weigh.py", "adapters/glob.py", "adapters/eviction/"),
+    *("adapters/tags.py", "adapters/rates.py", "adapters/glob.py", "adapters/eviction/"),
 )
 """The modules whose code runs in a turn of a memory backend."""
 

@@ -38,15 +38,13 @@ class ChaosStore:
     Each rate is a probability from 0 to 1, and may be changed at any time: `failure_rate = 1.0` is an outage.
 
     * `failure_rate`, of a batch: nothing of it is done, and `error` is raised.
-    * `operation_failure_rate`, of one operation: it is not done, and its reply is `Failed` with `error`. The others of
-      its batch are done.
-    * `lost_reply_rate`, of a batch: it is done, and then `CacheTimeoutError` is raised, as when a connection breaks
-      while the answer is on its way.
+    * `operation_failure_rate`, of one operation: only this one is not done, and its reply is `Failed` with `error`.
+    * `lost_reply_rate`, of a batch: it is done, and then `CacheTimeoutError` is raised, as if the connection had broken.
     * `delay`, the shortest and longest pause before each batch, in seconds.
 
-    `error` makes an error out of a sentence; a class of the error tree does. The same `seed` does the same things to
-    the same sequence of batches, on every platform, and changing one rate changes nothing about the others' draws.
-    `counts` says what was done. Expiry and eviction inside an inline store are not reported.
+    `error` makes an error of a sentence, as the classes of the error tree do. The same `seed` does the same to the same
+    sequence of batches, on every platform. Changing one rate leaves the other draws alone. `counts` counts what was done.
+    Expiry and eviction inside an inline store are not reported.
     """
 
     def __init__(
@@ -91,8 +89,7 @@ class ChaosStore:
         return self.inner.gauges()
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        # Drawn before the first wait and always in the same number: batches under way at the same time, and rates
-        # that are 0, leave the sequence as it is.
+        # Always as many draws, before the first wait: concurrent batches and rates of 0 leave the sequence as it is.
         draw = self._random.random
         pause = self.delay[0] + (self.delay[1] - self.delay[0]) * draw()
         fails = draw() < self.failure_rate

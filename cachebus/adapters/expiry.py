@@ -1,8 +1,7 @@
 """Proactive expiry: which entries are due, without looking at the others and without a timer for each.
 
-A hierarchical timing wheel (Varghese and Lauck, SOSP 1987). A level's slots are 64 times as wide as those of the
-level below; an entry waits in a slot as wide as its remaining time allows and moves down when that slot comes up, so
-it is touched a handful of times whatever its TTL. Slots exist while they hold something.
+A hierarchical timing wheel (Varghese and Lauck, SOSP 1987). A level's slots are 64 times as wide as those of the level
+below. An entry waits in a slot as wide as its remaining time allows, and moves down when that slot comes up.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ _WIDTHS = tuple(RESOLUTION * _SLOTS**level for level in range(6))
 class ExpiryWheel:
     """The entries of one store that expire, by when they are due.
 
-    An entry is never taken out when it is dropped or prolonged, because that would need its place in a slot: dropped
-    entries are passed over and prolonged ones put back when their slot comes up. The store asks `crowded` and calls
-    `rebuild`, so that at most as many such leftovers are kept as there are entries. Instants are on the store's
-    monotonic clock.
+    An entry that is dropped or prolonged stays in its slot. When the slot comes up, dropped entries are passed over and
+    prolonged ones are put back. The store asks `crowded` and calls `rebuild`, so that there are at most as many such
+    leftovers as entries. Instants are on the store's monotonic clock.
     """
 
     def __init__(self, on_due: Callable[[float], None]) -> None:
@@ -37,7 +35,6 @@ class ExpiryWheel:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every entry."""
         self._slots: dict[float, list[Entry]] = {}
         self._heap: list[float] = []
         self._references = 0
@@ -70,10 +67,9 @@ class ExpiryWheel:
         return self._heap[0] if self._heap else None
 
     def take_expired(self, now: float, budget: int = sys.maxsize) -> Iterator[Entry]:
-        """The entries whose time is up, each once. The caller drops each before asking for the next.
+        """Yield the entries whose time is up, each once. The caller drops each before it asks for the next.
 
-        Looks at no more than `budget` entries, those that only move down a level included; when that is not enough,
-        `due` still says a time that has passed.
+        Looks at no more than `budget` entries. If that is not enough, `due` still returns a time that has passed.
         """
         while self._heap and self._heap[0] <= now:
             slot = self._slots[self._heap[0]]

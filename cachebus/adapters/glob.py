@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 _STARS_MAX = 6
 _SPECIAL = "*?[]\\^-"
+_TOKEN = re.compile(r"([*?])|\[((?:\\.|[^]\\])*)\]|\\?(.)", re.DOTALL)
 
 
 @functools.lru_cache(maxsize=256)
 def compile_glob(pattern: str) -> re.Pattern[str]:
     r"""Return a regular expression that matches the whole keys that a glob matches.
 
-    `*` is any run of characters, `?` any one, `[abc]`, `[a-z]` and `[^abc]` one of a set; `\` takes the next character
-    as it stands, inside a set too. These are the globs of Redis. A set that is not closed, and a `\` at the end, stand
-    for themselves.
+    These are the globs of Redis: `*` is any run of characters, `?` any one, `[abc]`, `[a-z]` and `[^abc]` one of a set; `\`
+    takes the next character as it stands. A set that is not closed, and a `\` at the end, stand for themselves.
     """
     # What stands between two stars, of which each matches as many characters as it has elements.
     runs: list[str] = [""]
@@ -28,8 +28,7 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     first, *between = runs
     if not between:
         return re.compile(first, re.DOTALL)
-    # The leftmost place for each run is as good as any other, so no other is tried: an atomic group. Without it a pattern
-    # of n stars takes time in the n-th power of the key's length.
+    # An atomic group tries only the leftmost place of each run: others would take time in the n-th power for n stars.
     atomic = "".join(f"(?>.*?{each})" for each in between[:-1])
     return re.compile(f"{first}{atomic}.*{between[-1]}", re.DOTALL)
 
@@ -51,30 +50,9 @@ def widen(pattern: str) -> str:
 
 def _tokens(pattern: str) -> Iterator[tuple[str, str]]:
     """Yield the parts of a glob: `*` and `?`, `[` with the body of a set, and an empty kind with a literal character."""
-    position = 0
-    while position < len(pattern):
-        character = pattern[position]
-        position += 1
-        if character in "*?":
-            yield character, ""
-        elif character == "[" and (end := _set_end(pattern, position)) is not None:
-            yield character, pattern[position:end]
-            position = end + 1
-        elif character == "\\" and position < len(pattern):
-            yield "", pattern[position]
-            position += 1
-        else:
-            yield "", character
-
-
-def _set_end(pattern: str, start: int) -> int | None:
-    """Return where the set that begins at `start` closes."""
-    position = start
-    while position < len(pattern):
-        if pattern[position] == "]":
-            return position
-        position += 2 if pattern[position] == "\\" else 1
-    return None
+    for match in _TOKEN.finditer(pattern):
+        wildcard, body, literal = match.groups()
+        yield ("", literal) if literal else (wildcard, "") if wildcard else ("[", body)
 
 
 def _set(body: str) -> str:

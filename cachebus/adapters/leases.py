@@ -61,8 +61,7 @@ class Lease:
 class LeaseTable:
     """The leases of one store, at most `max_leases` of them with `max_waiters` callers parked.
 
-    The rule behind all of it: a value is stored under a lease only if nothing has invalidated its key since the lease was
-    granted, which was before the load began.
+    The rule: a value is stored under a lease only if nothing has invalidated its key since the lease was granted.
 
     A lease is *current* until it is taken, lost or run out. One that is lost while others wait for it is kept as *void*:
     its loader may still bring them the value. If that does not happen in time, their questions are answered again.
@@ -86,6 +85,7 @@ class LeaseTable:
         self._floor = 0.0
         # Only leases with waiters: any other is found to have run out when it is looked at.
         self._due: TimerQueue[Lease] = TimerQueue()
+        self.due = self._due.due  # Returns when to call `advance` next; infinity while nothing waits.
 
     def __repr__(self) -> str:
         return f"<LeaseTable {len(self.by_key)}/{self._max_leases} leases, {len(self._parked)}/{self._max_waiters} waiting>"
@@ -93,7 +93,6 @@ class LeaseTable:
     # The verbs
 
     def get_or_lease(self, request: GetOrLease) -> Reply | Deferred:
-        """Read, or lease, or wait."""
         check_lease(request)
         now, defer = self._table.now(), self._table.defer
         reply = self._read_or_lease(request, now)
@@ -225,8 +224,6 @@ class LeaseTable:
         lease = self.by_key.get(key)
         if lease is not None and lease.request.token == asked:
             return lease.token
-        if asked in self._void:
-            return asked
         return next((each.token for each in self._void.values() if each.request.token == asked), asked)
 
     # Waiting
@@ -268,8 +265,7 @@ class LeaseTable:
     def bring_late(self, lease: Lease, late: Found, now: float) -> None:
         """Give a value that is not stored to its waiters, unless it may be out of date for some of them.
 
-        It may be if it has a tag that was not known until now: callers that asked after the invalidation of that tag share
-        the lease, and a waiter may stand for several callers without the times at which they asked.
+        It may be if it has a tag that was not known until now: a waiter may have asked after the tag's invalidation.
         """
         if set(late.tags) <= set(lease.request.tags):
             self.answer_all(lease, late)
@@ -326,10 +322,6 @@ class LeaseTable:
 
     # Time
 
-    def due(self) -> float:
-        """Return when to call `advance` next; infinity while nothing waits."""
-        return self._due.due()
-
     def advance(self, now: float) -> None:
         """Let leases run out, and callers have waited long enough."""
         while (lease := self._due.pop(now)) is not None:
@@ -351,15 +343,13 @@ class LeaseTable:
                 del self._void[lease.token]
 
     def clear(self) -> None:
-        """Forget every lease and every waiter."""
         for each in (self.by_key, self._void, self._tagged, self._lost_tags, self._parked, self._due):
             each.clear()
 
     def repair(self, now: float) -> Collection[Deferred]:
-        """Put right what an interrupted turn left half done, and return the replies that are still owed.
+        """Mend what an interrupted turn left half done, and return the replies that are still owed.
 
-        A lease whose caller was interrupted before it got it goes. Callers that wait for no lease any more are answered
-        by the state of the store.
+        A lease that its caller did not get goes. Callers that wait for no lease any more are answered by the store.
         """
         if (ghost := self.granting) is not None and self.by_key.get(ghost.request.key) is ghost:
             del self.by_key[ghost.request.key]

@@ -39,9 +39,8 @@ class _Held:
 class LockTable:
     """An `InlineLockStore` for one process: at most `max_locks` locks that are held, and the queues before them.
 
-    Tokens are microseconds of Unix time, or one more than the last if the clock has not moved on. So they grow within the
-    life of the process, and over a restart too unless the clock is set back. The table outlives its actor, so that a crash
-    of the actor frees no lock.
+    Tokens are microseconds of Unix time, or one more than the last. So they grow, over a restart too unless the clock is
+    set back. The table outlives its actor, so that a crash of the actor frees no lock.
     """
 
     name = "memory"

@@ -49,12 +49,14 @@ class MemcachedStore:
     """A `PipelinedStore` in one or several Memcached servers, version 1.6.10 or newer, on asyncio and on trio.
 
     Each server has one batch in flight; a batch for several servers is in flight at all of them at once. Keys are
-    distributed by rendezvous hashing: a server that comes or goes moves its own keys only, and one that does not answer
-    costs its own keys only. Every server has a generation of the namespace, which `Clear` replaces on each, and one of
-    every tag. Times to live are rounded up to whole seconds.
+    distributed by rendezvous hashing, so a server that comes, goes or does not answer affects its own keys only. Every
+    server has its own generation of the namespace and of each tag. Times to live are rounded up to whole seconds.
     """
 
     name = BACKEND
+    capabilities = Capabilities(
+        tags=True, compare_and_set=True, counters=True, leases=True, rate_limits=True, locks=True, ttl_resolution=1.0
+    )
     max_batch = 512
     long_running: frozenset[type[Request[Any]]] = frozenset()
 
@@ -72,15 +74,6 @@ class MemcachedStore:
         hasher: Hasher = blake,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self.capabilities = Capabilities(
-            tags=True,
-            compare_and_set=True,
-            counters=True,
-            leases=True,
-            rate_limits=True,
-            locks=True,
-            ttl_resolution=1.0,
-        )
         self._keys = Keys(namespace, hasher)
         self._endpoints = tuple(endpoints)
         self._tls = tls
@@ -233,11 +226,9 @@ class _Join:
 
     @property
     def last_progress(self) -> float:
-        """The time at which bytes last came from one of the servers, or left to it."""
         return max((each.last_progress for each in self.connections), default=0.0)
 
     def take(self, share: Share, replies: Sequence[Reply]) -> None:
-        """Take the replies to a share."""
         for (position, _), reply in zip(share, replies, strict=True):
             self._replies[position] = _merged(self._replies[position], reply)
         self._missing -= 1

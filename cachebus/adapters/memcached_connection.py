@@ -29,8 +29,7 @@ Done: TypeAlias = Callable[[Any], None]
 """Called with the result of an exchange, or with the `CacheError` that says why there is none."""
 
 OLDEST = (1, 6, 10)
-"""The version in which the meta commands came to be what they are: `ms` with the length after the key and a CAS token in its
-answer, `md` with one in its question."""
+"""The first version whose meta commands are as we need them: `ms` answers a CAS token, and `md` takes one."""
 
 RESYNC = 60.0
 """Seconds after which the server's clock is read once more."""
@@ -65,8 +64,7 @@ _CODES = {b"HD": 0, b"EN": MISS, b"NF": MISS, b"NS": NOT_STORED, b"EX": EXISTS}
 
 
 class Connection(asyncio.Protocol):
-    """The protocol over one transport. Every answer is read to its end or the connection is dropped, so no answer is ever
-    another command's.
+    """The protocol over one transport. Each answer is read to its end, or the connection is dropped.
 
     `epoch` is the version at which those of the server's items begin, `entry_max` the bytes that an entry may have, and
     `generation` the one that the namespace had when it was last read, with `head`, what the names of its keys begin with.
@@ -118,8 +116,8 @@ class Connection(asyncio.Protocol):
         return self._exchange is not None and self.lost is None
 
     def begin(self, exchange: Exchange[Any], done: Done, count: int = 0) -> None:
-        """Start an exchange on an idle connection. `done` is called once, on the event loop, maybe before this returns,
-        with the result or the error; with a `count`, an error becomes so many `Failed` replies."""
+        """Start an exchange on an idle connection. `done` is called once with the result or the error, maybe before this
+        returns; with a `count`, an error becomes so many `Failed` replies."""
         now = self._now()
         self._done, self._count = done, count
         self._exchange = exchange if now - self._synced < RESYNC else self._synced_first(exchange)
@@ -216,8 +214,7 @@ class Connection(asyncio.Protocol):
         done([Failed.of(result)] * self._count if self._count and isinstance(result, CacheError) else result)
 
     def _parse(self, data: bytes) -> int:
-        """Take in the whole answers, and return where the rest begins. `_have` is its size, and `_need` the bytes with which
-        it may become a whole one."""
+        """Take in the whole answers, and return where the rest begins: `_have` bytes, of an answer of `_need` or more."""
         answers, wanted, at, size = self._answers, self._wanted, 0, len(data)
         limit = self.entry_max + ITEM_OVERHEAD + 3
         while len(answers) < wanted:

@@ -11,10 +11,8 @@
                          [[load time, stale for, etag, lifetime] or nil, [[tag, generation], ...]], the value's own form
                          and the value
 
-The version of an entry is the second at which the server was started, in microseconds, plus the item's CAS token: both
-are the server's, so no two writes ever share one, whatever the clients' clocks say.
-
-Nothing that another program has written under a key is trusted: whatever does not fit raises `CacheSerializationError`.
+The version of an entry is the second at which the server was started, in microseconds, plus the item's CAS token: no two
+writes ever share one, whatever the clients' clocks say. Bytes that do not fit raise `CacheSerializationError`.
 """
 
 from __future__ import annotations
@@ -141,8 +139,7 @@ def pack_entry(
 
 
 def read_entry(raw: bytes, token: int, kept: bytes, epoch: float, now: float = 0.0) -> Entry | None:
-    """Return the entry of a key that is live at `now`; `None` if its time is up, or if it is another key's with the same
-    hash. Raises `CacheSerializationError`."""
+    """Return an entry that is live at `now`, and not that of another key with the same hash, or `None`. Raises `CacheError`."""
     try:
         form, size, expiry, stored_at, version = _unpack_header(raw)
     except struct.error:
@@ -202,8 +199,8 @@ def kept_until(expiry: float, metadata: EntryMetadata) -> float:
 def server_expiry(expiry: float, now: float) -> int:
     """Return the expiry for Memcached, so that it forgets an entry once its time is up, and not before.
 
-    It counts whole seconds and drops an item when the count is reached, so one is added. More than 30 days it would take
-    for a date, so it is given one. What lies beyond its calendar is kept, and expires for its readers only.
+    It counts whole seconds, and drops an item when the count is reached, so one is added. It takes more than 30 days for a
+    date, so it is given one. What lies beyond its calendar expires for readers only.
     """
     if not expiry:
         return 0

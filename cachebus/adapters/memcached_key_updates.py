@@ -1,9 +1,8 @@
-"""Updates of values that depend on what is there: conditional writes, touches and counts; and those of leases: the right to
-load a key, and what a load may store. Decision 27 has the interleavings that the order of their commands is about.
+"""Conditional writes, touches, counts, and leases. Decision 27 has the interleavings that need the order of commands here.
 
-Memcached's own counters are not used: they know no negative numbers, wrap at 64 bits without a word, and hold nothing
-but digits, so neither an expiry nor a version nor the key that a hash stands for. A value read and written back under its
-CAS token has all of that, and costs one round trip more. Counts of one key in one batch are written as one.
+Memcached's own counters are not used: they know no negative numbers, wrap at 64 bits, and have no room for an expiry, a
+version or a hashed key. A value that is read and written back under its CAS token has all of that, and costs one round
+trip more. Counts of one key in one batch are written as one.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from cachebus.messages.leases import asked_as, new_lease_name
 from .durations import check_lease
 from .forms import INT, decode_form, encode_form
 from .memcached_cas_updates import Draft, outcome_of
-from .memcached_connection import Answer, Exchange, first_error, store, unlike
+from .memcached_connection import Answer, first_error, store, unlike
 from .memcached_entry import (
     CHUNKED,
     MISSING,
@@ -58,8 +57,7 @@ from .memcached_entry import (
 from .memcached_errors import BACKEND
 from .memcached_keys import ALL_TAGS
 from .memcached_lookup import FAILURE_SHOWN, Held, KeyItem, Lookup, names_lease
-from .memcached_session import Session
-from .memcached_tags import Generations
+from .memcached_session import Generations, Session
 from .memcached_values import Values, chunk_tails
 
 _LOOK_FIRST = frozenset[type[Request[Any]]](
@@ -82,17 +80,11 @@ class KeyUpdates:
     def __init__(self, session: Session, values: Values) -> None:
         self._values = values
         self._connection = session.connection
-        self._looked = Lookup(session, values)
+        self._looked = Lookup(session)
+        self.lookup = self._looked.read
         self._generations = self._looked.generations
         self._after = Generations(session)
         self._names: list[str] = []
-
-    # For the loop
-
-    def lookup(
-        self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]
-    ) -> Exchange[list[tuple[int, KeyItem]]]:
-        return self._looked.read(waiting, replies)
 
     def decide(self, request: Request[Any], item: KeyItem) -> Reply | Draft | None:
         # One new version a round: two writes of one key are two versions. Counts and touches have none of their own.
@@ -212,7 +204,7 @@ class KeyUpdates:
             raise LoaderFailed(error=failed[1])
         good = held is not None and not held.ended and self._generations.good(held.tags)
         if held is not None and good and asked_as(held.token) == request.token:
-            # Asked for twice, it is granted twice, on the terms of the first time: the load may have begun by then.
+            # Asked for twice, it is granted twice, on the terms of the first time: the load may have begun.
             if held.deadline > now:
                 return LeaseGranted(held.token, stale)
             held = replace(held, deadline=now + request.lease_ttl)
@@ -244,7 +236,8 @@ class KeyUpdates:
         tags = tuple([(tag, known[tag]) for tag in dict.fromkeys(request.tags)])
         expiry, load = self._values.expiry(request.ttl, now), None
         if (given := request.metadata) is not None:
-            load = EntryLoad(given.load_time, given.stale_for, given.etag, self._values.lifetime(request.ttl))
+            lifetime = float(round(expiry - now)) if expiry else None  # The server counts whole seconds.
+            load = EntryLoad(given.load_time, given.stale_for, given.etag, lifetime)
         metadata = EntryMetadata(load, tags) if tags or load is not None else NO_METADATA
         # Over the lease, or over the value that is being refreshed, if it is still the one that was looked at.
         return Draft(self._commands(item, encode_form(request.value), expiry, metadata), None, tags)

@@ -10,8 +10,7 @@
     <namespace>::                       the generation of the namespace
     <namespace>:~<name>                 a rate limit, whatever the generation; `<namespace>:~#<hash>` as above
 
-A namespace has no `:`, so that what stands before the first one is all of it. A generation has only hexadecimal digits,
-so that the character behind it says what follows.
+A namespace has no `:`, and a generation only hexadecimal digits, so that the character behind it says what follows.
 """
 
 from __future__ import annotations
@@ -100,6 +99,5 @@ class Keys:
 
 
 def new_generation(now: float) -> bytes:
-    """Return a generation that never was: microseconds of the Unix time `now`, and 16 random bits, so that not even a clock
-    that was set back brings an old one up again."""
+    """Return a generation that never was: microseconds of Unix time, and 16 random bits in case the clock was set back."""
     return b"%013x%04x" % (int(now * 1e6) & (1 << 52) - 1, secrets.randbits(16))

@@ -4,9 +4,9 @@
     <namespace>:@<hash>+    the last token, kept for a week
     <namespace>:@<hash>-<hash of a ticket>   there for a minute after the ticket was given up (empty), or gave the lock back
 
-The token is counted after the item was added, so of two holders the later one has the larger token. A counter that is lost
-(evicted, `flush_all`, a restart) begins again at the server's time in microseconds, which is more than it ever was.
-Memcached has no notifications and keeps no queue: the manager has both, for its own process, and asks again in between.
+The token is counted after the item was added, so the later holder has the larger one. A counter that is lost (evicted,
+`flush_all`, a restart) begins again at the server's time in microseconds, which is more than it ever was. Memcached has no
+notifications and no queue: the manager has both, for its own process, and asks again in between.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What is under a key before it is updated: its entry, its lease, what may be served, and the generations of its tags.
 
-The lease of a key stands under the key itself, so that whatever removes or writes the key, or gives the namespace another
-generation, revokes the lease.
+The lease of a key stands under the key itself: what writes or removes the key, or clears the namespace, revokes it.
 
 In the place of a missing value, or of one whose time is up, stands an entry of the form `l`, whose expiry has always been
 over, so that every reader finds no value. It holds, as msgpack:
@@ -14,15 +13,11 @@ over, so that every reader finds no value. It holds, as msgpack:
     stale       the entry whose time is up, as it was, with its version; empty without one
     failed      the name of the last lease here whose loader has failed, and the name of the error; empty without one
 
-A lease whose loader has failed is left for `FAILURE_SHOWN` seconds, with the deadline 0, for those that wait for the load:
-Memcached has no notifications.
-
-A live value that is being refreshed stays where it is. Its lease is an item of its own, with the version of that value in
-it.
+A lease whose loader has failed is left for `FAILURE_SHOWN` seconds, with the deadline 0, for those that wait for the load.
+A live value that is being refreshed stays where it is. Its lease is an item of its own, with the version of that value.
 
 The deadline is by the server's clock, as each client knows it. Only the number of loads depends on it: a value is stored
-over the very item that was looked at, by its CAS token, so that a lease that another client has taken over, too soon or
-not, stores nothing.
+over the very item that was looked at, by its CAS token, so that a lease that was taken over stores nothing.
 """
 
 from __future__ import annotations
@@ -39,9 +34,8 @@ from .memcached_cas_updates import Item
 from .memcached_connection import MISS, Answer, Exchange, read
 from .memcached_entry import Entry, Instant, TagVersions, kept_until, pack, pack_entry, read_entry, unpack
 from .memcached_keys import ALL_TAGS
-from .memcached_session import Session
-from .memcached_tags import Generations
-from .memcached_values import Values, content_of, entry_of
+from .memcached_session import Generations, Session
+from .memcached_values import content_of, entry_of
 
 LEASE = b"l"[0]
 _OVER = 1.0
@@ -81,9 +75,8 @@ def held_of(entry: Entry | None) -> Held | None:
 
 @dataclass(slots=True, eq=False)
 class KeyItem(Item):
-    """A key. `entry` is what is under it, if it is one of ours (else `error` says so); `held` is the lease that this is, and
-    `refresh_held` that of a live value, under a name of its own; `served` may be served, live or stale, and `content` is
-    the form and the bytes of its value."""
+    """A key. `entry` is what is under it, if it is one of ours (else there is an `error`). `held` is the lease that this is,
+    `refresh_held` that of a live value. `served` may be served, live or stale; `content` is its value's form and bytes."""
 
     tail: str
     kept: bytes
@@ -101,13 +94,13 @@ class KeyItem(Item):
 class Lookup:
     """Items read in a round. `head` is what names begin with, `now` the server's time, `generations` are those of tags."""
 
-    def __init__(self, session: Session, values: Values) -> None:
+    def __init__(self, session: Session) -> None:
         self.session = session
         self.head = ""
         self.now = 0.0
         self.generations = Generations(session)
         self._connection = session.connection
-        self._keys = values.keys
+        self._keys = session.keys
 
     def read(self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]) -> Exchange[list[tuple[int, KeyItem]]]:
         """Read the items of requests; a request whose key is not valid is answered. Raises `NamespaceChanged`."""

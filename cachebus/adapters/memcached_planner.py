@@ -1,7 +1,6 @@
 """From requests to Memcached commands and back: a batch for one server becomes as few round trips as keep its order.
 
-Neighbours of one kind form a run. Reads, plain writes and removals go in one piece (`Direct`). Requests that have to know
-what is under a key before they write it go through `update`.
+Neighbours of one kind form a run. Reads, plain writes and removals go in one piece (`Direct`), the others by `update`.
 """
 
 from __future__ import annotations
@@ -37,14 +36,12 @@ from cachebus.messages import (
 )
 
 from .forms import decode_form, encode_form
-from .memcached_cas_updates import update
+from .memcached_cas_updates import LimitUpdates, update
 from .memcached_connection import Connection, Exchange, first_error, read
 from .memcached_entry import CHUNKED, MISSING, NO_METADATA, Entry, EntryMetadata, found_of, found_or_fail
 from .memcached_errors import BACKEND, in_doubt
 from .memcached_key_updates import KeyUpdates, looks_first
-from .memcached_rate_limits import LimitUpdates
-from .memcached_session import COUNT_PART, READ_PART, NamespaceChanged, Session
-from .memcached_tags import Generations, invalidate
+from .memcached_session import COUNT_PART, READ_PART, Generations, NamespaceChanged, Session, invalidate
 from .memcached_values import Values, chunk_reads, chunk_tails, entry_of, joined, not_found
 
 Step: TypeAlias = Generator[list[bytes], Any, Any]
@@ -54,8 +51,8 @@ Step: TypeAlias = Generator[list[bytes], Any, Any]
 def carry_out(values: Values, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
     """Carry a batch out. What goes wrong is in the replies.
 
-    Batches of nothing but reads and plain writes, which are nearly all, go the straight way here. If it turns out that they
-    need more, they go the way of all others: reads are repeated, and so are writes for a generation that has ended.
+    Batches of nothing but reads and plain writes, which are nearly all, are sent straight from here. If they need more, they
+    take the way of all others: reads are repeated, and so are writes for a generation that has ended.
     """
     if not (prepared := _prepare(connection, values, batch)):
         return (yield from plan(connection, values, batch))

@@ -120,7 +120,8 @@ class StreamTransport(asyncio.Transport):
         self._unsent: deque[bytes] = deque()
         self._sending = False
         self._receiver: Any = None
-        self._cancel_receiving = self._cancel_sending = _nothing
+        self._cancel_receiving: Callable[[], None] = lambda: None
+        self._cancel_sending: Callable[[], None] = lambda: None
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._receiver = protocol
@@ -172,10 +173,6 @@ class StreamTransport(asyncio.Transport):
             self._sending = False
 
 
-def _nothing() -> None:
-    """Cancel nothing."""
-
-
 async def open_transport(host: str, port: int, tls: ssl.SSLContext | None, name: str) -> asyncio.Transport:
     """Connect to a numeric address; with `tls`, to the server of that name. Raises `OSError`.
 
@@ -219,11 +216,10 @@ class Result:
 
 
 class Server:
-    """A server and the turn at it. A caller that has taken the turn gets the connection and begins one exchange with it;
-    the turn is given back when that ends.
+    """A server and the turn at it. A caller that takes the turn gets the connection for one exchange, which gives it back.
 
-    With `aside`, a server that was lost is connected to by a task of its own, and takers fail at once until it is there,
-    so that one of several servers that answers nothing does not hold up the keys of the others.
+    With `aside`, a task of its own connects to a server that was lost, and takers fail at once until it is there, so that
+    it does not hold up the keys of the other servers.
     """
 
     def __init__(self, endpoint: Endpoint, connector: Connector, *, aside: bool) -> None:
@@ -313,7 +309,7 @@ class Server:
         """Raise the reason why there is no connection, and see to it that one is being made."""
         now = self._connector.clock.monotonic()
         if not self._attempting and now > self._failed_at + BETWEEN_ATTEMPTS:
-            self._attempting = True
+            self._attempting = True  # Before it starts: it may end at once.
             self._cancel_attempt = spawn(self._attempt(), self._attempted)
         raise self._failure or CacheConnectionError(f"{self.endpoint} is lost and being connected to", BACKEND)
 

@@ -1,25 +1,40 @@
-"""Commands of one exchange: all of them hold for one generation of the namespace, or none of them does."""
+"""Commands of one exchange, and the generations that they hold for: one of the namespace, and one of each tag.
+
+The commands of an exchange all hold for one generation of the namespace, or none of them does.
+
+Each invalidation of a tag replaces its generation. An entry is good while its tags have the generations that it was made
+with. Every server has its own generation of each tag, beside the entries whose tags it guards: they are read together, and
+lost together. A generation is 96 random bits and never counted up. A lost one never comes back, and with it nothing that
+was made before. No entry is good under a missing one.
+
+`ALL_TAGS` has one more. An invalidation replaces it before those of its tags, so that a load under tags that it did not
+know at the beginning can see at the end whether any was invalidated meanwhile. Decision 27 has the interleavings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cachebus.messages import CacheBackendError, CacheError
 
-from .memcached_connection import MISS, Answer, Connection, Exchange, ask, read, store
+from .memcached_connection import MISS, Answer, Connection, Exchange, ask, first_error, read, store
+from .memcached_entry import VERSION_MAX, TagVersion, TagVersions
 from .memcached_errors import BACKEND, ProtocolError, lost
-from .memcached_keys import Keys, is_generation, new_generation
+from .memcached_keys import ALL_TAGS, Keys, is_generation, new_generation
 
 READ_PART = 32 * 1024
-"""Bytes of commands that are sent before their answers are read, if these are values: what both sides' buffers take
-in any case, so that we never wait for a server that waits for us."""
+"""Bytes of commands sent before their answers, which are values, are read: both sides' buffers take as much in any case."""
 
 WRITE_PART = 8 << 20
 COUNT_PART = 1000
 """The same if the answers are a few bytes each."""
 
 GENERATION_TRIES = 20
+
+REMEMBERED_KEYS, REMEMBERED_TAGS = 10_000, 8
+"""Bounds of a `TagMemory`: keys, and tags of one of them."""
 
 
 class NamespaceChanged(Exception):
@@ -29,9 +44,8 @@ class NamespaceChanged(Exception):
 @dataclass(slots=True, eq=False)
 class Session:
     """An exchange's view of its connection. Each part of its commands also reads the generation, so that checking it costs
-    no round trip. If the generation has changed, the commands went to keys that are not read any more, and are repeated.
-
-    `writing` is true while commands are in flight that must not be carried out twice.
+    no round trip. If it has changed, the commands went to keys that are not read any more, and are repeated. `writing` is
+    true while commands are in flight that must not be carried out twice.
     """
 
     connection: Connection
@@ -129,3 +143,117 @@ def _parts(commands: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
         reads = reads or reading
     if part:
         yield part
+
+
+def fresh() -> bytes:
+    """Return a generation that never was and never will be."""
+    return secrets.token_bytes(12)
+
+
+class TagMemory:
+    """The tags that keys had when last read, so that their generations are read in one round trip with the value; if it is
+    wrong, that costs one more. `names` are those of the generations, by key."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, tuple[str, ...]] = {}
+
+    def __repr__(self) -> str:
+        return f"<TagMemory {len(self.names)}/{REMEMBERED_KEYS} keys>"
+
+    def note(self, key: str, names: tuple[str, ...]) -> None:
+        """Remember the names of a key's tags."""
+        if not names:
+            self.names.pop(key, None)
+        elif self.names.get(key) != names and len(names) <= REMEMBERED_TAGS:
+            if len(self.names) >= REMEMBERED_KEYS:
+                del self.names[next(iter(self.names))]
+            self.names[key] = names
+
+
+class Generations:
+    """The generations of tags as one run of requests has seen them: each was read after the run began."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._keys = session.keys
+        self._seen: dict[str, bytes] = {}  # By what follows the namespace's generation; empty where there is none.
+        self._errors: dict[str, CacheError] = {}
+
+    def names(self, tags: Iterable[TagVersion]) -> tuple[str, ...]:
+        """Return the names of the generations of an entry's tags."""
+        return tuple([self._keys.tag(tag) for tag, _ in tags])
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Return the names of generations that have not been read."""
+        return [name for name in dict.fromkeys(names) if name not in self._seen]
+
+    # Asking
+
+    def reading(self, head: str, names: Sequence[str]) -> list[bytes]:
+        """Return the commands that read generations; `learn` takes the answers."""
+        return [read(head + name) for name in names]
+
+    def making(self, head: str, names: Sequence[str]) -> list[bytes]:
+        """Return the commands that read generations and make those that are missing; `learn_made` takes the answers."""
+        commands: list[bytes] = []
+        for name in names:
+            commands += (_storing(head + name, b" ME"), read(head + name))
+        return commands
+
+    def learn(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
+        for name, answer in zip(names, answers, strict=True):
+            self._seen[name] = b""
+            if isinstance(answer, CacheError):
+                self._errors[name] = answer
+            elif isinstance(answer, tuple) and len(answer[0]) <= VERSION_MAX:
+                self._seen[name] = answer[0]
+
+    def learn_made(self, names: Sequence[str], answers: Sequence[Answer]) -> None:
+        self.learn(names, answers[1::2])
+        made = zip(names, answers[::2], strict=True)
+        self._errors |= {name: answer for name, answer in made if isinstance(answer, CacheError)}
+
+    def read(self, names: Iterable[str]) -> Exchange[None]:
+        """Read those that have not been read, if there are any. Raises `NamespaceChanged`."""
+        if unknown := self.unknown(names):
+            head = yield from self._session.head()
+            self.learn(unknown, (yield from self._session.ask(self.reading(head, unknown))))
+
+    # What they say
+
+    def seen(self, name: str) -> bytes:
+        """Return the generation of that name; empty where there is none."""
+        return self._seen.get(name, b"")
+
+    def current(self, tags: Iterable[str]) -> TagVersions:
+        """Return the tags with their generations, for a new entry. Raises `CacheError` if one could not be read or made."""
+        versions: list[TagVersion] = []
+        for tag in dict.fromkeys(tags):
+            name = self._keys.tag(tag)
+            if not (generation := self.seen(name)):
+                raise self._errors.get(name) or CacheBackendError(f"the generation of the tag {tag!r} is lost", BACKEND)
+            versions.append((tag, generation))
+        return tuple(versions)
+
+    def good(self, tags: TagVersions) -> bool:
+        """Return whether all these are the present generations, which have been read."""
+        return all(generation and self._seen.get(self._keys.tag(tag)) == generation for tag, generation in tags)
+
+
+def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
+    """Give tags new generations, and before them all tags together; a missing one stays missing. Raises `CacheError`."""
+    names = (ALL_TAGS, *dict.fromkeys(map(session.keys.tag, tags)))
+    while True:
+        head = yield from session.head()
+        try:
+            answers = yield from session.ask([_storing(head + name, b" MR") for name in names])
+        except NamespaceChanged:
+            continue
+        if (error := first_error(answers)) is not None:
+            raise error
+        return
+
+
+def _storing(name: str, mode: bytes) -> bytes:
+    """Return the command that stores a generation that never was."""
+    return store(name, fresh(), 0, mode)

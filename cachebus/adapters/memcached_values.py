@@ -1,5 +1,4 @@
-"""Entries of values, and commands that store them. Values over the server's limit for items are stored in several of them:
-the entry of the key is then a manifest.
+"""Entries of values, and commands that store them. A value over the server's limit is stored in chunks, by a manifest:
 
     1 byte    form     that of the value: B or M
     16 bytes  id       of this very write, at random
@@ -8,9 +7,8 @@ the entry of the key is then a manifest.
     16 bytes  digest   BLAKE2b of the value
 
 A chunk is the id, its number (4 bytes, big-endian), and its part of the value. It stands under a name with the id in it,
-so that a reader sees one write or another, and never parts of both: a missing chunk, or one that is not what the manifest
-says, makes the value a miss. Chunks of a value that was written over stay until their time is up or the server needs the
-room.
+so that a reader never sees parts of two writes: a missing chunk, or one that does not fit the manifest, makes the value a
+miss. Chunks of a value that was written over stay until their time is up, or until the server needs the room.
 """
 
 from __future__ import annotations
@@ -42,8 +40,7 @@ from .memcached_entry import (
     server_expiry,
 )
 from .memcached_keys import Keys
-from .memcached_session import Session
-from .memcached_tags import TagMemory
+from .memcached_session import Session, TagMemory
 
 MANIFEST = struct.Struct(">c16sIQ16s")
 _CHUNK = struct.Struct(">16sI")
@@ -71,11 +68,6 @@ class Values:
         """Return the time at which a value's time is up; 0 for never. Raises `BadMessage` as `time_to_live` does."""
         seconds = self.default_ttl if ttl == "default" else ttl
         return 0.0 if seconds is None else now + math.ceil(time_to_live(seconds))
-
-    def lifetime(self, ttl: Ttl) -> float | None:
-        """Return the seconds that a value is given, which the server counts whole; `None` for ever."""
-        seconds = self.default_ttl if ttl == "default" else ttl
-        return None if seconds is None else float(math.ceil(seconds))
 
     def plain(self, connection: Connection, head: str, request: Set) -> bytes | None:
         """Return the command of a write without tags or conditions; `None` if it takes more than one. Raises `CacheError`."""

@@ -41,9 +41,8 @@ from cachebus.messages import (
 class NullStore:
     """An `InlineStore` in which every key is missing, always.
 
-    Writes are accepted and forgotten, as by a memory store of no size: the reply is `Stored` at version 0 if the condition
-    of the write holds for a missing key. Reads count as misses and go to `on_read`. No write is counted or goes to
-    `on_write`, because nothing was kept.
+    Writes are accepted and forgotten: the reply is `Stored` at version 0 if the condition of the write holds for a missing
+    key. Reads count as misses and go to `on_read`. Writes are not counted and do not go to `on_write`.
     """
 
     name = "null"

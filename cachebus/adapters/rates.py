@@ -2,10 +2,9 @@
 
 The rule is the generic cell rate algorithm (ITU-T I.371, Annex A), in its form as a leaky bucket: each unit that is taken
 raises a level, which sinks by `limit` units in `per` seconds, and no unit is taken that would raise it above `burst`. So in
-any stretch of t seconds at most `burst + t * limit / per` units are taken.
+any stretch of t seconds at most `burst + t * limit / per` units are taken. `redis_rates` has the same rule in Lua.
 
-Instants are whole microseconds, and a level is counted in units times the microseconds of `per`: nothing is ever rounded,
-so that nothing adds up, however high the rate. `redis_rates` says the same in Lua.
+Instants are whole microseconds, and levels are units times the microseconds of `per`, so that no rounding adds up.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from cachebus.actors.ports import TimerQueue
 from cachebus.messages import Admit, Admitted, BadMessage, RateLimitDenied
 
 CLOCK_BACK = 2_000_000
-"""Microseconds. By so much the clocks of processes may differ that share a limit in a server without a clock to ask, and
-time then stands still for the slower one: if it went back, each change between two of them would be time that has passed.
-A clock that is behind by more has been set back."""
+"""Microseconds by which the clocks of processes may differ that share a limit in a server without a clock. Time then stands
+still for the slower one. A clock that is behind by more has been set back."""
 
 
 class Meter(NamedTuple):
@@ -87,9 +85,8 @@ def _up(number: int, by: int) -> int:
 class MeterTable:
     """The meters of a memory store, at most `most` of them.
 
-    One that is at 0 again is forgotten. If there is no room for a new one, the one goes that would have been at 0 first: a
-    limit of which little was used is whole again early, one of which much was used is not. `on_due` is called with the time
-    at which `sweep` is needed.
+    A meter that is at 0 again is forgotten. If there is no room for a new one, the one that would be at 0 first goes: of
+    that limit the least was used. `on_due` is called with the time at which `sweep` is needed.
     """
 
     def __init__(self, now: Callable[[], float], on_due: Callable[[float], None], most: int) -> None:
@@ -100,6 +97,7 @@ class MeterTable:
         self._most = most
         self._meters: dict[str, Meter] = {}
         self._empty: TimerQueue[str] = TimerQueue()
+        self.due = self._empty.due  # Returns when to call `sweep` next; infinity while there are no meters.
         self._changing = False  # Still set when a turn begins, the last one was interrupted.
 
     def __len__(self) -> int:
@@ -109,7 +107,6 @@ class MeterTable:
         return f"<MeterTable {len(self._meters)}/{self._most} limits>"
 
     def admit(self, request: Admit) -> Admitted | RateLimitDenied:
-        """The verb of `Admit`."""
         check_admit(request)
         now, kept = self._now(), self._meters.get(request.key)
         reply, meter = admit(request, kept, microseconds(now))
@@ -128,10 +125,6 @@ class MeterTable:
             self._on_due(empty)
         return reply
 
-    def due(self) -> float:
-        """When to call `sweep` next; infinity while there are no meters."""
-        return self._empty.due()
-
     def sweep(self, limit: int) -> None:
         """Forget what is at 0 again, looking at no more than `limit` meters."""
         self._changing = True
@@ -148,6 +141,5 @@ class MeterTable:
             self._changing = False
 
     def clear(self) -> None:
-        """Forget everything."""
         self._meters.clear()
         self._empty.clear()

@@ -22,7 +22,9 @@ from .durations import time_stale, time_to_live
 from .eviction import NEVER, VISITS_MAX, Entry, WeighedEntry, make_policy
 from .expiry import GONE, ExpiryWheel
 from .tags import TagTable
-from .weigh import ENTRY_OVERHEAD
+
+ENTRY_OVERHEAD = 250
+"""Bytes that a store spends on an entry besides the value: the entry, its key, its places in dict and wheel."""
 
 _REPLACED = RemovalCause.REPLACED
 
@@ -36,15 +38,14 @@ class Kept(NamedTuple):
 
 
 class EntryTable:
-    """What `MemoryStore` keeps, and the order it keeps it in. Parameters are those of `MemoryStore`.
+    """Entries of a `MemoryStore`, by the parameters of that.
 
-    An entry is in the dictionary, in the policy and, if it expires, in the wheel, and it counts for its tags and
-    towards the weight; the methods here are the only ones that change any of these.
+    An entry is in the dictionary, in the policy and, if it expires, in the wheel, and it counts for its tags and towards
+    the weight. Only the methods here change any of these.
     """
 
     def __init__(
         self,
-        *,
         max_entries: int | None,
         max_bytes: int | None,
         default_ttl: float | None,
@@ -84,8 +85,7 @@ class EntryTable:
         self._overtaken: Callable[[Entry], None] = lambda entry: None
         # The key that is being written, "" for other changes. Still set when a turn begins, the last one was interrupted.
         self._changing: str | None = None
-        # A version is the Unix time of the start plus the monotonic time since, pushed up where two would be equal: one
-        # float is both the version and the time of storing, and no restart brings a version back.
+        # A version is the Unix time of storing, pushed up if two would be equal, so that no restart brings one back.
         self._epoch = clock.wall() - clock.monotonic()
         self.version = 0.0
 
@@ -205,12 +205,8 @@ class EntryTable:
 
     def _replaced(self, entry: Entry, now: float) -> None:
         """Account for the value that an entry is about to lose to a new one."""
-        if entry.expires_at <= now:
-            cause = RemovalCause.EXPIRED
-        elif entry.tags and not self._tags.valid(entry):
-            cause = RemovalCause.EXPLICIT
-        else:
-            cause = RemovalCause.REPLACED
+        valid = not entry.tags or self._tags.valid(entry)
+        cause = RemovalCause.EXPIRED if entry.expires_at <= now else _REPLACED if valid else RemovalCause.EXPLICIT
         self._removals[cause] += 1
         if (hook := self.on_removal) is not None:
             hook(entry.key, cause)
@@ -228,17 +224,12 @@ class EntryTable:
 
     def _make_room(self, entries: int, weight: int) -> None:
         """Give up entries until so many more, and so much more weight, fit in."""
-        if self._max_entries is not None:
-            while len(self._entries) + entries > self._max_entries:
-                self._evict()
-        if self._max_bytes is not None:
-            while self._weight + weight > self._max_bytes and len(self._policy):
-                self._evict()
-
-    def _evict(self) -> None:
-        entry = self._policy.evict()
-        self._unlist(entry, RemovalCause.SIZE)
-        self._tidy()
+        most, heaviest = self._max_entries, self._max_bytes
+        while (most is not None and len(self._entries) + entries > most) or (
+            heaviest is not None and self._weight + weight > heaviest and len(self._policy)
+        ):
+            self._unlist(self._policy.evict(), RemovalCause.SIZE)
+            self._tidy()
 
     def _drop(self, entry: Entry, cause: RemovalCause) -> None:
         self._changing = entry.key
@@ -330,11 +321,8 @@ class EntryTable:
             self._tidy()
 
     def _expiry(self, ttl: Ttl, now: float) -> float:
-        if ttl == "default":
-            ttl = self._default_ttl
-        if ttl is None:
-            return NEVER
-        return now + time_to_live(ttl)
+        seconds = self._default_ttl if ttl == "default" else ttl
+        return NEVER if seconds is None else now + time_to_live(seconds)
 
     def _next_version(self, now: float) -> float:
         version = now + self._epoch

@@ -10,8 +10,7 @@ from .eviction import Entry
 class TagTable:
     """When each tag was last invalidated, for as long as an entry carries it.
 
-    An entry is valid while its version is newer than the last invalidation of each of its tags. A tag that no entry
-    carries is forgotten, so the table is bounded by the entries.
+    An entry is valid while it is newer than the last invalidation of each of its tags. A tag without entries is forgotten.
     """
 
     def __init__(self) -> None:
@@ -19,7 +18,6 @@ class TagTable:
         self._tags: dict[str, list[float]] = {}
 
     def clear(self) -> None:
-        """Forget every tag."""
         self._tags.clear()
 
     def attach(self, tags: tuple[str, ...]) -> None:

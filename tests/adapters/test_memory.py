@@ -13,7 +13,7 @@ import pytest
 from cachebus import Subscription, open_cache, open_sync_cache
 from cachebus.adapters.expiry import RESOLUTION
 from cachebus.adapters.memory import MemoryStore
-from cachebus.adapters.weigh import ENTRY_OVERHEAD
+from cachebus.adapters.table import ENTRY_OVERHEAD
 from cachebus.messages import (
     Add,
     BadMessage,

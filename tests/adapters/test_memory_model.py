@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cachebus.adapters.expiry import RESOLUTION
 from cachebus.adapters.memory import MemoryStore
-from cachebus.adapters.weigh import ENTRY_OVERHEAD
+from cachebus.adapters.table import ENTRY_OVERHEAD
 from cachebus.messages import (
     Add,
     CacheCapacityError,

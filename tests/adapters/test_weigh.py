@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachebus.adapters.weigh import estimate_size
+from cachebus.adapters.memory import estimate_size
 
 MEGABYTE = 1 << 20
 

@@ -13,8 +13,7 @@ from anyio import to_thread
 
 from cachebus.adapters.memcached import Endpoint as MemcachedPlace
 from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached_cas_updates import TRIES
-from cachebus.adapters.memcached_rate_limits import REMEMBERED
+from cachebus.adapters.memcached_cas_updates import REMEMBERED, TRIES
 from cachebus.adapters.memcached_session import Session
 from cachebus.adapters.redis import RedisStore
 from cachebus.adapters.redis_connect import Endpoint

@@ -10,13 +10,12 @@ from uuid import uuid4
 import pytest
 from msgspec.structs import replace
 
-from cachebus.adapters import memcached_key_updates, memcached_planner, memcached_tags
+from cachebus.adapters import memcached_key_updates, memcached_planner, memcached_session
 from cachebus.adapters.memcached_cas_updates import Draft
 from cachebus.adapters.memcached_key_updates import KeyUpdates
 from cachebus.adapters.memcached_keys import ALL_TAGS
 from cachebus.adapters.memcached_lookup import Lookup
-from cachebus.adapters.memcached_session import Session
-from cachebus.adapters.memcached_tags import Generations
+from cachebus.adapters.memcached_session import Generations, Session
 from cachebus.messages import Clear, Delete, Found, Get, GetOrLease, InvalidateTags, LeaseGranted, Loading, Set, Stored
 from cachebus.testing.servers import Server
 
@@ -136,7 +135,7 @@ def all_tags_are_made_anew_last(patch: pytest.MonkeyPatch) -> None:
     def careless(session: Session, tags: Any) -> Any:
         head = yield from session.head()
         names = (*map(session.keys.tag, tags), ALL_TAGS)
-        yield from session.ask([memcached_tags._storing(head + name, b" MR") for name in names])
+        yield from session.ask([memcached_session._storing(head + name, b" MR") for name in names])
 
     patch.setattr(memcached_planner, "invalidate", careless)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from cachebus.adapters import memcached_tags
+from cachebus.adapters import memcached_session
 from cachebus.adapters.memcached_key_updates import KeyUpdates
 from cachebus.adapters.memcached_lookup import Lookup
-from cachebus.adapters.memcached_tags import Generations
+from cachebus.adapters.memcached_session import Generations
 from cachebus.adapters.memcached_values import content_of
 from cachebus.testing.servers import Server, run_memcached
 
@@ -62,7 +62,7 @@ def a_generation_that_is_missing_is_good(patch: pytest.MonkeyPatch) -> None:
 
 def generations_come_again(patch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(10**9))
-    patch.setattr(memcached_tags, "fresh", lambda: b"%d" % (next(numbers) % 2 + 1))
+    patch.setattr(memcached_session, "fresh", lambda: b"%d" % (next(numbers) % 2 + 1))
 
 
 def whoever_holds_the_lease_is_taken_for_the_one_who_asks(patch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 from cachebus import Cache
 from cachebus.adapters.leases import Lease
 from cachebus.adapters.memory import MemoryStore
-from cachebus.messages import Delete, Deleted, Stale
+from cachebus.messages import Stale
 from cachebus.singleflight import Value
 
 from .simulation import simulate
@@ -40,9 +40,6 @@ def test_a_seed_is_the_same_run_each_time() -> None:
 
 
 class DeletesLeaveLeases(MemoryStore):
-    def delete(self, request: Delete) -> Deleted:
-        return Deleted(self._delete((request.key,)))
-
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._leases.void = lambda key: None  # type: ignore[method-assign]

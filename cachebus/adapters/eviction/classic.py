@@ -10,8 +10,7 @@ from .entry import Entry, Ring
 class LruPolicy:
     """Gives up the entry that was read or stored longest ago.
 
-    Hits move the entry in the ring, so a hit costs more than under a lazy policy. One scan of cold keys
-    flushes the lot, and a loop larger than the cache gets no hit at all.
+    A hit moves the entry, which costs more than under a lazy policy. A scan of cold keys flushes all of it.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -47,9 +46,8 @@ class LruPolicy:
 class SievePolicy:
     """Gives up the first unvisited entry that a hand meets on its way from old to young.
 
-    SIEVE (Zhang et al., NSDI 2024). Unlike CLOCK's, its survivors stay where they are, so newcomers are sifted
-    soon after they arrive. Lazy: a hit only counts. A call of `evict` passes each visited entry once and
-    resets it, so the steps are paid for by earlier hits.
+    SIEVE (Zhang et al., NSDI 2024). Unlike CLOCK's, its survivors stay where they are, so newcomers are sifted soon.
+    Lazy: a hit only counts. `evict` passes each visited entry once and resets it, so earlier hits pay for its steps.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -100,11 +98,9 @@ class _Bucket(Ring):
 class LfuPolicy:
     """Gives up the entry with the fewest hits since it was admitted (Shah, Mitra and Matani, 2010).
 
-    Of entries with equally many hits, the one that reached that number first goes first; a newcomer counts as
-    one use. Counts do not age: once popular is for ever popular, so it suits only a popularity that stands still.
-
-    `Entry.visits` is the number of uses. The bucket list is what keeps `forget` O(1): when the lowest bucket
-    becomes empty, the next one is a link away and not a search.
+    Of entries with equally many hits, the one that reached that number first goes first; a newcomer counts as one use.
+    Counts do not age, so it suits only a popularity that stands still. `Entry.visits` is the number of uses. The buckets
+    are linked, so that the one after the lowest is found without a search.
     """
 
     def __init__(self, capacity: int | None = None) -> None:

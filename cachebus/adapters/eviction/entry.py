@@ -12,11 +12,9 @@ NEVER = float("inf")
 class Entry:
     """One key of a memory store: the value, its validity, and a policy's bookkeeping.
 
-    An entry costs 96 bytes, which is why it has these slots and no others: one more makes it 112. `prev` and `next` link
-    it into a policy's `Ring` with no node object in between; `visits` is a small integer that CPython shares.
-
-    `visits` counts the hits since the policy last looked, up to `VISITS_MAX`; the store counts them itself, so that a hit
-    under a lazy policy is one comparison. Under a policy with an `on_hit` it is the policy's own.
+    An entry costs 96 bytes; one more slot makes it 112. `prev` and `next` link it into a policy's `Ring`. `visits` counts
+    the hits since the policy last looked, up to `VISITS_MAX`. The store counts them itself, so that a hit under a lazy
+    policy is one comparison. Under a policy with an `on_hit` it is the policy's own.
     """
 
     __slots__ = ("expires_at", "key", "next", "prev", "tags", "value", "version", "visits")
@@ -105,8 +103,7 @@ class Ring:
 class EvictionPolicy(Protocol):
     """Orders the entries of a full store by how soon they may go. Every method is O(1), amortised.
 
-    The store makes room *before* it admits: `evict` as often as the bounds ask, then `admit`. So a value that
-    was just set is there to be read, whatever the policy thinks of it.
+    The store makes room *before* it admits an entry, so a value that was just set can be read whatever the policy does.
     """
 
     on_hit: Callable[[Entry], None] | None
@@ -128,6 +125,4 @@ class EvictionPolicy(Protocol):
     def clear(self) -> None:
         """Forget everything, what was learned included."""
 
-    def __len__(self) -> int:
-        """How many entries the policy holds."""
-        ...
+    def __len__(self) -> int: ...

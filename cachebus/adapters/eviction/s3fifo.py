@@ -19,8 +19,7 @@ _NUDGE = 1 / 1024
 class Gate:
     """A share of the candidates that may pass, raised by duels won and lowered by duels lost.
 
-    It counts instead of drawing lots: at a share of 1/8 exactly every eighth candidate passes, so the same requests
-    always have the same outcome.
+    It counts instead of drawing lots, so that the same requests always have the same outcome.
     """
 
     def __init__(self, floor: float, ceiling: float) -> None:
@@ -34,7 +33,6 @@ class Gate:
         self._credit = 0.0
 
     def passes(self) -> bool:
-        """Whether the next candidate may pass."""
         self._credit += self.share
         if self._credit < 1.0:
             return False
@@ -52,17 +50,15 @@ class Gate:
 class Duels:
     """Which of two was the better one to keep: the challenger that came in, or the defender that went for it?
 
-    The one that is asked for first wins. The defender's return is a miss, which the policy sees; the challenger's
-    hit shows in its `visits` when the hand of the policy passes, when the defender returns, or when the defender
-    is too old to be remembered.
+    The one that is asked for first wins. The defender's return is a miss, which the policy sees. The challenger's hit
+    shows in its `visits` when the policy passes it, or when the defender returns or is too old to be remembered.
 
     Remembers the keys of defenders only, and a challenger only while it is resident: no value outlives its entry.
     """
 
     def __init__(self) -> None:
-        # By the defender's key: the challenger and the gate it came through; the gate alone when the challenger was given
-        # up without a hit; `None` when the duel is over. Not a dict: finding the oldest key of a dict is O(n) in the keys
-        # that were deleted before it.
+        # By the defender's key: the challenger and its gate; the gate alone if the challenger was given up without a hit;
+        # `None` if the duel is over. In a plain dict, finding the oldest key is O(n) in the keys deleted before it.
         self._defenders: OrderedDict[str, tuple[Entry, Gate] | Gate | None] = OrderedDict()
         self._trials: dict[str, str] = {}
 
@@ -119,15 +115,15 @@ class S3FifoPolicy:
     """Sifts newcomers in a small queue and keeps the proven in a main one, as much as that proves right.
 
     From S3-FIFO (Yang et al., SOSP 2023): a small and a main FIFO, lazy hits, and a ghost, the memory of keys that the
-    small queue gave up; a key that returns while the ghost knows it goes straight to the main queue.
+    small queue gave up. A key that returns while the ghost knows it goes straight to the main queue.
 
-    Three things are our own, and docs/decisions/0003-default-eviction-policy.md says what each is worth:
+    Three things are our own. docs/decisions/0003-default-eviction-policy.md says what each is worth:
 
     * The main queue is filled first, so that a loop larger than the cache finds a set that stays.
-    * A returned key passes a `Gate` on its way to the main queue. In a loop that is a little too large each would
-      take the place of one that is due sooner, and the gate closes; where popularity moves it stays open.
-    * Now and then an unproven key takes the place of a main entry without a hit: otherwise nothing would
-      push a dead main queue out. That, too, passes a gate. What the gates learn from are `Duels`.
+    * A returned key passes a `Gate` on its way to the main queue. The gate closes in a loop that is a little too large,
+      where each key would take the place of one that is due sooner. It stays open if popularity moves.
+    * Now and then an unproven key takes the place of a main entry without a hit, if another gate lets it: otherwise
+      nothing would push a dead main queue out. The gates learn from `Duels`.
 
     `evict` is amortised O(1): it passes an entry only by taking a visit from it, or by moving it once from small to main.
     The ghosts together hold at most twice as many keys as there are entries, and none before the first eviction.
@@ -196,7 +192,9 @@ class S3FifoPolicy:
                 self._duels.begin(entry, defender, self._chance, self._duel_bound)
                 return defender
             else:
-                self._remember(key)
+                self._ghost[key] = None
+                while len(self._ghost) > self._ghost_bound:
+                    self._ghost.popitem(last=False)
                 return entry
         while self._spared(defender := main.oldest()):
             pass
@@ -223,12 +221,6 @@ class S3FifoPolicy:
             self._duels.lost(entry)
         if entry is self._newest:
             self._newest = None
-
-    def _remember(self, key: str) -> None:
-        ghost = self._ghost
-        ghost[key] = None
-        while len(ghost) > self._ghost_bound:
-            ghost.popitem(last=False)
 
     def clear(self) -> None:
         self._small.clear()

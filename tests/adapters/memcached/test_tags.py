@@ -11,7 +11,7 @@ from anyio import to_thread
 from cachebus import CacheInvalidationError, CacheKeyError, open_cache
 from cachebus.adapters.memcached import MemcachedStore
 from cachebus.adapters.memcached_keys import ALL_TAGS
-from cachebus.adapters.memcached_tags import REMEMBERED_KEYS, REMEMBERED_TAGS, TagMemory
+from cachebus.adapters.memcached_session import REMEMBERED_KEYS, REMEMBERED_TAGS, TagMemory
 from cachebus.messages import (
     Add,
     CompareAndSet,
