@@ -70,7 +70,7 @@ class Micro:
     async def open(self) -> None:
         """Begin to answer."""
         self._base["version"] = await asyncio.to_thread(_installed_version)  # It is read from a file.
-        verbs = {"PING": lambda msg: self._answer(msg.reply, "ping", {}), "INFO": self._info, "STATS": self._stats}
+        verbs = {"PING": self._ping, "INFO": self._info, "STATS": self._stats}
         for verb, answer in verbs.items():
             for subject in (f"{PREFIX}.{verb}", f"{PREFIX}.{verb}.{NAME}", f"{PREFIX}.{verb}.{NAME}.{self.id}"):
                 self._listeners.append(await self._connection.listen(subject, answer))
@@ -83,6 +83,9 @@ class Micro:
         if self._task is not None:
             await asyncio.wait([self._task], timeout=SNAPSHOT_WAIT)
             self._task.cancel()
+
+    def _ping(self, msg: Delivery) -> None:
+        self._answer(msg.reply, "ping", {})
 
     def _info(self, msg: Delivery) -> None:
         endpoints = [
