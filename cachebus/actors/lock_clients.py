@@ -28,7 +28,7 @@ from cachebus.messages import (
 from .actor import Context
 from .guard_policy import GuardPolicy
 from .ports import BatchStore, InlineLockStore, PipelinedStore
-from .resilience import AwaitedStore, Guard, LazyStore
+from .resilience import AwaitedStore, Guard, LazyStore, as_pipelined
 
 Then = Callable[[Reply], None]  # Takes the reply; an error is a `Failed`.
 MAX_BATCH = 128
@@ -92,7 +92,7 @@ class LockStoreClient:
         self._ctx = ctx
         self._now = ctx.clock.monotonic
         self._lazy = LazyStore(store, self._opened)
-        self._target = self._as_pipelined(self._lazy)
+        self._target: PipelinedStore | AwaitedStore | LazyStore = self._lazy
         self._guard = Guard(policy, ctx, store.name)
         self._outbox: deque[tuple[Request[Any], Then]] = deque()
         self._wake: TaskPort | None = None
@@ -154,10 +154,7 @@ class LockStoreClient:
             self._outbox.popleft()[1](Failed.of(CacheClosed("the lock manager was stopped")))
 
     def _opened(self) -> None:
-        self._target, self._is_open = self._as_pipelined(self._store), True
-
-    def _as_pipelined(self, store: Any) -> PipelinedStore | AwaitedStore:
-        return store if isinstance(self._store, PipelinedStore) else AwaitedStore(store)
+        self._target, self._is_open = as_pipelined(self._store), True
 
     def _until_done(self, request: ReleaseLock, then: Then) -> Then:
         """Wrap `then`: it gets the reply, and the request is repeated if the reply is that of no store."""

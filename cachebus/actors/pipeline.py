@@ -56,6 +56,7 @@ class RequestPipeline:
         self._max_batch = store.max_batch
         self._max_bytes = max_bytes
         self._deadlines = running_deadlines()
+        self.takes_turns = self._deadlines is not None  # Requests may be taken on the sender's stack: on asyncio.
         self._thread = get_ident()
         self._open: SlotBatch | None = None
         self._blocked: SlotBatch | None = None
@@ -63,11 +64,6 @@ class RequestPipeline:
         self._lone = True
         self._is_scheduled = False
         guard.on_free = self._resume
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether requests may be taken on the sender's stack: on asyncio."""
-        return self._deadlines is not None
 
     def __repr__(self) -> str:
         waiting = 0 if self._open is None else len(self._open.slots)

@@ -80,13 +80,13 @@ class LazyStore:
         await self._open()
         return await self._store.execute(batch)
 
-    def try_submit(self, batch: Batch, on_replies: OnReplies) -> None:
+    def try_submit(self, batch: Batch, on_replies: OnReplies) -> Progress | None:
         """Do nothing: opening has to be waited for."""
+        return None
 
     async def submit(self, batch: Batch, on_replies: OnReplies) -> Progress:
         await self._open()
-        assert isinstance(self._store, PipelinedStore)
-        return await self._store.submit(batch, on_replies)
+        return await as_pipelined(self._store).submit(batch, on_replies)
 
     async def _open(self) -> None:
         async with self._opening:
@@ -96,7 +96,12 @@ class LazyStore:
                 opened()
 
 
-_Store = PipelinedStore | AwaitedStore
+def as_pipelined(store: BatchStore) -> PipelinedStore | AwaitedStore:
+    """The store itself if it can have several batches under way, else an adapter."""
+    return store if isinstance(store, PipelinedStore) else AwaitedStore(store)
+
+
+_Store = PipelinedStore | AwaitedStore | LazyStore
 
 
 class Guard:

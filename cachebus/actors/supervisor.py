@@ -52,14 +52,15 @@ class RestartPolicy(msgspec.Struct, frozen=True):
         return chance.uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(crashes - 2, 100)))
 
 
-class _Charge(msgspec.Struct, eq=False):
+class _Charge:
     """One actor under supervision."""
 
-    cell: Cell
-    factory: Callable[[], Actor]
-    done: anyio.Event = msgspec.field(default_factory=anyio.Event)
-    pause_scope: anyio.CancelScope = msgspec.field(default_factory=anyio.CancelScope)
-    lives_scope: anyio.CancelScope = msgspec.field(default_factory=anyio.CancelScope)
+    def __init__(self, cell: Cell, factory: Callable[[], Actor]) -> None:
+        self.cell = cell
+        self.factory = factory
+        self.done = anyio.Event()
+        self.pause_scope = anyio.CancelScope()
+        self.lives_scope = anyio.CancelScope()
 
 
 class Supervisor:

@@ -43,8 +43,6 @@ from .redis_scripts import STAMP
 from .redis_walk import Walks, matching, scan_words, submitted
 from .redis_watch import ChannelSubscription, LeaseWatch
 
-__all__ = ["RedisClusterStore"]
-
 MOST_WALKS = 3  # How often a walk begins again because slots have changed hands during it.
 _CURSOR = re.compile(r"([0-9]{1,20})@(.+)", re.DOTALL)
 
@@ -262,10 +260,8 @@ def _looks_for_tags(batch: Sequence[Request[Any]], space: TagSpace) -> Command |
 
 class Stamps:
     """The stamps of the requests of a batch: `commands` ask for them, `by_place` has them then, or why there are none.
-
-    A stamp is read before what it is for is begun: before a lease is asked for, and before a value is written. So what is
-    invalidated meanwhile is invalid when it is stored, because its stamp is older than the counter.
-    """
+    A stamp is read before what it is for is begun: before a lease is asked for, and before a value is written. So what
+    is invalidated meanwhile is invalid when it is stored, because its stamp is older than the counter."""
 
     def __init__(self, batch: Sequence[Request[Any]], space: TagSpace, default_ttl: float | None) -> None:
         self.by_place: dict[int, bytes | CacheError] = {}

@@ -188,10 +188,8 @@ def _sendable_again(
     commands: Sequence[Command], unknown: Iterable[Command], behind: Iterable[Any]
 ) -> Sequence[Command]:
     """Of a batch, those of the commands `unknown` to the server that may be sent once more; the others are failed.
-
-    `behind` are keys that what was sent after the batch may change. The server has done that, and the rest of the batch, or
-    is about to: a value that was written now would stand where it has been replaced or deleted.
-    """
+    `behind` are keys that what was sent after the batch may change. The server has done that, and the rest of the
+    batch, or is about to: a value that was written now would stand where it has been replaced or deleted."""
     changed, unknown = set(behind), set(unknown)
     again: list[Command] = []
     for command in reversed(commands):

@@ -6,7 +6,8 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import hiredis
 
@@ -72,10 +73,8 @@ class Connector:
         return replace(self, tls=await asyncio.to_thread(self.tls.context, BACKEND))
 
     async def connect(self, place: Endpoint, role: Role = "any") -> RedisConnection:
-        """A connection that is ready. As a `master`, a server that is none is refused.
-
-        Raises `CacheConnectionError`, or `CacheConfigurationError` for what another attempt will not mend.
-        """
+        """A connection that is ready. As a `master`, a server that is none is refused. Raises `CacheConnectionError`,
+        or `CacheConfigurationError` for what another attempt will not mend."""
         try:
             async with asyncio.timeout(self.timeout):
                 connection = await self._open(place)
@@ -92,10 +91,8 @@ class Connector:
 
     async def _open(self, place: Endpoint) -> RedisConnection:
         loop = asyncio.get_running_loop()
-
-        def protocol() -> RedisConnection:
-            return RedisConnection(str(place), self.clock, window=self.window, health_interval=self.health_interval)
-
+        options: dict[str, Any] = {"window": self.window, "health_interval": self.health_interval}
+        protocol = partial(RedisConnection, str(place), self.clock, **options)
         if place.path:
             _, connection = await loop.create_unix_connection(protocol, place.path)
         else:

@@ -139,10 +139,8 @@ def read_run(raws: Iterable[Any], now: float) -> list[Found | Missing | Failed]:
 
 
 def read_entry(raw: bytes | None, now: float, *, live: bool = False) -> tuple[Claim | None, Found | Missing | Failed]:
-    """The claim that an entry with tags is valid by, and the reply that the entry is then.
-
-    `now` is the server's Unix time in seconds, as we know it; an entry that is `live` is live to the server.
-    """
+    """The claim that an entry with tags is valid by, and the reply that the entry is then. `now` is the server's Unix
+    time in seconds, as we know it; an entry that is `live` is live to the server."""
     if raw is None:
         return None, MISSING
     claim: Claim | None = None

@@ -138,10 +138,8 @@ def _call(function: Callable[..., None], *arguments: Any) -> None:
 
 class LeaseWatch:
     """The callers in this process that wait for leases of one namespace, at most `limit`. For one asyncio event loop.
-
-    Nothing is connected before the first caller waits. At most `memory` recent ends are remembered: a caller may have heard
-    of a lease before its end and ask after it.
-    """
+    Nothing is connected before the first caller waits. At most `memory` recent ends are remembered: a caller may have
+    heard of a lease before its end and ask after it."""
 
     def __init__(
         self, subscribe: Callable[..., ChannelSubscription], namespace: str, *, limit: int = 10_000, memory: int = 4096

@@ -23,6 +23,7 @@ from cachebus.messages import (
     CacheConnectionError,
     CacheError,
     Event,
+    EventsMissed,
     Heartbeat,
     Ping,
 )
@@ -235,7 +236,7 @@ class NatsBus(LocalBus):
 
     def _back(self) -> None:
         self._outbox.wake()
-        self._listener.missed_some()
+        self._emitter.emit(EventsMissed(source="", event="", count=0))  # How many is not known.
         for claim in self._claims.values():
             try:
                 claim.say("again")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,22 @@ async def connect(
         faults: list[Exception] = []
         try:
             async with asyncio.timeout(options.connect_timeout):
-                await _connect(client, options, server, secrets, _callbacks(faults, on_error, on_end))
+                await client.connect(
+                    servers=[f"{'tls' if options.tls else 'nats'}://{server}"],
+                    name=options.name,
+                    allow_reconnect=False,
+                    # Two tries, and then the next server: with 0 nats-py would try for ever.
+                    max_reconnect_attempts=1,
+                    reconnect_time_wait=0,
+                    connect_timeout=options.connect_timeout,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+                    ping_interval=options.ping_interval,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+                    max_outstanding_pings=2,
+                    no_echo=True,
+                    inbox_prefix=options.inbox_prefix,
+                    pending_size=PENDING,
+                    **_callbacks(faults, on_error, on_end),
+                    **secrets,
+                )
             return client
         except (nats.errors.Error, OSError, TimeoutError) as error:
             # What nats-py raises at last may be that no server is left; what it was told first says why.
@@ -66,30 +81,7 @@ async def connect(
     raise CacheConnectionError(f"no NATS server can be reached ({'; '.join(reasons)})", "nats")
 
 
-async def _connect(
-    client: CompatClient, options: NatsOptions, server: str, secrets: dict[str, Any], calls: Any
-) -> None:
-    await client.connect(
-        servers=[f"{'tls' if options.tls else 'nats'}://{server}"],
-        name=options.name,
-        allow_reconnect=False,
-        # Two tries, and then the next server: with 0 nats-py would try for ever.
-        max_reconnect_attempts=1,
-        reconnect_time_wait=0,
-        connect_timeout=options.connect_timeout,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        ping_interval=options.ping_interval,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        max_outstanding_pings=2,
-        no_echo=True,
-        inbox_prefix=options.inbox_prefix,
-        pending_size=PENDING,
-        **calls,
-        **secrets,
-    )
-
-
-def _callbacks(
-    faults: list[Exception], on_error: OnError, on_end: Callable[[], None]
-) -> dict[str, Callable[..., Awaitable[None]]]:
+def _callbacks(faults: list[Exception], on_error: OnError, on_end: Callable[[], None]) -> dict[str, Any]:
     async def error(exception: Exception) -> None:
         faults.append(exception)
         del faults[8:]

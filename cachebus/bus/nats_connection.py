@@ -129,11 +129,6 @@ class NatsConnection:
         except OSError as error:
             raise CacheConnectionError(f"NATS does not take the message: {type(error).__name__}", "nats") from None
 
-    @property
-    def backlog(self) -> int:
-        """Bytes that wait for the socket."""
-        return self._client.backlog if self._client is not None else 0
-
     async def flush(self) -> None:
         """Return when the server has handled everything that was sent so far. Raises `CacheConnectionError`."""
         try:
@@ -175,8 +170,7 @@ class NatsConnection:
         client = await connect(self.options, self._servers, self._heard, self._look)
         client.connected(began)
         self.max_payload = client.max_payload
-        known = set(self._servers)
-        found = {str(each.netloc).rpartition("@")[2] for each in client.discovered_servers} - known
+        found = {str(each.netloc).rpartition("@")[2] for each in client.discovered_servers}.difference(self._servers)
         self._servers = [*self._servers, *sorted(found)][:64]
         return client
 

@@ -73,9 +73,6 @@ class Outbox:
         self._open = False
         self._idle: asyncio.Future[None] | None = None  # Answered when nothing can be sent any more, or now.
 
-    def __len__(self) -> int:
-        return len(self._events)
-
     def __repr__(self) -> str:
         return f"<Outbox {len(self._events)}/{self._capacity} waiting, {self._counters.events_dropped} dropped>"
 
@@ -135,7 +132,7 @@ class Outbox:
         if not self._open:
             return
         if events and connection.up:
-            if connection.backlog > _ENOUGH:
+            if connection.client.backlog > _ENOUGH:
                 self._scheduled = True
                 self._loop.call_later(_PAUSE, self._flush)
                 return
@@ -253,10 +250,6 @@ class EventListener:
         await asyncio.sleep(0)
         await self._settled.wait()
         await self._connection.flush()
-
-    def missed_some(self) -> None:
-        """The connection was away: what was sent meanwhile is not known."""
-        self._emitter.emit(EventsMissed(source="", event="", count=0))
 
     def _look(self) -> None:
         self._settled.clear()

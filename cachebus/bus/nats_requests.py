@@ -162,9 +162,8 @@ class RemoteRecipient:
             self._hold()
 
     def obstacle_to_blocking(self) -> str | None:
-        if running_loop() is not None:
-            return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
-        return None
+        obstacle = "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
+        return None if running_loop() is None else obstacle
 
     # Out
 
