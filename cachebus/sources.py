@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from cachebus.messages import CacheConfigurationError
 
 from .options import unknown_option
-from .urls import Text, is_url, known_schemes, redact_url
+from .urls import Text, is_url, known_schemes, parse_bus_url, redact_url
 
 PREFIX = "CACHEBUS_"
 """The beginning of the name of every environment variable of cachebus."""
@@ -46,12 +46,21 @@ def with_sources(fields: Mapping[str, FieldInfo], keywords: Mapping[str, Any]) -
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return two mappings as one. Mappings in both are merged, of everything else that of `above` counts."""
+    """Return two mappings as one. Mappings in both are merged, as is the URL of a bus; else the value of `above` counts."""
     both = {**below, **above}
     for name in below.keys() & above.keys():
-        if isinstance(below[name], dict) and isinstance(above[name], dict):
-            both[name] = _merged(below[name], above[name])
+        under, over = below[name], above[name]
+        if name == "bus" and isinstance(under, dict | str) and isinstance(over, dict):
+            under = _bus_options(under)
+        elif name == "bus" and isinstance(under, dict) and isinstance(over, str):
+            over = _bus_options(over)
+        if isinstance(under, dict) and isinstance(over, dict):
+            both[name] = _merged(under, over)
     return both
+
+
+def _bus_options(bus: dict[str, Any] | str) -> dict[str, Any]:
+    return dict(parse_bus_url(bus)) if isinstance(bus, str) else bus
 
 
 def _read_environment(fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
@@ -67,8 +76,8 @@ def _read_environment(fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
         value = _decoded(name, kind, given[name])
         if not option:
             values[group] = value
-        elif isinstance(within := values.setdefault(group, {}), dict):
-            within[option[0]] = value
+        else:
+            values = _merged(values, {group: {option[0]: value}})
     return values
 
 

@@ -130,3 +130,19 @@ def test_a_backend_on_the_bus_needs_a_bus_and_a_name_that_is_one_word() -> None:
 def test_a_namespace_that_could_be_read_as_syntax_is_refused(namespace: str) -> None:
     with pytest.raises(CacheConfigurationError, match="namespace"):
         Settings(namespace=namespace, bus=NatsSettings())
+
+
+def test_the_url_of_a_bus_and_its_options_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHEBUS_BUS__TOKEN", "secret")
+    monkeypatch.setenv("CACHEBUS_BUS__WINDOW", "4")
+    monkeypatch.setenv("CACHEBUS_BUS", "nats://a:4222?window=3")
+    for settings, host, window in (
+        (Settings(), "a:4222", 4),
+        (load_settings({"bus": "nats://b:4222"}), "b:4222", 4),
+        (Settings(bus="nats://c:4222?window=9"), "c:4222", 9),
+    ):
+        assert isinstance(settings.bus, NatsSettings)
+        assert (settings.bus.hosts, settings.bus.window) == ((host,), window)
+        assert settings.bus.token is not None
+        assert settings.bus.token.get_secret_value() == "secret"
+    assert Settings(bus=None).bus is None

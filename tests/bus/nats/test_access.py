@@ -185,7 +185,7 @@ async def test_a_bus_is_opened_once(nats_server: Server) -> None:
 
 async def test_the_sample_of_permissions_separates_callers_from_tellers(monkeypatch: pytest.MonkeyPatch) -> None:
     for user in ("WORKER", "CALLER", "LISTENER", "TELLER", "OPERATOR", "KEEPER"):
-        monkeypatch.setenv(f"CACHEBUS_{user}_PASSWORD", SECRET)
+        monkeypatch.setenv(f"NATS_{user}_PASSWORD", SECRET)
     with run_nats("--config", str(ROOT / "docs" / "nats.conf")) as server:
 
         def as_(user: str) -> NatsBus:
