@@ -157,10 +157,10 @@ class Cache(CacheCoordination):
         self._turns_left = left = self._turns_left - 1
         if type(reply) is Found and left > 0:
             return reply.value
-        # A reply that must be waited for suspends anyway: it needs no checkpoint, and so one coroutine less. Most replies of
-        # a remote backend are awaited and read right here, which saves another one.
+        # A reply that is awaited needs no checkpoint. Most replies of a remote backend are read right here: a coroutine less.
         if type(reply) is ReplySlot and self._within is not None and key and key.isascii():
-            slot = reply
+            # Looked up now: the cache may be closed meanwhile.
+            slot, value_of, finish = reply, self._value_of, self._finish
             try:
                 reply = await slot.within(*self._within)
             except BaseException:
@@ -168,13 +168,13 @@ class Cache(CacheCoordination):
                 raise
             if type(reply) is Missing:
                 return default
-            if type(reply) is Found and (value := self._value_of(key, reply.value, default)) is not UNREAD:
+            if type(reply) is Found and (value := value_of(key, reply.value, default)) is not UNREAD:
                 return value
+            found = await finish(request, reply)
+        elif reply is None and key and key.isascii():
             found = await self._finish(request, reply)
-            return found.value if isinstance(found, Found) else default
-        found = await (
-            self._finish(request, reply) if reply is None and key and key.isascii() else self.finish_get(request, reply)
-        )
+        else:
+            found = await self.finish_get(request, reply)
         return found.value if isinstance(found, Found) else default
 
     async def lookup(self, key: str) -> Found | Missing:

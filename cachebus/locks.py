@@ -264,11 +264,11 @@ class Lock:
             self._way.hold(self._ticket, self.ttl, lambda: self._renew(self._way.ask))
 
     async def _renew(self, ask: Any) -> bool:
-        ticket, sent = self._ticket, self._way.now()
+        ticket, ttl, sent = self._ticket, self.ttl, self._way.now()
         if self._lost or not ticket:
             return False
         try:
-            reply = await ask(RenewLock(self.name, ticket, self.ttl))
+            reply = await ask(RenewLock(self.name, ticket, ttl))
         except LockNotHeld:
             self._lose(ticket)
             raise
@@ -276,7 +276,7 @@ class Lock:
             self._lose(ticket)
             return False
         if self._ticket == ticket:
-            self._expires_at = sent + self.ttl
+            self._expires_at = sent + ttl  # Not that of an `extend` that was called meanwhile.
         return True
 
     async def is_locked(self) -> bool:

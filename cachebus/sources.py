@@ -32,8 +32,8 @@ FORMATS = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML", ".json": "JSON"}
 """The suffixes of files that can be read."""
 
 
-# What Kubernetes sets in every container for a service that is called "cachebus".
-_SERVICE = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
+# What Kubernetes sets in every container for a service that is called "cachebus", and the servers of `cachebus.testing`.
+_OTHERS = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?|TEST_\w+_URL")
 
 
 def with_sources(fields: Mapping[str, FieldInfo], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _read_environment(fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
     variables = {f"{PREFIX}{'__'.join(path)}".upper(): (path, kind) for path, kind in _variables(fields)}
     given = {name.upper(): text for name, text in os.environ.items() if name.upper().startswith(PREFIX)}
     for name in sorted(given.keys() - variables.keys()):
-        if not _SERVICE.fullmatch(name.removeprefix(PREFIX)):
+        if not _OTHERS.fullmatch(name.removeprefix(PREFIX)):
             raise CacheConfigurationError(f"environment variable {name}: {unknown_option(name, list(variables))}")
     values: dict[str, Any] = {}
     for name, ((group, *option), kind) in variables.items():
@@ -97,7 +97,7 @@ def _decoded(name: str, kind: Any, text: str) -> Any:
         return Text(text)
     try:
         return _as_text(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         example = '["memory://?max_entries=100"]' if group == "backends" else '{"max_restarts": 3}'
     raise CacheConfigurationError(f"environment variable {name}: expected JSON, such as {example}")
 

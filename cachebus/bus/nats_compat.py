@@ -286,10 +286,10 @@ class _BatchParser(Parser):
                             sid, subject.encode(), reply.encode(), data[body + head : stop], data[body : body + head]
                         )
                         continue
-                held += stop - body
-                if len(run) >= found.pending_messages or held > found.pending_bytes:
+                if len(run) >= found.pending_messages or held + stop - body > found.pending_bytes:
                     await client._error_cb(nats.errors.SlowConsumerError(subject, reply, sid, client._subs[sid]))
                     continue
+                held += stop - body
                 run.append(Delivery(subject, reply, data[body + head : stop], data[body : body + head]))
         except (ValueError, IndexError):
             raise nats.errors.ProtocolError from None

@@ -36,6 +36,7 @@ logger = logging.getLogger("cachebus.bus")
 _ENOUGH = 1024 * 1024  # Bytes that may wait for the socket before events wait for them.
 _PAUSE = 0.002  # Seconds until it is looked again whether fewer bytes wait.
 _FIRST_LINE = b"NATS/1.0\r\nContent-Type:"
+_GROUP = 32  # Events that are written at once: they may be large.
 _TURN = 128  # Events that are sent before other tasks run.
 _ORIGINS = 10_000  # Numberings that are remembered, at most; those not heard for longest are forgotten.
 
@@ -136,7 +137,9 @@ class Outbox:
                 self._scheduled = True
                 self._loop.call_later(_PAUSE, self._flush)
                 return
-            self._send([events.popleft() for _ in range(min(len(events), _TURN))])
+            for _ in range(_TURN // _GROUP):
+                if events and connection.client.backlog <= _ENOUGH:
+                    self._send([events.popleft() for _ in range(min(len(events), _GROUP))])
             if events:
                 if not self._scheduled:
                     self._scheduled = True
@@ -288,7 +291,9 @@ class EventListener:
         head = delivery.head
         if not head.startswith(self._head) or not self._head:
             self._content_type = delivery.headers.get("Content-Type", JSON)
-            self._head = head[: head.find(b"\r\n", len(_FIRST_LINE)) + 2] if head.startswith(_FIRST_LINE) else b""
+            # Known up to the end of the first line; a head of another form is read each time.
+            end = head.find(b"\r\n", len(_FIRST_LINE)) if head.startswith(_FIRST_LINE) else -1
+            self._head = b"" if end < 0 else head[: end + 2]
         try:
             event = decode_one(delivery.data, self._content_type)
         except CacheError:

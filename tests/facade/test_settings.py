@@ -378,7 +378,8 @@ def test_a_mistyped_variable_is_refused(variable: str, nearest: str, monkeypatch
 
 
 def test_what_kubernetes_sets_for_a_service_called_cachebus_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR"):
+    services = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR")
+    for name in (*services, "TEST_REDIS_URL", "TEST_MEMCACHED_URL", "TEST_NATS_URL"):
         monkeypatch.setenv(f"CACHEBUS_{name}", "tcp://10.0.0.1:80")
     assert load_settings() == Settings()
 

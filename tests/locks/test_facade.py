@@ -249,6 +249,32 @@ async def test_what_is_extended_is_renewed_for_as_long(cache: Cache) -> None:
             await lock.extend(0)
 
 
+async def test_a_renewal_under_way_grants_no_longer_time_that_is_asked_for_meanwhile(cache: Cache) -> None:
+    lock = await cache.lock("a", ttl=5, renew=False).acquire()
+    ask, gate = lock._ask, anyio.Event()
+    asked: list[float] = []
+
+    async def slow(request: Any) -> Any:
+        if not isinstance(request, RenewLock):
+            return await ask(request)
+        asked.append(request.ttl)
+        if len(asked) > 1:
+            raise CacheTimeoutError("no answer", "locks", 1.0)  # The longer time is not granted.
+        reply = await ask(request)
+        await gate.wait()
+        return reply
+
+    lock._ask = slow
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lock.extend)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(CacheTimeoutError):
+            await lock.extend(100)
+        gate.set()
+    assert asked == [5, 100]
+    assert lock.remaining <= 5
+
+
 async def test_a_grant_that_comes_late_is_renewed_before_it_is_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = ManualClock()
     async with open_cache("memory://", clock=clock) as cache:

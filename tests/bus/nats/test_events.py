@@ -166,3 +166,34 @@ async def test_events_from_a_thread_go_out(connect: Connect) -> None:
 async def test_a_kind_that_does_not_exist_is_refused(connect: Connect) -> None:
     with pytest.raises((CacheConfigurationError, ValueError), match="no kind of event is called 'cache_hits'"):
         await connect(events=("cache_hits",))
+
+
+async def test_a_head_without_an_end_of_line_is_one_bad_event(
+    connect: Connect, nats_server: Server, namespace: str
+) -> None:
+    here, there = await connect(), await connect()
+    subject = Subjects(namespace).event(CacheSet, "primary").encode()
+    head = b"NATS/1.0\r\nContent-Type: text/plain"
+    with here.subscribe(CacheSet) as heard:
+        await here.settled()
+        reader, writer = await asyncio.open_connection(nats_server.host, nats_server.port)
+        writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+        writer.write(b"HPUB %b %d %d\r\n%b{}\r\nPING\r\n" % (subject, len(head), len(head) + 2, head))
+        while await reader.readline() != b"PONG\r\n":
+            pass
+        writer.close()
+        for number in range(3):
+            Emitter(there, "primary").emit(CacheSet(key=f"k{number}"))
+        async with asyncio.timeout(T):
+            assert [getattr(await anext(heard), "key", "") for _ in range(3)] == ["k0", "k1", "k2"]
+    assert here.counters.bad_messages == 1
+
+
+async def test_large_events_leave_in_several_writes(connect: Connect) -> None:
+    bus = await connect(outbox=200)
+    for number in range(120):
+        Emitter(bus, "primary").emit(CacheSet(key=f"{number:03}" + "x" * 700_000))
+    async with asyncio.timeout(T):
+        while bus.counters.events_sent + bus.counters.events_dropped < 120:
+            await asyncio.sleep(0.01)
+    assert (bus.counters.events_sent, bus.counters.events_dropped) == (120, 0)
