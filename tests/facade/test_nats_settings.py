@@ -139,7 +139,7 @@ def test_the_url_of_a_bus_and_its_options_are_one_group(monkeypatch: pytest.Monk
     for settings, host, window in (
         (Settings(), "a:4222", 4),
         (load_settings({"bus": "nats://b:4222"}), "b:4222", 4),
-        (Settings(bus="nats://c:4222?window=9"), "c:4222", 9),
+        (load_settings(bus="nats://c:4222?window=9"), "c:4222", 9),
     ):
         assert isinstance(settings.bus, NatsSettings)
         assert (settings.bus.hosts, settings.bus.window) == ((host,), window)
