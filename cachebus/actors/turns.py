@@ -9,6 +9,7 @@ finds the token gone looks for the holder on the stacks of all threads. If no th
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import operator
 import signal
@@ -77,9 +78,12 @@ class TurnToken:
 
     def _seems_held(self) -> bool:
         # The three are read in one step of C, during which no other thread runs: else the turn could be given back and
-        # taken again between two of them.
+        # taken again between two of them. Without a garbage collection in it: some releases of Python make the frames under
+        # a lock that a starting thread needs too, so a finalizer that lets other threads run stops the process for good
+        # (https://github.com/python/cpython/issues/106883).
         looks: tuple[Any, ...] = (_frames_of_threads, self.free.__len__, functools.partial(_IS_SUSPENDED, self))
-        frames, free, waits = map(operator.call, looks)
+        restore = gc.enable if gc.isenabled() else gc.isenabled
+        _, frames, free, waits, _ = map(operator.call, (gc.disable, *looks, restore))
         return bool(free or waits) or any(map(self._is_inside, frames.values()))
 
     def _is_inside(self, frame: FrameType | None) -> bool:

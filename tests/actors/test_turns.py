@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
+import pytest
+
+from cachebus.actors import turns
 from cachebus.actors.turns import Token, TurnToken
 
 
@@ -28,6 +32,28 @@ def test_a_stack_whose_callers_are_no_longer_known_counts_as_in_the_turn() -> No
     assert left.f_back is None
     assert token._is_inside(left)
     assert not token._is_inside(whole)
+
+
+def test_no_garbage_is_collected_while_the_frames_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finalizer would run under a lock of the interpreter, and a thread that starts meanwhile stops both for good."""
+    collecting: list[bool] = []
+
+    def frames() -> dict[int, FrameType]:
+        collecting.append(gc.isenabled())
+        return {}
+
+    monkeypatch.setattr(turns, "_frames_of_threads", frames)
+    token = TurnToken(object(), ())
+    token.free.pop()
+    assert token.claim() is not None
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        token.claim()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    assert not any(collecting)
 
 
 def claimed_by_another_thread(token: TurnToken) -> Token | None:
