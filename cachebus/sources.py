@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -49,18 +49,18 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     """Return two mappings as one. Mappings in both are merged, as is the URL of a bus; else the value of `above` counts."""
     both = {**below, **above}
     for name in below.keys() & above.keys():
-        under, over = below[name], above[name]
-        if name == "bus" and isinstance(under, dict | str) and isinstance(over, dict):
-            under = _bus_options(under)
-        elif name == "bus" and isinstance(under, dict) and isinstance(over, str):
-            over = _bus_options(over)
-        if isinstance(under, dict) and isinstance(over, dict):
-            both[name] = _merged(under, over)
+        if isinstance(below[name], dict) or isinstance(above[name], dict):
+            under, over = _mapping(name, below[name]), _mapping(name, above[name])
+            if under is not None and over is not None:
+                both[name] = _merged(under, over)
     return both
 
 
-def _bus_options(bus: dict[str, Any] | str) -> dict[str, Any]:
-    return dict(parse_bus_url(bus)) if isinstance(bus, str) else bus
+def _mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """Return the options of a group: a mapping, or the URL of a bus. `None` for a value that cannot be merged."""
+    if name == "bus" and isinstance(value, str):
+        return dict(parse_bus_url(value))
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def _read_environment(fields: Mapping[str, FieldInfo]) -> dict[str, Any]:

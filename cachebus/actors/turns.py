@@ -81,9 +81,10 @@ class TurnToken:
         # taken again between two of them. Without a garbage collection in it: some releases of Python make the frames under
         # a lock that a starting thread needs too, so a finalizer that lets other threads run stops the process for good
         # (https://github.com/python/cpython/issues/106883).
-        looks: tuple[Any, ...] = (_frames_of_threads, self.free.__len__, functools.partial(_IS_SUSPENDED, self))
         restore = gc.enable if gc.isenabled() else gc.isenabled
-        _, frames, free, waits, _ = map(operator.call, (gc.disable, *looks, restore))
+        waits_of: Any = functools.partial(_IS_SUSPENDED, self)
+        looks: tuple[Any, ...] = (gc.disable, _frames_of_threads, self.free.__len__, waits_of, restore)
+        _, frames, free, waits, _ = map(operator.call, looks)
         return bool(free or waits) or any(map(self._is_inside, frames.values()))
 
     def _is_inside(self, frame: FrameType | None) -> bool:
