@@ -138,8 +138,9 @@ class Outbox:
                 self._loop.call_later(_PAUSE, self._flush)
                 return
             for _ in range(_TURN // _GROUP):
-                if events and connection.client.backlog <= _ENOUGH:
-                    self._send([events.popleft() for _ in range(min(len(events), _GROUP))])
+                self._send([events.popleft() for _ in range(min(len(events), _GROUP))])
+                if not events or connection.client.backlog > _ENOUGH:
+                    break
             if events:
                 if not self._scheduled:
                     self._scheduled = True
