@@ -219,7 +219,7 @@ class RedisClusterStore:
             if found is None:
                 raise BadMessage(f"the cursor {request.cursor[:40]!r} is none that a scan gave")
             if found[2] not in names:
-                raise CacheConnectionError("the cluster has changed during the scan: begin it anew", BACKEND)
+                raise CacheConnectionError("the cluster has changed during the scan: start the scan again", BACKEND)
             cursor, at = found[1], names.index(found[2])
         connection = await topology.node(places[at]).pool.connect()
         following, listed = await connection.call(*scan_words(self._prefix, request.pattern, cursor))

@@ -125,15 +125,6 @@ def decode_one(data: bytes, content_type: str = MSGPACK) -> Message:
     return cast("Message", message)
 
 
-def join(parts: Sequence[bytes], content_type: str = MSGPACK) -> bytes:
-    """Make the body for an array of messages that were encoded one by one: at least one, and `MAX_MESSAGES` at most."""
-    if _format(content_type) is _FORMATS[JSON]:
-        return b"[%b]" % b",".join(parts)
-    count = len(parts)
-    header = bytes((0x90 | count,)) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
-    return header + b"".join(parts)
-
-
 class _Format:
     """A content type: msgspec's encoder and decoders for it, and how it says values."""
 
