@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, TypeAlias
 
 import hiredis
@@ -37,9 +38,10 @@ from .redis_errors import BACKEND
 from .redis_leases import commit_call, lease_call
 from .redis_plan import Plan
 from .redis_runs import COMMAND_BYTES
-from .redis_scripts import READ, WRITE
+from .redis_scripts import READ
 from .redis_walk import Walks, submitted
 from .redis_watch import ChannelSubscription, LeaseWatch
+from .redis_write_script import PLAIN_BYTES, WRITE
 
 __all__ = ["Connector", "Credentials", "Endpoint", "RedisStore", "TlsFiles"]
 
@@ -199,8 +201,8 @@ class RedisStore:
         if not stores:
             return None
         names: list[Argument] = []
-        values: list[Argument] = []
-        size = 0
+        bodies: list[bytes] = []
+        lifetimes: list[str] = []
         for request in batch:
             if (
                 type(request) is not Set
@@ -211,11 +213,16 @@ class RedisStore:
             ):
                 return None
             ttl = request.ttl
-            size += len(value)
             names.append(prefix + request.key)
-            values += (b"B" + value, default_px if ttl == "default" else milliseconds(ttl), "")
-        if size >= COMMAND_BYTES:
+            bodies.append(b"B" + value)
+            lifetimes.append(default_px if ttl == "default" else milliseconds(ttl))
+        sizes = list(map(len, bodies))
+        if sum(sizes) >= COMMAND_BYTES:
             return None
+        px = lifetimes[0]
+        values: Iterable[Argument] = (*bodies, px)
+        if max(sizes) > PLAIN_BYTES or lifetimes.count(px) < len(lifetimes):
+            values = chain.from_iterable(zip(bodies, lifetimes, repeat("")))
         words = ("EVALSHA", WRITE.here.sha, len(names), *names, *values)
         return words, names, partial(_read_versions, len(names))
 
@@ -283,6 +290,8 @@ def _read_places(places: Sequence[int], values: Any, now: float) -> Sequence[Rep
 
 
 def _read_versions(count: int, versions: Any, now: float) -> Sequence[Reply]:
+    if type(versions) is int:
+        return [Stored(float(versions))] * count
     if len(versions) != count:
         raise ValueError("not one version for each value")
     return [Stored(float(version)) for version in versions]

@@ -20,7 +20,8 @@ from cachebus.messages import CacheConnectionError, CacheError, CacheSerializati
 
 from .redis_connection import Argument, RedisConnection, pack_words
 from .redis_errors import BACKEND, STALE_ROLE, code_of, overtaken, translate
-from .redis_scripts import INCREMENT, PEEK, READ, TOUCH, WRITE, Script
+from .redis_scripts import INCREMENT, PEEK, READ, TOUCH, Script
+from .redis_write_script import WRITE
 
 Settle = Callable[[Any, float], "Sequence[Command] | None"]
 """Takes in a reply, and the server's Unix time in seconds. Returns commands that the answer still needs."""

@@ -16,7 +16,7 @@ from cachebus.messages import CacheConfigurationError, CacheConnectionError, Cac
 
 from .redis_connection import RedisConnection, pack
 from .redis_errors import BACKEND, closed, translate_greeting, unreachable
-from .redis_scripts import scripts
+from .redis_write_script import scripts
 from .tls import TlsFiles
 
 __all__ = ["Connector", "Credentials", "Endpoint", "RedisPool", "TlsFiles", "find_master"]

@@ -32,7 +32,8 @@ from .redis_commands import Command
 from .redis_connection import Argument
 from .redis_entry import HEADER, MISSING, Claim, TagSpace, claim_of, read_entry, split_tagged
 from .redis_leases import Leases
-from .redis_scripts import KEEP, READ, WRITE
+from .redis_scripts import KEEP, READ
+from .redis_write_script import WRITE
 
 COMMAND_BYTES = 8 << 20
 """The size at which a writing command takes no more values: a server closes a connection that sends it 1 GiB."""

@@ -274,61 +274,6 @@ for i = 1, #KEYS do keep(KEYS[i], ARGV[1]) end
 return redis.call('MGET', unpack(KEYS))
 """)
 
-WRITE = Twin(
-    """
--- For each key: form and value, milliseconds to live or '', and the condition: '', 'absent', 'present' or a version. One
--- more argument is 't' if values have tags. The answer is the new version, or the old one negated if the condition did not
--- hold, or an entry's head if that depends on its tags. This is the busiest script: `head` is written out in it, which
--- saves a fifth of its time.
-local call, pcall, pack, unpack = redis.call, redis.pcall, struct.pack, struct.unpack
-local tagged = ARGV[3 * #KEYS + 1] == 't'
-local out = {}
-for i = 1, #KEYS do
-  local key, px, only_if = KEYS[i], ARGV[3 * i - 1], ARGV[3 * i]
-  local raw = pcall('GETRANGE', key, 0, 16)
-  local old, exists = 0, raw ~= ''
-  if exists and type(raw) == 'string' and #raw >= 8 then
-    old = unpack('>d', raw)
-    if old == -1 then
-      exists = false
-      -- The lease of a load that is overtaken: its waiters find this value (see redis_watch.py).
-      local lease = call('GETRANGE', key, 25, 280)
-      if lease ~= '' then
-        pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.sub(lease, 1, 1 + string.byte(lease)))
-      end
-    elseif only_if ~= '' and #raw >= 16 then
-      local expiry = unpack('>d', raw, 9)
-      exists = not (expiry > 0 and expiry <= now_ms)
-      if exists and string.byte(raw, 17) == 116 then
-        raw = call('GET', key)
-        exists = tags().valid(raw)
-      end
-    end
-    if not (old >= 1 and old < 9007199254740992) or old % 1 ~= 0 then old = 0 end
-  end
-  if exists == nil then
-    out[i] = string.sub(raw, 1, tags().inner(raw))
-  elseif only_if == '' or (only_if == 'absent' and not exists) or (only_if == 'present' and exists)
-      or (exists and old > 0 and tonumber(only_if) == old) then
-    local version = now
-    if old >= now then version = old + 1 end
-    local body = ARGV[3 * i - 2]
-    if tagged and string.byte(body) == 116 then body = tags().stamped(body, px) end
-    if px == '' then
-      call('SET', key, pack('>dd', version, 0) .. body)
-    else
-      call('SET', key, pack('>dd', version, now_ms + px) .. body, 'PX', px)
-    end
-    out[i] = version
-  else
-    out[i] = exists and -old or 0
-  end
-end
-return out
-""",
-    later=True,
-)
-
 TOUCH = Twin("""
 -- Gives a value ARGV[1] milliseconds to live, '' for ever. The answer is its version, 0 where there is no value, or an
 -- entry's head where that depends on its tags.
@@ -382,9 +327,3 @@ local sum = redis.call('GET', key)
 redis.call('SET', key, struct.pack('>dd', math.max(now, old + 1), expiry) .. string.sub(raw, 17, at) .. sum, 'KEEPTTL')
 return sum
 """)
-
-
-def scripts(here: bool) -> tuple[Script, ...]:
-    """The scripts that a new connection loads."""
-    twins = (WRITE, TOUCH, INCREMENT, PEEK)
-    return (READ, *(each.here for each in twins)) if here else tuple(each.elsewhere for each in twins)

@@ -164,6 +164,30 @@ async def test_a_cancelled_batch_is_read_to_its_end(store: Any) -> None:
         assert (await one(store, Get(f"k{number}"))).value == number
 
 
+async def test_a_run_of_small_values_is_one_command_a_key_with_growing_versions(store: Any, server: Server) -> None:
+    later = 2e15  # The version of a server whose clock was ahead.
+    script = "redis.call('SET', KEYS[1], struct.pack('>dd', ARGV[1], 0) .. 'Bold')"
+    await told(server, "EVAL", script, "1", "tests:late", f"{later:.0f}")
+    await told(server, "RPUSH", "tests:list", "x")
+    await told(server, "CONFIG", "RESETSTAT")
+    keys = ["new", "late", "list", "new"]
+    replies = await store.execute([Set(key, b"v", ttl=100.0) for key in keys])
+    assert "getrange" not in await calls(server)
+    assert replies[1] == Stored(later + 1)
+    assert replies[3] == Stored(replies[0].version + 1)
+    for key, reply in zip(keys[1:], replies[1:], strict=True):
+        found = await one(store, Get(key))
+        assert (found.value, found.version) == (b"v", reply.version)
+        assert 99 < found.ttl <= 100
+    assert 99_000 < int((await told(server, "PTTL", "tests:list"))[1:]) <= 100_000
+    first, second = await store.execute([Set("a", b"1", ttl=None), Set("b", bytes(2000), ttl=None)])
+    assert first.version == second.version
+    assert await told(server, "PTTL", "tests:a") == await told(server, "PTTL", "tests:b")
+    mixed = await store.execute([Set("a", b"1", ttl=None), Set("b", b"2", ttl=5.0)])
+    assert [type(each) for each in mixed] == [Stored, Stored]
+    assert 4000 < int((await told(server, "PTTL", "tests:b"))[1:]) <= 5000
+
+
 async def test_scripts_that_the_server_forgot_are_sent_again(store: Any, server: Server) -> None:
     await one(store, Set("a", 1))
     await told(server, "SCRIPT", "FLUSH")
