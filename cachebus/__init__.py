@@ -35,8 +35,9 @@ from cachebus.messages import (
     WrongType,
 )
 
-from .cache import Cache, Health
+from .cache import Cache
 from .checks import escape_pattern
+from .failures import Health
 from .loaders import LoadContext, LoadResult
 from .node import Node
 from .opening import open_cache, open_sync_cache

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from anyio.lowlevel import checkpoint
-from msgspec import Struct
 from msgspec.structs import replace
 
 from cachebus.bus import TURNS_PER_CHECKPOINT, ReplySlot, Subscription, too_late
@@ -50,7 +49,7 @@ from . import cached_function
 from .cache_coordination import CacheCoordination
 from .cached_errors import unwrap
 from .checks import Since, TimeToLive, check_key, check_keys, check_since, check_tags, check_ttl, fit, set_request
-from .failures import BACKEND_FAILURES
+from .failures import BACKEND_FAILURES, Health
 from .link import UNREAD, Link, NoLink
 from .load_coordinator import LoadCoordinator
 from .node import Node
@@ -58,20 +57,6 @@ from .runners import AsyncRunner, Runner, ThreadRunner
 
 if TYPE_CHECKING:
     from .payload import PayloadPipeline
-
-
-class Health(Struct, frozen=True):
-    """The health of a backend. `ok` says that it answered, `latency` is the seconds that took, `detail` what went wrong.
-
-    `circuit` is the state of the guard before the backend's server: `closed`, `open` (it gets no requests), `half_open` (it
-    is being tried), or empty if there is no guard or its state is unknown.
-    """
-
-    ok: bool
-    backend: str
-    latency: float
-    detail: str = ""
-    circuit: str = ""
 
 
 class Cache(CacheCoordination):
@@ -257,7 +242,15 @@ class Cache(CacheCoordination):
         self._turns_left = left = self._turns_left - 1
         if type(reply) is Stored and left > 0:
             return True
-        if self._turns_left <= 0:
+        if type(reply) is ReplySlot and self._within is not None:  # As in `get`.
+            slot, finish = reply, self._finish
+            try:
+                reply = await slot.within(*self._within)
+            except BaseException:
+                slot.leave()
+                raise
+            return type(reply) is Stored or isinstance(await finish(request, reply), Stored)
+        if left <= 0:
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
         return isinstance(await self._finish(request, reply), Stored)

@@ -1,6 +1,7 @@
-"""The meaning of a backend's failure to the caller: with `on_error="miss"` the application goes on without its cache.
+"""The health of a backend, and the meaning of its failures to a caller.
 
-The one place that decides it, for `Cache`, `SyncCache` and what is built on them.
+With `on_error="miss"` the application goes on without its cache. This is the one place that decides it, for `Cache`,
+`SyncCache` and what is built on them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+from msgspec import Struct
 
 from cachebus import messages
 from cachebus.bus import Emitter
@@ -45,6 +48,20 @@ _STAND_INS: Mapping[type[Request[Any]], tuple[str, Callable[[], Reply]]] = {
 """For each request that may fail unnoticed: the outcome in `RequestFailed`, and the reply in place of the backend's."""
 
 _RAISED: tuple[str, Callable[[], Reply] | None] = ("raised", None)
+
+
+class Health(Struct, frozen=True):
+    """The health of a backend. `ok` says that it answered, `latency` is the seconds that took, `detail` what went wrong.
+
+    `circuit` is the state of the guard before the backend's server: `closed`, `open` (it gets no requests), `half_open` (it
+    is being tried), or empty if there is no guard or its state is unknown.
+    """
+
+    ok: bool
+    backend: str
+    latency: float
+    detail: str = ""
+    circuit: str = ""
 
 
 class Failures:

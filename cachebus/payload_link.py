@@ -227,11 +227,13 @@ class PayloadLink(Link):
         return self._read(message.key, reply) if has_value(type(reply)) else reply
 
     def _coded_set(self, message: Set) -> Any:
-        value = self._content(message.value)
+        value, pipeline = message.value, self._pipeline
+        is_plain = type(value) is not int and type(value) is not CachedError
+        value = pipeline.serialize(value) if is_plain else self._content(value)  # Less a call for most values.
         if type(value) is bytes and self._offload_above is not None and len(value) >= self._offload_above:
             return Handed(with_value(message, value), _UNPROTECTED)
-        if type(value) is not int:
-            value = self._protected(message.key, value)
+        protect = pipeline.protect if is_plain and pipeline.sealer is None else self._protected
+        value = protect(message.key, value)
         coded = Set(message.key, value, message.ttl, message.tags, message.only_if, message.lease, message.metadata)
         reply = self._inner_set(coded)
         if type(reply) is Stored or (type(reply) is ReplySlot and message.only_if is None):
@@ -272,10 +274,8 @@ class PayloadLink(Link):
     def _protected(self, key: str, content: Any) -> Any:
         if type(content) is int:
             return content
-        if type(content) is CachedError:
-            payload = self._pipeline.protect(key, content.content, error=True)
-        else:
-            payload = self._pipeline.protect(key, content)
+        protect, is_error = self._pipeline.protect, type(content) is CachedError
+        payload = protect(key, content.content, error=True) if is_error else protect(key, content)
         sealer = self._pipeline.sealer
         if sealer is not None and PayloadSealed in self.emitter.audience.kinds:
             self.emitter.emit(PayloadSealed(key=key, key_id=sealer.key_id, tenant=sealer.tenant, size=len(payload)))

@@ -10,8 +10,9 @@ from pydantic import SecretStr
 from cachebus.messages import CacheConfigurationError, CacheSerializationError, CapabilityError, Found
 
 from .background import blocking
-from .cache import Cache, Health
+from .cache import Cache
 from .checks import check_key, check_keys, escape_pattern
+from .failures import Health
 from .sync_cache import SyncCache
 
 _NOTHING: Any = object()
