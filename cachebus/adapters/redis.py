@@ -59,7 +59,7 @@ class RedisStore:
 
     name = BACKEND
     capabilities = CAPABILITIES
-    max_batch = 128
+    max_batch = 256
     long_running: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern})
 
     def __init__(
