@@ -41,8 +41,8 @@ BOUNDS = {
     "redis-load-miss": 127,
     "memcached-hit": 32,
     "memcached-set": 41,
-    "worker-hit": 61,
-    "worker-set": 87,
+    "worker-hit": 59,
+    "worker-set": 86,
     "worker-redis-set": 106,
     "event": 40,
 }
