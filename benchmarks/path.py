@@ -41,9 +41,9 @@ BOUNDS = {
     "redis-load-miss": 127,
     "memcached-hit": 32,
     "memcached-set": 41,
-    "worker-hit": 59,
-    "worker-set": 86,
-    "worker-redis-set": 106,
+    "worker-hit": 58,
+    "worker-set": 85,
+    "worker-redis-set": 104,
     "event": 40,
 }
 """The most calls that an operation may make, at both ends. `tests/benchmarks/test_path.py` holds them."""
