@@ -41,7 +41,7 @@ BOUNDS = {
     "redis-load-miss": 125,
     "memcached-hit": 32,
     "memcached-set": 38,
-    "worker-hit": 61,
+    "worker-hit": 58,
     "worker-set": 84,
     "worker-redis-set": 103,
     "event": 40,

@@ -186,7 +186,7 @@ class Cache(CacheCoordination):
 
     async def finish_get(self, request: Get, reply: Any) -> Found | Missing:
         """Return the answer to a `Get` whose turn has returned `reply`. For the facades."""
-        if self._turns_left <= 0:
+        if self._turns_left <= 0 and type(reply) is not ReplySlot:  # What a turn has begun is awaited at once.
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
         if not isinstance(reply, Found):
@@ -238,22 +238,24 @@ class Cache(CacheCoordination):
     ) -> bool:
         """Store `value`, if `only_if` holds for the key, and return whether it was stored."""
         request = set_request(key, value, ttl, tags, only_if)
+        if self._turns_left <= 0:  # Before the turn: what a turn has begun is awaited at once.
+            self._turns_left = TURNS_PER_CHECKPOINT
+            await checkpoint()
         reply = self._turn_set(request)
-        self._turns_left = left = self._turns_left - 1
-        if type(reply) is Stored and left > 0:
+        self._turns_left -= 1
+        if type(reply) is Stored:
             return True
+        finish = self._finish
         if type(reply) is ReplySlot and self._within is not None:  # As in `get`.
-            slot, finish = reply, self._finish
+            slot = reply
             try:
                 reply = await slot.within(*self._within)
             except BaseException:
                 slot.leave()
                 raise
-            return type(reply) is Stored or isinstance(await finish(request, reply), Stored)
-        if left <= 0:
-            self._turns_left = TURNS_PER_CHECKPOINT
-            await checkpoint()
-        return isinstance(await self._finish(request, reply), Stored)
+            if type(reply) is Stored:
+                return True
+        return isinstance(await finish(request, reply), Stored)
 
     async def set_many(
         self, items: Mapping[str, Any], *, ttl: TimeToLive = "default", tags: Iterable[str] = ()

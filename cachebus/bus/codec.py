@@ -21,7 +21,17 @@ import msgspec
 
 from cachebus.messages import WIRE_NAMES, BadMessage, CacheSerializationError, Message
 
-from .codec_values import JSON_IN, JSON_OUT, MSGPACK_IN, MSGPACK_OUT, Direction, Unfit, map_values, name_of_type
+from .codec_values import (
+    JSON_IN,
+    JSON_OUT,
+    MSGPACK_IN,
+    MSGPACK_OUT,
+    Direction,
+    Unfit,
+    map_each,
+    map_values,
+    name_of_type,
+)
 
 VERSION = 1
 MSGPACK = "application/msgpack"
@@ -40,11 +50,10 @@ def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) ->
     form = _FORMATS.get(content_type) or _format(content_type)
     try:
         out = form.out
-        places = out.places
         if isinstance(message, Message):
-            return form.encode(map_values(message, out) if places[type(message)] else message)
+            return form.encode(map_values(message, out) if out.places[type(message)] else message)
         if message:
-            return form.encode([map_values(each, out) if places[type(each)] else each for each in message])
+            return form.encode(map_each(message, out))
         problem = ""
     except Unfit as unfit:
         problem = str(unfit)
@@ -165,9 +174,7 @@ class _Format:
         """Decode an array of messages in one call. Raises what msgspec raises, and `Unfit`."""
         if not self._kinds:
             self.learn()
-        incoming = self.incoming
-        places = incoming.places
-        return [map_values(each, incoming) if places[type(each)] else each for each in self._array(data)]
+        return map_each(self._array(data), self.incoming)
 
     def learn(self) -> bool:
         """Make the decoders for the message classes that there are now; say if there are more than the last time."""

@@ -15,7 +15,7 @@ import binascii
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NoReturn, get_args, get_origin
 
@@ -174,13 +174,13 @@ class _Places(dict[type[Any], "_Found | None"]):
         fields = msgspec.structs.fields(cls)
         found = tuple((each.name, inside) for each in fields if (inside := _inside(each.type, self._numbers)))
         names = [name for name, _ in found]
-        self[cls] = (attrgetter(*names, names[0]), found) if names else None  # Of two names or more it makes a tuple.
+        self[cls] = (attrgetter(*names), found) if names else None
         return self[cls]
 
 
 _Inside = Callable[[Any, Direction], Any]
-_Found = tuple[Callable[[Any], tuple[Any, ...]], tuple[tuple[str, _Inside], ...]]
-"""What gets the fields that need a look, all at once, and their names, each with what looks inside."""
+_Found = tuple[Callable[[Any], Any], tuple[tuple[str, _Inside], ...]]
+"""What gets the fields that need a look, a tuple if there are several, and their names, each with what looks inside."""
 
 _JSON_PLAIN: frozenset[type[Any]] = frozenset({type(None), bool, str})
 MSGPACK_OUT = MSGPACK_IN = Direction(_LEAVES, frozenset(), check)
@@ -196,7 +196,8 @@ def map_values(message: Any, direction: Direction) -> Any:
         return message
     fields, inside_of = places
     plain = direction.plain
-    for held in fields(message):
+    got = fields(message)
+    for held in (got,) if len(inside_of) == 1 else got:
         kind = type_of(held)
         # Most of what is not plain is a number that both formats say: finite, and of 64 bits.
         if not (
@@ -217,6 +218,15 @@ def map_values(message: Any, direction: Direction) -> Any:
     else:
         return replace(message, **changed) if changed else message
     raise Unfit(problem, placed=True)
+
+
+def map_each(messages: Iterable[Any], direction: Direction) -> list[Any]:
+    """Change each message as `map_values` does. Most have one value or none, and it goes as it is: they take only a look."""
+    places, plain = direction.places, direction.plain
+    return [
+        each if (found := places[type(each)]) is None or type(found[0](each)) in plain else map_values(each, direction)
+        for each in messages
+    ]
 
 
 def _of_value(held: Any, direction: Direction) -> Any:

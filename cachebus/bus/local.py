@@ -145,6 +145,9 @@ class LocalBus:
             recipient = self.recipient(address)
             # A reply that was given already, as after a crash, is nothing to wait for.
             if (reply is None or reply.waiting) and (obstacle := recipient.obstacle_to_blocking()) is not None:
+                if type(reply) is ReplySlot:  # Nothing of it shall be sent, if it waits to be.
+                    reply.deadline = 0.0
+                    reply.leave()
                 raise CacheError(f"a blocking call to {address} would wait for itself: {obstacle}")
             port = ThreadPort()
             self._hand_over(recipient, message, timeout, reply, port)

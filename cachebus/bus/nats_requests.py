@@ -1,8 +1,9 @@
 """The asking side of a bus over NATS: requests to one address travel together, and come back as they are answered.
 
-A request leaves at once if nothing to its address is in flight. Otherwise it leaves with what else comes up by the next
-step of the loop. While `window` messages are unanswered it waits for one of their answers, or for 10 ms: the worker that
-took them may be dead, and others may serve the address too.
+A request waits in a slot of a `RequestBatch`, and leaves with what else comes up by the next step of the loop. While
+`window` messages are unanswered it waits for one of their answers, or for 10 ms without any: the worker that took them
+may be dead, and others may serve the address too. A caller on the loop of the bus puts its request there by itself and
+awaits the slot; requests from other threads are posted.
 
     token                 one message in flight, a `RequestBatch`; answers come to `<inbox>.<token>`
     Cachebus-Budget       the seconds left, one number, or one for each request of an array if they differ
@@ -21,7 +22,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+from asyncio import Future
 from collections import deque
+from itertools import accumulate
 from threading import get_ident
 from typing import Any
 
@@ -35,41 +38,69 @@ from cachebus.messages import (
     CacheSerializationError,
     DeadLetter,
     Failed,
+    Get,
     Message,
+    Missing,
     NoSuchActor,
     Overloaded,
     Reply,
 )
 
 from .api import Envelope, Turn
-from .clock import TICK, Bucket, Clock, Deadlines, deadlines_here
+from .clock import Clock, Deadlines, deadlines_here
 from .codec import MSGPACK, decode_each, encode
 from .compat import running_loop
 from .emitter import Emitter
 from .nats_compat import Delivery
 from .nats_connection import NatsConnection, age_clock
 from .nats_headers import BUDGET, CONTENT_TYPE, INDEX, PARTIAL, SENT, write_budgets, write_traces
+from .slots import ReplySlot, SlotBatch
+from .tracing import current_trace
 
 HEADROOM = 4096  # Bytes of a NATS message that are left to headers.
 _FEW = 16  # Requests that are not worth two messages.
+_NEVER = float("inf")
 _NONE: dict[str, str] = {}
-_HOLD = 0.01  # Seconds that requests wait for an answer to others, at most.
+_HOLD = 0.01  # Seconds without an answer after which requests wait no longer for one.
 
 
-class RequestBatch(Struct, eq=False):
-    """The requests of one NATS message. A slot holds one that is not answered yet."""
+class RequestBatch(SlotBatch, eq=False, kw_only=True):
+    """The requests of one NATS message, which waits to be sent or is in flight. `end` and `resend_at` are on the clock of the
+    event loop, as deadlines are."""
 
     recipient: RemoteRecipient
-    token: str
-    slots: list[Envelope | None]
-    unanswered: int
-    end: float
+    token: str = ""
+    unanswered: int = 0
+    end: float = _NEVER
+    resend_at: float = _NEVER
     answered: bool = False  # At least in part, or given up as lost.
-    bucket: Bucket | None = None
 
     def answer(self, reply: Any) -> None:
-        """Called by the deadlines: it is time to send again what may be sent again, or to give up."""
+        """Called by the deadline timer: answer the slots whose time is up, and send again what may be sent again."""
+        super().answer(reply)
         self.recipient.overdue(self)
+
+    def drop_late(self, now: float) -> None:
+        """Take out the requests whose time is up or whose callers have gone, except those that invalidate in time."""
+        slots, self.slots = self.slots, []
+        for slot in slots:
+            if slot.deadline <= now:
+                if slot.late is not None:
+                    slot.give(slot.late())
+            elif slot.waiting or getattr(slot.request, "INVALIDATES", False):
+                self.slots.append(slot)
+
+
+class DeadLetters(Struct, eq=False):
+    """The port of a message that was sent without a caller: a failure becomes an event."""
+
+    recipient: RemoteRecipient
+    message: Message
+    waiting: bool = True
+
+    def answer(self, reply: Any) -> None:
+        if type(reply) is Failed:
+            self.recipient.report(self.message, reply.detail)
 
 
 class Requests:
@@ -103,6 +134,13 @@ class Requests:
         for recipient in self.recipients.values():
             recipient.refuse(error)
 
+    def head(self, budgets: list[float], traces: list[str | None]) -> bytes:
+        """The headers of a message with one request or several."""
+        partial = f"{PARTIAL}: 1\r\n" if len(budgets) > 1 else ""
+        traced = write_traces(traces) if any(traces) else ""
+        sent = f"{SENT}: {self.name} {self.age_now():.6f}\r\n"
+        return f"NATS/1.0\r\n{BUDGET}: {write_budgets(budgets)}\r\n{sent}{partial}{traced}\r\n".encode()
+
     def _take(self, delivery: Delivery) -> None:
         batch = self.in_flight.get(delivery.subject[len(self.inbox) :])
         if batch is None:
@@ -118,48 +156,66 @@ class RemoteRecipient:
         self._address = address
         self._subject = subject
         self._requests = requests
-        self._waiting: deque[Envelope] = deque()
+        self._waiting: deque[RequestBatch] = deque()  # The last one takes what comes next, until it is full.
+        self._count = 0  # Requests that wait.
         self._in_flight = 0  # Batches without any answer so far,
         self._unanswered = 0  # and the requests that are in them.
         self._bytes_each = 0.0  # Of the requests of the last batch, so that the next one has the right size at once.
-        self._scheduled = False
+        self._scheduled = 0  # Calls of `_flush` that are to come.
         self._held = False
+        self._moved = False  # Since the hold began, an answer came.
 
     def __repr__(self) -> str:
-        return f"<RemoteRecipient {self._address}, {len(self._waiting)} waiting, {self._in_flight} messages in flight>"
+        return f"<RemoteRecipient {self._address}, {self._count} waiting, {self._in_flight} messages in flight>"
 
     # For the bus
 
     def turn(self, kind: type[Message]) -> Turn:
-        return _never_here
+        return self.take_turn
+
+    def take_turn(self, message: Any) -> ReplySlot | Failed | None:
+        """Let a message wait to be sent. `None` on another thread, which has to post it."""
+        requests, waiting = self._requests, self._waiting
+        if get_ident() != requests.thread or requests.closed:
+            return None
+        options = requests.options
+        if self._count >= options.max_waiting and not getattr(message, "INVALIDATES", False):
+            return Failed.of(Overloaded(address=self._address, capacity=options.max_waiting))
+        batch = waiting[-1] if waiting else None
+        if batch is None or len(batch.slots) >= options.batch or batch.size >= options.batch_bytes:
+            batch = RequestBatch(requests.deadlines, recipient=self)
+            waiting.append(batch)
+            if self._in_flight >= options.window:
+                self._hold()
+            elif not self._scheduled:  # As `_flush_soon` does, less a call for each lone request.
+                self._scheduled = 1
+                requests.loop.call_soon(self._flush)
+        if type(message) is not Get:
+            batch.size += _size(message)
+        slot = ReplySlot(batch, message, current_trace())
+        batch.slots.append(slot)
+        self._count += 1
+        return slot
 
     def post(self, envelope: Envelope) -> None:
-        requests, waiting = self._requests, self._waiting
+        requests = self._requests
+        port = envelope.port or DeadLetters(self, envelope.message)
+        slot: ReplySlot | Failed | None = Failed.of(CacheClosed("the bus is closed"))
         if get_ident() != requests.thread:
             try:
                 requests.loop.call_soon_threadsafe(self.post, envelope)
             except RuntimeError:  # The loop is closed.
-                self._fail(envelope, CacheClosed("the bus is closed"))
+                port.answer(slot)
             return
-        if len(waiting) >= requests.options.max_waiting and not getattr(envelope.message, "INVALIDATES", False):
-            self._fail(envelope, Overloaded(address=self._address, capacity=requests.options.max_waiting))
+        slot = self.take_turn(envelope.message) or slot
+        if type(slot) is not ReplySlot:
+            port.answer(slot)
             return
-        if not self._in_flight and not waiting and not self._scheduled:
-            envelope.attempts += 1
-            now = requests.now()
-            deadline = envelope.deadline
-            # A message that nobody waits for has as much time as a request from elsewhere.
-            self._dispatch([envelope], [requests.options.budget if deadline is None else deadline - now], now)
-            return
-        waiting.append(envelope)
-        if self._scheduled:
-            return
-        if not self._in_flight:
-            self._flush()
-        elif self._in_flight < requests.options.window:
-            self._flush_soon()
-        else:
-            self._hold()
+        slot.trace = envelope.trace
+        slot.port = port
+        slot.batch.gone += 1  # Its port does not say so when the caller goes.
+        if envelope.deadline is not None:
+            slot.deadline = envelope.deadline - requests.now() + requests.deadlines.now()
 
     def obstacle_to_blocking(self) -> str | None:
         obstacle = "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
@@ -168,134 +224,119 @@ class RemoteRecipient:
     # Out
 
     def _flush_soon(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
-            self._requests.loop.call_soon(self._flush)
+        self._scheduled += 1
+        self._requests.loop.call_soon(self._flush)
 
     def _hold(self) -> None:
         if not self._held:
-            self._held = True
+            self._held, self._moved = True, False
             self._requests.loop.call_later(_HOLD, self._end_hold)
 
     def _end_hold(self) -> None:
         self._held = False
-        if self._waiting:
-            self._send()
+        if self._waiting and not self._moved:
+            self._send(self._requests.options.window)
         if self._waiting:
             self._hold()
 
     def _flush(self) -> None:
-        self._scheduled = False
-        while self._waiting and self._in_flight < self._requests.options.window:
-            self._send()
+        self._scheduled -= 1
+        # The flushes to come have a message each, for the callers that another answer wakes.
+        window = max(1, self._requests.options.window - self._scheduled)
+        while self._waiting and self._in_flight < window:
+            self._send(window)
         if self._waiting:
             self._hold()
 
-    def _send(self) -> None:
-        """Send a message of what waits."""
-        now = self._requests.now()
-        envelopes, budgets = self._collect(now)
-        if envelopes:
-            self._dispatch(envelopes, budgets, now)
-
-    def _dispatch(self, envelopes: list[Envelope], budgets: list[float], now: float) -> None:
-        """Send a message of these requests, or of as many of them as can travel."""
+    def _send(self, window: int) -> None:
+        """Send a message of what has waited longest: no more than its share of all there are, because one message is worked
+        on there while we work on the other here."""
         requests = self._requests
-        try:
-            if requests.closed:
-                raise CacheClosed("the bus is closed")
-            body = self._encoded(envelopes, budgets)
-            if body is None:
-                return
-            token, end = f"{next(requests.tokens):x}", now + max(budgets)
-            batch = RequestBatch(self, token, [*envelopes], len(envelopes), end)
-            requests.connection.write(self._subject, body, requests.inbox + batch.token, self._head(envelopes, budgets))
-        except CacheError as error:
-            for envelope in envelopes:
-                self._fail(envelope, error)
-            return
-        requests.in_flight[batch.token] = batch
-        self._in_flight += 1
-        self._unanswered += len(envelopes)
-        counters = requests.counters
-        counters.messages_sent += 1
-        counters.requests_sent += len(envelopes)
-        batch.bucket = requests.deadlines.watch(batch, min(batch.end - now, requests.options.resend_after), _nothing)
-
-    def _collect(self, now: float) -> tuple[list[Envelope], list[float]]:
-        """Take from what waits the requests of the next message, and the seconds that each has left."""
-        requests, waiting = self._requests, self._waiting
         options = requests.options
-        # No more than its share of all there are: while one message is worked on there, we work on the other here.
-        share = -(-(len(waiting) + self._unanswered) // options.window)
+        now = requests.deadlines.now()
+        batch = self._waiting.popleft()
+        share = -(-(self._count + self._unanswered) // window)
+        self._count -= len(batch.slots)
+        if batch.gone or batch.due <= now:
+            batch.drop_late(now)
         limit = min(options.batch_bytes, requests.connection.max_payload - HEADROOM)
         most = min(options.batch, max(_FEW, share))
         if self._bytes_each * most > limit:
             most = max(1, int(limit / self._bytes_each))
-        envelopes: list[Envelope] = []
-        budgets: list[float] = []
-        size = 0
-        while waiting and len(envelopes) < most:
-            envelope = waiting[0]
-            message, port = envelope.message, envelope.port
-            value: Any = getattr(message, "value", None)
-            if type(value) is bytes:
-                size += len(value)
-                if size > limit and envelopes:
-                    break
-            waiting.popleft()
-            left = options.budget if envelope.deadline is None else envelope.deadline - now
-            gone = port is not None and not port.waiting
-            if left <= 0.0 or (gone and not getattr(message, "INVALIDATES", False)):
-                continue  # The caller's own deadline answers it.
-            envelope.attempts += 1
-            envelopes.append(envelope)
-            budgets.append(left)
-        return envelopes, budgets
+        if batch.size > limit:
+            sizes = accumulate(_size(slot.request) for slot in batch.slots)
+            most = min(most, max(1, sum(size <= limit for size in sizes)))
+        if len(batch.slots) > most:
+            self._put_back(batch, most)
+        try:
+            if requests.closed:
+                raise CacheClosed("the bus is closed")
+            if (body := self._encoded(batch)) is None:
+                batch.unwatch()
+                return
+            slots = batch.slots
+            budgets = [slot.deadline - now if slot.deadline < _NEVER else options.budget for slot in slots]
+            batch.token = f"{next(requests.tokens):x}"
+            requests.connection.write(
+                self._subject,
+                body,
+                requests.inbox + batch.token,
+                requests.head(budgets, [slot.trace for slot in slots]),
+            )
+        except CacheError as error:
+            batch.fail(Failed.of(error))
+            return
+        requests.in_flight[batch.token] = batch
+        self._in_flight += 1
+        self._unanswered += len(slots)
+        requests.counters.messages_sent += 1
+        requests.counters.requests_sent += len(slots)
+        batch.unanswered = len(slots)
+        batch.end = now + max(budgets)
+        batch.resend_at = now + options.resend_after
+        batch.watch(min(batch.end, batch.resend_at))
 
-    def _encoded(self, envelopes: list[Envelope], budgets: list[float]) -> bytes | None:
+    def _put_back(self, batch: RequestBatch, most: int) -> None:
+        """Let the requests of a batch beyond so many wait again, before all others."""
+        rest = RequestBatch(self._requests.deadlines, recipient=self, slots=batch.slots[most:], gone=batch.gone)
+        del batch.slots[most:]
+        for slot in rest.slots:
+            rest.size += _size(slot.request)
+            if slot.batch is batch:  # Not if it is sent again.
+                slot.batch = rest
+        rest.watch(batch.due)
+        self._waiting.appendleft(rest)
+        self._count += len(rest.slots)
+
+    def _encoded(self, batch: RequestBatch) -> bytes | None:
         """The body for a batch, which is shortened to what can travel; `None` if nothing of it can."""
-        options = self._requests.options
         most = self._requests.connection.max_payload - HEADROOM
-        limit = min(options.batch_bytes, most)
-        while envelopes:
-            count = len(envelopes)
+        limit = min(self._requests.options.batch_bytes, most)
+        while count := len(batch.slots):
             try:
-                body = encode(envelopes[0].message if count == 1 else [each.message for each in envelopes])
+                body = encode(batch.slots[0].request if count == 1 else [slot.request for slot in batch.slots])
             except CacheSerializationError:
-                self._refuse_unfit(envelopes, budgets)
+                self._refuse_unfit(batch)
                 continue
             self._bytes_each = len(body) / count
             if len(body) <= limit or (count == 1 and len(body) <= most):
                 return body
             if count == 1:
-                self._fail(envelopes.pop(), CacheCapacityError("the request is too large for the bus", len(body), most))
-                break
-            fitting = min(count - 1, max(1, int(limit / self._bytes_each)))
-            for envelope in envelopes[fitting:]:
-                envelope.attempts -= 1
-            self._waiting.extendleft(reversed(envelopes[fitting:]))
-            del envelopes[fitting:], budgets[fitting:]
+                error = CacheCapacityError("the request is too large for the bus", len(body), most)
+                batch.slots.pop().give(Failed.of(error))
+            else:
+                self._put_back(batch, min(count - 1, max(1, int(limit / self._bytes_each))))
         return None
 
-    def _refuse_unfit(self, envelopes: list[Envelope], budgets: list[float]) -> None:
+    def _refuse_unfit(self, batch: RequestBatch) -> None:
         """Fail each request of a batch that cannot be encoded. The others stay."""
-        for place in reversed(range(len(envelopes))):
+        slots, batch.slots = batch.slots, []
+        for slot in slots:
             try:
-                encode(envelopes[place].message)
+                encode(slot.request)
+                batch.slots.append(slot)
             except CacheSerializationError as error:
-                del budgets[place]
-                self._fail(envelopes.pop(place), error)
-
-    def _head(self, envelopes: list[Envelope], budgets: list[float]) -> bytes:
-        requests = self._requests
-        sent = f"{SENT}: {requests.name} {requests.age_now():.6f}\r\n"
-        if len(envelopes) == 1:
-            trace = envelopes[0].trace
-            traced = "" if trace is None else write_traces([trace])
-            return f"NATS/1.0\r\n{BUDGET}: {budgets[0]:.3f}\r\n{sent}{traced}\r\n".encode()
-        traced = write_traces([each.trace for each in envelopes])
-        return f"NATS/1.0\r\n{BUDGET}: {write_budgets(budgets)}\r\n{sent}{PARTIAL}: 1\r\n{traced}\r\n".encode()
+                slot.give(Failed.of(error))
 
     # Back
 
@@ -306,107 +347,107 @@ class RemoteRecipient:
         if headers.get("Status") == "503":
             self.give_up(batch, NoSuchActor(address=self._address))
             return
-        slots = batch.slots
+        slots, counters = batch.slots, self._requests.counters
         try:
             replies, is_array = decode_each(delivery.data, headers.get(CONTENT_TYPE, MSGPACK))
             if not is_array:
                 replies = replies * len(slots)
             index = headers.get(INDEX) if is_array else None
             places = range(len(slots)) if index is None else map(int, index.split(","))
-            answered = 0
+            reply: Any
             for place, reply in zip(places, replies, strict=True):
-                envelope = slots[place]
-                if envelope is None:
+                slot = slots[place]
+                if slot is _ANSWERED:
                     continue
-                slots[place] = None
-                answered += 1
-                port = envelope.port
-                if port is None or not isinstance(reply, Reply):
-                    self._give(envelope, reply)
-                elif port.waiting:
-                    port.answer(reply)
+                slots[place] = _ANSWERED
+                batch.unanswered -= 1
+                if not isinstance(reply, Reply):
+                    reply = Failed.of(_no_reply(reply))
+                port = slot.port
+                kind: object = port.__class__
+                if kind is Future and not port.done():  # As `give` does, less a call for each answer.
+                    port.set_result(reply)
+                elif slot.waiting:
+                    slot.give(reply)
                 else:
-                    self._requests.counters.late_replies += 1
-            batch.unanswered -= answered
+                    counters.late_replies += 1
         except CacheError as error:
             self.give_up(batch, error)
         except (ValueError, IndexError):
             self.give_up(batch, BadMessage("the answer does not fit the requests"))
         else:
-            if not batch.unanswered:  # As `_forget` does, less a call for each lone request.
+            if not batch.unanswered:  # As `_forget` does, less two calls.
                 self._requests.in_flight.pop(batch.token, None)
                 if batch.bucket is not None:
                     batch.bucket.pop(batch, None)
-            # After the callers were woken, so that what they ask next leaves together. One alone shall not wait.
-            if self._waiting or answered > 1:
-                self._flush_soon()
+            # After the callers were woken, so that what they ask next leaves together.
+            self._flush_soon()
 
     def overdue(self, batch: RequestBatch) -> None:
         """Send again what may be sent again; give up what has no time left."""
         requests = self._requests
-        batch.bucket = None
         if requests.in_flight.get(batch.token) is not batch:
             return
-        self._landed(batch)
-        now = requests.now()
-        if now >= batch.end - TICK:
+        now = requests.deadlines.now()
+        if batch.due < _NEVER:  # A caller that came to wait after its request was sent.
+            batch.end = max(batch.end, batch.due)
+        if now >= batch.end:
+            self._landed(batch)
             self._forget(batch)
-            self._flush()
-            return
-        for envelope in batch.slots:
-            if envelope is not None and envelope.attempts == 1 and getattr(envelope.message, "IDEMPOTENT", False):
-                requests.counters.requests_resent += 1
-                self._waiting.append(envelope)
-        batch.bucket = requests.deadlines.watch(batch, batch.end - now, _nothing)
-        if self._waiting:
-            self._flush()
+            self._flush_soon()
+        elif now < batch.resend_at:
+            batch.watch(min(batch.end, batch.resend_at))
+        else:
+            self._landed(batch)
+            batch.resend_at = _NEVER
+            batch.watch(batch.end)
+            again = [slot for slot in batch.slots if slot.batch is batch and getattr(slot.request, "IDEMPOTENT", False)]
+            if again:
+                requests.counters.requests_resent += len(again)
+                # Callers that go tell their own batch, not this one.
+                self._waiting.append(RequestBatch(requests.deadlines, recipient=self, slots=again, gone=1))
+                self._count += len(again)
+            self._flush_soon()
 
     def give_up(self, batch: RequestBatch, error: CacheError) -> None:
         """Answer all that is left of a batch with an error."""
         self._forget(batch)
         self._landed(batch)
-        for envelope in batch.slots:
-            if envelope is not None:
-                self._fail(envelope, error)
-        batch.slots = []
+        batch.fail(Failed.of(error))
+        self._flush_soon()
 
     def refuse(self, error: CacheError) -> None:
         """Answer all that waits with an error."""
-        while self._waiting:
-            self._fail(self._waiting.popleft(), error)
+        waiting, self._waiting = self._waiting, deque()
+        self._count = 0
+        for batch in waiting:
+            batch.fail(Failed.of(error))
+
+    def report(self, message: Message, reason: str) -> None:
+        """Publish that a message without a caller has failed."""
+        self._requests.emitter.emit(DeadLetter(address=self._address, wire_name=message.WIRE_NAME, reason=reason))
 
     def _landed(self, batch: RequestBatch) -> None:
         """A batch has its first answer, or counts as lost: others may leave."""
         if not batch.answered:
-            batch.answered = True
+            batch.answered = self._moved = True
             self._in_flight -= 1
             self._unanswered -= len(batch.slots)
 
     def _forget(self, batch: RequestBatch) -> None:
         self._requests.in_flight.pop(batch.token, None)
-        if batch.bucket is not None:
-            batch.bucket.pop(batch, None)
-
-    def _give(self, envelope: Envelope, reply: Message | BadMessage) -> None:
-        """Deal with an answer that is no reply, or that nobody waits for."""
-        if not isinstance(reply, Reply):
-            self._fail(envelope, reply if isinstance(reply, BadMessage) else BadMessage("the answer is not a reply"))
-        elif isinstance(reply, Failed):
-            self._dead(envelope.message, reply.detail)
-
-    def _fail(self, envelope: Envelope, error: CacheError) -> None:
-        if envelope.port is not None:
-            envelope.port.answer(Failed.of(error))
-        else:
-            self._dead(envelope.message, str(error))
-
-    def _dead(self, message: Message, reason: str) -> None:
-        self._requests.emitter.emit(DeadLetter(address=self._address, wire_name=message.WIRE_NAME, reason=reason))
+        batch.unwatch()
 
 
-def _never_here(message: Message) -> None:
-    """The turn of an actor that is elsewhere: none can be taken, so the message is posted."""
+def _no_reply(answer: Any) -> CacheError:
+    return answer if isinstance(answer, BadMessage) else BadMessage("the answer is not a reply")
 
 
-def _nothing() -> None:
-    pass
+def _size(message: Any) -> int:
+    """Bytes of the value that a message carries; 0 if it carries none, or an object."""
+    value = getattr(message, "value", None)
+    return len(value) if type(value) is bytes else 0
+
+
+_ANSWERED = ReplySlot(SlotBatch(None), Get(""), reply=Missing())
+"""In a batch, in the place of a slot that was answered."""

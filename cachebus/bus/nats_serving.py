@@ -104,6 +104,7 @@ class Responder:
         traces = read_traces(headers, count)
         one_trace, one_budget = len(traces) == 1, len(budgets) == 1
         trace, left = traces[0], budgets[0] - age
+        turns = self._turns
         # Set in any case: the task has inherited the trace of the code that opened the bus.
         token = turn_trace.set(trace)
         try:
@@ -114,7 +115,8 @@ class Responder:
                 if not one_trace:
                     trace = traces[place]
                     turn_trace.set(trace)
-                reply = self._reply(message, left)
+                turn = turns.get(message.__class__)
+                reply = self._reply(message, left) if turn is None or left <= 0.0 else turn(message)
                 if reply is None:
                     self.recipient.post(Envelope(message, ReplySlot(batch, place), now + left, trace))
                 elif isinstance(reply, PENDING):
@@ -130,7 +132,7 @@ class Responder:
         batch.watch_rest(max(budgets))
 
     def _reply(self, message: Message | BadMessage, left: float) -> Any:
-        """Take the recipient's turn for one request; `None` if it must be posted."""
+        """Take the recipient's turn for the first request of a kind, or refuse one; `None` if it must be posted."""
         kind: type[Any] = type(message)
         turn = self._turns.get(kind)
         if turn is None:

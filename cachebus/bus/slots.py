@@ -48,7 +48,7 @@ class ReplySlot(Struct, eq=False):
             return future
         self.late = late
         self.deadline = deadline = deadlines.now() + timeout
-        if deadline < batch.due:
+        if deadline < batch.due:  # As `watch` does, less a call.
             if batch.bucket is not None:
                 batch.bucket.pop(batch, None)
             batch.due = deadline
@@ -78,6 +78,18 @@ class ReplySlot(Struct, eq=False):
     def leave(self) -> None:
         """Note that the caller has gone."""
         self.batch.gone += 1
+
+    def give(self, reply: Any) -> None:
+        """Fill the slot. Only the first reply counts."""
+        port = self.port
+        kind: object = port.__class__
+        if kind is Future:
+            if not port.done():
+                port.set_result(reply)
+        elif self.reply is None:
+            self.reply = reply
+            if port is not None:
+                port.answer(reply)
 
 
 class SlotBatch(Struct, eq=False):
@@ -113,9 +125,23 @@ class SlotBatch(Struct, eq=False):
                 self.gone += 1
             elif slot.deadline < following:
                 following = slot.deadline
-        if following < _NEVER:
-            self.due = following
-            self.bucket = self.deadlines.watch(self, following - now, _nothing)
+        self.watch(following)
+
+    def watch(self, instant: float) -> None:
+        """Let the timer call `answer` at an instant of the event loop's clock, if it would be later otherwise."""
+        if instant < self.due:
+            assert self.deadlines is not None
+            if self.bucket is not None:
+                self.bucket.pop(self, None)
+            self.due = instant
+            self.bucket = self.deadlines.watch(self, instant - self.deadlines.now(), _nothing)
+
+    def unwatch(self) -> None:
+        """Need the timer no more."""
+        if self.bucket is not None:
+            self.bucket.pop(self, None)
+            self.bucket = None
+            self.due = _NEVER
 
     def drop_gone(self) -> None:
         """Take out the requests whose callers have gone, except those that invalidate."""

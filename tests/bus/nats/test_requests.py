@@ -159,6 +159,32 @@ async def test_a_request_ends_by_its_deadline_and_its_late_answer_is_counted(
     assert bus.counters.late_replies == 1
 
 
+async def test_callers_of_one_message_keep_their_own_deadlines(connect: Connect, start_worker: StartWorker) -> None:
+    await start_worker("answering", PLACE)
+    bus = await connect(window=1, resend_after=0.1)
+    answers = await asyncio.gather(
+        *(bus.request(PLACE, Exists("0.8"), timeout) for timeout in (0.2, T, 0.4)), return_exceptions=True
+    )
+    assert [type(each) for each in answers] == [CacheTimeoutError, Present, CacheTimeoutError]
+    assert bus.counters.requests_resent == 3
+    assert bus.counters.messages_sent == 2
+
+
+async def test_a_request_whose_caller_is_cancelled_while_it_waits_is_not_sent(
+    connect: Connect, start_worker: StartWorker
+) -> None:
+    await start_worker("answering", PLACE)
+    bus = await connect(window=1)
+    first = asyncio.create_task(bus.request(PLACE, Get("a"), T))
+    await asyncio.sleep(0)
+    gone = asyncio.create_task(bus.request(PLACE, Increment("gone"), T))
+    kept = asyncio.create_task(bus.request(PLACE, Get("b"), T))
+    await asyncio.sleep(0)
+    gone.cancel()
+    assert (await first, await kept) == (Found("a"), Found("b"))
+    assert bus.counters.requests_sent == 2
+
+
 async def test_what_is_too_large_is_refused_with_the_sizes_and_the_connection_stays(
     connect: Connect, start_worker: StartWorker
 ) -> None:
@@ -199,8 +225,11 @@ async def test_threads_and_other_loops_ask_and_the_loop_itself_may_not_block(
     await start_worker("answering", PLACE)
     bus = await connect()
     assert await anyio.to_thread.run_sync(lambda: bus.request_blocking(PLACE, Get("k"), T)) == Found("k")
+    sent = bus.counters.requests_sent
     with pytest.raises(CacheError, match="would stop the event loop"):
-        bus.request_blocking(PLACE, Get("k"), T)
+        bus.request_blocking(PLACE, Delete("k"), T)
+    assert await bus.request(PLACE, Get("k"), T) == Found("k")
+    assert bus.counters.requests_sent == sent + 1
     answers: list[object] = []
 
     def elsewhere() -> None:
