@@ -31,7 +31,7 @@ test: $(STAMP)-dev servers ## the whole test suite
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 fuzz: $(STAMP)-dev ## a million random and mutated payloads, and as many message bodies
-	@CACHEBUS_FUZZ=1000000 $(BIN)/python -m pytest tests/payload/test_fuzz.py tests/bus/test_codec_fuzz.py --timeout 0 $(ARGS)
+	@CACHEBUS_FUZZ=1000000 $(BIN)/python -m pytest tests/payload/test_fuzz.py tests/bus/codec/test_fuzz.py --timeout 0 $(ARGS)
 
 check: $(STAMP)-dev ## lint, format, types
 	@$(BIN)/ruff check

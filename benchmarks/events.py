@@ -13,8 +13,8 @@ import time
 from typing import Any
 
 from cachebus.bus import Emitter
-from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_options import NatsOptions
+from cachebus.bus.nats.bus import NatsBus
+from cachebus.bus.nats.options import NatsOptions
 from cachebus.messages import CacheSet
 from cachebus.testing.servers import Server, run_nats
 
@@ -31,8 +31,8 @@ RATE, ADDED = 80_000, 4.0
 LISTENER = """
 import asyncio, sys, time
 import nats
-from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_options import NatsOptions
+from cachebus.bus.nats.bus import NatsBus
+from cachebus.bus.nats.options import NatsOptions
 from cachebus.messages import CacheSet
 
 async def ours(host, count):

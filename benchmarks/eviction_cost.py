@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cachebus.adapters.eviction import POLICIES, Entry, make_policy
+from cachebus.adapters.memory.eviction import POLICIES, Entry, make_policy
 
 INSERTS = 20_000
 ROUNDS = 5

@@ -22,8 +22,9 @@ import theine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import traces
-from cachebus.adapters.eviction import POLICIES, VISITS_MAX, Entry, make_policy
+from cachebus.adapters.memory.eviction import POLICIES, VISITS_MAX, Entry, make_policy
+
+from . import traces
 
 DEFAULT = "s3fifo"
 SHARES = (1, 5, 10)

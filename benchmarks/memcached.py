@@ -15,8 +15,8 @@ from anyio import to_thread
 from cachebus import Cache, open_cache
 from cachebus.bus import SYSTEM_CLOCK
 from cachebus.messages import Get, Set
+from cachebus.node.stores import build_store
 from cachebus.settings import backend_from_url
-from cachebus.stores import build_store
 from cachebus.testing.servers import Server, run_memcached
 
 from .timing import Bar, Contender, Row, measure_async, shared

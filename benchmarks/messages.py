@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachebus.bus.codec import JSON, MSGPACK, decode, encode
+from cachebus.bus.codec.messages import JSON, MSGPACK, decode, encode
 from cachebus.messages import Found, Get, Message
 
 from .timing import Contender, Figure, Row, measure

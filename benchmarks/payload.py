@@ -15,8 +15,8 @@ import numpy as np
 import orjson
 import pandas as pd
 
-from cachebus.payload import PayloadPipeline
-from cachebus.payload_sealing import Sealer
+from cachebus.payload.pipeline import PayloadPipeline
+from cachebus.payload.sealing import Sealer
 
 from .timing import Bar, Contender, Figure, Row, measure
 

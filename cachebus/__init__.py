@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cachebus.bus import Subscription
+from cachebus.client.failure_policy import Health
+from cachebus.client.validation import escape_pattern
+from cachebus.facade.cache import Cache
+from cachebus.facade.open import open_cache, open_sync_cache
+from cachebus.facade.rate_limiter import RateLimit
+from cachebus.facade.sync_cache import SyncCache
+from cachebus.loading.loaders import LoadContext, LoadResult
 from cachebus.messages import (
     ActorFailed,
     AddressInUse,
@@ -34,18 +41,10 @@ from cachebus.messages import (
     Stale,
     WrongType,
 )
-
-from .cache import Cache
-from .checks import escape_pattern
-from .failures import Health
-from .loaders import LoadContext, LoadResult
-from .node import Node
-from .opening import open_cache, open_sync_cache
-from .rate_limits import RateLimit
-from .sync_cache import SyncCache
+from cachebus.node.node import Node
 
 if TYPE_CHECKING:
-    from .settings import Settings
+    from cachebus.settings import Settings
 
 __version__ = "0.1.0"
 
@@ -95,7 +94,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Settings bring pydantic with them, which takes longer to import than the rest of cachebus together.
     if name == "Settings":
-        from .settings import Settings
+        from cachebus.settings import Settings
 
         return Settings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,10 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from cachebus.cli import ask as ask
+from cachebus.cli import events as events
+from cachebus.cli import info as info
+from cachebus.cli import topology as topology
+from cachebus.cli import worker as worker
+from cachebus.cli.common import FAILED, NO, WRONG
 from cachebus.messages import CacheConfigurationError, CacheError, CacheKeyError
-
-from . import command_ask, command_events, command_info, command_topology, command_worker
-from .command_line import FAILED, NO, WRONG
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="cachebus", description="A cache built of actors and messages.")
-    parser.add_argument("--version", action="version", version=f"cachebus {command_info.installed_version()}")
+    parser.add_argument("--version", action="version", version=f"cachebus {info.installed_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for each in (command_info, command_worker, command_ask, command_events, command_topology):
+    for each in (info, worker, ask, events, topology):
         each.add(commands)
     return parser
 

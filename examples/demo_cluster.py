@@ -32,7 +32,8 @@ from rich.table import Table
 from cachebus import Cache, open_cache
 from cachebus.messages import CacheSet, EventsMissed
 from cachebus.testing.processes import ServerProcess
-from examples.demo import Popularity, analyse, modules
+
+from .demo import Popularity, analyse, modules
 
 NAMESPACE = "demo"
 LIMIT = 30.0

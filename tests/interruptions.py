@@ -11,15 +11,26 @@ from types import FrameType
 from typing import Any
 
 import cachebus
-from cachebus.adapters.eviction import NEVER, WeighedEntry
-from cachebus.adapters.expiry import GONE
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.eviction import NEVER, WeighedEntry
+from cachebus.adapters.memory.expiry_wheel import GONE
+from cachebus.adapters.memory.store import MemoryStore
 
 PACKAGE = str(Path(cachebus.__file__).parent)
 TURN = (
-    *("actors/cell.py", "actors/mailbox.py", "actors/backend.py", "actors/turns.py", "bus/ports.py"),
-    *("adapters/memory.py", "adapters/table.py", "adapters/leases.py", "adapters/expiry.py"),
-    *("adapters/tags.py", "adapters/rates.py", "adapters/glob.py", "adapters/eviction/"),
+    *(
+        "actors/runtime/cell.py",
+        "actors/runtime/mailbox.py",
+        "actors/backend/actor.py",
+        "actors/runtime/turns.py",
+        "bus/reply_ports.py",
+    ),
+    *(
+        "adapters/memory/store.py",
+        "adapters/memory/entries.py",
+        "adapters/memory/leases.py",
+        "adapters/memory/expiry_wheel.py",
+    ),
+    *("adapters/memory/tags.py", "adapters/common/rate_limit.py", "adapters/common/glob.py", "adapters/eviction/"),
 )
 """The modules whose code runs in a turn of a memory backend."""
 

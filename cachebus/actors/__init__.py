@@ -1,14 +1,14 @@
 """Behaviour: actors, the turns they take, who supervises them, and the ports that adapters implement."""
 
-from .actor import Actor, Context
-from .backend import STORE_REQUESTS, BackendActor
-from .breaker import BreakerPolicy
-from .cell import Cell
-from .guard_policy import GuardPolicy, RetryPolicy
-from .lock_manager import LockManager
+from .backend.actor import STORE_REQUESTS, BackendActor
+from .guard.circuit_breaker import BreakerPolicy
+from .guard.guard import Guard
+from .guard.policy import GuardPolicy, RetryPolicy
+from .locks.manager import LockManager
 from .ports import BatchStore, Capabilities, Gauges, InlineStore, LockStore, PipelinedStore, Timer, Timers
-from .resilience import Guard
-from .supervisor import RestartPolicy, Supervisor
+from .runtime.actor import Actor, Context
+from .runtime.cell import Cell
+from .runtime.supervisor import RestartPolicy, Supervisor
 
 __all__ = [
     "STORE_REQUESTS",

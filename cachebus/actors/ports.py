@@ -8,10 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import msgspec
 
 from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred, TimerQueue, running_loop, running_timers
-from cachebus.bus.tasks import spawn
+from cachebus.bus.spawn import spawn
 from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
-from .turns import is_interruption
+from .runtime.turns import is_interruption
 
 __all__ = [
     "NO_PROGRESS",

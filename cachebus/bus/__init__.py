@@ -4,11 +4,11 @@ from .address import Address, check_word
 from .api import Bus, Envelope, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, running_deadlines
 from .compat import running_loop
-from .emitter import Emitter, origin
+from .events.emitter import Emitter, origin
+from .events.subscription import Audience, EventPolicy, KeyForm, Subscription, event_kinds, shares
 from .local import TURNS_PER_CHECKPOINT, LocalBus
-from .ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
-from .slots import PENDING, Pending, ReplySlot, SlotBatch
-from .subscription import Audience, EventPolicy, KeyForm, Subscription, event_kinds, shares
+from .reply_ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
+from .reply_slots import PENDING, Pending, ReplySlot, SlotBatch
 from .timers import LoopTimers, Timer, TimerQueue, running_timers
 from .tracing import current_trace, turn_trace, use_trace
 

@@ -11,9 +11,9 @@ from cachebus.messages import Event, Message, Reply, Request
 
 from .address import Address
 from .clock import Clock
-from .ports import Port
-from .slots import Pending
-from .subscription import Audience, EventPolicy, Subscription
+from .events.subscription import Audience, EventPolicy, Subscription
+from .reply_ports import Port
+from .reply_slots import Pending
 
 R = TypeVar("R")
 

@@ -1,4 +1,4 @@
-"""The private names of the standard library that this package uses, in one place. Those of nats-py are in `nats_compat.py`.
+"""The private names of the standard library that this package uses, in one place. Those of nats-py are in `bus/nats/compat.py`.
 
 `running_loop` is `asyncio.get_running_loop` without the exception, and what asyncio's own `Future` calls. `enter_task` and
 `leave_task` are documented for the authors of event loops: a task whose first step is taken early is current during it.

@@ -25,10 +25,10 @@ from cachebus.messages import (
 from .address import Address, check_word
 from .api import Envelope, Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock, running_deadlines
-from .emitter import Emitter
-from .ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
-from .slots import PENDING, Pending, ReplySlot
-from .subscription import EVERYTHING, Audience, EventPolicy, Subscription
+from .events.emitter import Emitter
+from .events.subscription import EVERYTHING, Audience, EventPolicy, Subscription
+from .reply_ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
+from .reply_slots import PENDING, Pending, ReplySlot
 from .tracing import current_trace
 
 R = TypeVar("R")

@@ -29,7 +29,7 @@ from msgspec import Struct
 
 from .clock import SYSTEM_CLOCK, Clock, SystemClock
 from .compat import running_loop
-from .tasks import spawn
+from .spawn import spawn
 
 logger = logging.getLogger("cachebus.bus")
 K = TypeVar("K")

@@ -9,7 +9,7 @@ from cachebus.actors.ports import SYSTEM_CLOCK, BatchStore, Clock, Gauges, Inlin
 from cachebus.adapters.chaos import ChaosStore
 from cachebus.adapters.null import NullStore
 from cachebus.bus import Address, Audience, Deferred, TimerQueue
-from cachebus.bus.codec import MSGPACK, decode, encode
+from cachebus.bus.codec.messages import MSGPACK, decode, encode
 from cachebus.messages import CacheError, Event, Failed, Message, Reply, Request
 
 from .suite.base import carry_out

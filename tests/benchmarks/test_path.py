@@ -17,7 +17,8 @@ from benchmarks.path import BOUNDS, OPERATIONS, REACH, Operation, Unsteady, reco
 from benchmarks.recorder import Recorder
 from cachebus import open_cache, open_sync_cache
 from cachebus.testing.servers import Server
-from tests.house.paths import ROOT
+
+from ..house.paths import ROOT
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -50,7 +51,7 @@ def test_every_operation_is_documented() -> None:
 def test_both_ends_are_counted(nats_server: Server) -> None:
     calls = record("worker-hit", {"nats": nats_server.url})
     assert {call.thread for call in calls} == {"caller", "worker"}
-    assert any(call.file == "adapters/memory.py" for call in calls if call.thread == "worker")
+    assert any(call.file == "adapters/memory/store.py" for call in calls if call.thread == "worker")
 
 
 def test_what_comes_back_from_a_server_is_counted(redis_server: Server) -> None:
@@ -72,7 +73,7 @@ def test_nothing_is_recorded_outside_of_a_recording() -> None:
             cache.get("key")
         cache.get("key")
     assert [call.depth for call in recorder.calls()] == [0, 1, 2]
-    assert str(recorder.calls()[0]) == "sync_cache.py: SyncCache.get"
+    assert str(recorder.calls()[0]) == "facade/sync_cache.py: SyncCache.get"
 
 
 def test_what_a_timer_starts_is_not_counted() -> None:

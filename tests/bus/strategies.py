@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from hypothesis import strategies as st
 
-from cachebus.bus.codec import JSON
+from cachebus.bus.codec.messages import JSON
 from cachebus.messages import WIRE_NAMES, Message
 
 INTS = st.integers(-(2**63), 2**64 - 1)

@@ -13,7 +13,7 @@ import anyio.to_thread
 import pytest
 
 from cachebus.actors import Actor, RestartPolicy, Supervisor
-from cachebus.actors.turns import TurnToken
+from cachebus.actors.runtime.turns import TurnToken
 from cachebus.bus import TURNS_PER_CHECKPOINT, Address, LocalBus
 from cachebus.messages import (
     ActorFailed,

@@ -21,7 +21,8 @@ from anyio import wait_all_tasks_blocked
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import SYSTEM_CLOCK, LoopTimers, running_timers
-from tests.clock import ManualClock
+
+from ..clock import ManualClock
 
 pytestmark = pytest.mark.anyio
 

@@ -8,10 +8,10 @@ from uuid import uuid4
 import pytest
 
 from cachebus.actors import LockStore
-from cachebus.adapters.lock_table import LockTable
+from cachebus.adapters.memory.locks import LockTable
 from cachebus.bus import SYSTEM_CLOCK
+from cachebus.node.stores import build_lock_store
 from cachebus.settings import backend_from_url
-from cachebus.stores import build_lock_store
 from cachebus.testing.locks import LockStoreConformance
 from cachebus.testing.servers import Server, run_memcached, run_redis_cluster
 

@@ -11,17 +11,18 @@ from uuid import uuid4
 import pytest
 
 from cachebus.adapters.chaos import ChaosStore
-from cachebus.adapters.memcached import Endpoint as MemcachedPlace
-from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memory import MemoryStore
-from cachebus.adapters.redis import RedisStore
-from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_connect import Connector, Credentials, Endpoint
-from cachebus.bus.codec import JSON
+from cachebus.adapters.memcached.store import Endpoint as MemcachedPlace
+from cachebus.adapters.memcached.store import MemcachedStore
+from cachebus.adapters.memory.store import MemoryStore
+from cachebus.adapters.redis.cluster.store import RedisClusterStore
+from cachebus.adapters.redis.connect import Connector, Credentials, Endpoint
+from cachebus.adapters.redis.store import RedisStore
+from cachebus.bus.codec.messages import JSON
 from cachebus.testing.fakes import CodecStore
 from cachebus.testing.servers import Server, run_memcached, run_redis_cluster
 from cachebus.testing.stores import AnyStore, StoreConformance
-from tests.clock import ManualClock
+
+from ..clock import ManualClock
 
 PATIENCE = 20.0
 """Seconds that a server on a busy machine is given: the suite is not about servers that fail."""

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from cachebus import SyncCache
-from tests.clock import ManualClock
 
+from ..clock import ManualClock
 from .faces import a_sync_cache
 
 

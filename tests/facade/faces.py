@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from cachebus import Cache, Event, Subscription, SyncCache, open_cache, open_sync_cache
 from cachebus.actors.ports import Capabilities, Gauges
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.bus import SYSTEM_CLOCK, Clock, Port, open_port
-from cachebus.failures import OnError
+from cachebus.client.failure_policy import OnError
 from cachebus.messages import Missing, Reply, Request
 from cachebus.settings import ActorSettings, Settings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cachebus.actors.ports import Capabilities, Gauges
 from cachebus.adapters.chaos import ChaosStore
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.bus import Port, open_port
 from cachebus.messages import CacheConnectionError, CacheError, Failed, Reply, Request
 

@@ -27,5 +27,5 @@ def announce(
     about = folder / f"{made_by.replace(':', '_')}_{scheme}-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {about.stem}\nVersion: 1.0\n", encoding="utf-8")
-    (about / "entry_points.txt").write_text(f"[cachebus.stores]\n{scheme} = {made_by}\n", encoding="utf-8")
+    (about / "entry_points.txt").write_text(f"[cachebus.node.stores]\n{scheme} = {made_by}\n", encoding="utf-8")
     monkeypatch.syspath_prepend(folder)

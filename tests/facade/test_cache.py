@@ -27,8 +27,9 @@ from cachebus import (
     open_cache,
     open_sync_cache,
 )
-from cachebus.background import run
 from cachebus.bus import TURNS_PER_CHECKPOINT
+from cachebus.client.background_loop import run
+from cachebus.facade.rate_limiter import RateLimiter
 from cachebus.messages import (
     CacheCleared,
     CacheDeleted,
@@ -41,9 +42,8 @@ from cachebus.messages import (
     LockNotHeld,
     TagsInvalidated,
 )
-from cachebus.rate_limits import RateLimiter
-from tests.clock import ManualClock
 
+from ..clock import ManualClock
 from .faces import SilentStore, a_cache, a_sync_cache, awaited, heard, settings
 
 Behaviour = Callable[[Cache, ManualClock], Coroutine[Any, Any, None]]

@@ -16,8 +16,8 @@ from cachebus import (
     SyncCache,
 )
 from cachebus.messages import CacheSet, LoadFailed, LoadStarted, LoadSucceeded, Set
-from tests.clock import ManualClock
 
+from ..clock import ManualClock
 from .faces import a_cache, a_sync_cache, heard
 from .loaders import Loader
 

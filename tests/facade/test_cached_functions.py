@@ -16,8 +16,8 @@ from cachebus import (
     SyncCache,
     open_sync_cache,
 )
-from cachebus.adapters.memory import MemoryStore
-from cachebus.load_options import LOAD_OPTIONS, LoadOptions
+from cachebus.adapters.memory.store import MemoryStore
+from cachebus.loading.options import LOAD_OPTIONS, LoadOptions
 
 from .faces import a_cache, settings
 

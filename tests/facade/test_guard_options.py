@@ -24,11 +24,11 @@ from cachebus import (
     open_cache,
 )
 from cachebus.actors.ports import NO_PROGRESS
-from cachebus.guard_settings import GuardSettings
 from cachebus.messages import Reply, Request, WrongType
 from cachebus.settings import backend_from_url, load_settings
-from tests.clock import ManualClock
+from cachebus.settings.backends import GuardSettings
 
+from ..clock import ManualClock
 from .outages import Outage, down
 from .plugins import announce
 

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from cachebus import SyncCache, open_sync_cache
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.bus import Envelope, ThreadPort
 from cachebus.messages import Get, GetOrLease, LeaseGranted, ReleaseLease, Set
-from tests.facade.faces import settings
-from tests.interruptions import Hard, Injector, Soft, assert_sound, installed, raise_soft
+
+from ..interruptions import Hard, Injector, Soft, assert_sound, installed, raise_soft
+from .faces import settings
 
 OLD = {"a": 1, "b": 2, "c": 3, "n": 7}
 

@@ -31,10 +31,10 @@ from cachebus import (
     open_cache,
     open_sync_cache,
 )
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.messages import CircuitOpened, RequestFailed
-from tests.clock import ManualClock
 
+from ..clock import ManualClock
 from .faces import awaited, heard
 from .outages import Outage, down
 

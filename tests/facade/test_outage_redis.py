@@ -27,7 +27,8 @@ from cachebus.settings import load_settings
 from cachebus.testing.processes import free_port
 from cachebus.testing.proxy import Mode, Proxy
 from cachebus.testing.servers import Server, run_redis
-from tests.lateness import within
+
+from ..lateness import within
 
 RECOVERY = 0.5
 BACK_WITHIN = within(2.0)

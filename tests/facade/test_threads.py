@@ -17,10 +17,10 @@ import anyio
 import pytest
 
 from cachebus import Cache, CacheClosed, CacheError, Found, Node, SyncCache, open_cache
-from cachebus.adapters.memory import MemoryStore
-from cachebus.background import run
-from tests.house.paths import ROOT
+from cachebus.adapters.memory.store import MemoryStore
+from cachebus.client.background_loop import run
 
+from ..house.paths import ROOT
 from .faces import SilentStore, a_cache, a_sync_cache, settings
 
 THREADS = 16
@@ -450,7 +450,7 @@ def test_an_asynchronous_cache_in_the_child_of_a_fork_says_why_it_is_closed() ->
     ran = python(
         FORK
         + """
-from cachebus.background import run
+from cachebus.client.background_loop import run
 async def main():
     async with open_cache('memory://') as cache:
         await cache.set('key', 1)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from cachebus.testing.servers import find_binary
-from tests.house.paths import ROOT
 
+from ..house.paths import ROOT
 from .faults import FAULTS
 from .scene import CALLERS, DEADLINE, RECOVERY, SLACK, Report, play
 

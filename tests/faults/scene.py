@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from cachebus import Cache, CacheError, open_cache
-from cachebus.node import StoreFactory
+from cachebus.node.node import StoreFactory
 from cachebus.settings import load_settings
 from cachebus.testing.proxy import Mode, Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis

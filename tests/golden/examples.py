@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from cachebus.bus.codec import JSON, MSGPACK, VERSION
+from cachebus.bus.codec.messages import JSON, MSGPACK, VERSION
 from cachebus.messages import WIRE_NAMES
 
 FOLDER = Path(__file__).parent / f"v{VERSION}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cachebus.bus.codec import encode
-from tests.payload.pipelines import EXAMPLE
+from cachebus.bus.codec.messages import encode
 
+from ..payload.pipelines import EXAMPLE
 from . import payloads
 from .examples import FOLDER, KINDS, SUFFIXES, example
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from cachebus.__main__ import parser
-from cachebus.command_worker import worker_settings
+from cachebus.cli.worker import worker_settings
 
 from .paths import ROOT
 

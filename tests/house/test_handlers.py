@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 import cachebus
-from cachebus.background import Hosted
+from cachebus.client.background_loop import Hosted
 
 PACKAGE = Path(cachebus.__file__).parent
 WIDE = {"BaseException", "CancelledError", "Cancelled", "KeyboardInterrupt", "SystemExit", "get_cancelled_exc_class"}
 ALLOWED = {
     "__main__.py": "the command line answers Ctrl-C with its exit code",
-    "actors/resilience.py": "what breaks off the accounting of a batch is raised when the batch is answered",
-    "bus/tasks.py": "what a first step raises is raised by the task that takes it over",
-    "leased_load.py": "what a loader raises is raised again by the caller who began the load; a cancellation is raised at once",
-    "group_load.py": "as in leased_load.py",
+    "actors/guard/guard.py": "what breaks off the accounting of a batch is raised when the batch is answered",
+    "bus/spawn.py": "what a first step raises is raised by the task that takes it over",
+    "loading/leased_load.py": "what a loader raises is raised again by the caller who began the load; a cancellation is raised at once",
+    "loading/group_load.py": "as in loading/leased_load.py",
     "testing/proxy.py": "a proxy ends its own tasks",
 }
 

@@ -14,7 +14,7 @@ LATE = {
     *("orjson", "pyarrow", "pandas", "lz4", "zstandard", "xxhash", "cryptography", "msgpack"),
     *("pydantic", "yaml", "rich", "trio", "pytest"),
     *("tenacity", "hashlib", "multiprocessing", "importlib.metadata", "sqlite3", "http", "urllib"),
-    *("cachebus.settings", "cachebus.stores", "cachebus.payload", "cachebus.bus.codec"),
+    *("cachebus.settings", "cachebus.node.stores", "cachebus.payload.pipeline", "cachebus.bus.codec.messages"),
 }
 """Loaded when a URL, a command or a settings file asks for it, not before."""
 
@@ -54,7 +54,7 @@ def test_importing_cachebus_loads_few_modules() -> None:
         timeout=60,
     )
     more = loaded_by_importing("cachebus", ROOT) - set(json.loads(done.stdout))
-    assert "cachebus.cache" in more
+    assert "cachebus.facade.cache" in more
     assert len(more) <= MOST_MODULES, sorted(more)
 
 

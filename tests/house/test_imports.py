@@ -60,7 +60,7 @@ def test_nothing_imports_through_the_links_at_the_root() -> None:
 
 
 def plant(tmp_path: Path, **files: str) -> Package:
-    """Makes a sound little house and puts ``files`` into it: ``bus__codec="..."`` is ``bus/codec.py``."""
+    """Makes a sound little house and puts ``files`` into it: ``bus__codec="..."`` is ``bus/codec/messages.py``."""
     folder = tmp_path / "cachebus"
     sound = {
         "__init__": "from cachebus.bus import Bus\nfrom .cache import Cache\n",
@@ -115,7 +115,7 @@ def test_a_new_folder_needs_a_floor(tmp_path: Path) -> None:
         pytest.param({"bus__local": "import cachebus.actors.ports\n"}, id="bus-to-actors"),
         pytest.param({"bus__local": "from cachebus import Cache\n"}, id="bus-to-facade"),
         pytest.param({"bus__local": "from cachebus import adapters\n"}, id="a-room-from-the-facade"),
-        pytest.param({"actors__ports": "from cachebus.adapters.memory import Memory\n"}, id="actors-to-adapters"),
+        pytest.param({"actors__ports": "from cachebus.adapters.memory.store import Memory\n"}, id="actors-to-adapters"),
         pytest.param({"adapters__memory": "from cachebus.bus import Bus\n"}, id="adapters-to-bus"),
         pytest.param({"adapters__memory": "from cachebus.actors import backend\n"}, id="adapters-to-more-than-ports"),
         pytest.param(
@@ -124,7 +124,9 @@ def test_a_new_folder_needs_a_floor(tmp_path: Path) -> None:
         pytest.param(
             {"adapters__memory": "from cachebus.actors.portside import X\n"}, id="a-name-that-begins-like-ports"
         ),
-        pytest.param({"adapters__eviction__lru": "import cachebus.cache\n"}, id="a-package-in-adapters-to-facade"),
+        pytest.param(
+            {"adapters__eviction__lru": "import cachebus.facade.cache\n"}, id="a-package-in-adapters-to-facade"
+        ),
         pytest.param(
             {
                 "messages__reads": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from cachebus.bus import Bus\n"
@@ -147,7 +149,7 @@ def test_a_new_folder_needs_a_floor(tmp_path: Path) -> None:
         pytest.param({"bus__local": "from .. import messages\n"}, id="relative-from-the-root"),
         pytest.param({"bus__local": "from .. import Cache\n"}, id="relative-to-the-facade"),
         pytest.param({"cache": "from . import adapters\n"}, id="relative-from-the-facade"),
-        pytest.param({"bus__local": "import cachebus.bus.codec\n"}, id="absolute-inside-a-room"),
+        pytest.param({"bus__local": "import cachebus.bus.codec.messages\n"}, id="absolute-inside-a-room"),
         pytest.param({"cache": "from cachebus.settings import Settings\n"}, id="absolute-inside-the-facade"),
         pytest.param({"cache": "from .testing import suite\n", "testing": ""}, id="facade-to-testing"),
     ],

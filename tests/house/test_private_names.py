@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from cachebus.bus import compat
-from cachebus.bus.nats_compat import TESTED, check_release
+from cachebus.bus.nats.compat import TESTED, check_release
 from cachebus.messages import CacheConfigurationError
 
 PACKAGE = Path(compat.__file__).parents[1]
-ALLOWED = {"bus/compat.py", "bus/nats_compat.py"}
+ALLOWED = {"bus/compat.py", "bus/nats/compat.py"}
 
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_current_frames"}
 """Of the standard library, and public in spite of their underscore."""
 
-TYPES_ONLY = {("command_line.py", "_SubParsersAction")}
+TYPES_ONLY = {("cli/common.py", "_SubParsersAction")}
 """In a string annotation: argparse has no public name for what `add_subparsers` returns, and it is not there at run time."""
 
 

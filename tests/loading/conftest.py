@@ -6,8 +6,9 @@ import pytest
 
 from cachebus import Cache
 from cachebus.testing.servers import memcached_server
-from tests.clock import ManualClock
-from tests.facade.faces import a_cache
+
+from ..clock import ManualClock
+from ..facade.faces import a_cache
 
 __all__ = ["memcached_server"]
 

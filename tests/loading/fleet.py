@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachebus.testing.servers import Server, run_memcached, run_nats, run_redis
-from tests.house.paths import ROOT
+
+from ..house.paths import ROOT
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from cachebus.actors.ports import SYSTEM_CLOCK
-from cachebus.adapters.memcached_connection import Connection
-from cachebus.adapters.memcached_keys import Keys
-from cachebus.adapters.memcached_planner import plan
-from cachebus.adapters.memcached_server import Endpoint
-from cachebus.adapters.memcached_values import Values
+from cachebus.adapters.memcached.connection import Connection
+from cachebus.adapters.memcached.keys import Keys
+from cachebus.adapters.memcached.planner import plan
+from cachebus.adapters.memcached.server import Endpoint
+from cachebus.adapters.memcached.values import Values
 from cachebus.testing.servers import Server
 
 from .real_server_memcached import ask, asking, commands_of, connect

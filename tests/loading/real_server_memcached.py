@@ -18,13 +18,13 @@ from uuid import uuid4
 
 from cachebus import CacheError
 from cachebus.actors import BackendActor, Supervisor
-from cachebus.actors.breaker import BreakerPolicy
-from cachebus.actors.cell import Cell
-from cachebus.actors.guard_policy import GuardPolicy
+from cachebus.actors.guard.circuit_breaker import BreakerPolicy
+from cachebus.actors.guard.policy import GuardPolicy
 from cachebus.actors.ports import Clock, OnReplies, Progress
-from cachebus.adapters.memcached import Endpoint, MemcachedStore, _Join
-from cachebus.adapters.memcached_connection import Connection
-from cachebus.adapters.memcached_keys import ALL_TAGS
+from cachebus.actors.runtime.cell import Cell
+from cachebus.adapters.memcached.connection import Connection
+from cachebus.adapters.memcached.keys import ALL_TAGS
+from cachebus.adapters.memcached.store import Endpoint, MemcachedStore, _Join
 from cachebus.bus import Address
 from cachebus.messages import Failed, Request
 from cachebus.testing.servers import Server, run_memcached

@@ -19,11 +19,11 @@ from typing import Any, ClassVar, TypeVar
 
 from cachebus import Cache, CacheError, LoadResult
 from cachebus.actors import BackendActor, Supervisor, Timer
-from cachebus.actors.cell import Cell
-from cachebus.adapters.memory import MemoryStore
+from cachebus.actors.runtime.cell import Cell
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.bus import Address, Emitter, LocalBus
-from cachebus.failures import Failures
-from cachebus.link import Link
+from cachebus.client.backend_client import Link
+from cachebus.client.failure_policy import Failures
 from cachebus.messages import CacheTimeoutError, GetOrLease, Missing, ReleaseLease, RenewLease
 
 T = TypeVar("T")

@@ -11,10 +11,11 @@ import anyio.lowlevel
 import pytest
 
 from cachebus import Cache, LoadResult, SyncCache
-from tests.clock import ManualClock
-from tests.facade.faces import a_sync_cache
-from tests.loading.quiet import quiet
-from tests.loading.slow import Slow
+
+from ..clock import ManualClock
+from ..facade.faces import a_sync_cache
+from .quiet import quiet
+from .slow import Slow
 
 
 class Stop(BaseException):

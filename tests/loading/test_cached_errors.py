@@ -14,10 +14,11 @@ import pytest
 from cachebus import Cache, CacheKeyError, Missing, Node, Settings, SyncCache, open_cache, open_sync_cache
 from cachebus.messages import LoadFailed
 from cachebus.testing.servers import Server, memcached_server, nats_server, redis_server
-from tests.clock import ManualClock
-from tests.facade.faces import a_cache
-from tests.loading.failing import KEPT, Failing, Gone, NotFound, raised
-from tests.loading.slow import Slow
+
+from ..clock import ManualClock
+from ..facade.faces import a_cache
+from .failing import KEPT, Failing, Gone, NotFound, raised
+from .slow import Slow
 
 __all__ = ["memcached_server", "nats_server", "redis_server"]
 

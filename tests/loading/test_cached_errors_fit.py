@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from cachebus import Settings, open_cache
 from cachebus.adapters.null import NullStore
-from cachebus.cached_errors import CachedError
 from cachebus.messages import PayloadRejected
+from cachebus.payload.cached_errors import CachedError
 from cachebus.testing.servers import Server, redis_server
-from tests.facade.faces import a_cache, heard
-from tests.loading.failing import KEPT, Failing, NotFound, raised
+
+from ..facade.faces import a_cache, heard
+from .failing import KEPT, Failing, NotFound, raised
 
 __all__ = ["redis_server"]
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 from cachebus.testing.servers import Server, redis_server
-from tests.house.paths import ROOT
+
+from ..house.paths import ROOT
 
 __all__ = ["redis_server"]
 

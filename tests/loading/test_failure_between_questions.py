@@ -9,8 +9,8 @@ from uuid import uuid4
 import pytest
 
 from cachebus import open_cache
-from cachebus.adapters.redis_watch import LeaseWatch
-from cachebus.lease_follower import LeaseFollower
+from cachebus.adapters.redis.pubsub import LeaseWatch
+from cachebus.loading.lease_follower import LeaseFollower
 from cachebus.messages import Failed, LoaderFailed, Loading, WatchLease
 from cachebus.testing.servers import Server, redis_server
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from cachebus.testing.servers import Server, redis_command
-from tests.lateness import within
-from tests.loading.fleet import Shared, fleet, sharing
+
+from ..lateness import within
+from .fleet import Shared, fleet, sharing
 
 STOPS = int(os.environ.get("CACHEBUS_TEST_STOPS", "1"))
 """How often the holder of a lease is stopped: 200 in a soak."""

@@ -10,8 +10,9 @@ import pytest
 
 from cachebus import Cache, CacheStampedeError, CacheTimeoutError, LoadContext
 from cachebus.messages import LoadFailed, LoadLeaseLost, StaleServed
-from tests.clock import ManualClock
-from tests.facade.faces import a_cache, heard
+
+from ..clock import ManualClock
+from ..facade.faces import a_cache, heard
 
 
 class Source:

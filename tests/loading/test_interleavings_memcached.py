@@ -10,12 +10,14 @@ from uuid import uuid4
 import pytest
 from msgspec.structs import replace
 
-from cachebus.adapters import memcached_key_updates, memcached_planner, memcached_session
-from cachebus.adapters.memcached_cas_updates import Draft
-from cachebus.adapters.memcached_key_updates import KeyUpdates
-from cachebus.adapters.memcached_keys import ALL_TAGS
-from cachebus.adapters.memcached_lookup import Lookup
-from cachebus.adapters.memcached_session import Generations, Session
+from cachebus.adapters.memcached import key_updates as memcached_key_updates
+from cachebus.adapters.memcached import planner as memcached_planner
+from cachebus.adapters.memcached import session as memcached_session
+from cachebus.adapters.memcached.cas_updates import Draft
+from cachebus.adapters.memcached.key_updates import KeyUpdates
+from cachebus.adapters.memcached.keys import ALL_TAGS
+from cachebus.adapters.memcached.lookup import Lookup
+from cachebus.adapters.memcached.session import Generations, Session
 from cachebus.messages import Clear, Delete, Found, Get, GetOrLease, InvalidateTags, LeaseGranted, Loading, Set, Stored
 from cachebus.testing.servers import Server
 

@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 
 from cachebus import SyncCache
-from tests.facade.faces import a_sync_cache
 
-OURS = ("leased_load.py", "load_coordinator.py", "singleflight.py", "runners.py", "renewals.py", "load_variants.py")
+from ..facade.faces import a_sync_cache
+
+OURS = (
+    "loading/leased_load.py",
+    "loading/coordinator.py",
+    "loading/singleflight.py",
+    "loading/runners.py",
+    "client/renewals.py",
+    "load_variants.py",
+)
 
 
 class Interrupted(BaseException):

@@ -11,8 +11,9 @@ from msgspec.structs import replace
 
 from cachebus import open_cache
 from cachebus.messages import Delete, Found, GetOrLease, LeaseGranted, Loading, NotStored, Reply, Request, Set, Stored
-from tests.facade.faces import settings
-from tests.facade.outages import Outage
+
+from ..facade.faces import settings
+from ..facade.outages import Outage
 
 
 async def one(store: Outage, request: Request[Any]) -> Reply:

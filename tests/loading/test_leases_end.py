@@ -7,11 +7,12 @@ from typing import Any, cast
 import pytest
 
 from cachebus import Cache, LoadResult, Node, Settings, open_cache
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.bus import Deferred
 from cachebus.messages import Delete, GetOrLease, LeaseGranted, NotHeld, Released, ReleaseLease
 from cachebus.testing.servers import Server, nats_server
-from tests.clock import ManualClock
+
+from ..clock import ManualClock
 
 __all__ = ["nats_server"]
 

@@ -8,8 +8,9 @@ import anyio
 import pytest
 
 from cachebus import Cache, LoadResult
-from tests.clock import ManualClock
-from tests.facade.faces import a_cache, a_sync_cache
+
+from ..clock import ManualClock
+from ..facade.faces import a_cache, a_sync_cache
 
 
 class Table:

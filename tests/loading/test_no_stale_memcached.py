@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from cachebus.adapters import memcached_session
-from cachebus.adapters.memcached_key_updates import KeyUpdates
-from cachebus.adapters.memcached_lookup import Lookup
-from cachebus.adapters.memcached_session import Generations
-from cachebus.adapters.memcached_values import content_of
+from cachebus.adapters.memcached import session as memcached_session
+from cachebus.adapters.memcached.key_updates import KeyUpdates
+from cachebus.adapters.memcached.lookup import Lookup
+from cachebus.adapters.memcached.session import Generations
+from cachebus.adapters.memcached.values import content_of
 from cachebus.testing.servers import Server, run_memcached
 
 from .real_server_memcached import play_memcached

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from cachebus import Cache
-from cachebus.adapters.leases import Lease
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.leases import Lease
+from cachebus.adapters.memory.store import MemoryStore
+from cachebus.loading.singleflight import Value
 from cachebus.messages import Stale
-from cachebus.singleflight import Value
 
 from .simulation import simulate
 

@@ -11,11 +11,12 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from cachebus import Cache, CacheError, Found, LoadContext, LoadResult
-from cachebus.load_options import LoadOptions
+from cachebus.loading.options import LoadOptions
 from cachebus.messages import Get, Loaded, LoadSucceeded, RenewLease
-from tests.clock import ManualClock
-from tests.facade.faces import heard
-from tests.loading.slow import Slow
+
+from ..clock import ManualClock
+from ..facade.faces import heard
+from .slow import Slow
 
 
 class Counting:

@@ -10,11 +10,12 @@ import pytest
 
 from cachebus import Cache, CacheError, open_cache
 from cachebus.adapters.chaos import ChaosStore
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.adapters.null import NullStore
-from tests.facade.faces import a_cache, settings
-from tests.loading.quiet import quiet
-from tests.loading.slow import Slow
+
+from ..facade.faces import a_cache, settings
+from .quiet import quiet
+from .slow import Slow
 
 
 @pytest.fixture

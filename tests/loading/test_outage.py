@@ -12,12 +12,13 @@ import pytest
 from anyio import to_thread
 
 from cachebus import CacheConnectionError
-from cachebus.background import run
+from cachebus.client.background_loop import run
 from cachebus.messages import Get, GetOrLease, LoadLeaseLost, ReleaseLease, RequestFailed, Set
-from tests.facade.faces import heard
-from tests.facade.outages import Outage, down
-from tests.facade.test_on_error import a_cache
-from tests.loading.slow import Slow
+
+from ..facade.faces import heard
+from ..facade.outages import Outage, down
+from ..facade.test_on_error import a_cache
+from .slow import Slow
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from cachebus import Cache, LoadContext, LoadResult, open_cache, open_sync_cache
 from cachebus.messages import PayloadRejected, StaleServed
 from cachebus.settings import load_settings
 from cachebus.testing.servers import run_redis
-from tests.facade.faces import heard
-from tests.loading.slow import Slow
+
+from ..facade.faces import heard
+from .slow import Slow
 
 SEALED = {"encryption_keys": {"k1": bytes(range(32))}, "tenant": "shop"}
 PAYLOADS: dict[str, dict[str, Any]] = {

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import pytest
 
 from cachebus.bus import SYSTEM_CLOCK, running_timers
-from cachebus.renewals import TOGETHER, Renewals
+from cachebus.client.renewals import TOGETHER, Renewals
 from cachebus.testing.fakes import ManualTimers
-from tests.clock import ManualClock
+
+from ..clock import ManualClock
 
 
 class Stage:

@@ -13,10 +13,11 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from cachebus import CacheError, CacheTimeoutError, SyncCache
-from cachebus.runners import MAX_THREADS, _threads
-from cachebus.singleflight import _graph
-from tests.clock import ManualClock
-from tests.facade.faces import a_sync_cache
+from cachebus.loading.runners import MAX_THREADS, _threads
+from cachebus.loading.singleflight import _graph
+
+from ..clock import ManualClock
+from ..facade.faces import a_sync_cache
 
 
 @pytest.mark.parametrize("inline", [True, False], ids=["inline turns", "turns by the task"])

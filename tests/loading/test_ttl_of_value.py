@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.clock import ManualClock
-from tests.facade.faces import a_cache
+from ..clock import ManualClock
+from ..facade.faces import a_cache
 
 
 def ttl_of(value: Any) -> float | None:

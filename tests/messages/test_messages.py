@@ -34,7 +34,8 @@ from cachebus.messages import (
     error_class,
     error_codes,
 )
-from tests.golden.examples import example
+
+from ..golden.examples import example
 
 KINDS = {name: cls for name, cls in WIRE_NAMES.items() if cls.__module__.startswith("cachebus.")}
 ALL = pytest.mark.parametrize("kind", sorted(KINDS))

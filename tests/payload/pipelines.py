@@ -14,8 +14,8 @@ from zoneinfo import ZoneInfo
 
 from hypothesis import strategies as st
 
-from cachebus.payload import PayloadPipeline
-from cachebus.payload_sealing import Sealer, Signer
+from cachebus.payload.pipeline import PayloadPipeline
+from cachebus.payload.sealing import Sealer, Signer
 
 SIGNING_KEY = bytes(range(32))
 MASTER_KEY = bytes(range(100, 132))

@@ -19,7 +19,7 @@ from pandas.testing import assert_frame_equal, assert_series_equal
 from pydantic import BaseModel, PrivateAttr, field_validator
 
 from cachebus.messages import CacheConfigurationError, CacheSerializationError
-from cachebus.payload import PayloadPipeline
+from cachebus.payload.pipeline import PayloadPipeline
 
 from .pipelines import VALUES, Color, Point, pipeline, same
 

@@ -13,10 +13,10 @@ import yaml
 
 from cachebus import CacheConfigurationError
 from cachebus.__main__ import main
-from cachebus.configuration_page import configuration_page
-from cachebus.payload_settings import build_pipeline, key_bytes
 from cachebus.settings import Settings as CheckedSettings
 from cachebus.settings import load_settings
+from cachebus.settings.payload import build_pipeline, key_bytes
+from cachebus.settings.reference import configuration_page
 
 # As files and the environment give them: not of the fields' own types.
 Settings: Any = CheckedSettings

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from cachebus import Cache, open_cache
-from cachebus.node import Node
+from cachebus.node.node import Node
 from cachebus.settings import load_settings
 from cachebus.testing.servers import Server, memcached_server, nats_server
 

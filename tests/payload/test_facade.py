@@ -26,12 +26,12 @@ from cachebus import (
     open_cache,
     open_sync_cache,
 )
-from cachebus.adapters.memory import MemoryStore
-from cachebus.background import run
+from cachebus.adapters.memory.store import MemoryStore
+from cachebus.client.background_loop import run
 from cachebus.messages import CacheHit, CacheSet, Found, Get, PayloadRejected, PayloadSealed, Set
 from cachebus.testing.servers import run_redis
-from tests.facade.faces import awaited, heard
 
+from ..facade.faces import awaited, heard
 from .pipelines import EXAMPLE, MASTER_KEY, SIGNING_KEY, VALUES, pipeline, same
 
 SEALED = {"encryption_keys": {"k1": MASTER_KEY}, "tenant": "shop"}

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 
 from cachebus.messages import CacheSerializationError
-from cachebus.payload import PayloadPipeline
+from cachebus.payload.pipeline import PayloadPipeline
 
 from .pipelines import COMPRESSIONS, EXAMPLE, SERIALIZERS, Color, Point, combinations, pipeline
 

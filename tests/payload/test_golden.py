@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cachebus.cached_errors import CachedError
-from tests.golden.payloads import ERROR, ERRORS, FOLDER, golden_names, golden_pipeline
+from cachebus.payload.cached_errors import CachedError
 
+from ..golden.payloads import ERROR, ERRORS, FOLDER, golden_names, golden_pipeline
 from .pipelines import EXAMPLE, same
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import cachebus
 from cachebus.messages import CacheConfigurationError, CacheSerializationError
-from cachebus.payload import PayloadPipeline
-from cachebus.payload_format import binding
-from cachebus.payload_sealing import Nonces, Sealer, Signer
+from cachebus.payload.format import binding
+from cachebus.payload.pipeline import PayloadPipeline
+from cachebus.payload.sealing import Nonces, Sealer, Signer
 
 from .pipelines import EXAMPLE, MASTER_KEY, SIGNING_KEY, pipeline
 
@@ -253,4 +253,4 @@ def test_signatures_are_compared_in_constant_time_only() -> None:
                     [f"{file.name}:{node.lineno}"] if names & {"signature", "mac", "_mac", "tag", "digest"} else []
                 )
     assert compared == []
-    assert "hmac.compare_digest" in (folder / "payload_sealing.py").read_text(encoding="utf-8")
+    assert "hmac.compare_digest" in (folder / "payload/sealing.py").read_text(encoding="utf-8")

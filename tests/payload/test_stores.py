@@ -16,7 +16,7 @@ from cachebus import (
     open_cache,
     open_sync_cache,
 )
-from cachebus.state_store import SecretStore, StateStore, SyncSecretStore, SyncStateStore
+from cachebus.facade.state_store import SecretStore, StateStore, SyncSecretStore, SyncStateStore
 from cachebus.testing.servers import run_redis
 
 from .pipelines import MASTER_KEY, SIGNING_KEY

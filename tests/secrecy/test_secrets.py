@@ -20,13 +20,14 @@ from msgspec.structs import astuple
 
 from cachebus import CacheError, open_cache
 from cachebus.__main__ import main
-from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_options import NatsOptions
-from cachebus.node import Node
+from cachebus.bus.nats.bus import NatsBus
+from cachebus.bus.nats.options import NatsOptions
+from cachebus.node.node import Node
 from cachebus.settings import load_settings
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, run_nats, run_redis
-from tests.conftest import CANARY
+
+from ..conftest import CANARY
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD, TOKEN = f"{CANARY}-p@ss:w/rd?#", f"{CANARY}-token"
@@ -236,7 +237,7 @@ def test_the_commands_show_no_secret(redis: Server, nats: Server, tmp_path: Path
 LEAKS = {
     "logs": "import logging\n\ndef test() -> None:\n    logging.getLogger('cachebus').debug('a %s', {canary!r})\n",
     "prints": "def test() -> None:\n    print({canary!r})\n",
-    "logs later": "import logging\nfrom cachebus.worker import log_to_stderr\n\ndef test_a() -> None:\n    log_to_stderr('text', 'info')\n\n"
+    "logs later": "import logging\nfrom cachebus.node.worker import log_to_stderr\n\ndef test_a() -> None:\n    log_to_stderr('text', 'info')\n\n"
     "def test_b() -> None:\n    logging.getLogger('cachebus').debug('a %s', {canary!r})\n",
     "keeps": "def test() -> None:\n    {canary!r}\n",
 }

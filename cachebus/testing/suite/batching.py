@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.messages import (
     Add,
     Delete,

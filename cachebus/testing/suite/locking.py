@@ -12,6 +12,8 @@ import pytest
 
 from cachebus.actors import LockManager, LockStore, Supervisor
 from cachebus.bus import SYSTEM_CLOCK, Clock, LocalBus, running_timers
+from cachebus.client.validation import LONGEST
+from cachebus.facade.locks import LOCKS, Lock, LockWay
 from cachebus.messages import (
     AcquireLock,
     BadMessage,
@@ -30,9 +32,6 @@ from cachebus.messages import (
     Renewed,
     RenewLock,
 )
-
-from ...checks import LONGEST
-from ...locks import LOCKS, Lock, LockWay
 
 LONG = 60.0
 ODD_NAMES = (

@@ -12,7 +12,7 @@ import pytest
 from anyio import to_thread
 from pydantic import TypeAdapter
 
-from cachebus.adapters.memcached import Endpoint, MemcachedStore
+from cachebus.adapters.memcached.store import Endpoint, MemcachedStore
 from cachebus.testing.servers import Server, run_memcached
 
 

@@ -12,20 +12,20 @@ import anyio
 import pytest
 
 from cachebus import CacheConfigurationError, CacheConnectionError, open_cache, open_sync_cache
-from cachebus.adapters.memcached import Endpoint, MemcachedStore
-from cachebus.adapters.memcached_server import Connector
-from cachebus.adapters.memcached_server import Server as Server_
+from cachebus.adapters.memcached.server import Connector
+from cachebus.adapters.memcached.server import Server as Server_
+from cachebus.adapters.memcached.store import Endpoint, MemcachedStore
 from cachebus.bus import SYSTEM_CLOCK
-from cachebus.guard_settings import MemcachedSettings
 from cachebus.messages import Failed, Found, Get, Set
+from cachebus.node.stores import build_store
 from cachebus.settings import backend_from_url
-from cachebus.stores import build_store
+from cachebus.settings.backends import MemcachedSettings
 from cachebus.testing.processes import ServerProcess
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, find_binary, run_memcached
-from tests.certificates import Certificates
-from tests.lateness import within
 
+from ...certificates import Certificates
+from ...lateness import within
 from .conftest import one, sync
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cachebus.adapters.memcached_connection import LATE, MISS, RESYNC, Answer, Connection, Exchange
+from cachebus.adapters.memcached.connection import LATE, MISS, RESYNC, Answer, Connection, Exchange
 from cachebus.messages import CacheConnectionError, CacheError, Failed
 
 STATISTICS = b"STAT version 1.6.18\r\nSTAT time 1700000000\r\nSTAT uptime 5\r\nEND\r\n"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached_lookup import FAILURE_SHOWN
+from cachebus.adapters.memcached.lookup import FAILURE_SHOWN
+from cachebus.adapters.memcached.store import MemcachedStore
 from cachebus.messages import (
     Add,
     Delete,

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from cachebus import CacheConfigurationError, CacheConnectionError, CacheError, open_cache
-from cachebus.adapters.memcached import Endpoint
+from cachebus.adapters.memcached.store import Endpoint
 from cachebus.messages import (
     BackendConnected,
     BackendDisconnected,
@@ -34,8 +34,8 @@ from cachebus.messages import (
 from cachebus.testing.processes import free_port
 from cachebus.testing.proxy import Mode, Proxy
 from cachebus.testing.servers import run_memcached
-from tests.lateness import within
 
+from ...lateness import within
 from .conftest import one, opened, sync
 
 

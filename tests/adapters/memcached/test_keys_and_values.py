@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cachebus.adapters.memcached_entry import HEADER, pack_entry, server_expiry
-from cachebus.adapters.memcached_keys import Keys, new_generation
+from cachebus.adapters.memcached.entry import HEADER, pack_entry, server_expiry
+from cachebus.adapters.memcached.keys import Keys, new_generation
 from cachebus.messages import (
     CacheCapacityError,
     CacheConfigurationError,

@@ -10,8 +10,8 @@ from uuid import uuid4
 import anyio
 import pytest
 
-from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached_connection import Connection
+from cachebus.adapters.memcached.connection import Connection
+from cachebus.adapters.memcached.store import MemcachedStore
 from cachebus.messages import (
     BadMessage,
     Clear,

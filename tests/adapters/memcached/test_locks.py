@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cachebus.adapters.memcached_connection import EXISTS, MISS
-from cachebus.adapters.memcached_locks import BACK, _Locks
+from cachebus.adapters.memcached.connection import EXISTS, MISS
+from cachebus.adapters.memcached.locks import BACK, _Locks
 from cachebus.messages import LockNotOwned, NotHeld, Released, ReleaseLock
 
 

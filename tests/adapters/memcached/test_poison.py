@@ -10,10 +10,10 @@ import msgpack  # type: ignore[import-untyped]
 import pymemcache
 import pytest
 
-from cachebus.adapters.memcached import Endpoint, MemcachedStore
-from cachebus.adapters.memcached_entry import HEADER
-from cachebus.adapters.memcached_locks import MemcachedLockStore, _Locks
-from cachebus.adapters.memcached_values import MANIFEST
+from cachebus.adapters.memcached.entry import HEADER
+from cachebus.adapters.memcached.locks import MemcachedLockStore, _Locks
+from cachebus.adapters.memcached.store import Endpoint, MemcachedStore
+from cachebus.adapters.memcached.values import MANIFEST
 from cachebus.messages import (
     AcquireLock,
     Add,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import anyio
 import pytest
 
-from cachebus.adapters.memcached_server import StreamTransport, open_transport
+from cachebus.adapters.memcached.server import StreamTransport, open_transport
 from cachebus.messages import Found, FoundMany, Get, GetMany, Set, SetMany, Stored, StoredMany
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import run_memcached

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from cachebus.actors.ports import PipelinedStore
-from cachebus.adapters.memcached import MemcachedStore
+from cachebus.adapters.memcached.store import MemcachedStore
 from cachebus.messages import Clear, Cleared, Failed, Found, Get, Reply, Request, Set, Stored
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, run_memcached

@@ -9,9 +9,9 @@ import pytest
 from anyio import to_thread
 
 from cachebus import CacheInvalidationError, CacheKeyError, open_cache
-from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached_keys import ALL_TAGS
-from cachebus.adapters.memcached_session import REMEMBERED_KEYS, REMEMBERED_TAGS, TagMemory
+from cachebus.adapters.memcached.keys import ALL_TAGS
+from cachebus.adapters.memcached.session import REMEMBERED_KEYS, REMEMBERED_TAGS, TagMemory
+from cachebus.adapters.memcached.store import MemcachedStore
 from cachebus.messages import (
     Add,
     CompareAndSet,

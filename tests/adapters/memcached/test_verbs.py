@@ -7,9 +7,9 @@ from typing import Any
 import anyio
 import pytest
 
-from cachebus.adapters.memcached import MemcachedStore
-from cachebus.adapters.memcached_entry import HEADER
-from cachebus.adapters.memcached_values import chunk_tails
+from cachebus.adapters.memcached.entry import HEADER
+from cachebus.adapters.memcached.store import MemcachedStore
+from cachebus.adapters.memcached.values import chunk_tails
 from cachebus.messages import (
     CacheBackendError,
     CacheCapacityError,
@@ -77,7 +77,7 @@ async def test_a_count_that_others_come_before_again_and_again_gives_up_and_chan
 ) -> None:
     async with opened(server) as store:
         await one(store, Set("n", 5))
-        monkeypatch.setattr("cachebus.adapters.memcached_cas_updates.TRIES", 0)
+        monkeypatch.setattr("cachebus.adapters.memcached.cas_updates.TRIES", 0)
         error = (await one(store, Increment("n"))).error()
         assert isinstance(error, CacheBackendError)
         assert not error.transient
@@ -125,7 +125,7 @@ async def test_a_counter_keeps_its_time_however_often_it_counts(store: Memcached
 
 
 async def test_the_servers_clock_is_read_again_and_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachebus.adapters.memcached_connection.RESYNC", -1.0)
+    monkeypatch.setattr("cachebus.adapters.memcached.connection.RESYNC", -1.0)
     async with opened(server) as store:
         before = (await raw(server, "stats"))[b"total_connections"]
         for number in range(20):

@@ -12,8 +12,8 @@ import pytest
 from cachebus.actors.ports import PipelinedStore
 from cachebus.bus import SYSTEM_CLOCK
 from cachebus.messages import Clear
+from cachebus.node.stores import build_store
 from cachebus.settings import backend_from_url
-from cachebus.stores import build_store
 from cachebus.testing.servers import Server, run_redis
 
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Self
 
-from cachebus.adapters.redis import RedisStore
-from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_commands import slot_of
-from cachebus.adapters.redis_connect import Connector, Endpoint
-from cachebus.adapters.redis_connection import InFlight, RedisConnection
+from cachebus.adapters.redis.cluster.store import RedisClusterStore
+from cachebus.adapters.redis.commands import slot_of
+from cachebus.adapters.redis.connect import Connector, Endpoint
+from cachebus.adapters.redis.connection import InFlight, RedisConnection
+from cachebus.adapters.redis.store import RedisStore
 from cachebus.messages import (
     Add,
     Clear,

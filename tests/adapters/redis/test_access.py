@@ -11,8 +11,7 @@ import trio
 from pydantic import SecretStr
 
 from cachebus import CacheConnectionError, CacheError, open_cache, open_sync_cache
-from cachebus.adapters.redis import RedisStore
-from cachebus.guard_settings import RedisSettings, host_and_port
+from cachebus.adapters.redis.store import RedisStore
 from cachebus.messages import (
     Add,
     Admit,
@@ -39,14 +38,15 @@ from cachebus.messages import (
     Touch,
 )
 from cachebus.settings import backend_from_url, load_settings
+from cachebus.settings.backends import RedisSettings, host_and_port
+from cachebus.settings.urls import parse_url
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel
 from cachebus.testing.suite.base import granted
-from cachebus.urls import parse_url
-from tests.certificates import Certificates
-from tests.house.paths import ROOT
-from tests.lateness import within
 
+from ...certificates import Certificates
+from ...house.paths import ROOT
+from ...lateness import within
 from .conftest import one, opened
 
 SECRET = "p@hunter2:w/rd?#%é"

@@ -16,8 +16,9 @@ import pytest
 from cachebus import Cache, CacheError, CacheTimeoutError
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis_cluster
-from tests.faults.scene import guarded
-from tests.lateness import within
+
+from ...faults.scene import guarded
+from ...lateness import within
 
 KEYS = 200
 ROUNDS = 60

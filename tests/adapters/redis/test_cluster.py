@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from cachebus import CacheConnectionError, CacheError, open_cache
-from cachebus.adapters.redis_cluster import RedisClusterStore
-from cachebus.adapters.redis_commands import slot_of, tag_of
-from cachebus.adapters.redis_connect import Endpoint
-from cachebus.adapters.redis_router import SlotTraffic
-from cachebus.adapters.redis_topology import SlotMap, read_redirection, read_slots
-from cachebus.guard_settings import RedisSettings
+from cachebus.adapters.redis.cluster.router import SlotTraffic
+from cachebus.adapters.redis.cluster.store import RedisClusterStore
+from cachebus.adapters.redis.cluster.topology import SlotMap, read_redirection, read_slots
+from cachebus.adapters.redis.commands import slot_of, tag_of
+from cachebus.adapters.redis.connect import Endpoint
 from cachebus.messages import (
     Admit,
     BadMessage,
@@ -50,12 +49,13 @@ from cachebus.messages import (
     Touch,
 )
 from cachebus.settings import backend_from_url
+from cachebus.settings.backends import RedisSettings
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster
 from cachebus.testing.suite.base import granted
-from tests.faults.scene import guarded
-from tests.lateness import within
 
+from ...faults.scene import guarded
+from ...lateness import within
 from .conftest import one, opened, submitted
 from .test_access import documented_rights
 

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from cachebus import CacheConnectionError, CacheError, CacheTimeoutError, CircuitOpen, Overloaded
-from cachebus.adapters.redis_connect import RedisPool
+from cachebus.adapters.redis.connect import RedisPool
 from cachebus.bus import SYSTEM_CLOCK
 from cachebus.messages import (
     CacheBackendError,
@@ -26,13 +26,13 @@ from cachebus.messages import (
     Scan,
     Set,
 )
+from cachebus.node.stores import build_store
 from cachebus.settings import backend_from_url
-from cachebus.stores import build_store
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import redis_command, run_redis
-from tests.faults.scene import guarded
-from tests.lateness import within
 
+from ...faults.scene import guarded
+from ...lateness import within
 from .conftest import one, opened
 
 

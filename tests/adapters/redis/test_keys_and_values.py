@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachebus import escape_pattern
-from cachebus.adapters.glob import compile_glob, widen
-from cachebus.adapters.redis_entry import decode, encode
+from cachebus.adapters.common.glob import compile_glob, widen
+from cachebus.adapters.redis.entry import decode, encode
 from cachebus.messages import (
     CacheCapacityError,
     CacheKeyError,
@@ -127,7 +127,7 @@ async def test_an_empty_value_and_one_of_64_mib_come_back(store: Any) -> None:
 
 
 def test_a_value_over_the_limit_is_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachebus.adapters.redis_entry.VALUE_MAX", 100)
+    monkeypatch.setattr("cachebus.adapters.redis.entry.VALUE_MAX", 100)
     assert encode(b"x" * 99)
     with pytest.raises(CacheCapacityError, match="100 bytes"):
         encode(b"x" * 101)

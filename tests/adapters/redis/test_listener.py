@@ -11,8 +11,8 @@ from cachebus import CacheConnectionError
 from cachebus.messages import CacheConfigurationError, CacheError
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, redis_command, run_redis, run_redis_cluster, run_sentinel
-from tests.certificates import Certificates
 
+from ...certificates import Certificates
 from .conftest import opened
 
 FAST = "connect_timeout=0.5&health_check_interval=0.3"

@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 
-from cachebus.adapters import (
-    redis,
-    redis_leases,
-    redis_plan,
-    redis_runs,
-    redis_scripts,
-)
-from cachebus.adapters.redis_entry import Claim
-from cachebus.adapters.redis_scripts import Script, Twin
+from cachebus.adapters.redis import leases as redis_leases
+from cachebus.adapters.redis import planner as redis_plan
+from cachebus.adapters.redis import runs as redis_runs
+from cachebus.adapters.redis import scripts as redis_scripts
+from cachebus.adapters.redis import store as redis
+from cachebus.adapters.redis.entry import Claim
+from cachebus.adapters.redis.scripts import Script, Twin
 from cachebus.testing.servers import Server, run_redis_cluster
 
 from .schedule import Gate, World, open_stores, replay

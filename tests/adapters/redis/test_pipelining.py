@@ -12,7 +12,7 @@ from cachebus import open_cache
 from cachebus.actors import BackendActor
 from cachebus.actors.ports import NO_PROGRESS, SYSTEM_CLOCK, PipelinedStore
 from cachebus.adapters.chaos import ChaosStore
-from cachebus.adapters.redis import RedisStore
+from cachebus.adapters.redis.store import RedisStore
 from cachebus.messages import (
     Add,
     Clear,
@@ -27,11 +27,11 @@ from cachebus.messages import (
     SetMany,
     Stored,
 )
+from cachebus.node.stores import build_store
 from cachebus.settings import backend_from_url
-from cachebus.stores import build_store
 from cachebus.testing.servers import Server, redis_command
-from tests.faults.scene import guarded
 
+from ...faults.scene import guarded
 from .conftest import one, opened, submitted
 
 
@@ -274,7 +274,7 @@ async def test_a_store_that_loses_count_crashes_its_actor_and_everybody_is_answe
             return NO_PROGRESS
 
     settings: Any = backend_from_url(server.url)
-    from cachebus.adapters.redis import Endpoint
+    from cachebus.adapters.redis.store import Endpoint
 
     host, _, port = settings.hosts[0].rpartition(":")
 

@@ -10,10 +10,10 @@ import anyio
 import pytest
 
 from cachebus import LoadResult, open_cache
-from cachebus.adapters.redis_cluster import RedisClusterStore, Stamps
-from cachebus.adapters.redis_connect import Connector, Endpoint
-from cachebus.adapters.redis_entry import NO_STAMP, TagSpace
-from cachebus.adapters.redis_scripts import RETENTION_MS
+from cachebus.adapters.redis.cluster.store import RedisClusterStore, Stamps
+from cachebus.adapters.redis.connect import Connector, Endpoint
+from cachebus.adapters.redis.entry import NO_STAMP, TagSpace
+from cachebus.adapters.redis.scripts import RETENTION_MS
 from cachebus.messages import (
     BadMessage,
     CacheConfigurationError,

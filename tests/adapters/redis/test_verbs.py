@@ -5,7 +5,7 @@ from typing import Any
 import anyio
 import pytest
 
-from cachebus.adapters.redis_connection import RedisConnection
+from cachebus.adapters.redis.connection import RedisConnection
 from cachebus.messages import (
     Add,
     BadMessage,
@@ -36,8 +36,8 @@ from cachebus.messages import (
     WrongType,
 )
 from cachebus.testing.servers import Server, redis_command
-from tests.clock import ManualClock
 
+from ...clock import ManualClock
 from .conftest import one, opened
 
 

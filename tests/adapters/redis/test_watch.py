@@ -9,8 +9,8 @@ from typing import Any
 import anyio
 import pytest
 
-from cachebus.adapters import redis_watch
-from cachebus.adapters.redis_watch import LeaseWatch
+from cachebus.adapters.redis import pubsub as redis_watch
+from cachebus.adapters.redis.pubsub import LeaseWatch
 from cachebus.messages import (
     BadMessage,
     CacheClosed,

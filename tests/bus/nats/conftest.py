@@ -14,8 +14,8 @@ from typing import Any
 import anyio.to_thread
 import pytest
 
-from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_options import NatsOptions
+from cachebus.bus.nats.bus import NatsBus
+from cachebus.bus.nats.options import NatsOptions
 from cachebus.testing.servers import Server, nats_server, redis_server, run_nats
 
 __all__ = ["nats_server", "redis_server"]

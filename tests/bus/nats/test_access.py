@@ -13,9 +13,9 @@ import pytest
 
 from cachebus.actors import Supervisor
 from cachebus.bus import Address, Emitter
-from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_micro import discover
-from cachebus.bus.nats_options import NatsOptions
+from cachebus.bus.nats.bus import NatsBus
+from cachebus.bus.nats.micro import discover
+from cachebus.bus.nats.options import NatsOptions
 from cachebus.messages import (
     CacheClosed,
     CacheConfigurationError,
@@ -26,8 +26,8 @@ from cachebus.messages import (
     Get,
 )
 from cachebus.testing.servers import Server, run_nats
-from tests.certificates import Certificates
 
+from ...certificates import Certificates
 from .actors import Answering
 from .conftest import ROOT, options
 from .operators import Operator

@@ -18,10 +18,10 @@ from cachebus.actors import Supervisor
 from cachebus.bus import Address
 from cachebus.bus.address import Subjects
 from cachebus.bus.clock import SYSTEM_CLOCK
-from cachebus.bus.codec import decode, encode
-from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_connection import MessageAges, age_clock
-from cachebus.bus.nats_serving import IncomingBatch
+from cachebus.bus.codec.messages import decode, encode
+from cachebus.bus.nats.bus import NatsBus
+from cachebus.bus.nats.connection import MessageAges, age_clock
+from cachebus.bus.nats.responder import IncomingBatch
 from cachebus.messages import CacheTimeoutError, Found, Get, Increment, Incremented, Touch
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server

@@ -11,7 +11,7 @@ import pytest
 
 from cachebus import open_cache
 from cachebus.bus import Emitter, EventPolicy, LocalBus
-from cachebus.bus.nats import NatsBus
+from cachebus.bus.nats.bus import NatsBus
 from cachebus.messages import CacheHit, CacheMiss, CacheSet, EventsMissed, RequestFailed
 from cachebus.testing.servers import Server
 

@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from cachebus.bus import Emitter
 from cachebus.bus.address import Subjects
-from cachebus.bus.codec import JSON, MSGPACK, decode, encode
-from cachebus.bus.nats import NatsBus
+from cachebus.bus.codec.messages import JSON, MSGPACK, decode, encode
+from cachebus.bus.nats.bus import NatsBus
 from cachebus.messages import CacheConfigurationError, CacheHit, CacheSet, Event, EventsMissed
 from cachebus.testing.servers import Server
 

@@ -16,8 +16,8 @@ import pytest
 from cachebus.actors import Supervisor
 from cachebus.bus import Address
 from cachebus.bus.address import Subjects
-from cachebus.bus.codec import JSON, decode, decode_each, encode
-from cachebus.bus.nats import NatsBus
+from cachebus.bus.codec.messages import JSON, decode, decode_each, encode
+from cachebus.bus.nats.bus import NatsBus
 from cachebus.messages import (
     BadMessage,
     CacheConnectionError,
@@ -38,8 +38,8 @@ from cachebus.messages import (
     Touch,
 )
 from cachebus.testing.servers import Server, run_nats
-from tests.lateness import within
 
+from ...lateness import within
 from .actors import Answering
 from .conftest import Connect, StartWorker, options
 

@@ -15,8 +15,8 @@ from msgspec.structs import replace
 
 from cachebus.bus import Emitter
 from cachebus.bus.address import Subjects
-from cachebus.bus.codec import JSON, encode
-from cachebus.bus.nats import NatsBus
+from cachebus.bus.codec.messages import JSON, encode
+from cachebus.bus.nats.bus import NatsBus
 from cachebus.messages import CacheDeleted, CacheSet, Event, EventsMissed, Heartbeat
 from cachebus.testing.servers import Server
 

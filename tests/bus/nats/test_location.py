@@ -17,7 +17,7 @@ import pytest
 from cachebus import Cache, CacheKeyError, Node, Settings, WrongType, open_cache, open_sync_cache
 from cachebus.actors import STORE_REQUESTS, BackendActor, Supervisor
 from cachebus.actors.ports import Capabilities, Gauges
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.bus import Address, Bus, LocalBus
 from cachebus.messages import (
     ActorFailed,

@@ -15,14 +15,14 @@ import pytest
 from cachebus.actors import Supervisor
 from cachebus.bus import Address
 from cachebus.bus.address import Subjects
-from cachebus.bus.codec import decode, encode
-from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_options import NatsOptions
+from cachebus.bus.codec.messages import decode, encode
+from cachebus.bus.nats.bus import NatsBus
+from cachebus.bus.nats.options import NatsOptions
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheTimeoutError, Found, Get, Touch
 from cachebus.testing.processes import free_port
 from cachebus.testing.servers import Server, run_nats
-from tests.lateness import within
 
+from ...lateness import within
 from .actors import Answering
 from .conftest import Connect, StartWorker, options
 
@@ -96,7 +96,7 @@ async def test_the_pauses_between_tries_are_drawn_below_bounds_that_double(
         drawn.append(most)
         return least
 
-    monkeypatch.setattr("cachebus.bus.nats_connection.random.uniform", uniform)
+    monkeypatch.setattr("cachebus.bus.nats.connection.random.uniform", uniform)
     async with NatsBus(namespace, options(own_server, reconnect_wait=0.01, reconnect_wait_max=0.03)):
         await anyio.to_thread.run_sync(own_server.kill)
         with anyio.fail_after(T):

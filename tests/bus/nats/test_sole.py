@@ -12,7 +12,7 @@ import pytest
 from cachebus.actors import Supervisor
 from cachebus.bus import Address
 from cachebus.bus.address import Subjects
-from cachebus.bus.nats import NatsBus
+from cachebus.bus.nats.bus import NatsBus
 from cachebus.messages import AddressInUse, Found, Get, NoSuchActor
 from cachebus.testing.servers import Server
 

@@ -14,7 +14,7 @@ from opentelemetry import trace as opentelemetry
 
 from cachebus import Cache, Node, open_cache
 from cachebus.bus import current_trace, use_trace
-from cachebus.bus.codec import JSON, encode
+from cachebus.bus.codec.messages import JSON, encode
 from cachebus.messages import CacheSet, Event, Get, Set
 from cachebus.settings import load_settings
 from cachebus.testing.servers import Server, redis_server

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import cast
 
 from cachebus.actors import Actor, BackendActor, Supervisor
-from cachebus.adapters.memory import MemoryStore
+from cachebus.adapters.memory.store import MemoryStore
 from cachebus.bus import Address, Visibility
-from cachebus.bus.nats import NatsBus
-from cachebus.bus.nats_options import NatsOptions
+from cachebus.bus.nats.bus import NatsBus
+from cachebus.bus.nats.options import NatsOptions
 from cachebus.messages import CacheError
 
 from .actors import Answering

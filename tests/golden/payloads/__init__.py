@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cachebus.cached_errors import CachedError
-from cachebus.payload import PayloadPipeline
-from tests.payload.pipelines import COMPRESSIONS, PROTECTIONS, pipeline
+from cachebus.payload.cached_errors import CachedError
+from cachebus.payload.pipeline import PayloadPipeline
+
+from ...payload.pipelines import COMPRESSIONS, PROTECTIONS, pipeline
 
 FOLDER = Path(__file__).parent / "v1"
 ERRORS = Path(__file__).parent / "v1-errors"

@@ -1,0 +1,1 @@
+"""Protection of a backend: timeouts, retries, circuit breaker and concurrency limit."""

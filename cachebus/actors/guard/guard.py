@@ -1,0 +1,376 @@
+"""The guard between a backend's actor and its store, which keeps trouble from spreading.
+
+It repeats what may be repeated, leaves a failing backend alone, gives up on what takes far longer than usual, and limits
+how many batches are under way at a time. Nothing else in cachebus does any of this.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import anyio
+
+from cachebus.bus import SlotBatch, open_port
+from cachebus.messages import (
+    BackendConnected,
+    BackendDisconnected,
+    CacheError,
+    CacheTimeoutError,
+    CircuitClosed,
+    CircuitOpen,
+    CircuitOpened,
+    Failed,
+)
+
+from ..ports import NO_PROGRESS, BatchStore, OnReplies, PipelinedStore, Progress
+from ..runtime.actor import Context
+from .attempts import (
+    LOCK_REQUESTS,
+    SLOW_REQUESTS,
+    AdaptiveTimeout,
+    Attempt,
+    Attempts,
+    Batch,
+    ConcurrencyLimiter,
+    Replies,
+    Retries,
+    timeout_extension,
+)
+from .circuit_breaker import CircuitBreaker, CircuitState, Outcome, outcome_of
+from .policy import GuardPolicy, GuardStatistics
+
+_CLOSED = CircuitState.CLOSED
+
+
+class AwaitedStore:
+    """Adapts a store that only has `execute` to `try_submit` and `submit`."""
+
+    def __init__(self, store: BatchStore) -> None:
+        self._store = store
+
+    def try_submit(self, batch: Batch, on_replies: OnReplies) -> Progress | None:
+        """Do nothing: the store has to be waited for."""
+        return None
+
+    async def submit(self, batch: Batch, on_replies: OnReplies) -> Progress:
+        """As `PipelinedStore.submit`, and wait for the replies."""
+        on_replies(await self._store.execute(batch))
+        return NO_PROGRESS
+
+
+class LazyStore:
+    """Opens a store before it hands the first batch on. The batch gets the error of opening, so that the guard judges
+    it like any other failure. `opened` is called once the store is open; from then on the store itself may be asked."""
+
+    def __init__(self, store: BatchStore, opened: Callable[[], None]) -> None:
+        self._store = store
+        self._opened: Callable[[], None] | None = opened  # `None` once it is open.
+        self._opening = anyio.Lock()
+
+    def __repr__(self) -> str:
+        return f"<LazyStore {'not open yet' if self._opened else 'open'}, {self._store!r}>"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def execute(self, batch: Batch) -> Replies:
+        await self._open()
+        return await self._store.execute(batch)
+
+    def try_submit(self, batch: Batch, on_replies: OnReplies) -> Progress | None:
+        """Do nothing: opening has to be waited for."""
+        return None
+
+    async def submit(self, batch: Batch, on_replies: OnReplies) -> Progress:
+        await self._open()
+        return await as_pipelined(self._store).submit(batch, on_replies)
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if self._opened is not None:
+                await self._store.open()
+                opened, self._opened = self._opened, None
+                opened()
+
+
+def as_pipelined(store: BatchStore) -> PipelinedStore | AwaitedStore:
+    """The store itself if it can have several batches under way, else an adapter."""
+    return store if isinstance(store, PipelinedStore) else AwaitedStore(store)
+
+
+_Store = PipelinedStore | AwaitedStore | LazyStore
+
+
+class Guard:
+    """Stands before one batch store. Belongs to the event loop of its actor.
+
+    `execute` returns the replies. `try_submit` and `submit` hand them to a function, once, when everything that is worth
+    repeating was repeated. A batch that the guard refuses raises `CircuitOpen` or `Overloaded`; an error of the store
+    becomes a `Failed` for each request. `on_free` is called whenever an attempt has ended. When `closed`, nothing is
+    repeated.
+    """
+
+    def __init__(self, policy: GuardPolicy, ctx: Context, store: str, *, seed: int | None = None) -> None:
+        self.policy = policy
+        self.breaker = CircuitBreaker(policy.breaker, ctx.clock, ctx.address, self._circuit_changed)
+        self.on_free: Callable[[], None] = lambda: None
+        self.closed = False
+        self._ctx = ctx
+        self._store = store
+        self._now = ctx.clock.monotonic
+        self._timeout, self._lock_timeout = AdaptiveTimeout(policy), AdaptiveTimeout(policy)
+        self._retries = Retries(policy.retry, ctx, random.Random(seed), lambda: self._successes + self._failures)
+        self.attempts = Attempts(ctx, policy.timeout_max, self._give_up)
+        self._limiter = ConcurrencyLimiter(policy.max_concurrent, policy.max_waiting, ctx.address)
+        self._connected: bool | None = None
+        self._failures = 0
+        self._successes = 0
+        self._rejected = 0
+        self._last_failure: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<Guard of {self._ctx.address}, {self.breaker.state}, {self._limiter!r}>"
+
+    def statistics(self) -> GuardStatistics:
+        """The counters of the guard, and its present state."""
+        is_open = self.breaker.state is CircuitState.OPEN
+        return GuardStatistics(
+            state=self.breaker.state.value,
+            failure_count=self._failures,
+            success_count=self._successes,
+            last_failure_time=self._last_failure,
+            next_attempt=self._ctx.clock.wall() + self.breaker.retry_after if is_open else None,
+            current_timeout=self._timeout.current,
+            p95=self._timeout.p95,
+            lock_timeout=self._lock_timeout.current,
+            lock_p95=self._lock_timeout.p95,
+            in_flight=self._limiter.taken,
+            waiting=len(self._limiter.queue),
+            rejected=self._rejected,
+            retries=self._retries.count,
+        )
+
+    def connected(self) -> None:
+        """Note that the store can be reached."""
+        if not self._connected:
+            self._connected = True
+            self._ctx.tell(BackendConnected, store=self._store)
+
+    def disconnected(self, reason: str) -> None:
+        """Note that the store cannot be reached."""
+        if self._connected is not False:
+            self._connected = False
+            self._ctx.tell(BackendDisconnected, store=self._store, reason=reason)
+
+    def fail_all(self, failed: Failed) -> None:
+        """Answer everything that is under way with `failed`: the actor has crashed or was stopped."""
+        self.closed = True
+        for attempt in tuple(self.attempts.outstanding):
+            if self.attempts.take(attempt):
+                self.breaker.abandoned(attempt.ticket)
+                self._limiter.release()
+                attempt.then([failed] * len(attempt.requests))
+
+    def try_submit(self, store: _Store, requests: Batch, then: OnReplies, callers: SlotBatch | None = None) -> bool:
+        """Send a batch, if nothing has to be waited for; else `False`. Raises `CircuitOpen`."""
+        limiter = self._limiter
+        if limiter.taken >= limiter.limit:
+            return False
+        limiter.taken += 1
+        attempt = self._begin(requests, store, then, callers)
+        try:
+            progress = store.try_submit(requests, partial(self._settle, attempt))
+        except CacheError as error:
+            self._settle(attempt, [Failed.of(error)] * len(requests))
+            return True
+        except BaseException:
+            self._abandon(attempt)
+            raise
+        if progress is None:
+            self._abandon(attempt)
+            return False
+        attempt.progress = progress
+        return True
+
+    async def submit(
+        self, store: _Store, batch: Batch, then: OnReplies, callers: SlotBatch | None = None, *, may_repeat: bool = True
+    ) -> None:
+        """Send a batch, waiting for a place and for the store. Raises `CircuitOpen` and `Overloaded`."""
+        limiter = self._limiter
+        try:
+            # Behind an open circuit there is nothing to wait for: with a place the call would be refused.
+            if limiter.taken >= limiter.limit and (refusal := self.breaker.refusal()) is not None:
+                raise refusal
+            await limiter.acquire()
+        except CacheError:
+            self._rejected += 1
+            raise
+        attempt = self._begin(batch, store, then, callers)
+        attempt.may_repeat = may_repeat
+        scope = attempt.scope = anyio.CancelScope()
+        try:
+            with scope:
+                attempt.progress = await store.submit(batch, partial(self._settle, attempt))
+        except CacheError as error:
+            if not scope.cancel_called:
+                self._settle(attempt, [Failed.of(error)] * len(batch))
+                return
+        except BaseException:
+            self._abandon(attempt)
+            raise
+        finally:
+            attempt.scope = None
+        if scope.cancel_called:
+            # Given up while it was being sent. If it was sent after all, its replies are dropped.
+            self._end(attempt, self._too_late(attempt))
+
+    async def execute(self, store: BatchStore, batch: Batch, deadline: float | None) -> Replies:
+        """Carry out a batch, and repeat requests that failed if that may help. `deadline` is on the monotonic clock."""
+        again = partial(self._ask, AwaitedStore(store), SlotBatch(None, deadline=deadline))
+        replies = await again(batch)
+        if self._worth_repeating(batch, replies):
+            replies = await self._retries.run(again, batch, replies, deadline)
+        return replies
+
+    def _begin(self, requests: Batch, store: Any, then: OnReplies, callers: SlotBatch | None) -> Attempt:
+        """Make an attempt, for which a place was taken. Raises `CircuitOpen`."""
+        try:
+            breaker = self.breaker
+            ticket = breaker.period if breaker.state is _CLOSED else breaker.admit()
+            timeout = self._lock_timeout if type(requests[0]) in LOCK_REQUESTS else self._timeout
+            started = self._now()
+            due = started + timeout.current
+            short = type(requests[0]) not in SLOW_REQUESTS
+            attempt = Attempt(requests, store, then, callers, ticket, timeout, started, due, short)
+            attempts = self.attempts
+            attempts.outstanding[attempt] = None
+        except BaseException as error:
+            self._rejected += isinstance(error, CircuitOpen)
+            self._limiter.release()
+            raise
+        attempts.short += short
+        if due < attempts.armed_for:
+            attempts.arm(due)
+        return attempt
+
+    def _settle(self, attempt: Attempt, replies: Replies) -> None:
+        """Take the replies of an attempt, unless it was given up before they came."""
+        attempts = self.attempts
+        if attempts.outstanding.pop(attempt, attempt) is not None:
+            return
+        attempts.short -= attempt.short
+        has_failures = Failed in map(type, replies)
+        interruption: BaseException | None = None
+        try:
+            if not (has_failures and self._judge(attempt, replies)):
+                self._successes += 1
+                breaker = self.breaker
+                if breaker.state is not _CLOSED or breaker.failures:
+                    breaker.succeeded(attempt.ticket)
+                duration = self._now() - attempt.started
+                if duration <= self.policy.timeout_min or not timeout_extension(
+                    attempt.requests, self.policy.timeout_max
+                ):
+                    attempt.timeout.answered(duration)
+                if not self._connected:
+                    self.connected()
+        except BaseException as error:
+            interruption = error  # In any case the batch is answered, and its place is free.
+        limiter = self._limiter
+        if limiter.queue:
+            limiter.release()
+        else:
+            limiter.taken -= 1
+        if has_failures:
+            self._end(attempt, replies)
+        else:
+            try:
+                attempt.then(replies)
+            finally:
+                self.on_free()  # Last: callers that ask again at once join the batch that waited for this one.
+        if interruption is not None:
+            raise interruption
+
+    def _end(self, attempt: Attempt, replies: Replies) -> None:
+        """Hand on replies of which some are failures, after repeating what is worth it."""
+        try:
+            if attempt.may_repeat and self._worth_repeating(attempt.requests, replies):
+                self._ctx.start_soon(partial(self._go_on, attempt, replies))
+            else:
+                attempt.then(replies)
+        finally:
+            self.on_free()
+
+    async def _go_on(self, attempt: Attempt, replies: Replies) -> None:
+        again, now = partial(self._ask, attempt.store, attempt.callers), self._now()
+        left = None if attempt.callers is None else attempt.callers.seconds_left(now)
+        deadline = None if left is None else now + left
+        try:
+            replies = await self._retries.run(again, attempt.requests, replies, deadline)
+        finally:
+            attempt.then(replies)
+
+    async def _ask(self, store: _Store, callers: SlotBatch | None, batch: Batch) -> Replies:
+        port = open_port()
+        await self.submit(store, batch, port.answer, callers, may_repeat=False)
+        replies: Replies = await port.wait()
+        return replies
+
+    def _worth_repeating(self, batch: Batch, replies: Replies) -> bool:
+        return not self.closed and self._retries.worthwhile(batch, replies)
+
+    def _judge(self, attempt: Attempt, replies: Replies) -> bool:
+        """Judge replies of which some are failures. `False` if they are a success to the circuit breaker."""
+        outcome, lost = outcome_of(replies, self.policy.excluded)
+        if lost is not None:
+            self.disconnected(lost)
+        if outcome is Outcome.FAILURE:
+            self._failed(attempt)
+        elif outcome is Outcome.IGNORED:
+            self.breaker.abandoned(attempt.ticket)
+        return outcome is not Outcome.SUCCESS
+
+    def _failed(self, attempt: Attempt) -> None:
+        self._failures += 1
+        self._last_failure = self._ctx.clock.wall()
+        self.breaker.failed(attempt.ticket)
+
+    def _abandon(self, attempt: Attempt) -> None:
+        if self.attempts.take(attempt):
+            self.breaker.abandoned(attempt.ticket)
+            self._limiter.release()
+            self.on_free()
+
+    def _give_up(self, attempt: Attempt, now: float) -> None:
+        self.attempts.take(attempt)
+        # A timeout strikes many batches together. Counted one by one, they would open the circuit of a server that is only
+        # slower than before, and the timeout could not follow it.
+        news = not attempt.extended and attempt.timeout.struck(attempt.started, now)
+        if not news or issubclass(CacheTimeoutError, self.policy.excluded):
+            self.breaker.abandoned(attempt.ticket)
+        else:
+            self._failed(attempt)
+        self._limiter.release()
+        if attempt.scope is not None:
+            attempt.scope.cancel()
+            self.on_free()
+        else:
+            self._end(attempt, self._too_late(attempt))
+
+    def _too_late(self, attempt: Attempt) -> Replies:
+        detail, address, waited = f"{self._store} gave no answer", self._ctx.address, self._now() - attempt.started
+        errors = (CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT) for each in attempt.requests)
+        return [Failed.of(error) for error in errors]
+
+    def _circuit_changed(self, state: CircuitState) -> None:
+        address = self._ctx.address
+        if state is CircuitState.OPEN:
+            # Refused now, and not one by one as the places before them become free.
+            self._limiter.refuse_all(lambda: self.breaker.refusal() or CircuitOpen(address=address))
+            failures, recovery = self.breaker.failures, self.policy.breaker.recovery
+            self._ctx.tell(CircuitOpened, address=address, failures=failures, retry_after=recovery)
+        elif state is _CLOSED:
+            self._ctx.tell(CircuitClosed, address=address)

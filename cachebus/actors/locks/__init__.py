@@ -1,0 +1,1 @@
+"""The lock manager and its client for lock stores."""

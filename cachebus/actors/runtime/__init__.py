@@ -1,0 +1,1 @@
+"""The runtime of actors: mailboxes, turns and supervision."""

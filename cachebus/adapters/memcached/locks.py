@@ -1,0 +1,234 @@
+"""Locks in Memcached: an item that only one can add, and a counter beside it.
+
+    <namespace>:@<hash>     until|ticket|owner   there while the lock is held; its time to live is that of the lock
+    <namespace>:@<hash>+    the last token, kept for a week
+    <namespace>:@<hash>-<hash of a ticket>   there for a minute after the ticket was given up (empty), or gave the lock back
+
+The token is counted after the item was added, so the later holder has the larger one. A counter that is lost (evicted,
+`flush_all`, a restart) begins again at the server's time in microseconds, which is more than it ever was. Memcached has no
+notifications and no queue: the manager has both, for its own process, and asks again in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from cachebus.actors.ports import Capabilities, LockListener
+from cachebus.messages import (
+    AcquireLock,
+    CacheBackendError,
+    CacheConnectionError,
+    CacheError,
+    CapabilityError,
+    DescribeLock,
+    Failed,
+    LockDenied,
+    LockFree,
+    LockGranted,
+    LockInfo,
+    LockNotOwned,
+    NotHeld,
+    Released,
+    ReleaseLock,
+    Renewed,
+    RenewLock,
+    Reply,
+    Request,
+)
+
+from .connection import Answer, Connection, Exchange, ask, read, store
+from .entry import server_expiry
+from .errors import BACKEND
+from .store import MemcachedStore
+
+RETAIN = 7 * 86_400
+"""Seconds for which a counter is kept that is not counted."""
+
+DIGITS = 20
+"""Digits that a number in an item of ours has, at most."""
+
+GONE = 60
+BACK = b"given back"
+
+TRIES = 100
+"""How often an item is looked at that others change in between."""
+
+
+class MemcachedLockStore(MemcachedStore):
+    """A `LockStore` in one or several Memcached servers: a lock is at the server that its name falls to.
+
+    Leases are whole seconds in the server, rounded up, and one more: a holder that dies keeps the lock so much longer.
+    """
+
+    poll: float | None = 0.02
+    told: LockListener | None = None
+
+    async def open(self) -> None:
+        await super().open()
+        self.capabilities = Capabilities(locks=True, ttl_resolution=1.0)
+        self._exchange = lambda connection, batch: _Locks(connection, self._keys.namespace).run(batch)
+
+    def _parts(self, request: Any) -> list[tuple[str, Request[Any]]]:
+        return [(self._server(request.name), request)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """The item of a lock that is held, with its CAS token."""
+
+    until: float
+    ticket: str
+    owner: str
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Locks:
+    """Requests about locks, on their way over one connection."""
+
+    connection: Connection
+    namespace: str
+
+    def run(self, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
+        """Carry out one after the other. What goes wrong is in the replies."""
+        replies: list[Reply] = []
+        for request in batch:
+            try:
+                replies.append((yield from self._one(request)))
+            except CacheError as error:
+                replies.append(Failed.of(error))
+        return replies
+
+    def _one(self, request: Request[Any]) -> Exchange[Reply]:
+        match request:
+            case AcquireLock():
+                return self._acquire(request, self._item(request.name))
+            case RenewLock():
+                return self._renew(request, self._item(request.name))
+            case ReleaseLock():
+                return self._release(request, self._item(request.name))
+            case DescribeLock():
+                return self._describe(self._item(request.name))
+            case _:
+                raise CapabilityError(store=BACKEND, capability=type(request).__name__)
+
+    def _acquire(self, request: AcquireLock, item: str) -> Exchange[Reply]:
+        started = self.connection.now()
+        gone = read(self._gone(item, request.ticket))
+        holder: _Holder | None = None
+        for _ in range(TRIES):
+            answer, given_up = yield self._put(item, request, request.owner, holder) + gone, 2
+            if isinstance(given_up, tuple):
+                yield from self._release(ReleaseLock(request.name, request.ticket, abandon=True), item)
+                return LockDenied("", 0.0)
+            if _done(answer):
+                break
+            holder = yield from self._look(item)
+            if holder is not None and holder.ticket != request.ticket:
+                return LockDenied(holder.owner, self._left(holder))
+        else:
+            raise _contended()
+        # Not before: a client that counts first and adds later would hold the lock with the smaller number.
+        first = int(self.connection.now() * 1e6)
+        token = _number((yield from ask(f"ma {item}+ N{RETAIN} J{first} D1 T{RETAIN} v c\r\n".encode())))
+        if self.connection.now() - started >= request.ttl:
+            raise CacheConnectionError("a lock was had only when its time was over", BACKEND)
+        return LockGranted(token, request.ttl)
+
+    def _renew(self, request: RenewLock, item: str) -> Exchange[Reply]:
+        for _ in range(TRIES):
+            holder = yield from self._look(item)
+            if holder is None:
+                return NotHeld()
+            if holder.ticket != request.ticket:
+                raise LockNotOwned(name=request.name, owner=holder.owner)
+            if _done((yield from ask(self._put(item, request, holder.owner, holder)))):
+                return Renewed(request.ttl)
+        raise _contended()
+
+    def _release(self, request: ReleaseLock, item: str) -> Exchange[Reply]:
+        if request.unclaimed:
+            return NotHeld()  # Another manager may have been asked, and the item does not say: it ends by itself.
+        gone, note = self._gone(item, request.ticket), b""
+        if request.abandon:
+            yield from ask(store(gone, b"", GONE))
+        elif request.token:
+            # With the deletion, so that it costs no round trip: a client that says so again, unheard, did give it back.
+            note = store(gone, BACK, GONE)
+        for _ in range(TRIES):
+            holder = yield from self._look(item)
+            if holder is None or holder.ticket != request.ticket:
+                if request.abandon:
+                    return NotHeld()
+                noted = yield from ask(read(gone))
+                if isinstance(noted, tuple) and noted[0] == BACK:
+                    return Released()
+                if holder is not None:
+                    raise LockNotOwned(name=request.name, owner=holder.owner)
+                return NotHeld()
+            answer, *_ = yield b"md %b C%d\r\n%b" % (item.encode(), holder.token, note), 1 + bool(note)
+            if _done(answer):
+                return Released()
+            if note:
+                yield from ask(f"md {gone}\r\n".encode())
+        raise _contended()
+
+    def _describe(self, item: str) -> Exchange[Reply]:
+        holder = yield from self._look(item)
+        if holder is None:
+            return LockFree()
+        counter = yield from ask(read(f"{item}+"))
+        return LockInfo(holder.owner, _number(counter) if isinstance(counter, tuple) else 0, self._left(holder))
+
+    def _look(self, item: str) -> Exchange[_Holder | None]:
+        answer = yield from ask(read(item))
+        if not isinstance(answer, tuple):
+            return None
+        try:
+            until, ticket, owner = answer[0].decode().split("|", 2)
+            if len(until) <= DIGITS:
+                return _Holder(int(until) / 1000, ticket, owner, answer[1])
+        except ValueError:
+            pass
+        raise CacheBackendError("what stands in the place of a lock is none", BACKEND)
+
+    def _put(self, item: str, request: AcquireLock | RenewLock, owner: str, over: _Holder | None) -> bytes:
+        now = self.connection.now()
+        until = now + request.ttl
+        body = f"{math.ceil(until * 1000)}|{request.ticket}|{owner}".encode()
+        return store(item, body, server_expiry(until, now), b" ME" if over is None else b" C%d" % over.token)
+
+    def _left(self, holder: _Holder) -> float:
+        return max(0.0, holder.until - self.connection.now())
+
+    def _item(self, name: str) -> str:
+        return f"{self.namespace}:@{_hash(name, 32)}"
+
+    def _gone(self, item: str, ticket: str) -> str:
+        return f"{item}-{_hash(ticket, 16)}"
+
+
+def _hash(text: str, size: int) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size, person=b"cachebus.lock").hexdigest()
+
+
+def _done(answer: Answer) -> bool:
+    """Return whether a write was carried out: `False` if others were faster. Raises `CacheError`."""
+    if isinstance(answer, CacheError):
+        raise answer
+    return isinstance(answer, int) and answer >= 0
+
+
+def _number(answer: Answer) -> int:
+    """Return the number in an item. Raises `CacheBackendError` for anything else."""
+    if isinstance(answer, tuple) and answer[0].isdigit() and len(answer[0]) <= DIGITS:
+        return int(answer[0])
+    raise CacheBackendError("the counter of a lock is no number", BACKEND)
+
+
+def _contended() -> CacheError:
+    return CacheConnectionError(f"others took the lock in between, {TRIES} times in a row", BACKEND)

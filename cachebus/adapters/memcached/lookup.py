@@ -1,0 +1,199 @@
+"""What is under a key before it is updated: its entry, its lease, what may be served, and the generations of its tags.
+
+The lease of a key stands under the key itself: what writes or removes the key, or clears the namespace, revokes it.
+
+In the place of a missing value, or of one whose time is up, stands an entry of the form `l`, whose expiry has always been
+over, so that every reader finds no value. It holds, as msgpack:
+
+    token       of the lease: what was asked for, a dot and a nonce
+    deadline    of the lease: Unix time of the server in seconds
+    version     of the live value that is being refreshed; 0 in the place of a value
+    all tags    the generation that all tags had when the lease was granted
+    tags        the tags that were known then, with their generations
+    stale       the entry whose time is up, as it was, with its version; empty without one
+    failed      the name of the last lease here whose loader has failed, and the name of the error; empty without one
+
+A lease whose loader has failed is left for `FAILURE_SHOWN` seconds, with the deadline 0, for those that wait for the load.
+A live value that is being refreshed stays where it is. Its lease is an item of its own, with the version of that value.
+
+The deadline is by the server's clock, as each client knows it. Only the number of loads depends on it: a value is stored
+over the very item that was looked at, by its CAS token, so that a lease that was taken over stores nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from cachebus.messages import CacheError, Failed, GetOrLease, ReleaseLease, RenewLease, Request, Set
+
+from .cas_updates import Item
+from .connection import MISS, Answer, Exchange, read
+from .entry import Entry, Instant, TagVersions, kept_until, pack, pack_entry, read_entry, unpack
+from .keys import ALL_TAGS
+from .session import Generations, Session
+from .values import content_of, entry_of
+
+LEASE = b"l"[0]
+_OVER = 1.0
+"""An expiry that is over for every reader, whatever its clock says."""
+FAILURE_SHOWN = 5.0
+"""Seconds for which a loader's failure is shown: many times as long as a waiter pauses between two questions."""
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A lease as it stands in the server."""
+
+    token: str
+    deadline: Instant
+    version: Instant
+    all_tags: bytes
+    tags: TagVersions
+    stale: bytes
+    failed: tuple[str, str]
+
+    @property
+    def ended(self) -> bool:
+        """Whether its loader has failed, so that it is free."""
+        return not self.deadline
+
+    def item(self, kept: bytes, stale: bytes) -> bytes:
+        """Return the bytes of its item, over that stale entry."""
+        return pack_entry(b"l" + pack(msgspec.structs.replace(self, stale=stale)), kept, _OVER, 0.0)
+
+
+def held_of(entry: Entry | None) -> Held | None:
+    """Return the lease that an entry holds; `None` if it is none, or damaged, and so free."""
+    try:
+        return unpack(entry.body, Held) if entry is not None and entry.form == LEASE else None
+    except ValueError:
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class KeyItem(Item):
+    """A key. `entry` is what is under it, if it is one of ours (else there is an `error`). `held` is the lease that this is,
+    `refresh_held` that of a live value. `served` may be served, live or stale; `content` is its value's form and bytes."""
+
+    tail: str
+    kept: bytes
+    refresh: str = ""
+    answer: Answer = MISS
+    refresh_answer: Answer = MISS
+    entry: Entry | None = None
+    error: CacheError | None = None
+    held: Held | None = None
+    refresh_held: Held | None = None
+    served: Entry | None = None
+    content: Any = None
+
+
+class Lookup:
+    """Items read in a round. `head` is what names begin with, `now` the server's time, `generations` are those of tags."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.head = ""
+        self.now = 0.0
+        self.generations = Generations(session)
+        self._connection = session.connection
+        self._keys = session.keys
+
+    def read(self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]) -> Exchange[list[tuple[int, KeyItem]]]:
+        """Read the items of requests; a request whose key is not valid is answered. Raises `NamespaceChanged`."""
+        self.head = yield from self.session.head()
+        items: dict[tuple[str, bytes], KeyItem] = {}
+        keyed: list[tuple[int, KeyItem]] = []
+        tags: dict[str, None] = {}
+        served = grants = False
+        for position, request in waiting:
+            try:
+                item = self._item(request, items, tags)
+            except CacheError as error:
+                replies[position] = Failed.of(error)
+                continue
+            served = served or isinstance(request, GetOrLease)
+            grants = grants or isinstance(request, GetOrLease) or (isinstance(request, Set) and names_lease(request))
+            keyed.append((position, item))
+        if not items:
+            return keyed
+        refreshing = [item for item in items.values() if item.refresh]
+        names = [*(item.tail for item in items.values()), *(item.refresh for item in refreshing)]
+        # That of all tags comes last: a load that stores under a tag which it did not know at the grant must see it after
+        # the tag's.
+        made = [*tags, ALL_TAGS] if grants else list(tags)
+        commands = [read(self.head + name) for name in names] + self.generations.making(self.head, made)
+        answers = iter((yield from self.session.ask(commands)))
+        for item in items.values():
+            item.answer = next(answers)
+        for item in refreshing:
+            item.refresh_answer = next(answers)
+        self.generations.learn_made(made, list(answers))
+        self.now = self._connection.now()
+        for item in items.values():
+            self.take_apart(item)
+        yield from self.generations.read(name for item in items.values() for name in self._names(item))
+        for item in items.values():
+            yield from self._serve(item, with_content=served)
+        return keyed
+
+    def _item(self, request: Any, items: dict[tuple[str, bytes], KeyItem], tags: dict[str, None]) -> KeyItem:
+        name = self._keys.tail(request.key)
+        tags.update(dict.fromkeys(map(self._keys.tag, getattr(request, "tags", ()))))
+        item = items.setdefault(name, KeyItem(*name))
+        if request.refresh if isinstance(request, GetOrLease) else names_lease(request):
+            item.refresh = self._keys.refresh(request.key)
+        return item
+
+    def take_apart(self, item: KeyItem) -> None:
+        """Find out what the answers of a key are."""
+        served: Entry | None = None
+        try:
+            served = item.entry = entry_of(self._connection, item.kept, item.answer, 0.0)
+        except CacheError as error:
+            item.error = error
+        item.held = held_of(item.entry)
+        with contextlib.suppress(CacheError):
+            item.refresh_held = held_of(entry_of(self._connection, item.kept, item.refresh_answer, 0.0))
+        if item.held is not None:
+            served = None
+            with contextlib.suppress(CacheError):  # Damaged, and so nothing to serve.
+                served = read_entry(item.held.stale, 0, item.kept, 0.0) if item.held.stale else None
+        over = served is None or served.form == LEASE or 0 < kept_until(served.expiry, served.metadata) <= self.now
+        item.served = None if over else served
+
+    def _serve(self, item: KeyItem, *, with_content: bool) -> Exchange[None]:
+        if item.served is not None and not self.generations.good(item.served.metadata.tags):
+            item.served = None
+        if with_content and item.served is not None:
+            try:
+                item.content = yield from content_of(self.session, item.served)
+            except CacheError as error:
+                if self._connection.lost:
+                    raise
+                item.error = error
+            if item.content is None:
+                item.served = None
+
+    def _names(self, item: KeyItem) -> tuple[str, ...]:
+        holders = [item.held, item.refresh_held, item.served.metadata if item.served is not None else None]
+        return self.generations.names(tag for each in holders if each is not None for tag in each.tags)
+
+    def live(self, item: KeyItem) -> Entry | None:
+        """Return the live value of a key."""
+        served = item.served
+        if served is None or item.held is not None or 0 < served.expiry <= self.now:
+            return None
+        return served
+
+    def current(self, held: Held | None) -> bool:
+        """Return whether a lease has neither run out nor been lost to the invalidation of a tag."""
+        return held is not None and held.deadline > self.now and self.generations.good(held.tags)
+
+
+def names_lease(request: Request[Any]) -> bool:
+    """Return whether a request names the lease that it is about."""
+    return isinstance(request, RenewLease | ReleaseLease) or (isinstance(request, Set) and request.lease is not None)

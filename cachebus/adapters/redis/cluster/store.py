@@ -1,0 +1,306 @@
+"""The Redis store over a Redis Cluster: each command goes to the server that has its slot, and follows it when it moves."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+from cachebus.actors.ports import NO_PROGRESS, Gauges, OnReplies, Progress
+from cachebus.messages import (
+    Add,
+    BadMessage,
+    CacheConfigurationError,
+    CacheConnectionError,
+    CacheError,
+    Clear,
+    Cleared,
+    CompareAndSet,
+    Deleted,
+    DeletePattern,
+    GetOrLease,
+    Reply,
+    Request,
+    Scan,
+    Scanned,
+    Set,
+    SetMany,
+)
+
+from ..commands import Command, ScriptCall, UnderWay
+from ..connect import Connector, Endpoint
+from ..connection import Argument, RedisConnection
+from ..entry import CAPABILITIES, NO_STAMP, TagSpace, milliseconds, new_epoch, pack_tags
+from ..errors import BACKEND
+from ..leases import kept_for
+from ..planner import Plan
+from ..pubsub import ChannelSubscription, LeaseWatch
+from ..scan import Walks, matching, scan_words, submitted
+from ..scripts import STAMP
+from .router import Router
+
+MOST_WALKS = 3  # How often a walk begins again because slots have changed hands during it.
+_CURSOR = re.compile(r"([0-9]{1,20})@(.+)", re.DOTALL)
+
+
+class RedisClusterStore:
+    """A `PipelinedStore` in a Redis Cluster, version 6.2 or newer, on asyncio.
+
+    `places` are servers that may be asked for the others; the rest is as in `RedisStore`, for each server. A batch is
+    answered when every server has answered its part. Requests about one key take effect in the order in which they were
+    submitted, also while its slot moves; there is no order between keys of different slots.
+
+    `Clear`, `DeletePattern` and `Scan` walk over the servers in the order of their names. If slots have changed hands
+    meanwhile, a walk that removes begins again. A key that is being moved while both servers are walked over may be missed.
+    """
+
+    name = BACKEND
+    capabilities = CAPABILITIES
+    max_batch = 64
+    long_running: frozenset[type[Request[Any]]] = frozenset({Clear, DeletePattern, Scan})
+
+    def __init__(
+        self,
+        places: Sequence[Endpoint],
+        connector: Connector | None = None,
+        *,
+        namespace: str,
+        default_ttl: float | None = None,
+        call: Callable[[Request[Any]], ScriptCall] | None = None,
+    ) -> None:
+        if not namespace or ":" in namespace or "{}" in namespace:
+            # With an empty pair of braces in front the counters of its tags would not be in one slot.
+            raise CacheConfigurationError(
+                f"redis: a namespace is not empty and has no colon or {{}}, unlike {namespace!r}"
+            )
+        self._seeds = tuple(places)
+        self._connector = dataclasses.replace(connector or Connector(), counters_here=False)
+        self._prefix = f"{namespace}:"
+        self._default_ttl = default_ttl
+        self._space = TagSpace(namespace, here=False)
+        self._call = call
+        self._router: Router | None = None
+        self._walks = Walks(self.long_running, self._walk, self.execute)
+        self._watch = LeaseWatch(self.subscribe, namespace)
+        self.watch = self._watch.watch
+
+    def __repr__(self) -> str:
+        return f"<RedisClusterStore {self._prefix!r} at {', '.join(map(str, self._seeds))}>"
+
+    async def open(self) -> None:
+        self._connector = await self._connector.prepared()
+        self._router = Router(self._connector, self._seeds)
+        try:
+            await self._router.topology.learn()
+        except BaseException:
+            self._router.topology.drop()
+            raise
+
+    async def close(self) -> None:
+        """Finish what is under way, then close; cancelled, break it off."""
+        if self._router is None:
+            return
+        try:
+            await self._watch.close()
+            await self._walks.finish()
+            await self._router.close()
+        finally:
+            self._walks.cancel()
+            self._router.topology.drop()
+
+    def subscribe(self, *arguments: Any) -> ChannelSubscription:
+        """Listen to a channel at any server, as `RedisStore.subscribe`."""
+        return ChannelSubscription(self._connect_anywhere, *arguments, clock=self._connector.clock)
+
+    async def _connect_anywhere(self) -> RedisConnection:
+        places = [] if self._router is None else self._router.topology.map.places()
+        reason: CacheError = CacheConnectionError("no server of the cluster is known", BACKEND)
+        for place in dict.fromkeys((*random.sample(places, len(places)), *self._seeds)):
+            try:
+                return await self._connector.connect(place)
+            except CacheError as error:
+                reason = error
+        raise reason
+
+    def gauges(self) -> Gauges:
+        return Gauges()
+
+    async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
+        return await submitted(self.submit, batch)
+
+    async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
+        router = self._opened()
+        if not self.long_running.isdisjoint(map(type, batch)):
+            self._walks.start(batch, on_replies)
+            return NO_PROGRESS
+        stamps = await self._stamps(router, batch) if _wants_stamps(batch, self._space) else None
+        under_way = self._planned(router, batch, on_replies, stamps)
+        await self._send(router, under_way)
+        return under_way
+
+    def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
+        router = self._router
+        if router is None or type(batch[0]) in self.long_running or _wants_stamps(batch, self._space):
+            return None
+        under_way = self._planned(router, batch, on_replies)
+        if not router.has_room(under_way.trips):
+            return None
+        router.send(under_way.trips)
+        return under_way
+
+    async def _send(self, router: Router, under_way: UnderWay) -> None:
+        unreachable = await router.room({trip.slot for trip in under_way.trips})
+        # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
+        router.send(under_way.trips, unreachable)
+
+    async def _stamps(self, router: Router, batch: Sequence[Request[Any]]) -> Mapping[int, bytes | CacheError]:
+        """What has to be read of the counters before the batch goes out, by the places of its requests."""
+        stamps = Stamps(batch, self._space, self._default_ttl)
+        read = asyncio.Event()
+        if stamps.commands:
+            await self._send(router, UnderWay(stamps.commands, read.set))
+            await read.wait()
+        return stamps.by_place
+
+    def _planned(
+        self,
+        router: Router,
+        batch: Sequence[Request[Any]],
+        on_replies: OnReplies,
+        stamps: Mapping[int, bytes | CacheError] | None = None,
+    ) -> UnderWay:
+        look = _looks_for_tags(batch, self._space)
+        group = partial(router.group, {})
+        plan = Plan(batch, self._prefix, self._default_ttl, self._space, group, stamps=stamps, call=self._call)
+        under_way = UnderWay(plan.commands, lambda: on_replies(plan.done()))
+        if look is not None:
+            under_way.add(look)
+        elif not plan.commands:
+            on_replies(plan.done())
+        return under_way
+
+    # Walks
+
+    async def _walk(self, request: Request[Any]) -> Reply:
+        try:
+            if isinstance(request, Scan):
+                return await self._page(request)
+            if isinstance(request, DeletePattern):
+                return Deleted(await self._remove(request.pattern))
+            await self._remove("*")
+            return Cleared()
+        except CacheError:
+            self._opened().topology.learn_soon()
+            raise
+
+    async def _remove(self, pattern: str) -> int:
+        topology = self._opened().topology
+        removed = 0
+        for _ in range(MOST_WALKS):
+            version = topology.map.version
+            for place in topology.map.places():
+                connection = await topology.node(place).pool.side()
+                removed += await self._walks.remove(connection, self._prefix, pattern)
+            if topology.map.version == version:
+                break
+        return removed
+
+    async def _page(self, request: Scan) -> Reply:
+        topology = self._opened().topology
+        places = topology.map.places()
+        names = [str(place) for place in places]
+        cursor, at = "0", 0
+        if request.cursor:
+            found = _CURSOR.fullmatch(request.cursor)
+            if found is None:
+                raise BadMessage(f"the cursor {request.cursor[:40]!r} is none that a scan gave")
+            if found[2] not in names:
+                raise CacheConnectionError("the cluster has changed during the scan: start the scan again", BACKEND)
+            cursor, at = found[1], names.index(found[2])
+        connection = await topology.node(places[at]).pool.connect()
+        following, listed = await connection.call(*scan_words(self._prefix, request.pattern, cursor))
+        keys = tuple(matching(listed, self._prefix, request.pattern))
+        if following != b"0":
+            return Scanned(keys, f"{following.decode()}@{names[at]}")
+        return Scanned(keys, f"0@{names[at + 1]}" if at + 1 < len(names) else "")
+
+    def _opened(self) -> Router:
+        if self._router is None:
+            raise CacheConnectionError("the store is not open", BACKEND)
+        return self._router
+
+
+_STORING = frozenset({Set, SetMany, Add, CompareAndSet})
+
+
+def _wants_stamps(batch: Sequence[Request[Any]], space: TagSpace) -> bool:
+    """Whether something in a batch has tags, or may get some that only its loader knows."""
+    return any(_wants_stamp(request, space) for request in batch)
+
+
+def _wants_stamp(request: Any, space: TagSpace) -> bool:
+    kind = cast("type[object]", type(request))
+    return bool((kind in _STORING and request.tags) or (kind is GetOrLease and (space.seen or request.tags)))
+
+
+def _looks_for_tags(batch: Sequence[Request[Any]], space: TagSpace) -> Command | None:
+    """The command beside leases that finds out whether the namespace has tags, while this store knows of none."""
+    if space.seen or not any(type(request) is GetOrLease for request in batch):
+        return None
+
+    def settle(there: Any, now: float) -> None:
+        space.seen = space.seen or bool(there)
+
+    return Command(["EXISTS", space.sequence], space.sequence, settle, lambda error: None)
+
+
+class Stamps:
+    """The stamps of the requests of a batch: `commands` ask for them, `by_place` has them then, or why there are none.
+    A stamp is read before what it is for is begun: before a lease is asked for, and before a value is written. So what
+    is invalidated meanwhile is invalid when it is stored, because its stamp is older than the counter."""
+
+    def __init__(self, batch: Sequence[Request[Any]], space: TagSpace, default_ttl: float | None) -> None:
+        self.by_place: dict[int, bytes | CacheError] = {}
+        groups: dict[str, list[tuple[int, Any]]] = {}
+        request: Any
+        for place, request in enumerate(batch):
+            if not _wants_stamp(request, space):
+                continue
+            try:
+                pack_tags(request.tags)
+                groups.setdefault(_kept(request, default_ttl), []).append((place, request))
+            except (CacheError, ValueError, OverflowError):
+                # It will be refused.
+                self.by_place[place] = BadMessage("the request is not understood")
+        space.seen = True
+        self.commands = [self._command(space, px, members) for px, members in groups.items()]
+
+    def _command(self, space: TagSpace, px: str, members: Sequence[tuple[int, Any]]) -> Command:
+        tags = list(dict.fromkeys(tag for _, request in members for tag in request.tags))
+        names = [space.sequence, *(space.counter(tag) for tag in tags)]
+        words: list[Argument] = [len(names), *names, new_epoch(), px]
+
+        def settle(reply: Any, now: float) -> None:
+            counters = dict(zip(tags, reply[1:], strict=True))
+            for place, request in members:
+                # What is stored under a lease has the stamp of that, and is only compared with the counters.
+                leased = isinstance(request, Set) and request.lease is not None and request.tags
+                self.by_place[place] = max(counters[tag] for tag in request.tags) if leased else reply[0]
+
+        def fail(error: CacheError) -> None:
+            # Without a stamp a lease is as good for what will have no tags.
+            self.by_place.update((place, error if request.tags else NO_STAMP) for place, request in members)
+
+        return Command(words, names[0], settle, fail, script=STAMP)
+
+
+def _kept(request: Any, default_ttl: float | None) -> str:
+    """For how many milliseconds the counters of a request are needed."""
+    if isinstance(request, GetOrLease):
+        return milliseconds(request.lease_ttl)
+    px = milliseconds(default_ttl if request.ttl == "default" else request.ttl)
+    return kept_for(request, px) if isinstance(request, Set) else px

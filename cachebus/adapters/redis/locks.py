@@ -1,0 +1,393 @@
+"""Locks in Redis, for every process that shares the server. Waiters listen to a channel, and ask nothing meanwhile.
+
+Each decision is one step in the server, by its clock. A lock named N in a namespace S is in these keys, in one slot:
+
+    S#lock:{N}            hash   t ticket, o owner and i inbox of the holder; n its token, the last one given; u until when it
+                                 holds, in milliseconds; c 1 if it knows that it does; s a token: no holder of that one or a
+                                 later one has lost the lock; q the last number of a place in the queue
+    S#lock:{N}:queue      sorted set of tickets that wait, by the number of their places
+    S#lock:{N}:waiting    hash   ticket -> inbox|until|ttl|owner, the times in milliseconds
+    S#lock:{N}:gone:T     there for a minute after the ticket T was given up
+
+An inbox is a channel, `S#lock:to:<process>`: a process gets `ticket|name` there when a lock is offered to one of its waiters.
+It then has CLAIM milliseconds to ask for it. If it does not, it is away, and all that waits there loses its place.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from cachebus.actors.ports import Capabilities, Gauges, LockListener, PipelinedStore
+from cachebus.messages import (
+    AcquireLock,
+    CacheError,
+    CapabilityError,
+    DescribeLock,
+    Failed,
+    LockDenied,
+    LockFree,
+    LockGranted,
+    LockInfo,
+    LockNotOwned,
+    LockQueued,
+    NotHeld,
+    Released,
+    ReleaseLock,
+    Renewed,
+    RenewLock,
+    Reply,
+    Request,
+)
+
+from .commands import ScriptCall
+from .connection import Argument
+from .errors import BACKEND
+from .pubsub import ChannelSubscription
+from .scripts import COMMON, Script
+
+CLAIM_MS = 2000  # How long a lock that is offered to another process is kept for it.
+RETAIN_MS = 7 * 86_400_000
+"""How long the last token of an unused lock is remembered, from the first time on the day of its last holder. After that the
+clock alone makes it grow."""
+
+GONE_MS = 60_000  # How long a ticket that was given up is refused.
+DAY_MS = 86_400_000
+
+# Arguments: 1 ticket, 2 our inbox, 3 what channels begin with, 4 name, 5 whether PUBLISH does not say who heard it.
+_LOCK = (
+    f"{COMMON}local CLAIM, RETAIN, DAY, GONE = {CLAIM_MS}, {RETAIN_MS}, {DAY_MS}, {GONE_MS}"
+    """
+local state, queue, rows = KEYS[1], KEYS[2], KEYS[3]
+local ticket, inbox, channels, name, silent = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1'
+local s = redis.call('HMGET', state, 't', 'o', 'n', 'u', 'c', 's', 'i')
+local holder, owner, token, until_ms = s[1] or '', s[2] or '', tonumber(s[3] or 0), tonumber(s[4] or 0)
+local since = tonumber(s[6] or 0)
+local lost, lost_token, next_ticket, next_ttl, offered = '', 0, '', 0, 0
+local function leave(who)
+  redis.call('HDEL', rows, who)
+  return redis.call('ZREM', queue, who)
+end
+local function keep(key, ms)
+  redis.call('PEXPIRE', key, math.max(RETAIN, 2 * ms))
+end
+local function give(who, whose, ttl_ms, claimed, where)
+  -- The state is kept for a week from the first time of a day, because each time would cost as much as the giving.
+  local kept = math.floor(token / 1000 / DAY) == math.floor(now_ms / DAY)
+  token = math.max(token + 1, now)
+  holder, owner, until_ms = who, whose, now_ms + ttl_ms
+  redis.call('HSET', state, 't', who, 'o', whose, 'n', token, 'u', until_ms, 'c', claimed, 'i', where)
+  if since == 0 then
+    since = token
+    redis.call('HSET', state, 's', since)
+  end
+  if not kept or ttl_ms > DAY then keep(state, ttl_ms) end
+end
+local function pass_on()
+  -- Give a free lock to the first that waits and is there. One that waits in our own process hears it by the reply.
+  local at = 0
+  while true do
+    local some = redis.call('ZRANGE', queue, at, at + 15)
+    if #some == 0 then return end
+    for _, each in ipairs(some) do
+      local row = redis.call('HGET', rows, each) or ''
+      local where, waits_ms, ttl_ms, whose = string.match(row, '^([^|]*)|(%d+)|(%d+)|(.*)$')
+      if not where or tonumber(waits_ms) <= now_ms then
+        leave(each)
+      elseif where == inbox then
+        leave(each)
+        give(each, whose, tonumber(ttl_ms), 1, where)
+        if each ~= ticket then next_ticket, next_ttl = each, tonumber(ttl_ms) end
+        return
+      elseif redis.call('PUBLISH', channels .. where, each .. '|' .. name) > 0 or silent then
+        leave(each)
+        give(each, whose, math.min(tonumber(ttl_ms), CLAIM), 0, where)
+        offered = 1
+        return
+      else
+        at = at + 1
+      end
+    end
+  end
+end
+-- A holder whose time is up holds nothing. If it never knew that it did, its process is away, with all that wait in it.
+if holder ~= '' and until_ms <= now_ms then
+  lost, lost_token = owner, token
+  if s[5] == '0' then
+    local all = redis.call('HGETALL', rows)
+    for n = 1, #all, 2 do
+      if string.match(all[n + 1], '^([^|]*)|') == s[7] then leave(all[n]) end
+    end
+  end
+  if s[5] ~= '0' then since = token + 1 end
+  holder, owner, until_ms = '', '', 0
+  redis.call('HSET', state, 't', '', 'u', 0, 's', since)
+end
+local function answer(code, fresh)
+  -- As short as may be, because each part of it costs as much as looking into the queue. 0 is what most callers hope for.
+  if lost_token > 0 and s[5] == '0' then lost_token = 0 end
+  local others = next_ticket ~= '' or offered > 0 or lost_token > 0
+  if code == 0 and not others then return {code, token} end
+  local left = math.max(0, until_ms - now_ms)
+  if not others then return {code, token, owner, left, fresh or 0} end
+  return {code, token, owner, left, fresh or 0, next_ticket, next_ttl, offered, lost, lost_token}
+end
+"""
+)
+
+
+def _script(body: str) -> Script:
+    return Script(_LOCK + body)
+
+
+ACQUIRE = _script("""
+-- More: 6 owner, 7 milliseconds to hold, 8 milliseconds to wait.
+local me, ttl_ms, wait_ms = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
+local some = redis.call('EXISTS', KEYS[4], queue) > 0
+if some and redis.call('EXISTS', KEYS[4]) == 1 then return answer(2) end
+if holder == ticket then
+  until_ms = now_ms + ttl_ms
+  redis.call('HSET', state, 'u', until_ms, 'c', 1, 'i', inbox)
+  keep(state, ttl_ms)
+  return answer(0)
+end
+local fresh = 0
+if holder ~= '' or some then
+  if wait_ms > 0 then
+    if not redis.call('ZSCORE', queue, ticket) then
+      fresh = 1
+      redis.call('ZADD', queue, redis.call('HINCRBY', state, 'q', 1), ticket)
+      keep(queue, wait_ms)
+      keep(state, math.max(wait_ms, until_ms - now_ms))
+    end
+    redis.call('HSET', rows, ticket, table.concat({inbox, now_ms + wait_ms, ttl_ms, me}, '|'))
+    keep(rows, wait_ms)
+  else
+    leave(ticket)
+  end
+  if holder == '' then pass_on() end
+end
+if holder == '' then
+  if some then leave(ticket) end
+  give(ticket, me, ttl_ms, 1, inbox)
+end
+if holder == ticket then return answer(0) end
+return answer(wait_ms > 0 and 1 or 2, fresh)
+""")
+
+RENEW = _script("""
+-- More: 6 milliseconds to hold. The code is 0 if it is held, 1 if another holds it, 2 if it is free.
+if holder == ticket then
+  until_ms = now_ms + tonumber(ARGV[6])
+  redis.call('HSET', state, 'u', until_ms, 'c', 1)
+  keep(state, tonumber(ARGV[6]))
+  return answer(0)
+end
+if holder ~= '' then return answer(1) end
+pass_on()
+return answer(holder == '' and 2 or 1)
+""")
+
+RELEASE = _script("""
+-- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then;
+-- '2' to give up only what our inbox gets; '3' only if it does not know that it holds. 7 token.
+-- The codes are those of RENEW.
+local had = tonumber(ARGV[7])
+if ARGV[6] == '1' then redis.call('SET', KEYS[4], '', 'PX', GONE) end
+if ARGV[6] == '2' or ARGV[6] == '3' then
+  local row = redis.call('HGET', rows, ticket)
+  local where = holder == ticket and s[7] or row and string.match(row, '^([^|]*)|')
+  if where ~= inbox or (ARGV[6] == '3' and holder == ticket and s[5] == '1') then return answer(2) end
+end
+if holder == ticket then
+  if ARGV[6] == '0' and had ~= token then redis.call('HSET', state, 's', token + 1) end -- It was taken from its holder.
+  holder, owner, until_ms = '', '', 0
+  redis.call('HSET', state, 't', '', 'u', 0)
+  pass_on()
+  return answer(0)
+end
+local code = 2
+local gave_back = since > 0 and had >= since and (had < token or had == token and holder == '')
+if leave(ticket) == 1 or gave_back then
+  code = 0 -- It waited; or it asks once more, because the answer to the first time was lost.
+elseif holder ~= '' and ARGV[6] == '0' then
+  code = 1
+end
+if holder == '' then pass_on() end
+return answer(code)
+""")
+
+DESCRIBE = _script("""
+if holder == '' then pass_on() end
+-- The code is 0 if it is free.
+return answer(holder == '' and 0 or 1)
+""")
+
+
+class _Transport(PipelinedStore, Protocol):
+    """A `RedisStore` or a `RedisClusterStore`."""
+
+    def subscribe(self, *arguments: Any) -> ChannelSubscription: ...
+
+
+class RedisLockStore:
+    """A `LockStore` and `PipelinedStore` in a Redis server or cluster. `transport` makes the store that sends its scripts;
+    `clustered` says that `PUBLISH` counts the listeners of one server only.
+
+    Uncontended, a lock costs one round trip to have and one to give back. Waiters stand in a queue in Redis. A lock that is
+    given back goes to the first of them, in the same step: one of our own process hears it by the reply, one of another by
+    its inbox. Tokens are microseconds of the server's clock, or one more than the last.
+    """
+
+    name = BACKEND
+    capabilities = Capabilities(locks=True)
+    poll: float | None = None
+    max_batch = 128
+    long_running: frozenset[type[Request[Any]]] = frozenset()
+
+    def __init__(self, transport: Callable[..., _Transport], *, namespace: str, clustered: bool) -> None:
+        self.told: LockListener | None = None
+        self.inbox = os.urandom(8).hex()
+        self._prefix = f"{namespace}#lock:"
+        self._clustered = clustered
+        self._transport = store = transport(call=self.call)
+        self.execute, self.submit, self.try_submit = store.execute, store.submit, store.try_submit
+        self._is_open = False
+        self._subscription: ChannelSubscription | None = None
+        self._deaf: CacheError | None = None  # Why our inbox cannot be heard.
+
+    def __repr__(self) -> str:
+        return f"<RedisLockStore over {self._transport!r}, {'listening' if self._subscription else 'nobody waited'}>"
+
+    async def open(self) -> None:
+        await self._transport.open()
+        self._is_open = True
+
+    async def close(self) -> None:
+        self._is_open = False  # Replies may come until the transport is closed.
+        subscription, self._subscription, self._deaf = self._subscription, None, None
+        try:
+            if subscription is not None:
+                await subscription.close()
+        finally:
+            await self._transport.close()
+
+    def gauges(self) -> Gauges:
+        return Gauges()
+
+    # Commands
+
+    def call(self, request: Request[Any]) -> ScriptCall:
+        """The script that carries out a request."""
+        name = getattr(request, "name", "")
+        state = f"{self._prefix}{{{_tag(name)}}}"
+        keys: list[Argument] = [state, f"{state}:queue", f"{state}:waiting"]
+        ticket = getattr(request, "ticket", "")
+        ours: list[Argument] = [ticket, self.inbox, f"{self._prefix}to:", name, "1" if self._clustered else "0"]
+        gone = f"{state}:gone:{ticket}"
+        read: Callable[[Any], Reply]
+        match request:
+            case AcquireLock(owner=owner, ttl=ttl, wait=wait):
+                keys.append(gone)
+                ours += [owner, _ms(ttl), _ms(wait)]
+                script, read = ACQUIRE, partial(_acquired, ttl)
+            case RenewLock(ttl=ttl):
+                ours.append(_ms(ttl))
+                script, read = RENEW, partial(_held, Renewed(ttl), name)
+            case ReleaseLock(token=token, abandon=abandon, unclaimed=unclaimed, offered=offered):
+                keys.append(gone)
+                ours += ["1" if abandon else "3" if offered else "2" if unclaimed else "0", token]
+                script, read = RELEASE, partial(_held, Released(), name)
+            case DescribeLock():
+                script, read = DESCRIBE, _described
+            case _:
+                raise CapabilityError(store=BACKEND, capability=type(request).__name__)
+
+        def make(reply: Any, now: float) -> Reply:
+            passed_on = len(reply) > 5 and self._told(name, reply)
+            answer = read(reply)
+            if type(answer) is Released and self.told is not None and not passed_on:
+                self.told.look(name)  # The queue is empty. Waiters of ours have lost their places, as after a flush.
+            if type(answer) is LockQueued:
+                if self._subscription is None and self._is_open:
+                    inbox = f"{self._prefix}to:{self.inbox}"
+                    self._subscription = self._transport.subscribe(inbox, self._heard, self._look, self._refused)
+                if self._deaf is not None:
+                    return Failed.of(self._deaf)
+            return answer
+
+        return [len(keys), *keys, *ours], state, make, script
+
+    def _told(self, name: str, reply: Any) -> bool:
+        """Pass on what a reply says about other callers. Whether the lock was given, or offered, to one of them."""
+        token = reply[1]
+        next_ticket, next_ttl, offered, lost, lost_token = reply[5:]
+        if self.told is None:
+            return False
+        if lost_token:
+            self.told.expired(name, lost.decode(), lost_token)
+        if next_ticket:
+            self.told.granted(name, next_ticket.decode(), LockGranted(token, next_ttl / 1000))
+        if offered:
+            # If its process is away, ours must notice.
+            self.told.look(name, delay=CLAIM_MS / 1000 + 0.1)
+        return bool(next_ticket or offered)
+
+    # The inbox
+
+    def _refused(self, error: CacheError) -> None:
+        if not error.transient:
+            # The user may not listen. A caller that cannot hear its inbox does not wait, and gets the error now.
+            self._deaf = error
+            self._look()
+
+    def _heard(self, payload: bytes) -> None:
+        ticket, _, name = payload.decode().partition("|")
+        if self.told is not None:
+            self.told.look(name, ticket)
+
+    def _look(self) -> None:
+        if self.told is not None:
+            self.told.look_everywhere()
+
+
+def _tag(name: str) -> str:
+    """What stands for a name between the braces that say which slot its keys are in."""
+    raw = name.encode("utf-8", "surrogatepass")
+    if len(raw) <= 200 and name.isprintable() and "{" not in name and "}" not in name:
+        return name
+    return f"\x01{blake2b(raw, digest_size=32, person=b'cachebus.lock').hexdigest()}"
+
+
+def _ms(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
+
+
+def _acquired(ttl: float, reply: Any) -> Reply:
+    code, token = reply[:2]
+    if code == 0:
+        return LockGranted(token, ttl)
+    owner, remaining, fresh = reply[2:5]
+    if code == 1:
+        return LockQueued(owner.decode(), remaining / 1000, bool(fresh))
+    return LockDenied(owner.decode(), remaining / 1000)
+
+
+def _held(good: Reply, name: str, reply: Any) -> Reply:
+    code = reply[0]
+    if code == 0:
+        return good
+    if code == 1:
+        return Failed.of(LockNotOwned(name=name, owner=reply[2].decode()))
+    return NotHeld()
+
+
+def _described(reply: Any) -> Reply:
+    if not reply[0]:
+        return LockFree()
+    token, owner, remaining = reply[1:4]
+    return LockInfo(owner.decode(), token, remaining / 1000)

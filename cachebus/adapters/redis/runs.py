@@ -1,0 +1,292 @@
+"""Runs of reads and of writes: one command for all requests of a run, and what its reply says to each.
+
+In a Redis Cluster the counters of tags are in another slot than the entries. A reply that depends on them is a `Doubt` until
+they are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from cachebus.messages import (
+    Add,
+    CacheError,
+    CompareAndSet,
+    Failed,
+    Found,
+    GetOrLease,
+    Missing,
+    NotStored,
+    Reply,
+    Set,
+    Stored,
+)
+
+from ..common.encoding import unpack_plain
+from .commands import Command
+from .connection import Argument
+from .entry import HEADER, MISSING, Claim, TagSpace, claim_of, read_entry, split_tagged
+from .leases import Leases
+from .scripts import KEEP, READ
+from .write_script import WRITE
+
+COMMAND_BYTES = 8 << 20
+"""The size at which a writing command takes no more values: a server closes a connection that sends it 1 GiB."""
+
+
+class Doubt(NamedTuple):
+    """The reply in a place, which depends on whether claims hold: `decide` takes that, and gives the reply, or a command to
+    be sent; `None` if it has put the reply in its place itself."""
+
+    claims: Sequence[Claim]
+    decide: Callable[[Sequence[bool]], Reply | Command | None]
+    replies: list[Any]
+    at: int
+
+
+class Counters(Struct, eq=False):
+    """The counters that some commands of a batch need. They are asked for together with these if a store has an idea which
+    they are, and after them if not.
+
+    They may have been read before the entries: an invalidation in between has not returned to a caller that asks after it.
+    With `px` the counters are kept for an entry that shall live for so many milliseconds (`""`: for ever).
+    """
+
+    space: TagSpace
+    ordered: bool = False
+    px: str | None = None
+    asked: dict[str, None] = {}
+    known: dict[str, bytes | None] = {}
+    left: int = 0
+    waiting: list[Doubt] = []
+    error: CacheError | None = None
+
+    def want(self, tags: Sequence[str]) -> None:
+        """Ask for the counters of tags together with the rest."""
+        self.asked.update(dict.fromkeys(tags))
+
+    def command(self) -> Command | None:
+        """The command that asks for what is wanted."""
+        return self._fetch(list(self.asked)) if self.asked else None
+
+    def judge(self, doubts: Sequence[Doubt]) -> list[Command]:
+        """Decide what is known, and return what has to be sent."""
+        if self.left:
+            self.waiting += doubts
+            return []
+        if self.error is not None:
+            for doubt in doubts:
+                doubt.replies[doubt.at] = Failed.of(self.error)
+            return []
+        tags = (tag for doubt in doubts for claim in doubt.claims for tag in claim.tags)
+        if unknown := dict.fromkeys(tag for tag in tags if tag not in self.known):
+            self.waiting += doubts
+            return [self._fetch(list(unknown))]
+        commands: list[Command] = []
+        for doubt in doubts:
+            decided = doubt.decide([claim.holds(self.known) for claim in doubt.claims])
+            if isinstance(decided, Command):
+                commands.append(decided)
+            elif decided is not None:
+                doubt.replies[doubt.at] = decided
+        return commands
+
+    def _fetch(self, tags: list[str]) -> Command:
+        self.left += 1
+        names = [self.space.counter(tag) for tag in tags]
+
+        def settle(reply: Any, now: float) -> Sequence[Command]:
+            self.known.update(zip(tags, reply, strict=True))
+            return self._answered()
+
+        def fail(error: CacheError) -> None:
+            self.error = error
+            self._answered()
+
+        def parts() -> list[Command]:
+            self.left -= 1
+            return [self._fetch([tag]) for tag in tags]
+
+        script = None if self.px is None else KEEP
+        words: list[Argument] = ["MGET", *names] if self.px is None else [len(names), *names, self.px]
+        more = parts if len(tags) > 1 else None
+        return Command(words, names[0], settle, fail, script=script, parts=more, ordered=self.ordered)
+
+    def _answered(self) -> Sequence[Command]:
+        self.left -= 1
+        if self.left or not self.waiting:
+            return ()
+        waiting, self.waiting = self.waiting, []
+        return self.judge(waiting)
+
+
+def lease_claims(request: Leases, reply: Any) -> tuple[Claim | None, Claim | None]:
+    """The claims that the reply to a question about a lease depends on: that of the lease or the value found, without which
+    the question is asked again; and that of the value that is served stale."""
+    if not isinstance(request, GetOrLease):
+        return (None if isinstance(reply, int) else _declared(*reply)), None
+    kind = reply[0]
+    if kind == 2:
+        return _declared(reply[4], reply[5]), claim_of(reply[3])
+    return (None, claim_of(reply[1])) if kind else (claim_of(reply[1]), None)
+
+
+def _declared(stamp: bytes, tags: bytes) -> Claim | None:
+    return Claim(stamp, tuple(unpack_plain(tags))) if tags else None
+
+
+class Reads(Struct, eq=False):
+    """A command that reads: an `MGET`, or a script if the server is to leave out what is not valid (`checked`).
+
+    `prefix` is the length of what stands before the keys of the namespace. With `counters` these are in another slot.
+    """
+
+    replies: list[Any]
+    prefix: int
+    space: TagSpace
+    counters: Counters
+    checked: bool
+    places: dict[str, int] = {}
+    """The keys, and where each is in the command and in its reply."""
+    wants: list[tuple[int, str]] = []
+    """The positions of requests, and a key that each wants."""
+
+    def want(self, position: int, key: str) -> None:
+        """Read a key for the request in a position."""
+        self.places.setdefault(key, len(self.places))
+        self.wants.append((position, key))
+
+    def command(self) -> Command:
+        """The command for the whole run."""
+        parts = self._parts if len(self.places) > 1 else None
+        script = READ if self.checked else None
+        words: list[Argument] = [len(self.places), *self.places] if self.checked else ["MGET", *self.places]
+        return Command(words, next(iter(self.places)), self._settle, self._fail, script=script, parts=parts)
+
+    def _parts(self) -> list[Command]:
+        alone = {key: replace(self, places={}, wants=[]) for key in self.places}
+        for position, key in self.wants:
+            alone[key].want(position, key)
+        return [each.command() for each in alone.values()]
+
+    def _settle(self, reply: Any, now: float) -> Sequence[Command]:
+        doubts: list[Doubt] = []
+        for position, key in self.wants:
+            # Taken apart for each, so that no two callers share a list or a dict.
+            claim, answer = read_entry(reply[self.places[key]], now)
+            if claim is not None:
+                self.space.learn(key[self.prefix :], claim.tags)
+                if not self.checked:
+                    decide = partial(self._decide, position, key, answer)
+                    doubts.append(Doubt((claim,), decide, self.replies, position))
+                    continue
+            self._put(position, key, answer)
+        return self.counters.judge(doubts) if doubts else ()
+
+    def _decide(self, position: int, key: str, answer: Found | Missing | Failed, holds: Sequence[bool]) -> None:
+        self._put(position, key, answer if holds[0] else MISSING)
+
+    def _put(self, position: int, key: str, answer: Found | Missing | Failed) -> None:
+        whole = self.replies[position]
+        if whole is None:
+            self.replies[position] = answer
+        elif type(whole) is dict:
+            if isinstance(answer, Found):
+                whole[key[self.prefix :]] = answer
+            elif answer is not MISSING:
+                self.replies[position] = answer
+
+    def _fail(self, error: CacheError) -> None:
+        for position, _ in self.wants:
+            self.replies[position] = Failed.of(error)
+
+
+def condition_of(request: Any) -> str:
+    """The condition of a write, as the script takes it."""
+    if isinstance(request, Set):
+        return request.only_if or ""
+    if isinstance(request, CompareAndSet):
+        return repr(float(request.version))
+    return "absent" if isinstance(request, Add) else ""
+
+
+class Write(Struct, eq=False):
+    """A value to be written. A negative `position` is that of a `SetMany`, -1 for the first: its reply stands already."""
+
+    position: int
+    key: str
+    body: bytes
+    px: str
+    condition: str
+
+
+class Writes(Struct, eq=False):
+    """One call of the script that writes. `size` is the bytes of its values, `tagged` says that some have tags."""
+
+    replies: list[Any]
+    space: TagSpace
+    items: list[Write] = []
+    tagged: bool = False
+    size: int = 0
+
+    def add(self, item: Write) -> None:
+        """Write one more value."""
+        self.items.append(item)
+        self.size += len(item.body)
+
+    def command(self, verdict: bytes = b"") -> Command:
+        """The command. `verdict` is what is known of the counters, if the script cannot look for itself."""
+        items = self.items
+        words: list[Argument] = [len(items), *(item.key for item in items)]
+        for item in items:
+            words += (item.body, item.px, item.condition)
+        if verdict or self.tagged:
+            words.append(verdict or "t")
+        parts = self._parts if len(items) > 1 else None
+        script, ordered = WRITE.at(self.space.here), bool(verdict)
+        return Command(words, items[0].key, self._settle, self._fail, script, writes=True, parts=parts, ordered=ordered)
+
+    def _parts(self) -> list[Command]:
+        """The same, a key at a time, each key's in their order."""
+        alone: dict[str, Writes] = {}
+        for item in self.items:
+            alone.setdefault(item.key, replace(self, items=[])).items.append(item)
+        return [each.command() for each in alone.values()]
+
+    def _settle(self, reply: Any, now: float) -> Sequence[Command]:
+        doubts: list[Doubt] = []
+        for item, version in zip(self.items, reply, strict=True):
+            if type(version) is bytes:
+                doubts += self._doubts(item, version)
+            elif item.position >= 0:
+                self.replies[item.position] = Stored(float(version)) if version > 0 else NotStored(float(-version))
+        return Counters(self.space, ordered=True).judge(doubts) if doubts else ()
+
+    def _doubts(self, item: Write, head: bytes) -> Sequence[Doubt]:
+        """Write a key once more when it is known whether the entry that begins with `head` is valid."""
+        try:
+            claim, _ = split_tagged(head)
+        except CacheError as error:
+            self.replies[item.position] = Failed.of(error)
+            return ()
+
+        def decide(holds: Sequence[bool]) -> NotStored | Command:
+            version = HEADER.unpack_from(head)[0] if holds[0] else 0.0
+            if (
+                version
+                if item.condition == "absent"
+                else not version or item.condition not in ("present", repr(version))
+            ):
+                return NotStored(version)
+            return replace(self, items=[item]).command(claim.verdict(holds[0]))
+
+        return [Doubt((claim,), decide, self.replies, item.position)]
+
+    def _fail(self, error: CacheError) -> None:
+        for item in self.items:
+            self.replies[item.position if item.position >= 0 else -1 - item.position] = Failed.of(error)

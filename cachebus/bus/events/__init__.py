@@ -1,0 +1,1 @@
+"""Events: who emits them and who subscribes to them."""

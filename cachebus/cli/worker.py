@@ -1,0 +1,71 @@
+"""`cachebus worker`: backends served on the bus, until a signal comes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+from typing import Any
+
+from cachebus.bus import check_word
+from cachebus.messages import CacheConfigurationError
+from cachebus.node.worker import Worker, log_to_stderr
+from cachebus.settings import BackendSettings, Settings, backend_from_url
+from cachebus.settings.urls import is_url
+
+from .common import Commands, add_bus, bus_settings
+
+_NAMED = re.compile(r"([^=:/?]*)=(.*)", re.DOTALL)
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    worker = commands.add_parser("worker", help="serve backends on the bus, until a signal comes")
+    worker.add_argument("--config", metavar="SOURCE", help="a file of settings; left out, the environment alone")
+    backend = "a backend, such as primary=redis://localhost; several are allowed"
+    worker.add_argument("--backend", action="append", default=[], metavar="NAME=URL", help=backend)
+    add_bus(worker)
+    seconds: Any = {"type": _seconds, "metavar": "SECONDS"}
+    worker.add_argument("--grace", **seconds, default=10.0, help="for stopping: what has come in is answered (10)")
+    worker.add_argument("--wait", **seconds, default=30.0, help="how long the bus may be away at the start (30)")
+    worker.add_argument("--log-format", choices=("text", "json"), default="text", help="one line for each fact")
+    worker.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    worker.set_defaults(command=_worker)
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    log_to_stderr(arguments.log_format, arguments.log_level)
+    settings = worker_settings(arguments)
+
+    async def serve() -> int:  # A worker is made on its event loop.
+        return await Worker(settings, grace=arguments.grace, wait=arguments.wait).run()
+
+    return asyncio.run(serve())
+
+
+def worker_settings(arguments: argparse.Namespace) -> Settings:
+    """Return the settings that the options of a worker give. Raises `CacheConfigurationError`."""
+    more: dict[str, Any] = {}
+    if arguments.backend:
+        backends = [_backend(each) for each in arguments.backend]
+        # The default has no meaning in a worker: callers name the address.
+        more["backends"] = [each.model_copy(update={"default": number == 0}) for number, each in enumerate(backends)]
+    return bus_settings(arguments, arguments.config, **more)
+
+
+def _backend(text: str) -> BackendSettings:
+    found = _NAMED.fullmatch(text)
+    if found is None or not is_url(found[2]):
+        return backend_from_url(text)
+    try:
+        name = check_word(found[1], "name")
+    except ValueError as error:
+        raise CacheConfigurationError(f"--backend: {error}") from None
+    return backend_from_url(found[2]).model_copy(update={"name": name})
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 86400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, not {text}")
+    return seconds

@@ -1,0 +1,1 @@
+"""Clients through which a facade calls backends and the lock manager."""

@@ -1,0 +1,127 @@
+"""Client through which a facade calls its backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from cachebus.bus import Address, Bus, Emitter, Turn
+from cachebus.messages import CacheClosed, Get, GetOrLease, Request, Set
+from cachebus.payload.cached_errors import CachedError, unwrap
+
+from .failure_policy import BACKEND_FAILURES, Failures, OnError
+
+if TYPE_CHECKING:
+    from cachebus.actors import Timers
+    from cachebus.facade.locks import LockWay
+    from cachebus.payload.pipeline import PayloadPipeline
+
+R = TypeVar("R")
+
+UNREAD: Any = object()
+"""In the place of a value that takes more than a look to read: `finish` does."""
+
+
+class Link:
+    """Client through which a facade calls its backend actor. A call may take `timeout` seconds.
+
+    `turn_get`, `turn_set` and `turn_lease` take a message's turn on the caller's stack if possible. `epoch` is the Unix time at
+    which the monotonic clock was 0: a later jump of the wall clock changes nothing. `timers` are those of the node, on its event
+    loop; `locks` is the client of its lock manager. With `blocking`, a coroutine blocks the thread and never suspends.
+    """
+
+    __slots__ = (
+        "address",
+        "bus",
+        "emitter",
+        "epoch",
+        "failures",
+        "locks",
+        "timeout",
+        "timers",
+        "turn_get",
+        "turn_lease",
+        "turn_set",
+    )
+
+    locks: LockWay
+
+    def __init__(
+        self,
+        bus: Bus,
+        address: Address,
+        timeout: float,
+        emitter: Emitter,
+        timers: Timers,
+        on_error: OnError = "raise",
+    ) -> None:
+        self.timers = timers
+        self.bus = bus
+        self.address = address
+        self.timeout = timeout
+        self.emitter = emitter
+        self.epoch = bus.clock.wall() - bus.clock.monotonic()
+        self.failures = Failures(on_error, emitter)
+        recipient = bus.recipient(address)
+        self.turn_get: Turn = recipient.turn(Get)
+        self.turn_set: Turn = recipient.turn(Set)
+        self.turn_lease: Turn = recipient.turn(GetOrLease)
+
+    @property
+    def pipeline(self) -> PayloadPipeline | None:
+        """The pipeline that turns values into payloads; `None` if they stay objects."""
+        return None
+
+    def value_of(self, key: str, value: Any, default: Any) -> Any:
+        """Return the value that a read has found, as it is to the caller: `default` if that is none, or `UNREAD`."""
+        return default if type(value) is CachedError else value
+
+    async def request(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
+        """Return the reply, awaited for `patience` seconds more than a call may take, or its fallback (see `Failures`)."""
+        timeout = self.timeout + patience
+        try:
+            if blocking:
+                return unwrap(self.bus.request_blocking(self.address, message, timeout))
+            return unwrap(await self.bus.request(self.address, message, timeout))
+        except BACKEND_FAILURES as error:
+            return self.failures.settle(message, error)
+
+    async def probe(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
+        """As `request`, but return the reply or raise the error as it is: a failure counts nowhere."""
+        timeout = self.timeout + patience
+        if blocking:
+            return self.bus.request_blocking(self.address, message, timeout)
+        return await self.bus.request(self.address, message, timeout)
+
+    async def finish(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
+        """Return the reply of a message whose turn has returned `reply`, or its fallback."""
+        try:
+            if blocking:
+                return unwrap(self.bus.finish_blocking(self.address, message, reply, self.timeout))
+            return unwrap(await self.bus.finish(self.address, message, reply, self.timeout))
+        except BACKEND_FAILURES as error:
+            return self.failures.settle(message, error)
+
+    def send(self, message: Request[Any]) -> None:
+        """Send a message without awaiting the reply."""
+        self.bus.send(self.address, message)
+
+
+class NoLink(Link):
+    """The client of a closed cache: every use raises `CacheClosed` with the reason."""
+
+    __slots__ = ("_why",)
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+        self.turn_get = self.turn_set = self.turn_lease = self._refuse
+
+    @property
+    def pipeline(self) -> NoReturn:
+        raise CacheClosed(self._why)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Reached for the slots that stay empty, from whatever method of Link.
+        raise CacheClosed(self._why)
+
+    def _refuse(self, message: Any) -> NoReturn:
+        raise CacheClosed(self._why)

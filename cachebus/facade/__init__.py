@@ -1,0 +1,1 @@
+"""What users call: caches, locks, rate limits and stores of state."""

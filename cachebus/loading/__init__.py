@@ -1,0 +1,1 @@
+"""Loading of missing values: one load for all callers."""

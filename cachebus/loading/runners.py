@@ -1,0 +1,251 @@
+"""Runners: how a load is executed, as a task of an event loop or in a thread. Loads are written once, over either."""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import threading
+import time
+from asyncio import CancelledError, current_task
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import anyio
+import anyio.to_thread
+from anyio.lowlevel import checkpoint
+
+from cachebus.bus import running_loop
+from cachebus.bus.spawn import spawn
+from cachebus.client.backend_client import Link
+from cachebus.client.background_loop import BACKGROUND, PerProcess, run
+from cachebus.messages import CacheError, Failed, LoadFailed, LoadStarted, LoadSucceeded, Request
+
+from .loaders import awaited
+from .singleflight import CURRENT_LOADS, InFlightLoad
+
+MAX_THREADS = 64
+"""The most threads in which plain loaders of synchronous caches may go on by themselves. Beyond that, they run in the thread of
+their caller."""
+
+
+class Work(Protocol):
+    """What a runner starts. `end` is called once `run` is over, whatever happened; it may be called again."""
+
+    @property
+    def in_flight(self) -> InFlightLoad: ...
+
+    def run(self) -> Coroutine[Any, Any, None]: ...
+
+    def end(self) -> None: ...
+
+
+class AsyncRunner:
+    """Runs loads as tasks of asyncio or trio.
+
+    `ask`, `finish` and `probe` are `request`, `finish` and `probe` of the link; `wait` is `InFlightLoad.wait`.
+    """
+
+    blocks = False
+    wait = staticmethod(InFlightLoad.wait)
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.ask: Any = link.request
+        self.finish: Any = link.finish
+        self.probe: Any = link.probe
+
+    async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
+        """Ask the backend several things at once. A request that fails has `Failed` as its reply."""
+        replies: list[Any] = [None] * len(requests)
+
+        async def ask(at: int) -> None:
+            try:
+                replies[at] = await self.link.request(requests[at])
+            except CacheError as error:
+                replies[at] = Failed.of(error)
+
+        async with anyio.create_task_group() as tasks:
+            for at in range(len(requests)):
+                tasks.start_soon(ask, at)
+        return replies
+
+    async def call(self, loader: Callable[..., Any], arguments: tuple[Any, ...], *, asynchronous: bool) -> Any:
+        """Call a loader, and await what it returns if that is to be awaited."""
+        try:
+            if asynchronous:
+                result = await loader(*arguments)
+                return await awaited(result) if isinstance(result, Awaitable) else result
+            return await awaited(await _in_worker_thread(partial(loader, *arguments)))
+        except CancelledError:
+            task = current_task() if running_loop() is not None else None
+            if task is not None and not task.cancelling():
+                # Nothing has cancelled this task: as an outcome, every waiter would load again, one after the other.
+                raise CacheError("the loader was cancelled by something that it awaits") from None
+            raise
+
+    def cancels(self, error: BaseException) -> bool:
+        """Return whether an error ends the task of the load, and was not just raised by the loader."""
+        return isinstance(error, (GeneratorExit, anyio.get_cancelled_exc_class()))
+
+    async def pause(self, seconds: float) -> None:
+        """Let time pass."""
+        clock = self.link.bus.clock
+        await clock.sleep_until(clock.monotonic() + seconds)
+
+    async def let_others_run(self) -> None:
+        """Let the tasks run that are ready."""
+        await checkpoint()
+
+    def start(self, work: Work, *, background: bool) -> None:
+        """Start work. The caller does not wait for `background` work."""
+        in_flight = work.in_flight
+        in_flight.owner = running = work.run()
+        in_flight.cancel = spawn(running, unbegun=work.end)
+
+
+async def _in_worker_thread(function: Callable[[], Any]) -> Any:
+    """Return what a plain loader returns, which may be a coroutine: of `lambda: load(1)`, say."""
+    results: list[Any] = []
+    gone = False
+
+    def call() -> None:
+        results.append(function())
+        if gone:
+            _close(results)
+
+    try:
+        await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+    except BaseException:
+        # The thread goes on by itself, and its result will not be awaited.
+        gone = True
+        _close(results)
+        raise
+    return results[0]
+
+
+def _close(results: list[Any]) -> None:
+    for each in results:
+        if inspect.iscoroutine(each) and inspect.getcoroutinestate(each) == inspect.CORO_CREATED:
+            each.close()
+
+
+class ThreadRunner:
+    """Runs loads in the thread of their caller, or in a thread of their own if they are background work.
+
+    As `AsyncRunner`, with coroutines that never suspend. What is no background work is done when `start` returns.
+    """
+
+    blocks = True
+    wait = staticmethod(partial(InFlightLoad.wait, blocking=True))
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.ask: Any = partial(link.request, blocking=True)
+        self.finish: Any = partial(link.finish, blocking=True)
+        self.probe: Any = partial(link.probe, blocking=True)
+
+    async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
+        replies: list[Any] = []
+        for request in requests:
+            try:
+                replies.append(await self.ask(request))
+            except CacheError as error:
+                replies.append(Failed.of(error))
+        return replies
+
+    async def call(self, loader: Callable[..., Any], arguments: tuple[Any, ...], *, asynchronous: bool) -> Any:
+        result = loader(*arguments)
+        if not hasattr(result, "__await__"):
+            return result
+        loads = CURRENT_LOADS.get()
+
+        async def in_background() -> Any:
+            CURRENT_LOADS.set(loads)  # Of the task that runs this, which has a context of its own.
+            return await awaited(result)
+
+        try:
+            return BACKGROUND.value.run(in_background)
+        finally:
+            _close([result])  # If it was not started.
+
+    def cancels(self, error: BaseException) -> bool:
+        return False
+
+    async def pause(self, seconds: float) -> None:
+        time.sleep(seconds)  # noqa: ASYNC251 (this coroutine runs in a thread that may block, and never suspends)
+
+    async def let_others_run(self) -> None:
+        """Do nothing: other threads run when they like."""
+
+    def start(self, work: Work, *, background: bool) -> None:
+        # Before the thread starts: until then the caller is the owner, and may be gone soon.
+        work.in_flight.owner = running = work.run()
+        free = _threads.value
+        if not background or not free.acquire(blocking=False):
+            _run(running, work)
+            return
+
+        def in_thread() -> None:
+            work.in_flight.thread = threading.get_ident()
+            try:
+                _run(running, work)
+            finally:
+                free.release()
+
+        # A daemon, so that a loader which never returns does not keep the interpreter from ending.
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(in_thread,), name="cachebus-load", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # There can be no more threads, or the interpreter is ending.
+            free.release()
+            _run(running, work)
+
+
+def _run(running: Coroutine[Any, Any, None], work: Work) -> None:
+    try:
+        run(running)
+    finally:
+        work.end()
+
+
+Runner = AsyncRunner | ThreadRunner
+"""How a caller waits, and its load is executed."""
+
+
+async def call_loader(
+    runner: Runner,
+    in_flight: InFlightLoad,
+    keys: tuple[str, ...],
+    loader: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    asynchronous: bool,
+) -> tuple[Any, float]:
+    """Return what a loader returns and the seconds that it took, and emit the events of the load."""
+    emitter, now = runner.link.emitter, runner.link.bus.clock.monotonic
+    started = now()
+    if LoadStarted in emitter.audience.kinds:
+        for key in keys:
+            emitter.tell(LoadStarted, key=key)
+    token = CURRENT_LOADS.set((*CURRENT_LOADS.get(), in_flight))
+    try:
+        loaded = await runner.call(loader, arguments, asynchronous=asynchronous)
+    except BaseException as error:
+        if LoadFailed in emitter.audience.kinds:
+            for key in keys:
+                emitter.tell(LoadFailed, key=key, error=type(error).__name__, duration=now() - started)
+        raise
+    finally:
+        CURRENT_LOADS.reset(token)
+    duration = now() - started
+    if LoadSucceeded in emitter.audience.kinds:
+        for key in keys:
+            emitter.tell(LoadSucceeded, key=key, duration=duration)
+    return loaded, duration
+
+
+_threads = PerProcess(lambda: threading.BoundedSemaphore(MAX_THREADS))
+"""The threads that may still be started. The child of a fork has none of its parent's."""

@@ -1,0 +1,1 @@
+"""The bus, the supervisor and the actors of one process."""

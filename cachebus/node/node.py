@@ -1,0 +1,235 @@
+"""A node: the bus, the supervisor and the actors of one process."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from importlib import import_module
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from cachebus.actors import (
+    BackendActor,
+    BatchStore,
+    InlineStore,
+    LockManager,
+    LockStore,
+    RestartPolicy,
+    Supervisor,
+)
+from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, LoopTimers, Visibility
+from cachebus.client.backend_client import Link
+from cachebus.facade.locks import LOCKS, LockWay
+from cachebus.messages import CacheClosed, CacheConfigurationError, CapabilityError
+
+if TYPE_CHECKING:
+    from cachebus.payload.pipeline import PayloadPipeline
+    from cachebus.settings import BackendSettings, Settings
+
+StoreFactory = Callable[["BackendSettings"], "InlineStore | BatchStore"]
+
+
+class Node:
+    """The cache's part of a process: a bus, and one supervised backend actor for each backend in the settings.
+
+    An asynchronous context manager. `stores` makes the store of a backend, a new one for each incarnation of its actor; left
+    out, stores are made as the settings say. `clock` is the source of time for everything in the node. With `serve`, other
+    processes on the bus reach the backends too, as a worker's: any number of workers share a store that is a server of its
+    own; any other store has one worker, and a second one is refused with `AddressInUse`. `grace` is the seconds that actors
+    have, when the node is left, to answer what they were sent.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        stores: StoreFactory | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        serve: bool = False,
+        grace: float = 5.0,
+    ) -> None:
+        if serve and settings.bus is None:
+            raise CacheConfigurationError("bus: a node that serves others needs one, such as nats://localhost:4222")
+        self.settings = settings
+        self.clock = clock
+        self.serve = serve
+        self.bus = _make_bus(settings, clock)
+        self._stores = stores or self._build_store
+        actors = settings.actors
+        backoff = (actors.restart_backoff, actors.restart_backoff_max)
+        self.supervisor = Supervisor(
+            self.bus,
+            policy=RestartPolicy(actors.max_restarts, actors.restart_window, *backoff),
+            capacity=actors.mailbox_capacity,
+            inline_turns=actors.inline_turns,
+            grace=grace,
+        )
+        self._timers = LoopTimers(clock)
+        self._resources = AsyncExitStack()
+        self._closed = False
+        self._pipelines: dict[str, PayloadPipeline | None] = {}
+        kept = settings.locks_kept
+        why_not = None
+        if kept.type in LOCKLESS:
+            problem = f"a {kept.type} backend keeps no locks: say where they are, as in locks='redis://host'"
+            why_not = CapabilityError(problem, kept.type, "locks")
+        self._lock_way = LockWay(self.bus, self._lock_address(kept), settings.timeout, self._timers, why_not)
+        self._lock_tables: dict[str, LockStore] = {}
+
+    def __repr__(self) -> str:
+        names = ", ".join(each.name for each in self.settings.backends)
+        return f"<Node {self.settings.namespace!r} with {names}>"
+
+    async def __aenter__(self) -> Self:
+        if self._closed:
+            raise CacheClosed("this node was closed; make a new one")
+        await self._resources.enter_async_context(self.bus)
+        self._timers.start()
+        self._resources.callback(self._timers.close)
+        try:
+            await self._resources.enter_async_context(self.supervisor)
+            for backend in self.settings.backends:
+                if backend.type != "bus":
+                    address, actor = backend_address(backend.name), partial(self._actor, backend)
+                    await self.supervisor.start(
+                        address, actor, backend=backend.name, visibility=self.visibility(backend)
+                    )
+            await self._start_locks()
+        except BaseException:
+            await self._resources.aclose()
+            raise
+        _open_nodes.add(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._closed = True
+        _open_nodes.discard(self)
+        try:
+            await self._resources.__aexit__(kind, error, tb)
+        finally:
+            self.bus.close()
+
+    def link(self, name: str | None = None) -> Link:
+        """Return the client of a backend, the default one if `name` is left out."""
+        settings = self.settings
+        backend = settings.default_backend if name is None else settings.backend(name)
+        to = (self.bus, backend_address(backend.name), settings.timeout, Emitter(self.bus, backend.name), self._timers)
+        pipeline = self._pipeline(backend)
+        link: Link
+        if pipeline is None:
+            link = Link(*to, settings.on_error)
+        else:
+            from cachebus.client.encoding_client import PayloadLink  # Caches that keep objects do without.
+
+            offload_above = settings.payload.offload_above
+            link = PayloadLink(
+                *to, pipeline, on_error=settings.on_error, offload_above=offload_above, debug=settings.debug
+            )
+        link.locks = self._lock_way
+        return link
+
+    async def _start_locks(self) -> None:
+        """Start the lock manager. A node that serves starts one for each backend, because their clients ask at its name."""
+        settings = self.settings
+        kept = settings.backends if self.serve and settings.locks is None else (settings.locks_kept,)
+        for each in kept:
+            if each.type != "bus" and each.type not in LOCKLESS:
+                address, manager = self._lock_address(each), partial(self._lock_manager, each)
+                await self.supervisor.start(address, manager, backend="locks", visibility=self.visibility(each))
+
+    def _lock_address(self, kept: BackendSettings) -> Address:
+        # By the backend, unless the settings say otherwise: exactly the processes that share its values share its locks.
+        return LOCKS if self.settings.locks is not None else Address(f"{LOCKS}.{kept.name}")
+
+    def _lock_manager(self, kept: BackendSettings) -> LockManager:
+        from cachebus.settings.backends import GuardSettings, guard_policy  # As in `_build_store`.
+
+        from .stores import build_lock_store
+
+        store = self._lock_tables.get(kept.name)
+        if store is None:
+            store = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
+            if not isinstance(kept, GuardSettings):
+                self._lock_tables[kept.name] = store  # In memory: one for all incarnations of the actor.
+        return LockManager(store, guard_policy(kept), shared=self.visibility(kept) == "shared")
+
+    def visibility(self, backend: BackendSettings) -> Visibility:
+        """Return who can reach the actor of a backend."""
+        if not self.serve:
+            return "private"
+        return "shared" if backend.type in SHARABLE else "sole"
+
+    async def stop(self) -> None:
+        """Stop every actor: each answers what it was sent. The node is left where it was entered."""
+        await self.supervisor.stop()
+        self._timers.close()
+
+    def forked(self) -> None:
+        """Become unusable in the child of a fork."""
+        self._timers.forked()
+        self.supervisor.forked()
+        self.bus.forked()
+
+    def _actor(self, backend: BackendSettings) -> BackendActor:
+        from cachebus.settings.backends import guard_policy  # As in `_build_store`.
+
+        # A cache that takes failures for misses opens without its store; any other one fails at once.
+        opens_later = self.settings.on_error == "miss"
+        return BackendActor(self._stores(backend), guard_policy(backend), opens_later=opens_later)
+
+    def _pipeline(self, backend: BackendSettings) -> PayloadPipeline | None:
+        if backend.name not in self._pipelines:
+            from cachebus.settings.payload import build_pipeline  # As for stores.
+
+            self._pipelines[backend.name] = build_pipeline(
+                self.settings.payload, namespace=self.settings.namespace, by_reference=backend.by_reference
+            )
+        return self._pipelines[backend.name]
+
+    def _build_store(self, backend: BackendSettings) -> InlineStore | BatchStore:
+        from .stores import build_store  # Not before a node is opened: it brings pydantic with it.
+
+        return build_store(backend, namespace=self.settings.namespace, clock=self.clock)
+
+
+SHARABLE = frozenset({"redis", "memcached", "null"})
+"""Types of backends whose data are not in the process: several workers may serve the same one."""
+
+LOCKLESS = frozenset({"null", "plugin"})
+"""Types of backends that keep no locks."""
+
+
+def _make_bus(settings: Settings, clock: Clock) -> LocalBus:
+    """Make the bus of settings, not yet open. Raises `CacheConfigurationError` if it needs nats-py, which is not installed."""
+    if settings.bus is None:
+        return LocalBus(settings.namespace, clock=clock, policy=settings.events.policy)
+    try:
+        nats = import_module("cachebus.bus.nats.bus")
+    except ModuleNotFoundError as error:
+        raise CacheConfigurationError(f"a bus over NATS needs {error.name}: pip install 'cachebus[nats]'") from error
+    options = settings.bus.nats_options(budget=settings.timeout, name=f"cachebus {settings.namespace}")
+    bus: LocalBus = nats.NatsBus(settings.namespace, options, clock=clock, policy=settings.events.policy)
+    return bus
+
+
+def backend_address(name: str) -> Address:
+    """Return the address of a backend's actor."""
+    return Address(f"backend.{name}")
+
+
+_open_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for node in list(_open_nodes):
+        node.forked()
+    _open_nodes.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,1 @@
+"""Serializers: values to bytes and back."""

@@ -1,0 +1,83 @@
+"""A lock manager without a bus, on a clock that stands still until it is moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cachebus.actors import LockManager
+from cachebus.adapters.memory.locks import LockTable
+from cachebus.bus import Deferred
+from cachebus.messages import CacheError, Event, Failed, Message, Sweep
+from cachebus.testing.fakes import ManualTimer, RecordingContext
+
+from ...clock import ManualClock
+
+
+class Caller:
+    """Whoever waits for one reply: a port that can go away."""
+
+    def __init__(self) -> None:
+        self.reply: Any = None
+        self.gone = False
+
+    @property
+    def waiting(self) -> bool:
+        return self.reply is None and not self.gone
+
+    def answer(self, reply: Any) -> None:
+        if self.reply is None:
+            self.reply = reply
+
+
+class TimedContext(RecordingContext):
+    """A context that knows when its actor wants to be called back."""
+
+    def __init__(self, clock: ManualClock, *kinds: type[Event]) -> None:
+        super().__init__(*kinds, clock=clock)
+        self.due: list[Message] = []
+
+    def send_after(self, delay: float, message: Message) -> ManualTimer:
+        return self.timers.call_after(delay, lambda: self.due.append(message))
+
+
+class Managed:
+    """A manager over a `LockTable`."""
+
+    def __init__(self, **options: Any) -> None:
+        self.clock = ManualClock()
+        self.table = LockTable(clock=self.clock, **{k: options.pop(k) for k in list(options) if k == "max_locks"})
+        self.context = TimedContext(self.clock)
+        self._options = options
+
+    async def start(self) -> None:
+        """Begin a life of the manager."""
+        self.manager = LockManager(self.table, **self._options)
+        self.manager.ctx = self.context
+        await self.manager.on_start()
+        self._serve = self.manager.handlers().plain
+
+    def ask(self, request: Any) -> Caller:
+        """Ask; the reply, or later the reply, is the caller's."""
+        caller = Caller()
+        reply: Any
+        try:
+            reply = self._serve[type(request)](request)
+        except CacheError as error:
+            reply = Failed.of(error)
+        if isinstance(reply, Deferred):
+            reply.attach(caller)
+        else:
+            caller.answer(reply)
+        return caller
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and call the manager back whenever it wants to be."""
+        until = self.clock.monotonic() + seconds
+        while (due := self.context.timers.due()) <= until:
+            self.clock.advance(max(0.0, due - self.clock.monotonic()))
+            self.context.timers.fire()
+            while self.context.due:
+                message = self.context.due.pop(0)
+                assert isinstance(message, Sweep)
+                self.manager.on_sweep(message)
+        self.clock.advance(until - self.clock.monotonic())
