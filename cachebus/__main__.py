@@ -6,11 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cachebus.cli import ask as ask
-from cachebus.cli import events as events
-from cachebus.cli import info as info
-from cachebus.cli import topology as topology
-from cachebus.cli import worker as worker
+from cachebus.cli import ask, events, info, topology, worker
 from cachebus.cli.common import FAILED, NO, WRONG
 from cachebus.messages import CacheConfigurationError, CacheError, CacheKeyError
 

@@ -12,8 +12,9 @@ from .failure_policy import BACKEND_FAILURES, Failures, OnError
 
 if TYPE_CHECKING:
     from cachebus.actors import Timers
-    from cachebus.facade.locks import LockWay
     from cachebus.payload.pipeline import PayloadPipeline
+
+    from .lock_client import LockClient
 
 R = TypeVar("R")
 
@@ -43,7 +44,7 @@ class Link:
         "turn_set",
     )
 
-    locks: LockWay
+    locks: LockClient
 
     def __init__(
         self,

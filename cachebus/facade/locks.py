@@ -1,4 +1,4 @@
-"""Locks as callers hold them: `Lock` to be awaited, `SyncLock` for code without an event loop; and the client of their manager."""
+"""Locks as callers hold them: `Lock` is awaited, `SyncLock` is for code without an event loop."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import itertools
 import math
 import os
 import socket
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import cache, partial
 from operator import attrgetter
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from cachebus.actors import Timers
-from cachebus.bus import Address, Bus, origin
-from cachebus.bus.spawn import spawn
+from cachebus.bus import origin
 from cachebus.client.background_loop import blocking, run
-from cachebus.client.renewals import PER_LEASE, Renewals
+from cachebus.client.lock_client import LockClient
 from cachebus.client.validation import Duration, check_key, check_seconds
 from cachebus.messages import (
     AcquireLock,
@@ -33,85 +30,15 @@ from cachebus.messages import (
     NotHeld,
     ReleaseLock,
     RenewLock,
-    Request,
 )
 
 R = TypeVar("R")
 
-LOCKS = Address("locks")
-"""Address of the lock manager, if settings say where locks are kept; else each backend has one, at `locks.<backend>`."""
-
-PER_LEASE_IN_TROUBLE = 12
-"""How often a lock is renewed within its own time after a renewal that failed."""
 SLICE = 10.0
 """The longest that one request to the manager waits for the lock, in seconds."""
 
 CONFIRMED = 4
 """A lock whose request took longer than this part of its `ttl` is renewed before it is relied on."""
-
-
-class LockWay:
-    """Client through which the locks of a node reach their manager. Usable from any thread.
-
-    `timeout` is the seconds that a call may take. Locks are renewed on the event loop of the node. `why_not` is raised by every
-    request if there is no manager.
-    """
-
-    def __init__(
-        self, bus: Bus, address: Address, timeout: float, timers: Timers, why_not: CacheError | None = None
-    ) -> None:
-        self.bus = bus
-        self.address = address
-        self.timeout = timeout
-        self._why_not = why_not
-        self._timers = timers
-        self._renewals = Renewals()
-
-    def __repr__(self) -> str:
-        return f"<LockWay to {self.address}, {len(self._renewals)} held>"
-
-    def now(self) -> float:
-        """Return the time by which locks end, in seconds."""
-        return self.bus.clock.monotonic()
-
-    async def ask(self, request: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
-        """Ask the manager, awaiting the reply for `patience` seconds more than a call may take.
-
-        With `blocking` it blocks this thread: a coroutine that never suspends.
-        """
-        if self._why_not is not None:
-            raise self._why_not
-        timeout = self.timeout + patience
-        if blocking:
-            return self.bus.request_blocking(self.address, request, timeout)
-        return await self.bus.request(self.address, request, timeout)
-
-    def send(self, request: Request[Any]) -> None:
-        """Send a request without awaiting the reply."""
-        if self._why_not is None:
-            self.bus.send(self.address, request)
-
-    def hold(self, ticket: str, ttl: float, renew: Callable[[], Awaitable[bool]]) -> None:
-        """Call `renew` from now on, in good time before `ttl` seconds are over. It returns whether the lock is still held."""
-
-        async def renew_once() -> None:
-            started, share = self.now(), PER_LEASE
-            try:
-                if not await renew():
-                    self.let_go(ticket)
-                    return
-            except CacheError:
-                started, share = self.now(), PER_LEASE_IN_TROUBLE
-            self._renewals.postpone(ticket, self._timers, started + ttl / share)
-
-        def renew_beside() -> None:
-            spawn(renew_once())
-
-        self._renewals.track(ticket, self._timers, self.now() + ttl / PER_LEASE, renew_beside)
-
-    def let_go(self, ticket: str) -> None:
-        """Renew a lock no longer."""
-        self._renewals.untrack(ticket)
 
 
 class Lock:
@@ -125,7 +52,7 @@ class Lock:
 
     def __init__(
         self,
-        way: LockWay,
+        client: LockClient,
         name: str,
         *,
         ttl: Duration = 30.0,
@@ -136,10 +63,10 @@ class Lock:
     ) -> None:
         self.name = check_key(name)
         self.ttl = check_seconds("ttl", ttl)
-        self.wait = way.timeout if wait is None else check_seconds("wait", wait, zero=True)
+        self.wait = client.timeout if wait is None else check_seconds("wait", wait, zero=True)
         self.owner = f"process {os.getpid()} on {_host()}" if owner is None else check_owner(owner)
-        self._way = way
-        self._ask: Any = partial(way.ask, blocking=True) if blocking else way.ask
+        self._client = client
+        self._ask: Any = partial(client.ask, blocking=True) if blocking else client.ask
         self._renews = renew
         self._ticket = ""
         self._waits = False
@@ -164,7 +91,7 @@ class Lock:
     @property
     def lost(self) -> bool:
         """True if the lock was acquired and not released, and may have ended since."""
-        return bool(self._ticket) and (self._lost or self._way.now() >= self._expires_at)
+        return bool(self._ticket) and (self._lost or self._client.now() >= self._expires_at)
 
     @property
     def held(self) -> bool:
@@ -174,7 +101,7 @@ class Lock:
     @property
     def remaining(self) -> float:
         """Seconds for which the lock is surely held without being renewed; 0 if it is not held."""
-        return max(0.0, self._expires_at - self._way.now()) if self.held else 0.0
+        return max(0.0, self._expires_at - self._client.now()) if self.held else 0.0
 
     def check(self) -> None:
         """Raise `LockNotHeld` unless the lock is held, as far as is known here. Sends no request."""
@@ -198,7 +125,7 @@ class Lock:
                 owner, remaining = reply.owner, reply.remaining
                 raise LockNotAcquired(timeout=self.wait, name=self.name, owner=owner, remaining=remaining)
             self._ticket, self._token, self._expires_at = ticket, reply.token, sent + self.ttl
-            if self._way.now() - sent >= self.ttl / CONFIRMED:
+            if self._client.now() - sent >= self.ttl / CONFIRMED:
                 with suppress(LockNotHeld):
                     await self._renew(self._ask)
                 if not self.held:
@@ -207,7 +134,7 @@ class Lock:
             self._end()
             if not refused:
                 # It may have been granted all the same, and would not be released.
-                self._way.send(ReleaseLock(self.name, ticket, abandon=True))
+                self._client.send(ReleaseLock(self.name, ticket, abandon=True))
             raise
         finally:
             self._waits = False
@@ -216,9 +143,9 @@ class Lock:
 
     async def _attempt(self, ticket: str) -> tuple[LockGranted | LockDenied, float]:
         """Return the last reply, and the time of its request."""
-        ends = self._way.now() + self.wait
+        ends = self._client.now() + self.wait
         while True:
-            sent = self._way.now()
+            sent = self._client.now()
             left = max(0.0, ends - sent)
             reply = await self._ask(AcquireLock(self.name, self.owner, ticket, self.ttl, left), min(left, SLICE))
             if not isinstance(reply, LockQueued):
@@ -239,7 +166,7 @@ class Lock:
         except Exception:
             raise
         except BaseException:
-            self._way.send(request)
+            self._client.send(request)
             raise
         if lost or isinstance(reply, NotHeld):
             raise LockNotHeld(name=self.name)
@@ -260,10 +187,10 @@ class Lock:
     def _keep(self) -> None:
         if self._renews:
             # By the node's event loop, also if the lock is held by a thread.
-            self._way.hold(self._ticket, self.ttl, lambda: self._renew(self._way.ask))
+            self._client.track(self._ticket, self.ttl, lambda: self._renew(self._client.ask))
 
     async def _renew(self, ask: Any) -> bool:
-        ticket, ttl, sent = self._ticket, self.ttl, self._way.now()
+        ticket, ttl, sent = self._ticket, self.ttl, self._client.now()
         if self._lost or not ticket:
             return False
         try:
@@ -303,7 +230,7 @@ class Lock:
             # Cancelled or interrupted: nothing may be awaited.
             ticket = self._ticket
             self._end()
-            self._way.send(ReleaseLock(self.name, ticket, self.owner, self._token))
+            self._client.send(ReleaseLock(self.name, ticket, self.owner, self._token))
             return
         try:
             await self.release()
@@ -311,12 +238,12 @@ class Lock:
             error.add_note(f"and the lock {self.name!r} could not be given back: {trouble}")
 
     def _lose(self, ticket: str) -> None:
-        self._way.let_go(ticket)
+        self._client.untrack(ticket)
         if self._ticket == ticket:
             self._lost = True
 
     def _end(self) -> None:
-        self._way.let_go(self._ticket)
+        self._client.untrack(self._ticket)
         self._ticket, self._lost, self._expires_at = "", False, -math.inf
 
 

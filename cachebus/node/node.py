@@ -22,7 +22,7 @@ from cachebus.actors import (
 )
 from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, LoopTimers, Visibility
 from cachebus.client.backend_client import Link
-from cachebus.facade.locks import LOCKS, LockWay
+from cachebus.client.lock_client import LOCKS, LockClient
 from cachebus.messages import CacheClosed, CacheConfigurationError, CapabilityError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Node:
         if kept.type in LOCKLESS:
             problem = f"a {kept.type} backend keeps no locks: say where they are, as in locks='redis://host'"
             why_not = CapabilityError(problem, kept.type, "locks")
-        self._lock_way = LockWay(self.bus, self._lock_address(kept), settings.timeout, self._timers, why_not)
+        self._lock_client = LockClient(self.bus, self._lock_address(kept), settings.timeout, self._timers, why_not)
         self._lock_tables: dict[str, LockStore] = {}
 
     def __repr__(self) -> str:
@@ -130,7 +130,7 @@ class Node:
             link = PayloadLink(
                 *to, pipeline, on_error=settings.on_error, offload_above=offload_above, debug=settings.debug
             )
-        link.locks = self._lock_way
+        link.locks = self._lock_client
         return link
 
     async def _start_locks(self) -> None:

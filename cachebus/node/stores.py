@@ -52,19 +52,19 @@ def build_lock_store(settings: BackendSettings, *, namespace: str, clock: Clock)
         case RedisSettings():
             clustered = settings.topology == "cluster"
             transport = partial(_redis, settings, namespace, clock)
-            locks = _adapter("redis", "redis_locks")
+            locks = _adapter("redis", "locks")
             store = locks.RedisLockStore(transport, namespace=namespace, clustered=clustered)
         case MemcachedSettings():
-            store = _memcached(settings, namespace, clock, "memcached_locks", "MemcachedLockStore")
+            store = _memcached(settings, namespace, clock, "locks", "MemcachedLockStore")
         case _:
             raise CapabilityError(store=settings.type, capability="locks")
     return store  # type: ignore[no-any-return]
 
 
-def _adapter(technology: str, module: str) -> Any:
-    """Import an adapter. Raises `CacheConfigurationError` if the driver of its technology is not installed."""
+def _adapter(technology: str, module: str = "store") -> Any:
+    """Import a module of an adapter. Raises `CacheConfigurationError` if the driver of its technology is not installed."""
     try:
-        return import_module(f"cachebus.adapters.{module}")
+        return import_module(f"cachebus.adapters.{technology}.{module}")
     except ModuleNotFoundError as error:
         raise CacheConfigurationError(
             f"{technology} needs {error.name}: pip install 'cachebus[{technology}]'"
@@ -72,7 +72,7 @@ def _adapter(technology: str, module: str) -> Any:
 
 
 def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -> Any:
-    redis = _adapter("redis", "redis")
+    redis = _adapter("redis")
     port = 26379 if settings.topology == "sentinel" else 6379
     if settings.socket is not None:
         places = [redis.Endpoint(path=settings.socket)]
@@ -101,10 +101,10 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -
 
 
 def _memcached(
-    settings: MemcachedSettings, namespace: str, clock: Clock, adapter: str = "memcached", store: str = "MemcachedStore"
+    settings: MemcachedSettings, namespace: str, clock: Clock, module: str = "store", store: str = "MemcachedStore"
 ) -> Any:
-    memcached = _adapter("memcached", "memcached")
-    return getattr(_adapter("memcached", adapter), store)(
+    memcached = _adapter("memcached")
+    return getattr(_adapter("memcached", module), store)(
         [memcached.Endpoint(*host_and_port(host, 11211)) for host in settings.hosts],
         namespace=namespace,
         tls=_tls(memcached, settings),

@@ -20,7 +20,7 @@ import pytest
 
 from .paths import ROOMS, ROOT
 
-LINES = 400
+LINES = 420
 """The longest a module may be."""
 
 LARGE = {

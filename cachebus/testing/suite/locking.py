@@ -12,8 +12,9 @@ import pytest
 
 from cachebus.actors import LockManager, LockStore, Supervisor
 from cachebus.bus import SYSTEM_CLOCK, Clock, LocalBus, running_timers
+from cachebus.client.lock_client import LOCKS, LockClient
 from cachebus.client.validation import LONGEST
-from cachebus.facade.locks import LOCKS, Lock, LockWay
+from cachebus.facade.locks import Lock
 from cachebus.messages import (
     AcquireLock,
     BadMessage,
@@ -53,14 +54,14 @@ ODD_NAMES = (
 
 
 @asynccontextmanager
-async def managed(store: LockStore, clock: Clock = SYSTEM_CLOCK) -> AsyncGenerator[LockWay]:
+async def managed(store: LockStore, clock: Clock = SYSTEM_CLOCK) -> AsyncGenerator[LockClient]:
     """The way to a lock manager over a store, in a bus of its own."""
     bus = LocalBus(clock=clock)
     async with Supervisor(bus) as supervisor:
         await supervisor.start(LOCKS, lambda: LockManager(store))
         timers = running_timers(clock)
         try:
-            yield LockWay(bus, LOCKS, 5.0, timers)
+            yield LockClient(bus, LOCKS, 5.0, timers)
         finally:
             timers.close()
 
@@ -102,24 +103,24 @@ class LockConformance:
         await anyio.sleep(seconds)
 
     async def test_a_lock_has_one_holder_and_is_free_after_it(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
-            async with Lock(way, "a", owner="me") as lock:
+        async with managed(store, clock) as client:
+            async with Lock(client, "a", owner="me") as lock:
                 assert lock.held
                 with pytest.raises(LockNotAcquired) as refused:
-                    await Lock(way, "a", wait=0).acquire()
+                    await Lock(client, "a", wait=0).acquire()
                 assert refused.value.owner == "me"
                 assert 0 < refused.value.remaining <= 30
-                async with Lock(way, "b", wait=0):
+                async with Lock(client, "b", wait=0):
                     pass
-            async with Lock(way, "a", wait=0) as after:
+            async with Lock(client, "a", wait=0) as after:
                 assert after.token > lock.token
 
     async def test_it_says_who_holds_it(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
-            asking = Lock(way, "a")
+        async with managed(store, clock) as client:
+            asking = Lock(client, "a")
             assert await asking.info() is None
             assert not await asking.is_locked()
-            async with Lock(way, "a", owner="me | and you\n", ttl=LONG) as lock:
+            async with Lock(client, "a", owner="me | and you\n", ttl=LONG) as lock:
                 info = await asking.info()
                 assert isinstance(info, LockInfo)
                 assert (info.owner, info.token) == ("me | and you\n", lock.token)
@@ -128,17 +129,17 @@ class LockConformance:
             assert not await asking.is_locked()
 
     async def test_who_waits_gets_it_in_turn(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
+        async with managed(store, clock) as client:
             order: list[int] = []
             tokens: list[int] = []
 
             async def work(number: int) -> None:
-                async with Lock(way, "a", wait=LONG) as lock:
+                async with Lock(client, "a", wait=LONG) as lock:
                     order.append(number)
                     tokens.append(lock.token)
                     await anyio.lowlevel.checkpoint()
 
-            async with anyio.create_task_group() as tasks, Lock(way, "a"):
+            async with anyio.create_task_group() as tasks, Lock(client, "a"):
                 for number in range(10):
                     tasks.start_soon(work, number, name=f"worker {number}")
                     await anyio.wait_all_tasks_blocked()
@@ -146,15 +147,15 @@ class LockConformance:
             assert tokens == sorted(set(tokens))
 
     async def test_whose_time_is_up_has_lost_it(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
-            first = await Lock(way, "a", ttl=self.short_ttl, renew=False).acquire()
+        async with managed(store, clock) as client:
+            first = await Lock(client, "a", ttl=self.short_ttl, renew=False).acquire()
             assert not first.lost
             await self.elapse(self.short_ttl + self.lag)
             assert first.lost
             assert not first.held
             with pytest.raises(LockNotHeld):
                 first.check()
-            second = await Lock(way, "a", wait=self.lag + 2).acquire()
+            second = await Lock(client, "a", wait=self.lag + 2).acquire()
             assert second.token > first.token
             with pytest.raises(LockNotHeld):
                 await first.extend()
@@ -165,24 +166,24 @@ class LockConformance:
             await second.release()
 
     async def test_a_lock_is_given_back_once_and_by_its_holder_only(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
-            lock = await Lock(way, "a").acquire()
+        async with managed(store, clock) as client:
+            lock = await Lock(client, "a").acquire()
             with pytest.raises(LockNotOwned):
-                await way.ask(ReleaseLock("a", "of-somebody-else"))
+                await client.ask(ReleaseLock("a", "of-somebody-else"))
             with pytest.raises(LockNotOwned):
-                await way.ask(RenewLock("a", "of-somebody-else", 1.0))
+                await client.ask(RenewLock("a", "of-somebody-else", 1.0))
             assert lock.held
             await lock.release()
             with pytest.raises(LockNotHeld):
                 await lock.release()
             with pytest.raises(LockNotHeld):
                 await lock.extend()
-            assert isinstance(await way.ask(ReleaseLock("a", "of-somebody-else")), NotHeld)
-            assert isinstance(await way.ask(RenewLock("a", "of-somebody-else", 1.0)), NotHeld)
+            assert isinstance(await client.ask(ReleaseLock("a", "of-somebody-else")), NotHeld)
+            assert isinstance(await client.ask(RenewLock("a", "of-somebody-else", 1.0)), NotHeld)
 
     async def test_what_is_extended_is_held_for_longer(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
-            lock = await Lock(way, "a", ttl=self.short_ttl * 2, renew=False).acquire()
+        async with managed(store, clock) as client:
+            lock = await Lock(client, "a", ttl=self.short_ttl * 2, renew=False).acquire()
             await lock.extend(LONG)
             await self.elapse(self.short_ttl * 2 + self.lag)
             assert lock.held
@@ -193,84 +194,84 @@ class LockConformance:
 
     @pytest.mark.parametrize("ttl", [31 * 86_400.0, LONGEST])
     async def test_one_that_is_held_for_years_is_nobody_elses(self, store: LockStore, clock: Clock, ttl: float) -> None:
-        async with managed(store, clock) as way:
-            assert isinstance(await way.ask(AcquireLock("a", "me", "t", ttl)), LockGranted)
-            assert isinstance(await way.ask(AcquireLock("a", "you", "u", 1.0)), LockDenied)
-            assert isinstance(await way.ask(RenewLock("a", "t", ttl)), Renewed)
-            info = await way.ask(DescribeLock("a"))
+        async with managed(store, clock) as client:
+            assert isinstance(await client.ask(AcquireLock("a", "me", "t", ttl)), LockGranted)
+            assert isinstance(await client.ask(AcquireLock("a", "you", "u", 1.0)), LockDenied)
+            assert isinstance(await client.ask(RenewLock("a", "t", ttl)), Renewed)
+            info = await client.ask(DescribeLock("a"))
             assert isinstance(info, LockInfo)
             assert ttl - 20 < info.remaining <= ttl + 1
-            assert isinstance(await way.ask(ReleaseLock("a", "t")), Released)
+            assert isinstance(await client.ask(ReleaseLock("a", "t")), Released)
 
     async def test_asking_twice_with_one_ticket_is_asking_once(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
+        async with managed(store, clock) as client:
             ask = AcquireLock("a", "me", "ticket", LONG)
-            first, second = await way.ask(ask), await way.ask(ask)
+            first, second = await client.ask(ask), await client.ask(ask)
             assert isinstance(first, LockGranted)
             assert isinstance(second, LockGranted)
-            assert isinstance(await way.ask(AcquireLock("a", "me", "another", LONG)), LockDenied)
-            assert isinstance(await way.ask(RenewLock("a", "ticket", LONG)), Renewed)
-            assert isinstance(await way.ask(ReleaseLock("a", "ticket")), Released)
-            assert isinstance(await way.ask(DescribeLock("a")), LockFree)
+            assert isinstance(await client.ask(AcquireLock("a", "me", "another", LONG)), LockDenied)
+            assert isinstance(await client.ask(RenewLock("a", "ticket", LONG)), Renewed)
+            assert isinstance(await client.ask(ReleaseLock("a", "ticket")), Released)
+            assert isinstance(await client.ask(DescribeLock("a")), LockFree)
 
     async def test_a_lock_may_be_given_back_twice_with_one_ticket(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
+        async with managed(store, clock) as client:
             given_back: list[ReleaseLock] = []
             for ticket in ("t1", "t2", "t3"):
-                grant = await way.ask(AcquireLock("a", ticket, ticket, LONG))
+                grant = await client.ask(AcquireLock("a", ticket, ticket, LONG))
                 assert isinstance(grant, LockGranted)
                 # As whoever does it again because the answer to the first time was lost.
                 for earlier in given_back:
-                    assert isinstance(await way.ask(earlier), Released)
-                info = await way.ask(DescribeLock("a"))
+                    assert isinstance(await client.ask(earlier), Released)
+                info = await client.ask(DescribeLock("a"))
                 assert isinstance(info, LockInfo)
                 assert info.owner == ticket
                 given_back.append(ReleaseLock("a", ticket, ticket, grant.token))
                 for _ in range(2):
-                    assert isinstance(await way.ask(given_back[-1]), Released)
+                    assert isinstance(await client.ask(given_back[-1]), Released)
 
     async def test_whom_it_was_taken_from_is_told(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
-            grant = await way.ask(AcquireLock("a", "me", "t1", LONG))
+        async with managed(store, clock) as client:
+            grant = await client.ask(AcquireLock("a", "me", "t1", LONG))
             assert isinstance(grant, LockGranted)
             by_somebody_else = ReleaseLock("a", "t1")  # Who does not know its token.
-            assert isinstance(await way.ask(by_somebody_else), Released)
-            assert isinstance(await way.ask(ReleaseLock("a", "t1", "me", grant.token)), NotHeld)
+            assert isinstance(await client.ask(by_somebody_else), Released)
+            assert isinstance(await client.ask(ReleaseLock("a", "t1", "me", grant.token)), NotHeld)
 
     async def test_one_that_was_lost_is_not_given_back_the_second_time_either(
         self, store: LockStore, clock: Clock
     ) -> None:
-        async with managed(store, clock) as way:
-            lost = await way.ask(AcquireLock("a", "me", "t1", self.short_ttl))
+        async with managed(store, clock) as client:
+            lost = await client.ask(AcquireLock("a", "me", "t1", self.short_ttl))
             assert isinstance(lost, LockGranted)
             await self.elapse(self.short_ttl + self.lag)
             release = ReleaseLock("a", "t1", "me", lost.token)
-            assert isinstance(await way.ask(release), NotHeld)
-            assert isinstance(await way.ask(release), NotHeld)
-            async with Lock(way, "a", wait=self.lag + 2):
+            assert isinstance(await client.ask(release), NotHeld)
+            assert isinstance(await client.ask(release), NotHeld)
+            async with Lock(client, "a", wait=self.lag + 2):
                 with pytest.raises(LockNotOwned):
-                    await way.ask(release)
-            assert isinstance(await way.ask(release), NotHeld)
+                    await client.ask(release)
+            assert isinstance(await client.ask(release), NotHeld)
 
     async def test_who_waits_no_longer_leaves_the_queue(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
-            lock = await Lock(way, "a", ttl=LONG).acquire()
+        async with managed(store, clock) as client:
+            lock = await Lock(client, "a", ttl=LONG).acquire()
 
             async def give_up() -> None:
                 with anyio.CancelScope() as scope:
                     tasks.start_soon(_cancel_soon, scope)
-                    await Lock(way, "a", wait=LONG).acquire()
+                    await Lock(client, "a", wait=LONG).acquire()
 
             async with anyio.create_task_group() as tasks:
                 for _ in range(5):
                     tasks.start_soon(give_up)
             await lock.release()
-            async with Lock(way, "a", wait=2):
+            async with Lock(client, "a", wait=2):
                 pass
 
     async def test_names_are_data(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
-            held = [await Lock(way, name, wait=0, owner=name[:9]).acquire() for name in ODD_NAMES]
+        async with managed(store, clock) as client:
+            held = [await Lock(client, name, wait=0, owner=name[:9]).acquire() for name in ODD_NAMES]
             for name, lock in zip(ODD_NAMES, held, strict=True):
                 info = await lock.info()
                 assert info is not None
@@ -278,14 +279,14 @@ class LockConformance:
                 await lock.release()
 
     async def test_a_waiter_of_an_odd_name_gets_it_too(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
+        async with managed(store, clock) as client:
 
             async def wait(name: str) -> None:
-                async with Lock(way, name, wait=LONG):
+                async with Lock(client, name, wait=LONG):
                     pass
 
             async with anyio.create_task_group() as tasks:
-                held = [await Lock(way, name).acquire() for name in ODD_NAMES]
+                held = [await Lock(client, name).acquire() for name in ODD_NAMES]
                 for name in ODD_NAMES:
                     tasks.start_soon(wait, name)
                 await anyio.wait_all_tasks_blocked()
@@ -293,29 +294,29 @@ class LockConformance:
                     await lock.release()
 
     async def test_nonsense_is_refused(self, store: LockStore, clock: Clock) -> None:
-        async with managed(store, clock) as way:
+        async with managed(store, clock) as client:
             for ttl in (0.0, -1.0, math.nan, math.inf):
                 with pytest.raises(BadMessage, match="ttl"):
-                    await way.ask(AcquireLock("a", "me", "t", ttl))
+                    await client.ask(AcquireLock("a", "me", "t", ttl))
                 with pytest.raises(BadMessage, match="ttl"):
-                    await way.ask(RenewLock("a", "t", ttl))
+                    await client.ask(RenewLock("a", "t", ttl))
             for wait in (-1.0, math.nan, math.inf):
                 with pytest.raises(BadMessage, match="wait"):
-                    await way.ask(AcquireLock("a", "me", "t", 1.0, wait))
+                    await client.ask(AcquireLock("a", "me", "t", 1.0, wait))
             for name in ("", "\ud800"):
                 with pytest.raises(CacheKeyError):
-                    await way.ask(DescribeLock(name))
+                    await client.ask(DescribeLock(name))
             for ticket in ("", "a|b", "a\n", "x" * 256):
                 with pytest.raises(BadMessage, match="ticket"):
-                    await way.ask(ReleaseLock("a", ticket))
+                    await client.ask(ReleaseLock("a", ticket))
             with pytest.raises(BadMessage, match="owner"):
-                await way.ask(AcquireLock("a", "\ud800", "t", 1.0))
+                await client.ask(AcquireLock("a", "\ud800", "t", 1.0))
 
     # Of a store that several processes share
 
     async def test_another_process_sees_the_same_lock(self, store: LockStore, sibling: LockStore) -> None:
-        async with managed(store) as way, managed(sibling) as other:
-            async with Lock(way, "a", owner="me") as lock:
+        async with managed(store) as client, managed(sibling) as other:
+            async with Lock(client, "a", owner="me") as lock:
                 info = await Lock(other, "a").info()
                 assert info is not None
                 assert (info.owner, info.token) == ("me", lock.token)
@@ -325,14 +326,14 @@ class LockConformance:
                 assert after.token > lock.token
 
     async def test_who_waits_in_another_process_gets_it(self, store: LockStore, sibling: LockStore) -> None:
-        async with managed(store) as way, managed(sibling) as other:
+        async with managed(store) as client, managed(sibling) as other:
             had: list[int] = []
 
             async def wait() -> None:
                 async with Lock(other, "a", wait=LONG) as lock:
                     had.append(lock.token)
 
-            lock = await Lock(way, "a").acquire()
+            lock = await Lock(client, "a").acquire()
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(wait)
                 await anyio.sleep(0.1)
@@ -341,14 +342,14 @@ class LockConformance:
             assert had[0] > lock.token
 
     async def test_two_processes_never_hold_it_at_once(self, store: LockStore, sibling: LockStore) -> None:
-        async with managed(store) as way, managed(sibling) as other:
+        async with managed(store) as client, managed(sibling) as other:
             inside = 0
             tokens: list[int] = []
 
-            async def work(way: LockWay) -> None:
+            async def work(client: LockClient) -> None:
                 nonlocal inside
                 for _ in range(5):
-                    async with Lock(way, "a", wait=LONG) as lock:
+                    async with Lock(client, "a", wait=LONG) as lock:
                         inside += 1
                         assert inside == 1
                         tokens.append(lock.token)
@@ -357,7 +358,7 @@ class LockConformance:
 
             async with anyio.create_task_group() as tasks:
                 for _ in range(4):
-                    tasks.start_soon(work, way)
+                    tasks.start_soon(work, client)
                     tasks.start_soon(work, other)
             assert tokens == sorted(set(tokens))
             assert len(tokens) == 40
@@ -365,13 +366,13 @@ class LockConformance:
     async def test_what_was_given_up_elsewhere_is_refused_when_it_is_asked_for(
         self, store: LockStore, sibling: LockStore
     ) -> None:
-        async with managed(store) as way, managed(sibling) as other:
+        async with managed(store) as client, managed(sibling) as other:
             await other.ask(ReleaseLock("a", "ticket", abandon=True))
-            assert isinstance(await way.ask(AcquireLock("a", "me", "ticket", LONG)), LockDenied)
-            assert isinstance(await way.ask(AcquireLock("a", "me", "another", LONG)), LockGranted)
+            assert isinstance(await client.ask(AcquireLock("a", "me", "ticket", LONG)), LockDenied)
+            assert isinstance(await client.ask(AcquireLock("a", "me", "another", LONG)), LockGranted)
 
     async def test_namespaces_have_locks_of_their_own(self, store: LockStore, neighbour: LockStore) -> None:
-        async with managed(store) as way, managed(neighbour) as other, Lock(way, "a"), Lock(other, "a", wait=0):
+        async with managed(store) as client, managed(neighbour) as other, Lock(client, "a"), Lock(other, "a", wait=0):
             pass
 
 
