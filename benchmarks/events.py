@@ -84,10 +84,10 @@ async def bursts(server: Server, *, as_json: bool, listener: Any) -> tuple[float
             for first in range(0, COUNT, 100):
                 before = time.thread_time()
                 for number in range(first, first + 100):
-                    emitter.tell(CacheSet, f"user:{number}", 1.0, 60.0)
+                    emitter.emit(CacheSet, f"user:{number}", 1.0, 60.0)
                 spent += time.thread_time() - before
                 await asyncio.sleep(0)
-            emitter.tell(CacheSet, "end")
+            emitter.emit(CacheSet, "end")
             line = await last_line(listener)
             rates.append(COUNT / (float(line.split()[0]) - begun))
             added.append(spent / COUNT * 1e6)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from anyio.lowlevel import checkpoint
 
-from cachebus.bus import Port, open_port
+from cachebus.bus import ReplyPort, open_port
 
 
 class ManualClock:
@@ -17,7 +17,7 @@ class ManualClock:
         self._guard = threading.Lock()
         self._now = monotonic
         self._offset = wall - monotonic
-        self._sleepers: dict[Port, float] = {}
+        self._sleepers: dict[ReplyPort, float] = {}
         self.monotonic: Callable[[], float] = lambda: self._now
         self.wall: Callable[[], float] = lambda: self._now + self._offset
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from cachebus.bus import SYSTEM_CLOCK, Clock, Deferred, TimerQueue, running_loop, running_timers
+from cachebus.bus import SYSTEM_CLOCK, Clock, DeferredReply, TimerQueue, running_loop, running_timers
 from cachebus.bus.spawn import spawn
 from cachebus.messages import LockGranted, RemovalCause, Reply, Request, WatchLease
 
@@ -20,7 +20,7 @@ __all__ = [
     "BatchStore",
     "Capabilities",
     "Clock",
-    "Deferred",
+    "DeferredReply",
     "Gauges",
     "InlineLockStore",
     "InlineStore",
@@ -189,8 +189,8 @@ class PipelinedStore(BatchStore, Protocol):
 class LeaseNotifyingStore(Store, Protocol):
     """A store whose server says when a lease has ended, so that callers can wait for it."""
 
-    def watch(self, request: WatchLease, told: Callable[[Reply], None]) -> None:
-        """Call `told` once, with a reply to `request`, now or later. Called on the store's event loop; does not wait."""
+    def watch(self, request: WatchLease, on_reply: Callable[[Reply], None]) -> None:
+        """Call `on_reply` once, with a reply to `request`, now or later. Called on the store's event loop; does not wait."""
 
 
 @runtime_checkable
@@ -207,7 +207,7 @@ class InlineStore(Store, Protocol):
     on_removal: RemovalListener | None
     on_due: Callable[[float], None] | None
 
-    def repair(self) -> Collection[Deferred]:
+    def repair(self) -> Collection[DeferredReply]:
         """Put right what a verb left half done that was interrupted at any instruction, and return the replies that are
         still owed. What was being written may be missing, and nothing is wrong. May be interrupted and called again."""
         ...
@@ -228,7 +228,7 @@ class LeasingStore(InlineStore, Protocol):
     """An inline store that lets callers wait for a load: its verb of `GetOrLease` may return what `defer` makes instead of
     a reply. While `defer` is `None`, no caller waits."""
 
-    defer: Callable[[], Deferred] | None
+    defer: Callable[[], DeferredReply] | None
 
 
 class LockListener(Protocol):
@@ -252,14 +252,14 @@ class LockStore(Protocol):
     """Where locks are kept, as the `LockManager` sees it: it carries out `AcquireLock`, `RenewLock`, `ReleaseLock` and
     `DescribeLock`, each at once. One that waits for its answers is a `BatchStore` too.
 
-    If `poll` is `None`, it keeps the queue: an `AcquireLock` that waits is answered `LockQueued`, and `told` hears when its
+    If `poll` is `None`, it keeps the queue: an `AcquireLock` that waits is answered `LockQueued`, and `listener` hears when its
     turn may have come. Other stores answer `LockDenied`. They are asked again for the first waiter, after `poll` seconds
     or several times as many.
     """
 
     name: str
     poll: float | None
-    told: LockListener | None
+    listener: LockListener | None
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from cachebus.actors.ports import Capabilities, Deferred, Gauges, ReadListener, RemovalListener, WriteListener
+from cachebus.actors.ports import Capabilities, DeferredReply, Gauges, ReadListener, RemovalListener, WriteListener
 from cachebus.messages import (
     Add,
     Clear,
@@ -85,7 +85,7 @@ class NullStore:
     def gauges(self) -> Gauges:
         return Gauges(misses=self._misses, max_entries=0, max_bytes=0)
 
-    def repair(self) -> Collection[Deferred]:
+    def repair(self) -> Collection[DeferredReply]:
         return ()
 
     def next_expiry(self) -> float | None:

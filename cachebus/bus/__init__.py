@@ -5,9 +5,9 @@ from .api import Bus, Envelope, Turn, Visibility
 from .clock import SYSTEM_CLOCK, Clock, running_deadlines
 from .compat import running_loop
 from .events.emitter import Emitter, origin
-from .events.subscription import Audience, EventPolicy, KeyForm, Subscription, event_kinds, shares
+from .events.subscription import EventPolicy, KeyForm, Subscription, SubscriptionRegistry, event_kinds, shares
 from .local import TURNS_PER_CHECKPOINT, LocalBus
-from .reply_ports import Deferred, Port, TaskPort, ThreadPort, in_event_loop, open_port, too_late
+from .reply_ports import DeferredReply, ReplyPort, TaskPort, ThreadPort, in_event_loop, open_port, too_late
 from .reply_slots import PENDING, Pending, ReplySlot, SlotBatch
 from .timers import LoopTimers, Timer, TimerQueue, running_timers
 from .tracing import current_trace, turn_trace, use_trace
@@ -17,10 +17,9 @@ __all__ = [
     "SYSTEM_CLOCK",
     "TURNS_PER_CHECKPOINT",
     "Address",
-    "Audience",
     "Bus",
     "Clock",
-    "Deferred",
+    "DeferredReply",
     "Emitter",
     "Envelope",
     "EventPolicy",
@@ -28,10 +27,11 @@ __all__ = [
     "LocalBus",
     "LoopTimers",
     "Pending",
-    "Port",
+    "ReplyPort",
     "ReplySlot",
     "SlotBatch",
     "Subscription",
+    "SubscriptionRegistry",
     "TaskPort",
     "ThreadPort",
     "Timer",

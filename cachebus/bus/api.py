@@ -11,8 +11,8 @@ from cachebus.messages import Event, Message, Reply, Request
 
 from .address import Address
 from .clock import Clock
-from .events.subscription import Audience, EventPolicy, Subscription
-from .reply_ports import Port
+from .events.subscription import EventPolicy, Subscription, SubscriptionRegistry
+from .reply_ports import ReplyPort
 from .reply_slots import Pending
 
 R = TypeVar("R")
@@ -30,7 +30,7 @@ class Envelope(Struct, eq=False):
     `deadline` is on the bus's monotonic clock, `None` without a caller. `trace` is the `traceparent` of the call."""
 
     message: Message
-    port: Port | None = None
+    port: ReplyPort | None = None
     deadline: float | None = None
     trace: str | None = None
     attempts: int = 0
@@ -63,7 +63,7 @@ class Bus(Protocol):
 
     namespace: str
     clock: Clock
-    audience: Audience
+    subscriptions: SubscriptionRegistry
     policy: EventPolicy
 
     def serve(self, address: Address, recipient: Recipient) -> None:
@@ -94,12 +94,12 @@ class Bus(Protocol):
         """As `request`, from a thread: blocks it."""
         ...
 
-    async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
+    async def wait_reply(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
         """Do the second half of `request`: wait for the reply if a turn of the recipient has returned none."""
         ...
 
-    def finish_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
-        """As `finish`, from a thread: blocks it."""
+    def wait_reply_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
+        """As `wait_reply`, from a thread: blocks it."""
         ...
 
     def send(self, address: Address, message: Message) -> None:

@@ -26,8 +26,8 @@ from .address import Address, check_word
 from .api import Envelope, Recipient, Visibility
 from .clock import SYSTEM_CLOCK, Clock, running_deadlines
 from .events.emitter import Emitter
-from .events.subscription import EVERYTHING, Audience, EventPolicy, Subscription
-from .reply_ports import AsyncioPort, Deferred, Port, ThreadPort, open_port, too_late
+from .events.subscription import EVERYTHING, EventPolicy, Subscription, SubscriptionRegistry
+from .reply_ports import AsyncioPort, DeferredReply, ReplyPort, ThreadPort, open_port, too_late
 from .reply_slots import PENDING, Pending, ReplySlot
 from .tracing import current_trace
 
@@ -45,7 +45,7 @@ class LocalBus:
     ) -> None:
         self.namespace = check_word(namespace, "namespace")
         self.clock = clock
-        self.audience = Audience()
+        self.subscriptions = SubscriptionRegistry()
         self.policy = policy
         self._recipients: dict[str, Recipient] = {}
         self._emitter = Emitter(self)
@@ -101,9 +101,9 @@ class LocalBus:
         if self._turns_left <= 0 and reply is not None and not isinstance(reply, PENDING):
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
-        return await self.finish(address, message, reply, timeout)
+        return await self.wait_reply(address, message, reply, timeout)
 
-    async def finish(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
+    async def wait_reply(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
         if type(reply) is ReplySlot:
             slot = reply
             try:
@@ -111,7 +111,7 @@ class LocalBus:
             except BaseException:
                 slot.leave()
                 raise
-        elif reply is None or type(reply) is Deferred:
+        elif reply is None or type(reply) is DeferredReply:
             recipient = self._recipients.get(address) or self.recipient(address)
             if (deadlines := running_deadlines()) is not None:
                 # As a port's `wait` does, less a coroutine: every call that is not answered inline comes by here.
@@ -138,9 +138,9 @@ class LocalBus:
     def request_blocking(self, address: Address, message: Request[R], timeout: float) -> R:
         check_budget(address, timeout)
         reply = self.recipient(address).turn(type(message))(message)
-        return self.finish_blocking(address, message, reply, timeout)
+        return self.wait_reply_blocking(address, message, reply, timeout)
 
-    def finish_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
+    def wait_reply_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
         if reply is None or isinstance(reply, PENDING):
             recipient = self.recipient(address)
             # A reply that was given already, as after a crash, is nothing to wait for.
@@ -158,10 +158,10 @@ class LocalBus:
         try:
             self.recipient(address).post(Envelope(message, trace=current_trace()))
         except CacheError as error:
-            self._emitter.emit(DeadLetter(address=address, wire_name=message.WIRE_NAME, reason=str(error)))
+            self._emitter.publish(DeadLetter(address=address, wire_name=message.WIRE_NAME, reason=str(error)))
 
     def publish(self, event: Event) -> None:
-        self.audience.hear(event)
+        self.subscriptions.dispatch(event)
 
     def subscribe(
         self,
@@ -176,22 +176,22 @@ class LocalBus:
                 "events of the past are kept by a bus with a stream: bus='nats://...?events_stream=NAME'"
             )
         shown = self.policy.redacted if self.policy.redacts and not real_keys else None
-        return self.audience.subscribe(what, capacity, local=local, shown=shown)
+        return self.subscriptions.subscribe(what, capacity, local=local, shown=shown)
 
     def close(self) -> None:
         """End every subscription and refuse what comes. Whoever served an address stops by itself."""
         with self._guard:
             self._closed = True
             self._recipients.clear()
-        self.audience.close()
+        self.subscriptions.close()
 
     def forked(self) -> None:
         """Be closed in the child of a fork, whose other threads stayed behind, with the locks that they held."""
         self._guard = threading.Lock()
-        self.audience.forked()
+        self.subscriptions.forked()
         self.close()
 
-    def _hand_over(self, recipient: Recipient, message: Message, timeout: float, reply: Any, port: Port) -> None:
+    def _hand_over(self, recipient: Recipient, message: Message, timeout: float, reply: Any, port: ReplyPort) -> None:
         if reply is None:
             recipient.post(Envelope(message, port, self.clock.monotonic() + timeout, current_trace()))
         else:

@@ -24,7 +24,7 @@ from .clock import Deadlines, running_deadlines
 from .compat import running_loop
 
 
-class Port(Protocol):
+class ReplyPort(Protocol):
     """Where an answer goes."""
 
     def answer(self, reply: Any) -> None:
@@ -44,7 +44,7 @@ class AsyncioPort:
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
         self._thread = deadlines.thread
-        self.pending: Deferred | None = None
+        self.pending: DeferredReply | None = None
         self.future: Future[Any] = Future(loop=deadlines.loop)  # Half the time of loop.create_future().
 
     @property
@@ -92,7 +92,7 @@ class TrioPort:
 
         self._token = trio.lowlevel.current_trio_token()
         self._event = trio.Event()
-        self.pending: Deferred | None = None
+        self.pending: DeferredReply | None = None
         self._reply: Any = None
 
     @property
@@ -142,7 +142,7 @@ class ThreadPort:
     def __init__(self) -> None:
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open = True
-        self.pending: Deferred | None = None
+        self.pending: DeferredReply | None = None
 
     @property
     def waiting(self) -> bool:
@@ -168,7 +168,7 @@ TaskPort = AsyncioPort | TrioPort
 """A port on which a task waits."""
 
 
-class Deferred:
+class DeferredReply:
     """The promise of a reply that an actor gives later: its handler returns it, and the turn ends.
 
     The actor calls `answer` when it knows; the bus attaches the port of whoever asked. Either may come first. The
@@ -178,11 +178,11 @@ class Deferred:
 
     __slots__ = ("_port", "_replies", "on_answer")
 
-    def __init__(self, on_answer: Callable[[Deferred], None] | None = None) -> None:
+    def __init__(self, on_answer: Callable[[DeferredReply], None] | None = None) -> None:
         # Without a lock, which an interruption could leave locked: whichever of `answer` and `attach` comes second sees
         # what the other left. Both may hand the reply over then, and a port takes only the first.
         self._replies: list[Reply | Sequence[Reply]] = []
-        self._port: Port | None = None
+        self._port: ReplyPort | None = None
         self.on_answer = on_answer
 
     @property
@@ -206,7 +206,7 @@ class Deferred:
             if self.on_answer is not None:
                 self.on_answer(self)
 
-    def attach(self, port: Port) -> None:
+    def attach(self, port: ReplyPort) -> None:
         """Name the port that the answer goes to."""
         self._port = port
         if self._replies:

@@ -15,7 +15,7 @@ from msgspec import Struct
 from cachebus.messages import Failed, Reply, Request
 
 from .clock import Bucket, Deadlines
-from .reply_ports import Deferred, Port
+from .reply_ports import DeferredReply, ReplyPort
 
 _NEVER = float("inf")
 
@@ -30,7 +30,7 @@ class ReplySlot(Struct, eq=False):
     request: Request[Any]
     trace: str | None = None
     port: Any = None
-    """A future of the batch's loop, a `Port`, or `None` until the caller has said where the reply goes."""
+    """A future of the batch's loop, a `ReplyPort`, or `None` until the caller has said where the reply goes."""
     reply: Any = None
     deadline: float = _NEVER
     """On the clock of the event loop."""
@@ -61,7 +61,7 @@ class ReplySlot(Struct, eq=False):
         deadlines = self.batch.deadlines
         return _NEVER if deadlines is None else self.deadline - deadlines.now()
 
-    def attach(self, port: Port) -> None:
+    def attach(self, port: ReplyPort) -> None:
         """Name the port that the reply goes to."""
         self.port = port
         if self.reply is not None:
@@ -184,6 +184,6 @@ def _nothing() -> None:
     pass
 
 
-Pending: TypeAlias = Deferred | ReplySlot
-PENDING = (Deferred, ReplySlot)
+Pending: TypeAlias = DeferredReply | ReplySlot
+PENDING = (DeferredReply, ReplySlot)
 """The classes of what a turn returns in place of a reply that comes later. Each has `attach` and `waiting`."""

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from cachebus.bus.nats.asyncapi import document
 from cachebus.settings.fields import sentence
-from cachebus.settings.settings import POLICIES, insecurities, load_settings
+from cachebus.settings.settings import POLICIES, load_settings, security_issues
 from cachebus.settings.urls import known_schemes
 
 from .common import DONE, Commands, show
@@ -54,7 +54,7 @@ def _settings(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     settings = load_settings(arguments.source)
-    found = [sentence(path, text) for path, text in insecurities(settings)]
+    found = [sentence(path, text) for path, text in security_issues(settings)]
     return show({"valid": True, "environment": settings.environment, "insecure": found}, as_json=arguments.json)
 
 

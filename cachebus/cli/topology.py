@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     topology.set_defaults(command=_topology)
 
 
-class Place(Struct, frozen=True, kw_only=True):
+class TopologyRow(Struct, frozen=True, kw_only=True):
     """One address at one worker. Durations are seconds; `breaker` is empty if there is none."""
 
     address: str
@@ -57,7 +57,7 @@ def _topology(arguments: argparse.Namespace) -> int:
     if arguments.interval < 0 or arguments.wait <= 0:
         raise CacheConfigurationError("--interval and --wait are seconds above 0")
 
-    async def discovered() -> list[Place]:
+    async def discovered() -> list[TopologyRow]:
         async with Node(settings) as node:
             discover = import_module("cachebus.bus.nats.micro").discover
             bus: Any = node.bus
@@ -67,7 +67,7 @@ def _topology(arguments: argparse.Namespace) -> int:
                 before = await discover(bus.connection, arguments.wait)
                 await asyncio.sleep(max(0.0, started + arguments.interval - time.monotonic()))
             now: Statistics = await discover(bus.connection, arguments.wait)
-            return places(before, now, max(arguments.interval, arguments.wait))
+            return rows(before, now, max(arguments.interval, arguments.wait))
 
     found = [each for each in asyncio.run(discovered()) if arguments.all or each.namespace == settings.namespace]
     if arguments.json:
@@ -77,7 +77,7 @@ def _topology(arguments: argparse.Namespace) -> int:
     return DONE if found else NO
 
 
-def places(before: Statistics, now: Statistics, seconds: float) -> list[Place]:
+def rows(before: Statistics, now: Statistics, seconds: float) -> list[TopologyRow]:
     """Return every address at every worker, sorted. `before` was asked `seconds` before `now`.
 
     The requests of a worker that is not in `before` are counted over its uptime.
@@ -87,7 +87,7 @@ def places(before: Statistics, now: Statistics, seconds: float) -> list[Place]:
         for worker in before
         for endpoint in worker["endpoints"]
     }
-    found: list[Place] = []
+    found: list[TopologyRow] = []
     for worker in now:
         uptime = (datetime.now(UTC) - datetime.fromisoformat(worker["started"])).total_seconds()
         for endpoint in worker["endpoints"]:
@@ -96,7 +96,7 @@ def places(before: Statistics, now: Statistics, seconds: float) -> list[Place]:
             rate = requests / max(uptime, 1e-3) if earlier is None else max(0, requests - earlier) / seconds
             data: dict[str, Any] = endpoint["data"]
             found.append(
-                Place(
+                TopologyRow(
                     address=data["address"],
                     worker=worker["id"],
                     host=worker["metadata"]["host"],
@@ -116,8 +116,8 @@ def places(before: Statistics, now: Statistics, seconds: float) -> list[Place]:
     return sorted(found, key=lambda each: (each.namespace, each.address, each.worker))
 
 
-def table(found: list[Place]) -> str:
-    """Return the places as a table for people."""
+def table(found: list[TopologyRow]) -> str:
+    """Return the rows as a table for people."""
     rows = [("ADDRESS", "WORKER", "HOST", "VERSION", "SHARED", "UPTIME", "MAILBOX", "REQUESTS/S", "ERRORS", "BREAKER")]
     for each in found:
         sharing = "yes" if each.shared else "no"

@@ -8,7 +8,7 @@ from cachebus.bus import Address, Bus, Emitter, Turn
 from cachebus.messages import CacheClosed, Get, GetOrLease, Request, Set
 from cachebus.payload.cached_errors import CachedError, unwrap
 
-from .failure_policy import BACKEND_FAILURES, Failures, OnError
+from .failure_policy import BACKEND_FAILURES, FailurePolicy, OnError
 
 if TYPE_CHECKING:
     from cachebus.actors import Timers
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 UNREAD: Any = object()
-"""In the place of a value that takes more than a look to read: `finish` does."""
+"""In the place of a value that takes more than a look to read: `wait_reply` does."""
 
 
-class Link:
+class BackendClient:
     """Client through which a facade calls its backend actor. A call may take `timeout` seconds.
 
-    `turn_get`, `turn_set` and `turn_lease` take a message's turn on the caller's stack if possible. `epoch` is the Unix time at
+    `try_inline_get`, `try_inline_set` and `try_inline_lease` take a message's turn on the caller's stack if possible. `epoch` is the Unix time at
     which the monotonic clock was 0: a later jump of the wall clock changes nothing. `timers` are those of the node, on its event
     loop; `locks` is the client of its lock manager. With `blocking`, a coroutine blocks the thread and never suspends.
     """
@@ -39,9 +39,9 @@ class Link:
         "locks",
         "timeout",
         "timers",
-        "turn_get",
-        "turn_lease",
-        "turn_set",
+        "try_inline_get",
+        "try_inline_lease",
+        "try_inline_set",
     )
 
     locks: LockClient
@@ -61,11 +61,11 @@ class Link:
         self.timeout = timeout
         self.emitter = emitter
         self.epoch = bus.clock.wall() - bus.clock.monotonic()
-        self.failures = Failures(on_error, emitter)
+        self.failures = FailurePolicy(on_error, emitter)
         recipient = bus.recipient(address)
-        self.turn_get: Turn = recipient.turn(Get)
-        self.turn_set: Turn = recipient.turn(Set)
-        self.turn_lease: Turn = recipient.turn(GetOrLease)
+        self.try_inline_get: Turn = recipient.turn(Get)
+        self.try_inline_set: Turn = recipient.turn(Set)
+        self.try_inline_lease: Turn = recipient.turn(GetOrLease)
 
     @property
     def pipeline(self) -> PayloadPipeline | None:
@@ -77,51 +77,51 @@ class Link:
         return default if type(value) is CachedError else value
 
     async def request(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
-        """Return the reply, awaited for `patience` seconds more than a call may take, or its fallback (see `Failures`)."""
+        """Return the reply, awaited for `patience` seconds more than a call may take, or its fallback (see `FailurePolicy`)."""
         timeout = self.timeout + patience
         try:
             if blocking:
                 return unwrap(self.bus.request_blocking(self.address, message, timeout))
             return unwrap(await self.bus.request(self.address, message, timeout))
         except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)
+            return self.failures.resolve(message, error)
 
-    async def probe(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
+    async def request_unguarded(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
         """As `request`, but return the reply or raise the error as it is: a failure counts nowhere."""
         timeout = self.timeout + patience
         if blocking:
             return self.bus.request_blocking(self.address, message, timeout)
         return await self.bus.request(self.address, message, timeout)
 
-    async def finish(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
+    async def wait_reply(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
         """Return the reply of a message whose turn has returned `reply`, or its fallback."""
         try:
             if blocking:
-                return unwrap(self.bus.finish_blocking(self.address, message, reply, self.timeout))
-            return unwrap(await self.bus.finish(self.address, message, reply, self.timeout))
+                return unwrap(self.bus.wait_reply_blocking(self.address, message, reply, self.timeout))
+            return unwrap(await self.bus.wait_reply(self.address, message, reply, self.timeout))
         except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)
+            return self.failures.resolve(message, error)
 
     def send(self, message: Request[Any]) -> None:
         """Send a message without awaiting the reply."""
         self.bus.send(self.address, message)
 
 
-class NoLink(Link):
+class ClosedClient(BackendClient):
     """The client of a closed cache: every use raises `CacheClosed` with the reason."""
 
     __slots__ = ("_why",)
 
     def __init__(self, why: str) -> None:
         self._why = why
-        self.turn_get = self.turn_set = self.turn_lease = self._refuse
+        self.try_inline_get = self.try_inline_set = self.try_inline_lease = self._refuse
 
     @property
     def pipeline(self) -> NoReturn:
         raise CacheClosed(self._why)
 
     def __getattr__(self, name: str) -> NoReturn:
-        # Reached for the slots that stay empty, from whatever method of Link.
+        # Reached for the slots that stay empty, from whatever method of BackendClient.
         raise CacheClosed(self._why)
 
     def _refuse(self, message: Any) -> NoReturn:

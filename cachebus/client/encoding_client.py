@@ -46,7 +46,7 @@ from cachebus.payload.cached_errors import CachedError, CachedFailure
 from cachebus.payload.pipeline import PayloadPipeline
 from cachebus.payload.serializers.scalars import type_of
 
-from .backend_client import UNREAD, Link
+from .backend_client import UNREAD, BackendClient
 from .failure_policy import BACKEND_FAILURES, OnError
 
 logger = logging.getLogger("cachebus")
@@ -80,8 +80,8 @@ def with_value(message: Any, value: Any) -> Any:
     return replace(message, value=value)
 
 
-class PayloadLink(Link):
-    """A `Link` whose pipeline turns the values of requests into payloads, and the payloads of replies into values.
+class EncodingClient(BackendClient):
+    """A `BackendClient` whose pipeline turns the values of requests into payloads, and the payloads of replies into values.
 
     Integers of 64 bits stay integers, for `increment`, unless payloads are sealed. A payload that is rejected is a miss, an
     event and a count, and the next write replaces it, `add` included. On an event loop, payloads of `offload_above` bytes or
@@ -109,15 +109,23 @@ class PayloadLink(Link):
         self._debug = debug
         self._known: set[str] = set()
         self._late = too_late(address, timeout)
-        self._inner_get, self._inner_set, self._inner_lease = self.turn_get, self.turn_set, self.turn_lease
-        self.turn_get, self.turn_set, self.turn_lease = self._coded_get, self._coded_set, self._coded_lease
+        self._inner_get, self._inner_set, self._inner_lease = (
+            self.try_inline_get,
+            self.try_inline_set,
+            self.try_inline_lease,
+        )
+        self.try_inline_get, self.try_inline_set, self.try_inline_lease = (
+            self._coded_get,
+            self._coded_set,
+            self._coded_lease,
+        )
 
     @property
     def pipeline(self) -> PayloadPipeline:
         return self._pipeline
 
     def value_of(self, key: str, value: Any, default: Any) -> Any:
-        """As `Link.value_of`."""
+        """As `BackendClient.value_of`."""
         if type(value) is not bytes or (self._offload_above is not None and len(value) >= self._offload_above):
             return UNREAD
         try:
@@ -128,12 +136,12 @@ class PayloadLink(Link):
         return default if type(value) is CachedError else value
 
     async def request(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
-        """As `Link.request`."""
+        """As `BackendClient.request`."""
         coded = await self._coded(blocking, message)
         return cast("R", await self._answer(blocking, message, coded, patience=patience))
 
     def send(self, message: Request[Any]) -> None:
-        """As `Link.send`."""
+        """As `BackendClient.send`."""
         if type(message) is ReleaseLease and (late := message.late) is not None:
             try:
                 payload = self._protected(message.key, self._content(late.value))
@@ -142,8 +150,8 @@ class PayloadLink(Link):
                 message = replace(message, late=None)  # The followers load by themselves.
         super().send(message)
 
-    async def finish(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
-        """As `Link.finish`: the commonest of `_answer`, in a third of the time, because most calls come by here."""
+    async def wait_reply(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
+        """As `BackendClient.wait_reply`: the commonest of `_answer`, in a third of the time, because most calls come by here."""
         turned: Any = reply
         if blocking or (type(turned) is Handed and turned.reply is _UNPROTECTED):
             return cast("R", await self._answer(blocking, message, message, turned))
@@ -153,7 +161,7 @@ class PayloadLink(Link):
         deadline = 0.0  # That of a slot is read when it is needed.
         try:
             try:
-                if type(reply) is ReplySlot:  # As `LocalBus.finish`, less a coroutine.
+                if type(reply) is ReplySlot:  # As `LocalBus.wait_reply`, less a coroutine.
                     try:
                         came: Any = await reply.within(self.timeout, self._late)
                     except BaseException:
@@ -163,7 +171,7 @@ class PayloadLink(Link):
                         raise came.error()
                 else:
                     deadline = self.bus.clock.monotonic() + self.timeout
-                    came = await self.bus.finish(self.address, coded, reply, self.timeout)
+                    came = await self.bus.wait_reply(self.address, coded, reply, self.timeout)
                 kind = type(came)  # pyright: ignore[reportUnknownVariableType]
                 if kind is Stored or kind is Missing or (kind is LeaseGranted and came.stale is None):
                     return came  # type: ignore[no-any-return]
@@ -186,12 +194,12 @@ class PayloadLink(Link):
                 ask = partial(self._ask, blocking, deadline or self.bus.clock.monotonic() + reply.seconds_left)
                 return cast("R", await self._unreadable(ask, coded, error))
         except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)
+            return self.failures.resolve(message, error)
 
     async def _answer(
         self, blocking: bool, message: Request[Any], coded: Any, turned: Any = _UNASKED, patience: float = 0.0
     ) -> Any:
-        """Return the reply of a coded message, or what stands for it (see `Failures`). `turned` is the reply of its turn."""
+        """Return the reply of a coded message, or what stands for it (see `FailurePolicy`). `turned` is the reply of its turn."""
         if type(turned) is Handed:
             coded, turned = turned
         if turned is _UNPROTECTED:
@@ -203,14 +211,14 @@ class PayloadLink(Link):
                 if turned is _UNASKED:
                     reply = await ask(coded)
                 elif blocking:
-                    reply = self.bus.finish_blocking(self.address, coded, turned, self.timeout)
+                    reply = self.bus.wait_reply_blocking(self.address, coded, turned, self.timeout)
                 else:
-                    reply = await self.bus.finish(self.address, coded, turned, self.timeout)
+                    reply = await self.bus.wait_reply(self.address, coded, turned, self.timeout)
             except CacheSerializationError as error:
                 return await self._unreadable(ask, coded, error)
             return await self._come_back(blocking, ask, coded, reply)
         except BACKEND_FAILURES as error:
-            return self.failures.settle(message, error)
+            return self.failures.resolve(message, error)
 
     async def _ask(self, blocking: bool, deadline: float, message: Request[Any]) -> Any:
         left = deadline - self.bus.clock.monotonic()
@@ -277,8 +285,8 @@ class PayloadLink(Link):
         protect, is_error = self._pipeline.protect, type(content) is CachedError
         payload = protect(key, content.content, error=True) if is_error else protect(key, content)
         sealer = self._pipeline.sealer
-        if sealer is not None and PayloadSealed in self.emitter.audience.kinds:
-            self.emitter.emit(PayloadSealed(key=key, key_id=sealer.key_id, tenant=sealer.tenant, size=len(payload)))
+        if sealer is not None and PayloadSealed in self.emitter.subscriptions.kinds:
+            self.emitter.publish(PayloadSealed(key=key, key_id=sealer.key_id, tenant=sealer.tenant, size=len(payload)))
         return payload
 
     # Back
@@ -384,10 +392,10 @@ class PayloadLink(Link):
         level = logging.DEBUG if reason in self._known else logging.WARNING
         self._known.add(reason)
         logger.log(level, "%s: a payload%s is not taken (%s): %s", self.address, where, reason, error)
-        if PayloadRejected in self.emitter.audience.kinds:
+        if PayloadRejected in self.emitter.subscriptions.kinds:
             tenant = self._pipeline.sealer.tenant if self._pipeline.sealer else ""
             serializer = self._pipeline.serializer
-            self.emitter.emit(PayloadRejected(key=key, reason=reason, serializer=serializer, tenant=tenant))
+            self.emitter.publish(PayloadRejected(key=key, reason=reason, serializer=serializer, tenant=tenant))
 
 
 def _size_of(reply: Any) -> int:

@@ -30,11 +30,11 @@ BACKEND_FAILURES = (
 """The errors of the backend, which may pass. All others say that the program or its settings are wrong, or that the cache is
 closed: they are raised whatever `on_error` says."""
 
-MISSED = Missing()
+FAILED_READ = Missing()
 """The fallback for a `Get`: it shows that the backend fails, so that the caller sends it no more requests."""
 
 _STAND_INS: Mapping[type[Request[Any]], tuple[str, Callable[[], Reply]]] = {
-    messages.Get: ("missed", lambda: MISSED),
+    messages.Get: ("missed", lambda: FAILED_READ),
     messages.GetMany: ("missed", lambda: messages.FoundMany({})),
     messages.Exists: ("missed", Missing),
     messages.Scan: ("missed", lambda: messages.Scanned(())),
@@ -64,7 +64,7 @@ class Health(Struct, frozen=True):
     circuit: str = ""
 
 
-class Failures:
+class FailurePolicy:
     """Handles the failures of one backend for one cache, and counts them: `errors` in all, and of these `dropped_writes`. Usable
     from any thread."""
 
@@ -78,9 +78,9 @@ class Failures:
         self._guard = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"<Failures {self.on_error}, {self.errors} errors, {self.dropped_writes} dropped writes>"
+        return f"<FailurePolicy {self.on_error}, {self.errors} errors, {self.dropped_writes} dropped writes>"
 
-    def settle(self, request: Request[R], error: CacheError, *, allow: bool = False) -> R:
+    def resolve(self, request: Request[R], error: CacheError, *, allow: bool = False) -> R:
         """Return the fallback for a failed request, or raise. `allow` is for a rate limit that admits everything then.
 
         Raises `error` if the cache is to raise, or if no reply would be true, as for an increment. An invalidation that may not
@@ -97,7 +97,7 @@ class Failures:
             self.errors += 1
             self.dropped_writes += outcome == "dropped"
         name, key = request.WIRE_NAME, getattr(request, "key", "")
-        self._emitter.tell(RequestFailed, request=name, error=error.code, outcome=outcome, key=key)
+        self._emitter.emit(RequestFailed, request=name, error=error.code, outcome=outcome, key=key)
         if stand_in is not None:
             return cast("R", stand_in())
         if self.on_error == "miss" and request.INVALIDATES:

@@ -14,7 +14,7 @@ from anyio.lowlevel import checkpoint
 from msgspec.structs import replace
 
 from cachebus.bus import TURNS_PER_CHECKPOINT, ReplySlot, Subscription, too_late
-from cachebus.client.backend_client import UNREAD, Link, NoLink
+from cachebus.client.backend_client import UNREAD, BackendClient, ClosedClient
 from cachebus.client.failure_policy import BACKEND_FAILURES, Health
 from cachebus.client.validation import (
     Since,
@@ -85,7 +85,7 @@ class Cache(CacheCoordination):
         self.detach("the cache is not open: use it within `async with`")
 
     def __repr__(self) -> str:
-        where = "closed" if isinstance(self._link, NoLink) else str(self._link.address)
+        where = "closed" if isinstance(self._client, ClosedClient) else str(self._client.address)
         return f"<{type(self).__name__} {where}>"
 
     async def __aenter__(self) -> Self:
@@ -94,7 +94,7 @@ class Cache(CacheCoordination):
         node = self._make_node()
         await node.__aenter__()
         self._node = node
-        self.attach(node.link(self._name))
+        self.attach(node.client(self._name))
         _open_caches.add(self)
         return self
 
@@ -111,15 +111,17 @@ class Cache(CacheCoordination):
         if self._node is not None:
             await self._node.stop()
 
-    def attach(self, link: Link, *, blocking: bool = False) -> Self:
+    def attach(self, client: BackendClient, *, blocking: bool = False) -> Self:
         """Use `link` from now on; `blocking` makes every call a coroutine that never suspends, for `SyncCache`."""
-        self._link = link
-        self._turn_get, self._turn_set = link.turn_get, link.turn_set
-        self._runner: Runner = ThreadRunner(link) if blocking else AsyncRunner(link)
-        self._ask, self._finish = self._runner.ask, self._runner.finish
-        self._value_of = link.value_of
+        self._client = client
+        self._try_inline_get, self._try_inline_set = client.try_inline_get, client.try_inline_set
+        self._runner: Runner = ThreadRunner(client) if blocking else AsyncRunner(client)
+        self._ask, self._finish = self._runner.ask, self._runner.wait_reply
+        self._value_of = client.value_of
         self._within = (
-            None if blocking or isinstance(link, NoLink) else (link.timeout, too_late(link.address, link.timeout))
+            None
+            if blocking or isinstance(client, ClosedClient)
+            else (client.timeout, too_late(client.address, client.timeout))
         )
         # A blocking caller has no event loop to let go of.
         self._turns_left = sys.maxsize if blocking else TURNS_PER_CHECKPOINT
@@ -127,17 +129,17 @@ class Cache(CacheCoordination):
 
     def detach(self, why: str) -> None:
         """Refuse every call from now on, with `why` as the reason."""
-        self.attach(NoLink(why))
+        self.attach(ClosedClient(why))
 
     @property
-    def link(self) -> Link:
+    def client(self) -> BackendClient:
         """The client of the backend."""
-        return self._link
+        return self._client
 
     @property
     def payloads(self) -> PayloadPipeline | None:
         """The pipeline that turns values into payloads, with its statistics and `rotate_key`; `None` if values stay objects."""
-        return self._link.pipeline
+        return self._client.pipeline
 
     # Reading
 
@@ -148,14 +150,14 @@ class Cache(CacheCoordination):
         if type(key) is not str:
             check_key(key)
         request = Get(key)
-        reply = self._turn_get(request)
+        reply = self._try_inline_get(request)
         self._turns_left = left = self._turns_left - 1
         if type(reply) is Found and left > 0:
             return reply.value
         # A reply that is awaited needs no checkpoint. Most replies of a remote backend are read right here: a coroutine less.
         if type(reply) is ReplySlot and self._within is not None and key and key.isascii():
             # Looked up now: the cache may be closed meanwhile.
-            slot, value_of, finish = reply, self._value_of, self._finish
+            slot, value_of, wait_reply = reply, self._value_of, self._finish
             try:
                 reply = await slot.within(*self._within)
             except BaseException:
@@ -165,7 +167,7 @@ class Cache(CacheCoordination):
                 return default
             if type(reply) is Found and (value := value_of(key, reply.value, default)) is not UNREAD:
                 return value
-            found = await finish(request, reply)
+            found = await wait_reply(request, reply)
         elif reply is None and key and key.isascii():
             found = await self._finish(request, reply)
         else:
@@ -175,7 +177,7 @@ class Cache(CacheCoordination):
     async def lookup(self, key: str) -> Found | Missing:
         """Return `Found` with the value under `key`, its version, seconds left, tags and time of storing; or `Missing`."""
         request = Get(check_key(key))
-        reply = self._turn_get(request)
+        reply = self._try_inline_get(request)
         self._turns_left -= 1
         return await self.finish_get(request, reply)
 
@@ -189,7 +191,7 @@ class Cache(CacheCoordination):
         try:
             return fit(found.value, kind)
         except CacheSerializationError:
-            self._link.emitter.tell(PayloadRejected, key=key, reason="type")
+            self._client.emitter.emit(PayloadRejected, key=key, reason="type")
             if strict:
                 raise
         return default
@@ -251,11 +253,11 @@ class Cache(CacheCoordination):
         if self._turns_left <= 0:  # Before the turn: what a turn has begun is awaited at once.
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
-        reply = self._turn_set(request)
+        reply = self._try_inline_set(request)
         self._turns_left -= 1
         if type(reply) is Stored:
             return True
-        finish = self._finish
+        wait_reply = self._finish
         if type(reply) is ReplySlot and self._within is not None:  # As in `get`.
             slot = reply
             try:
@@ -265,7 +267,7 @@ class Cache(CacheCoordination):
                 raise
             if type(reply) is Stored:
                 return True
-        return isinstance(await finish(request, reply), Stored)
+        return isinstance(await wait_reply(request, reply), Stored)
 
     async def set_many(
         self, items: Mapping[str, Any], *, ttl: TimeToLive = "default", tags: Iterable[str] = ()
@@ -349,13 +351,13 @@ class Cache(CacheCoordination):
         """
         if since is not None and local:
             raise ValueError("since and local exclude each other: a stream keeps the events of all processes")
-        bus = self._link.bus
+        bus = self._client.bus
         return bus.subscribe(*what, capacity=capacity, since=check_since(since, bus.clock.wall()), local=local)
 
     async def statistics(self) -> Snapshot:
         """Return the counters since the backend's actor started, and how full its store is."""
         snapshot: Snapshot = await self._ask(TakeSnapshot())
-        failures = self._link.failures
+        failures = self._client.failures
         return replace(snapshot, errors=failures.errors, dropped_writes=failures.dropped_writes)
 
     async def health(self) -> Health:
@@ -363,12 +365,12 @@ class Cache(CacheCoordination):
 
         It sends a request like any other, which an open circuit refuses. A failure does not count as an error of the cache.
         """
-        link = self._link
-        now = link.bus.clock.monotonic
+        client = self._client
+        now = client.bus.clock.monotonic
         started = now()
         wrong: CacheError | None = None
         try:
-            await self._runner.probe(Exists(_PROBED_KEY))
+            await self._runner.request_unguarded(Exists(_PROBED_KEY))
         except CacheClosed:
             raise
         except CapabilityError:
@@ -377,9 +379,9 @@ class Cache(CacheCoordination):
             wrong = error
         latency, circuit = now() - started, ""
         with suppress(*BACKEND_FAILURES):
-            snapshot = await self._runner.probe(TakeSnapshot(), -latency)
+            snapshot = await self._runner.request_unguarded(TakeSnapshot(), -latency)
             circuit = snapshot.guard.get("state", "")
-        return Health(wrong is None, link.address, latency, "" if wrong is None else str(wrong), circuit)
+        return Health(wrong is None, client.address, latency, "" if wrong is None else str(wrong), circuit)
 
 
 _PROBED_KEY = "cachebus.health"

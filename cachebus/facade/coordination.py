@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from anyio.lowlevel import checkpoint
 
 from cachebus.bus import TURNS_PER_CHECKPOINT, Turn
-from cachebus.client.backend_client import Link
+from cachebus.client.backend_client import BackendClient
 from cachebus.client.validation import Duration, check_key, check_keys
 from cachebus.loading.cached_function import TURNS_OF_A_MISS
 from cachebus.loading.coordinator import LoadCoordinator
@@ -32,10 +32,10 @@ from .rate_limiter import AsyncRateLimiter, OnLimitError, admit_request
 class CacheCoordination:
     """The methods of `Cache` for loads, locks and rate limits."""
 
-    _link: Link
+    _client: BackendClient
     loads: LoadCoordinator
     _runner: Runner
-    _turn_get: Turn
+    _try_inline_get: Turn
     _turns_left: int
 
     async def get_or_load(
@@ -78,7 +78,7 @@ class CacheCoordination:
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
         request = Get(key)
-        reply = self._turn_get(request)
+        reply = self._try_inline_get(request)
         self._turns_left -= 1
         if type(reply) is Found and (
             not options or (options.keys() <= LOAD_OPTIONS and options.get("idle_ttl") is None)
@@ -136,7 +136,7 @@ class CacheCoordination:
         Raises `CacheKeyError`, `TypeError` or `ValueError` for wrong arguments.
         """
         blocking = self._runner.blocks
-        return Lock(self._link.locks, name, ttl=ttl, wait=wait, renew=renew, owner=owner, blocking=blocking)
+        return Lock(self._client.locks, name, ttl=ttl, wait=wait, renew=renew, owner=owner, blocking=blocking)
 
     def rate_limit(
         self,

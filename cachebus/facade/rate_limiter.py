@@ -84,9 +84,9 @@ class AsyncRateLimiter:
         """Take units, and wait for those that were taken in advance. The same as `await limiter`."""
         runner, request = self._runner(), self._request
         try:
-            reply = await runner.probe(request)
+            reply = await runner.request_unguarded(request)
         except BACKEND_FAILURES as error:
-            runner.link.failures.settle(request, error, allow=self._on_error == "allow")
+            runner.client.failures.resolve(request, error, allow=self._on_error == "allow")
             return RateLimit(True, 0, unchecked=True)
         if isinstance(reply, RateLimitDenied):
             return RateLimit(False, reply.remaining, reply.retry_after, reply.reset_after)

@@ -31,7 +31,7 @@ class StateStore:
     """
 
     def __init__(self, cache: Cache, *, prefix: str = "state:") -> None:
-        if cache.link.failures.on_error != "raise":
+        if cache.client.failures.on_error != "raise":
             raise CacheConfigurationError("state must not be taken for missing in an outage: say on_error='raise'")
         self._cache = cache
         self._prefix = prefix

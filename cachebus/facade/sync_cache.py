@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from cachebus.bus import Turn
-from cachebus.client.backend_client import Link
+from cachebus.client.backend_client import BackendClient
 from cachebus.client.background_loop import BACKGROUND, Hosted, blocking, mirrored, run
 from cachebus.client.validation import Duration, TimeToLive, check_key, set_request
 from cachebus.loading import cached_function
@@ -57,15 +57,15 @@ class SyncCache:
 
     def _unopen(self) -> None:
         self._cache: Cache | None = None
-        self._turn_get: Turn = self._first_turn
-        self._turn_set: Turn = self._first_turn
+        self._try_inline_get: Turn = self._first_turn
+        self._try_inline_set: Turn = self._first_turn
 
     def _first_turn(self, request: Any) -> Any:
-        link = self.link  # Opens the cache, unless it is closed.
-        return link.turn_get(request) if type(request) is Get else link.turn_set(request)
+        client = self.client  # Opens the cache, unless it is closed.
+        return client.try_inline_get(request) if type(request) is Get else client.try_inline_set(request)
 
     def __repr__(self) -> str:
-        where = "closed" if self._closed else "unopened" if self._cache is None else str(self._cache.link.address)
+        where = "closed" if self._closed else "unopened" if self._cache is None else str(self._cache.client.address)
         return f"<{type(self).__name__} {where}>"
 
     def __enter__(self) -> Self:
@@ -96,11 +96,11 @@ class SyncCache:
                 hosted = Hosted(node)
                 BACKGROUND.value.run(hosted.open)
                 self._hosted = hosted
-                link = node.link(self._name)
-                cache = Cache(self._make_node, self._name).attach(link, blocking=True)
+                client = node.client(self._name)
+                cache = Cache(self._make_node, self._name).attach(client, blocking=True)
                 cache.loads = self.loads
                 self._cache = cache
-                self._turn_get, self._turn_set = link.turn_get, link.turn_set
+                self._try_inline_get, self._try_inline_set = client.try_inline_get, client.try_inline_set
             return self._cache
 
     _inner = property(_opened)  # For `mirrored`.
@@ -111,9 +111,9 @@ class SyncCache:
         return self._opened()
 
     @property
-    def link(self) -> Link:
+    def client(self) -> BackendClient:
         """The client of the backend. Opens the cache if it is not open yet."""
-        return self._opened().link
+        return self._opened().client
 
     @property
     def payloads(self) -> PayloadPipeline | None:
@@ -127,7 +127,7 @@ class SyncCache:
         if type(key) is not str:
             check_key(key)
         request = Get(key)
-        reply = self._turn_get(request)
+        reply = self._try_inline_get(request)
         if type(reply) is Found:
             return reply.value
         found = run(self._opened().finish_get(request, reply))
@@ -144,8 +144,8 @@ class SyncCache:
     ) -> bool:
         """As `Cache.set`."""
         request = set_request(key, value, ttl, tags, only_if)
-        reply = self._turn_set(request)
-        return type(reply) is Stored or isinstance(run(self.link.finish(request, reply, blocking=True)), Stored)
+        reply = self._try_inline_set(request)
+        return type(reply) is Stored or isinstance(run(self.client.wait_reply(request, reply, blocking=True)), Stored)
 
     def get_or_load(
         self,
@@ -161,7 +161,7 @@ class SyncCache:
         if type(key) is not str:
             check_key(key)
         request = Get(key)
-        reply = self._turn_get(request)
+        reply = self._try_inline_get(request)
         if type(reply) is Found and (
             not options or (options.keys() <= LOAD_OPTIONS and options.get("idle_ttl") is None)
         ):
@@ -170,7 +170,7 @@ class SyncCache:
         checked = LoadOptions.of(ttl, tags, **options)
         wants_context, asynchronous = kind_of(loader)
         job = LoadJob(key, loader, checked, checked.tags, asynchronous, wants_context)
-        return run(self.loads.deliver(ThreadRunner(self.link), job, request, reply))
+        return run(self.loads.deliver(ThreadRunner(self.client), job, request, reply))
 
     # The rest of `Cache`
 
@@ -218,7 +218,7 @@ class SyncCache:
     ) -> RateLimiter:
         """As `Cache.rate_limit`: `cache.rate_limit(...).check()` returns a `RateLimit`, and `with` enters a block."""
         request = admit_request(name, limit, per, burst, cost, wait, on_error)
-        return RateLimiter(AsyncRateLimiter(lambda: ThreadRunner(self.link), request, on_error))
+        return RateLimiter(AsyncRateLimiter(lambda: ThreadRunner(self.client), request, on_error))
 
 
 _caches: weakref.WeakSet[SyncCache] = weakref.WeakSet()

@@ -13,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from msgspec import Struct
 
 from cachebus.bus import TURNS_PER_CHECKPOINT
-from cachebus.client.backend_client import Link
+from cachebus.client.backend_client import BackendClient
 from cachebus.client.background_loop import run
 from cachebus.client.validation import check_key, check_tags
 from cachebus.messages import CacheConfigurationError, Found, Get
@@ -40,7 +40,7 @@ class LoadingCache(Protocol):
     loads: LoadCoordinator
 
     @property
-    def link(self) -> Link: ...
+    def client(self) -> BackendClient: ...
 
 
 def cached(
@@ -103,14 +103,14 @@ class CachedFunction(Struct, eq=False):
             if turns_left <= 0:
                 turns_left = TURNS_PER_CHECKPOINT
                 await checkpoint()  # Before the turn, for the reason given in `get_or_load`.
-            link = cache.link
+            client = cache.client
             request = Get(key)
-            reply = link.turn_get(request)
+            reply = client.try_inline_get(request)
             turns_left -= 1
             if type(reply) is Found and not slides:
                 return reply.value
             turns_left -= TURNS_OF_A_MISS
-            return await load(AsyncRunner(link), request, reply, args, kwargs)
+            return await load(AsyncRunner(client), request, reply, args, kwargs)
 
         return cached
 
@@ -121,12 +121,12 @@ class CachedFunction(Struct, eq=False):
 
         @functools.wraps(self.function)
         def cached(*args: Any, **kwargs: Any) -> Any:
-            link = cache.link
+            client = cache.client
             request = Get(key_of(*args, **kwargs))
-            reply = link.turn_get(request)
+            reply = client.try_inline_get(request)
             if type(reply) is Found and not slides:
                 return reply.value
-            return run(load(ThreadRunner(link), request, reply, args, kwargs))
+            return run(load(ThreadRunner(client), request, reply, args, kwargs))
 
         return cached
 

@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any
 
-from cachebus.client.failure_policy import MISSED
+from cachebus.client.failure_policy import FAILED_READ
 from cachebus.messages import (
     CacheError,
     CacheStampedeError,
@@ -71,16 +71,16 @@ class LoadCoordinator:
         self, runner: Runner, job: LoadJob, request: Get, reply: Any, started: float | None = None
     ) -> Any:
         options, table = job.options, self.table
-        found: Any = reply if isinstance(reply, Found | Missing) else await runner.finish(request, reply)
-        now = runner.link.bus.clock.monotonic
+        found: Any = reply if isinstance(reply, Found | Missing) else await runner.wait_reply(request, reply)
+        now = runner.client.bus.clock.monotonic
         if started is None:
             started = now()
-        if type(found) is not Missing or found is MISSED:
+        if type(found) is not Missing or found is FAILED_READ:
             found = unwrap(found)
             if isinstance(found, Found):
                 self._note_hit(runner, job, found)
                 return found.value
-            if found is MISSED:
+            if found is FAILED_READ:
                 return await self._load_alone(runner, job, started)
             _raise_again(found, job)
         pause = FIRST_PAUSE
@@ -176,7 +176,7 @@ class LoadCoordinator:
             return in_flight, None
         if told.startswith(f"{table.owner}-") and told != released:
             # No load of this process has that lease any more: it ended just now, or its caller was interrupted.
-            runner.link.send(ReleaseLease(job.key, told))
+            runner.client.send(ReleaseLease(job.key, told))
             return None
         mine = InFlightLoad(owner=job.caller, lease_names={told})
         in_flight = table.in_flight.setdefault(told, mine)
@@ -199,7 +199,7 @@ class LoadCoordinator:
 
         Returns the outcome, the stale value if that is to be served, or `TIMED_OUT` if the caller is to load by itself.
         """
-        spent = runner.link.bus.clock.monotonic() - started
+        spent = runner.client.bus.clock.monotonic() - started
         timeout, limit = options.patience(spent, has_stale=stale is not None, is_leader=is_leader)
         start = None if work is None else work.start
         try:
@@ -219,7 +219,7 @@ class LoadCoordinator:
         if limit == "soft" or (stale is not None and (limit == "hard" or options.wait == "stale")):
             return stale
         if limit == "hard":
-            raise CacheTimeoutError("the loader has not returned", runner.link.address, options.hard_timeout or 0.0)
+            raise CacheTimeoutError("the loader has not returned", runner.client.address, options.hard_timeout or 0.0)
         if options.wait == "raise":
             raise CacheStampedeError(f"another caller has been loading the key for {options.wait_limit:g} s")
         return TIMED_OUT
@@ -228,9 +228,9 @@ class LoadCoordinator:
 
     def _note_hit(self, runner: Runner, job: LoadJob, found: Found) -> None:
         """Refresh a value that was read, or prolong its life, if the options ask for that."""
-        options, link, table = job.options, runner.link, self.table
+        options, client, table = job.options, runner.client, self.table
         if isinstance(found, Loaded) and options.wants_refresh(found, table.random) and job.key not in table.refreshing:
-            load = self._new_load(runner, job, link.bus.clock.monotonic())
+            load = self._new_load(runner, job, client.bus.clock.monotonic())
             load.refreshed = found
             load.in_flight.kept = True
             table.refreshing.add(job.key)
@@ -244,9 +244,9 @@ class LoadCoordinator:
         if idle_ttl is None or found.ttl is None or found.ttl > idle_ttl / 2:
             return
         if (cap := options.cap(found.value)) is not None:
-            now = link.epoch + link.bus.clock.monotonic()
+            now = client.epoch + client.bus.clock.monotonic()
             if (ttl := min(idle_ttl, found.stored_at + cap - now)) > found.ttl:
-                link.send(Touch(job.key, ttl))
+                client.send(Touch(job.key, ttl))
 
     # Without a lease
 
@@ -286,7 +286,7 @@ class LoadCoordinator:
         self, runner: Runner, keys: Sequence[str], loader: Loader, options: LoadOptions, in_flight: InFlightLoad
     ) -> dict[str, Any]:
         _, asynchronous = kind_of(loader)
-        started = runner.link.bus.clock.monotonic()
+        started = runner.client.bus.clock.monotonic()
         loads: dict[str, LeasedLoad] = {}
         for key in keys:
             job = LoadJob(key, calls_for_one(loader, key), options, options.tags, asynchronous)
@@ -360,7 +360,7 @@ class LoadCoordinator:
 
 
 def _serve(runner: Runner, stale: Stale | Loaded, key: str) -> Any:
-    runner.link.emitter.tell(StaleServed, key=key)
+    runner.client.emitter.emit(StaleServed, key=key)
     return stale.value
 
 

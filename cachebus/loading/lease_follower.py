@@ -67,7 +67,7 @@ class LeaseFollower(Struct, eq=False):
         runner, job = self.runner, self.job
         pause = FIRST_PAUSE
         name = self.theirs
-        now = runner.link.bus.clock.monotonic
+        now = runner.client.bus.clock.monotonic
         # Asked first: until the lease ends, a store with notifications would answer every other question in vain.
         if (failed := await self._lease_end(name, 0.0, job.options.wait_limit)) is not None:
             return Raised(failed)
@@ -121,7 +121,7 @@ class LeaseFollower(Struct, eq=False):
             # An end without notification, as of a lease that a delete has taken away, is found a little later.
             wait = min(longest, LONGEST_PAUSE * (0.5 + self.table.random.random() / 2))
             try:
-                await self.runner.probe(WatchLease(self.job.key, name, wait), wait)
+                await self.runner.request_unguarded(WatchLease(self.job.key, name, wait), wait)
                 return None
             except LoaderFailed as error:
                 return error

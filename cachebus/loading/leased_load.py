@@ -140,9 +140,9 @@ class LeasedLoad(Struct, eq=False):
             if wait:
                 reply: Any = await runner.ask(question, wait)
             else:
-                reply = runner.link.turn_lease(question)
+                reply = runner.client.try_inline_lease(question)
                 if type(reply) is not LeaseGranted:
-                    reply = await runner.finish(question, reply)
+                    reply = await runner.wait_reply(question, reply)
                 if type(reply) is CachedFailure and self.job.options.recalled(reply) is None:
                     # An exception that this caller did not ask for: a value is loaded in its place.
                     reply = await runner.ask(self.question(refresh=True))
@@ -176,26 +176,26 @@ class LeasedLoad(Struct, eq=False):
 
     def release(self, name: str, error: str = "", late: Found | None = None) -> None:
         """Release a lease, with the error or the value for its waiters in other processes."""
-        link, key = self.runner.link, self.job.key
-        link.send(ReleaseLease(key, name, error, late))
-        if late is not None and link.pipeline is not None:
+        client, key = self.runner.client, self.job.key
+        client.send(ReleaseLease(key, name, error, late))
+        if late is not None and client.pipeline is not None:
             # The late value may be too large for the bus. This one is not, and finds no lease after the other.
-            link.send(ReleaseLease(key, name, error))
+            client.send(ReleaseLease(key, name, error))
 
     def keep_lease(self) -> None:
         """Renew the lease, if there is one, until it ends."""
         if self.lease:
-            link = self.runner.link
-            due = link.bus.clock.monotonic() + self.job.options.lease_ttl / PER_LEASE
-            self.table.renewals.track(self.lease, link.timers, due, self._renew)
+            client = self.runner.client
+            due = client.bus.clock.monotonic() + self.job.options.lease_ttl / PER_LEASE
+            self.table.renewals.track(self.lease, client.timers, due, self._renew)
 
     def _renew(self) -> float | None:
         if self.in_flight.resolved or self.in_flight.is_orphan():
             self.end()  # It was interrupted before it could end the lease.
             return None
-        link, lease_ttl = self.runner.link, self.job.options.lease_ttl
-        link.send(RenewLease(self.job.key, self.lease or "", lease_ttl))
-        return link.bus.clock.monotonic() + lease_ttl / PER_LEASE
+        client, lease_ttl = self.runner.client, self.job.options.lease_ttl
+        client.send(RenewLease(self.job.key, self.lease or "", lease_ttl))
+        return client.bus.clock.monotonic() + lease_ttl / PER_LEASE
 
     def end_lease(self) -> None:
         """Release the lease unless the store has ended it, and renew it no longer. May be called again."""
@@ -258,7 +258,7 @@ class LeasedLoad(Struct, eq=False):
                 if self.is_held:
                     self.keep_lease()
                     self.stale = self.refreshed
-                    self.started = runner.link.bus.clock.monotonic()
+                    self.started = runner.client.bus.clock.monotonic()
                 return self.is_held
             # Another load may have ended between the miss and the start of this one. `Exists` counts neither as hit nor as miss.
             if isinstance(await runner.ask(Exists(job.key)), Present):
@@ -310,9 +310,9 @@ class LeasedLoad(Struct, eq=False):
             request = made
         reply: Any
         try:
-            reply = self.runner.link.turn_set(request)
+            reply = self.runner.client.try_inline_set(request)
             if type(reply) is not Stored:
-                reply = await self.runner.finish(request, reply)
+                reply = await self.runner.wait_reply(request, reply)
         except CacheClosed:
             raise
         except CacheError as error:
@@ -349,7 +349,7 @@ class LeasedLoad(Struct, eq=False):
         """Decide what becomes of the lease of a value that was not stored."""
         if isinstance(reply, NotStored) and reply.reason == "lease_lost":
             self.is_held = False
-            self.runner.link.emitter.tell(LoadLeaseLost, key=self.job.key)
+            self.runner.client.emitter.emit(LoadLeaseLost, key=self.job.key)
             return
         if isinstance(reply, CacheError):
             logger.warning("a loaded value was not stored: %s", reply.code)
@@ -359,8 +359,8 @@ class LeasedLoad(Struct, eq=False):
 
     async def _keep_failure(self, error: Exception) -> bool:
         """Store the exception of the loader, if the options ask for that. A value that may be served stale stays."""
-        job, link = self.job, self.runner.link
-        if self.lease is None or self.stale is not None or (not self.lease and link.pipeline is None):
+        job, client = self.job, self.runner.client
+        if self.lease is None or self.stale is not None or (not self.lease and client.pipeline is None):
             return False  # The last, because a read that takes a shortcut would not notice that it is no value.
         options = job.options
         if not isinstance(error, options.cache_errors) or (record := CachedError.of(error)) is None:

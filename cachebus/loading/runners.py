@@ -17,7 +17,7 @@ from anyio.lowlevel import checkpoint
 
 from cachebus.bus import running_loop
 from cachebus.bus.spawn import spawn
-from cachebus.client.backend_client import Link
+from cachebus.client.backend_client import BackendClient
 from cachebus.client.background_loop import BACKGROUND, PerProcess, run
 from cachebus.messages import CacheError, Failed, LoadFailed, LoadStarted, LoadSucceeded, Request
 
@@ -43,17 +43,17 @@ class Work(Protocol):
 class AsyncRunner:
     """Runs loads as tasks of asyncio or trio.
 
-    `ask`, `finish` and `probe` are `request`, `finish` and `probe` of the link; `wait` is `InFlightLoad.wait`.
+    `ask`, `wait_reply` and `probe` are `request`, `wait_reply` and `probe` of the link; `wait` is `InFlightLoad.wait`.
     """
 
     blocks = False
     wait = staticmethod(InFlightLoad.wait)
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self.ask: Any = link.request
-        self.finish: Any = link.finish
-        self.probe: Any = link.probe
+    def __init__(self, client: BackendClient) -> None:
+        self.client = client
+        self.ask: Any = client.request
+        self.wait_reply: Any = client.wait_reply
+        self.request_unguarded: Any = client.request_unguarded
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         """Ask the backend several things at once. A request that fails has `Failed` as its reply."""
@@ -61,7 +61,7 @@ class AsyncRunner:
 
         async def ask(at: int) -> None:
             try:
-                replies[at] = await self.link.request(requests[at])
+                replies[at] = await self.client.request(requests[at])
             except CacheError as error:
                 replies[at] = Failed.of(error)
 
@@ -90,7 +90,7 @@ class AsyncRunner:
 
     async def pause(self, seconds: float) -> None:
         """Let time pass."""
-        clock = self.link.bus.clock
+        clock = self.client.bus.clock
         await clock.sleep_until(clock.monotonic() + seconds)
 
     async def let_others_run(self) -> None:
@@ -139,11 +139,11 @@ class ThreadRunner:
     blocks = True
     wait = staticmethod(partial(InFlightLoad.wait, blocking=True))
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self.ask: Any = partial(link.request, blocking=True)
-        self.finish: Any = partial(link.finish, blocking=True)
-        self.probe: Any = partial(link.probe, blocking=True)
+    def __init__(self, client: BackendClient) -> None:
+        self.client = client
+        self.ask: Any = partial(client.request, blocking=True)
+        self.wait_reply: Any = partial(client.wait_reply, blocking=True)
+        self.request_unguarded: Any = partial(client.request_unguarded, blocking=True)
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
         replies: list[Any] = []
@@ -225,25 +225,25 @@ async def call_loader(
     asynchronous: bool,
 ) -> tuple[Any, float]:
     """Return what a loader returns and the seconds that it took, and emit the events of the load."""
-    emitter, now = runner.link.emitter, runner.link.bus.clock.monotonic
+    emitter, now = runner.client.emitter, runner.client.bus.clock.monotonic
     started = now()
-    if LoadStarted in emitter.audience.kinds:
+    if LoadStarted in emitter.subscriptions.kinds:
         for key in keys:
-            emitter.tell(LoadStarted, key=key)
+            emitter.emit(LoadStarted, key=key)
     token = CURRENT_LOADS.set((*CURRENT_LOADS.get(), in_flight))
     try:
         loaded = await runner.call(loader, arguments, asynchronous=asynchronous)
     except BaseException as error:
-        if LoadFailed in emitter.audience.kinds:
+        if LoadFailed in emitter.subscriptions.kinds:
             for key in keys:
-                emitter.tell(LoadFailed, key=key, error=type(error).__name__, duration=now() - started)
+                emitter.emit(LoadFailed, key=key, error=type(error).__name__, duration=now() - started)
         raise
     finally:
         CURRENT_LOADS.reset(token)
     duration = now() - started
-    if LoadSucceeded in emitter.audience.kinds:
+    if LoadSucceeded in emitter.subscriptions.kinds:
         for key in keys:
-            emitter.tell(LoadSucceeded, key=key, duration=duration)
+            emitter.emit(LoadSucceeded, key=key, duration=duration)
     return loaded, duration
 
 

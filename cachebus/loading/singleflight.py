@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from msgspec import Struct, field
 
-from cachebus.bus import Port, ThreadPort, open_port
+from cachebus.bus import ReplyPort, ThreadPort, open_port
 from cachebus.client.background_loop import PerProcess
 from cachebus.messages import CacheError
 
@@ -77,7 +77,7 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
     lease_names: set[str] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     _guard: threading.Lock = field(default_factory=threading.Lock)
-    _waiters: dict[Port, None] = field(default_factory=dict)
+    _waiters: dict[ReplyPort, None] = field(default_factory=dict)
     _starting: bool = False
 
     @property
@@ -136,7 +136,7 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
             if waiting is not None:
                 _remove_edge(waiting, self)
 
-    def remove_waiter(self, port: Port) -> None:
+    def remove_waiter(self, port: ReplyPort) -> None:
         """Forget a waiter; without any other the load is cancelled, unless it is to go on."""
         with self._guard:
             self._waiters.pop(port, None)

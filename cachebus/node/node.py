@@ -21,7 +21,7 @@ from cachebus.actors import (
     Supervisor,
 )
 from cachebus.bus import SYSTEM_CLOCK, Address, Clock, Emitter, LocalBus, LoopTimers, Visibility
-from cachebus.client.backend_client import Link
+from cachebus.client.backend_client import BackendClient
 from cachebus.client.lock_client import LOCKS, LockClient
 from cachebus.messages import CacheClosed, CacheConfigurationError, CapabilityError
 
@@ -114,24 +114,24 @@ class Node:
         finally:
             self.bus.close()
 
-    def link(self, name: str | None = None) -> Link:
+    def client(self, name: str | None = None) -> BackendClient:
         """Return the client of a backend, the default one if `name` is left out."""
         settings = self.settings
         backend = settings.default_backend if name is None else settings.backend(name)
         to = (self.bus, backend_address(backend.name), settings.timeout, Emitter(self.bus, backend.name), self._timers)
         pipeline = self._pipeline(backend)
-        link: Link
+        client: BackendClient
         if pipeline is None:
-            link = Link(*to, settings.on_error)
+            client = BackendClient(*to, settings.on_error)
         else:
-            from cachebus.client.encoding_client import PayloadLink  # Caches that keep objects do without.
+            from cachebus.client.encoding_client import EncodingClient  # Caches that keep objects do without.
 
             offload_above = settings.payload.offload_above
-            link = PayloadLink(
+            client = EncodingClient(
                 *to, pipeline, on_error=settings.on_error, offload_above=offload_above, debug=settings.debug
             )
-        link.locks = self._lock_client
-        return link
+        client.locks = self._lock_client
+        return client
 
     async def _start_locks(self) -> None:
         """Start the lock manager. A node that serves starts one for each backend, because their clients ask at its name."""

@@ -159,7 +159,7 @@ class Worker:
         os._exit(OUT_OF_TIME)
 
 
-class OneLine(logging.Formatter):
+class StructuredFormatter(logging.Formatter):
     """Formats a record as one line: line breaks and control characters are escaped."""
 
     def __init__(self, form: LogForm = "text") -> None:
@@ -183,7 +183,7 @@ class OneLine(logging.Formatter):
 def log_to_stderr(form: LogForm, level: str) -> None:
     """Send the logs of this process to standard error, one line each."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine(form))
+    handler.setFormatter(StructuredFormatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

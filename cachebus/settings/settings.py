@@ -220,7 +220,7 @@ class Settings(_Root):
         on_bus += ["locks are"] if isinstance(self.locks, BusSettings) else []
         if on_bus and self.bus is None:
             raise CacheConfigurationError(f"{on_bus[0]} on a bus: give its URL, bus='nats://host'")
-        if self.environment == "production" and (found := list(insecurities(self))):
+        if self.environment == "production" and (found := list(security_issues(self))):
             raise problems_error(found)
         remote = ", ".join(each.name for each in self.backends if not each.by_reference)
         problem = f"payload.serializer: none is for the memory backend, and {remote} keeps bytes"
@@ -290,7 +290,7 @@ def _read(source: object) -> dict[str, Any]:
             )
 
 
-def insecurities(settings: Settings) -> Iterator[Problem]:
+def security_issues(settings: Settings) -> Iterator[Problem]:
     """Yield the path of each insecure setting, and what to do. Settings that are fit for production yield nothing."""
     if settings.debug:
         yield ("debug",), "writes keys to the log; leave it out in production"

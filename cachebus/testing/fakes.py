@@ -8,7 +8,7 @@ from typing import Any
 from cachebus.actors.ports import SYSTEM_CLOCK, BatchStore, Clock, Gauges, InlineStore
 from cachebus.adapters.chaos import ChaosStore
 from cachebus.adapters.null import NullStore
-from cachebus.bus import Address, Audience, Deferred, TimerQueue
+from cachebus.bus import Address, DeferredReply, SubscriptionRegistry, TimerQueue
 from cachebus.bus.codec.messages import MSGPACK, decode, encode
 from cachebus.messages import CacheError, Event, Failed, Message, Reply, Request
 
@@ -113,7 +113,7 @@ class RecordingContext:
     def __init__(self, *kinds: type[Event], address: str = "test", clock: Clock = SYSTEM_CLOCK) -> None:
         self.address = Address(address)
         self.clock = clock
-        self.audience = Audience()
+        self.subscriptions = SubscriptionRegistry()
         self.deadline: float | None = None
         self.restarts = 0
         self.overloaded = 0
@@ -122,25 +122,25 @@ class RecordingContext:
         self.sent: list[tuple[float, Message]] = []
         self.timers = ManualTimers(clock)
         self.beside: list[Callable[[], Awaitable[None]]] = []
-        self.deferred: list[Deferred] = []
+        self.deferred: list[DeferredReply] = []
         self.crashes: list[BaseException] = []
-        # Kept, because an audience forgets a listener that is gone.
-        self._listening = self.audience.subscribe(kinds, 1)
+        # Kept, because an subscriptions forgets a listener that is gone.
+        self._listening = self.subscriptions.subscribe(kinds, 1)
 
-    def emit(self, event: Event) -> None:
+    def publish(self, event: Event) -> None:
         """Remember an event, if it would have been published."""
-        if type(event) in self.audience.kinds:
+        if type(event) in self.subscriptions.kinds:
             self.emitted.append(event)
 
-    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+    def emit(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
         """As `emit`, for an event that is not built yet."""
-        if kind in self.audience.kinds:
+        if kind in self.subscriptions.kinds:
             build: Callable[..., Event] = kind
             self.emitted.append(build(*fields, **named))
 
-    def defer(self) -> Deferred:
+    def defer(self) -> DeferredReply:
         """A promise that the test may attach a port to."""
-        deferred = Deferred()
+        deferred = DeferredReply()
         self.deferred.append(deferred)
         return deferred
 

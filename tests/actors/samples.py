@@ -9,7 +9,7 @@ from typing import ClassVar
 import anyio
 
 from cachebus.actors import Actor
-from cachebus.bus import Deferred
+from cachebus.bus import DeferredReply
 from cachebus.messages import CacheKeyError, Reply, Request
 
 
@@ -99,7 +99,7 @@ class Clerk(Actor):
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         desk.lives += 1
-        self.parked: list[Deferred] = []
+        self.parked: list[DeferredReply] = []
 
     async def on_stop(self) -> None:
         self.desk.stopped += 1
@@ -128,7 +128,7 @@ class Clerk(Actor):
         finally:
             turn.release()
 
-    def on_park(self, request: Park) -> Deferred:
+    def on_park(self, request: Park) -> DeferredReply:
         self.parked.append(deferred := self.ctx.defer())
         return deferred
 

@@ -11,7 +11,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from cachebus.bus import Deferred, ThreadPort, open_port
+from cachebus.bus import DeferredReply, ThreadPort, open_port
 from cachebus.bus.clock import TICKS, Deadlines
 from cachebus.messages import Missing, Pong
 
@@ -112,8 +112,8 @@ def test_a_thread_waits_for_its_answer_or_its_deadline() -> None:
 
 @pytest.mark.parametrize("answered_first", [True, False])
 def test_a_deferred_reply_may_come_before_or_after_its_port(answered_first: bool) -> None:
-    told: list[Deferred] = []
-    deferred = Deferred(told.append)
+    told: list[DeferredReply] = []
+    deferred = DeferredReply(told.append)
     port = ThreadPort()
     assert deferred.waiting
     steps: list[Callable[[], None]] = [lambda: deferred.answer(Pong("a")), lambda: deferred.attach(port)]
@@ -127,7 +127,7 @@ def test_a_deferred_reply_may_come_before_or_after_its_port(answered_first: bool
 
 def test_a_deferred_reply_is_given_once_however_the_threads_race() -> None:
     for _ in range(200):
-        deferred, port = Deferred(), ThreadPort()
+        deferred, port = DeferredReply(), ThreadPort()
         threads = [
             threading.Thread(target=deferred.attach, args=(port,)),
             *(threading.Thread(target=deferred.answer, args=(Pong(str(number)),)) for number in range(2)),
@@ -141,7 +141,7 @@ def test_a_deferred_reply_is_given_once_however_the_threads_race() -> None:
 
 
 async def test_a_deferred_reply_whose_caller_has_gone_is_waited_for_no_more() -> None:
-    deferred, port = Deferred(), open_port()
+    deferred, port = DeferredReply(), open_port()
     deferred.attach(port)
     assert deferred.waiting
     assert await port.wait(0.001, lambda: "late") == "late"

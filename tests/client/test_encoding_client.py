@@ -43,6 +43,6 @@ def test_a_message_is_not_changed_by_sending_it() -> None:
     with open_sync_cache("memory://", payload={"serializer": "msgpack"}) as cache:
         sent = Set("k", (1,))
         for _ in range(2):
-            cache.link.turn_set(sent)
+            cache.client.try_inline_set(sent)
             assert sent == Set("k", (1,))
             assert cache.get("k") == (1,)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from cachebus import Cache, Event, Subscription, SyncCache, open_cache, open_sync_cache
 from cachebus.actors.ports import Capabilities, Gauges
 from cachebus.adapters.memory.store import MemoryStore
-from cachebus.bus import SYSTEM_CLOCK, Clock, Port, open_port
+from cachebus.bus import SYSTEM_CLOCK, Clock, ReplyPort, open_port
 from cachebus.client.failure_policy import OnError
 from cachebus.messages import Missing, Reply, Request
 from cachebus.settings import ActorSettings, Settings
@@ -72,7 +72,7 @@ class SilentStore:
     capabilities = Capabilities()
 
     def __init__(self) -> None:
-        self._ports: list[Port] = []
+        self._ports: list[ReplyPort] = []
         self._silent = True
 
     async def open(self) -> None: ...

@@ -8,7 +8,7 @@ from typing import Any
 from cachebus.actors.ports import Capabilities, Gauges
 from cachebus.adapters.chaos import ChaosStore
 from cachebus.adapters.memory.store import MemoryStore
-from cachebus.bus import Port, open_port
+from cachebus.bus import ReplyPort, open_port
 from cachebus.messages import CacheConnectionError, CacheError, Failed, Reply, Request
 
 
@@ -29,7 +29,7 @@ class Outage:
         self.error: CacheError | None = None
         self.silent = False
         self.fails: Callable[[Request[Any]], CacheError | None] = lambda request: None
-        self.silenced: list[Port] = []
+        self.silenced: list[ReplyPort] = []
 
     async def open(self) -> None:
         self.opens += 1

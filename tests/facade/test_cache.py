@@ -618,7 +618,7 @@ def test_both_facades_have_the_same_methods() -> None:
     assert set(public(SyncCache)) - set(public(Cache)) == {"begin", "blocking_cache"}
 
 
-@pytest.mark.parametrize("name", sorted(set(public(SyncCache)) - {"link", "payloads", "begin", "blocking_cache"}))
+@pytest.mark.parametrize("name", sorted(set(public(SyncCache)) - {"client", "payloads", "begin", "blocking_cache"}))
 def test_both_facades_have_the_same_signatures(name: str) -> None:
     asynchronous = inspect.signature(getattr(Cache, name))
     synchronous = inspect.signature(getattr(SyncCache, name))
@@ -633,7 +633,9 @@ def test_both_facades_have_the_same_signatures(name: str) -> None:
 
 def test_every_method_is_in_the_table() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    unused = [name for name in public(Cache) if f".{name}(" not in source and name not in {*INSIDE, "link", "payloads"}]
+    unused = [
+        name for name in public(Cache) if f".{name}(" not in source and name not in {*INSIDE, "client", "payloads"}
+    ]
     assert unused == []
 
 

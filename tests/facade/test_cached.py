@@ -164,16 +164,16 @@ async def test_a_load_that_comes_in_after_the_miss_is_not_done_again() -> None:
             calls += 1
             return calls
 
-        link = cache.link
-        turn_get = link.turn_get
+        client = cache.client
+        try_inline_get = client.try_inline_get
 
         def miss_then_store(request: Any) -> Any:
-            reply = turn_get(request)
-            link.turn_get = turn_get
-            link.turn_set(Set("key", "meanwhile"))
+            reply = try_inline_get(request)
+            client.try_inline_get = try_inline_get
+            client.try_inline_set(Set("key", "meanwhile"))
             return reply
 
-        link.turn_get = miss_then_store
+        client.try_inline_get = miss_then_store
         assert await load() == "meanwhile"  # type: ignore[comparison-overlap]
         assert calls == 0
         statistics = await cache.statistics()

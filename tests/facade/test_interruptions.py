@@ -30,7 +30,7 @@ class Bench:
     def __init__(self, **options: Any) -> None:
         self.store = MemoryStore(**options)
         self.cache = open_sync_cache(settings(timeout=20.0), stores=lambda _: self.store)
-        self.cell: Any = self.cache.link.bus.recipient(self.cache.link.address)
+        self.cell: Any = self.cache.client.bus.recipient(self.cache.client.address)
 
     def prepare(self) -> None:
         """Bring the cache into the state in which each attempt begins."""
@@ -191,7 +191,7 @@ def test_callers_who_wait_for_a_load_are_answered_whatever_is_interrupted() -> N
 
     def end_the_load(kind: str) -> None:
         if kind == "store":
-            bench.cache.link.turn_set(Set("key", 5, 60.0, ("t",), lease=lease[0]))
+            bench.cache.client.try_inline_set(Set("key", 5, 60.0, ("t",), lease=lease[0]))
         elif kind == "release":
             bench.cell.turn(ReleaseLease)(ReleaseLease("key", lease[0]))
         elif kind == "overtake":

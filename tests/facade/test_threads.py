@@ -67,7 +67,7 @@ def test_threads_and_a_loop_on_one_store_lose_no_update(inline: bool) -> None:
 
     def hammer(number: int) -> None:
         chance = random.Random(number)
-        cache = Cache(lambda: node).attach(node.link(), blocking=True)
+        cache = Cache(lambda: node).attach(node.client(), blocking=True)
         try:
             for round_ in range(rounds):
                 run(cache.increment("counter"))
@@ -77,7 +77,7 @@ def test_threads_and_a_loop_on_one_store_lose_no_update(inline: bool) -> None:
 
     async def hammer_on_the_loop(number: int) -> None:
         chance = random.Random(number)
-        cache = Cache(lambda: node).attach(node.link())
+        cache = Cache(lambda: node).attach(node.client())
         for round_ in range(rounds):
             await cache.increment("counter")
             await mixed(cache, chance, number, round_)
@@ -90,7 +90,7 @@ def test_threads_and_a_loop_on_one_store_lose_no_update(inline: bool) -> None:
             await asyncio.gather(*[hammer_on_the_loop(THREADS + number) for number in range(4)])
             for thread in threads:
                 await asyncio.to_thread(thread.join)
-            assert await Cache(lambda: node).attach(node.link()).get("counter") == (THREADS + 4) * rounds
+            assert await Cache(lambda: node).attach(node.client()).get("counter") == (THREADS + 4) * rounds
 
     asyncio.run(main())
     assert failures == []

@@ -93,7 +93,7 @@ def connect(endpoint: Endpoint, clock: Clock) -> Connection:
     """A connection that blocks."""
     sock: Any = BlockingSocket(socket.create_connection((endpoint.host, endpoint.port), 5.0))
     connection = Connection(str(endpoint), sock, clock, NoTimers(), 5.0)
-    ask(connection, connection.greet())
+    ask(connection, connection.handshake())
     connection._synced = float("inf")
     return connection
 

@@ -22,8 +22,8 @@ from cachebus.actors import BackendActor, Supervisor, Timer
 from cachebus.actors.runtime.cell import Cell
 from cachebus.adapters.memory.store import MemoryStore
 from cachebus.bus import Address, Emitter, LocalBus
-from cachebus.client.backend_client import Link
-from cachebus.client.failure_policy import Failures
+from cachebus.client.backend_client import BackendClient
+from cachebus.client.failure_policy import FailurePolicy
 from cachebus.messages import CacheTimeoutError, GetOrLease, Missing, ReleaseLease, RenewLease
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class Line:
     def __init__(self, bus: LocalBus, chance: random.Random, *, lost: float, copied: float = 0.0) -> None:
         self.bus = bus
         self.clock = bus.clock
-        self.audience = bus.audience
+        self.subscriptions = bus.subscriptions
         self.crashed = False
         self.paused_until = 0.0
         self._chance = chance
@@ -144,7 +144,7 @@ class Line:
         except TimeoutError:
             raise CacheTimeoutError("no answer", address, timeout) from None
 
-    async def finish(self, address: Address, message: Any, reply: Any, timeout: float) -> Any:
+    async def wait_reply(self, address: Address, message: Any, reply: Any, timeout: float) -> Any:
         return await self.request(address, message, timeout)
 
     def send(self, address: Address, message: Any) -> None:
@@ -174,7 +174,7 @@ class Line:
 
     async def _answer(self, address: Address, message: Any, reply: Any, answer: asyncio.Future[Any]) -> None:
         try:
-            result = await self.bus.finish(address, message, reply, 1000.0)
+            result = await self.bus.wait_reply(address, message, reply, 1000.0)
         except CacheError as error:
             result = error
         await asyncio.sleep(self._delay())
@@ -212,7 +212,7 @@ class Line:
             task.cancel()
 
 
-class LineLink(Link):
+class LineLink(BackendClient):
     """The way over a line: nothing is answered on the spot."""
 
     __slots__ = ()
@@ -223,9 +223,9 @@ class LineLink(Link):
         self.timeout = TIMEOUT
         self.epoch = line.clock.wall() - line.clock.monotonic()
         self.emitter = Emitter(line.bus, "sim")
-        self.failures = Failures("raise", self.emitter)
+        self.failures = FailurePolicy("raise", self.emitter)
         self.timers = line
-        self.turn_get = self.turn_set = self.turn_lease = lambda message: None
+        self.try_inline_get = self.try_inline_set = self.try_inline_lease = lambda message: None
 
 
 class World:

@@ -154,7 +154,7 @@ async def test_whatever_removes_a_value_removes_it(cache: Cache, how: str) -> No
 async def capabilities(cache: Cache) -> tuple[str, ...]:
     from cachebus.messages import Describe
 
-    return (await cache.link.request(Describe())).capabilities
+    return (await cache.client.request(Describe())).capabilities
 
 
 async def test_what_is_invalidated_during_the_load_is_not_kept(cache: Cache) -> None:

@@ -56,7 +56,7 @@ async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease(monkeypatch: p
     questions = 0
     copied, joined, go_on = anyio.Event(), anyio.Event(), anyio.Event()
     async with open_cache(settings(), stores=lambda _: store) as cache:
-        turn, ask = cache.link.turn_lease, cache._runner.ask
+        turn, ask = cache.client.try_inline_lease, cache._runner.ask
         theirs = await one(store, GetOrLease("k", "another process", "o1", 60.0))
         assert isinstance(theirs, LeaseGranted)
 
@@ -80,7 +80,7 @@ async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease(monkeypatch: p
             await go_on.wait()
             return reply
 
-        cache.link.turn_lease = counted
+        cache.client.try_inline_lease = counted
         monkeypatch.setattr(cache._runner, "ask", held_up)
 
         async def call(name: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from cachebus import Cache, LoadResult, Node, Settings, open_cache
 from cachebus.adapters.memory.store import MemoryStore
-from cachebus.bus import Deferred
+from cachebus.bus import DeferredReply
 from cachebus.messages import Delete, GetOrLease, LeaseGranted, NotHeld, Released, ReleaseLease
 from cachebus.testing.servers import Server, nats_server
 
@@ -38,7 +38,7 @@ async def test_a_value_that_is_too_large_for_the_bus_does_not_keep_its_lease(nat
             return result
 
         async def lease_is_free(cache: Cache) -> bool:
-            reply = await cache.link.request(GetOrLease("k", "somebody", "token", 60.0))
+            reply = await cache.client.request(GetOrLease("k", "somebody", "token", 60.0))
             return isinstance(reply, LeaseGranted)
 
         assert await one.get_or_load("k", large, lease_ttl=600, ttl=60) == TOO_LARGE
@@ -48,10 +48,10 @@ async def test_a_value_that_is_too_large_for_the_bus_does_not_keep_its_lease(nat
 
 async def test_a_question_that_is_given_back_while_it_waits_is_answered() -> None:
     store = MemoryStore()
-    parked: list[Deferred] = []
+    parked: list[DeferredReply] = []
 
-    def defer() -> Deferred:
-        parked.append(Deferred())
+    def defer() -> DeferredReply:
+        parked.append(DeferredReply())
         return parked[-1]
 
     store.defer = defer
@@ -69,7 +69,7 @@ async def test_a_question_that_is_given_back_while_it_waits_is_answered() -> Non
 def test_a_lost_lease_ends_with_the_last_question_that_waits_for_it() -> None:
     clock = ManualClock()
     store = MemoryStore(clock=clock)
-    store.defer = Deferred
+    store.defer = DeferredReply
     for lost in (False, True):
         assert isinstance(store._leases.get_or_lease(GetOrLease("k", "another process", f"{lost}", 60.0)), LeaseGranted)
         store._leases.get_or_lease(GetOrLease("k", "p", f"q{lost}", 60.0, 30.0))

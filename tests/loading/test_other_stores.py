@@ -26,7 +26,7 @@ async def cache() -> AsyncIterator[Cache]:
 
 def as_elsewhere(cache: Cache) -> Cache:
     """A cache of its own at the same backend, as in another process."""
-    return Cache(lambda: pytest.fail("it has a link, and makes no node")).attach(cache.link)
+    return Cache(lambda: pytest.fail("it has a link, and makes no node")).attach(cache.client)
 
 
 def asking(load: Slow, values: list[Any]) -> Callable[[Cache], Coroutine[Any, Any, None]]:

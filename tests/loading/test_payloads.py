@@ -60,7 +60,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 async def caches(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[tuple[Cache, Cache]]:
     """Two caches over one backend that know nothing of each other, as those of two processes."""
     async with open_cache(place.settings(PAYLOADS[request.param])) as one:
-        yield one, Cache(lambda: one._node).attach(one.link)  # type: ignore[arg-type, return-value]
+        yield one, Cache(lambda: one._node).attach(one.client)  # type: ignore[arg-type, return-value]
 
 
 async def over(cache: Cache, key: str) -> None:
@@ -209,7 +209,7 @@ async def test_a_decorated_function(caches: tuple[Cache, Cache]) -> None:
 async def test_what_cannot_be_read_is_loaded_anew_in_its_place(redis_url: str) -> None:
     place = Place(redis_url)
     async with open_cache(place.settings(OLD_FORMAT)) as old, open_cache(place.settings(SEALED)) as new:
-        other = Cache(lambda: new._node).attach(new.link)  # type: ignore[arg-type, return-value]
+        other = Cache(lambda: new._node).attach(new.client)  # type: ignore[arg-type, return-value]
         await old.set("k", VALUE)
         loads = 0
 

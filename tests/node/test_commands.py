@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from cachebus.__main__ import main
 from cachebus.cli.events import as_json, as_line, kinds_of
-from cachebus.cli.topology import places, table
+from cachebus.cli.topology import rows, table
 from cachebus.messages import CacheConfigurationError, CacheEvicted, CacheSet, CircuitOpened, Event
 from cachebus.testing.servers import Server, run_redis
 
@@ -247,8 +247,8 @@ def worker(requests: int, **data: Any) -> dict[str, Any]:
 
 def test_requests_are_counted_between_two_looks() -> None:
     guard = {"statistics": {"guard": {"state": "open"}}}
-    (place,) = places([worker(100)], [worker(300, **guard)], 2.0)
+    (place,) = rows([worker(100)], [worker(300, **guard)], 2.0)
     assert (place.requests_per_second, place.mailbox, place.errors, place.breaker) == (100.0, 5, 3, "open")
-    (ill,) = places([], [worker(300, error="timeout")], 2.0)
+    (ill,) = rows([], [worker(300, error="timeout")], 2.0)
     assert ill.requests_per_second < 1
     assert "? (timeout)" in table([ill])

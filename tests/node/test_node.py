@@ -111,7 +111,7 @@ async def test_a_mailbox_holds_as_many_messages_as_the_settings_say() -> None:
 @pytest.mark.parametrize("inline", [True, False])
 async def test_turns_run_on_the_callers_stack_only_if_the_settings_say_so(inline: bool) -> None:
     async with open_cache(settings(inline_turns=inline)) as cache:
-        reply = cache.link.turn_get(Get("k"))
+        reply = cache.client.try_inline_get(Get("k"))
         assert (reply is not None) is inline
         assert await cache.get("k") is None
 
@@ -135,7 +135,7 @@ async def test_events_carry_the_namespace_and_the_backend_of_the_settings() -> N
 async def test_each_backend_is_a_cache_of_its_own() -> None:
     both = Settings(backends=("memory://?name=hot&default=true", "memory://?name=cold"))  # type: ignore[arg-type]
     async with Node(both) as node:
-        hot, cold = open_cache(both).attach(node.link()), open_cache(both).attach(node.link("cold"))
+        hot, cold = open_cache(both).attach(node.client()), open_cache(both).attach(node.client("cold"))
         await hot.set("k", "hot")
         assert await cold.get("k") is None
         assert await hot.get("k") == "hot"
@@ -144,7 +144,7 @@ async def test_each_backend_is_a_cache_of_its_own() -> None:
 async def test_a_named_backend_is_the_one_that_is_opened() -> None:
     both = Settings(backends=("memory://?name=hot&default=true", "memory://?name=cold"))  # type: ignore[arg-type]
     async with open_cache(both, name="cold") as cache:
-        assert cache.link.address == "backend.cold"
+        assert cache.client.address == "backend.cold"
 
 
 async def test_a_node_is_entered_once() -> None:

@@ -230,11 +230,11 @@ async def test_a_replay_goes_on_after_the_server_was_away(namespace: str) -> Non
         options = NatsOptions(servers=(f"{server.host}:{server.port}",), events_stream="kept")
         async with NatsBus(namespace, options) as bus:
             with bus.subscribe(CacheSet, EventsMissed, since=0.0) as heard:
-                Emitter(bus, "primary").emit(CacheSet(key="before"))
+                Emitter(bus, "primary").publish(CacheSet(key="before"))
                 assert keys([await anext(heard)]) == ["before"]
                 await anyio.to_thread.run_sync(server.restart)
                 with anyio.fail_after(30):
-                    Emitter(bus, "primary").emit(CacheSet(key="after"))
+                    Emitter(bus, "primary").publish(CacheSet(key="after"))
                     # Nothing twice, nothing left out.
                     assert keys([await anext(heard)]) == ["after"]
 

@@ -77,7 +77,7 @@ def test_state_that_cannot_be_read_is_no_miss() -> None:
         store.set("k", [1])
         assert cache.payloads is not None
         # Written by somebody with another serializer.
-        cache.link._inner_set(_set("state:k", b"\x01j-\x00[1]"))  # type: ignore[attr-defined]
+        cache.client._inner_set(_set("state:k", b"\x01j-\x00[1]"))  # type: ignore[attr-defined]
         assert cache.get("state:k") is None
         for read in (lambda: store.get("k", 5), lambda: store.get_many(["k"])):
             with pytest.raises(CacheSerializationError, match="cannot be read"):

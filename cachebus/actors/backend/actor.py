@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import msgspec
 
-from cachebus.bus import Deferred, Pending, ReplySlot, turn_trace
+from cachebus.bus import DeferredReply, Pending, ReplySlot, turn_trace
 from cachebus.messages import (
     WIRE_NAMES,
     Admit,
@@ -134,7 +134,7 @@ class BackendActor(Actor):
         self._sweep_timer: Timer | None = None
         self._counters = StoreCounters()
         self._pipeline: RequestPipeline | None = None
-        self._incarnation: Deferred | None = None
+        self._incarnation: DeferredReply | None = None
         if self._pipelined is not None:
             self.max_batch = self._pipelined.max_batch
 
@@ -152,7 +152,7 @@ class BackendActor(Actor):
                 self._incarnation = self.ctx.defer()
                 self._incarnation.attach(_EndOfIncarnation(self._pipeline))
             await self._open(self._store, self._guard)
-        self.ctx.audience.watch(self._listen)
+        self.ctx.subscriptions.watch(self._listen)
 
     async def _open(self, store: BatchStore, guard: Guard) -> None:
         try:
@@ -171,7 +171,7 @@ class BackendActor(Actor):
             self._pipeline.store = store
 
     async def on_stop(self) -> None:
-        self.ctx.audience.unwatch(self._listen)
+        self.ctx.subscriptions.unwatch(self._listen)
         try:
             if self._pipeline is not None:
                 await self._pipeline.drain()
@@ -206,7 +206,7 @@ class BackendActor(Actor):
             table.plain[WatchLease] = _refuse(self._store, WatchLease)
         return table
 
-    def repair(self) -> Collection[Deferred] | None:
+    def repair(self) -> Collection[DeferredReply] | None:
         if not isinstance(self._store, InlineStore):
             return None  # What was being sent is not known: new connections are opened.
         owed = self._store.repair()
@@ -267,7 +267,7 @@ class BackendActor(Actor):
         traces = self._traces()
         replies = await self._guard.execute(self._asked, batch, self.ctx.deadline)
         self._counters.count_all(batch, replies)
-        if self.ctx.audience.kinds:
+        if self.ctx.subscriptions.kinds:
             self._emit(batch, replies, traces)
         return replies
 
@@ -276,7 +276,7 @@ class BackendActor(Actor):
         return await self._pipeline.put(batch, self._traces())
 
     def _traces(self) -> Sequence[str | None]:
-        return self.ctx.traces if self.ctx.audience.kinds else ()
+        return self.ctx.traces if self.ctx.subscriptions.kinds else ()
 
     def _emit(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
         """Emit the events of a batch, each with the trace of its request."""
@@ -291,37 +291,37 @@ class BackendActor(Actor):
 
     def _emit_one(self, request: Request[Any], reply: Reply) -> None:
         """Emit the events of a request and its reply."""
-        tell = self.ctx.tell
+        emit = self.ctx.emit
         match request, reply:
             case Get(key=key), Found() | Missing():
-                tell(CacheHit if isinstance(reply, Found) else CacheMiss, key=key)
+                emit(CacheHit if isinstance(reply, Found) else CacheMiss, key=key)
             case GetMany(keys=keys), FoundMany(entries=entries):
                 for key in dict.fromkeys(keys):
-                    tell(CacheHit if key in entries else CacheMiss, key=key)
+                    emit(CacheHit if key in entries else CacheMiss, key=key)
             case _, Stored(version=version):
                 key, tags = getattr(request, "key", ""), getattr(request, "tags", ())
                 ttl = getattr(request, "ttl", None)
-                tell(CacheSet, key=key, version=version, ttl=None if ttl == "default" else ttl, tags=tags)
+                emit(CacheSet, key=key, version=version, ttl=None if ttl == "default" else ttl, tags=tags)
             case SetMany(items=items, ttl=ttl, tags=tags), StoredMany():
                 for key in items:
-                    tell(CacheSet, key=key, ttl=None if ttl == "default" else ttl, tags=tags)
+                    emit(CacheSet, key=key, ttl=None if ttl == "default" else ttl, tags=tags)
             case Increment(key=key), Incremented():
-                tell(CacheSet, key=key)
+                emit(CacheSet, key=key)
             case Delete(key=key), Deleted(count=count) if count:
-                tell(CacheDeleted, key=key)
+                emit(CacheDeleted, key=key)
             case DeleteMany(keys=keys), Deleted():
                 for key in dict.fromkeys(keys):
-                    tell(CacheDeleted, key=key)
+                    emit(CacheDeleted, key=key)
             case Admit(key=key, cost=cost), RateLimitDenied(retry_after=retry_after):
-                tell(RateLimitExceeded, key=key, cost=cost, retry_after=retry_after)
+                emit(RateLimitExceeded, key=key, cost=cost, retry_after=retry_after)
             case InvalidateTags(tags=tags), Invalidated():
-                tell(TagsInvalidated, tags=tags)
+                emit(TagsInvalidated, tags=tags)
             case _, Cleared():
-                tell(CacheCleared)
+                emit(CacheCleared)
             case _:
                 pass
 
-    async def _watch(self, request: WatchLease) -> Deferred:
+    async def _watch(self, request: WatchLease) -> DeferredReply:
         # A coroutine, although it does not wait, so that the actor's task asks, on the store's event loop.
         assert isinstance(self._store, LeaseNotifyingStore)
         promise = self.ctx.defer()
@@ -329,20 +329,20 @@ class BackendActor(Actor):
         return promise
 
     def _listen(self) -> None:
-        """Turn the store's listeners on and off with the audience: without listeners nothing is called."""
+        """Turn the store's listeners on and off with the subscriptions: without listeners nothing is called."""
         if not isinstance(self._store, InlineStore):
             return
-        kinds = self.ctx.audience.kinds
+        kinds = self.ctx.subscriptions.kinds
         self._store.on_read = self._tell_read if kinds & {CacheHit, CacheMiss} else None
-        self._store.on_write = partial(self.ctx.tell, CacheSet) if CacheSet in kinds else None
+        self._store.on_write = partial(self.ctx.emit, CacheSet) if CacheSet in kinds else None
         self._store.on_removal = self._tell_removal if kinds & set(_REMOVALS.values()) else None
 
     def _tell_read(self, key: str, hit: bool) -> None:
-        self.ctx.tell(CacheHit if hit else CacheMiss, key)
+        self.ctx.emit(CacheHit if hit else CacheMiss, key)
 
     def _tell_removal(self, key: str, cause: RemovalCause) -> None:
         if (kind := _REMOVALS.get(cause)) is not None:
-            self.ctx.tell(kind, key)
+            self.ctx.emit(kind, key)
 
     def _telling(self, verb: PlainHandler) -> PlainHandler:
         def tell(request: Request[Any]) -> Reply | Pending | None:

@@ -50,7 +50,7 @@ class RequestPipeline:
         self._attempts = guard.attempts
         self._breaker = guard.breaker
         self._ctx = ctx
-        self._audience = ctx.audience
+        self._audience = ctx.subscriptions
         self._count = count
         self._emit = emit
         self._max_batch = store.max_batch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from cachebus.bus import Port, SlotBatch, open_port
+from cachebus.bus import ReplyPort, SlotBatch, open_port
 from cachebus.messages import (
     WIRE_NAMES,
     CacheError,
@@ -111,8 +111,8 @@ class ConcurrencyLimiter:
         self.limit = limit
         self._most = queue
         self._address = address
-        self.queue: deque[Port] = deque()
-        self._granted: set[Port] = set()
+        self.queue: deque[ReplyPort] = deque()
+        self._granted: set[ReplyPort] = set()
 
     def __repr__(self) -> str:
         return f"<ConcurrencyLimiter {self.taken}/{self.limit} taken, {len(self.queue)}/{self._most} waiting>"

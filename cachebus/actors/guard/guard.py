@@ -157,13 +157,13 @@ class Guard:
         """Note that the store can be reached."""
         if not self._connected:
             self._connected = True
-            self._ctx.tell(BackendConnected, store=self._store)
+            self._ctx.emit(BackendConnected, store=self._store)
 
     def disconnected(self, reason: str) -> None:
         """Note that the store cannot be reached."""
         if self._connected is not False:
             self._connected = False
-            self._ctx.tell(BackendDisconnected, store=self._store, reason=reason)
+            self._ctx.emit(BackendDisconnected, store=self._store, reason=reason)
 
     def fail_all(self, failed: Failed) -> None:
         """Answer everything that is under way with `failed`: the actor has crashed or was stopped."""
@@ -371,6 +371,6 @@ class Guard:
             # Refused now, and not one by one as the places before them become free.
             self._limiter.refuse_all(lambda: self.breaker.refusal() or CircuitOpen(address=address))
             failures, recovery = self.breaker.failures, self.policy.breaker.recovery
-            self._ctx.tell(CircuitOpened, address=address, failures=failures, retry_after=recovery)
+            self._ctx.emit(CircuitOpened, address=address, failures=failures, retry_after=recovery)
         elif state is _CLOSED:
-            self._ctx.tell(CircuitClosed, address=address)
+            self._ctx.emit(CircuitClosed, address=address)

@@ -14,7 +14,7 @@ from functools import partial
 from threading import get_ident
 from typing import Any
 
-from cachebus.bus import Deferred
+from cachebus.bus import DeferredReply
 from cachebus.messages import (
     AcquireLock,
     CacheError,
@@ -90,7 +90,7 @@ class LockManager(Actor):
         else:
             assert isinstance(self._store, BatchStore)
             self._client = LockStoreClient(self._store, self._policy, self.ctx)
-        self._store.told = self
+        self._store.listener = self
 
     async def on_stop(self) -> None:
         places = [each.abandoned(unclaimed=True) for each in self._waiters.values()]
@@ -124,19 +124,19 @@ class LockManager(Actor):
         restarts, overloaded = self.ctx.restarts, self.ctx.overloaded
         return Snapshot(self.ctx.address, self._store.name, restarts=restarts, overloaded=overloaded, guard=guard)
 
-    async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply | Deferred]:
+    async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply | DeferredReply]:
         return [self._served(request) for request in batch]
 
-    def _at_once(self, request: Request[Any]) -> Reply | Deferred | None:
+    def _at_once(self, request: Request[Any]) -> Reply | DeferredReply | None:
         return self._served(request) if get_ident() == self._thread else None
 
-    def _served(self, request: Request[Any]) -> Reply | Deferred:
+    def _served(self, request: Request[Any]) -> Reply | DeferredReply:
         try:
             return self._serve(request)
         except CacheError as error:
             return Failed.of(error)
 
-    def _serve(self, request: Any) -> Reply | Deferred:
+    def _serve(self, request: Any) -> Reply | DeferredReply:
         answer = LockReply()
         check_lock_request(request)
         match request:
@@ -178,7 +178,7 @@ class LockManager(Actor):
 
             def released(reply: Reply) -> None:
                 if isinstance(reply, Released) and request.token:
-                    self.ctx.tell(LockReleased, request.name, request.owner, request.token)
+                    self.ctx.emit(LockReleased, request.name, request.owner, request.token)
                 answer.give(reply)
                 if self._store.poll is not None:
                     self.look(request.name)
@@ -253,7 +253,7 @@ class LockManager(Actor):
         if not waiter.is_there:
             self._give_up(waiter, unclaimed=True)
             return
-        self.ctx.tell(LockAcquired, request.name, request.owner, grant.token)
+        self.ctx.emit(LockAcquired, request.name, request.owner, grant.token)
         waiter.give(grant)
 
     def _failed(self, waiter: Waiter, reply: Failed, now: float) -> None:
@@ -314,7 +314,7 @@ class LockManager(Actor):
                 self._ask_for(waiter)
 
     def expired(self, name: str, owner: str, token: int) -> None:
-        self.ctx.tell(LockExpired, name, owner, token)
+        self.ctx.emit(LockExpired, name, owner, token)
 
     def on_sweep(self, request: Sweep) -> Released:
         """Look at what is due."""

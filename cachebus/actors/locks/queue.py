@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from cachebus.bus import Deferred
+from cachebus.bus import DeferredReply
 from cachebus.messages import (
     AcquireLock,
     BadMessage,
@@ -25,7 +25,7 @@ class LockReply(Struct, eq=False):
     """The reply to one request: the handler returns it, or it is given later."""
 
     reply: Reply | None = None
-    deferred: Deferred | None = None
+    deferred: DeferredReply | None = None
 
     def give(self, reply: Reply) -> None:
         """Give the reply."""
@@ -34,7 +34,7 @@ class LockReply(Struct, eq=False):
         else:
             self.deferred.answer(reply)
 
-    def take(self, defer: Callable[[], Deferred]) -> Reply | Deferred:
+    def take(self, defer: Callable[[], DeferredReply]) -> Reply | DeferredReply:
         """The return value of the handler."""
         if self.reply is not None:
             return self.reply

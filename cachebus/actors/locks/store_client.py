@@ -194,7 +194,7 @@ class LockStoreClient:
             for each, reply in zip(batch, replies, strict=True):
                 request = each[0]
                 if isinstance(reply, Released) and request.token:
-                    self._ctx.tell(LockReleased, request.name, request.owner, request.token)
+                    self._ctx.emit(LockReleased, request.name, request.owner, request.token)
                 elif _is_undone(reply):
                     undone.append(each)
         # First those that were not asked for: of several servers one may be there.

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cachebus.bus import Address, Audience, Clock, Deferred, Envelope, Pending
+from cachebus.bus import Address, Clock, DeferredReply, Envelope, Pending, SubscriptionRegistry
 from cachebus.messages import Event, Message, Ping, Pong, Reply
 
 from ..ports import Timer, Timers
@@ -41,14 +41,14 @@ class Context(Protocol):
     """An actor's surroundings: its name, the time, and ways to publish, to reply later and to be called back.
 
     `deadline` is until when the request of the current turn is worth working on, on `clock.monotonic`. It is `None` if
-    no caller waits, and in plain handlers, which do not wait. `audience.kinds` holds the kinds of events that have
+    no caller waits, and in plain handlers, which do not wait. `subscriptions.kinds` holds the kinds of events that have
     listeners: look before you build one. `restarts` counts the incarnations after the first, `overloaded` the requests
     that the full mailbox turned away. `timers` call functions back, even during a turn, until the actor ends.
     """
 
     address: Address
     clock: Clock
-    audience: Audience
+    subscriptions: SubscriptionRegistry
     deadline: float | None
     restarts: int
 
@@ -63,10 +63,10 @@ class Context(Protocol):
         """In the turn of a batch, until its first await: the trace context of each request."""
         ...
 
-    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+    def emit(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
         """Publish an event of a kind with these fields. It is built only if it has listeners and the sample has it."""
 
-    def defer(self) -> Deferred:
+    def defer(self) -> DeferredReply:
         """Promise a reply: return it from the handler, and answer it later. On stop it is answered for you."""
         ...
 
@@ -85,7 +85,7 @@ class Actor:
     """State with handlers. It sees messages and its `ctx`, never a bus, a subject or bytes, and has one turn at a time.
 
     Every public method whose one parameter is annotated with a message class (or several, `A | B`) is the handler of
-    these messages and returns the reply, or a `Deferred` from `ctx.defer()`. A parameter `Sequence[A | B]` of an
+    these messages and returns the reply, or a `DeferredReply` from `ctx.defer()`. A parameter `Sequence[A | B]` of an
     `async def` makes it a batch handler, which returns one reply a message, in order. A `CacheError` raised is an
     answer. Any other exception is a crash, and the supervisor replaces the actor.
     """
@@ -103,7 +103,7 @@ class Actor:
     async def on_stop(self) -> None:
         """Called once after the last turn of this incarnation, also after a crash."""
 
-    def repair(self) -> Collection[Deferred] | None:
+    def repair(self) -> Collection[DeferredReply] | None:
         """Repair the state after a turn that was interrupted at any instruction, and return the replies that this actor
         still owes; any others are answered as lost. `None`, the default, asks for a new incarnation, which counts as no
         restart. May itself be interrupted, and is then called again."""

@@ -31,11 +31,11 @@ from cachebus.bus import (
     PENDING,
     Address,
     Clock,
-    Deferred,
+    DeferredReply,
     Emitter,
     Envelope,
     Pending,
-    Port,
+    ReplyPort,
     Turn,
     in_event_loop,
     open_port,
@@ -73,7 +73,7 @@ _CLAIMS_SHARE = 50
 
 
 class Renewal(Exception):
-    """Ends one life of an actor that an interrupted turn left in a state which only a new life puts right."""
+    """Ends one incarnation of an actor that an interrupted turn left in a state which only a new incarnation puts right."""
 
 
 class Cell:
@@ -89,10 +89,10 @@ class Cell:
         self.address = address
         self.restarts = 0
         self.emitter = emitter
+        self.publish = emitter.publish
         self.emit = emitter.emit
-        self.tell = emitter.tell
         self.clock = clock
-        self.audience = emitter.audience
+        self.subscriptions = emitter.subscriptions
         self.deadline: float | None = None
         self._batch: list[Envelope] = []
         self.timers = LoopTimers(clock)  # Started by the supervisor, whose event loop it is.
@@ -103,11 +103,11 @@ class Cell:
         self._inline: dict[type[Message], PlainHandler] = {}
         self._handlers = Handlers()
         self._actor: Actor | None = None
-        self._deferred: set[Deferred] = set()
+        self._deferred: set[DeferredReply] = set()
         self._eager: dict[type[Message], EagerHandler] = {}
         self._turns: dict[type[Message], Turn] = {}
         self._called: dict[type[Message], list[Any]] = {}
-        self._wakes: list[Port] = []
+        self._wakes: list[ReplyPort] = []
         self._serving: Envelope | None = None
         self._looks_again = False
         self._next_claim = 0.0
@@ -172,7 +172,7 @@ class Cell:
                 except Exception as error:
                     if is_interruption(error):
                         raise
-                    reply = Deferred()
+                    reply = DeferredReply()
                     self._crashed(error, Envelope(message, reply))
                 free.append(token)  # Not in a `finally`: an interrupted turn leaves it to the next one.
                 if mailbox:
@@ -212,8 +212,8 @@ class Cell:
     def traces(self) -> list[str | None]:
         return [each.trace for each in self._batch]
 
-    def defer(self) -> Deferred:
-        deferred = Deferred(self._deferred.discard)
+    def defer(self) -> DeferredReply:
+        deferred = DeferredReply(self._deferred.discard)
         self._deferred.add(deferred)
         return deferred
 
@@ -249,7 +249,7 @@ class Cell:
                     logger.warning("the task of actor %s was interrupted by %s", self.address, type(error).__name__)
                     continue
                 if self._crash is not None:
-                    for deferred in tuple(self._deferred):  # What this life has parked, no other knows.
+                    for deferred in tuple(self._deferred):  # What this incarnation has parked, no other knows.
                         deferred.answer(Failed.of(ActorFailed(address=self.address, reason=type(self._crash).__name__)))
                     raise self._crash
                 if self._stopped:
@@ -262,7 +262,7 @@ class Cell:
             self._actor = None
 
     def stop(self) -> None:
-        """Take nothing in from now on, serve what is in the mailbox, then let the current life end."""
+        """Take nothing in from now on, serve what is in the mailbox, then let the current incarnation end."""
         if not self.stopping:
             self.stopping = True
             self._leave_to_the_task()

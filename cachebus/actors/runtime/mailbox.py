@@ -32,7 +32,7 @@ class Mailbox(deque[Envelope]):
         self.capacity = capacity
         self.overloaded = 0
         self._address = address
-        self._emit = emitter.emit
+        self._publish = emitter.publish
         self._now = clock.monotonic
 
     def __repr__(self) -> str:
@@ -95,7 +95,7 @@ class Mailbox(deque[Envelope]):
             envelope.port.answer(reply)
         elif isinstance(reply, Failed):
             wire_name = getattr(envelope.message, "WIRE_NAME", type(envelope.message).__name__)
-            self._emit(DeadLetter(address=self._address, wire_name=wire_name, reason=reply.detail))
+            self._publish(DeadLetter(address=self._address, wire_name=wire_name, reason=reply.detail))
 
     def refuse_all(self, error: CacheError) -> None:
         """Answer everything in here with `error`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import anyio
 import msgspec
 
-from cachebus.bus import Address, Bus, Emitter, Port, Visibility, open_port
+from cachebus.bus import Address, Bus, Emitter, ReplyPort, Visibility, open_port
 from cachebus.messages import (
     ActorFailed,
     ActorGaveUp,
@@ -87,7 +87,7 @@ class Supervisor:
         self._charges: dict[Address, _Charge] = {}
         self._tasks: TaskGroup | None = None
         self._beside: deque[tuple[Cell, Callable[[], Awaitable[None]]]] = deque()
-        self._asked: Port | None = None
+        self._asked: ReplyPort | None = None
 
     def __repr__(self) -> str:
         return f"<Supervisor of {', '.join(self._charges) or 'nobody'}>"
@@ -219,11 +219,11 @@ class Supervisor:
                     actor.handlers()  # A class whose handlers are wrong is the starter's error, and no crash.
                     started = True
                     task_status.started()
-                    cell.emit(ActorStarted(address=cell.address))
+                    cell.publish(ActorStarted(address=cell.address))
                 else:
-                    cell.emit(ActorRestarted(address=cell.address, reason=reason, restarts=cell.restarts))
+                    cell.publish(ActorRestarted(address=cell.address, reason=reason, restarts=cell.restarts))
                 await cell.live(actor)
-                cell.emit(ActorStopped(address=cell.address))
+                cell.publish(ActorStopped(address=cell.address))
                 return
             except Renewal:
                 reason, crashed = "interrupted", False
@@ -244,7 +244,7 @@ class Supervisor:
                 cell.restarts += 1
                 if len(crashes) > self.policy.max_restarts:
                     cell.end(ActorFailed(address=cell.address, reason=f"{reason}, {len(crashes)} crashes in a row"))
-                    cell.emit(ActorGaveUp(address=cell.address, reason=reason, restarts=cell.restarts - 1))
+                    cell.publish(ActorGaveUp(address=cell.address, reason=reason, restarts=cell.restarts - 1))
                     # Other processes at the address may do better. Without them callers learn at once that there is none.
                     await self.bus.retire(cell.address)
                     return

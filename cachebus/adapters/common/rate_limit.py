@@ -21,7 +21,7 @@ CLOCK_BACK = 2_000_000
 still for the slower one. A clock that is behind by more has been set back."""
 
 
-class Meter(NamedTuple):
+class GcraState(NamedTuple):
     """How much of a limit is used: the `level` at the time `stamp`, which sinks as `limit` and `per` said then."""
 
     level: int
@@ -55,7 +55,7 @@ def per_of(request: Admit) -> int:
     return max(1, microseconds(request.per))
 
 
-def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | RateLimitDenied, Meter | None]:
+def admit(request: Admit, meter: GcraState | None, now: int) -> tuple[Admitted | RateLimitDenied, GcraState | None]:
     """Return the reply to a checked request, and the meter, if that changes. `now` is in microseconds."""
     limit, per, at, level = request.limit, per_of(request), now, 0
     set_back = None
@@ -63,7 +63,7 @@ def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | Rat
         kept, stamp, old_limit, old_per = meter
         if stamp - now > CLOCK_BACK:
             # To be kept even if nothing is taken: else no time would pass until the clock is where it was.
-            stamp, set_back = now, Meter(kept, now, old_limit, old_per)
+            stamp, set_back = now, GcraState(kept, now, old_limit, old_per)
         at = max(now, stamp)
         level = max(0, kept - (at - stamp) * old_limit)
         if old_per != per:
@@ -75,7 +75,7 @@ def admit(request: Admit, meter: Meter | None, now: int) -> tuple[Admitted | Rat
         left = max(0, room - level) // per
         return RateLimitDenied(left, delay / 1e6, (lag + _up(level, limit)) / 1e6), set_back
     reply = Admitted(max(0, room - after) // per, (lag + _up(after, limit)) / 1e6, delay / 1e6)
-    return reply, Meter(after, at, limit, per)
+    return reply, GcraState(after, at, limit, per)
 
 
 def _up(number: int, by: int) -> int:
@@ -95,7 +95,7 @@ class MeterTable:
         self._now = now
         self._on_due = on_due
         self._most = most
-        self._meters: dict[str, Meter] = {}
+        self._meters: dict[str, GcraState] = {}
         self._empty: TimerQueue[str] = TimerQueue()
         self.due = self._empty.due  # Returns when to call `sweep` next; infinity while there are no meters.
         self._changing = False  # Still set when a turn begins, the last one was interrupted.

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from cachebus.messages import Admit, CacheBackendError, CacheError, Failed, Reply, Request
 
-from ..common.rate_limit import Meter, admit, check_admit, microseconds
+from ..common.rate_limit import GcraState, admit, check_admit, microseconds
 from .connection import Answer, Exchange, read, store, unlike
 from .entry import TagVersions, server_expiry
 from .errors import BACKEND
@@ -147,9 +147,9 @@ class _Limit(Item):
     """A limit: what we take to be there, under its CAS token, and what is to be."""
 
     name: str
-    before: Meter | None
+    before: GcraState | None
     token: int
-    meter: Meter | None
+    meter: GcraState | None
     reset: float = 0.0
 
 
@@ -235,11 +235,11 @@ class LimitUpdates:
             limits.pop(name, None)
 
 
-def _meter(raw: bytes) -> Meter | None:
+def _meter(raw: bytes) -> GcraState | None:
     """Return the meter of an item. What is none of ours counts as nothing, and is written over."""
     try:
         level, stamp, limit, per = map(int, raw.split(b" "))
     except ValueError:
         return None
     sound = 0 < per < 2**63 and 0 <= level < 2**127 and 0 <= stamp < 2**63 and 0 < limit < 2**63
-    return Meter(level, stamp, limit, per) if sound else None
+    return GcraState(level, stamp, limit, per) if sound else None

@@ -43,7 +43,7 @@ STALLED_LINE = 100e3
 LARGE = 1 << 16
 """Bytes above which commands may not leave at once."""
 
-LATE = 0.03
+STALL = 0.03
 """Seconds by which a timer may be late before the event loop counts as having stood still."""
 
 ITEM_OVERHEAD = 320
@@ -282,8 +282,8 @@ class Connection(asyncio.Protocol):
             self.last_progress = now
         self._limit += (self._moved + sent) / STALLED_LINE
         self._moved = 0
-        if now - self._armed_for > LATE:
-            self._limit = max(self._limit, now + LATE)  # The loop stood still. What has come meanwhile is heard first.
+        if now - self._armed_for > STALL:
+            self._limit = max(self._limit, now + STALL)  # The loop stood still. What has come meanwhile is heard first.
         if self._limit <= now:
             self.close(lost(TimeoutError(), self.server, self.timeout))
         else:
@@ -316,7 +316,7 @@ class Connection(asyncio.Protocol):
         if not self.epoch:
             self.epoch = (at - uptime) * 1e6
 
-    def greet(self) -> Exchange[None]:
+    def handshake(self) -> Exchange[None]:
         """Learn what has to be known of a server before it is used. Raises `CacheError` for a server that will not do."""
         settings: Any = yield from ask(b"stats settings\r\n")
         try:

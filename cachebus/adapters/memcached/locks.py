@@ -65,7 +65,7 @@ class MemcachedLockStore(MemcachedStore):
     """
 
     poll: float | None = 0.02
-    told: LockListener | None = None
+    listener: LockListener | None = None
 
     async def open(self) -> None:
         await super().open()

@@ -78,7 +78,7 @@ class Connector:
         connection = Connection(str(endpoint), transport, self.clock, timers, max(self.connect_timeout, self.timeout))
         greeted = Result()
         try:
-            connection.begin(connection.greet(), greeted)
+            connection.begin(connection.handshake(), greeted)
             refusal = await greeted.wait()
             if isinstance(refusal, CacheConnectionError | CacheConfigurationError):
                 raise refusal

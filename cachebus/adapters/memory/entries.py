@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from cachebus.actors.ports import Clock, Deferred, ReadListener, RemovalListener, WriteListener, is_interruption
+from cachebus.actors.ports import Clock, DeferredReply, ReadListener, RemovalListener, WriteListener, is_interruption
 from cachebus.messages import (
     CacheCapacityError,
     CacheSerializationError,
@@ -29,7 +29,7 @@ ENTRY_OVERHEAD = 250
 _REPLACED = RemovalCause.REPLACED
 
 
-class Kept(NamedTuple):
+class LoadRecord(NamedTuple):
     """Metadata of a loaded value, the time to live that it was given, and the time until which it may be served stale."""
 
     metadata: LoadMetadata
@@ -62,7 +62,7 @@ class EntryTable:
         self.on_write: WriteListener | None = None
         self.on_removal: RemovalListener | None = None
         self.on_due: Callable[[float], None] | None = None
-        self.defer: Callable[[], Deferred] | None = None
+        self.defer: Callable[[], DeferredReply] | None = None
         self._counts = [0, 0]  # Hits and misses.
         self.sets = 0
         self._removals = dict.fromkeys(RemovalCause, 0)
@@ -79,7 +79,7 @@ class EntryTable:
         self._wheel = ExpiryWheel(self.announce_due)
         self._tags = TagTable()
         # Beside the entries, because few have one and a slot more would make each of them larger.
-        self._metadata_of: dict[str, Kept] = {}
+        self._metadata_of: dict[str, LoadRecord] = {}
         # The keys that are being loaded, and what ends the load of one that another caller has written.
         self._leased: Mapping[str, object] = {}
         self._overtaken: Callable[[Entry], None] = lambda entry: None
@@ -144,7 +144,7 @@ class EntryTable:
     def keep_metadata(self, entry: Entry, metadata: LoadMetadata, now: float) -> None:
         """Note how the value of an entry was loaded."""
         lifetime = None if entry.expires_at == NEVER else entry.expires_at - now
-        self._metadata_of[entry.key] = Kept(metadata, lifetime, entry.expires_at + time_stale(metadata))
+        self._metadata_of[entry.key] = LoadRecord(metadata, lifetime, entry.expires_at + time_stale(metadata))
 
     def write(self, key: str, value: Any, ttl: Ttl, tags: tuple[str, ...], now: float) -> Entry:
         """Store a value under a key. Raises `CacheError`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
-from cachebus.actors.ports import Deferred, TimerQueue
+from cachebus.actors.ports import DeferredReply, TimerQueue
 from cachebus.messages import (
     BadMessage,
     CacheError,
@@ -43,7 +43,7 @@ class Waiter:
     """A parked caller: what it asked, where its answer goes, and until when it waits."""
 
     request: GetOrLease
-    port: Deferred
+    port: DeferredReply
     until: float
 
 
@@ -92,7 +92,7 @@ class LeaseTable:
 
     # The verbs
 
-    def get_or_lease(self, request: GetOrLease) -> Reply | Deferred:
+    def get_or_lease(self, request: GetOrLease) -> Reply | DeferredReply:
         check_lease(request)
         now, defer = self._table.now(), self._table.defer
         reply = self._read_or_lease(request, now)
@@ -346,7 +346,7 @@ class LeaseTable:
         for each in (self.by_key, self._void, self._tagged, self._lost_tags, self._parked, self._due):
             each.clear()
 
-    def repair(self, now: float) -> Collection[Deferred]:
+    def repair(self, now: float) -> Collection[DeferredReply]:
         """Mend what an interrupted turn left half done, and return the replies that are still owed.
 
         A lease that its caller did not get goes. Callers that wait for no lease any more are answered by the store.

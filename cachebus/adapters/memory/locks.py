@@ -47,7 +47,7 @@ class LockTable:
     poll: float | None = None
 
     def __init__(self, *, clock: Clock = SYSTEM_CLOCK, max_locks: int = 100_000) -> None:
-        self.told: LockListener | None = None
+        self.listener: LockListener | None = None
         self._clock = clock
         self._now = clock.monotonic
         self._max_locks = max_locks
@@ -154,8 +154,8 @@ class LockTable:
         if held is not None and held.expires_at <= now:
             self._drop(name)
             self._note_loss(name, held.token)
-            if self.told is not None:
-                self.told.expired(name, held.owner, held.token)
+            if self.listener is not None:
+                self.listener.expired(name, held.owner, held.token)
             return None
         return held
 
@@ -177,8 +177,8 @@ class LockTable:
             return None
         request = queue[next(iter(queue))]
         granted = self._grant(request, now)
-        if self.told is not None and request.ticket != asks:
-            self.told.granted(name, request.ticket, granted)
+        if self.listener is not None and request.ticket != asks:
+            self.listener.granted(name, request.ticket, granted)
         return self._held[name]
 
     def _grant(self, request: AcquireLock, now: float) -> LockGranted:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, Deferred, Gauges
+from cachebus.actors.ports import SYSTEM_CLOCK, Capabilities, Clock, DeferredReply, Gauges
 from cachebus.messages import (
     Add,
     Admit,
@@ -362,7 +362,7 @@ class MemoryStore(EntryTable):
         self._changing = None
         return swept
 
-    def repair(self) -> Collection[Deferred]:
+    def repair(self) -> Collection[DeferredReply]:
         """Mend what an interrupted turn left half done, and return the replies that are still owed.
 
         An entry that was being written may be missing, and none is wrong.

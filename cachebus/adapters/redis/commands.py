@@ -206,11 +206,11 @@ def _sendable_again(
     return again
 
 
-class UnderWay:
+class Countdown:
     """A batch under way: its commands, and what to call when each has its answer."""
 
     def __init__(self, commands: Sequence[Command], done: Callable[[], object]) -> None:
-        self.trips: list[Trip] = []
+        self.trips: list[RoutedCommand] = []
         self._left = 0
         self._done = done
         for command in commands:
@@ -222,9 +222,9 @@ class UnderWay:
         carriers = {each.connection for each in self.trips if each.connection is not None}
         return min((each.last_progress for each in carriers), default=float("-inf"))
 
-    def add(self, command: Command, *, follows: Trip | None = None, hops: int = 0) -> Trip:
+    def add(self, command: Command, *, follows: RoutedCommand | None = None, hops: int = 0) -> RoutedCommand:
         """Take in one command more."""
-        trip = Trip(command, slot_of(command.key), command.packed(), self, follows, hops)
+        trip = RoutedCommand(command, slot_of(command.key), command.packed(), self, follows, hops)
         self.trips.append(trip)
         self._left += 1
         return trip
@@ -237,7 +237,7 @@ class UnderWay:
             self._done()
 
 
-class Trip(Struct, eq=False):
+class RoutedCommand(Struct, eq=False):
     """A command on its way through the cluster, on a `connection` while it has no answer.
 
     `asking` is set if a server takes it though the slot is another's yet, `whole` if the server does not know the script by
@@ -247,8 +247,8 @@ class Trip(Struct, eq=False):
     command: Command
     slot: int
     packed: bytes
-    batch: UnderWay
-    follows: Trip | None = None
+    batch: Countdown
+    follows: RoutedCommand | None = None
     hops: int = 0
     asking: bool = False
     whole: bool = False
@@ -256,6 +256,6 @@ class Trip(Struct, eq=False):
     connection: RedisConnection | None = None
 
     @property
-    def first(self) -> Trip:
+    def first(self) -> RoutedCommand:
         """The trip that it follows, or the one which that follows."""
         return self if self.follows is None else self.follows.first

@@ -52,7 +52,7 @@ class InFlight(Protocol):
         ...
 
 
-class Asked(Struct, eq=False):
+class PendingReplies(Struct, eq=False):
     """Commands that change nothing that is cached, and whose replies go to a function."""
 
     wanted: int
@@ -161,7 +161,7 @@ class RedisConnection(asyncio.Protocol):
             else:
                 future.set_result(list(replies))
 
-        self.send(b"".join(commands), Asked(len(commands), settle))
+        self.send(b"".join(commands), PendingReplies(len(commands), settle))
         return future
 
     async def call(self, *arguments: Argument) -> Any:
@@ -288,5 +288,5 @@ class RedisConnection(asyncio.Protocol):
             if not isinstance(replies, CacheError) and not isinstance(replies[0], hiredis.ReplyError):
                 self.set_time(replies[0], now)
 
-        self.send(pack("TIME"), Asked(1, answered))
+        self.send(pack("TIME"), PendingReplies(1, answered))
         self.watch()

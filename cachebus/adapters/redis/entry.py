@@ -80,7 +80,7 @@ class HasTags(Exception):
     """Raised when an entry has tags, so that its bytes alone do not say whether it is valid."""
 
 
-class Claim(NamedTuple):
+class TagStamp(NamedTuple):
     """That none of some tags was invalidated since a stamp was taken."""
 
     stamp: bytes
@@ -138,12 +138,14 @@ def read_run(raws: Iterable[Any], now: float) -> list[Found | Missing | Failed]:
     return replies
 
 
-def read_entry(raw: bytes | None, now: float, *, live: bool = False) -> tuple[Claim | None, Found | Missing | Failed]:
+def read_entry(
+    raw: bytes | None, now: float, *, live: bool = False
+) -> tuple[TagStamp | None, Found | Missing | Failed]:
     """The claim that an entry with tags is valid by, and the reply that the entry is then. `now` is the server's Unix
     time in seconds, as we know it; an entry that is `live` is live to the server."""
     if raw is None:
         return None, MISSING
-    claim: Claim | None = None
+    claim: TagStamp | None = None
     try:
         form = raw[16] if len(raw) > 16 else 0
         if form == TAGGED:
@@ -259,7 +261,7 @@ def pack_tagged(body: bytes, tags: Sequence[str], stamp: bytes) -> bytes:
     return b"".join((b"t", _TAGS_LENGTH.pack(len(packed)), stamp, packed, body))
 
 
-def split_tagged(raw: bytes) -> tuple[Claim, bytes]:
+def split_tagged(raw: bytes) -> tuple[TagStamp, bytes]:
     """The claim that an entry with tags is valid by, and the entry without tags. Raises `CacheSerializationError`."""
     begin = VALUE_AT + _TAGS_LENGTH.size + STAMP_BYTES
     try:
@@ -269,10 +271,10 @@ def split_tagged(raw: bytes) -> tuple[Claim, bytes]:
         raise CacheSerializationError("the stored value is damaged") from None
     if end > len(raw) or not all(isinstance(tag, str) for tag in tags):
         raise CacheSerializationError("the stored value is damaged")
-    return Claim(raw[begin - STAMP_BYTES : begin], tags), raw[: HEADER.size] + raw[end:]
+    return TagStamp(raw[begin - STAMP_BYTES : begin], tags), raw[: HEADER.size] + raw[end:]
 
 
-def claim_of(raw: bytes) -> Claim | None:
+def claim_of(raw: bytes) -> TagStamp | None:
     """The claim that an entry, or its head, is valid by if it has tags. Raises `CacheSerializationError`."""
     return split_tagged(raw)[0] if len(raw) > HEADER.size and raw[HEADER.size] == TAGGED else None
 

@@ -41,7 +41,7 @@ from ..common.validation import check_lease, time_stale
 from .commands import ScriptCall, slot_of, tag_of
 from .connection import Argument
 from .entry import pack_metadata, pack_tagged, pack_tags, read_entry, read_stale
-from .scripts import Twin
+from .scripts import ScriptVariants
 
 _MARK = """
 local MARK = struct.pack('>d', -1)
@@ -85,8 +85,8 @@ end
 """.replace("NAMELESS", str(-NONCE_LENGTH - 2))
 
 
-def _script(body: str) -> Twin:
-    return Twin(_MARK + body)
+def _script(body: str) -> ScriptVariants:
+    return ScriptVariants(_MARK + body)
 
 
 LEASE = _script("""

@@ -250,7 +250,7 @@ class RedisLockStore:
     long_running: frozenset[type[Request[Any]]] = frozenset()
 
     def __init__(self, transport: Callable[..., _Transport], *, namespace: str, clustered: bool) -> None:
-        self.told: LockListener | None = None
+        self.listener: LockListener | None = None
         self.inbox = os.urandom(8).hex()
         self._prefix = f"{namespace}#lock:"
         self._clustered = clustered
@@ -310,8 +310,10 @@ class RedisLockStore:
         def make(reply: Any, now: float) -> Reply:
             passed_on = len(reply) > 5 and self._told(name, reply)
             answer = read(reply)
-            if type(answer) is Released and self.told is not None and not passed_on:
-                self.told.look(name)  # The queue is empty. Waiters of ours have lost their places, as after a flush.
+            if type(answer) is Released and self.listener is not None and not passed_on:
+                self.listener.look(
+                    name
+                )  # The queue is empty. Waiters of ours have lost their places, as after a flush.
             if type(answer) is LockQueued:
                 if self._subscription is None and self._is_open:
                     inbox = f"{self._prefix}to:{self.inbox}"
@@ -326,15 +328,15 @@ class RedisLockStore:
         """Pass on what a reply says about other callers. Whether the lock was given, or offered, to one of them."""
         token = reply[1]
         next_ticket, next_ttl, offered, lost, lost_token = reply[5:]
-        if self.told is None:
+        if self.listener is None:
             return False
         if lost_token:
-            self.told.expired(name, lost.decode(), lost_token)
+            self.listener.expired(name, lost.decode(), lost_token)
         if next_ticket:
-            self.told.granted(name, next_ticket.decode(), LockGranted(token, next_ttl / 1000))
+            self.listener.granted(name, next_ticket.decode(), LockGranted(token, next_ttl / 1000))
         if offered:
             # If its process is away, ours must notice.
-            self.told.look(name, delay=CLAIM_MS / 1000 + 0.1)
+            self.listener.look(name, delay=CLAIM_MS / 1000 + 0.1)
         return bool(next_ticket or offered)
 
     # The inbox
@@ -347,12 +349,12 @@ class RedisLockStore:
 
     def _heard(self, payload: bytes) -> None:
         ticket, _, name = payload.decode().partition("|")
-        if self.told is not None:
-            self.told.look(name, ticket)
+        if self.listener is not None:
+            self.listener.look(name, ticket)
 
     def _look(self) -> None:
-        if self.told is not None:
-            self.told.look_everywhere()
+        if self.listener is not None:
+            self.listener.look_everywhere()
 
 
 def _tag(name: str) -> str:

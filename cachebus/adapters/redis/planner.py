@@ -68,7 +68,7 @@ from .entry import (
 from .errors import translate
 from .leases import Leases, commit_call, lease_call
 from .rate_limits import admit_call
-from .runs import COMMAND_BYTES, Counters, Doubt, Reads, Write, Writes, condition_of, lease_claims
+from .runs import COMMAND_BYTES, Counters, PendingTagCheck, Reads, Write, Writes, condition_of, lease_claims
 from .scan import matching, scan_words
 from .scripts import INCREMENT, INVALIDATE, PEEK, TOUCH, Script
 
@@ -299,7 +299,7 @@ class Plan:
             def decide(holds: Sequence[bool]) -> Reply:
                 return read_head(head, now) if holds[0] else MISSING
 
-            return Counters(self._space).judge([Doubt([claim], decide, self.replies, at)])
+            return Counters(self._space).judge([PendingTagCheck([claim], decide, self.replies, at)])
 
         return self._command(at, [1, name], name, make, PEEK.at(here))
 
@@ -353,7 +353,9 @@ class Plan:
                 known = claim.verdict(holds[0])
                 return self._tagged(at, words, key, script, read, verdict=known, px=px, writes=writes)
 
-            return Counters(self._space, ordered=True, px=px).judge([Doubt([claim], decide, self.replies, at)])
+            return Counters(self._space, ordered=True, px=px).judge(
+                [PendingTagCheck([claim], decide, self.replies, at)]
+            )
 
         sent = words if self._space.here else [*words, verdict]
         return self._command(at, sent, key, make, script, writes=writes, ordered=bool(verdict))
@@ -375,7 +377,7 @@ class Plan:
                 return read(reply, now)
 
             claims = [claim for claim in (about, stale) if claim is not None]
-            return Counters(self._space).judge([Doubt(claims, decide, self.replies, at)])
+            return Counters(self._space).judge([PendingTagCheck(claims, decide, self.replies, at)])
 
         return self._command(at, words, name, read if here else make, script)
 

@@ -45,7 +45,7 @@ that not all processes come back at once."""
 
 IDLE = 60.0  # Seconds after the last wait for which the channel is still listened to.
 LONGEST = 60.0  # Seconds that one wait takes at most, whatever was asked for.
-Told = Callable[[Reply], None]
+OnReply = Callable[[Reply], None]
 
 
 class ChannelSubscription:
@@ -148,7 +148,7 @@ class LeaseWatch:
         self._channel = f"{namespace}#leases"
         self._limit = limit
         self._memory = memory
-        self._waiting: dict[str, list[tuple[Told, asyncio.TimerHandle]]] = {}
+        self._waiting: dict[str, list[tuple[OnReply, asyncio.TimerHandle]]] = {}
         self._count = 0
         self._ended: OrderedDict[str, Reply] = OrderedDict()
         self._subscription: ChannelSubscription | None = None
@@ -158,24 +158,24 @@ class LeaseWatch:
     def __repr__(self) -> str:
         return f"<LeaseWatch {self._channel!r}, {self._count}/{self._limit} waiting>"
 
-    def watch(self, request: WatchLease, told: Told) -> None:
-        """Call `told` with what became of a lease: `NotHeld` when it has ended, what its loader has failed with, or `Loading`
+    def watch(self, request: WatchLease, on_reply: OnReply) -> None:
+        """Call `on_reply` with what became of a lease: `NotHeld` when it has ended, what its loader has failed with, or `Loading`
         when time is up. A `Failed` of the store says that there is no use in waiting here."""
         if not request.wait >= 0:
-            told(Failed.of(BadMessage(f"wait must be a number of seconds from 0, not {request.wait!r}")))
+            on_reply(Failed.of(BadMessage(f"wait must be a number of seconds from 0, not {request.wait!r}")))
             return
         if (ended := self._ended.get(request.token)) is not None:
-            told(ended)
+            on_reply(ended)
             return
         if self._subscription is None:
             self._trouble = None
             self._subscription = self._subscribe(self._channel, self._heard, self._subscribed, self._refused)
         if self._trouble is not None:
-            told(Failed.of(self._trouble))
+            on_reply(Failed.of(self._trouble))
         elif self._count >= self._limit:
-            told(Failed.of(Overloaded(f"{self._limit} callers wait for leases", "", self._limit)))
+            on_reply(Failed.of(Overloaded(f"{self._limit} callers wait for leases", "", self._limit)))
         else:
-            self._wait(request, told)
+            self._wait(request, on_reply)
 
     async def close(self) -> None:
         """Tell every waiter that it is over, and leave the channel. Safe to call twice."""
@@ -189,7 +189,7 @@ class LeaseWatch:
 
     # The waiters
 
-    def _wait(self, request: WatchLease, told: Told) -> None:
+    def _wait(self, request: WatchLease, on_reply: OnReply) -> None:
         token = request.token
 
         def late() -> None:
@@ -198,20 +198,20 @@ class LeaseWatch:
             if not waiters:
                 del self._waiting[token]
             self._leave(1)
-            told(Loading(token))
+            on_reply(Loading(token))
 
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
-        waiter = (told, asyncio.get_running_loop().call_later(min(request.wait, LONGEST), late))
+        waiter = (on_reply, asyncio.get_running_loop().call_later(min(request.wait, LONGEST), late))
         self._waiting.setdefault(token, []).append(waiter)
         self._count += 1
 
     def _tell(self, token: str, reply: Reply) -> None:
         waiters = self._waiting.pop(token, ())
-        for told, timer in waiters:
+        for on_reply, timer in waiters:
             timer.cancel()
-            told(reply)
+            on_reply(reply)
         if waiters:
             self._leave(len(waiters))
 

@@ -1,6 +1,6 @@
 """Runs of reads and of writes: one command for all requests of a run, and what its reply says to each.
 
-In a Redis Cluster the counters of tags are in another slot than the entries. A reply that depends on them is a `Doubt` until
+In a Redis Cluster the counters of tags are in another slot than the entries. A reply that depends on them is a `PendingTagCheck` until
 they are known.
 """
 
@@ -30,7 +30,7 @@ from cachebus.messages import (
 from ..common.encoding import unpack_plain
 from .commands import Command
 from .connection import Argument
-from .entry import HEADER, MISSING, Claim, TagSpace, claim_of, read_entry, split_tagged
+from .entry import HEADER, MISSING, TagSpace, TagStamp, claim_of, read_entry, split_tagged
 from .leases import Leases
 from .scripts import KEEP, READ
 from .write_script import WRITE
@@ -39,11 +39,11 @@ COMMAND_BYTES = 8 << 20
 """The size at which a writing command takes no more values: a server closes a connection that sends it 1 GiB."""
 
 
-class Doubt(NamedTuple):
+class PendingTagCheck(NamedTuple):
     """The reply in a place, which depends on whether claims hold: `decide` takes that, and gives the reply, or a command to
     be sent; `None` if it has put the reply in its place itself."""
 
-    claims: Sequence[Claim]
+    claims: Sequence[TagStamp]
     decide: Callable[[Sequence[bool]], Reply | Command | None]
     replies: list[Any]
     at: int
@@ -63,7 +63,7 @@ class Counters(Struct, eq=False):
     asked: dict[str, None] = {}
     known: dict[str, bytes | None] = {}
     left: int = 0
-    waiting: list[Doubt] = []
+    waiting: list[PendingTagCheck] = []
     error: CacheError | None = None
 
     def want(self, tags: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ class Counters(Struct, eq=False):
         """The command that asks for what is wanted."""
         return self._fetch(list(self.asked)) if self.asked else None
 
-    def judge(self, doubts: Sequence[Doubt]) -> list[Command]:
+    def judge(self, doubts: Sequence[PendingTagCheck]) -> list[Command]:
         """Decide what is known, and return what has to be sent."""
         if self.left:
             self.waiting += doubts
@@ -125,7 +125,7 @@ class Counters(Struct, eq=False):
         return self.judge(waiting)
 
 
-def lease_claims(request: Leases, reply: Any) -> tuple[Claim | None, Claim | None]:
+def lease_claims(request: Leases, reply: Any) -> tuple[TagStamp | None, TagStamp | None]:
     """The claims that the reply to a question about a lease depends on: that of the lease or the value found, without which
     the question is asked again; and that of the value that is served stale."""
     if not isinstance(request, GetOrLease):
@@ -136,8 +136,8 @@ def lease_claims(request: Leases, reply: Any) -> tuple[Claim | None, Claim | Non
     return (None, claim_of(reply[1])) if kind else (claim_of(reply[1]), None)
 
 
-def _declared(stamp: bytes, tags: bytes) -> Claim | None:
-    return Claim(stamp, tuple(unpack_plain(tags))) if tags else None
+def _declared(stamp: bytes, tags: bytes) -> TagStamp | None:
+    return TagStamp(stamp, tuple(unpack_plain(tags))) if tags else None
 
 
 class Reads(Struct, eq=False):
@@ -175,7 +175,7 @@ class Reads(Struct, eq=False):
         return [each.command() for each in alone.values()]
 
     def _settle(self, reply: Any, now: float) -> Sequence[Command]:
-        doubts: list[Doubt] = []
+        doubts: list[PendingTagCheck] = []
         for position, key in self.wants:
             # Taken apart for each, so that no two callers share a list or a dict.
             claim, answer = read_entry(reply[self.places[key]], now)
@@ -183,7 +183,7 @@ class Reads(Struct, eq=False):
                 self.space.learn(key[self.prefix :], claim.tags)
                 if not self.checked:
                     decide = partial(self._decide, position, key, answer)
-                    doubts.append(Doubt((claim,), decide, self.replies, position))
+                    doubts.append(PendingTagCheck((claim,), decide, self.replies, position))
                     continue
             self._put(position, key, answer)
         return self.counters.judge(doubts) if doubts else ()
@@ -259,7 +259,7 @@ class Writes(Struct, eq=False):
         return [each.command() for each in alone.values()]
 
     def _settle(self, reply: Any, now: float) -> Sequence[Command]:
-        doubts: list[Doubt] = []
+        doubts: list[PendingTagCheck] = []
         for item, version in zip(self.items, reply, strict=True):
             if type(version) is bytes:
                 doubts += self._doubts(item, version)
@@ -267,7 +267,7 @@ class Writes(Struct, eq=False):
                 self.replies[item.position] = Stored(float(version)) if version > 0 else NotStored(float(-version))
         return Counters(self.space, ordered=True).judge(doubts) if doubts else ()
 
-    def _doubts(self, item: Write, head: bytes) -> Sequence[Doubt]:
+    def _doubts(self, item: Write, head: bytes) -> Sequence[PendingTagCheck]:
         """Write a key once more when it is known whether the entry that begins with `head` is valid."""
         try:
             claim, _ = split_tagged(head)
@@ -285,7 +285,7 @@ class Writes(Struct, eq=False):
                 return NotStored(version)
             return replace(self, items=[item]).command(claim.verdict(holds[0]))
 
-        return [Doubt((claim,), decide, self.replies, item.position)]
+        return [PendingTagCheck((claim,), decide, self.replies, item.position)]
 
     def _fail(self, error: CacheError) -> None:
         for item in self.items:

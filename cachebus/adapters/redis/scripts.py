@@ -196,7 +196,7 @@ class Script:
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-class Twin:
+class ScriptVariants:
     """A script in two versions: `here` reads the counters itself; `elsewhere`, in a cluster, they are in another slot.
 
     With `later` a script calls `tags()` for the functions about tags: making them takes longer than a small script does.
@@ -231,7 +231,7 @@ return out
 """
 )
 
-PEEK = Twin("""
+PEEK = ScriptVariants("""
 -- The header and the form of an entry that is valid; with its stamp and tags, if it has any.
 local raw = redis.call('GETRANGE', KEYS[1], 0, 16)
 if string.byte(raw, 17) ~= 116 then return raw end
@@ -274,7 +274,7 @@ for i = 1, #KEYS do keep(KEYS[i], ARGV[1]) end
 return redis.call('MGET', unpack(KEYS))
 """)
 
-TOUCH = Twin("""
+TOUCH = ScriptVariants("""
 -- Gives a value ARGV[1] milliseconds to live, '' for ever. The answer is its version, 0 where there is no value, or an
 -- entry's head where that depends on its tags.
 local version, _, exists, form = head(KEYS[1])
@@ -293,7 +293,7 @@ if ARGV[1] == '' then redis.call('PERSIST', KEYS[1]) else redis.call('PEXPIRE', 
 return version
 """)
 
-INCREMENT = Twin("""
+INCREMENT = ScriptVariants("""
 -- Adds ARGV[1] to a counter that keeps its expiry. A missing one becomes ARGV[2] and lives for ARGV[3] milliseconds; with
 -- ARGV[2] '' it stays missing. The answer is the number as text, because Lua's are exact to 53 bits only: the sum is
 -- Redis's own. An entry's head in a list where it depends on its tags.

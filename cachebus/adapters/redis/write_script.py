@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .scripts import INCREMENT, PEEK, READ, TOUCH, Script, Twin
+from .scripts import INCREMENT, PEEK, READ, TOUCH, Script, ScriptVariants
 
 PLAIN_BYTES = 1024
 """The largest form and value in a plain run of `WRITE`. The values that it replaces are copied, and large values replace
 large ones: from about 4 KB on, reading the head of each is quicker."""
 
-WRITE = Twin(
+WRITE = ScriptVariants(
     """
 -- For each key: form and value, milliseconds to live or '', and the condition: '', 'absent', 'present' or a version. One
 -- more argument is 't' if values have tags. The answer is the new version, or the old one negated if the condition did not

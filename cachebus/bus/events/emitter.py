@@ -14,13 +14,13 @@ from cachebus.messages import Event
 
 from ..clock import Clock
 from ..tracing import current_trace
-from .subscription import Audience, EventPolicy
+from .subscription import EventPolicy, SubscriptionRegistry
 
 
 class _Publisher(Protocol):
     namespace: str
     clock: Clock
-    audience: Audience
+    subscriptions: SubscriptionRegistry
     policy: EventPolicy
 
     def publish(self, event: Event) -> None: ...
@@ -49,27 +49,27 @@ def origin() -> str:
 class Emitter:
     """One voice: it counts what it says in its epoch, so that a listener sees a gap.
 
-    Look at `audience.kinds` before building an event, or have it built by `tell`: nobody listening, nothing is built.
+    Look at `subscriptions.kinds` before building an event, or have it built by `emit`: nobody listening, nothing is built.
     What a sample leaves out is not numbered either, so that it is no gap.
     """
 
-    __slots__ = ("_bus", "_sampled", "_sequence", "audience", "backend", "epoch")
+    __slots__ = ("_bus", "_sampled", "_sequence", "backend", "epoch", "subscriptions")
 
     def __init__(self, bus: _Publisher, backend: str = "") -> None:
         self._bus = bus
         self._sampled = bus.policy.sampled if bus.policy.samples else None
-        self.audience = bus.audience
+        self.subscriptions = bus.subscriptions
         self.backend = backend
         self.renew()
 
     def renew(self) -> None:
-        """Begin a new epoch, as an actor's new life does. Epochs of one voice only grow."""
+        """Begin a new epoch, as an actor's new incarnation does. Epochs of one voice only grow."""
         self.epoch = max(time.time_ns(), getattr(self, "epoch", 0) + 1)
         self._sequence = itertools.count(1)
 
-    def tell(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
+    def emit(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
         """Build an event of a kind from its fields and publish it, if anybody wants the kind and the sample has it."""
-        if kind in self.audience.kinds and (self._sampled is None or self._sampled(kind)):
+        if kind in self.subscriptions.kinds and (self._sampled is None or self._sampled(kind)):
             build: Callable[..., Event] = kind
             bus, seq, epoch = self._bus, next(self._sequence), self.epoch
             name = _origin.name
@@ -89,10 +89,10 @@ class Emitter:
                 )
             )
 
-    def emit(self, event: Event) -> None:
+    def publish(self, event: Event) -> None:
         """Stamp an event and publish it, if anybody wants its kind and the sample has it."""
         kind = type(event)
-        if kind in self.audience.kinds and (self._sampled is None or self._sampled(kind)):
+        if kind in self.subscriptions.kinds and (self._sampled is None or self._sampled(kind)):
             self._bus.publish(replace(event, **self._header()))
 
     def _header(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cachebus.messages import (
     TagsInvalidated,
 )
 
-from ..reply_ports import Port, ThreadPort, open_port
+from ..reply_ports import ReplyPort, ThreadPort, open_port
 
 EventKind = type[Event]
 Shown = Callable[[Event], Event]  # Returns an event as a listener may see it.
@@ -67,7 +67,7 @@ class Subscription:
         self.dropped = 0
         self.shown = shown
         self._events: deque[tuple[Event, Shown | None]] = deque()
-        self._waiter: Port | None = None
+        self._waiter: ReplyPort | None = None
         self._on_close = on_close
         self._on_taken = on_taken
         self.closed = False
@@ -148,7 +148,7 @@ class Subscription:
         self.close()
 
 
-class Audience:
+class SubscriptionRegistry:
     """The registry of subscriptions. `kinds` holds the kinds of events with listeners. Look here before you build an
     event. `listened_to` holds those that listeners of this process want from other processes too."""
 
@@ -190,12 +190,12 @@ class Audience:
             self._arrange((*self._subscriptions, subscription))
         return subscription
 
-    def hear(self, event: Event) -> None:
+    def dispatch(self, event: Event) -> None:
         """Offer an event of this process to its listeners."""
         for subscription in self._by_kind.get(type(event), ()):
             subscription.offer(event, subscription.shown)
 
-    def hear_foreign(self, event: Event) -> None:
+    def dispatch_remote(self, event: Event) -> None:
         """Offer an event of another process to its listeners."""
         for subscription in self._by_kind.get(type(event), ()):
             if not subscription.local:

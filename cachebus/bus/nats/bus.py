@@ -105,7 +105,7 @@ class NatsBus(LocalBus):
             requests = Requests(self.connection, self.clock, self._emitter)
             await requests.open()
             self._outbox = Outbox(self.connection, self._subjects, self.policy)
-            self._listener = EventListener(self.connection, self._subjects, self.audience, self._emitter)
+            self._listener = EventListener(self.connection, self._subjects, self.subscriptions, self._emitter)
             if self.options.events_stream is not None:
                 await ensure_stream(self.connection, self._subjects)
             await self.connection.flush()
@@ -117,7 +117,7 @@ class NatsBus(LocalBus):
         if (interval := self.options.heartbeat) is not None:
             self._heart = asyncio.create_task(self._beat_every(interval), name="cachebus-heartbeat")
         self._requests = requests
-        self.audience.want_elsewhere(self._kinds)
+        self.subscriptions.want_elsewhere(self._kinds)
 
     async def aclose(self, grace: float = 5.0) -> None:
         """Stop being reached, answer what is under way within `grace` seconds, send what waits, and disconnect."""
@@ -131,7 +131,7 @@ class NatsBus(LocalBus):
         self.close()
         if requests is None:
             return
-        self.audience.want_elsewhere(frozenset())
+        self.subscriptions.want_elsewhere(frozenset())
         requests.closed = True
         requests.end(CacheClosed("the bus is closed"))
         for replay in list(self._replays):
@@ -208,7 +208,7 @@ class NatsBus(LocalBus):
             self._run(self.retire(address))
 
     def publish(self, event: Event) -> None:
-        self.audience.hear(event)
+        self.subscriptions.dispatch(event)
         if type(event) in self._kinds and self._requests is not None:
             self._outbox.put(event)
 
@@ -236,7 +236,7 @@ class NatsBus(LocalBus):
 
     def _back(self) -> None:
         self._outbox.wake()
-        self._emitter.emit(EventsMissed(source="", event="", count=0))  # How many is not known.
+        self._emitter.publish(EventsMissed(source="", event="", count=0))  # How many is not known.
         for claim in self._claims.values():
             try:
                 claim.say("again")

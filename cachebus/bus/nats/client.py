@@ -1,4 +1,4 @@
-"""One life of a connection: a nats-py client with our options, quiet about secrets, and never talking without TLS where
+"""One incarnation of a connection: a nats-py client with our options, quiet about secrets, and never talking without TLS where
 TLS was asked for.
 
 nats-py's own reconnecting is off. It would keep what was not sent yet and send it after the return, when the budgets in

@@ -25,7 +25,7 @@ from ..address import Subjects, event_word
 from ..codec.messages import JSON, MSGPACK, decode_one, encode_each
 from ..compat import running_loop
 from ..events.emitter import Emitter
-from ..events.subscription import Audience, EventKind, EventPolicy
+from ..events.subscription import EventKind, EventPolicy, SubscriptionRegistry
 from .compat import Delivery, Listener, header_block
 from .connection import NatsConnection, end_task
 from .jetstream import MESSAGE_ID
@@ -214,11 +214,13 @@ class Outbox:
 class EventListener:
     """Events of other processes, for the listeners of this one."""
 
-    def __init__(self, connection: NatsConnection, subjects: Subjects, audience: Audience, emitter: Emitter) -> None:
+    def __init__(
+        self, connection: NatsConnection, subjects: Subjects, subscriptions: SubscriptionRegistry, emitter: Emitter
+    ) -> None:
         self._connection = connection
         self._subjects = subjects
         self._namespace = subjects.namespace
-        self._audience = audience
+        self._audience = subscriptions
         self._emitter = emitter
         self._counters = connection.counters
         self._loop = asyncio.get_running_loop()
@@ -308,7 +310,7 @@ class EventListener:
         else:
             self._counters.events_received += 1
             self._gaps.check(event, delivery.subject)
-        self._audience.hear_foreign(event)
+        self._audience.dispatch_remote(event)
 
 
 class GapDetector:
@@ -379,7 +381,7 @@ class GapDetector:
             self._met.pop(forgotten[:2], None)
         if last is not None and missing > last:
             self._counters.events_missed += missing - last
-            self._emitter.emit(EventsMissed(source=numbering[0], event=kind.WIRE_NAME, count=missing - last))
+            self._emitter.publish(EventsMissed(source=numbering[0], event=kind.WIRE_NAME, count=missing - last))
 
     def _word(self, subject: str) -> str:
         return subject.removeprefix(self._prefix).partition(".")[0]

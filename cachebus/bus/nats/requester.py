@@ -425,7 +425,7 @@ class RemoteRecipient:
 
     def report(self, message: Message, reason: str) -> None:
         """Publish that a message without a caller has failed."""
-        self._requests.emitter.emit(DeadLetter(address=self._address, wire_name=message.WIRE_NAME, reason=reason))
+        self._requests.emitter.publish(DeadLetter(address=self._address, wire_name=message.WIRE_NAME, reason=reason))
 
     def _landed(self, batch: RequestBatch) -> None:
         """A batch has its first answer, or counts as lost: others may leave."""

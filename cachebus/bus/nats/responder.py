@@ -333,4 +333,6 @@ class IncomingBatch(Struct, eq=False):
             reply, message = self.replies[place], self.messages[place]
             if isinstance(reply, Failed):
                 wire_name = "" if isinstance(message, BadMessage) else message.WIRE_NAME
-                responder.emitter.emit(DeadLetter(address=responder.address, wire_name=wire_name, reason=reply.detail))
+                responder.emitter.publish(
+                    DeadLetter(address=responder.address, wire_name=wire_name, reason=reply.detail)
+                )

@@ -119,15 +119,15 @@ async def test_while_nobody_listens_a_store_has_nobody_to_tell() -> None:
     actor = await started(store, context)
     actor.handlers()
     assert (store.on_read, store.on_write, store.on_removal) == (None, None, None)
-    with context.audience.subscribe((CacheMiss,), 10):
+    with context.subscriptions.subscribe((CacheMiss,), 10):
         assert store.on_read is not None
         assert (store.on_write, store.on_removal) == (None, None)
     assert store.on_read is None
-    with context.audience.subscribe((CacheSet, CacheEvicted), 10):
+    with context.subscriptions.subscribe((CacheSet, CacheEvicted), 10):
         assert store.on_write is not None
         assert store.on_removal is not None
     await actor.on_stop()
-    context.audience.subscribe((CacheMiss,), 10)
+    context.subscriptions.subscribe((CacheMiss,), 10)
     assert store.on_read is None
 
 

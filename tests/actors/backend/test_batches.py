@@ -10,7 +10,7 @@ import pytest
 from anyio import wait_all_tasks_blocked
 
 from cachebus.actors import Actor, RestartPolicy, Supervisor
-from cachebus.bus import Deferred, Envelope, LocalBus, ThreadPort
+from cachebus.bus import DeferredReply, Envelope, LocalBus, ThreadPort
 from cachebus.messages import ActorFailed, CacheClosed, CacheKeyError, Get, GetMany, Missing, Reply
 
 from ..conftest import CLERK
@@ -29,7 +29,7 @@ class Carrier(Actor):
         self.seen = seen
         desk.lives += 1
 
-    async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | Deferred]:
+    async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | DeferredReply]:
         self.seen.append(list(batch))
         await self.desk.gate.wait()
         if self.desk.crashes_left:
@@ -37,7 +37,7 @@ class Carrier(Actor):
             raise RuntimeError("a bug")
         return [await self._answer(each) for each in batch]
 
-    async def _answer(self, message: Batched | Get) -> Reply | Deferred:
+    async def _answer(self, message: Batched | Get) -> Reply | DeferredReply:
         if isinstance(message, Get):
             return Missing()
         if message.number < 0:
@@ -193,7 +193,7 @@ async def test_a_wrong_number_of_replies_answers_every_message_of_the_batch(
     bus: LocalBus, supervisor: Supervisor, desk: Desk, seen: list[list[Any]], count: int
 ) -> None:
     class Miscounting(Carrier):
-        async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | Deferred]:
+        async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | DeferredReply]:
             await super().on_batch(batch)
             return [Number(0)] * (len(batch) + count) if len(batch) > 1 else [Number(0)]
 
@@ -207,7 +207,7 @@ async def test_an_error_of_a_batch_is_no_crash_and_answers_every_message_of_it(
     bus: LocalBus, supervisor: Supervisor, desk: Desk, seen: list[list[Any]]
 ) -> None:
     class Refusing(Carrier):
-        async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | Deferred]:
+        async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | DeferredReply]:
             replies = await super().on_batch(batch)
             if len(batch) > 1:
                 raise CacheKeyError("refused")
@@ -225,7 +225,7 @@ async def test_a_batch_has_the_earliest_deadline_of_its_messages_and_a_waiting_t
     deadlines: list[float | None] = []
 
     class Watching(Carrier):
-        async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | Deferred]:
+        async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | DeferredReply]:
             deadlines.append(self.ctx.deadline)
             return await super().on_batch(batch)
 
@@ -247,7 +247,7 @@ async def test_a_batch_under_way_that_outlasts_the_grace_is_answered_message_by_
     bus: LocalBus, desk: Desk, inline_turns: bool, seen: list[list[Any]]
 ) -> None:
     class Endless(Carrier):
-        async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | Deferred]:
+        async def on_batch(self, batch: Sequence[Batched | Get]) -> Sequence[Reply | DeferredReply]:
             replies = await super().on_batch(batch)
             if len(batch) > 1:
                 await anyio.sleep_forever()

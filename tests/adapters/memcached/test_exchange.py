@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cachebus.adapters.memcached.connection import LATE, MISS, RESYNC, Answer, Connection, Exchange
+from cachebus.adapters.memcached.connection import MISS, RESYNC, STALL, Answer, Connection, Exchange
 from cachebus.messages import CacheConnectionError, CacheError, Failed
 
 STATISTICS = b"STAT version 1.6.18\r\nSTAT time 1700000000\r\nSTAT uptime 5\r\nEND\r\n"
@@ -234,7 +234,7 @@ def test_a_timer_that_is_late_lets_what_has_come_be_heard_first(line: Line) -> N
     assert line.results == [[MISS]]
     line.connection.begin(asking(b"mg a v c\r\n"), line.results.append)
     line.timers.fire(late=5.0)
-    line.timers.fire(late=LATE / 2)
+    line.timers.fire(late=STALL / 2)
     assert isinstance(line.results[-1], CacheConnectionError)
 
 

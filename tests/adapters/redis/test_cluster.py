@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from cachebus import CacheConnectionError, CacheError, open_cache
-from cachebus.adapters.redis.cluster.router import SlotTraffic
+from cachebus.adapters.redis.cluster.router import SlotQueues
 from cachebus.adapters.redis.cluster.store import RedisClusterStore
 from cachebus.adapters.redis.cluster.topology import SlotMap, read_redirection, read_slots
 from cachebus.adapters.redis.commands import slot_of, tag_of
@@ -179,7 +179,7 @@ def test_a_map_says_what_has_changed_hands() -> None:
 
 
 def test_a_slot_is_held_until_nothing_is_under_way_in_it() -> None:
-    traffic = SlotTraffic()
+    traffic = SlotQueues()
     traffic.hold(1)
     assert not traffic.is_held([1]), "nothing is under way that could be overtaken"
     traffic.begin(1, "first")

@@ -15,8 +15,8 @@ from cachebus.adapters.redis import planner as redis_plan
 from cachebus.adapters.redis import runs as redis_runs
 from cachebus.adapters.redis import scripts as redis_scripts
 from cachebus.adapters.redis import store as redis
-from cachebus.adapters.redis.entry import Claim
-from cachebus.adapters.redis.scripts import Script, Twin
+from cachebus.adapters.redis.entry import TagStamp
+from cachebus.adapters.redis.scripts import Script, ScriptVariants
 from cachebus.testing.servers import Server, run_redis_cluster
 
 from .schedule import Gate, World, open_stores, replay
@@ -82,7 +82,7 @@ def scripts_with(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
                 if isinstance(script, Script) and old in script.text:
                     patch.setattr(module, name, Script(script.text.replace(old, new)))
                     planted += 1
-                elif isinstance(script, Twin) and old in script.here.text:
+                elif isinstance(script, ScriptVariants) and old in script.here.text:
                     patch.setattr(script, "here", Script(script.here.text.replace(old, new)))
                     planted += 1
         for module in (redis_runs, redis_plan, redis):
@@ -99,12 +99,12 @@ def one_epoch(patch: pytest.MonkeyPatch) -> None:
 
 
 def trusting_claims(patch: pytest.MonkeyPatch) -> None:
-    holds = Claim.holds
+    holds = TagStamp.holds
 
-    def trusts(claim: Claim, counters: Any) -> bool:
+    def trusts(claim: TagStamp, counters: Any) -> bool:
         return holds(claim, {tag: counter or claim.stamp for tag, counter in counters.items()})
 
-    patch.setattr(Claim, "holds", trusts)
+    patch.setattr(TagStamp, "holds", trusts)
 
 
 PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], bool]] = {

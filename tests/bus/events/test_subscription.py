@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from cachebus.bus import Audience, Emitter, LocalBus
+from cachebus.bus import Emitter, LocalBus, SubscriptionRegistry
 from cachebus.messages import CacheDeleted, CacheHit, CacheMiss, CacheSet, Event, Get
 
 pytestmark = pytest.mark.anyio
@@ -40,7 +40,7 @@ async def test_a_full_listener_loses_events_and_counts_them(bus: LocalBus) -> No
         for number in range(5):
             bus.publish(CacheHit(key=str(number)))
         assert (len(slow), slow.dropped, len(quick), quick.dropped) == (2, 3, 5, 0)
-        assert bus.audience.dropped == 3
+        assert bus.subscriptions.dropped == 3
         assert repr(slow) == "<Subscription 2/2 waiting, 3 dropped>"
         assert (await anext(slow)).key == "0"  # type: ignore[attr-defined]
         bus.publish(CacheHit(key="5"))
@@ -101,7 +101,7 @@ async def test_kinds_are_chosen_by_class_or_by_a_glob_over_their_names(
 ) -> None:
     with bus.subscribe(*what) as events:
         assert events.kinds == expected
-        assert bus.audience.kinds == expected
+        assert bus.subscriptions.kinds == expected
 
 
 async def test_naming_nothing_listens_to_everything(bus: LocalBus) -> None:
@@ -127,7 +127,7 @@ async def test_closing_twice_is_harmless_and_what_waits_can_be_read(bus: LocalBu
     events.close()
     bus.publish(CacheHit(key="too late"))
     assert [event async for event in events] == [CacheHit(key="k")]
-    assert bus.audience.kinds == frozenset()
+    assert bus.subscriptions.kinds == frozenset()
 
 
 async def test_closing_the_bus_ends_every_listener(bus: LocalBus) -> None:
@@ -143,18 +143,18 @@ async def test_closing_the_bus_ends_every_listener(bus: LocalBus) -> None:
 
 
 def test_a_watcher_is_told_whenever_the_wanted_kinds_change() -> None:
-    audience = Audience()
+    subscriptions = SubscriptionRegistry()
     seen: list[frozenset[type[Event]]] = []
 
     def watch() -> None:
-        seen.append(audience.kinds)
+        seen.append(subscriptions.kinds)
 
-    audience.watch(watch)
-    first = audience.subscribe((CacheHit,), 10)
-    audience.subscribe((CacheMiss,), 10)
+    subscriptions.watch(watch)
+    first = subscriptions.subscribe((CacheHit,), 10)
+    subscriptions.subscribe((CacheMiss,), 10)
     first.close()
-    audience.unwatch(watch)
-    audience.subscribe((CacheSet,), 10)
+    subscriptions.unwatch(watch)
+    subscriptions.subscribe((CacheSet,), 10)
     assert seen == [frozenset(), {CacheHit}, {CacheHit, CacheMiss}, {CacheMiss}]
 
 
@@ -163,8 +163,8 @@ def test_an_emitter_stamps_what_somebody_wants_and_nothing_else() -> None:
     emitter = Emitter(bus, "hot")
     unheard, heard = CacheMiss(key="k"), CacheHit(key="k")
     with bus.subscribe(CacheHit) as events:
-        emitter.emit(unheard)
-        emitter.emit(heard)
+        emitter.publish(unheard)
+        emitter.publish(heard)
         event = events.next()
     assert unheard == CacheMiss(key="k")
     assert type(event) is CacheHit
@@ -181,22 +181,22 @@ def test_each_epoch_of_an_emitter_is_later_and_counts_anew() -> None:
     emitter = Emitter(bus)
     with bus.subscribe(CacheHit) as events:
         for _ in range(2):
-            emitter.emit(CacheHit(key="k"))
+            emitter.publish(CacheHit(key="k"))
         first = emitter.epoch
         emitter.renew()
-        emitter.emit(CacheHit(key="k"))
+        emitter.publish(CacheHit(key="k"))
         heard = [events.next() for _ in range(3)]
     assert [event.seq for event in heard if event] == [1, 2, 1]
     assert emitter.epoch > first
 
 
 def test_a_watcher_that_joins_while_somebody_subscribes_has_the_last_word_right() -> None:
-    audience = Audience()
+    subscriptions = SubscriptionRegistry()
     wanted: list[frozenset[type[Event]]] = []
     tried = threading.Event()
 
     class Guard:
-        """The audience's lock, which tells when another thread comes to it."""
+        """The subscriptions's lock, which tells when another thread comes to it."""
 
         def __init__(self) -> None:
             self.lock = threading.Lock()
@@ -212,19 +212,19 @@ def test_a_watcher_that_joins_while_somebody_subscribes_has_the_last_word_right(
                 done.set()
 
     done = threading.Event()
-    subscriber = threading.Thread(target=audience.subscribe, args=((CacheHit,), 10))
-    audience._guard = Guard()  # type: ignore[assignment]
+    subscriber = threading.Thread(target=subscriptions.subscribe, args=((CacheHit,), 10))
+    subscriptions._guard = Guard()  # type: ignore[assignment]
 
     def watch() -> None:
-        kinds = audience.kinds
+        kinds = subscriptions.kinds
         if not wanted and subscriber.ident is None:
             subscriber.start()
             tried.wait(30)
-            if not audience._guard.lock.locked():  # type: ignore[attr-defined]
+            if not subscriptions._guard.lock.locked():  # type: ignore[attr-defined]
                 done.wait(30)
         wanted.append(kinds)
 
-    audience.watch(watch)
+    subscriptions.watch(watch)
     subscriber.join()
     assert wanted[-1] == {CacheHit}
 

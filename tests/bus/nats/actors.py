@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import anyio
 
 from cachebus.actors import Actor
-from cachebus.bus import Deferred
+from cachebus.bus import DeferredReply
 from cachebus.messages import (
     CacheKeyError,
     Delete,
@@ -36,7 +36,7 @@ class Answering(Actor):
     """
 
     def __init__(self) -> None:
-        self.parked: list[Deferred] = []
+        self.parked: list[DeferredReply] = []
         self.count = 0
 
     def on_get(self, request: Get) -> Found | Missing:
@@ -54,7 +54,7 @@ class Answering(Actor):
         await anyio.sleep(float(request.key))
         return Present()
 
-    def on_touch(self, request: Touch) -> Deferred:
+    def on_touch(self, request: Touch) -> DeferredReply:
         self.parked.append(deferred := self.ctx.defer())
         return deferred
 

@@ -96,7 +96,7 @@ async def test_a_file_of_credentials_opens_requests_events_and_streams(
         assert "Authorization Violation" in await refused(server, caplog, credentials_file=theirs)
         given = options(server, credentials_file=mine, events_stream="kept")
         async with NatsBus("shop", given) as bus, NatsBus("shop", options(server, credentials_file=mine)) as other:
-            Emitter(bus, "primary").emit(CacheSet(key="before"))
+            Emitter(bus, "primary").publish(CacheSet(key="before"))
             with other.subscribe(CacheSet, since=0.0) as heard:
                 assert (await anext(heard)).key == "before"  # type: ignore[attr-defined]
             await anyio.to_thread.run_sync(server.restart)
@@ -105,7 +105,7 @@ async def test_a_file_of_credentials_opens_requests_events_and_streams(
                 while not (bus.connection.up and other.connection.up):
                     await anyio.sleep(0.01)
                 await other.settled()
-                Emitter(bus, "primary").emit(CacheSet(key="after"))
+                Emitter(bus, "primary").publish(CacheSet(key="after"))
                 assert (await anext(heard)).key == "after"  # type: ignore[attr-defined]
     secret = Path(mine).read_text().splitlines()[-2]
     assert secret.startswith("SU")
@@ -207,9 +207,9 @@ async def test_the_sample_of_permissions_separates_callers_from_tellers(monkeypa
                 await teller.request(PLACE, Get("k"), 0.2)
             with worker.subscribe(CacheSet) as heard:
                 await worker.settled()
-                Emitter(caller, "primary").emit(CacheSet(key="forged"))
+                Emitter(caller, "primary").publish(CacheSet(key="forged"))
                 await caller.connection.flush()
-                Emitter(teller, "primary").emit(CacheSet(key="told"))
+                Emitter(teller, "primary").publish(CacheSet(key="told"))
                 event = await anext(heard)
                 assert isinstance(event, CacheSet)
                 assert event.key == "told"

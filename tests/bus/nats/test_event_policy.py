@@ -44,7 +44,7 @@ async def test_a_key_leaves_as_the_settings_say(
     await stranger.flush()
     try:
         async with open_cache("memory://", bus=nats_server.url, namespace=namespace, events=given) as cache:
-            with cache.events(CacheSet) as shown, cache.link.bus.subscribe(CacheSet, real_keys=True) as real:
+            with cache.events(CacheSet) as shown, cache.client.bus.subscribe(CacheSet, real_keys=True) as real:
                 await cache.set(KEY, 1)
                 assert getattr(await anext(shown), "key", None) == expected
                 assert getattr(await anext(real), "key", None) == KEY
@@ -62,10 +62,10 @@ async def test_what_others_have_redacted_is_not_redacted_again(
         with here.subscribe(CacheSet) as heard, there.subscribe(CacheSet) as heard_there:
             await here.settled()
             await there.settled()
-            Emitter(here).emit(CacheSet(key=KEY))
+            Emitter(here).publish(CacheSet(key=KEY))
             assert getattr(await anext(heard_there), "key", "") == digest(KEY)
             assert getattr(await anext(heard), "key", "") == digest(KEY)
-            Emitter(there).emit(CacheSet(key=digest(KEY)))
+            Emitter(there).publish(CacheSet(key=digest(KEY)))
             assert getattr(await anext(heard), "key", "") == digest(KEY)
 
 
@@ -115,7 +115,7 @@ def test_what_a_sample_leaves_out_is_not_numbered() -> None:
     emitter = Emitter(bus)
     with bus.subscribe(CacheHit) as heard:
         for key in "abcd":
-            emitter.tell(CacheHit, key)
+            emitter.emit(CacheHit, key)
         told: list[Any] = [heard.next(0) for _ in range(len(heard))]
     assert [(each.key, each.seq) for each in told] == [("a", 1), ("d", 2)]
 
@@ -124,8 +124,8 @@ async def test_a_local_listener_hears_its_own_process_only(connect: Connect, nat
     there = await connect()
     async with open_cache("memory://", bus=nats_server.url, namespace=there.namespace) as cache:
         with cache.events(CacheSet, local=True) as own, cache.events(CacheSet) as every:
-            await cache.link.bus.settled()  # type: ignore[attr-defined]
-            Emitter(there).emit(CacheSet(key="there"))
+            await cache.client.bus.settled()  # type: ignore[attr-defined]
+            Emitter(there).publish(CacheSet(key="there"))
             assert getattr(await anext(every), "key", "") == "there"
             await cache.set("here", 1)
             assert getattr(await anext(own), "key", "") == "here"
@@ -136,10 +136,10 @@ async def test_what_only_local_listeners_want_is_not_fetched(connect: Connect) -
     here, there = await connect(), await connect()
     with here.subscribe(CacheSet, local=True), here.subscribe(EventsMissed):
         await here.settled()
-        Emitter(there).emit(CacheSet(key="k"))
-        assert here.audience.listened_to == {EventsMissed}
+        Emitter(there).publish(CacheSet(key="k"))
+        assert here.subscriptions.listened_to == {EventsMissed}
         with there.subscribe(CacheSet) as heard:
             await there.settled()
-            Emitter(here).emit(CacheSet(key="k"))
+            Emitter(here).publish(CacheSet(key="k"))
             await anext(heard)  # By now what was told before would have come here too.
     assert here.counters.events_received == 0

@@ -31,8 +31,8 @@ async def test_a_listener_hears_events_of_its_own_process_and_of_others_once(con
         await here.settled()
         await there.settled()
         for number in range(100):
-            Emitter(here, "primary").emit(CacheSet(key=f"here {number}"))
-            Emitter(there, "primary").emit(CacheSet(key=f"there {number}"))
+            Emitter(here, "primary").publish(CacheSet(key=f"here {number}"))
+            Emitter(there, "primary").publish(CacheSet(key=f"there {number}"))
         for each in (heard, heard_there):
             keys = [getattr(await anext(each), "key", "") for _ in range(200)]
             assert sorted(keys) == sorted(f"{place} {number}" for place in ("here", "there") for number in range(100))
@@ -47,8 +47,8 @@ async def test_what_goes_out_is_what_the_options_name(connect: Connect, nats_ser
     await stranger.flush()
     try:
         bus = await connect(events=("cache_hit",))
-        Emitter(bus, "primary").emit(CacheSet(key="k"))
-        Emitter(bus, "primary").emit(CacheHit(key="naïve ☕"))
+        Emitter(bus, "primary").publish(CacheSet(key="k"))
+        Emitter(bus, "primary").publish(CacheHit(key="naïve ☕"))
         msg = await heard.next_msg(timeout=T)
         assert msg.subject == f"cachebus.v1.{namespace}.evt.cache_hit.primary"
         assert msg.headers == {"Content-Type": "application/json"}
@@ -58,7 +58,7 @@ async def test_what_goes_out_is_what_the_options_name(connect: Connect, nats_ser
         assert event["origin"].startswith(f"{os.getpid()}-")
         assert event["id"]
         packed = await connect(events=("cache_set",), events_as_json=False)
-        Emitter(packed, "primary").emit(CacheSet(key="k"))
+        Emitter(packed, "primary").publish(CacheSet(key="k"))
         msg = await heard.next_msg(timeout=T)
         assert msg.headers == {"Content-Type": MSGPACK}
         assert getattr(decode(msg.data, MSGPACK), "key", "") == "k"
@@ -68,8 +68,8 @@ async def test_what_goes_out_is_what_the_options_name(connect: Connect, nats_ser
 
 async def test_an_event_that_nobody_wants_is_not_built(connect: Connect) -> None:
     silent = await connect(events=())
-    assert not silent.audience.kinds
-    assert CacheHit not in (await connect()).audience.kinds
+    assert not silent.subscriptions.kinds
+    assert CacheHit not in (await connect()).subscriptions.kinds
 
 
 async def test_a_gap_in_the_numbers_of_an_origin_is_told(connect: Connect, nats_server: Server, namespace: str) -> None:
@@ -125,7 +125,7 @@ async def test_events_wait_for_a_lost_connection_within_the_bound_of_the_outbox(
                     await asyncio.sleep(0.01)
             emitter = Emitter(bus, "primary")
             for number in range(25):
-                emitter.emit(CacheSet(key=str(number)))
+                emitter.publish(CacheSet(key=str(number)))
             assert bus.counters.events_dropped == 15
             await anyio.to_thread.run_sync(own_server.start)
             with anyio.fail_after(T):
@@ -144,7 +144,7 @@ async def test_what_waits_when_a_bus_is_closed_goes_out_first(
         async with NatsBus(namespace, options(nats_server)) as bus:
             emitter = Emitter(bus, "primary")
             for number in range(5000):
-                emitter.emit(CacheSet(key=str(number)))
+                emitter.publish(CacheSet(key=str(number)))
         events: list[Event] = [await anext(heard) for _ in range(5000)]
     assert [getattr(each, "key", "") for each in events] == [str(number) for number in range(5000)]
 
@@ -157,7 +157,7 @@ async def test_events_from_a_thread_go_out(connect: Connect) -> None:
 
         def emit() -> None:
             for number in range(100):
-                emitter.emit(CacheSet(key=str(number)))
+                emitter.publish(CacheSet(key=str(number)))
 
         await anyio.to_thread.run_sync(emit)
         assert [getattr(await anext(heard), "key", "") for _ in range(100)] == [str(number) for number in range(100)]
@@ -183,7 +183,7 @@ async def test_a_head_without_an_end_of_line_is_one_bad_event(
             pass
         writer.close()
         for number in range(3):
-            Emitter(there, "primary").emit(CacheSet(key=f"k{number}"))
+            Emitter(there, "primary").publish(CacheSet(key=f"k{number}"))
         async with asyncio.timeout(T):
             assert [getattr(await anext(heard), "key", "") for _ in range(3)] == ["k0", "k1", "k2"]
     assert here.counters.bad_messages == 1
@@ -192,7 +192,7 @@ async def test_a_head_without_an_end_of_line_is_one_bad_event(
 async def test_large_events_leave_in_several_writes(connect: Connect) -> None:
     bus = await connect(outbox=200)
     for number in range(120):
-        Emitter(bus, "primary").emit(CacheSet(key=f"{number:03}" + "x" * 700_000))
+        Emitter(bus, "primary").publish(CacheSet(key=f"{number:03}" + "x" * 700_000))
     async with asyncio.timeout(T):
         while bus.counters.events_sent + bus.counters.events_dropped < 120:
             await asyncio.sleep(0.01)

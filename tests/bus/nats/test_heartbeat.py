@@ -32,10 +32,10 @@ async def test_the_loss_of_the_last_events_is_told(connect: Connect) -> None:
     here = await connect(pending_messages=10)
     with here.subscribe(CacheSet, EventsMissed) as heard:
         await here.settled()
-        Emitter(there).emit(CacheSet(key="first"))
+        Emitter(there).publish(CacheSet(key="first"))
         assert getattr(await anext(heard), "key", "") == "first"
         for number in range(60):
-            Emitter(there).emit(CacheSet(key=str(number)))
+            Emitter(there).publish(CacheSet(key=str(number)))
         arrived = missed = 0
         with anyio.fail_after(T):
             while arrived + missed < 60:  # What is lost in two parts, with a heartbeat between them, is told in two.
@@ -55,7 +55,7 @@ async def test_without_heartbeats_it_is_not(connect: Connect) -> None:
     here = await connect()
     with here.subscribe(CacheSet, Heartbeat) as heard:
         await here.settled()
-        Emitter(there).emit(CacheSet(key="k"))
+        Emitter(there).publish(CacheSet(key="k"))
         assert isinstance(await anext(heard), CacheSet)
         there._beat()
         await there.connection.flush()
@@ -73,9 +73,9 @@ async def test_who_has_told_something_beats_at_its_interval_until_it_is_closed(
             await here.settled()
             there._beat()
             assert there.counters.heartbeats_sent == 0
-            Emitter(there, "primary").emit(CacheSet(key="k"))
-            Emitter(there, "primary").emit(CacheSet(key="l"))
-            Emitter(there).emit(CacheDeleted(key="k"))
+            Emitter(there, "primary").publish(CacheSet(key="k"))
+            Emitter(there, "primary").publish(CacheSet(key="l"))
+            Emitter(there).publish(CacheDeleted(key="k"))
             beats: list[Any] = [await anext(heard) for _ in range(3)]
             await there.aclose()
             last: Any = None
@@ -96,14 +96,14 @@ async def test_what_a_full_outbox_drops_is_missed(own_server: Server, namespace:
     ):
         with here.subscribe(CacheSet, EventsMissed) as heard:
             await here.settled()
-            Emitter(there).emit(CacheSet(key="k"))
+            Emitter(there).publish(CacheSet(key="k"))
             await anext(heard)
             await anyio.to_thread.run_sync(own_server.kill)
             with anyio.fail_after(T):
                 while there.connection.up or here.connection.up:
                     await asyncio.sleep(0.01)
             for number in range(25):
-                Emitter(there).emit(CacheSet(key=str(number)))
+                Emitter(there).publish(CacheSet(key=str(number)))
             await anyio.to_thread.run_sync(own_server.start)
             missed = arrived = 0
             with anyio.fail_after(T):

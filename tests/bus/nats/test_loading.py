@@ -127,10 +127,10 @@ async def test_a_load_that_takes_longer_than_a_call_may_is_waited_for(nats_serve
             tasks.start_soon(wait_for, other, values, never)
             parked = GetOrLease("k", "somebody", "token", 9.0, wait=9.0)
             with pytest.raises(CacheTimeoutError):  # The load takes longer than two calls may.
-                await one.link.bus.request(BACKEND, parked, 2 * timeout)
+                await one.client.bus.request(BACKEND, parked, 2 * timeout)
             slow.go_on.set()
         assert values == [VALUE] * 2
-        assert (await one.link.request(TakeSnapshot())).sets == 1
+        assert (await one.client.request(TakeSnapshot())).sets == 1
 
 
 async def test_a_worker_whose_store_cannot_lease_says_so(nats_server: Server, namespace: str) -> None:

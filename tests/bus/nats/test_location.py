@@ -280,7 +280,7 @@ async def test_own_backends_share_events_and_nothing_else(nats_server: Server, n
         open_cache("memory://", bus=url, namespace=namespace) as there,
     ):
         with there.events(CacheSet) as events:
-            await there.link.bus.settled()  # type: ignore[attr-defined]
+            await there.client.bus.settled()  # type: ignore[attr-defined]
             await here.set("k", 1)
             event = await anext(events)
         assert isinstance(event, CacheSet)

@@ -51,7 +51,7 @@ async def test_events_of_a_worker_carry_the_trace_of_the_request(
     backend = "memory://" if kind == "memory" else redis_server.url
     async with worker_and_caller(nats_server, namespace, backend) as cache:
         with cache.events(CacheSet) as heard:
-            await cache.link.bus.settled()  # type: ignore[attr-defined]
+            await cache.client.bus.settled()  # type: ignore[attr-defined]
 
             async def put(key: str, trace: str | None) -> None:
                 with span(0, 0), use_trace(trace):  # An invalid span is none.
@@ -92,7 +92,7 @@ async def test_a_stranger_says_its_trace_in_the_header_and_no_nonsense_gets_thro
     try:
         async with worker_and_caller(nats_server, namespace, "memory://") as cache:
             with cache.events(CacheSet) as heard:
-                await cache.link.bus.settled()  # type: ignore[attr-defined]
+                await cache.client.bus.settled()  # type: ignore[attr-defined]
                 for given, expected in ((FIRST, FIRST), ("ff" + FIRST[2:], None), ("junk", None), ("", None)):
                     headers = {"Content-Type": JSON, "traceparent": given}
                     await client.request(subject, encode(Set("k", 1), JSON), timeout=T, headers=headers)

@@ -6,7 +6,7 @@ from typing import Any
 
 from cachebus.actors import LockManager
 from cachebus.adapters.memory.locks import LockTable
-from cachebus.bus import Deferred
+from cachebus.bus import DeferredReply
 from cachebus.messages import CacheError, Event, Failed, Message, Sweep
 from cachebus.testing.fakes import ManualTimer, RecordingContext
 
@@ -64,7 +64,7 @@ class Managed:
             reply = self._serve[type(request)](request)
         except CacheError as error:
             reply = Failed.of(error)
-        if isinstance(reply, Deferred):
+        if isinstance(reply, DeferredReply):
             reply.attach(caller)
         else:
             caller.answer(reply)

@@ -139,7 +139,7 @@ async def test_the_error_of_the_body_comes_out_and_the_lock_is_free(cache: Cache
 
     async def body() -> None:
         async with cache.lock("a") as lock:
-            await cache.link.locks.ask(steal(lock))
+            await cache.client.locks.ask(steal(lock))
             raise KeyError("mine")
 
     with pytest.raises(KeyError) as failed:
@@ -174,7 +174,7 @@ async def test_a_body_may_give_it_back_itself(cache: Cache) -> None:
 async def test_leaving_a_lock_that_was_lost_raises(cache: Cache) -> None:
     async def body() -> None:
         async with cache.lock("a") as lock:
-            await cache.link.locks.ask(steal(lock))
+            await cache.client.locks.ask(steal(lock))
             with pytest.raises(LockNotHeld):
                 await lock.extend()
             assert lock.lost
@@ -210,7 +210,7 @@ async def test_a_lock_that_its_store_lost_is_seen_to_be_lost_at_the_next_renewal
     clock = ManualClock()
     async with open_cache("memory://", clock=clock) as cache:
         lock = await cache.lock("a", ttl=300).acquire()
-        await cache.link.locks.ask(steal(lock))
+        await cache.client.locks.ask(steal(lock))
         assert not lock.lost
         clock.advance(101)
         with anyio.fail_after(30):
@@ -222,7 +222,7 @@ async def test_a_lock_that_its_store_lost_is_seen_to_be_lost_at_the_next_renewal
 
 async def test_a_renewal_that_fails_is_tried_again_before_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_cache("memory://") as cache:
-        way, failures = cache.link.locks, 2
+        way, failures = cache.client.locks, 2
         ask = way.ask
 
         async def failing(request: Any, patience: float = 0.0) -> Any:
@@ -279,7 +279,7 @@ async def test_a_renewal_under_way_grants_no_longer_time_that_is_asked_for_meanw
 async def test_a_grant_that_comes_late_is_renewed_before_it_is_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = ManualClock()
     async with open_cache("memory://", clock=clock) as cache:
-        way, asked = cache.link.locks, list[type[Any]]()
+        way, asked = cache.client.locks, list[type[Any]]()
         ask = way.ask
 
         async def slow(request: Any, patience: float = 0.0) -> Any:
@@ -330,7 +330,7 @@ async def test_a_store_without_locks_says_so() -> None:
         with pytest.raises(CapabilityError, match="locks='redis://host'"):
             await cache.lock("a").acquire()
     async with open_cache("null://", locks="memory://") as cache, cache.lock("a"):
-        assert cache.link.locks.address == "locks"
+        assert cache.client.locks.address == "locks"
 
 
 async def test_200_contenders_in_one_process_have_it_one_by_one(cache: Cache) -> None:

@@ -110,7 +110,7 @@ async def test_locks_that_are_somewhere_else_are_at_an_address_of_their_own(nats
         open_cache("memory://", bus=nats.url, namespace="elsewhere", locks="bus:locks") as one,
         open_cache("bus:primary", bus=nats.url, namespace="elsewhere") as two,
     ):
-        assert one.link.locks.address == Address("locks")
+        assert one.client.locks.address == Address("locks")
         async with one.lock("a"):
             with pytest.raises(LockNotAcquired):
                 await one.lock("a", wait=0).acquire()

@@ -287,7 +287,7 @@ async def test_a_cancelled_waiter_leaves_the_queue(server: Server, cache: Cache)
 
 
 async def test_what_was_given_up_before_it_came_is_refused(cache: Cache) -> None:
-    way = cache.link.locks
+    way = cache.client.locks
     await way.ask(ReleaseLock("a", "late", abandon=True))
     assert isinstance(await way.ask(AcquireLock("a", "me", "late", 30.0, 5.0)), LockDenied)
     assert not await cache.lock("a").is_locked()

@@ -67,7 +67,7 @@ class Heard:
 def store_at(url: str) -> tuple[Any, Heard]:
     store: Any = build_lock_store(backend_from_url(url), namespace="stores", clock=SYSTEM_CLOCK)
     heard = Heard()
-    store.told = heard
+    store.listener = heard
     return store, heard
 
 

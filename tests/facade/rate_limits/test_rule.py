@@ -13,7 +13,7 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachebus.adapters.common.rate_limit import CLOCK_BACK, Meter, MeterTable, admit, microseconds, per_of
+from cachebus.adapters.common.rate_limit import CLOCK_BACK, GcraState, MeterTable, admit, microseconds, per_of
 from cachebus.adapters.redis.rate_limits import ADMIT
 from cachebus.messages import Admit, Admitted, RateLimitDenied
 from cachebus.testing.servers import Server, run_redis
@@ -43,7 +43,7 @@ class Limit:
 
 
 def of_python() -> Ask:
-    meter: Meter | None = None
+    meter: GcraState | None = None
 
     def ask(request: Admit, now: int) -> Admitted | RateLimitDenied:
         nonlocal meter
@@ -103,7 +103,7 @@ def test_the_rule_is_the_textbooks_and_no_window_has_more(
 def test_who_comes_back_when_told_is_admitted_and_a_moment_earlier_is_not(
     rate: tuple[int, int], burst: int, calls: list[tuple[int, int, int]]
 ) -> None:
-    meter: Meter | None = None
+    meter: GcraState | None = None
     now = SECOND
     for pause, cost, wait in calls:
         now += pause

@@ -63,7 +63,7 @@ class Ring:
         self.size = 0
 
     def append(self, entry: Entry) -> None:
-        """Link `entry` in as the youngest."""
+        """BackendClient `entry` in as the youngest."""
         root = self._root
         last = root.prev
         entry.prev = last

@@ -16,7 +16,7 @@ _STEP = 1 / 16
 _NUDGE = 1 / 1024
 
 
-class Gate:
+class AdmissionFilter:
     """A share of the candidates that may pass, raised by duels won and lowered by duels lost.
 
     It counts instead of drawing lots, so that the same requests always have the same outcome.
@@ -47,7 +47,7 @@ class Gate:
             self.share = max(self.floor, self.share * (1.0 - _STEP))
 
 
-class Duels:
+class AdmissionFeedback:
     """Which of two was the better one to keep: the challenger that came in, or the defender that went for it?
 
     The one that is asked for first wins. The defender's return is a miss, which the policy sees. The challenger's hit
@@ -59,7 +59,7 @@ class Duels:
     def __init__(self) -> None:
         # By the defender's key: the challenger and its gate; the gate alone if the challenger was given up without a hit;
         # `None` if the duel is over. In a plain dict, finding the oldest key is O(n) in the keys deleted before it.
-        self._defenders: OrderedDict[str, tuple[Entry, Gate] | Gate | None] = OrderedDict()
+        self._defenders: OrderedDict[str, tuple[Entry, AdmissionFilter] | AdmissionFilter | None] = OrderedDict()
         self._trials: dict[str, str] = {}
 
     def clear(self) -> None:
@@ -67,7 +67,7 @@ class Duels:
         self._defenders.clear()
         self._trials.clear()
 
-    def begin(self, challenger: Entry, defender: Entry, gate: Gate, bound: int) -> None:
+    def begin(self, challenger: Entry, defender: Entry, gate: AdmissionFilter, bound: int) -> None:
         """Remember that `defender` went for `challenger`, and at most `bound` such pairs."""
         defenders = self._defenders
         defenders[defender.key] = (challenger, gate)
@@ -102,7 +102,7 @@ class Duels:
             duel.judge(False)
         return True
 
-    def end(self, challenger: Entry) -> Gate:
+    def end(self, challenger: Entry) -> AdmissionFilter:
         """Take the challenger off trial; its defender stays remembered, with nothing to learn. Returns the gate."""
         defender = self._trials.pop(challenger.key)
         duel = self._defenders[defender]
@@ -120,10 +120,10 @@ class S3FifoPolicy:
     Three things are our own. docs/decisions/0003-default-eviction-policy.md says what each is worth:
 
     * The main queue is filled first, so that a loop larger than the cache finds a set that stays.
-    * A returned key passes a `Gate` on its way to the main queue. The gate closes in a loop that is a little too large,
+    * A returned key passes a `AdmissionFilter` on its way to the main queue. The gate closes in a loop that is a little too large,
       where each key would take the place of one that is due sooner. It stays open if popularity moves.
     * Now and then an unproven key takes the place of a main entry without a hit, if another gate lets it: otherwise
-      nothing would push a dead main queue out. The gates learn from `Duels`.
+      nothing would push a dead main queue out. The gates learn from `AdmissionFeedback`.
 
     `evict` is amortised O(1): it passes an entry only by taking a visit from it, or by moving it once from small to main.
     The ghosts together hold at most twice as many keys as there are entries, and none before the first eviction.
@@ -136,9 +136,9 @@ class S3FifoPolicy:
         self._small: OrderedDict[str, Entry] = OrderedDict()
         self._main = Ring()
         self._ghost: OrderedDict[str, None] = OrderedDict()
-        self._return = Gate(1 / 16, 1.0)
-        self._chance = Gate(1 / 64, 1 / 8)
-        self._duels = Duels()
+        self._return = AdmissionFilter(1 / 16, 1.0)
+        self._chance = AdmissionFilter(1 / 64, 1 / 8)
+        self._duels = AdmissionFeedback()
         self._newest: Entry | None = None
         """The last returned key let in, whose defender has not been chosen yet."""
         self._capacity = capacity

@@ -12,7 +12,7 @@ import hiredis
 
 from cachebus.messages import CacheError
 
-from ..commands import LATE_IS_WRONG, SLOTS, Command, Trip, slot_of
+from ..commands import LATE_IS_WRONG, SLOTS, Command, RoutedCommand, slot_of
 from ..connect import Connector, Endpoint, RedisPool
 from ..connection import Change
 from ..errors import code_of, moving, overtaken
@@ -25,7 +25,7 @@ MOST_HOPS = 8
 REMEMBERED = 64  # How many of what went out in a slot are remembered, while it has something under way.
 
 
-class SlotTraffic:
+class SlotQueues:
     """What is under way in each slot, so that nothing overtakes what is sent once more.
 
     A slot is *held* from a redirection until all that was under way in it has its answer: what is sent then goes to the
@@ -41,7 +41,7 @@ class SlotTraffic:
         self.change = self._change.wait
 
     def __repr__(self) -> str:
-        return f"<SlotTraffic in {len(self._under_way)} slots, {len(self._held)} held>"
+        return f"<SlotQueues in {len(self._under_way)} slots, {len(self._held)} held>"
 
     @property
     def idle(self) -> bool:
@@ -98,7 +98,7 @@ class Router:
     def __init__(self, connector: Connector, seeds: Sequence[Endpoint]) -> None:
         self.topology = Topology(connector, seeds, self._node, self._changed_hands)
         self._connector = connector
-        self._traffic = SlotTraffic()
+        self._traffic = SlotQueues()
         # Slots that are being moved, of which each command takes one key only: one about keys at two servers is refused.
         self._moving: set[int] = set()
 
@@ -135,17 +135,17 @@ class Router:
                 with contextlib.suppress(CacheError):
                     await self.topology.learn()  # Perhaps another has its slots by now.
 
-    def has_room(self, trips: Sequence[Trip]) -> bool:
+    def has_room(self, trips: Sequence[RoutedCommand]) -> bool:
         """Whether commands may go out now."""
         if self._traffic.is_held(trip.slot for trip in trips):
             return False
         nodes = (self.topology.node_of(trip.slot) for trip in trips)
         return all(node is not None and node.has_room for node in nodes)
 
-    def send(self, trips: Sequence[Trip], unreachable: Mapping[Endpoint, CacheError] | None = None) -> None:
+    def send(self, trips: Sequence[RoutedCommand], unreachable: Mapping[Endpoint, CacheError] | None = None) -> None:
         """Send commands; those to servers that are `unreachable` fail. Never waits."""
-        parts: dict[ClusterNode, list[Trip]] = {}
-        hopeless: list[tuple[Trip, CacheError]] = []
+        parts: dict[ClusterNode, list[RoutedCommand]] = {}
+        hopeless: list[tuple[RoutedCommand, CacheError]] = []
         for trip in trips:
             self._traffic.begin(trip.slot, trip, changes=bool(trip.command.changes))
             try:
@@ -170,7 +170,7 @@ class Router:
 
     # Coming back
 
-    def _arrived(self, node: ClusterNode, trip: Trip, reply: Any, now: float) -> None:
+    def _arrived(self, node: ClusterNode, trip: RoutedCommand, reply: Any, now: float) -> None:
         if type(reply) is hiredis.ReplyError and self._sent_again(node, trip, reply):
             return
         following = trip.command.take(reply, now)
@@ -179,7 +179,7 @@ class Router:
         else:
             self._end(trip)
 
-    def _undelivered(self, trips: Sequence[Trip], error: CacheError, sent: bool) -> None:
+    def _undelivered(self, trips: Sequence[RoutedCommand], error: CacheError, sent: bool) -> None:
         for trip in trips:
             if sent:
                 trip.command.give_up(error)
@@ -188,7 +188,7 @@ class Router:
                 self._fail(trip, error)
         self.topology.learn_soon()
 
-    def _sent_again(self, node: ClusterNode, trip: Trip, reply: hiredis.ReplyError) -> bool:
+    def _sent_again(self, node: ClusterNode, trip: RoutedCommand, reply: hiredis.ReplyError) -> bool:
         """Whether a command that was refused has gone out once more, or was failed."""
         code = code_of(reply)
         command = trip.command
@@ -226,7 +226,7 @@ class Router:
             return False
         return True
 
-    def _take_apart(self, trip: Trip, commands: Sequence[Command]) -> None:
+    def _take_apart(self, trip: RoutedCommand, commands: Sequence[Command]) -> None:
         """Send a command about several keys, of which only some have moved, once more as one for each key. They go to the
         slot's owner, which says of each where it is. This keeps the order only if nothing was sent after the command."""
         self._moving.add(trip.slot)
@@ -240,7 +240,7 @@ class Router:
         self._traffic.hold(trip.slot)
         self._end(trip)
 
-    def _send_on(self, trip: Trip, commands: Sequence[Command]) -> None:
+    def _send_on(self, trip: RoutedCommand, commands: Sequence[Command]) -> None:
         """Send what the answer of a trip still needs, with the last of which the trip ends. What writes after all must not
         come after what was sent behind it about its key."""
         first = trip.first
@@ -255,7 +255,7 @@ class Router:
             else:
                 self.send([each])
 
-    def _is_overtaken(self, trip: Trip) -> bool:
+    def _is_overtaken(self, trip: RoutedCommand) -> bool:
         later: Any = self._traffic.later(trip.slot, trip)
         return later is None or any(trip.command.key in each.command.words for each in later if each.first is not trip)
 
@@ -265,11 +265,11 @@ class Router:
             self._moving.discard(slot)
             self._traffic.hold(slot)
 
-    def _fail(self, trip: Trip, error: CacheError) -> None:
+    def _fail(self, trip: RoutedCommand, error: CacheError) -> None:
         trip.command.fail(error)
         self._end(trip)
 
-    def _end(self, trip: Trip) -> None:
+    def _end(self, trip: RoutedCommand) -> None:
         self._traffic.end(trip.slot)
         trip.batch.one_done()
         if (before := trip.follows) is not None:

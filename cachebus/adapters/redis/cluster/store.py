@@ -31,7 +31,7 @@ from cachebus.messages import (
     SetMany,
 )
 
-from ..commands import Command, ScriptCall, UnderWay
+from ..commands import Command, Countdown, ScriptCall
 from ..connect import Connector, Endpoint
 from ..connection import Argument, RedisConnection
 from ..entry import CAPABILITIES, NO_STAMP, TagSpace, milliseconds, new_epoch, pack_tags
@@ -152,7 +152,7 @@ class RedisClusterStore:
         router.send(under_way.trips)
         return under_way
 
-    async def _send(self, router: Router, under_way: UnderWay) -> None:
+    async def _send(self, router: Router, under_way: Countdown) -> None:
         unreachable = await router.room({trip.slot for trip in under_way.trips})
         # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
         router.send(under_way.trips, unreachable)
@@ -162,7 +162,7 @@ class RedisClusterStore:
         stamps = Stamps(batch, self._space, self._default_ttl)
         read = asyncio.Event()
         if stamps.commands:
-            await self._send(router, UnderWay(stamps.commands, read.set))
+            await self._send(router, Countdown(stamps.commands, read.set))
             await read.wait()
         return stamps.by_place
 
@@ -172,11 +172,11 @@ class RedisClusterStore:
         batch: Sequence[Request[Any]],
         on_replies: OnReplies,
         stamps: Mapping[int, bytes | CacheError] | None = None,
-    ) -> UnderWay:
+    ) -> Countdown:
         look = _looks_for_tags(batch, self._space)
         group = partial(router.group, {})
         plan = Plan(batch, self._prefix, self._default_ttl, self._space, group, stamps=stamps, call=self._call)
-        under_way = UnderWay(plan.commands, lambda: on_replies(plan.done()))
+        under_way = Countdown(plan.commands, lambda: on_replies(plan.done()))
         if look is not None:
             under_way.add(look)
         elif not plan.commands:

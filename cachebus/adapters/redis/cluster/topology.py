@@ -12,9 +12,9 @@ import hiredis
 
 from cachebus.messages import CacheConfigurationError, CacheConnectionError, CacheError
 
-from ..commands import Trip
+from ..commands import RoutedCommand
 from ..connect import Connector, Endpoint, RedisPool
-from ..connection import Asked, RedisConnection, pack
+from ..connection import PendingReplies, RedisConnection, pack
 from ..errors import BACKEND, closed, translate, unreachable
 
 ASKED_AT_ONCE = 4  # How many servers are asked for the map at a time; the first one that answers is believed.
@@ -76,10 +76,10 @@ def read_redirection(reply: str, asked: Endpoint) -> tuple[int, Endpoint]:
     return int(slot), Endpoint(asked.host if host in ("", "?") else host, int(port))
 
 
-Arrived = Callable[["ClusterNode", Trip, Any, float], None]
+Arrived = Callable[["ClusterNode", RoutedCommand, Any, float], None]
 """Takes the reply to a command, by which server, and that server's Unix time in seconds."""
 
-Undelivered = Callable[[Sequence[Trip], CacheError, bool], None]
+Undelivered = Callable[[Sequence[RoutedCommand], CacheError, bool], None]
 """Takes commands that got no reply and why; the last argument says whether they were sent."""
 
 
@@ -92,7 +92,7 @@ class ClusterNode:
         self.pool = pool
         self._arrived = arrived
         self._failed = failed
-        self._queue: deque[Sequence[Trip]] = deque()
+        self._queue: deque[Sequence[RoutedCommand]] = deque()
         self._pump: asyncio.Task[None] | None = None
         self._trial: asyncio.Task[None] | None = None
 
@@ -134,7 +134,7 @@ class ClusterNode:
                 continue
             await self.pool.ready()
 
-    def send(self, trips: Sequence[Trip]) -> None:
+    def send(self, trips: Sequence[RoutedCommand]) -> None:
         """Send commands after those that wait already. Never waits itself."""
         connection = self.pool.up()
         if connection is not None and self.has_room:
@@ -180,7 +180,7 @@ class ClusterNode:
             if self._pump is asyncio.current_task():
                 self._pump = None
 
-    def _write(self, connection: RedisConnection, trips: Sequence[Trip]) -> None:
+    def _write(self, connection: RedisConnection, trips: Sequence[RoutedCommand]) -> None:
         wanted = len(trips) + sum(trip.asking for trip in trips)
         data = b"".join([_ASKING + trip.packed if trip.asking else trip.packed for trip in trips])
 
@@ -198,7 +198,7 @@ class ClusterNode:
 
         for trip in trips:
             trip.connection = connection
-        connection.send(data, Asked(wanted, answered))
+        connection.send(data, PendingReplies(wanted, answered))
 
 
 class Topology:
