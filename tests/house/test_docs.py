@@ -1,0 +1,65 @@
+"""What the pages of `docs/` show is run, and what they link to is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .paths import ROOT
+from .readme import SHELLS, Block, command_faults, commands, read_blocks
+from .test_readme import promises, run_block
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+RUN = ("guide.md", "rate-limits.md")
+"""Pages whose Python blocks run as they stand. Those of the others are excerpts so far."""
+
+
+def blocks(*languages: str) -> Iterator[tuple[str, Block]]:
+    for page in PAGES:
+        for block in read_blocks(page.read_text(encoding="utf-8")):
+            if block.language in languages:
+                yield page.name, block
+
+
+def link_faults(page: Path) -> list[str]:
+    """Names the relative links of a page that lead nowhere, headings included."""
+    faults: list[str] = []
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        if not file.exists():
+            faults.append(f"{page.name}: no {target}")
+        elif anchor and anchor not in anchors(file):
+            faults.append(f"{page.name}: no heading {target}")
+    return faults
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    ("page", "block"), [each for each in blocks("python") if each[0] in RUN], ids=lambda each: str(each)
+)
+def test_each_python_block_runs(page: str, block: Block, tmp_path: Path) -> None:
+    run_block(block, tmp_path)
+
+
+@pytest.mark.parametrize(("page", "block"), list(blocks(*SHELLS)), ids=lambda each: str(each))
+def test_each_command_names_what_is_there(page: str, block: Block) -> None:
+    assert [fault for command in commands(block) for fault in command_faults(command, promises())] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *PAGES], ids=lambda page: page.name)
+def test_each_link_leads_somewhere(page: Path) -> None:
+    assert link_faults(page) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A heading, here\n[a](#a-heading-here) [b](#other) [c](missing.md) [d](https://x.example/#y)\n")
+    assert link_faults(page) == ["page.md: no heading #other", "page.md: no missing.md"]
