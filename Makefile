@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster test fuzz check bench path soak faults format venv servers clean
+.PHONY: help demo demo-cluster test fuzz check bench path soak faults docs format venv servers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ faults: $(STAMP)-dev servers ## break what is between a cache and its Redis, and
 soak: $(STAMP)-dev ## a million simulated worlds: ARGS='2000001 --seeds 50000' chooses which
 	@$(BIN)/python -m tests.loading.simulation $(or $(ARGS),1 --seeds 1000000)
 
+docs: $(STAMP)-dev ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
+
 format: $(STAMP)-dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
@@ -62,7 +65,7 @@ servers:
 	@sh tests/install-servers.sh
 
 clean: ## remove .venv, caches and build results
-	@rm -rf $(VENV) build dist .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) build dist site .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find cachebus tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is as new as its last successful install: a second run asks pip nothing.

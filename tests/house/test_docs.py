@@ -42,14 +42,12 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    ("page", "block"), [each for each in blocks("python") if each[0] in RUN], ids=lambda each: str(each)
-)
+@pytest.mark.parametrize(("page", "block"), [each for each in blocks("python") if each[0] in RUN], ids=str)
 def test_each_python_block_runs(page: str, block: Block, tmp_path: Path) -> None:
     run_block(block, tmp_path)
 
 
-@pytest.mark.parametrize(("page", "block"), list(blocks(*SHELLS)), ids=lambda each: str(each))
+@pytest.mark.parametrize(("page", "block"), list(blocks(*SHELLS)), ids=str)
 def test_each_command_names_what_is_there(page: str, block: Block) -> None:
     assert [fault for command in commands(block) for fault in command_faults(command, promises())] == []
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+import cachebus
+
 from .paths import ROOMS, ROOT
 
 LINES = 420
@@ -153,8 +155,11 @@ def test_the_sdist_holds_the_package_and_not_the_links(sdist: Path) -> None:
 
 
 def version() -> str:
-    declared: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    return declared
+    """The version, which stands in one place."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["hatch"]["version"]["path"] == "cachebus/__init__.py"
+    return cachebus.__version__
 
 
 @pytest.fixture(scope="session")
