@@ -18,6 +18,7 @@ from cachebus.bus import DeferredReply
 from cachebus.messages import (
     AcquireLock,
     CacheError,
+    Deleted,
     Describe,
     DescribeLock,
     Description,
@@ -316,7 +317,7 @@ class LockManager(Actor):
     def expired(self, name: str, owner: str, token: int) -> None:
         self.ctx.emit(LockExpired, name, owner, token)
 
-    def on_sweep(self, request: Sweep) -> Released:
+    def on_sweep(self, request: Sweep) -> Deleted:
         """Look at what is due."""
         now, self._sweeps_at = self.ctx.clock.monotonic(), math.inf
         if isinstance(self._client, InlineLockClient):  # A server sweeps by itself.
@@ -329,7 +330,7 @@ class LockManager(Actor):
                 queue.overdue = True
                 self._ask_for(next(iter(queue.waiters.values())))
         self._arm()
-        return Released()
+        return Deleted(0)
 
     def _waited(self, waiter: Waiter, now: float) -> None:
         """The caller has waited long enough, for now or altogether; or it has not asked again."""

@@ -7,12 +7,12 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cachebus.bus import Address, Clock, DeferredReply, Envelope, Pending, SubscriptionRegistry
-from cachebus.messages import Event, Message, Ping, Pong, Reply
+from cachebus.messages import Event, Failed, Message, Ping, Pong, Reply, Request, reply_types
 
 from ..ports import Timer, Timers
 
@@ -134,7 +134,8 @@ def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...],
         parameters = list(inspect.signature(function).parameters.values())[1:]
         if len(parameters) != 1:
             continue
-        batch, kinds = _message_kinds(cls, function, parameters[0].annotation)
+        hints = _hints(cls, function)
+        batch, kinds = _message_kinds(hints.get(parameters[0].name))
         if not kinds:
             continue
         waits = inspect.iscoroutinefunction(function)
@@ -144,30 +145,49 @@ def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...],
             if kind in taken:
                 raise TypeError(f"{cls.__name__} has two handlers of {kind.__name__}: {taken[kind]} and {name}")
             taken[kind] = name
+        _check_replies(f"{cls.__name__}.{name}", kinds, hints.get("return"))
         found.append((name, kinds, "batch" if batch else "waiting" if waits else "plain"))
     return tuple(found)
 
 
-def _message_kinds(
-    cls: type[Actor], function: Callable[..., Any], annotation: object
-) -> tuple[bool, tuple[type[Message], ...]]:
-    if isinstance(annotation, str):
-        namespace: Mapping[str, Any] = {**vars(typing), **vars(collections.abc), **function.__globals__}
-        try:
-            annotation = eval(annotation, dict(namespace))  # noqa: S307 (the source is the class's own annotation)
-        except NameError as error:
-            raise TypeError(
-                f"{cls.__name__}.{function.__name__}: the type of its parameter, {annotation}, must be importable at "
-                f"run time, because handlers are found by it ({error})"
-            ) from None
+def _hints(cls: type[Actor], function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of a handler. What modules import for type checkers only is mostly of these two."""
+    namespace = {**vars(typing), **vars(collections.abc), **function.__globals__}
+    try:
+        return typing.get_type_hints(function, globalns=namespace)
+    except NameError as error:
+        raise TypeError(
+            f"{cls.__name__}.{function.__name__}: the types of its parameter and its reply must be importable at run "
+            f"time, because handlers are found by them ({error})"
+        ) from None
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type alone."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def _message_kinds(annotation: Any) -> tuple[bool, tuple[type[Message], ...]]:
     batch = typing.get_origin(annotation) is collections.abc.Sequence
     if batch:
         (annotation,) = typing.get_args(annotation)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        members: tuple[typing.Any, ...] = typing.get_args(annotation)
-    else:
-        members = (annotation,)
+    members = _members(annotation)
     return batch, members if all(isinstance(each, type) and issubclass(each, Message) for each in members) else ()
+
+
+def _check_replies(handler: str, kinds: tuple[type[Message], ...], annotation: Any) -> None:
+    """Raise `TypeError` if a handler returns a reply that none of its requests declares."""
+    if typing.get_origin(annotation) is collections.abc.Sequence:
+        (annotation,) = typing.get_args(annotation)
+    requests = [kind for kind in kinds if issubclass(kind, Request)]
+    declared = list(dict.fromkeys(reply for kind in requests for reply in reply_types(kind)))
+    for reply in _members(annotation):
+        if not (isinstance(reply, type) and issubclass(reply, Reply)) or issubclass(reply, Failed):
+            continue
+        if not any(issubclass(reply, each) or issubclass(each, reply) for each in declared):
+            wanted = ", ".join(each.__name__ for each in declared) or "no reply"
+            raise TypeError(f"{handler} returns {reply.__name__}, but its request declares {wanted}")
 
 
 def check_batch(envelopes: Sequence[Envelope], replies: Sequence[Any]) -> None:

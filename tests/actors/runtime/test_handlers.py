@@ -80,12 +80,18 @@ class Lost(Actor):
         raise AssertionError
 
 
+class Wrong(Actor):
+    async def on_plain(self, request: Plain | Drop) -> Number | Pong:
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("actor", "message"),
     [
         (Torn, r"Torn has two handlers of Plain: on_one and on_other"),
         (Hasty, r"Hasty\.on_batch takes a batch, so it must be async def"),
-        (Lost, r"Lost\.on_plain: the type of its parameter, Unheard, must be importable at run time"),
+        (Lost, r"Lost\.on_plain: the types .* must be importable at run time, .* \(name 'Unheard' is not defined\)"),
+        (Wrong, r"Wrong\.on_plain returns Pong, but its request declares Number"),
     ],
 )
 async def test_an_actor_that_cannot_work_says_which_method_is_wrong(actor: type[Actor], message: str) -> None:
