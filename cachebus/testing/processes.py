@@ -199,9 +199,7 @@ class ServerProcess:
     def pause(self) -> None:
         """Stop the server in its tracks: its connections stay, and nothing is answered."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGSTOP)
-            # One thread hears of it first, and the others go on until then.
-            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            suspend(self._process.pid)
 
     def resume(self) -> None:
         """Let a paused server go on."""
@@ -219,6 +217,15 @@ class ServerProcess:
         if self._process is not None:
             _reaper.release(self._process.pid)
             self._process = None
+
+
+def suspend(pid: int) -> None:
+    """Stop a child process, and return when all its threads have stopped. `SIGCONT` lets it go on.
+
+    `SIGSTOP` is asynchronous: one thread receives it, and the others run until they notice.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def _tail(log: Path) -> str:

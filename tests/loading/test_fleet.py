@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cachebus.testing.processes import suspend
 from cachebus.testing.servers import Server, redis_command
 
 from ..lateness import within
@@ -99,7 +100,7 @@ def test_whoever_was_stopped_for_longer_than_its_lease_does_not_store(shared: Sh
         with fleet(shared, paused, (*key, "--name", "in time"), (*key, "--name", "new")) as (stopped, loads, reads):
             stopped.begin()
             stopped.says("loading")
-            stopped.process.send_signal(signal.SIGSTOP)
+            suspend(stopped.process.pid)
             loads.begin()
             assert loads.result()["values"] == ["value in time"]
             stopped.process.send_signal(signal.SIGCONT)

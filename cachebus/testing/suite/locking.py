@@ -109,7 +109,7 @@ class LockConformance:
                 with pytest.raises(LockNotAcquired) as refused:
                     await Lock(client, "a", wait=0).acquire()
                 assert refused.value.owner == "me"
-                assert 0 < refused.value.remaining <= 30
+                assert 0 < refused.value.remaining <= 30 + 1  # by the clock of the server
                 async with Lock(client, "b", wait=0):
                     pass
             async with Lock(client, "a", wait=0) as after:

@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
@@ -23,6 +22,7 @@ from cachebus.bus.nats.bus import NatsBus
 from cachebus.bus.nats.connection import MessageAges, age_clock
 from cachebus.bus.nats.responder import IncomingBatch
 from cachebus.messages import CacheTimeoutError, Found, Get, Increment, Incremented, Touch
+from cachebus.testing.processes import suspend
 from cachebus.testing.proxy import Proxy
 from cachebus.testing.servers import Server
 
@@ -34,20 +34,9 @@ PLACE = Address("test.place")
 T = 20.0
 
 
-def stop(pid: int) -> None:
-    """Stop a process, and return when every thread of it is stopped: SIGSTOP only asks for it."""
-    os.kill(pid, signal.SIGSTOP)
-    limit = time.monotonic() + T
-    while any(
-        task.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "T"
-        for task in Path(f"/proc/{pid}/task").iterdir()
-    ):
-        assert time.monotonic() < limit, "the process does not stop"
-
-
 async def expired(worker: Any, bus: NatsBus, *, budget: float = 0.5) -> None:
     """Ask a stopped worker for what must not happen any more when it goes on, long after the caller has given up."""
-    await anyio.to_thread.run_sync(stop, worker.process.pid)
+    await anyio.to_thread.run_sync(suspend, worker.process.pid)
     with pytest.raises(CacheTimeoutError):
         await bus.request(PLACE, Increment("k"), budget)
     # Not a wait for an event: this is how long the worker is stopped after the budget was spent.
@@ -79,7 +68,7 @@ async def test_nor_if_the_caller_says_nothing_of_the_time(
     worker = await start_worker("answering", PLACE)
     stranger = await nats.connect(nats_server.url)
     try:
-        await anyio.to_thread.run_sync(stop, worker.process.pid)
+        await anyio.to_thread.run_sync(suspend, worker.process.pid)
         subject = Subjects(namespace).request(PLACE)
         asked = asyncio.create_task(
             stranger.request(subject, encode(Increment("k")), timeout=T, headers={"Cachebus-Budget": "0.5"})

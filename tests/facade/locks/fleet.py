@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 
 import anyio.to_thread
 
+from cachebus.testing.processes import suspend
+
 from ...house.paths import ROOT
 
 
@@ -43,7 +45,7 @@ class Process:
 
     def pause(self) -> None:
         """Stop it in its tracks."""
-        self._process.send_signal(signal.SIGSTOP)
+        suspend(self._process.pid)
 
     def resume(self) -> None:
         """Let it go on."""
