@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: let every fault happen once, and write what came of it to `docs/reliability.md`."""
+"""Run every fault once and write the results to `docs/reliability.md`: `python -m tests.faults`."""
 
 from __future__ import annotations
 
@@ -18,31 +18,44 @@ PAGE = ROOT / "docs" / "reliability.md"
 
 HEAD = f"""# Reliability
 
-What a cache over Redis does when something goes wrong between it and its server. Written by `make faults` (`python -m tests.faults`), which
-starts real servers and puts a proxy before them that breaks connections; `tests/faults` holds the same list of faults to the same bounds in
-every run of the tests.
+This page shows what callers of a cache over Redis see while something is wrong between the cache
+and its server. `make faults` (`python -m tests.faults`) writes it: it starts real servers behind
+a proxy that breaks connections. `tests/faults` checks the same faults against the same bounds in
+every test run.
 
-Each fault happens under {CALLERS} concurrent callers, who read, write and count, each its own keys; it lasts until they are done. Every call has
-{DEADLINE:g} s. Values say whose they are, so that an answer that belongs to another key, and a count that is given twice, are seen. *Answered*
-are also the misses; *recovery* is the time from the end of the fault until all callers were served, with a circuit breaker that tries again after
-0.2 s. What must hold: no wrong answer, no call longer than {DEADLINE + SLACK:g} s, recovery within {RECOVERY:g} s.
+During each fault, {CALLERS} concurrent callers read, write and count, each with its own keys. The
+fault lasts until they are done. Every call has a time budget of {DEADLINE:g} s. Each value names its
+key, so the test detects a reply to another key, and a count that is returned twice.
 
-**These are the figures of one run**, on {{machine}}; they say what to expect, not what is promised. How many calls fail depends on how soon the circuit
-opens: while it is open a call costs no time, so that there are many of them.
+These bounds must hold: no wrong answer, no call longer than {DEADLINE + SLACK:g} s, recovery within {RECOVERY:g} s.
+
+* *Answered* includes misses.
+* *Recovery* is the time from the end of the fault until all callers are served. The circuit breaker
+  tries again after 0.2 s.
+
+**The figures are those of one run**, on {{machine}}. They are examples, not
+guarantees. The number of failed calls depends on how soon the circuit opens. While it is open, a
+call fails at once, so callers make many calls.
 
 | fault | calls | answered | misses | errors | wrong answers | longest call | recovery |
 | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |
 """
 
 TAIL = """
-The classes of errors: `CacheConnectionError` (not reached, lost, or not ready: another attempt may succeed), `CacheTimeoutError` (no answer in
-time), `CircuitOpen` (left alone after failures, without asking), `Overloaded` (too many wait already), `CacheBackendError` (the server refuses, and
-will again), `CacheConfigurationError` (refused for who we are), `WrongType` (what is stored is no counter).
+| error | meaning |
+| --- | --- |
+| `CacheConnectionError` | not reached, lost, or not ready; another attempt may succeed |
+| `CacheTimeoutError` | no reply in time |
+| `CircuitOpen` | rejected after repeated failures, without asking the server |
+| `Overloaded` | too many requests are waiting |
+| `CacheBackendError` | refused by the server; another attempt will not succeed |
+| `CacheConfigurationError` | the credentials were rejected |
+| `WrongType` | the stored value is not a counter |
 """
 
 
 def line(report: Report) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     errors = ", ".join(f"{kind.__name__} {count}" for kind, count in report.errors.most_common()) or "none"
     return (
         f"| {report.fault.name} | {report.calls} | {report.answered} | {report.misses} | {errors} | {len(report.wrong)} "
@@ -51,7 +64,7 @@ def line(report: Report) -> str:
 
 
 def holds(report: Report) -> bool:
-    """Whether what must hold did."""
+    """Return whether a report is within the bounds."""
     return not report.wrong and report.longest <= DEADLINE + SLACK and report.recovery <= RECOVERY
 
 

@@ -1,4 +1,4 @@
-"""What the pages of `docs/` show is run, and what they link to is there."""
+"""The code blocks of the pages in `docs/` run, and their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from .readme import SHELLS, Block, command_faults, commands, read_blocks
 from .test_readme import promises, run_block
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-RUN = ("guide.md", "loading.md", "locks.md", "rate-limits.md", "tags.md")
+RUN = (
+    "api.md",
+    "backends.md",
+    "guide.md",
+    "loading.md",
+    "locks.md",
+    "nats.md",
+    "payloads.md",
+    "rate-limits.md",
+    "tags.md",
+    "workers.md",
+)
 """Pages whose Python blocks run unchanged. The blocks of the other pages are excerpts."""
 
 
@@ -25,7 +36,7 @@ def blocks(*languages: str) -> Iterator[tuple[str, Block]]:
 
 
 def link_faults(page: Path) -> list[str]:
-    """Names the relative links of a page that lead nowhere, headings included."""
+    """Return the relative links of a page whose file or heading does not exist."""
     faults: list[str] = []
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
         name, _, anchor = target.partition("#")

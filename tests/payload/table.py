@@ -1,4 +1,4 @@
-"""The table of docs/payloads.md, types by serializers, found out by trying: `python -m tests.payload.table` writes it."""
+"""The measured table of types and serializers in docs/payloads.md. `python -m tests.payload.table` writes it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ VALUES: dict[str, list[Any]] = {
 
 
 def outcome(serializer: str, value: Any) -> str:
-    """What becomes of a value: `lossless`, `error`, or what should never be seen."""
+    """Return the outcome for a value: `lossless`, `error`, or `CHANGED`, which must never happen."""
     made = pipeline(serializer, types=[Point, Color, Model])
     try:
         payload = made.encode("k", value)

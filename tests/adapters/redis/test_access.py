@@ -92,8 +92,7 @@ async def test_a_user_who_may_not_write_is_told_so(server: Server) -> None:
 
 
 def documented_rights() -> list[list[str]]:
-    """What the page on backends says a user needs, as the namespace `tests`: the keys, and the commands of the store, of
-    its scripts, and elsewhere."""
+    """Return the documented rights for the namespace `tests`: keys, commands of the store, commands of its scripts, others."""
     page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
     rights = page.partition("### Rights")[2].partition("###")[0]
     words = re.findall(r"`([^`]+)`", rights)

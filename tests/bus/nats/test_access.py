@@ -183,8 +183,8 @@ async def test_a_bus_is_opened_once(nats_server: Server) -> None:
         await bus.open()
 
 
-async def test_the_sample_of_permissions_separates_callers_from_tellers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for user in ("WORKER", "CALLER", "LISTENER", "TELLER", "OPERATOR", "KEEPER"):
+async def test_the_sample_of_permissions_separates_callers_from_publishers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for user in ("WORKER", "CALLER", "LISTENER", "PUBLISHER", "OPERATOR", "KEEPER"):
         monkeypatch.setenv(f"NATS_{user}_PASSWORD", SECRET)
     with run_nats("--config", str(ROOT / "docs" / "nats.conf")) as server:
 
@@ -194,7 +194,7 @@ async def test_the_sample_of_permissions_separates_callers_from_tellers(monkeypa
         async with (
             as_("worker") as worker,
             as_("caller") as caller,
-            as_("teller") as teller,
+            as_("publisher") as publisher,
             as_("operator") as operator,
             Supervisor(worker) as supervisor,
         ):
@@ -204,12 +204,12 @@ async def test_the_sample_of_permissions_separates_callers_from_tellers(monkeypa
             assert [each["data"]["address"] for each in seen["endpoints"]] == [PLACE]
             assert await discover(caller.connection, 0.2) == []
             with pytest.raises(CacheError):
-                await teller.request(PLACE, Get("k"), 0.2)
+                await publisher.request(PLACE, Get("k"), 0.2)
             with worker.subscribe(CacheSet) as heard:
                 await worker.settled()
                 Emitter(caller, "primary").publish(CacheSet(key="forged"))
                 await caller.connection.flush()
-                Emitter(teller, "primary").publish(CacheSet(key="told"))
+                Emitter(publisher, "primary").publish(CacheSet(key="told"))
                 event = await anext(heard)
                 assert isinstance(event, CacheSet)
                 assert event.key == "told"

@@ -343,9 +343,9 @@ async def test_nothing_is_left_of_locks_that_were_given_back_but_their_tokens(se
 
 async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> None:
     page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
-    paragraph = page.split("For [locks](locks.md), on ")[1].split("\n\n")[0]
-    places, *commands = re.findall(r"`([^`]*)`", paragraph.replace("`~<namespace>#lock:*` and the channels ", "", 1))
-    assert places == "&<namespace>#lock:*"
+    words = re.findall(r"`([^`]+)`", page.partition("### Rights for locks")[2].partition("###")[0])
+    assert words[:2] == ["~<namespace>#lock:*", "&<namespace>#lock:*"]
+    commands = words[2:]
     rights = [f"+{each}" for group in commands for each in group.split()]
     await tell(
         server, "ACL", "SETUSER", "least", "on", ">pw", "resetchannels", "~fleet#lock:*", "&fleet#lock:*", *rights
