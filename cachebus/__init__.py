@@ -1,4 +1,4 @@
-"""cachebus: a cache whose every part is an actor and whose every call is a message."""
+"""cachebus: an actor-based cache for Python, embedded in your process or run as workers behind NATS."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Settings bring pydantic with them, which takes longer to import than the rest of cachebus together.
+    # Settings import pydantic, which takes longer to import than the rest of cachebus.
     if name == "Settings":
         from cachebus.settings import Settings
 

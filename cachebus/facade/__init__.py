@@ -1,1 +1,1 @@
-"""What users call: caches, locks, rate limits and stores of state."""
+"""The public API: caches, locks, rate limits, and state and secret stores."""

@@ -1,4 +1,4 @@
-"""The half of `Cache` by which callers take account of each other: shared loads, locks and rate limits."""
+"""Coordination between callers: the methods of `Cache` for shared loads, locks and rate limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .rate_limiter import AsyncRateLimiter, OnLimitError, admit_request
 
 
 class CacheCoordination:
-    """The methods of `Cache` for loads, locks and rate limits."""
+    """Base class of `Cache` with its methods for loads, locks and rate limits."""
 
     _client: BackendClient
     loads: LoadCoordinator
@@ -47,34 +47,41 @@ class CacheCoordination:
         tags: Iterable[str] = (),
         **options: Unpack[LoadKeywords],
     ) -> Any:
-        """Return the value under `key`. If there is none, call `loader`, store what it returns, and return that.
+        """Return the value under `key`. On a miss, call `loader`, store its result and return it.
 
-        Concurrent calls for the same key share one load, across every process that uses the backend, if the store can lease
-        (see `docs/loading.md`). A delete, a clear, a write of the key or an invalidation of a tag during the load keeps the
-        loaded value from being stored. If the loader raises, every waiter in this process gets that exception.
+        Concurrent calls for the same key share one load, across every process that uses the backend, if the store supports
+        leases (see `docs/loading.md`). The loaded value is not stored if, during the load, the key is written or deleted, the
+        cache is cleared, or one of its tags is invalidated. If the loader raises, every waiter in this process gets that
+        exception.
 
-        `loader` is a coroutine function or a plain one, which runs in a worker thread; if it takes an argument, that is a
-        `LoadContext`. It returns the value, or a `LoadResult` that also says how to keep it. Durations are seconds or
-        a `timedelta`. Options are checked when a value has to be loaded.
+        `loader` is a coroutine function, or a plain function, which runs in a worker thread. If it takes an argument, it
+        receives a `LoadContext`. It returns the value, or a `LoadResult` that also sets options such as the TTL. Durations
+        are seconds or a `timedelta`. Options are validated when a value has to be loaded.
 
-        * `stale_for`: if the loader fails, an expired value is served for so long after its `ttl`.
-        * `soft_timeout`: with such a value at hand, wait no longer for the loader; 0 serves it at once. `hard_timeout`: wait
-          no longer in any case; without such a value that is a `CacheTimeoutError`. The load goes on and is stored.
-        * `refresh`, `refresh_after`: reload a live value in the background: by chance, the likelier the nearer its end and the
-          longer its load (`"xfetch"`, `beta` above 1 is earlier), after a part of its lifetime, or after so many seconds.
-        * `ttl`: seconds, or a function of the loaded value that returns them.
-        * `cache_errors`, `error_ttl`: exceptions of these classes that the loader raises are kept for so long. Callers who list
-          the class get them without a load; for all others the key has no value. Nothing is kept if a stale value is served.
-        * `negative_ttl`: the `ttl` of a loaded `None`. `ttl_jitter`: the part of the `ttl` that chance may take off.
-        * `idle_ttl`: the value expires if this process has not read it for so long, and after `ttl` in any case.
-        * `wait_limit`: how long to wait for another caller's load, and then do as `wait` says: `"load"` loads too, and does
-          not store; `"stale"` takes a stale value if there is one, and else loads; `"raise"` raises `CacheStampedeError`.
-        * `lease_ttl`: how long a crashed loader keeps others from loading. A load itself may take longer.
+        * `ttl`: seconds, or a function that takes the loaded value and returns them.
+        * `stale_for`: how long after its `ttl` an expired value may still be served if the loader fails.
+        * `soft_timeout`: how long to wait for the loader before serving a stale value, if one is available; 0 serves it
+          immediately. The load continues in the background and its value is stored.
+        * `hard_timeout`: how long to wait for the loader in any case. If no stale value is available, the call raises
+          `CacheTimeoutError`. The load continues in the background and its value is stored.
+        * `refresh`: when to reload a live value in the background. A number is a fraction of its lifetime. `"xfetch"` decides
+          at random, with a probability that grows towards expiry and with the load time; `beta` above 1 refreshes earlier.
+        * `refresh_after`: seconds after which to reload a live value in the background.
+        * `cache_errors`, `error_ttl`: the exception classes of the loader to cache, and for how long. Callers that list the
+          class get the cached exception without a load; for other callers the key has no value. Nothing is cached if a
+          stale value is served.
+        * `negative_ttl`: the `ttl` of a loaded `None`.
+        * `ttl_jitter`: the largest fraction of the `ttl` that is subtracted at random.
+        * `idle_ttl`: how long a value lives if this process does not read it. It expires after `ttl` in any case.
+        * `wait_limit`: how long to wait for another caller's load.
+        * `wait`: what to do after `wait_limit`. `"load"` loads without storing. `"stale"` returns a stale value if one is
+          available, and otherwise loads. `"raise"` raises `CacheStampedeError`.
+        * `lease_ttl`: how long a crashed loader keeps others from loading. A load may take longer than this.
         """
         if type(key) is not str:
             check_key(key)
         if self._turns_left <= 0:
-            # Before the turn: a value that was read before other tasks ran would be refreshed once more.
+            # Before the turn: a value read before other tasks ran would be refreshed a second time.
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
         request = Get(key)
@@ -101,14 +108,17 @@ class CacheCoordination:
         tags: Iterable[str] = (),
         **options: Unpack[ManyLoadKeywords],
     ) -> dict[str, Any]:
-        """Return the values under `keys`. One call of `loader` loads the missing ones: it is given a list of their keys, and
-        returns a mapping. Keys that it leaves out are left out here too, and nothing is stored for them.
+        """Return the values under `keys`. On misses, call `loader` once with the list of missing keys.
 
-        Everything else is as in `get_or_load`. A key that another caller is loading already is waited for, and not loaded
-        again. Values are served stale if all that are loaded can be.
+        `loader` returns a mapping of keys to values. Keys missing from it are missing from the result too, and nothing is
+        stored for them. If another caller is already loading a key, this call waits for that load instead of repeating it.
+        Stale values are served only if every key to be loaded has one. The options are those of `get_or_load`, except
+        `refresh`, `refresh_after`, `beta`, `idle_ttl`, `cache_errors` and `error_ttl`.
+
+        Raises `TypeError` for an unknown option.
         """
         if unknown := options.keys() - MANY_LOAD_OPTIONS:
-            raise TypeError(f"there is no option {min(unknown)!r} of get_or_load_many")
+            raise TypeError(f"get_or_load_many has no option {min(unknown)!r}")
         wanted = check_keys(keys)
         reply = await self._runner.ask(GetMany(wanted))
         found: dict[str, Any] = {key: each.value for key, each in reply.entries.items()}
@@ -126,14 +136,18 @@ class CacheCoordination:
         renew: bool = True,
         owner: str | None = None,
     ) -> Lock:
-        """Return the lock of that name, to be acquired with `async with` or `acquire`: by one holder at a time of all that
-        share the store where locks are kept. `docs/locks.md` says what it promises, and what the `token` is for.
+        """Return a distributed lock, to be acquired with `async with` or `acquire`.
 
-        It ends `ttl` seconds after it was acquired unless it is renewed, which with `renew` happens in the background. `wait`
-        is how long to wait for it: left out, as long as a call may take (`timeout`); 0 is one attempt. `owner` names the holder
-        to others. Durations are seconds or a `timedelta`. Whatever `on_error` says, a lock is acquired or an error is raised.
+        Only one holder at a time, among all processes that share the lock store, holds the lock of a given name. See
+        `docs/locks.md` for its guarantees and the use of `token`. Acquiring a lock either succeeds or raises, whatever
+        `on_error` is.
 
-        Raises `CacheKeyError`, `TypeError` or `ValueError` for wrong arguments.
+        * `ttl`: how long the lock is held after it was acquired or last renewed.
+        * `wait`: how long to wait for the lock; by default, the cache's `timeout`. 0 makes one attempt.
+        * `renew`: renew the lock in the background while it is held.
+        * `owner`: the name of the holder that other callers see.
+
+        Durations are seconds or a `timedelta`. Raises `CacheKeyError`, `TypeError` or `ValueError` for invalid arguments.
         """
         blocking = self._runner.blocks
         return Lock(self._client.locks, name, ttl=ttl, wait=wait, renew=renew, owner=owner, blocking=blocking)
@@ -149,7 +163,7 @@ class CacheCoordination:
         wait: Duration = 0.0,
         on_error: OnLimitError = "raise",
     ) -> AsyncRateLimiter:
-        """Return a limit of `limit` units in `per` seconds, shared by all that use the same backend and namespace.
+        """Return a rate limit of `limit` units per `per` seconds, shared by all users of the backend and namespace.
 
         ::
 
@@ -159,19 +173,21 @@ class CacheCoordination:
             async with cache.rate_limit("mails", 10, 1, wait=5):
                 await send()
 
-        Awaited, it takes `cost` units if they are available, and returns a `RateLimit`, which is true if it is allowed. As a
-        block it is entered if it is allowed, and else raises `RateLimited`. A refusal takes nothing.
+        When awaited, it takes `cost` units if they are available and returns a `RateLimit`, which is true if the call is
+        allowed. `async with` enters its block if the call is allowed, and otherwise raises `RateLimited`. A denied call takes
+        no units.
 
-        * `burst`: so many may be taken at once after a quiet time; by default `limit`. In any t seconds it is at most
-          `burst + t * limit / per`.
-        * `wait`: if the units will be available within so many seconds, take them now and wait, in the order of asking.
-        * `on_error`: if the backend fails, `"raise"` its error, or `"allow"`: then `RateLimit.unchecked` is true. Both
-          count as an error of the cache, with a `RequestFailed` event.
+        * `burst`: how many units may be taken at once after an idle period; by default `limit`. Any t seconds allow at most
+          `burst + t * limit / per` units.
+        * `wait`: if the units will be available within this time, take them in advance and wait, first come, first served.
+        * `on_error`: what to do if the backend fails. `"raise"` raises its error; `"allow"` allows the call and sets
+          `RateLimit.unchecked`. Either counts as an error of the cache and emits `RequestFailed`.
 
-        The limit has one state for each `name`, whatever the other arguments. It has nothing to do with the value under
-        the key `name`; neither `clear` nor a pattern touches it. Durations are seconds or a `timedelta`. Raises
-        `CacheKeyError`, `TypeError` or `ValueError` at once for wrong arguments, and `CapabilityError` when it is used
-        with a store that cannot do it.
+        Each `name` has one state, whatever the other arguments. It is independent of the value under the key `name`, and
+        neither `clear` nor `delete_pattern` affects it. Durations are seconds or a `timedelta`.
+
+        Raises `CacheKeyError`, `TypeError` or `ValueError` immediately for invalid arguments. Using it raises
+        `CapabilityError` if the store does not support rate limits.
         """
         request = admit_request(name, limit, per, burst, cost, wait, on_error)
         return AsyncRateLimiter(lambda: self._runner, request, on_error)

@@ -1,4 +1,4 @@
-"""Locks as callers hold them: `Lock` is awaited, `SyncLock` is for code without an event loop."""
+"""Distributed locks: `Lock` for asynchronous code, `SyncLock` for code without an event loop."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ from cachebus.messages import (
 R = TypeVar("R")
 
 SLICE = 10.0
-"""The longest that one request to the manager waits for the lock, in seconds."""
+"""Longest time, in seconds, that a single request to the lock manager waits for the lock."""
 
 CONFIRMED = 4
-"""A lock whose request took longer than this part of its `ttl` is renewed before it is relied on."""
+"""If the request took at least `ttl / CONFIRMED` seconds, `acquire` renews the lock before it returns."""
 
 
 class Lock:
-    """A lock of one name, held by one holder of all processes at a time. Made by `Cache.lock`; used with `async with`, or with
-    `acquire` and `release`, any number of times.
+    """A named lock with at most one holder at a time across all processes.
 
-    It is a lease: it ends `ttl` seconds after it was acquired or renewed, even if its holder hangs. It is renewed in the
-    background three times in that time. `lost` says that it has ended; a paused holder may notice that too late, so what the
-    lock protects should refuse a `token` that is smaller than one it has seen. See `docs/locks.md`.
+    Returned by `Cache.lock`. Use it with `async with`, or with `acquire` and `release`, any number of times.
+
+    The lock is a lease: it expires `ttl` seconds after it was acquired or last renewed, even if its holder hangs. It is
+    renewed in the background three times per `ttl`. `lost` is true if the lock may have expired. A paused holder may notice
+    that too late, so the protected resource should reject a `token` smaller than one it has seen. See `docs/locks.md`.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Lock:
 
     @property
     def token(self) -> int:
-        """The fencing token: larger than that of every holder before. It stays after a release.
+        """Fencing token, larger than that of every earlier holder. It remains available after a release.
 
         Raises `LockNotHeld` if this object never held the lock.
         """
@@ -90,33 +91,35 @@ class Lock:
 
     @property
     def lost(self) -> bool:
-        """True if the lock was acquired and not released, and may have ended since."""
+        """True if the lock was acquired and not released, but may have expired since."""
         return bool(self._ticket) and (self._lost or self._client.now() >= self._expires_at)
 
     @property
     def held(self) -> bool:
-        """True if the lock is held, as far as is known here."""
+        """True if the lock is held, to the knowledge of this process."""
         return bool(self._ticket) and not self.lost
 
     @property
     def remaining(self) -> float:
-        """Seconds for which the lock is surely held without being renewed; 0 if it is not held."""
+        """Seconds for which the lock is certainly held without a renewal; 0 if it is not held."""
         return max(0.0, self._expires_at - self._client.now()) if self.held else 0.0
 
     def check(self) -> None:
-        """Raise `LockNotHeld` unless the lock is held, as far as is known here. Sends no request."""
+        """Raise `LockNotHeld` unless the lock is held, to the knowledge of this process. Sends no request."""
         if not self.held:
             raise LockNotHeld(name=self.name)
 
     async def acquire(self) -> Self:
-        """Acquire the lock, waiting for up to `wait` seconds; 0 is one attempt. First come, first served.
+        """Acquire the lock, waiting for up to `wait` seconds; 0 makes one attempt. First come, first served.
 
-        Raises `LockNotAcquired` if it could not be acquired in time, and another `CacheError` if the manager or its store fails:
-        a lock is never taken for granted. One object holds one lock: a second `acquire` is an error.
+        Raises `LockNotAcquired` if the lock could not be acquired in time, and another `CacheError` if the lock manager or
+        its store fails. Also raises `CacheError` if this object already holds the lock or is waiting for it.
         """
         if self._waits or self.held:
-            raise CacheError(f"this object holds the lock {self.name!r} already, or waits for it: make another one")
-        self._end()
+            raise CacheError(
+                f"this object already holds the lock {self.name!r} or is waiting for it; create another one"
+            )
+        self._reset()
         self._waits = True
         ticket, refused = f"{origin()}-{next(_numbers)}", False
         try:
@@ -129,20 +132,20 @@ class Lock:
                 with suppress(LockNotHeld):
                     await self._renew(self._ask)
                 if not self.held:
-                    raise LockNotAcquired(timeout=self.wait, name=self.name)  # It was lost before we knew of it.
+                    raise LockNotAcquired(timeout=self.wait, name=self.name)  # It expired before the reply arrived.
         except BaseException:
-            self._end()
+            self._reset()
             if not refused:
-                # It may have been granted all the same, and would not be released.
+                # The lock may have been granted nevertheless, and nothing else would release it.
                 self._client.send(ReleaseLock(self.name, ticket, abandon=True))
             raise
         finally:
             self._waits = False
-        self._keep()
+        self._start_renewals()
         return self
 
     async def _attempt(self, ticket: str) -> tuple[LockGranted | LockDenied, float]:
-        """Return the last reply, and the time of its request."""
+        """Return the final reply of the lock manager, and the time at which its request was sent."""
         ends = self._client.now() + self.wait
         while True:
             sent = self._client.now()
@@ -152,14 +155,15 @@ class Lock:
                 return reply, sent
 
     async def release(self) -> None:
-        """Release the lock. Raises `LockNotHeld` if it is not held any more: work since its time ran out was not protected.
+        """Release the lock.
 
-        `LockNotOwned` is a `LockNotHeld` that names the present holder.
+        Raises `LockNotHeld` if the lock is no longer held; any work done after it expired was not protected. The subclass
+        `LockNotOwned` names the current holder.
         """
         ticket, lost = self._ticket, self._lost
         if not ticket:
             raise LockNotHeld(name=self.name)
-        self._end()
+        self._reset()
         request = ReleaseLock(self.name, ticket, self.owner, self._token)
         try:
             reply = await self._ask(request)
@@ -172,21 +176,21 @@ class Lock:
             raise LockNotHeld(name=self.name)
 
     async def extend(self, ttl: Duration | None = None) -> None:
-        """Hold the lock for `ttl` seconds from now, by default as long as before; each renewal prolongs it by as much.
+        """Extend the lock to `ttl` seconds from now; by default, the current `ttl`. Later renewals use the new `ttl`.
 
-        Raises `LockNotHeld` if it was lost.
+        Raises `LockNotHeld` if the lock was lost.
         """
         if not self._ticket or self._lost:
             raise LockNotHeld(name=self.name)
         if ttl is not None:
             self.ttl = check_seconds("ttl", ttl)
-        self._keep()  # Before the request, because renewals must follow the new time even if it fails.
+        self._start_renewals()  # Before the request: renewals must use the new `ttl` even if the request fails.
         if not await self._renew(self._ask):
             raise LockNotHeld(name=self.name)
 
-    def _keep(self) -> None:
+    def _start_renewals(self) -> None:
         if self._renews:
-            # By the node's event loop, also if the lock is held by a thread.
+            # On the node's event loop, even if a thread holds the lock.
             self._client.track(self._ticket, self.ttl, lambda: self._renew(self._client.ask))
 
     async def _renew(self, ask: Any) -> bool:
@@ -196,21 +200,21 @@ class Lock:
         try:
             reply = await ask(RenewLock(self.name, ticket, ttl))
         except LockNotHeld:
-            self._lose(ticket)
+            self._mark_lost(ticket)
             raise
         if isinstance(reply, NotHeld):
-            self._lose(ticket)
+            self._mark_lost(ticket)
             return False
         if self._ticket == ticket:
-            self._expires_at = sent + ttl  # Not that of an `extend` that was called meanwhile.
+            self._expires_at = sent + ttl  # Not `self.ttl`: a concurrent `extend` may have changed it.
         return True
 
     async def is_locked(self) -> bool:
-        """Return whether the lock of this name is held, here or elsewhere."""
+        """Return whether any process holds the lock of this name."""
         return await self.info() is not None
 
     async def info(self) -> LockInfo | None:
-        """Return the holder of the lock of this name, its token, and the seconds that it has left; `None` if it is free."""
+        """Return the holder of this lock, its token and its remaining seconds, or `None` if the lock is free."""
         reply = await self._ask(DescribeLock(self.name))
         return reply if isinstance(reply, LockInfo) else None
 
@@ -220,41 +224,44 @@ class Lock:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Release the lock. A failure to do so does not hide the error that has ended the block."""
+        """Release the lock. If the block raised, a failed release is added to that exception as a note."""
         if not self._ticket:
-            return  # The body has released it.
+            return  # The block already released it.
         if error is None:
             await self.release()
             return
         if not isinstance(error, Exception):
-            # Cancelled or interrupted: nothing may be awaited.
+            # Cancelled or interrupted: awaiting is not allowed here.
             ticket = self._ticket
-            self._end()
+            self._reset()
             self._client.send(ReleaseLock(self.name, ticket, self.owner, self._token))
             return
         try:
             await self.release()
-        except CacheError as trouble:
-            error.add_note(f"and the lock {self.name!r} could not be given back: {trouble}")
+        except CacheError as failure:
+            error.add_note(f"the lock {self.name!r} could not be released: {failure}")
 
-    def _lose(self, ticket: str) -> None:
+    def _mark_lost(self, ticket: str) -> None:
         self._client.untrack(ticket)
         if self._ticket == ticket:
             self._lost = True
 
-    def _end(self) -> None:
+    def _reset(self) -> None:
         self._client.untrack(self._ticket)
         self._ticket, self._lost, self._expires_at = "", False, -math.inf
 
 
 def _forwarded(name: str) -> Any:
-    """Return a property of `SyncLock` that is that of its `Lock`."""
+    """Return a property that reads the attribute of the inner `Lock`."""
     return property(attrgetter(f"_inner.{name}"))
 
 
 class SyncLock:
-    """A `Lock` for code without an event loop: used with `with`, and everything else without `await`. Made by
-    `SyncCache.lock`. It is renewed in the background, whatever its thread does. Its attributes are those of `Lock`."""
+    """A `Lock` for code without an event loop, returned by `SyncCache.lock`.
+
+    Use it with `with`, or call its methods without `await`. The lock is renewed in the background even while its thread is
+    busy. The attributes are those of `Lock`.
+    """
 
     def __init__(self, lock: Lock) -> None:
         self._inner = lock
@@ -271,11 +278,11 @@ class SyncLock:
     remaining: float = _forwarded("remaining")
 
     def check(self) -> None:
-        """As `Lock.check`."""
+        """See `Lock.check`."""
         self._inner.check()
 
     def acquire(self) -> Self:
-        """As `Lock.acquire`."""
+        """See `Lock.acquire`."""
         run(self._inner.acquire())
         return self
 
@@ -291,14 +298,14 @@ class SyncLock:
 
 
 def check_owner(owner: object) -> str:
-    """Return `owner` if it can be sent to others, else raise `TypeError` or `ValueError`."""
+    """Return `owner` if it is a non-empty `str` of valid Unicode; otherwise raise `TypeError` or `ValueError`."""
     if not isinstance(owner, str):
         raise TypeError(f"the owner of a lock must be a str, not {type(owner).__name__}")
     try:
         return check_key(owner)
     except CacheKeyError as error:
-        raise ValueError(f"the owner of a lock must be a str that is not empty, and valid Unicode: {error}") from None
+        raise ValueError(f"the owner of a lock must be a non-empty str of valid Unicode: {error}") from None
 
 
 _host = cache(socket.gethostname)
-_numbers = itertools.count()  # One for each attempt to acquire a lock.
+_numbers = itertools.count()  # One number per attempt to acquire a lock.

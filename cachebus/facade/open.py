@@ -1,4 +1,4 @@
-"""The two front doors: `open_cache` and `open_sync_cache`."""
+"""Functions that create caches from settings: `open_cache` and `open_sync_cache`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,19 @@ def open_cache(
     stores: StoreFactory | None = None,
     **options: Any,
 ) -> Cache:
-    """Make a cache; `async with` opens it.
+    """Return a cache, which `async with` opens.
 
-    `source` is a URL (`"memory://?max_entries=10000"`), a path to a YAML, TOML or JSON file, a mapping, a `Settings`, or
-    nothing, for the environment (`CACHEBUS_*`) and the defaults. `options` are fields of `Settings` and win over the source:
-    `open_cache("memory://", namespace="shop", timeout=0.5)`. `name` chooses among several backends; left out, it is the
-    default one. `clock` and `stores` replace the source of time and the way that stores are made, for tests.
+    ::
 
-    Raises `CacheConfigurationError` for an unknown scheme, option or value, at once.
+        async with open_cache("memory://", namespace="shop", timeout=0.5) as cache:
+            await cache.set("user:1", user, ttl=60)
+
+    `source` is a URL (`"memory://?max_entries=10000"`), a path to a YAML, TOML or JSON file, a mapping, or a `Settings`.
+    Without a source, settings come from the environment (`CACHEBUS_*`) and the defaults. `options` are fields of
+    `Settings` and override the source. `name` selects one of several backends; by default, the default backend. `clock`
+    and `stores` replace the clock and the store factory in tests.
+
+    Raises `CacheConfigurationError` immediately for an unknown scheme, option or value.
     """
     return Cache(_node_factory(source, options, name, clock, stores), name)
 
@@ -46,14 +51,17 @@ def open_sync_cache(
     stores: StoreFactory | None = None,
     **options: Any,
 ) -> SyncCache:
-    """Make a cache for code without an event loop; its first use opens it. Parameters and errors are `open_cache`'s."""
+    """Return a cache for code without an event loop. It opens on first use.
+
+    The parameters and errors are those of `open_cache`.
+    """
     return SyncCache(_node_factory(source, options, name, clock, stores), name)
 
 
 def _node_factory(
     source: Source, options: dict[str, Any], name: str | None, clock: Clock, stores: StoreFactory | None
 ) -> Callable[[], Node]:
-    # Imported here, because pydantic takes longer to import than all of cachebus.
+    # Imported here because pydantic takes longer to import than the rest of cachebus.
     from cachebus.settings import load_settings
 
     settings = load_settings(source, **options)

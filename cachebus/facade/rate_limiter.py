@@ -1,4 +1,4 @@
-"""Rate limits as callers use them: a check that returns its answer, and a block that is entered or not."""
+"""Rate limiters: a check that returns a `RateLimit`, and a context manager that raises `RateLimited`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ OnLimitError: TypeAlias = Literal["raise", "allow"]
 
 
 class RateLimit(msgspec.Struct, frozen=True):
-    """The answer of a rate limit: true if `allowed`. Times are seconds from the moment of the answer.
+    """Result of a rate limit check. It is true if the call is `allowed`. Times are seconds from the moment of the reply.
 
-    `remaining` units are left to be taken at once, and all are back after `reset_after`. `retry_after` is when the same would
-    be allowed if no other caller takes units, 0.0 if it is allowed. `unchecked` says that the backend did not answer, and
-    `on_error="allow"` did.
+    `remaining` units are available immediately, and all of them after `reset_after`. `retry_after` is when the same call
+    would be allowed if no other caller takes units; 0.0 if it is allowed. `unchecked` is true if the backend failed and
+    `on_error="allow"` allowed the call.
     """
 
     allowed: bool
@@ -38,7 +38,7 @@ class RateLimit(msgspec.Struct, frozen=True):
 def admit_request(
     name: str, limit: int, per: Duration, burst: int | None, cost: int, wait: Duration, on_error: str
 ) -> Admit:
-    """Return the request for a facade's `rate_limit`. Raises `CacheKeyError`, `TypeError` or `ValueError`."""
+    """Return the request for `rate_limit`. Raises `CacheKeyError`, `TypeError` or `ValueError` for invalid arguments."""
     check_key(name)
     if on_error not in ("raise", "allow"):
         raise ValueError(f"on_error must be 'raise' or 'allow', not {on_error!r}")
@@ -46,12 +46,12 @@ def admit_request(
     burst = limit if burst is None else _units("burst", burst)
     cost = _units("cost", cost)
     if cost > burst:
-        raise ValueError(f"cost must not be above burst, else it is never allowed: {cost} > {burst}")
+        raise ValueError(f"cost must not exceed burst, or no call is ever allowed: {cost} > {burst}")
     seconds = check_seconds("per", per, most=Admit.LONGEST)
     patience = check_seconds("wait", wait, zero=True, most=Admit.LONGEST)
     if burst * seconds / limit > Admit.LONGEST:
         raise ValueError(
-            f"a burst of {burst} at {limit} in {seconds:g} s takes longer than {Admit.LONGEST:g} s to be there again"
+            f"a burst of {burst} at {limit} per {seconds:g} s takes longer than {Admit.LONGEST:g} s to become available again"
         )
     return Admit(name, limit, seconds, burst, cost, patience)
 
@@ -65,10 +65,10 @@ def _units(name: str, units: Any) -> int:
 
 
 class AsyncRateLimiter:
-    """A rate limit of a `Cache`, to be used any number of times. Made by `Cache.rate_limit`.
+    """A rate limiter, returned by `Cache.rate_limit`. Use it any number of times.
 
-    `await limiter` takes units from it and returns a `RateLimit`. `async with limiter` is entered if it is allowed, and
-    raises `RateLimited` if it is not.
+    `await limiter` takes units and returns a `RateLimit`. `async with limiter` enters its block if the call is allowed, and
+    otherwise raises `RateLimited`.
     """
 
     def __init__(self, runner: Callable[[], Runner], request: Admit, on_error: OnLimitError) -> None:
@@ -77,11 +77,11 @@ class AsyncRateLimiter:
         self._on_error: OnLimitError = on_error
 
     def __repr__(self) -> str:
-        asked = self._request
-        return f"<{type(self).__name__} {asked.key!r} {asked.limit} in {asked.per:g} s, burst {asked.burst}>"
+        request = self._request
+        return f"<{type(self).__name__} {request.key!r} {request.limit} per {request.per:g} s, burst {request.burst}>"
 
     async def check(self) -> RateLimit:
-        """Take units, and wait for those that were taken in advance. The same as `await limiter`."""
+        """Take units and return a `RateLimit`, after waiting for units taken in advance. Same as `await limiter`."""
         runner, request = self._runner(), self._request
         try:
             reply = await runner.request_unguarded(request)
@@ -106,11 +106,11 @@ class AsyncRateLimiter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Do nothing: the units come back with time."""
+        """Do nothing: units become available again with time."""
 
 
 class RateLimiter:
-    """As `AsyncRateLimiter`, of a `SyncCache`: `limiter.check()`, and `with limiter`."""
+    """An `AsyncRateLimiter` for code without an event loop: call `limiter.check()`, or use `with limiter`."""
 
     def __init__(self, inner: AsyncRateLimiter) -> None:
         self._inner = inner

@@ -1,6 +1,6 @@
-"""The synchronous facade: `Cache` over a link that blocks instead of suspending.
+"""The synchronous facade: a `Cache` whose client blocks instead of suspending.
 
-Its coroutines run to their end at the first step, so there is one implementation of everything.
+Its coroutines finish in one step, so both facades share one implementation.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
 
 class SyncCache:
-    """A cache over one backend for code without an event loop, usable from any number of threads.
+    """A cache with one backend for code without an event loop. Safe to use from any number of threads.
 
-    Made by `open_sync_cache`. It opens at its first use, or with `with`. In the child of a fork it is unopened again. Everything
-    else is as in `Cache`, without `await`. A call that would wait for the event loop that it is made on raises a `CacheError`.
+    Returned by `open_sync_cache`. It opens on first use, or with `with`. In a forked child it is unopened and opens again on
+    first use. The methods are those of `Cache`, without `await`. A call that would block the event loop it waits for raises
+    `CacheError`.
     """
 
     def __init__(self, make_node: Callable[[], Node], name: str | None = None) -> None:
@@ -49,7 +50,7 @@ class SyncCache:
         _caches.add(self)
 
     def begin(self) -> None:
-        """Become unopened, as a new cache and one in the child of a fork are."""
+        """Reset to the unopened state, for a new cache or in a forked child."""
         self.loads.forked()
         self._guard = threading.Lock()
         self._hosted: Hosted | None = None
@@ -76,7 +77,7 @@ class SyncCache:
         self.close()
 
     def close(self) -> None:
-        """Finish the calls under way and refuse new ones. Safe to call twice."""
+        """Finish the calls in progress and reject new ones. Safe to call twice."""
         with self._guard:
             self._closed = True
             self._unopen()
@@ -107,23 +108,23 @@ class SyncCache:
 
     @property
     def blocking_cache(self) -> Cache:
-        """This cache as a `Cache` whose coroutines never suspend. For what is built on caches. Opens the cache."""
+        """A `Cache` whose coroutines block instead of suspending, for libraries built on caches. Opens the cache."""
         return self._opened()
 
     @property
     def client(self) -> BackendClient:
-        """The client of the backend. Opens the cache if it is not open yet."""
+        """Client of the backend. Opens the cache if it is not open yet."""
         return self._opened().client
 
     @property
     def payloads(self) -> PayloadPipeline | None:
-        """As `Cache.payloads`. Opens the cache if it is not open yet."""
+        """See `Cache.payloads`. Opens the cache if it is not open yet."""
         return self._opened().payloads
 
-    # The hot paths, written out for the reasons given in `Cache`
+    # The hot paths are written out, for the reasons given in `Cache`.
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As `Cache.get`."""
+        """See `Cache.get`."""
         if type(key) is not str:
             check_key(key)
         request = Get(key)
@@ -142,7 +143,7 @@ class SyncCache:
         tags: Iterable[str] = (),
         only_if: Literal["absent", "present"] | None = None,
     ) -> bool:
-        """As `Cache.set`."""
+        """See `Cache.set`."""
         request = set_request(key, value, ttl, tags, only_if)
         reply = self._try_inline_set(request)
         return type(reply) is Stored or isinstance(run(self.client.wait_reply(request, reply, blocking=True)), Stored)
@@ -156,8 +157,8 @@ class SyncCache:
         tags: Iterable[str] = (),
         **options: Unpack[LoadKeywords],
     ) -> Any:
-        """As `Cache.get_or_load`. A plain loader runs in the calling thread, or, if it may have to outlast the call, in a thread
-        of its own; a coroutine function runs in the event loop of the cache."""
+        """See `Cache.get_or_load`. A plain loader runs in the calling thread, or in a new thread if the load may outlast the
+        call. A coroutine function runs on the event loop of the cache."""
         if type(key) is not str:
             check_key(key)
         request = Get(key)
@@ -197,7 +198,7 @@ class SyncCache:
     cached = cached_function.cached
 
     def scan(self, pattern: str = "*") -> Iterator[str]:
-        """As `Cache.scan`."""
+        """See `Cache.scan`."""
         cache, cursor = self._opened(), ""
         while True:
             page = run(cache.scan_page(pattern, cursor))
@@ -216,7 +217,7 @@ class SyncCache:
         wait: Duration = 0.0,
         on_error: OnLimitError = "raise",
     ) -> RateLimiter:
-        """As `Cache.rate_limit`: `cache.rate_limit(...).check()` returns a `RateLimit`, and `with` enters a block."""
+        """See `Cache.rate_limit`. Call `check()` on the result to get a `RateLimit`, or use it with `with`."""
         request = admit_request(name, limit, per, burst, cost, wait, on_error)
         return RateLimiter(AsyncRateLimiter(lambda: ThreadRunner(self.client), request, on_error))
 

@@ -107,7 +107,7 @@ async def test_one_object_holds_one_lock(cache: Cache) -> None:
             await anyio.wait_all_tasks_blocked()
             assert not waiting.held
             assert not waiting.lost
-            with pytest.raises(CacheError, match="waits for it"):
+            with pytest.raises(CacheError, match="is waiting for it"):
                 await waiting.acquire()
             tasks.cancel_scope.cancel()
 
@@ -144,7 +144,7 @@ async def test_the_error_of_the_body_comes_out_and_the_lock_is_free(cache: Cache
 
     with pytest.raises(KeyError) as failed:
         await body()
-    assert any("could not be given back" in note for note in failed.value.__notes__)
+    assert any("could not be released" in note for note in failed.value.__notes__)
     async with cache.lock("a", wait=0):
         pass
 

@@ -41,7 +41,7 @@ async def test_a_check_says_whether_how_many_are_left_and_when_to_retry(cache: C
     assert not refused
     clock.advance(5)
     assert await limit
-    assert repr(limit) == "<AsyncRateLimiter 'api' 2 in 10 s, burst 2>"
+    assert repr(limit) == "<AsyncRateLimiter 'api' 2 per 10 s, burst 2>"
 
 
 async def test_a_block_is_entered_or_raises(cache: Cache) -> None:
@@ -164,8 +164,8 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda c: c.rate_limit("a", 1, 1e9, burst=2), ValueError, "burst"),
     (lambda c: c.rate_limit("a", 1, 1, burst=0), ValueError, "burst"),
     (lambda c: c.rate_limit("a", 1, 1, cost=0), ValueError, "cost"),
-    (lambda c: c.rate_limit("a", 1, 1, cost=2), ValueError, "cost must not be above burst"),
-    (lambda c: c.rate_limit("a", 3, 1, burst=1, cost=2), ValueError, "cost must not be above burst"),
+    (lambda c: c.rate_limit("a", 1, 1, cost=2), ValueError, "cost must not exceed burst"),
+    (lambda c: c.rate_limit("a", 3, 1, burst=1, cost=2), ValueError, "cost must not exceed burst"),
     (lambda c: c.rate_limit("a", 1, 1, wait=-1), ValueError, "wait"),
     (lambda c: c.rate_limit("a", 1, 1, wait=float("inf")), ValueError, "wait"),
     (lambda c: c.rate_limit("a", 1, 1, on_error="miss"), ValueError, "on_error"),
@@ -264,7 +264,7 @@ def test_a_sync_cache_has_the_same() -> None:
             raise AssertionError("entered")
         clock.advance(10)
         assert limit.check()
-        assert repr(limit) == "<RateLimiter 'api' 2 in 10 s, burst 2>"
+        assert repr(limit) == "<RateLimiter 'api' 2 per 10 s, burst 2>"
 
 
 def test_threads_wait_for_their_turn_and_no_more_than_the_rate_go_on() -> None:
