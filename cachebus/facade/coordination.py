@@ -49,14 +49,14 @@ class CacheCoordination:
     ) -> Any:
         """Return the value under `key`. On a miss, call `loader`, store its result and return it.
 
-        Concurrent calls for the same key share one load, across every process that uses the backend, if the store supports
-        leases (see `docs/loading.md`). The loaded value is not stored if, during the load, the key is written or deleted, the
-        cache is cleared, or one of its tags is invalidated. If the loader raises, every waiter in this process gets that
-        exception.
+        Concurrent calls for the same key share one load, across every process that uses the backend, if the store
+        supports leases (see `docs/loading.md`). The loaded value is not stored if, during the load, the key is written
+        or deleted, the cache is cleared, or one of its tags is invalidated. If the loader raises, every waiter in this
+        process gets that exception.
 
-        `loader` is a coroutine function, or a plain function, which runs in a worker thread. If it takes an argument, it
-        receives a `LoadContext`. It returns the value, or a `LoadResult` that also sets options such as the TTL. Durations
-        are seconds or a `timedelta`. Options are validated when a value has to be loaded.
+        `loader` is a coroutine function, or a plain function, which runs in a worker thread. If it takes an argument,
+        it receives a `LoadContext`. It returns the value, or a `LoadResult` that also sets options such as the TTL.
+        Durations are seconds or a `timedelta`. Options are validated when a value has to be loaded.
 
         * `ttl`: seconds, or a function that takes the loaded value and returns them.
         * `stale_for`: how long after its `ttl` an expired value may still be served if the loader fails.
@@ -64,18 +64,19 @@ class CacheCoordination:
           immediately. The load continues in the background and its value is stored.
         * `hard_timeout`: how long to wait for the loader in any case. If no stale value is available, the call raises
           `CacheTimeoutError`. The load continues in the background and its value is stored.
-        * `refresh`: when to reload a live value in the background. A number is a fraction of its lifetime. `"xfetch"` decides
-          at random, with a probability that grows towards expiry and with the load time; `beta` above 1 refreshes earlier.
+        * `refresh`: when to reload a live value in the background. A number is a fraction of its lifetime. `"xfetch"`
+          decides at random, with a probability that grows towards expiry and with the load time; `beta` above 1
+          refreshes earlier.
         * `refresh_after`: seconds after which to reload a live value in the background.
-        * `cache_errors`, `error_ttl`: the exception classes of the loader to cache, and for how long. Callers that list the
-          class get the cached exception without a load; for other callers the key has no value. Nothing is cached if a
-          stale value is served.
+        * `cache_errors`, `error_ttl`: the exception classes of the loader to cache, and for how long. Callers that list
+          the class get the cached exception without a load; for other callers the key has no value. Nothing is cached
+          if a stale value is served.
         * `negative_ttl`: the `ttl` of a loaded `None`.
         * `ttl_jitter`: the largest fraction of the `ttl` that is subtracted at random.
         * `idle_ttl`: how long a value lives if this process does not read it. It expires after `ttl` in any case.
         * `wait_limit`: how long to wait for another caller's load.
-        * `wait`: what to do after `wait_limit`. `"load"` loads without storing. `"stale"` returns a stale value if one is
-          available, and otherwise loads. `"raise"` raises `CacheStampedeError`.
+        * `wait`: what to do after `wait_limit`. `"load"` loads without storing. `"stale"` returns a stale value if one
+          is available, and otherwise loads. `"raise"` raises `CacheStampedeError`.
         * `lease_ttl`: how long a crashed loader keeps others from loading. A load may take longer than this.
         """
         if type(key) is not str:
@@ -110,10 +111,10 @@ class CacheCoordination:
     ) -> dict[str, Any]:
         """Return the values under `keys`. On misses, call `loader` once with the list of missing keys.
 
-        `loader` returns a mapping of keys to values. Keys missing from it are missing from the result too, and nothing is
-        stored for them. If another caller is already loading a key, this call waits for that load instead of repeating it.
-        Stale values are served only if every key to be loaded has one. The options are those of `get_or_load`, except
-        `refresh`, `refresh_after`, `beta`, `idle_ttl`, `cache_errors` and `error_ttl`.
+        `loader` returns a mapping of keys to values. Keys missing from it are missing from the result too, and nothing
+        is stored for them. If another caller is already loading a key, this call waits for that load instead of
+        repeating it. Stale values are served only if every key to be loaded has one. The options are those of
+        `get_or_load`, except `refresh`, `refresh_after`, `beta`, `idle_ttl`, `cache_errors` and `error_ttl`.
 
         Raises `TypeError` for an unknown option.
         """
@@ -147,7 +148,8 @@ class CacheCoordination:
         * `renew`: renew the lock in the background while it is held.
         * `owner`: the name of the holder that other callers see.
 
-        Durations are seconds or a `timedelta`. Raises `CacheKeyError`, `TypeError` or `ValueError` for invalid arguments.
+        Durations are seconds or a `timedelta`. Raises `CacheKeyError`, `TypeError` or `ValueError` for invalid
+        arguments.
         """
         blocking = self._runner.blocks
         return Lock(self._client.locks, name, ttl=ttl, wait=wait, renew=renew, owner=owner, blocking=blocking)
@@ -173,18 +175,19 @@ class CacheCoordination:
             async with cache.rate_limit("mails", 10, 1, wait=5):
                 await send()
 
-        When awaited, it takes `cost` units if they are available and returns a `RateLimit`, which is true if the call is
-        allowed. `async with` enters its block if the call is allowed, and otherwise raises `RateLimited`. A denied call takes
-        no units.
+        When awaited, it takes `cost` units if they are available and returns a `RateLimit`, which is true if the call
+        is allowed. `async with` enters its block if the call is allowed, and otherwise raises `RateLimited`. A denied
+        call takes no units.
 
-        * `burst`: how many units may be taken at once after an idle period; by default `limit`. Any t seconds allow at most
-          `burst + t * limit / per` units.
-        * `wait`: if the units will be available within this time, take them in advance and wait, first come, first served.
+        * `burst`: how many units may be taken at once after an idle period; by default `limit`. Any t seconds allow at
+          most `burst + t * limit / per` units.
+        * `wait`: if the units will be available within this time, take them in advance and wait, first come, first
+          served.
         * `on_error`: what to do if the backend fails. `"raise"` raises its error; `"allow"` allows the call and sets
           `RateLimit.unchecked`. Either counts as an error of the cache and emits `RequestFailed`.
 
-        Each `name` has one state, whatever the other arguments. It is independent of the value under the key `name`, and
-        neither `clear` nor `delete_pattern` affects it. Durations are seconds or a `timedelta`.
+        Each `name` has one state, whatever the other arguments. It is independent of the value under the key `name`,
+        and neither `clear` nor `delete_pattern` affects it. Durations are seconds or a `timedelta`.
 
         Raises `CacheKeyError`, `TypeError` or `ValueError` immediately for invalid arguments. Using it raises
         `CapabilityError` if the store does not support rate limits.

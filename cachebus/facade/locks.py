@@ -47,8 +47,9 @@ class Lock:
     Returned by `Cache.lock`. Use it with `async with`, or with `acquire` and `release`, any number of times.
 
     The lock is a lease: it expires `ttl` seconds after it was acquired or last renewed, even if its holder hangs. It is
-    renewed in the background three times per `ttl`. `lost` is true if the lock may have expired. A paused holder may notice
-    that too late, so the protected resource should reject a `token` smaller than one it has seen. See `docs/locks.md`.
+    renewed in the background three times per `ttl`. `lost` is true if the lock may have expired. A paused holder may
+    notice that too late, so the protected resource should reject a `token` smaller than one it has seen. See
+    `docs/locks.md`.
     """
 
     def __init__(
@@ -112,8 +113,8 @@ class Lock:
     async def acquire(self) -> Self:
         """Acquire the lock, waiting for up to `wait` seconds; 0 makes one attempt. First come, first served.
 
-        Raises `LockNotAcquired` if the lock could not be acquired in time, and another `CacheError` if the lock manager or
-        its store fails. Also raises `CacheError` if this object already holds the lock or is waiting for it.
+        Raises `LockNotAcquired` if the lock could not be acquired in time, and another `CacheError` if the lock manager
+        or its store fails. Also raises `CacheError` if this object already holds the lock or is waiting for it.
         """
         if self._waits or self.held:
             raise CacheError(
@@ -157,8 +158,8 @@ class Lock:
     async def release(self) -> None:
         """Release the lock.
 
-        Raises `LockNotHeld` if the lock is no longer held; any work done after it expired was not protected. The subclass
-        `LockNotOwned` names the current holder.
+        Raises `LockNotHeld` if the lock is no longer held; any work done after it expired was not protected. The
+        subclass `LockNotOwned` names the current holder.
         """
         ticket, lost = self._ticket, self._lost
         if not ticket:
@@ -259,8 +260,8 @@ def _forwarded(name: str) -> Any:
 class SyncLock:
     """A `Lock` for code without an event loop, returned by `SyncCache.lock`.
 
-    Use it with `with`, or call its methods without `await`. The lock is renewed in the background even while its thread is
-    busy. The attributes are those of `Lock`.
+    Use it with `with`, or call its methods without `await`. The lock is renewed in the background even while its thread
+    is busy. The attributes are those of `Lock`.
     """
 
     def __init__(self, lock: Lock) -> None:

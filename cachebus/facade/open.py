@@ -33,10 +33,10 @@ def open_cache(
         async with open_cache("memory://", namespace="shop", timeout=0.5) as cache:
             await cache.set("user:1", user, ttl=60)
 
-    `source` is a URL (`"memory://?max_entries=10000"`), a path to a YAML, TOML or JSON file, a mapping, or a `Settings`.
-    Without a source, settings come from the environment (`CACHEBUS_*`) and the defaults. `options` are fields of
-    `Settings` and override the source. `name` selects one of several backends; by default, the default backend. `clock`
-    and `stores` replace the clock and the store factory in tests.
+    `source` is a URL (`"memory://?max_entries=10000"`), a path to a YAML, TOML or JSON file, a mapping, or a
+    `Settings`. Without a source, settings come from the environment (`CACHEBUS_*`) and the defaults. `options` are
+    fields of `Settings` and override the source. `name` selects one of several backends; by default, the default
+    backend. `clock` and `stores` replace the clock and the store factory in tests.
 
     Raises `CacheConfigurationError` immediately for an unknown scheme, option or value.
     """

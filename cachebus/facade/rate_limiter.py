@@ -18,11 +18,11 @@ OnLimitError: TypeAlias = Literal["raise", "allow"]
 
 
 class RateLimit(msgspec.Struct, frozen=True):
-    """Result of a rate limit check. It is true if the call is `allowed`. Times are seconds from the moment of the reply.
+    """Result of a rate limit check, true if the call is `allowed`. Times are seconds from the moment of the reply.
 
-    `remaining` units are available immediately, and all of them after `reset_after`. `retry_after` is when the same call
-    would be allowed if no other caller takes units; 0.0 if it is allowed. `unchecked` is true if the backend failed and
-    `on_error="allow"` allowed the call.
+    `remaining` units are available immediately, and all of them after `reset_after`. `retry_after` is when the same
+    call would be allowed if no other caller takes units; 0.0 if it is allowed. `unchecked` is true if the backend
+    failed and `on_error="allow"` allowed the call.
     """
 
     allowed: bool
@@ -38,7 +38,10 @@ class RateLimit(msgspec.Struct, frozen=True):
 def admit_request(
     name: str, limit: int, per: Duration, burst: int | None, cost: int, wait: Duration, on_error: str
 ) -> Admit:
-    """Return the request for `rate_limit`. Raises `CacheKeyError`, `TypeError` or `ValueError` for invalid arguments."""
+    """Return the request for `rate_limit`.
+
+    Raises `CacheKeyError`, `TypeError` or `ValueError` for invalid arguments.
+    """
     check_key(name)
     if on_error not in ("raise", "allow"):
         raise ValueError(f"on_error must be 'raise' or 'allow', not {on_error!r}")
@@ -51,7 +54,7 @@ def admit_request(
     patience = check_seconds("wait", wait, zero=True, most=Admit.LONGEST)
     if burst * seconds / limit > Admit.LONGEST:
         raise ValueError(
-            f"a burst of {burst} at {limit} per {seconds:g} s takes longer than {Admit.LONGEST:g} s to become available again"
+            f"a burst of {burst} at {limit} per {seconds:g} s takes longer than {Admit.LONGEST:g} s to recover"
         )
     return Admit(name, limit, seconds, burst, cost, patience)
 
@@ -67,8 +70,8 @@ def _units(name: str, units: Any) -> int:
 class AsyncRateLimiter:
     """A rate limiter, returned by `Cache.rate_limit`. Use it any number of times.
 
-    `await limiter` takes units and returns a `RateLimit`. `async with limiter` enters its block if the call is allowed, and
-    otherwise raises `RateLimited`.
+    `await limiter` takes units and returns a `RateLimit`. `async with limiter` enters its block if the call is allowed,
+    and otherwise raises `RateLimited`.
     """
 
     def __init__(self, runner: Callable[[], Runner], request: Admit, on_error: OnLimitError) -> None:

@@ -23,12 +23,12 @@ _EVICTING = ("null", "memcached")
 class StateStore:
     """A key-value store on an open `Cache`, without eviction, and without expiry unless you pass a `ttl`.
 
-    `prefix` separates its keys from other keys of the namespace. Writing raises `CapabilityError` if the store evicts, such
-    as a bounded memory backend. Set `maxmemory-policy` to `noeviction` on a Redis server; this is not checked. Reading an
-    undecodable value raises instead of reporting a miss.
+    `prefix` separates its keys from other keys of the namespace. Writing raises `CapabilityError` if the store evicts,
+    such as a bounded memory backend. Set `maxmemory-policy` to `noeviction` on a Redis server; this is not checked.
+    Reading an undecodable value raises instead of reporting a miss.
 
-    Raises `CacheConfigurationError` unless the cache has `on_error="raise"`: otherwise all state would appear missing during
-    an outage.
+    Raises `CacheConfigurationError` unless the cache has `on_error="raise"`: otherwise all state would appear missing
+    during an outage.
     """
 
     def __init__(self, cache: Cache, *, prefix: str = "state:") -> None:
@@ -44,7 +44,10 @@ class StateStore:
         return f"<{type(self).__name__} {self._prefix!r} over {self._cache!r}>"
 
     async def get(self, key: str, default: Any = None) -> Any:
-        """Return the value under `key`, or `default`. Raises `CacheSerializationError` if the value cannot be decoded."""
+        """Return the value under `key`, or `default`.
+
+        Raises `CacheSerializationError` if the value cannot be decoded.
+        """
         at = self._at(key)
         found = await self._cache.lookup(at)
         if isinstance(found, Found):
@@ -114,10 +117,12 @@ class SyncStateStore:
 
 
 class SecretStore:
-    """A store of encrypted secrets on an open `Cache`. Reads return pydantic's `SecretStr`, which hides its text in `repr`.
+    """A store of encrypted secrets on an open `Cache`.
 
-    As with `StateStore`, the backend must not evict, and reading a secret that cannot be decrypted raises instead of
-    reporting a miss. Raises `CacheConfigurationError` if the cache has no encryption keys.
+    Reads return pydantic's `SecretStr`, which hides its text in `repr`. As with `StateStore`, the backend must not
+    evict, and reading a secret that cannot be decrypted raises instead of reporting a miss.
+
+    Raises `CacheConfigurationError` if the cache has no encryption keys.
     """
 
     def __init__(self, cache: Cache, *, prefix: str = "secret:") -> None:

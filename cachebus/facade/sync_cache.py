@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 class SyncCache:
     """A cache with one backend for code without an event loop. Safe to use from any number of threads.
 
-    Returned by `open_sync_cache`. It opens on first use, or with `with`. In a forked child it is unopened and opens again on
-    first use. The methods are those of `Cache`, without `await`. A call that would block the event loop it waits for raises
-    `CacheError`.
+    Returned by `open_sync_cache`. It opens on first use, or with `with`. In a forked child it is unopened and opens
+    again on first use. The methods are those of `Cache`, without `await`. A call that would block the event loop it
+    waits for raises `CacheError`.
     """
 
     def __init__(self, make_node: Callable[[], Node], name: str | None = None) -> None:
@@ -157,8 +157,11 @@ class SyncCache:
         tags: Iterable[str] = (),
         **options: Unpack[LoadKeywords],
     ) -> Any:
-        """See `Cache.get_or_load`. A plain loader runs in the calling thread, or in a new thread if the load may outlast the
-        call. A coroutine function runs on the event loop of the cache."""
+        """See `Cache.get_or_load`.
+
+        A plain loader runs in the calling thread, or in a new thread if the load may outlast the call. A coroutine
+        function runs on the event loop of the cache.
+        """
         if type(key) is not str:
             check_key(key)
         request = Get(key)
