@@ -1,4 +1,4 @@
-"""Client through which a facade calls its backend."""
+"""Client through which a facade calls its backend actor."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 UNREAD: Any = object()
-"""In the place of a value that takes more than a look to read: `wait_reply` does."""
+"""Sentinel for a value that `value_of` cannot decode inline; `wait_reply` decodes it."""
 
 
 class BackendClient:
-    """Client through which a facade calls its backend actor. A call may take `timeout` seconds.
+    """Client through which a facade calls its backend actor. `timeout` is the time limit of a call, in seconds.
 
-    `try_inline_get`, `try_inline_set` and `try_inline_lease` take a message's turn on the caller's stack if possible. `epoch` is the Unix time at
-    which the monotonic clock was 0: a later jump of the wall clock changes nothing. `timers` are those of the node, on its event
-    loop; `locks` is the client of its lock manager. With `blocking`, a coroutine blocks the thread and never suspends.
+    `try_inline_get`, `try_inline_set` and `try_inline_lease` run the actor's turn on the caller's stack if possible.
+    `epoch` is the Unix time at which the monotonic clock was 0, so later jumps of the wall clock have no effect.
+    `timers` are the timers of the node, on its event loop; `locks` is the client of its lock manager. With `blocking`,
+    a coroutine blocks the thread and never suspends.
     """
 
     __slots__ = (
@@ -69,15 +70,18 @@ class BackendClient:
 
     @property
     def pipeline(self) -> PayloadPipeline | None:
-        """The pipeline that turns values into payloads; `None` if they stay objects."""
+        """Pipeline that encodes values as payloads, or `None` if values stay objects."""
         return None
 
     def value_of(self, key: str, value: Any, default: Any) -> Any:
-        """Return the value that a read has found, as it is to the caller: `default` if that is none, or `UNREAD`."""
+        """Return the caller's value for a stored one, `default` if it is a cached exception, or `UNREAD`."""
         return default if type(value) is CachedError else value
 
     async def request(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
-        """Return the reply, awaited for `patience` seconds more than a call may take, or its fallback (see `FailurePolicy`)."""
+        """Send a request and return its reply, or the fallback of `FailurePolicy`.
+
+        The time limit is `timeout` plus `patience` seconds.
+        """
         timeout = self.timeout + patience
         try:
             if blocking:
@@ -87,14 +91,17 @@ class BackendClient:
             return self.failures.resolve(message, error)
 
     async def request_unguarded(self, message: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
-        """As `request`, but return the reply or raise the error as it is: a failure counts nowhere."""
+        """Send a request and return its reply, or raise the error unchanged. Failures are not counted.
+
+        The time limit is `timeout` plus `patience` seconds.
+        """
         timeout = self.timeout + patience
         if blocking:
             return self.bus.request_blocking(self.address, message, timeout)
         return await self.bus.request(self.address, message, timeout)
 
     async def wait_reply(self, message: Request[R], reply: Any, *, blocking: bool = False) -> R:
-        """Return the reply of a message whose turn has returned `reply`, or its fallback."""
+        """Return the reply to a message whose inline turn returned `reply`, or the fallback of `FailurePolicy`."""
         try:
             if blocking:
                 return unwrap(self.bus.wait_reply_blocking(self.address, message, reply, self.timeout))
@@ -103,12 +110,12 @@ class BackendClient:
             return self.failures.resolve(message, error)
 
     def send(self, message: Request[Any]) -> None:
-        """Send a message without awaiting the reply."""
+        """Send a message without waiting for the reply."""
         self.bus.send(self.address, message)
 
 
 class ClosedClient(BackendClient):
-    """The client of a closed cache: every use raises `CacheClosed` with the reason."""
+    """Client of a closed cache. Every use raises `CacheClosed` with the reason."""
 
     __slots__ = ("_why",)
 
@@ -121,7 +128,7 @@ class ClosedClient(BackendClient):
         raise CacheClosed(self._why)
 
     def __getattr__(self, name: str) -> NoReturn:
-        # Reached for the slots that stay empty, from whatever method of BackendClient.
+        # Reached for the unset slots of BackendClient, from any of its methods.
         raise CacheClosed(self._why)
 
     def _refuse(self, message: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""For callers without an event loop: one in the background, and synchronous doubles of asynchronous classes."""
+"""Support for callers without an event loop: a background loop, and synchronous versions of asynchronous classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class PerProcess(Generic[T]):
-    """Something that the child of a fork makes again, because no thread of the child would release or give back the old one."""
+    """A value that is created again in a forked child, where no thread would release the parent's."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
@@ -30,14 +30,14 @@ class PerProcess(Generic[T]):
             os.register_at_fork(after_in_child=self.renew)
 
     def renew(self) -> None:
-        """Make it again."""
+        """Replace the value by a new one."""
         self.value = self._make()
 
 
 class Background:
-    """An asyncio loop in a daemon thread, started when first needed.
+    """An asyncio event loop in a daemon thread, started on first use.
 
-    The thread is never joined, so that an interpreter exits at once, whatever was left open.
+    The thread is never joined, so the interpreter exits immediately even if caches were left open.
     """
 
     def __init__(self) -> None:
@@ -46,15 +46,17 @@ class Background:
         self._thread: int | None = None
 
     def run(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine function in the loop and block for its result. Raises `CacheError` on the loop's own thread, which
-        would wait for itself."""
+        """Run a coroutine function on the loop and block until it returns.
+
+        Raises `CacheError` on the loop's own thread, where the call would deadlock.
+        """
         if threading.get_ident() == self._thread:
             raise CacheError(
-                "a blocking call would stop the event loop that it waits for, because it was made by a coroutine there,"
-                " such as a loader; await an asynchronous cache, or let the loader be a plain function"
+                "a blocking call would block the event loop that it waits for, because a coroutine on that"
+                " loop made it, such as a loader; await an asynchronous cache, or make the loader a plain function"
             )
         loop = self._running()
-        # In a context of its own: that of a caller under trio would make anyio take this loop for trio's.
+        # In an empty context: with that of a caller on trio, anyio would mistake this loop for trio's.
         return contextvars.Context().run(asyncio.run_coroutine_threadsafe, function(), loop).result()
 
     def _running(self) -> asyncio.AbstractEventLoop:
@@ -68,43 +70,43 @@ class Background:
 
 
 class Hosted:
-    """An asynchronous context manager that is open in the background loop, in a task of its own."""
+    """An asynchronous context manager that stays open in a task of the background loop."""
 
     def __init__(self, manager: AbstractAsyncContextManager[Any]) -> None:
         self._manager = manager
-        self._leave = asyncio.Event()
+        self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Enter it. Raises the error that entering raises."""
+        """Enter the context manager. Raises what entering it raises."""
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._live(opened))
+        self._task = asyncio.create_task(self._run(opened))
         await opened
 
     async def close(self) -> None:
-        """Leave it, and wait until that is done."""
-        self._leave.set()
+        """Exit the context manager and wait until that is done."""
+        self._closing.set()
         if self._task is not None:
             await self._task
 
-    async def _live(self, opened: asyncio.Future[None]) -> None:
+    async def _run(self, opened: asyncio.Future[None]) -> None:
         try:
             async with self._manager:
                 opened.set_result(None)
-                await self._leave.wait()
+                await self._closing.wait()
         except Exception as error:
             if opened.done():
                 raise
             opened.set_exception(error)
         except BaseException:
-            opened.cancel()  # The caller of `open` would wait for ever.
+            opened.cancel()  # Otherwise the caller of `open` would wait forever.
             raise
 
 
 def _serve(ready: queue.SimpleQueue[asyncio.AbstractEventLoop]) -> None:
     loop = asyncio.new_event_loop()
     loop.call_soon(ready.put, loop)
-    with contextlib.suppress(RuntimeError):  # Interpreter shutdown may take the loop's pipes away under it.
+    with contextlib.suppress(RuntimeError):  # Interpreter shutdown may close the loop's pipes while it runs.
         loop.run_forever()
 
 
@@ -112,18 +114,18 @@ BACKGROUND = PerProcess(Background)
 
 
 def run(coroutine: Coroutine[Any, Any, R]) -> R:
-    """Return the result of a coroutine that never suspends, such as those over a blocking link."""
+    """Return the result of a coroutine that never suspends, such as those on a blocking client."""
     try:
         coroutine.send(None)
     except StopIteration as stop:
         result: R = stop.value
         return result
     coroutine.close()
-    raise RuntimeError("a coroutine of the synchronous cache has suspended")
+    raise RuntimeError("a coroutine of the synchronous cache suspended, which it must never do")
 
 
 def mirrored(method: Callable[Concatenate[Any, P], T], convert: Callable[[T], R]) -> Callable[Concatenate[Any, P], R]:
-    """Return the method of a synchronous double: it calls a method of `self._inner`, and converts what that returns."""
+    """Return a method of a synchronous class that calls `method` on `self._inner` and converts the result."""
 
     @functools.wraps(method)
     def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -133,5 +135,5 @@ def mirrored(method: Callable[Concatenate[Any, P], T], convert: Callable[[T], R]
 
 
 def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Any, P], R]:
-    """Return the method of a synchronous double: it runs a coroutine method of `self._inner`, which never suspends."""
+    """Return a method of a synchronous class that runs a non-suspending coroutine method of `self._inner`."""
     return mirrored(method, run)

@@ -1,7 +1,7 @@
-"""The health of a backend, and the meaning of its failures to a caller.
+"""Failure policy: the result of a call whose backend failed.
 
-With `on_error="miss"` the application goes on without its cache. This is the one place that decides it, for `Cache`,
-`SyncCache` and what is built on them.
+With `on_error="miss"` the application continues without its cache. `Cache`, `SyncCache` and everything built on them
+use this one policy.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ BACKEND_FAILURES = (
     messages.ActorFailed,
     messages.NoSuchActor,
 )
-"""The errors of the backend, which may pass. All others say that the program or its settings are wrong, or that the cache is
-closed: they are raised whatever `on_error` says."""
+"""Errors of the backend, which may be temporary. All other errors mean a mistake in the program or its settings, or a
+closed cache; they are raised whatever `on_error` is."""
 
 FAILED_READ = Missing()
-"""The fallback for a `Get`: it shows that the backend fails, so that the caller sends it no more requests."""
+"""Fallback for a `Get`. The caller recognises it by identity and sends the failing backend no further requests."""
 
-_STAND_INS: Mapping[type[Request[Any]], tuple[str, Callable[[], Reply]]] = {
+_FALLBACKS: Mapping[type[Request[Any]], tuple[str, Callable[[], Reply]]] = {
     messages.Get: ("missed", lambda: FAILED_READ),
     messages.GetMany: ("missed", lambda: messages.FoundMany({})),
     messages.Exists: ("missed", Missing),
@@ -45,7 +45,7 @@ _STAND_INS: Mapping[type[Request[Any]], tuple[str, Callable[[], Reply]]] = {
     messages.CompareAndSet: ("dropped", messages.NotStored),
     messages.Touch: ("dropped", Missing),
 }
-"""For each request that may fail unnoticed: the outcome in `RequestFailed`, and the reply in place of the backend's."""
+"""For each request that may fail without raising: the outcome in `RequestFailed`, and the fallback reply."""
 
 _RAISED: tuple[str, Callable[[], Reply] | None] = ("raised", None)
 
@@ -65,8 +65,10 @@ class Health(Struct, frozen=True):
 
 
 class FailurePolicy:
-    """Handles the failures of one backend for one cache, and counts them: `errors` in all, and of these `dropped_writes`. Usable
-    from any thread."""
+    """Policy for the failures of one backend, as seen by one cache. Safe to use from any thread.
+
+    `errors` counts all failures; `dropped_writes` counts those of writes that were dropped.
+    """
 
     __slots__ = ("_emitter", "_guard", "dropped_writes", "errors", "on_error")
 
@@ -81,26 +83,27 @@ class FailurePolicy:
         return f"<FailurePolicy {self.on_error}, {self.errors} errors, {self.dropped_writes} dropped writes>"
 
     def resolve(self, request: Request[R], error: CacheError, *, allow: bool = False) -> R:
-        """Return the fallback for a failed request, or raise. `allow` is for a rate limit that admits everything then.
+        """Return the fallback for a failed request, or raise. `allow` returns the fallback of an allowed rate limit.
 
-        Raises `error` if the cache is to raise, or if no reply would be true, as for an increment. An invalidation that may not
-        have been carried out is a `CacheInvalidationError`: ignoring it would serve stale values once the backend is back.
+        Raises `error` if `on_error` is `"raise"`, or if the request has no truthful fallback, such as an increment.
+        Raises `CacheInvalidationError` for an invalidation that may not have taken effect: ignoring it would serve
+        stale values once the backend recovers.
         """
         if isinstance(error, CacheTimeoutError) and not request.IDEMPOTENT:
             error.in_doubt = True
-        outcome, stand_in = _RAISED
+        outcome, fallback = _RAISED
         if allow:
-            outcome, stand_in = "admitted", lambda: messages.Admitted(0)
+            outcome, fallback = "admitted", lambda: messages.Admitted(0)
         elif self.on_error == "miss":
-            outcome, stand_in = _STAND_INS.get(type(request), _RAISED)
+            outcome, fallback = _FALLBACKS.get(type(request), _RAISED)
         with self._guard:
             self.errors += 1
             self.dropped_writes += outcome == "dropped"
         name, key = request.WIRE_NAME, getattr(request, "key", "")
         self._emitter.emit(RequestFailed, request=name, error=error.code, outcome=outcome, key=key)
-        if stand_in is not None:
-            return cast("R", stand_in())
+        if fallback is not None:
+            return cast("R", fallback())
         if self.on_error == "miss" and request.INVALIDATES:
             named = name.removeprefix("backend.")
-            raise messages.CacheInvalidationError(f"{named} may not have been carried out: {error}") from error
+            raise messages.CacheInvalidationError(f"{named} may not have taken effect: {error}") from error
         raise error

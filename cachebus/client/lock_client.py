@@ -1,4 +1,4 @@
-"""Client through which the locks of a node reach their manager."""
+"""Client through which the locks of a node reach the lock manager."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .renewals import PER_LEASE, Renewals
 R = TypeVar("R")
 
 LOCKS = Address("locks")
-"""Address of the lock manager, if settings say where locks are kept; else each backend has one, at `locks.<backend>`."""
+"""Address of the lock manager if the settings have `locks`. Otherwise each backend has one at `locks.<backend>`."""
 
-PER_LEASE_IN_TROUBLE = 12
-"""How often a lock is renewed within its own time after a renewal that failed."""
+PER_LEASE_AFTER_FAILURE = 12
+"""Number of renewals per `ttl` of a lock after a failed renewal."""
 
 
 class LockClient:
-    """Client through which the locks of a node reach their manager. Usable from any thread.
+    """Client through which the locks of a node reach the lock manager. Safe to use from any thread.
 
-    `timeout` is the seconds that a call may take. Locks are renewed on the event loop of the node. `why_not` is raised by every
-    request if there is no manager.
+    `timeout` is the time limit of a call, in seconds. Locks are renewed on the event loop of the node. If the node has
+    no lock manager, every request raises `unavailable`.
     """
 
     def __init__(
-        self, bus: Bus, address: Address, timeout: float, timers: Timers, why_not: CacheError | None = None
+        self, bus: Bus, address: Address, timeout: float, timers: Timers, unavailable: CacheError | None = None
     ) -> None:
         self.bus = bus
         self.address = address
         self.timeout = timeout
-        self._why_not = why_not
+        self._unavailable = unavailable
         self._timers = timers
         self._renewals = Renewals()
 
@@ -42,28 +42,28 @@ class LockClient:
         return f"<LockClient to {self.address}, {len(self._renewals)} held>"
 
     def now(self) -> float:
-        """Return the time by which locks end, in seconds."""
+        """Return the current time of the clock that measures lock expiry, in seconds."""
         return self.bus.clock.monotonic()
 
     async def ask(self, request: Request[R], patience: float = 0.0, *, blocking: bool = False) -> R:
-        """Ask the manager, awaiting the reply for `patience` seconds more than a call may take.
+        """Send a request to the lock manager and return its reply. The time limit is `timeout` plus `patience` seconds.
 
-        With `blocking` it blocks this thread: a coroutine that never suspends.
+        With `blocking`, the coroutine blocks the thread and never suspends.
         """
-        if self._why_not is not None:
-            raise self._why_not
+        if self._unavailable is not None:
+            raise self._unavailable
         timeout = self.timeout + patience
         if blocking:
             return self.bus.request_blocking(self.address, request, timeout)
         return await self.bus.request(self.address, request, timeout)
 
     def send(self, request: Request[Any]) -> None:
-        """Send a request without awaiting the reply."""
-        if self._why_not is None:
+        """Send a request without waiting for the reply."""
+        if self._unavailable is None:
             self.bus.send(self.address, request)
 
     def track(self, ticket: str, ttl: float, renew: Callable[[], Awaitable[bool]]) -> None:
-        """Call `renew` from now on, before each `ttl` seconds are over. It returns whether the lock is still held."""
+        """Start calling `renew` several times per `ttl`, until it returns False because the lock is no longer held."""
 
         async def renew_once() -> None:
             started, share = self.now(), PER_LEASE
@@ -72,7 +72,7 @@ class LockClient:
                     self.untrack(ticket)
                     return
             except CacheError:
-                started, share = self.now(), PER_LEASE_IN_TROUBLE
+                started, share = self.now(), PER_LEASE_AFTER_FAILURE
             self._renewals.postpone(ticket, self._timers, started + ttl / share)
 
         def renew_in_background() -> None:

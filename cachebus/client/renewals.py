@@ -1,4 +1,4 @@
-"""What this process holds for a time, leases and locks, renewed for as long as it is held."""
+"""Renewal of the leases and locks that this process holds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from msgspec import Struct
 from cachebus.actors import Timers
 
 PER_LEASE = 3
-"""How often something is renewed within its own time, so that one lost renewal does not lose it."""
-
+"""Number of renewals per lifetime, so that a single lost renewal does not lose the lease or lock."""
 
 TOGETHER = 0.05
-"""Seconds by which something is renewed early, with what is due before it."""
+"""Renewals that are due within this many seconds of each other run together, the later ones early."""
 
 
 class _Tracked(Struct, eq=False):
@@ -23,11 +22,11 @@ class _Tracked(Struct, eq=False):
 
 
 class Renewals:
-    """Renews leases and locks: one timer for all of them, and none while there are none. Usable from any thread.
+    """Renews leases and locks. All of them share one timer, which exists only while any is tracked. Thread-safe.
 
-    Most are given back long before they are renewed, so that to track one is a dictionary entry and a comparison. No
-    lock is held. What is tracked has a timer that is due no later than itself: two threads that arm one at the same
-    time leave two, of which the one that is noted in `_armed` goes on.
+    Most leases are released long before they are renewed, so tracking one costs a dictionary entry and a comparison,
+    without a mutex. Every tracked lease has a timer that is due no later than the lease. If two threads arm a timer at
+    the same time, both timers fire; the one in `_armed` continues.
     """
 
     def __init__(self) -> None:
@@ -38,18 +37,20 @@ class Renewals:
         return len(self._tracked)
 
     def track(self, name: str, timers: Timers, due: float, renew: Callable[[], float | None]) -> None:
-        """Call `renew` when `due` has come, on the loop of `timers`. It returns when to call it next, or `None` if it says
-        so later, by `postpone`."""
+        """Call `renew` at the time `due`, on the loop of `timers`.
+
+        `renew` returns the time of its next call, or `None` to set it later with `postpone`.
+        """
         self._tracked[name] = _Tracked(due, renew)
         if due < self._armed[0]:
             self._arm(timers, due)
 
     def untrack(self, name: str) -> None:
-        """Renew it no longer."""
+        """Stop renewing a lease or lock."""
         self._tracked.pop(name, None)
 
     def postpone(self, name: str, timers: Timers, due: float) -> None:
-        """Renew it next when `due` has come, if it is tracked still."""
+        """Set the time of the next renewal to `due`, if the lease or lock is still tracked."""
         if (tracked := self._tracked.get(name)) is not None:
             tracked.due = due
             if due < self._armed[0]:
@@ -61,7 +62,7 @@ class Renewals:
 
     def _renew_due(self, timers: Timers, armed: list[float]) -> None:
         if self._armed is not armed and self._armed[0] <= armed[0]:
-            return  # Another timer goes on for both.
+            return  # Another timer, due no later, continues.
         self._armed = _RENEWING
         try:
             for tracked in self._tracked.copy().values():
@@ -70,7 +71,7 @@ class Renewals:
                     if (due := tracked.renew()) is not None:
                         tracked.due = due
         finally:
-            # Whoever tracks something before this is found below; whoever does after it arms a timer.
+            # Leases tracked before this assignment are found below; those tracked after it arm a timer.
             self._armed = _NOT_ARMED
             due = min((each.due for each in self._tracked.copy().values()), default=math.inf)
             if due < self._armed[0]:

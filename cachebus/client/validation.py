@@ -1,4 +1,4 @@
-"""Validation: of keys, times to live, durations and tags that callers pass, and of cached values against a type."""
+"""Validation of keys, TTLs, durations and tags that callers pass, and of cached values against a type."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from typing import Any, Literal, cast
 from cachebus.messages import CacheKeyError, CacheSerializationError, Set, Ttl
 
 TimeToLive = float | timedelta | Literal["default"] | None
-"""Seconds (or a `timedelta`) that a value lives; `"default"` is the backend's, `None` is for ever."""
+"""Time to live, in seconds or as a `timedelta`. `"default"` is the backend's default; `None` means no expiry."""
 
 Duration = float | timedelta
-"""Seconds, or a `timedelta`."""
+"""Duration, in seconds or as a `timedelta`."""
 
 LONGEST = 1e9
-"""The longest duration, in seconds: thirty years."""
+"""Longest duration, in seconds: about thirty years."""
 
 Since = float | timedelta | datetime | None
-"""A moment: seconds or a `timedelta` before now, or an aware `datetime`; `None` is now."""
+"""Point in time: seconds or a `timedelta` before now, or an aware `datetime`. `None` is now."""
 
 
 def check_since(since: Since, now: float) -> float | None:
-    """Return `since` as Unix time. Raises `TypeError` if it is no time, and `ValueError` if it is in the future, not finite or a
-    `datetime` without a time zone."""
+    """Return `since` as Unix time.
+
+    Raises `TypeError` if it is not a time, and `ValueError` if it is in the future, not finite or a naive `datetime`.
+    """
     if since is None:
         return None
     if isinstance(since, datetime):
         if since.tzinfo is None:
-            raise ValueError("since: a datetime without a time zone names no moment")
+            raise ValueError(f"since must be a datetime with a time zone, not {since!r}")
         moment = since.timestamp()
     elif isinstance(since, timedelta):
         moment = now - since.total_seconds()
@@ -40,12 +42,12 @@ def check_since(since: Since, now: float) -> float | None:
     else:
         raise TypeError(f"since must be seconds, a timedelta or a datetime, not {since!r}")
     if not (math.isfinite(moment) and moment <= now):
-        raise ValueError(f"since must be a time of the past, not {since!r}")
+        raise ValueError(f"since must be a time in the past, not {since!r}")
     return max(moment, 0.0)
 
 
 def check_key(key: object) -> str:
-    """Return `key` if it is a non-empty `str` that can be written as UTF-8, else raise `CacheKeyError`."""
+    """Return `key` if it is a non-empty `str` that can be encoded as UTF-8; otherwise raise `CacheKeyError`."""
     if not isinstance(key, str):
         raise CacheKeyError(f"a cache key must be a str, not {type(key).__name__}", "")
     if not key:
@@ -59,23 +61,25 @@ def check_key(key: object) -> str:
 
 
 def check_keys(keys: Iterable[str]) -> tuple[str, ...]:
-    """Return `keys` as a tuple of checked keys. One `str` is not an iterable of keys here."""
+    """Return `keys` as a tuple of valid keys. Raises `CacheKeyError`, also for a single `str`."""
     if isinstance(keys, str) or not isinstance(keys, Iterable):
-        raise CacheKeyError("several cache keys must be given as a list or another iterable", reprlib.repr(keys))
+        raise CacheKeyError("cache keys must be a list or another iterable of str", reprlib.repr(keys))
     return tuple(check_key(key) for key in keys)
 
 
 def check_ttl(ttl: TimeToLive) -> Ttl:
-    """Return `ttl` in seconds, `"default"` or `None`. Raises `TypeError` if it is no duration, `ValueError` if it is not positive
-    and finite."""
+    """Return `ttl` in seconds, `"default"` or `None`.
+
+    Raises `TypeError` if it is not a duration, and `ValueError` if it is not positive and finite.
+    """
     if type(ttl) is float and 0.0 < ttl < math.inf:
-        return ttl  # Most calls end here.
+        return ttl  # Fast path for most calls.
     if ttl is None or ttl == "default":
         return cast("Ttl", ttl)
     if isinstance(ttl, timedelta):
         seconds = ttl.total_seconds()
     elif type(ttl) in (int, float):
-        # An int too large for a float is refused below, as infinity is.
+        # An int too large for a float is rejected below, like infinity.
         seconds = float(ttl) if abs(ttl) < 1e300 else math.inf
     else:
         raise TypeError(f"ttl must be seconds, a timedelta, None or 'default', not {ttl!r}")
@@ -85,20 +89,25 @@ def check_ttl(ttl: TimeToLive) -> Ttl:
 
 
 def check_seconds(name: str, duration: object, *, zero: bool = False, most: float = LONGEST) -> float:
-    """Return a duration in seconds. Raises `TypeError` if it is none, and `ValueError` if it is below 0, over `most`, or 0 without
-    `zero`."""
+    """Return a duration in seconds.
+
+    Raises `TypeError` if it is not a duration, and `ValueError` if it is negative, above `most`, or 0 without `zero`.
+    """
     seconds: Any = duration.total_seconds() if isinstance(duration, timedelta) else duration
     if type(seconds) not in (int, float):
         raise TypeError(f"{name} must be seconds or a timedelta, not {duration!r}")
     number = float(seconds) if abs(seconds) < 1e300 else math.inf
     if not 0 <= number <= most or (number == 0 and not zero):
-        raise ValueError(f"{name} must be seconds {'from' if zero else 'over'} 0 to {most:g}, not {duration!r}")
+        allowed = "from 0 to" if zero else "above 0 and at most"
+        raise ValueError(f"{name} must be {allowed} {most:g} seconds, not {duration!r}")
     return number
 
 
 def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """Return `tags` as a tuple without repetitions. Raises `TypeError` or `ValueError` for anything but non-empty
-    strings of valid Unicode, and for one bare `str`."""
+    """Return `tags` as a tuple without duplicates.
+
+    Raises `TypeError` or `ValueError` unless all are non-empty strings of valid Unicode, and for a single `str`.
+    """
     if tags == ():
         return ()
     if isinstance(tags, str) or not isinstance(tags, Iterable):
@@ -119,7 +128,7 @@ def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
 def set_request(
     key: str, value: Any, ttl: TimeToLive, tags: Iterable[str], only_if: Literal["absent", "present"] | None
 ) -> Set:
-    """Return the request for a facade's `set`."""
+    """Return the request for `set`. Raises `CacheKeyError`, `TypeError` or `ValueError` for invalid arguments."""
     if type(key) is not str or not key or not key.isascii():
         check_key(key)
     if only_if is not None and only_if not in ("absent", "present"):
@@ -129,25 +138,26 @@ def set_request(
 
 
 def escape_pattern(text: str) -> str:
-    r"""Return `text` so that it stands for itself in a pattern: `delete_pattern(f"user:{escape_pattern(name)}:*")`."""
+    r"""Escape the special characters of a pattern: `delete_pattern(f"user:{escape_pattern(name)}:*")`."""
     return "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in text)
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """Return the value as a `kind`: a builtin, generic, dataclass, TypedDict or pydantic model.
+    """Validate and convert a value to `kind`: a builtin or generic type, dataclass, `TypedDict` or pydantic model.
 
-    Raises `CacheSerializationError` with the reason `type` if it does not fit. The sentence names places and shows no values.
+    Raises `CacheSerializationError` with the reason `type` if the value does not match. The message names the invalid
+    fields but shows no values.
     """
-    from pydantic import ValidationError  # Takes longer to import than all of cachebus.
+    from pydantic import ValidationError  # Takes longer to import than the rest of cachebus.
 
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
-        places = [".".join(map(str, each["loc"])) or "the value" for each in error.errors(include_input=False)]
-    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        fields = [".".join(map(str, each["loc"])) or "the value" for each in error.errors(include_input=False)]
+    more = f" and {len(fields) - 3} more" if len(fields) > 3 else ""
+    expected = getattr(kind, "__qualname__", kind)
     raise CacheSerializationError(
-        f"the cached value is no {getattr(kind, '__qualname__', kind)}: {', '.join(places[:3])}{more} does not fit",
-        "type",
+        f"the cached value is not a valid {expected}; invalid: {', '.join(fields[:3])}{more}", "type"
     )
 
 
@@ -161,7 +171,7 @@ def _hashable_adapter(kind: Any) -> Any:
 def _adapter(kind: Any) -> Any:
     try:
         return _hashable_adapter(kind)
-    except TypeError:  # Annotated[int, [...]] and the like cannot be hashed.
+    except TypeError:  # Some types, such as Annotated[int, [...]], are not hashable.
         from pydantic import TypeAdapter
 
         return TypeAdapter(kind)

@@ -72,11 +72,11 @@ class Node:
         self._closed = False
         self._pipelines: dict[str, PayloadPipeline | None] = {}
         kept = settings.locks_kept
-        why_not = None
+        unavailable = None
         if kept.type in LOCKLESS:
             problem = f"a {kept.type} backend keeps no locks: say where they are, as in locks='redis://host'"
-            why_not = CapabilityError(problem, kept.type, "locks")
-        self._lock_client = LockClient(self.bus, self._lock_address(kept), settings.timeout, self._timers, why_not)
+            unavailable = CapabilityError(problem, kept.type, "locks")
+        self._lock_client = LockClient(self.bus, self._lock_address(kept), settings.timeout, self._timers, unavailable)
         self._lock_tables: dict[str, LockStore] = {}
 
     def __repr__(self) -> str:

@@ -541,8 +541,8 @@ for each in TTL_METHODS:
     behaviour(refuses_bad_times(each))
 
 BAD_CALLS: list[tuple[str, Callable[[Any], Awaitable[Any]], type[Exception], str]] = [
-    ("get_many of one str", lambda c: c.get_many("abc"), CacheKeyError, "must be given as a list .* not 'abc'"),
-    ("delete_many of one str", lambda c: c.delete_many("abc"), CacheKeyError, "must be given as a list .* not 'abc'"),
+    ("get_many of one str", lambda c: c.get_many("abc"), CacheKeyError, "must be a list .* not 'abc'"),
+    ("delete_many of one str", lambda c: c.delete_many("abc"), CacheKeyError, "must be a list .* not 'abc'"),
     ("tags as one str", lambda c: c.set("k", 1, tags="tag"), TypeError, "tags must be a list .* not 'tag'"),
     ("add with tags as one str", lambda c: c.add("k", 1, tags="tag"), TypeError, "tags must .* not 'tag'"),
     ("set_many with tags as one str", lambda c: c.set_many({"k": 1}, tags="tag"), TypeError, "tags must .* not 'tag'"),

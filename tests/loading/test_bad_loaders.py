@@ -139,7 +139,7 @@ async def test_a_loader_of_many_brings_a_mapping(cache: Cache, brought: Any) -> 
     [
         ({"ttl": 0}, ValueError, "ttl must be a positive, finite time, not 0"),
         ({"ttl": "1"}, TypeError, "ttl must be seconds"),
-        ({"stale_for": -1}, ValueError, "stale_for must be seconds from 0 to 1e[+]09, not -1"),
+        ({"stale_for": -1}, ValueError, "stale_for must be from 0 to 1e[+]09 seconds, not -1"),
         ({"stale_for": "1"}, TypeError, "stale_for must be seconds or a timedelta, not '1'"),
         ({"tags": "t"}, TypeError, "tags must be a list or another iterable of str, not 't'"),
         ({"etag": 5}, TypeError, "etag must be a str, not 5"),

@@ -106,14 +106,14 @@ def test_a_blocking_call_on_the_loop_of_the_cache_is_refused_and_stops_nobody(sy
     async def outer() -> Any:
         return sync_cache.get_or_load("inner", inner)
 
-    with pytest.raises(CacheError, match="a blocking call would stop the event loop that it waits for"):
+    with pytest.raises(CacheError, match="a blocking call would block the event loop that it waits for"):
         sync_cache.get_or_load("outer", outer)
 
     async def opening() -> Any:
         with a_sync_cache() as another:
             return another.get("k")
 
-    with pytest.raises(CacheError, match="a blocking call would stop the event loop that it waits for"):
+    with pytest.raises(CacheError, match="a blocking call would block the event loop that it waits for"):
         sync_cache.get_or_load("outer", opening)
     assert sync_cache.get_or_load("inner", inner) == "inner"
 

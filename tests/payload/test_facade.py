@@ -382,7 +382,7 @@ async def test_one_that_does_not_is_a_miss_and_an_event_or_an_error(shelf: Shelf
         with _listening(cache) as events:
             assert await cache.get_typed("k", Address, "default") == "default"
             assert [(each.key, each.reason) for each in told(events)] == [("k", "type")]
-        with pytest.raises(CacheSerializationError, match="no Address: number does not fit") as refused:
+        with pytest.raises(CacheSerializationError, match="not a valid Address; invalid: number") as refused:
             await cache.get_typed("k", Address, strict=True)
         assert "secret" not in repr(refused.value)
         assert await cache.get_typed("missing", Address, "default", strict=True) == "default"
