@@ -1,1 +1,1 @@
-"""Loading of missing values: one load for all callers."""
+"""Loading of missing values: concurrent callers share one load."""

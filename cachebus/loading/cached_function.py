@@ -1,4 +1,4 @@
-"""Cached functions: a decorated function whose results are cached, with one load per key at a time."""
+"""Cached functions: a decorator that caches the results of a function, with one load per key at a time."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 TURNS_OF_A_MISS = 16
-"""Weight of a miss among the turns after which an event loop lets other tasks run. A miss costs about 16 hits, and if its loader
-does not wait, nothing else lets them run."""
+"""Weight of a miss in the checkpoint counter.
+
+A miss costs about 16 hits, and a loader that never waits adds no checkpoint.
+"""
 
 _EMPTY = inspect.Parameter.empty
 
 
 class LoadingCache(Protocol):
-    """Either facade. Its link changes when it is opened or closed."""
+    """Protocol of both facades. The client changes when the cache is opened or closed."""
 
     loads: LoadCoordinator
 
@@ -52,12 +54,19 @@ def cached(
     tags: Iterable[str] = (),
     **options: Unpack[LoadKeywords],
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that caches what a function returns, under a key made of its arguments.
+    """Return a decorator that caches the results of a function under a key built from its arguments.
 
-    `key` is a template over the function's parameters (`"user:{user_id}"`) or a function that takes its arguments and returns the
-    key; each tag is a template too. The options and the guarantees are those of `get_or_load`. A coroutine function becomes one that
-    waits, a plain function one that blocks. A value that cannot be stored is returned all the same, with a warning in the log.
-    Raises `CacheConfigurationError` for a template that does not fit the function.
+    ::
+
+        @cache.cached(key="user:{user_id}", ttl=60, tags=["users"])
+        async def load_user(user_id: int) -> User: ...
+
+    `key` is a template over the function's parameters, or a function that takes the same arguments and returns the key.
+    Each tag is a template too. The options and guarantees are those of `get_or_load`. A coroutine function stays a
+    coroutine function; a plain function blocks. A value that cannot be stored is still returned, and a warning is
+    logged.
+
+    Raises `CacheConfigurationError` for a template that does not match the function's parameters.
     """
     checked = LoadOptions.of(ttl, tags, **options)
     if not isinstance(key, str) and not callable(key):
@@ -67,7 +76,7 @@ def cached(
         if not callable(function):
             raise TypeError(f"cached() decorates a function, not {function!r}")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise TypeError(f"cached() cannot keep what a generator yields, and {function!r} makes one")
+            raise TypeError(f"cached() does not support generator functions, such as {function!r}")
         key_of = compile_template(function, key, "key") if isinstance(key, str) else _checked(key)
         templates = [compile_template(function, tag, "tag") for tag in checked.tags]
         made = CachedFunction(cache, function, checked, key_of, templates)
@@ -82,7 +91,7 @@ def _checked(key_of: Callable[..., str]) -> Callable[..., str]:
 
 
 class CachedFunction(Struct, eq=False):
-    """A function whose results are cached: where its values are, and how its arguments make keys and tags."""
+    """A decorated function with its cache, its options, and the functions that build its keys and tags."""
 
     cache: LoadingCache
     function: Callable[..., Any]
@@ -91,7 +100,7 @@ class CachedFunction(Struct, eq=False):
     tag_templates: list[Callable[..., str]]
 
     def as_coroutine_function(self) -> Callable[..., Any]:
-        """Return the cached function, for a coroutine function."""
+        """Return the cached version of a coroutine function."""
         key_of, cache, load = self.key_of, self.cache, self._load
         slides = self.options.idle_ttl is not None
         turns_left = TURNS_PER_CHECKPOINT
@@ -102,7 +111,7 @@ class CachedFunction(Struct, eq=False):
             key = key_of(*args, **kwargs)
             if turns_left <= 0:
                 turns_left = TURNS_PER_CHECKPOINT
-                await checkpoint()  # Before the turn, for the reason given in `get_or_load`.
+                await checkpoint()  # Before the turn, as in `get_or_load`.
             client = cache.client
             request = Get(key)
             reply = client.try_inline_get(request)
@@ -115,7 +124,7 @@ class CachedFunction(Struct, eq=False):
         return cached
 
     def as_function(self) -> Callable[..., Any]:
-        """Return the cached function, for a plain function."""
+        """Return the cached version of a plain function."""
         key_of, cache, load = self.key_of, self.cache, self._load
         slides = self.options.idle_ttl is not None
 
@@ -132,7 +141,7 @@ class CachedFunction(Struct, eq=False):
 
     def _load(self, runner: Runner, request: Get, reply: Any, args: Any, kwargs: Any) -> Coroutine[Any, Any, Any]:
         check_key(request.key)
-        # Checked again: two templates may give the same tag, or none.
+        # Validated again: two templates may produce the same tag, or an empty one.
         tags = check_tags([each(*args, **kwargs) for each in self.tag_templates]) if self.tag_templates else ()
         if runner.blocks:
             call = functools.partial(_not_a_coroutine, self.function, args, kwargs)
@@ -143,11 +152,11 @@ class CachedFunction(Struct, eq=False):
 
 
 def _not_a_coroutine(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a plain function. Refuse a coroutine, which only one of the callers who share it could await."""
+    """Call a plain function. Raise `TypeError` if it returns a coroutine, which only one of its callers could await."""
     result = function(*args, **kwargs)
     if inspect.iscoroutine(result):
         result.close()
-        raise TypeError(f"{function!r} returned a coroutine, which cannot be cached; decorate an async def")
+        raise TypeError(f"{function!r} returned a coroutine, which cannot be cached; decorate an async def instead")
     return result
 
 
@@ -155,18 +164,20 @@ def _not_a_coroutine(function: Callable[..., Any], args: Any, kwargs: Any) -> An
 
 
 def compile_template(function: Callable[..., Any], template: str, what: str) -> Callable[..., str]:
-    """Return a function that takes the arguments of `function` and fills them into `template`, such as `"user:{user_id}"`.
+    """Return a function with the parameters of `function` that fills its arguments into `template`.
 
-    Fields are names of parameters, with attributes and indices as in `str.format` (`{user.id}`, `{args[0]}`). Arguments
-    that the caller left out have their defaults, and `f(1)` and `f(user_id=1)` give the same text. Raises
-    `CacheConfigurationError` for a field that is no parameter; `what` names the use of the template.
+    Fields are parameter names, with attributes and indices as in `str.format`: `{user_id}`, `{user.id}`, `{args[0]}`.
+    Omitted arguments take their defaults, and `f(1)` and `f(user_id=1)` produce the same text. `what` names the use of
+    the template in errors.
+
+    Raises `CacheConfigurationError` for an invalid template, or a field that is not a parameter.
     """
     parameters = inspect.signature(function).parameters
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
         unknown = [field for field in fields if re.split(r"[.\[]", field, maxsplit=1)[0] not in parameters]
         if not unknown:
-            # A dry run, for what else can be wrong: conversions, and fields within format specifications.
+            # A dry run finds the remaining errors: conversions, and fields within format specifications.
             template.format(**dict.fromkeys(parameters, _Anything()))
     except KeyError as error:
         unknown = [str(error.args[0])]
@@ -179,8 +190,8 @@ def compile_template(function: Callable[..., Any], template: str, what: str) -> 
             f"{what} {template!r} has the field {{{unknown[0]}}}, but {getattr(function, '__qualname__', function)}"
             f" takes {', '.join(parameters) or 'no arguments'}"
         )
-    # Compiled, because binding arguments through inspect.Signature.bind takes longer than the whole cache hit: the
-    # interpreter binds them to a lambda's parameters in no time. Only names of parameters enter the source.
+    # Compiled to a lambda, because inspect.Signature.bind takes longer than an entire cache hit. Only parameter names
+    # enter the source.
     defaults = {f"_default_{name}": each.default for name, each in parameters.items() if each.default is not _EMPTY}
     arguments = ", ".join(f"{name}={name}" for name in parameters)
     fill = "_fill"
@@ -192,7 +203,7 @@ def compile_template(function: Callable[..., Any], template: str, what: str) -> 
 
 
 class _Anything:
-    """Stands for every argument: it has all attributes and items, and takes any format specification."""
+    """Placeholder for any argument. It has all attributes and items, and accepts any format specification."""
 
     def __getattr__(self, name: str) -> _Anything:
         return self
@@ -205,14 +216,14 @@ class _Anything:
 
 
 class _Verbatim(str):
-    """A text that a signature shows without quotes."""
+    """A string that a signature shows without quotes."""
 
     __slots__ = ()
     __repr__ = str.__str__
 
 
 def _parameter_list(parameters: Iterable[inspect.Parameter]) -> str:
-    """Return the parameters in Python's own syntax, with their defaults by name."""
+    """Return the parameters as Python source, with each default replaced by the name of a variable."""
     bare = [
         each.replace(
             annotation=_EMPTY, default=_EMPTY if each.default is _EMPTY else _Verbatim(f"_default_{each.name}")

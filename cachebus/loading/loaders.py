@@ -1,4 +1,4 @@
-"""Loaders: their argument, their results, and how they are called."""
+"""Loaders: their context, their results, and helpers to call them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from cachebus.messages import CacheError
 Loader = Callable[..., Any]
 
 LONGEST_ETAG = 1024
-"""Bytes of an `etag` in UTF-8: it stands beside the value, in the head of the entry."""
+"""Largest size of an `etag`, in bytes of UTF-8. It is stored in the header of the entry."""
 
 
 class LoadContext(Struct, frozen=True):
-    """The argument of a loader that takes one.
+    """Context of a load, passed to a loader that takes an argument.
 
-    `key` is the key that is loaded; `tags` are those that the value will have. `stale` is the value that was there before, if
-    `has_stale`; `etag` is the version that its loader gave it, and `stale_tags` are the tags that it had. `deadline` is when the
-    caller stops waiting, on the cache's monotonic clock; `None` if it does not.
+    `key` is the key to load, and `tags` are the tags that the value will have. If `has_stale` is true, `stale` is the
+    previous value, `etag` is the version that its loader gave it, and `stale_tags` are its tags. `deadline` is the time
+    at which the caller stops waiting, on the cache's monotonic clock, or `None` without a `hard_timeout`.
     """
 
     key: str
@@ -38,11 +38,12 @@ class LoadContext(Struct, frozen=True):
 
 
 class LoadResult(Struct, frozen=True):
-    """A loaded value and how to keep it: a loader may return it instead of a bare value.
+    """A loaded value with options for storing it. A loader may return it instead of a bare value.
 
-    `ttl` and `stale_for` count instead of those of the call, `tags` in addition to them. With `store=False` the value goes
-    to its waiters and is not kept. `etag` is its version at the source. Durations are seconds or a `timedelta`.
-    Raises `TypeError` or `ValueError` for wrong arguments.
+    `ttl` and `stale_for` replace those of the call; `tags` are added to those of the call. With `store=False`, waiters
+    get the value but it is not stored. `etag` is its version at the source. Durations are seconds or a `timedelta`.
+
+    Raises `TypeError` or `ValueError` for invalid arguments.
     """
 
     value: Any = None
@@ -66,15 +67,13 @@ class LoadResult(Struct, frozen=True):
 
     @classmethod
     def not_modified(cls, *, ttl: TimeToLive | EllipsisType = ..., etag: str | None = None) -> LoadResult:
-        """Say that the value in `LoadContext.stale` is up to date: keep it, with its tags, as if it were loaded now."""
+        """Return a result that keeps the value in `LoadContext.stale`, with its tags, as if it were loaded now."""
         return cls(ttl=ttl, etag=etag, unchanged=True)
 
     def resolved(self, context: LoadContext) -> LoadResult:
-        """Return the result with the value that `not_modified` stands for."""
+        """Return a result of `not_modified` with the value of `context`. Raises `CacheError` if it has none."""
         if not context.has_stale:
-            raise CacheError(
-                "a loader returned LoadResult.not_modified(), but there is no value that could be unchanged"
-            )
+            raise CacheError("a loader returned LoadResult.not_modified(), but there is no existing value")
         etag = self.etag or context.etag
         return LoadResult(context.stale, self.ttl, context.stale_tags, self.store, etag, self.stale_for)
 
@@ -91,29 +90,29 @@ def _check_etag(etag: object) -> None:
 
 
 def as_result(loaded: object) -> LoadResult:
-    """Return the `LoadResult` of a loader, or make one of a bare value.
+    """Return the `LoadResult` of a loader, or wrap a bare value in one.
 
-    Raises `TypeError` for a generator, of which only the first reader would get anything.
+    Raises `TypeError` for a generator, because only its first reader would get any items.
     """
     result = loaded if isinstance(loaded, LoadResult) else LoadResult(loaded)
     if issubclass(type(result.value), GeneratorType | AsyncGeneratorType):
-        raise TypeError(f"a loader cannot bring a generator, which can be read only once: {result.value!r}")
+        raise TypeError(f"a loader must not return a generator, which can be read only once: {result.value!r}")
     return result
 
 
 def as_mapping(loaded: object) -> Mapping[str, Any]:
-    """Return what a loader of many returned. Raises `TypeError` unless it is a mapping."""
+    """Return the result of a loader of many keys. Raises `TypeError` unless it is a mapping."""
     if not isinstance(loaded, Mapping):
-        raise TypeError(f"a loader of many must return a mapping of keys to values, not a {type(loaded).__name__}")
+        raise TypeError(f"a loader of many keys must return a mapping of keys to values, not {type(loaded).__name__}")
     return cast("Mapping[str, Any]", loaded)
 
 
 class LeftOut(LookupError):
-    """Raised when a loader of many keys brings no value for one that was asked for alone."""
+    """Raised when a loader of many keys, called with a single key, returns no value for it."""
 
 
 def calls_for_one(load: Loader, key: str) -> Callable[[], Any]:
-    """Return a loader of one key that calls a loader of many. It raises `LeftOut` if no value comes."""
+    """Return a loader of one key that calls a loader of many keys. It raises `LeftOut` if the key is missing."""
 
     def only(loaded: object) -> Any:
         values = as_mapping(loaded)
@@ -132,20 +131,20 @@ def calls_for_one(load: Loader, key: str) -> Callable[[], Any]:
 
 
 def kind_of(loader: Loader) -> tuple[bool, bool]:
-    """Return whether a loader has a parameter that must be given, and whether it is a coroutine function.
+    """Return whether a loader has a required parameter, and whether it is a coroutine function.
 
-    Raises `TypeError` for what cannot be called.
+    Raises `TypeError` if it is not callable.
     """
     function, bound = (loader.__func__, 1) if isinstance(loader, MethodType) else (loader, 0)
     if type(function) is FunctionType and not function.__dict__:
-        # Most are this, and reading it off takes a twentieth of the time of making a signature.
+        # The common case: reading the code object takes a twentieth of the time of building a signature.
         code = function.__code__
         wants = code.co_argcount - len(function.__defaults__ or ()) > bound
         return wants, bool(code.co_flags & inspect.CO_COROUTINE)
     if not callable(loader):
         raise TypeError(f"a loader must be callable, not {loader!r}")
     kinds = inspect.Parameter
-    with suppress(TypeError, ValueError):  # Written in C, and silent about its parameters.
+    with suppress(TypeError, ValueError):  # Some functions written in C have no signature.
         for each in inspect.signature(loader).parameters.values():
             if each.default is kinds.empty and each.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD):
                 return True, is_asynchronous(loader)
@@ -153,14 +152,14 @@ def kind_of(loader: Loader) -> tuple[bool, bool]:
 
 
 def is_asynchronous(function: Any) -> bool:
-    """Return whether calling it makes something to await, as far as can be seen without calling it."""
+    """Return whether a function or callable object is a coroutine function."""
     if type(function) is FunctionType and not function.__dict__:
-        return bool(function.__code__.co_flags & inspect.CO_COROUTINE)  # In a tenth of the time.
+        return bool(function.__code__.co_flags & inspect.CO_COROUTINE)  # Takes a tenth of the time.
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 async def awaited(result: Any) -> Any:
-    """Return the result, awaited as long as it can be."""
+    """Await a result repeatedly until it is not awaitable, and return it."""
     while isinstance(result, Awaitable):
         result = await cast("Any", result)
     return result

@@ -1,4 +1,4 @@
-"""The options of `get_or_load`, checked."""
+"""Options of `get_or_load`: validation, and the decisions that depend on them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from cachebus.payload.cached_errors import CachedFailure, check_classes
 from .loaders import LoadResult
 
 LoadTtl = TimeToLive | Callable[[Any], TimeToLive]
-"""As a `TimeToLive`, or a function of the loaded value that gives one."""
+"""A `TimeToLive`, or a function that takes the loaded value and returns one."""
 
 Refresh = Literal["xfetch"] | float | None
-"""When a live value is refreshed: by chance, the likelier the nearer its end and the longer its load (`"xfetch"`), or
-after this part of its lifetime."""
+"""Time to refresh a live value: after a fraction of its lifetime, or at random (`"xfetch"`).
+
+With `"xfetch"`, the probability grows towards expiry and with the load time.
+"""
 
 WaitPolicy = Literal["load", "stale", "raise"]
-"""What a caller does after it has waited for another load as long as it may."""
+"""Action of a caller that has waited for another load for `wait_limit`."""
 
 
 class ManyLoadKeywords(TypedDict, total=False):
-    """The options of `get_or_load_many` beside `ttl` and `tags`. Durations are seconds or a `timedelta`."""
+    """Options of `get_or_load_many` other than `ttl` and `tags`. Durations are seconds or a `timedelta`."""
 
     stale_for: Duration
     soft_timeout: Duration | None
@@ -44,7 +46,7 @@ class ManyLoadKeywords(TypedDict, total=False):
 
 
 class LoadKeywords(ManyLoadKeywords, total=False):
-    """The options of `get_or_load` and `cached` beside `ttl` and `tags`."""
+    """Options of `get_or_load` and `cached` other than `ttl` and `tags`."""
 
     refresh: Refresh
     refresh_after: Duration | None
@@ -59,9 +61,10 @@ LOAD_OPTIONS = frozenset(LoadKeywords.__annotations__)
 
 
 class LoadOptions(Struct, frozen=True, kw_only=True):
-    """The options of a load, as in `Cache.get_or_load`. Durations are seconds.
+    """Validated options of a load, see `Cache.get_or_load`. Durations are seconds.
 
-    `ttl_of` gives the `ttl` of a value, if that is no number. `is_plain` says that every value is stored with `ttl` and nothing else.
+    `ttl_of` is the function that computes the `ttl` from the value, if any. `is_plain` is true if every value is stored
+    with `ttl` and no other option.
     """
 
     ttl: Ttl = "default"
@@ -85,26 +88,24 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, ttl: LoadTtl = "default", tags: Iterable[str] = (), **options: Unpack[LoadKeywords]) -> LoadOptions:
-        """Return the options that a caller gave. Raises `TypeError` and `ValueError` that name the wrong one."""
+        """Validate the options of a call. Raises `TypeError` or `ValueError` that names the invalid option."""
         checked = () if tags == () else check_tags(tags)
         if unknown := options.keys() - LOAD_OPTIONS:
             raise TypeError(
-                f"there is no option {min(unknown)!r} of loading; there are {', '.join(sorted(LOAD_OPTIONS))}"
+                f"loading has no option {min(unknown)!r}; its options are {', '.join(sorted(LOAD_OPTIONS))}"
             )
         if "cache_errors" in options:
             options["cache_errors"] = check_classes(options["cache_errors"])
-        if not callable(ttl):  # A function may be another one in each call, which would fill the cache.
-            with suppress(TypeError):  # An option that cannot be hashed, or is wrong: the error below names it.
+        if not callable(ttl):  # A new function in each call would fill the LRU cache.
+            with suppress(TypeError):  # An unhashable or invalid option; in the second case, the call below raises.
                 return _checked_once(ttl, checked, **options)
         return _checked(ttl, checked, **options)
 
     def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
-        """Return the time to live of a loaded value: what its loader said, or else what these options say."""
+        """Return the TTL of a loaded value: the loader's, or otherwise the one of these options."""
         if not isinstance(result.ttl, EllipsisType):
             if self.idle_ttl is not None:
-                raise ValueError(
-                    "idle_ttl is capped by the ttl of the call: a LoadResult can have no ttl of its own then"
-                )
+                raise ValueError("a LoadResult must not set a ttl if the call has idle_ttl, which its own ttl caps")
             ttl = check_ttl(result.ttl)
         elif result.value is None and self.negative_ttl is not None:
             ttl = self.negative_ttl
@@ -117,16 +118,16 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         return ttl
 
     def cap(self, value: object) -> float | None:
-        """Return the seconds that a value may live at most, however often it is read; `None` if that is not known."""
+        """Return the longest lifetime of a value, in seconds, however often it is read; `None` if unknown."""
         ttl = self.negative_ttl if value is None and self.negative_ttl is not None else self.ttl
         return ttl if isinstance(ttl, float) else None
 
     def recalled(self, failure: CachedFailure) -> Exception | None:
-        """Return the exception that was kept, if this caller asks for such."""
+        """Return the cached exception if its class is in this caller's `cache_errors`, otherwise `None`."""
         return failure.error.rebuilt(self.cache_errors) if self.cache_errors else None
 
     def metadata(self, load_time: float, result: LoadResult) -> LoadMetadata | None:
-        """Return what is kept of the load beside the value, if anything will read it."""
+        """Return the load metadata to store with the value, or `None` if no option uses it."""
         stale_for = self.stale_for
         if result.stale_for is not None:
             stale_for = check_seconds("stale_for", result.stale_for, zero=True)
@@ -135,8 +136,10 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         return LoadMetadata(load_time, stale_for, result.etag)
 
     def patience(self, spent: float, *, has_stale: bool, is_leader: bool) -> tuple[float | None, str]:
-        """Return how long a caller goes on waiting that has `spent` seconds, and the limit that comes first: `soft`, `hard` or
-        `wait`."""
+        """Return the remaining wait of a caller after `spent` seconds, and the limit that sets it.
+
+        The limit is `soft`, `hard` or `wait`. Without a limit, the wait is `None`.
+        """
         limits: list[tuple[float, str]] = []
         if self.soft_timeout is not None and has_stale:
             limits.append((max(0.0, self.soft_timeout - spent), "soft"))
@@ -147,7 +150,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         return min(limits, default=(None, ""))
 
     def wants_refresh(self, found: Loaded, chance: random.Random) -> bool:
-        """Return whether a live value is to be refreshed now.
+        """Return whether to refresh a live value now.
 
         XFetch: Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention" (VLDB 2015).
         """
@@ -157,7 +160,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         if self.refresh_after is not None and found.lifetime - left >= self.refresh_after:
             return True
         if self.refresh == "xfetch":
-            # 1 - random() is never 0, whose logarithm there is none of.
+            # 1 - random() is never 0, so the logarithm is defined.
             return -found.load_time * self.beta * math.log(1.0 - chance.random()) >= left
         return self.refresh is not None and found.lifetime - left >= self.refresh * found.lifetime
 
@@ -173,7 +176,7 @@ _DURATIONS = {
     "wait_limit": (False, True),
     "lease_ttl": (False, False),
 }
-"""For each duration: whether it may be `None`, and whether it may be 0."""
+"""Durations, with flags: may be `None`, may be 0."""
 
 
 def _checked(ttl: LoadTtl, tags: tuple[str, ...], **options: Any) -> LoadOptions:
@@ -185,15 +188,15 @@ def _checked(ttl: LoadTtl, tags: tuple[str, ...], **options: Any) -> LoadOptions
     if given.wait not in ("load", "stale", "raise"):
         raise ValueError(f"wait must be 'load', 'stale' or 'raise', not {given.wait!r}")
     if refresh is not None and refresh != "xfetch" and not (type(refresh) is float and 0 < refresh < 1):
-        raise ValueError(f"refresh must be 'xfetch' or a part of the lifetime between 0 and 1, not {refresh!r}")
+        raise ValueError(f"refresh must be 'xfetch' or a fraction of the lifetime between 0 and 1, not {refresh!r}")
     if type(jitter) not in (int, float) or not 0 <= jitter < 1:
-        raise ValueError(f"ttl_jitter must be a part of the ttl, from 0 to below 1, not {jitter!r}")
+        raise ValueError(f"ttl_jitter must be a fraction of the ttl, at least 0 and below 1, not {jitter!r}")
     if type(beta) not in (int, float) or not 0 < beta < 1e300:
         raise ValueError(f"beta must be a positive number, not {beta!r}")
     if given.idle_ttl is not None and not isinstance(given.ttl, float):
-        raise ValueError("idle_ttl needs a ttl in seconds, which caps it")
+        raise ValueError("idle_ttl requires a ttl in seconds, which caps it")
     if bool(given.cache_errors) != (given.error_ttl is not None):
-        raise ValueError("cache_errors and error_ttl need each other: which exceptions are kept, and for how long")
+        raise ValueError("cache_errors and error_ttl must be given together")
     if callable(ttl):
         return replace(given, ttl_of=ttl)
     differs = given.stale_for or jitter or given.idle_ttl or given.negative_ttl or refresh or given.refresh_after
@@ -201,4 +204,7 @@ def _checked(ttl: LoadTtl, tags: tuple[str, ...], **options: Any) -> LoadOptions
 
 
 _checked_once: Callable[..., LoadOptions] = lru_cache(maxsize=256, typed=True)(_checked)
-"""Checking takes as long as storing the value. Keyed by type too: 1 and `True` are equal, and `True` is no time."""
+"""Cached, because validation takes as long as storing the value.
+
+Typed, because 1 equals `True`, which is not a duration.
+"""

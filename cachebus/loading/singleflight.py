@@ -1,6 +1,6 @@
-"""Single flight: the callers of one process who want the value of one load share it.
+"""Single flight: concurrent callers in one process share one load.
 
-Loaders that would wait for each other forever get an error instead: the loads form a graph of which waits for which.
+A graph records which loads wait for which. A loader whose wait would close a cycle gets an error instead of a deadlock.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class _Outcome(Struct, frozen=True):
 
 
 CANCELLED: Final = _Outcome("CANCELLED")
-"""The outcome of a load that was broken off: its waiters must ask again."""
+"""Outcome of a load that was cancelled. Its waiters must ask the backend again."""
 
 TIMED_OUT: Final = _Outcome("TIMED_OUT")
-"""In the place of an outcome: the caller stops waiting."""
+"""Result of a wait that timed out before the load had an outcome."""
 
 LEFT_OUT: Final = _Outcome("LEFT_OUT")
-"""The outcome for a key that a loader of many returned no value for."""
+"""Outcome for a key that is missing from the result of a loader of many keys."""
 
 
 class Value(Struct, frozen=True):
-    """The outcome of a load that returned a value.
+    """Outcome of a load that returned a value.
 
-    `shared` is false if a tag that only the loader named may have been invalidated during the load. Callers who joined after the
-    load began must ask again then.
+    `shared` is false if the loader added a tag that may have been invalidated during the load. Callers that joined
+    after the load began must then ask the backend again.
     """
 
     value: Any
@@ -44,28 +44,31 @@ class Value(Struct, frozen=True):
 
 
 class Values(Struct, frozen=True):
-    """The outcomes of a load of many keys."""
+    """Outcomes of a load of many keys."""
 
     by_key: Mapping[str, Any]
 
 
 class Raised(Struct, frozen=True):
-    """The outcome of a load that failed. An error that is no `Exception`, such as a `SystemExit`, is raised only to the
-    caller who began the load; the others must ask again."""
+    """Outcome of a load that failed.
+
+    An error that is not an `Exception`, such as `SystemExit`, is raised only in the caller that started the load. The
+    others must ask the backend again.
+    """
 
     error: BaseException
 
     def concerns(self, *, is_leader: bool) -> bool:
-        """Return whether the error is for this caller."""
+        """Return whether to raise the error in this caller."""
         return is_leader or isinstance(self.error, Exception)
 
 
 class InFlightLoad(Struct, eq=False, kw_only=True):
-    """A load that callers wait for, as tasks of any event loop or as threads.
+    """A load that is in progress. Callers wait for it as tasks of any event loop, or as threads.
 
-    When the last waiter leaves, `cancel` is called, unless the load is to be `kept`. `lease_names` are the leases
-    that it loads under or waits for. `thread` is where it runs, or where its event loop does. `owner` is the coroutine that
-    will resolve it. `waits_for` counts the waits of its loader for other loads.
+    When the last waiter is removed, `cancel` is called unless the load is `kept`. `lease_names` are the leases that it
+    loads under or waits for. `thread` is the thread that runs it or its event loop. `owner` is the coroutine that will
+    resolve it. `waits_for` counts the waits of its loader for other loads.
     """
 
     resolved: bool = False
@@ -82,11 +85,11 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
 
     @property
     def waiters(self) -> int:
-        """The number of callers who wait, the leader included."""
+        """Number of waiting callers, including the leader."""
         return len(self._waiters) + self._starting
 
     def is_orphan(self) -> bool:
-        """Return whether the owner ended without resolving the load, as an interrupted thread may."""
+        """Return whether the owner ended without resolving the load, as after an interrupt."""
         owner = self.owner
         return owner is not None and not self.resolved and inspect.getcoroutinestate(owner) == inspect.CORO_CLOSED
 
@@ -98,10 +101,11 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
         start: Callable[[], None] | None = None,
         blocking: bool = False,
     ) -> Any:
-        """Return the outcome, or `TIMED_OUT` after `timeout` seconds. With `keep` the load goes on after a timeout.
+        """Wait for the outcome and return it, or `TIMED_OUT` after `timeout` seconds.
 
-        `start` makes the caller the leader: it is called to start the load, while the caller counts as a waiter. `blocking` stops
-        the thread instead of suspending; in the thread that loads that is a `CacheError`.
+        With `keep`, the load continues after a timeout. `start` makes the caller the leader: it is called to start the
+        load, while the caller counts as a waiter. `blocking` blocks the thread instead of suspending, and raises
+        `CacheError` in the thread that runs the load.
         """
         loads = CURRENT_LOADS.get()
         waiting = _add_edge(loads, self) if loads else None
@@ -109,11 +113,11 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
             if start is not None:
                 self._starting = True
                 start()
-                if self.resolved:  # At once: then there is no need for a port.
+                if self.resolved:  # Resolved by `start`, so no port is needed.
                     return self.outcome
             elif blocking and self.thread == threading.get_ident() and not self.resolved:
                 raise CacheError(
-                    "the key is being loaded by a task of this very thread, which a blocking call would stop;"
+                    "the key is being loaded by a task of this thread, which a blocking call would block;"
                     " await a coroutine function, or call from another thread"
                 )
             port = ThreadPort() if blocking else open_port()
@@ -137,15 +141,15 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
                 _remove_edge(waiting, self)
 
     def remove_waiter(self, port: ReplyPort) -> None:
-        """Forget a waiter; without any other the load is cancelled, unless it is to go on."""
+        """Remove a waiter. If it was the last one, cancel the load, unless it is `kept`."""
         with self._guard:
             self._waiters.pop(port, None)
-            forsaken = not (self.resolved or self._waiters or self.kept or self._starting)
-        if forsaken and self.cancel is not None:
+            abandoned = not (self.resolved or self._waiters or self.kept or self._starting)
+        if abandoned and self.cancel is not None:
             self.cancel()
 
     def resolve(self, outcome: Any) -> None:
-        """Give every waiter the outcome. Only the first one counts; a call that was interrupted may be repeated."""
+        """Set the outcome and wake every waiter. Only the first outcome counts; an interrupted call may be repeated."""
         with self._guard:
             if not self.resolved:
                 self.outcome = outcome
@@ -157,16 +161,16 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
 
 
 CURRENT_LOADS: ContextVar[tuple[InFlightLoad, ...]] = ContextVar("loads", default=())
-"""The loads on whose behalf the current task or thread works, outermost first."""
+"""Loads that the current task or thread is working on, outermost first."""
 
 
 _graph = PerProcess(threading.Lock)
 
 
 def _add_edge(loads: tuple[InFlightLoad, ...], awaited: InFlightLoad) -> InFlightLoad | None:
-    """Note that the innermost of the unresolved `loads` waits for `awaited`, and return that load.
+    """Record that the innermost unresolved load of `loads` waits for `awaited`, and return that load.
 
-    Raises `CacheError` if the wait would never end.
+    Raises `CacheError` if the wait would be a deadlock.
     """
     chain = [each for each in loads if not each.resolved]
     if not chain:
@@ -174,15 +178,15 @@ def _add_edge(loads: tuple[InFlightLoad, ...], awaited: InFlightLoad) -> InFligh
     waiting = chain[-1]
     with _graph.value:
         if awaited in chain:
-            raise CacheError("a loader asks for the very key that it is loading, and would wait for itself")
+            raise CacheError("a loader requested the key that it is loading, and would wait for itself")
         if _reaches(awaited, waiting):
-            raise CacheError("a loader asks for a key whose loader waits for it: they would wait for ever")
+            raise CacheError("a loader requested a key whose loader is waiting for it, which would be a deadlock")
         waiting.waits_for[awaited] = waiting.waits_for.get(awaited, 0) + 1
     return waiting
 
 
 def _remove_edge(waiting: InFlightLoad, awaited: InFlightLoad) -> None:
-    """Take back what `_add_edge` noted."""
+    """Undo `_add_edge`."""
     with _graph.value:
         left = waiting.waits_for.get(awaited, 0) - 1
         if left > 0:

@@ -130,7 +130,7 @@ async def test_a_loader_that_asks_for_its_own_key_is_told_so(cache: Cache) -> No
     async def load() -> Any:
         return await cache.get_or_load("k", load)
 
-    with anyio.fail_after(30), pytest.raises(CacheError, match="a loader asks for the very key that it is loading"):
+    with anyio.fail_after(30), pytest.raises(CacheError, match="a loader requested the key that it is loading"):
         await cache.get_or_load("k", load)
     await quiet(cache)
 
@@ -159,7 +159,7 @@ async def test_two_loaders_that_need_each_others_keys_are_told_so(cache: Cache) 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call, "a", load_a)
             tasks.start_soon(call, "b", load_b)
-    assert errors == ["a loader asks for a key whose loader waits for it: they would wait for ever"] * 2
+    assert errors == ["a loader requested a key whose loader is waiting for it, which would be a deadlock"] * 2
     await quiet(cache)
 
 
@@ -203,4 +203,4 @@ def test_a_circle_through_threads_is_found() -> None:
         with ThreadPoolExecutor(2) as pool:
             loads = [pool.submit(cache.get_or_load, "a", load_a), pool.submit(cache.get_or_load, "b", load_b)]
             errors = [str(each.exception(5)) for each in loads]
-    assert errors == ["a loader asks for a key whose loader waits for it: they would wait for ever"] * 2
+    assert errors == ["a loader requested a key whose loader is waiting for it, which would be a deadlock"] * 2

@@ -145,7 +145,7 @@ async def test_what_is_cached_of_none_ends_in_its_own_time_however_often_it_is_a
         await cache.get_or_load("k", load, ttl=3600, idle_ttl=4, negative_ttl=10)
         clock.advance(3)
     assert calls == 5, "60 s have passed: one load in 12 s, which is when somebody asked after 10"
-    with pytest.raises(ValueError, match="a LoadResult can have no ttl of its own then"):
+    with pytest.raises(ValueError, match="a LoadResult must not set a ttl if the call has idle_ttl"):
         await cache.get_or_load("own", lambda: LoadResult("value", ttl=5), ttl=3600, idle_ttl=4)
 
 
@@ -219,7 +219,7 @@ async def test_a_loader_may_say_that_nothing_has_changed(cache: Cache, clock: Ma
         clock.advance(10)
     assert [context.etag for context in contexts] == [None, "v1", "v1"]
     assert [context.stale for context in contexts] == [None, "body", "body"]
-    with pytest.raises(CacheError, match=r"not_modified\(\), but there is no value"):
+    with pytest.raises(CacheError, match=r"not_modified\(\), but there is no existing value"):
         await cache.get_or_load("other", LoadResult.not_modified)
 
 
@@ -287,15 +287,15 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"soft_timeout": float("inf")}, ValueError, "soft_timeout must be from 0"),
     ({"soft_timeout": float("nan")}, ValueError, "soft_timeout must be from 0"),
     ({"soft_timeout": True}, TypeError, "soft_timeout must be seconds or a timedelta, not True"),
-    ({"refresh": "soon"}, ValueError, "refresh must be 'xfetch' or a part"),
-    ({"refresh": 1.5}, ValueError, "refresh must be 'xfetch' or a part"),
+    ({"refresh": "soon"}, ValueError, "refresh must be 'xfetch' or a fraction"),
+    ({"refresh": 1.5}, ValueError, "refresh must be 'xfetch' or a fraction"),
     ({"refresh_after": 0}, ValueError, "refresh_after must be above 0"),
     ({"beta": 0}, ValueError, "beta must be a positive number"),
     ({"beta": "1"}, ValueError, "beta must be a positive number, not '1'"),
     ({"negative_ttl": 0}, ValueError, "negative_ttl must be above 0"),
-    ({"ttl_jitter": 1}, ValueError, "ttl_jitter must be a part of the ttl"),
-    ({"ttl_jitter": "a"}, ValueError, "ttl_jitter must be a part of the ttl, from 0 to below 1, not 'a'"),
-    ({"idle_ttl": 5}, ValueError, "idle_ttl needs a ttl in seconds"),
+    ({"ttl_jitter": 1}, ValueError, "ttl_jitter must be a fraction of the ttl"),
+    ({"ttl_jitter": "a"}, ValueError, "ttl_jitter must be a fraction of the ttl, at least 0 and below 1, not 'a'"),
+    ({"idle_ttl": 5}, ValueError, "idle_ttl requires a ttl in seconds"),
     ({"wait": "poll"}, ValueError, "wait must be 'load', 'stale' or 'raise', not 'poll'"),
     ({"wait_limit": -1}, ValueError, "wait_limit must be from 0"),
     ({"wait_limit": None}, TypeError, "wait_limit must be seconds or a timedelta, not None"),

@@ -64,7 +64,7 @@ def test_a_coroutine_function_runs_in_the_loop_of_the_cache(sync_cache: SyncCach
     async def load_itself() -> Any:
         return await asyncio.to_thread(sync_cache.get_or_load, "own", load_itself)
 
-    with pytest.raises(CacheError, match="the very key that it is loading"):
+    with pytest.raises(CacheError, match="requested the key that it is loading"):
         sync_cache.get_or_load("own", load_itself)
 
 
