@@ -1,9 +1,11 @@
-"""Coordination of loads: one load of a key among all processes, shared by all callers who ask for it meanwhile.
+"""Load coordination: concurrent callers of a key share one load, across all processes.
 
-A caller that misses asks the backend for the lease of the key. One caller is granted it, and loads. To all others the backend
-names the lease under which the key is being loaded; the callers of one process share one `InFlightLoad` under that name,
-whichever process loads. So each caller's own question to the backend decides what it waits for, and no caller gets a value
-whose load began before an invalidation that had returned when the caller asked.
+A caller that misses asks the backend for the lease of the key. The backend grants the lease to one caller, which loads.
+All others get the name of the lease under which the key is being loaded. The callers of one process share one
+`InFlightLoad` under that name, whichever process loads.
+
+The reply to its own request decides which load a caller waits for. So no caller gets a value whose load began before an
+invalidation that had returned when the caller asked.
 """
 
 from __future__ import annotations
@@ -47,13 +49,13 @@ _MISSING = Missing()
 
 
 class LoadCoordinator:
-    """Decides for the callers of one cache whether they load, wait for another load, or get what is there."""
+    """Coordinator for the callers of one cache: they load, wait for another load, or get the stored value."""
 
     def __init__(self) -> None:
         self.forked()
 
     def forked(self) -> None:
-        """Forget the loads of the parent process, whose threads do not exist in a child."""
+        """Discard the loads of the parent process, because its threads do not exist in a forked child."""
         self.table = LoadTable()
         self._leasing = True
         self._coalescer = LeaseCoalescer()
@@ -61,8 +63,7 @@ class LoadCoordinator:
     # Callers
 
     def deliver(self, runner: Runner, job: LoadJob, request: Get, reply: Any) -> Coroutine[Any, Any, Any]:
-        """Return the value of a key, given what the turn of a `Get` has returned: the stored value, or one that is loaded or
-        stale."""
+        """Return the value of a key: stored, loaded or stale. `reply` is the result of the inline turn of `request`."""
         job.remote = not isinstance(reply, Reply)
         job.caller = caller = self._deliver(runner, job, request, reply)
         return caller
@@ -84,7 +85,7 @@ class LoadCoordinator:
                 return await self._load_alone(runner, job, started)
             _raise_again(found, job)
         pause = FIRST_PAUSE
-        released = told = ""
+        released = lease_name = ""
         while True:
             work: LeasedLoad | LeaseFollower | None = None
             stale: Stale | Loaded | None = None
@@ -107,14 +108,15 @@ class LoadCoordinator:
                 except Overloaded:
                     return await self._load_alone(runner, job, started)
                 if load is not None and load.is_held:
-                    is_leader, work, in_flight, stale, told = True, load, load.in_flight, load.stale, ""
+                    is_leader, work, in_flight, stale, lease_name = True, load, load.in_flight, load.stale, ""
                 elif isinstance(reply, Found):
                     return reply.value
                 elif isinstance(reply, NotHeld):
                     return await self._load_alone(runner, job, started)
                 elif isinstance(reply, Missing):
                     _raise_again(reply, job)
-                    # The stored value cannot be read, and another caller is replacing it, with no notification of the end.
+                    # The stored value cannot be decoded, and another caller is replacing it. There is no notification
+                    # of the end of that load, so this caller polls.
                     if now() - started >= min(options.wait_limit, options.hard_timeout or options.wait_limit):
                         return await self._load_alone(runner, job, started)
                     await runner.pause(pause * (0.5 + table.random.random() / 2))
@@ -124,10 +126,10 @@ class LoadCoordinator:
                     stale = (
                         reply.stale if isinstance(reply, LeaseGranted) else reply if isinstance(reply, Stale) else None
                     )
-                    told = lease_of(reply)
-                    joined = self._join(runner, job, told, started, released)
+                    lease_name = lease_of(reply)
+                    joined = self._join(runner, job, lease_name, started, released)
                     if joined is None:
-                        released = told
+                        released = lease_name
                         continue
                     in_flight, work = joined
             if load is not None and is_leader and options.soft_timeout is None and options.hard_timeout is None:
@@ -138,9 +140,10 @@ class LoadCoordinator:
                         load.end()
             else:
                 outcome = await self._wait(runner, options, in_flight, work, stale, started, is_leader=is_leader)
-            if told and told not in in_flight.lease_names and not (outcome is TIMED_OUT or isinstance(outcome, Stale)):
-                # The load's question was granted another lease than the one that this caller waits for, which an invalidation
-                # that had returned when this caller asked may have taken away.
+            joined_other = lease_name and lease_name not in in_flight.lease_names
+            if joined_other and not (outcome is TIMED_OUT or isinstance(outcome, Stale)):
+                # The load was granted another lease than the one that this caller waits for. An invalidation that had
+                # returned before this caller asked may have revoked that other lease.
                 continue
             if isinstance(outcome, Values):
                 outcome = outcome.by_key.get(job.key, LEFT_OUT)
@@ -164,25 +167,25 @@ class LoadCoordinator:
         return LeasedLoad(self.table, runner, job, started, in_flight, next(self.table.tokens))
 
     def _join(
-        self, runner: Runner, job: LoadJob, told: str, started: float, released: str
+        self, runner: Runner, job: LoadJob, lease_name: str, started: float, released: str
     ) -> tuple[InFlightLoad, LeaseFollower | None] | None:
-        """Return the load under the lease `told`, with its follower if that is still to be started.
+        """Return the load under a lease, with a follower if the caller has to start one.
 
-        `None` means that the caller is to ask again.
+        `None` means that the caller must ask the backend again.
         """
         table = self.table
-        in_flight = table.find(told)
+        in_flight = table.find(lease_name)
         if in_flight is not None:
             return in_flight, None
-        if told.startswith(f"{table.owner}-") and told != released:
+        if lease_name.startswith(f"{table.owner}-") and lease_name != released:
             # No load of this process has that lease any more: it ended just now, or its caller was interrupted.
-            runner.client.send(ReleaseLease(job.key, told))
+            runner.client.send(ReleaseLease(job.key, lease_name))
             return None
-        mine = InFlightLoad(owner=job.caller, lease_names={told})
-        in_flight = table.in_flight.setdefault(told, mine)
+        mine = InFlightLoad(owner=job.caller, lease_names={lease_name})
+        in_flight = table.in_flight.setdefault(lease_name, mine)
         if in_flight is not mine:
             return in_flight, None
-        return mine, LeaseFollower(table, runner, job, told, started, mine)
+        return mine, LeaseFollower(table, runner, job, lease_name, started, mine)
 
     async def _wait(
         self,
@@ -195,9 +198,9 @@ class LoadCoordinator:
         *,
         is_leader: bool,
     ) -> Any:
-        """Start `work`, if it is given, and wait for as long as the options allow.
+        """Start `work`, if given, and wait for the outcome for as long as the options allow.
 
-        Returns the outcome, the stale value if that is to be served, or `TIMED_OUT` if the caller is to load by itself.
+        Returns the outcome, a stale value to serve, or `TIMED_OUT` if the caller must load by itself.
         """
         spent = runner.client.bus.clock.monotonic() - started
         timeout, limit = options.patience(spent, has_stale=stale is not None, is_leader=is_leader)
@@ -208,7 +211,7 @@ class LoadCoordinator:
                     in_flight.kept = True
                     start()
                 return stale
-            # A caller whose time to wait is over does not begin to wait for one more load.
+            # A caller that has used up its `wait_limit` does not start waiting for another load.
             if timeout != 0.0 or limit != "wait":
                 outcome = await runner.wait(in_flight, timeout, keep=limit != "wait", start=start)
                 if outcome is not TIMED_OUT:
@@ -224,10 +227,10 @@ class LoadCoordinator:
             raise CacheStampedeError(f"another caller has been loading the key for {options.wait_limit:g} s")
         return TIMED_OUT
 
-    # Hits that are not only read
+    # Hits
 
     def _note_hit(self, runner: Runner, job: LoadJob, found: Found) -> None:
-        """Refresh a value that was read, or prolong its life, if the options ask for that."""
+        """Start a refresh of a value that was read, or extend its TTL, if the options require it."""
         options, client, table = job.options, runner.client, self.table
         if isinstance(found, Loaded) and options.wants_refresh(found, table.random) and job.key not in table.refreshing:
             load = self._new_load(runner, job, client.bus.clock.monotonic())
@@ -240,7 +243,7 @@ class LoadCoordinator:
                 if not load.is_started:
                     load.end()
         idle_ttl = options.idle_ttl
-        # Not on each read: when half of its idle time is over.
+        # Not on every read, but once half of `idle_ttl` has passed.
         if idle_ttl is None or found.ttl is None or found.ttl > idle_ttl / 2:
             return
         if (cap := options.cap(found.value)) is not None:
@@ -251,17 +254,17 @@ class LoadCoordinator:
     # Without a lease
 
     async def _load_alone(self, runner: Runner, job: LoadJob, started: float) -> Any:
-        """Load for this caller only, and store nothing: another caller may be loading too."""
+        """Load for this caller only, without storing the value, because another caller may be loading too."""
         load = self._new_load(runner, job, started)
         outcome = await self._wait(runner, job.options, load.in_flight, load, None, started, is_leader=True)
         if isinstance(outcome, Raised):
             raise outcome.error
         if not isinstance(outcome, Value):
-            raise CacheError("the load was broken off")
+            raise CacheError("the load was cancelled")
         return outcome.value
 
     def _join_unleased(self, runner: Runner, job: LoadJob, started: float) -> tuple[InFlightLoad, LeasedLoad | None]:
-        """Return the load of a key in a store without leases, and the work that is still to be started."""
+        """Return the load of a key in a store without leases, with the work if the caller has to start it."""
         unleased = self.table.unleased
         listed = unleased.get(job.key)
         if listed is not None and listed.is_orphan():
@@ -277,7 +280,7 @@ class LoadCoordinator:
     def fetch_many(
         self, runner: Runner, keys: Sequence[str], loader: Loader, options: LoadOptions
     ) -> Coroutine[Any, Any, dict[str, Any]]:
-        """Return the values of keys that are missing: those that no other caller loads by one call of `loader`."""
+        """Return the values of missing keys. One call of `loader` loads those that no other caller is loading."""
         in_flight = InFlightLoad()
         in_flight.owner = caller = self._fetch_many(runner, keys, loader, options, in_flight)
         return caller
@@ -297,7 +300,7 @@ class LoadCoordinator:
             GroupLoad(runner, loader, options, loads, in_flight).end()
             raise
         values = {key: reply.value for key, reply in replies.items() if isinstance(reply, Found)}
-        # What could not be leased is loaded with the rest; it is stored only if the store has no leases at all.
+        # Keys without a lease are loaded with the rest. Their values are stored only if the store has no leases at all.
         ours = {key: load for key, load in loads.items() if load.is_held or replies[key] is None}
         if ours:
             values |= await self._load_group(GroupLoad(runner, loader, options, ours, in_flight), started)
@@ -311,7 +314,7 @@ class LoadCoordinator:
         return {key: values[key] for key in keys if key in values}
 
     async def _lease_many(self, runner: Runner, loads: dict[str, LeasedLoad]) -> dict[str, Any]:
-        """Ask for the lease of each load, and return the replies by key; `None` for a key that cannot be leased."""
+        """Request the lease of each load, and return the replies by key, with `None` for a key without a lease."""
         replies: dict[str, Any] = dict.fromkeys(loads)
         in_flight = self.table.in_flight
         if self._leasing:
@@ -348,14 +351,14 @@ class LoadCoordinator:
 
     async def _load_group(self, group: GroupLoad, started: float) -> dict[str, Any]:
         runner, stale = group.runner, group.stale()
-        shown = next(iter(stale.values()), None)
-        outcome = await self._wait(runner, group.options, group.in_flight, group, shown, started, is_leader=True)
+        first = next(iter(stale.values()), None)
+        outcome = await self._wait(runner, group.options, group.in_flight, group, first, started, is_leader=True)
         if isinstance(outcome, Raised) and not (stale and isinstance(outcome.error, Exception)):
             raise outcome.error
         if isinstance(outcome, Raised | Stale):
             return {key: _serve(runner, each, key) for key, each in stale.items()}
         if not isinstance(outcome, Values):
-            raise CacheError("the load was broken off")
+            raise CacheError("the load was cancelled")
         return {key: value.value for key, value in outcome.by_key.items()}
 
 
@@ -365,6 +368,6 @@ def _serve(runner: Runner, stale: Stale | Loaded, key: str) -> Any:
 
 
 def _raise_again(missing: Missing, job: LoadJob) -> None:
-    """Raise what the loader raised, if that was kept and this caller asks for it."""
+    """Raise the cached exception, if there is one and its class is in this caller's `cache_errors`."""
     if isinstance(missing, CachedFailure) and (error := job.options.recalled(missing)) is not None:
         raise error

@@ -1,4 +1,4 @@
-"""A load of many keys by one call of a loader."""
+"""Load of many keys with one loader call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .singleflight import CANCELLED, InFlightLoad, Raised, Value, Values
 
 
 class GroupLoad(Struct, eq=False):
-    """Loads the keys of several leased loads, which share one loader call and one `in_flight`."""
+    """Load of several leased keys, which share one loader call and one `in_flight`."""
 
     runner: Runner
     loader: Loader
@@ -28,12 +28,12 @@ class GroupLoad(Struct, eq=False):
     is_started: bool = False
 
     def stale(self) -> dict[str, Stale]:
-        """Return the stale values, if all keys have one: they are served stale all together or not at all."""
+        """Return the stale values if every key has one, otherwise nothing: all keys are served stale, or none."""
         found = {key: load.stale for key, load in self.loads.items() if isinstance(load.stale, Stale)}
         return found if len(found) == len(self.loads) else {}
 
     def start(self) -> None:
-        """Run the load beside its caller, or in the caller's thread."""
+        """Start the load in a new task, or run it in the caller's thread."""
         options = self.options
         for load in self.loads.values():
             load.keep_lease()
@@ -41,13 +41,13 @@ class GroupLoad(Struct, eq=False):
         self.is_started = True
 
     def end(self) -> None:
-        """End all leases and resolve the load. May be called again."""
+        """End all leases and resolve the load. Idempotent."""
         for load in self.loads.values():
             load.end_lease()
         self.in_flight.resolve(self.outcome)
 
     async def run(self) -> None:
-        """Call the loader, store what it returns and resolve the load."""
+        """Call the loader, store its results and resolve the load."""
         keys = tuple(self.loads)
         try:
             loaded, seconds = await call_loader(

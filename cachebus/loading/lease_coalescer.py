@@ -1,8 +1,8 @@
-"""Lease requests sent together: one question to the backend for all callers of this process who ask about a key at the same time.
+"""Coalescing of lease requests: concurrent callers of this process share one request per key.
 
-An answer is valid only for callers who asked before the question was sent: for a later one it may be out of date. So callers
-who come while a question is on its way belong to the next round, which begins when this one has ended. However many ask, there
-are two questions: one on its way, and one to come. Tasks that an event loop wakes together share a round.
+A reply is valid only for callers that arrived before the request was sent; for later ones it may be out of date.
+Callers that arrive while a request is in flight share the next one, which is sent after the current reply. So each key
+has at most two requests: one in flight and one pending. Tasks that an event loop wakes together share a request.
 """
 
 from __future__ import annotations
@@ -18,33 +18,35 @@ from .runners import Runner
 from .singleflight import CANCELLED, InFlightLoad, Raised, Value
 
 
-class _Round(Struct, eq=False):
-    """The callers that share one question. `sent` says that the question is on its way."""
+class _SharedRequest(Struct, eq=False):
+    """Lease request shared by several callers. `sent` is true once the request is in flight."""
 
     answer: InFlightLoad
-    next: _Round | None = None
+    next: _SharedRequest | None = None
     sent: bool = False
 
 
 class LeaseCoalescer:
-    """The rounds of one cache that are under way, by key."""
+    """Shares the lease requests of one cache among its concurrent callers."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._rounds: dict[str, _Round] = {}
+        self._requests: dict[str, _SharedRequest] = {}
 
     async def ask(self, runner: Runner, job: LoadJob, make: Callable[[], LeasedLoad]) -> tuple[Any, LeasedLoad | None]:
-        """Return the reply to a question for the lease that was sent after this call began, and the load that asked it if that
-        was made by this caller."""
+        """Return the reply to a lease request that is sent after this call begins.
+
+        Also returns the load that sent the request, if this caller created it with `make`; otherwise `None`.
+        """
         while True:
-            mine, before, asks = self._enter(job)
-            if not asks:
+            mine, before, is_leader = self._enter(job)
+            if not is_leader:
                 outcome = await runner.wait(mine.answer)
                 if isinstance(outcome, Raised):
                     raise outcome.error
                 if isinstance(outcome, Value):
                     return outcome.value, None
-                continue  # The caller who was to ask has gone.
+                continue  # The caller that had to send the request was cancelled.
             outcome = CANCELLED
             try:
                 if before is not None:
@@ -52,7 +54,7 @@ class LeaseCoalescer:
                 else:
                     await runner.let_others_run()
                 with self._guard:
-                    self._rounds[job.key] = mine
+                    self._requests[job.key] = mine
                     mine.sent = True
                 load = make()
                 reply = await load.ask()
@@ -65,36 +67,36 @@ class LeaseCoalescer:
                 self._end(job.key, mine, before)
                 mine.answer.resolve(outcome)
 
-    def _enter(self, job: LoadJob) -> tuple[_Round, _Round | None, bool]:
-        """Return the round of a caller who comes now, the round before it, and whether this caller asks for its round."""
+    def _enter(self, job: LoadJob) -> tuple[_SharedRequest, _SharedRequest | None, bool]:
+        """Return the request to join, the one to wait for before sending it, and whether this caller has to send it."""
         with self._guard:
-            current = self._rounds.get(job.key)
+            current = self._requests.get(job.key)
             if current is not None and _is_over(current):
                 current = None
             if current is None:
-                mine = self._rounds[job.key] = _Round(InFlightLoad(owner=job.caller))
+                mine = self._requests[job.key] = _SharedRequest(InFlightLoad(owner=job.caller))
                 return mine, None, True
             if not current.sent:
                 return current, None, False
             if current.next is None or _is_over(current.next):
-                current.next = _Round(InFlightLoad(owner=job.caller))
+                current.next = _SharedRequest(InFlightLoad(owner=job.caller))
                 return current.next, current, True
             return current.next, None, False
 
-    def _end(self, key: str, mine: _Round, before: _Round | None) -> None:
+    def _end(self, key: str, mine: _SharedRequest, before: _SharedRequest | None) -> None:
         with self._guard:
-            if self._rounds.get(key) is mine:
+            if self._requests.get(key) is mine:
                 if mine.next is None:
-                    del self._rounds[key]
+                    del self._requests[key]
             elif before is not None and before.next is mine:
-                # Gone before its question was sent: a caller who comes now begins another round.
+                # Cancelled before its request was sent, so the next caller starts another one.
                 before.next = None
-                if before.answer.resolved and self._rounds.get(key) is before:
-                    del self._rounds[key]
+                if before.answer.resolved and self._requests.get(key) is before:
+                    del self._requests[key]
 
 
-def _is_over(current: _Round) -> bool:
-    """Return whether the caller who was to ask was interrupted, and let those ask again who wait for the answer."""
+def _is_over(current: _SharedRequest) -> bool:
+    """Return whether the sender was interrupted. If so, wake its waiters, which ask again."""
     if not current.answer.is_orphan():
         return False
     current.answer.resolve(CANCELLED)

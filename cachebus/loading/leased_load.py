@@ -1,4 +1,4 @@
-"""A load under a lease: asking for the lease, calling the loader, storing the value and ending the lease."""
+"""Load under a lease: request the lease, call the loader, store the value and end the lease."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ _SPECIAL = (LoadResult, GeneratorType, AsyncGeneratorType)
 
 
 class LoadJob(Struct, eq=False):
-    """A key to be loaded: with which loader and options, and which tags the value will have.
+    """Key to load, with its loader, its options and the tags of the value.
 
-    `call` is called with a `LoadContext` if it `wants_context`; it is `asynchronous` if it is a coroutine function. `remote` says that
-    the backend's replies take time. `caller` is the coroutine that does the work of the caller.
+    `call` is the loader. It gets a `LoadContext` if `wants_context`, and is a coroutine function if `asynchronous`.
+    `remote` is true if the backend does not reply inline. `caller` is the coroutine of the calling `get_or_load`.
     """
 
     key: str
@@ -68,11 +68,11 @@ class LoadJob(Struct, eq=False):
 
 
 class LoadTable:
-    """The loads of one cache that are in flight in this process.
+    """Loads of one cache that are in flight in this process.
 
-    `in_flight` lists them by the names of their leases; until the backend has answered, by the token of the question. `unleased`
-    lists those of a store without leases by key. `refreshing` are the keys of live values that are being reloaded.
-    `has_notifications` says that the store notifies of the end of a lease, as far as is known.
+    `in_flight` maps lease names to loads; until the backend replies, the key is the token of the lease request.
+    `unleased` maps keys to the loads of a store without leases. `refreshing` holds the keys of live values that are
+    being reloaded. `has_notifications` is false once the store is known not to notify of the end of a lease.
     """
 
     def __init__(self) -> None:
@@ -86,25 +86,25 @@ class LoadTable:
         self.random = random.Random()
 
     def find(self, name: str) -> InFlightLoad | None:
-        """Return the load under a lease, or the load that has asked for it and has no answer yet."""
+        """Return the load under a lease, or the load whose request for that lease has no reply yet."""
         for listed in (name, asked_as(name)):
             in_flight = self.in_flight.get(listed)
             if in_flight is not None:
                 if not in_flight.is_orphan():
                     return in_flight
-                # Its owner was interrupted: the waiters ask again, and the caller releases the lease.
+                # Its owner was interrupted. The waiters ask again, and the caller releases the lease.
                 self.in_flight.pop(listed, None)
                 in_flight.resolve(CANCELLED)
         return None
 
 
 class LeasedLoad(Struct, eq=False):
-    """The load of one key by this process, a method for each step.
+    """Load of one key by this process, with one method per step.
 
-    `token` names the question for the lease, and `lease` is the name of the one under which the value is stored: `""` in a store
-    without leases, `None` if the value is not to be stored. `is_held` says that the lease is still to be released, with `error` or
-    `late` for its waiters in other processes. `stale` is the value that was there before; `refreshed` is a live value that is
-    reloaded beside the caller who has read it.
+    `token` identifies the lease request. `lease` is the name of the lease under which the value is stored: `""` in a
+    store without leases, `None` if the value must not be stored. `is_held` is true while the lease has to be released,
+    with `error` or `late` for its waiters in other processes. `stale` is the previous value. `refreshed` is a live
+    value that is reloaded in the background.
     """
 
     table: LoadTable
@@ -131,9 +131,9 @@ class LeasedLoad(Struct, eq=False):
         return GetOrLease(job.key, self.table.owner, self.token, job.options.lease_ttl, wait, job.tags, refresh, after)
 
     async def ask(self, *, wait: float = 0.0, refresh: bool = False, after: str = "") -> Any:
-        """Ask the backend for the lease, and return its reply. `is_held` says whether the lease was granted."""
+        """Request the lease from the backend and return its reply. `is_held` is true if the lease was granted."""
         table, runner = self.table, self.runner
-        # Listed before the lease is requested: callers who ask in between get its name, and must find it here.
+        # Registered before the request: callers that ask in between get the lease name, and must find the load here.
         table.in_flight[self.token] = self.in_flight
         try:
             question = self.question(wait=wait, refresh=refresh, after=after)
@@ -144,17 +144,17 @@ class LeasedLoad(Struct, eq=False):
                 if type(reply) is not LeaseGranted:
                     reply = await runner.wait_reply(question, reply)
                 if type(reply) is CachedFailure and self.job.options.recalled(reply) is None:
-                    # An exception that this caller did not ask for: a value is loaded in its place.
+                    # A cached exception that is not in this caller's `cache_errors`: load a value to replace it.
                     reply = await runner.ask(self.question(refresh=True))
             if type(reply) is LeaseGranted:
                 self.granted(reply)
             elif type(reply) is NotHeld:
-                self.release(self.token)  # As below, with a reply that stands for the error.
+                self.release(self.token)  # As below: this reply is the fallback for an error.
             return reply
         except (CapabilityError, CacheClosed, LoaderFailed):
             raise
         except BaseException:
-            # The lease may be granted all the same, and the backend may let a caller wait that is gone.
+            # The lease may have been granted nevertheless, or the backend may still hold this caller as a waiter.
             self.release(self.lease or self.token)
             self.is_held = False
             raise
@@ -163,7 +163,7 @@ class LeasedLoad(Struct, eq=False):
                 table.in_flight.pop(self.token, None)
 
     def granted(self, reply: LeaseGranted) -> None:
-        """List the load under the lease that was granted."""
+        """Register the load under the lease that was granted."""
         name = reply.token
         self.lease = name
         self.stale = reply.stale
@@ -171,7 +171,7 @@ class LeasedLoad(Struct, eq=False):
         self.table.in_flight[name] = self.in_flight
         self.is_held = True
         if name != self.token:
-            # Last, so that another thread finds the load at any time: it looks for the name first.
+            # Last, so that another thread always finds the load, because `find` looks for the name first.
             self.table.in_flight.pop(self.token, None)
 
     def release(self, name: str, error: str = "", late: Found | None = None) -> None:
@@ -179,11 +179,11 @@ class LeasedLoad(Struct, eq=False):
         client, key = self.runner.client, self.job.key
         client.send(ReleaseLease(key, name, error, late))
         if late is not None and client.pipeline is not None:
-            # The late value may be too large for the bus. This one is not, and finds no lease after the other.
+            # The late value may be too large for the bus. This message is not; after the first one it has no effect.
             client.send(ReleaseLease(key, name, error))
 
     def keep_lease(self) -> None:
-        """Renew the lease, if there is one, until it ends."""
+        """Start renewing the lease, if there is one."""
         if self.lease:
             client = self.runner.client
             due = client.bus.clock.monotonic() + self.job.options.lease_ttl / PER_LEASE
@@ -191,14 +191,14 @@ class LeasedLoad(Struct, eq=False):
 
     def _renew(self) -> float | None:
         if self.in_flight.resolved or self.in_flight.is_orphan():
-            self.end()  # It was interrupted before it could end the lease.
+            self.end()  # The load was interrupted before it could end the lease.
             return None
         client, lease_ttl = self.runner.client, self.job.options.lease_ttl
         client.send(RenewLease(self.job.key, self.lease or "", lease_ttl))
         return client.bus.clock.monotonic() + lease_ttl / PER_LEASE
 
     def end_lease(self) -> None:
-        """Release the lease unless the store has ended it, and renew it no longer. May be called again."""
+        """Stop renewing the lease, and release it unless the store has ended it. Idempotent."""
         if lease := self.lease:
             if self.is_held:
                 self.release(lease, self.error, self.late)
@@ -209,7 +209,7 @@ class LeasedLoad(Struct, eq=False):
     # The load
 
     def start(self) -> None:
-        """Run the load beside its caller, or in the caller's thread."""
+        """Start the load in a new task, or run it in the caller's thread."""
         options, runner = self.job.options, self.runner
         if runner.blocks:
             self.keep_lease()
@@ -221,7 +221,7 @@ class LeasedLoad(Struct, eq=False):
         )
         self.is_started = True
         if self.is_held and not runner.blocks:
-            # A load that has ended at once needs no renewal.
+            # Skipped if the load has already ended.
             self.keep_lease()
 
     async def run(self) -> None:
@@ -244,13 +244,13 @@ class LeasedLoad(Struct, eq=False):
         except BaseException as error:
             if self.runner.cancels(error):
                 raise
-            # It would end the task of the load, and every waiter would start another one.
+            # Otherwise the error would end the task of the load, and every waiter would start another one.
             self.outcome = Raised(error)
         finally:
             self.end()
 
     async def _is_needed(self) -> bool:
-        """Return whether a live value is still to be refreshed, or a value is still missing in a store without leases."""
+        """Return whether a refresh is still due, or whether a store without leases still has no value."""
         runner, job = self.runner, self.job
         try:
             if self.refreshed is not None:
@@ -260,7 +260,8 @@ class LeasedLoad(Struct, eq=False):
                     self.stale = self.refreshed
                     self.started = runner.client.bus.clock.monotonic()
                 return self.is_held
-            # Another load may have ended between the miss and the start of this one. `Exists` counts neither as hit nor as miss.
+            # Another load may have ended between the miss and the start of this one. `Exists` counts neither as a hit
+            # nor as a miss.
             if isinstance(await runner.ask(Exists(job.key)), Present):
                 found: Any = await runner.ask(Get(job.key))
                 if isinstance(found, Found):
@@ -272,11 +273,11 @@ class LeasedLoad(Struct, eq=False):
         except CacheError as error:
             if self.refreshed is None:
                 self.outcome = Raised(error)
-            return False  # A live value stays, and the next reader may try.
+            return False  # A live value stays, and the next reader may refresh it.
         return True
 
     def end(self) -> None:
-        """End the lease and resolve the load, however it came to an end. May be called again."""
+        """End the lease and resolve the load, after success, failure or interruption. Idempotent."""
         table, key = self.table, self.job.key
         if self.refreshed is not None:
             table.refreshing.discard(key)
@@ -287,7 +288,7 @@ class LeasedLoad(Struct, eq=False):
         self.in_flight.resolve(self.outcome)
 
     def context(self) -> LoadContext:
-        """Return the argument of a loader that takes one."""
+        """Return the context for the loader."""
         job, stale = self.job, self.stale
         hard = job.options.hard_timeout
         deadline = None if hard is None else self.started + hard
@@ -298,9 +299,9 @@ class LeasedLoad(Struct, eq=False):
     # The value
 
     async def _store(self, loaded: Any) -> Value:
-        """Store a loaded value under the lease. Its callers get it in any case."""
+        """Store a loaded value under the lease, and return it for the callers even if it was not stored."""
         if self.lease is not None and self.job.options.is_plain and not isinstance(loaded, _SPECIAL):
-            # What `set_request` makes of most values.
+            # Fast path: the same result as `set_request`, for most values.
             request = Set(self.job.key, loaded, self.job.options.ttl, self.job.tags, None, self.lease or None)
             value = Value(loaded)
         else:
@@ -324,15 +325,15 @@ class LeasedLoad(Struct, eq=False):
         return value
 
     def set_request(self, loaded: Any) -> tuple[Set | None, Value]:
-        """Return the request that stores a loaded value, or `None` if it is not to be stored; and its outcome without it.
+        """Return the request that stores a loaded value, or `None` if it must not be stored, and the outcome.
 
-        Raises `TypeError` and `ValueError` for a result that a loader must not return.
+        Raises `TypeError` or `ValueError` for an invalid loader result.
         """
         job = self.job
         result = as_result(loaded)
         if result.unchanged:
             result = result.resolved(self.context())
-        # An invalidation of a tag that the backend did not know from the beginning may have been missed.
+        # The backend may have missed an invalidation of a tag that it did not know when the load began.
         shared = set(result.tags) <= set(job.tags)
         value = Value(result.value, shared)
         if self.lease is None:
@@ -346,32 +347,33 @@ class LeasedLoad(Struct, eq=False):
         return Set(job.key, result.value, ttl, tags, None, self.lease or None, metadata), value
 
     def not_stored(self, request: Set, reply: Reply | CacheError) -> None:
-        """Decide what becomes of the lease of a value that was not stored."""
+        """Handle a value that was not stored: emit `LoadLeaseLost`, or pass the value to waiters in other processes."""
         if isinstance(reply, NotStored) and reply.reason == "lease_lost":
             self.is_held = False
             self.runner.client.emitter.emit(LoadLeaseLost, key=self.job.key)
             return
         if isinstance(reply, CacheError):
             logger.warning("a loaded value was not stored: %s", reply.code)
-        # The write failed, or was dropped: the waiters elsewhere get the value, if it fits on the bus.
+        # The write failed or was dropped. Waiters in other processes get the value if it is small enough for the bus.
         if not isinstance(reply, CacheCapacityError) and len(request.tags) == len(self.job.tags):
             self.late = Found(request.value, tags=request.tags)
 
     async def _keep_failure(self, error: Exception) -> bool:
-        """Store the exception of the loader, if the options ask for that. A value that may be served stale stays."""
+        """Cache the exception of the loader if its class is in `cache_errors`. A stale value is not replaced."""
         job, client = self.job, self.runner.client
         if self.lease is None or self.stale is not None or (not self.lease and client.pipeline is None):
-            return False  # The last, because a read that takes a shortcut would not notice that it is no value.
+            # The last condition, because an inline read would return the stored exception as a value.
+            return False
         options = job.options
         if not isinstance(error, options.cache_errors) or (record := CachedError.of(error)) is None:
             return False
         ttl = (options.error_ttl or 0.0) * (1 - options.ttl_jitter * self.table.random.random())
-        # With metadata, however empty, a read of it takes no shortcut.
+        # The metadata, even if empty, keeps reads from taking the inline path.
         request = Set(job.key, record, ttl, job.tags, None, self.lease or None, LoadMetadata())
         try:
             stored = isinstance(await self.runner.ask(request), Stored)
-        except Exception as why:  # The callers are to get the exception of the loader.
-            logger.warning("an exception of a loader was not cached: %s", type(why).__name__)
+        except Exception as failure:  # The callers must get the exception of the loader.
+            logger.warning("the exception of a loader was not cached: %s", type(failure).__name__)
             return False
         self.is_held = self.is_held and not stored
         return stored

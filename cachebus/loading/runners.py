@@ -1,4 +1,4 @@
-"""Runners: how a load is executed, as a task of an event loop or in a thread. Loads are written once, over either."""
+"""Runners: execute loads as tasks of an event loop or in threads. The loading code is written once for both."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from .loaders import awaited
 from .singleflight import CURRENT_LOADS, InFlightLoad
 
 MAX_THREADS = 64
-"""The most threads in which plain loaders of synchronous caches may go on by themselves. Beyond that, they run in the thread of
-their caller."""
+"""Maximum number of threads for background loads of synchronous caches. Further loads run in the caller's thread."""
 
 
 class Work(Protocol):
-    """What a runner starts. `end` is called once `run` is over, whatever happened; it may be called again."""
+    """Protocol of the work that a runner starts. `end` is called after `run`, in every case, and is idempotent."""
 
     @property
     def in_flight(self) -> InFlightLoad: ...
@@ -43,7 +42,8 @@ class Work(Protocol):
 class AsyncRunner:
     """Runs loads as tasks of asyncio or trio.
 
-    `ask`, `wait_reply` and `probe` are `request`, `wait_reply` and `probe` of the link; `wait` is `InFlightLoad.wait`.
+    `ask`, `wait_reply` and `request_unguarded` are `request`, `wait_reply` and `request_unguarded` of the client.
+    `wait` is `InFlightLoad.wait`.
     """
 
     blocks = False
@@ -56,7 +56,7 @@ class AsyncRunner:
         self.request_unguarded: Any = client.request_unguarded
 
     async def ask_all(self, requests: Sequence[Request[Any]]) -> Sequence[Any]:
-        """Ask the backend several things at once. A request that fails has `Failed` as its reply."""
+        """Send several requests concurrently and return their replies. A failed request has the reply `Failed`."""
         replies: list[Any] = [None] * len(requests)
 
         async def ask(at: int) -> None:
@@ -71,7 +71,7 @@ class AsyncRunner:
         return replies
 
     async def call(self, loader: Callable[..., Any], arguments: tuple[Any, ...], *, asynchronous: bool) -> Any:
-        """Call a loader, and await what it returns if that is to be awaited."""
+        """Call a loader, and await its result if it is awaitable."""
         try:
             if asynchronous:
                 result = await loader(*arguments)
@@ -80,45 +80,46 @@ class AsyncRunner:
         except CancelledError:
             task = current_task() if running_loop() is not None else None
             if task is not None and not task.cancelling():
-                # Nothing has cancelled this task: as an outcome, every waiter would load again, one after the other.
+                # Nothing cancelled this task. If this counted as a cancelled load, all waiters would load again, one by
+                # one.
                 raise CacheError("the loader was cancelled by something that it awaits") from None
             raise
 
     def cancels(self, error: BaseException) -> bool:
-        """Return whether an error ends the task of the load, and was not just raised by the loader."""
+        """Return whether an error cancels the task of the load, rather than being an error of the loader."""
         return isinstance(error, (GeneratorExit, anyio.get_cancelled_exc_class()))
 
     async def pause(self, seconds: float) -> None:
-        """Let time pass."""
+        """Sleep on the clock of the bus."""
         clock = self.client.bus.clock
         await clock.sleep_until(clock.monotonic() + seconds)
 
     async def let_others_run(self) -> None:
-        """Let the tasks run that are ready."""
+        """Yield to the tasks that are ready to run."""
         await checkpoint()
 
     def start(self, work: Work, *, background: bool) -> None:
-        """Start work. The caller does not wait for `background` work."""
+        """Start work in a new task, whether or not it is `background` work."""
         in_flight = work.in_flight
         in_flight.owner = running = work.run()
         in_flight.cancel = spawn(running, unbegun=work.end)
 
 
 async def _in_worker_thread(function: Callable[[], Any]) -> Any:
-    """Return what a plain loader returns, which may be a coroutine: of `lambda: load(1)`, say."""
+    """Call a plain loader in a worker thread. Its result may be a coroutine, as with `lambda: load(1)`."""
     results: list[Any] = []
-    gone = False
+    abandoned = False
 
     def call() -> None:
         results.append(function())
-        if gone:
+        if abandoned:
             _close(results)
 
     try:
         await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
     except BaseException:
-        # The thread goes on by itself, and its result will not be awaited.
-        gone = True
+        # The thread continues, but nothing will await its result.
+        abandoned = True
         _close(results)
         raise
     return results[0]
@@ -131,9 +132,10 @@ def _close(results: list[Any]) -> None:
 
 
 class ThreadRunner:
-    """Runs loads in the thread of their caller, or in a thread of their own if they are background work.
+    """Runs loads in the caller's thread, or in a new thread if they are background work.
 
-    As `AsyncRunner`, with coroutines that never suspend. What is no background work is done when `start` returns.
+    The methods are those of `AsyncRunner`, but the coroutines never suspend. Work that is not background work is
+    finished when `start` returns.
     """
 
     blocks = True
@@ -161,13 +163,13 @@ class ThreadRunner:
         loads = CURRENT_LOADS.get()
 
         async def in_background() -> Any:
-            CURRENT_LOADS.set(loads)  # Of the task that runs this, which has a context of its own.
+            CURRENT_LOADS.set(loads)  # The task on the background loop has another context.
             return await awaited(result)
 
         try:
             return BACKGROUND.value.run(in_background)
         finally:
-            _close([result])  # If it was not started.
+            _close([result])  # Only if it never started.
 
     def cancels(self, error: BaseException) -> bool:
         return False
@@ -176,10 +178,10 @@ class ThreadRunner:
         time.sleep(seconds)  # noqa: ASYNC251 (this coroutine runs in a thread that may block, and never suspends)
 
     async def let_others_run(self) -> None:
-        """Do nothing: other threads run when they like."""
+        """Do nothing, because other threads run anyway."""
 
     def start(self, work: Work, *, background: bool) -> None:
-        # Before the thread starts: until then the caller is the owner, and may be gone soon.
+        # Set before the thread starts. Until then the caller is the owner, and it may end soon.
         work.in_flight.owner = running = work.run()
         free = _threads.value
         if not background or not free.acquire(blocking=False):
@@ -193,13 +195,13 @@ class ThreadRunner:
             finally:
                 free.release()
 
-        # A daemon, so that a loader which never returns does not keep the interpreter from ending.
+        # A daemon thread, so that a loader that never returns does not keep the interpreter from exiting.
         context = contextvars.copy_context()
         thread = threading.Thread(target=context.run, args=(in_thread,), name="cachebus-load", daemon=True)
         try:
             thread.start()
         except RuntimeError:
-            # There can be no more threads, or the interpreter is ending.
+            # The thread limit of the system is reached, or the interpreter is shutting down.
             free.release()
             _run(running, work)
 
@@ -212,7 +214,7 @@ def _run(running: Coroutine[Any, Any, None], work: Work) -> None:
 
 
 Runner = AsyncRunner | ThreadRunner
-"""How a caller waits, and its load is executed."""
+"""Runner of an asynchronous or a synchronous caller."""
 
 
 async def call_loader(
@@ -224,7 +226,7 @@ async def call_loader(
     *,
     asynchronous: bool,
 ) -> tuple[Any, float]:
-    """Return what a loader returns and the seconds that it took, and emit the events of the load."""
+    """Call a loader and emit the events of the load. Returns the result and the duration in seconds."""
     emitter, now = runner.client.emitter, runner.client.bus.clock.monotonic
     started = now()
     if LoadStarted in emitter.subscriptions.kinds:
@@ -248,4 +250,4 @@ async def call_loader(
 
 
 _threads = PerProcess(lambda: threading.BoundedSemaphore(MAX_THREADS))
-"""The threads that may still be started. The child of a fork has none of its parent's."""
+"""Semaphore of the background threads. A forked child starts with a new one."""
