@@ -12,9 +12,9 @@ from cachebus.messages import CacheConfigurationError, CacheError, CacheKeyError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code. One line on stderr says why.
+    """Run a command and return its exit code. An error prints one line to standard error.
 
-    0 done; 1 the answer is no, such as a miss; 2 an error of the user; 3 the system could not do it.
+    Exit codes: 0 success; 1 negative result, such as a miss; 2 usage or configuration error; 3 failure of the system.
     """
     arguments = parser().parse_args(argv)
     try:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("cachebus:", " ".join(str(error).split()), file=sys.stderr)
         return WRONG if isinstance(error, CacheConfigurationError | CacheKeyError) else FAILED
     except BrokenPipeError:
-        # The reader of our output, such as `head`, has left. Python would complain again at exit.
+        # The reader of the pipe, such as `head`, has exited. Without this, Python would print an error at exit.
         sys.stdout = None
         return NO
     except KeyboardInterrupt:
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="cachebus", description="A cache built of actors and messages.")
+    """Return the argument parser for all commands."""
+    parser = argparse.ArgumentParser(prog="cachebus", description="Run workers and query caches, events and settings.")
     parser.add_argument("--version", action="version", version=f"cachebus {info.installed_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for each in (info, worker, ask, events, topology):

@@ -1,4 +1,4 @@
-"""One request to a running cache: `cachebus get`, `set`, `delete`, `invalidate` and `ping`."""
+"""`cachebus get`, `set`, `delete`, `invalidate` and `ping`: send one request to a cache."""
 
 from __future__ import annotations
 
@@ -34,21 +34,27 @@ T = TypeVar("T")
 
 
 def add(commands: Commands) -> None:
-    """Add the commands."""
-    get = commands.add_parser("get", help="read a key; exit code 1 if it has no value")
+    """Add the commands to the parser."""
+    get = commands.add_parser("get", help="print the value of a key; exit code 1 if there is none")
     get.add_argument("key")
     put = commands.add_parser("set", help="store a value")
     put.add_argument("key")
     put.add_argument("value")
-    put.add_argument("--as", dest="form", choices=("text", "json"), default="text", help="what VALUE is (text)")
-    put.add_argument("--ttl", type=float, metavar="SECONDS", help="left out, the backend's default")
-    put.add_argument("--tag", action="append", default=[], metavar="TAG", help="several are allowed")
-    put.add_argument("--only-if", choices=("absent", "present"), help="exit code 1 if the condition does not hold")
+    put.add_argument(
+        "--as", dest="form", choices=("text", "json"), default="text", help="type of VALUE (default: text)"
+    )
+    put.add_argument("--ttl", type=float, metavar="SECONDS", help="time to live (default: the backend's)")
+    put.add_argument("--tag", action="append", default=[], metavar="TAG", help="tag of the value; may be repeated")
+    put.add_argument(
+        "--only-if",
+        choices=("absent", "present"),
+        help="store only if the key is absent or present; otherwise exit code 1",
+    )
     delete = commands.add_parser("delete", help="remove keys")
     delete.add_argument("keys", nargs="+", metavar="KEY")
-    invalidate = commands.add_parser("invalidate", help="make everything unreadable that has one of the tags")
+    invalidate = commands.add_parser("invalidate", help="invalidate all values that have one of the tags")
     invalidate.add_argument("tags", nargs="+", metavar="TAG")
-    ping = commands.add_parser("ping", help="whether an actor answers")
+    ping = commands.add_parser("ping", help="check that an actor answers")
     for parser, command in ((get, _get), (put, _set), (delete, _delete), (invalidate, _invalidate), (ping, _ping)):
         parser.set_defaults(command=command)
         add_target(parser)
@@ -57,7 +63,7 @@ def add(commands: Commands) -> None:
 def _get(arguments: argparse.Namespace) -> int:
     reply, _ = _ask(arguments, Get(check_key(arguments.key)))
     if isinstance(reply, Missing):
-        print("cachebus: there is no value under the key", file=sys.stderr)
+        print("cachebus: the key has no value", file=sys.stderr)
         return NO
     if isinstance(reply, Found) and not arguments.json:
         value = reply.value
@@ -65,7 +71,7 @@ def _get(arguments: argparse.Namespace) -> int:
             sys.stdout.buffer.write(value)
         elif isinstance(value, str):
             print(printable(value) if sys.stdout.isatty() else value)
-        else:  # As on the wire, with bytes inside as base64.
+        else:  # The JSON form of the wire, with nested bytes as base64.
             print(json.dumps(json.loads(encode(reply, JSON))["value"], ensure_ascii=False))
     return DONE
 
@@ -76,12 +82,12 @@ def _set(arguments: argparse.Namespace) -> int:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise CacheConfigurationError(f"VALUE is no JSON: {error}") from None
+            raise CacheConfigurationError(f"VALUE is not valid JSON: {error}") from None
     ttl = "default" if arguments.ttl is None else _checked(check_ttl, arguments.ttl)
     tags = _checked(check_tags, arguments.tag)
     reply, _ = _ask(arguments, Set(check_key(arguments.key), value, ttl, tags, arguments.only_if))
     if isinstance(reply, NotStored):
-        print("cachebus: nothing was stored, the condition does not hold", file=sys.stderr)
+        print(f"cachebus: the value was not stored, because the key is not {arguments.only_if}", file=sys.stderr)
         return NO
     return DONE
 
@@ -101,7 +107,7 @@ def _invalidate(arguments: argparse.Namespace) -> int:
 def _ping(arguments: argparse.Namespace) -> int:
     _, seconds = _ask(arguments, Ping(), timed=True)
     if not arguments.json:
-        print(f"{target(arguments)[1]} answers, {seconds * 1e3:.1f} ms")
+        print(f"{target(arguments)[1]} answered in {seconds * 1e3:.1f} ms")
     return DONE
 
 
@@ -113,7 +119,7 @@ def _checked(check: Callable[[Any], T], given: Any) -> T:
 
 
 def _ask(arguments: argparse.Namespace, request: Request[Any], *, timed: bool = False) -> tuple[Reply, float]:
-    """Return the reply and how many seconds it took. With `--json`, print the reply."""
+    """Return the reply and its duration in seconds. With `--json`, also print the reply."""
     settings, address = target(arguments)
 
     async def ask() -> tuple[Reply, float]:

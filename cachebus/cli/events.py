@@ -1,4 +1,4 @@
-"""`cachebus events`: the events of a namespace, one line each."""
+"""`cachebus events`: print the events of a namespace, one per line."""
 
 from __future__ import annotations
 
@@ -36,26 +36,28 @@ _CAPACITY = 100_000
 
 
 def add(commands: Commands) -> None:
-    """Add the command."""
-    events = commands.add_parser("events", help="what happens, one line for each event, until ctrl-C")
+    """Add the command to the parser."""
+    events = commands.add_parser("events", help="print events, one per line, until Ctrl-C")
     add_bus(events)
     several: Any = {"action": "append", "default": []}
     events.add_argument(
         "--kind",
         **several,
         metavar="KIND",
-        help="such as hit, cache_set or circuit_*; several are allowed; default: all",
+        help="kind of events, such as hit, cache_set or circuit_*; may be repeated (default: all)",
     )
-    events.add_argument("--backend", **several, metavar="NAME", help="several are allowed")
-    kept = "such as 90s, 10m, 2h or 1d: first what a stream of the bus has kept (`events_stream`)"
-    events.add_argument("--since", type=_duration, metavar="DURATION", help=kept)
-    events.add_argument("--count", type=int, metavar="N", help="end after so many")
-    events.add_argument("--json", action="store_true", help="one JSON object a line, as it is on the wire")
+    events.add_argument(
+        "--backend", **several, metavar="NAME", help="name of a backend; may be repeated (default: all)"
+    )
+    since = "replay the stream of the bus (`events_stream`) first, from this long ago, such as 90s, 10m, 2h or 1d"
+    events.add_argument("--since", type=_duration, metavar="DURATION", help=since)
+    events.add_argument("--count", type=int, metavar="N", help="exit after N events")
+    events.add_argument("--json", action="store_true", help="print each event as a JSON object, as on the wire")
     events.set_defaults(command=_events)
 
 
 def _events(arguments: argparse.Namespace) -> int:
-    # A backend on the bus: this process has no events of its own.
+    # A backend on the bus, so that this process emits no events itself.
     settings = bus_settings(arguments, backends=["bus:primary"])
     kinds = [kind for each in arguments.kind for kind in kinds_of(each)]
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -66,18 +68,19 @@ def _events(arguments: argparse.Namespace) -> int:
         async with Node(settings) as node:
             since = None if arguments.since is None else node.bus.clock.wall() - arguments.since
             wanted: list[str | type[Event]] = [*kinds, *([EventsMissed] if kinds else [])]
-            with node.bus.subscribe(*wanted, capacity=_CAPACITY, since=since) as heard:
-                async for event in heard:
+            with node.bus.subscribe(*wanted, capacity=_CAPACITY, since=since) as subscription:
+                async for event in subscription:
                     missed = isinstance(event, EventsMissed)
                     if arguments.backend and event.backend not in arguments.backend and not missed:
                         continue
-                    print(line(event), flush=True)  # The reader of a pipe wants each line at once.
-                    if heard.dropped > dropped:
-                        print(f"cachebus: {heard.dropped - dropped} events were too many for this terminal", flush=True)
-                        dropped = heard.dropped
+                    print(line(event), flush=True)  # Flushed, so that the reader of a pipe gets each line immediately.
+                    if subscription.dropped > dropped:
+                        lost = subscription.dropped - dropped
+                        print(f"cachebus: {lost} events were dropped, because this terminal is too slow", flush=True)
+                        dropped = subscription.dropped
                     if left is not None and (left := left - 1) <= 0:
                         return DONE
-        return FAILED  # It ended by itself: there is no stream, and the log says so.
+        return FAILED  # The subscription ended because there is no stream, which is logged.
 
     return asyncio.run(listen())
 
@@ -89,7 +92,7 @@ def _duration(text: str) -> float:
 
 
 def kinds_of(text: str) -> tuple[str, ...]:
-    """Return the kinds of events that a word names: `hit` is `cache_hit`. Raises `CacheConfigurationError`."""
+    """Return the event kinds of a `--kind` option; `hit` means `cache_hit`. Raises `CacheConfigurationError`."""
     for each in (text, f"cache_{text}"):
         try:
             event_kinds((each,))
@@ -101,12 +104,12 @@ def kinds_of(text: str) -> tuple[str, ...]:
 
 
 def as_json(event: Event) -> str:
-    """Return an event as on the wire."""
+    """Return the JSON form of an event, as on the wire."""
     return encode(event, JSON).decode()
 
 
 def as_line(event: Event, *, coloured: bool) -> str:
-    """Return an event for people: when, what, where, and the fields of its kind."""
+    """Return an event as readable text: time, kind, backend, and the fields of its kind."""
     kind = event.WIRE_NAME.removeprefix("event.")
     shown = f"{kind:<20}"
     if coloured:

@@ -1,4 +1,4 @@
-"""`cachebus info`, `settings`, `config` and `asyncapi`: what is installed, what settings say, and what a worker understands."""
+"""`cachebus info`, `settings`, `config` and `asyncapi`: print installation, settings, and the API of a worker."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[([^]]*)\])?.*?;.*\bextra\s*==\
 
 
 def add(commands: Commands) -> None:
-    """Add the commands."""
-    info = commands.add_parser("info", help="what is installed and can be used")
+    """Add the commands to the parser."""
+    info = commands.add_parser("info", help="print versions, URL schemes, policies and installed extras")
     info.set_defaults(command=_info)
-    settings = commands.add_parser("settings", help="the settings that a source gives, secrets masked")
+    settings = commands.add_parser("settings", help="print the effective settings, with secrets masked")
     settings.set_defaults(command=_settings)
-    config = commands.add_parser("config", help="show or check a source of settings").add_subparsers(required=True)
-    shown = config.add_parser("show", help="the settings that a source gives, secrets masked")
+    config = commands.add_parser("config", help="print or check settings").add_subparsers(required=True)
+    shown = config.add_parser("show", help="print the effective settings, with secrets masked")
     shown.set_defaults(command=_settings)
-    check = config.add_parser("check", help="say what is wrong with a source, and what production would refuse")
+    check = config.add_parser("check", help="check settings, and list what production would reject")
     check.set_defaults(command=_check)
-    reference = config.add_parser("reference", help="every setting there is, as a page in Markdown")
+    reference = config.add_parser("reference", help="print the reference of all settings in Markdown")
     reference.set_defaults(command=_reference)
     for command in (settings, shown, check):
-        command.add_argument("source", nargs="?", metavar="SOURCE", help="a file or a URL; else the environment alone")
+        command.add_argument(
+            "source", nargs="?", metavar="SOURCE", help="settings file or URL (default: only the environment)"
+        )
     for command in (info, settings, shown, check):
         command.add_argument("--json", action="store_true", help="print JSON instead of YAML")
-    asyncapi = commands.add_parser("asyncapi", help="the AsyncAPI 3 document of a worker")
+    asyncapi = commands.add_parser("asyncapi", help="print the AsyncAPI 3 document of a worker")
     form = asyncapi.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--yaml", action="store_true", help="print YAML, the default")
@@ -70,7 +72,7 @@ def _asyncapi(arguments: argparse.Namespace) -> int:
 
 
 def installed_version(package: str = "cachebus") -> str:
-    """Return the version of an installed package; `0+unknown` if it is not installed, such as a bare source tree."""
+    """Return the version of an installed package, or `0+unknown` if it is not installed, as in a source tree."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -78,7 +80,7 @@ def installed_version(package: str = "cachebus") -> str:
 
 
 def extras() -> dict[str, bool]:
-    """Return every extra of the installed package, and whether all its requirements are installed, in any version."""
+    """Return all extras of cachebus, and for each whether its requirements are installed, in any version."""
     try:
         wanted = requires("cachebus") or ()
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""`cachebus topology`: what runs where, as the workers report it over NATS micro."""
+"""`cachebus topology`: print the workers and their actors, as reported over NATS micro."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from cachebus.node.node import Node
 from .common import DONE, NO, Commands, add_bus, bus_settings, printable
 
 Statistics = list[dict[str, Any]]
-"""The answer of each worker to `$SRV.STATS`."""
+"""Replies of the workers to `$SRV.STATS`."""
 
 
 def add(commands: Commands) -> None:
-    """Add the command."""
-    topology = commands.add_parser("topology", help="what runs where, and how it does")
+    """Add the command to the parser."""
+    topology = commands.add_parser("topology", help="print workers with their actors, load and errors")
     add_bus(topology)
-    topology.add_argument("--all", action="store_true", help="every namespace on the server")
+    topology.add_argument("--all", action="store_true", help="show all namespaces of the server")
     seconds: Any = {"type": float, "metavar": "SECONDS"}
-    topology.add_argument("--interval", **seconds, default=1.0, help="requests are counted over it (1); 0: the uptime")
-    topology.add_argument("--wait", **seconds, default=0.75, help="what workers have to answer (0.75)")
+    topology.add_argument(
+        "--interval", **seconds, default=1.0, help="interval of the request rate (default: 1); 0: uptime"
+    )
+    topology.add_argument("--wait", **seconds, default=0.75, help="time limit for replies of workers (default: 0.75)")
     topology.add_argument("--json", action="store_true", help="print JSON instead of a table")
     topology.set_defaults(command=_topology)
 
 
 class TopologyRow(Struct, frozen=True, kw_only=True):
-    """One address at one worker. Durations are seconds; `breaker` is empty if there is none."""
+    """Address of an actor at one worker, with statistics. Durations are seconds. `breaker` is empty without one."""
 
     address: str
     worker: str
@@ -55,7 +57,7 @@ class TopologyRow(Struct, frozen=True, kw_only=True):
 def _topology(arguments: argparse.Namespace) -> int:
     settings = bus_settings(arguments, backends=["bus:primary"])
     if arguments.interval < 0 or arguments.wait <= 0:
-        raise CacheConfigurationError("--interval and --wait are seconds above 0")
+        raise CacheConfigurationError("--interval must be at least 0 seconds, and --wait above 0")
 
     async def discovered() -> list[TopologyRow]:
         async with Node(settings) as node:
@@ -73,14 +75,14 @@ def _topology(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(to_builtins(found), indent=2))
     else:
-        print(table(found) if found else "no worker answers")
+        print(table(found) if found else "no worker answered")
     return DONE if found else NO
 
 
 def rows(before: Statistics, now: Statistics, seconds: float) -> list[TopologyRow]:
-    """Return every address at every worker, sorted. `before` was asked `seconds` before `now`.
+    """Return a sorted row for each address of each worker. `before` was collected `seconds` before `now`.
 
-    The requests of a worker that is not in `before` are counted over its uptime.
+    The request rate of a worker that is missing from `before` is that of its uptime.
     """
     then = {
         (worker["id"], endpoint["subject"]): endpoint["num_requests"]
@@ -117,7 +119,7 @@ def rows(before: Statistics, now: Statistics, seconds: float) -> list[TopologyRo
 
 
 def table(found: list[TopologyRow]) -> str:
-    """Return the rows as a table for people."""
+    """Return the rows as a readable table."""
     rows = [("ADDRESS", "WORKER", "HOST", "VERSION", "SHARED", "UPTIME", "MAILBOX", "REQUESTS/S", "ERRORS", "BREAKER")]
     for each in found:
         sharing = "yes" if each.shared else "no"

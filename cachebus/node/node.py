@@ -33,13 +33,15 @@ StoreFactory = Callable[["BackendSettings"], "InlineStore | BatchStore"]
 
 
 class Node:
-    """The cache's part of a process: a bus, and one supervised backend actor for each backend in the settings.
+    """Bus, supervisor and backend actors of one process. An asynchronous context manager.
 
-    An asynchronous context manager. `stores` makes the store of a backend, a new one for each incarnation of its actor; left
-    out, stores are made as the settings say. `clock` is the source of time for everything in the node. With `serve`, other
-    processes on the bus reach the backends too, as a worker's: any number of workers share a store that is a server of its
-    own; any other store has one worker, and a second one is refused with `AddressInUse`. `grace` is the seconds that actors
-    have, when the node is left, to answer what they were sent.
+    * `stores`: creates the store of a backend, a new one for each incarnation of its actor. By default, stores are
+      created from the settings.
+    * `clock`: the clock of everything in the node.
+    * `serve`: make the backends reachable for other processes on the bus, as a worker does. Any number of workers may
+      serve the same external store, such as a Redis server. Any other store has a single worker; a second one raises
+      `AddressInUse`.
+    * `grace`: how long actors may take, when the node closes, to answer their pending requests, in seconds.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class Node:
         grace: float = 5.0,
     ) -> None:
         if serve and settings.bus is None:
-            raise CacheConfigurationError("bus: a node that serves others needs one, such as nats://localhost:4222")
+            raise CacheConfigurationError(
+                "bus: a node that serves other processes needs a bus, such as nats://localhost:4222"
+            )
         self.settings = settings
         self.clock = clock
         self.serve = serve
@@ -74,7 +78,7 @@ class Node:
         kept = settings.locks_kept
         unavailable = None
         if kept.type in LOCKLESS:
-            problem = f"a {kept.type} backend keeps no locks: say where they are, as in locks='redis://host'"
+            problem = f"a {kept.type} backend does not support locks; set a lock store, such as locks='redis://host'"
             unavailable = CapabilityError(problem, kept.type, "locks")
         self._lock_client = LockClient(self.bus, self._lock_address(kept), settings.timeout, self._timers, unavailable)
         self._lock_tables: dict[str, LockStore] = {}
@@ -85,7 +89,7 @@ class Node:
 
     async def __aenter__(self) -> Self:
         if self._closed:
-            raise CacheClosed("this node was closed; make a new one")
+            raise CacheClosed("this node was closed; create a new one")
         await self._resources.enter_async_context(self.bus)
         self._timers.start()
         self._resources.callback(self._timers.close)
@@ -115,7 +119,7 @@ class Node:
             self.bus.close()
 
     def client(self, name: str | None = None) -> BackendClient:
-        """Return the client of a backend, the default one if `name` is left out."""
+        """Return the client of the backend `name`, or of the default backend."""
         settings = self.settings
         backend = settings.default_backend if name is None else settings.backend(name)
         to = (self.bus, backend_address(backend.name), settings.timeout, Emitter(self.bus, backend.name), self._timers)
@@ -124,7 +128,7 @@ class Node:
         if pipeline is None:
             client = BackendClient(*to, settings.on_error)
         else:
-            from cachebus.client.encoding_client import EncodingClient  # Caches that keep objects do without.
+            from cachebus.client.encoding_client import EncodingClient  # Not needed by caches that store objects.
 
             offload_above = settings.payload.offload_above
             client = EncodingClient(
@@ -134,7 +138,7 @@ class Node:
         return client
 
     async def _start_locks(self) -> None:
-        """Start the lock manager. A node that serves starts one for each backend, because their clients ask at its name."""
+        """Start the lock manager. A serving node starts one per backend, because clients address it by backend name."""
         settings = self.settings
         kept = settings.backends if self.serve and settings.locks is None else (settings.locks_kept,)
         for each in kept:
@@ -143,7 +147,7 @@ class Node:
                 await self.supervisor.start(address, manager, backend="locks", visibility=self.visibility(each))
 
     def _lock_address(self, kept: BackendSettings) -> Address:
-        # By the backend, unless the settings say otherwise: exactly the processes that share its values share its locks.
+        # Per backend by default, so that processes share locks exactly if they share values.
         return LOCKS if self.settings.locks is not None else Address(f"{LOCKS}.{kept.name}")
 
     def _lock_manager(self, kept: BackendSettings) -> LockManager:
@@ -155,22 +159,22 @@ class Node:
         if store is None:
             store = build_lock_store(kept, namespace=self.settings.namespace, clock=self.clock)
             if not isinstance(kept, GuardSettings):
-                self._lock_tables[kept.name] = store  # In memory: one for all incarnations of the actor.
+                self._lock_tables[kept.name] = store  # In memory, so all incarnations of the actor share it.
         return LockManager(store, guard_policy(kept), shared=self.visibility(kept) == "shared")
 
     def visibility(self, backend: BackendSettings) -> Visibility:
-        """Return who can reach the actor of a backend."""
+        """Return the visibility of a backend's actor on the bus."""
         if not self.serve:
             return "private"
         return "shared" if backend.type in SHARABLE else "sole"
 
     async def stop(self) -> None:
-        """Stop every actor: each answers what it was sent. The node is left where it was entered."""
+        """Stop every actor once it has answered its pending requests. The node itself stays entered."""
         await self.supervisor.stop()
         self._timers.close()
 
     def forked(self) -> None:
-        """Become unusable in the child of a fork."""
+        """Make the node unusable in a forked child."""
         self._timers.forked()
         self.supervisor.forked()
         self.bus.forked()
@@ -178,13 +182,13 @@ class Node:
     def _actor(self, backend: BackendSettings) -> BackendActor:
         from cachebus.settings.backends import guard_policy  # As in `_build_store`.
 
-        # A cache that takes failures for misses opens without its store; any other one fails at once.
+        # With on_error="miss", a cache opens even if its store is down. Otherwise opening fails immediately.
         opens_later = self.settings.on_error == "miss"
         return BackendActor(self._stores(backend), guard_policy(backend), opens_later=opens_later)
 
     def _pipeline(self, backend: BackendSettings) -> PayloadPipeline | None:
         if backend.name not in self._pipelines:
-            from cachebus.settings.payload import build_pipeline  # As for stores.
+            from cachebus.settings.payload import build_pipeline  # As in `_build_store`.
 
             self._pipelines[backend.name] = build_pipeline(
                 self.settings.payload, namespace=self.settings.namespace, by_reference=backend.by_reference
@@ -192,20 +196,20 @@ class Node:
         return self._pipelines[backend.name]
 
     def _build_store(self, backend: BackendSettings) -> InlineStore | BatchStore:
-        from .stores import build_store  # Not before a node is opened: it brings pydantic with it.
+        from .stores import build_store  # Imported only when a node opens, because it imports pydantic.
 
         return build_store(backend, namespace=self.settings.namespace, clock=self.clock)
 
 
 SHARABLE = frozenset({"redis", "memcached", "null"})
-"""Types of backends whose data are not in the process: several workers may serve the same one."""
+"""Types of backends whose data is outside the process, so several workers may serve the same one."""
 
 LOCKLESS = frozenset({"null", "plugin"})
-"""Types of backends that keep no locks."""
+"""Types of backends that do not support locks."""
 
 
 def _make_bus(settings: Settings, clock: Clock) -> LocalBus:
-    """Make the bus of settings, not yet open. Raises `CacheConfigurationError` if it needs nats-py, which is not installed."""
+    """Create the unopened bus of settings. Raises `CacheConfigurationError` if it needs nats-py and that is missing."""
     if settings.bus is None:
         return LocalBus(settings.namespace, clock=clock, policy=settings.events.policy)
     try:

@@ -1,4 +1,4 @@
-"""From settings to stores. An adapter is imported when its backend is opened, and not before."""
+"""Creation of stores from settings. An adapter is imported only when its backend is opened."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cachebus.settings.urls import STORES
 
 
 def build_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> InlineStore | BatchStore:
-    """Make the store that settings describe, not yet open. Imports its adapter, so it may block the first time.
+    """Create the unopened store of a backend. Imports its adapter, so the first call may block.
 
-    Raises `CacheConfigurationError` if a package is missing or unfit; a plugin may raise other errors.
+    Raises `CacheConfigurationError` if a package is missing or unusable. A plugin may raise other errors.
     """
     store: Any
     match settings:
@@ -37,14 +37,19 @@ def build_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> I
         case PluginSettings():
             store = _plugin(settings.url, namespace, clock)
         case BusSettings():
-            raise CacheConfigurationError(f"the store of {settings.name!r} is in a worker on the bus, not here")
+            raise CacheConfigurationError(
+                f"the store of {settings.name!r} runs in a worker on the bus, not in this process"
+            )
         case _:
             assert_never(settings)
     return store  # type: ignore[no-any-return]
 
 
 def build_lock_store(settings: BackendSettings, *, namespace: str, clock: Clock) -> LockStore:
-    """Make the store that keeps the locks of these settings, not yet open. As `build_store`."""
+    """Create the unopened lock store of a backend. Imports and errors are those of `build_store`.
+
+    Raises `CapabilityError` if the backend does not support locks.
+    """
     store: Any
     match settings:
         case MemorySettings():
@@ -62,7 +67,7 @@ def build_lock_store(settings: BackendSettings, *, namespace: str, clock: Clock)
 
 
 def _adapter(technology: str, module: str = "store") -> Any:
-    """Import a module of an adapter. Raises `CacheConfigurationError` if the driver of its technology is not installed."""
+    """Import a module of an adapter. Raises `CacheConfigurationError` if its driver is not installed."""
     try:
         return import_module(f"cachebus.adapters.{technology}.{module}")
     except ModuleNotFoundError as error:
@@ -75,12 +80,12 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -
     redis = _adapter("redis")
     port = 26379 if settings.topology == "sentinel" else 6379
     if settings.socket is not None:
-        places = [redis.Endpoint(path=settings.socket)]
+        endpoints = [redis.Endpoint(path=settings.socket)]
     else:
-        places = [redis.Endpoint(*host_and_port(host, port)) for host in settings.hosts]
+        endpoints = [redis.Endpoint(*host_and_port(host, port)) for host in settings.hosts]
     connector = redis.Connector(
         clock=clock,
-        identity=_identity(redis, settings.user, settings.password),
+        identity=_credentials(redis, settings.user, settings.password),
         database=settings.database,
         tls=_tls(redis, settings),
         timeout=settings.connect_timeout,
@@ -90,13 +95,13 @@ def _redis(settings: RedisSettings, namespace: str, clock: Clock, **more: Any) -
     )
     common: dict[str, Any] = {"namespace": namespace, "default_ttl": settings.default_ttl, **more}
     if settings.topology == "cluster":
-        return import_module("cachebus.adapters.redis.cluster.store").RedisClusterStore(places, connector, **common)
+        return import_module("cachebus.adapters.redis.cluster.store").RedisClusterStore(endpoints, connector, **common)
     return redis.RedisStore(
-        places,
+        endpoints,
         connector,
         **common,
         service=settings.service,
-        sentinel_identity=_identity(redis, settings.sentinel_user, settings.sentinel_password),
+        sentinel_identity=_credentials(redis, settings.sentinel_user, settings.sentinel_password),
     )
 
 
@@ -119,27 +124,30 @@ def _tls(adapter: Any, settings: ServerSettings) -> Any:
     return adapter.TlsFiles(ca=settings.tls_ca_file, certificate=settings.tls_cert_file, key=settings.tls_key_file)
 
 
-def _identity(redis: Any, user: str, password: SecretStr | None) -> Any:
+def _credentials(redis: Any, user: str, password: SecretStr | None) -> Any:
     return redis.Credentials(user=user, password=None if password is None else password.get_secret_value())
 
 
 def _plugin(url: str, namespace: str, clock: Clock) -> Any:
     scheme = url.partition("://")[0].lower()
-    # The same entry may be announced twice: by an installed package and by its source tree.
+    # An installed package and its source tree may both declare the same entry point.
     found = {each.value: each for each in entry_points(group=STORES, name=scheme)}
     if not found:
-        raise CacheConfigurationError(f"no installed package announces a store for {scheme}://")
+        raise CacheConfigurationError(f"no installed package provides a store for {scheme}://")
     entry = found.popitem()[1]
     if found:
-        announced = " and ".join(sorted((entry.value, *found)))
-        raise CacheConfigurationError(f"the scheme {scheme!r} is announced by {announced}: remove one")
+        providers = " and ".join(sorted((entry.value, *found)))
+        raise CacheConfigurationError(f"the scheme {scheme!r} is provided by {providers}; uninstall one of them")
     try:
         make = entry.load()
     except (ImportError, AttributeError) as error:
-        raise CacheConfigurationError(f"the store for {scheme}:// is {entry.value}, which fails: {error}") from error
+        raise CacheConfigurationError(
+            f"the store for {scheme}:// is {entry.value}, which cannot be loaded: {error}"
+        ) from error
     store: object = make(url, namespace=namespace, clock=clock)
     if isinstance(store, InlineStore | BatchStore):
         return store
     raise CacheConfigurationError(
-        f"the store for {scheme}:// is {entry.value}, which made {shown(store)}, neither InlineStore nor BatchStore"
+        f"the store for {scheme}:// is {entry.value}, which returned {shown(store)} instead of an InlineStore"
+        " or a BatchStore"
     )

@@ -1,4 +1,4 @@
-"""A worker: a process that serves its backends on the bus until it is asked to stop, and its log of one line for each fact."""
+"""A worker, which serves backends on the bus until it is stopped, and its structured log."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ logger = logging.getLogger("cachebus.node.worker")
 LogForm: TypeAlias = Literal["text", "json"]
 
 _FIELDS = "cachebus_fields"
-"""The attribute of a log record that holds its named values."""
+"""Attribute of a log record that holds its named values."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_LOUD = frozenset({"actor_restarted", "actor_gave_up", "backend_disconnected", "circuit_opened"})
+_WARNING_EVENTS = frozenset({"actor_restarted", "actor_gave_up", "backend_disconnected", "circuit_opened"})
 
 _PAUSE, _PAUSE_MAX = 0.1, 2.0
-"""Seconds: a pause at the start is drawn below the first, which doubles up to the second."""
+"""Startup backoff, in seconds. Each pause is random, below a limit that doubles from the first value to the second."""
 
-_SHARE = 0.4
-"""Of the grace, so that the supervisor's two rounds and the bus have theirs before it is spent."""
+_GRACE_FRACTION = 0.4
+"""Fraction of the grace period for each of the supervisor's two stop rounds. The rest is left to the bus."""
 
 GAVE_UP, OUT_OF_TIME = 1, 1
-"""Exit codes of a worker whose every actor stays down, and of one that could not end cleanly within its grace."""
+"""Exit codes: all actors failed permanently; the worker could not stop cleanly within its grace period."""
 
 
 class Worker:
-    """Serves every backend of the settings until `stop` is called or a signal comes. Used once, on asyncio.
+    """Serves every backend of the settings until `stop` is called or the process gets a signal. Single use, on asyncio.
 
-    Stopping drains: nothing new comes in, what has come in is answered, and the connections are closed, all within `grace`
-    seconds; a second signal ends the process at once. At the start the bus may be away for `wait` seconds, and with
-    `on_error="raise"` the backends too, so that processes can be started in any order. `stores` replaces the way that
-    stores are made.
+    When stopping, the worker drains: it accepts no new requests, answers pending ones and closes its connections,
+    within `grace` seconds. A second signal ends the process immediately.
+
+    At startup, the worker waits up to `wait` seconds for the bus, so that processes can start in any order. With
+    `on_error="raise"`, it also waits for the backends. `stores` replaces the store factory.
     """
 
     def __init__(
@@ -59,11 +60,11 @@ class Worker:
             raise CacheConfigurationError("a worker needs a bus, such as --bus nats://localhost:4222")
         self.addresses = [backend_address(each.name) for each in settings.backends if each.type != "bus"]
         if not self.addresses:
-            raise CacheConfigurationError("a worker needs a backend of its own, such as --backend primary=redis://host")
+            raise CacheConfigurationError("a worker needs a backend to serve, such as --backend primary=redis://host")
         self.settings = settings
         self.grace = grace
         self.wait = wait
-        self._new_node = partial(Node, settings, serve=True, grace=grace * _SHARE, stores=stores)
+        self._new_node = partial(Node, settings, serve=True, grace=grace * _GRACE_FRACTION, stores=stores)
         self._node = self._new_node()
         self._stopping = asyncio.Event()
         self._code = 0
@@ -72,9 +73,10 @@ class Worker:
         return f"<Worker of {', '.join(self.addresses)}>"
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> int:
-        """Serve, and return the exit code: 0 if everything was answered. `on_ready` is called when others can reach us.
+        """Serve until stopped, and return the exit code: 0 if every request was answered.
 
-        Raises what starting the actors raises, such as `AddressInUse`, and `CacheConnectionError` when the wait is over.
+        `on_ready` is called once other processes can reach the backends. Raises `CacheConnectionError` if the bus is
+        not available within `wait` seconds, and any error of starting the actors, such as `AddressInUse`.
         """
         loop = asyncio.get_running_loop()
         backstop: asyncio.TimerHandle | None = None
@@ -84,17 +86,17 @@ class Worker:
             async with AsyncExitStack() as stack:
                 if not await self._started(stack):
                     return self._code
-                with self._node.bus.subscribe("actor_*", "backend_*", "circuit_*", capacity=10_000) as heard:
+                with self._node.bus.subscribe("actor_*", "backend_*", "circuit_*", capacity=10_000) as events:
                     visibility = self._node.visibility
                     own = [each for each in self.settings.backends if each.type != "bus"]
                     addresses = ",".join(f"{backend_address(each.name)}:{visibility(each)}" for each in own)
-                    self._say("serving", namespace=self.settings.namespace, addresses=addresses)
-                    listening = asyncio.create_task(self._log_events(heard))
+                    self._log("serving", namespace=self.settings.namespace, addresses=addresses)
+                    listening = asyncio.create_task(self._log_events(events))
                     on_ready()
                     await self._stopping.wait()
-                    why = "the grace is spent: ending with something left"
-                    backstop = loop.call_later(self.grace, self._end, why, logging.ERROR)
-                    self._say("draining", grace=self.grace)
+                    reason = "the grace period has expired: exiting with unanswered requests"
+                    backstop = loop.call_later(self.grace, self._exit, reason, logging.ERROR)
+                    self._log("draining", grace=self.grace)
                     await self._node.stop()
                 await listening
         finally:
@@ -102,17 +104,17 @@ class Worker:
                 loop.remove_signal_handler(number)
             if backstop is not None:
                 backstop.cancel()
-        self._say("stopped", code=self._code)
+        self._log("stopped", code=self._code)
         return self._code
 
     def stop(self) -> None:
-        """Begin to drain; asked again, end at once. For the loop of `run`."""
+        """Start to drain. A second call ends the process immediately. Call it on the loop of `run`."""
         if self._stopping.is_set():
-            self._end("asked twice to stop: ending at once", logging.WARNING)
+            self._exit("second request to stop: exiting immediately", logging.WARNING)
         self._stopping.set()
 
     async def _started(self, stack: AsyncExitStack) -> bool:
-        """Enter the node. `False` if we were asked to stop before what it needs was there."""
+        """Enter the node, retrying until the bus is available. Returns False if `stop` was called before that."""
         loop = asyncio.get_running_loop()
         until, longest = loop.time() + self.wait, _PAUSE
         while True:
@@ -122,45 +124,45 @@ class Worker:
                 pause = random.uniform(0.0, longest)
                 if loop.time() + pause >= until:
                     raise
-                self._say("waiting", logging.WARNING, reason=str(error))
+                self._log("waiting", logging.WARNING, reason=str(error))
             else:
                 return True
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
             if self._stopping.is_set():
-                self._say("stopped", code=self._code)
+                self._log("stopped", code=self._code)
                 return False
             longest = min(_PAUSE_MAX, longest * 2)
             self._node = self._new_node()
 
-    async def _log_events(self, heard: Subscription) -> None:
+    async def _log_events(self, events: Subscription) -> None:
         down: set[str] = set()
-        async for event in heard:
+        async for event in events:
             if event.origin != origin():
-                continue  # Another worker logs its own.
+                continue  # Each worker logs only its own events.
             kind = event.WIRE_NAME.removeprefix("event.")
-            level = logging.WARNING if kind in _LOUD else logging.INFO
+            level = logging.WARNING if kind in _WARNING_EVENTS else logging.INFO
             values = {"backend": event.backend, **own_fields(event)}
             logger.log(level, kind.replace("_", " "), extra={_FIELDS: values})
             if isinstance(event, ActorGaveUp):
                 down.add(event.address)
                 if down >= set(self.addresses) and not self._stopping.is_set():
                     self._code = GAVE_UP
-                    self._say("every actor stays down: ending", logging.ERROR)
+                    self._log("all actors have failed permanently: exiting", logging.ERROR)
                     self._stopping.set()
 
-    def _say(self, message: str, level: int = logging.INFO, **values: Any) -> None:
+    def _log(self, message: str, level: int = logging.INFO, **values: Any) -> None:
         logger.log(level, message, extra={_FIELDS: {"worker": origin(), **values}})
 
-    def _end(self, why: str, level: int) -> None:
-        """End the process at once, with requests unanswered."""
-        self._say(why, level)
+    def _exit(self, reason: str, level: int) -> None:
+        """End the process immediately, even with unanswered requests."""
+        self._log(reason, level)
         logging.shutdown()
         os._exit(OUT_OF_TIME)
 
 
 class StructuredFormatter(logging.Formatter):
-    """Formats a record as one line: line breaks and control characters are escaped."""
+    """Formatter that writes each record as one line and escapes line breaks and control characters."""
 
     def __init__(self, form: LogForm = "text") -> None:
         super().__init__()
@@ -177,22 +179,22 @@ class StructuredFormatter(logging.Formatter):
             values["traceback"] = self.formatException(record.exc_info)
         if self._form == "json":
             return json.dumps(values, default=str)
-        return " ".join(f"{name}={_word(value)}" for name, value in values.items())
+        return " ".join(f"{name}={_quoted(value)}" for name, value in values.items())
 
 
 def log_to_stderr(form: LogForm, level: str) -> None:
-    """Send the logs of this process to standard error, one line each."""
+    """Log to standard error, one line per record."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(StructuredFormatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def own_fields(event: Event) -> dict[str, Any]:
-    """Return the fields of an event that not every event has."""
+    """Return the fields that are specific to the kind of an event."""
     return {name: getattr(event, name) for name in event.__struct_fields__ if name not in Event.__struct_fields__}
 
 
-def _word(value: Any) -> str:
+def _quoted(value: Any) -> str:
     text = str(value)
     if text and text.isascii() and text.isprintable() and not set(text) & set(' "='):
         return text

@@ -71,7 +71,7 @@ def test_an_address_chooses_who_is_asked(run_worker: RunWorker, run: Run) -> Non
     assert run("get", "k", "--address", "backend.other")[1] == "there\n"
     code, out, _ = run("ping", "--address", "backend.other")
     assert code == 0
-    assert re.fullmatch(r"backend\.other answers, \d+\.\d ms\n", out)
+    assert re.fullmatch(r"backend\.other answered in \d+\.\d ms\n", out)
     told = json.loads(run("ping", "--json")[1])
     assert (told["kind"], told["address"]) == ("reply.pong", "backend.primary")
     assert 0 < told["seconds"] < LIMIT
@@ -91,7 +91,7 @@ def test_a_cache_of_ones_own_is_asked_without_a_bus(capfd: pytest.CaptureFixture
         (["ping"], 3, "no actor serves the address 'backend.primary'"),
         (["get", "k", "--address", "a b"], 2, "--address"),
         (["get", ""], 2, "key"),
-        (["set", "k", "{", "--as", "json"], 2, "VALUE is no JSON"),
+        (["set", "k", "{", "--as", "json"], 2, "VALUE is not valid JSON"),
         (["set", "k", "v", "--ttl", "-1"], 2, "ttl"),
         (["events", "--kind", "coffee"], 2, "no kind of event is called 'coffee'"),
         (["topology", "--interval", "-1"], 2, "--interval"),
@@ -189,7 +189,7 @@ def test_kinds_are_named_in_short() -> None:
 
 
 def test_the_topology_says_what_runs_where(run_worker: RunWorker, run: Run) -> None:
-    assert run("topology", "--wait", "0.1", "--interval", "0") == (1, "no worker answers\n", "")
+    assert run("topology", "--wait", "0.1", "--interval", "0") == (1, "no worker answered\n", "")
     with run_redis() as redis:
         workers = [run_worker("--backend", f"primary={redis.url}") for _ in range(2)]
         sole = run_worker("--backend", "near=memory://")

@@ -65,19 +65,21 @@ def test_the_store_of_a_plugin_is_given_url_namespace_and_clock(
 
 def test_a_plugin_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     announce(tmp_path, monkeypatch, made_by="shelf_of_nobody:Shelf")
-    with pytest.raises(CacheConfigurationError, match=r"shelf:// is shelf_of_nobody:Shelf, which fails: No module"):
+    with pytest.raises(
+        CacheConfigurationError, match=r"shelf:// is shelf_of_nobody:Shelf, which cannot be loaded: No module"
+    ):
         build(PluginSettings(url="shelf://"))
 
 
 def test_a_plugin_without_its_callable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     announce(tmp_path, monkeypatch, made_by="shelf_of_tests:Missing")
-    with pytest.raises(CacheConfigurationError, match=r"shelf:// is shelf_of_tests:Missing, which fails:"):
+    with pytest.raises(CacheConfigurationError, match=r"shelf:// is shelf_of_tests:Missing, which cannot be loaded:"):
         build(PluginSettings(url="shelf://"))
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     announce(tmp_path, monkeypatch, made_by="shelf_of_tests:not_a_store")
-    with pytest.raises(CacheConfigurationError, match=r"not_a_store, which made a value of type object"):
+    with pytest.raises(CacheConfigurationError, match=r"not_a_store, which returned a value of type object"):
         build(PluginSettings(url="shelf://"))
 
 
@@ -92,7 +94,7 @@ def test_a_plugin_that_was_removed_meanwhile_is_named(tmp_path: Path, monkeypatc
     with monkeypatch.context() as installed:
         announce(tmp_path, installed)
         settings = PluginSettings(url="shelf://user:pw@host")
-    with pytest.raises(CacheConfigurationError, match=r"no installed package announces a store for shelf://$"):
+    with pytest.raises(CacheConfigurationError, match=r"no installed package provides a store for shelf://$"):
         build(settings)
 
 

@@ -164,7 +164,7 @@ def test_a_server_that_hangs_does_not_keep_a_worker_beyond_its_grace(run_worker:
         assert worker.ended() == 1
         assert 0.9 < time.monotonic() - started < within(1.0)
         server.resume()
-    assert "the grace is spent" in worker.lines[-1]
+    assert "the grace period has expired" in worker.lines[-1]
 
 
 async def test_a_killed_worker_costs_no_answer_where_another_one_serves(
@@ -268,7 +268,7 @@ def test_a_worker_waits_so_long_and_no_longer(run_worker: RunWorker) -> None:
     [
         (["--backend", "a.b=memory://"], "a.b"),
         (["--backend", "memory"], "memory"),
-        (["--backend", "primary=bus:primary"], "a worker needs a backend of its own"),
+        (["--backend", "primary=bus:primary"], "a worker needs a backend to serve"),
         (["--config", "absent.yaml"], "cannot be read"),
     ],
 )

@@ -324,7 +324,7 @@ async def test_on_trio_a_cache_over_nats_says_what_it_needs(nats_server: Server)
 
 
 async def test_a_node_without_a_bus_serves_nobody(nats_server: Server) -> None:
-    with pytest.raises(CacheConfigurationError, match="a node that serves others needs one"):
+    with pytest.raises(CacheConfigurationError, match="a node that serves other processes needs a bus"):
         Node(Settings(), serve=True)
 
 
