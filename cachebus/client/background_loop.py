@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class PerProcess(Generic[T]):
-    """A value that is created again in a forked child, where no thread would release the parent's."""
+    """Value that a forked child creates again, because none of its threads would release the parent's."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make

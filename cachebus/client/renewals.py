@@ -22,7 +22,7 @@ class _Tracked(Struct, eq=False):
 
 
 class Renewals:
-    """Renews leases and locks. All of them share one timer, which exists only while any is tracked. Thread-safe.
+    """Renewal schedule of leases and locks. They share one timer, which exists only while any is tracked. Thread-safe.
 
     Most leases are released long before they are renewed, so tracking one costs a dictionary entry and a comparison,
     without a mutex. Every tracked lease has a timer that is due no later than the lease. If two threads arm a timer at

@@ -69,9 +69,9 @@ class Lock:
         self.owner = f"process {os.getpid()} on {_host()}" if owner is None else check_owner(owner)
         self._client = client
         self._ask: Any = partial(client.ask, blocking=True) if blocking else client.ask
-        self._renews = renew
+        self._auto_renew = renew
         self._ticket = ""
-        self._waits = False
+        self._is_waiting = False
         self._token = 0
         self._expires_at = -math.inf
         self._lost = False
@@ -116,16 +116,16 @@ class Lock:
         Raises `LockNotAcquired` if the lock could not be acquired in time, and another `CacheError` if the lock manager
         or its store fails. Also raises `CacheError` if this object already holds the lock or is waiting for it.
         """
-        if self._waits or self.held:
+        if self._is_waiting or self.held:
             raise CacheError(
                 f"this object already holds the lock {self.name!r} or is waiting for it; create another one"
             )
         self._reset()
-        self._waits = True
-        ticket, refused = f"{origin()}-{next(_numbers)}", False
+        self._is_waiting = True
+        ticket, denied = f"{origin()}-{next(_numbers)}", False
         try:
             reply, sent = await self._attempt(ticket)
-            if refused := not isinstance(reply, LockGranted):
+            if denied := not isinstance(reply, LockGranted):
                 owner, remaining = reply.owner, reply.remaining
                 raise LockNotAcquired(timeout=self.wait, name=self.name, owner=owner, remaining=remaining)
             self._ticket, self._token, self._expires_at = ticket, reply.token, sent + self.ttl
@@ -136,12 +136,12 @@ class Lock:
                     raise LockNotAcquired(timeout=self.wait, name=self.name)  # It expired before the reply arrived.
         except BaseException:
             self._reset()
-            if not refused:
+            if not denied:
                 # The lock may have been granted nevertheless, and nothing else would release it.
                 self._client.send(ReleaseLock(self.name, ticket, abandon=True))
             raise
         finally:
-            self._waits = False
+            self._is_waiting = False
         self._start_renewals()
         return self
 
@@ -190,7 +190,7 @@ class Lock:
             raise LockNotHeld(name=self.name)
 
     def _start_renewals(self) -> None:
-        if self._renews:
+        if self._auto_renew:
             # On the node's event loop, even if a thread holds the lock.
             self._client.track(self._ticket, self.ttl, lambda: self._renew(self._client.ask))
 
@@ -211,7 +211,7 @@ class Lock:
         return True
 
     async def is_locked(self) -> bool:
-        """Return whether any process holds the lock of this name."""
+        """Return True if any process holds the lock of this name."""
         return await self.info() is not None
 
     async def info(self) -> LockInfo | None:

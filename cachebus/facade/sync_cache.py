@@ -66,8 +66,8 @@ class SyncCache:
         return client.try_inline_get(request) if type(request) is Get else client.try_inline_set(request)
 
     def __repr__(self) -> str:
-        where = "closed" if self._closed else "unopened" if self._cache is None else str(self._cache.client.address)
-        return f"<{type(self).__name__} {where}>"
+        state = "closed" if self._closed else "unopened" if self._cache is None else str(self._cache.client.address)
+        return f"<{type(self).__name__} {state}>"
 
     def __enter__(self) -> Self:
         self._opened()

@@ -27,7 +27,7 @@ class _SharedRequest(Struct, eq=False):
 
 
 class LeaseCoalescer:
-    """Shares the lease requests of one cache among its concurrent callers."""
+    """Coalescer that lets concurrent callers of one cache share lease requests."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -96,7 +96,7 @@ class LeaseCoalescer:
 
 
 def _is_over(current: _SharedRequest) -> bool:
-    """Return whether the sender was interrupted. If so, wake its waiters, which ask again."""
+    """Return True if the sender was interrupted, after waking its waiters, which ask again."""
     if not current.answer.is_orphan():
         return False
     current.answer.resolve(CANCELLED)

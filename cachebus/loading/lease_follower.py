@@ -36,7 +36,7 @@ NOTIFICATION_DELAY = 0.02
 
 
 class LeaseFollower(Struct, eq=False):
-    """Waits for the load of another process under the lease `theirs`. If that load fails to finish, it loads itself."""
+    """Follower of another process' load under the lease `theirs`. If that load never finishes, it loads itself."""
 
     table: LoadTable
     runner: Runner

@@ -250,7 +250,7 @@ class LeasedLoad(Struct, eq=False):
             self.end()
 
     async def _is_needed(self) -> bool:
-        """Return whether a refresh is still due, or whether a store without leases still has no value."""
+        """Return True if a refresh is still due, or if a store without leases still has no value."""
         runner, job = self.runner, self.job
         try:
             if self.refreshed is not None:

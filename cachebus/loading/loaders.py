@@ -152,7 +152,7 @@ def kind_of(loader: Loader) -> tuple[bool, bool]:
 
 
 def is_asynchronous(function: Any) -> bool:
-    """Return whether a function or callable object is a coroutine function."""
+    """Return True if a function or callable object is a coroutine function."""
     if type(function) is FunctionType and not function.__dict__:
         return bool(function.__code__.co_flags & inspect.CO_COROUTINE)  # Takes a tenth of the time.
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

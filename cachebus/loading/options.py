@@ -102,7 +102,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         return _checked(ttl, checked, **options)
 
     def time_to_live(self, result: LoadResult, chance: random.Random) -> Ttl:
-        """Return the TTL of a loaded value: the loader's, or otherwise the one of these options."""
+        """Return the TTL of a loaded value, from its `LoadResult` or from these options."""
         if not isinstance(result.ttl, EllipsisType):
             if self.idle_ttl is not None:
                 raise ValueError("a LoadResult must not set a ttl if the call has idle_ttl, which its own ttl caps")
@@ -150,7 +150,7 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         return min(limits, default=(None, ""))
 
     def wants_refresh(self, found: Loaded, chance: random.Random) -> bool:
-        """Return whether to refresh a live value now.
+        """Return True if a live value should be refreshed now.
 
         XFetch: Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention" (VLDB 2015).
         """

@@ -40,7 +40,7 @@ class Work(Protocol):
 
 
 class AsyncRunner:
-    """Runs loads as tasks of asyncio or trio.
+    """Runner that executes loads as tasks of asyncio or trio.
 
     `ask`, `wait_reply` and `request_unguarded` are `request`, `wait_reply` and `request_unguarded` of the client.
     `wait` is `InFlightLoad.wait`.
@@ -86,7 +86,7 @@ class AsyncRunner:
             raise
 
     def cancels(self, error: BaseException) -> bool:
-        """Return whether an error cancels the task of the load, rather than being an error of the loader."""
+        """Return True if an error cancels the task of the load, rather than being an error of the loader."""
         return isinstance(error, (GeneratorExit, anyio.get_cancelled_exc_class()))
 
     async def pause(self, seconds: float) -> None:
@@ -132,7 +132,7 @@ def _close(results: list[Any]) -> None:
 
 
 class ThreadRunner:
-    """Runs loads in the caller's thread, or in a new thread if they are background work.
+    """Runner that executes loads in the caller's thread, or in a new thread if they are background work.
 
     The methods are those of `AsyncRunner`, but the coroutines never suspend. Work that is not background work is
     finished when `start` returns.

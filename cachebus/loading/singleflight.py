@@ -59,7 +59,7 @@ class Raised(Struct, frozen=True):
     error: BaseException
 
     def concerns(self, *, is_leader: bool) -> bool:
-        """Return whether to raise the error in this caller."""
+        """Return True if this caller must raise the error."""
         return is_leader or isinstance(self.error, Exception)
 
 
@@ -89,7 +89,7 @@ class InFlightLoad(Struct, eq=False, kw_only=True):
         return len(self._waiters) + self._starting
 
     def is_orphan(self) -> bool:
-        """Return whether the owner ended without resolving the load, as after an interrupt."""
+        """Return True if the owner ended without resolving the load, as after an interrupt."""
         owner = self.owner
         return owner is not None and not self.resolved and inspect.getcoroutinestate(owner) == inspect.CORO_CLOSED
 

@@ -44,7 +44,7 @@ GAVE_UP, OUT_OF_TIME = 1, 1
 
 
 class Worker:
-    """Serves every backend of the settings until `stop` is called or the process gets a signal. Single use, on asyncio.
+    """Server of all backends of the settings, until `stop` is called or a signal arrives. Single use, on asyncio.
 
     When stopping, the worker drains: it accepts no new requests, answers pending ones and closes its connections,
     within `grace` seconds. A second signal ends the process immediately.
