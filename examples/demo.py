@@ -1,8 +1,8 @@
-"""The main job on real input, with no server: analysing Python's own standard library, cached.
+"""A cached analysis of Python's standard library, without a server.
 
-A few hundred modules are parsed with `ast` and analysed, which is truly slow, by many concurrent tasks that ask for some
-modules far more often than for others. The cache holds a fraction of the results, so there are hits, misses and
-evictions; a subscriber shows some of the events as they flow past.
+Many concurrent tasks request the analysis of a few hundred modules, some far more often than others. Parsing with `ast`
+is slow. The cache holds a fraction of the results, so there are hits, misses and evictions. A subscriber prints a sample
+of the events.
 
     python examples/demo.py [--seconds 8] [--entries 120] [--tasks 64]
 """
@@ -34,13 +34,13 @@ from cachebus.messages import CacheEvicted, CacheHit, CacheMiss
 
 SHOWN_PER_KIND_AND_SECOND = 1.5
 
-# Two threads in CPython's parser may find each other's depth of recursion in it, which is a SystemError.
+# CPython's parser shares its recursion depth between threads, which may raise SystemError.
 _PARSER = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What there is to know about a module."""
+    """Metrics of a module."""
 
     lines: int
     functions: int
@@ -51,7 +51,7 @@ class Analysis:
 
 
 def analyse(path: str) -> Analysis:
-    """Parse a module and measure it: some milliseconds to a second of work."""
+    """Parse and measure a module, which takes from a few milliseconds to a second."""
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     with _PARSER:
         tree = ast.parse(text)
@@ -76,20 +76,20 @@ def analyse(path: str) -> Analysis:
 
 
 def timed(path: str) -> tuple[Analysis, float]:
-    """An analysis, and the seconds of processor time that it took: what it would take again without a cache."""
+    """Return an analysis and its processor time in seconds, which each call would take without a cache."""
     started = time.thread_time()
     return analyse(path), time.thread_time() - started
 
 
 def modules() -> list[str]:
-    """The modules of the standard library that parse, smallest names first, in a fixed order."""
+    """Return the paths of the standard library's modules, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
     return sorted(str(path) for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
 
 
 class Popularity:
-    """Zipf-like: the n-th module in a shuffled order is asked for in proportion to 1/n."""
+    """Zipf-like choice of modules: the n-th in a shuffled order is requested in proportion to 1/n."""
 
     def __init__(self, paths: list[str], seed: int = 1) -> None:
         self._chance = random.Random(seed)
@@ -97,12 +97,12 @@ class Popularity:
         self._weights = list(itertools.accumulate(1 / rank for rank in range(1, len(paths) + 1)))
 
     def next(self) -> str:
-        """The module that somebody asks for next."""
+        """Return the path of the next module to request."""
         return self._chance.choices(self._paths, cum_weights=self._weights)[0]
 
 
 class Run:
-    """What the tasks did so far."""
+    """Counters and latencies of the run."""
 
     def __init__(self) -> None:
         self.latencies: list[float] = []
@@ -112,7 +112,7 @@ class Run:
         self.shown: Counter[str] = Counter()
 
     def table(self, removals: dict[str, int], hit_rate: float, seconds: float, dropped: int) -> Table:
-        """The closing table."""
+        """Return the table of results."""
         cuts = statistics.quantiles(self.latencies, n=100)
         table = Table("what", "figure", title="the standard library, analysed through cachebus")
         table.add_row("requests", f"{len(self.latencies):,}")
@@ -124,12 +124,12 @@ class Run:
         table.add_row("processor time without it", f"{self.uncached_seconds:,.1f} s")
         table.add_row("speed-up", f"{self.uncached_seconds / seconds:,.0f}x")
         table.add_row("p50 / p99 of a request", f"{cuts[49] * 1e3:.3f} ms / {cuts[98] * 1e3:.1f} ms")
-        table.add_row("events shown / lost by the subscriber", f"{sum(self.shown.values())} / {dropped}")
+        table.add_row("events shown / dropped by the subscriber", f"{sum(self.shown.values())} / {dropped}")
         return table
 
 
 async def show_events(events: Subscription, console: Console, run: Run, started: float) -> None:
-    """Print a sample of what the subscriber hears."""
+    """Print a sample of the received events."""
     async for event in events:
         kind = type(event).__name__
         if run.shown[kind] <= (time.perf_counter() - started) * SHOWN_PER_KIND_AND_SECOND:
@@ -140,7 +140,7 @@ async def show_events(events: Subscription, console: Console, run: Run, started:
 
 
 async def work(cache: Cache, run: Run, popularity: Popularity, tasks: int, seconds: float, progress: Progress) -> None:
-    """Ask for modules from many tasks until the time is up."""
+    """Request modules from many tasks until the time is up."""
 
     @cache.cached(key="analysis:{path}", ttl=300, tags=["stdlib"])
     async def analysis(path: str) -> Analysis:
@@ -149,7 +149,7 @@ async def work(cache: Cache, run: Run, popularity: Popularity, tasks: int, secon
         return result
 
     threads = anyio.CapacityLimiter(4)
-    bar = progress.add_task("asking", total=seconds, requests=0, loads=0)
+    bar = progress.add_task("running", total=seconds, requests=0, loads=0)
     began = time.perf_counter()
 
     async def ask() -> None:
@@ -199,8 +199,8 @@ async def main(seconds: float, entries: int, tasks: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=8.0, help="how long to ask")
-    parser.add_argument("--entries", type=int, default=120, help="what the cache may hold")
-    parser.add_argument("--tasks", type=int, default=64, help="how many ask at the same time")
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of the run")
+    parser.add_argument("--entries", type=int, default=120, help="maximum number of cache entries")
+    parser.add_argument("--tasks", type=int, default=64, help="number of concurrent tasks")
     options = parser.parse_args()
     anyio.run(main, options.seconds, options.entries, options.tasks)

