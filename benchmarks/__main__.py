@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: every benchmark beside its peers in one run, as ratios. Exits 1 if a bar is missed."""
+"""`python -m benchmarks`: run every benchmark against its peers and print ratios. Exits 1 if a bar is missed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ console = Console(width=140)
 
 
 def show_rows(rows: Sequence[Row]) -> list[Figure]:
-    """Print the rows; returns those that have a bar."""
+    """Print the rows, and return those with a bar as figures."""
     table = Table(
         "work", "ours", "peer", "its time", "ratio", "rate", "bar", title="time of one operation, median of rounds"
     )
@@ -57,8 +57,8 @@ def show_rows(rows: Sequence[Row]) -> list[Figure]:
 
 
 def show_figures(title: str, figures: Sequence[Figure]) -> list[Figure]:
-    """Print numbers; returns those that have a bar."""
-    table = Table("what", "figure", "bar", title=title)
+    """Print the figures, and return those with a bar."""
+    table = Table("work", "figure", "bar", title=title)
     for each in figures:
         table.add_row(each.title, each.said, verdict_of(each) if each.bar else "")
     console.print(table)
@@ -66,7 +66,7 @@ def show_figures(title: str, figures: Sequence[Figure]) -> list[Figure]:
 
 
 def show_hit_ratios() -> list[Figure]:
-    """Print the hit ratios of the policies; returns the bar of the default."""
+    """Print the hit ratios of the policies, and return the bar of the default policy."""
     folder = os.environ.get("CACHEBUS_TRACES")
     table = hit_ratio.measure(Path(folder) if folder else None)
     hit_ratio.show(table)
@@ -76,12 +76,12 @@ def show_hit_ratios() -> list[Figure]:
 
 
 def verdict_of(figure: Figure) -> str:
-    """The bar, and whether it was reached."""
+    """Return the text of the bar, followed by `reached` or `MISSED`."""
     return f"{figure.bar} {'reached' if figure.good else 'MISSED'}"
 
 
 def as_markdown(figures: Sequence[Figure]) -> str:
-    """The table of everything that has a bar, as it stands in `docs/benchmarks.md`."""
+    """Return the Markdown table of all bars in `docs/benchmarks.md`."""
     lines = ["| work | figure | bar | |", "| --- | ---: | ---: | --- |"]
     lines += [
         f"| {each.title} | {each.said} | {each.bar} | {'reached' if each.good else '**missed**'} |" for each in figures
@@ -107,12 +107,12 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Figure]]] = {
 
 
 def main() -> int:
-    """Run what was asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--entries", type=int, default=1_000_000, help="entries of the footprint benchmark")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of bars to a file as Markdown")
-    # An empty list is a choice, because argparse checks the default of "*" against them.
-    said = f"{', '.join(PARTS)}; all if none is named"
+    # argparse checks the default of "*" against the choices, so the empty list is one of them.
+    said = f"{', '.join(PARTS)}; default: all"
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=said)
     options = parser.parse_args()
     console.print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -121,14 +121,14 @@ def main() -> int:
     for name in (each for each in PARTS if each in (options.parts or PARTS)):
         console.rule(name)
         started = perf_counter()
-        # The modules of all the peers are a large heap, and every round begins with a collection.
+        # Freeze the large heap of the peers' modules, because every round begins with a collection.
         gc.collect()
         gc.freeze()
         barred += PARTS[name](options)
         now = perf_counter()
         console.print(f"{name}: {now - started:.0f} s, {now - began:.0f} s in all")
     console.rule("bars")
-    show_figures("everything that has a bar", barred)
+    show_figures("all bars", barred)
     missed = sum(not each.good for each in barred)
     console.print(f"{len(barred) - missed} reached, {missed} missed")
     if options.markdown is not None:

@@ -1,6 +1,6 @@
-"""Events over NATS: how many a second reach one subscriber in another process, and what one costs the caller.
+"""Events over NATS: events per second to one subscriber in another process, and the caller's time per event.
 
-They are figures, not ratios: a bare subscriber of nats-py is shown beside them.
+These are figures, not ratios. A bare nats-py subscriber is shown for comparison.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ NAMESPACE = "bench"
 COUNT = 20_000
 ROUNDS = 5
 LONGEST = 60.0
-"""Seconds that a burst may take until its last event is there."""
+"""Seconds that a burst may take until its last event arrives."""
 RATE, ADDED = 80_000, 4.0
-"""Bars: events a second at least, and microseconds that one takes the caller at most."""
+"""Bars: minimum events per second, and maximum microseconds per event for the caller."""
 
 LISTENER = """
 import asyncio, sys, time
@@ -62,18 +62,18 @@ asyncio.run({"ours": ours, "bare": bare}[sys.argv[1]](sys.argv[2], int(sys.argv[
 
 
 async def last_line(listener: Any) -> str:
-    """Return what the listener prints at the end of a burst. Raises `TimeoutError` if the end was lost."""
+    """Return the listener's line at the end of a burst. Raises `TimeoutError` if the last event was lost."""
     try:
         async with asyncio.timeout(LONGEST):
             line: str = await asyncio.to_thread(listener.stdout.readline)
             return line
     except TimeoutError:
-        listener.kill()  # which ends the thread that reads
+        listener.kill()  # This ends the reading thread.
         raise
 
 
 async def bursts(server: Server, *, as_json: bool, listener: Any) -> tuple[float, float]:
-    """Events a second until a listener has the last one, and microseconds that one takes the caller: medians of rounds."""
+    """Return events per second until the listener has the last one, and the caller's microseconds per event, as medians."""
     options = NatsOptions(servers=(f"{server.host}:{server.port}",), events_as_json=as_json, outbox=COUNT + 1)
     rates: list[float] = []
     added: list[float] = []
@@ -94,9 +94,9 @@ async def bursts(server: Server, *, as_json: bool, listener: Any) -> tuple[float
     return statistics.median(rates), statistics.median(added)
 
 
-def measure(server: Server, who: str, *, as_json: bool) -> tuple[float, float]:
-    """Both figures, with a listener in a process of its own."""
-    arguments = [who, f"{server.host}:{server.port}", str(COUNT * 2)]
+def measure(server: Server, which: str, *, as_json: bool) -> tuple[float, float]:
+    """Return both figures, with a listener in another process."""
+    arguments = [which, f"{server.host}:{server.port}", str(COUNT * 2)]
     listener = subprocess.Popen([sys.executable, "-c", LISTENER, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert listener.stdout is not None
@@ -108,16 +108,16 @@ def measure(server: Server, who: str, *, as_json: bool) -> tuple[float, float]:
 
 
 def figures() -> list[Figure]:
-    """Every figure. The bars are those of JSON, which is the default, between two processes of ours."""
+    """Return all figures. The bars apply to JSON, the default, between two cachebus processes."""
     done: list[Figure] = []
     with run_nats() as server:
-        for who, as_json in (("ours", True), ("ours", False), ("bare", True)):
-            form, listener = "JSON" if as_json else "MessagePack", "cachebus" if who == "ours" else "bare nats-py"
+        for which, as_json in (("ours", True), ("ours", False), ("bare", True)):
+            form, listener = "JSON" if as_json else "MessagePack", "cachebus" if which == "ours" else "bare nats-py"
             announce(title := f"events over NATS, {form}, to one {listener} subscriber")
-            rate, added = measure(server, who, as_json=as_json)
-            judged = who == "ours" and as_json
+            rate, added = measure(server, which, as_json=as_json)
+            judged = which == "ours" and as_json
             done.append(Figure(title, f"{rate:,.0f}/s", f">= {RATE:,}/s" * judged, not judged or rate >= RATE))
-            if who == "ours":
+            if which == "ours":
                 bar = f"<= {ADDED:g} us" * judged
                 done.append(
                     Figure(

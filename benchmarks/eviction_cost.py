@@ -1,9 +1,9 @@
-"""The cost of an insert that evicts, by policy and number of entries: flat where eviction is O(1).
+"""The cost of an evicting insert, by policy and number of entries. It is constant if eviction is O(1).
 
     python benchmarks/eviction_cost.py [--sizes 1000 100000 1000000]
 
-Times `evict` and `admit` with the entry made beforehand, while every third request is a hit: the policies have visits to
-take away, as in life. Garbage collection is off; the figure is the best of five rounds of 20,000 inserts.
+The benchmark times `evict` and `admit`; entries are made before. Every third request is a hit, so that the policies have
+visits to decrement. Garbage collection is off. The figure is the best of five rounds of 20,000 inserts.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ROUNDS = 5
 
 
 def seconds(name: str, size: int) -> tuple[float, float]:
-    """Seconds for one evicting insert with nothing but cold keys, and when a third of the residents were hit before."""
+    """Return the seconds of an evicting insert with only cold keys, and after hits on a third of the residents."""
     policy = make_policy(name, size)
     held = {f"resident:{number}": Entry(f"resident:{number}", None, 0) for number in range(size)}
     for entry in held.values():
         policy.admit(entry)
-    for number in range(2 * size):  # until the ghosts are full, if there are any
+    for number in range(2 * size):  # until the ghost queue, if any, is full
         del held[policy.evict().key]
         entry = held[f"before:{number}"] = Entry(f"before:{number}", None, 0)
         policy.admit(entry)
@@ -63,7 +63,7 @@ def seconds(name: str, size: int) -> tuple[float, float]:
 
 
 def visit(entry: Entry) -> None:
-    """What the store does on a hit under a lazy policy."""
+    """Count a hit as the store does under a lazy policy."""
     entry.visits = min(3, entry.visits + 1)
 
 

@@ -1,4 +1,4 @@
-"""Memory per entry and time of import, each in a fresh process; and what an evicting set costs as the store grows."""
+"""Memory per entry and import time, each in a new process, and the cost of an evicting `set` by size of the store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cachebus import open_sync_cache
 from .timing import Figure, announce
 
 BYTES, IMPORT = 270, 0.1
-"""Bars: bytes per entry, and seconds of `import cachebus`."""
+"""Bars: bytes per entry, and seconds for `import cachebus`."""
 
 _FILL = """
 import gc, os, sys
@@ -45,7 +45,7 @@ def store(key, value):
 
 
 def bytes_per_entry(entries: int = 1_000_000) -> dict[str, float]:
-    """Resident bytes per small entry, key and value included, for us and `cachetools.TTLCache`."""
+    """Return the resident bytes per small entry, with key and value, of cachebus and `cachetools.TTLCache`."""
     return {
         name: float(_python(_FILL.format(make=make.format(entries=entries), entries=entries)))
         for name, make in (("cachebus", _OURS), ("cachetools TTLCache", _CACHETOOLS))
@@ -53,7 +53,7 @@ def bytes_per_entry(entries: int = 1_000_000) -> dict[str, float]:
 
 
 def import_seconds(rounds: int = 9) -> dict[str, float]:
-    """Median time of `import cachebus` and of `import asyncio` alone, less that of a bare interpreter."""
+    """Return the median time of `import cachebus` and `import asyncio`, less the start of the interpreter."""
     times: dict[str, list[float]] = {"pass": [], "import asyncio": [], "import cachebus": []}
     for _ in range(rounds):
         for code, seconds in times.items():
@@ -65,7 +65,7 @@ def import_seconds(rounds: int = 9) -> dict[str, float]:
 
 
 def evicting_set_seconds(sizes: tuple[int, ...] = (1_000, 100_000, 1_000_000)) -> dict[int, float]:
-    """Median time of a `set` that evicts, for full stores of several sizes."""
+    """Return the median time of an evicting `set`, for full stores of several sizes."""
     result: dict[int, float] = {}
     for size in sizes:
         cache = open_sync_cache(f"memory://?max_entries={size}")
@@ -84,7 +84,7 @@ def evicting_set_seconds(sizes: tuple[int, ...] = (1_000, 100_000, 1_000_000)) -
 
 
 def figures(entries: int) -> list[Figure]:
-    """Memory, time of import, and the cost of eviction."""
+    """Return memory, import time and the cost of eviction."""
     announce("bytes per entry")
     sizes = bytes_per_entry(entries)
     ours, theirs = sizes["cachebus"], sizes["cachetools TTLCache"]

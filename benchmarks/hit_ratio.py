@@ -1,10 +1,10 @@
-"""Hit ratios of every eviction policy beside LRU, theine (W-TinyLFU) and Belady's optimum, and a verdict.
+"""Hit ratios of every eviction policy against LRU, theine (W-TinyLFU) and Belady's optimum, and a verdict.
 
-    python benchmarks/hit_ratio.py [--traces DIR] [--markdown FILE] [--plot FILE.svg]
+    python -m benchmarks.hit_ratio [--traces DIR] [--markdown FILE] [--plot FILE.svg]
 
-The synthetic workloads are made from a seed, once of 10,000 keys and once of 50,000. Capacities are 1, 5 and 10 % of the unique
-keys of a workload. The bar: the default's mean is at least theine's, and no cell is more than 3 points below the better of
-LRU and theine. Exits 1 when it is missed. theine hashes with Python's salt: set PYTHONHASHSEED for the same figures again.
+The synthetic workloads are made from a seed, with 10,000 keys and with 50,000. Capacities are 1, 5 and 10 % of the unique
+keys of a workload. The bar has two parts: the default's mean is at least theine's, and no cell is more than 3 points below
+the better of LRU and theine. Exits 1 if it is missed. theine hashes with Python's salt: set PYTHONHASHSEED to repeat figures.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Table = dict[tuple[str, int], dict[str, float]]
 
 
 def zipf(rng: Any, keys: int, skew: float, count: int) -> Any:
-    """`count` ranks below `keys`, drawn from a bounded Zipf distribution."""
+    """Return `count` ranks below `keys`, drawn from a bounded Zipf distribution."""
     mass = np.cumsum(1 / np.arange(1, keys + 1) ** skew)
     return np.searchsorted(mass / mass[-1], rng.random(count)).clip(0, keys - 1)
 
 
 def synthetic(keys: int, count: int, seed: int) -> Iterator[tuple[str, list[str]]]:
-    """The made workloads: a name, and its keys in the order of the requests."""
+    """Yield the synthetic workloads: the name and the keys in the order of the requests."""
     rng = np.random.default_rng(seed)
 
     def named(name: str, ranks: Any) -> tuple[str, list[str]]:
@@ -50,7 +50,7 @@ def synthetic(keys: int, count: int, seed: int) -> Iterator[tuple[str, list[str]
         yield named(f"zipf {skew}", rng.permutation(keys)[zipf(rng, keys, skew, count)])
 
     hot, parts = zipf(rng, keys, 0.99, count), []
-    for start in range(0, count, 4_000):  # every fourth thousand is a scan of keys that come back much later
+    for start in range(0, count, 4_000):  # Every fourth thousand is a scan of keys that return much later.
         cold = keys + (start // 4) % (3 * keys) + np.arange(1_000)
         parts += [hot[start : start + 3_000], cold]
     yield named("zipf 0.99 with scans", np.concatenate(parts)[:count])
@@ -71,7 +71,7 @@ def synthetic(keys: int, count: int, seed: int) -> Iterator[tuple[str, list[str]
 
 
 def workloads(folder: Path | None) -> Iterator[tuple[str, list[str]]]:
-    """Every workload of the bar; the traces only when their folder is known."""
+    """Yield every workload of the bar. The traces are included only if their folder is given."""
     yield from synthetic(10_000, 200_000, seed=1)
     yield from synthetic(50_000, 600_000, seed=5)
     if folder is not None:
@@ -80,7 +80,7 @@ def workloads(folder: Path | None) -> Iterator[tuple[str, list[str]]]:
 
 
 def ours(name: str, requests: list[str], capacity: int) -> int:
-    """Hits of one of our policies, driven as the memory store drives it."""
+    """Return the hits of one of our policies, driven as by the memory store."""
     policy = make_policy(name, capacity)
     on_hit = policy.on_hit
     store: dict[str, Entry] = {}
@@ -102,7 +102,7 @@ def ours(name: str, requests: list[str], capacity: int) -> int:
 
 
 def theines(requests: list[str], capacity: int) -> int:
-    """Hits of theine's W-TinyLFU."""
+    """Return the hits of theine's W-TinyLFU."""
     cache: Any = theine.Cache(capacity, nolock=True)
     hits = 0
     for key in requests:
@@ -115,7 +115,8 @@ def theines(requests: list[str], capacity: int) -> int:
 
 
 def optimum(requests: list[str], capacity: int) -> int:
-    """Hits of Belady's MIN, which knows the future (IBM Systems Journal 5, 1966). It admits everything, as we do."""
+    """Return the hits of Belady's MIN, which knows the future (IBM Systems Journal 5, 1966). It admits every key, as our
+    policies do."""
     following = [0] * len(requests)
     seen: dict[str, int] = {}
     for index in range(len(requests) - 1, -1, -1):
@@ -139,7 +140,7 @@ def optimum(requests: list[str], capacity: int) -> int:
 
 
 def contenders() -> dict[str, Callable[[list[str], int], int]]:
-    """Every column by its name."""
+    """Return every column by name."""
     columns: dict[str, Callable[[list[str], int], int]] = {
         name: (lambda requests, capacity, name=name: ours(name, requests, capacity)) for name in sorted(POLICIES)
     }
@@ -147,7 +148,7 @@ def contenders() -> dict[str, Callable[[list[str], int], int]]:
 
 
 def measure(folder: Path | None) -> Table:
-    """Hit ratios in per cent, by workload and share."""
+    """Return the hit ratios in per cent, by workload and capacity."""
     table: Table = {}
     for name, requests in workloads(folder):
         unique = len(set(requests))
@@ -161,12 +162,12 @@ def measure(folder: Path | None) -> Table:
 
 
 def gap(row: dict[str, float]) -> float:
-    """How far the default is above (or below) the better of LRU and theine, in points."""
+    """Return the default's distance to the better of LRU and theine in points; positive is better."""
     return row[DEFAULT] - max(row["lru"], row["theine"])
 
 
 def rows(table: Table) -> tuple[list[str], list[list[str]]]:
-    """The table as text: head, then a row for each cell of the bar and one for the means."""
+    """Return the table as text: the head, then a row for each cell of the bar and one for the means."""
     columns = list(next(iter(table.values())))
     head = ["workload", "size", *columns, "gap"]
     body = [
@@ -178,7 +179,7 @@ def rows(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(table: Table) -> tuple[bool, list[str]]:
-    """Whether the bar is reached, and the sentences that say so: for everything, and by kind of workload."""
+    """Return `True` if the bar is reached, and the lines of the verdict: overall and by kind of workload."""
     good, lines = True, []
     for title, kind in (("all", ""), ("10k keys", ", 10k"), ("50k keys", ", 50k"), ("traces", None)):
         part = [(key, row) for key, row in table.items() if ("keys" not in key[0] if kind is None else kind in key[0])]
@@ -196,14 +197,14 @@ def verdict(table: Table) -> tuple[bool, list[str]]:
 
 
 def markdown(table: Table) -> str:
-    """The table and the verdict as Markdown."""
+    """Return the table and the verdict as Markdown."""
     head, body = rows(table)
     lines = [head, ["---", *("---:" for _ in head[1:])], *body]
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + [""] + [f"* {v}" for v in verdict(table)[1]])
 
 
 def plot(table: Table, path: Path) -> None:
-    """One small chart per workload: hit ratio over size."""
+    """Write one small chart per workload: hit ratio over capacity."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -229,7 +230,7 @@ def plot(table: Table, path: Path) -> None:
 
 
 def show(table: Table) -> None:
-    """Print the table, with rich if it is there."""
+    """Print the table, with rich if it is installed."""
     head, body = rows(table)
     try:
         from rich.console import Console
@@ -245,7 +246,7 @@ def show(table: Table) -> None:
 
 
 def main() -> int:
-    """Measure, print, and write what was asked for."""
+    """Measure, print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, default=os.environ.get("CACHEBUS_TRACES"), metavar="DIR")
     parser.add_argument("--markdown", type=Path, metavar="FILE")

@@ -1,4 +1,4 @@
-"""Rate limits beside cashews's, which count in windows that begin anew: one check after another, on memory and on Redis."""
+"""Rate limits against the fixed windows of cashews: sequential checks on memory and on Redis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cachebus.testing.servers import run_redis
 from .timing import Contender, Row, measure_async
 
 LIMIT, PER = 10**9, 3600
-"""So high that nobody is refused: a refusal is a shorter way."""
+"""A limit that is never reached, because a refusal takes a shorter path."""
 
 
 def _times(call: Callable[[], Awaitable[Any]]) -> Callable[[int], Awaitable[None]]:
@@ -45,7 +45,7 @@ async def _row(title: str, ours: str, theirs: str, operations: int) -> Row:
 
 
 def rows() -> list[Row]:
-    """Measure; there is no bar."""
+    """Return the rows of this module, which have no bars."""
     made = [asyncio.run(_row("rate limit, awaited check, memory", "memory://", "mem://", 5_000))]
     with run_redis() as server:
         made.append(asyncio.run(_row("rate limit, one caller, Redis", server.url, server.url, 500)))

@@ -1,4 +1,4 @@
-"""Loading: a hit through `get_or_load`, a miss, and many callers of one cold key in two processes."""
+"""Loading: a hit and a miss of `get_or_load`, and many callers of one cold key in two processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def load():
     await asyncio.sleep({loader})
     return "value"
 async def calls(one):
-    gc.collect()  # A full collection takes 30 ms of its own, and would fall into some runs and not into others.
+    gc.collect()  # A full collection takes 30 ms, and would affect some runs and not others.
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     began = time.perf_counter()
@@ -61,7 +61,7 @@ asyncio.run(main(sys.argv[1], load, calls))
 
 
 def fleet(which: str, url: str) -> tuple[float, int]:
-    """Seconds until the slower of two processes has all its values, and the loads of both."""
+    """Return the seconds until the slower of two processes has all its values, and the loads of both."""
     source = _AROUND.format(main=WORKERS[which], loader=LOADER, callers=CALLERS)
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", source, url]
@@ -105,12 +105,12 @@ async def _one_process() -> list[Row]:
 
 
 def rows() -> list[Row]:
-    """A hit and a miss through `get_or_load`, beside a `get`."""
+    """Return the rows for a hit and a miss of `get_or_load`, against `get`."""
     return asyncio.run(_one_process())
 
 
 def figures() -> list[Figure]:
-    """Two processes with one cold key, and an invalidation during a load."""
+    """Return the figures for two processes with one cold key, and for an invalidation during a load."""
     runs: dict[str, list[tuple[float, int]]] = {which: [] for which in WORKERS}
     announce(f"2 x {CALLERS} callers, one cold key, Redis")
     for _ in range(ROUNDS):

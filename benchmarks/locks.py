@@ -1,4 +1,4 @@
-"""Locks on Redis beside redis-py's `Lock`: to have one and give it back, and to hand it from one of 50 callers to the next."""
+"""Locks on Redis against redis-py's `Lock`: acquire and release, and handover among 50 callers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .timing import Bar, Contender, Row, measure_async
 PEER = "redis-py Lock"
 CONTENDERS = 50
 UNCONTENDED, HANDED_OVER = 500, 100
-"""How often a lock is had in a round, alone and among 50."""
+"""Acquisitions per round, without contention and among 50 callers."""
 
 
 async def uncontended(ours: Cache, theirs: Any, rounds: int) -> Row:
-    """One caller, one name after another."""
+    """Time one caller that takes one lock after another."""
 
     async def mine(operations: int) -> None:
         for number in range(operations):
@@ -32,13 +32,13 @@ async def uncontended(ours: Cache, theirs: Any, rounds: int) -> Row:
                 pass
 
     row = Row(
-        "lock: have it, give it back", Contender("cachebus", mine), [Contender(PEER, peers)], [Bar(PEER, at_most=1.2)]
+        "lock: acquire and release", Contender("cachebus", mine), [Contender(PEER, peers)], [Bar(PEER, at_most=1.2)]
     )
     return await measure_async(row, operations=UNCONTENDED, rounds=rounds)
 
 
 async def handed_over(ours: Cache, theirs: Any, rounds: int) -> Row:
-    """50 callers who want one lock all the time."""
+    """Time 50 callers that compete for one lock."""
 
     def by_all(lock: Any) -> Any:
         async def work(operations: int) -> None:
@@ -61,7 +61,7 @@ async def handed_over(ours: Cache, theirs: Any, rounds: int) -> Row:
 
 
 async def compare(url: str, rounds: int) -> list[Row]:
-    """Both rows, against the server at `url`."""
+    """Return both rows, with the server at `url`."""
     theirs = redis_py.Redis.from_url(url)
     try:
         async with open_cache(url) as ours:
@@ -71,6 +71,6 @@ async def compare(url: str, rounds: int) -> list[Row]:
 
 
 def rows(rounds: int = 9) -> list[Row]:
-    """Every row of this module, against a server of its own."""
+    """Return all rows of this module, with a new server."""
     with run_redis() as server:
         return asyncio.run(compare(server.url, rounds))

@@ -1,5 +1,7 @@
-"""The Memcached backend beside aiomcache: many callers on one real server, as shares of its time. And what the driver's
-own multi-get costs in a worker thread, beside ours."""
+"""The Memcached backend against aiomcache, with many callers on one real server.
+
+Also compares our multi-get with the driver's in a worker thread.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ KEYS = [f"user:{number}" for number in range(2_000)]
 ROUND = random.Random(7).choices(KEYS, k=5_000)
 SIZE = 100
 CALLERS = {1: 1_000, 10: 3_000, 100: 10_000}
-"""How many callers there are, and how many operations they share in a round."""
+"""Operations per round, by number of callers."""
 
 PEER = "aiomcache"
 BARS = {("get", 1): Bar(PEER, at_most=1.3), ("set", 1): Bar(PEER, at_most=1.4)}
@@ -35,7 +37,7 @@ BATCH = 100
 
 
 async def rows_of(ours: Cache, theirs: Any, rounds: int) -> list[Row]:
-    """Reads and writes of values of one size."""
+    """Return the rows for reads and writes of values of one size."""
     value = bytes(SIZE)
     for key in KEYS:
         await ours.set(key, value)
@@ -62,7 +64,7 @@ async def rows_of(ours: Cache, theirs: Any, rounds: int) -> list[Row]:
 
 
 async def tagged_row(ours: Cache, rounds: int) -> Row:
-    """Reads of what has a tag, beside our own reads of what has none."""
+    """Return the row for reads of entries with a tag, against entries without."""
     for key in KEYS:
         await ours.set(key, bytes(SIZE))
         await ours.set(f"tagged:{key}", bytes(SIZE), tags=["users"])
@@ -76,7 +78,7 @@ async def tagged_row(ours: Cache, rounds: int) -> Row:
 
 
 async def batch_row(server: Server, rounds: int) -> Row:
-    """Batches of reads by our store, and by the driver in a worker thread."""
+    """Return the row for batches of reads by our store, against the driver in a worker thread."""
     store: Any = build_store(backend_from_url(server.url), namespace="batches", clock=SYSTEM_CLOCK)
     driver = pymemcache.Client((server.host, server.port), no_delay=True, timeout=5.0)
     await store.open()
@@ -104,7 +106,7 @@ async def batch_row(server: Server, rounds: int) -> Row:
 
 
 async def compare(server: Server, rounds: int) -> list[Row]:
-    """Every row, against one server."""
+    """Return all rows, with one server."""
     theirs = aiomcache.Client(server.host, server.port)
     try:
         async with open_cache(server.url, timeout=30.0) as ours:
@@ -115,6 +117,6 @@ async def compare(server: Server, rounds: int) -> list[Row]:
 
 
 def rows(rounds: int = 7) -> list[Row]:
-    """Every row of this module, against a server of its own."""
+    """Return all rows of this module, with a new server."""
     with run_memcached() as server:
         return asyncio.run(compare(server, rounds))

@@ -1,4 +1,4 @@
-"""The memory backend beside its peers: reads, writes, decorated calls, and events without a listener."""
+"""The memory backend against its peers: reads, writes, decorated calls, and events without a listener."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ TTL = 1000.0
 
 
 def request_keys(count: int = 20_000) -> list[str]:
-    """Keys that are there, with the popularity that caches meet (Zipf, exponent 0.99), each an object of its own as an
-    application would have it."""
+    """Return existing keys with a typical popularity (Zipf, exponent 0.99). Each is a new object, as in an application."""
     chance = random.Random(7)
     ranks = chance.sample(range(ENTRIES), ENTRIES)
     weights = list(itertools.accumulate(1 / rank**0.99 for rank in range(1, ENTRIES + 1)))
@@ -33,12 +32,12 @@ def request_keys(count: int = 20_000) -> list[str]:
 
 
 def all_keys() -> list[str]:
-    """Every key."""
+    """Return all keys."""
     return [f"user:{number}" for number in range(ENTRIES)]
 
 
 async def awaited_rows() -> list[Row]:
-    """Awaited reads and writes."""
+    """Return the rows for awaited reads, writes and decorated calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from cashews import Cache as Cashews
@@ -129,7 +128,7 @@ async def awaited_rows() -> list[Row]:
 
 
 def plain_rows() -> list[Row]:
-    """Reads, writes and decorated calls without an event loop."""
+    """Return the rows for reads, writes and decorated calls without an event loop."""
     keys = request_keys()
     ours = open_sync_cache(f"memory://?max_entries={2 * ENTRIES}")
     resilience = pyresilience.ResultCache(pyresilience.CacheConfig(max_size=2 * ENTRIES, ttl=TTL))
@@ -189,7 +188,7 @@ def plain_rows() -> list[Row]:
 
 
 def event_row() -> Row:
-    """A `get` while events of another kind are listened to, beside one without any listener."""
+    """Return the row for a `get` with a listener to other events, against one without a listener."""
     keys = request_keys()
     silent = open_sync_cache(f"memory://?max_entries={2 * ENTRIES}")
     heard = open_sync_cache(f"memory://?max_entries={2 * ENTRIES}")
@@ -214,5 +213,5 @@ def event_row() -> Row:
 
 
 def rows() -> list[Row]:
-    """Every row of this module."""
+    """Return all rows of this module."""
     return [*plain_rows(), *asyncio.run(awaited_rows()), event_row()]

@@ -1,4 +1,4 @@
-"""What messages cost: to build one, to encode it and to decode it. There is no bar: the rows over servers hold them."""
+"""Cost of building, encoding and decoding messages. The rows over servers contain this cost, so there are no bars here."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ FORMS = {"MessagePack": MSGPACK, "JSON": JSON}
 
 
 def build_get() -> Get:
-    """A request."""
+    """Build a request."""
     return Get("user:1")
 
 
 def build_found() -> Found:
-    """A reply of 100 bytes."""
+    """Build a reply with 100 bytes."""
     return Found(VALUE, 1.0, 60.0, (), 1_700_000_000.0)
 
 
 def nanoseconds(function: Callable[[], object], operations: int = 2_000) -> float:
-    """Median processor time of a call, less that of a call that does nothing."""
+    """Return the median processor time of a call in ns, less that of an empty call."""
 
     def repeated(function: Callable[[], object]) -> Callable[[int], None]:
         def work(operations: int) -> None:
@@ -39,7 +39,7 @@ def nanoseconds(function: Callable[[], object], operations: int = 2_000) -> floa
 
 
 def figures() -> list[Figure]:
-    """Every figure."""
+    """Return all figures."""
     builders: dict[str, Callable[[], Message]] = {"Get": build_get, "Found of 100 bytes": build_found}
     done = [Figure(f"build {name}", f"{nanoseconds(build):.0f} ns") for name, build in builders.items()]
     for form, content_type in FORMS.items():

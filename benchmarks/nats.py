@@ -1,4 +1,4 @@
-"""A request to a worker over NATS beside a bare request and reply of nats-py, each answered by a process of its own."""
+"""A request to a worker over NATS against a bare nats-py request, each answered by another process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cachebus.testing.servers import Server, run_nats
 from .timing import Bar, Contender, Row, measure_async, shared
 
 CALLERS = {1: 500, 10: 2_000, 100: 5_000, 1000: 10_000}
-"""How many callers there are, and how many operations they share in a round."""
+"""Operations per round, by number of callers."""
 
 REACH = {1: 0.95, 10: 1.6, 100: 3.5, 1000: 5}
-"""Our rate over nats-py's, at least."""
+"""Minimum of our rate over nats-py's."""
 
 PEER = "nats-py request"
 VALUE = bytes(100)
@@ -60,7 +60,7 @@ asyncio.run(main())
 
 @contextmanager
 def running(script: str, server: Server, name: str) -> Generator[None]:
-    """A process that answers, from when it says `up`."""
+    """Run a process that answers requests; enter the block once it has printed `up`."""
     process = subprocess.Popen([sys.executable, "-c", script, server.url, name], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -72,7 +72,7 @@ def running(script: str, server: Server, name: str) -> Generator[None]:
 
 
 async def compare(server: Server, rounds: int) -> list[Row]:
-    """Every row."""
+    """Return all rows."""
     theirs = await nats.connect(server.url)
     rows: list[Row] = []
 
@@ -96,6 +96,6 @@ async def compare(server: Server, rounds: int) -> list[Row]:
 
 
 def rows(rounds: int = 7) -> list[Row]:
-    """Every row of this module, against a server of its own."""
+    """Return all rows of this module, with a new server."""
     with run_nats() as server, running(WORKER, server, NAMESPACE), running(RESPONDER, server, "bare"):
         return asyncio.run(compare(server, rounds))

@@ -1,12 +1,11 @@
-"""`make path`: the calls of our own functions that an operation makes, and the files that they stand in.
+"""`make path`: the calls of our own functions that an operation makes, and the files that contain them.
 
     python -m benchmarks.path                   # a table of every operation
     python -m benchmarks.path redis-hit         # one operation, and its path
 
-`recorder.py` says what counts as a call. Every thread counts, and so do callbacks and what runs after the reply, until all
-loops are quiet. Other processes are threads here, each with an event loop of its own, so that both ends are counted.
-What a timer starts does not count. Other work may still add calls to a run, so the shortest path of many runs counts, and
-five runs must agree on it.
+`recorder.py` defines a call. Calls in every thread count, including callbacks and work after the reply, until all loops are
+idle. Threads with their own event loops stand for other processes, so that both ends are counted. Calls started by a timer
+do not count. Other work may still add calls to a run: the shortest path of many runs counts, and five runs must agree on it.
 """
 
 from __future__ import annotations
@@ -46,44 +45,44 @@ BOUNDS = {
     "worker-redis-set": 103,
     "event": 40,
 }
-"""The most calls that an operation may make, at both ends. `tests/benchmarks/test_path.py` holds them."""
+"""Maximum calls of an operation, at both ends. `tests/benchmarks/test_path.py` checks them."""
 
 REACH = {"memory-hit": 3, "redis-hit": 30, "redis-load-miss": 127, "worker-set": 100}
-"""What `make bench` asks for."""
+"""Bars of `make bench`."""
 
 WARM = 40
-"""Runs before the first that counts: caches are warm, and adaptive timeouts have their samples."""
+"""Runs before the first counted one, to warm the caches and to give the adaptive timeouts their samples."""
 RUNS, MORE_RUNS = 15, 200
-"""Runs that count, and how many there may be until the shortest path has been seen often enough."""
+"""Minimum and maximum number of counted runs, until the shortest path has occurred often enough."""
 SAME = 5
 """Runs that must make exactly the calls of the shortest path."""
 TURNS = 20
-"""Turns of an event loop without a call of ours after which it is quiet."""
+"""Loop turns without a call of our functions after which an event loop is idle."""
 PAUSE = 0.002
-"""Seconds that a server has to deliver what was sent last."""
+"""Seconds that a server gets to deliver the last message."""
 
 Result = TypeVar("Result")
 Run = Callable[[], Awaitable[object]]
 Opened = AbstractAsyncContextManager[Run]
 Act = Callable[[Cache, int], Awaitable[object]]
-"""What is done to a cache in the run of that number."""
+"""Operation on a cache; the argument is the number of the run."""
 
 
 def run_recorded(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine in a `RecordedLoop` of its own."""
+    """Run a coroutine in a new `RecordedLoop`."""
     with asyncio.Runner(loop_factory=RecordedLoop) as runner:
         return runner.run(work)
 
 
 class Loops:
-    """The event loops of the other ends, each in a thread of its own, as if it were another process."""
+    """Event loops of the other ends, each in its own thread, as if it were another process."""
 
     def __init__(self) -> None:
         self._loops: list[asyncio.AbstractEventLoop] = []
 
     @asynccontextmanager
     async def started(self, name: str, end: Callable[[], AbstractAsyncContextManager[object]]) -> AsyncGenerator[None]:
-        """Keep `end()` open in a thread of that name, until the block ends."""
+        """Keep `end()` open in a thread of this name until the block ends."""
         here = asyncio.get_running_loop()
         ready: asyncio.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = here.create_future()
 
@@ -98,7 +97,7 @@ class Loops:
             either: list[asyncio.Future[Any]] = [ready, ended]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
-                ended.result()  # raises what went wrong
+                ended.result()  # Raises the error of the other end.
             loop, left = ready.result()
             self._loops.append(loop)
             try:
@@ -109,7 +108,7 @@ class Loops:
                 await ended
 
     async def quiet(self, recorder: Recorder) -> None:
-        """Return when no loop has anything of ours left to do."""
+        """Return when no loop has work of cachebus left."""
         here = asyncio.get_running_loop()
         assert isinstance(here, RecordedLoop)
         seen = -1
@@ -120,7 +119,7 @@ class Loops:
             await _turns()
             if self._loops:
                 await asyncio.sleep(PAUSE)
-                here.by_timer = False  # A timer has woken us, but what we do next is our own.
+                here.by_timer = False  # A timer woke this task, but its next calls belong to the operation.
 
 
 async def _turns() -> None:
@@ -129,14 +128,14 @@ async def _turns() -> None:
 
 
 Urls = Mapping[str, str]
-"""Where the servers are: `redis`, `memcached` and `nats`; and `memory`."""
+"""URLs of the servers `redis`, `memcached` and `nats`, and of `memory`."""
 
 SERVERS = {"redis": run_redis, "memcached": run_memcached, "nats": run_nats}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What is counted: `open` gives a function that does it once."""
+    """Operation to count. `open` yields a function that runs it once."""
 
     title: str
     open: Callable[[Urls, Loops], Opened]
@@ -145,7 +144,7 @@ class Operation:
 
 @asynccontextmanager
 async def plain_hit(urls: Urls, loops: Loops) -> AsyncGenerator[Run]:
-    """`SyncCache.get`."""
+    """Open a `SyncCache` for `get`."""
     with open_sync_cache(urls["memory"]) as cache:
         cache.set("key", "value")
 
@@ -156,7 +155,7 @@ async def plain_hit(urls: Urls, loops: Loops) -> AsyncGenerator[Run]:
 
 
 def on_cache(act: Act, backend: str = "memory") -> Callable[[Urls, Loops], Opened]:
-    """An operation on a cache over one backend."""
+    """Return an opener for an operation on a cache with one backend."""
 
     @asynccontextmanager
     async def opened(urls: Urls, loops: Loops) -> AsyncGenerator[Run]:
@@ -169,7 +168,7 @@ def on_cache(act: Act, backend: str = "memory") -> Callable[[Urls, Loops], Opene
 
 
 def at_worker(act: Act, backend: str = "memory") -> Callable[[Urls, Loops], Opened]:
-    """An operation on a cache whose backend runs in a worker behind NATS."""
+    """Return an opener for an operation on a cache whose backend runs in a worker behind NATS."""
 
     @asynccontextmanager
     async def opened(urls: Urls, loops: Loops) -> AsyncGenerator[Run]:
@@ -187,7 +186,7 @@ def at_worker(act: Act, backend: str = "memory") -> Callable[[Urls, Loops], Open
 
 @asynccontextmanager
 async def event_heard(urls: Urls, loops: Loops) -> AsyncGenerator[Run]:
-    """A `set` on memory, until its event has reached a listener elsewhere."""
+    """Open a memory cache for a `set` that lasts until its event has reached a listener on another bus."""
     here = asyncio.get_running_loop()
     heard = asyncio.Event()
 
@@ -207,7 +206,7 @@ async def event_heard(urls: Urls, loops: Loops) -> AsyncGenerator[Run]:
         loops.started("listener", listener),
         open_cache("memory://", bus=urls["nats"], namespace="path") as cache,
     ):
-        # The listener's subscription is under way: the first events may come too early for it.
+        # The first events may be too early for the listener's subscription.
         while not heard.is_set():
             await cache.set("key", "value", ttl=60)
             await asyncio.sleep(PAUSE)
@@ -221,27 +220,27 @@ async def event_heard(urls: Urls, loops: Loops) -> AsyncGenerator[Run]:
 
 
 async def hit(cache: Cache, number: int) -> None:
-    """A `get` that finds its key."""
+    """Run a `get` that finds its key."""
     assert await cache.get("key") == "value"
 
 
 async def put(cache: Cache, number: int) -> None:
-    """A `set` that replaces a value."""
+    """Run a `set` that replaces a value."""
     await cache.set("key", "value", ttl=60)
 
 
 async def load() -> str:
-    """A loader that does not wait."""
+    """Load a value without waiting."""
     return "value"
 
 
 async def load_hit(cache: Cache, number: int) -> None:
-    """A `get_or_load` that finds its key."""
+    """Run a `get_or_load` that finds its key."""
     assert await cache.get_or_load("key", load, ttl=60) == "value"
 
 
 async def load_miss(cache: Cache, number: int) -> None:
-    """A `get_or_load` that loads and stores."""
+    """Run a `get_or_load` that loads and stores."""
     assert await cache.get_or_load(f"cold:{number}", load, ttl=60) == "value"
 
 
@@ -279,12 +278,14 @@ async def _record(operation: Operation, urls: Urls, recorder: Recorder) -> list[
             with recorder.recording():
                 await run()
                 await loops.quiet(recorder)
-            # Threads run side by side: each has an order of its own, but there is none between them.
+            # Calls are ordered only within a thread, because threads run concurrently.
             paths[tuple(sorted(recorder.calls(), key=lambda call: call.thread))] += 1
             shortest = min(paths, key=len)
             if number + 1 >= RUNS and paths[shortest] >= SAME:
                 return list(shortest)
-    raise Unsteady(f"{operation.title}: runs of so many calls: {sorted(map(len, paths.elements()))}")
+    raise Unsteady(
+        f"{operation.title}: too few runs agree on the shortest path; calls per run: {sorted(map(len, paths.elements()))}"
+    )
 
 
 def record(name: str, urls: Urls) -> list[Call]:
@@ -306,7 +307,7 @@ def show_path(calls: list[Call], console: Console) -> None:
 
 
 def figures() -> list[Figure]:
-    """The calls of every operation, beside what they should be."""
+    """Return the calls of every operation, with their bars."""
     done: list[Figure] = []
     with ExitStack() as stack:
         urls = {name: stack.enter_context(run()).url for name, run in SERVERS.items()}
@@ -321,7 +322,7 @@ def figures() -> list[Figure]:
 
 
 def main() -> int:
-    """Record what was asked for; returns 1 if a bound is passed."""
+    """Record the requested operations. Returns 1 if one exceeds its bound."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.path", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -330,7 +331,7 @@ def main() -> int:
     )
     names = parser.parse_args().operations
     console = Console(width=120)
-    table = Table("operation", "what", "calls", "files", "bound", title="calls of our own functions")
+    table = Table("operation", "description", "calls", "files", "bound", title="calls of our own functions")
     good = True
     with ExitStack() as stack:
         urls: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The payload pipeline beside the bare serializers and primitives that it is made of."""
+"""The payload pipeline against its bare serializers and primitives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KILOBYTE: dict[str, Any] = {
     "history": [{"at": 1700000000 + day, "event": "login", "ip": "192.0.2.7"} for day in range(6)],
     "parent": None,
 }
-"""About 1 KB of what applications keep."""
+"""Typical value of about 1 KB."""
 
 RICH: dict[str, Any] = {
     **KILOBYTE,
@@ -41,13 +41,13 @@ RICH: dict[str, Any] = {
     "seen": dt.datetime(2024, 5, 1, tzinfo=dt.UTC),
     "roles": ("author", "admin"),
 }
-"""The same with types that msgpack and JSON lack: there is no bare serializer to stand beside."""
+"""The same with types that msgpack and JSON lack, so there is no bare serializer to compare with."""
 
 MEGABYTE = os.urandom(2**20)
 
 
 def times(function: Callable[[], Any]) -> Callable[[int], None]:
-    """Work that calls a function as often as it is told."""
+    """Return work that calls a function repeatedly."""
 
     def work(operations: int) -> None:
         for _ in range(operations):
@@ -57,34 +57,34 @@ def times(function: Callable[[], Any]) -> Callable[[int], None]:
 
 
 def both(pipeline: PayloadPipeline, value: Any) -> Callable[[int], None]:
-    """There and back."""
+    """Return work that encodes and decodes a value."""
     return times(lambda: pipeline.decode("user:1", pipeline.encode("user:1", value)))
 
 
-def beside(title: str, ours: Callable[[int], None], peers: dict[str, Callable[[int], None]], bar: float = 0) -> Row:
-    """One row; `bar` counts for the first peer."""
+def row_of(title: str, ours: Callable[[int], None], peers: dict[str, Callable[[int], None]], bar: float = 0) -> Row:
+    """Return a row. `bar` applies to the first peer."""
     contenders = [Contender(name, work) for name, work in peers.items()]
     bars = [Bar(contenders[0].name, at_most=bar)] if bar else []
     return Row(title, Contender("cachebus", ours), contenders, bars, clock="processor")
 
 
 def rows() -> list[Row]:
-    """The pipeline on 1 KB, there and back."""
+    """Return the rows for encoding and decoding 1 KB."""
     bare_msgpack = times(lambda: msgpack.unpackb(msgpack.packb(KILOBYTE)))
     bare_orjson = times(lambda: orjson.loads(orjson.dumps(KILOBYTE)))
     bare_pickle = times(lambda: pickle.loads(pickle.dumps(RICH, 5)))
     packed = PayloadPipeline("msgpack", compression="lz4", threshold=512)
     made = [
-        beside("msgpack, 1 KB dict", both(PayloadPipeline("msgpack"), KILOBYTE), {"bare msgpack": bare_msgpack}, 1.2),
-        beside("json, 1 KB dict", both(PayloadPipeline("json"), KILOBYTE), {"bare orjson": bare_orjson}, 1.6),
-        beside(
+        row_of("msgpack, 1 KB dict", both(PayloadPipeline("msgpack"), KILOBYTE), {"bare msgpack": bare_msgpack}, 1.2),
+        row_of("json, 1 KB dict", both(PayloadPipeline("json"), KILOBYTE), {"bare orjson": bare_orjson}, 1.6),
+        row_of(
             "msgpack, checksum",
             both(PayloadPipeline("msgpack", checksum=True), KILOBYTE),
             {"bare msgpack": bare_msgpack},
         ),
-        beside("msgpack, lz4", both(packed, KILOBYTE), {"bare msgpack": bare_msgpack}),
-        beside("msgpack, rich types", both(PayloadPipeline("msgpack"), RICH), {"bare pickle": bare_pickle}),
-        beside(
+        row_of("msgpack, lz4", both(packed, KILOBYTE), {"bare msgpack": bare_msgpack}),
+        row_of("msgpack, rich types", both(PayloadPipeline("msgpack"), RICH), {"bare pickle": bare_pickle}),
+        row_of(
             "json, rich types",
             both(PayloadPipeline("json"), RICH),
             {"json, no rich types": times(lambda: json.loads(json.dumps(KILOBYTE)))},
@@ -94,12 +94,12 @@ def rows() -> list[Row]:
 
 
 def figures() -> list[Figure]:
-    """Sealing, and frames."""
+    """Return the figures of sealing and of data frames."""
     plain, sealed = PayloadPipeline("msgpack"), PayloadPipeline("msgpack", sealer=Sealer({"k": bytes(32)}))
-    row = measure(beside("", both(sealed, KILOBYTE), {"plain": both(plain, KILOBYTE)}), 2_000, 15)
+    row = measure(row_of("", both(sealed, KILOBYTE), {"plain": both(plain, KILOBYTE)}), 2_000, 15)
     added = (row.ours.seconds(row.clock) - row.peers[0].seconds(row.clock)) * 1e6 / 2
     seal, open_ = _sealing()
-    # The second has the work of pandas' own pickle only where it is of numbers: text is Arrow's already in pandas 3.
+    # Since pandas 3, text is already in Arrow's format. The second frame has its text as Python objects, as before.
     frame = _frame(100_000)
     old = frame.astype({"text": object})
     return [
@@ -115,7 +115,7 @@ def _sealing() -> tuple[float, float]:
     sealer = Sealer({"k": bytes(32)})
     sealed = memoryview(sealer.seal(MEGABYTE, b"head", b"bound"))[4:]
     row = measure(
-        beside(
+        row_of(
             "",
             times(lambda: sealer.seal(MEGABYTE, b"head", b"bound")),
             {"open": times(lambda: sealer.open(sealed, b"head", b"bound"))},
@@ -142,10 +142,10 @@ def _frames(title: str, frame: Any, arrow: Any = None) -> list[Figure]:
     ours = frame if arrow is None else arrow
     payload, pickled = pipeline.encode("k", ours), pickle.dumps(frame, 5)
     writing = measure(
-        beside("", times(lambda: pipeline.encode("k", ours)), {"pickle": times(lambda: pickle.dumps(frame, 5))}), 5, 7
+        row_of("", times(lambda: pipeline.encode("k", ours)), {"pickle": times(lambda: pickle.dumps(frame, 5))}), 5, 7
     )
     reading = measure(
-        beside("", times(lambda: pipeline.decode("k", payload)), {"pickle": times(lambda: pickle.loads(pickled))}), 5, 7
+        row_of("", times(lambda: pipeline.decode("k", payload)), {"pickle": times(lambda: pickle.loads(pickled))}), 5, 7
     )
     said = []
     for what, row in (("write", writing), ("read", reading)):

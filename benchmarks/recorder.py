@@ -1,8 +1,8 @@
 """Recorder of the calls of cachebus's own functions, in every thread of the process, by `sys.setprofile`.
 
-A call counts when a function whose code lives in `cachebus/` begins. It does not count when a coroutine or a generator
-goes on after an `await` or a `yield`, nor when a comprehension runs: Python 3.12 inlines those. Calls of other libraries and
-of built-in functions do not count.
+A call counts when a function whose code is in `cachebus/` begins. A coroutine or generator that continues after an `await` or
+a `yield` does not count again. Comprehensions do not count, because Python 3.12 inlines them. Calls of other libraries and of
+built-in functions do not count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>"}
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: where its code is, and how many of our functions are below it on the stack."""
+    """One call: the place of its code, and the number of our functions below it on the stack."""
 
     thread: str
     depth: int
@@ -40,10 +40,10 @@ class Call:
 
 
 class RecordedLoop(asyncio.SelectorEventLoop):
-    """Event loop that knows what a timer has started: heartbeats, health checks and deadlines belong to no operation."""
+    """Event loop that marks callbacks started by a timer: heartbeats, health checks and deadlines belong to no operation."""
 
     by_timer = False
-    """Whether the callback that runs was started by a timer, or by a callback that was."""
+    """True if a timer started the running callback, directly or through other callbacks."""
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
@@ -64,13 +64,13 @@ class RecordedLoop(asyncio.SelectorEventLoop):
 
 
 def started_by_timer() -> bool:
-    """Whether a timer of this thread's loop has started what runs now."""
+    """Return `True` if a timer of this thread's loop started the running callback."""
     loop = asyncio._get_running_loop()
     return isinstance(loop, RecordedLoop) and loop.by_timer
 
 
 class Recorder:
-    """The calls that are made while `on` is true. Threads are seen if they begin after `installed` was entered."""
+    """Recorder of the calls made while `on` is true. It sees threads that begin after `installed` was entered."""
 
     def __init__(self) -> None:
         self.on = False
@@ -78,7 +78,7 @@ class Recorder:
 
     @contextmanager
     def installed(self) -> Generator[Recorder]:
-        """Watch this thread, and those that begin from now on, until the block ends."""
+        """Watch this thread, and all threads that begin later, until the block ends."""
         before = threading.getprofile(), sys.getprofile()
         threading.setprofile(self._profile)
         sys.setprofile(self._profile)
@@ -91,7 +91,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Generator[None]:
-        """Forget what was seen, and record until the block ends. The garbage collector rests, so that it calls nothing."""
+        """Clear the recording, and record until the block ends. The garbage collector is off, so that it makes no calls."""
         self._seen.clear()
         gc.disable()
         self.on = True
@@ -103,11 +103,11 @@ class Recorder:
 
     @property
     def count(self) -> int:
-        """How many calls were recorded."""
+        """Number of recorded calls."""
         return len(self._seen)
 
     def calls(self) -> list[Call]:
-        """What was recorded, in order."""
+        """Return the recorded calls in order."""
         return [
             Call(thread, depth, code.co_filename[len(PACKAGE) :], getattr(code, "co_qualname", code.co_name))
             for thread, depth, code in self._seen
@@ -123,24 +123,24 @@ class Recorder:
 
 @functools.cache
 def is_ours(code: CodeType) -> bool:
-    """Whether a call of this code counts."""
+    """Return `True` if a call of this code counts."""
     return code.co_filename.startswith(PACKAGE) and code.co_name not in COMPREHENSIONS
 
 
 @functools.cache
 def begins_at(code: CodeType) -> int:
-    """Offset of the instruction at which a call begins; a coroutine that goes on is at another one."""
+    """Return the offset of the instruction at which a call begins. A continued coroutine is at another one."""
     return next(each.offset for each in dis.get_instructions(code) if each.opname == "RESUME" and each.arg == 0)
 
 
 def thread_name() -> str:
-    """`caller` for the main thread, else the name of the end that the thread stands for."""
+    """Return `caller` for the main thread, otherwise the name of the end that the thread stands for."""
     name = threading.current_thread().name
     return "caller" if name == "MainThread" else name.rpartition("_")[0] or name
 
 
 def depth_of(frame: FrameType) -> int:
-    """How many functions of ours are below this one on the stack."""
+    """Return the number of our functions below this one on the stack."""
     depth, below = 0, frame.f_back
     while below is not None:
         depth += is_ours(below.f_code)

@@ -1,4 +1,4 @@
-"""The Redis backend beside redis-py with hiredis, and beside the floor under both: many callers on one real server."""
+"""The Redis backend against redis-py with hiredis and the floor under both, with many callers on one real server."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ KEYS = [f"user:{number}" for number in range(2_000)]
 ROUND = random.Random(7).choices(KEYS, k=5_000)
 SMALL, LARGE = 100, 10_000
 CALLERS = {1: 500, 10: 1_500, 100: 4_000, 1000: 8_000}
-"""How many callers there are, and how many operations they share in a round: of redis-py's, most take 100 us, so that a
-round of both is about a second at most."""
+"""Operations per round, by number of callers. redis-py takes about 100 us for one, so a round of both is at most a second."""
 
 REACH = {
     ("get", SMALL): {1: 1.0, 10: 4, 100: 10, 1000: 12},
@@ -34,17 +33,17 @@ REACH = {
     ("get", LARGE): {1: 0.85, 10: 2, 100: 4, 1000: 6},
     ("set", LARGE): {100: 2},
 }
-"""Our rate over redis-py's, at least."""
+"""Minimum of our rate over redis-py's."""
 
 REACH_FLOOR = {100: 1.8}
-"""Our processor time over the floor's, at most."""
+"""Maximum of our processor time over the floor's."""
 
 FLOOR = "asyncio + hiredis floor"
 PEER = "redis-py + hiredis"
 
 
 async def rows_of(ours: Cache, theirs: Any, size: int, rounds: int, floor: Floor | None = None) -> list[Row]:
-    """Reads and writes of values of one size; reads beside the floor too, if it is given."""
+    """Return the rows for reads and writes of values of one size. Reads are also compared with `floor`, if given."""
     value = bytes(size)
     for key in KEYS:
         await ours.set(key, value)
@@ -74,7 +73,7 @@ async def rows_of(ours: Cache, theirs: Any, size: int, rounds: int, floor: Floor
 
 
 async def slowest_of(ours: Cache, theirs: Any, rounds: int) -> Row:
-    """The latency that one read in a hundred exceeds, as each of 100 callers sees it."""
+    """Return the row for the 99th percentile of the latency of reads, as seen by each of 100 callers."""
     callers, count = 100, CALLERS[100]
 
     async def percentile(get: Callable[[str], Awaitable[Any]]) -> float:
@@ -102,8 +101,8 @@ async def slowest_of(ours: Cache, theirs: Any, rounds: int) -> Row:
 
 
 async def compare(server: Server, rounds: int) -> list[Row]:
-    """Every row, against one server."""
-    # A pool of redis-py's raises beyond its bound: it gets one connection a caller.
+    """Return all rows, with one server."""
+    # redis-py's pool raises when it is exhausted, so it gets one connection per caller.
     theirs = redis_py.Redis.from_url(server.url, max_connections=max(CALLERS))
     floor = await Floor.connected(server.host, server.port)
     try:
@@ -117,6 +116,6 @@ async def compare(server: Server, rounds: int) -> list[Row]:
 
 
 def rows(rounds: int = 7) -> list[Row]:
-    """Every row of this module, against a server of its own."""
+    """Return all rows of this module, with a new server."""
     with run_redis() as server:
         return asyncio.run(compare(server, rounds))

@@ -1,7 +1,6 @@
-"""The floor under any Redis client on asyncio: one connection, one write in a loop turn, hiredis, and nothing else.
+"""The floor under any Redis client on asyncio: one connection, one write per loop turn, and hiredis.
 
-It has no deadlines, no reconnects, no errors and no values: the reply is the bytes. What we take more than it is what a cache
-adds.
+It has no deadlines, reconnects, errors or values: a reply is raw bytes. The time above the floor is the cost of a cache.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Floor(asyncio.Protocol):
                 waiting.set_result(reply)
 
     def get(self, key: str) -> asyncio.Future[object]:
-        """Ask for a value: the bytes, or `None`."""
+        """Request a value; the future resolves to the bytes or `None`."""
         raw = key.encode()
         if not self._unsent:
             self._loop.call_soon(self._send)

@@ -1,4 +1,4 @@
-"""Timing side by side: contenders take turns, round after round, so that a busy moment of the machine meets them all."""
+"""Comparative timing. Contenders alternate, round after round, so that a busy moment of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from time import perf_counter, thread_time
 from typing import Any, Literal
 
 Clock = Literal["wall", "processor"]
-"""`processor` is the processor time of the thread. It is right where nothing waits, and it hardly sees other processes."""
+"""`processor` is the processor time of the thread. Use it if nothing waits; other processes hardly affect it."""
 
 
 @dataclass
 class Contender:
-    """Something to time: `work(n)` does `n` operations, as a plain or a coroutine function."""
+    """Code to time: `work(n)` does `n` operations, as a plain or a coroutine function."""
 
     name: str
     work: Callable[[int], Any]
     times: dict[Clock, list[float]] = field(default_factory=lambda: {"wall": [], "processor": []})
-    """Seconds of one operation, round by round."""
+    """Seconds per operation, for each round."""
 
     def seconds(self, clock: Clock) -> float:
-        """Median time of one operation."""
+        """Return the median time of one operation."""
         return statistics.median(self.times[clock])
 
     def forget(self) -> None:
-        """Forget all rounds."""
+        """Clear the times of all rounds."""
         for rounds in self.times.values():
             rounds.clear()
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bound beside a peer: a share of its time at most, or a multiple of its rate at least."""
+    """Bound relative to a peer: at most a share of its time, or at least a multiple of its rate."""
 
     peer: str
     at_most: float | None = None
     at_least: float | None = None
 
     def figure(self, ratio: float) -> float:
-        """What is compared: the share of the peer's time, or the multiple of its rate."""
+        """Return the value to compare: the share of the peer's time, or the multiple of its rate."""
         return ratio if self.at_least is None else 1 / ratio
 
     def reached(self, ratio: float) -> bool:
-        """Whether our time over the peer's is good enough."""
+        """Return `True` if a ratio of our time to the peer's meets the bound."""
         if self.at_least is not None:
             return self.figure(ratio) >= self.at_least
         return self.at_most is None or ratio <= self.at_most
@@ -61,7 +61,7 @@ class Bar:
 
 @dataclass
 class Row:
-    """Ours beside its peers."""
+    """Comparison of cachebus with its peers."""
 
     title: str
     ours: Contender
@@ -70,18 +70,18 @@ class Row:
     clock: Clock = "wall"
 
     def ratio(self, peer: Contender) -> float:
-        """Our time over the peer's: the median over the rounds of what stood side by side."""
+        """Return our time over the peer's: the median of the ratios of all rounds."""
         pairs = zip(self.ours.times[self.clock], peer.times[self.clock], strict=True)
         return statistics.median(ours / theirs for ours, theirs in pairs)
 
     def bar(self, peer: Contender) -> Bar:
-        """The bar beside this peer; one without a bound if there is none."""
+        """Return the bar for this peer, or a bar without a bound."""
         return next((bar for bar in self.bars if bar.peer == peer.name), Bar(peer.name))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of its own, and the bar for it."""
+    """Figure without a peer, and its bar."""
 
     title: str
     said: str
@@ -103,7 +103,7 @@ def measure(row: Row, operations: int = 20_000, rounds: int = 15) -> Row:
 
 
 async def measure_async(row: Row, operations: int = 20_000, rounds: int = 15) -> Row:
-    """As `measure`, for coroutine functions, all in the running loop."""
+    """Time coroutine functions like `measure`, in the running loop."""
     announce(row.title)
     for each in (contenders := [row.ours, *row.peers]):
         await each.work(operations)
@@ -117,13 +117,13 @@ async def measure_async(row: Row, operations: int = 20_000, rounds: int = 15) ->
 
 
 def announce(title: str) -> None:
-    """Show how far the run is. Goes to the standard error, beside the tables."""
+    """Print progress to standard error."""
     if title:
         print(f"  {title}", file=sys.stderr, flush=True)
 
 
 def _turned(contenders: list[Contender], number: int) -> list[Contender]:
-    """Let each begin as often as the others."""
+    """Rotate the contenders, so that each begins equally often."""
     first = number % len(contenders)
     return contenders[first:] + contenders[:first]
 
@@ -142,7 +142,7 @@ def _timed(contender: Contender, operations: int) -> Generator[None]:
 
 
 def calls(function: Callable[[str], Any], keys: Sequence[str]) -> Callable[[int], None]:
-    """Work that calls `function` with one key after another."""
+    """Return work that calls `function` with one key after another."""
 
     def work(operations: int) -> None:
         for key in keys[:operations]:
@@ -152,7 +152,7 @@ def calls(function: Callable[[str], Any], keys: Sequence[str]) -> Callable[[int]
 
 
 def awaits(function: Callable[[str], Awaitable[Any]], keys: Sequence[str]) -> Callable[[int], Awaitable[None]]:
-    """Work that awaits `function` with one key after another."""
+    """Return work that awaits `function` with one key after another."""
 
     async def work(operations: int) -> None:
         for key in keys[:operations]:
@@ -164,7 +164,7 @@ def awaits(function: Callable[[str], Awaitable[Any]], keys: Sequence[str]) -> Ca
 def shared(
     callers: int, operation: Callable[[str], Awaitable[Any]], keys: Sequence[str]
 ) -> Callable[[int], Awaitable[None]]:
-    """Work that `callers` tasks share, each waiting for one reply before it sends the next request."""
+    """Return work shared by `callers` tasks. Each waits for a reply before it sends its next request."""
 
     async def work(operations: int) -> None:
         async def caller(number: int) -> None:

@@ -1,7 +1,8 @@
-"""Readers of the cache traces that the hit ratios are measured on; the traces themselves are not in the repository.
+"""Readers of the cache traces for the hit ratios. The traces are not in the repository.
 
-LIRS (Jiang and Zhang, 2002): one block number a line. cache2k's web12: big-endian 32-bit keys. AdaptSize: time, id and size
-a line; the size is left out, so every object counts as one.
+* LIRS (Jiang and Zhang, 2002): one block number per line.
+* cache2k's web12: big-endian 32-bit keys.
+* AdaptSize: time, id and size per line. The size is ignored, so every object counts as one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NAMES = (
 
 
 def read(folder: Path, name: str) -> list[str]:
-    """The keys of one trace, in the order of its requests. Raises `FileNotFoundError` when the folder lacks it."""
+    """Return the keys of one trace in the order of its requests. Raises `FileNotFoundError` if the folder does not contain it."""
     path = next(iter(sorted(folder.glob(f"{name}*.trace.*"))), None)
     if path is None:
         raise FileNotFoundError(f"no trace {name!r} in {folder}")
