@@ -1,1 +1,1 @@
-"""Tests of the house itself: imports, layout, packaging, documents."""
+"""Tests of the project itself: imports, layout, packaging, documents."""

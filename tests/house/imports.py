@@ -1,6 +1,6 @@
-"""Reads imports with ``ast`` and says which of them break the rules of the house.
+"""Import rules: reads imports with ``ast`` and finds those that break a rule.
 
-Every function takes the folder of the package to judge, so that the tests can also show it small packages with a fault.
+Functions take a package, so that the tests can also apply them to small packages with a fault.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ FLOORS = (
     *("messages", "bus", "actors", "adapters", "payload", "client", "loading"),
     *("settings", "node", "facade", "integrations", "cli"),
 )
-"""The rooms that are floors, from the lowest up. On top of them stands the root: `__init__` and `__main__`."""
+"""Floors, from the lowest up. The root (`__init__` and `__main__`) is above all of them."""
 
 ROOT = "root"
 
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     **{floor: tuple(below for below in FLOORS[:number] if below != "adapters") for number, floor in enumerate(FLOORS)},
-    "adapters": ("messages", "actors.ports"),  # the ports, and nothing else of the actors
+    "adapters": ("messages", "actors.ports"),  # Of the actors, only the ports.
     "node": ("messages", "bus", "actors", "adapters", "payload", "client", "loading", "settings"),
     ROOT: FLOORS,
 }
-"""What each floor may import. Only the node knows adapters: it makes the stores."""
+"""Floors that each floor may import. Only the node imports adapters, because it creates the stores."""
 
 MOST_MODULES = 22
-"""How many modules a room may have."""
+"""Maximum number of modules in a room."""
 
 THIRD_PARTIES: Mapping[str, frozenset[str]] = {
     "messages": frozenset({"msgspec"}),
     "bus": frozenset({"anyio", "msgspec"}),
     "bus/nats/*": frozenset({"nats", "pydantic"}),
     "actors": frozenset({"anyio", "msgspec", "tenacity"}),
-    "adapters": frozenset({"anyio", "msgspec"}),  # worker threads for blocking drivers
+    "adapters": frozenset({"anyio", "msgspec"}),  # For worker threads of blocking drivers.
     "adapters/common/encoding*": frozenset({"msgpack"}),
     "adapters/redis/*": frozenset({"redis", "hiredis"}),
     "adapters/memcached/*": frozenset({"pymemcache"}),
     "payload": frozenset({"msgspec"}),
-    "payload/serializers/json*": frozenset({"msgpack"}),  # whose strict packer says if a value has only plain types
+    "payload/serializers/json*": frozenset({"msgpack"}),  # Its strict packer checks for plain types.
     "payload/serializers/msgpack*": frozenset({"msgpack"}),
     "client": frozenset({"anyio", "msgspec", "pydantic"}),
     "loading": frozenset({"anyio", "msgspec"}),
@@ -52,32 +52,32 @@ THIRD_PARTIES: Mapping[str, frozenset[str]] = {
     "integrations": frozenset(),
     "cli": frozenset({"anyio", "msgspec", "yaml"}),
     ROOT: frozenset(),
-    # The suites that ship; `import cachebus` does not load them.
+    # The published test suites. `import cachebus` does not load them.
     "testing": frozenset({"anyio", "msgspec", "pytest", "testcontainers", "docker"}),
 }
-"""Who may touch what: a floor, and on top of it the modules whose path in the package matches a pattern."""
+"""Third parties allowed for a floor, and in addition for modules whose path matches a pattern."""
 
 INSIDE_FUNCTIONS_ONLY: Mapping[str, frozenset[str]] = {"bus": frozenset({"trio"})}
-"""Allowed too, but only where a function asks for it when it runs."""
+"""Third parties allowed only inside functions."""
 
 DRIVERS = frozenset(
     {"redis", "hiredis", "pymemcache", "nats", "faiss", "numpy"}
     | {"orjson", "pyarrow", "pandas", "lz4", "zstandard", "xxhash", "cryptography"}
 )
-"""Never loaded by ``import cachebus``, only when a URL that needs one is used."""
+"""Drivers that ``import cachebus`` never loads. They are loaded when a URL needs them."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """One import of one thing, as it stands in a file."""
+    """One import of one name in a file."""
 
     module: str
-    """The dotted name of the importing module."""
+    """Dotted name of the importing module."""
     file: Path
-    """Relative to the package's folder."""
+    """Path relative to the package's folder."""
     line: int
     target: str
-    """The dotted name of the imported module."""
+    """Dotted name of the imported module."""
     relative: bool
     in_function: bool
     type_checking: bool
@@ -88,7 +88,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Package:
-    """A package on disk: its modules, and every import in them."""
+    """A package on disk: its modules and their imports."""
 
     name: str
     modules: Mapping[str, Path]
@@ -151,7 +151,7 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 
 def read_package(folder: Path) -> Package:
-    """Reads all of a package. Raises ``AssertionError`` when there is nothing to read: that is no success."""
+    """Read a package. Raises ``AssertionError`` if the folder has no modules, so that a test cannot pass by reading none."""
     files = sorted(folder.rglob("*.py"))
     assert files, f"no Python file under {folder}"
     modules: dict[str, Path] = {}
@@ -184,7 +184,7 @@ def _read_module(folder: Path, module: str, file: Path, modules: Mapping[str, Pa
 
 
 def _targets_of_from(origin: str, node: ast.ImportFrom, folder: Path, modules: Mapping[str, Path]) -> list[str]:
-    """``from a import b`` names the module ``a.b`` where there is one (or a folder of ours), else the module ``a``."""
+    """Return the modules that ``from a import b`` names: ``a.b`` if it is a module or a folder of the package, else ``a``."""
 
     def is_module(name: str) -> bool:
         inside = name.split(".")[1:]
@@ -195,7 +195,7 @@ def _targets_of_from(origin: str, node: ast.ImportFrom, folder: Path, modules: M
 
 
 def floor_of(module: str, package: Package) -> str:
-    """Says on which floor a module lives: the name of its folder, or `root`."""
+    """Return the floor of a module: the name of its folder, or `root`."""
     return module.split(".")[1] if _in_folder(module, package) else ROOT
 
 
@@ -208,25 +208,25 @@ def _in_folder(module: str, package: Package) -> bool:
 
 
 def unknown_folders(package: Package) -> list[str]:
-    """Names folders that are no floor: a new one must first be given its place."""
+    """Return the folders that are not floors. A new folder must be added to `FLOORS` first."""
     folders = {file.parts[0] for file in package.modules.values() if len(file.parts) > 1}
     return sorted(folders - set(FLOORS) - {"testing"})
 
 
 def misplaced_modules(package: Package) -> list[str]:
-    """Names modules that lie at the root, besides the two that belong there."""
+    """Return the modules at the root other than `__init__` and `__main__`."""
     at_root = {file.name for file in package.modules.values() if len(file.parts) == 1}
     return sorted(at_root - {"__init__.py", "__main__.py"})
 
 
 def crowded_rooms(package: Package, most: int = MOST_MODULES) -> list[str]:
-    """Names folders with more modules than a reader takes in at a glance."""
+    """Return the folders with more than `most` modules."""
     counts = Counter(file.parent.as_posix() for file in package.modules.values() if file.name != "__init__.py")
     return sorted(f"{room}: {count} modules" for room, count in counts.items() if count > most)
 
 
 def floor_faults(package: Package) -> list[str]:
-    """Finds imports of our own that go up or sideways, or that are written in the wrong form."""
+    """Find imports inside the package that go up or sideways, or that have the wrong form."""
     faults: list[str] = []
     for found in package.imports:
         if found.target.split(".")[0] != package.name:
@@ -235,18 +235,18 @@ def floor_faults(package: Package) -> list[str]:
         inside = found.target.partition(".")[2]
         if here == there:
             if not found.relative:
-                faults.append(f"{found}: inside a room imports are relative")
+                faults.append(f"{found}: imports inside a floor must be relative")
         elif found.relative:
-            faults.append(f"{found}: between floors imports are absolute")
+            faults.append(f"{found}: imports between floors must be absolute")
         elif there == "testing":
-            faults.append(f"{found}: what ships for tests is not for use")
+            faults.append(f"{found}: only tests may import cachebus.testing")
         elif here != "testing" and not any(inside == room or inside.startswith(f"{room}.") for room in ALLOWED[here]):
-            faults.append(f"{found}: {here} may import {' and '.join(ALLOWED[here]) or 'nothing of ours'}")
+            faults.append(f"{found}: {here} may import {' and '.join(ALLOWED[here]) or 'no other floor'}")
     return faults
 
 
 def third_party_faults(package: Package) -> list[str]:
-    """Finds imports of third parties that the table does not grant."""
+    """Find imports of third parties that the table does not allow."""
     faults: list[str] = []
     for found in package.imports:
         top = found.target.split(".")[0]
@@ -260,12 +260,12 @@ def third_party_faults(package: Package) -> list[str]:
         if found.in_function:
             granted |= INSIDE_FUNCTIONS_ONLY.get(floor, frozenset())
         if top not in granted:
-            faults.append(f"{found}: not for {floor}")
+            faults.append(f"{found}: not allowed for {floor}")
     return faults
 
 
 def _loads(found: Import, package: Package) -> Iterator[str]:
-    """Names the modules of ours that an import runs: the target, and the packages it lies in, but not those we are in."""
+    """Yield the package's modules that an import runs: the target and its parent packages, except those of the importer."""
     parts = found.target.split(".")
     if parts[0] != package.name:
         return
@@ -277,7 +277,7 @@ def _loads(found: Import, package: Package) -> Iterator[str]:
 
 
 def loaded_by(package: Package, module: str) -> set[str]:
-    """Follows the imports that run when ``module`` is imported: those outside functions and ``TYPE_CHECKING``."""
+    """Return the modules loaded by importing ``module``, through imports outside functions and ``TYPE_CHECKING`` blocks."""
     seen: set[str] = set()
     waiting = [module]
     while waiting:
@@ -292,7 +292,7 @@ def loaded_by(package: Package, module: str) -> set[str]:
 
 
 def driver_faults(package: Package) -> list[str]:
-    """Finds drivers that ``import cachebus`` would load. Raises ``AssertionError`` when there is nothing to import."""
+    """Find drivers that ``import cachebus`` would load. Raises ``AssertionError`` if the package cannot be imported."""
     assert package.name in package.modules, f"{package.name}/__init__.py is missing"
     loaded = loaded_by(package, package.name)
     return [
@@ -306,7 +306,7 @@ def driver_faults(package: Package) -> list[str]:
 
 
 def cycles(package: Package) -> list[list[str]]:
-    """Finds groups of modules that import each other at their top level, ``TYPE_CHECKING`` blocks included."""
+    """Find groups of modules that import each other at their top level, ``TYPE_CHECKING`` blocks included."""
     graph: dict[str, set[str]] = {module: set() for module in package.modules}
     for found in package.imports:
         if not found.in_function:

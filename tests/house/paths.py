@@ -1,4 +1,4 @@
-"""Where the repository is, for tests that read it."""
+"""Paths of the repository."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("messages", "bus", "actors", "adapters")
-"""The floors that are folders, from the lowest up."""
+"""Floors with a link at the repository's root, from the lowest up."""

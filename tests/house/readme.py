@@ -1,4 +1,4 @@
-"""Reads the fenced blocks of a Markdown page, and the commands in them."""
+"""Fenced blocks of a Markdown page, and the commands in them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ SHELLS = frozenset({"console", "sh", "bash", "shell"})
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block."""
+    """Fenced block of a page."""
 
     language: str
     text: str
     line: int
     expect: str | None
-    """What it prints, from ``<!-- expect: ... -->`` right before the fence."""
+    """Expected output, from ``<!-- expect: ... -->`` directly before the fence."""
     serves: bool
-    """``<!-- serves -->`` right before the fence: its commands run until stopped, so only their ``--help`` is run."""
+    """True after ``<!-- serves -->``: the commands run until they are stopped, so the test runs only their ``--help``."""
 
     def __str__(self) -> str:
         return f"line {self.line}"
 
 
 def read_blocks(text: str) -> list[Block]:
-    """Finds every fenced block. Raises ``ValueError`` when one is not closed."""
+    """Return every fenced block. Raises ``ValueError`` if one is not closed."""
     blocks: list[Block] = []
     lines = text.splitlines()
     at = 0
@@ -44,7 +44,7 @@ def read_blocks(text: str) -> list[Block]:
         while at < len(lines) and lines[at].strip() != fence:
             at += 1
         if at == len(lines):
-            raise ValueError(f"the block of line {start} is not closed")
+            raise ValueError(f"the block in line {start} is not closed")
         body = [line.removeprefix(indent) for line in lines[start:at]]
         notes = _notes("\n".join(lines[: start - 1]))
         expect = next((note[7:].strip() for note in notes if note.startswith("expect:")), None)
@@ -54,7 +54,7 @@ def read_blocks(text: str) -> list[Block]:
 
 
 def _notes(before: str) -> list[str]:
-    """Reads the HTML comments that end ``before``."""
+    """Return the HTML comments at the end of ``before``."""
     found: list[str] = []
     while match := re.search(r"<!--((?:(?!-->).)*)-->\s*\Z", before, re.DOTALL):
         found.append(match[1].strip())
@@ -63,7 +63,7 @@ def _notes(before: str) -> list[str]:
 
 
 def commands(block: Block) -> list[str]:
-    """The commands of a block: in a console those after ``$``, else every line that is no comment."""
+    """Return the commands of a block: in a console, the lines after ``$``, otherwise every line that is not a comment."""
     joined = block.text.replace("\\\n", " ").splitlines()
     if block.language == "console":
         return [line.strip()[2:].strip() for line in joined if line.strip().startswith("$ ")]
@@ -72,14 +72,14 @@ def commands(block: Block) -> list[str]:
 
 @dataclass(frozen=True)
 class Promises:
-    """What the repository has, for commands to name."""
+    """Names in the repository that commands may use."""
 
     targets: frozenset[str]
-    """Of the Makefile."""
+    """Targets of the Makefile."""
     extras: frozenset[str]
-    """Of pyproject.toml."""
+    """Extras in pyproject.toml."""
     services: frozenset[str]
-    """Of compose.yaml."""
+    """Services in compose.yaml."""
     root: Path
 
 
@@ -92,11 +92,11 @@ def extras(project: Mapping[str, Any]) -> frozenset[str]:
 
 
 ELSEWHERE = frozenset({"cd", "git", "nats", "redis-cli", "curl", "echo", "export", "source", "."})
-"""Commands that say nothing about this repository."""
+"""Commands that do not refer to this repository."""
 
 
 def split(command: str) -> list[str]:
-    """The words of a command, without the variables set in front of it."""
+    """Return the words of a command, without leading variable assignments."""
     words = shlex.split(command, comments=True)
     while words and re.match(r"[A-Z_]+=", words[0]):
         words.pop(0)
@@ -104,7 +104,7 @@ def split(command: str) -> list[str]:
 
 
 def command_faults(command: str, promises: Promises) -> Iterator[str]:
-    """Says what a command names that is not there. ``python -m cachebus`` is for the caller to run."""
+    """Yield the names in a command that do not exist. The caller runs ``python -m cachebus`` commands itself."""
     match split(command):
         case ["make", *rest]:
             asked = [word for word in rest if "=" not in word and not word.startswith("-")]
@@ -131,11 +131,11 @@ def command_faults(command: str, promises: Promises) -> Iterator[str]:
         case [word, *_] if word in ELSEWHERE:
             return
         case _:
-            yield f"{command}: not a command that this test knows; teach it in tests/house/readme.py"
+            yield f"{command}: this command is unknown to the test; add it in tests/house/readme.py"
 
 
 def cachebus_arguments(command: str) -> list[str] | None:
-    """The arguments that a command hands to cachebus, or ``None`` if it is another command."""
+    """Return the arguments of a cachebus command, or ``None`` for another command."""
     words = split(command)
     if words[:3] == ["python", "-m", "cachebus"]:
         return words[3:]

@@ -1,4 +1,4 @@
-"""`ARCHITECTURE.md` names a test for each guarantee; they exist."""
+"""`ARCHITECTURE.md` names a test for each guarantee, and each test exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compose.yaml gives the three servers, to this machine only, and a worker; each says when it is ready."""
+"""compose.yaml runs three servers, published on localhost only, and a worker. Each has a health check."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_worker_is_a_command_that_there_is(
     settings = worker_settings(arguments)
     assert [(each.name, each.type) for each in settings.backends] == [("primary", "redis"), ("other", "memcached")]
     assert settings.bus is not None
-    # The servers are named as the services are, and it starts when they are ready.
+    # The host names are those of the services. The worker starts once they are healthy.
     assert settings.bus.hosts == ("nats:4222",)
     assert worker["depends_on"] == {name: {"condition": "service_healthy"} for name in PORTS}
     assert float(worker["stop_grace_period"].removesuffix("s")) > arguments.grace
@@ -84,7 +84,7 @@ def test_the_image_of_the_worker_runs_as_nobody_in_particular() -> None:
     program, *ping = json.loads(check.partition("CMD ")[2])
     assert program == "cachebus"
     assert parser().parse_args(ping).command.__name__ == "_ping"
-    # What is copied into it is let through to the builder.
+    # .dockerignore admits every path that is copied.
     let_through = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     copied = [
         word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]

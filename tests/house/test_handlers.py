@@ -1,4 +1,4 @@
-"""Handlers of exceptions: who is cancelled, stopped or interrupted is not kept from ending."""
+"""Exception handlers: none of them swallows a cancellation, a stop or an interruption."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PACKAGE = Path(cachebus.__file__).parent
 WIDE = {"BaseException", "CancelledError", "Cancelled", "KeyboardInterrupt", "SystemExit", "get_cancelled_exc_class"}
 ALLOWED = {
     "__main__.py": "the command line answers Ctrl-C with its exit code",
-    "actors/guard/guard.py": "what breaks off the accounting of a batch is raised when the batch is answered",
-    "bus/spawn.py": "what a first step raises is raised by the task that takes it over",
-    "loading/leased_load.py": "what a loader raises is raised again by the caller who began the load; a cancellation is raised at once",
+    "actors/guard/guard.py": "an exception in the accounting of a batch is raised when the batch is answered",
+    "bus/spawn.py": "an exception of the first step is raised by the task that continues it",
+    "loading/leased_load.py": "an exception of a loader is raised again by the caller that began the load; a cancellation is raised at once",
     "loading/group_load.py": "as in loading/leased_load.py",
     "testing/proxy.py": "a proxy ends its own tasks",
 }
@@ -33,7 +33,7 @@ def _names(node: ast.AST | None) -> set[str]:
 
 
 def swallowing(source: str) -> list[int]:
-    """The lines of handlers that catch a cancellation and do not end by raising."""
+    """Return the lines of handlers that catch a cancellation and do not end with `raise`."""
     lines: list[int] = []
     for node in ast.walk(ast.parse(source)):
         if (
@@ -72,7 +72,7 @@ def test_a_handler_that_swallows_is_found(handler: str, lines: list[int]) -> Non
 
 
 class Cancelling:
-    """What is cancelled from within while it is being entered."""
+    """Context manager that is cancelled from within while it is entered."""
 
     async def __aenter__(self) -> None:
         raise asyncio.CancelledError

@@ -1,4 +1,4 @@
-"""``import cachebus`` loads no driver and nothing that only a command or a settings file needs."""
+"""Cost of ``import cachebus``: it loads no drivers, and no modules for commands or settings files only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LATE = {
     *("tenacity", "hashlib", "multiprocessing", "importlib.metadata", "sqlite3", "http", "urllib"),
     *("cachebus.settings", "cachebus.node.stores", "cachebus.payload.pipeline", "cachebus.bus.codec.messages"),
 }
-"""Loaded when a URL, a command or a settings file asks for it, not before."""
+"""Modules that are loaded only when a URL, a command or a settings file needs them."""
 
 MOST_MODULES = 122
-"""What `import cachebus` loads at most besides what `import asyncio` does: a bound without a clock. Ours are 80 of them."""
+"""Maximum number of modules that `import cachebus` adds to `import asyncio`. 80 of them are ours."""
 
 
 def loaded_by_importing(package: str, folder: Path) -> set[str]:
-    """Names the modules that a fresh interpreter holds after ``import package``."""
+    """Return the modules that a new interpreter has loaded after ``import package``."""
     program = (
         f"import sys; sys.path.insert(0, {str(folder)!r}); import {package}, json;"
         f" print(json.dumps([{package}.__file__, list(sys.modules)]))"
@@ -35,7 +35,7 @@ def loaded_by_importing(package: str, folder: Path) -> set[str]:
     file: str
     modules: list[str]
     file, modules = json.loads(done.stdout)
-    assert Path(file).is_relative_to(folder), f"another {package} than this tree's: {file}"
+    assert Path(file).is_relative_to(folder), f"{package} was imported from another tree: {file}"
     return set(modules)
 
 
@@ -46,7 +46,7 @@ def test_importing_cachebus_loads_no_driver() -> None:
 
 
 def test_importing_cachebus_loads_few_modules() -> None:
-    """Many small files cost as much as a large one: whoever adds one sees it here."""
+    """Check the number of modules, because many small files cost as much as a large one."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", "import asyncio, sys, json; print(json.dumps(list(sys.modules)))"],
         capture_output=True,
@@ -59,7 +59,7 @@ def test_importing_cachebus_loads_few_modules() -> None:
 
 
 def test_importing_cachebus_compiles_few_constructors() -> None:
-    """A dataclass compiles one, which takes longer than reading the class. Messages, errors and small values do without."""
+    """Check the number of compiled constructors. A dataclass compiles one, which takes longer than reading the class."""
     program = (
         "import builtins; seen = []; real = builtins.exec\n"
         "def counted(text, *more):\n"

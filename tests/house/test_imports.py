@@ -1,4 +1,4 @@
-"""Imports go down. First the house itself, then small packages with one fault each, to show that it would be found."""
+"""Imports go down: checks of cachebus, then small packages with one fault each, which the checks must find."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .paths import ROOMS, ROOT
 
 @pytest.fixture(scope="module")
 def house() -> Package:
-    """The real one, with something to judge on every floor: no test passes because there was nothing to read."""
+    """Return the real package. It has modules on every floor, so that no test passes by reading none."""
     package = read_package(ROOT / "cachebus")
     rooms = {file.parts[0] for file in package.modules.values() if len(file.parts) > 1}
     assert set(ROOMS) <= rooms
-    assert set(FLOORS) - rooms <= {"integrations"}  # it comes with an issue of its own
+    assert set(FLOORS) - rooms <= {"integrations"}  # Integrations come later.
     assert len(package.imports) > 50
     return package
 
@@ -77,7 +77,7 @@ def test_nothing_imports_through_the_links_at_the_root() -> None:
 
 
 def plant(tmp_path: Path, **files: str) -> Package:
-    """Makes a sound little house and puts ``files`` into it: ``bus__codec="..."`` is ``bus/codec/messages.py``."""
+    """Create a small package without faults and add ``files``: ``bus__codec="..."`` is ``bus/codec.py``."""
     folder = tmp_path / "cachebus"
     sound = {
         "__init__": "from cachebus.bus import Bus\nfrom cachebus.facade.cache import Cache\n",

@@ -1,4 +1,4 @@
-"""What is on disk, what is in the wheel and what an installation can do are the same thing."""
+"""Layout: the files on disk, the content of the wheel, and a working installation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ import cachebus
 from .paths import ROOMS, ROOT
 
 LINES = 420
-"""The longest a module may be."""
+"""Maximum number of lines in a module."""
 
 LARGE = {
     "actors/runtime/cell.py": 540,  # the mailbox's turns, and the repair of turns that were interrupted
     "bus/nats/requester.py": 455,  # the inbox of a bus, and what is sent to one address
 }
-"""Modules that have outgrown it, and the lines that each may have at most. Each waits for being composed of parts; none is added."""
+"""Modules above the limit, with their own limits. Do not add one: split it into parts instead."""
 
 
 def files_on_disk(folder: Path) -> set[str]:
@@ -114,7 +114,7 @@ def test_the_tools_are_given_folders_and_no_links() -> None:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the sdist, built from the tree as it is, without a network."""
+    """Return a folder with the wheel and the sdist, built from this tree without a network."""
     folder = tmp_path_factory.mktemp("dist")
     done = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT, capture_output=True, text=True
@@ -164,15 +164,15 @@ def version() -> str:
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that holds the built wheel; what it depends on is lent by the present one."""
+    """Return the Python of an environment with the built wheel. Its dependencies come from the current environment."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=False, symlinks=sys.platform != "win32")
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "--python", str(python)]
     done = subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # A line of a .pth file is put behind the environment's own folder, and the .pth files in it (the editable
-    # installation of this very tree, say) are not read.
+    # A line of a .pth file comes after the environment's own folder on the path. The .pth files in the added folder, such
+    # as the editable installation of this tree, are not read.
     (site,) = folder.glob("**/site-packages")
     (site / "lent.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
     return python
@@ -207,7 +207,7 @@ def test_the_built_wheel_works_in_an_empty_environment(installed: Path, tmp_path
 
 
 def test_pytest_finds_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
-    """A pattern that keeps pytest out of the root's links must not keep it out of `tests/actors` too."""
+    """Check that the patterns for the links at the root do not exclude folders such as `tests/actors`."""
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
     hidden = [
         str(folder)

@@ -1,4 +1,4 @@
-"""Private names of other packages stand in the two compatibility modules, and nowhere else."""
+"""Private names of other packages are used only in the two compatibility modules."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PACKAGE = Path(compat.__file__).parents[1]
 ALLOWED = {"bus/compat.py", "bus/nats/compat.py"}
 
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_current_frames"}
-"""Of the standard library, and public in spite of their underscore."""
+"""Names of the standard library that are public in spite of their underscore."""
 
 TYPES_ONLY = {("cli/common.py", "_SubParsersAction")}
-"""In a string annotation: argparse has no public name for what `add_subparsers` returns, and it is not there at run time."""
+"""Names in string annotations. argparse has no public name for the result of `add_subparsers`."""
 
 
 def private(name: str) -> bool:
-    """Whether a name is private, and no name of Python's own."""
+    """Return `True` if a name is private and not a special name of Python."""
     return name.startswith("_") and not name.endswith("__") and name.strip("_") != ""
 
 
 def names_of_ours(tree: ast.AST) -> set[str]:
-    """Private names that a module gives itself: functions, classes, variables, attributes, slots and fields."""
+    """Return the names that a module defines: functions, classes, variables, attributes, slots and fields."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -38,12 +38,12 @@ def names_of_ours(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             found.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)  # `__slots__`, and annotations.
+            found.add(node.value)  # Slots and annotations.
     return found
 
 
 def foreign(root: Path) -> Iterator[tuple[str, str]]:
-    """The uses of private names that no module of a package has given itself, by file and name."""
+    """Yield the uses of private names that no module of the package defines, by file and name."""
     trees = {path.relative_to(root).as_posix(): ast.parse(path.read_text()) for path in sorted(root.rglob("*.py"))}
     ours = set().union(*(names_of_ours(tree) for tree in trees.values()))
     for file, tree in trees.items():
@@ -55,7 +55,7 @@ def foreign(root: Path) -> Iterator[tuple[str, str]]:
                     if private(each.name):
                         yield file, each.name
             elif isinstance(node, ast.Attribute) and private(node.attr) and isinstance(node.value, ast.Name):
-                # A name that is ours as well, on a module of somebody else's.
+                # The package defines this name too, but here it is on a foreign module.
                 imported = {
                     each.asname or each.name
                     for found in ast.walk(tree)
@@ -72,7 +72,7 @@ def test_private_names_of_others_stand_in_the_compatibility_modules_only() -> No
         for file, name in foreign(PACKAGE)
         if file not in ALLOWED and name not in DOCUMENTED and (file, name) not in TYPES_ONLY
     ]
-    assert not found, f"these belong into {' or '.join(sorted(ALLOWED))}: {found}"
+    assert not found, f"these belong in {' or '.join(sorted(ALLOWED))}: {found}"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The public names: few, sorted, documented, and the ones that ``docs/api.md`` lists."""
+"""Public names: few, sorted, documented, and listed in ``docs/api.md``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def public_names(module: types.ModuleType) -> list[str]:
 
 
 def documented_names(page: Path) -> list[str]:
-    """Reads the bullets between the two markers; each begins with the name in backticks."""
+    """Return the names between the two markers. Each bullet begins with the name in backticks."""
     parts = re.split(r"<!-- names:(?:start|end) -->", page.read_text(encoding="utf-8"))
     assert len(parts) == 3, f"{page.name} needs exactly one pair of markers"
     bullets = [line for line in parts[1].splitlines() if line.startswith(("* ", "- "))]
@@ -33,13 +33,13 @@ def documented_names(page: Path) -> list[str]:
 
 
 def is_documented(name: str, value: object) -> bool:
-    """Says whether ``value`` has a docstring of its own, or is a type alias, which cannot have one."""
+    """Return `True` if ``value`` has its own docstring, or is a type alias, which cannot have one."""
     if typing.get_origin(value) is not None or isinstance(value, types.UnionType | typing.TypeVar):
         return True
     if type(value).__name__ == "TypeAliasType":
         return True
     if isinstance(value, type):
-        # Not the one of a base class, and not the signature that @dataclass writes where there is none.
+        # Ignores the docstring of a base class, and the signature that @dataclass writes if there is no docstring.
         text = value.__dict__.get("__doc__") or ""
         return bool(text.strip()) and not text.startswith(f"{name}(")
     if inspect.isroutine(value) or inspect.ismodule(value):
@@ -66,7 +66,7 @@ def name_faults(module: types.ModuleType, page: Path, most: int = MOST) -> Itera
 
 def test_the_public_names_are_few_sorted_documented_and_listed() -> None:
     module = importlib.import_module("cachebus")
-    assert module.__file__ == str(ROOT / "cachebus" / "__init__.py"), "another cachebus than this tree's"
+    assert module.__file__ == str(ROOT / "cachebus" / "__init__.py"), "cachebus was imported from another tree"
     assert list(name_faults(module, ROOT / "docs" / "api.md")) == []
 
 

@@ -1,4 +1,4 @@
-"""What README.md shows is run; what it names is there."""
+"""README.md: its examples run, and the names in its commands exist."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def promises() -> Promises:
 
 
 def run_python(arguments: list[str], folder: Path) -> str:
-    """Runs a fresh interpreter in ``folder``, with warnings as errors, and returns what it printed."""
+    """Run a new interpreter in ``folder``, with warnings as errors, and return its output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "error", *arguments],
@@ -62,7 +62,7 @@ def run_block(block: Block, folder: Path) -> None:
 
 
 def run_cachebus(block: Block, folder: Path) -> int:
-    """Runs the ``python -m cachebus`` commands of a block and says how many there were."""
+    """Run the ``python -m cachebus`` commands of a block, and return their number."""
     calls = [arguments for command in commands(block) if (arguments := cachebus_arguments(command)) is not None]
     for arguments in calls:
         words = [word for word in arguments if not word.startswith("-")]
