@@ -1,4 +1,4 @@
-"""The vocabulary: requests, replies, events and errors. Imports the standard library and msgspec."""
+"""Requests, replies, events and errors. This package imports only the standard library and msgspec."""
 
 from .base import WIRE_NAMES as WIRE_NAMES
 from .base import Event as Event

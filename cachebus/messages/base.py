@@ -1,8 +1,8 @@
-"""Messages: frozen structs with a wire name, in three kinds, and the registry of their wire names.
+"""Base classes of messages (requests, replies, events) and the registry of wire names.
 
-msgspec does not hand `frozen` down to a type checker, so every class spells it out. `gc=False` keeps a message out of
-the garbage collector's books; only messages that hold no value of the user's may have it, because a value that refers
-to its own message could never be collected.
+Type checkers do not inherit `frozen` from msgspec base classes, so every class repeats it. `gc=False` exempts a message
+from garbage collection. Only messages without user values may set it: a value that refers to its own message could
+never be collected.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import msgspec
 ReplyT_co = TypeVar("ReplyT_co", covariant=True)
 
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""An integer whose bounds msgspec checks as it decodes, which is faster than a second look."""
+"""A signed 64-bit integer. msgspec checks the bounds during decoding, which is faster than a separate check."""
 
 
 class _WireName:
-    """The tag of a class, as an attribute of the class and of its instances."""
+    """Descriptor that returns the tag of a message class, for the class and its instances."""
 
     def __get__(self, message: object, cls: type[Message]) -> str:
         tag = cls.__struct_config__.tag
@@ -29,16 +29,15 @@ class _WireName:
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="kind", tag=""):
-    """A frozen struct with a wire name, its tag, such as `backend.get`. Threads may share it.
+    """Base class of messages: a frozen, thread-safe struct whose tag is its wire name, such as `backend.get`.
 
-    A wire name is lower-case words joined by dots. It is given once and never given again. The class whose tag is empty
-    is abstract.
+    A wire name consists of lower-case words joined by dots, and is never reused. A class with an empty tag is abstract.
     """
 
     WIRE_NAME: ClassVar[str] = _WireName()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 
     def _freeze(self, *names: str) -> None:
-        """Make these fields, which hold mappings, read-only copies. For `__post_init__`."""
+        """Replace these mapping fields with read-only copies. Call it in `__post_init__`."""
         for name in names:
             if type(held := getattr(self, name)) is not MappingProxyType:
                 msgspec.structs.force_setattr(self, name, MappingProxyType(dict(held)))
@@ -49,27 +48,30 @@ class Reply(Message, frozen=True, tag=""):
 
 
 class Request(Message, Generic[ReplyT_co], frozen=True, tag=""):
-    """A task for an actor; the parameter names the possible replies."""
+    """A message that asks an actor to do something. The type parameter lists the possible replies."""
 
     IDEMPOTENT: ClassVar[bool] = False
-    """Twice has the effect of once: after a crash the actor's next incarnation may get it again."""
+    """True if repeating the request has no further effect. It may be retried, also by a restarted actor."""
 
     INVALIDATES: ClassVar[bool] = False
-    """It removes what is out of date: a full mailbox still takes it, because losing one means stale reads."""
+    """True if the request removes outdated values.
+
+    A full mailbox still accepts it, because losing it causes stale reads.
+    """
 
 
 class IdempotentRequest(Request[ReplyT_co], Generic[ReplyT_co], frozen=True, tag=""):
-    """A request that may be carried out twice."""
+    """A request that can safely be repeated."""
 
     IDEMPOTENT: ClassVar[bool] = True
 
 
 class Event(Message, frozen=True, kw_only=True, tag=""):
-    """A fact about the past, published to its subscribers. The emitter fills in these common fields.
+    """A fact about the past, published to subscribers. The emitter fills in these common fields.
 
-    `id` names the event for ever; `origin` is the process; `epoch` names the incarnation of the actor that emitted it,
-    and `seq` counts the events of that incarnation, from 1, so that a subscriber notices a gap. `time` is Unix time in
-    seconds. `trace` is the W3C `traceparent` of the call, if there is one.
+    `id` is globally unique. `origin` identifies the process. `epoch` identifies the incarnation of the actor that
+    emitted the event, and `seq` numbers the events of that incarnation from 1, so that subscribers can detect gaps.
+    `time` is Unix time in seconds. `trace` is the W3C `traceparent` of the call, or `None`.
     """
 
     id: str = ""
@@ -83,7 +85,7 @@ class Event(Message, frozen=True, kw_only=True, tag=""):
 
 
 class WireNames(Mapping[str, type[Message]]):
-    """The registry: every message class by its wire name, read-only. It is the set of classes that exist now."""
+    """Read-only registry of message classes by wire name. It always reflects the classes that are currently defined."""
 
     def __getitem__(self, wire_name: str) -> type[Message]:
         return self._classes()[wire_name]
@@ -109,9 +111,12 @@ WIRE_NAMES: Mapping[str, type[Message]] = WireNames()
 
 
 def reply_types(request: type[Request[Any]]) -> tuple[type[Reply], ...]:
-    """Return the replies that a request names, without `Failed`, which any request may get."""
+    """Return the reply types that a request class declares. `Failed`, a possible reply to any request, is not included.
+
+    Raises `TypeError` if the class does not declare them.
+    """
     for base in getattr(request, "__orig_bases__", ()):
         if issubclass(getattr(base, "__origin__", object), Request):
             (answer,) = base.__args__
             return tuple(getattr(answer, "__args__", (answer,)))
-    raise TypeError(f"{request.__name__} does not say Request[...] with its reply types")
+    raise TypeError(f"{request.__name__} does not declare its reply types with Request[...]")

@@ -1,4 +1,4 @@
-"""Events: facts about the past. The common fields are those of `Event`."""
+"""Events: facts about the past. `Event` defines their common fields."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from .base import Event
 
 
 class RemovalCause(StrEnum):
-    """The cause of a removal: `EXPLICIT` on request, `REPLACED` by a newer value, `EXPIRED` at the end of its time, `SIZE` because
-    the store was full."""
+    """Cause of a removal.
 
-    # Enum's own hash is written in Python, and these are keys of counters on hot paths.
+    `EXPLICIT`: on request. `REPLACED`: by a newer value. `EXPIRED`: its time to live ended. `SIZE`: the store was full.
+    """
+
+    # Enum.__hash__ is implemented in Python, and these are keys of counters on hot paths.
     __hash__ = str.__hash__
 
     EXPLICIT = "explicit"
@@ -25,7 +27,7 @@ class RemovalCause(StrEnum):
 
 
 class KeyEvent(Event, frozen=True, gc=False, tag=""):
-    """An event about one key, or about the lock or the rate limit of that name."""
+    """An event about one key, or about the lock or rate limit with that name."""
 
     key: str
 
@@ -35,7 +37,7 @@ class CacheHit(KeyEvent, frozen=True, gc=False, tag="event.cache_hit"):
 
 
 class CacheMiss(KeyEvent, frozen=True, gc=False, tag="event.cache_miss"):
-    """A key was read and had none."""
+    """A key was read and had no live value."""
 
 
 class CacheSet(KeyEvent, frozen=True, gc=False, tag="event.cache_set"):
@@ -51,13 +53,13 @@ class CacheDeleted(KeyEvent, frozen=True, gc=False, tag="event.cache_deleted"):
 
 
 class CacheEvicted(KeyEvent, frozen=True, gc=False, tag="event.cache_evicted"):
-    """A value was evicted for `cause`: always `SIZE` so far."""
+    """A value was evicted. `cause` is currently always `SIZE`."""
 
     cause: RemovalCause = RemovalCause.SIZE
 
 
 class CacheExpired(KeyEvent, frozen=True, gc=False, tag="event.cache_expired"):
-    """A value was removed because its time was up. It was unreadable since then, even if the event comes later."""
+    """An expired value was removed. It was unreadable from its expiry on, even if the event is later."""
 
 
 class CacheCleared(Event, frozen=True, gc=False, tag="event.cache_cleared"):
@@ -65,13 +67,16 @@ class CacheCleared(Event, frozen=True, gc=False, tag="event.cache_cleared"):
 
 
 class TagsInvalidated(Event, frozen=True, gc=False, tag="event.tags_invalidated"):
-    """Every entry with one of the tags became unreadable."""
+    """Every entry with one of the tags was invalidated."""
 
     tags: tuple[str, ...]
 
 
 class PayloadRejected(KeyEvent, frozen=True, gc=False, tag="event.payload_rejected"):
-    """A stored payload was rejected for `reason`, and the read is a miss. `serializer` is that of the reader."""
+    """A stored payload was rejected for `reason`, and the read became a miss.
+
+    `serializer` is the reader's serializer.
+    """
 
     reason: str
     serializer: str = ""
@@ -79,7 +84,7 @@ class PayloadRejected(KeyEvent, frozen=True, gc=False, tag="event.payload_reject
 
 
 class PayloadSealed(KeyEvent, frozen=True, gc=False, tag="event.payload_sealed"):
-    """A payload of `size` bytes was sealed for `tenant`, with the key `key_id`."""
+    """A payload of `size` bytes was sealed for `tenant` with the key `key_id`."""
 
     key_id: str
     tenant: str = ""
@@ -91,35 +96,38 @@ class LoadStarted(KeyEvent, frozen=True, gc=False, tag="event.load_started"):
 
 
 class LoadSucceeded(KeyEvent, frozen=True, gc=False, tag="event.load_succeeded"):
-    """A loader returned, after `duration` seconds."""
+    """A loader returned after `duration` seconds."""
 
     duration: float = 0.0
 
 
 class LoadFailed(KeyEvent, frozen=True, gc=False, tag="event.load_failed"):
-    """A loader raised `error` (its type's name), after `duration` seconds."""
+    """A loader raised an exception after `duration` seconds. `error` is the exception's type name."""
 
     error: str
     duration: float = 0.0
 
 
 class StaleServed(KeyEvent, frozen=True, gc=False, tag="event.stale_served"):
-    """A value was served after its time to live, because no fresher one came in time."""
+    """An expired value was served, because no fresher one was available in time."""
 
 
 class LoadLeaseLost(KeyEvent, frozen=True, gc=False, tag="event.load_lease_lost"):
-    """A loaded value was not stored, because its lease was lost to an invalidation or a write of the key, or ran out."""
+    """A loaded value was not stored. Its lease expired, or an invalidation or a write of the key revoked it."""
 
 
 class RateLimitExceeded(KeyEvent, frozen=True, gc=False, tag="event.rate_limit_exceeded"):
-    """A caller was refused: the limit named `key` had no `cost` units left. It has them again after `retry_after` seconds."""
+    """The rate limit `key` had fewer than `cost` units left, and the call was refused.
+
+    It has them after `retry_after` seconds.
+    """
 
     cost: int = 1
     retry_after: float = 0.0
 
 
 class LockAcquired(KeyEvent, frozen=True, gc=False, tag="event.lock_acquired"):
-    """`owner` holds the lock named `key`, with the fencing token `token`."""
+    """`owner` acquired the lock named `key` with the fencing token `token`."""
 
     owner: str
     token: int
@@ -133,27 +141,27 @@ class LockReleased(KeyEvent, frozen=True, gc=False, tag="event.lock_released"):
 
 
 class LockExpired(KeyEvent, frozen=True, gc=False, tag="event.lock_expired"):
-    """The lock named `key`, held by `owner`, ran out. It was free since then, even if the event comes later."""
+    """The lock named `key`, held by `owner`, expired. It was free from its expiry on, even if the event is later."""
 
     owner: str = ""
     token: int = 0
 
 
 class BackendConnected(Event, frozen=True, gc=False, tag="event.backend_connected"):
-    """A backend's store can be reached: for the first time, or again. `store` is the technology."""
+    """A backend connected or reconnected to its store. `store` is the store's type."""
 
     store: str
 
 
 class BackendDisconnected(Event, frozen=True, gc=False, tag="event.backend_disconnected"):
-    """A backend's store could be reached and now cannot, for `reason`."""
+    """A backend lost the connection to its store for `reason`."""
 
     store: str
     reason: str
 
 
 class CircuitOpened(Event, frozen=True, gc=False, tag="event.circuit_opened"):
-    """A backend failed `failures` times in a row, and gets no requests for `retry_after` seconds."""
+    """A backend failed `failures` times in a row and gets no requests for `retry_after` seconds."""
 
     address: str
     failures: int
@@ -161,15 +169,17 @@ class CircuitOpened(Event, frozen=True, gc=False, tag="event.circuit_opened"):
 
 
 class CircuitClosed(Event, frozen=True, gc=False, tag="event.circuit_closed"):
-    """A backend whose circuit was open works again."""
+    """A backend whose circuit was open has recovered."""
 
     address: str
 
 
 class RequestFailed(Event, frozen=True, gc=False, tag="event.request_failed"):
-    """A backend failed a request with the wire name `request`, with an error of the code `error`. A read became a miss (`missed`), a
-    write was not stored (`dropped`), a rate limit was passed (`admitted`), or the caller got the error (`raised`). `key` is empty
-    if the request has none."""
+    """A backend failed a request. `request` is its wire name, and `error` the code of the error.
+
+    `outcome` is `missed` (a read became a miss), `dropped` (a write was not stored), `admitted` (a rate limit was not
+    enforced) or `raised` (the caller got the error). `key` is empty if the request has no key.
+    """
 
     request: str
     error: str
@@ -178,13 +188,13 @@ class RequestFailed(Event, frozen=True, gc=False, tag="event.request_failed"):
 
 
 class ActorStarted(Event, frozen=True, gc=False, tag="event.actor_started"):
-    """An actor takes turns."""
+    """An actor started."""
 
     address: str
 
 
 class ActorRestarted(Event, frozen=True, gc=False, tag="event.actor_restarted"):
-    """An actor crashed for `reason` (the exception's type) and was restarted, for the `restarts`-th time."""
+    """An actor crashed and was restarted. `reason` is the exception's type, and `restarts` counts the restarts."""
 
     address: str
     reason: str
@@ -192,7 +202,7 @@ class ActorRestarted(Event, frozen=True, gc=False, tag="event.actor_restarted"):
 
 
 class ActorGaveUp(Event, frozen=True, gc=False, tag="event.actor_gave_up"):
-    """An actor crashed too often and stays down; its requests are answered with `ActorFailed`."""
+    """An actor crashed too often and was stopped. Its requests are answered with `ActorFailed`."""
 
     address: str
     reason: str
@@ -200,13 +210,16 @@ class ActorGaveUp(Event, frozen=True, gc=False, tag="event.actor_gave_up"):
 
 
 class ActorStopped(Event, frozen=True, gc=False, tag="event.actor_stopped"):
-    """An actor answered its last request and takes no more."""
+    """An actor answered its last request and stopped."""
 
     address: str
 
 
 class DeadLetter(Event, frozen=True, gc=False, tag="event.dead_letter"):
-    """A message without a waiting sender could not be delivered. `wire_name` is that of the message."""
+    """A message whose sender does not wait for a reply could not be delivered.
+
+    `wire_name` is the message's wire name.
+    """
 
     address: str
     wire_name: str
@@ -214,8 +227,11 @@ class DeadLetter(Event, frozen=True, gc=False, tag="event.dead_letter"):
 
 
 class EventsMissed(Event, frozen=True, gc=False, tag="event.events_missed"):
-    """Events of other processes did not arrive: `count` of kind `event` from the process `source`. If these are empty and 0, the
-    connection was lost, and the number is unknown. `backend` is empty."""
+    """Events from another process were lost: `count` events of kind `event` from the process `source`.
+
+    If `source` and `event` are empty and `count` is 0, the connection was lost and the number is unknown. `backend` is
+    empty.
+    """
 
     source: str
     event: str
@@ -223,8 +239,11 @@ class EventsMissed(Event, frozen=True, gc=False, tag="event.events_missed"):
 
 
 class Heartbeat(Event, frozen=True, tag="event.heartbeat"):
-    """A process that emits events reports their numbers: `last` is the last `seq` of its `epoch` by kind and backend, such as
-    `cache_set.primary`. It does so every `interval` seconds. Subscribers get heartbeats only if they name them."""
+    """Periodic report of a process that emits events, sent every `interval` seconds.
+
+    `last` maps a kind and a backend, such as `cache_set.primary`, to the last `seq` of the `epoch`. Subscribers get
+    heartbeats only if they subscribe to this class explicitly.
+    """
 
     interval: float = 0.0
     last: Mapping[str, int] = msgspec.field(default_factory=dict[str, int])

@@ -1,9 +1,8 @@
-"""Leases: the right of one caller among all processes to load a key, and the replies to the others meanwhile.
+"""Lease messages. A lease is the exclusive right, among all processes, to load a key.
 
-The name of a lease is the token of its question, a dot, and a nonce of the store's own. A question may be sent twice, if no
-answer came in time, and the first copy may be carried out when all is over: late enough to grant again what an invalidation
-has taken away. The nonce makes that another lease, under which no caller loads, so that the holder of the first stores
-nothing with it.
+The name of a lease is the token of the request, a dot, and a nonce chosen by the store. A request is sent twice if its
+reply is late. The delayed first copy may then be carried out after an invalidation has revoked the lease, and grant it
+again. Because of the nonce that grant is a different lease, so the original holder cannot store a stale value with it.
 """
 
 from __future__ import annotations
@@ -17,25 +16,28 @@ from .base import IdempotentRequest, Reply
 from .replies import Found
 
 NONCE_LENGTH = 16
-"""Characters of a nonce."""
+"""Length of a nonce, in characters."""
 
 ASKED_MAX = 255 - NONCE_LENGTH - 1
-"""The most bytes of a token. So the length of a name fits into a byte."""
+"""Maximum length of a token, in bytes, so that the length of a lease name fits into one byte."""
 
 
 def new_lease_name(token: str) -> str:
-    """Return a name for a lease that was asked for with `token`, unlike any other."""
+    """Return a unique name for a lease that was requested with `token`."""
     return f"{token}.{os.urandom(NONCE_LENGTH // 2).hex()}"
 
 
 def asked_as(name: str) -> str:
-    """Return the token with which the lease of this name was asked for."""
+    """Return the token of the request for the lease with this name."""
     return name[: -NONCE_LENGTH - 1]
 
 
 class LoadMetadata(msgspec.Struct, frozen=True, gc=False):
-    """Metadata of a load, stored with the value. `load_time` is the seconds that the loader took, `stale_for` the seconds after
-    its time to live for which the value may be served stale, `etag` its version at the source."""
+    """Metadata of a load, stored with the value.
+
+    `load_time` is the duration of the load in seconds. `stale_for` is how many seconds after its time to live the value
+    may be served stale. `etag` is the version of the value at its source.
+    """
 
     load_time: float = 0.0
     stale_for: float = 0.0
@@ -43,8 +45,11 @@ class LoadMetadata(msgspec.Struct, frozen=True, gc=False):
 
 
 class Stale(Reply, frozen=True, tag="reply.stale"):
-    """A value whose time to live is over, and that may still be served. `lease` names the lease of the load under way, if there
-    is one; `remaining` is the seconds that it has left. The rest is as in `Loaded`."""
+    """A value that has expired but may still be served.
+
+    If a load is in progress, `lease` names its lease, which expires in `remaining` seconds. The other fields are as in
+    `Loaded`.
+    """
 
     value: Any
     version: float = 0.0
@@ -57,46 +62,51 @@ class Stale(Reply, frozen=True, tag="reply.stale"):
 
 
 class LeaseGranted(Reply, frozen=True, tag="reply.lease_granted"):
-    """The caller is to load the value, and to store it with `token`, the name of this lease. `stale` may be served until then."""
+    """The caller must load the value and store it with `token`, the name of the lease.
+
+    It may serve `stale` until then.
+    """
 
     token: str
     stale: Stale | None = None
 
 
 class Loading(Reply, frozen=True, gc=False, tag="reply.loading"):
-    """Another caller loads the value, under the lease `token`, which has `remaining` seconds left."""
+    """Another caller is loading the value under the lease `token`, which expires in `remaining` seconds."""
 
     token: str
     remaining: float = 0.0
 
 
 class Renewed(Reply, frozen=True, gc=False, tag="reply.renewed"):
-    """The lease is held for `ttl` seconds from now."""
+    """The lease or lock is held for `ttl` seconds from now."""
 
     ttl: float
 
 
 class Released(Reply, frozen=True, gc=False, tag="reply.released"):
-    """The lease was held and is free."""
+    """The lease or lock was held and is now free."""
 
 
 class NotHeld(Reply, frozen=True, gc=False, tag="reply.not_held"):
-    """There is no such lease any more: it ran out, was released, or was lost to an invalidation."""
+    """The lease or lock no longer exists: it expired, was released, or (a lease) was revoked by an invalidation."""
 
 
 class GetOrLease(
     IdempotentRequest[Found | Stale | LeaseGranted | Loading], frozen=True, gc=False, tag="lease.get_or_lease"
 ):
-    """Read one key; if it has no live value, ask for the right to load it. It counts neither as hit nor as miss.
+    """Read one key, or request the lease to load it if it has no live value. Counts neither as a hit nor as a miss.
 
-    `token` names the question, and is used once: asked twice, the same lease is granted twice while it is held, and another
-    one once it was lost. The lease is lost after `lease_ttl` seconds unless renewed, and to a delete, a clear, a plain write of
-    the key, or the invalidation of one of `tags`. A caller that is not granted it may wait for up to `wait` seconds: for the
-    value, or for the lease if its holder gives up. `owner` is a process, or a part of one, that shares loads within itself: it
-    never waits for itself. With `refresh` a live value is reloaded, unless that is under way.
+    `token` identifies the request and must be unique. A repeated request is granted the same lease while it is held,
+    and a new one after it was lost. The lease ends after `lease_ttl` seconds unless it is renewed. A delete, a clear, a
+    plain write of the key, or an invalidation of one of `tags` revokes it.
 
-    A store that neither lets callers wait nor notifies of the end of a lease is asked again and again. `after` is the lease that
-    the caller waits for: if the loader of that one has failed, the reply is the error `LoaderFailed`.
+    A caller that is not granted the lease may wait up to `wait` seconds for the value, or for the lease if its holder
+    releases it. `owner` is a process, or a part of one, that shares its loads internally and never waits for itself.
+    With `refresh` a live value is reloaded, unless a reload is already in progress.
+
+    A caller polls a store that supports neither waiting nor notifications. `after` is then the lease that the caller
+    waits for: if its loader failed, the reply is the error `LoaderFailed`.
     """
 
     key: str
@@ -110,10 +120,10 @@ class GetOrLease(
 
 
 class WatchLease(IdempotentRequest[NotHeld | Loading], frozen=True, gc=False, tag="lease.watch"):
-    """Wait for up to `wait` seconds until the lease `token` of a key, which another caller holds, has ended.
+    """Wait up to `wait` seconds until the lease `token`, which another caller holds, has ended.
 
-    The reply is `NotHeld`, or `Loading` when time is up, or the error `LoaderFailed` if the loader has failed. A store that lets
-    callers wait with `GetOrLease`, or has no notifications, refuses it with `CapabilityError`.
+    The reply is `NotHeld`, `Loading` if the wait timed out, or the error `LoaderFailed` if the loader failed. A store
+    that supports waiting with `GetOrLease`, or that has no notifications, replies with `CapabilityError`.
     """
 
     key: str
@@ -122,7 +132,7 @@ class WatchLease(IdempotentRequest[NotHeld | Loading], frozen=True, gc=False, ta
 
 
 class RenewLease(IdempotentRequest[Renewed | NotHeld], frozen=True, gc=False, tag="lease.renew"):
-    """Hold a lease for `lease_ttl` seconds from now."""
+    """Extend a lease to `lease_ttl` seconds from now."""
 
     key: str
     token: str
@@ -130,10 +140,11 @@ class RenewLease(IdempotentRequest[Renewed | NotHeld], frozen=True, gc=False, ta
 
 
 class ReleaseLease(IdempotentRequest[Released | NotHeld], frozen=True, tag="lease.release"):
-    """Release a lease, without a value to store. `token` is its name, or, if no answer came, the token of the question.
+    """Release a lease without storing a value. `token` is its name or, if its grant got lost, the token of the
+    request.
 
-    The waiters get `late`, a value that is not to be stored; or `LoaderFailed`, if `error` names the type of an exception; or else
-    one of them gets the lease.
+    The waiters get `late`, a value that must not be stored. If `error` names an exception type, they get
+    `LoaderFailed`. Otherwise one of them gets the lease.
     """
 
     key: str

@@ -1,4 +1,7 @@
-"""Locks: the right of one holder among all processes, for a time, with a number that grows from holder to holder."""
+"""Lock messages.
+
+A lock has one holder among all processes, expires, and has a fencing token that grows with every grant.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,23 @@ from .leases import NotHeld, Released, Renewed
 
 
 class LockGranted(Reply, frozen=True, gc=False, tag="reply.lock_granted"):
-    """The caller holds the lock for `ttl` seconds, from its request or later. `token` is larger than that of any holder before."""
+    """The caller holds the lock for at least `ttl` seconds from its request.
+
+    `token` is the fencing token, larger than that of any earlier holder.
+    """
 
     token: int
     ttl: float
 
 
 class LockQueued(Reply, frozen=True, gc=False, tag="reply.lock_queued"):
-    """`owner` holds the lock, for `remaining` seconds more if it does not renew it, and the caller has a place in the queue. To
-    keep that, it soon asks again with the same ticket. `fresh` says that it had no place before."""
+    """The caller is queued for the lock.
+
+    It keeps its position only if it soon repeats the request with the same ticket.
+
+    `owner` holds the lock, which expires in `remaining` seconds unless renewed. `fresh` is true if the caller was not
+    queued before.
+    """
 
     owner: str
     remaining: float
@@ -23,14 +34,17 @@ class LockQueued(Reply, frozen=True, gc=False, tag="reply.lock_queued"):
 
 
 class LockDenied(Reply, frozen=True, gc=False, tag="reply.lock_denied"):
-    """`owner` holds the lock, for `remaining` seconds more if it does not renew it; the caller has no place in the queue."""
+    """The lock is held and the caller is not queued.
+
+    `owner` holds it; it expires in `remaining` seconds unless renewed.
+    """
 
     owner: str
     remaining: float
 
 
 class LockInfo(Reply, frozen=True, gc=False, tag="reply.lock_info"):
-    """The holder of a lock: its name for itself, its fencing token, and the seconds that it has left."""
+    """The holder of a lock: the name it chose, its fencing token, and the seconds until the lock expires."""
 
     owner: str
     token: int
@@ -42,11 +56,11 @@ class LockFree(Reply, frozen=True, gc=False, tag="reply.lock_free"):
 
 
 class AcquireLock(IdempotentRequest[LockGranted | LockQueued | LockDenied], frozen=True, gc=False, tag="lock.acquire"):
-    """Hold the lock `name` for `ttl` seconds.
+    """Acquire the lock `name` for `ttl` seconds.
 
-    `ticket` names this attempt, and is used once: asked for twice, the lock is granted once, and held for `ttl` seconds from
-    then. `owner` names the holder to others. If the lock is held, the caller waits in a queue for up to `wait` seconds: first
-    come, first served.
+    `ticket` identifies the attempt and must be unique. A repeated request does not grant the lock again; it extends it
+    to `ttl` seconds from then. `owner` is the holder's name as other callers see it. If the lock is held, the caller
+    waits in a first-come, first-served queue for up to `wait` seconds.
     """
 
     name: str
@@ -57,7 +71,7 @@ class AcquireLock(IdempotentRequest[LockGranted | LockQueued | LockDenied], froz
 
 
 class RenewLock(IdempotentRequest[Renewed | NotHeld], frozen=True, gc=False, tag="lock.renew"):
-    """Hold a lock for `ttl` seconds from now. One that was lost is not held again."""
+    """Extend a lock to `ttl` seconds from now. A lost lock is not acquired again."""
 
     name: str
     ticket: str
@@ -65,14 +79,14 @@ class RenewLock(IdempotentRequest[Renewed | NotHeld], frozen=True, gc=False, tag
 
 
 class ReleaseLock(IdempotentRequest[Released | NotHeld], frozen=True, gc=False, tag="lock.release"):
-    """Release a lock, or the place in its queue. `owner` is for events.
+    """Release a lock, or leave its queue. `owner` is used only in events.
 
-    `token` is that of the grant: with it the release may be repeated when the answer was lost, even if the lock has another
-    holder by then. Without it the lock is taken from its holder, whose own release then fails.
+    `token` is the fencing token of the grant. With it, the release can be repeated after a lost reply, even if the lock
+    has another holder by then. Without it, the lock is taken from its holder, whose release then fails.
 
-    `abandon` is for a caller that has no answer to its `AcquireLock`: if that comes only later, it is refused. With `unclaimed` a
-    manager releases a lock that its client did not ask for again, unless the client asked another manager; it may ask again.
-    With `offered` it withdraws only an offer that was not taken up.
+    `abandon` means that the caller got no reply to its `AcquireLock`; if that request arrives later, it is refused.
+    With `unclaimed`, a lock manager releases a lock whose client stopped asking for it, unless the client asked another
+    manager; the client may ask again. With `offered`, only an offer that the client has not accepted is withdrawn.
     """
 
     name: str
@@ -85,6 +99,6 @@ class ReleaseLock(IdempotentRequest[Released | NotHeld], frozen=True, gc=False, 
 
 
 class DescribeLock(IdempotentRequest[LockInfo | LockFree], frozen=True, gc=False, tag="lock.describe"):
-    """Describe the holder of a lock."""
+    """Return the holder of a lock."""
 
     name: str

@@ -1,4 +1,4 @@
-"""Replies: what became of a request. No booleans, and no `None` to guess at."""
+"""Replies: the outcome of a request, as a type of its own instead of a boolean or `None`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from .errors import CacheError, rebuild
 
 
 class Found(Reply, frozen=True, tag="reply.found"):
-    """A live value. `version` grows with every write of the key, exact in 64-bit floats; `ttl` is the seconds left, `None` without
-    expiry; `stored_at` is Unix time in seconds."""
+    """A live value.
+
+    `version` grows with every write of the key, and a 64-bit float holds it exactly. `ttl` is the remaining time to
+    live in seconds, `None` without expiry. `stored_at` is Unix time in seconds.
+    """
 
     value: Any
     version: float = 0.0
@@ -23,7 +26,10 @@ class Found(Reply, frozen=True, tag="reply.found"):
 
 
 class Loaded(Found, frozen=True, tag="reply.loaded"):
-    """A live value with its `LoadMetadata`. `lifetime` is the seconds that it was given, `None` without expiry."""
+    """A live value with its `LoadMetadata`.
+
+    `lifetime` is its original time to live in seconds, `None` without expiry.
+    """
 
     load_time: float = 0.0
     stale_for: float = 0.0
@@ -32,11 +38,11 @@ class Loaded(Found, frozen=True, tag="reply.loaded"):
 
 
 class Missing(Reply, frozen=True, gc=False, tag="reply.missing"):
-    """There is no live value under the key."""
+    """The key has no live value."""
 
 
 class FoundMany(Reply, frozen=True, tag="reply.found_many"):
-    """The live values among the keys that were asked for; a key that is not here has none."""
+    """The live values of the requested keys. Keys without a live value are left out."""
 
     entries: Mapping[str, Found | Loaded]
 
@@ -45,14 +51,14 @@ class FoundMany(Reply, frozen=True, tag="reply.found_many"):
 
 
 class Present(Reply, frozen=True, gc=False, tag="reply.present"):
-    """There is a live value; this is all of it but the value. `ttl` as in `Found`."""
+    """The key has a live value, which is not included. `ttl` is as in `Found`."""
 
     version: float = 0.0
     ttl: float | None = None
 
 
 class Stored(Reply, frozen=True, gc=False, tag="reply.stored"):
-    """The value was stored, and is now at `version`."""
+    """The value was stored with `version`."""
 
     version: float = 0.0
 
@@ -64,8 +70,10 @@ class StoredMany(Reply, frozen=True, gc=False, tag="reply.stored_many"):
 
 
 class NotStored(Reply, frozen=True, gc=False, tag="reply.not_stored"):
-    """Nothing changed: the condition of the write did not hold, or its lease was lost. `version` is that of the present value, 0 if
-    there is none."""
+    """Nothing changed: the write's condition did not hold, or its lease was lost.
+
+    `version` is the version of the current value, or 0 if there is none.
+    """
 
     version: float = 0.0
     reason: Literal["condition", "lease_lost"] = "condition"
@@ -82,25 +90,27 @@ class Cleared(Reply, frozen=True, gc=False, tag="reply.cleared"):
 
 
 class Invalidated(Reply, frozen=True, gc=False, tag="reply.invalidated"):
-    """Every entry stored before now under one of the tags is gone for every reader."""
+    """Every entry stored with one of the tags before now is invalid for every reader."""
 
 
 class Incremented(Reply, frozen=True, gc=False, tag="reply.incremented"):
-    """The number that the counter holds after the increment."""
+    """The value of the counter after the increment."""
 
     value: int
 
 
 class Scanned(Reply, frozen=True, gc=False, tag="reply.scanned"):
-    """A page of keys. `cursor` asks for the next one; empty, it was the last."""
+    """A page of keys. Pass `cursor` to the next `Scan`; it is empty on the last page."""
 
     keys: tuple[str, ...]
     cursor: str = ""
 
 
 class Admitted(Reply, frozen=True, gc=False, tag="reply.admitted"):
-    """The units were taken, and the caller may go on after `delay` seconds. `remaining` units are left to be taken at once; all
-    are back `reset_after` seconds from now."""
+    """The units were taken, and the caller may continue after `delay` seconds.
+
+    `remaining` units can still be taken at once. The limit is fully replenished after `reset_after` seconds.
+    """
 
     remaining: int
     reset_after: float = 0.0
@@ -108,8 +118,11 @@ class Admitted(Reply, frozen=True, gc=False, tag="reply.admitted"):
 
 
 class RateLimitDenied(Reply, frozen=True, gc=False, tag="reply.rate_limit_denied"):
-    """No units were taken. If no other caller takes any, the same will be admitted `retry_after` seconds from now. The rest is as
-    in `Admitted`."""
+    """No units were taken.
+
+    If no other caller takes units, the same request is admitted after `retry_after` seconds. The other fields are as in
+    `Admitted`.
+    """
 
     remaining: int
     retry_after: float
@@ -117,13 +130,13 @@ class RateLimitDenied(Reply, frozen=True, gc=False, tag="reply.rate_limit_denied
 
 
 class Pong(Reply, frozen=True, gc=False, tag="reply.pong"):
-    """The actor is there and takes turns."""
+    """The actor is running and handles messages."""
 
     address: str
 
 
 class Description(Reply, frozen=True, tag="reply.description"):
-    """What an actor is: the store behind it, its bounds and what it can do."""
+    """Description of an actor: its store, capabilities and limits."""
 
     address: str
     store: str
@@ -135,12 +148,15 @@ class Description(Reply, frozen=True, tag="reply.description"):
 
 
 class Snapshot(Reply, frozen=True, tag="reply.snapshot"):
-    """Counters of a backend since its actor started, and gauges of the present.
+    """Counters of a backend since its actor started, and current gauges.
 
-    `removals` counts by `RemovalCause`. `weight` is in bytes if the store has a weigher, else 0. `overloaded` counts the requests
-    that a full mailbox refused. `guard` has the fields of `GuardStatistics`, and is empty without a guard. The rest is counted by
-    the cache that asked: `payload` has the fields of `PayloadStatistics`, and is empty if values stay objects; `errors` are its
-    calls that the backend failed, and `dropped_writes` the writes among them that were dropped.
+    `removals` counts by `RemovalCause`. `weight` is in bytes if the store has a weigher, otherwise 0. `overloaded`
+    counts requests that a full mailbox rejected. `guard` has the fields of `GuardStatistics`; it is empty without a
+    guard.
+
+    The cache that requested the snapshot counts the rest for itself. `payload` has the fields of `PayloadStatistics`;
+    it is empty if values are stored as objects. `errors` counts calls that the backend failed, and `dropped_writes` the
+    writes among them that were dropped.
     """
 
     address: str
@@ -165,17 +181,17 @@ class Snapshot(Reply, frozen=True, tag="reply.snapshot"):
 
     @property
     def requests(self) -> int:
-        """The number of keys that were read, found or not."""
+        """Number of keys read, hits and misses."""
         return self.hits + self.misses
 
     @property
     def hit_rate(self) -> float:
-        """Hits over keys read, 0.0 to 1.0; 0.0 before the first read."""
+        """Ratio of hits to keys read, from 0.0 to 1.0. It is 0.0 before the first read."""
         return self.hits / self.requests if self.requests else 0.0
 
 
 class Failed(Reply, frozen=True, tag="reply.failed"):
-    """The request failed with the error that `code` and `fields` describe; `detail` is its sentence."""
+    """The request failed. `code` and `fields` describe the error, and `detail` is its message."""
 
     code: str
     detail: str
@@ -190,5 +206,5 @@ class Failed(Reply, frozen=True, tag="reply.failed"):
         return cls(error.code, str(error), error.wire_fields())
 
     def error(self) -> CacheError:
-        """Return the error of this reply, as an exception of the same class."""
+        """Return the error as an exception of its original class."""
         return rebuild(self.code, self.detail, self.fields)

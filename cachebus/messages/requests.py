@@ -1,4 +1,4 @@
-"""Requests: what a backend can be asked to do. Each names its replies; any of them may also get `Failed`."""
+"""Requests to a backend. Each class declares its reply types; any request may also get `Failed`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .replies import (
 )
 
 Ttl = float | Literal["default"] | None
-"""Seconds to live; `"default"` leaves it to the backend, `None` is no expiry."""
+"""Time to live in seconds. `"default"` uses the backend's default; `None` means no expiry."""
 
 
 class Get(IdempotentRequest[Found | Missing], frozen=True, gc=False, tag="backend.get"):
@@ -44,14 +44,17 @@ class GetMany(IdempotentRequest[FoundMany], frozen=True, gc=False, tag="backend.
 
 
 class Exists(IdempotentRequest[Present | Missing], frozen=True, gc=False, tag="backend.exists"):
-    """Ask if a key has a live value, and for how long. It counts neither as hit nor as miss."""
+    """Check if a key has a live value, and return its remaining time to live. Counts neither as a hit nor as a miss."""
 
     key: str
 
 
 class Set(Request[Stored | NotStored], frozen=True, tag="backend.set"):
-    """Store a value: with `only_if`, only if the key has none (`absent`) or has one (`present`); with `lease`, only if that lease is
-    still held, which this ends. `metadata` is that of the load."""
+    """Store a value.
+
+    With `only_if`, the key must have no value (`absent`) or a value (`present`). With `lease`, the lease must still be
+    held; a successful write ends it. `metadata` describes the load that produced the value.
+    """
 
     key: str
     value: Any
@@ -63,9 +66,9 @@ class Set(Request[Stored | NotStored], frozen=True, tag="backend.set"):
 
 
 class SetMany(Request[StoredMany], frozen=True, tag="backend.set_many"):
-    """Store several values with one TTL and the same tags.
+    """Store several values with the same TTL and tags.
 
-    Not idempotent, as no write is: repeated after a delete, it would bring the values back.
+    Like every write, it is not idempotent: a repetition after a delete would restore the values.
     """
 
     items: Mapping[str, Any]
@@ -77,7 +80,7 @@ class SetMany(Request[StoredMany], frozen=True, tag="backend.set_many"):
 
 
 class Add(Request[Stored | NotStored], frozen=True, tag="backend.add"):
-    """Store a value if the key has none."""
+    """Store a value if the key has no live value."""
 
     key: str
     value: Any
@@ -86,7 +89,7 @@ class Add(Request[Stored | NotStored], frozen=True, tag="backend.add"):
 
 
 class CompareAndSet(Request[Stored | NotStored], frozen=True, tag="backend.compare_and_set"):
-    """Store a value if the key still has the one that was read at `version`."""
+    """Store a value if the current value still has the given `version`."""
 
     key: str
     value: Any
@@ -96,15 +99,18 @@ class CompareAndSet(Request[Stored | NotStored], frozen=True, tag="backend.compa
 
 
 class Touch(IdempotentRequest[Present | Missing], frozen=True, gc=False, tag="backend.touch"):
-    """Give a live value a new time to live, counted from now."""
+    """Set the time to live of a live value, counted from now."""
 
     key: str
     ttl: Ttl = "default"
 
 
 class Increment(Request[Incremented | Missing], frozen=True, gc=False, tag="backend.increment"):
-    """Add `delta` to an integer, in one step. A missing key starts at `initial`, with `ttl`, unless that is `None`. An existing one
-    keeps its time to live."""
+    """Add `delta` to an integer atomically.
+
+    A missing key starts at `initial` with `ttl`; if `initial` is `None`, the reply is `Missing`. An existing key keeps
+    its time to live.
+    """
 
     key: str
     delta: int = 1
@@ -127,22 +133,27 @@ class DeleteMany(IdempotentRequest[Deleted], frozen=True, gc=False, tag="backend
 
 
 class DeletePattern(IdempotentRequest[Deleted], frozen=True, gc=False, tag="backend.delete_pattern"):
-    """Remove every key that a glob matches: `*` is any run of characters, `?` is one, `[abc]` one of these, `\\` takes
-    the next character as it stands."""
+    """Remove every key that matches a glob pattern.
+
+    `*` matches any run of characters, `?` one character, `[abc]` one of the set. `\\` escapes the next character.
+    """
 
     pattern: str
     INVALIDATES: ClassVar[bool] = True
 
 
 class Scan(IdempotentRequest[Scanned], frozen=True, gc=False, tag="backend.scan"):
-    """List keys that a glob matches, a page at a time. Keys that come or go meanwhile may be listed or not."""
+    """List the keys that match a glob pattern, page by page.
+
+    Keys added or removed during the scan may or may not appear.
+    """
 
     pattern: str = "*"
     cursor: str = ""
 
 
 class InvalidateTags(IdempotentRequest[Invalidated], frozen=True, gc=False, tag="backend.invalidate_tags"):
-    """Make every entry that carries one of the tags unreadable."""
+    """Invalidate every entry that has one of the tags."""
 
     tags: tuple[str, ...]
     INVALIDATES: ClassVar[bool] = True
@@ -155,10 +166,10 @@ class Clear(IdempotentRequest[Cleared], frozen=True, gc=False, tag="backend.clea
 
 
 class Admit(Request[Admitted | RateLimitDenied], frozen=True, gc=False, tag="rate.admit"):
-    """Take `cost` units of a rate limit of `limit` units in `per` seconds, of which `burst` may be taken at once.
+    """Take `cost` units of a rate limit of `limit` units per `per` seconds. At most `burst` units can be taken at once.
 
-    `key` names the limit; it has nothing to do with the value under the same key. Units that
-    will be there within `wait` seconds are taken in advance.
+    `key` names the limit and is unrelated to the cache entry under the same key. Units that become available within
+    `wait` seconds can be reserved in advance.
     """
 
     key: str
@@ -169,23 +180,23 @@ class Admit(Request[Admitted | RateLimitDenied], frozen=True, gc=False, tag="rat
     wait: float = 0.0
 
     MOST: ClassVar[int] = 10**9
-    """Units that `limit`, `burst` and `cost` may be."""
+    """Largest value of `limit`, `burst` and `cost`, in units."""
 
     LONGEST: ClassVar[float] = 1e9
-    """Seconds that `per`, `wait` and filling up again may take: beyond that numbers of 64 bits get short."""
+    """Largest value, in seconds, of `per`, `wait` and the time to refill. Larger values would overflow 64 bits."""
 
 
 class Ping(IdempotentRequest[Pong], frozen=True, gc=False, tag="actor.ping"):
-    """Ask if the actor takes turns."""
+    """Check that the actor handles messages."""
 
 
 class Describe(IdempotentRequest[Description], frozen=True, gc=False, tag="actor.describe"):
-    """Ask for a description of the actor."""
+    """Return a description of the actor."""
 
 
 class TakeSnapshot(IdempotentRequest[Snapshot], frozen=True, gc=False, tag="actor.take_snapshot"):
-    """Ask for the counters."""
+    """Return the counters of the backend."""
 
 
 class Sweep(IdempotentRequest[Deleted], frozen=True, gc=False, tag="actor.sweep"):
-    """Remove what has expired. A backend sends it to itself when the next entry is due."""
+    """Remove expired entries. A backend sends it to itself when the next entry expires."""

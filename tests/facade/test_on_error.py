@@ -385,7 +385,7 @@ async def test_health_says_what_is_wrong_and_where_the_circuit_stands() -> None:
         first, second = await cache.health(), await cache.health()
         assert (first.ok, first.detail) == (False, "backend 'outage': nobody is there")
         assert first.circuit == "open"
-        assert second.detail.startswith("circuit of backend.primary is open, next attempt in ")
+        assert second.detail.startswith("the circuit of backend.primary is open; next attempt in ")
         assert (await cache.statistics()).errors == 0, "a look is no call"
 
     await both(work, url="redis://?breaker_failure_threshold=1&retry_attempts=1")

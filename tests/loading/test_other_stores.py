@@ -115,7 +115,7 @@ async def test_the_error_of_a_loader_elsewhere_says_what_it_raised(cache: Cache)
         tasks.start_soon(call, other)
         await anyio.wait_all_tasks_blocked()
         load.go_on.set()
-    assert sorted(errors) == ["the loader of another process raised LookupError", "with a secret in it"]
+    assert sorted(errors) == ["the loader in another process raised LookupError", "with a secret in it"]
 
 
 async def test_when_whoever_loads_gives_up_one_of_those_who_wait_loads(cache: Cache) -> None:

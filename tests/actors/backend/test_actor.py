@@ -241,7 +241,7 @@ async def test_what_a_store_cannot_do_is_a_capability_error() -> None:
             return None if kind is Increment else super().verb(kind)
 
     actor = await started(Limited(), Recorder())
-    with pytest.raises(CapabilityError, match="store 'memory' cannot do Increment"):
+    with pytest.raises(CapabilityError, match="store 'memory' does not support Increment"):
         actor.handlers().plain[Increment](Increment("k"))
 
 

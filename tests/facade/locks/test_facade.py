@@ -115,7 +115,9 @@ async def test_one_object_holds_one_lock(cache: Cache) -> None:
 async def test_who_cannot_have_it_is_told_why(cache: Cache) -> None:
     async with cache.lock("a", owner="me"):
         for wait in (0, 0.05):
-            with pytest.raises(LockNotAcquired, match=r"'a' was not to be had within .* s: 'me' holds it") as refused:
+            with pytest.raises(
+                LockNotAcquired, match=r"could not acquire the lock 'a' within .* s: 'me' holds it"
+            ) as refused:
                 async with cache.lock("a", wait=wait):
                     raise AssertionError("two have it")
             assert isinstance(refused.value, CacheTimeoutError)

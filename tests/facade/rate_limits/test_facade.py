@@ -48,7 +48,7 @@ async def test_a_block_is_entered_or_raises(cache: Cache) -> None:
     limit = cache.rate_limit("api", 1, timedelta(seconds=10))
     async with limit as entered:
         assert entered == RateLimit(True, 0, 0.0, 10.0)
-    with pytest.raises(RateLimited, match="'api' is used up, try again in 10 s") as caught:
+    with pytest.raises(RateLimited, match="'api' is exhausted; try again in 10 s") as caught:
         async with limit:
             raise AssertionError("entered")
     assert (caught.value.key, caught.value.retry_after) == ("api", 10.0)
