@@ -1,4 +1,4 @@
-"""Settings: their classes, and where they are read from."""
+"""Settings classes, and functions that load them from files, URLs and the environment."""
 
 from .settings import (
     ActorSettings,

@@ -1,4 +1,4 @@
-"""The options of a bus: how it reaches other processes over NATS, and which events it carries how."""
+"""Settings of the bus (NATS) and of events."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _DEFAULT = NatsOptions()
 
 def _kinds(value: object) -> tuple[str, ...]:
     given = [each for each in value.split(",") if each] if isinstance(value, str) else value
-    kinds = texts(given, "expected kinds of events, such as cache_set or cache_*")
+    kinds = texts(given, "expected event kinds, such as cache_set or cache_*")
     if kinds:
         event_kinds(kinds)
     return kinds
 
 
 def _prefixes(value: object) -> tuple[str, ...]:
-    expected = "expected beginnings of subjects, such as _INBOX"
+    expected = "expected subject prefixes, such as _INBOX"
     if not all(prefixes := texts(value, expected)):
         raise ValueError(expected)
     return prefixes
@@ -57,7 +57,7 @@ MaybeText = Annotated[str | None, "text or none", BeforeValidator(optional(_text
 
 
 class BusSettings(BackendOptions):
-    """A backend that some worker on the bus has; as a string, `bus:primary`. The worker's settings say what it is."""
+    """A backend that a worker on the bus serves, such as `bus:primary`. The worker's settings define its store."""
 
     type: Literal["bus"] = "bus"
 
@@ -65,29 +65,29 @@ class BusSettings(BackendOptions):
 class NatsSettings(Options):
     """A bus over NATS. Durations are seconds, sizes are bytes.
 
-    As a URL: `nats://user:password@host:4222,host2?window=4`, `nats://token@host`, and `tls://` to refuse a server without
-    TLS. In a user, a password or a token, everything but letters and digits is escaped with `%`. Options without a description
-    here are those of `cachebus.bus.nats.options.NatsOptions`.
+    URL forms: `nats://user:password@host:4222,host2?window=4`, `nats://token@host`, and `tls://` to require TLS. In a
+    user name, a password or a token, escape everything but letters and digits with `%`. `NatsOptions` in
+    `cachebus.bus.nats.options` describes the other options.
     """
 
     type: Literal["nats"] = "nats"
-    hosts: Hosts = ("localhost",)  # Servers of one cluster, each with or without a port: 4222 if left out.
-    user: str = ""  # The user to sign in as, with `password`.
-    password: SecretStr | None = None  # The password of `user`.
-    token: SecretStr | None = None  # The token to sign in with, instead of a user.
-    nkey_seed_file: MaybeText = None  # A file with the seed of an nkey. Read at every connect.
-    credentials_file: MaybeText = None  # A `.creds` file, with a JWT and a seed. Read at every connect.
-    tls: Switch = False  # Whether a server without TLS is refused. Certificates and host names are always checked.
-    tls_ca_file: MaybeText = None  # The authorities to trust, as a PEM file; those of the system if left out.
-    tls_cert_file: MaybeText = None  # Our own certificate, as a PEM file, if the server asks for one.
-    tls_key_file: MaybeText = None  # The key to our certificate, unencrypted, if it is not in the same file.
-    allow_insecure: Switch = False  # Whether production may talk plain text to them, because the network is trusted.
+    hosts: Hosts = ("localhost",)  # Servers of one cluster. The default port is 4222.
+    user: str = ""  # User name. Requires `password`.
+    password: SecretStr | None = None  # Password of `user`.
+    token: SecretStr | None = None  # Authentication token, instead of a user.
+    nkey_seed_file: MaybeText = None  # File with an nkey seed. Read on every connect.
+    credentials_file: MaybeText = None  # `.creds` file with a JWT and a seed. Read on every connect.
+    tls: Switch = False  # Refuse servers without TLS. Certificates and host names are always verified.
+    tls_ca_file: MaybeText = None  # PEM file with the trusted authorities; by default those of the system.
+    tls_cert_file: MaybeText = None  # PEM file with the client certificate, if the server requires one.
+    tls_key_file: MaybeText = None  # PEM file with the unencrypted client key, if not in `tls_cert_file`.
+    allow_insecure: Switch = False  # Allow connections without TLS in production, on a trusted network.
     inbox_prefix: Annotated[str, "text", BeforeValidator(_text)] = _DEFAULT.inbox_prefix
     reply_prefixes: Annotated[tuple[str, ...], "list of prefixes", BeforeValidator(_prefixes)] = _DEFAULT.reply_prefixes
     max_budget: Seconds = _DEFAULT.max_budget
-    connect_timeout: Seconds = _DEFAULT.connect_timeout  # How long connecting may take, greeting included.
+    connect_timeout: Seconds = _DEFAULT.connect_timeout  # Timeout for connecting, including authentication.
     reconnect_wait: Seconds = _DEFAULT.reconnect_wait
-    reconnect_wait_max: Seconds = _DEFAULT.reconnect_wait_max  # The upper end of the longest pause before a reconnect.
+    reconnect_wait_max: Seconds = _DEFAULT.reconnect_wait_max  # Maximum pause before a reconnect.
     ping_interval: Seconds = _DEFAULT.ping_interval
     batch: AtLeastOne = _DEFAULT.batch
     batch_bytes: AtLeastOne = _DEFAULT.batch_bytes
@@ -96,14 +96,14 @@ class NatsSettings(Options):
     resend_after: Seconds = _DEFAULT.resend_after
     claim_wait: Seconds = _DEFAULT.claim_wait
     events: Annotated[tuple[str, ...], "list of kinds", BeforeValidator(_kinds)] = _DEFAULT.events
-    events_format: Literal["json", "msgpack"] = "json"  # `json` is for listeners in any language.
+    events_format: Literal["json", "msgpack"] = "json"  # Format of published events; most languages can read `json`.
     events_stream: Annotated[str | None, "one word or none", BeforeValidator(optional(word))] = None
     events_stream_max_age: Seconds = _DEFAULT.events_stream_max_age
     events_stream_max_bytes: AtLeastOne = _DEFAULT.events_stream_max_bytes
     heartbeat: MaybeSeconds = _DEFAULT.heartbeat
     outbox: AtLeastOne = _DEFAULT.outbox
     pending_messages: AtLeastOne = _DEFAULT.pending_messages
-    pending_bytes: AtLeastOne = _DEFAULT.pending_bytes  # How many bytes of them may be taken at once.
+    pending_bytes: AtLeastOne = _DEFAULT.pending_bytes  # Maximum total size of these messages.
 
     @model_validator(mode="after")
     def _fits_together(self) -> NatsSettings:
@@ -111,7 +111,7 @@ class NatsSettings(Options):
         return self
 
     def nats_options(self, *, budget: float, name: str) -> NatsOptions:
-        """Return the options for the bus. Raises `CacheConfigurationError` for options that exclude each other."""
+        """Return the options of the bus. Raises `CacheConfigurationError` for options that exclude each other."""
         other = {"type", "hosts", "password", "token", "events_format", "allow_insecure"}
         same = {each: getattr(self, each) for each in type(self).model_fields if each not in other}
         return NatsOptions(
@@ -129,7 +129,7 @@ class NatsSettings(Options):
 
 
 def bus_from_url(url: str) -> NatsSettings:
-    """Return the settings of the bus that a URL describes. Raises `CacheConfigurationError`."""
+    """Return the bus settings for a URL. Raises `CacheConfigurationError`."""
     options = parse_bus_url(url)
     try:
         return NatsSettings(**options)
@@ -138,15 +138,15 @@ def bus_from_url(url: str) -> NatsSettings:
 
 
 def read_bus(value: object) -> object:
-    """Return the settings of a URL; let through named options."""
+    """Return the bus settings for a URL. Return other values unchanged."""
     return bus_from_url(value) if isinstance(value, str) else named(value)
 
 
-_read_hash_key = read_key(32, 64)  # BLAKE2b takes no longer key.
+_read_hash_key = read_key(32, 64)  # BLAKE2b supports keys of up to 64 bytes.
 
 
 def _sample(value: object) -> tuple[tuple[str, float], ...]:
-    # The environment has a mapping as JSON. Kept as pairs, because settings can be hashed.
+    # In the environment a mapping is JSON. It is stored as pairs, because settings are hashable.
     try:
         given: Any = json.loads(value) if isinstance(value, str) else value
         sample = dict(cast("Any", given)) if isinstance(given, Mapping | tuple) else None
@@ -156,7 +156,7 @@ def _sample(value: object) -> tuple[tuple[str, float], ...]:
         isinstance(glob, str) and isinstance(share, int | float) and not isinstance(share, bool)
         for glob, share in sample.items()
     ):
-        raise ValueError("expected shares from 0 to 1 by kinds of events, such as cache_hit: 0.01")
+        raise ValueError("expected rates from 0 to 1 by event kind, such as cache_hit: 0.01")
     sample = {str(glob): float(share) for glob, share in sample.items()}
     try:
         shares(sample)
@@ -166,22 +166,31 @@ def _sample(value: object) -> tuple[tuple[str, float], ...]:
 
 
 class EventSettings(Options):
-    """What events say, and how many of them go out."""
+    """Keys in events, and sampling."""
 
     keys: KeyForm = "plain"
-    """Keys in events: `plain`; `hash`, 32 hexadecimal digits of BLAKE2b; or `none`, the empty string. Tags stay plain."""
+    """Form of keys in events:
+
+    `plain`, `hash` (32 hexadecimal digits of BLAKE2b) or `none` (empty). Tags are always plain.
+    """
     hash_key: Annotated[
         SecretStr | None, "secret", BeforeValidator(lambda value: None if value is None else _read_hash_key(value))
     ] = None
-    """The secret of hashed keys, 32 to 64 bytes, the same for all processes. Without it, keys can be guessed from their hashes."""
-    sample: Annotated[tuple[tuple[str, float], ...], "shares by kind", BeforeValidator(_sample)] = ()
-    """The share of a kind of events that goes out, by globs: `{cache_hit: 0.01}`. Of several that fit, the first counts; the
-    counters of `statistics()` stay exact. What changes values (`cache_set`, `cache_deleted`, ...) is not sampled."""
+    """Secret for hashed keys, 32 to 64 bytes, the same in all processes.
+
+    Without it, keys can be guessed from hashes.
+    """
+    sample: Annotated[tuple[tuple[str, float], ...], "rates by kind", BeforeValidator(_sample)] = ()
+    """Sampling rates by glob over event kinds, such as `{cache_hit: 0.01}`.
+
+    The first matching glob applies. The counters of `statistics()` stay exact, and events that change values
+    (`cache_set`, `cache_deleted`, ...) are never sampled.
+    """
 
     @model_validator(mode="after")
     def _secret_is_used(self) -> EventSettings:
         unused = self.hash_key is not None and self.keys != "hash"
-        refuse_wrong((unused, f"hash_key: only keys: hash has a use for it, not keys: {self.keys}"))
+        refuse_wrong((unused, f"hash_key: is allowed only with keys: hash, not with keys: {self.keys}"))
         return self
 
     @field_serializer("sample")
@@ -190,5 +199,5 @@ class EventSettings(Options):
 
     @property
     def policy(self) -> EventPolicy:
-        """The same options, for the bus."""
+        """Event policy with these options, for the bus."""
         return EventPolicy(self.keys, b"" if self.hash_key is None else key_bytes(self.hash_key), dict(self.sample))

@@ -1,4 +1,4 @@
-"""The types and base classes of settings, and the sentences that say what is wrong with a value."""
+"""Types and base classes of settings, and the error messages for invalid values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .urls import Text, did_you_mean, redact_url
 T = TypeVar("T")
 Path: TypeAlias = tuple[str | int, ...]
 Problem: TypeAlias = tuple[Path, str]
-"""The path of an option, and what is wrong with it."""
+"""Path of an option, and the error message for it."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _FLOAT = re.compile(r"-?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?")
@@ -31,15 +31,18 @@ _EXPECTED = {
     "union_tag_not_found": "expected a URL, or options with a type",
     **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected named options"),
 }
-"""What is expected, by the type of pydantic's error."""
+"""Messages by the type of pydantic's error."""
 
-# A validator raises a ValueError that says what it expects: "expected seconds above 0". A rule with a sentence of its own
-# raises a CacheConfigurationError. `refusal` makes whole sentences of both. A text in an `Annotated` is what the page of
-# settings says of the values.
+# A validator raises ValueError with the expected values, such as "expected seconds above 0"; `refusal` appends the
+# actual value. A rule with a complete message raises CacheConfigurationError. The configuration page shows the string
+# in an `Annotated` as the type of the option.
 
 
 def _number(value: object) -> int | float:
-    """Return the number that a value is or, in a URL or the environment, says; else NaN, which is in no range."""
+    """Return a number, parsed from text if the value comes from a URL or the environment.
+
+    Return NaN, which every range check rejects, for other values.
+    """
     if isinstance(value, Text):
         if _INTEGER.fullmatch(value):
             return int(value)
@@ -72,7 +75,7 @@ def _integer(least: int) -> Callable[[object], int]:
 
 
 def optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
-    """Return a validator that also takes `None`, as `none` too: TOML, URLs and the environment have no null."""
+    """Return a validator that also accepts `None` and the text `none`: TOML, URLs and the environment have no null."""
 
     def read_or_none(value: object) -> Any:
         if value is None or (isinstance(value, str) and value == "none"):
@@ -87,7 +90,7 @@ def optional(read: Callable[[object], Any]) -> Callable[[object], Any]:
 
 
 def texts(value: object, expected: str) -> tuple[str, ...]:
-    """Return a list of texts, also from one text with commas between them. Raises `ValueError(expected)`."""
+    """Return a tuple of strings from a list or a comma-separated string. Raises `ValueError(expected)`."""
     parts = value.split(",") if isinstance(value, str) else value
     given = cast("Sequence[Any]", parts) if isinstance(parts, list | tuple) else [None]
     if not all(isinstance(each, str) for each in given):
@@ -96,15 +99,15 @@ def texts(value: object, expected: str) -> tuple[str, ...]:
 
 
 def named(value: T) -> T:
-    """Return `value`. Raises `CacheConfigurationError` for a mapping with names that are no text."""
+    """Return `value`. Raises `CacheConfigurationError` for a mapping with keys that are not strings."""
     options: Any = value
     if isinstance(options, Mapping) and not all(isinstance(name, str) for name in cast("Iterable[Any]", options)):
-        raise CacheConfigurationError("the name of an option is text: put it in quotes")
+        raise CacheConfigurationError("expected text as the name of an option: put it in quotes")
     return value
 
 
 def word(value: object) -> str:
-    """Return one word. Raises `ValueError`."""
+    """Validate a word and return it. Raises `ValueError`."""
     if isinstance(value, str) and _WORD.fullmatch(value):
         return str(value)
     raise ValueError("expected one word of 1 to 64 letters, digits, _ and -")
@@ -129,9 +132,9 @@ Switch = Annotated[bool, "true or false", BeforeValidator(_switch)]
 
 
 class Options(BaseModel):
-    """A frozen group of options that refuses unknown ones.
+    """Base class of a frozen group of options. It rejects unknown options.
 
-    Raises `CacheConfigurationError` instead of pydantic's own error.
+    Raises `CacheConfigurationError` instead of pydantic's `ValidationError`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -142,40 +145,43 @@ class Options(BaseModel):
             return
         except ValidationError as error:
             refused = refusal(error, type(self))
-        # Outside the `except`, so that pydantic's error, which holds every value, is not kept as the context.
+        # Raised outside the `except` block, so that the context does not keep pydantic's error with all values.
         raise refused
 
     def pick(self, *names: str) -> dict[str, Any]:
-        """Return the options of these names, for a callee that calls them the same."""
+        """Return the named options as keyword arguments."""
         return {name: getattr(self, name) for name in names}
 
 
 class BackendOptions(Options):
-    """The options that every backend has. `by_reference`: its store can keep objects, so that values need not become bytes."""
+    """Options of every backend.
+
+    `by_reference` is true if the store can keep objects, so that values need no serializer.
+    """
 
     by_reference: ClassVar[bool] = False
 
     type: Any = None
-    name: Word = "primary"  # What calls and events call the backend.
-    default: Switch = False  # Whether calls that name no backend go here. A single backend is the default by itself.
+    name: Word = "primary"  # Name of the backend in calls and events.
+    default: Switch = False  # Use this backend for calls that name none. A single backend is always the default.
 
 
 def refuse_wrong(*rules: tuple[object, str]) -> None:
-    """Raise `CacheConfigurationError` with the sentence of the first rule whose first part is true."""
+    """Raise `CacheConfigurationError` with the message of the first rule whose condition is true."""
     for wrong, sentence in rules:
         if wrong:
             raise CacheConfigurationError(sentence)
 
 
 def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfigurationError:
-    """Return the error that says in one sentence all that pydantic found wrong with a model. It shows no secrets.
+    """Return an error that describes all problems that pydantic found in a model, without secrets.
 
-    `args` holds the `Problem`s one by one, for the error of the enclosing model, which makes their paths longer.
+    Its `args` are the individual `Problem`s. The error of the enclosing model extends their paths.
     """
     found: list[Problem] = []
     for each in error.errors(include_url=False):
         path: Path = tuple(redact_url(part) if isinstance(part, str) else part for part in each["loc"])
-        # pydantic writes the tag of a discriminated union into the path: backends, 0, memory.
+        # pydantic includes the tag of a discriminated union in the path: backends, 0, memory.
         if len(path) > 2 and path[0] == "backends":
             path = path[:2] + path[3:]
         context = each.get("ctx", {})
@@ -191,7 +197,7 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
             tags = context["expected_tags"]
             found.append(((*path, "type"), f"expected one of {tags}, not {shown(context['tag'], path)}"))
         elif each["type"] == "missing":
-            found.append((path, "is needed"))
+            found.append((path, "is required"))
         else:
             message = each["msg"]
             other = f"expected {context['expected']}" if "expected" in context else message[:1].lower() + message[1:]
@@ -201,7 +207,7 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> CacheConfiguratio
 
 
 def problems_error(found: Iterable[Problem]) -> CacheConfigurationError:
-    """Return the error that says several problems. Its `args` are the problems one by one."""
+    """Return an error that describes several problems. Its `args` are the individual problems."""
     problems = tuple(found)
     refused = CacheConfigurationError("; ".join(sentence(path, text) for path, text in problems))
     refused.args = problems
@@ -209,14 +215,14 @@ def problems_error(found: Iterable[Problem]) -> CacheConfigurationError:
 
 
 def unknown_option(name: str, known: list[str]) -> str:
-    """Return the sentence for an unknown option: the nearest known one, and all of them."""
-    return f"unknown option{did_you_mean(name, known)}, known are {', '.join(known)}"
+    """Return the message for an unknown option, with the nearest known name and all known names."""
+    return f"unknown option{did_you_mean(name, known)}; known options are {', '.join(known)}"
 
 
 def shown(value: object, path: Path = ()) -> str:
-    """Return a value as an error shows it: short, and without what may be secret."""
+    """Return a value for an error message, shortened and without possible secrets."""
     if any(_SECRET.search(str(part)) for part in path):
-        return "what was given"
+        return "***"
     if isinstance(value, str):
         text = redact_url(value)
         return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
@@ -226,7 +232,7 @@ def shown(value: object, path: Path = ()) -> str:
 
 
 def sentence(path: Path, text: str) -> str:
-    """Return a problem with its path before it: `backends[0].name: ...`."""
+    """Return a message prefixed with the path of its option: `backends[0].name: ...`."""
     where = ""
     for part in path:
         if isinstance(part, str) and part.isidentifier():

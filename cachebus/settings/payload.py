@@ -1,4 +1,4 @@
-"""The options of payloads, and the pipeline that they describe."""
+"""Settings of payloads, and the pipeline built from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .fields import AtLeastOne, MaybeAtLeastOne, NotNegative, Options, Switch, r
 
 
 def read_key(at_least: int, at_most: int | None = None) -> Callable[[object], SecretStr]:
-    """Return the validator of a key of so many bytes, given as text, as `base64:` and base64, or as bytes."""
+    """Return a validator for keys of `at_least` to `at_most` bytes, given as text, as `base64:...` or as bytes."""
     sizes = f"{at_least} to {at_most}" if at_most else f"at least {at_least}"
 
     def read(value: object) -> SecretStr:
@@ -33,14 +33,14 @@ def read_key(at_least: int, at_most: int | None = None) -> Callable[[object], Se
             with contextlib.suppress(binascii.Error):
                 size = len(key_bytes(SecretStr(text)))
         if not at_least <= size <= (at_most or size):
-            raise CacheConfigurationError(f"expected a key of {sizes} bytes, as text or as base64: and base64")
+            raise CacheConfigurationError(f"expected a key of {sizes} bytes, as text or as base64:...")
         return SecretStr(str(text))
 
     return read
 
 
 def key_bytes(secret: SecretStr) -> bytes:
-    """Return the bytes of a key in the settings."""
+    """Return the decoded bytes of a key."""
     text = secret.get_secret_value()
     if text.startswith("base64:"):
         return base64.b64decode(text.removeprefix("base64:"), validate=True)
@@ -48,7 +48,7 @@ def key_bytes(secret: SecretStr) -> bytes:
 
 
 _key = read_key(KEY_SIZE_MIN)
-_EXPECTED_KEYS = f"expected keys of at least {KEY_SIZE_MIN} bytes, as text or as base64: and base64"
+_EXPECTED_KEYS = f"expected keys of at least {KEY_SIZE_MIN} bytes, as text or as base64:..."
 
 
 def _from_json(value: object, expected: str) -> Any:
@@ -72,12 +72,12 @@ def _keys(value: object) -> tuple[SecretStr, ...]:
 
 
 class EncryptionKey(Options):
-    """A master key, and the name that payloads call it by."""
+    """A master key and its id."""
 
     id: str
-    """1 to 32 letters, digits, `_`, `.` and `-`. Payloads show it."""
+    """1 to 32 letters, digits, `_`, `.` and `-`. Payloads contain it in plain text."""
     key: Annotated[SecretStr, "secret", BeforeValidator(_key)]
-    """At least 32 bytes, as text or as `base64:` and base64."""
+    """At least 32 bytes, as text or as `base64:...`."""
 
 
 def _keyring(value: object) -> tuple[Any, ...]:
@@ -98,50 +98,61 @@ def _types(value: object) -> tuple[Any, ...]:
 
 
 class PayloadSettings(Options):
-    """How values become bytes. Sizes are bytes."""
+    """Serialization, compression, signing and encryption of values. Sizes are bytes."""
 
     serializer: Literal["default", "msgpack", "json", "auto", "arrow", "pickle", "none"] = "default"
-    """`default` is `msgpack`, or `none` on a memory backend without keys: values by reference, and nothing else here counts."""
+    """`default` means `msgpack`, or `none` on a memory backend without keys.
+
+    With `none`, values are stored by reference and the other payload options have no effect.
+    """
     compression: CompressionName = "none"
-    """The compression of content that gets smaller. Payloads of every compression are read."""
-    threshold: NotNegative = 1024  # Content of fewer bytes is not compressed.
+    """Compression of new payloads, used only if it makes them smaller. Payloads of every compression can be read."""
+    threshold: NotNegative = 1024  # Minimum size for compression.
     level: NotNegative | None = None
-    """How hard to compress: zlib and gzip 1-9, lz4 0-12, zstd 1-19; left out, the usual level."""
+    """Compression level: zlib and gzip 1-9, lz4 0-12, zstd 1-19. By default the library's usual level."""
     max_size: AtLeastOne = MAX_SIZE
-    """Content of more bytes is refused, and a payload that would unpack to more is not read."""
+    """Maximum size of uncompressed content. Larger values are rejected, and larger payloads are not read."""
     checksum: Switch = False
-    """Whether payloads have an xxh3 checksum against corruption. Signatures and seals are one already."""
+    """Add an xxh3 checksum against corruption. Signatures and seals already include one."""
     signing_keys: Annotated[tuple[SecretStr, ...], "list of secrets", BeforeValidator(_keys)] = ()
-    """The first one signs, all of them verify. At least 32 bytes each, as text or as `base64:` and base64."""
+    """The first key signs, and all keys verify. Each has at least 32 bytes, as text or as `base64:...`."""
     encryption_keys: Annotated[tuple[EncryptionKey, ...], "secrets by id", BeforeValidator(_keyring)] = ()
-    """Master keys by id, `{"2024-06": "base64:..."}`, each as a signing key. With any, only sealed payloads are written and read."""
-    encryption_key_id: str | None = None  # The key that seals; left out, the first one. All of them open.
+    """Master keys by id, such as `{"2024-06": "base64:..."}`, of at least 32 bytes.
+
+    If set, only sealed payloads are written and read.
+    """
+    encryption_key_id: str | None = None  # Key that seals, by default the first. All keys can open.
     tenant: str = ""
-    """The tenant of the payloads. They are sealed with a key derived for it, which opens those of no other tenant."""
+    """Tenant of the payloads.
+
+    They are sealed with a key derived for this tenant, which cannot open those of other tenants.
+    """
     types: Annotated[tuple[type[Any] | str, ...], "list of classes", BeforeValidator(_types)] = ()
-    """The classes that the serializer `auto` may carry, each as `package.module:Class`, or the class itself."""
+    """Classes that the serializer `auto` may store, each as `package.module:Class` or as the class."""
     offload_above: MaybeAtLeastOne = 256 * 1024
-    """Payloads of so many bytes or more are packed and unpacked in a worker thread on an event loop; `None` is never."""
+    """Minimum size of payloads that are encoded and decoded in a worker thread, off the event loop; `None` disables
+    this.
+    """
 
     @model_validator(mode="after")
     def _fits_together(self) -> PayloadSettings:
         low, high, _ = LEVELS.get(self.compression, (0, 0, 0))
         asked = [name for name in ("checksum", "signing_keys", "encryption_keys") if getattr(self, name)]
         asked += ["compression"] if self.compression != "none" else []
-        makes_no_bytes = f"serializer: none makes no bytes, which {' and '.join(asked)} ask for"
+        makes_no_bytes = f"serializer: none cannot be combined with {' and '.join(asked)}"
         key_id, ids = self.encryption_key_id, [each.id for each in self.encryption_keys]
         level, compressed = self.level, self.compression != "none"
         fits = level is None or not compressed or low <= level <= high
         refuse_wrong(
-            (self.serializer == "pickle" and not self.signing_keys, "serializer: pickle needs signing_keys"),
+            (self.serializer == "pickle" and not self.signing_keys, "serializer: pickle requires signing_keys"),
             (self.serializer == "none" and asked, makes_no_bytes),
-            (level is not None and not compressed, "level: there is no compression"),
-            (not fits, f"level: {self.compression} has {low} to {high}"),
-            (self.max_size > SIZE_MAX, f"max_size: at most {SIZE_MAX}"),
-            (key_id not in (None, *ids), "encryption_key_id: there is no such key in encryption_keys"),
-            (len(set(ids)) < len(ids), "encryption_keys: an id is taken twice"),
-            (self.tenant and not ids, "tenant: only sealed payloads have one; give encryption_keys"),
-            (self.types and self.serializer != "auto", "types: only the serializer auto carries them"),
+            (level is not None and not compressed, "level: requires a compression"),
+            (not fits, f"level: expected {low} to {high} for {self.compression}"),
+            (self.max_size > SIZE_MAX, f"max_size: expected at most {SIZE_MAX}"),
+            (key_id not in (None, *ids), "encryption_key_id: expected an id of encryption_keys"),
+            (len(set(ids)) < len(ids), "encryption_keys: the same id is used twice"),
+            (self.tenant and not ids, "tenant: requires encryption_keys"),
+            (self.types and self.serializer != "auto", "types: requires the serializer auto"),
         )
         return self
 
@@ -151,9 +162,10 @@ class PayloadSettings(Options):
 
 
 def build_pipeline(settings: PayloadSettings, *, namespace: str, by_reference: bool) -> PayloadPipeline | None:
-    """Make the pipeline of settings; `None` if values stay objects. `by_reference` says that the store can hold objects.
+    """Build the payload pipeline for settings. Return `None` if values are stored as objects.
 
-    Raises `CacheConfigurationError` for a class that cannot be imported, and a library that is not installed.
+    `by_reference` is true if the store can keep objects. Raises `CacheConfigurationError` if a class cannot be imported
+    or a library is not installed.
     """
     serializer = settings.serializer
     if serializer == "default":
@@ -162,7 +174,7 @@ def build_pipeline(settings: PayloadSettings, *, namespace: str, by_reference: b
     if serializer == "none":
         if by_reference:
             return None
-        raise CacheConfigurationError("payload.serializer: none is for the memory backend; other stores need bytes")
+        raise CacheConfigurationError("payload.serializer: none requires the memory backend; other stores keep bytes")
     signing = [key_bytes(each) for each in settings.signing_keys]
     sealing = {each.id: key_bytes(each.key) for each in settings.encryption_keys}
     return PayloadPipeline(
@@ -183,5 +195,5 @@ def _imported(named: type[Any] | str) -> type[Any]:
     except (ImportError, AttributeError, ValueError):
         found = None
     if not isinstance(found, type):
-        raise CacheConfigurationError(f"payload.types: there is no class {named!r}")
+        raise CacheConfigurationError(f"payload.types: cannot import the class {named!r}")
     return found

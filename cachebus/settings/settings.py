@@ -1,4 +1,4 @@
-"""The settings of a cache, where they come from, and which source wins."""
+"""The settings of a cache, and their sources in order of precedence."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 class MemorySettings(BackendOptions):
-    """A store in the memory of this process."""
+    """A store in the memory of the process."""
 
     by_reference: ClassVar[bool] = True
 
     type: Literal["memory"] = "memory"
-    default_ttl: MaybeSeconds = None  # Seconds that values without a time to live are kept; `None` is no expiry.
-    max_entries: MaybeAtLeastOne = 10_000  # How many values there may be; `None` is no bound.
-    max_bytes: MaybeAtLeastOne = None  # How many bytes they may take together, by an estimate; `None` is no bound.
-    policy: Policy = "s3fifo"  # Chooses what goes when the store is full.
+    default_ttl: MaybeSeconds = None  # Time to live, in seconds, of values stored without one; `None` means no expiry.
+    max_entries: MaybeAtLeastOne = 10_000  # Maximum number of entries; `None` means no limit.
+    max_bytes: MaybeAtLeastOne = None  # Maximum total size of the entries, estimated; `None` means no limit.
+    policy: Policy = "s3fifo"  # Eviction policy for a full store.
 
 
 class NullSettings(BackendOptions):
-    """A store that keeps nothing: the application runs as if it had no cache."""
+    """A store that keeps nothing. The application runs as if it had no cache."""
 
     by_reference: ClassVar[bool] = True
 
@@ -70,20 +70,20 @@ class NullSettings(BackendOptions):
 
 
 class PluginSettings(GuardSettings, BackendOptions):
-    """A store from another package, which reads its own URL. The scheme is an entry point of `cachebus.node.stores`.
+    """A store from another package. The scheme of its URL is an entry point in the group `cachebus.node.stores`.
 
-    The URL may hold a password: `repr` and JSON show it masked.
+    The URL may contain a password, which `repr` and JSON mask.
     """
 
     type: Literal["plugin"] = "plugin"
     url: str
-    """The package reads its own options from it."""
+    """URL of the store. The package parses the options in it."""
 
     @field_validator("url")
     @classmethod
     def _of_another_package(cls, url: str) -> str:
         if parse_url(url)[0] != "plugin":
-            raise CacheConfigurationError(f"{redact_url(url)!r} is built in: give the URL itself, or its type")
+            raise CacheConfigurationError(f"{redact_url(url)!r} has a built-in scheme: use the URL or its type instead")
         return str(url)
 
     @field_serializer("url", when_used="json")
@@ -100,24 +100,24 @@ BackendSettings: TypeAlias = (
 
 
 class ActorSettings(Options):
-    """How actors run. Durations are seconds."""
+    """Mailboxes, turns and restarts of actors. Durations are seconds."""
 
-    mailbox_capacity: AtLeastOne = 10_000  # How many messages may wait for one actor before it answers `Overloaded`.
-    inline_turns: Switch = True  # Whether a caller may run a turn that cannot wait on its own stack.
-    max_restarts: NotNegative = 5  # How many restarts within `restart_window` are tried before an actor is given up.
-    restart_window: Seconds = 30.0  # How long a crash counts, in seconds.
-    restart_backoff: Seconds = 0.05  # Upper end of the first random pause; it doubles with each restart (full jitter).
-    restart_backoff_max: Seconds = 5.0  # The upper end of the longest back-off, in seconds.
+    mailbox_capacity: AtLeastOne = 10_000  # Maximum number of messages in a mailbox; more raise `Overloaded`.
+    inline_turns: Switch = True  # Let callers run non-waiting turns on their own stack, without a task switch.
+    max_restarts: NotNegative = 5  # Maximum number of restarts within `restart_window`; then the actor is stopped.
+    restart_window: Seconds = 30.0  # Period in which restarts are counted.
+    restart_backoff: Seconds = 0.05  # Upper bound of the first random pause; it doubles per restart (full jitter).
+    restart_backoff_max: Seconds = 5.0  # Maximum pause before a restart.
 
     @model_validator(mode="after")
-    def _longest_is_not_shorter_than_first(self) -> ActorSettings:
+    def _bounds_are_ordered(self) -> ActorSettings:
         most, least = self.restart_backoff_max, self.restart_backoff
         refuse_wrong((most < least, f"restart_backoff_max {most:g} is less than restart_backoff {least:g}"))
         return self
 
 
 def backend_from_url(url: str) -> BackendSettings:
-    """Return the settings of the backend that a URL describes. Raises `CacheConfigurationError`."""
+    """Return the backend settings for a URL. Raises `CacheConfigurationError`."""
     kind, options = parse_url(url)
     made = next(each for each in get_args(BackendSettings) if each.model_fields["type"].default == kind)
     try:
@@ -141,7 +141,7 @@ _Entry = Annotated[BackendSettings, Field(discriminator="type"), BeforeValidator
 
 
 class _Root(Options):
-    # Apart from Settings, so that type checkers still see a constructor with its fields.
+    # A separate base class, so that type checkers still derive the constructor of Settings from its fields.
     def __init__(self, /, **values: Any) -> None:
         known = type(self).model_fields
         for name in values:
@@ -151,40 +151,48 @@ class _Root(Options):
 
 
 class Settings(_Root):
-    """Every setting of a cache. A keyword wins over the environment (`CACHEBUS_TIMEOUT`,
-    `CACHEBUS_ACTORS__MAX_RESTARTS`), that over the default. `load_settings` also reads files and URLs.
+    """All settings of a cache.
 
-    Raises `CacheConfigurationError` that names the option, the value and what is allowed; never a password.
+    Keyword arguments take precedence over environment variables (`CACHEBUS_TIMEOUT`, `CACHEBUS_ACTORS__MAX_RESTARTS`),
+    and these over the defaults. `load_settings` also reads files and URLs.
+
+    Raises `CacheConfigurationError`, which names the option, its value and the allowed values, but never a password.
     """
 
     model_config = ConfigDict(validate_default=True)
 
     namespace: Word = "default"
-    """Keeps the keys of several applications in one store apart."""
+    """Separates the keys of applications that share a store."""
     timeout: Seconds = 5.0
-    """The time budget of one call, in seconds: the only deadline there is."""
+    """Time budget of each call, in seconds. It is the only deadline of the call."""
     on_error: OnError = "miss"
-    """When the backend fails: `miss`, and the application goes on as if nothing were cached; or `raise`."""
+    """Behaviour if the backend fails: `miss` continues as if nothing were cached; `raise` raises the error."""
     backends: Annotated[
         tuple[_Entry, ...], "list of backends: URLs, or options with a type", BeforeValidator(_read_entries)
     ] = (MemorySettings(),)
-    """Where values are kept. With several, one says `default: true`."""
+    """Stores for values. If there are several, exactly one needs `default: true`."""
     actors: Annotated[ActorSettings, BeforeValidator(named)] = ActorSettings()
-    """How actors run."""
+    """Options of the actors in this process."""
     bus: Annotated[NatsSettings | None, BeforeValidator(read_bus)] = None
-    """How to reach other processes: the URL of a NATS server, or its options; `None` is no way."""
+    """Connection to other processes: the URL of a NATS server or its options. With `None`, there is no connection."""
     payload: Annotated[PayloadSettings, BeforeValidator(named)] = PayloadSettings()
-    """How values become bytes."""
+    """Serialization, compression, signing and encryption of values."""
     events: Annotated[EventSettings, BeforeValidator(named)] = EventSettings()
-    """What events say, and how many of them go out."""
+    """Keys in events, and sampling."""
     locks: _Entry | None = None
-    """Where locks are kept: a backend, or `bus:locks` in workers that name one; `None` is with the values of the default backend."""
+    """Store for locks: a backend, or `bus:locks` to use a worker's lock store.
+
+    `None` uses the store of the default backend.
+    """
     profile: Literal["dev", "production", "test"] | None = None
-    """Sets of settings: `dev` is `debug`; `production` is that environment, zstd and checksums; `test` is a timeout of 30 s."""
+    """Preset:
+
+    `dev` enables `debug`; `production` sets that environment, zstd and checksums; `test` sets a timeout of 30 s.
+    """
     environment: Literal["development", "test", "production"] = "development"
-    """`production` refuses settings that are insecure."""
+    """`production` rejects insecure settings."""
     debug: Switch = False
-    """Whether the log names the keys that something went wrong with."""
+    """Include the affected keys in log messages."""
 
     @field_validator("backends")
     @classmethod
@@ -192,15 +200,15 @@ class Settings(_Root):
         names = [each.name for each in backends]
         twice = next((name for name in names if names.count(name) > 1), None)
         refuse_wrong(
-            (not names, "there must be at least one"),
-            (twice, f"the name {twice!r} is taken twice: give each backend its own"),
+            (not names, "expected at least one backend"),
+            (twice, f"the name {twice!r} is used twice; give each backend a different name"),
         )
         if len(backends) == 1:
             return (backends[0].model_copy(update={"default": True}),)
         defaults = [each.name for each in backends if each.default]
         refuse_wrong(
-            (not defaults, f"one of {', '.join(names)} must be the default: say default: true there"),
-            (len(defaults) > 1, f"only one can be the default, not all of {', '.join(defaults)}"),
+            (not defaults, f"one of {', '.join(names)} must be the default: set default: true on it"),
+            (len(defaults) > 1, f"only one backend can be the default, not {' and '.join(defaults)}"),
         )
         return backends
 
@@ -209,8 +217,8 @@ class Settings(_Root):
     def _can_be_kept(cls, locks: BackendSettings | None) -> BackendSettings | None:
         kind = None if locks is None else locks.type
         refuse_wrong(
-            (isinstance(locks, BusSettings) and locks.name != "locks", "the lock manager of a worker is at bus:locks"),
-            (kind in ("null", "plugin"), f"a {kind} backend keeps no locks: memory, redis, memcached or bus:locks"),
+            (isinstance(locks, BusSettings) and locks.name != "locks", "expected bus:locks for the locks of a worker"),
+            (kind in ("null", "plugin"), f"expected a memory, redis or memcached backend or bus:locks, not {kind}"),
         )
         return locks
 
@@ -219,39 +227,43 @@ class Settings(_Root):
         on_bus = [f"backend {each.name!r} is" for each in self.backends if isinstance(each, BusSettings)]
         on_bus += ["locks are"] if isinstance(self.locks, BusSettings) else []
         if on_bus and self.bus is None:
-            raise CacheConfigurationError(f"{on_bus[0]} on a bus: give its URL, bus='nats://host'")
+            raise CacheConfigurationError(f"{on_bus[0]} on a bus, but no bus is configured: set bus='nats://host'")
         if self.environment == "production" and (found := list(security_issues(self))):
             raise problems_error(found)
         remote = ", ".join(each.name for each in self.backends if not each.by_reference)
-        problem = f"payload.serializer: none is for the memory backend, and {remote} keeps bytes"
+        problem = f"payload.serializer: none requires the memory backend, but {remote} keeps bytes"
         refuse_wrong((self.payload.serializer == "none" and remote, problem))
         return self
 
     @property
     def locks_kept(self) -> BackendSettings:
-        """The backend whose store keeps the locks."""
+        """Settings of the backend that stores the locks."""
         return self.default_backend if self.locks is None else self.locks
 
     @property
     def default_backend(self) -> BackendSettings:
-        """The backend for calls that name none."""
+        """Settings of the default backend."""
         return next(each for each in self.backends if each.default)
 
     def backend(self, name: str) -> BackendSettings:
-        """Return the backend of a name. Raises `CacheConfigurationError` that lists the known ones."""
+        """Return the settings of a backend by name. Raises `CacheConfigurationError`, which lists the known names."""
         known = {each.name: each for each in self.backends}
         if name in known:
             return known[name]
-        raise CacheConfigurationError(f"no backend {name!r}{did_you_mean(name, known)}, known are {', '.join(known)}")
+        hint = did_you_mean(name, known)
+        raise CacheConfigurationError(f"unknown backend {name!r}{hint}; known backends are {', '.join(known)}")
 
 
 def load_settings(source: object = None, /, **overrides: Any) -> Settings:
-    """Return the settings of a source: a `Settings`, a mapping, a file (.yaml .yml .toml .json), a URL, a list with one URL,
-    or `None` for the environment alone. `overrides` win over the source, that over the environment, that over the defaults.
+    """Load settings from a source.
 
-    Groups of options are merged, lists are replaced. Reads files, so it blocks: call it before the loop runs.
+    The source is a `Settings`, a mapping, a file (.yaml .yml .toml .json), a URL, a list with one URL, or `None` for
+    the environment only. `overrides` take precedence over the source, the source over the environment, and the
+    environment over the defaults. Groups of options are merged; lists are replaced.
 
-    Raises `CacheConfigurationError` that names the option, the value and what is allowed; never a password.
+    Reading a file blocks, so call this before the event loop runs.
+
+    Raises `CacheConfigurationError`, which names the option, its value and the allowed values, but never a password.
     """
     if isinstance(source, Settings) and not overrides:
         return source
@@ -283,28 +295,29 @@ def _read(source: object) -> dict[str, Any]:
         case [str() as url] if is_url(url):
             return _read(url)
         case [_, _, *_]:  # pyright: ignore[reportUnknownVariableType]
-            raise CacheConfigurationError("tiers of backends are not available yet: give one URL")
+            raise CacheConfigurationError("expected one URL: tiers of several backends are not supported yet")
         case _:
-            raise CacheConfigurationError(
-                f"settings are read from a mapping, a file or a URL, not from {shown(source)}"
-            )
+            raise CacheConfigurationError(f"expected settings as a mapping, a file or a URL, not {shown(source)}")
 
 
 def security_issues(settings: Settings) -> Iterator[Problem]:
-    """Yield the path of each insecure setting, and what to do. Settings that are fit for production yield nothing."""
+    """Yield the path of each insecure setting and how to fix it.
+
+    Yield nothing if the settings are fit for production.
+    """
     if settings.debug:
-        yield ("debug",), "writes keys to the log; leave it out in production"
+        yield ("debug",), "writes keys to the log; remove it in production"
     events = settings.events
     if settings.payload.encryption_keys and events.keys == "plain":
-        yield ("events", "keys"), "events carry plain keys while payloads are sealed; say keys: hash or keys: none"
+        yield ("events", "keys"), "events contain plain keys while payloads are sealed; set keys: hash or keys: none"
     if settings.payload.encryption_keys and events.keys == "hash" and events.hash_key is None:
         yield (
             ("events", "hash_key"),
-            "keys can be guessed from hashes without a secret while payloads are sealed; give one",
+            "without a secret, keys can be guessed from their hashes while payloads are sealed; set hash_key",
         )
     for place, backend in enumerate(settings.backends):
         if backend.type == "memory" and backend.max_entries is None and backend.max_bytes is None:
-            yield ("backends", place, "max_entries"), "the memory backend has no bound; give max_entries or max_bytes"
+            yield ("backends", place, "max_entries"), "the memory backend has no limit; set max_entries or max_bytes"
         yield from _plain_text(("backends", place), backend)
     yield from _plain_text(("locks",), settings.locks)
     yield from _plain_text(("bus",), settings.bus)
@@ -312,7 +325,7 @@ def security_issues(settings: Settings) -> Iterator[Problem]:
 
 _TLS_REMEDIES = {
     "redis": "use rediss:// (tls: true)",
-    "memcached": "say tls: true",
+    "memcached": "set tls: true",
     "nats": "use tls:// (tls: true)",
 }
 
@@ -323,8 +336,8 @@ def _plain_text(at: tuple[str | int, ...], server: Any) -> Iterator[Problem]:
         return
     foreign = [host for host in server.hosts if not _is_loopback(host)]
     if foreign and not (server.tls or server.allow_insecure):
-        otherwise = f"{remedy}, or say allow_insecure: true where the network is trusted"
-        yield (*at, "tls"), f"plain text to {', '.join(foreign)}; {otherwise}"
+        otherwise = f"{remedy}, or set allow_insecure: true if the network is trusted"
+        yield (*at, "tls"), f"connections to {', '.join(foreign)} are not encrypted; {otherwise}"
 
 
 def _is_loopback(host: str) -> bool:

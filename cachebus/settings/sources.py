@@ -1,4 +1,4 @@
-"""The sources of settings besides keywords and URLs: the environment, profiles, and YAML, TOML and JSON files."""
+"""Settings from the environment, from profiles, and from YAML, TOML and JSON files."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from .fields import unknown_option
 from .urls import Text, is_url, known_schemes, parse_bus_url, redact_url
 
 PREFIX = "CACHEBUS_"
-"""The beginning of the name of every environment variable of cachebus."""
+"""Prefix of the environment variables of cachebus."""
 
 PROFILES: Mapping[str, dict[str, Any]] = {
     "dev": {"environment": "development", "debug": True},
     "production": {"environment": "production", "payload": {"compression": "zstd", "checksum": True}},
     "test": {"environment": "test", "timeout": 30.0},
 }
-"""Sets of settings by name. They win over the defaults and over nothing else."""
+"""Presets by name. They take precedence only over the defaults."""
 
 FORMATS = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML", ".json": "JSON"}
-"""The suffixes of files that can be read."""
+"""Formats of settings files by suffix."""
 
 
-# What Kubernetes sets in every container for a service that is called "cachebus", and the servers of `cachebus.testing`.
+# Variables that Kubernetes sets in every container for a service named "cachebus", and those of `cachebus.testing`.
 _OTHERS = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?|TEST_\w+_URL")
 
 
 def with_sources(fields: Mapping[str, FieldInfo], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of settings, not yet checked: keywords win over the environment, that over the profile.
+    """Return unvalidated settings. Keywords take precedence over the environment, and the environment over the profile.
 
-    Raises `CacheConfigurationError` for an unknown variable of the environment.
+    Raises `CacheConfigurationError` for an unknown environment variable.
     """
     given = _merged(_read_environment(fields), keywords)
     return _merged(PROFILES.get(str(given.get("profile")), {}), given)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return two mappings as one. Mappings in both are merged, as is the URL of a bus; else the value of `above` counts."""
+    """Merge two mappings. Values of `above` take precedence; nested mappings and the URL of a bus are merged."""
     both = {**below, **above}
     for name in below.keys() & above.keys():
         if isinstance(below[name], dict) or isinstance(above[name], dict):
@@ -57,7 +57,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any] | None:
-    """Return the options of a group: a mapping, or the URL of a bus. `None` for a value that cannot be merged."""
+    """Return the options of a group, given as a mapping or as the URL of a bus. Return `None` for other values."""
     if name == "bus" and isinstance(value, str):
         return dict(parse_bus_url(value))
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None
@@ -82,7 +82,7 @@ def _read_environment(fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
 
 
 def _variables(fields: Mapping[str, FieldInfo]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield path and type of all settings that have a variable, a group before its options."""
+    """Yield the path and type of all settings that have an environment variable, each group before its options."""
     for name, field in fields.items():
         yield (name,), field.annotation
         for part in (field.annotation, *get_args(field.annotation)):
@@ -91,7 +91,7 @@ def _variables(fields: Mapping[str, FieldInfo]) -> Iterator[tuple[tuple[str, ...
 
 
 def _decoded(name: str, kind: Any, text: str) -> Any:
-    """Return the value of a variable: text, or JSON for a list or options, which may be a URL too."""
+    """Return the value of an environment variable. Lists and options are parsed from JSON, or may be a URL."""
     group = name.removeprefix(PREFIX).lower()
     if not _is_json(kind) or (group in ("bus", "locks") and is_url(text)):
         return Text(text)
@@ -115,7 +115,7 @@ def _as_text(value: Any) -> Any:
 
 
 def read_file(source: str | Path) -> dict[str, Any]:
-    """Return the options that a file holds, not yet checked. Blocks. Raises `CacheConfigurationError`."""
+    """Read the unvalidated options of a file. Blocks. Raises `CacheConfigurationError`."""
     path = Path(source)
     shown = repr(redact_url(str(source)))
     suffixes = " ".join(FORMATS)
@@ -123,16 +123,14 @@ def read_file(source: str | Path) -> dict[str, Any]:
     if name is None and not (isinstance(source, Path) or path.is_file()):
         scheme = re.split(r"[:?]", str(source))[0]
         hint = f"; did you mean '{scheme}://'?" if scheme in known_schemes() else ""
-        raise CacheConfigurationError(
-            f"{shown} is neither a URL (scheme://...) nor a file of settings ({suffixes}){hint}"
-        )
+        raise CacheConfigurationError(f"{shown} is neither a URL (scheme://...) nor a settings file ({suffixes}){hint}")
     if name is None:
-        raise CacheConfigurationError(f"{shown}: settings are read from {suffixes} files")
+        raise CacheConfigurationError(f"{shown}: expected a settings file with one of the suffixes {suffixes}")
     try:
         values = _parse(name, path.read_text(encoding="utf-8"))
         if isinstance(values, dict):
             return values  # pyright: ignore[reportUnknownVariableType]
-        problem = "does not hold named options"
+        problem = "does not contain named options"
     except UnicodeDecodeError:
         problem = "is not UTF-8 text"
     except OSError as error:
@@ -143,7 +141,7 @@ def read_file(source: str | Path) -> dict[str, Any]:
 
 
 def _parse(name: str, text: str) -> Any:
-    """Return what a text says. The `ValueError` for a wrong one names the place, and nothing that stands there: it may be secret."""
+    """Parse a text. The `ValueError` for invalid text names only the position, because the content may be secret."""
     import yaml
 
     try:
@@ -154,10 +152,10 @@ def _parse(name: str, text: str) -> Any:
         problem = f"line {error.lineno}, column {error.colno}"
     except tomllib.TOMLDecodeError as error:
         place = re.search(r"\(at ([^()]*)\)$", str(error))
-        problem = place[1] if place else "somewhere"
+        problem = place[1] if place else "at an unknown position"
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        problem = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        problem = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "at an unknown position"
     except (yaml.YAMLError, ValueError):
-        problem = "a character or a value that it cannot hold"
+        problem = "it contains an unsupported character or value"
     raise ValueError(problem)

@@ -354,7 +354,7 @@ def test_what_a_store_is_comes_before_how_it_is_guarded() -> None:
         ("breaker_recovry=1", "did you mean 'breaker_recovery'?"),
         ("breaker_recovery=0", "breaker_recovery: expected seconds above 0"),
         ("breaker_failure_threshold=0", "breaker_failure_threshold: expected a whole number, 1 or more"),
-        ("breaker_excluded=timeuot", "breaker_excluded: no error is called 'timeuot' (did you mean 'timeout'?)"),
+        ("breaker_excluded=timeuot", "breaker_excluded: unknown error 'timeuot' (did you mean 'timeout'?)"),
         ("timeout_min=20", "timeout_max 10 is less than timeout_min 20"),
         ("retry_budget=1.5", "retry_budget: expected a number from 0 to 1"),
         ("max_waiting=-1", "max_waiting: expected a whole number, 0 or more"),

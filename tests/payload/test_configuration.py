@@ -65,21 +65,21 @@ def test_keys_come_from_keywords_files_and_the_environment(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("payload", "sentence"),
     [
-        ({"serializer": "pickle"}, "payload: serializer: pickle needs signing_keys"),
+        ({"serializer": "pickle"}, "payload: serializer: pickle requires signing_keys"),
         ({"signing_keys": ["x" * 31]}, "payload.signing_keys: expected a key of at least 32 bytes"),
         ({"signing_keys": ["base64:AAAA"]}, "payload.signing_keys: expected a key of at least 32 bytes"),
         ({"encryption_keys": {"k": "short"}}, "at least 32 bytes"),
         (
             {"encryption_keys": {"k": CANARY}, "encryption_key_id": "l"},
-            "payload: encryption_key_id: there is no such key",
+            "payload: encryption_key_id: expected an id of encryption_keys",
         ),
-        ({"serializer": "none", "checksum": True}, "payload: serializer: none makes no bytes, which checksum ask for"),
-        ({"level": 3}, "payload: level: there is no compression"),
-        ({"compression": "zlib", "level": 10}, "payload: level: zlib has 1 to 9"),
+        ({"serializer": "none", "checksum": True}, "payload: serializer: none cannot be combined with checksum"),
+        ({"level": 3}, "payload: level: requires a compression"),
+        ({"compression": "zlib", "level": 10}, "payload: level: expected 1 to 9 for zlib"),
         ({"compression": "brotli"}, "payload.compression: expected 'none', 'zlib', 'gzip', 'lz4' or 'zstd'"),
-        ({"tenant": "shop"}, "payload: tenant: only sealed payloads have one"),
-        ({"types": ["a:B"]}, "payload: types: only the serializer auto carries them"),
-        ({"max_size": 2**32}, "payload: max_size: at most 4294967295"),
+        ({"tenant": "shop"}, "payload: tenant: requires encryption_keys"),
+        ({"types": ["a:B"]}, "payload: types: requires the serializer auto"),
+        ({"max_size": 2**32}, "payload: max_size: expected at most 4294967295"),
     ],
 )
 def test_what_does_not_fit_is_named(payload: dict[str, Any], sentence: str) -> None:
@@ -90,47 +90,47 @@ INSECURE: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "debug": ({"debug": True}, "debug: ", {"debug": False}),
     "plain keys in events": (
         {"payload": KEYS},
-        "events.keys: events carry plain keys while payloads are sealed; say keys: hash or keys: none",
+        "events.keys: events contain plain keys while payloads are sealed; set keys: hash or keys: none",
         {"payload": KEYS, "events": {"keys": "none"}},
     ),
     "hashed keys without a secret": (
         {"payload": KEYS, "events": {"keys": "hash"}},
-        "events.hash_key: keys can be guessed from hashes without a secret while payloads are sealed; give one",
+        "events.hash_key: without a secret, keys can be guessed from their hashes while payloads are sealed; set hash_key",
         {"payload": KEYS, "events": {"keys": "hash", "hash_key": "h" * 32}},
     ),
     "an unbounded memory backend": (
         {"backends": ["memory://?max_entries=none"]},
-        "backends[0].max_entries: the memory backend has no bound; give max_entries or max_bytes",
+        "backends[0].max_entries: the memory backend has no limit; set max_entries or max_bytes",
         {"backends": ["memory://?max_entries=none&max_bytes=1000"]},
     ),
     "plain Redis": (
         {"backends": ["redis://10.1.2.3"]},
-        "backends[0].tls: plain text to 10.1.2.3; use rediss://",
+        "backends[0].tls: connections to 10.1.2.3 are not encrypted; use rediss://",
         {"backends": ["rediss://10.1.2.3"]},
     ),
     "plain Redis by name": (
         {"backends": ["redis://localhost.example.com"]},
-        "backends[0].tls: plain text to localhost.example.com",
+        "backends[0].tls: connections to localhost.example.com are not encrypted",
         {"backends": ["redis://localhost.example.com?allow_insecure=true"]},
     ),
     "plain sentinels": (
         {"backends": ["redis+sentinel://127.0.0.1,cache-2/service"]},
-        "backends[0].tls: plain text to cache-2;",
+        "backends[0].tls: connections to cache-2 are not encrypted;",
         {"backends": ["redis+sentinel://127.0.0.1,[::1]:7,localhost/service"]},
     ),
     "plain Memcached": (
         {"backends": ["memcached://10.1.2.3"]},
-        "backends[0].tls: plain text to 10.1.2.3; say tls: true",
+        "backends[0].tls: connections to 10.1.2.3 are not encrypted; set tls: true",
         {"backends": ["memcached://10.1.2.3?allow_insecure=true"]},
     ),
     "plain NATS": (
         {"bus": "nats://10.1.2.3"},
-        "bus.tls: plain text to 10.1.2.3; use tls://",
+        "bus.tls: connections to 10.1.2.3 are not encrypted; use tls://",
         {"bus": "tls://10.1.2.3"},
     ),
     "plain NATS by name": (
         {"bus": "nats://bus.example.com"},
-        "bus.tls: plain text to bus.example.com",
+        "bus.tls: connections to bus.example.com are not encrypted",
         {"bus": "nats://bus.example.com?allow_insecure=true"},
     ),
     "short keys": (
@@ -140,7 +140,7 @@ INSECURE: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "unsigned pickle": (
         {"payload": {"serializer": "pickle"}},
-        "pickle needs signing_keys",
+        "pickle requires signing_keys",
         {"payload": {"serializer": "pickle", "signing_keys": [CANARY]}},
     ),
 }
@@ -194,7 +194,7 @@ class TestTheCommandLine:
         said = capsys.readouterr()
         assert said.out == ""
         assert "debug: writes keys to the log" in said.err
-        assert "backends[0].tls: plain text to far" in said.err
+        assert "backends[0].tls: connections to far are not encrypted" in said.err
         assert "hunter2" not in said.err
 
     def test_check_says_what_production_would_refuse(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -403,7 +403,7 @@ def test_a_memory_cache_keeps_objects_unless_keys_forbid_it() -> None:
 
 
 def test_objects_are_for_the_memory_backend() -> None:
-    with pytest.raises(CacheConfigurationError, match=r"payload\.serializer: none is for the memory backend"):
+    with pytest.raises(CacheConfigurationError, match=r"payload\.serializer: none requires the memory backend"):
         open_sync_cache("redis://localhost:1", payload={"serializer": "none"})
 
 
@@ -411,7 +411,7 @@ def test_classes_are_named_in_the_settings() -> None:
     named = "tests.payload.pipelines:Point"
     with open_sync_cache("memory://", payload={"serializer": "auto", "types": [named]}) as cache:
         assert repr(cache.payloads) == "<PayloadPipeline auto for 'default'>"
-    with pytest.raises(CacheConfigurationError, match=r"there is no class 'no\.such:Class'"):
+    with pytest.raises(CacheConfigurationError, match=r"cannot import the class 'no\.such:Class'"):
         open_sync_cache("memory://", payload={"serializer": "auto", "types": ["no.such:Class"]}).get("k")
 
 

@@ -195,27 +195,27 @@ def test_a_policy_is_one_of_four() -> None:
     [
         (
             {"timout": 5},
-            f"timout: unknown option (did you mean 'timeout'?), known are {KNOWN}",
+            f"timout: unknown option (did you mean 'timeout'?); known options are {KNOWN}",
         ),
-        ({"TIMEOUT": 5}, f"TIMEOUT: unknown option, known are {KNOWN}"),
-        ({"_env_file": ".env"}, f"_env_file: unknown option, known are {KNOWN}"),
+        ({"TIMEOUT": 5}, f"TIMEOUT: unknown option; known options are {KNOWN}"),
+        ({"_env_file": ".env"}, f"_env_file: unknown option; known options are {KNOWN}"),
         (
             {"actors": {"mailbox": 5}},
             (
-                "actors.mailbox: unknown option (did you mean 'mailbox_capacity'?), known are mailbox_capacity, "
+                "actors.mailbox: unknown option (did you mean 'mailbox_capacity'?); known options are mailbox_capacity, "
                 "inline_turns, max_restarts, restart_window, restart_backoff, restart_backoff_max"
             ),
         ),
         (
             {"backends": ["memory://?name=a", {"type": "memory", "max_entres": 5}]},
             (
-                "backends[1].max_entres: unknown option (did you mean 'max_entries'?), known are name, default, "
+                "backends[1].max_entres: unknown option (did you mean 'max_entries'?); known options are name, default, "
                 "default_ttl, max_entries, max_bytes, policy"
             ),
         ),
         (
             {"backends": [{"type": "null", "max_entries": 5}]},
-            "backends[0].max_entries: unknown option, known are name, default",
+            "backends[0].max_entries: unknown option; known options are name, default",
         ),
         (
             {"backends": [{"type": "mongodb"}]},
@@ -226,11 +226,11 @@ def test_a_policy_is_one_of_four() -> None:
             "backends[0]: expected a URL, or options with a type, not a value of type dict",
         ),
         ({"backends": [5]}, "backends[0]: expected named options, not 5"),
-        ({"backends": [{"type": "plugin"}]}, "backends[0].url: is needed"),
+        ({"backends": [{"type": "plugin"}]}, "backends[0].url: is required"),
         ({"backends": [{"type": "plugin", "url": 5}]}, "backends[0].url: expected text, not 5"),
         (
             {"backends": [{"type": "plugin", "url": "memory://"}]},
-            "backends[0].url: 'memory://' is built in: give the URL itself, or its type",
+            "backends[0].url: 'memory://' has a built-in scheme: use the URL or its type instead",
         ),
         (
             {"backends": ["memory://?max_entries=0"]},
@@ -246,8 +246,8 @@ def test_a_policy_is_one_of_four() -> None:
         ),
         ({"actors": 5}, "actors: expected named options, not 5"),
         ({"actors": None}, "actors: expected named options, not None"),
-        ({"actors": {5: 5}}, "actors: the name of an option is text: put it in quotes"),
-        ({"backends": [{5: 5}]}, "backends[0]: the name of an option is text: put it in quotes"),
+        ({"actors": {5: 5}}, "actors: expected text as the name of an option: put it in quotes"),
+        ({"backends": [{5: 5}]}, "backends[0]: expected text as the name of an option: put it in quotes"),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_allowed(options: dict[str, Any], sentence: str) -> None:
@@ -282,18 +282,20 @@ def test_several_backends_have_one_that_says_it_is_the_default() -> None:
     settings = load_settings({"backends": ["memory://?name=hot", {"type": "null", "name": "off", "default": True}]})
     assert settings.default_backend == NullSettings(name="off", default=True)
     assert settings.backend("hot") == MemorySettings(name="hot")
-    assert refused(settings.backend, "hod") == "no backend 'hod' (did you mean 'hot'?), known are hot, off"
+    assert (
+        refused(settings.backend, "hod") == "unknown backend 'hod' (did you mean 'hot'?); known backends are hot, off"
+    )
 
 
 @pytest.mark.parametrize(
     ("backends", "sentence"),
     [
-        ([], "there must be at least one"),
-        (["memory://", "null://"], "the name 'primary' is taken twice: give each backend its own"),
-        (["memory://", "null://?name=off"], "one of primary, off must be the default: say default: true there"),
+        ([], "expected at least one backend"),
+        (["memory://", "null://"], "the name 'primary' is used twice; give each backend a different name"),
+        (["memory://", "null://?name=off"], "one of primary, off must be the default: set default: true on it"),
         (
             ["memory://?default=true", "null://?name=off", "null://?name=on&default=true"],
-            "only one can be the default, not all of primary, on",
+            "only one backend can be the default, not primary and on",
         ),
     ],
 )
@@ -371,7 +373,7 @@ def test_a_mistyped_variable_is_refused(variable: str, nearest: str, monkeypatch
     monkeypatch.setenv(variable, SECRET)
     for sentence in (refused(load_settings), refused(Settings, timeout=1)):
         assert sentence.startswith(
-            f"environment variable {variable.upper()}: unknown option (did you mean '{nearest}'?), known are "
+            f"environment variable {variable.upper()}: unknown option (did you mean '{nearest}'?); known options are "
             "CACHEBUS_NAMESPACE, CACHEBUS_TIMEOUT, CACHEBUS_ON_ERROR, CACHEBUS_BACKENDS, CACHEBUS_ACTORS, CACHEBUS_ACTORS__MAILBOX_CAPACITY,"
         )
         assert SECRET not in sentence
@@ -475,19 +477,19 @@ def test_an_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
     ("name", "content", "sentence"),
     [
         ("a.yaml", "timeout: 5\n  namespace: [", "is not valid YAML: line 2, column 12"),
-        ("a.yaml", "timeout: \x07", "is not valid YAML: a character or a value that it cannot hold"),
-        ("a.yaml", "- timeout", "does not hold named options"),
-        ("a.yaml", "5: 5", "the name of an option is text: put it in quotes"),
+        ("a.yaml", "timeout: \x07", "is not valid YAML: it contains an unsupported character or value"),
+        ("a.yaml", "- timeout", "does not contain named options"),
+        ("a.yaml", "5: 5", "expected text as the name of an option: put it in quotes"),
         ("a.yaml", "timout: 5", "timout: unknown option (did you mean 'timeout'?)"),
         ("a.yaml", "timeout: '5'", "timeout: expected seconds above 0, as a number or a timedelta, not '5'"),
         ("a.toml", "timeout = 5\ntimeout = 6", "is not valid TOML: "),
         ("a.toml", "timeout =", "is not valid TOML: "),
         ("a.json", '{"timeout": 5,}', "is not valid JSON: line 1, column "),
         ("a.json", "", "is not valid JSON: line 1, column 1"),
-        ("a.json", "[]", "does not hold named options"),
-        ("a.json", "null", "does not hold named options"),
+        ("a.json", "[]", "does not contain named options"),
+        ("a.json", "null", "does not contain named options"),
         ("a.json", '{"timeout": NaN}', "timeout: expected seconds above 0, as a number or a timedelta, not nan"),
-        ("a.ini", "timeout = 5", "settings are read from .yaml .yml .toml .json files"),
+        ("a.ini", "timeout = 5", "expected a settings file with one of the suffixes .yaml .yml .toml .json"),
         ("a.yaml", b"\xff\xfe\xfa", "is not UTF-8 text"),
     ],
 )
@@ -507,7 +509,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_string_that_is_neither_a_url_nor_a_file_is_refused() -> None:
     assert refused(load_settings, "memry") == (
-        "'memry' is neither a URL (scheme://...) nor a file of settings (.yaml .yml .toml .json)"
+        "'memry' is neither a URL (scheme://...) nor a settings file (.yaml .yml .toml .json)"
     )
     assert refused(load_settings, "memory:?max_entries=5").endswith("; did you mean 'memory://'?")
 
@@ -522,12 +524,14 @@ def test_a_url_is_a_source(source: object) -> None:
 
 
 def test_several_urls_have_to_wait_for_tiers() -> None:
-    assert refused(load_settings, ["memory://", "null://"]) == ("tiers of backends are not available yet: give one URL")
+    assert refused(load_settings, ["memory://", "null://"]) == (
+        "expected one URL: tiers of several backends are not supported yet"
+    )
 
 
 @pytest.mark.parametrize("source", [5, b"memory://", [], ["memory"], [5], object(), {"a", "b"}])
 def test_nothing_else_is_a_source(source: object) -> None:
-    assert refused(load_settings, source).startswith("settings are read from a mapping, a file or a URL, not from ")
+    assert refused(load_settings, source).startswith("expected settings as a mapping, a file or a URL, not ")
 
 
 def test_any_mapping_is_a_source_and_stays_as_it_is() -> None:
@@ -643,7 +647,7 @@ def test_an_error_does_not_show_the_value_of_an_option_with_a_secret_name() -> N
         attempts: AtLeastOne = 1
 
     login: Any = Login
-    assert refused(login, password=SECRET) == "password: expected a whole number, 1 or more, not what was given"
+    assert refused(login, password=SECRET) == "password: expected a whole number, 1 or more, not ***"
     assert refused(login, attempts=SECRET).endswith(f"not {SECRET!r}")
 
 

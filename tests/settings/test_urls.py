@@ -78,29 +78,29 @@ def test_a_malformed_duration_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("memroy://", "unknown scheme 'memroy' (did you mean 'memory'?), known are memory, null"),
-        ("memory://localhost", "a memory store lives in this process and has no host or path"),
-        ("memory:///path", "has no host or path: write memory://?option=value"),
-        ("null://localhost:80?name=a", "a null store lives in this process and has no host or path"),
-        ("memory://#top", "a URL of a cache has no fragment"),
-        ("memory://?max_entries=5#top", "a URL of a cache has no fragment"),
+        ("memroy://", "unknown scheme 'memroy' (did you mean 'memory'?); known schemes are memory, null"),
+        ("memory://localhost", "the URL of a memory store has no host or path"),
+        ("memory:///path", "has no host or path; write memory://?option=value"),
+        ("null://localhost:80?name=a", "the URL of a null store has no host or path"),
+        ("memory://#top", "a cache URL cannot have a fragment"),
+        ("memory://?max_entries=5#top", "a cache URL cannot have a fragment"),
         ("memory://?max_entries=5&max_entries=6", "the option 'max_entries' is given twice"),
         ("memory://?max_entries=5&max_entries=5", "the option 'max_entries' is given twice"),
         (
             "memory://?max_entres=5",
-            "max_entres: unknown option (did you mean 'max_entries'?), known are name, default,",
+            "max_entres: unknown option (did you mean 'max_entries'?); known options are name, default,",
         ),
-        ("null://?max_entries=5", "max_entries: unknown option, known are name, default"),
-        ("memory://?max_entries", "option 1 is not written as name=value"),
-        ("memory://?=5", "option 1 is not written as name=value"),
-        ("memory://?max_entries=5&", "option 2 is not written as name=value"),
-        ("memory://?type=null", "'type' is no option of a URL"),
+        ("null://?max_entries=5", "max_entries: unknown option; known options are name, default"),
+        ("memory://?max_entries", "option 1 is not of the form name=value"),
+        ("memory://?=5", "option 1 is not of the form name=value"),
+        ("memory://?max_entries=5&", "option 2 is not of the form name=value"),
+        ("memory://?type=null", "'type' is not an option of a URL"),
         ("memory://?policy=lfru", "policy: expected 's3fifo', 'lru', 'lfu' or 'sieve', not 'lfru'"),
         ("memory://?name=two%20words", "name: expected one word of 1 to 64 letters, digits, _ and -, not 'two words'"),
         ("memory://?default=maybe", "default: expected true or false, not 'maybe'"),
-        ("memory://?name=a\nb", "holds a space or a control character"),
-        ("memory://?name=a b", "holds a space or a control character"),
-        ("memory:", "is no URL: it does not begin with scheme://"),
+        ("memory://?name=a\nb", "contains a space or a control character"),
+        ("memory://?name=a b", "contains a space or a control character"),
+        ("memory:", "is not a URL: expected scheme://..."),
     ],
 )
 def test_what_a_url_cannot_say_is_refused_and_explained(url: str, sentence: str) -> None:
@@ -112,7 +112,7 @@ def test_what_a_url_cannot_say_is_refused_and_explained(url: str, sentence: str)
 
 @pytest.mark.parametrize("scheme", ["valkey", "mongodb", "bus", "file", "http"])
 def test_a_scheme_without_a_store_is_unknown(scheme: str) -> None:
-    with pytest.raises(CacheConfigurationError, match=rf"unknown scheme '{scheme}'.*known are memory, null"):
+    with pytest.raises(CacheConfigurationError, match=rf"unknown scheme '{scheme}'.*known schemes are memory, null"):
         parse_url(f"{scheme}://localhost:1/2?a=b")
 
 
@@ -120,7 +120,9 @@ def test_the_scheme_of_an_installed_package_is_known(tmp_path: Path, monkeypatch
     assert "shelf" not in known_schemes()
     announce(tmp_path, monkeypatch)
     assert known_schemes() == (*BUILT_IN, "shelf")
-    with pytest.raises(CacheConfigurationError, match=r"did you mean 'shelf'\?\), known are memory, null, .*, shelf"):
+    with pytest.raises(
+        CacheConfigurationError, match=r"did you mean 'shelf'\?\); known schemes are memory, null, .*, shelf"
+    ):
         parse_url("shelve://")
 
 

@@ -66,16 +66,16 @@ def test_every_option_of_a_memcached_url_is_read() -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("memcached://host:99999", "a host is written"),
+        ("memcached://host:99999", "expected a host as name"),
         ("memcached://host/0", "has no path"),
-        ("memcached://user:hunter2@host", "no user and no password"),
-        ("memcached://a,b,a", "named twice"),
+        ("memcached://user:hunter2@host", "does not support a user or a password"),
+        ("memcached://a,b,a", "listed twice"),
         ("memcached://a?timeout=0", "timeout: expected seconds above 0"),
         ("memcached://a?connect_timeout=none", "connect_timeout: expected seconds above 0"),
         ("memcached://a?max_connections=0", "max_connections: expected a whole number, 1 or more"),
         ("memcached://a?chunked=perhaps", "chunked: expected true or false"),
-        ("memcached://a?tls_ca_file=x", "need tls"),
-        ("memcached://a?tls=1&tls_key_file=x", "no tls_cert_file"),
+        ("memcached://a?tls_ca_file=x", "require tls"),
+        ("memcached://a?tls=1&tls_key_file=x", "requires tls_cert_file"),
         ("memcached://a?window=3", "unknown option"),
     ],
 )

@@ -202,7 +202,7 @@ def test_the_url_of_a_cluster_names_servers() -> None:
     assert backend_from_url("redis+cluster://a:7000,b?window=3&max_connections=4") == RedisSettings(
         topology="cluster", hosts=("a:7000", "b"), window=3, max_connections=4
     )
-    with pytest.raises(CacheConfigurationError, match="only the database 0"):
+    with pytest.raises(CacheConfigurationError, match="only database 0"):
         backend_from_url("redis+cluster://a/3")
 
 
