@@ -1,1 +1,1 @@
-"""Values to payloads and back: serializers, compression, signatures and encryption."""
+"""Conversion between values and payloads: serializers, compression, signatures and encryption."""

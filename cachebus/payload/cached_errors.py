@@ -1,8 +1,8 @@
-"""Exceptions of loaders that are cached, for callers who ask for that: `cache_errors` of `get_or_load`.
+"""Cached exceptions of loaders, for the option `cache_errors` of `get_or_load`.
 
-A record is stored in the place of a value: the name of the exception's class, its arguments and its attributes, as JSON. To
-callers who did not ask for exceptions the key has no value. A class is looked up only among those that the caller has listed,
-and their subclasses; nothing is imported and no constructor is run.
+A JSON record with the exception's class name, arguments and attributes is stored in place of a value. For callers that
+do not use `cache_errors`, the key has no value. The class is looked up only among the classes that the caller lists and
+their subclasses. Nothing is imported, and no constructor is called.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ logger = logging.getLogger("cachebus")
 R = TypeVar("R")
 _type_of: Callable[[Any], Any] = type
 DEEPEST = 20
-"""Containers in containers that an argument of an exception may have."""
+"""Maximum nesting depth of an argument of a cached exception."""
 
 
 class _Unfit(Exception):
-    """Raised for an exception that would not come back as it was."""
+    """Raised for an exception that cannot be restored exactly."""
 
 
 class CachedError(Struct, frozen=True):
-    """An exception in the place of a value: `content` is the record."""
+    """A cached exception, stored in place of a value. `content` is the record."""
 
     content: bytes
 
@@ -39,7 +39,7 @@ class CachedError(Struct, frozen=True):
 
     @classmethod
     def of(cls, error: Exception) -> CachedError | None:
-        """Return the record of an exception; `None`, with a warning, if it would not come back as it was."""
+        """Return the record of an exception. Log a warning and return `None` if it cannot be restored exactly."""
         try:
             state = dict(vars(error))
             _check_plain([*error.args, state])
@@ -47,17 +47,17 @@ class CachedError(Struct, frozen=True):
             made = cls(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
             again = made.rebuilt((type(error),))
             if type(again) is not type(error) or str(again) != str(error) or vars(again) != state:
-                raise _Unfit("it keeps something where nobody can see it")
+                raise _Unfit("it has state outside its arguments and attributes")
         except _Unfit as why:
             logger.warning("%s is not cached: %s", type(error).__name__, why)
             return None
-        except Exception as why:  # Of the class itself. Its text may show values.
-            logger.warning("%s is not cached: %s when it was read back", type(error).__name__, type(why).__name__)
+        except Exception as why:  # Raised by the exception's class. Its message may show values.
+            logger.warning("%s is not cached: restoring it raised %s", type(error).__name__, type(why).__name__)
             return None
         return made
 
     def rebuilt(self, listed: Sequence[type[Exception]]) -> Exception | None:
-        """Return the exception if it is of one of the `listed` classes; else `None`, also for a broken record."""
+        """Return the exception, or `None` if its class is not `listed` or the record is damaged."""
         try:
             record = json.loads(self.content.decode("utf-8", "surrogatepass"))
             kind, arguments, state = record["kind"], record["args"], record["state"]
@@ -67,19 +67,19 @@ class CachedError(Struct, frozen=True):
             error = found.__new__(found, *arguments)
             error.args = tuple(arguments)
             vars(error).update(state)
-        except Exception:  # Any error of the bytes or of the class.
+        except Exception:  # The record is damaged, or the class raised an error.
             return None
         return error
 
 
 class CachedFailure(Missing, frozen=True, gc=True, tag=""):
-    """A `Missing` whose `error` is what the loader of the key raised. It is never sent to another process."""
+    """A `Missing` reply with the cached exception of the loader as `error`. It is never sent to another process."""
 
     error: CachedError
 
 
 def unwrap(answer: R) -> R:
-    """Return the reply of a store as the caller sees it: a cached exception is no value."""
+    """Convert a store's reply for callers without `cache_errors`: a cached exception does not count as a value."""
     reply: Any = answer
     shown: Any = reply
     kind = _type_of(reply)
@@ -99,11 +99,11 @@ def unwrap(answer: R) -> R:
 
 
 def check_classes(given: Iterable[type[Exception]] | type[Exception]) -> tuple[type[Exception], ...]:
-    """Return the classes of `cache_errors`. Raises `TypeError` for anything but classes of exceptions."""
+    """Return the classes given as `cache_errors`. Raises `TypeError` unless all are exception classes."""
     classes: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
     for each in classes:
         if not (isinstance(each, type) and issubclass(each, Exception)):
-            raise TypeError(f"cache_errors must be classes of exceptions, not {each!r}")
+            raise TypeError(f"expected exception classes in cache_errors, not {each!r}")
     return classes
 
 
@@ -122,11 +122,11 @@ def _derived(listed: Iterable[type[Exception]]) -> Iterable[type[Exception]]:
 
 
 def _check_plain(value: Any, depth: int = 0) -> None:
-    """Raise `_Unfit` for what JSON would change."""
+    """Raise `_Unfit` for a value that JSON cannot represent exactly."""
     kind = _type_of(value)
     if value is None or kind is bool or kind is int or kind is str or (kind is float and math.isfinite(value)):
         return
     if depth > DEEPEST or not (kind is list or (kind is dict and all(type(key) is str for key in value))):
-        raise _Unfit(f"it holds a {kind.__name__}, and only what JSON can say is kept of an exception")
+        raise _Unfit(f"it contains a {kind.__name__}, or is nested too deeply; only JSON values can be cached")
     for each in value.values() if kind is dict else value:
         _check_plain(each, depth + 1)

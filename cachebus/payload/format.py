@@ -1,4 +1,4 @@
-"""The layout of a payload: one header for every content, compression, and what signatures and seals are bound to.
+"""Binary layout of payloads, compression, and the binding of signatures and seals.
 
     1 byte   version      1
     1 byte   serializer   m msgpack, j json, a auto, d arrow, p pickle; e an exception (see `cached_errors`)
@@ -8,9 +8,9 @@
              signed:      32 bytes HMAC-SHA256, then the content
              checksummed: 8 bytes xxh3-64 of header and content, big-endian, then the content
 
-The content is what the serializer wrote. Compressed content follows its size before compression: 4 bytes, big-endian. Content
-that would be too large is refused before it is unpacked, and content that does not unpack to exactly that size is damaged.
-With both a signature and a seal, the signature is inside the seal.
+The content is the output of the serializer. If it is compressed, its uncompressed size precedes it (4 bytes,
+big-endian). Content that would be too large is rejected before decompression. Content whose decompressed size differs
+is damaged. With both a signature and a seal, the signature is inside the seal.
 """
 
 from __future__ import annotations
@@ -51,37 +51,37 @@ EXTRAS = {
     "cryptography": "crypto",
     **dict.fromkeys(("pyarrow", "pandas", "numpy"), "arrow"),
 }
-"""Which extra of cachebus brings a package."""
+"""Extra of cachebus that installs a package."""
 
 
 def binding(*parts: str) -> bytes:
-    """Return what a signature and a seal are bound to: tenant, namespace and key, each after its length.
+    """Return the binding of signatures and seals: tenant, namespace and key, each preceded by its length.
 
-    No two bindings are the same, and the binding of the first parts is the beginning of the binding of all parts.
+    Different parts give different bindings. The binding of the first parts is a prefix of the binding of all parts.
     """
     return b"".join([SIZE.pack(len(part)) + part for part in map(str.encode, parts)])
 
 
 def load(module: str, what: str) -> Any:
-    """Import a module of an extra. Raises `CacheConfigurationError` that names `what` needs it, and the extra."""
+    """Import a module of an extra. Raises `CacheConfigurationError`, which names the extra and `what` requires it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise CacheConfigurationError(f"{what} needs {package}: pip install 'cachebus[{EXTRAS[package]}]'") from None
+        raise CacheConfigurationError(f"{what} requires {package}: pip install 'cachebus[{EXTRAS[package]}]'") from None
 
 
 LEVELS: dict[str, tuple[int, int, int]] = {"zlib": (1, 9, 6), "gzip": (1, 9, 6), "lz4": (0, 12, 0), "zstd": (1, 19, 3)}
-"""The lowest, the highest and the usual level of each."""
+"""Minimum, maximum and default level by compression."""
 
 _ZSTD_WINDOW_MAX = 2**23
-"""What zstd needs for its levels up to 19."""
+"""Window size that zstd needs for levels up to 19, in bytes."""
 
 
 class Compressor(NamedTuple):
-    """An algorithm at a level. `unpack` raises `ValueError` unless the data unpack to exactly `size` bytes."""
+    """A compression algorithm and level. `unpack` raises `ValueError` unless the result has exactly `size` bytes."""
 
     code: int
     pack: Callable[[bytes], bytes]
@@ -89,7 +89,7 @@ class Compressor(NamedTuple):
 
 
 def make_compressor(name: CompressionName, level: int | None = None) -> Compressor | None:
-    """Return the compressor of a name, at its usual level if `level` is `None`.
+    """Return the compressor with a name, at its default level if `level` is `None`.
 
     Raises `CacheConfigurationError` if its library is not installed.
     """
@@ -116,7 +116,7 @@ def _unpack(
 ) -> bytes:
     unpacker = make_unpacker()
     try:
-        # One byte more than expected shows the end of the stream, and a stream that goes on.
+        # One extra byte reveals whether the stream ends or continues.
         out: bytes = unpacker.decompress(data, size + 1)
     except damaged:
         raise ValueError("damaged") from None
@@ -126,7 +126,7 @@ def _unpack(
 
 
 class _Zstd(threading.local):
-    """The compressor and the decompressor of each thread: neither may be used by two at a time."""
+    """Compressor and decompressor of each thread. Neither is thread-safe."""
 
     def __init__(self, level: int) -> None:
         self._zstd = load("zstandard", "the compression 'zstd'")
@@ -139,7 +139,7 @@ class _Zstd(threading.local):
 
     def unpack(self, data: memoryview, size: int) -> bytes:
         try:
-            # The library allocates what the frame says, so that must be what the header says.
+            # The library allocates the size given in the frame, so it must match the size in the header.
             if self._zstd.frame_content_size(data) != size:
                 raise ValueError("not of the size that it claims")
             out: bytes = self._decompressor.decompress(data, max_output_size=size, allow_extra_data=False)

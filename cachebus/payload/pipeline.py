@@ -1,4 +1,4 @@
-"""The payload pipeline: a value becomes bytes once, by serializer, compression, signature or checksum, and seal."""
+"""The payload pipeline: serialization, compression, checksum or signature, and seal."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ _COMPRESSIONS: dict[int, Any] = {code: name for name, code in COMPRESSION_CODES.
 
 
 class PickleSerializer:
-    """Values to pickle, protocol 5, and back, for signed payloads only: unpickling runs what the bytes say."""
+    """Serializer for pickle protocol 5. It reads only signed payloads, because unpickling can run arbitrary code."""
 
     name = "pickle"
 
     def dumps(self, value: Any) -> bytes:
-        """Return the bytes of a value. Raises `CacheSerializationError` that names the type, whatever its own code raised."""
+        """Serialize a value. If it cannot be pickled, raises `CacheSerializationError`, which names its type."""
         try:
             return pickle.dumps(value, protocol=5)
         except Exception as error:
             raise CacheSerializationError(
-                f"the serializer 'pickle' cannot write a {type_name(type_of(value))}: {type(error).__name__}"
+                f"the serializer 'pickle' cannot serialize a {type_name(type_of(value))}: {type(error).__name__}"
             ) from None
 
     def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any:
-        """Return the value of bytes whose signature was verified. Raises whatever unpickling raises."""
+        """Deserialize bytes whose signature was verified. Errors of unpickling propagate."""
         if not trusted:
             raise ValueError("a pickle is read only if its signature was verified")
-        return pickle.loads(data)  # noqa: S301  # signed by one of our keys, for this key of this namespace
+        return pickle.loads(data)  # noqa: S301  # signed with one of the configured keys, for this namespace and key
 
 
 _Serializer: TypeAlias = MsgpackSerializer | JsonSerializer | ArrowSerializer | PickleSerializer
@@ -70,31 +70,35 @@ _SERIALIZERS: dict[str, Callable[[], _Serializer]] = {
 
 @dataclass(slots=True)
 class PayloadStatistics:
-    """Counts of a pipeline since it was made. Sizes are bytes."""
+    """Counters of a pipeline since its creation. Sizes are bytes."""
 
     written: int = 0
     read: int = 0
     rejected: int = 0
     compressed: int = 0
     raw_bytes: int = 0
-    """Size of the content that compression was tried on."""
+    """Size, before compression, of the content for which compression was tried."""
     packed_bytes: int = 0
-    """What compression left of that."""
+    """Size of that content after compression, or before it if compression did not help."""
 
     def as_dict(self) -> dict[str, float]:
-        """Return the counts by name. `ratio` is the size before over the size after compression, 1.0 before the first."""
+        """Return the counters by name.
+
+        `ratio` is the size before compression divided by the size after it, or 1.0 if nothing was compressed yet.
+        """
         ratio = self.raw_bytes / self.packed_bytes if self.packed_bytes else 1.0
         return {**asdict(self), "ratio": ratio, "bytes_saved": self.raw_bytes - self.packed_bytes}
 
 
 class PayloadPipeline:
-    """Values to payloads and back, for the keys of one namespace. Usable from any thread.
+    """Converter between values and payloads for the keys of one namespace. Thread-safe.
 
-    Content of more than `max_size` bytes is refused with `CacheCapacityError`, and a payload that would unpack to more is
-    rejected before it is unpacked. Content is compressed from `threshold` bytes, if it gets smaller. With a `signer` or a
-    `sealer`, only payloads that it signed or sealed are read. `checksum` guards against corruption, not against people.
+    Content of more than `max_size` bytes raises `CacheCapacityError`. A payload that would decompress to more is
+    rejected before decompression. Content of at least `threshold` bytes is compressed if that makes it smaller. With a
+    `signer` or a `sealer`, only payloads that it signed or sealed are read. `checksum` protects against corruption, not
+    against attackers.
 
-    Raises `CacheConfigurationError` for pickle without a signer, and for a library that is not installed.
+    Raises `CacheConfigurationError` for pickle without a signer, or if a library is not installed.
     """
 
     def __init__(
@@ -112,11 +116,13 @@ class PayloadPipeline:
         types: Sequence[type[Any]] = (),
     ) -> None:
         if serializer not in _SERIALIZERS:
-            raise CacheConfigurationError(f"there is no serializer {serializer!r} that makes bytes")
+            raise CacheConfigurationError(f"unknown serializer {serializer!r}")
         if serializer == "pickle" and signer is None:
-            raise CacheConfigurationError("the serializer 'pickle' needs signing keys: unpickling runs what it reads")
+            raise CacheConfigurationError(
+                "the serializer 'pickle' requires signing keys: unpickling can run arbitrary code"
+            )
         if not 0 < max_size <= SIZE_MAX:
-            raise CacheConfigurationError(f"max_size is 1 to {SIZE_MAX:,} bytes, not {max_size:,}")
+            raise CacheConfigurationError(f"expected a max_size of 1 to {SIZE_MAX:,} bytes, not {max_size:,}")
         self._serializer: _Serializer = AutoSerializer(types) if serializer == "auto" else _SERIALIZERS[serializer]()
         self._loads = self._serializer.loads
         self._compressor = make_compressor(compression, level)
@@ -130,7 +136,7 @@ class PayloadPipeline:
         self._protection = protection
         self._code = SERIALIZER_CODES[self._serializer.name]
         self._header = bytes((VERSION, self._code, _PLAIN, protection))
-        # The header of payloads that a pipeline without protection takes as they are; empty with protection.
+        # Header of payloads that need no processing. Empty if payloads are protected.
         self._plain = b"" if protection else self._header
         self._bound = binding(sealer.tenant if sealer else "", namespace)
         self._namespace = namespace
@@ -150,10 +156,10 @@ class PayloadPipeline:
         return self.sealer is not None
 
     def rotate_key(self, key: bytes, key_id: str | None = None) -> None:
-        """Seal with `key` under `key_id` from now on, or sign with `key` if there is no id. Payloads of older keys are still read.
+        """Use `key` for new payloads: for seals if `key_id` is given, otherwise for signatures.
 
-        Usable from any thread, with calls under way. Raises `CacheConfigurationError` for a key of less than 32 bytes, and
-        if there is nothing to rotate.
+        Payloads made with older keys can still be read. Thread-safe, also during calls. Raises
+        `CacheConfigurationError` if the key has fewer than 32 bytes, or if payloads are not sealed or signed.
         """
         if key_id is not None and self.sealer is not None:
             self.sealer.rotate(key_id, key)
@@ -161,11 +167,12 @@ class PayloadPipeline:
             self.signer.rotate(key)
         else:
             raise CacheConfigurationError(
-                "an encryption key has an id, a signing key has none, and these payloads are not sealed or signed so"
+                "rotating an encryption key requires sealed payloads and a key_id;"
+                " rotating a signing key requires signed payloads and no key_id"
             )
 
     def encode(self, key: str, value: Any) -> bytes:
-        """Return the payload of a value. Raises `CacheSerializationError` and `CacheCapacityError`."""
+        """Encode a value as a payload. Raises `CacheSerializationError` and `CacheCapacityError`."""
         if type(value) is CachedError:
             return self.protect(key, value.content, error=True)
         content = self.serialize(value)
@@ -175,14 +182,14 @@ class PayloadPipeline:
         return self.protect(key, content)
 
     def serialize(self, value: Any) -> bytes:
-        """Return the content of a value, as the serializer writes it: the first step of `encode`."""
+        """Serialize a value to content, the first step of `encode`."""
         content = self._serializer.dumps(value)
         if len(content) > self._max_size:
             raise CacheCapacityError("the value is too large for a payload", len(content), self._max_size)
         return content
 
     def protect(self, key: str, content: bytes, *, error: bool = False) -> bytes:
-        """Return the payload of content: the other steps of `encode`. `error` marks the record of an exception."""
+        """Compress and protect content, the remaining steps of `encode`. `error` marks a cached exception."""
         statistics = self.statistics
         statistics.written += 1
         header = bytes((VERSION, ERROR_CODE, _PLAIN, self._protection)) if error else self._header
@@ -205,7 +212,7 @@ class PayloadPipeline:
         return header + content
 
     def decode(self, key: str, payload: object) -> Any:
-        """Return the value of a payload. Raises `CacheSerializationError` whose `reason` says why it is rejected."""
+        """Decode a payload. Raises `CacheSerializationError`, whose `reason` says why the payload is rejected."""
         plain = self._plain
         if (
             plain
@@ -214,11 +221,11 @@ class PayloadPipeline:
             and (size := len(payload)) <= self._max_size
         ):
             try:
-                # A view costs as much as a copy of 16 KB.
+                # Creating a view costs as much as copying 16 KB.
                 value = self._loads(payload[HEADER_SIZE:] if size < 16_384 else memoryview(payload)[HEADER_SIZE:])
                 self.statistics.read += 1
                 return value
-            except Exception:  # Raised below, with the reason.
+            except Exception:  # The slow path below raises it with a reason.
                 pass
         try:
             value = self._value(key, payload)
@@ -230,25 +237,25 @@ class PayloadPipeline:
 
     def _value(self, key: str, payload: object) -> Any:
         if type(payload) is not bytes or len(payload) < HEADER_SIZE or payload[0] != VERSION:
-            raise CacheSerializationError("what is stored is no payload, or one of another version", "format")
+            raise CacheSerializationError("the stored value is not a payload, or has another version", "format")
         header = payload[:HEADER_SIZE]
         if header[1] not in (self._code, ERROR_CODE):
-            raise CacheSerializationError("another serializer wrote the payload", "serializer")
+            raise CacheSerializationError("the payload was written by another serializer", "serializer")
         if header[3] != self._protection:
-            raise CacheSerializationError("the payload is not protected as the settings demand", "protection")
+            raise CacheSerializationError("the payload's protection differs from the settings", "protection")
         content: Any = memoryview(payload)[HEADER_SIZE:]
         if self._protection:
             content = self._verified(key, header, content)
         if header[2] != _PLAIN:
             content = self._unpacked(header[2], content)
         if len(content) > self._max_size:
-            raise CacheSerializationError(f"the payload holds more than {self._max_size:,} bytes", "capacity")
+            raise CacheSerializationError(f"the payload has more than {self._max_size:,} bytes", "capacity")
         if payload[1] == ERROR_CODE:
             return CachedError(bytes(content))
         try:
             return self._serializer.loads(content, trusted=bool(self.signer or self.sealer))
         except Exception:
-            # The error is not kept: it may show what the bytes hold.
+            # The original error is not chained, because it may show parts of the value.
             problem = f"the serializer {self._serializer.name!r} cannot read the payload"
         raise CacheSerializationError(problem, "content")
 
@@ -262,13 +269,13 @@ class PayloadPipeline:
         if self.sealer is not None:
             opened = self.sealer.open(rest, header, bound)
             if opened is None:
-                problem = "the payload was sealed with another key or for another place, or was changed"
+                problem = "the payload was modified, or sealed with another key or for another cache key"
                 raise CacheSerializationError(problem, "seal")
             rest = memoryview(opened)
         if self.signer is not None:
             signature, rest = bytes(rest[:SIGNATURE_SIZE]), rest[SIGNATURE_SIZE:]
             if not self.signer.verify(signature, bound, header, rest):
-                problem = "the payload was not signed with one of our keys for this place"
+                problem = "the payload was not signed with a configured key for this cache key"
                 raise CacheSerializationError(problem, "signature")
         return rest
 
@@ -284,15 +291,15 @@ class PayloadPipeline:
             try:
                 self._compressors[code] = make_compressor(_COMPRESSIONS.get(code, "none"))
             except CacheConfigurationError:
-                self._compressors[code] = None  # Its library is not installed here.
+                self._compressors[code] = None  # The library is not installed.
         compressor = self._compressors[code]
         if compressor is None or len(content) < SIZE.size:
-            raise CacheSerializationError("the payload's compression is not known here", "compression")
+            raise CacheSerializationError("the payload's compression is unknown or not installed", "compression")
         size: int = SIZE.unpack_from(content)[0]
         if not 0 < size <= self._max_size:
-            raise CacheSerializationError(f"the payload would unpack to {size:,} bytes", "capacity")
+            raise CacheSerializationError(f"the payload would decompress to {size:,} bytes", "capacity")
         try:
             return compressor.unpack(memoryview(content)[SIZE.size :], size)
         except ValueError:
-            problem = "the payload does not unpack to what it claims"
+            problem = "the payload does not decompress to its declared size"
         raise CacheSerializationError(problem, "compression")

@@ -1,6 +1,6 @@
-"""The keys of payloads. A signature is HMAC-SHA256; a seal is AES-256-GCM with a key of its own for each tenant.
+"""Signatures (HMAC-SHA256) and seals (AES-256-GCM with a separate key for each tenant).
 
-Both are bound to header, tenant, namespace and key.
+Both are bound to the header, tenant, namespace and key of a payload.
 """
 
 from __future__ import annotations
@@ -30,22 +30,25 @@ _COUNTER = struct.Struct(">I")
 
 
 class Signer:
-    """A list of keys: the first one signs, all of them verify."""
+    """Signing keys. The first key signs, and all keys verify."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         self._keys: tuple[bytes, ...] = ()
         for key in reversed(tuple(keys)):
             self.rotate(key)
         if not self._keys:
-            raise CacheConfigurationError("signing needs at least one key")
+            raise CacheConfigurationError("signing requires at least one key")
 
     def __repr__(self) -> str:
         return f"<Signer with {len(self._keys)} keys>"
 
     def rotate(self, key: bytes) -> None:
-        """Sign with `key` from now on; the older keys still verify. Raises `CacheConfigurationError` for less than 32 bytes."""
+        """Use `key` for new signatures. Older keys still verify.
+
+        Raises `CacheConfigurationError` if the key has fewer than 32 bytes.
+        """
         if len(key) < KEY_SIZE_MIN:
-            raise CacheConfigurationError(f"a signing key has at least {KEY_SIZE_MIN} bytes, not {len(key)}")
+            raise CacheConfigurationError(f"expected a signing key of at least {KEY_SIZE_MIN} bytes, not {len(key)}")
         self._keys = (key, *(each for each in self._keys if each != key))
 
     def sign(self, binding: bytes, header: bytes, content: bytes) -> bytes:
@@ -53,7 +56,7 @@ class Signer:
         return _mac(self._keys[0], binding, header, content)
 
     def verify(self, signature: bytes, binding: bytes, header: bytes, content: bytes | memoryview) -> bool:
-        """Return whether one of the keys made the signature. Takes the same time for every wrong one."""
+        """Return true if one of the keys made the signature. The comparison takes constant time."""
         good = False
         for key in self._keys:
             good |= hmac.compare_digest(_mac(key, binding, header, content), signature)
@@ -68,31 +71,31 @@ def _mac(key: bytes, binding: bytes, header: bytes, content: bytes | memoryview)
 
 
 class Nonces:
-    """Nonces that never repeat: 8 random bytes of this process and object, and a count of 4 bytes. Usable from any thread.
+    """Generator of unique nonces, each 8 random bytes of the process and object and a 4-byte counter. Thread-safe.
 
-    The child of a fork draws random bytes of its own, and so does an object that has counted to 2^32.
+    The random bytes are drawn again after a fork and when the counter reaches 2^32.
     """
 
     def __init__(self) -> None:
         self._state: tuple[int, bytes, itertools.count[int]] = (0, b"", itertools.count())
 
     def next(self) -> bytes:
-        """Return one more nonce, of 12 bytes."""
+        """Return the next nonce of 12 bytes."""
         while True:
             pid, prefix, counter = self._state
             if pid == os.getpid():
-                number = next(counter)  # Atomic: no two threads get the same.
+                number = next(counter)  # Atomic, so two threads never get the same number.
                 if number < 2**32:
                     return prefix + _COUNTER.pack(number)
-            # Two threads may both come here. Each draws random bytes of its own, of which one stays; both are new.
+            # Two threads may reach this line at once. Each draws random bytes, and either result is new.
             self._state = (os.getpid(), os.urandom(8), itertools.count())
 
 
 class Sealer:
-    """The encryption keys of one tenant: `key_id` names the key that seals, all of them open.
+    """Encryption keys of one tenant. The key `key_id` seals, and all keys open.
 
-    `keys` are master keys of at least 32 bytes by id. HKDF-SHA256 (RFC 5869) derives the tenant's keys from them, so no tenant
-    can open what another one sealed.
+    `keys` maps ids to master keys of at least 32 bytes. HKDF-SHA256 (RFC 5869) derives the tenant's keys from them, so
+    a tenant cannot open payloads of another tenant.
     """
 
     def __init__(self, keys: Mapping[str, bytes], *, key_id: str | None = None, tenant: str = "") -> None:
@@ -102,11 +105,11 @@ class Sealer:
         self._hashes = load("cryptography.hazmat.primitives.hashes", "encryption")
         self._invalid: type[Exception] = load("cryptography.exceptions", "encryption").InvalidTag
         if not keys:
-            raise CacheConfigurationError("encryption needs at least one key")
+            raise CacheConfigurationError("encryption requires at least one key")
         first = next(iter(keys)) if key_id is None else key_id
         if first not in keys:
-            raise CacheConfigurationError(f"there is no encryption key of the id {first!r}")
-        # The first one seals. Replaced as a whole, so that a thread sees the old keys or the new ones.
+            raise CacheConfigurationError(f"no encryption key has the id {first!r}")
+        # The first cipher seals. The dict is replaced as a whole, so that a thread sees either the old or the new keys.
         self._ciphers = {name: self._cipher(name, keys[name]) for name in dict.fromkeys((first, *keys))}
         self._nonces = Nonces()
 
@@ -115,20 +118,20 @@ class Sealer:
 
     @property
     def key_id(self) -> str:
-        """The id of the key that seals."""
+        """Id of the key that seals."""
         return next(iter(self._ciphers))
 
     def rotate(self, key_id: str, key: bytes) -> None:
-        """Seal with `key` from now on; the others still open what they sealed. Usable from any thread.
+        """Use `key` for new seals. Older keys still open. Thread-safe.
 
-        Raises `CacheConfigurationError` for a short key, and for an id that another key has.
+        Raises `CacheConfigurationError` if the key is too short or the id is already used.
         """
         if key_id in self._ciphers:
-            raise CacheConfigurationError(f"the id {key_id!r} belongs to another key")
+            raise CacheConfigurationError(f"the id {key_id!r} is already used by another key")
         self._ciphers = {key_id: self._cipher(key_id, key), **self._ciphers}
 
     def seal(self, content: bytes, header: bytes, binding: bytes) -> bytes:
-        """Return the whole sealed payload, header included."""
+        """Return the sealed payload, including the header."""
         key_id, cipher = next(iter(self._ciphers.items()))
         start = bytes((len(key_id),)) + key_id.encode()
         nonce = self._nonces.next()
@@ -137,8 +140,8 @@ class Sealer:
         if len(content) < _LARGE or not hasattr(cipher, "encrypt_into"):
             sealed: bytes = cipher.encrypt(nonce, content, about)
             return before + sealed
-        # Encrypt into place: allocating and freeing a second large object costs more than the cipher. A BytesIO hands out
-        # the very bytes that it was given.
+        # Encrypt in place: allocating and freeing a second large object costs more than the cipher. BytesIO.getvalue()
+        # does not copy.
         out = io.BytesIO(bytes(len(before) + len(content) + _TAG_SIZE))
         out.write(before)
         with out.getbuffer() as whole, whole[len(before) :] as place:
@@ -146,7 +149,7 @@ class Sealer:
         return out.getvalue()
 
     def open(self, sealed: memoryview, header: bytes, binding: bytes) -> bytes | None:
-        """Return what was sealed; `None` if it was changed, or sealed with another key or for another binding."""
+        """Return the sealed content, or `None` if it was modified or sealed with another key or binding."""
         at = 1 + sealed[0] if len(sealed) else 1
         if len(sealed) < at + _NONCE_SIZE + _TAG_SIZE:
             return None
@@ -163,9 +166,11 @@ class Sealer:
 
     def _cipher(self, key_id: str, key: bytes) -> Any:
         if not _KEY_ID.fullmatch(key_id):
-            raise CacheConfigurationError("the id of a key is 1 to 32 letters, digits, and _ . -")
+            raise CacheConfigurationError("expected a key id of 1 to 32 letters, digits, and _ . -")
         if len(key) < KEY_SIZE_MIN:
-            raise CacheConfigurationError(f"an encryption key has at least {KEY_SIZE_MIN} bytes, not {len(key)}")
+            raise CacheConfigurationError(
+                f"expected an encryption key of at least {KEY_SIZE_MIN} bytes, not {len(key)}"
+            )
         derive = self._hkdf.HKDF(
             algorithm=self._hashes.SHA256(), length=32, salt=None, info=_INFO + b"\x00" + self.tenant.encode()
         )

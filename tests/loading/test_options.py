@@ -305,7 +305,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tags": 5}, TypeError, "tags must be a list or another iterable of str, not 5"),
     ({"tags": [["t"]]}, TypeError, r"a tag must be a str, not \['t'\]"),
     ({"tags": ["\ud800"]}, ValueError, "a tag must be valid Unicode"),
-    ({"cache_errors": 5, "error_ttl": 1}, TypeError, "cache_errors must be classes of exceptions, not 5"),
+    ({"cache_errors": 5, "error_ttl": 1}, TypeError, "expected exception classes in cache_errors, not 5"),
 ]
 
 

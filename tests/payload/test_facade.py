@@ -533,7 +533,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     cache = open_sync_cache("memory://", payload=payload)
-    with pytest.raises(CacheConfigurationError, match=rf"needs .*: pip install 'cachebus\[{extra}\]'"):
+    with pytest.raises(CacheConfigurationError, match=rf"requires .*: pip install 'cachebus\[{extra}\]'"):
         cache.get("k")
     cache.close()
 

@@ -161,7 +161,7 @@ def test_rotating_with_live_traffic_loses_nothing() -> None:
 
 def test_a_key_id_is_given_once_and_names_the_key_that_seals() -> None:
     made = pipeline(protection="sealed")
-    with pytest.raises(CacheConfigurationError, match="belongs to another key"):
+    with pytest.raises(CacheConfigurationError, match="is already used by another key"):
         made.rotate_key(bytes(32), "k1")
     made.rotate_key(bytes(32), "k2")
     payload = made.encode("k", 1)
@@ -171,7 +171,7 @@ def test_a_key_id_is_given_once_and_names_the_key_that_seals() -> None:
     )
     assert chosen.encode("k", 1)[4:7] == b"\x02k2"
     assert chosen.decode("k", payload) == 1
-    with pytest.raises(CacheConfigurationError, match="no encryption key of the id 'k9'"):
+    with pytest.raises(CacheConfigurationError, match="no encryption key has the id 'k9'"):
         Sealer({"k1": MASTER_KEY}, key_id="k9")
 
 

@@ -1,1 +1,1 @@
-"""Serializers: values to bytes and back."""
+"""Serializers, which convert values to bytes and back."""

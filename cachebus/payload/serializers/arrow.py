@@ -1,8 +1,8 @@
-"""DataFrames as Arrow IPC streams, and the serializer `arrow`.
+"""The serializer `arrow`, which stores DataFrames as Arrow IPC streams.
 
-Arrow allocates what a stream claims, so a stream is checked before it is read: no compressed buffers (the pipeline compresses),
-no types whose rows may share their bytes, at most `CELLS_MAX` cells, and offsets that stay inside. Signed and sealed streams
-are not validated again.
+Arrow allocates as much memory as a stream declares, so a stream is checked before it is read. It may have no compressed
+buffers (the pipeline compresses), no types whose rows can share bytes, at most `CELLS_MAX` cells, and no offsets
+outside of its buffers. Signed and sealed streams are not validated again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from ..format import load
 from .scalars import refuse, type_name, type_of
 
 CELLS_MAX = 2**26
-"""Rows times columns of one frame. A column of nulls takes no bytes in the stream, and 8 for each row in pandas."""
+"""Maximum number of rows times columns.
+
+A column of nulls takes no bytes in the stream, but 8 bytes per row in pandas.
+"""
 
 _FORMS = {b"d": "frame", b"r": "ranged", b"t": "table"}
 _CODES = {form: code for code, form in _FORMS.items()}
@@ -24,7 +27,7 @@ _INT32, _UINT16 = struct.Struct("<i"), struct.Struct("<H")
 
 
 class ArrowSerializer:
-    """pandas DataFrames and pyarrow Tables, and nothing else."""
+    """Serializer for pandas DataFrames and pyarrow Tables only."""
 
     name = "arrow"
 
@@ -32,7 +35,7 @@ class ArrowSerializer:
         self._table: type[Any] = load("pyarrow", "the serializer 'arrow'").Table
 
     def dumps(self, value: Any) -> bytes:
-        """Return the bytes of a frame. Raises `CacheSerializationError` that names the type in the way."""
+        """Serialize a frame. Raises `CacheSerializationError`, which names an unsupported type."""
         form = "table" if type(value) is self._table else None
         if type_of(value).__module__.partition(".")[0] == "pandas":
             form = form_of(value)
@@ -41,12 +44,12 @@ class ArrowSerializer:
         return _CODES[form] + write_frame(value, form)
 
     def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any:
-        """Return the frame of bytes. Raises whatever Arrow and pandas raise."""
+        """Deserialize a frame. Errors of Arrow and pandas propagate."""
         return read_frame(memoryview(data)[1:], _FORMS[bytes(data[:1])], trusted=trusted)
 
 
 def form_of(value: Any) -> str | None:
-    """Return the kind of pandas object that a value is; `None` if it is none that can be carried."""
+    """Return the form in which a pandas object is stored, or `None` if it is not supported."""
     pandas = load("pandas", "a DataFrame")
     if type(value) is pandas.Series:
         return "unnamed" if value.name is None else "series"
@@ -58,7 +61,10 @@ def form_of(value: Any) -> str | None:
 
 
 def write_frame(value: Any, form: str) -> bytes:
-    """Return the Arrow stream of a pandas object, or of a table. Raises `CacheSerializationError` for what Arrow would change."""
+    """Serialize a pandas object or a table to an Arrow stream.
+
+    Raises `CacheSerializationError` if the object could not be restored exactly.
+    """
     arrow = load("pyarrow", "a DataFrame")
     match form:
         case "table":
@@ -72,25 +78,25 @@ def write_frame(value: Any, form: str) -> bytes:
         case _:
             frame = value
     if not all(type(name) is str for name in frame.columns):
-        problem = "its columns have names that are no text"
+        problem = "its column names are not all strings"
     else:
         try:
             data = _stream(arrow, arrow.Table.from_pandas(frame))
-            # Where Arrow has no equal of what pandas holds, what comes back is compared.
+            # If Arrow has no exact equivalent of the pandas types, compare the round trip.
             if not _may_change(frame) or _identical(frame, read_frame(data, "frame", trusted=True)):
                 return data
-            problem = "it would come back otherwise"
+            problem = "it cannot be restored exactly"
         except CacheSerializationError:
             raise
         except (arrow.ArrowException, TypeError, ValueError, NotImplementedError) as error:
-            problem = f"Arrow has no form for what is in it ({type(error).__name__})"
+            problem = f"Arrow does not support its content ({type(error).__name__})"
     raise CacheSerializationError(
-        f"this {type_name(type_of(value))} cannot be written: {problem}; the serializer 'pickle' carries it"
+        f"cannot serialize this {type_name(type_of(value))}: {problem}; the serializer 'pickle' supports it"
     )
 
 
 def read_frame(data: bytes | memoryview, form: str, *, trusted: bool = False) -> Any:
-    """Return the object that a stream holds. Raises whatever Arrow and pandas raise."""
+    """Deserialize an Arrow stream. Errors of Arrow and pandas propagate."""
     arrow = load("pyarrow", "a DataFrame")
     buffer = arrow.py_buffer(data)
     if not trusted:
@@ -99,7 +105,7 @@ def read_frame(data: bytes | memoryview, form: str, *, trusted: bool = False) ->
             raise ValueError("a compressed buffer")
     with arrow.ipc.open_stream(buffer) as reader:
         if not all(_is_allowed(arrow.types, each) for each in reader.schema.types):
-            raise ValueError("a type that is not carried")
+            raise ValueError("an unsupported type")
         table = reader.read_all()
     if table.num_rows * max(table.num_columns, 1) > CELLS_MAX:
         raise ValueError("too many cells")
@@ -114,7 +120,7 @@ def read_frame(data: bytes | memoryview, form: str, *, trusted: bool = False) ->
         frame.columns = load("pandas", "a DataFrame").RangeIndex(len(frame.columns))
         return frame
     if form not in ("series", "unnamed") or len(frame.columns) != 1:
-        raise ValueError("no form of ours")
+        raise ValueError("an unknown form")
     series = frame.iloc[:, 0]
     if form == "unnamed":
         series.name = None
@@ -124,9 +130,9 @@ def read_frame(data: bytes | memoryview, form: str, *, trusted: bool = False) ->
 def _stream(arrow: Any, table: Any) -> bytes:
     for each in table.schema.types:
         if not _is_allowed(arrow.types, each):
-            raise CacheSerializationError(f"a column of the Arrow type {each} is not carried; 'pickle' carries it")
+            raise CacheSerializationError(f"columns of the Arrow type {each} are not supported; 'pickle' supports them")
     if table.num_rows * max(table.num_columns, 1) > CELLS_MAX:
-        raise CacheSerializationError(f"a frame of more than {CELLS_MAX:,} cells is not carried")
+        raise CacheSerializationError(f"frames of more than {CELLS_MAX:,} cells are not supported")
     sink = arrow.BufferOutputStream()
     with arrow.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -174,14 +180,17 @@ def _identical(left: Any, right: Any) -> bool:
 
 
 def _is_compressed(metadata: memoryview) -> bool:
-    """Whether a message of a stream has compressed buffers, as its FlatBuffers table says (Arrow's format/Message.fbs)."""
+    """Return true if a message has compressed buffers, according to its FlatBuffers table.
+
+    Arrow's `format/Message.fbs` defines the table.
+    """
     message = _uoffset(metadata, 0)
     kind = _field(metadata, message, 1)
     header = _field(metadata, message, 2)
     if kind is None or header is None:
         return False
     batch = _uoffset(metadata, header)
-    if metadata[kind] == 2:  # DictionaryBatch: its second field is the RecordBatch
+    if metadata[kind] == 2:  # DictionaryBatch, whose second field is the RecordBatch.
         at = _field(metadata, batch, 1)
         if at is None:
             return False
@@ -196,7 +205,7 @@ def _uoffset(data: memoryview, at: int) -> int:
 
 
 def _field(data: memoryview, table: int, number: int) -> int | None:
-    """Where a field of a table is; `None` if it has none."""
+    """Return the position of a field of a table, or `None` if the field is absent."""
     vtable = table - _INT32.unpack_from(data, table)[0]
     size: int = _UINT16.unpack_from(data, vtable)[0]
     at = 4 + 2 * number

@@ -1,18 +1,21 @@
-"""The serializer `auto`: msgpack, and NumPy, pandas and the classes that the application registered.
+"""The serializer `auto`: msgpack plus NumPy, pandas and classes registered by the application.
 
 | code | type | items after the marker |
 | --- | --- | --- |
 | 32 | numpy.ndarray | dtype, order (`C` or `F`), shape, bytes |
 | 33 | NumPy scalar | dtype, bytes |
-| 34 | pandas DataFrame, Series | `frame` (`ranged` if its columns are 0, 1, ...) or `series` (`unnamed`), Arrow IPC stream |
+| 34 | pandas DataFrame, Series | form, Arrow IPC stream |
 | 35 | registered class | name, fingerprint, content |
 
-An array comes back read-only, because it is a view of the payload: `copy()` makes one that can be written.
+The form of a DataFrame is `frame`, or `ranged` if its columns are 0, 1, ... The form of a Series is `series`, or
+`unnamed` if it has no name.
 
-Dataclasses, pydantic models, enums and named tuples can be registered. A payload names a class; it never makes one. Only
-registered classes are looked up, nothing is imported, and no code of the class is called but `__new__`: an object is rebuilt
-from its fields, as `copy` does it, and is exactly what it was. The names and types of the fields make a fingerprint. A payload
-is rejected if its class has changed since.
+Arrays are restored as read-only views of the payload. Use `copy()` to get a writable array.
+
+Dataclasses, pydantic models, enums and named tuples can be registered. A payload contains only the name of a class.
+Only registered classes are looked up, nothing is imported, and only the class's `__new__` is called. The object is
+restored exactly from its fields, as the `copy` module does. A fingerprint covers the names and types of the fields; a
+payload is rejected if its class has changed since.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ _DTYPE = re.compile(r"[<>|=][biufcSUmMV?][0-9]{1,9}(\[[0-9]{0,6}[A-Za-z]{1,2}\])
 
 
 class AutoSerializer(MsgpackSerializer):
-    """`msgpack` and more. `types` are the classes that may be rebuilt from a payload.
+    """Serializer that extends `msgpack`. `types` are the classes that payloads may contain.
 
     Raises `CacheConfigurationError` for a class that cannot be registered.
     """
@@ -72,7 +75,7 @@ class AutoSerializer(MsgpackSerializer):
         name, fingerprint, content = items
         carrier = self._by_name[name]
         if fingerprint != carrier.fingerprint:
-            raise ValueError("the class has other fields now")
+            raise ValueError("the fields of the class have changed")
         return carrier.put_together(content)
 
 
@@ -83,12 +86,12 @@ def _write_numpy(value: Any, kind: type[Any]) -> list[Any]:
     dtype: str = value.dtype.str
     if value.dtype.names is not None or not _DTYPE.fullmatch(dtype):
         raise CacheSerializationError(
-            f"the serializer 'auto' does not carry a NumPy dtype {value.dtype}; 'pickle' does"
+            f"the serializer 'auto' does not support the NumPy dtype {value.dtype}; 'pickle' does"
         )
     if kind is not numpy.ndarray:
         return [_SCALAR, dtype, value.tobytes()]
     if not value.dtype.itemsize:
-        raise CacheSerializationError("the serializer 'auto' does not carry a NumPy array of items without a size")
+        raise CacheSerializationError("the serializer 'auto' does not support NumPy arrays with items of size 0")
     order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
     return [_ARRAY, dtype, order, list(value.shape), value.tobytes(order)]
 
@@ -97,11 +100,11 @@ def _read_array(items: list[Any]) -> Any:
     name, order, shape, data = items
     numpy, dtype = _dtype(name)
     if order not in ("C", "F") or any(type(each) is not int or each < 0 for each in shape):
-        raise ValueError("no order or no shape")
+        raise ValueError("an invalid order or shape")
     if math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError("not as many bytes as the shape says")
+        raise ValueError("the shape does not match the number of bytes")
     if not dtype.itemsize:
-        raise ValueError("items without a size take memory all the same")
+        raise ValueError("items of size 0 still take memory")
     if not data:
         return numpy.zeros(shape, dtype, order)
     return numpy.frombuffer(data, dtype).reshape(shape, order=order)
@@ -111,19 +114,19 @@ def _read_scalar(items: list[Any]) -> Any:
     name, data = items
     numpy, dtype = _dtype(name)
     if dtype.itemsize != len(data):
-        raise ValueError("not as many bytes as the type has")
+        raise ValueError("the type does not match the number of bytes")
     return numpy.frombuffer(data, dtype)[0] if data else dtype.type()
 
 
 def _dtype(name: str) -> tuple[Any, Any]:
     numpy = load("numpy", "a NumPy array")
     if not _DTYPE.fullmatch(name):
-        raise ValueError("no dtype of ours")
+        raise ValueError("an unsupported dtype")
     return numpy, numpy.dtype(name)
 
 
 class _Carrier(NamedTuple):
-    """How one class is taken apart and rebuilt. Payloads call it by `name`, `module:Class`."""
+    """Functions that take apart and restore objects of one class. Its `name` in payloads is `module:Class`."""
 
     name: str
     fingerprint: int
@@ -131,7 +134,7 @@ class _Carrier(NamedTuple):
     put_together: Callable[[Any], Any]
 
 
-# Type checkers would narrow Any to what they know less of.
+# Without these, type checkers narrow Any to partially unknown types.
 _is_a: Callable[[Any, type[Any]], bool] = issubclass
 _is_dataclass: Callable[[Any], bool] = dataclasses.is_dataclass
 _new_tuple: Any = tuple.__new__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
@@ -144,7 +147,7 @@ def _carrier(kind: Any) -> _Carrier:
     name = f"{kind.__module__}:{kind.__qualname__}"
     if _is_a(kind, enum.Flag):  # A combination of flags has no name.
         return _Carrier(name, 0, attrgetter("value"), kind)
-    if _is_a(kind, enum.Enum):  # The name stays when values are renumbered.
+    if _is_a(kind, enum.Enum):  # Names, unlike values, survive renumbering.
         return _Carrier(name, 0, attrgetter("name"), kind.__getitem__)
     if hasattr(kind, "__pydantic_fields__") and hasattr(kind, "model_fields"):
         return _model(name, kind)
@@ -153,7 +156,7 @@ def _carrier(kind: Any) -> _Carrier:
     if _is_a(kind, tuple) and hasattr(kind, "_fields"):
         return _named_tuple(name, kind)
     raise CacheConfigurationError(
-        f"{type_name(kind)} cannot be registered: only dataclasses, pydantic models, enums and named tuples can"
+        f"cannot register {type_name(kind)}: expected a dataclass, pydantic model, enum or named tuple"
     )
 
 
@@ -164,7 +167,7 @@ def _fingerprint(fields: Mapping[str, Any]) -> int:
 
 def _check_attributes(kind: type[Any], held: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     if not fields.keys() >= held.keys():
-        raise CacheSerializationError(f"a {type_name(kind)} has attributes besides its fields, which would be lost")
+        raise CacheSerializationError(f"a {type_name(kind)} has attributes that are not fields and would be lost")
 
 
 def _named_tuple(name: str, kind: Any) -> _Carrier:
@@ -172,7 +175,7 @@ def _named_tuple(name: str, kind: Any) -> _Carrier:
 
     def put_together(content: list[Any]) -> Any:
         if len(content) != len(fields):
-            raise ValueError("another number of fields")
+            raise ValueError("a different number of fields")
         return _new_tuple(kind, content)
 
     return _Carrier(name, _fingerprint(dict.fromkeys(fields)), list, put_together)
@@ -186,7 +189,7 @@ def _dataclass(name: str, kind: type[Any]) -> _Carrier:
         try:
             return [getattr(value, each) for each in hints]
         except AttributeError:
-            raise CacheSerializationError(f"a field of a {type_name(kind)} is not there") from None
+            raise CacheSerializationError(f"a {type_name(kind)} has a field without a value") from None
 
     def put_together(content: list[Any]) -> Any:
         made = object.__new__(kind)
@@ -205,14 +208,14 @@ def _model(name: str, kind: Any) -> _Carrier:
         _check_attributes(kind, held, hints)
         private: dict[str, Any] | None = value.__pydantic_private__
         if private is not None:
-            # What has not been set yet is a mark of pydantic's own.
+            # pydantic marks attributes that are not set yet with a private sentinel.
             private = {name: each for name, each in private.items() if type_of(each).__name__ != _UNDEFINED}
         return [dict(held), set(value.__pydantic_fields_set__), value.__pydantic_extra__, private]
 
     def put_together(content: list[Any]) -> Any:
         state: dict[str, Any] = dict(zip(_STATE, content, strict=True))
         if type_of(state["__dict__"]) is not dict or state["__dict__"].keys() != hints.keys():
-            raise ValueError("other fields")
+            raise ValueError("different fields")
         made = kind.__new__(kind)
         for each, inner in state.items():
             object.__setattr__(made, each, inner)

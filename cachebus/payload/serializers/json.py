@@ -1,13 +1,13 @@
-"""The serializer `json`: JSON that any language reads, with tags for what JSON has no word for.
+"""The serializer `json`: portable JSON, with tags for types that JSON lacks.
 
-A tag is an object whose only key begins with `$`: `{"$tuple": [1, 2]}`, `{"$datetime": "2024-05-01T10:00:00"}`. A dict of the
-user's that looks like one, a single key that begins with `$`, gets one more `$` before that key and loses it on the way back.
+A tag is an object whose only key begins with `$`: `{"$tuple": [1, 2]}`, `{"$datetime": "2024-05-01T10:00:00"}`. If a
+user's dict has a single key that begins with `$`, another `$` is added to the key and removed again on reading.
 
-| tag | holds |
+| tag | content |
 | --- | --- |
 | `$tuple` `$set` `$frozenset` | array of the items |
-| `$map` | array of pairs: a dict that has a key which is no text |
-| `$datetime` `$date` `$time` | ISO 8601 text, a zone in brackets as in RFC 9557 |
+| `$map` | array of pairs: a dict with a key that is not a string |
+| `$datetime` `$date` `$time` | ISO 8601 text, with the zone in brackets as in RFC 9557 |
 | `$timedelta` | array: days, seconds, microseconds |
 | `$uuid` `$decimal` | text |
 | `$bytes` | base64 |
@@ -42,13 +42,13 @@ from .scalars import (
 )
 
 DEPTH_MAX = 200
-"""How deep lists and dicts may be nested where tags are needed. Without tags orjson sets the bound, at 254."""
+"""Maximum nesting depth of values that need tags. Without tags, the limit of orjson applies (254)."""
 
 _Packer: Any = msgpack.Packer  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 _KEPT_BUFFER = 65_536
-"""Bytes of a value after which the packer that has written it is kept for the next one."""
+"""Maximum size, in bytes, of a value after which its packer is reused."""
 _NOT_FINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
-"""Finds NaN and infinity in MessagePack, and now and then other bytes that look like one."""
+"""Search for NaN and infinity in MessagePack. It can report false positives."""
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
 
 _SCALARS: Mapping[type[Any], tuple[str, Callable[[Any], Any]]] = {
@@ -79,20 +79,19 @@ _CONTAINER_READERS: Mapping[str, Callable[[Iterable[Any]], Any]] = {
 
 
 class JsonSerializer:
-    """Values to JSON and back, exactly: what would come back otherwise than it went is refused."""
+    """Serializer for JSON. It rejects values that could not be restored exactly."""
 
     name = "json"
 
     def __init__(self) -> None:
-        self._packers: list[
-            Any
-        ] = []  # Each is used once at a time: another thread, or a finalizer in between, makes one.
+        # A packer is taken out while it is in use; another thread, or a finalizer in between, creates a new one.
+        self._packers: list[Any] = []
         orjson = load("orjson", "the serializer 'json'")
         self._dumps: Callable[[Any], bytes] = orjson.dumps
         self._loads: Callable[[Any], Any] = orjson.loads
 
     def dumps(self, value: Any) -> bytes:
-        """The bytes of a value. Raises `CacheSerializationError` that names the type in the way."""
+        """Serialize a value. Raises `CacheSerializationError`, which names an unsupported type."""
         try:
             if (data := self._plain(value)) is not None:
                 return data
@@ -100,23 +99,24 @@ class JsonSerializer:
         except CacheSerializationError:
             raise
         except (TypeError, ValueError, RecursionError):
-            # orjson's own error says what it met, which may be part of the value.
-            reason = "it holds a str that is not valid Unicode, or an int of more digits than Python writes"
-        raise CacheSerializationError(f"the serializer 'json' cannot write the value: {reason}")
+            # orjson's error is not chained, because it may show parts of the value.
+            reason = "it contains a str that is not valid Unicode, or an int with too many digits"
+        raise CacheSerializationError(f"the serializer 'json' cannot serialize the value: {reason}")
 
     def _plain(self, value: Any) -> bytes | None:
-        """The JSON of a value that needs no tags, if that is easily seen."""
+        """Return the JSON of a value if a quick check shows that it needs no tags."""
         try:
-            # In C: it refuses every type but the plain ones, bytes, and tags of its own, which orjson refuses in turn.
+            # This type check runs in C. The packer rejects all types but the plain ones, bytes and its extension types;
+            # orjson rejects the latter two.
             packer = self._packer()
             types: bytes = packer.pack(value)
             data = self._dumps(value)
         except (TypeError, ValueError, OverflowError):
             return None
-        if len(types) <= _KEPT_BUFFER:  # It grows to the largest value, and one that has failed is not kept either.
+        if len(types) <= _KEPT_BUFFER:  # A packer's buffer never shrinks. A packer that failed is not reused either.
             self._packers.append(packer)
-        # What looks like a tag has to be told from one, and a NaN, which has become null, from other numbers. A search for
-        # a byte or two is mostly enough.
+        # Keys that look like tags, and NaN (which orjson writes as null), need the slow path. A search for one or two
+        # bytes usually rules them out.
         if (b"$" in data and b'{"$' in data) or b"\xcb\x7f" in types or b"\xcb\xff" in types:
             return None if b'{"$' in data or _NOT_FINITE(types) else data
         return data
@@ -128,9 +128,9 @@ class JsonSerializer:
             return _Packer(strict_types=True, buf_size=16_384)
 
     def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any:
-        """The value of bytes. Raises what orjson and the types raise."""
+        """Deserialize a value. Errors of orjson and the types propagate."""
         if type(data) is not bytes:
-            data = bytes(data)  # The one copy of a view, which orjson would make as well, and which can be searched.
+            data = bytes(data)  # orjson would copy a view as well, and bytes can be searched.
         tree = self._loads(data)
         return _from_tree(tree) if b"$" in data and b'"$' in data else tree
 
@@ -147,7 +147,7 @@ def _to_tree(value: Any, depth: int) -> Any:
         return {scalar[0]: scalar[1](value)}
     if depth <= 0:
         raise CacheSerializationError(
-            f"the serializer 'json' carries at most {DEPTH_MAX} levels, and the value has more"
+            f"the serializer 'json' supports at most {DEPTH_MAX} levels of nesting, and the value has more"
         )
     if kind is list:
         return [_to_tree(each, depth - 1) for each in value]

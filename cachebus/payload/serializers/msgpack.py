@@ -1,15 +1,15 @@
-"""The serializer `msgpack`: what msgpack has, and extension types for the scalars and containers that it lacks.
+"""The serializer `msgpack`, with extension types for scalars and containers that msgpack lacks.
 
-| code | type | what it holds |
+| code | type | content |
 | --- | --- | --- |
-| 1, 2, 3 | tuple, set, frozenset | nothing: it is the first item of an array, whose other items are the container's |
+| 1, 2, 3 | tuple, set, frozenset | empty: a marker before the items of the container, in an array |
 | 4, 5, 6 | datetime, date, time | ISO 8601 text |
 | 7 | timedelta | msgpack array: days, seconds, microseconds |
 | 8 | UUID | 16 bytes |
 | 9 | Decimal | text |
 | 10 | int of more than 64 bits | big-endian two's complement |
 
-msgpack's own timestamp (code -1) is read as a datetime in UTC, and never written.
+The standard timestamp of msgpack (code -1) is read as a datetime in UTC, but never written.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ Ext: Any = msgpack.ExtType
 
 _PACKED_MAX = 2**20
 LARGE_ARRAY = 1024
-"""msgpack allocates as many items as an array claims to have. Up to here that is harmless; a larger array is read only
-after a first pass has seen its items."""
+"""Maximum array length that is read in one pass. msgpack allocates as many items as an array declares, so a larger
+array is read only after a first pass has found its items.
+"""
 
 ContainerReader = Callable[[list[Any]], Any]
 
@@ -70,31 +71,30 @@ _UNPLAIN: frozenset[type[Any]] = frozenset({tuple, frozenset, memoryview})
 
 
 class _Marker(NamedTuple):
-    """The first item of an array that is no list."""
+    """First item of an array that represents a container other than a list."""
 
     code: int
 
 
 class _Marked(Exception):
-    """Raised when a marker is met: arrays have to be looked at one by one."""
+    """Raised when a marker is found, so that each array must be examined."""
 
 
 class MsgpackSerializer:
-    """Values to msgpack and back, exactly: what would come back otherwise than it went is refused.
+    """Serializer for msgpack. It rejects values that could not be restored exactly.
 
-    A serializer that carries more overrides `write_other`, for values of other types, and gives `_readers` for the
-    containers that it marks.
+    A subclass that supports more types overrides `write_other` and adds `_readers` for its containers.
     """
 
     name = "msgpack"
 
     def __init__(self) -> None:
         self._readers: Mapping[int, ContainerReader] = CONTAINER_READERS
-        # Making a packer takes a fifth of the time of packing 1 KB. Each is used by one thread at a time.
+        # Creating a packer takes a fifth of the time of packing 1 KB. Each packer is used by one thread at a time.
         self._packers: list[Any] = []
 
     def dumps(self, value: Any) -> bytes:
-        """Return the bytes of a value. Raises `CacheSerializationError` that names the type in the way."""
+        """Serialize a value. Raises `CacheSerializationError`, which names an unsupported type."""
         try:
             packer = self._packer()
             packed: bytes = packer.pack(value)
@@ -102,24 +102,26 @@ class MsgpackSerializer:
             raise
         except (ValueError, TypeError, OverflowError) as error:
             if isinstance(error, UnicodeError):
-                problem = "it holds a str that is not valid Unicode"
+                problem = "it contains a str that is not valid Unicode"
             elif "recursion" in str(error):
-                problem = "it is nested too deeply, or holds itself"
+                problem = "it is nested too deeply, or contains itself"
             else:
-                problem = f"it holds something that msgpack has no form for ({type(error).__name__})"
-            raise CacheSerializationError(f"the serializer {self.name!r} cannot write the value: {problem}") from None
-        # A packer keeps the memory that it once needed, and one that has failed keeps what it had written.
+                problem = f"it contains something that msgpack does not support ({type(error).__name__})"
+            raise CacheSerializationError(
+                f"the serializer {self.name!r} cannot serialize the value: {problem}"
+            ) from None
+        # A packer's buffer never shrinks. A packer that failed keeps partial output, so it is not reused.
         if len(packed) < _PACKED_MAX:
             self._packers.append(packer)
-        # msgpack writes a bytearray and a memoryview as bytes without asking. Only then can the value hold one.
+        # msgpack silently writes a bytearray or a memoryview as bytes. Look for them only if bytes were written.
         if type(value) not in _PLAIN and (b"\xc4" in packed or b"\xc5" in packed or b"\xc6" in packed):
             self._refuse_buffers(value)
         return packed
 
     def loads(self, data: bytes | memoryview, *, trusted: bool = False) -> Any:
-        """Return the value of bytes. Raises whatever msgpack and the types raise.
+        """Deserialize a value. Errors of msgpack and the types propagate.
 
-        Takes at most as much memory as the largest values of that many bytes need.
+        Forged data cannot use more memory than genuine values of the same size.
         """
         limit = len(data) if trusted else LARGE_ARRAY
         try:
@@ -131,7 +133,7 @@ class MsgpackSerializer:
                 raise
             limit = len(data)
             _walk(data)
-        markers = 0  # Those that were met and did not begin an array yet.
+        markers = 0  # Number of markers that were found but not yet consumed by an array.
 
         def ext(code: int, data: bytes) -> Any:
             nonlocal markers
@@ -154,7 +156,7 @@ class MsgpackSerializer:
         return value
 
     def write_other(self, value: Any) -> Any:
-        """Return what stands for a value of another type. Raises `CacheSerializationError`."""
+        """Return a substitute for a value of another type. Raises `CacheSerializationError`."""
         refuse(value, self.name)
 
     def _packer(self) -> Any:
@@ -196,10 +198,10 @@ class MsgpackSerializer:
 
 
 def _walk(data: bytes | memoryview) -> None:
-    """Go through a message without making anything of it. Raises `ValueError` if it is cut short."""
+    """Scan a message without building values. Raises `ValueError` if it is truncated."""
     unpacker: Any = _Unpacker(max_buffer_size=len(data) + 1, strict_map_key=False)
     unpacker.feed(data)
     try:
         unpacker.skip()
     except msgpack.OutOfData:
-        raise ValueError("the message is cut short") from None
+        raise ValueError("the message is truncated") from None

@@ -1,6 +1,6 @@
-"""Scalars that neither msgpack nor JSON has, as text that any language reads.
+"""Portable text forms of scalars that msgpack and JSON lack.
 
-Date, time and datetime are ISO 8601. A zone of the tz database follows in brackets, as in RFC 9557
+Dates, times and datetimes use ISO 8601. A zone of the tz database follows in brackets, as in RFC 9557
 (`2024-03-31T02:30:00+01:00[Europe/Berlin]`), and so does a fold (`[_fold=1]`).
 """
 
@@ -16,18 +16,18 @@ from zoneinfo import ZoneInfo
 from cachebus.messages import CacheSerializationError
 
 DT = TypeVar("DT", dt.datetime, dt.time)
-type_of: Callable[[object], type[Any]] = type  # to a type checker, type() of Any is not fully known
+type_of: Callable[[object], type[Any]] = type  # For type checkers, type() of Any is partially unknown.
 
 _FOLD = "[_fold=1]"
 
 
 def type_name(kind: type[Any]) -> str:
-    """Return a type's name for a sentence: builtins by name, others with their module."""
+    """Return the name of a type for messages: builtins by name, other types with their module."""
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def refuse(value: object, serializer: str) -> NoReturn:
-    """Raise the `CacheSerializationError` for a type that a serializer does not carry. Names the serializer that does."""
+    """Raise `CacheSerializationError` for an unsupported type. The message names a serializer that supports it."""
     kind = type_of(value)
     family, name = kind.__module__.partition(".")[0], kind.__name__
     in_auto = (family, name) in (("numpy", "ndarray"), ("pandas", "Series")) or any(
@@ -36,16 +36,16 @@ def refuse(value: object, serializer: str) -> NoReturn:
     if serializer != "auto" and in_auto:
         carrier = "'auto'"
     elif serializer not in ("auto", "arrow") and (family, name) == ("pandas", "DataFrame"):
-        carrier = "'auto', or on its own 'arrow',"
+        carrier = "'auto' (or 'arrow' for a single DataFrame)"
     elif (family, name) == ("pyarrow", "Table"):
         carrier = "'arrow'"
     elif issubclass(kind, enum.Enum) or any(
         hasattr(kind, each) for each in ("__dataclass_fields__", "__pydantic_fields__", "_fields")
     ):
-        carrier = "'auto', with the class among payload.types,"
+        carrier = "'auto' with the class in payload.types"
     else:
         carrier = "'pickle'"
-    raise CacheSerializationError(f"the serializer {serializer!r} does not carry a {type_name(kind)}; {carrier} does")
+    raise CacheSerializationError(f"the serializer {serializer!r} does not support {type_name(kind)}; {carrier} does")
 
 
 write_date = dt.date.isoformat
@@ -53,7 +53,7 @@ read_date = dt.date.fromisoformat
 
 
 def write_moment(value: dt.datetime | dt.time) -> str:
-    """Return a datetime or a time as text. Raises `CacheSerializationError` for a zone that would not come back as it is."""
+    """Return a datetime or a time as text. Raises `CacheSerializationError` if its zone cannot be restored exactly."""
     text = value.isoformat()
     zone = value.tzinfo
     if zone is not None and zone is not dt.UTC:
@@ -61,14 +61,14 @@ def write_moment(value: dt.datetime | dt.time) -> str:
         if kind is ZoneInfo:
             name = cast("ZoneInfo", zone).key
             if not name:
-                raise CacheSerializationError("a ZoneInfo without a key cannot be named, so it cannot be stored")
+                raise CacheSerializationError("cannot serialize a ZoneInfo without a key")
             text += f"[{name}]"
         elif kind is not dt.timezone:
             raise CacheSerializationError(
-                f"a time zone of the type {type_name(kind)} would not come back as it is; use zoneinfo, or 'pickle'"
+                f"a time zone of type {type_name(kind)} cannot be restored exactly; use zoneinfo, or 'pickle'"
             )
         elif zone.tzname(None) != dt.timezone(cast("dt.timedelta", zone.utcoffset(None))).tzname(None):
-            raise CacheSerializationError("the name of a fixed offset would be lost; use zoneinfo, or 'pickle'")
+            raise CacheSerializationError("a fixed offset would lose its name; use zoneinfo, or 'pickle'")
     return text + _FOLD if value.fold else text
 
 
