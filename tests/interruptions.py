@@ -111,9 +111,9 @@ def assert_sound(store: MemoryStore) -> None:
     assert store._wheel._references == sum(map(len, store._wheel._slots.values()))
     assert set(store._wheel._heap) == set(store._wheel._slots)
     assert store._metadata_of.keys() <= entries.keys()
-    meters = store._meters
+    meters = store._rate_limits
     assert not meters._changing
-    assert {*meters._empty} == {*meters._meters} == {key for _, _, key in meters._empty._heap} & {*meters._meters}
+    assert {*meters._empty} == {*meters._states} == {key for _, _, key in meters._empty._heap} & {*meters._states}
     leases = store._leases
     waiting = [waiter for lease in (*leases.by_key.values(), *leases._void.values()) for waiter in lease.waiters]
     assert {*waiting} == {*leases._parked}

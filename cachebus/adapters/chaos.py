@@ -1,4 +1,4 @@
-"""The chaos store: any other store, with delays and failures put in front of it by a seeded generator."""
+"""The chaos store, which adds reproducible delays and failures to another store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cachebus.messages import (
 
 @dataclass(slots=True)
 class ChaosCounts:
-    """Counts of what a chaos store was asked for, and of what it did about it."""
+    """Counters of the requests to a chaos store and of the faults that it injected."""
 
     batches: int = 0
     operations: int = 0
@@ -33,18 +33,20 @@ class ChaosCounts:
 
 
 class ChaosStore:
-    """A `BatchStore` around another store, for tests and for seeing how an application takes an outage.
+    """A `BatchStore` that injects faults into another store, to test how an application handles outages.
 
-    Each rate is a probability from 0 to 1, and may be changed at any time: `failure_rate = 1.0` is an outage.
+    Each rate is a probability from 0 to 1, and you can change it at any time: `failure_rate = 1.0` is an outage.
 
-    * `failure_rate`, of a batch: nothing of it is done, and `error` is raised.
-    * `operation_failure_rate`, of one operation: only this one is not done, and its reply is `Failed` with `error`.
-    * `lost_reply_rate`, of a batch: it is done, and then `CacheTimeoutError` is raised, as if the connection had broken.
-    * `delay`, the shortest and longest pause before each batch, in seconds.
+    * `failure_rate`: probability that a batch fails. It is not carried out, and `error` is raised.
+    * `operation_failure_rate`: probability that one operation fails. Only this one is not carried out, and its reply is
+      `Failed` with `error`.
+    * `lost_reply_rate`: probability that the reply to a batch is lost. The batch is carried out, and then
+      `CacheTimeoutError` is raised, as if the connection had broken.
+    * `delay`: shortest and longest pause before each batch, in seconds.
 
-    `error` makes an error of a sentence, as the classes of the error tree do. The same `seed` does the same to the same
-    sequence of batches, on every platform. Changing one rate leaves the other draws alone. `counts` counts what was done.
-    Expiry and eviction inside an inline store are not reported.
+    `error` creates an error from a message, as the classes of the error tree do. The same `seed` has the same effect on
+    the same sequence of batches, on every platform. Changing one rate does not affect the others. `counts` has the
+    counters. Expiry and eviction inside an inline store are not reported.
     """
 
     def __init__(
@@ -89,7 +91,8 @@ class ChaosStore:
         return self.inner.gauges()
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        # Always as many draws, before the first wait: concurrent batches and rates of 0 leave the sequence as it is.
+        # Draw the same number of random values in any case, and before the first await. Then neither concurrent batches
+        # nor rates of 0 change the sequence.
         draw = self._random.random
         pause = self.delay[0] + (self.delay[1] - self.delay[0]) * draw()
         fails = draw() < self.failure_rate
@@ -102,7 +105,7 @@ class ChaosStore:
             await self._clock.sleep_until(self._clock.monotonic() + pause)
         if fails:
             self.counts.failed_batches += 1
-            raise self.error("chaos: the batch failed and nothing was done")
+            raise self.error("chaos: the batch failed and was not carried out")
         kept = [request for request, spoil in zip(batch, spoiled, strict=True) if not spoil]
         if isinstance(self.inner, InlineStore):
             done = iter([_run(self.inner, request) for request in kept])
@@ -111,8 +114,8 @@ class ChaosStore:
         self.counts.failed_operations += sum(spoiled)
         if loses_reply:
             self.counts.lost_replies += 1
-            raise CacheTimeoutError("no reply, though all was done,", self.name, pause)
-        failed = "chaos: the operation failed and was not done"
+            raise CacheTimeoutError("no reply, although the batch was carried out,", self.name, pause)
+        failed = "chaos: the operation failed and was not carried out"
         return [Failed.of(self.error(failed)) if spoil else next(done) for spoil in spoiled]
 
 

@@ -1,4 +1,4 @@
-"""The null store: accepts everything and keeps nothing, so that an application runs as if it had no cache."""
+"""The null store, which keeps nothing. The application runs as if it had no cache."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from cachebus.messages import (
 
 
 class NullStore:
-    """An `InlineStore` in which every key is missing, always.
+    """An `InlineStore` in which every key is missing.
 
-    Writes are accepted and forgotten: the reply is `Stored` at version 0 if the condition of the write holds for a missing
-    key. Reads count as misses and go to `on_read`. Writes are not counted and do not go to `on_write`.
+    Writes are accepted and discarded. The reply is `Stored` with version 0 if the write's condition holds for a missing
+    key. Reads count as misses and call `on_read`. Writes are not counted and do not call `on_write`.
     """
 
     name = "null"
@@ -74,10 +74,10 @@ class NullStore:
         return f"<NullStore {self._misses} misses>"
 
     async def open(self) -> None:
-        """Nothing to make ready."""
+        """Do nothing."""
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""
 
     def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Reply] | None:
         return self._verbs.get(kind)

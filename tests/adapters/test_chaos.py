@@ -151,7 +151,7 @@ async def test_when_every_operation_fails_the_store_is_not_asked() -> None:
 async def test_a_lost_reply_is_lost_after_all_was_done() -> None:
     inner = Ledger()
     chaos = ChaosStore(inner, seed=1, lost_reply_rate=1.0)
-    with pytest.raises(CacheTimeoutError, match=r"^chaos\+ledger: no reply, though all was done, within 0 s$"):
+    with pytest.raises(CacheTimeoutError, match=r"^chaos\+ledger: no reply, although the batch was carried out, within 0 s$"):
         await chaos.execute(operations(2))
     assert inner.done == ["x", "xx"]
     assert chaos.counts == ChaosCounts(batches=1, operations=2, lost_replies=1)
@@ -177,7 +177,7 @@ def wrong_type(sentence: str) -> CacheError:
 @pytest.mark.parametrize("error", [CacheBackendError, wrong_type])
 async def test_the_error_is_the_one_that_was_asked_for(error: Callable[[str], CacheError]) -> None:
     expected = type(error("x"))
-    with pytest.raises(expected, match="chaos: the batch failed and nothing was done"):
+    with pytest.raises(expected, match="chaos: the batch failed and was not carried out"):
         await ChaosStore(Ledger(), seed=1, failure_rate=1.0, error=error).execute(operations(1))
     (reply,) = await ChaosStore(Ledger(), seed=1, operation_failure_rate=1.0, error=error).execute(operations(1))
     assert isinstance(reply, Failed)

@@ -78,4 +78,4 @@ def test_a_lost_lease_ends_with_the_last_question_that_waits_for_it() -> None:
         store._leases.release(ReleaseLease("k", f"q{lost}"))
         clock.advance(100.0)
         store.sweep(100)
-        assert not store._leases._void
+        assert not store._leases._revoked

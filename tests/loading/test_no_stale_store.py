@@ -42,19 +42,19 @@ def test_a_seed_is_the_same_run_each_time() -> None:
 class DeletesLeaveLeases(MemoryStore):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._leases.void = lambda key: None  # type: ignore[method-assign]
+        self._leases.revoke = lambda key: None  # type: ignore[method-assign]
 
 
 class ClearLeavesLeases(MemoryStore):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._leases.void_all = lambda matches=None: None  # type: ignore[method-assign]
+        self._leases.revoke_all = lambda matches=None: None  # type: ignore[method-assign]
 
 
 class TagsLeaveLeases(MemoryStore):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._leases.void_tags = lambda tags, version: None  # type: ignore[method-assign]
+        self._leases.revoke_tags = lambda tags, version: None  # type: ignore[method-assign]
 
 
 class TagsThatTheLoaderNamesAreForgotten(MemoryStore):
@@ -66,7 +66,7 @@ class TagsThatTheLoaderNamesAreForgotten(MemoryStore):
 class WritesLeaveLeases(MemoryStore):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._overtaken = lambda entry: None
+        self._on_overwrite = lambda entry: None
 
 
 class LeasesNeverEnd(MemoryStore):
@@ -124,7 +124,7 @@ class InvalidTagsAreServedStale(MemoryStore):
 class LateValuesGoToEverybody(MemoryStore):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._leases.bring_late = lambda lease, late, now: self._leases.answer_all(lease, late)  # type: ignore[method-assign]
+        self._leases.deliver_late = lambda lease, late, now: self._leases.answer_all(lease, late)  # type: ignore[method-assign]
 
 
 def everybody_shares(cache: Cache) -> None:

@@ -1,1 +1,1 @@
-"""Building blocks that several adapters share."""
+"""Building blocks shared by several adapters."""

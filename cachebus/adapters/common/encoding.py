@@ -1,5 +1,7 @@
-"""The forms in which stores of bytes keep a value: bytes as they are, 64-bit integers as digits, and msgpack for the
-rest. A form is named by one letter, which the store keeps beside the value."""
+"""Encoding of values for stores of bytes: bytes unchanged, 64-bit integers as digits, other values as msgpack.
+
+A one-letter type tag, stored with the value, identifies the encoding.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ _unpackb: Callable[..., Any] = msgpack.unpackb  # pyright: ignore[reportUnknownM
 
 
 LARGE_ARRAY = 1024
-"""msgpack makes room for as many items as an array claims to have. Up to here that is harmless."""
+"""Maximum array length that is read in one pass. msgpack allocates as many items as an array declares."""
 
 
 def encode_form(value: Any) -> bytes:
-    """Return the form's letter and the value in it. Raises `CacheSerializationError` for a type that would be lost."""
+    """Return the type tag followed by the encoded value. Raises `CacheSerializationError` for an unsupported type."""
     kind = cast("type[object]", type(value))
     if kind is bytes:
         body: bytes = b"B" + value
@@ -35,13 +37,13 @@ def encode_form(value: Any) -> bytes:
     try:
         return b"M" + _packb(value, strict_types=True, default=_refuse)
     except OverflowError:
-        raise CacheSerializationError("an int of more than 64 bits cannot be stored") from None
+        raise CacheSerializationError("cannot store an int of more than 64 bits") from None
     except (TypeError, ValueError) as error:
-        raise CacheSerializationError(f"a {kind.__name__} cannot be stored: {error}") from None
+        raise CacheSerializationError(f"cannot store a {kind.__name__}: {error}") from None
 
 
 def decode_form(form: int, body: bytes | memoryview) -> Any:
-    """Return the value of a form. Raises `CacheSerializationError` for an unknown form, and for damage."""
+    """Decode a value by its type tag. Raises `CacheSerializationError` for an unknown tag or a damaged value."""
     try:
         if form == BYTES:
             return bytes(body)
@@ -51,16 +53,16 @@ def decode_form(form: int, body: bytes | memoryview) -> Any:
             return int(bytes(body))
     except (ValueError, TypeError, msgpack.UnpackException):
         raise CacheSerializationError("the stored value is damaged") from None
-    raise CacheSerializationError("what is stored under the key was not written by cachebus, or by a newer one")
+    raise CacheSerializationError("the stored value was not written by cachebus, or by a newer version")
 
 
 def pack_plain(value: Any) -> bytes:
-    """Return msgpack of what a store itself has put together."""
+    """Encode a store's internal data as msgpack."""
     return _packb(value)
 
 
 def unpack_plain(packed: bytes) -> Any:
-    """Return what `pack_plain` was given. Raises `ValueError` for anything else."""
+    """Decode data written by `pack_plain`. Raises `ValueError` for other data."""
     try:
         return _unpacked(packed)
     except msgpack.UnpackException as error:
@@ -68,7 +70,7 @@ def unpack_plain(packed: bytes) -> Any:
 
 
 def _unpacked(packed: bytes | memoryview) -> Any:
-    """The value of msgpack that anyone may have written: it takes no more memory than values of that many bytes need."""
+    """Decode untrusted msgpack. Forged data cannot use more memory than genuine values of the same size."""
     size = len(packed)
     limit = min(size, LARGE_ARRAY)
     bounds = {"max_str_len": size, "max_bin_len": size, "max_ext_len": size, "max_map_len": size // 2}
@@ -77,18 +79,18 @@ def _unpacked(packed: bytes | memoryview) -> Any:
     except ValueError as error:
         if "max_array_len" not in str(error):
             raise
-    # Seen to be there before there is room made for them.
+    # Check that all items exist before msgpack allocates memory for them.
     unpacker: Any = _Unpacker(max_buffer_size=size + 1, strict_map_key=False)
     unpacker.feed(packed)
     try:
         unpacker.skip()
     except msgpack.OutOfData:
-        raise ValueError("the value is cut short") from None
+        raise ValueError("the value is truncated") from None
     return _unpackb(packed, strict_map_key=False, max_array_len=size, **bounds)
 
 
 def _refuse(value: Any) -> NoReturn:
     raise CacheSerializationError(
-        f"a {type(value).__name__} cannot be stored:"
-        " only bytes, str, int, float, bool, None, and lists and dicts of these"
+        f"cannot store a {type(value).__name__}:"
+        " expected bytes, str, int, float, bool, None, or lists and dicts of these"
     )

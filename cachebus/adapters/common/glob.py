@@ -1,4 +1,4 @@
-"""Patterns over keys: the glob that every store understands alike."""
+"""Glob patterns over keys, with the same meaning in every store."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _TOKEN = re.compile(r"([*?])|\[((?:\\.|[^]\\])*)\]|\\?(.)", re.DOTALL)
 
 @functools.lru_cache(maxsize=256)
 def compile_glob(pattern: str) -> re.Pattern[str]:
-    r"""Return a regular expression that matches the whole keys that a glob matches.
+    r"""Return a regular expression that matches the same whole keys as a glob.
 
-    These are the globs of Redis: `*` is any run of characters, `?` any one, `[abc]`, `[a-z]` and `[^abc]` one of a set; `\`
-    takes the next character as it stands. A set that is not closed, and a `\` at the end, stand for themselves.
+    The syntax is that of Redis. `*` matches any run of characters, `?` any character, and `[abc]`, `[a-z]` and `[^abc]`
+    one character of a set. `\` escapes the next character. An unclosed set and a `\` at the end are literal text.
     """
-    # What stands between two stars, of which each matches as many characters as it has elements.
+    # The parts between two stars. Each matches a fixed number of characters.
     runs: list[str] = [""]
     for kind, text in _tokens(pattern):
         if kind != "*":
@@ -28,14 +28,16 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     first, *between = runs
     if not between:
         return re.compile(first, re.DOTALL)
-    # An atomic group tries only the leftmost place of each run: others would take time in the n-th power for n stars.
+    # Atomic groups try only the leftmost match of each run. With backtracking, n stars would take time O(length^n).
     atomic = "".join(f"(?>.*?{each})" for each in between[:-1])
     return re.compile(f"{first}{atomic}.*{between[-1]}", re.DOTALL)
 
 
 def widen(pattern: str) -> str:
-    r"""Return a glob of literal text and a few `*` only, that matches at least what `pattern` does: for a server that reads
-    globs in a way of its own, or slowly if they have many stars."""
+    r"""Return a glob of only literal text and a few `*` that matches at least the keys that `pattern` matches.
+
+    It is for servers that interpret globs differently, or that are slow if a glob has many stars.
+    """
     pieces = [""]
     for kind, text in _tokens(pattern):
         if kind == "":
@@ -49,15 +51,18 @@ def widen(pattern: str) -> str:
 
 
 def _tokens(pattern: str) -> Iterator[tuple[str, str]]:
-    """Yield the parts of a glob: `*` and `?`, `[` with the body of a set, and an empty kind with a literal character."""
+    """Yield the kind and the text of each part:
+
+    `*`, `?`, `[` with the body of a set, or an empty kind for a literal.
+    """
     for match in _TOKEN.finditer(pattern):
         wildcard, body, literal = match.groups()
         yield ("", literal) if literal else (wildcard, "") if wildcard else ("[", body)
 
 
 def _set(body: str) -> str:
-    """Return the body of a set as a regular expression."""
-    # Each member is one character or an escaped one, alone or at both ends of a range.
+    """Return the regular expression for the body of a set."""
+    # A member is a plain or escaped character, or a range between two of them.
     negated = body.startswith("^")
     ranges = re.findall(r"(\\.|.)(?:-(\\.|.))?", body[negated:], re.DOTALL)
     members = [sorted(each[-1] for each in pair if each) for pair in ranges]

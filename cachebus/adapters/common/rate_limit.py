@@ -1,10 +1,11 @@
-"""Rate limiting: the rule that every store obeys, and the limits of a memory store.
+"""Rate limiting: the algorithm used by every store, and the rate limits of a memory store.
 
-The rule is the generic cell rate algorithm (ITU-T I.371, Annex A), in its form as a leaky bucket: each unit that is taken
-raises a level, which sinks by `limit` units in `per` seconds, and no unit is taken that would raise it above `burst`. So in
-any stretch of t seconds at most `burst + t * limit / per` units are taken. `redis_rates` has the same rule in Lua.
+The algorithm is the generic cell rate algorithm (ITU-T I.371, Annex A) in its leaky bucket form. Each unit taken raises
+a level, which falls by `limit` units in `per` seconds. A unit that would raise the level above `burst` is denied. In
+any period of t seconds, at most `burst + t * limit / per` units are taken. The Redis adapter implements the same
+algorithm in Lua.
 
-Instants are whole microseconds, and levels are units times the microseconds of `per`, so that no rounding adds up.
+Times are integer microseconds, and levels are units times `per` in microseconds, so that rounding errors do not add up.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from cachebus.actors.ports import TimerQueue
 from cachebus.messages import Admit, Admitted, BadMessage, RateLimitDenied
 
 CLOCK_BACK = 2_000_000
-"""Microseconds by which the clocks of processes may differ that share a limit in a server without a clock. Time then stands
-still for the slower one. A clock that is behind by more has been set back."""
+"""Tolerated clock difference, in microseconds, between processes that share a limit on a server without a clock.
+
+Within it, time stands still for the slower process. A clock that lags by more has been set back.
+"""
 
 
 class GcraState(NamedTuple):
-    """How much of a limit is used: the `level` at the time `stamp`, which sinks as `limit` and `per` said then."""
+    """State of a rate limit: the `level` at the time `stamp`, and the `limit` and `per` with which it falls."""
 
     level: int
     stamp: int
@@ -31,38 +34,41 @@ class GcraState(NamedTuple):
 
 
 def check_admit(request: Admit) -> None:
-    """Raise `BadMessage` for a request that no limit can answer."""
+    """Raise `BadMessage` if a request is invalid."""
     for name, units in (("limit", request.limit), ("burst", request.burst), ("cost", request.cost)):
         if not 1 <= units <= Admit.MOST:
             raise BadMessage(f"{name} must be from 1 to {Admit.MOST:,}, not {units!r}")
     if not 0 < request.per <= Admit.LONGEST:
-        raise BadMessage(f"per must be a number of seconds above 0, and {Admit.LONGEST:g} at most, not {request.per!r}")
+        raise BadMessage(f"per must be above 0 and at most {Admit.LONGEST:g} seconds, not {request.per!r}")
     if not 0 <= request.wait <= Admit.LONGEST:
-        raise BadMessage(f"wait must be a number of seconds from 0 to {Admit.LONGEST:g}, not {request.wait!r}")
+        raise BadMessage(f"wait must be from 0 to {Admit.LONGEST:g} seconds, not {request.wait!r}")
     if request.cost > request.burst:
-        raise BadMessage(f"cost must not be above burst, else it is never admitted: {request.cost} > {request.burst}")
+        raise BadMessage(f"cost must be at most burst ({request.burst}), not {request.cost}: it is never admitted")
     if request.burst * request.per / request.limit > Admit.LONGEST:
-        raise BadMessage(f"a burst of {request.burst} takes longer than {Admit.LONGEST:g} seconds to be there again")
+        raise BadMessage(f"a burst of {request.burst} must be replenished within {Admit.LONGEST:g} seconds")
 
 
 def microseconds(seconds: float) -> int:
-    """Return seconds as whole microseconds."""
+    """Convert seconds to integer microseconds."""
     return round(seconds * 1e6)
 
 
 def per_of(request: Admit) -> int:
-    """Return the microseconds of the request's `per`."""
+    """Return the `per` of a request in microseconds."""
     return max(1, microseconds(request.per))
 
 
-def admit(request: Admit, meter: GcraState | None, now: int) -> tuple[Admitted | RateLimitDenied, GcraState | None]:
-    """Return the reply to a checked request, and the meter, if that changes. `now` is in microseconds."""
+def admit(request: Admit, state: GcraState | None, now: int) -> tuple[Admitted | RateLimitDenied, GcraState | None]:
+    """Return the reply to a valid request, and the new state, or `None` if it is unchanged.
+
+    `now` is in microseconds.
+    """
     limit, per, at, level = request.limit, per_of(request), now, 0
     set_back = None
-    if meter is not None:
-        kept, stamp, old_limit, old_per = meter
+    if state is not None:
+        kept, stamp, old_limit, old_per = state
         if stamp - now > CLOCK_BACK:
-            # To be kept even if nothing is taken: else no time would pass until the clock is where it was.
+            # Store this state even if the request is denied. Otherwise no time would pass until the clock catches up.
             stamp, set_back = now, GcraState(kept, now, old_limit, old_per)
         at = max(now, stamp)
         level = max(0, kept - (at - stamp) * old_limit)
@@ -83,10 +89,10 @@ def _up(number: int, by: int) -> int:
 
 
 class MeterTable:
-    """The meters of a memory store, at most `most` of them.
+    """Rate limits of a memory store, at most `most`.
 
-    A meter that is at 0 again is forgotten. If there is no room for a new one, the one that would be at 0 first goes: of
-    that limit the least was used. `on_due` is called with the time at which `sweep` is needed.
+    A limit that is fully replenished is removed. If the table is full, a new limit replaces the one that would be
+    replenished first. `on_due` is called with the time at which `sweep` must run.
     """
 
     def __init__(self, now: Callable[[], float], on_due: Callable[[float], None], most: int) -> None:
@@ -95,30 +101,30 @@ class MeterTable:
         self._now = now
         self._on_due = on_due
         self._most = most
-        self._meters: dict[str, GcraState] = {}
+        self._states: dict[str, GcraState] = {}
         self._empty: TimerQueue[str] = TimerQueue()
-        self.due = self._empty.due  # Returns when to call `sweep` next; infinity while there are no meters.
-        self._changing = False  # Still set when a turn begins, the last one was interrupted.
+        self.due = self._empty.due  # Returns the time of the next `sweep`, or infinity if the table is empty.
+        self._changing = False  # If it is still true when a turn begins, the last turn was interrupted.
 
     def __len__(self) -> int:
-        return len(self._meters)
+        return len(self._states)
 
     def __repr__(self) -> str:
-        return f"<MeterTable {len(self._meters)}/{self._most} limits>"
+        return f"<MeterTable {len(self._states)}/{self._most} limits>"
 
     def admit(self, request: Admit) -> Admitted | RateLimitDenied:
         check_admit(request)
-        now, kept = self._now(), self._meters.get(request.key)
-        reply, meter = admit(request, kept, microseconds(now))
-        if meter is None:
+        now, kept = self._now(), self._states.get(request.key)
+        reply, state = admit(request, kept, microseconds(now))
+        if state is None:
             return reply
         self._changing = True
         if kept is None:
-            while len(self._meters) >= self._most and (first := self._empty.pop(math.inf)) is not None:
-                del self._meters[first]
-        # To the whole second, so that thousands of limits need no more than one sweep a second.
+            while len(self._states) >= self._most and (first := self._empty.pop(math.inf)) is not None:
+                del self._states[first]
+        # Rounded up to whole seconds, so that thousands of limits need at most one sweep per second.
         empty = math.ceil(now + reply.reset_after)
-        self._meters[request.key] = meter
+        self._states[request.key] = state
         first_due = self._empty.set(request.key, empty)
         self._changing = False
         if first_due:
@@ -126,20 +132,20 @@ class MeterTable:
         return reply
 
     def sweep(self, limit: int) -> None:
-        """Forget what is at 0 again, looking at no more than `limit` meters."""
+        """Remove limits that are fully replenished, examining at most `limit` of them."""
         self._changing = True
         for key in self._empty.expire(self._now(), limit):
-            del self._meters[key]
+            del self._states[key]
         self._changing = False
 
     def repair(self) -> None:
-        """Put right what an interrupted turn left half done: a limit that is not looked at when it is whole again."""
+        """Restore consistency after an interrupted turn, so that every limit is due for removal."""
         if self._changing:
             self._empty.clear()
-            for key, meter in self._meters.items():
-                self._empty.set(key, math.ceil((meter.stamp + _up(meter.level, meter.limit)) / 1e6))
+            for key, state in self._states.items():
+                self._empty.set(key, math.ceil((state.stamp + _up(state.level, state.limit)) / 1e6))
             self._changing = False
 
     def clear(self) -> None:
-        self._meters.clear()
+        self._states.clear()
         self._empty.clear()

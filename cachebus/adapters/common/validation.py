@@ -1,4 +1,4 @@
-"""Checks of durations and tokens in requests, which may come from any client on the bus."""
+"""Validation of durations and tokens in requests, which may come from any client on the bus."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from cachebus.messages import BadMessage, GetOrLease, LoadMetadata, RenewLease
 from cachebus.messages.leases import ASKED_MAX
 
 LONGEST = 1e12
-"""Seconds: 31,000 years. Longer ones count as this: servers refuse what overflows when they add the time of day."""
+"""Maximum duration in seconds (31,000 years). Servers reject durations that overflow when the current time is added."""
 
 
 def time_to_live(ttl: float) -> float:
-    """Return the seconds to live, `LONGEST` at most. Raises `BadMessage` for what is not positive and finite."""
+    """Return the time to live in seconds, at most `LONGEST`. Raises `BadMessage` unless it is positive and finite."""
     if not 0 < ttl < math.inf:
-        raise BadMessage(f"ttl must be a positive number of seconds, and finite, not {ttl!r}")
+        raise BadMessage(f"ttl must be a positive, finite number of seconds, not {ttl!r}")
     return min(ttl, LONGEST)
 
 
 def time_stale(origin: LoadMetadata | None) -> float:
-    """Return the seconds, `LONGEST` at most, for which a value may be served stale; 0 for what is no number."""
+    """Return the seconds for which a value may be served stale, at most `LONGEST`, or 0 for NaN or no metadata."""
     return 0.0 if origin is None else min(max(0.0, origin.stale_for), LONGEST)
 
 
 def check_lease(request: GetOrLease | RenewLease) -> None:
-    """Raise `BadMessage` for what cannot be a lease."""
+    """Raise `BadMessage` if a lease request is invalid."""
     if isinstance(request, GetOrLease) and len(request.token.encode("utf-8", "surrogatepass")) > ASKED_MAX:
-        raise BadMessage(f"the token that a lease is asked for as has {ASKED_MAX} bytes at most")
+        raise BadMessage(f"token must have at most {ASKED_MAX} bytes")
     if not 0 < request.lease_ttl < math.inf:
-        raise BadMessage(f"lease_ttl must be a positive number of seconds, not {request.lease_ttl!r}")
+        raise BadMessage(f"lease_ttl must be a positive, finite number of seconds, not {request.lease_ttl!r}")

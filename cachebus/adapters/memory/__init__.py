@@ -1,1 +1,1 @@
-"""The memory backend."""
+"""The memory store."""

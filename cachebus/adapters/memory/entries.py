@@ -1,4 +1,4 @@
-"""The entries of a memory store: bounded, expiring, tagged, and every removal accounted for."""
+"""Entries of a memory store: limits, expiry, tags, and counters of removals."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .expiry_wheel import GONE, ExpiryWheel
 from .tags import TagTable
 
 ENTRY_OVERHEAD = 250
-"""Bytes that a store spends on an entry besides the value: the entry, its key, its places in dict and wheel."""
+"""Size of an entry without its value, in bytes: the object, its key, and its references in the dict and the wheel."""
 
 _REPLACED = RemovalCause.REPLACED
 
 
 class LoadRecord(NamedTuple):
-    """Metadata of a loaded value, the time to live that it was given, and the time until which it may be served stale."""
+    """Metadata of a loaded value, its original time to live, and the time until which it may be served stale."""
 
     metadata: LoadMetadata
     lifetime: float | None
@@ -38,10 +38,10 @@ class LoadRecord(NamedTuple):
 
 
 class EntryTable:
-    """Entries of a `MemoryStore`, by the parameters of that.
+    """Entries of a `MemoryStore`. The parameters are those of `MemoryStore`.
 
-    An entry is in the dictionary, in the policy and, if it expires, in the wheel, and it counts for its tags and towards
-    the weight. Only the methods here change any of these.
+    An entry is in the dictionary, in the policy and, if it expires, in the wheel. It counts for its tags and the total
+    weight. Only methods of this class change these.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class EntryTable:
     ) -> None:
         for name, bound in (("max_entries", max_entries), ("max_bytes", max_bytes)):
             if bound is not None and bound < 1:
-                raise ValueError(f"{name} must be at least 1, or None for no bound, not {bound!r}")
+                raise ValueError(f"{name} must be at least 1, or None for no limit, not {bound!r}")
         if default_ttl is not None and not 0 < default_ttl < NEVER:
             raise ValueError(f"default_ttl must be a positive number of seconds, or None, not {default_ttl!r}")
         self._on_read: list[ReadListener] = []
@@ -78,14 +78,15 @@ class EntryTable:
         self._on_hit = self._policy.on_hit
         self._wheel = ExpiryWheel(self.announce_due)
         self._tags = TagTable()
-        # Beside the entries, because few have one and a slot more would make each of them larger.
+        # In a separate dict, because few entries have metadata, and another slot would make every entry larger.
         self._metadata_of: dict[str, LoadRecord] = {}
-        # The keys that are being loaded, and what ends the load of one that another caller has written.
+        # Keys that are being loaded, and the callback that ends a load when another caller writes the key.
         self._leased: Mapping[str, object] = {}
-        self._overtaken: Callable[[Entry], None] = lambda entry: None
-        # The key that is being written, "" for other changes. Still set when a turn begins, the last one was interrupted.
+        self._on_overwrite: Callable[[Entry], None] = lambda entry: None
+        # The key that is being written, or "" for other changes. If it is set when a turn begins, the last turn was
+        # interrupted.
         self._changing: str | None = None
-        # A version is the Unix time of storing, pushed up if two would be equal, so that no restart brings one back.
+        # A version is the Unix time of the write, increased if two would be equal, so a restart never repeats one.
         self._epoch = clock.wall() - clock.monotonic()
         self.version = 0.0
 
@@ -94,7 +95,7 @@ class EntryTable:
 
     @property
     def on_read(self) -> ReadListener | None:
-        """What is called with the key of each read, and whether that was a hit."""
+        """Callback for each read, called with the key and true for a hit."""
         return self._on_read[0] if self._on_read else None
 
     @on_read.setter
@@ -102,26 +103,26 @@ class EntryTable:
         self._on_read[:] = [] if hook is None else [hook]
 
     def live(self, key: str, now: float) -> Entry | None:
-        """Return the entry of a key that may still be read."""
+        """Return the entry of a key if it is valid and has not expired."""
         entry = self._entries.get(key)
         if entry is None:
             return None
         if entry.expires_at <= now:
-            self._lapse(entry, now)
+            self._expire(entry, now)
             return None
         if entry.tags and not self._tags.valid(entry):
             self._drop(entry, RemovalCause.EXPLICIT)
             return None
         return entry
 
-    def _lapse(self, entry: Entry, now: float) -> None:
-        """Drop an entry whose time is up, unless it may still be served as stale."""
+    def _expire(self, entry: Entry, now: float) -> None:
+        """Drop an expired entry, unless it may still be served stale."""
         kept = self._metadata_of.get(entry.key)
         if kept is None or kept.stale_until <= now:
             self._drop(entry, RemovalCause.EXPIRED)
 
     def found(self, entry: Entry, now: float) -> Found:
-        """Return the reply that says a live entry."""
+        """Return the reply for a live entry."""
         version, left = entry.version, entry.expires_at - now
         ttl = left if left < NEVER else None
         if (kept := self._metadata_of.get(entry.key)) is None:
@@ -132,7 +133,7 @@ class EntryTable:
         )
 
     def stale(self, key: str, now: float, lease: str = "", remaining: float = 0.0) -> Stale | None:
-        """Return the reply that says what may still be served of a key without a live value."""
+        """Return the reply for an expired entry that may still be served, or `None`."""
         entry, kept = self._entries.get(key), self._metadata_of.get(key)
         if entry is None or kept is None or entry.expires_at > now or kept.stale_until <= now:
             return None
@@ -142,13 +143,13 @@ class EntryTable:
         return Stale(entry.value, version, entry.tags, version, load.load_time, load.etag, lease, remaining)
 
     def keep_metadata(self, entry: Entry, metadata: LoadMetadata, now: float) -> None:
-        """Note how the value of an entry was loaded."""
+        """Store the metadata of the load that produced the value of an entry."""
         lifetime = None if entry.expires_at == NEVER else entry.expires_at - now
         self._metadata_of[entry.key] = LoadRecord(metadata, lifetime, entry.expires_at + time_stale(metadata))
 
     def write(self, key: str, value: Any, ttl: Ttl, tags: tuple[str, ...], now: float) -> Entry:
         """Store a value under a key. Raises `CacheError`."""
-        # Every write comes through here, so what happens on each is written out: a call costs 50 ns.
+        # This is the hot path of every write, so calls are inlined: each would cost 50 ns.
         expires_at = NEVER if ttl is None else now + ttl if type(ttl) is float and ttl > 0 else self._expiry(ttl, now)
         weight = 0 if self._max_bytes is None else self._weigh(value)
         version = now + self._epoch
@@ -172,10 +173,10 @@ class EntryTable:
                 self._tags.attach(tags)
             if expires_at != NEVER:
                 self._wheel.schedule(entry, now)
-                self._tidy()
+                self._compact_wheel()
         else:
             if entry.expires_at > now and not entry.tags and self.on_removal is None:
-                self._removals[_REPLACED] += 1  # As `_replaced` does.
+                self._removals[_REPLACED] += 1  # Inlined from `_replaced`.
             else:
                 self._replaced(entry, now)
             if tags or entry.tags:
@@ -185,7 +186,7 @@ class EntryTable:
             entry.version = version
             entry.value = value
             if self._metadata_of and self._metadata_of.pop(key, None) is not None:
-                entry.expires_at = NEVER  # It may stand in the wheel where its stale time ends.
+                entry.expires_at = NEVER  # Its slot in the wheel may be that of the end of its stale time.
             if expires_at < entry.expires_at:
                 self._expire_at(entry, expires_at, now)
             else:
@@ -198,13 +199,13 @@ class EntryTable:
                 self._reweigh(entry, weight)
         self._changing = None
         if self._leased:
-            self._overtaken(entry)
+            self._on_overwrite(entry)
         if self.on_write is not None:
-            self._tell_write(entry, now)
+            self._notify_write(entry, now)
         return entry
 
     def _replaced(self, entry: Entry, now: float) -> None:
-        """Account for the value that an entry is about to lose to a new one."""
+        """Count and report the removal of a value that is about to be replaced."""
         valid = not entry.tags or self._tags.valid(entry)
         cause = RemovalCause.EXPIRED if entry.expires_at <= now else _REPLACED if valid else RemovalCause.EXPLICIT
         self._removals[cause] += 1
@@ -212,34 +213,34 @@ class EntryTable:
             hook(entry.key, cause)
 
     def _reweigh(self, entry: Entry, weight: int) -> None:
-        """Note the weight of an entry's new value, and make room if it grew."""
+        """Update the weight of an entry, and evict others if the total weight is too large."""
         assert isinstance(entry, WeighedEntry)
         self._weight += weight - entry.weight
         entry.weight = weight
         if self._max_bytes is not None and self._weight > self._max_bytes:
-            # Out of the policy while room is made, so that it is not the victim of its own growth.
+            # The entry leaves the policy during the eviction, so that it is not evicted itself.
             self._policy.forget(entry)
             self._make_room(0, 0)
             self._policy.admit(entry)
 
     def _make_room(self, entries: int, weight: int) -> None:
-        """Give up entries until so many more, and so much more weight, fit in."""
+        """Evict entries until `entries` more entries with a total `weight` fit into the store."""
         most, heaviest = self._max_entries, self._max_bytes
         while (most is not None and len(self._entries) + entries > most) or (
             heaviest is not None and self._weight + weight > heaviest and len(self._policy)
         ):
             self._unlist(self._policy.evict(), RemovalCause.SIZE)
-            self._tidy()
+            self._compact_wheel()
 
     def _drop(self, entry: Entry, cause: RemovalCause) -> None:
         self._changing = entry.key
         self._policy.forget(entry)
         self._unlist(entry, cause)
-        self._tidy()
+        self._compact_wheel()
         self._changing = None
 
-    def _tidy(self) -> None:
-        """Rid the wheel of leftovers when they have become too many."""
+    def _compact_wheel(self) -> None:
+        """Rebuild the wheel if it has too many leftover references."""
         if self._wheel.crowded(len(self._entries)):
             self._wheel.rebuild(self._entries.values(), self.now())
 
@@ -254,7 +255,7 @@ class EntryTable:
             self._weight -= entry.weight
         if entry.expires_at != NEVER:
             entry.expires_at = GONE
-        entry.value = None  # The wheel may keep the entry for a while, never the value.
+        entry.value = None  # The wheel may keep a reference to the entry for a while, but the value is freed now.
         if (hook := self.on_removal) is not None:
             hook(entry.key, cause)
 
@@ -262,7 +263,7 @@ class EntryTable:
         self._changing = ""
         dropped = list(self._entries.values())
         self._entries.clear()
-        # The entries link to each other, so only the garbage collector frees them. Their values go at once.
+        # The entries link to each other, so only the garbage collector frees them. Free their values now.
         for entry in dropped:
             entry.value = None
         self._policy.clear()
@@ -273,7 +274,7 @@ class EntryTable:
         self._changing = None
 
     def _repair_entries(self) -> None:
-        """Rebuild from the entries whatever an interrupted turn left half done. An entry that was being written goes."""
+        """Rebuild all indexes after an interrupted turn. An entry that was being written is removed."""
         if self._changing is None and not self._policy.changing:
             return
         entries = self._entries
@@ -313,12 +314,12 @@ class EntryTable:
             entry.visits += 1
 
     def _expire_at(self, entry: Entry, expires_at: float, now: float) -> None:
-        # The wheel looks again when the entry's present slot comes up, so only an earlier end needs a new place.
+        # The wheel reschedules an entry when its current slot is due, so only an earlier expiry needs a new slot.
         sooner = expires_at < entry.expires_at
         entry.expires_at = expires_at
         if sooner:
             self._wheel.schedule(entry, now)
-            self._tidy()
+            self._compact_wheel()
 
     def _expiry(self, ttl: Ttl, now: float) -> float:
         seconds = self._default_ttl if ttl == "default" else ttl
@@ -344,19 +345,19 @@ class EntryTable:
                 f"the weigher failed on a value of type {type(value).__name__}: {type(error).__name__}"
             ) from error
         if not isinstance(weight, int) or weight < ENTRY_OVERHEAD:
-            raise CacheSerializationError(f"the weigher must return bytes as an int, 0 or more, not {said!r}")
+            raise CacheSerializationError(f"the weigher must return a size in bytes, an int of 0 or more, not {said!r}")
         if weight > self._max_bytes:
-            raise CacheCapacityError("value is larger than the whole memory store", weight, self._max_bytes)
+            raise CacheCapacityError("the value is larger than the memory store", weight, self._max_bytes)
         return int(weight)
 
-    # Telling
+    # Notifications
 
     def announce_due(self, when: float) -> None:
-        """Report a next expiry that has become an earlier one."""
+        """Report that the next expiry is now earlier, at `when`."""
         if (hook := self.on_due) is not None:
             hook(when)
 
-    def _tell_write(self, entry: Entry, now: float) -> None:
+    def _notify_write(self, entry: Entry, now: float) -> None:
         if (hook := self.on_write) is not None:
             left = entry.expires_at - now
             hook(entry.key, entry.version, left if left < NEVER else None, entry.tags)

@@ -1,7 +1,7 @@
-"""Proactive expiry: which entries are due, without looking at the others and without a timer for each.
+"""Proactive expiry without a full scan and without a timer for each entry.
 
-A hierarchical timing wheel (Varghese and Lauck, SOSP 1987). A level's slots are 64 times as wide as those of the level
-below. An entry waits in a slot as wide as its remaining time allows, and moves down when that slot comes up.
+This is a hierarchical timing wheel (Varghese and Lauck, SOSP 1987). The slots of a level are 64 times as wide as those
+of the level below. An entry is placed on the level that fits its remaining time. When its slot is due, it moves down.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterable, Iterator
 from .eviction import NEVER, Entry
 
 RESOLUTION = 0.1
-"""Width of the lowest slots, in seconds: how long an expired entry may linger. It is unreadable all the same."""
+"""Width of the lowest slots, in seconds. An expired entry may use memory for that long, but cannot be read."""
 
 GONE = float("-inf")
-"""The `expires_at` of an entry that the store has dropped."""
+"""Value of `expires_at` for an entry that the store has dropped."""
 
 _SLOTS = 64
 _WIDTHS = tuple(RESOLUTION * _SLOTS**level for level in range(6))
 
 
 class ExpiryWheel:
-    """The entries of one store that expire, by when they are due.
+    """Timing wheel with the expiring entries of one store.
 
-    An entry that is dropped or prolonged stays in its slot. When the slot comes up, dropped entries are passed over and
-    prolonged ones are put back. The store asks `crowded` and calls `rebuild`, so that there are at most as many such
-    leftovers as entries. Instants are on the store's monotonic clock.
+    An entry that is dropped or extended stays in its slot. When the slot is due, dropped entries are skipped and
+    extended entries are rescheduled. The store checks `crowded` and calls `rebuild`, so that such leftovers never
+    outnumber the entries by much. Times are on the store's monotonic clock.
     """
 
     def __init__(self, on_due: Callable[[float], None]) -> None:
@@ -40,7 +40,7 @@ class ExpiryWheel:
         self._references = 0
 
     def schedule(self, entry: Entry, now: float, at: float | None = None) -> None:
-        """Take in an entry that expires; it is looked at when its time is up, or at `at`."""
+        """Schedule an entry for its expiry, or for the time `at`."""
         expires_at = entry.expires_at if at is None else at
         left = expires_at - now
         width = RESOLUTION
@@ -51,7 +51,7 @@ class ExpiryWheel:
                 if left < width * _SLOTS:
                     break
             due = expires_at // width * width
-            if due <= now:  # By rounding. A slot that has come up already would be looked at over and over.
+            if due <= now:  # Because of rounding. A slot that is already due would be examined again and again.
                 due += width
         slot = self._slots.get(due)
         if slot is None:
@@ -63,13 +63,13 @@ class ExpiryWheel:
         self._references += 1
 
     def due(self) -> float | None:
-        """When the next slot comes up; `None` while there is none."""
+        """Return the time of the next slot, or `None` if the wheel is empty."""
         return self._heap[0] if self._heap else None
 
     def take_expired(self, now: float, budget: int = sys.maxsize) -> Iterator[Entry]:
-        """Yield the entries whose time is up, each once. The caller drops each before it asks for the next.
+        """Yield each expired entry once. The caller must drop it before it requests the next.
 
-        Looks at no more than `budget` entries. If that is not enough, `due` still returns a time that has passed.
+        Examines at most `budget` entries. If that is not enough, `due` still returns a time in the past.
         """
         while self._heap and self._heap[0] <= now:
             slot = self._slots[self._heap[0]]
@@ -89,11 +89,11 @@ class ExpiryWheel:
             del self._slots[heapq.heappop(self._heap)]
 
     def crowded(self, entries: int) -> bool:
-        """Whether more than half of what is kept here must be leftovers, in a store of `entries`."""
+        """Return true if more than half of the references must be leftovers, for a store with `entries` entries."""
         return self._references > 2 * entries + _SLOTS
 
     def rebuild(self, entries: Iterable[Entry], now: float) -> None:
-        """Start over with `entries`, without leftovers."""
+        """Rebuild the wheel from `entries`, without leftovers."""
         self.clear()
         for entry in entries:
             if entry.expires_at != NEVER:

@@ -1,7 +1,7 @@
-"""Leases of a store in this process: rights to load keys, the callers that wait for a load, and what revokes a lease.
+"""Leases of a memory store: granting, waiting callers, and revocation.
 
-The idea is that of Nishtala et al., "Scaling Memcache at Facebook" (NSDI 2013): a delete voids the lease of a load that is
-under way, so that what was loaded before it is never stored after it.
+Based on Nishtala et al., "Scaling Memcache at Facebook" (NSDI 2013): a delete revokes the lease of a load in progress,
+so that a value loaded before the delete is never stored after it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .eviction import Entry
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A parked caller: what it asked, where its answer goes, and until when it waits."""
+    """A waiting caller: its request, the port for the reply, and the end of the wait."""
 
     request: GetOrLease
     port: DeferredReply
@@ -49,7 +49,10 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """The right to load the key of a request, and its waiters. `granted` is the store's version then, `token` its name."""
+    """The right to load a key, and the callers that wait for it.
+
+    `granted` is the version of the store when the lease was granted, and `token` is the name of the lease.
+    """
 
     request: GetOrLease
     granted: float
@@ -59,12 +62,12 @@ class Lease:
 
 
 class LeaseTable:
-    """The leases of one store, at most `max_leases` of them with `max_waiters` callers parked.
+    """Leases of one store: at most `max_leases` leases and `max_waiters` waiting callers.
 
-    The rule: a value is stored under a lease only if nothing has invalidated its key since the lease was granted.
+    A value is stored under a lease only if its key was not invalidated since the lease was granted.
 
-    A lease is *current* until it is taken, lost or run out. One that is lost while others wait for it is kept as *void*:
-    its loader may still bring them the value. If that does not happen in time, their questions are answered again.
+    A lease is *current* until it ends, is revoked, or expires. A revoked lease with waiters is kept, because its loader
+    may still deliver the value to them. If that does not happen in time, their requests are processed again.
     """
 
     def __init__(
@@ -74,23 +77,23 @@ class LeaseTable:
         self._max_leases = max_leases
         self._max_waiters = max_waiters
         self._max_tags = max_tags
-        self.by_key: dict[str, Lease] = {}  # A store looks whether it is empty on each write.
-        self._void: dict[str, Lease] = {}
-        # Every caller that waits, until it is answered: what an interrupted turn cannot lose.
+        self.by_key: dict[str, Lease] = {}  # Public, because the store checks on each write if it is empty.
+        self._revoked: dict[str, Lease] = {}
+        # All waiting callers, each until it is answered, so that an interrupted turn cannot lose one.
         self._parked: dict[Waiter, None] = {}
-        self.granting: Lease | None = None  # The lease whose caller has not got it yet.
+        self.granting: Lease | None = None  # A new lease that its caller has not received yet.
         self._tagged: dict[str, set[str]] = {}
-        # tag -> version of its last invalidation during a lease. What does not fit is said of all tags, by `_floor`.
-        self._lost_tags: dict[str, float] = {}
+        # Tag to the version of its last invalidation during a lease. If there are too many, `_floor` replaces them.
+        self._invalidated_tags: dict[str, float] = {}
         self._floor = 0.0
-        # Only leases with waiters: any other is found to have run out when it is looked at.
+        # Only leases with waiters. The expiry of other leases is checked on access.
         self._due: TimerQueue[Lease] = TimerQueue()
-        self.due = self._due.due  # Returns when to call `advance` next; infinity while nothing waits.
+        self.due = self._due.due  # Returns the time of the next `advance`, or infinity if no caller waits.
 
     def __repr__(self) -> str:
         return f"<LeaseTable {len(self.by_key)}/{self._max_leases} leases, {len(self._parked)}/{self._max_waiters} waiting>"
 
-    # The verbs
+    # Requests
 
     def get_or_lease(self, request: GetOrLease) -> Reply | DeferredReply:
         check_lease(request)
@@ -105,48 +108,48 @@ class LeaseTable:
         return reply
 
     def renew(self, request: RenewLease) -> Renewed | NotHeld:
-        """Prolong a lease. One that is void goes on for its waiters, and is not held."""
+        """Extend a lease. A revoked lease is extended for its waiters, but the reply is `NotHeld`."""
         now = self._table.now()
         lease = self.held(request.key, request.token, now)
-        if (kept := lease or self._void.get(request.token)) is not None:
+        if (kept := lease or self._revoked.get(request.token)) is not None:
             kept.expires_at = now + request.lease_ttl
         return NotHeld() if lease is None else Renewed(request.lease_ttl)
 
     def release(self, request: ReleaseLease) -> Released | NotHeld:
-        """Give a lease back, with what its waiters shall get."""
+        """Release a lease and answer its waiters."""
         now = self._table.now()
         token = self._name_of(request.key, request.token)
         lease = self.held(request.key, token, now)
         if lease is not None:
             self.take(lease)
-        if (ended := lease or self._take_void(request.key, token)) is None:
+        if (ended := lease or self._take_revoked(request.key, token)) is None:
             self._withdraw(request.key, request.token)
         elif request.late is not None:
-            self.bring_late(ended, request.late, now)
+            self.deliver_late(ended, request.late, now)
         elif request.error:
             self.answer_all(ended, Failed.of(LoaderFailed(error=request.error)))
         else:
-            self._ask_again(ended, now)
+            self._answer_all_again(ended, now)
         return NotHeld() if lease is None else Released()
 
     def set_leased(self, request: Set, token: str, now: float) -> Stored | NotStored:
-        """Store what was loaded under a lease that is still held."""
+        """Store a loaded value if its lease is still held."""
         if request.only_if is not None:
-            raise BadMessage("a value that is stored under a lease has no other condition")
+            raise BadMessage("lease and only_if cannot be combined")
         late = Found(request.value, 0.0, None, request.tags)
         lease = self.held(request.key, token, now)
         lost = lease is None or self.was_lost(lease, request.tags)
         if lease is not None:
             self.take(lease)
         if lease is None or lost:
-            if (ended := lease or self._take_void(request.key, token)) is not None:
-                self.bring_late(ended, late, now)
+            if (ended := lease or self._take_revoked(request.key, token)) is not None:
+                self.deliver_late(ended, late, now)
             entry = self._table.live(request.key, now)
             return NotStored(0.0 if entry is None else entry.version, "lease_lost")
         try:
             entry = self._table.write(request.key, request.value, request.ttl, request.tags, now)
         except CacheError:
-            self.bring_late(lease, late, now)
+            self.deliver_late(lease, late, now)
             raise
         if request.metadata is not None:
             self._table.keep_metadata(entry, request.metadata, now)
@@ -154,8 +157,8 @@ class LeaseTable:
             self.answer_all(lease, self._table.found(entry, now))
         return Stored(entry.version)
 
-    def overtaken(self, entry: Entry) -> None:
-        """End the load of a key that another caller has just written."""
+    def on_overwrite(self, entry: Entry) -> None:
+        """End the load of a key that another caller has written."""
         if (lease := self.by_key.get(entry.key)) is not None:
             self.take(lease)
             self.answer_all(lease, self._table.found(entry, self._table.now()))
@@ -183,12 +186,12 @@ class LeaseTable:
         return table.stale(request.key, now, lease.token, remaining) or Loading(lease.token, remaining)
 
     def grant(self, request: GetOrLease, version: float, now: float) -> Lease:
-        """Make the lease of a key that has none. Raises `Overloaded` when there are too many."""
+        """Create a lease for a key that has none. Raises `Overloaded` if there are too many leases."""
         if len(self.by_key) >= self._max_leases:
             for lease in [each for each in self.by_key.values() if each.expires_at <= now and not each.waiters]:
                 self.take(lease)
             if len(self.by_key) >= self._max_leases:
-                raise Overloaded(f"{self._max_leases} keys are being loaded, which is the most", "", self._max_leases)
+                raise Overloaded(f"the maximum of {self._max_leases} keys are being loaded", "", self._max_leases)
         lease = self.granting = Lease(request, version, now + request.lease_ttl, new_lease_name(request.token))
         self.by_key[request.key] = lease
         for tag in request.tags:
@@ -198,33 +201,36 @@ class LeaseTable:
     # Ending
 
     def held(self, key: str, token: str, now: float) -> Lease | None:
-        """Return the lease of a key, if it is this one and has not run out."""
+        """Return the lease of a key if its name is `token` and it has not expired."""
         lease = self.by_key.get(key)
         return lease if lease is not None and lease.token == token and lease.expires_at > now else None
 
     def take(self, lease: Lease) -> None:
-        """End a current lease. Its waiters are to be answered."""
+        """End a current lease. The caller must answer its waiters."""
         del self.by_key[lease.request.key]
         for tag in lease.request.tags:
-            if (keys := self._tagged.get(tag)) is not None:  # `None` for a tag that is named twice.
+            if (keys := self._tagged.get(tag)) is not None:  # `None` if a request lists the same tag twice.
                 keys.discard(lease.request.key)
                 if not keys:
                     del self._tagged[tag]
         if not self.by_key:
-            self._lost_tags.clear()
+            self._invalidated_tags.clear()
             self._floor = 0.0
 
-    def _take_void(self, key: str, token: str) -> Lease | None:
-        """End a lease that was lost while others waited for it. These are to be answered."""
-        lease = self._void.get(token)
-        return self._void.pop(token) if lease is not None and lease.request.key == key else None
+    def _take_revoked(self, key: str, token: str) -> Lease | None:
+        """Remove a revoked lease that has waiters. The caller must answer them."""
+        lease = self._revoked.get(token)
+        return self._revoked.pop(token) if lease is not None and lease.request.key == key else None
 
     def _name_of(self, key: str, asked: str) -> str:
-        """Return the name of the lease that was asked for as `asked`, current or void; `asked` itself if there is none."""
+        """Return the name of the lease requested with the token `asked`, current or revoked.
+
+        If there is none, return `asked`.
+        """
         lease = self.by_key.get(key)
         if lease is not None and lease.request.token == asked:
             return lease.token
-        return next((each.token for each in self._void.values() if each.request.token == asked), asked)
+        return next((each.token for each in self._revoked.values() if each.request.token == asked), asked)
 
     # Waiting
 
@@ -240,16 +246,16 @@ class LeaseTable:
         self._parked.pop(waiter, None)
 
     def answer_all(self, lease: Lease, reply: Reply) -> None:
-        """Give all waiters of a lease the same answer."""
-        for waiter in self._empty(lease):
+        """Send the same reply to all waiters of a lease."""
+        for waiter in self._take_waiters(lease):
             self._answer(waiter, reply)
 
-    def _ask_again(self, lease: Lease, now: float) -> None:
-        for waiter in self._empty(lease):
-            self._again(waiter, now)
+    def _answer_all_again(self, lease: Lease, now: float) -> None:
+        for waiter in self._take_waiters(lease):
+            self._answer_again(waiter, now)
 
-    def _again(self, waiter: Waiter, now: float) -> None:
-        """Answer a waiter by what is there now, or let it wait on."""
+    def _answer_again(self, waiter: Waiter, now: float) -> None:
+        """Process the request of a waiter again: answer it, or let it continue to wait."""
         if not waiter.port.waiting:
             self._parked.pop(waiter, None)
             return
@@ -262,94 +268,97 @@ class LeaseTable:
         else:
             self._answer(waiter, reply)
 
-    def bring_late(self, lease: Lease, late: Found, now: float) -> None:
-        """Give a value that is not stored to its waiters, unless it may be out of date for some of them.
+    def deliver_late(self, lease: Lease, late: Found, now: float) -> None:
+        """Deliver a value that was not stored to the waiters, unless it may be outdated for some of them.
 
-        It may be if it has a tag that was not known until now: a waiter may have asked after the tag's invalidation.
+        It may be outdated if it has a tag that the lease did not list: a waiter may have asked after the tag was
+        invalidated.
         """
         if set(late.tags) <= set(lease.request.tags):
             self.answer_all(lease, late)
         else:
-            self._ask_again(lease, now)
+            self._answer_all_again(lease, now)
 
     def _withdraw(self, key: str, asked: str) -> None:
-        """Answer the waiter with the question `asked`, if there is one: it has been given back."""
+        """Answer the waiter whose request has the token `asked`, if any, because it was withdrawn."""
         current = self.by_key.get(key)
-        void = [each for each in self._void.values() if each.request.key == key] if self._void else []
-        for lease in void if current is None else [current, *void]:
+        revoked = [each for each in self._revoked.values() if each.request.key == key] if self._revoked else []
+        for lease in revoked if current is None else [current, *revoked]:
             for waiter in lease.waiters:
                 if waiter.request.token == asked:
                     lease.waiters.remove(waiter)
                     if not lease.waiters:
                         self._due.discard(lease)
-                        self._void.pop(lease.token, None)
+                        self._revoked.pop(lease.token, None)
                     self._answer(waiter, NotHeld())
                     return
 
-    def _empty(self, lease: Lease) -> list[Waiter]:
+    def _take_waiters(self, lease: Lease) -> list[Waiter]:
         self._due.discard(lease)
         waiters, lease.waiters = lease.waiters, []
         return waiters
 
-    # Losing
+    # Revocation
 
-    def void(self, key: str) -> None:
-        """Lose the lease of a key, if there is one."""
+    def revoke(self, key: str) -> None:
+        """Revoke the lease of a key, if there is one."""
         if (lease := self.by_key.get(key)) is not None:
             self.take(lease)
             if lease.waiters:
-                self._void[lease.token] = lease
+                self._revoked[lease.token] = lease
 
-    def void_all(self, matches: Callable[[str], object] = lambda key: True) -> None:
-        """Lose the leases of all keys that match."""
+    def revoke_all(self, matches: Callable[[str], object] = lambda key: True) -> None:
+        """Revoke the leases of all matching keys."""
         for key in [key for key in self.by_key if matches(key)]:
-            self.void(key)
+            self.revoke(key)
 
-    def void_tags(self, tags: Iterable[str], version: float) -> None:
-        """Lose the leases that name one of `tags`, and note the tags for those that come to name one later."""
+    def revoke_tags(self, tags: Iterable[str], version: float) -> None:
+        """Revoke the leases that list one of `tags`, and record the tags for values that turn out to have one."""
         for tag in tags:
             for key in tuple(self._tagged.get(tag, ())):
-                self.void(key)
+                self.revoke(key)
             if self.by_key:
-                self._lost_tags[tag] = version
-        if len(self._lost_tags) > self._max_tags:
+                self._invalidated_tags[tag] = version
+        if len(self._invalidated_tags) > self._max_tags:
             self._floor = version
-            self._lost_tags.clear()
+            self._invalidated_tags.clear()
 
     def was_lost(self, lease: Lease, tags: Collection[str]) -> bool:
-        """Return whether one of `tags` was invalidated since the lease was granted."""
-        return bool(tags) and any(max(self._lost_tags.get(tag, 0.0), self._floor) > lease.granted for tag in tags)
+        """Return true if one of `tags` was invalidated since the lease was granted."""
+        return bool(tags) and any(
+            max(self._invalidated_tags.get(tag, 0.0), self._floor) > lease.granted for tag in tags
+        )
 
-    # Time
+    # Expiry
 
     def advance(self, now: float) -> None:
-        """Let leases run out, and callers have waited long enough."""
+        """Expire leases, and answer callers whose wait has ended."""
         while (lease := self._due.pop(now)) is not None:
             is_current = self.by_key.get(lease.request.key) is lease
             if lease.expires_at <= now:
                 if is_current:
                     self.take(lease)
                 else:
-                    del self._void[lease.token]
-                self._ask_again(lease, now)
+                    del self._revoked[lease.token]
+                self._answer_all_again(lease, now)
                 continue
             gone = [each for each in lease.waiters if each.until <= now]
             lease.waiters = [each for each in lease.waiters if each.until > now]
             for waiter in gone:
-                self._again(waiter, now)
+                self._answer_again(waiter, now)
             if lease.waiters:
                 self._due.set(lease, min(lease.expires_at, *(each.until for each in lease.waiters)))
             elif not is_current:
-                del self._void[lease.token]
+                del self._revoked[lease.token]
 
     def clear(self) -> None:
-        for each in (self.by_key, self._void, self._tagged, self._lost_tags, self._parked, self._due):
+        for each in (self.by_key, self._revoked, self._tagged, self._invalidated_tags, self._parked, self._due):
             each.clear()
 
     def repair(self, now: float) -> Collection[DeferredReply]:
-        """Mend what an interrupted turn left half done, and return the replies that are still owed.
+        """Restore consistency after an interrupted turn, and return the replies that are still pending.
 
-        A lease that its caller did not get goes. Callers that wait for no lease any more are answered by the store.
+        A lease that its caller did not receive is removed. Requests of callers whose lease is gone are processed again.
         """
         if (ghost := self.granting) is not None and self.by_key.get(ghost.request.key) is ghost:
             del self.by_key[ghost.request.key]
@@ -358,12 +367,12 @@ class LeaseTable:
         for lease in self.by_key.values():
             for tag in lease.request.tags:
                 self._tagged.setdefault(tag, set()).add(lease.request.key)
-        waited_for = [lease for lease in (*self.by_key.values(), *self._void.values()) if lease.waiters]
+        waited_for = [lease for lease in (*self.by_key.values(), *self._revoked.values()) if lease.waiters]
         self._due.clear()
         for lease in waited_for:
             self._due.set(lease, min(lease.expires_at, *(each.until for each in lease.waiters)))
         kept = {waiter for lease in waited_for for waiter in lease.waiters}
         for waiter in list(self._parked):
             if waiter not in kept:
-                self._again(waiter, now)
+                self._answer_again(waiter, now)
         return [waiter.port for waiter in self._parked]

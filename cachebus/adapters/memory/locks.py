@@ -1,4 +1,4 @@
-"""Locks in the memory of this process."""
+"""Locks in the memory of the process."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class _Held:
 
 
 class LockTable:
-    """An `InlineLockStore` for one process: at most `max_locks` locks that are held, and the queues before them.
+    """An `InlineLockStore` for one process, with at most `max_locks` held locks and their queues.
 
-    Tokens are microseconds of Unix time, or one more than the last. So they grow, over a restart too unless the clock is
-    set back. The table outlives its actor, so that a crash of the actor frees no lock.
+    Fencing tokens are Unix time in microseconds, or one more than the last token. They grow even across restarts,
+    unless the clock is set back. The table outlives its actor, so a crash of the actor does not release locks.
     """
 
     name = "memory"
@@ -55,7 +55,7 @@ class LockTable:
         self._queues: dict[str, dict[str, AcquireLock]] = {}
         self._last_token = 0
         self._since = math.inf
-        self._lost: dict[str, int] = {}  # The last token with which each lock was lost.
+        self._lost: dict[str, int] = {}  # Last token with which each lock was lost.
         self._ends: TimerQueue[str] = TimerQueue()
 
     def __repr__(self) -> str:
@@ -129,15 +129,15 @@ class LockTable:
         if held is not None and held.ticket == request.ticket:
             self._drop(name)
             if request.token != held.token and not (request.abandon or request.unclaimed):
-                self._note_loss(name, held.token)  # It was taken from its holder.
+                self._note_loss(name, held.token)  # The lock was taken from its holder.
             self._pass_on(name, now)
             return Released()
-        # A token that was given back comes once more if the answer was lost.
+        # A release is repeated with the same token if its reply was lost.
         newest = self._last_token if held is None else held.token - 1
-        gave_back = max(self._since, self._lost.get(name, 0) + 1) <= request.token <= newest
+        already_released = max(self._since, self._lost.get(name, 0) + 1) <= request.token <= newest
         if held is None:
             self._pass_on(name, now)
-        if self._leave(name, request.ticket) or gave_back:
+        if self._leave(name, request.ticket) or already_released:
             return Released()
         if held is not None and not (request.abandon or request.unclaimed):
             raise LockNotOwned(name=name, owner=held.owner)
@@ -149,7 +149,7 @@ class LockTable:
         return LockFree() if held is None else LockInfo(held.owner, held.token, held.expires_at - now)
 
     def _holder(self, name: str, now: float) -> _Held | None:
-        """Return the present holder of a lock. A holder whose time is up loses it here."""
+        """Return the current holder of a lock. If the lock has expired, remove the holder and return `None`."""
         held = self._held.get(name)
         if held is not None and held.expires_at <= now:
             self._drop(name)
@@ -165,13 +165,13 @@ class LockTable:
 
     def _note_loss(self, name: str, token: int) -> None:
         if len(self._lost) >= self._max_locks and name not in self._lost:
-            # What is not known any more is taken for lost: that is the safe answer to a caller that gives a lock back.
+            # Forgotten locks count as lost, which is the safe reply to a caller that releases one.
             self._since = self._last_token + 1
             self._lost.clear()
         self._lost[name] = token
 
     def _pass_on(self, name: str, now: float, asks: str = "") -> _Held | None:
-        """Give a free lock to the first waiter, and notify it unless its ticket is the one that `asks`."""
+        """Grant a free lock to the first waiter, and notify it unless its ticket is `asks`, the current request."""
         queue = self._queues.get(name)
         if not queue:
             return None
@@ -185,7 +185,7 @@ class LockTable:
         if len(self._held) >= self._max_locks:
             self.sweep()
             if len(self._held) >= self._max_locks:
-                raise Overloaded(f"{self._max_locks} locks are held, which is the most", "", self._max_locks)
+                raise Overloaded(f"the maximum of {self._max_locks} locks are held", "", self._max_locks)
         self._leave(request.name, request.ticket)
         self._last_token = token = max(self._last_token + 1, int(self._clock.wall() * 1e6))
         self._since = min(self._since, token)

@@ -1,4 +1,4 @@
-"""Tags of a store in this process: invalidation in O(1), by version."""
+"""Tags of a memory store. A tag is invalidated in O(1) by recording a version."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from .eviction import Entry
 
 
 class TagTable:
-    """When each tag was last invalidated, for as long as an entry carries it.
+    """Version of the last invalidation of each tag that an entry has.
 
-    An entry is valid while it is newer than the last invalidation of each of its tags. A tag without entries is forgotten.
+    An entry is valid if it is newer than the last invalidation of each of its tags. A tag without entries is removed.
     """
 
     def __init__(self) -> None:
-        # tag -> [entries that carry it, version at which it was last invalidated]
+        # Tag to [number of entries with the tag, version of its last invalidation].
         self._tags: dict[str, list[float]] = {}
 
     def clear(self) -> None:
         self._tags.clear()
 
     def attach(self, tags: tuple[str, ...]) -> None:
-        """Note that one more entry carries `tags`."""
+        """Count one more entry with `tags`."""
         for tag in tags:
             self._tags.setdefault(tag, [0, 0])[0] += 1
 
     def detach(self, tags: tuple[str, ...]) -> None:
-        """Note that one entry fewer carries `tags`."""
+        """Count one entry fewer with `tags`."""
         for tag in tags:
             record = self._tags[tag]
             record[0] -= 1
@@ -34,7 +34,7 @@ class TagTable:
                 del self._tags[tag]
 
     def rebuild(self, entries: Iterable[Entry]) -> None:
-        """Count again which tags `entries` carry. What is known of invalidations stays."""
+        """Recount the tags of `entries`. Recorded invalidations are kept."""
         counted: dict[str, list[float]] = {}
         for entry in entries:
             for tag in entry.tags:
@@ -42,14 +42,14 @@ class TagTable:
         self._tags = counted
 
     def invalidate(self, tag: str, version: float) -> None:
-        """Make every entry that carries `tag` and is not newer than `version` invalid."""
+        """Invalidate every entry with `tag` that is not newer than `version`."""
         if (record := self._tags.get(tag)) is not None:
             record[1] = version
 
     def valid(self, entry: Entry) -> bool:
-        """Whether none of the entry's tags was invalidated since it was written."""
+        """Return true if no tag of the entry was invalidated since it was written."""
         tags, version = self._tags, entry.version
-        for tag in entry.tags:  # noqa: SIM110 (a generator costs as much as the rest of a read)
+        for tag in entry.tags:  # noqa: SIM110 (A generator costs as much as the rest of a read.)
             if tags[tag][1] >= version:
                 return False
         return True

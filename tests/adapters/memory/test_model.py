@@ -184,7 +184,7 @@ class MemoryStoreMachine(RuleBasedStateMachine):
             weigh(value) + ENTRY_OVERHEAD > self.max_bytes for value in written.values()
         ):
             before = dict(self.held)
-            with pytest.raises(CacheCapacityError, match="larger than the whole memory store"):
+            with pytest.raises(CacheCapacityError, match="larger than the memory store"):
                 self.ask(request)
             live = {key for key, value in before.items() if value.expires_at > self.now and not value.invalidated}
             assert live <= set(self.held), "what cannot be stored takes nothing's place"

@@ -210,7 +210,7 @@ def test_a_ttl_that_is_not_positive_is_refused_and_changes_nothing(store: Memory
     for request in requests:
         verb = store.verb(type(request))
         assert verb is not None
-        with pytest.raises(BadMessage, match="ttl must be a positive number of seconds"):
+        with pytest.raises(BadMessage, match="ttl must be a positive, finite number of seconds"):
             verb(request)
     assert value_of(store, "key") == "old"
     assert ttl_of(store, "key") == 10.0
@@ -596,7 +596,7 @@ async def test_closing_lets_go_of_every_value(store: MemoryStore) -> None:
 @pytest.mark.parametrize("value", [True, 1.0, "1", None, b"1"])
 def test_only_an_integer_can_be_incremented(store: MemoryStore, value: Any) -> None:
     store.set(Set("key", value))
-    with pytest.raises(WrongType, match=f"needs an int under the key, not {type(value).__name__}"):
+    with pytest.raises(WrongType, match=f"increment requires an int, not {type(value).__name__}"):
         store.increment(Increment("key"))
     assert value_of(store, "key") is value
 
@@ -707,7 +707,7 @@ def test_listeners_left_out_cost_nothing_and_change_nothing(store: MemoryStore) 
 @pytest.mark.parametrize("bound", [0, -1])
 @pytest.mark.parametrize("name", ["max_entries", "max_bytes"])
 def test_a_bound_below_one_is_refused(name: str, bound: int) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, or None for no bound, not {bound}"):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, or None for no limit, not {bound}"):
         MemoryStore(**cast("Any", {name: bound}))
 
 

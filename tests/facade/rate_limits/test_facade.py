@@ -134,12 +134,12 @@ async def test_the_memory_of_a_limit_is_bounded_and_goes_by_itself(clock: Manual
     async with open_cache(settings(), clock=clock, stores=lambda _: store) as cache:
         for at in range(50):
             assert await cache.rate_limit(f"a{at}", 1, 10)
-        assert len(store._meters) == 5
+        assert len(store._rate_limits) == 5
         for _ in range(3):
             await anyio.wait_all_tasks_blocked()
             clock.advance(5)
         await anyio.wait_all_tasks_blocked()
-        assert len(store._meters) == 0
+        assert len(store._rate_limits) == 0
 
 
 BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [

@@ -1,4 +1,4 @@
-"""Eviction: what a full memory store gives up, by rules behind `EvictionPolicy`."""
+"""Eviction policies of a memory store. They implement `EvictionPolicy`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ POLICIES: Final[dict[str, Callable[[int | None], EvictionPolicy]]] = {
     "lfu": LfuPolicy,
     "sieve": SievePolicy,
 }
-"""Every policy by its name in the settings; the first is the default."""
+"""Eviction policies by their name in the settings. The first is the default."""
 
 
 def make_policy(name: str, capacity: int | None) -> EvictionPolicy:
-    """A new policy for a store of at most `capacity` entries, or of any number when only bytes bound it.
+    """Create the policy `name` for a store of at most `capacity` entries, or `None` if only bytes limit the store.
 
-    Raises `CacheConfigurationError` when there is no policy of that name.
+    Raises `CacheConfigurationError` for an unknown name.
     """
     factory = POLICIES.get(name)
     if factory is None:
-        raise CacheConfigurationError(f"eviction must be one of {', '.join(POLICIES)}, not {name!r}")
+        raise CacheConfigurationError(f"policy must be one of {', '.join(POLICIES)}, not {name!r}")
     return factory(capacity)
 
 

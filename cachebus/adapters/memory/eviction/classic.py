@@ -1,4 +1,4 @@
-"""The classic policies: least recently used, least frequently used, and SIEVE."""
+"""The eviction policies LRU, LFU and SIEVE."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from .entry import Entry, Ring
 
 
 class LruPolicy:
-    """Gives up the entry that was read or stored longest ago.
+    """Policy that evicts the least recently read or written entry.
 
-    A hit moves the entry, which costs more than under a lazy policy. A scan of cold keys flushes all of it.
+    A hit moves the entry, which is slower than in a lazy policy. A scan of cold keys flushes the whole cache.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -44,10 +44,10 @@ class LruPolicy:
 
 
 class SievePolicy:
-    """Gives up the first unvisited entry that a hand meets on its way from old to young.
+    """SIEVE policy (Zhang et al., NSDI 2024), which evicts the first unvisited entry between its hand and the newest.
 
-    SIEVE (Zhang et al., NSDI 2024). Unlike CLOCK's, its survivors stay where they are, so newcomers are sifted soon.
-    Lazy: a hit only counts. `evict` passes each visited entry once and resets it, so earlier hits pay for its steps.
+    Unlike in CLOCK, surviving entries keep their position, so new entries are examined soon. The policy is lazy: a hit
+    only increments a counter. `evict` passes each visited entry once and resets it, so its cost is amortised over hits.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -84,7 +84,7 @@ class SievePolicy:
 
 
 class _Bucket(Ring):
-    """The entries of one frequency, linked to the buckets of the next lower and the next higher one in use."""
+    """Entries with the same frequency, linked to the buckets of the next lower and the next higher frequency in use."""
 
     __slots__ = ("frequency", "higher", "lower")
 
@@ -96,11 +96,11 @@ class _Bucket(Ring):
 
 
 class LfuPolicy:
-    """Gives up the entry with the fewest hits since it was admitted (Shah, Mitra and Matani, 2010).
+    """Policy that evicts the entry with the fewest hits since its admission (Shah, Mitra and Matani, 2010).
 
-    Of entries with equally many hits, the one that reached that number first goes first; a newcomer counts as one use.
-    Counts do not age, so it suits only a popularity that stands still. `Entry.visits` is the number of uses. The buckets
-    are linked, so that the one after the lowest is found without a search.
+    Among entries with the same count, the one that reached it first is evicted first. A new entry has a count of 1.
+    Counts do not age, so the policy suits only workloads with constant popularity. `Entry.visits` holds the count. The
+    buckets are linked, so that the next higher one is found without a search.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -111,7 +111,10 @@ class LfuPolicy:
         self.on_hit: Callable[[Entry], None] | None = self._touch
 
     def _after(self, lower: _Bucket | None, frequency: int) -> _Bucket:
-        """Return the bucket of `frequency`, made next to `lower` (`None` for the lowest place) when there is none."""
+        """Return the bucket of `frequency`.
+
+        If there is none, create it after `lower`, or as the lowest if that is `None`.
+        """
         bucket = self._buckets.get(frequency)
         if bucket is None:
             bucket = self._buckets[frequency] = _Bucket(frequency)

@@ -1,4 +1,4 @@
-"""Entries of a memory store, the ring that orders them, and the port of the policy that chooses what is given up."""
+"""Entries of a memory store, the ring that orders them, and the protocol of eviction policies."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 NEVER = float("inf")
-"""The `expires_at` of an entry that does not expire."""
+"""Value of `expires_at` for an entry that does not expire."""
 
 
 class Entry:
-    """One key of a memory store: the value, its validity, and a policy's bookkeeping.
+    """Entry of a memory store: key, value, validity, and the state of the eviction policy.
 
-    An entry costs 96 bytes; one more slot makes it 112. `prev` and `next` link it into a policy's `Ring`. `visits` counts
-    the hits since the policy last looked, up to `VISITS_MAX`. The store counts them itself, so that a hit under a lazy
-    policy is one comparison. Under a policy with an `on_hit` it is the policy's own.
+    An entry takes 96 bytes, or 112 with one more slot. `prev` and `next` link it into a policy's `Ring`. `visits`
+    counts the hits since the policy last examined the entry, up to `VISITS_MAX`. For a lazy policy, the store counts
+    them, so that a hit costs one comparison. A policy with `on_hit` manages `visits` itself.
     """
 
     __slots__ = ("expires_at", "key", "next", "prev", "tags", "value", "version", "visits")
@@ -34,11 +34,11 @@ class Entry:
 
 
 VISITS_MAX = 3
-"""Where `Entry.visits` stops counting: two bits, as in S3-FIFO (Yang et al., SOSP 2023)."""
+"""Maximum of `Entry.visits`: two bits, as in S3-FIFO (Yang et al., SOSP 2023)."""
 
 
 class WeighedEntry(Entry):
-    """An entry of a store that is bounded by bytes: it remembers what the weigher said."""
+    """Entry of a store with a limit in bytes. `weight` is its size according to the weigher."""
 
     __slots__ = ("weight",)
 
@@ -46,9 +46,9 @@ class WeighedEntry(Entry):
 
 
 class Ring:
-    """A doubly linked ring of entries, oldest first, in which every operation is O(1).
+    """Doubly linked ring of entries, oldest first. Every operation is O(1).
 
-    The links are slots of the entries themselves, so an entry is in one ring at a time.
+    The links are slots of the entries, so an entry can be in only one ring at a time.
     """
 
     __slots__ = ("_root", "size")
@@ -58,12 +58,12 @@ class Ring:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every entry. Entries keep their links: drop them too, or link them again."""
+        """Remove all entries. They keep their links, so drop them or append them again."""
         self._root.prev = self._root.next = self._root
         self.size = 0
 
     def append(self, entry: Entry) -> None:
-        """BackendClient `entry` in as the youngest."""
+        """Append `entry` as the youngest."""
         root = self._root
         last = root.prev
         entry.prev = last
@@ -79,7 +79,7 @@ class Ring:
         self.size -= 1
 
     def oldest(self) -> Entry:
-        """Return the entry that was appended first. Raises `IndexError` when the ring is empty."""
+        """Return the entry that was appended first. Raises `IndexError` if the ring is empty."""
         if not self.size:
             raise IndexError("oldest() of an empty ring")
         return self._root.next
@@ -95,34 +95,34 @@ class Ring:
             moved.prev, moved.next = last, root
 
     def younger(self, entry: Entry) -> Entry | None:
-        """Return the entry that was appended next after `entry`, which must be in this ring; `None` for the youngest."""
+        """Return the entry appended next after `entry`, which must be in this ring, or `None` for the youngest."""
         after = entry.next
         return None if after is self._root else after
 
 
 class EvictionPolicy(Protocol):
-    """Orders the entries of a full store by how soon they may go. Every method is O(1), amortised.
+    """Protocol of eviction policies, which choose the entry to evict. Every method is amortised O(1).
 
-    The store makes room *before* it admits an entry, so a value that was just set can be read whatever the policy does.
+    The store evicts *before* it admits an entry, so a value that was just set can always be read.
     """
 
     on_hit: Callable[[Entry], None] | None
-    """Called on every hit; `None` for a lazy policy, for which the store only counts `Entry.visits`."""
+    """Called on every hit. It is `None` for a lazy policy, for which the store only counts `Entry.visits`."""
 
     changing: bool
-    """Set while a hit is being noted by a policy with an `on_hit`: still set later, that was interrupted."""
+    """True while `on_hit` runs. If it is still true afterwards, `on_hit` was interrupted."""
 
     def admit(self, entry: Entry) -> None:
-        """Take in an entry whose key the store did not hold."""
+        """Add an entry with a new key."""
 
     def forget(self, entry: Entry) -> None:
-        """Drop an entry that was deleted or has expired: it is no victim and leaves no memory of itself."""
+        """Remove an entry that was deleted or has expired. It does not count as a victim."""
 
     def evict(self) -> Entry:
-        """Choose the entry to give up, unlink it and return it. Never called on an empty policy."""
+        """Choose an entry to evict, unlink it and return it. The policy must not be empty."""
         ...
 
     def clear(self) -> None:
-        """Forget everything, what was learned included."""
+        """Remove all entries and reset the policy, including learned state."""
 
     def __len__(self) -> int: ...

@@ -1,4 +1,4 @@
-"""The default policy: S3-FIFO with gates that learn."""
+"""The default eviction policy: S3-FIFO with adaptive admission filters."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from .entry import Entry, Ring
 
 SMALL_SHARE = 1 / 25
 GHOST_SHARE = 3 / 2
-DUEL_SHARE = 1 / 2
+TRIAL_SHARE = 1 / 2
 
 _STEP = 1 / 16
 _NUDGE = 1 / 1024
 
 
 class AdmissionFilter:
-    """A share of the candidates that may pass, raised by duels won and lowered by duels lost.
+    """Filter that admits an adaptive share of the candidates. Trials that are won raise the share; lost ones lower it.
 
-    It counts instead of drawing lots, so that the same requests always have the same outcome.
+    It counts instead of using random numbers, so the same requests always have the same result.
     """
 
     def __init__(self, floor: float, ceiling: float) -> None:
@@ -28,7 +28,7 @@ class AdmissionFilter:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was learned: back to the ceiling."""
+        """Reset the share to the ceiling."""
         self.share = self.ceiling
         self._credit = 0.0
 
@@ -40,7 +40,7 @@ class AdmissionFilter:
         return True
 
     def judge(self, won: bool) -> None:
-        """Learn from one duel. The nudge keeps a share at a floor of 0 from staying there for ever."""
+        """Adjust the share after a trial. `_NUDGE` lets a share of 0 grow again."""
         if won:
             self.share = min(self.ceiling, self.share + _STEP * (self.ceiling - self.share) + _NUDGE)
         else:
@@ -48,120 +48,128 @@ class AdmissionFilter:
 
 
 class AdmissionFeedback:
-    """Which of two was the better one to keep: the challenger that came in, or the defender that went for it?
+    """Trials that compare an admitted candidate with the victim evicted for it.
 
-    The one that is asked for first wins. The defender's return is a miss, which the policy sees. The challenger's hit
-    shows in its `visits` when the policy passes it, or when the defender returns or is too old to be remembered.
+    The one that is requested first wins. If the victim is requested, the policy sees a miss. A hit of the candidate
+    shows in its `visits`, which is checked when the policy passes the candidate, or when the victim returns or is
+    forgotten.
 
-    Remembers the keys of defenders only, and a challenger only while it is resident: no value outlives its entry.
+    Only keys of victims are kept, and a candidate only while it is in the cache, so no value outlives its entry.
     """
 
     def __init__(self) -> None:
-        # By the defender's key: the challenger and its gate; the gate alone if the challenger was given up without a hit;
-        # `None` if the duel is over. In a plain dict, finding the oldest key is O(n) in the keys deleted before it.
-        self._defenders: OrderedDict[str, tuple[Entry, AdmissionFilter] | AdmissionFilter | None] = OrderedDict()
+        # By the victim's key: the candidate and its filter, only the filter if the candidate was evicted without a hit,
+        # or `None` if the trial has ended. In a plain dict, finding the oldest key is O(n) in earlier deletions.
+        self._victims: OrderedDict[str, tuple[Entry, AdmissionFilter] | AdmissionFilter | None] = OrderedDict()
         self._trials: dict[str, str] = {}
 
     def clear(self) -> None:
-        """Forget all duels; the gates are cleared by their owner."""
-        self._defenders.clear()
+        """Remove all trials. The owner clears the filters."""
+        self._victims.clear()
         self._trials.clear()
 
-    def begin(self, challenger: Entry, defender: Entry, gate: AdmissionFilter, bound: int) -> None:
-        """Remember that `defender` went for `challenger`, and at most `bound` such pairs."""
-        defenders = self._defenders
-        defenders[defender.key] = (challenger, gate)
-        self._trials[challenger.key] = defender.key
-        while len(defenders) > bound:
-            _, duel = defenders.popitem(last=False)
-            if isinstance(duel, tuple):
-                challenger, gate = duel
-                del self._trials[challenger.key]
-                if challenger.visits:
-                    gate.judge(True)
+    def begin(self, candidate: Entry, victim: Entry, admission: AdmissionFilter, bound: int) -> None:
+        """Start a trial of `candidate` against `victim`, and keep at most `bound` trials."""
+        victims = self._victims
+        victims[victim.key] = (candidate, admission)
+        self._trials[candidate.key] = victim.key
+        while len(victims) > bound:
+            _, trial = victims.popitem(last=False)
+            if isinstance(trial, tuple):
+                candidate, admission = trial
+                del self._trials[candidate.key]
+                if candidate.visits:
+                    admission.judge(True)
 
     def on_trial(self, entry: Entry) -> bool:
-        """Whether `entry` is a challenger whose duel is not over."""
+        """Return true if `entry` is a candidate whose trial has not ended."""
         return entry.key in self._trials
 
-    def lost(self, challenger: Entry) -> None:
-        """The challenger was given up without a hit: lost if the defender returns, else neither was worth the room."""
-        defender = self._trials[challenger.key]
-        self._defenders[defender] = self.end(challenger)
+    def lost(self, candidate: Entry) -> None:
+        """Record that a candidate was evicted without a hit.
+
+        It loses if the victim returns; otherwise nothing is learned.
+        """
+        victim = self._trials[candidate.key]
+        self._victims[victim] = self.end(candidate)
 
     def returned(self, key: str) -> bool:
-        """Whether `key` is a remembered defender, which is asked for again; its duel is settled and forgotten."""
-        if key not in self._defenders:
+        """Return true if `key`, which is requested again, is a known victim. Decide and remove its trial."""
+        if key not in self._victims:
             return False
-        duel = self._defenders.pop(key)
-        if isinstance(duel, tuple):
-            challenger, gate = duel
-            del self._trials[challenger.key]
-            gate.judge(challenger.visits > 0)
-        elif duel is not None:
-            duel.judge(False)
+        trial = self._victims.pop(key)
+        if isinstance(trial, tuple):
+            candidate, admission = trial
+            del self._trials[candidate.key]
+            admission.judge(candidate.visits > 0)
+        elif trial is not None:
+            trial.judge(False)
         return True
 
-    def end(self, challenger: Entry) -> AdmissionFilter:
-        """Take the challenger off trial; its defender stays remembered, with nothing to learn. Returns the gate."""
-        defender = self._trials.pop(challenger.key)
-        duel = self._defenders[defender]
-        assert isinstance(duel, tuple)
-        self._defenders[defender] = None
-        return duel[1]
+    def end(self, candidate: Entry) -> AdmissionFilter:
+        """End the trial of a candidate without a result and return its filter. The victim stays known."""
+        victim = self._trials.pop(candidate.key)
+        trial = self._victims[victim]
+        assert isinstance(trial, tuple)
+        self._victims[victim] = None
+        return trial[1]
 
 
 class S3FifoPolicy:
-    """Sifts newcomers in a small queue and keeps the proven in a main one, as much as that proves right.
+    """Policy with a small queue for new entries and a main queue for entries that were hit.
 
-    From S3-FIFO (Yang et al., SOSP 2023): a small and a main FIFO, lazy hits, and a ghost, the memory of keys that the
-    small queue gave up. A key that returns while the ghost knows it goes straight to the main queue.
+    Based on S3-FIFO (Yang et al., SOSP 2023), which has a small and a main FIFO queue, lazy hits, and a ghost queue
+    with the keys evicted from the small queue. A key that returns while it is in the ghost queue enters the main queue.
 
-    Three things are our own. docs/decisions/0003-default-eviction-policy.md says what each is worth:
+    There are three extensions. docs/decisions/0003-default-eviction-policy.md measures each of them:
 
-    * The main queue is filled first, so that a loop larger than the cache finds a set that stays.
-    * A returned key passes a `AdmissionFilter` on its way to the main queue. The gate closes in a loop that is a little too large,
-      where each key would take the place of one that is due sooner. It stays open if popularity moves.
-    * Now and then an unproven key takes the place of a main entry without a hit, if another gate lets it: otherwise
-      nothing would push a dead main queue out. The gates learn from `AdmissionFeedback`.
+    * The main queue is filled first, so that in a loop larger than the cache some keys stay resident.
+    * Returning keys pass an `AdmissionFilter` before the main queue. The filter closes in a loop slightly larger than
+      the cache, in which each key would replace one that is needed sooner. It stays open if popularity changes.
+    * A second filter sometimes lets a new key replace a main entry without hits. Otherwise outdated entries would stay
+      in the main queue. Both filters learn from `AdmissionFeedback`.
 
-    `evict` is amortised O(1): it passes an entry only by taking a visit from it, or by moving it once from small to main.
-    The ghosts together hold at most twice as many keys as there are entries, and none before the first eviction.
+    `evict` is amortised O(1): it passes an entry only if it takes a visit from it, or moves it once from small to main.
+    The ghost queue and the trials keep at most twice as many keys as there are entries, and none before the first
+    eviction.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
         self.on_hit: Callable[[Entry], None] | None = None
         self.changing = False
-        # By key, because that says where an entry is, which has no slot for it. Few: a 25th of the residents.
+        # By key, because an entry has no slot for its queue. It has only a 25th of the entries.
         self._small: OrderedDict[str, Entry] = OrderedDict()
         self._main = Ring()
         self._ghost: OrderedDict[str, None] = OrderedDict()
-        self._return = AdmissionFilter(1 / 16, 1.0)
-        self._chance = AdmissionFilter(1 / 64, 1 / 8)
-        self._duels = AdmissionFeedback()
+        self._return_filter = AdmissionFilter(1 / 16, 1.0)
+        self._probation_filter = AdmissionFilter(1 / 64, 1 / 8)
+        self._feedback = AdmissionFeedback()
         self._newest: Entry | None = None
-        """The last returned key let in, whose defender has not been chosen yet."""
+        """Last returning key that was admitted, if its victim has not been chosen yet."""
         self._capacity = capacity
         self._measure(capacity)
 
     def _measure(self, full: int | None) -> None:
-        """Set the bounds for a store that `full` entries fill: given, or seen at an eviction; `None` while unknown."""
+        """Set the queue sizes for a store that is full with `full` entries, or `None` while that is unknown.
+
+        The number is configured, or observed at an eviction.
+        """
         self._full = full
         size = full or 0
         self._small_share = max(1, int(size * SMALL_SHARE))
         self._main_share = math.inf if full is None else size - self._small_share
         self._ghost_bound = int(size * GHOST_SHARE)
-        self._duel_bound = int(size * DUEL_SHARE) + 1
+        self._trial_bound = int(size * TRIAL_SHARE) + 1
 
     def admit(self, entry: Entry) -> None:
         key = entry.key
         entry.visits = 0
         small, main = self._small, self._main
-        known = self._duels.returned(key)
+        known = self._feedback.returned(key)
         if key in self._ghost:
             del self._ghost[key]
             known = True
-        if known and self._return.passes():
+        if known and self._return_filter.passes():
             main.append(entry)
             self._newest = entry
         elif len(small) + main.size < self._main_share:
@@ -172,8 +180,8 @@ class S3FifoPolicy:
     def forget(self, entry: Entry) -> None:
         if self._small.pop(entry.key, None) is not None:
             return
-        if self._duels.on_trial(entry):
-            self._duels.end(entry)
+        if self._feedback.on_trial(entry):
+            self._feedback.end(entry)
         self._leave_main(entry)
 
     def evict(self) -> Entry:
@@ -186,39 +194,39 @@ class S3FifoPolicy:
             if entry.visits or main.size < self._main_share:
                 entry.visits = 0
                 main.append(entry)
-            elif main.size and self._chance.passes() and not self._spared(defender := main.oldest()):
-                self._leave_main(defender)
+            elif main.size and self._probation_filter.passes() and not self._spared(victim := main.oldest()):
+                self._leave_main(victim)
                 main.append(entry)
-                self._duels.begin(entry, defender, self._chance, self._duel_bound)
-                return defender
+                self._feedback.begin(entry, victim, self._probation_filter, self._trial_bound)
+                return victim
             else:
                 self._ghost[key] = None
                 while len(self._ghost) > self._ghost_bound:
                     self._ghost.popitem(last=False)
                 return entry
-        while self._spared(defender := main.oldest()):
+        while self._spared(victim := main.oldest()):
             pass
         newest = self._newest
-        self._leave_main(defender)
-        if newest is not None and newest is not defender:
+        self._leave_main(victim)
+        if newest is not None and newest is not victim:
             self._newest = None
-            self._duels.begin(newest, defender, self._return, self._duel_bound)
-        return defender
+            self._feedback.begin(newest, victim, self._return_filter, self._trial_bound)
+        return victim
 
     def _spared(self, entry: Entry) -> bool:
-        """Whether the oldest main entry was hit: that costs it a visit and makes it the youngest."""
+        """Return true if the oldest main entry was hit. Take one visit from it and make it the youngest."""
         if not entry.visits:
             return False
-        if self._duels.on_trial(entry):
-            self._duels.end(entry).judge(True)  # Its defender stayed away.
+        if self._feedback.on_trial(entry):
+            self._feedback.end(entry).judge(True)  # Its victim did not return.
         entry.visits -= 1
         self._main.rotate()
         return True
 
     def _leave_main(self, entry: Entry) -> None:
         self._main.remove(entry)
-        if self._duels.on_trial(entry):
-            self._duels.lost(entry)
+        if self._feedback.on_trial(entry):
+            self._feedback.lost(entry)
         if entry is self._newest:
             self._newest = None
 
@@ -226,9 +234,9 @@ class S3FifoPolicy:
         self._small.clear()
         self._main.clear()
         self._ghost.clear()
-        self._duels.clear()
-        self._return.clear()
-        self._chance.clear()
+        self._feedback.clear()
+        self._return_filter.clear()
+        self._probation_filter.clear()
         self._newest = None
         self._measure(self._capacity)
 

@@ -189,26 +189,26 @@ def test_the_ghosts_of_s3fifo_are_bounded_and_remember_no_resident(script: list[
     for step in script:
         store.run([step])
         assert len(policy._ghost) <= 1.5 * capacity
-        assert len(policy._duels._defenders) <= 0.5 * capacity + 1
-        remembered = [*policy._ghost, *policy._duels._defenders]
+        assert len(policy._feedback._victims) <= 0.5 * capacity + 1
+        remembered = [*policy._ghost, *policy._feedback._victims]
         assert len(set(remembered)) == len(remembered)
         assert not set(remembered) & set(store.entries)
-        assert set(policy._duels._trials) <= set(store.entries)
+        assert set(policy._feedback._trials) <= set(store.entries)
 
 
 def test_s3fifo_remembers_nothing_before_the_first_eviction() -> None:
     store = Store("s3fifo", 100).run([("get", number % 100) for number in range(300)])
     policy = cast(Any, store.policy)
     assert not policy._ghost
-    assert not len(policy._duels._defenders)
+    assert not len(policy._feedback._victims)
 
 
 def test_s3fifo_learned_nothing_after_a_clear() -> None:
     store = Store("s3fifo", 50).run([("get", number % 70) for number in range(3_000)])
     policy = cast(Any, store.policy)
-    assert policy._return.share < 1
+    assert policy._return_filter.share < 1
     policy.clear()
-    assert (policy._return.share, len(policy._ghost), len(policy._duels._defenders)) == (1, 0, 0)
+    assert (policy._return_filter.share, len(policy._ghost), len(policy._feedback._victims)) == (1, 0, 0)
 
 
 def test_a_forgotten_challenger_keeps_no_entry_alive() -> None:
@@ -216,12 +216,12 @@ def test_a_forgotten_challenger_keeps_no_entry_alive() -> None:
     policy = cast(Any, store.policy)
     for number in range(3_000):
         store.get(f"k{number % 70}")
-        if policy._duels._trials:
+        if policy._feedback._trials:
             break
-    challenger = next(iter(policy._duels._trials))
-    entry = store.entries[challenger]
-    store.delete(challenger)
-    assert all(each is not entry for each in policy._duels._defenders.values())
+    candidate = next(iter(policy._feedback._trials))
+    entry = store.entries[candidate]
+    store.delete(candidate)
+    assert all(each is not entry for each in policy._feedback._victims.values())
 
 
 @each_policy
@@ -344,13 +344,13 @@ def test_when_all_popularity_moves_the_new_favourites_take_over() -> None:
 
 def test_the_gate_closes_in_a_tight_loop_and_opens_again_when_popularity_moves() -> None:
     store = Store("s3fifo", 100).run([("get", number) for number in loop(140, 8_000)])
-    gate = cast(S3FifoPolicy, store.policy)._return
-    closed = gate.share
+    admission = cast(S3FifoPolicy, store.policy)._return_filter
+    closed = admission.share
     assert closed < 0.3
     lots = random.Random(5)
     for phase in range(1, 8):
         store.run([("get", 1_000 * phase + int(400 * lots.random() ** 3)) for _ in range(3_000)])
-    assert gate.share > closed + 0.2
+    assert admission.share > closed + 0.2
 
 
 def test_the_names_of_the_settings_make_their_policies_and_no_others() -> None:
