@@ -1,4 +1,4 @@
-"""A server as a container, for machines with a Docker engine and without the binary."""
+"""Servers in containers, for machines with a Docker engine but without the server's binary."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .processes import PAUSE_BETWEEN_TRIES, START_LIMIT, Probe, answers, free_po
 
 
 def docker_answers() -> bool:
-    """Whether testcontainers can be imported and a Docker engine answers."""
+    """Return true if testcontainers can be imported and a Docker engine responds."""
     try:
-        # By name, because testcontainers and the client that it brings are no dependencies.
+        # Imported by name, because testcontainers and its Docker client are not dependencies.
         import_module("testcontainers.core.container")
         engine: Any = import_module("docker").from_env(timeout=5)
         engine.ping()
-    except Exception:  # Whatever is wrong with the engine, it is not there to be used.
+    except Exception:  # Any error means that the engine cannot be used.
         return False
     return True
 
 
 class ServerContainer:
-    """A server run from an image, with the same verbs as `ServerProcess`. Its data live as long as it does."""
+    """A server run from an image, with the methods of `ServerProcess`. `stop` also removes its data."""
 
     host = "127.0.0.1"
 
@@ -42,7 +42,7 @@ class ServerContainer:
         return f"<ServerContainer on port {self.port}, {'up' if self._up else 'down'}>"
 
     def start(self) -> None:
-        """Start the server, and return once it answers. Does nothing if it is up."""
+        """Start the server and wait until it responds. Do nothing if it is running."""
         if self._up:
             return
         if self._made:
@@ -54,30 +54,30 @@ class ServerContainer:
         limit = time.monotonic() + START_LIMIT
         while not answers(self.port, self._probe):
             if time.monotonic() > limit:
-                raise RuntimeError(f"{self!r} did not answer within {START_LIMIT:g} s")
+                raise RuntimeError(f"{self!r} did not respond within {START_LIMIT:g} s")
             time.sleep(PAUSE_BETWEEN_TRIES)
 
     def kill(self) -> None:
-        """End the server as a power failure would. Does nothing if it is down."""
+        """Kill the server, as a power failure would. Do nothing if it is not running."""
         if self._up:
             self._container.get_wrapped_container().kill()
             self._up = False
 
     def restart(self) -> None:
-        """Kill the server, and start it on the same port."""
+        """Kill the server and start it on the same port."""
         self.kill()
         self.start()
 
     def pause(self) -> None:
-        """Stop the server in its tracks: its connections stay, and nothing is answered."""
+        """Freeze the server. Its connections stay open, but it does not respond."""
         self._container.get_wrapped_container().pause()
 
     def resume(self) -> None:
-        """Let a paused server go on."""
+        """Resume a paused server."""
         self._container.get_wrapped_container().unpause()
 
     def stop(self) -> None:
-        """End the server and remove it."""
+        """Stop the server and remove its container."""
         if self._made:
             self._container.stop()
             self._made = self._up = False

@@ -1,4 +1,4 @@
-"""Fakes: stores that fail, forget or translate on purpose, and a context for an actor without a bus."""
+"""Fakes: stores that fail, keep nothing or encode messages, and a context to test an actor without a bus."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["ChaosStore", "CodecStore", "ManualTimers", "NullStore", "RecordingCo
 
 
 class CodecStore:
-    """A `BatchStore` in front of another store, that makes bytes of each request and each reply, and reads them again.
+    """A `BatchStore` that encodes and decodes each request and reply of another store.
 
-    What it changes is what a store in another process would change.
+    So values change in the same way as for a store in another process.
     """
 
     def __init__(self, inner: InlineStore | BatchStore, *, content_type: str = MSGPACK) -> None:
@@ -61,19 +61,19 @@ class CodecStore:
 
 
 class ManualTimer:
-    """A callback that a test fires, unless it was cancelled."""
+    """A callback that a test calls, unless it was cancelled."""
 
     def __init__(self, callback: Callable[[], Any], cancel: Callable[[ManualTimer], None]) -> None:
         self.callback = callback
         self._cancel = cancel
 
     def cancel(self) -> None:
-        """Do not call back."""
+        """Cancel the callback."""
         self._cancel(self)
 
 
 class ManualTimers:
-    """The `Timers` of a test: `fire` calls back what is due by the clock."""
+    """`Timers` for tests. `fire` calls the callbacks that are due according to the clock."""
 
     def __init__(self, clock: Clock) -> None:
         self._now = clock.monotonic
@@ -83,31 +83,31 @@ class ManualTimers:
         return len(self._queue)
 
     def due(self) -> float:
-        """The instant at which the first is due; infinity if there is none."""
+        """Return the time of the next callback, or infinity if there is none."""
         return self._queue.due()
 
     def call_at(self, when: float, callback: Callable[[], Any]) -> ManualTimer:
-        """As `Timers.call_at`."""
+        """Schedule a callback, as `Timers.call_at` does."""
         timer = ManualTimer(callback, self._queue.discard)
         self._queue.set(timer, when)
         return timer
 
     def call_after(self, delay: float, callback: Callable[[], Any]) -> ManualTimer:
-        """As `Timers.call_after`."""
+        """Schedule a callback, as `Timers.call_after` does."""
         return self.call_at(self._now() + delay, callback)
 
     def fire(self) -> None:
-        """Call back what is due, in order, and what becomes due by that."""
+        """Call the callbacks that are due, in order, including those that become due meanwhile."""
         while (timer := self._queue.pop(self._now())) is not None:
             timer.callback()
 
 
 class RecordingContext:
-    """A context for calling an actor's handlers without a bus. It remembers what the actor did with it.
+    """A context to call an actor's handlers without a bus. It records the actions of the actor.
 
-    `emitted` are the events, `sent` the messages to itself with their delays that it has not called
-    off, `deferred` the replies that it promised, `timers` the callbacks that it has armed, `beside` its work beside the
-    turns. It listens to `kinds` of events; to all if none is named.
+    `emitted` has the events, `sent` the delays and messages to itself that were not cancelled, `deferred` the deferred
+    replies, `timers` the scheduled callbacks, and `beside` the background work. It subscribes to `kinds` of events, or
+    to all events if none are given.
     """
 
     def __init__(self, *kinds: type[Event], address: str = "test", clock: Clock = SYSTEM_CLOCK) -> None:
@@ -124,36 +124,36 @@ class RecordingContext:
         self.beside: list[Callable[[], Awaitable[None]]] = []
         self.deferred: list[DeferredReply] = []
         self.crashes: list[BaseException] = []
-        # Kept, because an subscriptions forgets a listener that is gone.
+        # A reference, because the registry removes a subscription that is garbage collected.
         self._listening = self.subscriptions.subscribe(kinds, 1)
 
     def publish(self, event: Event) -> None:
-        """Remember an event, if it would have been published."""
+        """Record an event if it has a subscriber."""
         if type(event) in self.subscriptions.kinds:
             self.emitted.append(event)
 
     def emit(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
-        """As `emit`, for an event that is not built yet."""
+        """Build and record an event if it has a subscriber."""
         if kind in self.subscriptions.kinds:
             build: Callable[..., Event] = kind
             self.emitted.append(build(*fields, **named))
 
     def defer(self) -> DeferredReply:
-        """A promise that the test may attach a port to."""
+        """Return a deferred reply, to which the test can attach a port."""
         deferred = DeferredReply()
         self.deferred.append(deferred)
         return deferred
 
     def crash(self, error: BaseException) -> None:
-        """Remember what has ended the actor's incarnation."""
+        """Record the error that ended the actor's incarnation."""
         self.crashes.append(error)
 
     def send_after(self, delay: float, message: Message) -> ManualTimer:
-        """Remember a message that the actor wants back later; the test hands it over."""
+        """Record a delayed message to the actor. The test delivers it."""
         entry = (delay, message)
         self.sent.append(entry)
         return ManualTimer(lambda: None, lambda timer: self.sent.remove(entry) if entry in self.sent else None)
 
     def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Remember work that the actor wants done beside its turns; the test awaits it."""
+        """Record background work of the actor. The test awaits it."""
         self.beside.append(function)

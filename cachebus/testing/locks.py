@@ -1,4 +1,4 @@
-"""The contract of lock stores, as tests: subclass `LockStoreConformance`, and your store may stand behind a `LockManager`."""
+"""Conformance suite for lock stores. A store that passes it can be used by a `LockManager`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["LockStoreConformance", "managed"]
 
 
 class LockStoreConformance(LockConformance):
-    """Every guarantee of the lock store's port, for stores of both kinds.
+    """Tests for every guarantee of the lock store port, for inline and batch stores. Subclass it for your store.
 
     ::
 
@@ -17,7 +17,8 @@ class LockStoreConformance(LockConformance):
             def store(self) -> MyLocks:
                 return MyLocks(namespace=uuid4().hex)
 
-    A store of a server also overrides the fixtures `sibling` and `neighbour`; one whose clock can be moved `clock` and
-    `elapse`; one whose locks end late `lag`. The suite opens and closes the stores, by way of their managers. The tests are
-    run by anyio's pytest plugin: override the fixture `anyio_backend` to choose the event loop.
+    If the store uses a server, also override the fixtures `sibling` and `neighbour`. If you can move the store's clock,
+    override `clock` and `elapse`. If its locks end late, override `lag`. The suite opens and closes the stores through
+    their lock managers. anyio's pytest plugin runs the tests: override the fixture `anyio_backend` to choose the event
+    loop.
     """

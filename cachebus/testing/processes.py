@@ -1,4 +1,4 @@
-"""A server as a child process of the test run: started, killed, paused, and gone when the run is, however that ends."""
+"""Servers as child processes of the test run. They are always removed at its end, even if it is killed."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 START_LIMIT = 20.0
-"""Seconds after which a server that does not answer has failed to start."""
+"""Seconds after which a server that does not respond has failed to start."""
 
 PAUSE_BETWEEN_TRIES = 0.005
-"""Seconds between two tries to connect to a server that is starting."""
+"""Seconds between two attempts to connect to a server that is starting."""
 
 Probe = Callable[[socket.socket], bool]
-"""Asks a server over a fresh connection whether it is ready to work."""
+"""Function that checks over a new connection if a server is ready."""
 
 
 _LOWEST, _SHARE, _SHARES = 20_000, 1_500, 8
-"""Ports from 20000 to 31999: below those that systems give to outgoing connections (32768 and up on Linux, 49152 on the
-others), so that nobody's client takes one while its server is down. Each process of a test run has its own share of them."""
+"""Ports from 20000 to 31999, divided among the processes of a test run.
+
+They are below the ports of outgoing connections (from 32768 on Linux, from 49152 on other systems), so that no client
+takes the port of a server that is down.
+"""
 
 _ports = itertools.count(random.SystemRandom().randrange(_SHARE))
 
 
 def free_port() -> int:
-    """A port of this machine's loopback interface that nobody uses now, and nobody else in this test run will be given.
+    """Return an unused port of the loopback interface that no other process of the test run will get.
 
-    A server may be down when another one is started, so no port is given twice before all have been.
+    A port is not reused before all others have been returned, because its server may only be down for a while.
     """
     share = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _SHARES
     for _ in range(_SHARE):
@@ -45,11 +48,11 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise RuntimeError("every port of this process's share is in use")
+    raise RuntimeError("all ports of this process are in use")
 
 
 def answers(port: int, probe: Probe, host: str = "127.0.0.1") -> bool:
-    """Whether the server on a port says that it is ready."""
+    """Return true if the server on a port is ready."""
     try:
         with socket.create_connection((host, port), timeout=1.0) as connection:
             return probe(connection)
@@ -58,9 +61,9 @@ def answers(port: int, probe: Probe, host: str = "127.0.0.1") -> bool:
 
 
 class _Reaper:
-    """A small process that outlives this one by a moment: when its pipe closes, it ends what this process has left."""
+    """A helper process that cleans up after this process: when its pipe closes, it kills the remaining servers."""
 
-    # The pipe closes even when this process is killed with SIGKILL, which no `atexit` and no `finally` survives.
+    # The pipe also closes if this process gets SIGKILL, which skips every `atexit` and `finally`.
     _SCRIPT = """
 import os, shutil, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -84,7 +87,7 @@ for pid, folder in left.items():
         self._owner = 0
 
     def adopt(self, pid: int, folder: Path) -> None:
-        """End `pid` and remove `folder` if this process dies first."""
+        """Kill `pid` and remove `folder` if this process ends first."""
         if self._process is None or self._owner != os.getpid():
             self._owner = os.getpid()
             self._process = subprocess.Popen(  # noqa: S603
@@ -94,7 +97,7 @@ for pid, folder in left.items():
         self._tell(f"{pid} {folder}\n")
 
     def release(self, pid: int) -> None:
-        """Forget a process that is gone: its number may soon be another's."""
+        """Stop watching a process that has ended, because its pid may be reused."""
         self._tell(f"{pid}\n")
 
     def _tell(self, line: str) -> None:
@@ -115,10 +118,10 @@ _reaper = _Reaper()
 
 
 class ServerProcess:
-    """A server run from a binary, on one port of the loopback interface, with a data folder of its own.
+    """A server run from a binary, on a port of the loopback interface, with its own data folder.
 
-    `command` makes the command line from the port and the folder. Every method blocks until what it says is so, and may
-    be called in any order; call them in a thread where an event loop must go on. `stop` also removes the folder.
+    `command` returns the command line for the port and the folder. Every method blocks until it has taken effect, so in
+    async code call it in a thread. Methods may be called in any order. `stop` also removes the folder.
     """
 
     host = "127.0.0.1"
@@ -146,20 +149,20 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """The number of the server's process; `None` while it is down."""
+        """Process id of the server, or `None` if it is not running."""
         return self._process.pid if self._process is not None else None
 
     @property
     def folder(self) -> Path:
-        """The data folder. It survives `kill` and `restart`."""
+        """Data folder, which survives `kill` and `restart`."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix=f"cachebus-{self._scheme}-"))
         return self._folder
 
     def start(self) -> None:
-        """Start the server, and return once it answers. Does nothing if it is up.
+        """Start the server and wait until it responds. Do nothing if it is running.
 
-        Raises `RuntimeError` with what the server wrote if it ends at once or never answers.
+        Raises `RuntimeError` with the server's output if it exits or does not respond.
         """
         if self._process is not None:
             return
@@ -179,35 +182,35 @@ class ServerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self._process.wait(PAUSE_BETWEEN_TRIES)
                 self._forget()
-                raise RuntimeError(f"{self!r} ended at once with code {code}:\n{_tail(log)}")
+                raise RuntimeError(f"{self!r} exited with code {code}:\n{_tail(log)}")
             if time.monotonic() > limit:
                 self.kill()
-                raise RuntimeError(f"{self!r} did not answer within {START_LIMIT:g} s:\n{_tail(log)}")
+                raise RuntimeError(f"{self!r} did not respond within {START_LIMIT:g} s:\n{_tail(log)}")
 
     def kill(self) -> None:
-        """End the server as a power failure would. Does nothing if it is down."""
+        """Kill the server, as a power failure would. Do nothing if it is not running."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._forget()
 
     def restart(self) -> None:
-        """Kill the server, and start it on the same port with the same data folder."""
+        """Kill the server and start it on the same port with the same data folder."""
         self.kill()
         self.start()
 
     def pause(self) -> None:
-        """Stop the server in its tracks: its connections stay, and nothing is answered."""
+        """Freeze the server. Its connections stay open, but it does not respond."""
         if self._process is not None:
             suspend(self._process.pid)
 
     def resume(self) -> None:
-        """Let a paused server go on."""
+        """Resume a paused server."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End the server and remove its data."""
+        """Stop the server and remove its data."""
         self.kill()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)

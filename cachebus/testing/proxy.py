@@ -1,4 +1,4 @@
-"""A TCP proxy that stands between a client and a server and breaks what is between them, as it is told."""
+"""A TCP proxy that injects network faults between a client and a server."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from typing import Any, Literal, Self, get_args
 from urllib.parse import urlsplit, urlunsplit
 
 Mode = Literal["pass", "refuse", "reset", "half_open", "latency", "slow", "trickle", "lose_reply", "garbage"]
-"""What a proxy does with connections, those that are open included.
+"""Treatment of new and open connections.
 
-* `pass`: hands everything on.
-* `refuse`: nobody listens; open connections are reset.
-* `reset`: a connection is reset in the middle of the next reply.
-* `half_open`: connections are accepted and stay open, and nothing passes. What was said meanwhile, up to what the
-  buffers hold, arrives when the mode changes, as after a network's partition.
-* `latency`: every piece of data is on its way for some seconds; any number may be on the way at once.
-* `slow`: a megabyte takes some seconds, in each direction.
-* `trickle`: data arrive one byte at a time.
-* `lose_reply`: the server is asked, and the connection is reset in the place of its reply.
-* `garbage`: replies have their bytes replaced by others.
+* `pass`: forwards all data.
+* `refuse`: refuses new connections and resets open ones.
+* `reset`: resets a connection in the middle of the next reply.
+* `half_open`: accepts connections and keeps them open, but forwards nothing. The data buffered meanwhile arrive when
+  the mode changes, as after a network partition.
+* `latency`: delays all data by some seconds, without limiting the throughput.
+* `slow`: limits the throughput to a megabyte in some seconds, in each direction.
+* `trickle`: forwards one byte at a time.
+* `lose_reply`: forwards the request, and resets the connection instead of forwarding the reply.
+* `garbage`: replaces the bytes of replies.
 """
 
 _CHUNK = 65536
-_PAUSE = 0.02  # Seconds between two pieces on a slow line.
+_PAUSE = 0.02  # Seconds between two chunks in the mode `slow`.
 _RESET = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """A proxy in front of `host` and `port`, on a port of its own, run by a thread of its own.
+    """A proxy in front of `host` and `port`, run by a separate thread. Use it as a context manager.
 
-    A context manager. It counts: `connections` accepted, `open_connections` now, `bytes_in` from clients, `bytes_out`
-    to clients, each before it is handed on. `switch` changes the mode while it runs and returns once the change holds.
+    It counts accepted `connections`, current `open_connections`, `bytes_in` from clients and `bytes_out` to clients.
+    Bytes are counted before they are forwarded. `switch` changes the mode and returns when the change has taken effect.
     """
 
     host = "127.0.0.1"
@@ -57,30 +57,33 @@ class Proxy:
 
     @classmethod
     def before(cls, server: Any, mode: Mode = "pass") -> Proxy:
-        """A proxy in front of a server of `cachebus.testing.servers`, or of anything else with `host` and `port`."""
+        """Return a proxy in front of a server of `cachebus.testing.servers`, or any object with `host` and `port`."""
         return cls(server.host, server.port, mode)
 
     def __repr__(self) -> str:
         return f"<Proxy on port {self.port} before {self._target[0]}:{self._target[1]}, {self.mode}>"
 
     def url(self, url: str) -> str:
-        """A server's URL with this proxy in the place of the server."""
+        """Return the URL of a server with the address of the proxy instead."""
         parts = urlsplit(url)
         credentials, at, _ = parts.netloc.rpartition("@")
         return urlunsplit(parts._replace(netloc=f"{credentials}{at}{self.host}:{self.port}"))
 
     @property
     def open_connections(self) -> int:
-        """How many connections of clients are open."""
+        """Number of open client connections."""
         return len(self._pairs)
 
     def switch(self, mode: Mode, *, seconds: float = 0.0) -> None:
-        """Change the mode, for open connections too. `seconds` is the delay of `latency`, and of a megabyte for `slow`."""
+        """Change the mode, also for open connections.
+
+        `seconds` is the delay for `latency`, and the time for a megabyte for `slow`.
+        """
         _checked(mode, seconds)
         self._run(self._switch(mode, seconds))
 
     def cut(self) -> None:
-        """Reset every open connection. The mode stays, and new connections are welcome."""
+        """Reset all open connections. The mode does not change, and new connections are accepted."""
         self._run(self._cut())
 
     def __enter__(self) -> Self:
@@ -115,7 +118,7 @@ class Proxy:
         assert self._loop is not None, "the proxy is not entered"
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    # From here on, everything runs in the proxy's own thread.
+    # The following methods run in the proxy's thread.
 
     async def _switch(self, mode: Mode, seconds: float) -> None:
         self.mode, self.seconds = mode, seconds
@@ -129,7 +132,7 @@ class Proxy:
 
     async def _listen(self) -> None:
         if self._listener is None and self.mode != "refuse":
-            # The port stays the same; SO_REUSEADDR, which asyncio sets, takes it again at once.
+            # The port stays the same. asyncio sets SO_REUSEADDR, so it can be bound again at once.
             self._listener = await asyncio.start_server(self._accept, self.host, self.port, backlog=2048)
             self.port = self._listener.sockets[0].getsockname()[1]
 
@@ -171,18 +174,18 @@ class Proxy:
         *,
         reply: bool,
     ) -> None:
-        """Carry data one way until it ends. Reading goes on while what was read before is on its way."""
-        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=1024)
+        """Forward data in one direction until it ends. Reading continues while earlier data are delayed."""
+        in_transit: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=1024)
         now = asyncio.get_running_loop().time
 
         async def deliver() -> None:
             while True:
-                due, data = await under_way.get()
+                due, data = await in_transit.get()
                 if (wait := due - now()) > 0:
                     await asyncio.sleep(wait)
                 await self._wait_while_half_open()
                 if not data:
-                    # The other direction may still have something to say.
+                    # The other direction may still send data.
                     writer.write_eof()
                     return
                 await self._write(writer, data, pair, count, reply=reply)
@@ -190,10 +193,11 @@ class Proxy:
         delivering = asyncio.ensure_future(deliver())
         try:
             while data := await reader.read(_CHUNK):
-                await under_way.put((now() + (self.seconds if self.mode == "latency" else 0.0), data))
-                while self.mode == "slow" and under_way.qsize() > 1:  # noqa: ASYNC110 (what it waits for is a size)
-                    await asyncio.sleep(0.001)  # A slow line has no room for what the sender is quick to write.
-            await under_way.put((0.0, b""))
+                await in_transit.put((now() + (self.seconds if self.mode == "latency" else 0.0), data))
+                # Backpressure: a slow connection does not buffer the data of a fast sender.
+                while self.mode == "slow" and in_transit.qsize() > 1:  # noqa: ASYNC110 (There is no event for a size.)
+                    await asyncio.sleep(0.001)
+            await in_transit.put((0.0, b""))
             await delivering
         finally:
             delivering.cancel()
@@ -208,7 +212,7 @@ class Proxy:
             half = data[: max(1, len(data) // 2)]
             count(len(half))
             writer.write(half)
-            # A reset throws away what was not read yet, so the client is given a chance to read first.
+            # A reset discards unread data, so let the client read first.
             await asyncio.sleep(0.01)
             pair.reset()
         elif mode == "slow":
@@ -226,7 +230,7 @@ class Proxy:
                 await writer.drain()
                 await asyncio.sleep(0)
         else:
-            # Every byte is turned into another one, the ends of lines included.
+            # This changes every byte, including line ends.
             data = bytes(each ^ 0x55 for each in data) if reply and mode == "garbage" else data
             count(len(data))
             writer.write(data)
@@ -244,7 +248,7 @@ class Proxy:
 
 
 class _Pair:
-    """The two connections that are one to the client."""
+    """The client's connection to the proxy and the proxy's connection to the server."""
 
     def __init__(self, near: asyncio.StreamWriter) -> None:
         self.near = near
@@ -252,7 +256,7 @@ class _Pair:
         self.tasks: list[asyncio.Task[None]] = []
 
     def reset(self) -> None:
-        """End the client's connection with a reset, and the server's with it."""
+        """Reset both connections."""
         for writer in self._writers():
             with contextlib.suppress(OSError):
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -261,7 +265,7 @@ class _Pair:
             task.cancel()
 
     def close(self) -> None:
-        """Give both connections back."""
+        """Close both connections."""
         for writer in self._writers():
             writer.close()
 
@@ -273,5 +277,5 @@ def _checked(mode: Mode, seconds: float) -> Mode:
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
     if mode == "slow" and not seconds > 0:
-        raise ValueError(f"a slow line takes seconds for a megabyte, more than 0, not {seconds!r}")
+        raise ValueError(f"seconds must be above 0 for the mode slow, not {seconds!r}")
     return mode

@@ -4,10 +4,10 @@ Use the fixtures by importing them into a `conftest.py`::
 
     from cachebus.testing.servers import memcached_server, nats_server, redis_server
 
-A fixture takes the server that `CACHEBUS_TEST_REDIS_URL` (`..._MEMCACHED_URL`, `..._NATS_URL`) names, else starts one
-from the binary on the `PATH`, else from an image with testcontainers, and else fails and says what to install: a
-missing server is never a skipped test. `run_redis` and its like always start a server of your own, which may then be
-killed and paused.
+A fixture uses the server named by `CACHEBUS_TEST_REDIS_URL` (`..._MEMCACHED_URL`, `..._NATS_URL`). Without it, the
+fixture starts a server from the binary on the `PATH`, or else from an image with testcontainers. If neither is
+possible, the test fails and explains what to install; it is never skipped. `run_redis`, `run_memcached` and `run_nats`
+always start a new server, which you may kill and pause.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ MEMCACHED_IMAGE = "memcached:1.6.39-alpine"
 NATS_IMAGE = "nats:2.12.1-alpine"
 
 _Command = Callable[[int, Path], Sequence[str]]
-"""Makes a server's arguments from its port and its data folder."""
+"""Function that returns the arguments of a server for its port and its data folder."""
 
 SLOTS = 16384
-"""Of a Redis Cluster."""
+"""Number of slots of a Redis Cluster."""
 
 _INSTALL = {
     "redis-server": "apt-get install redis-server, or brew install redis",
@@ -59,9 +59,9 @@ _INSTALL = {
 
 
 class Server(Protocol):
-    """A server of a test. `url` has the scheme, the host and the port, and credentials where it asks for them.
+    """Protocol of servers for tests. `url` has the scheme, host and port, and credentials if the server requires them.
 
-    Every method blocks until what it says is so: in an asynchronous test call it with `anyio.to_thread.run_sync`.
+    Every method blocks until it has taken effect. In an async test, call it with `anyio.to_thread.run_sync`.
     """
 
     @property
@@ -74,26 +74,26 @@ class Server(Protocol):
     def port(self) -> int: ...
 
     def start(self) -> None:
-        """Start the server, and return once it answers. Does nothing if it is up."""
+        """Start the server and wait until it responds. Do nothing if it is running."""
 
     def kill(self) -> None:
-        """End the server as a power failure would. Does nothing if it is down."""
+        """Kill the server, as a power failure would. Do nothing if it is not running."""
 
     def restart(self) -> None:
-        """Kill the server, and start it on the same port."""
+        """Kill the server and start it on the same port."""
 
     def pause(self) -> None:
-        """Stop the server in its tracks: its connections stay, and nothing is answered."""
+        """Freeze the server. Its connections stay open, but it does not respond."""
 
     def resume(self) -> None:
-        """Let a paused server go on."""
+        """Resume a paused server."""
 
     def stop(self) -> None:
-        """End the server and remove its data."""
+        """Stop the server and remove its data."""
 
 
 class ExternalServer:
-    """A server that somebody else runs and an environment variable names: it can be used, and nothing else."""
+    """A server given by an environment variable. Tests can use it, but not start, stop or pause it."""
 
     def __init__(self, url: str, variable: str, port: int) -> None:
         parts = urlsplit(url)
@@ -106,10 +106,10 @@ class ExternalServer:
         return f"<ExternalServer at {self.host}:{self.port}>"
 
     def start(self) -> None:
-        """Nothing: it is up, or the test will say."""
+        """Do nothing: the server is expected to be running."""
 
     def stop(self) -> None:
-        """Nothing: others use it."""
+        """Do nothing: the server is shared."""
 
     def kill(self) -> None:
         self._refuse()
@@ -124,16 +124,16 @@ class ExternalServer:
         self._refuse()
 
     def _refuse(self) -> None:
-        pytest.fail(f"the server of {self._variable} is not this test's own: start one with run_redis() or its like")
+        pytest.fail(f"the shared server of {self._variable} cannot be stopped or paused: start one with run_redis()")
 
 
 @contextmanager
 def run_redis(*options: str, password: str = "", user: str = "", port: int | None = None) -> Generator[Server]:
-    """A Redis of your own, which keeps nothing on disk.
+    """Run a new Redis server without persistence.
 
-    `options` are those of the command line: `"--maxmemory", "1mb"`, `"--replicaof", "127.0.0.1 6379"`,
-    `"--cluster-enabled", "yes"`. `password` is asked of every client and stands in the URL; with `user` it is that
-    user's, who may do everything, and there is no way in without.
+    `options` are command line options: `"--maxmemory", "1mb"`, `"--replicaof", "127.0.0.1 6379"`,
+    `"--cluster-enabled", "yes"`. Clients need the `password`, which is part of the URL. With `user`, it is the password
+    of that user, who has all permissions; the default user is disabled.
     """
     arguments = ["--save", "", "--appendonly", "no", *options]
     if user:
@@ -141,7 +141,7 @@ def run_redis(*options: str, password: str = "", user: str = "", port: int | Non
     elif password:
         arguments += ["--requirepass", password]
     if "--cluster-enabled" in options:
-        # Redis would take port + 10000, which there may not be.
+        # The default, port + 10000, may not be a valid or free port.
         arguments += ["--cluster-port", str(free_port())]
     credentials = f"{quote(user, safe='')}:{quote(password, safe='')}@" if user or password else ""
 
@@ -154,11 +154,11 @@ def run_redis(*options: str, password: str = "", user: str = "", port: int | Non
 
 @contextmanager
 def run_sentinel(master: Server, *, name: str = "primary", down_after: float = 0.5) -> Generator[Server]:
-    """A Redis Sentinel that alone watches `master` under `name`, and takes it for dead after `down_after` seconds."""
+    """Run a Redis Sentinel that alone monitors `master` as `name`. It declares it down after `down_after` seconds."""
     milliseconds = round(down_after * 1000)
 
     def command(port: int, folder: Path) -> Sequence[str]:
-        # A file, because Sentinel writes what it learns into it and refuses to start otherwise.
+        # Sentinel does not start without a configuration file, in which it stores its state.
         settings = folder / "sentinel.conf"
         if not settings.exists():
             settings.write_text(
@@ -175,51 +175,51 @@ def run_sentinel(master: Server, *, name: str = "primary", down_after: float = 0
 
 @contextmanager
 def run_redis_cluster(nodes: int = 3, *options: str) -> Generator[Sequence[Server]]:
-    """A Redis Cluster of your own: `nodes` primaries, each with its part of the slots, which all know one another."""
+    """Run a new Redis Cluster with `nodes` primaries, which share the slots and are fully connected."""
     with ExitStack() as stack:
         servers = [stack.enter_context(run_redis("--cluster-enabled", "yes", *options)) for _ in range(nodes)]
         bounds = [SLOTS * number // nodes for number in range(nodes + 1)]
         for number, server in enumerate(servers):
             redis_command(server, "CLUSTER", "ADDSLOTSRANGE", str(bounds[number]), str(bounds[number + 1] - 1))
-            # Equal epochs would be sorted out by a vote, which takes its time.
+            # Equal epochs would be resolved by a vote, which takes time.
             redis_command(server, "CLUSTER", "SET-CONFIG-EPOCH", str(number + 1))
             inner = redis_command(servers[0], "CONFIG", "GET", "cluster-port").split()[-1].decode()
             redis_command(server, "CLUSTER", "MEET", servers[0].host, str(servers[0].port), inner)
         limit = time.monotonic() + START_LIMIT
         for server in servers:
-            # Each has a link to each: what is published before goes nowhere.
+            # Wait until every node has a link to every other node: earlier published messages are lost.
             while (
-                b"cluster_state:ok" not in (told := redis_command(server, "CLUSTER", "INFO"))
-                or f"cluster_known_nodes:{nodes}\r".encode() not in told
-                or b"handshake" in (told := redis_command(server, "CLUSTER", "NODES"))
-                or b"disconnected" in told
+                b"cluster_state:ok" not in (info := redis_command(server, "CLUSTER", "INFO"))
+                or f"cluster_known_nodes:{nodes}\r".encode() not in info
+                or b"handshake" in (info := redis_command(server, "CLUSTER", "NODES"))
+                or b"disconnected" in info
             ):
                 if time.monotonic() > limit:
-                    pytest.fail(f"the Redis Cluster did not come together: {told.decode()}")
+                    pytest.fail(f"the nodes of the Redis Cluster did not connect: {info.decode()}")
                 time.sleep(PAUSE_BETWEEN_TRIES)
         yield servers
 
 
 def redis_command(server: Server, *words: str) -> bytes:
-    """What a Redis says to one command over a connection of its own, as it stands on the wire."""
+    """Send one command over a new connection and return the raw reply. Raises `RuntimeError` for an error reply."""
     with socket.create_connection((server.host, server.port), timeout=5.0) as connection:
         connection.sendall(
             b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(raw), raw) for raw in map(str.encode, words))
         )
-        # Whoever hears that we have no more to say answers and closes, so the end of the answer needs no parsing.
+        # After the end of the request the server replies and closes the connection, so the reply needs no parsing.
         connection.shutdown(socket.SHUT_WR)
-        told = b"".join(iter(lambda: connection.recv(65536), b""))
-    if told.startswith(b"-"):
-        raise RuntimeError(f"{server!r} to {words[0]}: {told.decode()}")
-    return told
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    if reply.startswith(b"-"):
+        raise RuntimeError(f"{server!r} replied to {words[0]} with {reply.decode()}")
+    return reply
 
 
 @contextmanager
 def run_memcached(*options: str, port: int | None = None) -> Generator[Server]:
-    """A Memcached of your own. `options` are those of the command line: `"-m", "64"`, `"-I", "2m"`."""
+    """Run a new Memcached server. `options` are command line options: `"-m", "64"`, `"-I", "2m"`."""
 
     def command(port: int, folder: Path) -> Sequence[str]:
-        # It gives up root only for a user that it is given.
+        # As root, Memcached requires the option -u.
         user = ("-u", "root") if hasattr(os, "geteuid") and os.geteuid() == 0 else ()
         return ("-l", "127.0.0.1", "-p", str(port), "-U", "0", *user, *options)
 
@@ -229,7 +229,7 @@ def run_memcached(*options: str, port: int | None = None) -> Generator[Server]:
 
 @contextmanager
 def run_nats(*options: str, jetstream: bool = False, port: int | None = None) -> Generator[Server]:
-    """A NATS server of your own, with JetStream if you ask for it. `options` are those of the command line."""
+    """Run a new NATS server, optionally with JetStream. `options` are command line options."""
 
     def command(port: int, folder: Path) -> Sequence[str]:
         stream = ("--jetstream", "--store_dir", str(folder)) if jetstream else ()
@@ -241,21 +241,21 @@ def run_nats(*options: str, jetstream: bool = False, port: int | None = None) ->
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[Server]:
-    """A Redis for the whole session: use a namespace of your own, and leave the others' alone."""
+    """Provide a Redis server for the whole session. Use a separate namespace in each test."""
     with _external("CACHEBUS_TEST_REDIS_URL", 6379) or run_redis() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def memcached_server() -> Iterator[Server]:
-    """A Memcached for the whole session: use a namespace of your own, and leave the others' alone."""
+    """Provide a Memcached server for the whole session. Use a separate namespace in each test."""
     with _external("CACHEBUS_TEST_MEMCACHED_URL", 11211) or run_memcached() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def nats_server() -> Iterator[Server]:
-    """A NATS server, with JetStream, for the whole session."""
+    """Provide a NATS server with JetStream for the whole session."""
     with _external("CACHEBUS_TEST_NATS_URL", 4222) or run_nats(jetstream=True) as server:
         yield server
 
@@ -277,14 +277,14 @@ def _run(
         )
     elif image is not None and docker_answers():
         name, inner = image
-        # Inside, the server stands at its usual port, on every interface, and keeps its data in the container.
+        # In the container, the server uses its default port on all interfaces and keeps its data there.
         inside = [each if each != "127.0.0.1" else "0.0.0.0" for each in command(inner, Path("/tmp"))]  # noqa: S104, S108
         server = ServerContainer(scheme, name, inner, [program, *inside], probe, credentials=credentials)
     else:
         pytest.fail(
-            f"this test needs {program}, and there is none: {_INSTALL[program]}; or start a Docker engine and pip "
-            f"install testcontainers; or name a running one in CACHEBUS_TEST_{scheme.upper()}_URL, which serves the "
-            f"tests that neither kill nor configure it"
+            f"this test needs {program}, which was not found: {_INSTALL[program]}; or start a Docker engine and pip "
+            f"install testcontainers; or set CACHEBUS_TEST_{scheme.upper()}_URL to a running server, for the tests "
+            f"that do not kill or configure it"
         )
     try:
         server.start()
@@ -294,7 +294,7 @@ def _run(
 
 
 def find_binary(program: str) -> str | None:
-    """Where a program is: on the `PATH`, or among the scripts of this environment, where wheels put theirs."""
+    """Return the path of a program on the `PATH` or among the scripts of the Python environment, or `None`."""
     return shutil.which(program) or shutil.which(program, path=sysconfig.get_path("scripts"))
 
 
@@ -310,7 +310,7 @@ def _external(variable: str, port: int) -> AbstractContextManager[Server] | None
 
 def _redis_is_ready(connection: socket.socket) -> bool:
     connection.sendall(b"PING\r\n")
-    # Whoever asks for a password is ready too; whoever says LOADING is not.
+    # A server that requires a password is ready as well. One that replies LOADING is not.
     return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
 
 

@@ -1,4 +1,4 @@
-"""The contract of stores, as tests: subclass `StoreConformance`, and your store may stand behind a cache."""
+"""Conformance suite for stores. A store that passes it can be used by a cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["MISSING", "AnyStore", "StoreConformance", "ask", "carry_out", "value
 
 
 class StoreConformance(Reading, Writing, Counting, Removing, Batching, Leasing, Tagging, Limiting):
-    """Every guarantee of the store's port, for stores of both kinds.
+    """Tests for every guarantee of the store port, for inline and batch stores. Subclass it for your store.
 
     ::
 
@@ -29,8 +29,8 @@ class StoreConformance(Reading, Writing, Counting, Removing, Batching, Leasing, 
                 await carry_out(store, [Clear()])
                 await store.close()
 
-    A store of a server also overrides the fixture `neighbour` with a second one, of another namespace on the same
-    server; a store whose clock can be moved overrides `elapse` and `now`. Where a store says in its `capabilities` that
-    it cannot do something, the tests of that are skipped, and another makes sure that it refuses. The tests are run by
-    anyio's pytest plugin: override the fixture `anyio_backend` to choose the event loop.
+    If the store uses a server, also override the fixture `neighbour` with a store in another namespace of the same
+    server. If you can move the store's clock, override `elapse` and `now`. Tests of capabilities that the store does
+    not declare are skipped; another test checks that it rejects such requests. anyio's pytest plugin runs the tests:
+    override the fixture `anyio_backend` to choose the event loop.
     """

@@ -275,7 +275,7 @@ async def increment_without_an_initial_value_needs_a_counter(cache: Cache, clock
 @behaviour
 async def increment_refuses_what_is_no_integer(cache: Cache, clock: ManualClock) -> None:
     await cache.set("key", "text")
-    with pytest.raises(WrongType, match="needs an int under the key, not str"):
+    with pytest.raises(WrongType, match="increment requires an int, not str"):
         await cache.increment("key")
     await cache.set("key", 2**63 - 1)
     with pytest.raises(WrongType, match="64-bit"):

@@ -156,5 +156,5 @@ def test_an_unknown_mode_is_refused_and_the_known_ones_are_named() -> None:
 
 
 def test_a_slow_line_needs_a_speed() -> None:
-    with pytest.raises(ValueError, match="more than 0"):
+    with pytest.raises(ValueError, match="above 0"):
         Proxy("127.0.0.1", 1, "slow")

@@ -1,1 +1,1 @@
-"""The tests of `cachebus.testing.stores.StoreConformance`, a module for each part of the store's port."""
+"""Tests of the conformance suites, with one module for each part of the ports."""

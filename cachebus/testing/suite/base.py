@@ -1,4 +1,4 @@
-"""What every part of the suite stands on: the fixtures, the one way to ask any store, and the passing of time."""
+"""Base of the conformance suite: fixtures, requests to any kind of store, and time."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ AnyStore = InlineStore | BatchStore
 R = TypeVar("R")
 
 VANISHING_LIMIT = 30.0
-"""Seconds after which a value that should have expired counts as one that never will."""
+"""Seconds after which a value that should have expired counts as a failure."""
 
 
 async def carry_out(store: AnyStore, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-    """The replies of a store to a batch, as its actor would give them: what a store raises is everybody's `Failed`."""
+    """Execute a batch and return the replies, as the store's actor does. An error of the store fails every request."""
     if isinstance(store, InlineStore):
         return [_run(store, request) for request in batch]
     try:
@@ -53,7 +53,7 @@ def _run(store: InlineStore, request: Request[Any]) -> Reply:
 
 
 async def ask(store: AnyStore, request: Request[R]) -> R:
-    """The reply to one request. A `Failed` is raised as its error."""
+    """Execute one request and return the reply. Raises the error of a `Failed` reply."""
     (reply,) = await carry_out(store, [request])
     if isinstance(reply, Failed):
         raise reply.error()
@@ -61,20 +61,20 @@ async def ask(store: AnyStore, request: Request[R]) -> R:
 
 
 async def granted(store: AnyStore, request: GetOrLease) -> str:
-    """The name of a lease that is asked for and granted."""
+    """Request a lease, check that it is granted, and return its name."""
     reply = await ask(store, request)
     assert isinstance(reply, LeaseGranted), reply
     return reply.token
 
 
 async def value_of(store: AnyStore, key: str) -> Any:
-    """The live value under a key; `MISSING` if there is none."""
+    """Return the live value of a key, or `MISSING`."""
     reply = await ask(store, Get(key))
     return reply.value if isinstance(reply, Found) else MISSING
 
 
 async def all_keys(store: AnyStore, pattern: str = "*") -> set[str]:
-    """Every key that a pattern matches, page by page. A page may be empty, and a key may stand on two."""
+    """Return all keys that match a pattern. A page may be empty, and a key may be on two pages."""
     keys: set[str] = set()
     cursor = ""
     while True:
@@ -90,58 +90,63 @@ class _Missing:
 
 
 MISSING: Any = _Missing()
-"""In the place of a value where there is none."""
+"""Marker for a key without a value."""
 
 
 class Conformance:
-    """The fixtures and settings of the suite. See `cachebus.testing.stores.StoreConformance`."""
+    """Fixtures and settings of the suite. See `cachebus.testing.stores.StoreConformance`."""
 
     pytestmark = pytest.mark.anyio
 
     default_ttl: ClassVar[float | None] = None
-    """Seconds that the store of the fixture gives to a value written with `ttl="default"`."""
+    """Default time to live of the store, in seconds, for values written with `ttl="default"`."""
 
     big_value: ClassVar[int] = 2**20 + 1
-    """Bytes of the largest value that the suite stores, where the store has no limit of its own."""
+    """Size in bytes of the largest value that the suite stores, if the store has no limit."""
 
     short_ttl: ClassVar[float] = 0.05
-    """Seconds to live of values that shall expire while a test runs."""
+    """Time to live, in seconds, of values that expire during a test."""
 
     slack: ClassVar[float] = 0.005
-    """Seconds by which the store's clock may be finer or coarser than ours."""
+    """Tolerated difference, in seconds, between the resolutions of the store's clock and the test's clock."""
 
     @pytest.fixture
     def store(self) -> AnyStore:
-        """The store to test, open and empty. Override it with an asynchronous fixture that also closes it."""
+        """Provide the store to test, open and empty. Override it with an async fixture that also closes the store."""
         raise NotImplementedError("a subclass of StoreConformance provides the fixture `store`")
 
     @pytest.fixture
     def neighbour(self) -> AnyStore:
-        """Another open and empty store in the same place under another namespace, best one whose name begins like the
-        first. Override it unless the values are kept in this process."""
-        pytest.skip("the values are kept in this process: two stores share nothing")
+        """Provide a second open and empty store on the same server, in another namespace.
+
+        Its name should begin with that of the first. Override it unless the values are kept in the process.
+        """
+        pytest.skip("the store keeps its values in the process, so two stores share nothing")
 
     async def elapse(self, seconds: float) -> None:
-        """Let time pass for the store. Override it where the store's clock is yours to move."""
+        """Let time pass for the store. Override it if you can move the store's clock."""
         await anyio.sleep(seconds)
 
     async def expire(self, store: AnyStore, *, times: int = 1) -> None:
-        """Let the time of a value of `short_ttl` pass, as the store rounds it, and of what comes after it."""
+        """Wait until a value with `short_ttl` has expired in the store, and then for `times` - 1 more periods."""
         rounded = max(self.short_ttl, store.capabilities.ttl_resolution)
         await self.elapse(rounded + (times - 1) * self.short_ttl + times * self.slack)
 
     def now(self) -> float:
-        """Monotonic seconds of the clock that `elapse` moves."""
+        """Return the monotonic time, in seconds, of the clock that `elapse` moves."""
         return time.monotonic()
 
     async def vanishes(self, store: AnyStore, key: str) -> None:
-        """Return when a key has no live value any more."""
+        """Wait until a key has no live value."""
         limit = self.now() + VANISHING_LIMIT
         while not isinstance(await ask(store, Exists(key)), Missing):
             assert self.now() < limit, f"{key!r} did not expire"
             await self.elapse(self.short_ttl / 4)
 
     def needs(self, store: AnyStore, capability: str) -> None:
-        """Skip the rest of a test about what the store says it cannot do; another test holds it to that."""
+        """Skip the test if the store does not declare a capability.
+
+        Another test checks that it rejects such requests.
+        """
         if not getattr(store.capabilities, capability):
-            pytest.skip(f"the store says that it cannot do {capability}")
+            pytest.skip(f"the store does not declare the capability {capability}")

@@ -1,4 +1,4 @@
-"""Batches: their order, their neighbours, many of them at the same time, and those that are broken off."""
+"""Tests of batches: order, independence of requests, concurrency, and cancellation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .base import AnyStore, Conformance, ask, carry_out, value_of
 
 
 class Batching(Conformance):
-    """Part of the suite."""
+    """Tests of batches. Part of `StoreConformance`."""
 
     async def test_an_empty_batch_has_no_replies(self, store: AnyStore) -> None:
         assert list(await carry_out(store, [])) == []
@@ -50,8 +50,8 @@ class Batching(Conformance):
             Delete("a"), Get("a"), Add("a", b"4"), GetMany(("a", "b")), Set("b", b"5"), GetMany(("a", "b")),
             DeleteMany(("a", "b")), GetMany(("a", "b")),
         ]  # fmt: skip
-        told = [plain(reply) for reply in await carry_out(store, batch)]
-        assert told == [
+        replies = [plain(reply) for reply in await carry_out(store, batch)]
+        assert replies == [
             Missing, Stored, b"1", b"1", Stored, Stored, b"3", Present,
             Deleted(1), Missing, Stored, {"a": b"4"}, Stored, {"a": b"4", "b": b"5"},
             Deleted(2), {},
@@ -71,12 +71,12 @@ class Batching(Conformance):
         counters = store.capabilities.counters
         for _ in range(10):
             batch = [random_request(chance, counters) for _ in range(chance.randint(1, 40))]
-            told = [plain(reply) for reply in await carry_out(store, batch)]
+            replies = [plain(reply) for reply in await carry_out(store, batch)]
             expected = [plain(reply) for reply in await carry_out(model, batch)]
-            for request, one, other in zip(batch, told, expected, strict=True):
+            for request, one, other in zip(batch, replies, expected, strict=True):
                 assert one == other, request
 
-    # Neighbours
+    # Independence of requests in a batch
 
     async def test_a_bad_request_hurts_no_neighbour(self, store: AnyStore) -> None:
         await ask(store, Set("text", "no number"))
@@ -105,7 +105,7 @@ class Batching(Conformance):
             await ask(store, Increment("a", delta))
         assert await value_of(store, "a") == start
 
-    # At the same time
+    # Concurrency
 
     async def test_batches_at_the_same_time_each_get_their_own_values(self, store: AnyStore) -> None:
         async def work(worker: int) -> None:
@@ -184,7 +184,7 @@ class Batching(Conformance):
 
 
 def plain(reply: Reply) -> Any:
-    """What a reply says, without what differs from store to store: versions and times."""
+    """Return the content of a reply without the parts that depend on the store, versions and times."""
     match reply:
         case Found():
             return reply.value
@@ -199,7 +199,7 @@ def plain(reply: Reply) -> Any:
 
 
 def random_request(chance: random.Random, counters: bool) -> Request[Any]:
-    """A request over few keys, so that requests meet."""
+    """Return a random request with one of a few keys, so that requests affect each other."""
     key = chance.choice("abcde")
     keys = tuple(chance.choices("abcde", k=chance.randint(0, 4)))
     value = chance.choice((chance.randrange(1000), b"bytes", "text", None))

@@ -1,4 +1,4 @@
-"""Times to live: who gets which, and that the value is gone when its time is up and not before."""
+"""Tests of times to live: defaults, rounding, and expiry neither too early nor too late."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DAY = 86_400.0
 
 
 class Expiry(Conformance):
-    """Part of the suite."""
+    """Tests of times to live. Part of `StoreConformance`."""
 
     async def test_a_value_without_expiry_says_so(self, store: AnyStore) -> None:
         for request in self._writes(None):
@@ -64,7 +64,7 @@ class Expiry(Conformance):
             await ask(store, Delete("a"))
 
     @pytest.mark.parametrize("ttl", [0.0, -1.0, -math.inf, math.nan, math.inf])
-    async def test_what_is_no_time_to_live_is_refused_and_hurts_nobody(self, store: AnyStore, ttl: float) -> None:
+    async def test_an_invalid_time_to_live_is_refused_without_side_effects(self, store: AnyStore, ttl: float) -> None:
         await ask(store, Set("there", b"1"))
         touch = Touch("there", ttl=ttl)
         for request in (*self._writes(ttl), touch):
@@ -73,14 +73,14 @@ class Expiry(Conformance):
             assert isinstance(after, Found)
             if ttl != math.inf or request is touch:
                 assert isinstance(reply, Failed)
-                assert isinstance(reply.error(), BadMessage | CacheSerializationError)  # JSON cannot say all of them.
+                assert isinstance(reply.error(), BadMessage | CacheSerializationError)  # JSON has no NaN or infinity.
             elif not isinstance(reply, Failed):
-                assert await self._left(store) is None, "else it is for ever"
+                assert await self._left(store) is None, "an accepted infinite ttl means no expiry"
                 await ask(store, Delete("a"))
             assert await value_of(store, "a") is MISSING
 
     async def test_forty_days_are_forty_days(self, store: AnyStore) -> None:
-        # Memcached takes more than 30 days for a date.
+        # Memcached interprets more than 30 days as a Unix time.
         await ask(store, Set("a", b"1", ttl=40 * DAY))
         assert await value_of(store, "a") == b"1"
         left = await self._left(store)
@@ -113,11 +113,11 @@ class Expiry(Conformance):
             await ask(store, Set(f"k{number}", b"1", ttl=self.short_ttl))
             await self.elapse(self.short_ttl / 4)
             value = await value_of(store, f"k{number}")
-            # On a machine that was busy elsewhere the time may really be up: then this round says nothing.
+            # On a busy machine the value may really have expired. Then skip this round.
             if self.now() - before < self.short_ttl - self.slack:
                 assert value == b"1"
                 seen += 1
-        assert seen, "this machine was too busy for a single observation"
+        assert seen, "the machine was too busy for any observation"
 
     async def test_a_time_that_the_store_cannot_hold_is_rounded_up(self, store: AnyStore) -> None:
         await ask(store, Set("a", b"1", ttl=self.short_ttl))
@@ -152,9 +152,9 @@ class Expiry(Conformance):
         assert await value_of(store, "a") is MISSING
 
     def rounded(self, store: AnyStore, ttl: float) -> float:
-        """The longest time to live that the store may make of one."""
+        """Return the longest time to live to which the store may round `ttl`."""
         step = store.capabilities.ttl_resolution
-        # Where no step is named, a millisecond is what servers count in.
+        # If the store declares no resolution, assume the millisecond that servers use.
         return math.ceil(ttl / step) * step if step else ttl + 0.001
 
     def _writes(self, ttl: Ttl) -> list[Request[object]]:
@@ -167,7 +167,7 @@ class Expiry(Conformance):
         return writes
 
     async def _left(self, store: AnyStore) -> float | None:
-        """What is left of the time of the key `a`; every way to ask says the same."""
+        """Return the remaining time to live of the key `a`, and check that all requests agree on it."""
         found = await ask(store, Get("a"))
         present = await ask(store, Exists("a"))
         assert isinstance(found, Found)
@@ -177,7 +177,7 @@ class Expiry(Conformance):
 
 
 class Counting(Expiry):
-    """Part of the suite: counters, whose time to live is half of what there is to say about them."""
+    """Tests of counters and their time to live. Part of `StoreConformance`."""
 
     async def test_a_counter_counts(self, store: AnyStore) -> None:
         self.needs(store, "counters")
@@ -209,7 +209,7 @@ class Counting(Expiry):
         assert isinstance(present, Present)
         assert present.ttl is None
 
-    async def test_a_counter_whose_time_is_up_begins_anew(self, store: AnyStore) -> None:
+    async def test_an_expired_counter_starts_again(self, store: AnyStore) -> None:
         self.needs(store, "counters")
         await ask(store, Increment("a", 5, ttl=self.short_ttl))
         await self.vanishes(store, "a")

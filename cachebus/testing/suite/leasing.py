@@ -1,4 +1,4 @@
-"""Leases: one loads, and what is invalidated meanwhile is not stored."""
+"""Tests of leases: one caller loads, and a value that was invalidated during its load is not stored."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ LONG = 60.0
 
 
 def lease(token: str, *, key: str = "k", ttl: float = LONG, refresh: bool = False) -> GetOrLease:
-    """The request of one process for a lease."""
+    """Return a process's request for a lease."""
     return GetOrLease(key, f"owner of {token}", token, ttl, refresh=refresh)
 
 
 def commit(token: str, value: Any, *, key: str = "k", **more: Any) -> Set:
-    """What a process stores under its lease."""
+    """Return a process's request to store a value under its lease."""
     return Set(key, value, lease=token, **more)
 
 
-VOIDING: dict[str, Callable[[], Request[Any]]] = {
+REVOKING: dict[str, Callable[[], Request[Any]]] = {
     "delete": lambda: Delete("k"),
     "delete many": lambda: DeleteMany(("j", "k")),
     "delete pattern": lambda: DeletePattern("k*"),
@@ -68,26 +68,26 @@ VOIDING: dict[str, Callable[[], Request[Any]]] = {
     "add": lambda: Add("k", b"another"),
     "increment": lambda: Increment("k"),
 }
-"""Whatever makes the value that is being loaded out of date."""
+"""Requests that make a value that is being loaded outdated, and so revoke the lease."""
 
 
 class Leasing(Conformance):
-    """The suite of `Capabilities.leases`."""
+    """Tests of the capability `leases`. Part of `StoreConformance`."""
 
     @pytest.fixture
     def leasing(self, store: AnyStore) -> AnyStore:
-        """The store, if it can lease."""
+        """Provide the store if it supports leases."""
         self.needs(store, "leases")
         return store
 
     async def invalidate(self, store: AnyStore, how: str) -> None:
-        """Make the value out of date, if the store can do that in this way."""
+        """Make the value outdated by the request `how`, if the store supports it."""
         if how == "delete pattern":
             self.needs(store, "patterns")
-        await ask(store, VOIDING[how]())
+        await ask(store, REVOKING[how]())
 
     async def store_stale(self, store: AnyStore, stale_for: float) -> bool:
-        """Store what may be served stale. `False` if it was refused, because JSON has no such number."""
+        """Store a value that may be served stale. Return false if `stale_for` cannot be encoded as JSON."""
         t1 = await granted(store, lease("t1"))
         try:
             reply = await ask(store, commit(t1, b"old", ttl=self.short_ttl, metadata=LoadMetadata(0.5, stale_for)))
@@ -97,14 +97,14 @@ class Leasing(Conformance):
         assert isinstance(reply, Stored)
         return True
 
-    async def test_a_store_leases_or_says_that_it_cannot(self, store: AnyStore) -> None:
+    async def test_a_store_leases_or_raises_capability_error(self, store: AnyStore) -> None:
         if store.capabilities.leases:
             assert isinstance(await ask(store, lease("t1")), LeaseGranted)
         else:
             with pytest.raises(CapabilityError):
                 await ask(store, lease("t1"))
 
-    async def test_one_is_granted_the_lease_and_the_others_are_told_its_name(self, leasing: AnyStore) -> None:
+    async def test_one_caller_gets_the_lease_and_the_others_its_name(self, leasing: AnyStore) -> None:
         t1 = await granted(leasing, lease("t1"))
         for token in ("t2", "t3"):
             reply = await ask(leasing, lease(token))
@@ -138,7 +138,7 @@ class Leasing(Conformance):
         assert again.reason == "lease_lost"
         assert await value_of(leasing, "k") == b"v"
 
-    async def test_nobody_else_may_store(self, leasing: AnyStore) -> None:
+    async def test_another_caller_cannot_store_under_the_lease(self, leasing: AnyStore) -> None:
         await granted(leasing, lease("t1"))
         for token in ("t1", "t2", await granted(leasing, lease("t3", key="another"))):
             assert isinstance(await ask(leasing, commit(token, b"v")), NotStored), token
@@ -150,10 +150,10 @@ class Leasing(Conformance):
 
     @pytest.mark.parametrize("how", ["delete", "delete many", "delete pattern", "clear"])
     @pytest.mark.parametrize("refresh", [False, True])
-    async def test_what_was_lost_and_is_granted_anew_is_another_lease(
+    async def test_a_lease_that_is_granted_again_after_a_revocation_is_another_lease(
         self, leasing: AnyStore, how: str, refresh: bool
     ) -> None:
-        """A question that was held up on its way, with another copy long answered, may be carried out when all is over."""
+        """A delayed request, of which another copy was answered long ago, may be carried out after an invalidation."""
         if refresh:
             await ask(leasing, Set("k", b"old", ttl=LONG))
         first = await granted(leasing, lease("t1", refresh=refresh))
@@ -164,13 +164,13 @@ class Leasing(Conformance):
         assert isinstance(await ask(leasing, RenewLease("k", first, LONG)), NotHeld)
         assert isinstance(await ask(leasing, ReleaseLease("k", first)), NotHeld)
         assert isinstance(await ask(leasing, Get("k")), Missing)
-        told = await ask(leasing, lease("t2"))
-        assert isinstance(told, Loading)
-        assert told.token == second
+        reply = await ask(leasing, lease("t2"))
+        assert isinstance(reply, Loading)
+        assert reply.token == second
         assert isinstance(await ask(leasing, commit(second, b"new")), Stored)
 
     @pytest.mark.parametrize("refresh", [False, True])
-    async def test_a_lease_can_be_given_back_by_whoever_was_not_told_its_name(
+    async def test_a_lease_can_be_released_with_the_token_of_its_request(
         self, leasing: AnyStore, refresh: bool
     ) -> None:
         if refresh:
@@ -181,7 +181,7 @@ class Leasing(Conformance):
         assert isinstance(await ask(leasing, commit(t1, b"v")), NotStored)
         await granted(leasing, lease("t2", refresh=refresh))
 
-    @pytest.mark.parametrize("how", VOIDING)
+    @pytest.mark.parametrize("how", REVOKING)
     async def test_what_is_invalidated_during_the_load_is_not_stored(self, leasing: AnyStore, how: str) -> None:
         t1 = await granted(leasing, lease("t1"))
         await self.invalidate(leasing, how)
@@ -196,8 +196,8 @@ class Leasing(Conformance):
         else:
             assert isinstance(await ask(leasing, lease("t2")), LeaseGranted), "the next may load at once"
 
-    @pytest.mark.parametrize("how", [each for each in VOIDING if each not in ("add", "increment")])
-    async def test_a_live_value_that_is_loaded_anew_is_guarded_as_well(self, leasing: AnyStore, how: str) -> None:
+    @pytest.mark.parametrize("how", [each for each in REVOKING if each not in ("add", "increment")])
+    async def test_a_reload_of_a_live_value_is_guarded_as_well(self, leasing: AnyStore, how: str) -> None:
         await ask(leasing, Set("k", b"old", ttl=LONG))
         t1 = await granted(leasing, lease("t1", refresh=True))
         assert await value_of(leasing, "k") == b"old", "it is read meanwhile"
@@ -207,7 +207,7 @@ class Leasing(Conformance):
         assert isinstance(refused, NotStored)
         assert await value_of(leasing, "k") == before
 
-    async def test_a_live_value_is_loaded_anew_by_one(self, leasing: AnyStore) -> None:
+    async def test_a_live_value_is_reloaded_by_one_caller(self, leasing: AnyStore) -> None:
         await ask(leasing, Set("k", b"old", ttl=LONG))
         assert isinstance(await ask(leasing, lease("t1")), Found)
         t1 = await granted(leasing, lease("t1", refresh=True))
@@ -219,9 +219,9 @@ class Leasing(Conformance):
         assert isinstance(found, Found)
         assert isinstance(await ask(leasing, CompareAndSet("k", b"newer", found.version)), Stored)
 
-    async def test_a_lease_that_is_given_back_is_the_nexts(self, leasing: AnyStore) -> None:
+    async def test_a_released_lease_goes_to_the_next_caller(self, leasing: AnyStore) -> None:
         t1 = await granted(leasing, lease("t1"))
-        assert isinstance(await ask(leasing, ReleaseLease("k", "t2")), NotHeld), "not by somebody else"
+        assert isinstance(await ask(leasing, ReleaseLease("k", "t2")), NotHeld), "not by another caller"
         assert isinstance(await ask(leasing, lease("t2")), Loading)
         assert isinstance(await ask(leasing, ReleaseLease("k", t1, "LookupError")), Released)
         assert isinstance(await ask(leasing, ReleaseLease("k", t1)), NotHeld)
@@ -229,7 +229,7 @@ class Leasing(Conformance):
         assert isinstance(await ask(leasing, commit(t1, b"v")), NotStored)
 
     async def test_a_lease_runs_out_unless_it_is_renewed(self, leasing: AnyStore) -> None:
-        time_to_renew = 10 * self.short_ttl  # Also for two requests on a busy machine.
+        time_to_renew = 10 * self.short_ttl  # Enough for two requests even on a busy machine.
         t1 = await granted(leasing, lease("t1", ttl=time_to_renew))
         assert isinstance(await ask(leasing, RenewLease("k", "t2", LONG)), NotHeld)
         assert await ask(leasing, RenewLease("k", t1, LONG)) == Renewed(LONG)
@@ -266,12 +266,12 @@ class Leasing(Conformance):
         assert isinstance(await ask(leasing, Touch("k", ttl=LONG)), Missing)
         mine = await ask(leasing, lease("t2"))
         assert isinstance(mine, LeaseGranted)
-        told = await ask(leasing, lease("t3"))
-        for stale in (mine.stale, told):
+        reply = await ask(leasing, lease("t3"))
+        for stale in (mine.stale, reply):
             assert isinstance(stale, Stale)
             assert (stale.value, stale.version, stale.load_time, stale.etag) == (b"old", stored.version, 0.5, "v1")
-        assert isinstance(told, Stale)
-        assert told.lease == mine.token
+        assert isinstance(reply, Stale)
+        assert reply.lease == mine.token
         await ask(leasing, ReleaseLease("k", mine.token))
         again = await ask(leasing, lease("t4"))
         assert isinstance(again, LeaseGranted)

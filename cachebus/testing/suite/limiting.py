@@ -1,4 +1,4 @@
-"""Rate limits: never more than the burst and what has come since, and nobody refused for whom there is room."""
+"""Tests of rate limits: never too many units, and no request is denied while enough units are left."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ LONG = 3600.0
 
 
 class Limiting(Conformance):
-    """The suite of `Capabilities.rate_limits`."""
+    """Tests of the capability `rate_limits`. Part of `StoreConformance`."""
 
     @pytest.fixture(autouse=True)
     def name_of_its_own(self) -> None:
-        """Nothing clears the limits of a store that several tests use."""
+        """Use a new name in each test, because limits cannot be cleared."""
         self.name = uuid4().hex
 
     def take(self, cost: int = 1, *, key: str = "", limit: int = 3, per: float = LONG, **more: Any) -> Admit:
-        """The request for some units of a limit that fills up slowly."""
+        """Return a request for units of a limit that is replenished slowly."""
         return Admit(key or self.name, limit, per, more.pop("burst", limit), cost, **more)
 
     @pytest.fixture
     def limiting(self, store: AnyStore) -> AnyStore:
-        """The store, if it can limit rates."""
+        """Provide the store if it supports rate limits."""
         self.needs(store, "rate_limits")
         return store
 
     async def used_up(self, store: AnyStore, key: str = "") -> bool:
-        """Whether nothing is left of the limit of three an hour."""
+        """Return true if the limit of three units per hour is exhausted."""
         return isinstance(await ask(store, self.take(key=key)), RateLimitDenied)
 
-    async def test_a_store_limits_rates_or_says_that_it_cannot(self, store: AnyStore) -> None:
+    async def test_a_store_limits_rates_or_raises_capability_error(self, store: AnyStore) -> None:
         if store.capabilities.rate_limits:
             assert isinstance(await ask(store, self.take()), Admitted)
         else:
@@ -198,7 +198,7 @@ class Limiting(Conformance):
         self, limiting: AnyStore, field: str, value: float
     ) -> None:
         fields: dict[str, Any] = {"limit": 2, "per": LONG, "burst": 3, "cost": 1, "wait": 0.0, field: value}
-        with pytest.raises((BadMessage, CacheSerializationError)):  # JSON cannot say what is not finite.
+        with pytest.raises((BadMessage, CacheSerializationError)):  # JSON has no NaN or infinity.
             await ask(limiting, Admit(self.name, **fields))
         replies = await carry_out(limiting, [self.take()] * 4)
         assert [type(reply) for reply in replies] == [Admitted] * 3 + [RateLimitDenied]

@@ -1,4 +1,4 @@
-"""Locks: one holder at a time, first come first served, with a number that grows, and an end in any case."""
+"""Tests of locks: mutual exclusion, first-come-first-served queues, growing fencing tokens, and expiry."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ ODD_NAMES = (
 
 @asynccontextmanager
 async def managed(store: LockStore, clock: Clock = SYSTEM_CLOCK) -> AsyncGenerator[LockClient]:
-    """The way to a lock manager over a store, in a bus of its own."""
+    """Run a lock manager for a store on a separate bus, and yield a client for it."""
     bus = LocalBus(clock=clock)
     async with Supervisor(bus) as supervisor:
         await supervisor.start(LOCKS, lambda: LockManager(store))
@@ -67,35 +67,37 @@ async def managed(store: LockStore, clock: Clock = SYSTEM_CLOCK) -> AsyncGenerat
 
 
 class LockConformance:
-    """The fixtures and tests of the suite. See `cachebus.testing.locks.LockStoreConformance`."""
+    """Fixtures and tests of the suite. See `cachebus.testing.locks.LockStoreConformance`."""
 
     pytestmark = pytest.mark.anyio
 
     short_ttl: ClassVar[float] = 0.2
-    """Seconds of a lock that shall end while a test runs."""
+    """Time to live, in seconds, of locks that expire during a test."""
 
     lag: ClassVar[float] = 0.5
-    """Seconds after its end by which a lock is surely to be had."""
+    """Maximum time, in seconds, from the expiry of a lock until it can be acquired."""
 
     @pytest.fixture
     def store(self) -> LockStore:
-        """The store to test, not yet open. Override it."""
+        """Provide the store to test, not yet open. Override it."""
         raise NotImplementedError("a subclass of LockStoreConformance provides the fixture `store`")
 
     @pytest.fixture
     def sibling(self) -> LockStore:
-        """Another store, as of another process, in the same place and namespace. Override it unless locks are kept in this
-        process."""
-        pytest.skip("the locks are kept in this process")
+        """Provide a second store on the same server, in the same namespace, like that of another process.
+
+        Override it unless the locks are kept in the process.
+        """
+        pytest.skip("the store keeps its locks in the process")
 
     @pytest.fixture
     def neighbour(self) -> LockStore:
-        """Another store in the same place and another namespace, as `sibling`."""
-        pytest.skip("the locks are kept in this process")
+        """Provide a second store on the same server, in another namespace. Override it like `sibling`."""
+        pytest.skip("the store keeps its locks in the process")
 
     @pytest.fixture
     def clock(self) -> Clock:
-        """The clock of the store. Override it where it is yours to move, and `elapse` with it."""
+        """Provide the clock of the store. If you can move the clock, override this fixture and `elapse`."""
         return SYSTEM_CLOCK
 
     async def elapse(self, seconds: float) -> None:
@@ -115,7 +117,7 @@ class LockConformance:
             async with Lock(client, "a", wait=0) as after:
                 assert after.token > lock.token
 
-    async def test_it_says_who_holds_it(self, store: LockStore, clock: Clock) -> None:
+    async def test_the_holder_is_described(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as client:
             asking = Lock(client, "a")
             assert await asking.info() is None
@@ -128,7 +130,7 @@ class LockConformance:
                 assert await asking.is_locked()
             assert not await asking.is_locked()
 
-    async def test_who_waits_gets_it_in_turn(self, store: LockStore, clock: Clock) -> None:
+    async def test_waiters_get_the_lock_in_order(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as client:
             order: list[int] = []
             tokens: list[int] = []
@@ -165,7 +167,7 @@ class LockConformance:
             assert await second.is_locked()
             await second.release()
 
-    async def test_a_lock_is_given_back_once_and_by_its_holder_only(self, store: LockStore, clock: Clock) -> None:
+    async def test_a_lock_is_released_once_and_only_by_its_holder(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as client:
             lock = await Lock(client, "a").acquire()
             with pytest.raises(LockNotOwned):
@@ -193,7 +195,9 @@ class LockConformance:
             await lock.release()
 
     @pytest.mark.parametrize("ttl", [31 * 86_400.0, LONGEST])
-    async def test_one_that_is_held_for_years_is_nobody_elses(self, store: LockStore, clock: Clock, ttl: float) -> None:
+    async def test_a_lock_that_is_held_for_years_has_one_holder(
+        self, store: LockStore, clock: Clock, ttl: float
+    ) -> None:
         async with managed(store, clock) as client:
             assert isinstance(await client.ask(AcquireLock("a", "me", "t", ttl)), LockGranted)
             assert isinstance(await client.ask(AcquireLock("a", "you", "u", 1.0)), LockDenied)
@@ -214,33 +218,31 @@ class LockConformance:
             assert isinstance(await client.ask(ReleaseLock("a", "ticket")), Released)
             assert isinstance(await client.ask(DescribeLock("a")), LockFree)
 
-    async def test_a_lock_may_be_given_back_twice_with_one_ticket(self, store: LockStore, clock: Clock) -> None:
+    async def test_a_lock_can_be_released_twice_with_one_ticket(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as client:
-            given_back: list[ReleaseLock] = []
+            releases: list[ReleaseLock] = []
             for ticket in ("t1", "t2", "t3"):
                 grant = await client.ask(AcquireLock("a", ticket, ticket, LONG))
                 assert isinstance(grant, LockGranted)
-                # As whoever does it again because the answer to the first time was lost.
-                for earlier in given_back:
+                # Like a caller that repeats a release because the first reply was lost.
+                for earlier in releases:
                     assert isinstance(await client.ask(earlier), Released)
                 info = await client.ask(DescribeLock("a"))
                 assert isinstance(info, LockInfo)
                 assert info.owner == ticket
-                given_back.append(ReleaseLock("a", ticket, ticket, grant.token))
+                releases.append(ReleaseLock("a", ticket, ticket, grant.token))
                 for _ in range(2):
-                    assert isinstance(await client.ask(given_back[-1]), Released)
+                    assert isinstance(await client.ask(releases[-1]), Released)
 
-    async def test_whom_it_was_taken_from_is_told(self, store: LockStore, clock: Clock) -> None:
+    async def test_a_holder_whose_lock_was_taken_gets_not_held(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as client:
             grant = await client.ask(AcquireLock("a", "me", "t1", LONG))
             assert isinstance(grant, LockGranted)
-            by_somebody_else = ReleaseLock("a", "t1")  # Who does not know its token.
-            assert isinstance(await client.ask(by_somebody_else), Released)
+            by_another_caller = ReleaseLock("a", "t1")  # Without the fencing token.
+            assert isinstance(await client.ask(by_another_caller), Released)
             assert isinstance(await client.ask(ReleaseLock("a", "t1", "me", grant.token)), NotHeld)
 
-    async def test_one_that_was_lost_is_not_given_back_the_second_time_either(
-        self, store: LockStore, clock: Clock
-    ) -> None:
+    async def test_a_lost_lock_cannot_be_released_the_second_time_either(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as client:
             lost = await client.ask(AcquireLock("a", "me", "t1", self.short_ttl))
             assert isinstance(lost, LockGranted)
@@ -253,7 +255,7 @@ class LockConformance:
                     await client.ask(release)
             assert isinstance(await client.ask(release), NotHeld)
 
-    async def test_who_waits_no_longer_leaves_the_queue(self, store: LockStore, clock: Clock) -> None:
+    async def test_a_caller_that_stops_waiting_leaves_the_queue(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as client:
             lock = await Lock(client, "a", ttl=LONG).acquire()
 
@@ -312,7 +314,7 @@ class LockConformance:
             with pytest.raises(BadMessage, match="owner"):
                 await client.ask(AcquireLock("a", "\ud800", "t", 1.0))
 
-    # Of a store that several processes share
+    # Stores shared by several processes
 
     async def test_another_process_sees_the_same_lock(self, store: LockStore, sibling: LockStore) -> None:
         async with managed(store) as client, managed(sibling) as other:
@@ -325,7 +327,7 @@ class LockConformance:
             async with Lock(other, "a", wait=0) as after:
                 assert after.token > lock.token
 
-    async def test_who_waits_in_another_process_gets_it(self, store: LockStore, sibling: LockStore) -> None:
+    async def test_a_waiter_in_another_process_gets_the_lock(self, store: LockStore, sibling: LockStore) -> None:
         async with managed(store) as client, managed(sibling) as other:
             had: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Reading, and what a value must survive: every kind of value and key."""
+"""Tests of reads, with all kinds of keys and values."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ ATTACK_KEYS = (
     "%s",
     "'; DROP TABLE x; --",
 )
-"""Keys that mean something to somebody on the way: to a protocol, a glob, a cluster, a subject, a person."""
+"""Keys with a special meaning for a protocol, a glob, a cluster, a NATS subject, or a reader."""
 
 PLAIN_VALUES: tuple[object, ...] = (
     None,
@@ -94,11 +94,11 @@ PLAIN_VALUES: tuple[object, ...] = (
     {},
     {"a": {"b": [1.5]}},
 )
-"""Values of every kind that the wire has."""
+"""Values of all types that messages support."""
 
 
 class Reading(Conformance):
-    """Part of the suite."""
+    """Tests of reads. Part of `StoreConformance`."""
 
     async def test_a_key_that_was_never_written_is_missing(self, store: AnyStore) -> None:
         assert await ask(store, Get("a")) == Missing()
@@ -139,7 +139,7 @@ class Reading(Conformance):
         await ask(store, Set("a", value))
         assert await value_of(store, "a") == value
 
-    async def test_a_value_over_the_limit_is_refused_with_both_sizes_and_nobody_else_is_hurt(
+    async def test_a_value_over_the_limit_is_refused_with_both_sizes_and_without_side_effects(
         self, store: AnyStore
     ) -> None:
         limit = store.capabilities.max_value_bytes
@@ -174,7 +174,7 @@ class Reading(Conformance):
             reply = await ask(store, GetMany(keys))
             assert set(reply.entries) == set(keys[place + 1 :])
 
-    async def test_half_a_surrogate_pair_is_refused_or_kept_and_hurts_nobody(self, store: AnyStore) -> None:
+    async def test_half_a_surrogate_pair_is_refused_or_kept_without_side_effects(self, store: AnyStore) -> None:
         before, odd, after = await carry_out(store, [Set("a", b"1"), Set("x\ud800", b"2"), Set("b", b"3")])
         assert isinstance(before, Stored)
         assert isinstance(after, Stored)

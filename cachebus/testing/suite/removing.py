@@ -1,4 +1,4 @@
-"""Removing many: by pattern, by tag, and everything of one namespace and nothing of another's."""
+"""Tests of bulk removal: by pattern, by tag, and of a whole namespace."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .base import MISSING, AnyStore, Conformance, all_keys, ask, carry_out, valu
 from .reading import ATTACK_KEYS
 
 FOREST = ("user:1:a", "user:12:a", "user:1:b", "user:*:a", "user:[1]:a", "user:?:a", "user:\\1:a", "USER:1:a", "other")
-"""Keys among which patterns choose."""
+"""Keys to match against patterns."""
 
 CHOICES = (
     ("*", FOREST),
@@ -42,7 +42,7 @@ CHOICES = (
     ("user:1", ()),
     ("", ()),
 )
-"""Patterns, and the keys of the forest that each of them matches."""
+"""Patterns and the keys of `FOREST` that each of them matches."""
 
 
 def _name(value: object) -> str:
@@ -50,10 +50,12 @@ def _name(value: object) -> str:
 
 
 class Removing(Conformance):
-    """Part of the suite."""
+    """Tests of bulk removal. Part of `StoreConformance`."""
 
     @pytest.mark.parametrize(("pattern", "chosen"), CHOICES)
-    async def test_a_pattern_chooses_what_it_says(self, store: AnyStore, pattern: str, chosen: tuple[str, ...]) -> None:
+    async def test_a_pattern_matches_the_expected_keys(
+        self, store: AnyStore, pattern: str, chosen: tuple[str, ...]
+    ) -> None:
         self.needs(store, "patterns")
         await ask(store, SetMany(dict.fromkeys(FOREST, b"1")))
         assert await all_keys(store, pattern) == set(chosen)
@@ -133,7 +135,7 @@ class Removing(Conformance):
         await ask(store, Set("a", b"1", tags=("red",)))
         assert await value_of(store, "a") == b"1"
 
-    # What the store says that it can do, and what not
+    # Capabilities
 
     @pytest.mark.parametrize(
         ("capability", "request_"),
@@ -148,7 +150,7 @@ class Removing(Conformance):
         ],
         ids=_name,
     )
-    async def test_exactly_what_cannot_be_done_is_an_error_that_says_so_and_changes_nothing(
+    async def test_unsupported_requests_raise_capability_error_and_change_nothing(
         self, store: AnyStore, capability: str, request_: Request[object]
     ) -> None:
         await ask(store, Set("a", b"1"))

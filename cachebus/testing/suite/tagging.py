@@ -1,4 +1,4 @@
-"""Tags: what is invalidated is gone for every verb, and never comes back; and no load brings it back."""
+"""Tests of tags: an invalidated value is missing for every request, and no load restores it."""
 
 from __future__ import annotations
 
@@ -52,25 +52,25 @@ STORING: dict[str, Callable[[float], Request[Any]]] = {
     "set many": lambda version: SetMany({"a": b"new"}, LONG, RED),
     "compare and set": lambda version: CompareAndSet("a", b"new", version, LONG, RED),
 }
-"""Whatever gives a value that is there another value and the tag red."""
+"""Requests that replace an existing value and set the tag `red`."""
 
 
 def lease(token: str, *tags: str, ttl: float = LONG, refresh: bool = False) -> GetOrLease:
-    """The request of one process for a lease."""
+    """Return a process's request for a lease."""
     return GetOrLease("k", f"owner of {token}", token, ttl, tags=tags, refresh=refresh)
 
 
 def commit(token: str, value: Any, *tags: str, **more: Any) -> Set:
-    """What a process stores under its lease."""
+    """Return a process's request to store a value under its lease."""
     return Set("k", value, tags=tags, lease=token, **more)
 
 
 class Tagging(Conformance):
-    """The suite of `Capabilities.tags`."""
+    """Tests of the capability `tags`. Part of `StoreConformance`."""
 
     @pytest.fixture
     def tagging(self, store: AnyStore) -> AnyStore:
-        """The store, if it knows tags."""
+        """Provide the store if it supports tags."""
         self.needs(store, "tags")
         return store
 
@@ -124,7 +124,7 @@ class Tagging(Conformance):
         await ask(tagging, InvalidateTags(RED))
         assert await value_of(tagging, "a") == b"2"
 
-    async def test_what_is_invalid_is_absent_for_every_verb(self, tagging: AnyStore) -> None:
+    async def test_an_invalid_entry_is_missing_for_every_request(self, tagging: AnyStore) -> None:
         stored = await ask(tagging, Set("a", 5, LONG, RED))
         assert isinstance(stored, Stored)
         assert isinstance(await ask(tagging, Exists("a")), Present)
@@ -142,7 +142,7 @@ class Tagging(Conformance):
             assert (found.value, found.tags) == (11, ())
             assert found.version > stored.version
 
-    async def test_what_is_valid_is_there_for_every_verb(self, tagging: AnyStore) -> None:
+    async def test_a_valid_entry_is_present_for_every_request(self, tagging: AnyStore) -> None:
         stored = await ask(tagging, Set("a", 5, LONG, RED))
         assert isinstance(stored, Stored)
         assert isinstance(await ask(tagging, Add("a", 6)), NotStored)
@@ -179,7 +179,7 @@ class Tagging(Conformance):
         ]
         for _ in range(3):
             replies: Any = []
-            for request in batch:  # In a cluster there is no order between keys of different slots.
+            for request in batch:  # In a cluster, requests for keys in different slots have no order.
                 replies += await carry_out(tagging, [request])
             values = [getattr(reply, "value", None) for reply in replies]
             assert values == [None, b"1", None, None, None, b"2", None, b"3", None, None]
@@ -204,7 +204,7 @@ class Tagging(Conformance):
             assert await value_of(other, "a") == b"stays"
 
     async def test_many_write_and_invalidate_at_once(self, tagging: AnyStore) -> None:
-        """Nothing that was stored before an invalidation began is there after it."""
+        """Values stored before an invalidation began are missing after it."""
         for round_ in range(10):
             await ask(tagging, SetMany({f"k{number}": round_ for number in range(50)}, tags=RED))
             async with anyio.create_task_group() as group:
@@ -217,7 +217,7 @@ class Tagging(Conformance):
 
     @pytest.fixture
     def loading(self, tagging: AnyStore) -> AnyStore:
-        """The store, if it can lease as well."""
+        """Provide the store if it also supports leases."""
         self.needs(tagging, "leases")
         return tagging
 
@@ -236,7 +236,7 @@ class Tagging(Conformance):
 
     @pytest.mark.parametrize("known", ["from the beginning", "at the end"])
     @pytest.mark.parametrize("refresh", [False, True])
-    async def test_a_tag_that_is_invalidated_during_the_load_voids_it(
+    async def test_invalidating_a_tag_during_a_load_revokes_its_lease(
         self, loading: AnyStore, known: str, refresh: bool
     ) -> None:
         if refresh:
@@ -253,7 +253,7 @@ class Tagging(Conformance):
         assert isinstance(await ask(loading, commit(t9, b"new", "red")), Stored)
         assert await value_of(loading, "k") == b"new"
 
-    async def test_the_invalidation_of_another_tag_voids_nothing(self, loading: AnyStore) -> None:
+    async def test_invalidating_another_tag_revokes_nothing(self, loading: AnyStore) -> None:
         await ask(loading, InvalidateTags(RED))
         t1 = await granted(loading, lease("t1", "red"))
         await ask(loading, InvalidateTags(("blue",)))
@@ -261,9 +261,7 @@ class Tagging(Conformance):
         assert isinstance(await ask(loading, commit(t1, b"v", "red")), Stored)
         assert await value_of(loading, "k") == b"v"
 
-    async def test_who_comes_after_the_invalidation_does_not_wait_for_a_load_that_began_before(
-        self, loading: AnyStore
-    ) -> None:
+    async def test_a_caller_after_the_invalidation_does_not_wait_for_an_earlier_load(self, loading: AnyStore) -> None:
         t1 = await granted(loading, lease("t1", "red"))
         assert isinstance(await ask(loading, lease("t2", "red")), Loading)
         await ask(loading, InvalidateTags(RED))
@@ -282,7 +280,7 @@ class Tagging(Conformance):
         assert isinstance(await ask(loading, commit(t1, b"v")), NotStored)
         assert isinstance(await ask(loading, lease("t2", "red")), LeaseGranted)
 
-    async def test_what_is_invalid_is_loaded_anew_by_one(self, loading: AnyStore) -> None:
+    async def test_an_invalid_entry_is_reloaded_by_one_caller(self, loading: AnyStore) -> None:
         stored = await ask(loading, Set("k", b"old", LONG, RED))
         assert isinstance(stored, Stored)
         assert isinstance(await ask(loading, lease("t0", "red")), Found)
@@ -321,7 +319,7 @@ class Tagging(Conformance):
         await ask(loading, InvalidateTags(("blue",)))
         mine = await ask(loading, lease("t2", "red"))
         assert isinstance(mine, LeaseGranted)
-        told = await ask(loading, lease("t3", "red"))
-        for stale in (mine.stale, told):
+        reply = await ask(loading, lease("t3", "red"))
+        for stale in (mine.stale, reply):
             assert isinstance(stale, Stale)
             assert (stale.value, stale.tags, stale.etag) == (b"old", RED, "e")

@@ -1,4 +1,4 @@
-"""Writing: conditions, versions, and races for one key."""
+"""Tests of writes: conditions, versions, and races for one key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .base import MISSING, AnyStore, Conformance, ask, carry_out, value_of
 
 
 class Writing(Conformance):
-    """Part of the suite."""
+    """Tests of writes. Part of `StoreConformance`."""
 
     async def test_only_if_absent_stores_where_there_is_nothing_and_nowhere_else(self, store: AnyStore) -> None:
         first = await ask(store, Set("a", b"1", only_if="absent"))
@@ -55,13 +55,13 @@ class Writing(Conformance):
         await ask(store, Delete("a"))
         assert isinstance(await ask(store, Add("a", b"3")), Stored)
 
-    async def test_of_many_who_add_one_key_one_succeeds(self, store: AnyStore) -> None:
+    async def test_one_of_many_concurrent_adds_succeeds(self, store: AnyStore) -> None:
         replies = await at_once(store, [[Add("a", b"%d" % number)] for number in range(50)])
         winners = [number for number, (reply,) in enumerate(replies) if isinstance(reply, Stored)]
         assert len(winners) == 1
         assert await value_of(store, "a") == b"%d" % winners[0]
 
-    async def test_removing_says_how_many_were_there(self, store: AnyStore) -> None:
+    async def test_a_removal_returns_the_number_of_removed_keys(self, store: AnyStore) -> None:
         await ask(store, SetMany({"a": b"1", "b": b"2", "c": b"3"}))
         assert await ask(store, Delete("a")) == Deleted(1)
         assert await ask(store, Delete("a")) == Deleted(0)
@@ -135,7 +135,7 @@ class Writing(Conformance):
         second = await ask(store, Set("a", b"1"))
         assert await ask(store, CompareAndSet("a", b"2", first.version)) == NotStored(second.version)
 
-    async def test_of_many_who_compare_and_set_one_version_one_succeeds(self, store: AnyStore) -> None:
+    async def test_one_of_many_concurrent_compare_and_sets_succeeds(self, store: AnyStore) -> None:
         self.needs(store, "compare_and_set")
         first = await ask(store, Set("a", b"0"))
         batches = [[CompareAndSet("a", b"%d" % number, first.version)] for number in range(50)]
@@ -162,7 +162,7 @@ class Writing(Conformance):
 
 
 async def at_once(store: AnyStore, batches: Sequence[Sequence[Request[Any]]]) -> list[list[Reply]]:
-    """The replies to batches that are all under way at the same time."""
+    """Execute batches concurrently and return their replies."""
     replies: list[list[Reply]] = [[] for _ in batches]
 
     async def run(place: int) -> None:
