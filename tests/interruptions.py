@@ -12,7 +12,7 @@ from typing import Any
 
 import cachebus
 from cachebus.adapters.memory.eviction import NEVER, WeighedEntry
-from cachebus.adapters.memory.expiry_wheel import GONE
+from cachebus.adapters.memory.expiry_wheel import DROPPED
 from cachebus.adapters.memory.store import MemoryStore
 
 PACKAGE = str(Path(cachebus.__file__).parent)
@@ -107,7 +107,7 @@ def assert_sound(store: MemoryStore) -> None:
             carried[tag] = carried.get(tag, 0) + 1
     assert {tag: record[0] for tag, record in store._tags._tags.items()} == carried
     watched = {id(entry) for slot in store._wheel._slots.values() for entry in slot}
-    assert all(id(entry) in watched for entry in entries.values() if entry.expires_at not in (NEVER, GONE))
+    assert all(id(entry) in watched for entry in entries.values() if entry.expires_at not in (NEVER, DROPPED))
     assert store._wheel._references == sum(map(len, store._wheel._slots.values()))
     assert set(store._wheel._heap) == set(store._wheel._slots)
     assert store._metadata_of.keys() <= entries.keys()
@@ -115,9 +115,9 @@ def assert_sound(store: MemoryStore) -> None:
     assert not meters._changing
     assert {*meters._empty} == {*meters._states} == {key for _, _, key in meters._empty._heap} & {*meters._states}
     leases = store._leases
-    waiting = [waiter for lease in (*leases.by_key.values(), *leases._void.values()) for waiter in lease.waiters]
+    waiting = [waiter for lease in (*leases.by_key.values(), *leases._revoked.values()) for waiter in lease.waiters]
     assert {*waiting} == {*leases._parked}
-    assert {*leases._due} == {lease for lease in (*leases.by_key.values(), *leases._void.values()) if lease.waiters}
+    assert {*leases._due} == {lease for lease in (*leases.by_key.values(), *leases._revoked.values()) if lease.waiters}
     assert leases.granting is None
     tagged: dict[str, set[str]] = {}
     for lease in leases.by_key.values():

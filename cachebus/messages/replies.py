@@ -1,4 +1,4 @@
-"""Replies: the outcome of a request, as a type of its own instead of a boolean or `None`."""
+"""Replies: the outcome of a request, as a distinct type instead of a boolean or `None`."""
 
 from __future__ import annotations
 

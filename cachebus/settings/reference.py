@@ -67,20 +67,20 @@ def _documentation(model: type[BaseModel]) -> dict[str, str]:
 
     Fields of `NatsSettings` without a description use that of `NatsOptions`.
     """
-    said: dict[str, str] = {}
-    ours: list[Any] = [each for each in reversed(model.__mro__) if each.__module__.startswith("cachebus")]
-    for each in (NatsOptions, *ours) if model is NatsSettings else ours:
+    descriptions: dict[str, str] = {}
+    models: list[Any] = [each for each in reversed(model.__mro__) if each.__module__.startswith("cachebus")]
+    for each in (NatsOptions, *models) if model is NatsSettings else models:
         source = textwrap.dedent(inspect.getsource(each))
-        said.update(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
+        descriptions.update(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
         (tree,) = ast.parse(source).body
         assert isinstance(tree, ast.ClassDef)
         for field, below in itertools.pairwise(tree.body):
             match field, below:
                 case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str() as text)):
-                    said[name] = " ".join(text.split())
+                    descriptions[name] = " ".join(text.split())
                 case _:
                     pass
-    return said
+    return descriptions
 
 
 def _section(title: str, model: type[BaseModel], group: str) -> Iterator[str]:
@@ -89,14 +89,14 @@ def _section(title: str, model: type[BaseModel], group: str) -> Iterator[str]:
         yield textwrap.fill(inspect.cleandoc(model.__doc__).split("\n\n")[0], 100, break_on_hyphens=False) + "\n"
     yield "| name | value | default | meaning |"
     yield "| --- | --- | --- | --- |"
-    said = _documentation(model)
+    descriptions = _documentation(model)
     hints = typing.get_type_hints(model, include_extras=True)
     for name, field in model.model_fields.items():
         if name == "type":
             continue
         default = "required" if field.is_required() else _shown(field.default)
         variable = f"`{PREFIX}{f'{group}__{name}' if group else name}`".upper() if group or model is Settings else ""
-        meaning = f"{said.get(name, '')} {variable}".strip()
+        meaning = f"{descriptions.get(name, '')} {variable}".strip()
         yield f"| `{name}` | {_value(hints[name])} | {default} | {meaning.replace('|', '&#124;')} |"
     yield ""
 

@@ -106,8 +106,8 @@ class RecordingContext:
     """A context to call an actor's handlers without a bus. It records the actions of the actor.
 
     `emitted` has the events, `sent` the delays and messages to itself that were not cancelled, `deferred` the deferred
-    replies, `timers` the scheduled callbacks, and `beside` the background work. It subscribes to `kinds` of events, or
-    to all events if none are given.
+    replies, `timers` the scheduled callbacks, and `background` the background work. It subscribes to `kinds` of events,
+    or to all events if none are given.
     """
 
     def __init__(self, *kinds: type[Event], address: str = "test", clock: Clock = SYSTEM_CLOCK) -> None:
@@ -121,7 +121,7 @@ class RecordingContext:
         self.emitted: list[Event] = []
         self.sent: list[tuple[float, Message]] = []
         self.timers = ManualTimers(clock)
-        self.beside: list[Callable[[], Awaitable[None]]] = []
+        self.background: list[Callable[[], Awaitable[None]]] = []
         self.deferred: list[DeferredReply] = []
         self.crashes: list[BaseException] = []
         # A reference, because the registry removes a subscription that is garbage collected.
@@ -156,4 +156,4 @@ class RecordingContext:
 
     def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
         """Record background work of the actor. The test awaits it."""
-        self.beside.append(function)
+        self.background.append(function)

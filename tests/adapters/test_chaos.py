@@ -151,7 +151,9 @@ async def test_when_every_operation_fails_the_store_is_not_asked() -> None:
 async def test_a_lost_reply_is_lost_after_all_was_done() -> None:
     inner = Ledger()
     chaos = ChaosStore(inner, seed=1, lost_reply_rate=1.0)
-    with pytest.raises(CacheTimeoutError, match=r"^chaos\+ledger: no reply, although the batch was carried out, within 0 s$"):
+    with pytest.raises(
+        CacheTimeoutError, match=r"^chaos\+ledger: no reply, although the batch was carried out, within 0 s$"
+    ):
         await chaos.execute(operations(2))
     assert inner.done == ["x", "xx"]
     assert chaos.counts == ChaosCounts(batches=1, operations=2, lost_replies=1)

@@ -20,7 +20,7 @@ from cachebus.messages import (
 
 from ..common.validation import time_stale, time_to_live
 from .eviction import NEVER, VISITS_MAX, Entry, WeighedEntry, make_policy
-from .expiry_wheel import GONE, ExpiryWheel
+from .expiry_wheel import DROPPED, ExpiryWheel
 from .tags import TagTable
 
 ENTRY_OVERHEAD = 250
@@ -254,7 +254,7 @@ class EntryTable:
         if isinstance(entry, WeighedEntry):
             self._weight -= entry.weight
         if entry.expires_at != NEVER:
-            entry.expires_at = GONE
+            entry.expires_at = DROPPED
         entry.value = None  # The wheel may keep a reference to the entry for a while, but the value is freed now.
         if (hook := self.on_removal) is not None:
             hook(entry.key, cause)
@@ -336,8 +336,8 @@ class EntryTable:
         if self._max_bytes is None:
             return 0
         try:
-            said: Any = self._weigher(value)
-            weight = said + ENTRY_OVERHEAD
+            result: Any = self._weigher(value)
+            weight = result + ENTRY_OVERHEAD
         except Exception as error:
             if is_interruption(error):
                 raise
@@ -345,7 +345,9 @@ class EntryTable:
                 f"the weigher failed on a value of type {type(value).__name__}: {type(error).__name__}"
             ) from error
         if not isinstance(weight, int) or weight < ENTRY_OVERHEAD:
-            raise CacheSerializationError(f"the weigher must return a size in bytes, an int of 0 or more, not {said!r}")
+            raise CacheSerializationError(
+                f"the weigher must return a size in bytes, an int of 0 or more, not {result!r}"
+            )
         if weight > self._max_bytes:
             raise CacheCapacityError("the value is larger than the memory store", weight, self._max_bytes)
         return int(weight)

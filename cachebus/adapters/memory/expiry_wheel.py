@@ -15,7 +15,7 @@ from .eviction import NEVER, Entry
 RESOLUTION = 0.1
 """Width of the lowest slots, in seconds. An expired entry may use memory for that long, but cannot be read."""
 
-GONE = float("-inf")
+DROPPED = float("-inf")
 """Value of `expires_at` for an entry that the store has dropped."""
 
 _SLOTS = 64
@@ -80,7 +80,7 @@ class ExpiryWheel:
                 entry = slot.pop()
                 self._references -= 1
                 expires_at = entry.expires_at
-                if expires_at in (GONE, NEVER):
+                if expires_at in (DROPPED, NEVER):
                     continue
                 if expires_at <= now:
                     yield entry

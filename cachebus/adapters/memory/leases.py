@@ -342,9 +342,9 @@ class LeaseTable:
                     del self._revoked[lease.token]
                 self._answer_all_again(lease, now)
                 continue
-            gone = [each for each in lease.waiters if each.until <= now]
+            expired = [each for each in lease.waiters if each.until <= now]
             lease.waiters = [each for each in lease.waiters if each.until > now]
-            for waiter in gone:
+            for waiter in expired:
                 self._answer_again(waiter, now)
             if lease.waiters:
                 self._due.set(lease, min(lease.expires_at, *(each.until for each in lease.waiters)))
@@ -358,7 +358,7 @@ class LeaseTable:
     def repair(self, now: float) -> Collection[DeferredReply]:
         """Restore consistency after an interrupted turn, and return the replies that are still pending.
 
-        A lease that its caller did not receive is removed. Requests of callers whose lease is gone are processed again.
+        A lease that its caller did not receive is removed. Requests of callers whose lease has ended are processed again.
         """
         if (ghost := self.granting) is not None and self.by_key.get(ghost.request.key) is ghost:
             del self.by_key[ghost.request.key]

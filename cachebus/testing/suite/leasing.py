@@ -275,7 +275,7 @@ class Leasing(Conformance):
         await ask(leasing, ReleaseLease("k", mine.token))
         again = await ask(leasing, lease("t4"))
         assert isinstance(again, LeaseGranted)
-        assert again.stale is not None, "it is there after a load that failed"
+        assert again.stale is not None, "it remains after a failed load"
         new = await ask(leasing, commit(again.token, b"new"))
         assert isinstance(new, Stored)
         assert new.version > stored.version

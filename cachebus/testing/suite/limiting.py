@@ -81,7 +81,7 @@ class Limiting(Conformance):
         await self.elapse(refused.retry_after / 2)
         assert isinstance(await ask(limiting, self.take(limit=2, per=per)), RateLimitDenied)
         await self.elapse(refused.retry_after / 2 + self.slack)
-        assert isinstance(await ask(limiting, self.take(limit=2, per=per)), Admitted), "what is refused takes nothing"
+        assert isinstance(await ask(limiting, self.take(limit=2, per=per)), Admitted), "a denied request takes no units"
         assert isinstance(await ask(limiting, self.take(limit=2, per=per)), RateLimitDenied)
 
     async def test_a_quiet_time_gives_the_burst_and_no_more(self, limiting: AnyStore) -> None:
@@ -124,7 +124,7 @@ class Limiting(Conformance):
         too_late = await ask(limiting, self.take(wait=LONG / 2))
         assert isinstance(too_late, RateLimitDenied)
         assert too_late.retry_after == pytest.approx(LONG, abs=5)
-        assert isinstance(await ask(limiting, self.take(wait=LONG)), Admitted), "what is refused takes nothing"
+        assert isinstance(await ask(limiting, self.take(wait=LONG)), Admitted), "a denied request takes no units"
 
     async def test_limits_are_apart_from_each_other_and_from_values(self, limiting: AnyStore) -> None:
         await carry_out(limiting, [self.take()] * 3)

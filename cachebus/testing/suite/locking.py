@@ -171,17 +171,17 @@ class LockConformance:
         async with managed(store, clock) as client:
             lock = await Lock(client, "a").acquire()
             with pytest.raises(LockNotOwned):
-                await client.ask(ReleaseLock("a", "of-somebody-else"))
+                await client.ask(ReleaseLock("a", "of-another-caller"))
             with pytest.raises(LockNotOwned):
-                await client.ask(RenewLock("a", "of-somebody-else", 1.0))
+                await client.ask(RenewLock("a", "of-another-caller", 1.0))
             assert lock.held
             await lock.release()
             with pytest.raises(LockNotHeld):
                 await lock.release()
             with pytest.raises(LockNotHeld):
                 await lock.extend()
-            assert isinstance(await client.ask(ReleaseLock("a", "of-somebody-else")), NotHeld)
-            assert isinstance(await client.ask(RenewLock("a", "of-somebody-else", 1.0)), NotHeld)
+            assert isinstance(await client.ask(ReleaseLock("a", "of-another-caller")), NotHeld)
+            assert isinstance(await client.ask(RenewLock("a", "of-another-caller", 1.0)), NotHeld)
 
     async def test_what_is_extended_is_held_for_longer(self, store: LockStore, clock: Clock) -> None:
         async with managed(store, clock) as client:

@@ -155,9 +155,9 @@ class Removing(Conformance):
     ) -> None:
         await ask(store, Set("a", b"1"))
         (reply,) = await carry_out(store, [request_])
-        says_so = isinstance(reply, Failed) and isinstance(reply.error(), CapabilityError)
-        assert says_so is not getattr(store.capabilities, capability)
-        if not says_so:
+        unsupported = isinstance(reply, Failed) and isinstance(reply.error(), CapabilityError)
+        assert unsupported is not getattr(store.capabilities, capability)
+        if not unsupported:
             return
         assert await value_of(store, "a") == b"1"
         assert await value_of(store, "b") is MISSING

@@ -722,7 +722,7 @@ async def test_while_a_batch_waits_for_the_store_no_request_is_taken() -> None:
     line.store.is_ready = False
     await line.ask("a")
     assert line.pipeline.take(Get("b")) is None
-    (beside,) = line.stage.ctx.beside
+    (beside,) = line.stage.ctx.background
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(line.ask, "c")
         await let_callbacks_run()
@@ -857,7 +857,7 @@ async def test_a_batch_that_failed_later_is_repeated_beside_the_turns() -> None:
     await stage.guard.submit(store, [Get("a"), Increment("b")], told.append)
     store.open_replies.pop()([Failed.of(DOWN), Failed.of(DOWN)])
     assert told == []
-    (beside,) = stage.ctx.beside
+    (beside,) = stage.ctx.background
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run, beside)
         while not store.open_replies:
@@ -876,7 +876,7 @@ async def test_what_fails_because_the_store_is_closed_is_not_repeated() -> None:
     stage.guard.closed = True
     store.open_replies.pop()([Failed.of(DOWN)])
     assert [failures(each) for each in told] == [[CacheConnectionError]]
-    assert stage.ctx.beside == []
+    assert stage.ctx.background == []
 
 
 # What is told

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cachebus.adapters.memory.eviction import NEVER, Entry
-from cachebus.adapters.memory.expiry_wheel import GONE, RESOLUTION, ExpiryWheel
+from cachebus.adapters.memory.expiry_wheel import DROPPED, RESOLUTION, ExpiryWheel
 
 SPANS = (0.001, RESOLUTION, 1.0, 6.39, 6.4, 6.41, 60.0, 409.6, 3600.0, 26_214.4, 86_400.0, 1e7, 1.1e8, 1e12)
 
@@ -31,7 +31,7 @@ class Watched:
         """What has expired, dropped as a store drops it."""
         taken: list[str] = []
         for entry in self.wheel.take_expired(now):
-            entry.expires_at = GONE
+            entry.expires_at = DROPPED
             taken.append(entry.key)
         return taken
 
@@ -118,7 +118,7 @@ def test_it_says_when_the_next_expiry_has_become_an_earlier_one(watched: Watched
 
 
 def test_an_entry_that_was_dropped_is_passed_over(watched: Watched) -> None:
-    watched.put("key", 1.0, 0.0).expires_at = GONE
+    watched.put("key", 1.0, 0.0).expires_at = DROPPED
     assert watched.take(10.0) == []
     assert watched.wheel.due() is None
 
@@ -150,7 +150,7 @@ def test_taking_can_be_given_up_in_the_middle_and_gone_on_with(watched: Watched)
     taken: list[str] = []
     for _ in range(5):
         entry = next(watched.wheel.take_expired(2.0))
-        entry.expires_at = GONE
+        entry.expires_at = DROPPED
         taken.append(entry.key)
     assert sorted(taken) == list("01234")
     assert watched.take(2.0) == []
@@ -193,7 +193,7 @@ def test_it_is_crowded_when_most_of_it_must_be_leftovers(watched: Watched) -> No
 def test_rebuilding_keeps_the_living_and_rids_it_of_the_rest(watched: Watched) -> None:
     living = [watched.put(f"living {number}", 10.0 + number, 0.0) for number in range(3)]
     for number in range(100):
-        watched.put(f"dropped {number}", 5.0, 0.0).expires_at = GONE
+        watched.put(f"dropped {number}", 5.0, 0.0).expires_at = DROPPED
     forever = Entry("forever", 1, 1.0)
     watched.wheel.rebuild([*living, forever], 1.0)
     assert watched.wheel._references == 3
@@ -209,10 +209,10 @@ def test_slots_are_taken_in_the_order_of_time(watched: Watched) -> None:
 
 def test_no_more_is_looked_at_in_one_go_than_the_budget_says(watched: Watched) -> None:
     for number in range(100):
-        watched.put(str(number), 1.0, 0.0).expires_at = GONE if number % 2 else 1.0
+        watched.put(str(number), 1.0, 0.0).expires_at = DROPPED if number % 2 else 1.0
     for left in range(90, -1, -10):
         for entry in watched.wheel.take_expired(2.0, 10):
-            entry.expires_at = GONE
+            entry.expires_at = DROPPED
         assert watched.wheel._references == left
         due = watched.wheel.due()
         assert (due is None) if left == 0 else (due is not None and due <= 2.0), "there is more to do"
