@@ -1,4 +1,4 @@
-"""Behaviour: actors, the turns they take, who supervises them, and the ports that adapters implement."""
+"""Actors, their supervisor, and the ports that adapters implement."""
 
 from .backend.actor import STORE_REQUESTS, BackendActor
 from .guard.circuit_breaker import BreakerPolicy

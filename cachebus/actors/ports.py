@@ -1,4 +1,4 @@
-"""The ports that adapters implement: what a store must do to stand behind a `BackendActor`."""
+"""The ports that adapters implement: stores behind a `BackendActor`, and lock stores behind a `LockManager`."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ __all__ = [
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """The abilities of a store. Anything else is answered with `CapabilityError`, never with a quiet 0 or False. A limit
-    of `None` is none. Times to live are rounded up to `ttl_resolution` seconds; 0 is a millisecond or less."""
+    """The operations that a store supports, and its limits.
+
+    An unsupported operation fails with `CapabilityError`; it never returns 0 or `False` instead. A limit of `None` means
+    unlimited. Times to live are rounded up to `ttl_resolution` seconds; 0 means a millisecond or less.
+    """
 
     patterns: bool = False
     tags: bool = False
@@ -61,13 +64,16 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     ttl_resolution: float = 0.0
 
     def names(self) -> tuple[str, ...]:
-        """The capabilities that the store has, by name."""
+        """Return the names of the supported capabilities."""
         return tuple(name for name in self.__struct_fields__ if getattr(self, name) is True)
 
 
 class Gauges(msgspec.Struct, frozen=True, kw_only=True):
-    """How full a store is, and what it did since it was made. A bound of `None` is none; weights are bytes. An inline store
-    counts its hits, misses, sets and removals itself; the actor of a batch store counts them from the replies."""
+    """The size of a store and its counters since it was created.
+
+    A bound of `None` means unlimited; weights are in bytes. An inline store counts its own hits, misses, sets and
+    removals. For a batch store, the actor counts them from the replies.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -80,31 +86,32 @@ class Gauges(msgspec.Struct, frozen=True, kw_only=True):
 
 
 ReadListener = Callable[[str, bool], None]
-"""Called for each key that is read, with whether it had a live value."""
+"""Called for each key that is read: key, and `True` if it had a live value."""
 
 WriteListener = Callable[[str, float, float | None, tuple[str, ...]], None]
-"""Called for each value that is stored: key, version, seconds to live, tags."""
+"""Called for each value that is stored: key, version, time to live in seconds, tags."""
 
 RemovalListener = Callable[[str, RemovalCause], None]
-"""Called for each value that a store removes by itself or on request, except by `Clear`, which is one fact."""
+"""Called for each value that is removed, by the store itself or on request. `Clear` does not call it."""
 
 
 class Timer(Protocol):
-    """A callback that is armed."""
+    """A scheduled callback."""
 
     def cancel(self) -> None:
-        """Do not call back. From any thread; once it was called back or cancelled, this does nothing."""
+        """Cancel the callback. Thread-safe. Does nothing if the callback has run or was cancelled."""
 
 
 class Timers(Protocol):
-    """Arms callbacks on an event loop, from any thread, finalizers included. Instants are on the owner's monotonic clock.
+    """Schedules callbacks on an event loop. Instants are on the owner's monotonic clock.
 
-    A callback must not wait, and runs in no task: what needs one is started with `Context.start_soon`. What it raises is
-    logged and counted, and harms no other. `running_timers` gives timers on the loop that runs in this thread.
+    Callbacks can be scheduled from any thread, and also from finalizers. A callback must not wait, and it runs outside of
+    any task; use `Context.start_soon` to start one. If a callback raises, the error is logged and counted, and other
+    callbacks still run. `running_timers` returns the timers of the loop that runs in this thread.
     """
 
     def call_at(self, when: float, callback: Callable[[], Any], /) -> Timer:
-        """Call `callback` when the clock has reached `when`."""
+        """Call `callback` when the clock reaches `when`."""
         ...
 
     def call_after(self, delay: float, callback: Callable[[], Any], /) -> Timer:
@@ -113,46 +120,47 @@ class Timers(Protocol):
 
 
 class Store(Protocol):
-    """A technology that keeps values, as its actor sees it. `name` is that of the technology (`memory`, `redis`)."""
+    """A store of values, as its actor sees it. `name` is the name of the technology, such as `memory` or `redis`."""
 
     name: str
     capabilities: Capabilities
 
     async def open(self) -> None:
-        """Make ready, connections included. Raises `CacheConnectionError` when the store cannot be reached; then it may
-        be called again."""
+        """Open the store and its connections. Raises `CacheConnectionError` if the store cannot be reached; it may then be
+        called again."""
 
     async def close(self) -> None:
-        """Give back what `open` took. Safe to call twice."""
+        """Release the resources that `open` acquired. Safe to call twice."""
 
     def gauges(self) -> Gauges:
-        """How full the store is, without asking a server."""
+        """Return the size and the counters of the store, without a request to a server."""
         ...
 
 
 @runtime_checkable
 class BatchStore(Store, Protocol):
-    """A store that must wait for its answers, and likes many questions at once."""
+    """A store that waits for I/O and executes requests in batches."""
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        """Carry out a batch and return one reply an operation, in order. The error of one operation is its own `Failed`;
-        an error of all of them is raised."""
+        """Execute a batch and return one reply per operation, in order. If one operation fails, its reply is `Failed`; an
+        error that affects the whole batch is raised."""
         ...
 
 
 OnReplies = Callable[[Sequence[Reply]], None]
-"""Takes the replies of a batch, one an operation, in order; called once, on the store's event loop."""
+"""Receives the replies of a batch, one per operation, in order. Called once, on the store's event loop."""
 
 
 class Progress(Protocol):
-    """What a batch under way is carried by: `last_progress` is when bytes last moved, on the monotonic clock."""
+    """The connection that carries a batch in flight. `last_progress` is the time at which bytes were last transferred, on
+    the monotonic clock."""
 
     @property
     def last_progress(self) -> float: ...
 
 
 SLOWEST_LINE = 1e6
-"""Bytes a second below which a backend counts as not answering."""
+"""Bytes per second below which a backend counts as unresponsive."""
 
 
 class _NoProgress:
@@ -160,43 +168,50 @@ class _NoProgress:
 
 
 NO_PROGRESS = _NoProgress()
-"""Of a store that cannot see bytes move."""
+"""The progress of a store that does not track transfers."""
 
 
 @runtime_checkable
 class PipelinedStore(BatchStore, Protocol):
-    """A batch store that can have several batches under way: the turn of its actor ends when a batch is sent.
+    """A batch store that can have several batches in flight. The turn of its actor ends when a batch is sent.
 
-    Batches take effect in the order of their submission; the next is submitted when the one before it was sent. A batch
-    of more than `max_batch` requests is better sent in two: one is prepared while the other is carried out. Requests of
-    the `long_running` kinds take many round trips. Each goes in a batch of its own, so that nothing else waits for it.
+    Batches take effect in the order in which they are submitted. A batch is submitted once the previous one is sent. A
+    batch of more than `max_batch` requests is better split: one half is prepared while the other executes. Requests of
+    the `long_running` kinds take many round trips. Each is sent in a separate batch, so that no other request waits for
+    it.
     """
 
     max_batch: int
     long_running: frozenset[type[Request[Any]]]
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
-        """Send a batch if nothing has to be waited for; else return `None`. Called on the store's event loop. `on_replies`
-        is called once, perhaps before this returns. Raises a `CacheError` if nothing was sent, and does not call it."""
+        """Send a batch, or return `None` if sending it would have to wait. Called on the store's event loop.
+
+        `on_replies` is called once, possibly before this method returns. If nothing was sent, a `CacheError` is raised and
+        `on_replies` is not called.
+        """
         ...
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        """As `try_submit`, waiting for a connection and for room."""
+        """Send a batch, and wait for a connection and for buffer space if necessary. Otherwise like `try_submit`."""
         ...
 
 
 @runtime_checkable
 class LeaseNotifyingStore(Store, Protocol):
-    """A store whose server says when a lease has ended, so that callers can wait for it."""
+    """A store whose server notifies its clients when a lease ends, so that callers can wait for it."""
 
     def watch(self, request: WatchLease, on_reply: Callable[[Reply], None]) -> None:
-        """Call `on_reply` once, with a reply to `request`, now or later. Called on the store's event loop; does not wait."""
+        """Call `on_reply` once with a reply to `request`, now or later. Runs on the store's event loop; does not wait."""
 
 
 @runtime_checkable
 class InlineStore(Store, Protocol):
-    """A store that never waits, so that its operations run on the caller's stack. The four listeners may be `None`, which
-    costs a reader one comparison. `on_due` is called when the store's next expiry has become an earlier one."""
+    """A store that never waits, so its operations run on the caller's stack.
+
+    Each of the four listeners may be `None`; a read then costs one comparison. `on_due` is called when the next expiry of
+    the store has moved to an earlier time.
+    """
 
     @property
     def on_read(self) -> ReadListener | None: ...
@@ -208,53 +223,61 @@ class InlineStore(Store, Protocol):
     on_due: Callable[[float], None] | None
 
     def repair(self) -> Collection[DeferredReply]:
-        """Put right what a verb left half done that was interrupted at any instruction, and return the replies that are
-        still owed. What was being written may be missing, and nothing is wrong. May be interrupted and called again."""
+        """Restore consistency after a verb was interrupted at an arbitrary instruction. Return the pending replies.
+
+        A value that was being written may be missing; all other state is correct. This method may be interrupted too, and
+        is then called again.
+        """
         ...
 
     def verb(self, kind: type[Request[Any]]) -> Callable[[Any], Reply] | None:
-        """The function that carries out requests of one kind, or `None` if there is none. It raises `CacheError`s."""
+        """Return the function that executes requests of one kind, or `None`. The function raises `CacheError`s."""
 
     def next_expiry(self) -> float | None:
-        """When the next entry may be due, on the store's monotonic clock; `None` while nothing expires."""
+        """Return the time at which the next entry may expire, on the store's monotonic clock; `None` if none expires."""
 
     def sweep(self, limit: int) -> int:
-        """Remove entries whose time is up, looking at no more than `limit` of them, and say how many went."""
+        """Remove expired entries and return their number. Examines at most `limit` entries."""
         ...
 
 
 @runtime_checkable
 class LeasingStore(InlineStore, Protocol):
-    """An inline store that lets callers wait for a load: its verb of `GetOrLease` may return what `defer` makes instead of
-    a reply. While `defer` is `None`, no caller waits."""
+    """An inline store that lets callers wait for a load.
+
+    Its verb for `GetOrLease` may return a reply created by `defer` and answer it later. If `defer` is `None`, no caller
+    waits.
+    """
 
     defer: Callable[[], DeferredReply] | None
 
 
 class LockListener(Protocol):
-    """Takes the news of a lock store for the callers that wait, on the store's event loop."""
+    """Receives notifications of a lock store on behalf of waiting callers, on the store's event loop."""
 
     def granted(self, name: str, ticket: str, grant: LockGranted) -> None:
-        """A ticket that waited holds the lock now."""
+        """Handle a grant: the waiting ticket now holds the lock."""
 
     def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
-        """A ticket may hold the lock now, or its lease may be over: ask again after `delay` seconds."""
+        """Query the store again after `delay` seconds: the ticket may hold the lock now, or the lease may have ended."""
 
     def look_everywhere(self) -> None:
-        """Something may have been missed: ask again for every waiter."""
+        """Query the store again for every waiter, because a notification may have been lost."""
 
     def expired(self, name: str, owner: str, token: int) -> None:
-        """The time of a holder has run out."""
+        """Handle the expiry of a holder's lease."""
 
 
 @runtime_checkable
 class LockStore(Protocol):
-    """Where locks are kept, as the `LockManager` sees it: it carries out `AcquireLock`, `RenewLock`, `ReleaseLock` and
-    `DescribeLock`, each at once. One that waits for its answers is a `BatchStore` too.
+    """A store of locks, as the `LockManager` sees it.
 
-    If `poll` is `None`, it keeps the queue: an `AcquireLock` that waits is answered `LockQueued`, and `listener` hears when its
-    turn may have come. Other stores answer `LockDenied`. They are asked again for the first waiter, after `poll` seconds
-    or several times as many.
+    It executes `AcquireLock`, `RenewLock`, `ReleaseLock` and `DescribeLock` without waiting for a lock. A store that waits
+    for I/O is a `BatchStore` too.
+
+    If `poll` is `None`, the store keeps the queue of waiters. It answers an `AcquireLock` that has to wait with
+    `LockQueued`, and notifies `listener` when the lock may have been granted. Other stores answer `LockDenied`. The manager
+    then polls for the first waiter, every `poll` seconds or at a small multiple of it.
     """
 
     name: str
@@ -267,14 +290,14 @@ class InlineLockStore(LockStore, Protocol):
     """A lock store that never waits."""
 
     def decide(self, request: Request[Any]) -> Reply:
-        """Carry out one request. Raises `CacheError`."""
+        """Execute one request. Raises `CacheError`."""
         ...
 
     def next_expiry(self) -> float | None:
-        """When the time of the next holder may be up, on the store's monotonic clock."""
+        """Return the time at which the next lease may expire, on the store's monotonic clock."""
 
     def repair(self) -> None:
-        """Put right what was left half done by a call that was interrupted at any instruction."""
+        """Restore consistency after a call was interrupted at an arbitrary instruction."""
 
     def sweep(self) -> None:
-        """Take their locks from holders whose time is up."""
+        """Release the locks whose leases have expired."""

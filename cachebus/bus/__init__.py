@@ -1,4 +1,4 @@
-"""Delivery: the in-process bus and the codec of messages. Imports `messages` only."""
+"""Message delivery: the in-process bus, the NATS bus and the message codec. Imports `messages` only."""
 
 from .address import Address, check_word
 from .api import Bus, Envelope, Turn, Visibility

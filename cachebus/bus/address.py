@@ -1,8 +1,10 @@
-"""Addresses of actors, and the NATS subjects that are made of them.
+"""Addresses of actors, and the NATS subjects derived from them.
 
-`cachebus.v1.<namespace>.req.<address>` takes the requests to an actor, and `cachebus.v1.<namespace>.evt.<kind>.<backend>`
-carries events. On `cachebus.v1.<namespace>.own.<address>` processes settle which of them serves an address. Every word
-has been checked, so none can be read as a wildcard, as two words or as a line of the protocol. A key is never part of a
+* `cachebus.v1.<namespace>.req.<address>` carries requests to an actor.
+* `cachebus.v1.<namespace>.evt.<kind>.<backend>` carries events.
+* `cachebus.v1.<namespace>.own.<address>` carries claims, by which processes agree on the one that serves an address.
+
+Every word is validated, so it cannot contain a wildcard, a separator or a line of the protocol. A key is never part of a
 subject.
 """
 
@@ -13,24 +15,28 @@ from typing import Self
 
 from cachebus.messages import Event
 
-ROOT = "cachebus."  # The beginning of the subjects of every version.
-NOBODY = "_"  # In the place of the backend, for an event without one.
-LONGEST = 1024  # Characters of a subject: a server takes a line of 4,096, with a second subject and sizes in it.
+ROOT = "cachebus."  # Prefix of the subjects of every wire version.
+NO_BACKEND = "_"  # Takes the place of the backend in the subject of an event that has none.
+MAX_SUBJECT_LENGTH = 1024  # A server accepts lines of 4,096 characters, which also hold a second subject and sizes.
 
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def check_word(text: object, what: str) -> str:
-    """Return `text` if it is one word of letters, digits, `_` and `-`, at most 64 of them. Namespaces, backend names
-    and the words of an address come through here. Raises `ValueError` that names `what`."""
+    """Return `text` if it consists of 1 to 64 letters, digits, `_` and `-`.
+
+    Namespaces, backend names and the words of an address are checked here. Raises `ValueError`, which names `what`.
+    """
     if not isinstance(text, str) or not _WORD.fullmatch(text):
         raise ValueError(f"{what} {text!r} is not 1 to 64 letters, digits, '_' or '-'")
     return text
 
 
 class Address(str):
-    """The name of an actor: checked words joined by dots, such as `backend.primary`. Raises `ValueError` for anything
-    else: empty words, wildcards, blanks, line breaks."""
+    """The name of an actor: words joined by dots, such as `backend.primary`.
+
+    Raises `ValueError` for empty words, wildcards, blanks, line breaks and other characters.
+    """
 
     __slots__ = ()
 
@@ -38,14 +44,14 @@ class Address(str):
         if isinstance(text, cls):
             return text
         if not isinstance(text, str):
-            raise ValueError(f"address {text!r} is not words joined by dots")
+            raise ValueError(f"address {text!r} is not a string of words joined by dots")
         for word in text.split("."):
             check_word(word, f"word of the address {text!r},")
         return super().__new__(cls, text)
 
 
 class Subjects:
-    """The subjects of one namespace. Raises `ValueError` for a namespace, an address or a backend that is not words."""
+    """The subjects of one namespace. Raises `ValueError` if a namespace, an address or a backend name is not valid."""
 
     __slots__ = ("_root", "event_prefix", "namespace")
 
@@ -55,32 +61,32 @@ class Subjects:
         self.event_prefix = f"{self._root}.evt."
 
     def request(self, address: str) -> str:
-        """The subject of requests to the actor at `address`."""
+        """Return the subject of requests to the actor at `address`."""
         return _short(f"{self._root}.req.{Address(address)}")
 
     def owner(self, address: str) -> str:
-        """The subject on which claims to `address` are settled."""
+        """Return the subject for claims to `address`."""
         return _short(f"{self._root}.own.{Address(address)}")
 
     def event(self, kind: type[Event], backend: str) -> str:
-        """The subject of events of one kind about one backend, or about none if its name is empty."""
-        return f"{self.event_prefix}{event_word(kind)}.{check_word(backend, 'backend') if backend else NOBODY}"
+        """Return the subject for events of one kind about one backend. An empty name means no backend."""
+        return f"{self.event_prefix}{event_word(kind)}.{check_word(backend, 'backend') if backend else NO_BACKEND}"
 
     def events(self, kind: type[Event]) -> str:
-        """The subjects of events of one kind, about any backend."""
+        """Return the pattern that matches events of one kind about any backend."""
         return f"{self.event_prefix}{event_word(kind)}.*"
 
     def all_events(self) -> str:
-        """The subjects of all events."""
+        """Return the pattern that matches all events."""
         return f"{self.event_prefix}>"
 
 
 def event_word(kind: type[Event]) -> str:
-    """The word that a kind of event has in subjects: its wire name without `event.`."""
+    """Return the word for a kind of event in subjects: its wire name without `event.`."""
     return check_word(kind.WIRE_NAME.removeprefix("event."), "kind of event")
 
 
 def _short(subject: str) -> str:
-    if len(subject) > LONGEST:
-        raise ValueError(f"a subject of {len(subject)} characters is too long, the limit is {LONGEST}")
+    if len(subject) > MAX_SUBJECT_LENGTH:
+        raise ValueError(f"a subject of {len(subject)} characters is too long; the limit is {MAX_SUBJECT_LENGTH}")
     return subject

@@ -18,16 +18,25 @@ from .reply_slots import Pending
 R = TypeVar("R")
 
 Visibility = Literal["private", "shared", "sole"]
-"""Which callers reach an actor. `private`: those of its process. `shared`: those of every process, and other processes
-may serve its address too. `sole`: those of every process, and no other process serves its address."""
+"""The callers that can reach an actor.
+
+* `private`: callers in the same process.
+* `shared`: callers in every process. Other processes may serve the same address.
+* `sole`: callers in every process. No other process serves the address.
+"""
 
 Turn = Callable[[Any], "Reply | Pending | None"]
-"""Takes a turn for a message on the caller's stack. `None`: it must be posted; `Pending`: the reply comes later."""
+"""Runs the turn for a message on the caller's stack and returns the reply.
+
+`None` means that the message must be posted; `Pending` means that the reply follows later.
+"""
 
 
 class Envelope(Struct, eq=False):
-    """A message in a mailbox: the port of the answer, until when it is worth working on, and how often it was tried.
-    `deadline` is on the bus's monotonic clock, `None` without a caller. `trace` is the `traceparent` of the call."""
+    """A message in a mailbox, with its reply port, its deadline and the number of earlier attempts.
+
+    `deadline` is on the bus's monotonic clock; it is `None` if no caller waits. `trace` is the `traceparent` of the call.
+    """
 
     message: Message
     port: ReplyPort | None = None
@@ -37,7 +46,7 @@ class Envelope(Struct, eq=False):
 
     @property
     def size(self) -> int:
-        """Bytes of the value that the message carries; 0 if it carries none, or an object."""
+        """Size in bytes of the value in the message; 0 if it has no value or the value is not `bytes`."""
         value = getattr(self.message, "value", None)
         return len(value) if isinstance(value, bytes) else 0
 
@@ -46,20 +55,23 @@ class Recipient(Protocol):
     """The actor at an address, or a proxy for one in another process."""
 
     def turn(self, kind: type[Message]) -> Turn:
-        """A function that takes turns for messages of one kind inline, for hot paths to keep."""
+        """Return a function that runs turns for messages of one kind inline. Hot paths may keep it."""
         ...
 
     def post(self, envelope: Envelope) -> None:
-        """Put a message into the mailbox. Never waits; a message that cannot be taken is answered at once."""
+        """Put a message into the mailbox. Never waits; if the mailbox rejects a message, it is answered immediately."""
 
     def obstacle_to_blocking(self) -> str | None:
-        """Why this thread would wait for itself if it blocked for an answer from here; else `None`."""
+        """Return the reason why this thread would deadlock if it blocked for a reply from this recipient, or `None`."""
         ...
 
 
 class Bus(Protocol):
-    """Delivery of messages to addresses and of events to listeners. Every request is answered exactly once. Messages
-    from one sender to one address are handled in the order they were sent. Events never slow their publisher."""
+    """Delivers messages to addresses and events to listeners.
+
+    Every request is answered exactly once. Messages from one sender to one address are handled in the order in which they
+    were sent. Events never slow down their publisher.
+    """
 
     namespace: str
     clock: Clock
@@ -67,46 +79,50 @@ class Bus(Protocol):
     policy: EventPolicy
 
     def serve(self, address: Address, recipient: Recipient) -> None:
-        """Deliver messages to `address` to `recipient`. Raises `AddressInUse`."""
+        """Deliver messages for `address` to `recipient`. Raises `AddressInUse`."""
 
     def withdraw(self, address: Address) -> None:
-        """Stop delivering to `address`. Harmless if it is not served."""
+        """Stop delivering to `address`. Does nothing if the address is not served."""
 
     async def claim(self, address: Address, visibility: Visibility) -> None:
-        """Before an actor starts: make sure that no other process serves a `sole` address. Raises `AddressInUse`."""
+        """Check, before an actor starts, that no other process serves a `sole` address. Raises `AddressInUse`."""
 
     async def announce(self, address: Address, visibility: Visibility) -> None:
-        """When an actor has started: let other processes reach it, as its visibility says."""
+        """Let other processes reach an actor that has started, according to its visibility."""
 
     async def retire(self, address: Address) -> None:
-        """Before an actor stops: let only this process reach it. Returns when the requests of other processes that have
-        arrived are in its mailbox. Harmless if the address was not announced."""
+        """Stop accepting requests from other processes, before an actor stops.
+
+        Returns when all remote requests that have arrived are in the mailbox. Does nothing if the address was not
+        announced.
+        """
 
     def recipient(self, address: Address) -> Recipient:
-        """The recipient at `address`. Raises `NoSuchActor`."""
+        """Return the recipient at `address`. Raises `NoSuchActor`."""
         ...
 
     async def request(self, address: Address, message: Request[R], timeout: float) -> R:
-        """Send a request, and wait up to `timeout` seconds for the reply. A `Failed` reply is raised as its error."""
+        """Send a request and wait up to `timeout` seconds for the reply. A `Failed` reply is raised as its error."""
         ...
 
     def request_blocking(self, address: Address, message: Request[R], timeout: float) -> R:
-        """As `request`, from a thread: blocks it."""
+        """Send a request and block the calling thread until the reply arrives. Otherwise like `request`."""
         ...
 
     async def wait_reply(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
-        """Do the second half of `request`: wait for the reply if a turn of the recipient has returned none."""
+        """Complete a request: return `reply` if the inline turn has returned one, or else wait for it."""
         ...
 
     def wait_reply_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
-        """As `wait_reply`, from a thread: blocks it."""
+        """Complete a request and block the calling thread until the reply arrives. Otherwise like `wait_reply`."""
         ...
 
     def send(self, address: Address, message: Message) -> None:
-        """Send without waiting and without an answer. A message that cannot be delivered is a `DeadLetter` event."""
+        """Send a message without waiting for a reply. A message that cannot be delivered becomes a `DeadLetter` event."""
 
     def publish(self, event: Event) -> None:
-        """Hand an event to its listeners. Never waits; a full listener loses it and counts that."""
+        """Pass an event to its listeners. Never waits; if the queue of a listener is full, the event is dropped and
+        counted there."""
 
     def subscribe(
         self,
@@ -116,10 +132,11 @@ class Bus(Protocol):
         local: bool = False,
         real_keys: bool = False,
     ) -> Subscription:
-        """Listen to kinds of events, or to globs over their wire names such as `"cache_*"`; to all if none is named.
+        """Subscribe to event classes, or to globs over wire names such as `"cache_*"`. The default is all events.
 
-        With `since`, in Unix time, the events since then come first; raises `CapabilityError` if no stream keeps events.
-        `local` leaves out the events of other processes. `real_keys` is for parts of the cache itself, which compare keys:
-        the events of this process then come without redaction. Other processes have redacted theirs already.
+        With `since`, a Unix time, the subscription first replays the events since then; it raises `CapabilityError` if no
+        stream keeps events. With `local`, events of other processes are left out. With `real_keys`, events of this process
+        carry their keys even if keys are redacted. The cache itself uses it to compare keys; events of other processes
+        arrive redacted.
         """
         ...

@@ -1,7 +1,7 @@
-"""Time: the two clocks that everything below the facade asks, and deadlines of many waiting calls with one timer per 20 ms.
+"""The clock interface, and deadlines for many waiting calls with one timer per 20 ms.
 
-A timer of asyncio costs more than the rest of a coalesced request. A deadline here is one dictionary entry, put in and
-taken out again (a timing wheel of one level: Varghese and Lauck, SOSP 1987).
+An asyncio timer costs more than the rest of a coalesced request. A deadline here is one dictionary entry that is inserted
+and removed (a single-level timing wheel: Varghese and Lauck, SOSP 1987).
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ import anyio
 
 from .compat import running_loop
 
-TICK = 0.02  # Seconds by which an expiry may be late: far below the 100 ms that a deadline may be overrun by.
-TICKS = 1 / TICK  # Ticks a second: a product takes less than a quotient.
+TICK = 0.02  # Seconds by which an expiry may be late. A deadline may be overrun by 100 ms, so this is far below.
+TICKS = 1 / TICK  # Ticks per second: multiplying is faster than dividing.
 
 
 class Clock(Protocol):
-    """A source of time. Durations and instants are float seconds. `monotonic` never jumps and decides every expiry,
-    deadline and back-off. `wall` is Unix time; it labels events and entries for people and decides nothing."""
+    """A source of time. Durations and instants are float seconds.
+
+    `monotonic` never jumps; it is used for every expiry, deadline and backoff. `wall` is Unix time; it only labels events
+    and entries.
+    """
 
     monotonic: Callable[[], float]
     wall: Callable[[], float]
 
     async def sleep_until(self, instant: float) -> None:
-        """Return when `monotonic()` has reached `instant`, or at once if it has."""
+        """Wait until `monotonic()` reaches `instant`. Return immediately if it already has."""
 
 
 class SystemClock:
-    """The clocks of this machine."""
+    """The system's clocks."""
 
     __slots__ = ()
 
-    # Plain functions as attributes, so that a hot path binds time.monotonic itself with no call in between.
+    # Plain functions as attributes, so that a hot path calls `time.monotonic` directly.
     monotonic = staticmethod(time.monotonic)
     wall = staticmethod(time.time)
 
@@ -59,21 +62,21 @@ Bucket = dict[Watched, Callable[[], Any]]
 
 
 class Deadlines:
-    """The deadlines of one event loop. Used by the loop's own thread only, so it needs no lock."""
+    """The deadlines of one event loop. Only the loop's thread uses them, so no lock is needed."""
 
     __slots__ = ("_buckets", "loop", "now", "thread")
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
         self.thread = get_ident()
-        # The clock of asyncio's own loop without the method around it, because every call that waits looks at it.
+        # For asyncio's own loop, call the clock without `loop.time` around it: every call that waits reads it.
         self.now: Callable[[], float] = (
             monotonic if getattr(type(loop), "time", None) is BaseEventLoop.time else loop.time
         )
         self._buckets: dict[int, Bucket] = {}
 
     def watch(self, port: Watched, timeout: float, late: Callable[[], Any] = lambda: None) -> Bucket:
-        """Answer `port` with `late()` after `timeout` seconds, unless it is taken out of the bucket returned."""
+        """Answer `port` with `late()` after `timeout` seconds, unless it is removed from the returned bucket."""
         if timeout > TIMEOUT_MAX:  # An infinite one has no tick.
             timeout = TIMEOUT_MAX
         tick = int((self.now() + timeout) * TICKS) + 1
@@ -97,9 +100,9 @@ _current = _Current()
 
 
 def running_deadlines() -> Deadlines | None:
-    """The deadlines of the asyncio loop that runs in this thread; `None` if none does."""
-    # Of the loop that this thread used last, if it still runs: asking for the running one costs Python 3.11 a system
-    # call. (Should another thread have taken that loop over and this one run a second, asyncio says so at the await.)
+    """Return the deadlines of the asyncio loop that runs in this thread, or `None` if no loop runs."""
+    # Reuse the loop that this thread used last if it still runs: in Python 3.11, `get_running_loop` makes a system call.
+    # (If another thread now runs that loop and this thread a second one, asyncio raises at the await.)
     deadlines = _current.deadlines
     if deadlines is not None and deadlines.loop.is_running():
         return deadlines
@@ -111,7 +114,7 @@ def running_deadlines() -> Deadlines | None:
 
 
 def deadlines_here() -> Deadlines:
-    """The deadlines of the asyncio loop that runs in this thread. Raises `RuntimeError` if none does."""
+    """Return the deadlines of the asyncio loop that runs in this thread. Raises `RuntimeError` if no loop runs."""
     if (deadlines := running_deadlines()) is None:
-        raise RuntimeError("no asyncio event loop runs here")
+        raise RuntimeError("no asyncio event loop is running in this thread")
     return deadlines

@@ -1,8 +1,9 @@
-"""The private names of the standard library that this package uses, in one place. Those of nats-py are in `bus/nats/compat.py`.
+"""The private names of the standard library that this package uses. Those of nats-py are in `bus/nats/compat.py`.
 
-`running_loop` is `asyncio.get_running_loop` without the exception, and what asyncio's own `Future` calls. `enter_task` and
-`leave_task` are documented for the authors of event loops: a task whose first step is taken early is current during it.
-`calling_frame` is how `inspect` and `logging` find who calls them.
+* `running_loop` is `asyncio.get_running_loop` without the exception. asyncio's own `Future` calls it.
+* `enter_task` and `leave_task` are documented for authors of event loops. They make a task current while its first step
+  runs early.
+* `calling_frame` returns the caller's frame, as in `inspect` and `logging`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 
 from cachebus.messages import CacheConfigurationError
 
-TESTED = ("3.11", "3.12", "3.13")  # The tests have run with these. Others may do, if they have the names.
+TESTED = ("3.11", "3.12", "3.13")  # Versions that the tests have run with. Others may work, if they have these names.
 
 try:
     from asyncio import _enter_task as enter_task

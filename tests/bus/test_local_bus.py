@@ -124,7 +124,7 @@ def test_an_address_that_is_not_words_joined_by_dots_is_refused(text: str) -> No
 
 @pytest.mark.parametrize("text", [None, 5, b"a"])
 def test_an_address_that_is_no_text_is_refused(text: Any) -> None:
-    with pytest.raises(ValueError, match="is not words joined by dots"):
+    with pytest.raises(ValueError, match="is not a string of words joined by dots"):
         Address(text)
 
 

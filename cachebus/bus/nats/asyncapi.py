@@ -11,7 +11,7 @@ import msgspec
 
 from cachebus.messages import WIRE_NAMES, Event, Failed, Message, Request, reply_types
 
-from ..address import NOBODY, ROOT, event_word
+from ..address import NO_BACKEND, ROOT, event_word
 from ..codec.messages import JSON, encode
 
 Schema = dict[str, Any]
@@ -22,7 +22,7 @@ _ADDRESSES = {"backend": "backend.{backend}"}
 
 _PARAMETERS = {
     "namespace": {"description": "Of the application: one word of letters, digits, _ and -.", "default": "default"},
-    "backend": {"description": f"The backend's name, one word; {NOBODY} in an event that belongs to none."},
+    "backend": {"description": f"The backend's name, one word; {NO_BACKEND} in an event that belongs to none."},
     "address": {"description": "The actor's address: words joined by dots, such as backend.primary."},
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cachebus.bus import Address
-from cachebus.bus.address import LONGEST, Subjects
+from cachebus.bus.address import MAX_SUBJECT_LENGTH, Subjects
 from cachebus.messages import CacheSet, EventsMissed, Found, Get
 
 from .conftest import Connect, StartWorker
@@ -58,7 +58,7 @@ def test_an_address_that_is_not_words_is_refused(text: Any) -> None:
 
 
 def test_a_subject_that_no_server_would_take_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"is too long, the limit is {LONGEST}"):
+    with pytest.raises(ValueError, match=f"is too long; the limit is {MAX_SUBJECT_LENGTH}"):
         Subjects("shop").request(".".join(["x" * 64] * 20))
 
 
