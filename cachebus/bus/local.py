@@ -1,4 +1,4 @@
-"""The in-process bus: it hands objects over and encodes nothing."""
+"""The in-process bus. It passes message objects directly; nothing is encoded."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from .tracing import current_trace
 R = TypeVar("R")
 
 TURNS_PER_CHECKPOINT = 512
-"""Inline turns that callers on event loops may take before one of them lets other tasks run."""
+"""Number of inline turns on an event loop after which one caller lets other tasks run."""
 
 
 class LocalBus:
-    """A `Bus` within one process, on asyncio, on trio and from threads."""
+    """A `Bus` within one process. Works on asyncio, on trio and from threads."""
 
     def __init__(
         self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK, policy: EventPolicy = EVERYTHING
@@ -54,7 +54,7 @@ class LocalBus:
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"<LocalBus {self.namespace!r} serving {', '.join(sorted(self._recipients)) or 'nobody'}>"
+        return f"<LocalBus {self.namespace!r} serving {', '.join(sorted(self._recipients)) or 'no addresses'}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,13 +77,13 @@ class LocalBus:
             self._recipients.pop(address, None)
 
     async def claim(self, address: Address, visibility: Visibility) -> None:
-        """Nothing to do: there are no other processes."""
+        """Do nothing, because a local bus has no other processes."""
 
     async def announce(self, address: Address, visibility: Visibility) -> None:
-        """Nothing to do: there are no other processes."""
+        """Do nothing, because a local bus has no other processes."""
 
     async def retire(self, address: Address) -> None:
-        """Nothing to do: there are no other processes."""
+        """Do nothing, because a local bus has no other processes."""
 
     def recipient(self, address: Address) -> Recipient:
         found = self._recipients.get(address)
@@ -97,7 +97,7 @@ class LocalBus:
         check_budget(address, timeout)
         reply = self.recipient(address).turn(type(message))(message)
         self._turns_left -= 1
-        # Not with something still to be handed over: cancelled here, it would be lost. That waits in any case.
+        # Only with a complete reply: a pending one would be lost if the call were cancelled here, and it waits anyway.
         if self._turns_left <= 0 and reply is not None and not isinstance(reply, PENDING):
             self._turns_left = TURNS_PER_CHECKPOINT
             await checkpoint()
@@ -114,7 +114,7 @@ class LocalBus:
         elif reply is None or type(reply) is DeferredReply:
             recipient = self._recipients.get(address) or self.recipient(address)
             if (deadlines := running_deadlines()) is not None:
-                # As a port's `wait` does, less a coroutine: every call that is not answered inline comes by here.
+                # `AsyncioPort.wait` without its coroutine: every call that is not answered inline passes here.
                 port = AsyncioPort(deadlines)
                 if reply is None:
                     recipient.post(Envelope(message, port, self.clock.monotonic() + timeout, current_trace()))
@@ -143,12 +143,12 @@ class LocalBus:
     def wait_reply_blocking(self, address: Address, message: Request[R], reply: Any, timeout: float) -> R:
         if reply is None or isinstance(reply, PENDING):
             recipient = self.recipient(address)
-            # A reply that was given already, as after a crash, is nothing to wait for.
+            # A reply that was already given, for example after a crash, does not block.
             if (reply is None or reply.waiting) and (obstacle := recipient.obstacle_to_blocking()) is not None:
                 if type(reply) is ReplySlot:  # Nothing of it shall be sent, if it waits to be.
                     reply.deadline = 0.0
                     reply.leave()
-                raise CacheError(f"a blocking call to {address} would wait for itself: {obstacle}")
+                raise CacheError(f"a blocking call to {address} would deadlock: {obstacle}")
             port = ThreadPort()
             self._hand_over(recipient, message, timeout, reply, port)
             reply = port.wait(timeout, too_late(address, timeout))
@@ -173,20 +173,20 @@ class LocalBus:
     ) -> Subscription:
         if since is not None:
             raise CapabilityError(
-                "events of the past are kept by a bus with a stream: bus='nats://...?events_stream=NAME'"
+                "`since` requires a bus that stores events in a stream: bus='nats://...?events_stream=NAME'"
             )
         shown = self.policy.redacted if self.policy.redacts and not real_keys else None
         return self.subscriptions.subscribe(what, capacity, local=local, shown=shown)
 
     def close(self) -> None:
-        """End every subscription and refuse what comes. Whoever served an address stops by itself."""
+        """End every subscription and reject further calls. Does not stop the actors that it serves."""
         with self._guard:
             self._closed = True
             self._recipients.clear()
         self.subscriptions.close()
 
     def forked(self) -> None:
-        """Be closed in the child of a fork, whose other threads stayed behind, with the locks that they held."""
+        """Close the bus in a forked child, where other threads no longer run but their locks may be held."""
         self._guard = threading.Lock()
         self.subscriptions.forked()
         self.close()
@@ -199,13 +199,13 @@ class LocalBus:
 
 
 def check_budget(address: str, timeout: float) -> None:
-    """Raise `CacheTimeoutError` if nothing is left of a call's budget."""
+    """Raise `CacheTimeoutError` if the budget of a call is used up."""
     if not timeout > 0:
         raise CacheTimeoutError("the call had no time left", address, timeout)
 
 
 def settled(reply: Any) -> Any:
-    """The reply, or the error that it says, raised."""
+    """Return the reply, or raise the error of a `Failed` reply."""
     if type(reply) is Failed:
         raise reply.error()
     return reply

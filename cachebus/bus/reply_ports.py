@@ -1,7 +1,7 @@
-"""Reply ports: where one answer goes, once. One kind for each way of waiting: a task of asyncio, of trio, a thread.
+"""Reply ports: each one receives the reply to one request. There is one kind for asyncio tasks, trio tasks and threads.
 
-A port may be answered from any thread. The first answer counts and later ones are dropped, because an answer that
-meets a deadline on its way is normal.
+A port may be answered from any thread. The first reply counts and later ones are dropped, because a reply and its
+deadline may arrive at the same time.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from .compat import running_loop
 
 
 class ReplyPort(Protocol):
-    """Where an answer goes."""
+    """The receiver of one reply."""
 
     def answer(self, reply: Any) -> None:
-        """Give the answer. Does not wait, may be called from any thread, and only the first call counts."""
+        """Deliver the reply. Does not wait. May be called from any thread; only the first call counts."""
 
     @property
     def waiting(self) -> bool:
-        """Whether somebody still waits; `False` once answered, timed out or cancelled."""
+        """True if the caller still waits; `False` once it was answered, timed out or was cancelled."""
         ...
 
 
 class AsyncioPort:
-    """A port on which a task of an asyncio loop waits. Cheap: a bare future, and a place in a shared timer."""
+    """A port on which an asyncio task waits. It costs a bare future and an entry in a shared timer."""
 
     __slots__ = ("_deadlines", "_thread", "future", "pending")
 
@@ -45,7 +45,7 @@ class AsyncioPort:
         self._deadlines = deadlines
         self._thread = deadlines.thread
         self.pending: DeferredReply | None = None
-        self.future: Future[Any] = Future(loop=deadlines.loop)  # Half the time of loop.create_future().
+        self.future: Future[Any] = Future(loop=deadlines.loop)  # Takes half the time of loop.create_future().
 
     @property
     def waiting(self) -> bool:
@@ -56,14 +56,14 @@ class AsyncioPort:
 
     def answer(self, reply: Any) -> None:
         try:
-            # By the thread, because asking for the running loop costs Python 3.11 a system call.
+            # Compare threads, because `get_running_loop` makes a system call in Python 3.11.
             if get_ident() == self._thread:
-                if not self.future.done():  # As `_settle`, less a call for each answer.
+                if not self.future.done():  # `_settle`, inlined.
                     self.future.set_result(reply)
             else:
                 self._deadlines.loop.call_soon_threadsafe(self._settle, reply)
         except RuntimeError:
-            pass  # The loop is closed, and whoever waited on it is gone.
+            pass  # The loop is closed, so no caller waits.
 
     def _settle(self, reply: Any) -> None:
         if not self.future.done():
@@ -82,12 +82,12 @@ class AsyncioPort:
 
 
 class TrioPort:
-    """A port on which a task of a trio run waits."""
+    """A port on which a trio task waits."""
 
     __slots__ = ("_event", "_reply", "_token", "pending")
 
     def __init__(self) -> None:
-        # Trio is no dependency: it is here if its loop is running.
+        # trio is not a dependency, but it is installed if its event loop is running.
         import trio
 
         self._token = trio.lowlevel.current_trio_token()
@@ -107,9 +107,9 @@ class TrioPort:
         except RuntimeError:
             here = False
         if here:
-            self._settle(reply)  # A quarter of the time that the way for other threads takes.
+            self._settle(reply)  # Takes a quarter of the time of `run_sync_soon`.
             return
-        with contextlib.suppress(trio.RunFinishedError):  # The run is over, and whoever waited in it is gone.
+        with contextlib.suppress(trio.RunFinishedError):  # The run has ended, so no caller waits.
             self._token.run_sync_soon(self._settle, reply)
 
     def _settle(self, reply: Any) -> None:
@@ -128,14 +128,14 @@ class TrioPort:
                     await self._event.wait()
             answered = self._event.is_set()
         finally:
-            self._event.set()  # Late or cancelled, nobody waits any more.
+            self._event.set()  # Timed out or cancelled: the caller no longer waits.
             if self.pending is not None:
                 self.pending.drop()
         return self._reply if answered else late()
 
 
 class ThreadPort:
-    """A port on which a thread waits, with no event loop in it."""
+    """A port on which a thread waits, without an event loop."""
 
     __slots__ = ("_answers", "_open", "pending")
 
@@ -169,29 +169,29 @@ TaskPort = AsyncioPort | TrioPort
 
 
 class DeferredReply:
-    """The promise of a reply that an actor gives later: its handler returns it, and the turn ends.
+    """A reply that an actor gives later. Its handler returns the deferred reply, and the turn ends.
 
-    The actor calls `answer` when it knows; the bus attaches the port of whoever asked. Either may come first. The
-    promise of a batch is answered with a sequence of replies. `on_answer` is called when there is nothing left to answer:
-    when the reply is given, or when the caller has gone.
+    The actor calls `answer` when the reply is known; the bus attaches the caller's port. Either may come first. The
+    deferred reply of a batch is answered with a sequence of replies. `on_answer` is called when the reply is given or the
+    caller no longer waits.
     """
 
     __slots__ = ("_port", "_replies", "on_answer")
 
     def __init__(self, on_answer: Callable[[DeferredReply], None] | None = None) -> None:
-        # Without a lock, which an interruption could leave locked: whichever of `answer` and `attach` comes second sees
-        # what the other left. Both may hand the reply over then, and a port takes only the first.
+        # No lock, because an interruption could leave it locked. The second one of `answer` and `attach` sees the state
+        # that the first has set. If both deliver the reply, the port ignores the second.
         self._replies: list[Reply | Sequence[Reply]] = []
         self._port: ReplyPort | None = None
         self.on_answer = on_answer
 
     @property
     def waiting(self) -> bool:
-        """Whether a caller may still wait for the answer."""
+        """True if a caller may still wait for the reply."""
         return not self._replies and (self._port is None or self._port.waiting)
 
     def answer(self, reply: Reply | Sequence[Reply]) -> None:
-        """Give the answer, from any thread. Only the first call counts."""
+        """Deliver the reply. May be called from any thread; only the first call counts."""
         if self._replies:
             return
         self._replies.append(reply)
@@ -199,7 +199,7 @@ class DeferredReply:
             self.hand_over()
 
     def hand_over(self) -> None:
-        """Hand the answer over, if there is one: again, where that was interrupted."""
+        """Pass the reply, if there is one, to the port. Called again after an interruption."""
         if self._replies:
             if (port := self._port) is not None:
                 port.answer(self._replies[0])
@@ -207,7 +207,7 @@ class DeferredReply:
                 self.on_answer(self)
 
     def attach(self, port: ReplyPort) -> None:
-        """Name the port that the answer goes to."""
+        """Set the port that receives the reply."""
         self._port = port
         if self._replies:
             port.answer(self._replies[0])
@@ -215,19 +215,19 @@ class DeferredReply:
             port.pending = self
 
     def drop(self) -> None:
-        """Note that the caller waits no more, answered or not."""
+        """Record that the caller no longer waits."""
         if not self._replies and self.on_answer is not None:
             self.on_answer(self)
 
 
 def open_port() -> TaskPort:
-    """A port on which the running task waits."""
+    """Return a port on which the running task can wait."""
     deadlines = running_deadlines()
     return TrioPort() if deadlines is None else AsyncioPort(deadlines)
 
 
 def in_event_loop() -> bool:
-    """Whether this thread runs an event loop, which a blocking call would stop."""
+    """True if this thread runs an event loop, which a blocking call would block."""
     if running_loop() is not None:
         return True
     if (trio := sys.modules.get("trio")) is None:
@@ -241,5 +241,5 @@ def in_event_loop() -> bool:
 
 @lru_cache(maxsize=256)
 def too_late(address: str, timeout: float) -> Callable[[], Failed]:
-    """What to answer when `address` has not answered within `timeout` seconds."""
+    """Return a function that builds the reply for a timeout: `address` has not answered within `timeout` seconds."""
     return lambda: Failed.of(CacheTimeoutError("no answer", address, timeout))

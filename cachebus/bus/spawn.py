@@ -1,4 +1,4 @@
-"""Background work in the running event loop, on asyncio and on trio."""
+"""Background tasks in the running event loop, on asyncio and on trio."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from .clock import running_deadlines
 from .compat import enter_task, leave_task, running_loop
 
-_running: set[asyncio.Task[None]] = set()  # A loop holds its tasks weakly.
+_running: set[asyncio.Task[None]] = set()  # Strong references, because an event loop only has weak ones.
 
 Ended = Callable[[], None]
 
@@ -19,13 +19,13 @@ Ended = Callable[[], None]
 def spawn(
     work: Coroutine[Any, Any, None], ended: Ended | None = None, *, unbegun: Ended | None = None
 ) -> Callable[[], None]:
-    """Run `work` beside the current task, in a copy of its context, and return a function that cancels it from any thread.
+    """Run `work` in a new task, in a copy of the current context. Return a function that cancels it from any thread.
 
-    `work` must not raise. `ended` is called once in any case, also if `work` is cancelled before its first step or the
-    event loop ends first. `unbegun` is called if `work` does not begin, and perhaps in other cases. On asyncio the first
-    step is taken at once, on this stack, so work that does not wait has ended when this returns.
+    `work` must not raise. `ended` is called exactly once, even if `work` is cancelled before its first step or the event
+    loop ends first. `unbegun` is called if `work` does not begin; it may also be called in other cases. On asyncio, the
+    first step runs immediately on this stack, so work that does not wait has ended when this function returns.
     """
-    deadlines = running_deadlines()  # It knows the loop; asking asyncio costs Python 3.11 a system call.
+    deadlines = running_deadlines()  # Knows the loop; `get_running_loop` makes a system call in Python 3.11.
     if deadlines is None:
         return _spawn_in_trio(work, ended or unbegun or (lambda: None))
     loop = deadlines.loop
@@ -36,10 +36,10 @@ def spawn(
         context.run(begun.begin, loop, task)
         if begun.over:
             if ended is not None:
-                ended()  # The task has one step left, which finds that nothing is left to do.
+                ended()  # The task has one step left, which does nothing.
             return lambda: None
     else:
-        # Tasks of this factory may begin at any time.
+        # A custom task factory decides when its tasks begin.
         task = loop.create_task(work)
         ended = ended or unbegun
     _running.add(task)
@@ -52,16 +52,18 @@ def spawn(
         if running_loop() is loop:
             task.cancel()
             return
-        with contextlib.suppress(RuntimeError):  # The loop is closed, and the task with it.
+        with contextlib.suppress(RuntimeError):  # The loop is closed, so the task has ended.
             loop.call_soon_threadsafe(task.cancel)
 
     return cancel
 
 
 class _Begun(Coroutine[Any, Any, None]):
-    """A coroutine whose task takes it over after its first step. That step is taken in the name of the task, so that
-    what looks for the current task in it (a timeout, a task group, a cancel scope) finds the one that will go on.
-    Python 3.12 can do this by itself (`eager_start`); 3.11 cannot."""
+    """A coroutine whose first step runs before its task does.
+
+    During that step the task is the current one, so timeouts, task groups and cancel scopes are bound to the right task.
+    Python 3.12 has `eager_start` for this; Python 3.11 does not.
+    """
 
     __slots__ = ("_awaits", "_coroutine", "_error", "over")
 
@@ -72,7 +74,7 @@ class _Begun(Coroutine[Any, Any, None]):
         self.over = False
 
     def begin(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
-        """Take the first step. What it raises is raised by the task."""
+        """Run the first step. If it raises, the task raises the error."""
         present = asyncio.current_task(loop)
         if present is not None:
             leave_task(loop, present)
@@ -104,14 +106,14 @@ class _Begun(Coroutine[Any, Any, None]):
         if self._awaits is not None:
             awaits, self._awaits = self._awaits, None
             if isinstance(error[0], asyncio.CancelledError) and awaits.cancel():
-                return awaits  # Cancelled before its second step: what it waits for is cancelled, as for any task.
+                return awaits  # Cancelled before its second step: cancel the awaited future, as for any task.
         return self._coroutine.throw(*error)
 
     def close(self) -> None:
         self._coroutine.close()
 
     def __await__(self) -> Generator[Any, None, None]:
-        raise NotImplementedError("a task drives it")
+        raise NotImplementedError("this coroutine can only be run by a task")
 
 
 def _spawn_in_trio(work: Coroutine[Any, Any, None], ended: Callable[[], None]) -> Callable[[], None]:
@@ -126,7 +128,7 @@ def _spawn_in_trio(work: Coroutine[Any, Any, None], ended: Callable[[], None]) -
         finally:
             ended()
 
-    # A system task, because no nursery here is sure to outlive the caller.
+    # A system task, because no nursery is guaranteed to outlive the caller.
     token = trio.lowlevel.current_trio_token()
     trio.lowlevel.spawn_system_task(run, context=contextvars.copy_context())
 

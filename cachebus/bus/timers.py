@@ -1,14 +1,14 @@
-"""Timers: functions that are called back on an event loop when they are due, with one queue for each loop.
+"""Timers: callbacks on an event loop, with one queue for each loop.
 
-An event loop has one timer of its own, for the first of ours that is due. A timer that is armed or cancelled on another
-thread, or by a finalizer in the middle of the queue's own work, is appended to a deque and taken over by the loop. No
+The event loop holds a single native timer, for the earliest callback. When another thread schedules or cancels a timer,
+or a finalizer does so while the queue is being changed, the change is appended to a deque. The loop then applies it. No
 lock is held, so neither side waits for the other:
 
-    loop                                    another thread
-    ----                                    --------------
-    take over what is in the deque          append to the deque
-    arm the loop's timer, note for when     due before what is noted: wake the loop
-    look into the deque once more
+    loop                                        another thread
+    ----                                        --------------
+    apply the changes in the deque              append the change to the deque
+    schedule the native timer, record its time  if it is due before the recorded time: wake the loop
+    check the deque once more
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from .spawn import spawn
 logger = logging.getLogger("cachebus.bus")
 K = TypeVar("K")
 
-_SLACK = 64  # Dead places that a heap may have in any case.
-_BACKLOG = 1000  # Changes by other threads that may wait for the loop's next step before it is woken.
-_LONGEST = 86400.0  # Seconds for which the loop's timer is armed at most; then it is armed again.
-_LOGGED = 100  # Kinds of failures of callbacks that are logged, at most; the others are counted.
+_SLACK = 64  # Number of stale heap entries that are always allowed.
+_BACKLOG = 1000  # Number of queued changes by other threads above which the loop is woken.
+_MAX_DELAY = 86400.0  # Maximum delay of the loop's timer in seconds; it is then scheduled again.
+_LOGGED = 100  # Maximum number of kinds of callback failures that are logged; all are counted.
 
 
 class TimerQueue(Generic[K]):
-    """A priority queue of keys, each with the one instant at which it is due. Not for use by several threads at once.
+    """A priority queue of keys, each with one due time. Not thread-safe.
 
-    The heap is lazy: to move a key to a later instant, or to discard it, changes a dictionary only. Its old place is
-    dropped when it comes up, or when more than half of the heap is such places, so the heap is bounded by twice the
-    number of keys. Keys that are due at the same instant come in the order in which they were set.
+    The heap is lazy: moving a key to a later time, or discarding it, only changes a dictionary. The stale heap entry is
+    removed when it reaches the top, or when more than half of the heap is stale. The heap is therefore bounded by twice
+    the number of keys. Keys that are due at the same time are returned in the order in which they were set.
     """
 
     __slots__ = ("_due", "_heap", "_numbers")
@@ -65,27 +65,30 @@ class TimerQueue(Generic[K]):
         return iter(self._due)
 
     def set(self, key: K, when: float) -> bool:
-        """Let a key be due at `when`, in place of an earlier setting. Return whether none is due earlier than it."""
+        """Set the due time of a key, and replace an earlier setting. Return `True` if no key is due before it."""
         before = self._due.get(key)
         self._due[key] = when
         if before is not None and before <= when:
-            return False  # Its place in the heap comes up earlier, and it is moved then.
+            return False  # Its heap entry reaches the top earlier and is moved then.
         heapq.heappush(self._heap, (when, next(self._numbers), key))
         self._tidy()
         return self._heap[0][0] >= when
 
     def set_earlier(self, key: K, when: float) -> bool:
-        """As `set`, unless the key is due by then already."""
+        """Set the due time of a key, unless it is already due by then."""
         before = self._due.get(key)
         return (before is None or when < before) and self.set(key, when)
 
     def discard(self, key: K) -> None:
-        """Take a key out, if it is in the queue."""
+        """Remove a key if it is in the queue."""
         if self._due.pop(key, None) is not None:
             self._tidy()
 
     def due(self) -> float:
-        """The instant at which to look for what is due: the earliest one, or earlier if a key was moved; else infinity."""
+        """Return the time at which to check the queue next, or infinity if it is empty.
+
+        This is the earliest due time, or an earlier one if a key was moved.
+        """
         heap, due = self._heap, self._due
         while heap:
             when, _, key = heap[0]
@@ -95,11 +98,11 @@ class TimerQueue(Generic[K]):
         return math.inf
 
     def pop(self, now: float) -> K | None:
-        """Take out the first key that is due at `now`; `None` if none is."""
+        """Remove and return the first key that is due at `now`, or return `None`."""
         return next(self.expire(now), None)
 
     def expire(self, now: float, limit: float = math.inf) -> Iterator[K]:
-        """Take out each key that is due at `now`, the earliest first. Looks at no more than `limit` keys."""
+        """Remove and yield the keys that are due at `now`, in order. Examines at most `limit` keys."""
         heap, due = self._heap, self._due
         while heap and heap[0][0] <= now and limit > 0:
             noted, number, key = heap[0]
@@ -108,7 +111,7 @@ class TimerQueue(Generic[K]):
                 heapq.heappop(heap)
             elif when > noted:
                 heapq.heapreplace(heap, (when, number, key))
-                limit -= when > now  # Otherwise it is counted when it is taken out.
+                limit -= when > now  # Otherwise it is counted when it is removed.
             else:
                 limit -= 1
                 heapq.heappop(heap)
@@ -116,20 +119,20 @@ class TimerQueue(Generic[K]):
                 yield key
 
     def clear(self) -> None:
-        """Take everything out."""
+        """Remove all keys."""
         self._due.clear()
         self._heap.clear()
 
     def _tidy(self) -> None:
         if len(self._heap) > 2 * len(self._due) + _SLACK:
-            # In place, because `expire` may be under way.
+            # In place, because `expire` may be iterating.
             self._heap[:] = [(when, number, key) for number, (key, when) in enumerate(self._due.items())]
             heapq.heapify(self._heap)
             self._numbers = itertools.count(len(self._heap))
 
 
 class Timer(Struct, eq=False):
-    """A function that will be called back at `when`, unless it is cancelled."""
+    """A callback that is scheduled for `when`, unless it is cancelled."""
 
     loop: _LoopQueue | None
     owner: LoopTimers
@@ -140,7 +143,7 @@ class Timer(Struct, eq=False):
         return f"<Timer at {self.when:g} s{', over' if self.callback is None else ''}>"
 
     def cancel(self) -> None:
-        """Do not call back. From any thread; once it was called back or cancelled, this does nothing."""
+        """Cancel the callback. Thread-safe. Does nothing if the callback has run or was cancelled."""
         if self.callback is not None:
             self.callback = None
             if self.loop is not None:
@@ -150,9 +153,9 @@ class Timer(Struct, eq=False):
 class LoopTimers:
     """The timers of one owner on an event loop, with times on `clock.monotonic`. Implements `Timers`.
 
-    `start` binds them to the running loop. Before that, and after `close`, nothing is called back. The owners on a loop
-    share one queue, except those with a clock of their own. A callback must not wait. Its errors are logged, once for
-    each kind, and counted in `failures`.
+    `start` binds them to the running loop. No callback runs before that, or after `close`. All owners on a loop share one
+    queue, except those with a custom clock. A callback must not wait. Its errors are counted in `failures` and logged
+    once per kind.
     """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -163,20 +166,20 @@ class LoopTimers:
         self.failures = 0
 
     def __repr__(self) -> str:
-        return f"<LoopTimers {'open' if self.open else 'closed'}, {len(self)} armed>"
+        return f"<LoopTimers {'open' if self.open else 'closed'}, {len(self)} scheduled>"
 
     def __len__(self) -> int:
         return 0 if self._loop is None else self._loop.count(self)
 
     def start(self) -> None:
-        """Begin, on the event loop that runs in this thread."""
+        """Start on the event loop that runs in this thread."""
         self._loop = _queue_of_running_loop(self._clock)
         self.open = True
 
     def call_at(self, when: float, callback: Callable[[], Any]) -> Timer:
-        """Call `callback` when `clock.monotonic` has reached `when`. From any thread, finalizers included."""
+        """Call `callback` when `clock.monotonic` reaches `when`. May be called from any thread and from finalizers."""
         if when != when:
-            raise ValueError(f"a timer needs an instant, not {when!r}")
+            raise ValueError(f"the time of a timer must be a number, not {when!r}")
         loop = self._loop
         timer = Timer(loop, self, when, callback)
         if loop is None or not self.open:
@@ -186,17 +189,17 @@ class LoopTimers:
         return timer
 
     def call_after(self, delay: float, callback: Callable[[], Any]) -> Timer:
-        """As `call_at`, `delay` seconds from now."""
+        """Call `callback` after `delay` seconds. Otherwise like `call_at`."""
         return self.call_at(self._now() + delay, callback)
 
     def close(self) -> None:
-        """Cancel everything. Safe to call twice, and on any thread."""
+        """Cancel all timers. Safe to call twice and from any thread."""
         self.open = False
         if self._loop is not None:
             self._loop.change(self, -math.inf)
 
     def forked(self) -> None:
-        """Become unusable in the child of a fork, whose loop stayed behind."""
+        """Close the timers in a forked child, which does not have the event loop."""
         self.open = False
         self._loop = None
 
@@ -222,12 +225,12 @@ class _LoopQueue:
         )
 
     def count(self, owner: LoopTimers) -> int:
-        """How many timers an owner has; on the loop's own thread."""
+        """Return the number of timers of an owner. Call it on the loop's thread."""
         self._settle()
         return sum(each.owner is owner for each in self._queue)
 
     def change(self, changed: Timer | LoopTimers, when: float) -> None:
-        """Take over a timer that was armed or cancelled, or the end of an owner. `when` is how urgent that is."""
+        """Apply a change: a timer was scheduled or cancelled, or an owner was closed. `when` is the time it is due."""
         self._changed.append(changed)
         if get_ident() == self._thread:
             self._settle()
@@ -241,14 +244,14 @@ class _LoopQueue:
         try:
             self._call_soon(self._settle)
         except RuntimeError:
-            # The loop is closed, and nothing is called back any more.
+            # The loop is closed, so no more callbacks run.
             self._changed.clear()
             self._waking = False
 
     def _settle(self) -> None:
-        """Take over what has changed, and arm the loop's timer for the first that is due."""
+        """Apply the pending changes, and schedule the loop's timer for the earliest callback."""
         if self._busy:
-            return  # The call further down this stack looks once more.
+            return  # The outer call on this stack checks the deque once more.
         while True:
             self._busy = True
             try:
@@ -278,10 +281,10 @@ class _LoopQueue:
             self._armed_for, self._disarm = math.inf, lambda: None
 
     def _arm(self, due: float) -> None:
-        delay = min(max(due - self._now(), 0.0), _LONGEST)
+        delay = min(max(due - self._now(), 0.0), _MAX_DELAY)
         disarm: Callable[[], object]
         try:
-            # In a context of its own: that of the caller holds a trace, and much else.
+            # In a new context, because the caller's holds a trace and other variables.
             if self._is_asyncio and isinstance(self._clock, SystemClock):
                 disarm = self.loop.call_later(delay, self._fire, due, context=Context()).cancel
             else:
@@ -306,7 +309,7 @@ class _LoopQueue:
             return
         self._busy = True
         try:
-            # A timer that a callback arms for now waits in the deque, so that other tasks have their turn.
+            # If a callback schedules a timer for now, it stays in the deque, so that other tasks can run first.
             for timer in self._queue.expire(self._now()):
                 self._call(timer)
         finally:
@@ -325,11 +328,11 @@ class _LoopQueue:
             kind = (getattr(function, "__code__", function.__class__), type(error))
             if kind not in self._logged and len(self._logged) < _LOGGED:
                 self._logged.add(kind)
-                logger.exception("the callback of a timer failed")
+                logger.exception("a timer callback failed")
 
 
 def _current_loop() -> Any:
-    """The loop of asyncio that runs in this thread, or the token of the run of trio. Raises `RuntimeError`."""
+    """Return the asyncio loop that runs in this thread, or the token of the trio run. Raises `RuntimeError`."""
     if (loop := running_loop()) is not None:
         return loop
     import trio
@@ -337,7 +340,7 @@ def _current_loop() -> Any:
     return trio.lowlevel.current_trio_token()
 
 
-_here = threading.local()  # `queue` is that of the loop that this thread used last.
+_here = threading.local()  # `queue` belongs to the loop that this thread used last.
 
 
 def _queue_of_running_loop(clock: Clock) -> _LoopQueue:
@@ -350,7 +353,7 @@ def _queue_of_running_loop(clock: Clock) -> _LoopQueue:
 
 
 def running_timers(clock: Clock = SYSTEM_CLOCK) -> LoopTimers:
-    """Timers on the event loop that runs in this thread."""
+    """Return timers on the event loop that runs in this thread."""
     timers = LoopTimers(clock)
     timers.start()
     return timers

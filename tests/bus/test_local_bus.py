@@ -111,7 +111,7 @@ async def test_what_is_sent_and_cannot_be_handled_is_a_dead_letter(bus: LocalBus
         bus.send(PLACE, TakeSnapshot())
         letter = await anext(letters)
     assert isinstance(letter, DeadLetter)
-    assert "has no handler of TakeSnapshot" in letter.reason
+    assert "has no handler for TakeSnapshot" in letter.reason
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ async def test_a_thread_asks_an_actor_that_waits(bus: LocalBus, supervisor: Supe
 
 async def test_blocking_the_loop_for_an_actor_that_waits_is_refused(bus: LocalBus, supervisor: Supervisor) -> None:
     await supervisor.start(PLACE, Patient)
-    with pytest.raises(CacheError, match="would stop the event loop of this thread"):
+    with pytest.raises(CacheError, match="would block the event loop of this thread"):
         bus.request_blocking(PLACE, Get("k"), T)
     assert await bus.request(PLACE, Get("k"), T) == Found("k")
 
@@ -182,7 +182,7 @@ async def test_a_blocking_call_from_inside_a_turn_is_refused_and_does_not_hang(
     assert await bus.request(PLACE, Get("outer"), T) == Found("outer")
     assert await anyio.to_thread.run_sync(lambda: bus.request_blocking(PLACE, Get("outer"), T)) == Found("outer")
     assert len(refusals) == 2
-    assert all("from inside a turn of this very actor" in refusal for refusal in refusals)
+    assert all("during a turn of the same actor" in refusal for refusal in refusals)
 
 
 async def test_tasks_of_another_event_loop_are_answered_there(bus: LocalBus, supervisor: Supervisor) -> None:
@@ -213,7 +213,7 @@ async def test_a_closed_bus_refuses_everything(bus: LocalBus, supervisor: Superv
 
 
 async def test_a_bus_says_in_its_repr_whom_it_serves(bus: LocalBus, supervisor: Supervisor) -> None:
-    assert repr(bus) == "<LocalBus 'test' serving nobody>"
+    assert repr(bus) == "<LocalBus 'test' serving no addresses>"
     await supervisor.start(PLACE, Echo)
     assert repr(bus) == "<LocalBus 'test' serving test.place>"
 
@@ -236,7 +236,7 @@ async def test_a_blocking_caller_in_a_loop_whose_request_crashes_a_plain_actor_i
         bus.request_blocking(PLACE, Increment("k"), T)
     assert await bus.request(PLACE, Get("k"), T) == Found("k")
     # An idempotent one waits for the next life, which cannot begin while its loop is blocked.
-    with pytest.raises(CacheError, match="would stop the event loop"):
+    with pytest.raises(CacheError, match="would block the event loop"):
         bus.request_blocking(PLACE, Delete("k"), T)
     assert await bus.request(PLACE, Get("k"), T) == Found("k")
 

@@ -405,7 +405,7 @@ async def events_can_be_chosen_by_class_and_by_name(cache: Cache, clock: ManualC
         await cache.delete("key")
         assert [type(event) for event in heard(hits)] == [CacheHit]
         assert [type(event) for event in heard(writes)] == [CacheSet, CacheDeleted]
-    with pytest.raises(ValueError, match="no kind of event is called 'cache_hits'"):
+    with pytest.raises(ValueError, match="unknown kind of event 'cache_hits'"):
         cache.events("cache_hits")
 
 

@@ -93,7 +93,7 @@ def test_a_cache_of_ones_own_is_asked_without_a_bus(capfd: pytest.CaptureFixture
         (["get", ""], 2, "key"),
         (["set", "k", "{", "--as", "json"], 2, "VALUE is not valid JSON"),
         (["set", "k", "v", "--ttl", "-1"], 2, "ttl"),
-        (["events", "--kind", "coffee"], 2, "no kind of event is called 'coffee'"),
+        (["events", "--kind", "coffee"], 2, "unknown kind of event 'coffee'"),
         (["topology", "--interval", "-1"], 2, "--interval"),
     ],
 )

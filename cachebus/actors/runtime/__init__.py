@@ -1,1 +1,1 @@
-"""The runtime of actors: mailboxes, turns and supervision."""
+"""The actor runtime: mailboxes, turns and supervision."""

@@ -1,4 +1,4 @@
-"""Actors: state, handlers that are found by the type of their parameter, and the context that the actor sees."""
+"""The actor base class, its handlers, and the context that an actor works with."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ BatchHandler = Callable[[Sequence[Any]], Awaitable["Sequence[Reply | Pending]"]]
 
 @dataclass(slots=True)
 class Handlers:
-    """An actor's handlers by the kind of message that they take.
+    """The handlers of an actor, by kind of message.
 
-    `plain` ones (`def`) cannot wait and may run on the sender's stack. `waiting` ones (`async def`) run in the actor's
-    own task. `batch` ones take everything that has come in meanwhile. An `eager` one of the same kind is asked first, on
-    the sender's stack, while the mailbox is empty. It cannot wait either: it returns `None` to decline.
+    * `plain` handlers (`def`) cannot wait and may run on the sender's stack.
+    * `waiting` handlers (`async def`) run in the actor's task.
+    * `batch` handlers receive all messages that have arrived since the previous turn.
+    * `eager` handlers are tried before another handler of the same kind, on the sender's stack, while the mailbox is
+      empty. They cannot wait; they return `None` to decline.
     """
 
     plain: dict[type[Message], PlainHandler] = field(default_factory=dict)
@@ -38,12 +40,14 @@ class Handlers:
 
 
 class Context(Protocol):
-    """An actor's surroundings: its name, the time, and ways to publish, to reply later and to be called back.
+    """The environment of an actor: its address, the clock, events, deferred replies and timers.
 
-    `deadline` is until when the request of the current turn is worth working on, on `clock.monotonic`. It is `None` if
-    no caller waits, and in plain handlers, which do not wait. `subscriptions.kinds` holds the kinds of events that have
-    listeners: look before you build one. `restarts` counts the incarnations after the first, `overloaded` the requests
-    that the full mailbox turned away. `timers` call functions back, even during a turn, until the actor ends.
+    * `deadline` is the deadline of the request of the current turn, on `clock.monotonic`. It is `None` if no caller waits,
+      and in plain handlers, which do not wait.
+    * `subscriptions.kinds` holds the kinds of events that have listeners. Check it before you build an event.
+    * `restarts` counts the incarnations after the first.
+    * `overloaded` counts the requests that were rejected because the mailbox was full.
+    * `timers` schedule callbacks, which may run during a turn, until the actor ends.
     """
 
     address: Address
@@ -60,61 +64,68 @@ class Context(Protocol):
 
     @property
     def traces(self) -> list[str | None]:
-        """In the turn of a batch, until its first await: the trace context of each request."""
+        """The trace context of each request of a batch. Valid in a batch turn, until its first await."""
         ...
 
     def emit(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
-        """Publish an event of a kind with these fields. It is built only if it has listeners and the sample has it."""
+        """Publish an event with these fields. The event is only built if it has listeners and is in the sample."""
 
     def defer(self) -> DeferredReply:
-        """Promise a reply: return it from the handler, and answer it later. On stop it is answered for you."""
+        """Create a reply to answer later; return it from the handler. It is answered automatically on stop."""
         ...
 
     def send_after(self, delay: float, message: Message) -> Timer:
-        """Send `message` to this actor after `delay` seconds, unless the timer is cancelled."""
+        """Send `message` to this actor after `delay` seconds. Cancel the returned timer to prevent it."""
         ...
 
     def start_soon(self, function: Callable[[], Awaitable[None]], /) -> None:
-        """Run `function` beside the turns. It ends with the actor's supervisor at the latest."""
+        """Run `function` concurrently with the turns. It is cancelled when the actor's supervisor ends."""
 
     def crash(self, error: BaseException, /) -> None:
-        """End this incarnation of the actor, for an error that was met beside its turns."""
+        """Crash this incarnation of the actor because of an error that occurred outside its turns."""
 
 
 class Actor:
-    """State with handlers. It sees messages and its `ctx`, never a bus, a subject or bytes, and has one turn at a time.
+    """State with message handlers. An actor runs one turn at a time; it works with messages and its `ctx` only.
 
-    Every public method whose one parameter is annotated with a message class (or several, `A | B`) is the handler of
-    these messages and returns the reply, or a `DeferredReply` from `ctx.defer()`. A parameter `Sequence[A | B]` of an
-    `async def` makes it a batch handler, which returns one reply a message, in order. A `CacheError` raised is an
-    answer. Any other exception is a crash, and the supervisor replaces the actor.
+    A public method with one parameter that is annotated with a message class, or with several (`A | B`), handles these
+    messages. It returns the reply, or a `DeferredReply` from `ctx.defer()`.
+
+    An `async def` with a parameter of type `Sequence[A | B]` is a batch handler. It returns one reply per message, in
+    order.
+
+    If a handler raises a `CacheError`, that is the reply. Any other exception is a crash, and the supervisor replaces the
+    actor.
     """
 
     ctx: Context
 
     max_batch: int = 512
-    """The most messages of one batch turn."""
+    """Maximum number of messages in one batch turn."""
     max_batch_bytes: int = 1 << 20
-    """The size at which a batch turn takes no more messages, counting the values that are `bytes`."""
+    """Size in bytes at which a batch turn takes no more messages. Only values of type `bytes` count."""
 
     async def on_start(self) -> None:
-        """Called once before the first turn of this incarnation. Raising is a failed start."""
+        """Prepare this incarnation. Called once, before its first turn. If it raises, the start has failed."""
 
     async def on_stop(self) -> None:
-        """Called once after the last turn of this incarnation, also after a crash."""
+        """Release the resources of this incarnation. Called once, after its last turn or a crash."""
 
     def repair(self) -> Collection[DeferredReply] | None:
-        """Repair the state after a turn that was interrupted at any instruction, and return the replies that this actor
-        still owes; any others are answered as lost. `None`, the default, asks for a new incarnation, which counts as no
-        restart. May itself be interrupted, and is then called again."""
+        """Restore consistency after a turn was interrupted at an arbitrary instruction.
+
+        Return the deferred replies that this actor will still answer; all others are answered as lost. Return `None`, the
+        default, to be replaced by a new incarnation; that does not count as a restart. This method may be interrupted
+        too, and is then called again.
+        """
         return None
 
     def on_ping(self, request: Ping) -> Pong:
-        """Every actor answers `Ping`."""
+        """Answer a `Ping`. Every actor does."""
         return Pong(self.ctx.address)
 
     def handlers(self) -> Handlers:
-        """The handlers of this actor, bound to it."""
+        """Return the bound handlers of this actor."""
         table = Handlers()
         for name, kinds, shape in _signatures(type(self)):  # type: ignore[arg-type]  # mypy 2.4 takes type[Actor] for unhashable
             into: dict[type[Message], Any] = getattr(table, shape)
@@ -125,7 +136,7 @@ class Actor:
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033 (functools.cache, mypy 2.4 says, takes no class for hashable)
 def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...], str], ...]:
-    """The handlers of a class: name, kinds of message, and which table of `Handlers` they belong in."""
+    """Return the handlers of a class: name, kinds of message, and the table of `Handlers` that they belong to."""
     found: list[tuple[str, tuple[type[Message], ...], str]] = []
     taken: dict[type[Message], str] = {}
     for name, function in inspect.getmembers(cls, inspect.isfunction):
@@ -140,10 +151,10 @@ def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...],
             continue
         waits = inspect.iscoroutinefunction(function)
         if batch and not waits:
-            raise TypeError(f"{cls.__name__}.{name} takes a batch, so it must be async def")
+            raise TypeError(f"{cls.__name__}.{name} takes a batch, so it must be an async def")
         for kind in kinds:
             if kind in taken:
-                raise TypeError(f"{cls.__name__} has two handlers of {kind.__name__}: {taken[kind]} and {name}")
+                raise TypeError(f"{cls.__name__} has two handlers for {kind.__name__}: {taken[kind]} and {name}")
             taken[kind] = name
         _check_replies(f"{cls.__name__}.{name}", kinds, hints.get("return"))
         found.append((name, kinds, "batch" if batch else "waiting" if waits else "plain"))
@@ -191,13 +202,13 @@ def _check_replies(handler: str, kinds: tuple[type[Message], ...], annotation: A
 
 
 def check_batch(envelopes: Sequence[Envelope], replies: Sequence[Any]) -> None:
-    """Raise `TypeError` unless there is one reply for each message."""
+    """Raise `TypeError` unless there is exactly one reply per message."""
     if len(replies) != len(envelopes):
-        raise TypeError(f"a batch of {len(envelopes)} messages got {len(replies)} replies")
+        raise TypeError(f"the handler returned {len(replies)} replies to a batch of {len(envelopes)} messages")
 
 
 def alone(handler: AsyncHandler) -> BatchHandler:
-    """A handler of one message as a handler of a batch of one."""
+    """Adapt a handler of single messages to batches of one message."""
 
     async def handle(batch: Sequence[Any]) -> Sequence[Any]:
         return [await handler(batch[0])]

@@ -1,20 +1,21 @@
-"""The permanent part of an actor: its address, its mailbox and its turn. Lives of the actor come and go in it.
+"""The permanent part of an actor: its address, mailbox and turn, which survive each incarnation of the actor.
 
-One turn at a time, by a token. `list.pop` and `list.append` are atomic and take 30 ns where a `threading.Lock` takes
-140 ns. No caller blocks for the token: one that does not get it posts to the mailbox. A holder looks into the mailbox
-*after* it has given the token back, and a poster tries the token *after* it has posted, so one of the two sees the message:
+A token ensures that the actor runs one turn at a time. `list.pop` and `list.append` are atomic and take 30 ns; a
+`threading.Lock` takes 140 ns. No caller blocks for the token: a caller that does not get it posts to the mailbox. The
+holder checks the mailbox *after* it has returned the token, and a poster tries the token *after* it has posted. One of
+them therefore sees the message:
 
     holder                          poster
     ------                          ------
-    give(token)                     mailbox.append(envelope)
+    return the token                mailbox.append(envelope)
     if mailbox: take the token      if the token is free: take it
       and serve, or wake the task     and serve, or wake the task
 
 The message is then served on the stack of the holder ("flat combining": Hendler et al., SPAA 2010) or, if its handler
 can wait, by the actor's task.
 
-A turn that is interrupted (see `turns.py`) does not give the token back. The next one that finds it gone takes the turn over
-and repairs what was left half done: the envelope that was being served, the actor, and the deferred replies that it lost.
+An interrupted turn (see `turns.py`) does not return the token. The next caller that finds it missing takes over the turn
+and repairs its state: the envelope that was being served, the actor, and the deferred replies that were lost.
 """
 
 from __future__ import annotations
@@ -59,28 +60,29 @@ from .turns import TurnToken, is_interruption
 
 logger = logging.getLogger("cachebus.actors")
 
-_COMBINE = 64  # Turns that one caller takes for others before the actor's task goes on with them.
-_TURNS_PER_CHECKPOINT = 128  # Turns of the actor's task without letting other tasks run.
-_LOOK_AGAIN = 0.01
-"""Seconds after which a message that waits for a turn looks whether the holder was interrupted."""
+_COMBINE = 64  # Turns that one caller runs for others before it leaves the rest to the actor's task.
+_TURNS_PER_CHECKPOINT = 128  # Turns of the actor's task before it lets other tasks run.
+_RECHECK_AFTER = 0.01
+"""Seconds after which a message that waits for a turn checks again if the holder was interrupted."""
 
 
 _BETWEEN_CLAIMS = 0.002
-"""Seconds between two looks at the stacks of all threads, at least, for callers that find the turn taken."""
+"""Minimum number of seconds between two searches of the stacks of all threads."""
 
 _CLAIMS_SHARE = 50
-"""How many times longer than a look the pause after it is."""
+"""Ratio of the pause after a search to the duration of the search."""
 
 
 class Renewal(Exception):
-    """Ends one incarnation of an actor that an interrupted turn left in a state which only a new incarnation puts right."""
+    """Raised to replace an actor whose state cannot be repaired after an interrupted turn."""
 
 
 class Cell:
-    """The mailbox and the turn of one actor; it outlives the actor's crashes. A `Recipient` for the bus.
+    """The mailbox and the turn of one actor, which survive its crashes. A `Recipient` for the bus.
 
-    `capacity` bounds the mailbox; beyond it requests are answered `Overloaded`, except those that invalidate, whose
-    number is bounded by the callers who wait for them. With `inline_turns=False` every turn is the task's.
+    `capacity` bounds the mailbox. If it is full, requests are answered with `Overloaded`. Requests that invalidate are
+    accepted even then; their number is bounded by the callers that wait for them. With `inline_turns=False`, every turn
+    runs in the actor's task.
     """
 
     def __init__(
@@ -95,8 +97,10 @@ class Cell:
         self.subscriptions = emitter.subscriptions
         self.deadline: float | None = None
         self._batch: list[Envelope] = []
-        self.timers = LoopTimers(clock)  # Started by the supervisor, whose event loop it is.
-        self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]  # The supervisor's, who has the task group.
+        self.timers = LoopTimers(clock)  # The supervisor starts them on its event loop.
+        self.start_soon: Callable[
+            [Callable[[], Awaitable[None]]], None
+        ]  # Set by the supervisor, which has the task group.
         self._inline_turns = inline_turns
         self._turn = TurnToken(self, _TURN_CODES)
         self._mailbox = Mailbox(address, emitter, clock, capacity)
@@ -109,7 +113,7 @@ class Cell:
         self._called: dict[type[Message], list[Any]] = {}
         self._wakes: list[ReplyPort] = []
         self._serving: Envelope | None = None
-        self._looks_again = False
+        self._recheck_scheduled = False
         self._next_claim = 0.0
         self._crash: Exception | None = None
         self.stopping = False
@@ -122,17 +126,17 @@ class Cell:
 
     @property
     def overloaded(self) -> int:
-        """How many messages the full mailbox has turned away."""
+        """Number of messages that were rejected because the mailbox was full."""
         return self._mailbox.overloaded
 
     @property
     def waiting(self) -> int:
-        """How many messages are in the mailbox."""
+        """Number of messages in the mailbox."""
         return len(self._mailbox)
 
     @property
     def pending_replies(self) -> int:
-        """How many replies the actor has promised to callers that still wait for them."""
+        """Number of deferred replies that callers still wait for."""
         return len(self._deferred)
 
     # For the bus
@@ -144,8 +148,8 @@ class Cell:
         return turn
 
     def make_turn(self, kind: type[Message]) -> Turn:
-        """As `turn`, which makes one for each kind."""
-        # A closure over everything it needs: this is the hot path of a cache, and each lookup on self costs 10-20 ns.
+        """Create the function that `turn` returns and caches for each kind."""
+        # A closure, because this is the hot path of a cache and each attribute lookup on self costs 10-20 ns.
         mailbox, free = self._mailbox, self._turn.free
         called = self._called.setdefault(kind, [None, None])
         self._name_handlers(kind, called)
@@ -174,7 +178,7 @@ class Cell:
                         raise
                     reply = DeferredReply()
                     self._crashed(error, Envelope(message, reply))
-                free.append(token)  # Not in a `finally`: an interrupted turn leaves it to the next one.
+                free.append(token)  # Not in a `finally`: after an interruption, the next caller must repair the state.
                 if mailbox:
                     self._serve_mail()
                 return reply
@@ -188,7 +192,7 @@ class Cell:
         if self._ended is not None or self.stopping:
             self._mailbox.answer(envelope, self._ended or CacheClosed(f"{self.address} is being stopped"))
             return
-        # `has_room` and `_take_in`, less their calls: what most requests to a remote backend come by.
+        # `has_room` and `_take_in` are inlined, because most requests to a remote backend pass here.
         mailbox = self._mailbox
         if len(mailbox) < mailbox.capacity or mailbox.has_room(envelope):
             mailbox.append(envelope)
@@ -201,9 +205,9 @@ class Cell:
 
     def obstacle_to_blocking(self) -> str | None:
         if self._turn.held_here():
-            return "it was called from inside a turn of this very actor, by a weigher, a finalizer or the like"
+            return "it was called during a turn of the same actor, for example by a weigher or a finalizer"
         if not self._ended and (self._handlers.waiting or self._handlers.batch or not self._inline) and in_event_loop():
-            return "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
+            return "it would block the event loop of this thread; await an asynchronous cache, or use another thread"
         return None
 
     # For the actor: the context
@@ -218,16 +222,16 @@ class Cell:
         return deferred
 
     def crash(self, error: BaseException) -> None:
-        self._crashed(error if isinstance(error, Exception) else RuntimeError(f"broken off by {type(error).__name__}"))
+        self._crashed(error if isinstance(error, Exception) else RuntimeError(f"aborted by {type(error).__name__}"))
 
     def send_after(self, delay: float, message: Message) -> Timer:
-        # Whatever the mailbox holds: an actor that is not told what it waits for waits for it for ever.
+        # Accepted even if the mailbox is full, because the actor would otherwise wait for this message indefinitely.
         return self.timers.call_after(delay, lambda: self._take_in(Envelope(message)))
 
     # For the supervisor
 
     async def live(self, actor: Actor) -> None:
-        """Take turns with `actor` until `stop`; then finish what is in the mailbox. Raises what crashed the actor."""
+        """Run the turns of `actor` until `stop`, then drain the mailbox. If the actor crashes, its error is raised."""
         self._crash = None
         self._actor = actor
         self._handlers = actor.handlers()
@@ -237,7 +241,7 @@ class Cell:
             self._name_all_handlers()
         try:
             while True:
-                # Opened before looking, so that a wake-up between the look and the wait is not lost.
+                # Opened before the mailbox is checked, so that a wake-up between the check and the wait is not lost.
                 wake = open_port()
                 self._wakes[:] = [wake]
                 self._turn.task = turns = self._take_turns()
@@ -249,7 +253,7 @@ class Cell:
                     logger.warning("the task of actor %s was interrupted by %s", self.address, type(error).__name__)
                     continue
                 if self._crash is not None:
-                    for deferred in tuple(self._deferred):  # What this incarnation has parked, no other knows.
+                    for deferred in tuple(self._deferred):  # No other incarnation knows these replies.
                         deferred.answer(Failed.of(ActorFailed(address=self.address, reason=type(self._crash).__name__)))
                     raise self._crash
                 if self._stopped:
@@ -262,7 +266,7 @@ class Cell:
             self._actor = None
 
     def stop(self) -> None:
-        """Take nothing in from now on, serve what is in the mailbox, then let the current incarnation end."""
+        """Reject new messages, serve the queued ones, then end the current incarnation."""
         if not self.stopping:
             self.stopping = True
             self._leave_to_the_task()
@@ -270,7 +274,7 @@ class Cell:
             self._wake_up()
 
     def end(self, error: CacheError) -> None:
-        """Answer everything that is open, and everything that comes, with `error`."""
+        """Answer all pending and all future requests with `error`."""
         self._ended = error
         self._leave_to_the_task()
         self.timers.close()
@@ -279,7 +283,7 @@ class Cell:
             deferred.answer(Failed.of(error))
 
     def forked(self) -> None:
-        """Become unusable in the child of a fork: its loop, its task and the holder of its turn stayed behind."""
+        """Close this cell in a forked child, which has neither its event loop nor its task nor the holder of its turn."""
         self._turn = TurnToken(self, _TURN_CODES)
         self._mailbox.clear()
         self._deferred.clear()
@@ -298,11 +302,11 @@ class Cell:
             self._mailbox.refuse_all(self._ended)
 
     def _serve_mail(self) -> None:
-        """Serve the mailbox on this stack as far as plain handlers go, and leave the rest to the task."""
+        """Serve messages with plain handlers on this stack, and leave the rest to the actor's task."""
         turns = 0
         try:
             while self._mailbox and self._inline:
-                # Not while a thread blocks in there: it may be the one whose loop the actor's task needs.
+                # Continue if a thread is blocked on a reply: its event loop may be the one that the actor's task needs.
                 if turns and turns % _COMBINE == 0 and not self._mailbox.blocks_a_thread():
                     break
                 try:
@@ -310,8 +314,8 @@ class Cell:
                 except IndexError:
                     if self._reclaim():
                         continue
-                    self._look_again()
-                    return  # The holder comes by here when it has given the token back.
+                    self._recheck_soon()
+                    return  # The holder serves the mailbox when it has returned the token.
                 served = self._serve_one()
                 self._turn.free.append(token)
                 if not served:
@@ -324,7 +328,10 @@ class Cell:
             self._wake_up()
 
     def _serve_one(self) -> bool:
-        """Take the first message's turn if its handler is plain. Holds the token."""
+        """Run the turn of the first message and return `True`, or return `False` if its handler is not plain.
+
+        The caller holds the token.
+        """
         if not self._mailbox:
             return True
         handler = self._inline.get(type(self._mailbox[0].message))
@@ -337,7 +344,7 @@ class Cell:
         return True
 
     def _take_out(self) -> Envelope | None:
-        """The first message of the mailbox. It is noted before it is taken out, so that no interruption loses it."""
+        """Remove and return the first message. It is recorded before it is removed, so an interruption cannot lose it."""
         try:
             self._serving = self._mailbox[0]
             envelope = self._serving = self._mailbox.popleft()
@@ -346,9 +353,9 @@ class Cell:
         return envelope
 
     def _reclaim(self) -> bool:
-        """Take the turn over from a holder that was interrupted, put right what it left, and let the turn be free."""
-        # Under contention the holder is well, and a look at the stacks of many threads takes longer than many turns: so
-        # looks are a small part of the time. A caller that comes in between is served by the holder, or by `_look_again`.
+        """Recover the turn from an interrupted holder, repair the state and free the turn. True if it was recovered."""
+        # Under contention the holder is usually fine, and searching the stacks of many threads takes longer than many turns.
+        # So the time spent on searches is limited. Callers between two searches are served by the holder or by the recheck.
         if (began := monotonic()) < self._next_claim:
             return False
         self._next_claim = began + 1.0
@@ -363,7 +370,7 @@ class Cell:
         return True
 
     def _repair(self) -> None:
-        """Put right what an interrupted turn left half done. May itself be interrupted, and is then done once more."""
+        """Repair the state after an interrupted turn. If this method is interrupted too, it is run again."""
         envelope = self._serving
         if envelope is not None and not (self._mailbox and self._mailbox[0] is envelope):
             self._do_again(envelope, "interrupted")
@@ -387,23 +394,23 @@ class Cell:
             self._leave_to_the_task()
             self._wake_up()
 
-    def _look_again(self) -> None:
-        """Come back soon to a message that waits for a turn: the holder may be interrupted without a word."""
-        if not self._looks_again:
-            self.timers.call_after(_LOOK_AGAIN, self._look)
-            self._looks_again = True
+    def _recheck_soon(self) -> None:
+        """Schedule another attempt to serve the mailbox, because the holder may have been interrupted."""
+        if not self._recheck_scheduled:
+            self.timers.call_after(_RECHECK_AFTER, self._recheck)
+            self._recheck_scheduled = True
 
-    def _look(self) -> None:
-        self._looks_again = False
+    def _recheck(self) -> None:
+        self._recheck_scheduled = False
         self._serve_mail()
 
     async def _take_turns(self) -> bool:
-        """Serve the mailbox as the actor's task. `False` if another caller has the turn."""
+        """Serve the mailbox in the actor's task. Return `False` if another caller holds the turn."""
         try:
             token = self._turn.free.pop()
         except IndexError:
             if not self._reclaim():
-                self._look_again()
+                self._recheck_soon()
                 return False
             return True
         turns = 0
@@ -421,7 +428,7 @@ class Cell:
                 if (plain := self._handlers.plain.get(kind)) is not None:
                     self._plain_turn(plain, envelope)
                 elif (batch := self._handlers.batch.get(kind)) is not None:
-                    self._serving = None  # Its turn answers it, whatever happens.
+                    self._serving = None  # The batch turn answers it in any case.
                     await self._batch_turn(
                         batch, self._mailbox.collect(envelope, batch, self._handlers.batch.get, self._actor)
                     )
@@ -429,7 +436,7 @@ class Cell:
                     self._serving = None
                     await self._batch_turn(alone(waiting), [envelope], envelope.trace)
                 else:
-                    refusal = f"{type(self._actor).__name__} at {self.address} has no handler of {kind.__name__}"
+                    refusal = f"{type(self._actor).__name__} at {self.address} has no handler for {kind.__name__}"
                     self._mailbox.answer(envelope, BadMessage(refusal))
                 turns += 1
                 self._serving = None
@@ -437,12 +444,12 @@ class Cell:
                     await checkpoint()
             self._serving = None
         finally:
-            if self._serving is None:  # Else a plain turn was interrupted, and the next one puts things right.
+            if self._serving is None:  # Otherwise a plain turn was interrupted, and the next caller repairs the state.
                 self._turn.free.append(token)
         return True
 
     def _plain_turn(self, handler: PlainHandler, envelope: Envelope) -> None:
-        token = turn_trace.set(envelope.trace)  # Whoever's stack this is.
+        token = turn_trace.set(envelope.trace)  # This may be the stack of another caller.
         try:
             self._settle(envelope, handler(envelope.message))
         except CacheError as error:
@@ -457,7 +464,7 @@ class Cell:
     async def _batch_turn(self, handler: BatchHandler, envelopes: list[Envelope], trace: str | None = None) -> None:
         self.deadline = min([each.deadline for each in envelopes if each.deadline is not None], default=None)
         self._batch = envelopes
-        token = turn_trace.set(trace)  # A batch has none: its handler asks for `traces`.
+        token = turn_trace.set(trace)  # `None` for a batch; its handler reads `traces`.
         try:
             replies = await handler([each.message for each in envelopes])
             check_batch(envelopes, replies)
@@ -491,7 +498,7 @@ class Cell:
     # Crashes
 
     def _crashed(self, error: Exception, envelope: Envelope | None = None) -> None:
-        """End this incarnation. The message goes to the next one if it may be done twice and was not tried before."""
+        """End this incarnation. An idempotent message is retried once, by the next incarnation."""
         self._crash = error
         self._leave_to_the_task()
         if envelope is not None:
@@ -499,7 +506,7 @@ class Cell:
         self._wake_up()
 
     def _do_again(self, envelope: Envelope, reason: str) -> None:
-        """Put a message back into the mailbox whose turn went wrong, or answer that it failed."""
+        """Put a message whose turn failed back into the mailbox, or answer it with `ActorFailed`."""
         message = envelope.message
         if isinstance(message, Request) and message.IDEMPOTENT and not envelope.attempts:
             envelope.attempts += 1
@@ -510,8 +517,8 @@ class Cell:
             self._mailbox.answer(envelope, ActorFailed(address=self.address, reason=reason))
 
     def _wake_up(self) -> None:
-        # Each wake-up is taken out by one caller: asking an answered port again costs more than the rest of posting.
-        # Not before it is answered, so that an interruption between the two costs the next caller a look and no more.
+        # Remove each wake-up once it is used: answering a port twice costs more than the rest of posting. Remove it after
+        # the answer, so that an interruption between the two only costs the next caller a second answer.
         if self._wakes:
             with suppress(IndexError, ValueError):
                 wake = self._wakes[0]
@@ -519,16 +526,16 @@ class Cell:
                 self._wakes.remove(wake)
 
     def _leave_to_the_task(self) -> None:
-        """Take no turns on the stacks of others from now on."""
+        """Stop running turns on the stacks of callers."""
         self._inline.clear()
         self._eager.clear()
         self._name_all_handlers()
 
     def _name_handlers(self, kind: type[Message], called: list[Any]) -> None:
-        """Note which handlers the turn of a kind calls now: a look into a list takes less than one into a dict."""
+        """Store the current handlers of a kind for its turn: indexing a list is faster than a dict lookup."""
         called[:] = self._inline.get(kind), self._eager.get(kind)
         if self._inline.get(kind) is not called[0] or self._eager.get(kind) is not called[1]:
-            called[:] = None, None  # Another thread has taken the handlers out meanwhile.
+            called[:] = None, None  # Another thread has removed the handlers meanwhile.
 
     def _name_all_handlers(self) -> None:
         for kind, called in tuple(self._called.items()):

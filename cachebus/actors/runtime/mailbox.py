@@ -1,4 +1,4 @@
-"""Mailboxes: the messages that wait for an actor's turn."""
+"""Mailboxes: the queues of messages that wait for an actor's turn."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from cachebus.messages import CacheError, CacheTimeoutError, DeadLetter, Failed,
 
 from .actor import Actor, BatchHandler
 
-STOP: Any = object()  # In the place of a message: the messages before it are served, and then the incarnation ends.
+STOP: Any = object()  # Queued like a message. The incarnation ends after the messages that precede it.
 
 
 @cache
 def _has_value(kind: Any) -> bool:
-    """Whether messages of a kind carry values. Cached, because `hasattr` takes 1 us to say no."""
+    """True if messages of this kind carry a value. Cached, because `hasattr` takes 1 us if the attribute is missing."""
     return hasattr(kind, "value")
 
 
 class Mailbox(deque[Envelope]):
-    """The envelopes before an actor, in order. `overloaded` counts those that were turned away because it was full.
-    `capacity` does not bound requests that invalidate: the callers that wait for them bound their number."""
+    """The queued envelopes of an actor, in order.
+
+    `overloaded` counts the messages that were rejected because the mailbox was full. Requests that invalidate are always
+    accepted, beyond `capacity` too; their number is bounded by the callers that wait for them.
+    """
 
     def __init__(self, address: Address, emitter: Emitter, clock: Clock, capacity: int) -> None:
         if capacity < 1:
-            raise ValueError(f"capacity of a mailbox must be at least 1, not {capacity!r}")
+            raise ValueError(f"the capacity of a mailbox must be at least 1, not {capacity!r}")
         super().__init__()
         self.capacity = capacity
         self.overloaded = 0
@@ -39,7 +42,7 @@ class Mailbox(deque[Envelope]):
         return f"<Mailbox of {self._address}, {len(self)}/{self.capacity}>"
 
     def has_room(self, envelope: Envelope) -> bool:
-        """Whether a message may come in. One that may not is answered `Overloaded`."""
+        """True if the mailbox can take the message. Otherwise it is answered with `Overloaded`."""
         if len(self) < self.capacity or getattr(envelope.message, "INVALIDATES", False):
             return True
         self.overloaded += 1
@@ -47,11 +50,15 @@ class Mailbox(deque[Envelope]):
         return False
 
     def blocks_a_thread(self) -> bool:
-        """Whether a thread is blocked for an answer from here."""
+        """True if a thread is blocked on the reply to a queued message."""
         return any(isinstance(each.port, ThreadPort) for each in tuple(self))
 
     def worthwhile(self, envelope: Envelope, now: float) -> bool:
-        """Whether to work on a message: not if its time is up, nor if the caller has gone, unless it invalidates."""
+        """True if a message should be handled.
+
+        A message past its deadline is answered with a timeout. A message whose caller no longer waits is skipped, unless
+        it invalidates.
+        """
         if envelope.deadline is not None and now >= envelope.deadline:
             self.answer(envelope, CacheTimeoutError("no turn was free", self._address, 0.0))
             return False
@@ -64,7 +71,10 @@ class Mailbox(deque[Envelope]):
         handler_of: Callable[[type[Message]], BatchHandler | None],
         actor: Actor,
     ) -> list[Envelope]:
-        """`first` and the messages after it for the same handler, in order, up to the actor's bounds."""
+        """Take the messages that follow `first` and have the same handler, in order, up to the actor's batch limits.
+
+        Returns a list that starts with `first`.
+        """
         most, most_bytes = actor.max_batch, actor.max_batch_bytes
         envelopes = [first]
         size, now = first.size, self._now()
@@ -78,7 +88,7 @@ class Mailbox(deque[Envelope]):
                 last, weighs = kind, _has_value(kind)
             self.popleft()
             port, deadline = following.port, following.deadline
-            # The most frequent answer of `worthwhile` first.
+            # Inline the most frequent case of `worthwhile`.
             if (port is not None and port.waiting and (deadline is None or now < deadline)) or self.worthwhile(
                 following, now
             ):
@@ -88,7 +98,7 @@ class Mailbox(deque[Envelope]):
         return envelopes
 
     def answer(self, envelope: Envelope, reply: Reply | CacheError) -> None:
-        """Give the reply to the caller. An error without a caller is a `DeadLetter`."""
+        """Send the reply to the caller. If no caller waits, an error becomes a `DeadLetter` event."""
         if isinstance(reply, CacheError):
             reply = Failed.of(reply)
         if envelope.port is not None:
@@ -98,7 +108,7 @@ class Mailbox(deque[Envelope]):
             self._publish(DeadLetter(address=self._address, wire_name=wire_name, reason=reply.detail))
 
     def refuse_all(self, error: CacheError) -> None:
-        """Answer everything in here with `error`."""
+        """Answer every queued message with `error`."""
         while True:
             try:
                 envelope = self.popleft()

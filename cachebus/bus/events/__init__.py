@@ -1,1 +1,1 @@
-"""Events: who emits them and who subscribes to them."""
+"""Emitting events, and subscribing to them."""

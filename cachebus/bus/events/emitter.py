@@ -1,4 +1,4 @@
-"""Speaking: one voice that stamps what it says and hands it to the bus."""
+"""The emitter: it adds the common fields to events and publishes them on the bus."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Publisher(Protocol):
 
 
 class _Origin:
-    """The name of this process in events, another one after a fork."""
+    """The name of this process in events. A forked child gets a new one."""
 
     def __init__(self) -> None:
         self.renew()
@@ -42,15 +42,15 @@ _origin = _Origin()
 
 
 def origin() -> str:
-    """The name of this process in events."""
+    """Return the name of this process in events."""
     return _origin.name
 
 
 class Emitter:
-    """One voice: it counts what it says in its epoch, so that a listener sees a gap.
+    """A source of events. It numbers its events within an epoch, so that listeners can detect gaps.
 
-    Look at `subscriptions.kinds` before building an event, or have it built by `emit`: nobody listening, nothing is built.
-    What a sample leaves out is not numbered either, so that it is no gap.
+    Check `subscriptions.kinds` before you build an event, or let `emit` build it. If an event has no listeners, it is not
+    built. Events that sampling leaves out are not numbered, so they do not appear as gaps.
     """
 
     __slots__ = ("_bus", "_sampled", "_sequence", "backend", "epoch", "subscriptions")
@@ -63,17 +63,17 @@ class Emitter:
         self.renew()
 
     def renew(self) -> None:
-        """Begin a new epoch, as an actor's new incarnation does. Epochs of one voice only grow."""
+        """Begin a new epoch, for a new incarnation of an actor. The epochs of an emitter only grow."""
         self.epoch = max(time.time_ns(), getattr(self, "epoch", 0) + 1)
         self._sequence = itertools.count(1)
 
     def emit(self, kind: type[Event], /, *fields: Any, **named: Any) -> None:
-        """Build an event of a kind from its fields and publish it, if anybody wants the kind and the sample has it."""
+        """Build an event from its fields and publish it, if the kind has listeners and the event is in the sample."""
         if kind in self.subscriptions.kinds and (self._sampled is None or self._sampled(kind)):
             build: Callable[..., Event] = kind
             bus, seq, epoch = self._bus, next(self._sequence), self.epoch
             name = _origin.name
-            # As `_header` does, without its dictionary: this is on the path of the caller.
+            # `_header` without its dictionary, because this runs on the caller's hot path.
             bus.publish(
                 build(
                     *fields,
@@ -90,17 +90,17 @@ class Emitter:
             )
 
     def publish(self, event: Event) -> None:
-        """Stamp an event and publish it, if anybody wants its kind and the sample has it."""
+        """Add the common fields to an event and publish it, if its kind has listeners and it is in the sample."""
         kind = type(event)
         if kind in self.subscriptions.kinds and (self._sampled is None or self._sampled(kind)):
             self._bus.publish(replace(event, **self._header()))
 
     def _header(self) -> dict[str, Any]:
-        """The common fields of the next event."""
+        """Return the common fields of the next event."""
         seq = next(self._sequence)
         bus, origin, epoch = self._bus, _origin.name, self.epoch
         return {
-            # A counter, because a uuid4 costs more than the rest of the event.
+            # A counter, because a uuid4 would cost more than the rest of the event.
             "id": f"{origin}-{epoch:x}-{seq}",
             "namespace": bus.namespace,
             "backend": self.backend,

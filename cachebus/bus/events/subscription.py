@@ -1,4 +1,4 @@
-"""Listening to events: subscriptions, their registry, and the policy of keys and samples."""
+"""Event subscriptions, their registry, and the policy for keys and sampling."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ from cachebus.messages import (
 from ..reply_ports import ReplyPort, ThreadPort, open_port
 
 EventKind = type[Event]
-Shown = Callable[[Event], Event]  # Returns an event as a listener may see it.
+Shown = Callable[[Event], Event]  # Returns the redacted event.
 
 KeyForm: TypeAlias = Literal["plain", "hash", "none"]
 
 UNSAMPLED: frozenset[EventKind] = frozenset({CacheSet, CacheDeleted, CacheCleared, TagsInvalidated, EventsMissed})
-"""Kinds that are never sampled: a listener that keeps copies of values goes stale if it misses one."""
+"""Kinds that are never sampled: a listener that keeps copies of values would become stale if it missed one."""
 
 _HASH_BYTES = 16
-_LONGEST_HASH_KEY = 64  # BLAKE2b takes no longer one.
+_MAX_HASH_KEY_BYTES = 64  # The limit of BLAKE2b.
 _LATE = object()
 
 
 class Subscription:
-    """Events for one listener, in the order in which they were published. Iterate with `async for`, or in a thread with `for`.
+    """The events for one listener, in the order in which they were published.
 
-    At most `capacity` events wait; more are lost to this listener and counted in `dropped`. Iteration ends when the
-    subscription or its bus is closed. One task or thread iterates.
+    Iterate over it with `async for`, or with `for` in a thread; one task or thread iterates. Iteration ends when the
+    subscription or its bus is closed. At most `capacity` events are queued. Further events are dropped and counted in
+    `dropped`.
 
-    `local` leaves out the events of other processes. `shown` redacts those of this process, when they are handed over and so
-    at the listener's cost; other processes have redacted theirs. `on_taken` is called whenever an event was taken out.
+    With `local`, events of other processes are left out. `shown` redacts the events of this process when the listener
+    takes them, so that it bears the cost; events of other processes arrive redacted. `on_taken` is called after each
+    event is taken.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Subscription:
         on_taken: Callable[[], None] | None = None,
     ) -> None:
         if capacity < 1:
-            raise ValueError(f"capacity of a subscription must be at least 1, not {capacity!r}")
+            raise ValueError(f"the capacity of a subscription must be at least 1, not {capacity!r}")
         self.kinds = kinds
         self.capacity = capacity
         self.local = local
@@ -73,7 +75,7 @@ class Subscription:
         self.closed = False
 
     def offer(self, event: Event, shown: Shown | None = None) -> None:
-        """Take an event in, or count it as dropped. `shown` redacts it when it is handed over. From any thread."""
+        """Queue an event, or count it as dropped. `shown` redacts it when the listener takes it. Thread-safe."""
         if self.closed:
             return
         if len(self._events) >= self.capacity:
@@ -84,7 +86,7 @@ class Subscription:
             waiter.answer(None)
 
     def close(self) -> None:
-        """Take no more events. Those that wait can still be read. Safe to call twice."""
+        """Stop receiving events. Queued events can still be read. Safe to call twice."""
         if not self.closed:
             self.closed = True
             self._on_close(self)
@@ -104,7 +106,7 @@ class Subscription:
         while not self._events:
             if self.closed:
                 raise StopAsyncIteration
-            # Announced before looking again: an event offered in between finds the waiter or is found by the look.
+            # Set the waiter before checking again: an event offered in between either wakes it or is seen by the check.
             port = self._waiter = open_port()
             try:
                 if self._nothing_yet():
@@ -117,7 +119,10 @@ class Subscription:
         return iter(self.next, None)
 
     def next(self, timeout: float | None = None) -> Event | None:
-        """Block this thread for the next event, up to `timeout` seconds; `None` when there is none, or no more."""
+        """Block this thread until the next event and return it.
+
+        Return `None` after `timeout` seconds, or if the subscription is closed and empty.
+        """
         while self._nothing_yet():
             port = self._waiter = ThreadPort()
             is_late = self._nothing_yet() and port.wait(timeout, late=lambda: _LATE) is _LATE
@@ -149,8 +154,11 @@ class Subscription:
 
 
 class SubscriptionRegistry:
-    """The registry of subscriptions. `kinds` holds the kinds of events with listeners. Look here before you build an
-    event. `listened_to` holds those that listeners of this process want from other processes too."""
+    """The subscriptions of a bus.
+
+    `kinds` holds the kinds of events that have listeners; check it before you build an event. `listened_to` holds the
+    kinds that listeners of this process also want from other processes.
+    """
 
     def __init__(self) -> None:
         self.kinds: frozenset[EventKind] = frozenset()
@@ -166,15 +174,15 @@ class SubscriptionRegistry:
         """Call `watcher` now and whenever `kinds` changes."""
         with self._guard:
             self._watchers = (*self._watchers, watcher)
-            watcher()  # With the lock, or it may see an older state than a subscriber calls it for meanwhile.
+            watcher()  # While the lock is held, so that a concurrent subscriber cannot call it with a newer state first.
 
     def unwatch(self, watcher: Callable[[], None]) -> None:
-        """Call `watcher` no more. Harmless if it is not called."""
+        """Stop calling `watcher`. Does nothing if it is not registered."""
         with self._guard:
             self._watchers = tuple(each for each in self._watchers if each != watcher)
 
     def want_elsewhere(self, kinds: frozenset[EventKind]) -> None:
-        """Have events of these kinds built without listeners here too, because other processes may have some."""
+        """Set the kinds of events to build even without local listeners, because other processes may listen."""
         with self._guard:
             self._wanted_elsewhere = kinds
             self._arrange(self._subscriptions)
@@ -191,19 +199,19 @@ class SubscriptionRegistry:
         return subscription
 
     def dispatch(self, event: Event) -> None:
-        """Offer an event of this process to its listeners."""
+        """Deliver an event of this process to its listeners."""
         for subscription in self._by_kind.get(type(event), ()):
             subscription.offer(event, subscription.shown)
 
     def dispatch_remote(self, event: Event) -> None:
-        """Offer an event of another process to its listeners."""
+        """Deliver an event of another process to its listeners."""
         for subscription in self._by_kind.get(type(event), ()):
             if not subscription.local:
                 subscription.offer(event)
 
     @property
     def dropped(self) -> int:
-        """Events that the present listeners have lost."""
+        """Number of events that the current listeners have lost."""
         return sum(each.dropped for each in self._subscriptions)
 
     def close(self) -> None:
@@ -214,7 +222,7 @@ class SubscriptionRegistry:
             subscription.close()
 
     def forked(self) -> None:
-        """Forget the listeners, and a lock that another thread of the parent may have held."""
+        """Drop all listeners in a forked child, and the lock, which another thread of the parent may have held."""
         self._guard = threading.Lock()
         self._wanted_elsewhere = frozenset()
         self._arrange(())
@@ -237,9 +245,12 @@ class SubscriptionRegistry:
 
 
 def event_kinds(what: tuple[EventKind | str, ...]) -> frozenset[EventKind]:
-    """The kinds of events that `what` names: classes, with their subclasses, or globs over the part of the wire name
-    after `event.`; all kinds if `what` is empty. Only the name `heartbeat` includes heartbeats. Raises `ValueError` for
-    a name without a kind."""
+    """Return the kinds of events that `what` selects.
+
+    `what` contains event classes, which include their subclasses, or globs over the part of the wire name after `event.`.
+    If it is empty, all kinds are selected. Heartbeats are only included if they are named explicitly. Raises
+    `ValueError` if a name matches no kind.
+    """
     known = {name.removeprefix("event."): kind for name, kind in WIRE_NAMES.items() if issubclass(kind, Event)}
     chosen: set[EventKind] = set()
     for each in what or ("*",):
@@ -253,20 +264,25 @@ def event_kinds(what: tuple[EventKind | str, ...]) -> frozenset[EventKind]:
         if found:
             chosen.update(found)
         else:
-            raise ValueError(f"no kind of event is called {each!r}; there are {', '.join(sorted(known))}")
+            raise ValueError(f"unknown kind of event {each!r}; the known kinds are {', '.join(sorted(known))}")
     return frozenset(chosen)
 
 
 class EventPolicy:
-    """How keys look in events, and which share of the events is published.
+    """The redaction of keys in events, and the share of events that is published.
 
-    `keys` applies where an event leaves: to listeners of the application, and on NATS. `plain` keeps keys; `hash` makes
-    them 32 hexadecimal digits of BLAKE2b, keyed with `hash_key` if there is one, so that equal keys look equal; `none`
-    makes them empty. `sample` maps globs over kinds to the share that is published, from 0 to 1; of several globs that fit
-    a kind, the first counts. `draw` returns numbers from 0 to below 1.
+    `keys` applies to events that leave the cache: to listeners of the application, and on NATS.
 
-    Raises `ValueError` for a glob that fits nothing or one of `UNSAMPLED`, for a share out of range, and for a `hash_key`
-    that BLAKE2b does not take.
+    * `plain` leaves keys unchanged.
+    * `hash` replaces a key by 32 hexadecimal digits of its BLAKE2b hash, so that equal keys remain equal. If `hash_key`
+      is set, the hash is keyed with it.
+    * `none` leaves keys empty.
+
+    `sample` maps globs over kinds to the share that is published, from 0 to 1. If several globs match a kind, the first
+    one counts. `draw` returns random numbers in [0, 1).
+
+    Raises `ValueError` if a glob matches no kind or one of `UNSAMPLED`, if a share is out of range, or if `hash_key` is
+    too long for BLAKE2b.
     """
 
     __slots__ = ("_draw", "_hash", "_hash_key", "_shares", "keys", "redacts", "samples")
@@ -279,14 +295,14 @@ class EventPolicy:
         *,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        if len(hash_key) > _LONGEST_HASH_KEY:
-            raise ValueError(f"a hash_key has at most {_LONGEST_HASH_KEY} bytes")
+        if len(hash_key) > _MAX_HASH_KEY_BYTES:
+            raise ValueError(f"hash_key must have at most {_MAX_HASH_KEY_BYTES} bytes, not {len(hash_key)}")
         self.keys: KeyForm = keys
         self.redacts = keys != "plain"
         self._hash_key = hash_key
         self._draw = draw
         if keys == "hash":
-            from hashlib import blake2b  # Here, because few need it, and OpenSSL comes with it.
+            from hashlib import blake2b  # Imported here, because it loads OpenSSL and few applications need it.
 
             self._hash = partial(blake2b, digest_size=_HASH_BYTES, key=hash_key)
         self._shares = shares(sample or {})
@@ -297,37 +313,37 @@ class EventPolicy:
         return f"<EventPolicy keys={self.keys} {'keyed' if self._hash_key else 'unkeyed'} sample={sampled}>"
 
     def sampled(self, kind: EventKind) -> bool:
-        """Whether to publish the present event of this kind."""
+        """True if the current event of this kind is in the sample."""
         share = self._shares.get(kind)
         return share is None or self._draw() < share
 
     def key(self, key: str) -> str:
-        """A key as events show it. An empty key stays empty."""
+        """Return the redacted key. An empty key stays empty."""
         if not key or not self.redacts:
             return key
         return "" if self.keys == "none" else self._hash(key.encode("utf-8", "surrogatepass")).hexdigest()
 
     def redacted(self, event: Event) -> Event:
-        """The event as it leaves: itself, or a copy with its key redacted."""
+        """Return the event, or a copy with a redacted key if keys are redacted."""
         key: str | None = getattr(event, "key", None)
         changed: dict[str, Any] = {"key": self.key(key)} if key and self.redacts else {}
         return replace(event, **changed) if changed else event
 
 
 def shares(sample: Mapping[str, float]) -> dict[EventKind, float]:
-    """The share of each kind that is sampled. Raises `ValueError`."""
+    """Return the share of each sampled kind. Raises `ValueError`."""
     found: dict[EventKind, float] = {}
     for glob, share in sample.items():
         if not 0 <= share <= 1:
-            raise ValueError(f"the share of {glob!r} is a number from 0 to 1, not {share!r}")
+            raise ValueError(f"the share of {glob!r} must be a number from 0 to 1, not {share!r}")
         for kind in event_kinds((glob,)):
             found.setdefault(kind, share)
     for kind in sorted(found, key=lambda each: each.WIRE_NAME):
         if kind in UNSAMPLED and found[kind] < 1:
             raise ValueError(
-                f"{kind.WIRE_NAME.removeprefix('event.')} cannot be sampled: who keeps copies of values needs each one"
+                f"{kind.WIRE_NAME.removeprefix('event.')} cannot be sampled: listeners with copies of values need every one"
             )
     return {kind: share for kind, share in found.items() if share < 1}
 
 
-EVERYTHING = EventPolicy()  # Plain keys, and every event.
+EVERYTHING = EventPolicy()  # Plain keys, no sampling.

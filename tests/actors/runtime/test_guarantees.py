@@ -527,14 +527,14 @@ async def test_what_is_no_request_is_a_bad_message_and_no_crash(
     bus: LocalBus, supervisor: Supervisor, desk: Desk, garbage: Any
 ) -> None:
     await supervisor.start(CLERK, lambda: Clerk(desk))
-    with pytest.raises(BadMessage, match=r"Clerk at test\.clerk has no handler of " + type(garbage).__name__):
+    with pytest.raises(BadMessage, match=r"Clerk at test\.clerk has no handler for " + type(garbage).__name__):
         await bus.request(CLERK, garbage, T)
     with bus.subscribe(DeadLetter) as letters:
         bus.send(CLERK, garbage)
         with anyio.fail_after(T):
             letter = await anext(letters)
     assert isinstance(letter, DeadLetter)
-    assert "has no handler of" in letter.reason
+    assert "has no handler for" in letter.reason
     assert await bus.request(CLERK, Plain(1), T) == Number(1)
     assert desk.lives == 1
 

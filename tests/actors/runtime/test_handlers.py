@@ -88,8 +88,8 @@ class Wrong(Actor):
 @pytest.mark.parametrize(
     ("actor", "message"),
     [
-        (Torn, r"Torn has two handlers of Plain: on_one and on_other"),
-        (Hasty, r"Hasty\.on_batch takes a batch, so it must be async def"),
+        (Torn, r"Torn has two handlers for Plain: on_one and on_other"),
+        (Hasty, r"Hasty\.on_batch takes a batch, so it must be an async def"),
         (Lost, r"Lost\.on_plain: the types .* must be importable at run time, .* \(name 'Unheard' is not defined\)"),
         (Wrong, r"Wrong\.on_plain returns Pong, but its request declares Number"),
     ],

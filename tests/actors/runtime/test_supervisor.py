@@ -270,7 +270,7 @@ async def test_a_class_whose_handlers_are_wrong_is_its_starters_error_and_no_cra
 
     with bus.subscribe("actor_*") as events:
         async with Supervisor(bus) as supervisor:
-            with pytest.raises(TypeError, match="two handlers of Plain"):
+            with pytest.raises(TypeError, match="two handlers for Plain"):
                 await supervisor.start(CLERK, Undecided)
             with pytest.raises(NoSuchActor):
                 bus.recipient(CLERK)

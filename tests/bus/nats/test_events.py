@@ -164,7 +164,7 @@ async def test_events_from_a_thread_go_out(connect: Connect) -> None:
 
 
 async def test_a_kind_that_does_not_exist_is_refused(connect: Connect) -> None:
-    with pytest.raises((CacheConfigurationError, ValueError), match="no kind of event is called 'cache_hits'"):
+    with pytest.raises((CacheConfigurationError, ValueError), match="unknown kind of event 'cache_hits'"):
         await connect(events=("cache_hits",))
 
 

@@ -85,7 +85,7 @@ async def test_errors_are_of_the_same_class_and_say_the_same(bus: Bus) -> None:
         await bus.request(PLACE, Set("k", 1), T)
     with pytest.raises(ActorFailed, match=r"actor test\.place failed: RuntimeError"):
         await bus.request(PLACE, Delete("k"), T)
-    with pytest.raises(BadMessage, match="has no handler of TakeSnapshot"):
+    with pytest.raises(BadMessage, match="has no handler for TakeSnapshot"):
         await bus.request(PLACE, TakeSnapshot(), T)
     with pytest.raises(NoSuchActor, match=r"no actor serves the address 'test\.nobody'"):
         await bus.request(Address("test.nobody"), Get("k"), T)
