@@ -1,1 +1,1 @@
-"""The lock manager and its client for lock stores."""
+"""The lock manager and its clients for lock stores."""

@@ -1,8 +1,8 @@
-"""The actor that gives out locks: it keeps the callers that wait, in the order in which they came.
+"""The actor that grants locks. It keeps the waiting callers in the order of their arrival.
 
-The store decides who holds a lock, in one step each time. The manager asks it for one caller, and again when something
-may have changed: the store says so, a lease ends, a connection came back. An `AcquireLock` may be asked any number of
-times, so asking once more does no harm.
+The store decides atomically which caller holds a lock. The manager sends it a request for a caller. It repeats the request
+when the state may have changed: after a notification of the store, the end of a lease, or a reconnect. `AcquireLock` is
+idempotent, so it can be repeated any number of times.
 """
 
 from __future__ import annotations
@@ -47,16 +47,19 @@ from ..runtime.actor import Actor, Handlers
 from .queue import LockQueue, LockReply, Waiter, check_lock_request
 from .store_client import InlineLockClient, LockStoreClient
 
-PARKED = 10.0  # Seconds after which a waiting caller has to ask again, which shows that it is alive.
-KEPT = 5.0  # Seconds for which the place of such a caller is kept.
-AGAIN = 1.0  # Seconds after which a store that failed is asked again for the waiters.
-SLACK = 0.001  # Seconds after the end of a lease at which its store surely knows of it.
-POLL_MAX = 12  # The longest pause between two questions to a store without a queue, as a multiple of the shortest one.
+PARKED = 10.0  # Seconds after which a waiting caller must repeat its request, which shows that it is alive.
+KEPT = 5.0  # Seconds for which the queue position of such a caller is kept.
+RETRY_INTERVAL = 1.0  # Seconds until requests for the waiters are retried after the store has failed.
+SLACK = 0.001  # Seconds to wait after the end of a lease, so that the store has noticed it.
+POLL_MAX = 12  # Maximum pause between two polls of a store without a queue, as a multiple of the minimum.
 
 
 class LockManager(Actor):
-    """Actor before a `LockStore`. At most `max_waiters` callers wait for locks, or for the store to answer. `shared`: it is
-    one of several at its address, and a caller may ask another one the next time."""
+    """The actor in front of a `LockStore`.
+
+    At most `max_waiters` callers may wait for a lock or for a reply of the store. `shared` means that several managers
+    serve the address, so a caller's next request may reach another one.
+    """
 
     def __init__(
         self,
@@ -74,9 +77,9 @@ class LockManager(Actor):
         self._draw = draw
         self._client: InlineLockClient | LockStoreClient
         self._inline = store if isinstance(store, InlineLockStore) else None
-        self._waiters: dict[tuple[str, str], Waiter] = {}  # By the names of their locks and their tickets.
+        self._waiters: dict[tuple[str, str], Waiter] = {}  # By lock name and ticket.
         self._queues: dict[str, LockQueue] = {}
-        self._due: TimerQueue[tuple[str, str]] = TimerQueue()  # Of locks, without a ticket, and of waiters.
+        self._due: TimerQueue[tuple[str, str]] = TimerQueue()  # Keys of waiters, and of locks with an empty ticket.
         self._sweeps_at = math.inf
         self._sweep_timer: Timer | None = None
         self._thread = 0
@@ -94,15 +97,15 @@ class LockManager(Actor):
         self._store.listener = self
 
     async def on_stop(self) -> None:
-        places = [each.abandoned(unclaimed=True) for each in self._waiters.values()]
+        withdrawals = [each.withdrawal(unclaimed=True) for each in self._waiters.values()]
         for each in self._waiters.values():
             each.give(LockQueued("", 0.0))  # Another manager may serve the same store.
         self._waiters.clear()
         self._queues.clear()
-        await self._client.close(places)
+        await self._client.close(withdrawals)
 
     def repair(self) -> None:
-        # Then a new incarnation begins: waiting callers are asked to come again, and the store knows their places.
+        # A new incarnation follows. Waiting callers must repeat their requests, and the store knows their positions.
         if self._inline is not None:
             self._inline.repair()
 
@@ -112,12 +115,12 @@ class LockManager(Actor):
             table.plain.update(dict.fromkeys(LOCK_REQUESTS, self._serve))
         else:
             table.batch.update(dict.fromkeys(LOCK_REQUESTS, self._on_batch))
-            table.eager.update(dict.fromkeys(LOCK_REQUESTS, self._at_once))
+            table.eager.update(dict.fromkeys(LOCK_REQUESTS, self._serve_eagerly))
         return table
 
     async def on_describe(self, request: Describe) -> Description:
-        # A coroutine, although it does not wait: because of it, a caller that would block for a lock in the thread of an
-        # event loop is refused. The lock may be given back by a task of this very loop.
+        # A coroutine, although it does not wait, so that a blocking call for a lock in an event loop's thread is rejected.
+        # A task of that loop may have to release the lock.
         return Description(self.ctx.address, self._store.name, ("locks",), {"max_waiters": self._max_waiters})
 
     def on_take_snapshot(self, request: TakeSnapshot) -> Snapshot:
@@ -128,7 +131,7 @@ class LockManager(Actor):
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply | DeferredReply]:
         return [self._served(request) for request in batch]
 
-    def _at_once(self, request: Request[Any]) -> Reply | DeferredReply | None:
+    def _serve_eagerly(self, request: Request[Any]) -> Reply | DeferredReply | None:
         return self._served(request) if get_ident() == self._thread else None
 
     def _served(self, request: Request[Any]) -> Reply | DeferredReply:
@@ -154,18 +157,18 @@ class LockManager(Actor):
         now = self.ctx.clock.monotonic()
         waiter = self._waiters.get((request.name, request.ticket))
         if waiter is not None:
-            waiter.give(LockQueued("", 0.0))  # Asked twice: the first one to ask waits no longer.
+            waiter.give(LockQueued("", 0.0))  # A repeated request: the earlier one no longer waits.
             waiter.request, waiter.answer, waiter.ends = request, answer, now + request.wait
             self._await(waiter, min(waiter.ends, now + PARKED))
             if self._shared or request.wait <= 0 or not waiter.queued:
                 self._ask_for(waiter)
             return
         if len(self._waiters) >= self._max_waiters:
-            raise Overloaded(f"{self._max_waiters} callers wait for locks, which is the most", "", self._max_waiters)
+            raise Overloaded(f"{self._max_waiters} callers already wait for locks", "", self._max_waiters)
         waiter = Waiter(request, answer, now + request.wait)
         self._waiters[request.name, request.ticket] = waiter
         if self._store.poll is not None and request.wait > 0:
-            # The store keeps no queue, so this is the queue, also while the first of it is being asked for.
+            # The store keeps no queue, so the manager does, even while the first request is in flight.
             if (queue := self._queues.get(request.name)) is not None:
                 self._queue(waiter, queue.owner, max(0.0, queue.ends_at - now), now)
                 return
@@ -187,25 +190,25 @@ class LockManager(Actor):
             self._client.ask(request, released)
             return
         self._forget(waiter)
-        if waiter.is_there:
+        if waiter.caller_waits:
             waiter.give(LockDenied("", 0.0))
-        if waiter.asking:
-            waiter.left = True  # What comes of it is given back.
+        if waiter.in_flight:
+            waiter.withdrawn = True  # If the lock is granted, it is released.
             answer.give(Released())
         else:
-            self._client.ask(waiter.abandoned(), answer.give)
+            self._client.ask(waiter.withdrawal(), answer.give)
 
     def _ask_for(self, waiter: Waiter) -> None:
-        if waiter.asking:
-            waiter.again = True
+        if waiter.in_flight:
+            waiter.ask_again = True
             return
-        waiter.asking, waiter.again = True, False
+        waiter.in_flight, waiter.ask_again = True, False
         self._client.ask(waiter.request, lambda reply: self._replied(waiter, reply))
 
     def _replied(self, waiter: Waiter, reply: Reply) -> None:
-        waiter.asking = False
+        waiter.in_flight = False
         now = self.ctx.clock.monotonic()
-        if waiter.left:
+        if waiter.withdrawn:
             self._give_up(waiter)
         elif isinstance(reply, LockGranted):
             self._grant(waiter, reply)
@@ -219,15 +222,15 @@ class LockManager(Actor):
             self._wait_on(waiter, reply, now)
 
     def _wait_on(self, waiter: Waiter, reply: LockQueued | LockDenied, now: float) -> None:
-        waiter.trouble = None
-        lost_its_place = isinstance(reply, LockQueued) and reply.fresh and waiter.queued
+        waiter.last_failure = None
+        lost_its_position = isinstance(reply, LockQueued) and reply.fresh and waiter.queued
         self._queue(waiter, reply.owner, reply.remaining, now)
-        if lost_its_place:
-            # And so have the others, who ask when the first of them has.
+        if lost_its_position:
+            # The other waiters have lost their positions too. They ask after the first one has.
             first, *others = self._queues[waiter.request.name].waiters.values()
             for each in others if first is waiter else [first]:
                 self._ask_for(each)
-        if waiter.again:
+        if waiter.ask_again:
             self._ask_for(waiter)
 
     def _queue(self, waiter: Waiter, owner: str, remaining: float, now: float) -> None:
@@ -248,10 +251,10 @@ class LockManager(Actor):
         request = waiter.request
         self._leave_queue(waiter)
         if waiter.answer is None and waiter.until > self.ctx.clock.monotonic():
-            waiter.queued = False  # Its caller comes again, and finds the lock then.
+            waiter.queued = False  # The caller repeats its request and gets the lock then.
             return
         self._forget(waiter)
-        if not waiter.is_there:
+        if not waiter.caller_waits:
             self._give_up(waiter, unclaimed=True)
             return
         self.ctx.emit(LockAcquired, request.name, request.owner, grant.token)
@@ -260,13 +263,13 @@ class LockManager(Actor):
     def _failed(self, waiter: Waiter, reply: Failed, now: float) -> None:
         transient = error_class(reply.code).transient
         if waiter.queued and transient and waiter.ends > now:
-            waiter.trouble = reply
+            waiter.last_failure = reply
             if waiter.request.name in self._queues:
-                self._look_at(now + AGAIN, waiter.request.name)
+                self._look_at(now + RETRY_INTERVAL, waiter.request.name)
             return
         queue, others = self._queues.get(waiter.request.name), list[Waiter]()
         if queue is not None and not waiter.queued and waiter.request.ticket in queue.waiters:
-            # The store has not been heard yet, so each of those who came meanwhile asks for itself.
+            # The store has not replied yet, so a request is sent for each waiter that has arrived meanwhile.
             others = [each for each in queue.waiters.values() if each is not waiter]
         self._forget(waiter)
         for each in others:
@@ -274,24 +277,24 @@ class LockManager(Actor):
             self._ask_for(each)
         waiter.give(reply)
         if transient:
-            self._give_up(waiter)  # Whether it was done is not known.
+            self._give_up(waiter)  # The lock may have been granted.
 
     def _give_up(self, waiter: Waiter, *, unclaimed: bool = False) -> None:
         def gone(reply: Reply) -> None:
             if self._store.poll is not None:
                 self.look(waiter.request.name)
 
-        self._client.ask(waiter.abandoned(unclaimed=unclaimed), gone)
+        self._client.ask(waiter.withdrawal(unclaimed=unclaimed), gone)
 
     # For the store: `LockListener`
 
     def granted(self, name: str, ticket: str, grant: LockGranted) -> None:
         waiter = self._waiters.get((name, ticket))
         if waiter is None:
-            # Another manager's, or one of an incarnation before this one.
+            # A waiter of another manager or of an earlier incarnation.
             self._client.ask(ReleaseLock(name, ticket, unclaimed=True), lambda reply: None)
-        elif waiter.asking:
-            waiter.again = True
+        elif waiter.in_flight:
+            waiter.ask_again = True
         else:
             self._grant(waiter, grant)
 
@@ -303,7 +306,7 @@ class LockManager(Actor):
             if (waiter := self._waiters.get((name, ticket))) is not None:
                 self._ask_for(waiter)
             else:
-                # It has gone; or it has the lock by now, because it asked once more while this was on its way.
+                # The waiter has left, or it already has the lock because it repeated its request meanwhile.
                 self._client.ask(ReleaseLock(name, ticket, unclaimed=True, offered=True), lambda reply: None)
         elif (queue := self._queues.get(name)) is not None:
             queue.pause = 0.0
@@ -318,9 +321,9 @@ class LockManager(Actor):
         self.ctx.emit(LockExpired, name, owner, token)
 
     def on_sweep(self, request: Sweep) -> Deleted:
-        """Look at what is due."""
+        """Handle the waiters and leases that are due."""
         now, self._sweeps_at = self.ctx.clock.monotonic(), math.inf
-        if isinstance(self._client, InlineLockClient):  # A server sweeps by itself.
+        if isinstance(self._client, InlineLockClient):  # A server expires its leases itself.
             self._client.sweep()
         for name, ticket in [*self._due.expire(now)]:
             if ticket:
@@ -333,20 +336,20 @@ class LockManager(Actor):
         return Deleted(0)
 
     def _waited(self, waiter: Waiter, now: float) -> None:
-        """The caller has waited long enough, for now or altogether; or it has not asked again."""
-        queue, was_there = self._queues.get(waiter.request.name, LockQueue()), waiter.is_there
+        """Handle a waiter whose wait or parking interval has ended, or whose caller has not repeated its request."""
+        queue, had_caller = self._queues.get(waiter.request.name, LockQueue()), waiter.caller_waits
         remaining = max(0.0, queue.ends_at - now)
-        if waiter.answer is not None and was_there and waiter.ends > now:
+        if waiter.answer is not None and had_caller and waiter.ends > now:
             answer, waiter.answer = waiter.answer, None
             self._await(waiter, now + KEPT)
             answer.give(LockQueued(queue.owner, remaining))
             return
         self._forget(waiter)
-        waiter.give(waiter.trouble or LockDenied(queue.owner, remaining))
-        if waiter.asking:
-            waiter.left = True
+        waiter.give(waiter.last_failure or LockDenied(queue.owner, remaining))
+        if waiter.in_flight:
+            waiter.withdrawn = True
         else:
-            self._give_up(waiter, unclaimed=not was_there)
+            self._give_up(waiter, unclaimed=not had_caller)
 
     def _await(self, waiter: Waiter, until: float) -> None:
         waiter.until = until

@@ -1,4 +1,4 @@
-"""Callers that wait for locks at a manager, the queue of each lock, and the check of what callers ask."""
+"""The waiters of a lock manager, the queue of each lock, and the validation of lock requests."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cachebus.messages import (
     Reply,
 )
 
-LONGEST = 1e9  # Seconds that a lock may be held or waited for: thirty years.
+MAX_SECONDS = 1e9  # Limit of the lease and of the wait for a lock: about thirty years.
 
 
 class LockReply(Struct, eq=False):
-    """The reply to one request: the handler returns it, or it is given later."""
+    """The reply to one request. The handler returns it, or it is given later."""
 
     reply: Reply | None = None
     deferred: DeferredReply | None = None
@@ -35,7 +35,7 @@ class LockReply(Struct, eq=False):
             self.deferred.answer(reply)
 
     def take(self, defer: Callable[[], DeferredReply]) -> Reply | DeferredReply:
-        """The return value of the handler."""
+        """Return the reply, or a deferred reply if it is not known yet. This is the return value of the handler."""
         if self.reply is not None:
             return self.reply
         self.deferred = defer()
@@ -43,7 +43,7 @@ class LockReply(Struct, eq=False):
 
     @property
     def waiting(self) -> bool:
-        """Whether the caller may still wait for it."""
+        """True if the caller may still wait for the reply."""
         return self.reply is None if self.deferred is None else self.deferred.waiting
 
 
@@ -51,42 +51,42 @@ class Waiter(Struct, eq=False):
     """One attempt to acquire a lock."""
 
     request: AcquireLock
-    answer: LockReply | None  # `None` from when the caller was asked to come again until it does.
-    ends: float  # When the caller's patience ends.
-    until: float = 0.0  # When it is answered, or given up if its caller has not come again.
-    asking: bool = False  # The store is being asked for it.
-    again: bool = False  # The store is to be asked once more after that.
-    left: bool = False  # The caller has given up while the store was being asked.
+    answer: LockReply | None  # `None` after the caller was asked to repeat its request, until it does.
+    ends: float  # End of the caller's wait.
+    until: float = 0.0  # When it is answered, or dropped if its caller has not repeated the request.
+    in_flight: bool = False  # A request to the store is in flight.
+    ask_again: bool = False  # Send another request to the store after that.
+    withdrawn: bool = False  # The caller gave up while the request was in flight.
     queued: bool = False
-    trouble: Failed | None = None  # Why the store could not be asked the last time.
+    last_failure: Failed | None = None  # The reply if the last request to the store failed.
 
     @property
-    def is_there(self) -> bool:
-        """Whether the caller waits for an answer."""
+    def caller_waits(self) -> bool:
+        """True if the caller waits for a reply."""
         return self.answer is not None and self.answer.waiting
 
     def give(self, reply: Reply) -> None:
-        """Answer the caller, if it waits."""
+        """Reply to the caller if it waits."""
         if self.answer is not None:
             self.answer.give(reply)
 
-    def abandoned(self, *, unclaimed: bool = False) -> ReleaseLock:
-        """The request that takes back what was asked. `unclaimed`: the caller may ask another manager."""
+    def withdrawal(self, *, unclaimed: bool = False) -> ReleaseLock:
+        """Return the request that withdraws this attempt. `unclaimed`: the caller may repeat it at another manager."""
         return ReleaseLock(self.request.name, self.request.ticket, abandon=not unclaimed, unclaimed=unclaimed)
 
 
 class LockQueue(Struct, eq=False):
-    """The waiters of one lock by ticket, in the order in which they came."""
+    """The waiters of one lock by ticket, in the order of their arrival."""
 
     waiters: dict[str, Waiter] = {}
     owner: str = ""
-    ends_at: float = 0.0  # When the lease of `owner` ends, as far as is known.
-    overdue: bool = False  # The lease has ended and no holder was named since: places may be lost.
-    pause: float = 0.0  # Seconds for which a store without a queue is left alone.
+    ends_at: float = 0.0  # End of the lease of `owner`, if known.
+    overdue: bool = False  # The lease has ended and no new holder is known, so queue positions may be lost.
+    pause: float = 0.0  # Seconds between two requests to a store without a queue.
 
 
 def check_lock_request(request: AcquireLock | RenewLock | ReleaseLock | DescribeLock) -> None:
-    """Check what other programs on the bus may send. Raises `BadMessage`, or `CacheKeyError` for a name."""
+    """Validate a request, which may come from another program on the bus. Raises `BadMessage` or `CacheKeyError`."""
     if not request.name:
         raise CacheKeyError("the name of a lock must not be empty")
     if not _is_text(request.name):
@@ -94,13 +94,13 @@ def check_lock_request(request: AcquireLock | RenewLock | ReleaseLock | Describe
     if isinstance(request, DescribeLock):
         return
     if not 0 < len(request.ticket) <= 255 or "|" in request.ticket or not request.ticket.isprintable():
-        raise BadMessage("the ticket of a lock has 1 to 255 printable characters, and no |")
+        raise BadMessage("the ticket of a lock must have 1 to 255 printable characters, without '|'")
     if isinstance(request, ReleaseLock):
         return
-    if not 0 < request.ttl <= LONGEST:
-        raise BadMessage(f"ttl must be a positive number of seconds, 1e9 at most, not {request.ttl!r}")
+    if not 0 < request.ttl <= MAX_SECONDS:
+        raise BadMessage(f"ttl must be a positive number of seconds, at most 1e9, not {request.ttl!r}")
     if isinstance(request, AcquireLock):
-        if not 0 <= request.wait <= LONGEST:
+        if not 0 <= request.wait <= MAX_SECONDS:
             raise BadMessage(f"wait must be a number of seconds from 0 to 1e9, not {request.wait!r}")
         if not _is_text(request.owner):
             raise BadMessage("the owner of a lock must be valid Unicode")

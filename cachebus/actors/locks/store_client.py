@@ -1,4 +1,4 @@
-"""Clients through which the lock manager asks its store: on the spot, or through a guard over a connection."""
+"""Clients of lock stores for the lock manager: one for inline stores, and one with a guard for stores that wait for I/O."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from ..runtime.actor import Context
 Then = Callable[[Reply], None]  # Takes the reply; an error is a `Failed`.
 MAX_BATCH = 128
 
-OWED_FOR = 60.0  # Seconds for which the store is asked to take a lock back.
-AGAIN = 1.0  # Seconds between two such tries.
-PATIENCE = 2.0  # Seconds for which the answer to such a try is waited for.
-MOST_OWED = 10_000
+RETRY_FOR = 60.0  # Seconds for which a failed release is retried.
+RETRY_INTERVAL = 1.0  # Seconds between two retries.
+RETRY_TIMEOUT = 2.0  # Seconds to wait for the reply to a retry.
+MAX_PENDING = 10_000  # Maximum number of releases to retry.
 
 
 class InlineLockClient:
@@ -48,13 +48,13 @@ class InlineLockClient:
         self._busy = False
 
     def ask(self, request: Request[Any], then: Then) -> None:
-        """Have the store carry out a request, after those that were asked before."""
-        # One after the other, not one within the other: a chain of waiters who are gone would fill the stack.
+        """Execute a request in the store, after those that were passed earlier."""
+        # In a loop instead of recursion: a long chain of waiters that have left would overflow the stack.
         self._waiting.append((request, then))
         self._work(lambda: None)
 
     def sweep(self) -> None:
-        """Have the store take their locks from holders whose time is up."""
+        """Release the locks whose leases have expired."""
         self._work(self._store.sweep)
 
     def _work(self, first: Callable[[], None]) -> None:
@@ -74,17 +74,19 @@ class InlineLockClient:
             self._busy = False
 
     async def close(self, last: Sequence[Request[Any]]) -> None:
-        """Carry these out, and no others."""
+        """Execute the requests in `last`."""
         for request in last:
             self.ask(request, lambda reply: None)
 
 
 class LockStoreClient:
-    """Client of a store that waits for its answers. A lone request leaves at once, and what comes while others are under
-    way leaves with the next batch. The first request opens the store: a process without locks pays nothing for them.
+    """Client of a store that waits for I/O.
 
-    A release that the store did not carry out is answered, and asked again until the store is back, for `MOST_OWED` locks
-    at most. Without that, the lock would be held until its lease ends.
+    A single request is sent immediately. Requests that arrive while others are in flight are sent with the next batch. The
+    first request opens the store, so a process that uses no locks does not connect.
+
+    If the store did not execute a release, the caller gets a reply and the release is retried until the store is back. At
+    most `MAX_PENDING` releases are retried. Without a retry, the lock would be held until its lease ends.
     """
 
     def __init__(self, store: BatchStore, policy: GuardPolicy, ctx: Context) -> None:
@@ -96,17 +98,17 @@ class LockStoreClient:
         self._guard = Guard(policy, ctx, store.name)
         self._outbox: deque[tuple[Request[Any], Then]] = deque()
         self._wake: TaskPort | None = None
-        self._owed: list[tuple[ReleaseLock, float]] = []  # Releases to be asked again, with when to give up.
-        self._collects = False
+        self._pending: list[tuple[ReleaseLock, float]] = []  # Releases to retry, each with the time to give up.
+        self._retrying = False
         self._is_open = False
         self._closed = False
         ctx.start_soon(self._pump)
 
     def __repr__(self) -> str:
-        return f"<LockStoreClient of {self._store!r}, {len(self._owed)}/{MOST_OWED} releases pending>"
+        return f"<LockStoreClient of {self._store!r}, {len(self._pending)}/{MAX_PENDING} releases pending>"
 
     def ask(self, request: Request[Any], then: Then) -> None:
-        """Have the store carry out a request, after those that were asked before. Does not wait."""
+        """Execute a request in the store, after those that were passed earlier. Does not wait."""
         if type(request) is ReleaseLock and not request.unclaimed:
             then = self._until_done(request, then)
         if not self._outbox:
@@ -120,11 +122,11 @@ class LockStoreClient:
         self._wake_up()
 
     def statistics(self) -> dict[str, Any]:
-        """The figures of the guard."""
+        """Return the statistics of the guard."""
         return msgspec.structs.asdict(self._guard.statistics())
 
     async def close(self, last: Sequence[Request[Any]]) -> None:
-        """Carry these out if the store is open, and no others."""
+        """Execute the requests in `last` if the store is open, reject all others, and close the store."""
         self._closed = self._guard.closed = True
         self._wake_up()
         try:
@@ -140,12 +142,12 @@ class LockStoreClient:
     async def _pump(self) -> None:
         while not self._closed:
             if not self._outbox:
-                # Nothing comes between this look and the wait: nothing else runs on this loop.
+                # No request can arrive between the check and the wait, because no other task runs in between.
                 self._wake = open_port()
                 await self._wake.wait()
                 continue
             batch = [self._outbox.popleft() for _ in range(min(MAX_BATCH, len(self._outbox)))]
-            replied = partial(_hand_over, batch)
+            replied = partial(_deliver, batch)
             try:
                 await self._guard.submit(self._target, [request for request, _ in batch], replied)
             except CacheError as error:
@@ -157,36 +159,36 @@ class LockStoreClient:
         self._target, self._is_open = as_pipelined(self._store), True
 
     def _until_done(self, request: ReleaseLock, then: Then) -> Then:
-        """Wrap `then`: it gets the reply, and the request is repeated if the reply is that of no store."""
+        """Wrap `then` so that the release is retried if the store did not execute it."""
 
         def replied(reply: Reply) -> None:
-            if _is_undone(reply) and len(self._owed) < MOST_OWED:
-                self._owed.append((request, self._now() + OWED_FOR))
-                if not self._collects:
-                    self._collects = True
-                    self._ctx.start_soon(self._collect)
+            if _is_undone(reply) and len(self._pending) < MAX_PENDING:
+                self._pending.append((request, self._now() + RETRY_FOR))
+                if not self._retrying:
+                    self._retrying = True
+                    self._ctx.start_soon(self._retry_releases)
             then(reply)
 
         return replied
 
-    async def _collect(self) -> None:
+    async def _retry_releases(self) -> None:
         try:
-            while self._owed:
-                await self._ctx.clock.sleep_until(self._now() + AGAIN)
+            while self._pending:
+                await self._ctx.clock.sleep_until(self._now() + RETRY_INTERVAL)
                 if self._closed:
                     return
-                await self._ask_again()
+                await self._retry_once()
         finally:
-            self._collects = False
+            self._retrying = False
 
-    async def _ask_again(self) -> None:
-        owed, self._owed = self._owed, []
+    async def _retry_once(self) -> None:
+        pending, self._pending = self._pending, []
         undone: list[tuple[ReleaseLock, float]] = []
-        while owed and not undone:
-            batch, owed = owed[:MAX_BATCH], owed[MAX_BATCH:]
+        while pending and not undone:
+            batch, pending = pending[:MAX_BATCH], pending[MAX_BATCH:]
             replies: Sequence[Reply] = [Failed.of(CacheTimeoutError())] * len(batch)
-            # Past the guard: this goes on while the circuit is open, and says nothing about what callers would meet.
-            with anyio.move_on_after(PATIENCE):
+            # Bypass the guard: retries continue while the circuit is open and do not count for it.
+            with anyio.move_on_after(RETRY_TIMEOUT):
                 try:
                     replies = await self._lazy.execute([request for request, _ in batch])
                 except CacheError as error:
@@ -197,16 +199,16 @@ class LockStoreClient:
                     self._ctx.emit(LockReleased, request.name, request.owner, request.token)
                 elif _is_undone(reply):
                     undone.append(each)
-        # First those that were not asked for: of several servers one may be there.
+        # Untried releases come first: if there are several servers, another one may be available.
         now = self._now()
-        self._owed[:0] = [each for each in (*owed, *undone) if now < each[1]]
+        self._pending[:0] = [each for each in (*pending, *undone) if now < each[1]]
 
 
-def _hand_over(batch: Sequence[tuple[Request[Any], Then]], replies: Sequence[Reply]) -> None:
+def _deliver(batch: Sequence[tuple[Request[Any], Then]], replies: Sequence[Reply]) -> None:
     for (_, then), reply in zip(batch, replies, strict=True):
         then(reply)
 
 
 def _is_undone(reply: Reply) -> bool:
-    """Whether the store could not be asked, or did not say what it did."""
+    """True if the store was not reached or its result is unknown."""
     return isinstance(reply, Failed) and (error_class(reply.code).transient or reply.code == CircuitOpen.code)
