@@ -1,1 +1,1 @@
-"""The bus between processes, over NATS."""
+"""The NATS bus, which connects the actors of several processes."""

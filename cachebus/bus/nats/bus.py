@@ -1,7 +1,7 @@
-"""The bus between processes: a `LocalBus` that also reaches addresses in others.
+"""The NATS bus: a `LocalBus` that can also reach addresses in other processes.
 
-An address that is served in this process is reached as on a `LocalBus`, inline turns and all; any other through NATS.
-`address.py` makes the subjects, `codec.py` the bytes.
+Addresses that are served in this process are reached as on a `LocalBus`, including inline turns. All others are reached
+through NATS. `bus/address.py` builds the subjects, `bus/codec` the bytes.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from .responder import Responder
 
 logger = logging.getLogger("cachebus.bus")
 
-GROUP = "q"  # The queue group of the processes that share an address: the default of NATS micro.
+GROUP = "q"  # Queue group of the processes that share an address. It is the default of NATS micro.
 
 
 class NatsBus(LocalBus):
-    """A `Bus` between processes, over NATS. An asynchronous context manager; it belongs to the asyncio loop that opens it.
+    """A `Bus` that connects processes over NATS. An asynchronous context manager, bound to the asyncio loop that opens it.
 
-    Requests may come from any thread and loop, on trio too. While the connection is away, requests to other processes
-    fail at once with `CacheConnectionError`, and those under way with it; everything works again when it is back.
+    Requests may come from any thread and event loop, including trio. If the connection is lost, requests to other
+    processes fail immediately with `CacheConnectionError`, and so do those in flight. The bus reconnects automatically.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class NatsBus(LocalBus):
         self._heart: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        up = "up" if self.connection.up else "away"
-        return f"<NatsBus {self.namespace!r} {up}, serving {', '.join(sorted(self._recipients)) or 'nobody'}>"
+        up = "up" if self.connection.up else "down"
+        return f"<NatsBus {self.namespace!r} {up}, serving {', '.join(sorted(self._recipients)) or 'no addresses'}>"
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -93,12 +93,12 @@ class NatsBus(LocalBus):
         await self.aclose()
 
     async def open(self) -> None:
-        """Connect. Raises `CacheConnectionError`, and `CacheConfigurationError` on trio and for unusable files."""
+        """Connect. Raises `CacheConnectionError`, or `CacheConfigurationError` on trio or if a file cannot be used."""
         if running_loop() is None:
-            raise CacheConfigurationError("a bus over NATS is opened on asyncio: nats-py knows no other event loop")
+            raise CacheConfigurationError("the NATS bus requires asyncio, because nats-py supports no other event loop")
         if self._closed or self._requests is not None:
-            raise CacheClosed("a bus is opened once; make a new one")
-        # The first decoding makes pydantic look through the installed packages, so it is done off the loop.
+            raise CacheClosed("a bus can be opened only once; create a new one")
+        # The first decoding makes pydantic scan the installed packages, so it runs outside of the event loop.
         await asyncio.to_thread(lambda: decode(encode(Ping())))
         await self.connection.open()
         try:
@@ -120,7 +120,7 @@ class NatsBus(LocalBus):
         self.subscriptions.want_elsewhere(self._kinds)
 
     async def aclose(self, grace: float = 5.0) -> None:
-        """Stop being reached, answer what is under way within `grace` seconds, send what waits, and disconnect."""
+        """Stop accepting requests, answer those in flight within `grace` seconds, send queued events, and disconnect."""
         for address in list(self._serving):
             await self.retire(Address(address))
         if self._micro is not None:
@@ -140,7 +140,7 @@ class NatsBus(LocalBus):
         await self._outbox.close(grace)
         if self._heart is not None:
             await end_task(self._heart)
-            self._beat()  # A last time, because no event comes after this.
+            self._beat()  # A final heartbeat, because no event follows.
         for claim in list(self._claims.values()):
             await claim.release()
         for task in list(self._tasks):
@@ -148,15 +148,14 @@ class NatsBus(LocalBus):
         await self.connection.close()
 
     def forked(self) -> None:
-        """Be closed in the child of a fork: the connection is the parent's."""
+        """Close the bus in a forked child. The connection belongs to the parent."""
         if self._requests is not None:
             self._requests.closed = True
             self._requests = None
         super().forked()
 
     async def settled(self) -> None:
-        """Return when NATS knows everything that this bus listened to and served at the call. Raises
-        `CacheConnectionError`."""
+        """Wait until NATS knows all current subscriptions and addresses of this bus. Raises `CacheConnectionError`."""
         await self._listener.settled()
 
     def recipient(self, address: Address) -> Recipient:
@@ -203,7 +202,7 @@ class NatsBus(LocalBus):
 
     def withdraw(self, address: Address) -> None:
         super().withdraw(address)
-        # Without having been retired, as after a start that failed.
+        # The address was not retired, for example after a failed start.
         if (address in self._serving or address in self._claims) and self._requests is not None:
             self._run(self.retire(address))
 
@@ -231,26 +230,26 @@ class NatsBus(LocalBus):
 
     def _lost(self) -> None:
         if self._requests is not None:
-            detail = "the connection to NATS was lost; whether it took effect is not known"
+            detail = "the connection to NATS was lost; the request may or may not have taken effect"
             self._requests.end(CacheConnectionError(detail, "nats"))
 
     def _back(self) -> None:
         self._outbox.wake()
-        self._emitter.publish(EventsMissed(source="", event="", count=0))  # How many is not known.
+        self._emitter.publish(EventsMissed(source="", event="", count=0))  # The number is not known.
         for claim in self._claims.values():
             try:
                 claim.say("again")
             except CacheConnectionError:
-                return  # Lost again. The next return comes back to it.
+                return  # The connection is lost again. The next reconnect repeats this.
         if self.options.events_stream is not None:
             self._run(self._ensure_stream())
 
     async def _ensure_stream(self) -> None:
-        # The server that is back may be another one, without the stream.
+        # After a reconnect the server may be another one, without the stream.
         try:
             await ensure_stream(self.connection, self._subjects)
         except CacheError as error:
-            logger.warning("events are not kept: %s", error)
+            logger.warning("events are not stored in a stream: %s", error)
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
@@ -258,7 +257,7 @@ class NatsBus(LocalBus):
         task.add_done_callback(self._tasks.discard)
 
     def _beat(self) -> None:
-        """Publish how far the numbers of the events go, once one was sent, so that the loss of the last ones is noticed."""
+        """Publish the last event numbers in a heartbeat, so that listeners detect lost events. Skipped if none was sent."""
         outbox, interval, last = self._outbox, self.options.heartbeat, self._outbox.numbers()
         if interval is None or not last or not self.connection.up:
             return
@@ -274,7 +273,7 @@ class NatsBus(LocalBus):
             time=self.clock.wall(),
         )
         head = header_block({"Content-Type": outbox.content_type})
-        with suppress(CacheError):  # The next one says as much.
+        with suppress(CacheError):  # The next heartbeat has the same information.
             self.connection.write(self._subjects.event(Heartbeat, ""), encode(beat, outbox.content_type), head=head)
             self.counters.heartbeats_sent = number
 
@@ -285,18 +284,18 @@ class NatsBus(LocalBus):
 
 
 class Claim:
-    """An address that only one process serves: this one holds it, or wants it. `on_lost` is called when another has it.
+    """A claim to an address that only one process may serve. `on_lost` is called if this process loses the address.
 
-    Every process that has or wants such an address listens on its owner subject. A claimant publishes its name and a number
-    there, and waits a moment for objections:
+    Every process that holds or claims such an address listens on its owner subject. A claimant publishes its name and a
+    random number there, and waits for objections:
 
-        a holder objects, always                    the claimant gives up
-        a claimant with a lower number objects      the claimant gives up
-        a claimant hears a claim of a lower number  it gives up by itself
+        a holder always objects                             the claimant gives up
+        a claimant with a lower number objects              the claimant gives up
+        a claimant receives a claim with a lower number     it gives up without an objection
 
-    Numbers are random. A claimant subscribes before it publishes, so of two claimants at least one hears the other, and both
-    decide by the same rule. After a reconnect a holder publishes its claim again, because two parts of a split network may
-    each have got one; the one with the higher number then retires.
+    A claimant subscribes before it publishes. So at least one of two claimants receives the other's claim, and both decide
+    by the same rule. After a reconnect, holders publish their claims again, because both sides of a network partition may
+    have a holder. The one with the higher number then retires.
     """
 
     def __init__(self, address: str, subject: str, connection: NatsConnection, on_lost: Callable[[], None]) -> None:
@@ -311,7 +310,7 @@ class Claim:
         self._objection: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def make(self) -> None:
-        """Claim the address. Raises `AddressInUse` that names who has it, `CacheConnectionError` while away."""
+        """Claim the address. Raises `AddressInUse` with its holder, or `CacheConnectionError` if the connection is down."""
         self._listener = await self._connection.listen(self._subject, self._heard)
         try:
             await self._connection.flush()
@@ -326,7 +325,7 @@ class Claim:
             raise
 
     async def release(self) -> None:
-        """Give the address up."""
+        """Give up the address."""
         self.held = False
         if self._listener is not None:
             listener, self._listener = self._listener, None
@@ -338,7 +337,7 @@ class Claim:
             word, number, to = str(said["says"]), str(said["number"]), str(said["to"])
             who = str(said["who"])[:200]
         except (ValueError, TypeError, KeyError, RecursionError):
-            return  # Junk.
+            return  # Malformed.
         if word == "held":
             if to == self._number:
                 self._yield_to(who)
@@ -346,20 +345,22 @@ class Claim:
             try:
                 self.say("held", number)
             except CacheError:
-                logger.warning("a claim to %s could not be objected to: the connection is away", self.address)
+                logger.warning("could not object to a claim to %s: the connection to NATS is down", self.address)
         else:
             self._yield_to(who)
 
     def say(self, word: str, to: str = "") -> None:
-        """Publish a word: `claim`, `held` to the claimant with the number `to`, or `again` when the connection is back.
-        Raises `CacheConnectionError` while away."""
+        """Publish `claim`, `held` (an objection to the claimant with the number `to`), or `again` after a reconnect.
+
+        Raises `CacheConnectionError` if the connection is down.
+        """
         words = {"says": word, "number": self._number, "to": to, "who": self.identity}
         self._connection.write(self._subject, json.dumps(words).encode())
 
     def _yield_to(self, who: str) -> None:
         if self.held:
             self.held = False
-            logger.error("%s is served by %s too; this process retires from it", self.address, who)
+            logger.error("%s is also served by %s; this process stops serving it to others", self.address, who)
             self._on_lost()
         elif not self._objection.done():
             self._objection.set_result(who)

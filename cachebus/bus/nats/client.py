@@ -1,9 +1,8 @@
-"""One incarnation of a connection: a nats-py client with our options, quiet about secrets, and never talking without TLS where
-TLS was asked for.
+"""Creating the nats-py client of one connection. It never logs secrets, and never continues without TLS if `tls` is set.
 
-nats-py's own reconnecting is off. It would keep what was not sent yet and send it after the return, when the budgets in
-it are long spent and a late `Set` may bring back what was deleted meanwhile; and it ends for good on most errors that a
-server can report. So a client is used until it is closed, and then another one is made.
+The reconnect feature of nats-py is disabled, for two reasons. It would buffer unsent messages and send them after the
+reconnect, when their budgets are spent and a late `Set` may restore a value that was deleted meanwhile. It also closes for
+good on most errors that a server can report. So a client is used until it is closed, and then replaced.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from .compat import NO_TLS, CompatClient, check_release
 from .options import NatsOptions
 
 PENDING = 64 * 1024 * 1024
-"""Bytes that may wait for the socket. What is refused before that, the callers of `write` decide."""
+"""Maximum number of bytes that may wait for the socket. Callers of `write` may apply lower limits."""
 
-_PERMANENT = ("Authorization Violation", NO_TLS)  # What servers say, in nats-py's words, that they will say again.
+_PERMANENT = ("Authorization Violation", NO_TLS)  # Errors, in nats-py's words, that another attempt will not fix.
 OnError = Callable[[Exception], None]
 
 
 async def connect(
     options: NatsOptions, servers: list[str], on_error: OnError, on_end: Callable[[], None]
 ) -> CompatClient:
-    """A client that is connected to one of the servers, tried in random order.
+    """Return a client that is connected to one of the servers. The servers are tried in random order.
 
-    `on_error` hears of what goes wrong later, and `on_end` is called when the client may have ended. Raises
-    `CacheConnectionError` with what each server said; `CacheConfigurationError` for files that cannot be used, and where each
-    server said what another attempt will not mend, such as a wrong password.
+    `on_error` is called for later errors, and `on_end` when the client may have been closed. Raises `CacheConnectionError`
+    with the error of each server. Raises `CacheConfigurationError` if a file cannot be used, or if every server failed
+    with an error that another attempt will not fix, such as a wrong password.
     """
     secrets = await asyncio.to_thread(_secrets, options)
     reasons: list[str] = []
@@ -52,7 +51,7 @@ async def connect(
                     servers=[f"{'tls' if options.tls else 'nats'}://{server}"],
                     name=options.name,
                     allow_reconnect=False,
-                    # Two tries, and then the next server: with 0 nats-py would try for ever.
+                    # Two attempts, then the next server: with 0, nats-py would retry without end.
                     max_reconnect_attempts=1,
                     reconnect_time_wait=0,
                     connect_timeout=options.connect_timeout,  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -66,7 +65,7 @@ async def connect(
                 )
             return client
         except (nats.errors.Error, OSError, TimeoutError) as error:
-            # What nats-py raises at last may be that no server is left; what it was told first says why.
+            # The last error of nats-py may only be that no server is left; the first one has the reason.
             first = next(iter(faults), error)
             reasons.append(f"{server}: {_reason(first)}")
             hopeless += isinstance(first, ssl.SSLCertVerificationError) or any(
@@ -77,7 +76,7 @@ async def connect(
             client.abandon()
             raise
     if hopeless == len(reasons):
-        raise CacheConfigurationError(f"no NATS server takes us in ({'; '.join(reasons)})")
+        raise CacheConfigurationError(f"all NATS servers refused the connection ({'; '.join(reasons)})")
     raise CacheConnectionError(f"no NATS server can be reached ({'; '.join(reasons)})", "nats")
 
 
@@ -101,7 +100,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _secrets(options: NatsOptions) -> dict[str, Any]:
-    """What signs us in. Reads files, so it blocks."""
+    """Return the credentials and the TLS context, as arguments of `connect`. Blocks, because it reads files."""
     check_release()
     found: dict[str, Any] = {}
     try:
@@ -113,13 +112,13 @@ def _secrets(options: NatsOptions) -> dict[str, Any]:
             found["nkeys_seed_str"] = Path(options.nkey_seed_file).read_text(encoding="ascii")
         if options.credentials_file:
             found["user_credentials"] = RawCredentials(Path(options.credentials_file).read_text(encoding="ascii"))
-        # Made for nats:// too: a server may demand TLS of whoever comes.
+        # Created for nats:// too, because a server may require TLS.
         context = ssl.create_default_context(cafile=options.tls_ca_file)
         if options.tls_cert_file:
             context.load_cert_chain(options.tls_cert_file, options.tls_key_file)
         found["tls"] = context
     except (OSError, ValueError) as error:  # An ssl.SSLError is an OSError, a UnicodeDecodeError a ValueError.
-        problem = f"a file for NATS cannot be used: {type(error).__name__}"
+        problem = f"cannot use a file for the NATS connection: {type(error).__name__}"
         if isinstance(error, OSError) and error.filename:
             problem += f" for {error.filename}"
     else:

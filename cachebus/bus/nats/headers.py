@@ -1,4 +1,4 @@
-"""The headers of requests over NATS and of their answers: their names, and what they say for each request of an array."""
+"""The headers of NATS requests and replies: their names, and their values for arrays of requests."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CONTENT_TYPE = "Content-Type"
 TRACE, TRACES = "traceparent", "Cachebus-Traceparents"
 REQUEST_ID, ERROR, ERROR_CODE = "Cachebus-Request-Id", "Nats-Service-Error", "Nats-Service-Error-Code"
 
-_LONGEST_SENDER = 64
+_MAX_SENDER_LENGTH = 64
 
 
 def write_budgets(budgets: Sequence[float]) -> str:
-    """The seconds left: one number, or one for each request if they differ."""
+    """Format the remaining budgets in seconds: one number, or one per request if they differ."""
     longest = max(budgets)
     if longest - min(budgets) <= TICK:
         return f"{longest:.3f}"
@@ -27,7 +27,10 @@ def write_budgets(budgets: Sequence[float]) -> str:
 
 
 def read_budgets(headers: Mapping[str, str], count: int, default: float, most: float) -> list[float]:
-    """The seconds left of each of `count` requests, or of all, and at most `most`. Raises `BadMessage`."""
+    """Return the remaining budget in seconds of each of `count` requests, or one for all. Raises `BadMessage`.
+
+    A budget is capped at `most`.
+    """
     text = headers.get(BUDGET)
     if text is None:
         return [default]
@@ -35,32 +38,35 @@ def read_budgets(headers: Mapping[str, str], count: int, default: float, most: f
         budgets = [float(text)] if "," not in text else list(map(float, text.split(",")))
     except ValueError:
         budgets = []
-    # Not a number is in no range, and spoils neither the smallest nor the largest: it is looked for.
+    # NaN must be checked explicitly, because it may not show up in `min` or `max`.
     if (
         len(budgets) not in {1, count}
         or not 0.0 <= min(budgets) <= max(budgets) < math.inf
         or sum(budgets) != sum(budgets)
     ):
-        raise BadMessage(f"the header {BUDGET} is not the seconds left, one number or one for each request")
+        raise BadMessage(f"the header {BUDGET} must be the remaining seconds: one number, or one per request")
     if max(budgets) > most:
         return [min(each, most) for each in budgets]
     return budgets
 
 
 def read_sent(headers: Mapping[str, str]) -> tuple[str, float]:
-    """The sender of a message and when it was sent by the sender's clock; an empty name if the message does not say."""
+    """Return the sender of a message and its send time on the sender's clock. The name is empty if it is unknown."""
     sender, _, text = headers.get(SENT, "").partition(" ")
     try:
         sent = float(text)
     except ValueError:
         return "", 0.0
-    if not abs(sent) < 1e12 or len(sender) > _LONGEST_SENDER:
+    if not abs(sent) < 1e12 or len(sender) > _MAX_SENDER_LENGTH:
         return "", 0.0
     return sender, sent
 
 
 def write_traces(traces: Sequence[str | None]) -> str:
-    """The header with the trace context of all requests, or of each if they differ, empty for one that has none."""
+    """Format the header with the trace contexts: one for all requests, or one per request if they differ.
+
+    A request without a trace context gets an empty value.
+    """
     first = traces[0]
     if traces.count(first) != len(traces):
         return f"{TRACES}: {','.join([each or '' for each in traces])}\r\n"
@@ -68,8 +74,7 @@ def write_traces(traces: Sequence[str | None]) -> str:
 
 
 def read_traces(headers: Mapping[str, str], count: int) -> list[str | None]:
-    """The trace context of each of `count` requests, or of all. What is malformed is left out: no reason to refuse a
-    request."""
+    """Return the trace context of each of `count` requests, or one for all. Malformed contexts are ignored."""
     several = headers.get(TRACES)
     if several is not None and len(traces := several.split(",")) == count:
         return [valid_trace(each) for each in traces]

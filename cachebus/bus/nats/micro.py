@@ -1,7 +1,7 @@
-"""Workers in NATS micro: each answers `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS` (ADR-32 of NATS), and `discover` asks them.
+"""NATS micro services: each worker answers `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS` (NATS ADR-32). `discover` queries them.
 
-The `micro` of nats-py is no use here: it belongs to one client and takes the requests itself, while our clients come and go,
-and `bus/nats/responder.py` takes our requests. So these are plain subscriptions.
+The `micro` module of nats-py does not fit: it is bound to one client and receives the requests itself. Here, clients are
+replaced after a disconnect and `bus/nats/responder.py` receives the requests. So this module uses plain subscriptions.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .compat import Delivery, Listener
 from .connection import NatsConnection
 from .responder import Responder
 
-NAME = "cachebus"  # The name of every worker; ids tell them apart.
+NAME = "cachebus"  # The service name of every worker; workers differ by id.
 PREFIX = "$SRV"
-SNAPSHOT_WAIT = 0.5  # Seconds that an actor has for its statistics: an ill one must not hold up those of the others.
+SNAPSHOT_WAIT = 0.5  # Seconds to wait for an actor's statistics, so that a failing actor does not delay the others.
 _SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 _numbers = itertools.count(1)
 
@@ -43,7 +43,7 @@ Ask = Callable[[Address, Request[Any], float], Coroutine[Any, Any, Any]]
 
 
 class Micro:
-    """The service of one bus. `serving` is what serves each address now."""
+    """The micro service of one bus. `serving` maps each address to its responder and listener."""
 
     def __init__(self, connection: NatsConnection, clock: Clock, namespace: str, serving: Serving, ask: Ask) -> None:
         number = next(_numbers)
@@ -68,15 +68,15 @@ class Micro:
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Begin to answer."""
-        self._base["version"] = await asyncio.to_thread(_installed_version)  # It is read from a file.
+        """Start answering."""
+        self._base["version"] = await asyncio.to_thread(_installed_version)  # Reads a file.
         verbs = {"PING": self._ping, "INFO": self._info, "STATS": self._stats}
         for verb, answer in verbs.items():
             for subject in (f"{PREFIX}.{verb}", f"{PREFIX}.{verb}.{NAME}", f"{PREFIX}.{verb}.{NAME}.{self.id}"):
                 self._listeners.append(await self._connection.listen(subject, answer))
 
     async def close(self) -> None:
-        """Answer no more."""
+        """Stop answering."""
         for listener in self._listeners:
             await self._connection.leave(listener)
         self._listeners.clear()
@@ -89,13 +89,13 @@ class Micro:
 
     def _info(self, msg: Delivery) -> None:
         endpoints = [
-            {**_place(serving, listener), "metadata": {"address": address}}
+            {**_endpoint(serving, listener), "metadata": {"address": address}}
             for address, (serving, listener) in self._serving.items()
         ]
-        self._answer(msg.reply, "info", {"description": "a worker of cachebus", "endpoints": endpoints})
+        self._answer(msg.reply, "info", {"description": "cachebus worker", "endpoints": endpoints})
 
     def _stats(self, msg: Delivery) -> None:
-        # All that ask while the figures are being collected get the same ones.
+        # Requests that arrive while the statistics are being collected share one result.
         if len(self._waiting) < 1000:
             self._waiting.append(msg.reply)
         if self._task is None or self._task.done():
@@ -118,10 +118,10 @@ class Micro:
             snapshot: dict[str, Any] = json.loads(encode(reply, JSON))
             data["statistics"] = {name: each for name, each in snapshot.items() if name not in {"v", "kind", "address"}}
         except CacheError as error:
-            data["error"] = error.code  # Not every actor has statistics, and an ill one may not answer.
+            data["error"] = error.code  # Some actors have no statistics, and a failing one may not answer.
         nanoseconds = round(serving.busy * 1e9)
         return {
-            **_place(serving, listener),
+            **_endpoint(serving, listener),
             "num_requests": serving.requests,
             "num_errors": serving.errors,
             "last_error": serving.last_error,
@@ -134,12 +134,12 @@ class Micro:
         if not reply_to.startswith(self._connection.options.inboxes):
             return
         answer = {**self._base, "type": f"io.nats.micro.v1.{kind}_response", **more}
-        with suppress(CacheError):  # The connection is away: the operator asks again.
+        with suppress(CacheError):  # The connection is down; the operator can ask again.
             self._connection.write(reply_to, json.dumps(answer).encode())
 
 
-def _place(serving: Responder, listener: Listener) -> dict[str, Any]:
-    # The name of an endpoint is one word.
+def _endpoint(serving: Responder, listener: Listener) -> dict[str, Any]:
+    # An endpoint name must be a single word.
     name = serving.address.replace(".", "-")
     return {"name": name, "subject": listener.subject, "queue_group": listener.group}
 
@@ -152,7 +152,7 @@ def _installed_version() -> str:
 
 
 def semantic_version(text: str) -> str:
-    """A version as ADR-32 wants it: that of a source tree, or of a release of another form, is 0.0.0."""
+    """Return `text` if it is a semantic version, as ADR-32 requires, or else 0.0.0."""
     return text if _SEMVER.fullmatch(text) else "0.0.0"
 
 
@@ -186,8 +186,10 @@ class _Statistics(msgspec.Struct):
 
 
 async def discover(connection: NatsConnection, wait: float) -> list[dict[str, Any]]:
-    """Return what the workers on the server answer to `$SRV.STATS` within `wait` seconds, the first answer of each.
-    Anything else that answers is left out. Raises `CacheConnectionError` while the connection is away."""
+    """Return the `$SRV.STATS` replies of the workers that arrive within `wait` seconds, the first one of each worker.
+
+    Replies of other services are ignored. Raises `CacheConnectionError` if the connection is down.
+    """
     found: dict[str, dict[str, Any]] = {}
     no_worker = asyncio.Event()
 
@@ -195,7 +197,7 @@ async def discover(connection: NatsConnection, wait: float) -> list[dict[str, An
         if msg.headers.get("Status") == "503":
             no_worker.set()
             return
-        with suppress(msgspec.MsgspecError, RecursionError):  # Another service of the name, or junk.
+        with suppress(msgspec.MsgspecError, RecursionError):  # Another service with this name, or garbage.
             answer = msgspec.json.decode(msg.data, type=_Statistics)
             found.setdefault(answer.id, msgspec.to_builtins(answer))
 

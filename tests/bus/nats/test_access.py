@@ -126,7 +126,7 @@ async def test_credentials_that_allow_no_streams_say_which_stream_is_not_there(t
 @pytest.mark.parametrize("option", ["nkey_seed_file", "credentials_file", "tls_ca_file"])
 async def test_a_file_that_is_not_there_is_named(nats_server: Server, option: str, tmp_path: Path) -> None:
     given: dict[str, Any] = {option: str(tmp_path / "nowhere"), "tls": option == "tls_ca_file"}
-    with pytest.raises(CacheConfigurationError, match="a file for NATS cannot be used: FileNotFoundError"):
+    with pytest.raises(CacheConfigurationError, match="cannot use a file for the NATS connection: FileNotFoundError"):
         await connects(nats_server, **given)
 
 
@@ -166,7 +166,7 @@ async def test_a_server_without_tls_learns_nothing_where_tls_was_asked_for(
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_trio_is_told_that_nats_needs_asyncio(nats_server: Server) -> None:
-    with pytest.raises(CacheConfigurationError, match="opened on asyncio: nats-py knows no other event loop"):
+    with pytest.raises(CacheConfigurationError, match="requires asyncio, because nats-py supports no other event loop"):
         await NatsBus("shop", options(nats_server)).open()
 
 

@@ -138,5 +138,5 @@ async def test_bytes_that_wait_to_be_looked_at_have_a_bound(
 @pytest.mark.parametrize("option", ["batch", "window", "ping_interval", "outbox", "budget"])
 def test_a_number_is_above_zero(option: str) -> None:
     given: dict[str, Any] = {option: 0}
-    with pytest.raises(CacheConfigurationError, match=f"{option}: expected more than 0, not 0"):
+    with pytest.raises(CacheConfigurationError, match=f"{option}: expected a number above 0, not 0"):
         NatsOptions(**given)
