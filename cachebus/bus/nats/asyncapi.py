@@ -1,4 +1,4 @@
-"""The AsyncAPI 3 document of a worker: its requests and its events, made from the message classes."""
+"""The AsyncAPI 3 document of a worker, generated from the message classes of its requests and events."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from ..address import NO_BACKEND, ROOT, event_word
 from ..codec.messages import JSON, encode
 
 Schema = dict[str, Any]
-_is_a: Callable[[Any, Any], bool] = issubclass  # Type checkers would narrow to what they know less of.
+_is_a: Callable[[Any, Any], bool] = issubclass  # Keeps type checkers from narrowing to a less precise type.
 
 _ADDRESSES = {"backend": "backend.{backend}"}
-"""The address of an actor, by the first word of the wire name of its requests. Others have an address of their own."""
+"""Address patterns by the first word of a request's wire name. Other requests use `{address}`."""
 
 _PARAMETERS = {
-    "namespace": {"description": "Of the application: one word of letters, digits, _ and -.", "default": "default"},
-    "backend": {"description": f"The backend's name, one word; {NO_BACKEND} in an event that belongs to none."},
-    "address": {"description": "The actor's address: words joined by dots, such as backend.primary."},
+    "namespace": {
+        "description": "The namespace of the application: one word of letters, digits, _ and -.",
+        "default": "default",
+    },
+    "backend": {"description": f"The name of the backend, one word; {NO_BACKEND} for an event without a backend."},
+    "address": {"description": "The address of the actor: words joined by dots, such as backend.primary."},
 }
 
 _VALUE = {
-    "description": "What is cached: null, a boolean, a number, a string, an array or an object. Bytes are an object whose "
-    'only key is "$base64". An integer has 64 bits at most.',
+    "description": "The cached value: null, a boolean, a number, a string, an array or an object. Bytes are represented by "
+    'an object whose only key is "$base64". Integers have at most 64 bits.',
     "examples": [{"name": "Ada"}, {"$base64": "AAEC"}, 1],
 }
-"""The schema of a value: anything that JSON can say."""
+"""The schema of a value: any JSON."""
 
 _TEXTS = {
     **dict.fromkeys(("key", "keys", "entries", "items"), "user:1"),
@@ -60,8 +63,8 @@ _VALUES: dict[str, Any] = {"fields": 5.0, "guard": "closed"}
 
 
 def document(version: str) -> Schema:
-    """Return the document, as JSON and YAML can say it. `version` is that of the package."""
-    # Sorted, and only ours: an application may have messages of its own.
+    """Return the document, in types that JSON and YAML can represent. `version` is the package version."""
+    # Sorted, and limited to this package, because an application may define its own messages.
     kinds: list[Any] = [cls for _, cls in sorted(WIRE_NAMES.items()) if cls.__module__.startswith("cachebus.")]
     requests = [cls for cls in kinds if _is_a(cls, Request)]
     events = [cls for cls in kinds if _is_a(cls, Event)]
@@ -69,17 +72,17 @@ def document(version: str) -> Schema:
     made = {
         "asyncapi": "3.0.0",
         "info": {
-            "title": "A worker of cachebus",
+            "title": "cachebus worker",
             "version": version,
-            "description": "A worker answers requests to its cache and tells what happens in it, over NATS. A body is one "
-            "message as JSON, or an array of requests, whose answer is an array too; MessagePack is the other content type.",
+            "description": "A worker answers cache requests and publishes cache events over NATS. A body is one message as "
+            "JSON, or an array of requests, which is answered by an array. MessagePack is the alternative content type.",
             "license": {"name": "Apache-2.0"},
         },
         "defaultContentType": JSON,
         "servers": {"nats": {"host": "localhost:4222", "protocol": "nats"}},
         "channels": {
             **_request_channels(requests),
-            "replies": _channel(None, "Answers", "They go to the reply subject of the request.", replies),
+            "replies": _channel(None, "Replies", "Replies are sent to the reply subject of the request.", replies),
             **{
                 _event_channel(cls): _channel(
                     f"{ROOT}v1.{{namespace}}.evt.{event_word(cls)}.{{backend}}", cls.__name__, _line(cls.__doc__), [cls]
@@ -88,7 +91,7 @@ def document(version: str) -> Schema:
             },
         },
         "operations": {
-            **{f"{_room(cls)}{cls.__name__}": _request_operation(cls) for cls in requests},
+            **{f"{_prefix(cls)}{cls.__name__}": _request_operation(cls) for cls in requests},
             **{f"tell{cls.__name__}": _operation("send", _event_channel(cls), cls) for cls in events},
         },
         "components": {
@@ -100,7 +103,7 @@ def document(version: str) -> Schema:
             },
         },
     }
-    # Members of an enum become text, and shared parts become copies: YAML would write a reference.
+    # Converts enum members to text and copies shared parts, for which YAML would write references.
     return cast("Schema", json.loads(json.dumps(made)))
 
 
@@ -110,26 +113,29 @@ def _header(text: str, **more: Any) -> Schema:
 
 _HEADERS: Mapping[str, Schema] = {
     "Request": {
-        "Cachebus-Budget": _header("Seconds that are left for the answer.", examples=["2.5"]),
+        "Cachebus-Budget": _header("Seconds that are left for the reply.", examples=["2.5"]),
         "Cachebus-Sent": _header(
-            "A name of the sender, and the seconds of its monotonic clock: what was held up is not worked on.",
+            "The name of the sender, and the send time on its monotonic clock. Requests that were delayed beyond their "
+            "budget are not handled.",
             examples=["a1b2c3 1234.567"],
         ),
-        "Cachebus-Partial": _header("Any value: an array may be answered in several messages.", examples=["1"]),
-        "Cachebus-Request-Id": _header("Comes back with the answer.", examples=["a1"]),
+        "Cachebus-Partial": _header("Any value. Allows several messages as the reply to an array.", examples=["1"]),
+        "Cachebus-Request-Id": _header("An id that is returned with the reply.", examples=["a1"]),
     },
     "Reply": {
-        "Cachebus-Request-Id": _header("That of the request.", examples=["a1"]),
-        "Cachebus-Index": _header("Which requests of the array this answers, from 0.", examples=["0,2"]),
-        "Nats-Service-Error": _header("What went wrong, if the reply is Failed."),
-        "Nats-Service-Error-Code": _header("The code of the error.", examples=["timeout"]),
+        "Cachebus-Request-Id": _header("The id of the request.", examples=["a1"]),
+        "Cachebus-Index": _header("The indexes, from 0, of the requests that this message answers.", examples=["0,2"]),
+        "Nats-Service-Error": _header("The error message, if the reply is Failed."),
+        "Nats-Service-Error-Code": _header("The error code, if the reply is Failed.", examples=["timeout"]),
     },
-    "Event": {"Nats-Msg-Id": _header("The id of the event, where a stream keeps events: each is kept once.")},
+    "Event": {
+        "Nats-Msg-Id": _header("The id of the event, by which a stream drops duplicates. Set if a stream is used.")
+    },
 }
 
 
 def _headers(own: Schema) -> Schema:
-    types, text = [JSON, "application/msgpack"], "The content type of the body; MessagePack if it is left out."
+    types, text = [JSON, "application/msgpack"], "The content type of the body. The default is MessagePack."
     return {"type": "object", "properties": {"Content-Type": _header(text, enum=types, examples=[JSON]), **own}}
 
 
@@ -155,17 +161,17 @@ def _channel(address: str | None, title: str, text: str, classes: list[type[Mess
     return made | ({"parameters": parameters} if parameters else {})
 
 
-def _room(cls: type[Message]) -> str:
+def _prefix(cls: type[Message]) -> str:
     return cls.WIRE_NAME.partition(".")[0]
 
 
 def _request_channels(requests: list[type[Message]]) -> Schema:
     channels: Schema = {}
-    for room in sorted({_room(cls) for cls in requests}):
-        address = f"{ROOT}v1.{{namespace}}.req.{_ADDRESSES.get(room, '{address}')}"
-        asked = [cls for cls in requests if _room(cls) == room]
-        who = "a backend" if room == "backend" else "any actor" if room == "actor" else f"an actor for {room}"
-        channels[f"{room}Requests"] = _channel(address, f"What {who} can be asked", "NATS request and reply.", asked)
+    for prefix in sorted({_prefix(cls) for cls in requests}):
+        address = f"{ROOT}v1.{{namespace}}.req.{_ADDRESSES.get(prefix, '{address}')}"
+        matching = [cls for cls in requests if _prefix(cls) == prefix]
+        target = "a backend" if prefix == "backend" else "any actor" if prefix == "actor" else f"an actor for {prefix}"
+        channels[f"{prefix}Requests"] = _channel(address, f"Requests to {target}", "NATS request and reply.", matching)
     return channels
 
 
@@ -185,8 +191,8 @@ def _operation(action: str, channel: str, cls: type[Message]) -> Schema:
 def _request_operation(cls: Any) -> Schema:
     replies: list[Any] = [*reply_types(cls), Failed]
     return {
-        **_operation("receive", f"{_room(cls)}Requests", cls),
-        # Workers that share an address are a queue group; a worker that has its address for itself is in none.
+        **_operation("receive", f"{_prefix(cls)}Requests", cls),
+        # Workers that share an address use a queue group. A worker that is alone at its address uses none.
         "bindings": {"nats": {"queue": "q", "bindingVersion": "0.1.0"}},
         "reply": {
             "channel": {"$ref": "#/channels/replies"},
@@ -196,7 +202,7 @@ def _request_operation(cls: Any) -> Schema:
 
 
 def _schemas(classes: Iterable[type[Message]]) -> dict[str, Schema]:
-    """Return the JSON schema of each class, and of each class inside of these, by its name."""
+    """Return the JSON schemas of the classes, and of the classes that they refer to, by name."""
     _, made = msgspec.json.schema_components(classes, ref_template="#/components/schemas/{name}")
     for each in made.values():
         if "properties" not in each:  # An enum.
@@ -210,7 +216,7 @@ def _schemas(classes: Iterable[type[Message]]) -> dict[str, Schema]:
 
 
 def _without_discriminators(schema: Any) -> Any:
-    """Leave out what OpenAPI has and AsyncAPI has not."""
+    """Return the schema without discriminators, which OpenAPI has but AsyncAPI does not."""
     if isinstance(schema, dict):
         parts = cast("Schema", schema)
         return {name: _without_discriminators(each) for name, each in parts.items() if name != "discriminator"}

@@ -1,11 +1,10 @@
-"""The private parts of nats-py that this package uses, in one place.
+"""The private parts of nats-py that this package uses.
 
-nats-py hands each message through a queue and a task of its own, and parses headers whether they are read or not. That
-is half of the cost of a message. `CompatClient` reads the protocol itself: it hands the messages of one read to their
-listeners in order, and writes frames straight to the transport. Everything else stays with nats-py, such as signing in,
-TLS, errors and JetStream.
+nats-py passes each message through a queue and a separate task, and always parses its headers. That is half of the cost of
+a message. `CompatClient` parses the protocol itself: it passes the messages of one read to their listeners in order, and
+writes frames directly to the transport. nats-py does everything else, such as authentication, TLS, errors and JetStream.
 
-nats-py may change these names in any release, so releases that were not tested are refused.
+nats-py may change these names in any release, so untested releases are rejected.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from cachebus.messages import CacheConfigurationError
 
 logger = logging.getLogger("cachebus.bus")
 
-TESTED = ("2.14", "2.15", "2.16")  # Releases of nats-py that the tests of this package have run with.
+TESTED = ("2.14", "2.15", "2.16")  # Releases of nats-py that the tests have run with.
 NO_TLS = "the server offers no TLS"
 
-_LONGEST_LINE = 1024 * 1024  # Bytes: the INFO of a large cluster is one line.
-_FLUSH = 10.0  # Seconds that a server has to confirm what was sent.
+_MAX_LINE_BYTES = 1024 * 1024  # The INFO of a large cluster is one line.
+_FLUSH = 10.0  # Seconds to wait until the server confirms a flush.
 _KNOWN_LINES = 512
 _LINE_ENDS = str.maketrans("\r\n", "  ")
 
 
 def check_release(installed: str | None = None) -> None:
-    """Raise `CacheConfigurationError` if the installed nats-py is not one that was tested."""
+    """Raise `CacheConfigurationError` if the installed nats-py is not a tested release."""
     if installed is None:
         try:
             installed = version("nats-py")
@@ -50,7 +49,7 @@ def check_release(installed: str | None = None) -> None:
 
 
 class Delivery(msgspec.Struct, gc=False):
-    """A NATS message that came in. `head` holds its headers as they were sent."""
+    """An incoming NATS message. `head` holds its raw headers."""
 
     subject: str
     reply: str
@@ -59,7 +58,7 @@ class Delivery(msgspec.Struct, gc=False):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers by name. The status line of the server is the header `Status`."""
+        """The headers by name. The status line of the server appears as `Status`."""
         if not self.head:
             return {}
         first, *lines = self.head.decode("utf-8", "replace").split("\r\n")
@@ -74,7 +73,7 @@ class Delivery(msgspec.Struct, gc=False):
 
 
 class Listener(msgspec.Struct, eq=False):
-    """A subscription that outlives reconnects: a subject, and the queue group that shares its messages, if any."""
+    """A subscription that survives reconnects: a subject, and the queue group that shares its messages, if any."""
 
     subject: str
     group: str
@@ -85,24 +84,24 @@ class Listener(msgspec.Struct, eq=False):
     subscription: Any = None
 
     def take(self, deliveries: list[Delivery]) -> None:
-        """Hand over messages that came in together. Does not wait and does not raise."""
+        """Pass messages that arrived together to the handler. Does not wait and does not raise."""
         handler = self.handler
         for delivery in deliveries:
             try:
                 handler(delivery)
             except Exception:
-                # A bug. It must not keep the next message from its handler.
-                logger.exception("a message on %s could not be handled", self.subject)
+                # A bug. The next message must still be handled.
+                logger.exception("handling a message on %s failed", self.subject)
 
 
 def header_block(headers: Mapping[str, str]) -> bytes:
-    """The bytes of headers in a frame."""
+    """Return the headers encoded for a frame."""
     lines = "".join([f"{name}: {value.translate(_LINE_ENDS).strip()}\r\n" for name, value in headers.items()])
     return f"NATS/1.0\r\n{lines}\r\n".encode()
 
 
 def frame(subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> bytes:
-    """The bytes that publish a message. The subjects must be words without spaces and line ends."""
+    """Return the frame that publishes a message. The subjects must not contain spaces or line ends."""
     to = f"{subject} {reply}" if reply else subject
     if head:
         size = len(head)
@@ -111,21 +110,23 @@ def frame(subject: str, payload: bytes, reply: str = "", head: bytes = b"") -> b
 
 
 class CompatClient(Client):
-    """A nats-py client that hands messages over in batches and writes frames at once. With `tls_wanted` it sends
-    nothing to a server without TLS. It goes on reading after a flush that was given up."""
+    """A nats-py client that delivers messages in batches and writes frames immediately.
+
+    With `tls_wanted`, it sends nothing to a server without TLS. It continues to read after a flush was cancelled.
+    """
 
     tls_wanted = False
 
     def __init__(self) -> None:
         super().__init__()
         self.listeners: dict[int, Listener] = {}
-        self.proven = 0.0  # When the last answered ping was sent, on the clock of the caller of `ping`.
+        self.proven = 0.0  # Send time of the last answered ping, on the clock of the caller of `ping`.
         self._pinging = False
         self._socket: asyncio.WriteTransport
         self._ps = _BatchParser(self)
 
     def connected(self, now: float) -> None:
-        """Begin to write frames, once the client is connected; `now` is as for `ping`."""
+        """Start writing frames, once the client is connected. `now` is the current time, as for `ping`."""
         writer = self._writer
         assert writer is not None
         self._socket = writer.transport
@@ -133,12 +134,15 @@ class CompatClient(Client):
 
     @property
     def backlog(self) -> int:
-        """Bytes that wait for the socket."""
+        """Number of bytes that wait for the socket."""
         return int(self._pending_data_size) + self._socket.get_write_buffer_size()
 
     def send(self, frames: bytes, most: int) -> None:
-        """Write frames, after everything that nats-py has not written yet. Raises `OSError` if the connection is gone,
-        and `BufferError` if more than `most` bytes would wait for the socket."""
+        """Write frames, after all data that nats-py has not written yet.
+
+        Raises `OSError` if the connection is closed, and `BufferError` if more than `most` bytes would wait for the
+        socket.
+        """
         socket = self._socket
         if socket.is_closing():
             raise ConnectionResetError("the connection is closed")
@@ -150,33 +154,35 @@ class CompatClient(Client):
         socket.write(frames)
 
     def ping(self, now: float) -> None:
-        """Ping the server, unless a ping is unanswered. At the answer `proven` becomes `now`: what comes in after the answer,
-        the server sent after it read the ping."""
+        """Ping the server, unless a ping is unanswered. The answer sets `proven` to `now`.
+
+        The server has sent all messages that arrive after the answer after it read the ping.
+        """
         if not self._pinging:
             self._pinging = True
             with suppress(OSError):
                 self._await_pong(now)
 
     async def flushed(self) -> None:
-        """Return when the server has handled everything that was sent. Raises `OSError` and `TimeoutError`."""
+        """Wait until the server has processed all messages sent so far. Raises `OSError` and `TimeoutError`."""
         async with asyncio.timeout(_FLUSH):
             await self._await_pong(None)
 
     def abandon(self) -> None:
-        """Close the connection without waiting for a server that may not answer."""
+        """Close the connection without waiting for the server."""
         writer = self._writer
         if writer is not None:
             writer.transport.abort()
 
     async def listen(self, listener: Listener) -> None:
-        """Hand the messages of a subject to its listener."""
+        """Subscribe a listener to its subject."""
         subscription: Any = await self.subscribe(listener.subject, listener.group)  # pyright: ignore[reportUnknownMemberType]
         listener.subscription = subscription
         self.listeners[subscription._id] = listener
 
     async def leave(self, subscription: Any) -> None:
-        """End a subscription. Returns when every message that was delivered to it has been handed over."""
-        # Not nats-py's own drain: there the ping overtakes the UNSUB, and messages that arrive in between are lost.
+        """End a subscription. Returns when all messages delivered to it have been handled."""
+        # Not the drain of nats-py: its ping overtakes the UNSUB, so messages that arrive in between are lost.
         await self._send_unsubscribe(subscription._id)
         await self.flushed()
         await subscription.unsubscribe()
@@ -195,44 +201,44 @@ class CompatClient(Client):
         return cast("asyncio.Future[Any]", answered)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # nats-py goes on in the clear if the server says so, or an attacker between the server and us.
+        # nats-py continues without TLS if the server, or an attacker in between, does not offer it.
         if initial_connection and self.tls_wanted and not info.get("tls_required"):
             raise nats.errors.Error(NO_TLS)
         await super()._process_info(info, initial_connection)
 
     async def _process_pong(self) -> None:
-        # A flush that was cancelled or timed out leaves its future in the line. nats-py would answer it, fail, and stop
-        # reading from this connection.
-        line = cast("list[asyncio.Future[Any]]", self._pongs)  # type: ignore[redundant-cast]
-        if line:
-            first = line[0]
+        # A flush that was cancelled or timed out leaves its future in the queue. nats-py would set its result, fail, and
+        # stop reading from the connection.
+        pongs = cast("list[asyncio.Future[Any]]", self._pongs)  # type: ignore[redundant-cast]
+        if pongs:
+            first = pongs[0]
             if isinstance(first, _Pong) and first.sent is not None:
                 self.proven = first.sent
                 self._pinging = False
             if first.done():
-                line[0] = asyncio.get_running_loop().create_future()
+                pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
 
 class _Pong(asyncio.Future[Any]):
-    """The answer to a ping that is still to come."""
+    """The future of the answer to a ping."""
 
     sent: float | None = None
 
 
 _Opening = tuple[str, int, str, int, int]
-"""Subject, number of the subscription, subject for the reply, bytes of the headers, and bytes on the whole."""
+"""Subject, subscription id, reply subject, size of the headers, and total size."""
 
 
 class _BatchParser(Parser):
-    """Reads the server's side of the protocol, and hands over the messages of one read together."""
+    """A parser of the server's messages that delivers the messages of one read together."""
 
     def __init__(self, client: CompatClient) -> None:
         super().__init__(client)  # pyright: ignore[reportUnknownMemberType]
-        self._client: Any = client  # Whose private parts are used.
+        self._client: Any = client  # `Any`, because private attributes are used.
         self._rest = bytearray()
-        self._needed = 0  # Bytes of the message that begins in the rest; 0 if its size is not known yet.
-        self._known: dict[bytes, _Opening] = {}  # Lines that are likely to come again.
+        self._needed = 0  # Size of the incomplete message in the rest; 0 if it is not known yet.
+        self._known: dict[bytes, _Opening] = {}  # Parsed lines that are likely to recur.
 
     def reset(self) -> None:
         super().reset()
@@ -249,7 +255,7 @@ class _BatchParser(Parser):
         client, known = self._client, self._known
         listeners: dict[int, Listener] = client.listeners
         listener: Listener | None = None
-        run: list[Delivery] = []  # Of one listener, that came one after the other.
+        run: list[Delivery] = []  # Consecutive messages for one listener.
         held = 0
         at, size = 0, len(data)
         self._needed = 0
@@ -257,7 +263,7 @@ class _BatchParser(Parser):
             while at < size:
                 end = data.find(b"\r\n", at)
                 if end < 0:
-                    if size - at > _LONGEST_LINE:
+                    if size - at > _MAX_LINE_BYTES:
                         raise nats.errors.ProtocolError
                     break
                 line = data[at:end]
@@ -300,7 +306,7 @@ class _BatchParser(Parser):
             self._rest += data[at:] if at else data
 
     def _opening(self, line: bytes) -> _Opening | None:
-        """Read the first line of a message. `None` if the line begins no message."""
+        """Parse the first line of a message. Return `None` for any other line."""
         words = line.split()
         verb, count = (words[0] if words else b""), len(words)
         if verb not in (b"MSG", b"HMSG"):
@@ -311,13 +317,13 @@ class _BatchParser(Parser):
         has_reply, head = count - has_head == 5, int(words[-2]) if has_head else 0
         reply = words[3].decode() if has_reply else ""
         opening = (words[1].decode(), int(words[2]), reply, head, int(words[-1]))
-        if not has_reply:  # Such as an event: the next ones of its kind have the same line, if they are as long.
+        if not has_reply:  # For example an event: later ones of its kind have the same line if their size is equal.
             if len(self._known) >= _KNOWN_LINES:
                 self._known.clear()
             self._known[line] = opening
         return opening
 
     async def _line(self, line: bytes) -> None:
-        """Leave a line that is no message to nats-py."""
+        """Pass any other line to nats-py."""
         self.buf = bytearray(line)
         await super().parse()

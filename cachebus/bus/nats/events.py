@@ -1,9 +1,9 @@
-"""Events over NATS: those of this process go out, and those of others come in.
+"""Events over NATS: publishing those of this process, and receiving those of other processes.
 
-What goes out is numbered by subject, which is by kind and backend: in the copy that is sent, `epoch` is when this bus was
-opened and `seq` counts from 1. So a listener to any choice of kinds can see that one of them did not arrive. An event that
-is dropped here takes its number with it. A gap in what comes in, or a time in which the connection was away, is reported
-to the listeners of this process as `EventsMissed`.
+Outgoing events are numbered by subject, that is by kind and backend. In the copy that is sent, `epoch` is the time at which
+this bus was opened, and `seq` counts from 1. So a listener to any selection of kinds can detect that an event is missing.
+An event that is dropped here also uses up a number. If incoming events have a gap, or if the connection was down, the
+listeners of this process get `EventsMissed`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from .options import NatsCounters
 
 logger = logging.getLogger("cachebus.bus")
 
-_ENOUGH = 1024 * 1024  # Bytes that may wait for the socket before events wait for them.
-_PAUSE = 0.002  # Seconds until it is looked again whether fewer bytes wait.
+_MAX_BACKLOG = 1024 * 1024  # Bytes waiting for the socket above which events stay in the outbox.
+_PAUSE = 0.002  # Seconds until the backlog is checked again.
 _FIRST_LINE = b"NATS/1.0\r\nContent-Type:"
-_GROUP = 32  # Events that are written at once: they may be large.
-_TURN = 128  # Events that are sent before other tasks run.
-_ORIGINS = 10_000  # Numberings that are remembered, at most; those not heard for longest are forgotten.
+_GROUP = 32  # Events per write; each may be large.
+_EVENTS_PER_TURN = 128  # Events that are sent before other tasks run.
+_ORIGINS = 10_000  # Maximum number of remembered numberings; the least recently used ones are forgotten.
 
 
 class _Channel(Struct, eq=False):
-    """The events of one kind about one backend: their subject, the beginning of each frame, and the number of the last."""
+    """The events of one kind about one backend: subject, start of each frame, and the last number."""
 
     subject: str
     opening: bytes
@@ -50,7 +50,7 @@ class _Channel(Struct, eq=False):
 
 
 class Outbox:
-    """Events on their way out: a bounded queue that any thread puts into, and that is emptied beside its callers."""
+    """The bounded queue of outgoing events. Any thread may put events; the event loop sends them."""
 
     def __init__(self, connection: NatsConnection, subjects: Subjects, policy: EventPolicy) -> None:
         options = connection.options
@@ -62,7 +62,7 @@ class Outbox:
         self._capacity = options.outbox
         self.content_type = JSON if options.events_as_json else MSGPACK
         self._head = header_block({"Content-Type": self.content_type})
-        self._kept = options.events_stream is not None
+        self._has_stream = options.events_stream is not None
         self._events: deque[Event] = deque()
         self.epoch = time.time_ns()
         self._channels: dict[tuple[EventKind, str], _Channel] = {}
@@ -70,20 +70,20 @@ class Outbox:
         self._guard = threading.Lock()
         self._loop = asyncio.get_running_loop()
         self._thread = get_ident()
-        self._scheduled = False  # A flush will come, and see what was put in before it.
+        self._scheduled = False  # A flush is scheduled and will see all events that were put before it.
         self._open = False
-        self._idle: asyncio.Future[None] | None = None  # Answered when nothing can be sent any more, or now.
+        self._idle: asyncio.Future[None] | None = None  # Completed when no more events can be sent.
 
     def __repr__(self) -> str:
         return f"<Outbox {len(self._events)}/{self._capacity} waiting, {self._counters.events_dropped} dropped>"
 
     def open(self) -> None:
-        """Begin to send."""
+        """Start sending."""
         self._open = True
         self._flush()
 
     def put(self, event: Event) -> None:
-        """Take an event, or count it as dropped. Does not wait."""
+        """Queue an event, or count it as dropped. Does not wait."""
         if len(self._events) >= self._capacity:
             self._counters.events_dropped += 1
             with self._guard:
@@ -95,7 +95,7 @@ class Outbox:
             self.wake()
 
     def wake(self) -> None:
-        """Look whether something can be sent. From any thread."""
+        """Schedule a flush. Thread-safe."""
         try:
             if get_ident() == self._thread:
                 self._loop.call_soon(self._flush)
@@ -105,17 +105,17 @@ class Outbox:
             self._counters.events_dropped += 1  # The loop is closed.
 
     def numbers(self) -> dict[str, int]:
-        """The last number by subject, from the kind on, of what is sent and of what is dropped. On the loop."""
+        """Return the last number by subject suffix (kind and backend), including dropped events. Call it on the loop."""
         with self._guard:
             skipped, self._skipped = self._skipped, Counter()
         for (kind, backend), count in skipped.items():
-            with suppress(ValueError):  # It could not have been sent.
+            with suppress(ValueError):  # The backend name is not valid in a subject, so no such event is sent.
                 self._channel(kind, backend).last += count
         start = len(self._subjects.event_prefix)
         return {each.subject[start:]: each.last for each in self._channels.values()}
 
     async def close(self, grace: float) -> None:
-        """Send what waits, for up to `grace` seconds."""
+        """Send the queued events, for up to `grace` seconds, and close."""
         if self._events and self._connection.up and self._open:
             self._idle = self._loop.create_future()
             self.wake()
@@ -127,19 +127,19 @@ class Outbox:
         self._events.clear()
 
     def _flush(self) -> None:
-        # What is put in from now on asks for another flush, and what was put in before is seen.
+        # Events that are put from now on schedule another flush; earlier ones are seen by this one.
         self._scheduled = False
         events, connection = self._events, self._connection
         if not self._open:
             return
         if events and connection.up:
-            if connection.client.backlog > _ENOUGH:
+            if connection.client.backlog > _MAX_BACKLOG:
                 self._scheduled = True
                 self._loop.call_later(_PAUSE, self._flush)
                 return
-            for _ in range(_TURN // _GROUP):
+            for _ in range(_EVENTS_PER_TURN // _GROUP):
                 self._send([events.popleft() for _ in range(min(len(events), _GROUP))])
-                if not events or connection.client.backlog > _ENOUGH:
+                if not events or connection.client.backlog > _MAX_BACKLOG:
                     break
             if events:
                 if not self._scheduled:
@@ -150,7 +150,7 @@ class Outbox:
             self._idle.set_result(None)
 
     def _channel(self, kind: EventKind, backend: str) -> _Channel:
-        """Raises `ValueError` for a backend that no subject can hold."""
+        """Return the channel of a kind and a backend. Raises `ValueError` if the name is not valid in a subject."""
         channel = self._channels.get((kind, backend))
         if channel is None:
             subject = self._subjects.event(kind, backend)
@@ -159,36 +159,38 @@ class Outbox:
         return channel
 
     def _send(self, events: list[Event]) -> None:
-        """Send each event that can be sent, and count the others as dropped."""
+        """Send the events, and count those that cannot be sent as dropped."""
         frames: list[bytes] = []
         try:
             numbered, channels = self._numbered(events)
             for event, channel, body in zip(numbered, channels, encode_each(numbered, self.content_type), strict=True):
                 if isinstance(body, CacheError):
-                    logger.debug("an event %s cannot be sent: %s", event.WIRE_NAME, body)
+                    logger.debug("cannot send event %s: %s", event.WIRE_NAME, body)
                     continue
                 head, opening = self._head, channel.opening
-                if self._kept:
+                if self._has_stream:
                     head = header_block({"Content-Type": self.content_type, MESSAGE_ID: event.id})
                     opening = b"HPUB %b %d " % (channel.subject.encode(), len(head))
                 size = len(head) + len(body)
                 if size > self._connection.max_payload:
-                    logger.debug("an event %s is too large for the bus", event.WIRE_NAME)
+                    logger.debug("cannot send event %s: it is too large for the bus", event.WIRE_NAME)
                     continue
                 frames.append(b"%b%d\r\n%b%b\r\n" % (opening, size, head, body))
             self._connection.write_frames(b"".join(frames))
         except CacheError as error:
-            logger.debug("%d events cannot be sent: %s", len(frames), error)
+            logger.debug("cannot send %d events: %s", len(frames), error)
             frames.clear()
         except Exception:
-            logger.exception("%d events cannot be sent", len(events))  # A bug: the events after these still go out.
+            logger.exception("cannot send %d events", len(events))  # A bug. Later events are still sent.
             frames.clear()
         self._counters.events_sent += len(frames)
         self._counters.events_dropped += len(events) - len(frames)
 
     def _numbered(self, events: list[Event]) -> tuple[list[Event], list[_Channel]]:
-        """The events as they go out, each with the number of its subject, and their channels. One that no subject can hold
-        is left out."""
+        """Return numbered and redacted copies of the events, and their channels.
+
+        Events with a backend name that is not valid in a subject are left out.
+        """
         numbered: list[Event] = []
         channels: list[_Channel] = []
         epoch, known, redacts = self.epoch, self._channels, self._redacts
@@ -199,9 +201,9 @@ class Outbox:
                 try:
                     channel = self._channel(kind, event.backend)
                 except ValueError as error:
-                    logger.debug("an event %s cannot be sent: %s", event.WIRE_NAME, error)
+                    logger.debug("cannot send event %s: %s", event.WIRE_NAME, error)
                     continue
-            channel.last += 1  # Also if it cannot be sent: then it is missed.
+            channel.last += 1  # Even if it cannot be sent, so that listeners detect the gap.
             if self._skipped:
                 with self._guard:
                     channel.last += self._skipped.pop((kind, event.backend), 0)
@@ -212,7 +214,7 @@ class Outbox:
 
 
 class EventListener:
-    """Events of other processes, for the listeners of this one."""
+    """Receives events of other processes for the listeners of this one."""
 
     def __init__(
         self, connection: NatsConnection, subjects: Subjects, subscriptions: SubscriptionRegistry, emitter: Emitter
@@ -220,44 +222,44 @@ class EventListener:
         self._connection = connection
         self._subjects = subjects
         self._namespace = subjects.namespace
-        self._audience = subscriptions
+        self._registry = subscriptions
         self._emitter = emitter
         self._counters = connection.counters
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[type[Event], Listener] = {}
         self._gaps = GapDetector(subjects, emitter, connection.counters)
-        self._head, self._content_type = b"", JSON  # The first lines of the last event: most have the same.
+        self._head, self._content_type = b"", JSON  # First header lines of the last event; most events have the same.
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
 
     def open(self) -> None:
-        """Begin to subscribe what the listeners of this process want."""
+        """Start following the subscriptions of this process."""
         self._task = asyncio.create_task(self._follow(), name="cachebus-event-listener")
-        self._audience.watch(self.look)
+        self._registry.watch(self.refresh)
 
     async def close(self) -> None:
-        """Listen no more."""
-        self._audience.unwatch(self.look)
+        """Stop listening."""
+        self._registry.unwatch(self.refresh)
         task, self._task = self._task, None
         if task is not None:
             await end_task(task)
 
-    def look(self) -> None:
-        """Listeners came or went. From any thread."""
+    def refresh(self) -> None:
+        """Handle a change of the local listeners. Thread-safe."""
         if running_loop() is self._loop:
-            self._look()
+            self._refresh()
             return
-        with suppress(RuntimeError):  # The loop is closed, and the bus with it.
-            self._loop.call_soon_threadsafe(self._look)
+        with suppress(RuntimeError):  # The loop and the bus are closed.
+            self._loop.call_soon_threadsafe(self._refresh)
 
     async def settled(self) -> None:
-        """Return when NATS knows of every listener that there was at the call. Raises `CacheConnectionError`."""
+        """Wait until NATS knows of all current listeners. Raises `CacheConnectionError`."""
         await asyncio.sleep(0)
         await self._settled.wait()
         await self._connection.flush()
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         self._settled.clear()
         self._changed.set()
 
@@ -268,12 +270,12 @@ class EventListener:
             try:
                 await self._follow_once()
             except Exception:
-                logger.exception("events of other processes cannot be subscribed")
+                logger.exception("cannot subscribe to events of other processes")
             if not self._changed.is_set():
                 self._settled.set()
 
     async def _follow_once(self) -> None:
-        wanted = self._audience.listened_to - {EventsMissed}
+        wanted = self._registry.listened_to - {EventsMissed}
         if wanted:
             wanted |= {Heartbeat}
         fresh = wanted - self._listeners.keys()
@@ -284,8 +286,8 @@ class EventListener:
         for kind in left:
             await self._connection.leave(self._listeners.pop(kind))
         if fresh:
-            # Before the server knows of a kind, a heartbeat may count events that it would not have sent here. Without a
-            # connection everything is subscribed again when it is back, and that something is missing is reported anyway.
+            # Until the server knows of the subscription, a heartbeat may count events that were not sent here. If the
+            # connection is down, all kinds are subscribed again after the reconnect, and `EventsMissed` is reported anyway.
             with suppress(CacheConnectionError):
                 await self._connection.flush()
             self._gaps.listens_to(frozenset(self._listeners))
@@ -294,7 +296,7 @@ class EventListener:
         head = delivery.head
         if not head.startswith(self._head) or not self._head:
             self._content_type = delivery.headers.get("Content-Type", JSON)
-            # Known up to the end of the first line; a head of another form is read each time.
+            # Cache the head up to the end of its first line. A head of another form is parsed each time.
             end = head.find(b"\r\n", len(_FIRST_LINE)) if head.startswith(_FIRST_LINE) else -1
             self._head = b"" if end < 0 else head[: end + 2]
         try:
@@ -310,14 +312,15 @@ class EventListener:
         else:
             self._counters.events_received += 1
             self._gaps.check(event, delivery.subject)
-        self._audience.dispatch_remote(event)
+        self._registry.dispatch_remote(event)
 
 
 class GapDetector:
-    """Reports events of other processes that did not arrive. Belongs to one loop.
+    """Reports events of other processes that did not arrive. Bound to one loop.
 
-    The number of an event shows that those before it were lost. The last event before a silence has no next one, so a bus
-    that has sent events publishes its last numbers at intervals, in heartbeats. Both come in the order of sending.
+    The number of an event reveals that earlier ones were lost. The last event before a pause has no successor, so a bus
+    that has sent events publishes its last numbers periodically, in heartbeats. Events and heartbeats arrive in the order
+    in which they were sent.
     """
 
     def __init__(self, subjects: Subjects, emitter: Emitter, counters: NatsCounters) -> None:
@@ -326,11 +329,11 @@ class GapDetector:
         self._counters = counters
         self._sure: frozenset[EventKind] = frozenset()
         self._last: OrderedDict[tuple[str, int, str], int] = OrderedDict()
-        # The kinds that were subscribed at the last heartbeat of an origin: what it begins to number later begins at 1.
+        # The kinds that were subscribed at the last heartbeat of an origin. Numberings that it starts later begin at 1.
         self._met: OrderedDict[tuple[str, int], frozenset[EventKind]] = OrderedDict()
 
     def listens_to(self, kinds: frozenset[EventKind]) -> None:
-        """Note that the server knows by now that these kinds are subscribed, and no others."""
+        """Set the kinds whose subscriptions the server knows."""
         gone = {event_word(kind) for kind in self._sure - kinds}
         if gone:
             for numbering in [each for each in self._last if self._word(each[2]) in gone]:
@@ -340,7 +343,7 @@ class GapDetector:
         self._sure = kinds
 
     def check(self, event: Event, subject: str) -> None:
-        """Note an event that came in."""
+        """Check the number of an incoming event."""
         numbering, seq = (event.origin, event.epoch, subject), event.seq
         last = self._last.get(numbering)
         if last is not None and last + 1 == seq:
@@ -350,7 +353,7 @@ class GapDetector:
             self._reach(numbering, seq, type(event), missing=seq - 1)
 
     def beat(self, beat: Heartbeat) -> None:
-        """Note a heartbeat that came in."""
+        """Check the numbers of an incoming heartbeat."""
         origin = (beat.origin, beat.epoch)
         met = self._met.get(origin, frozenset[EventKind]())
         for tail, last in beat.last.items():
@@ -359,7 +362,7 @@ class GapDetector:
             if kind is None or not issubclass(kind, Event) or kind not in self._sure:
                 continue
             if kind not in met and numbering not in self._last:
-                self._reach(numbering, last, kind, missing=0)  # It may have been sent before this listener came.
+                self._reach(numbering, last, kind, missing=0)  # May have been sent before this process subscribed.
             elif self._last.get(numbering, 0) < last:
                 self._reach(numbering, last, kind, missing=last)
         self._met[origin] = self._sure
@@ -368,7 +371,7 @@ class GapDetector:
             self._met.popitem(last=False)
 
     def _reach(self, numbering: tuple[str, int, str], number: int, kind: EventKind, *, missing: int) -> None:
-        """Note that numbers up to `number` were sent, and that those up to `missing` which are not known did not arrive."""
+        """Record that numbers up to `number` were sent. Report unknown numbers up to `missing` as missed."""
         last = self._last.get(numbering)
         if last is None and kind in self._met.get(numbering[:2], ()):
             last = 0

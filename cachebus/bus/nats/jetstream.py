@@ -1,7 +1,7 @@
-"""Events of the past: a JetStream stream keeps them, and replays them to subscriptions with `since`.
+"""Replaying past events from a JetStream stream, for subscriptions with `since`.
 
-A replay reads the stream and nothing else, also when it has come to the present, so there is no seam at which an event
-could come twice or not at all. It takes no more than its subscription has room for, so a slow listener loses nothing.
+A replay reads only from the stream, even after it has caught up. So there is no switch to live events at which one could be
+duplicated or lost. It reads no more than its subscription can hold, so a slow listener loses no events.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ from .connection import NatsConnection, end_task
 
 logger = logging.getLogger("cachebus.bus")
 
-MESSAGE_ID = "Nats-Msg-Id"  # The header by which a stream keeps each event once.
-_DUPLICATES = 120.0  # Seconds in which a stream knows an id again, if it keeps messages for as long.
+MESSAGE_ID = "Nats-Msg-Id"  # The header by which a stream drops duplicates.
+_DUPLICATES = 120.0  # Seconds for which a stream detects duplicates, or less if it keeps messages for less.
 _BATCH = 256
-_EXPIRES = 2.0  # Seconds that one question for more events may stay open.
-_IDLE = 60.0  # Seconds after which the server forgets a reader that has gone without a word.
-_AGAIN = 0.25  # Seconds until an interrupted replay tries again, at most; doubles up to `_AGAIN_MAX`.
-_AGAIN_MAX = 2.0
-_NUMBERINGS = 10_000  # The most that are remembered; those not seen for longest are forgotten.
+_EXPIRES = 2.0  # Seconds for which a request for more events stays open.
+_IDLE = 60.0  # Seconds after which the server removes an inactive consumer.
+_RETRY_WAIT = 0.25  # Upper bound in seconds of the delay before a retry; doubles up to `_RETRY_WAIT_MAX`.
+_RETRY_WAIT_MAX = 2.0
+_NUMBERINGS = 10_000  # Maximum number of remembered numberings; the least recently used ones are forgotten.
 
 
 async def ensure_stream(connection: NatsConnection, subjects: Subjects) -> None:
-    """Make sure that the stream of the options exists and takes the events of the namespace. Its other options stay as they
-    are. Raises `CacheConfigurationError` if the server keeps no streams."""
+    """Create the configured stream, or add the events of the namespace to an existing one and keep its other options.
+
+    Raises `CacheConfigurationError` if the server has no JetStream or rejects the stream, and `CacheConnectionError`.
+    """
     options = connection.options
     name, subject = options.events_stream, subjects.all_events()
     assert name is not None
@@ -59,7 +61,7 @@ async def ensure_stream(connection: NatsConnection, subjects: Subjects) -> None:
         try:
             await stream.add_stream(config)
         except BadRequestError:
-            # One of the name exists, with other options: the operator's choice.
+            # A stream with this name but other options exists. The options are the operator's choice.
             found = (await stream.stream_info(name)).config
             known: list[str] = list(found.subjects or ())
             if subject not in known:
@@ -69,16 +71,18 @@ async def ensure_stream(connection: NatsConnection, subjects: Subjects) -> None:
     except (ServiceUnavailableError, nats.errors.NoRespondersError):
         problem = f"events_stream {name!r}: the server has no JetStream (nats-server --jetstream)"
     except APIError as error:
-        problem = f"events_stream {name!r}: the server refuses it: {error.description}"
+        problem = f"events_stream {name!r}: the server rejected the stream: {error.description}"
     except (nats.errors.Error, OSError, TimeoutError) as error:
         raise CacheConnectionError(f"events_stream {name!r}: {type(error).__name__}", "nats") from None
     raise CacheConfigurationError(problem)
 
 
 class Replay:
-    """Replays to one subscription what a stream has kept since a time, and goes on with new events. `since` is Unix
-    time in seconds. `EventsMissed` stands in for events that were lost, because the stream no longer has them or
-    they never came to it."""
+    """Replays the stored events since a given time to one subscription, and continues with new events.
+
+    `since` is a Unix time in seconds. If the stream has dropped events or never received them, the subscription gets
+    `EventsMissed` instead.
+    """
 
     def __init__(
         self,
@@ -98,18 +102,18 @@ class Replay:
         self._on_end = on_end
         self._loop = connection.loop
         self._last: OrderedDict[tuple[str, int, str], int] = OrderedDict()
-        self._full = False  # The task waits for room.
+        self._full = False  # The task waits until the subscription has room.
         self._room = asyncio.Event()
-        self._place = 0  # In the stream: the number of the last message that was read.
+        self._position = 0  # Stream sequence number of the last message that was read.
         self._task: asyncio.Task[None] | None = None
         self._begun = False
         self._tries = 0
 
     def __repr__(self) -> str:
-        return f"<Replay at {self._place} of {len(self._last)}/{_NUMBERINGS} numberings for {self.subscription!r}>"
+        return f"<Replay at {self._position} of {len(self._last)}/{_NUMBERINGS} numberings for {self.subscription!r}>"
 
     def start(self) -> None:
-        """Begin to read. On the loop of the connection."""
+        """Start reading. Call it on the connection's loop."""
         if not self.subscription.closed:
             self._task = asyncio.create_task(self._run(), name="cachebus-replay")
 
@@ -118,7 +122,7 @@ class Replay:
             self._on_loop(self._room.set)
 
     def _on_loop(self, call: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # The loop is closed, and the task with it.
+        with suppress(RuntimeError):  # The loop is closed, so the task has ended.
             self._loop.call_soon_threadsafe(call)
 
     def _end(self) -> None:
@@ -127,7 +131,7 @@ class Replay:
             self._task.cancel()
 
     async def close(self) -> None:
-        """End the subscription too."""
+        """Stop the replay and close its subscription."""
         self.subscription.close()
         if self._task is not None:
             await end_task(self._task)
@@ -138,14 +142,14 @@ class Replay:
                 try:
                     await self._read()
                 except (nats.errors.Error, CacheError, OSError, TimeoutError) as error:
-                    # Away, or the server has forgotten us: begin again where we were.
-                    logger.info("a replay is interrupted: %s", type(error).__name__)
+                    # The connection is down or the server has removed the consumer: resume at the last position.
+                    logger.info("a replay of events was interrupted and will resume: %s", type(error).__name__)
                     self._tries += 1
-                    longest = min(_AGAIN_MAX, _AGAIN * 2.0 ** min(self._tries - 1, 10))
+                    longest = min(_RETRY_WAIT_MAX, _RETRY_WAIT * 2.0 ** min(self._tries - 1, 10))
                     await asyncio.sleep(random.uniform(0.0, longest))
         except Exception:
-            # A bug of ours or of nats-py. The listener must not take the end of its events for silence.
-            logger.exception("a replay has failed")
+            # A bug. The listener must not mistake the end of the subscription for a lack of events.
+            logger.exception("a replay of events failed")
             await self._missed()
         finally:
             self.subscription.close()
@@ -155,40 +159,40 @@ class Replay:
         try:
             stream = await jetstream.find_stream_name_by_subject(self._subjects.all_events())
         except (NotFoundError, ServiceUnavailableError):
-            # After a restart of the server its streams may need a moment.
+            # After a restart of the server, its streams may not be available immediately.
             if self._begun:
                 raise
-            logger.error("no stream keeps the events of %s", self._subjects.namespace)
+            logger.error("no stream stores the events of namespace %s", self._subjects.namespace)
             await self._missed()
             self.subscription.close()
             return
-        await self._look_for_a_beginning(jetstream, stream)
+        await self._check_beginning(jetstream, stream)
         created = await jetstream.add_consumer(stream, self._consumer())
         self._begun = True
         reader: Any = await jetstream.pull_subscribe_bind(consumer=created.name, stream=stream)
         try:
             while not self.subscription.closed:
-                room = await self._some_room()
+                room = await self._wait_for_room()
                 try:
                     messages: list[Msg] = await reader.fetch(min(room, _BATCH), timeout=_EXPIRES)
                 except TimeoutError:
                     if not self._connection.up:
                         raise
-                    await jetstream.consumer_info(stream, created.name)  # Not found: begin again.
+                    await jetstream.consumer_info(stream, created.name)  # If it is not found, `_run` starts again.
                     messages = []
                 self._tries = 0
                 for msg in messages:
-                    await self._tell(msg)
+                    await self._deliver(msg)
         finally:
             if self._connection.up:
                 await reader.unsubscribe()
 
-    async def _look_for_a_beginning(self, jetstream: Any, stream: str) -> None:
+    async def _check_beginning(self, jetstream: Any, stream: str) -> None:
         state = (await jetstream.stream_info(stream)).state
-        if state.first_seq <= self._place + 1:
+        if state.first_seq <= self._position + 1:
             return
-        if not self._place and state.messages:
-            # The stream has dropped something: was that before `since`?
+        if not self._position and state.messages:
+            # The stream has dropped events. That does not matter if they were older than `since`.
             oldest = await jetstream.get_msg(stream, state.first_seq)
             if oldest.time is not None and oldest.time.timestamp() <= self._since:
                 return
@@ -201,8 +205,8 @@ class Replay:
             subjects = [self._subjects.all_events()]
         else:
             subjects = sorted(self._subjects.events(kind) for kind in kinds - {EventsMissed})
-        if self._place:
-            start = {"deliver_policy": DeliverPolicy.BY_START_SEQUENCE, "opt_start_seq": self._place + 1}
+        if self._position:
+            start = {"deliver_policy": DeliverPolicy.BY_START_SEQUENCE, "opt_start_seq": self._position + 1}
         else:
             when = datetime.fromtimestamp(0, UTC) + timedelta(seconds=self._since)
             start = {"deliver_policy": DeliverPolicy.BY_START_TIME, "opt_start_time": when}
@@ -210,8 +214,8 @@ class Replay:
             ack_policy=AckPolicy.NONE, filter_subjects=subjects, inactive_threshold=_IDLE, mem_storage=True, **start
         )
 
-    async def _tell(self, msg: Msg) -> None:
-        self._place = max(self._place, msg.metadata.sequence.stream)
+    async def _deliver(self, msg: Msg) -> None:
+        self._position = max(self._position, msg.metadata.sequence.stream)
         try:
             event = decode(msg.data, (msg.headers or {}).get("Content-Type", JSON))
         except CacheError:
@@ -226,21 +230,21 @@ class Replay:
             self._last.popitem(last=False)
         if last is not None and event.seq > last + 1:
             await self._missed(event.origin, event.WIRE_NAME, event.seq - last - 1)
-        await self._some_room()
+        await self._wait_for_room()
         self.subscription.offer(event)
 
     async def _missed(self, source: str = "", event: str = "", count: int = 0) -> None:
         if EventsMissed in self.subscription.kinds:
             missed = EventsMissed(source=source, event=event, count=count, namespace=self._subjects.namespace)
-            await self._some_room()
+            await self._wait_for_room()
             self.subscription.offer(missed)
 
-    async def _some_room(self) -> int:
-        """Wait until the listener takes something, if the subscription is full, and return how much fits."""
+    async def _wait_for_room(self) -> int:
+        """Wait while the subscription is full. Return the number of events that it can take."""
         subscription = self.subscription
         while len(subscription) >= subscription.capacity:
             self._room.clear()
-            # Announced before looking again: what is taken in between finds us waiting or is found by the look.
+            # Set the flag before checking again: an event taken in between either wakes this task or is seen by the check.
             self._full = True
             if len(subscription) >= subscription.capacity:
                 await self._room.wait()
@@ -249,5 +253,5 @@ class Replay:
 
 
 def _jetstream(connection: NatsConnection) -> Any:
-    client: Any = connection.client  # Not all of its hints are there.
+    client: Any = connection.client  # `Any`, because its type hints are incomplete.
     return client.jetstream(timeout=connection.options.connect_timeout)
