@@ -1,7 +1,7 @@
-"""Compare-and-set updates: an item is read, a decision is made, and the item is written only if it still is what was read.
+"""Compare-and-set updates: read an item, decide, and write the item only if it has not changed.
 
-`update` is the one loop. A decider says what is read and what is to be written: `KeyUpdates` for values and leases,
-`LimitUpdates` for rate limits, by the rule of `rates`.
+`update` implements the loop. A decider determines what is read and written: `KeyUpdates` for values and leases,
+`LimitUpdates` for rate limits.
 """
 
 from __future__ import annotations
@@ -22,74 +22,80 @@ from .session import NamespaceChanged, Session
 from .values import Values
 
 TRIES = 100
-"""How often a value is read and written back before others that write it all the time win, of this batch or not."""
+"""Maximum number of rounds before an update fails because others keep writing the key, in this batch or elsewhere."""
 
 REMEMBERED = 10_000
-"""Limits of which a connection remembers what it saw; then it forgets all of them, at the cost of a round trip for each."""
+"""Maximum number of rate limits that a connection remembers. Above it, all are forgotten, at one round trip for each."""
 
 _RAW_MAX = 100
-"""Bytes of an item of ours, at most."""
+"""Maximum size in bytes of the item of a rate limit."""
 
 
 @dataclass(slots=True, eq=False)
 class Draft:
-    """A write over an item, and the replies to the requests that wanted it, by position. They hold if it is written; `None`
-    is `Stored`, at its version. `reply` is that to the latest request. What is stored for a load under `tags` only holds if
-    their generations are the present ones even after."""
+    """A pending write of an item, and the replies to its requests by position, which apply if the write succeeds.
+
+    A reply of `None` stands for `Stored` with the new version. `reply` is the reply to the latest request. If `tags` are
+    set, for the value of a load, the write only counts if their generations are still current afterwards.
+    """
 
     commands: list[bytes]
     reply: Reply | None
     tags: TagVersions = ()
     kind: type[Request[Any]] | None = None
-    """The requests that may join it."""
+    """The kind of requests that may join the write."""
     replies: dict[int, Reply | None] = field(default_factory=dict, init=False)
 
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """An item that requests of a round want to write. `draft` is what was decided. A request that may not join it waits for
-    the next round, and so do all after it (`closed`)."""
+    """An item that requests of a round read and write.
+
+    `draft` is the pending write. A request that may not join it waits for the next round, and so do all later ones
+    (`closed`).
+    """
 
     draft: Any = field(default=None, init=False)
     closed: bool = field(default=False, init=False)
 
 
 class Decider(Protocol):
-    """What one round of `update` reads and writes."""
+    """The decisions of one round of `update`."""
 
     unversioned: bool
-    """Whether its items stand outside the generations of the namespace."""
+    """True if the items do not depend on the generation of the namespace."""
 
     def lookup(self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]) -> Exchange[list[tuple[int, Any]]]:
-        """Read the items of requests. A request that has none is answered in `replies`."""
+        """Read the items of requests. If a request is not valid, its reply is set in `replies`."""
         ...
 
     def decide(self, request: Any, item: Any) -> Reply | Draft | None:
-        """Return the reply, or what to write; `None` if it may not join the item's draft. Raises `CacheError`."""
+        """Return the reply or the pending write, or `None` if the request may not join it. Raises `CacheError`."""
         ...
 
     def commands(self, items: list[Any]) -> list[list[bytes]]:
-        """Return the commands that write what was decided, by item; more may follow, to be sent after them."""
+        """Return the write commands by item. Additional lists of commands may follow."""
         ...
 
     def outcomes(self, items: list[Any], answers: list[list[Answer]]) -> list[Reply | CacheError | None]:
-        """Return, by item, the reply that stands for `None` if it was written, or the error; `None` if others were faster."""
+        """Return the outcome by item: the default reply if it was written, an error, or `None` if another client won."""
         ...
 
 
 def update(
     make: Callable[[], Decider], session: Session, batch: Sequence[Request[Any]], replies: list[Any], waiting: list[int]
 ) -> Exchange[None]:
-    """Carry out the requests at the `waiting` positions together, in rounds of reading and writing, each with a decider.
+    """Execute the requests at the `waiting` positions together, in rounds of reading and writing.
 
-    Requests that are outrun are tried again in the next round, up to `TRIES`. Several writes of one key take a round each.
+    Each round has a new decider. If another client wins, the request is retried in the next round, up to `TRIES` rounds.
+    Several writes of one key need one round each.
     """
     for _ in range(TRIES):
         if not waiting:
             return
         with contextlib.suppress(NamespaceChanged):
             waiting = yield from _round(make(), session, batch, replies, waiting)
-    error = CacheBackendError(f"others wrote the key in between, {TRIES} times in a row; nothing was done", BACKEND)
+    error = CacheBackendError(f"others wrote the key in between, {TRIES} times in a row; it was not changed", BACKEND)
     for position in waiting:
         replies[position] = Failed.of(error)
 
@@ -97,7 +103,7 @@ def update(
 def _round(
     decider: Decider, session: Session, batch: Sequence[Request[Any]], replies: list[Any], waiting: list[int]
 ) -> Exchange[list[int]]:
-    """Try the requests at these positions once, and return those that have to be tried again."""
+    """Try the requests at these positions once, and return the positions to retry."""
     keyed = yield from decider.lookup([(position, batch[position]) for position in waiting], replies)
     again: list[int] = []
     for position, item in keyed:
@@ -136,7 +142,7 @@ def _round(
 
 
 def outcome_of(answer: Answer) -> int | CacheError | None:
-    """Return the token of an item that was written, the error, or `None` if others were faster."""
+    """Return the CAS token of a written item, an error, or `None` if another client was faster."""
     if isinstance(answer, int):
         return None if answer < 0 else answer
     return answer if isinstance(answer, CacheError) else unlike()
@@ -144,7 +150,7 @@ def outcome_of(answer: Answer) -> int | CacheError | None:
 
 @dataclass(slots=True, eq=False)
 class _Limit(Item):
-    """A limit: what we take to be there, under its CAS token, and what is to be."""
+    """A rate limit: the last known state with its CAS token, and the new state."""
 
     name: str
     before: GcraState | None
@@ -154,13 +160,13 @@ class _Limit(Item):
 
 
 class LimitUpdates:
-    """Decides by what was last seen of a limit, and finds out in the same round trip whether that still stands.
+    """The decider for rate limits. It uses the last known state and checks it in the same round trip.
 
-    What is under a limit's name is mostly what this connection has written there last, so one round trip is all it takes.
-    If another client was there meanwhile, the next one knows already what it needs to know.
+    The state is usually the one that this connection has written last, so one round trip suffices. If another client has
+    changed it meanwhile, the answer contains the new state for the next round.
 
-    An item is four decimal numbers: level, Unix time of the server in microseconds, limit, and the microseconds of `per`.
-    It stands outside of the generations of the namespace, and goes when its level is at 0.
+    An item consists of four decimal numbers: level, Unix time of the server in microseconds, limit, and `per` in
+    microseconds. It does not depend on the generation of the namespace, and expires when its level reaches 0.
     """
 
     unversioned = True
@@ -219,7 +225,7 @@ class LimitUpdates:
             if token is not None:
                 return token
         elif isinstance(seen, tuple) and seen[1] == item.token:
-            return cast("Reply", item.draft.reply)  # It was decided by what is there.
+            return cast("Reply", item.draft.reply)  # The decision was based on the current state.
         outcome = None if isinstance(seen, tuple) else outcome_of(seen)
         return unlike() if isinstance(outcome, int) else outcome
 
@@ -230,13 +236,13 @@ class LimitUpdates:
                 limits.clear()
             limits[name] = seen
         elif isinstance(seen, tuple):
-            limits[name] = (b"", seen[1])  # Not ours: it is written over.
+            limits[name] = (b"", seen[1])  # Not a valid state, so it is overwritten.
         else:
             limits.pop(name, None)
 
 
 def _meter(raw: bytes) -> GcraState | None:
-    """Return the meter of an item. What is none of ours counts as nothing, and is written over."""
+    """Return the state of an item, or `None` if it is not valid, so that it is overwritten."""
     try:
         level, stamp, limit, per = map(int, raw.split(b" "))
     except ValueError:

@@ -1,7 +1,7 @@
-"""A connection to one Memcached server: one exchange at a time, driven by the bytes that come.
+"""A connection to one Memcached server. It runs one exchange at a time, driven by the incoming bytes.
 
-An exchange is a generator: it yields commands and how many answers they have, and is sent those answers. No task waits
-for them. The transport hands in bytes, and the last answer resumes the generator on the stack of the event loop.
+An exchange is a generator. It yields commands and the number of their answers, and receives these answers. No task waits
+for them: the transport delivers bytes, and the last answer resumes the generator on the stack of the event loop.
 """
 
 from __future__ import annotations
@@ -18,58 +18,65 @@ from .errors import BACKEND, ProtocolError, lost, parse_error
 
 MISS, NOT_STORED, EXISTS = -1, -2, -3
 Answer: TypeAlias = tuple[bytes, int] | int | dict[bytes, bytes] | CacheError
-"""A value with its CAS token; a CAS token (0 where none was asked for), `MISS`, `NOT_STORED` or `EXISTS`; statistics; or
-the error with which the server refused one command."""
+"""The answer to one command. One of:
+
+* a value with its CAS token,
+* a CAS token (0 if none was requested), `MISS`, `NOT_STORED` or `EXISTS`,
+* statistics,
+* the error with which the server rejected the command.
+"""
 
 T = TypeVar("T")
 Exchange: TypeAlias = Generator[tuple[bytes, int], list[Answer], T]
-"""Commands and how many answers they have; those answers; and the result."""
+"""A generator that yields commands and the number of their answers, receives the answers, and returns a result."""
 
 Done: TypeAlias = Callable[[Any], None]
-"""Called with the result of an exchange, or with the `CacheError` that says why there is none."""
+"""Called with the result of an exchange, or with the `CacheError` with which it failed."""
 
 OLDEST = (1, 6, 10)
-"""The first version whose meta commands are as we need them: `ms` answers a CAS token, and `md` takes one."""
+"""The first version with the required meta commands: `ms` returns a CAS token, and `md` takes one."""
 
 RESYNC = 60.0
-"""Seconds after which the server's clock is read once more."""
+"""Seconds after which the server's clock is read again."""
 
 COMMAND_TIME = 20e-6
-"""Seconds by which each command makes the time limit of an exchange longer, besides `SLOWEST_LINE` for what is sent."""
+"""Seconds by which each command extends the time limit of an exchange. `SLOWEST_LINE` applies to sent bytes too."""
 
 STALLED_LINE = 100e3
-"""Bytes a second above which a line counts as moving: what has moved extends the time limit of an exchange."""
+"""Bytes per second above which a transfer counts as progressing. Transferred bytes extend the time limit."""
 
 LARGE = 1 << 16
-"""Bytes above which commands may not leave at once."""
+"""Size in bytes above which commands may not be sent at once."""
 
 STALL = 0.03
-"""Seconds by which a timer may be late before the event loop counts as having stood still."""
+"""Seconds by which a timer may be late before the event loop counts as blocked."""
 
 ITEM_OVERHEAD = 320
-"""Bytes of an item besides the entry: a header of 48 bytes, a CAS token, flags, a name and two line ends."""
+"""Bytes of an item in addition to the entry: a 48-byte header, a CAS token, flags, a name and two line ends."""
 
 LINE_MAX = 2048
-"""Bytes that the first line of an answer may have."""
+"""Maximum size in bytes of the first line of an answer."""
 
 STATISTICS_MAX = 1000
-"""Lines of statistics that an answer may have."""
+"""Maximum number of lines of statistics in an answer."""
 
 ITEM_MAX = 1 << 30
-"""Bytes of an item that are read, as long as the server has not said how large its items may be."""
+"""Maximum size in bytes of an item, until the server's limit is known."""
 
 _TOKENS = (b"c", b"O")
-"""What begins a CAS token, and a mark of ours that the server gives back."""
+"""First bytes of a CAS token, and of an opaque mark that the server returns unchanged."""
 _CODES = {b"HD": 0, b"EN": MISS, b"NF": MISS, b"NS": NOT_STORED, b"EX": EXISTS}
 
 
 class Connection(asyncio.Protocol):
     """The protocol over one transport. Each answer is read to its end, or the connection is dropped.
 
-    `epoch` is the version at which those of the server's items begin, `entry_max` the bytes that an entry may have, and
-    `generation` the one that the namespace had when it was last read, with `head`, what the names of its keys begin with.
-    `limits` is what was last seen of rate limits, by their names on the wire: raw, with the CAS token. `last_progress` is
-    the time, on the clock's monotonic time, at which bytes last came or left; `timeout` the seconds that an exchange has.
+    * `epoch` is the base of the versions of the server's items.
+    * `entry_max` is the maximum size of an entry in bytes.
+    * `generation` is the last known generation of the namespace, and `head` the prefix of names under it.
+    * `limits` holds the last known items of rate limits by item name: raw value and CAS token.
+    * `last_progress` is the time at which bytes were last transferred, on the monotonic clock.
+    * `timeout` is the time limit of an exchange in seconds.
     """
 
     def __init__(self, server: str, transport: asyncio.Transport, clock: Clock, timers: Timers, timeout: float) -> None:
@@ -108,7 +115,7 @@ class Connection(asyncio.Protocol):
         return f"<Connection to {self.server}, {'lost' if self.lost else 'busy' if self._exchange else 'idle'}>"
 
     def now(self) -> float:
-        """Return the server's Unix time in seconds, as we know it."""
+        """Return the estimated Unix time of the server in seconds."""
         return self._now() + self._offset
 
     @property
@@ -116,8 +123,11 @@ class Connection(asyncio.Protocol):
         return self._exchange is not None and self.lost is None
 
     def begin(self, exchange: Exchange[Any], done: Done, count: int = 0) -> None:
-        """Start an exchange on an idle connection. `done` is called once with the result or the error, maybe before this
-        returns; with a `count`, an error becomes so many `Failed` replies."""
+        """Start an exchange on an idle connection.
+
+        `done` is called once with the result or the error, possibly before this method returns. If `count` is given, an
+        error is passed as that many `Failed` replies.
+        """
         now = self._now()
         self._done, self._count = done, count
         self._exchange = exchange if now - self._synced < RESYNC else self._synced_first(exchange)
@@ -129,7 +139,7 @@ class Connection(asyncio.Protocol):
             self._arm()
 
     def close(self, error: CacheError | None = None) -> None:
-        """Drop the connection. The exchange in flight ends with `error`."""
+        """Drop the connection. The exchange in flight fails with `error`."""
         if self.lost is None:
             self.lost = error or CacheConnectionError(f"the connection to {self.server} was closed", BACKEND)
             self._transport.abort()
@@ -140,7 +150,7 @@ class Connection(asyncio.Protocol):
             self._resume(None)
 
     def drop_later(self, error: CacheError) -> None:
-        """Drop the connection from inside its exchange, which goes on to its end."""
+        """Drop the connection from within its exchange, which then ends."""
         self.lost = self.lost or error
         self._transport.abort()
 
@@ -150,7 +160,7 @@ class Connection(asyncio.Protocol):
         self.close(lost(exc or EOFError(), self.server, self.timeout))
 
     def data_received(self, data: bytes) -> None:
-        """Take in bytes. The last answer of a part takes the exchange further."""
+        """Parse incoming bytes. The last expected answer resumes the exchange."""
         if self.lost is not None:
             return
         size = len(data)
@@ -165,11 +175,11 @@ class Connection(asyncio.Protocol):
             self._pieces = []
         try:
             if self._exchange is None:
-                raise ProtocolError("it sent something that no command asked for")
+                raise ProtocolError("data without a command")
             at = self._parse(data)
             if len(self._answers) == self._wanted:
                 if at != len(data):
-                    raise ProtocolError("it sent more answers than there were commands")
+                    raise ProtocolError("more answers than commands")
                 answers, self._answers = self._answers, []
                 self._resume(answers)
             elif self._have:
@@ -180,7 +190,7 @@ class Connection(asyncio.Protocol):
     # Driving the exchange
 
     def _resume(self, answers: Any) -> None:
-        """Take the next step of the exchange with these answers (`None` to begin). It sees a lost connection as an error."""
+        """Resume the exchange with these answers, or `None` to start it. If the connection is lost, throw the error in."""
         exchange = self._exchange
         assert exchange is not None
         try:
@@ -199,9 +209,9 @@ class Connection(asyncio.Protocol):
         except CacheError as error:
             result = error
         except Exception:
-            # A fault of ours. What follows in the stream cannot be told apart from what was not read.
+            # A bug. The position in the stream is no longer known, so the connection cannot be used.
             self._exchange = None
-            self.close(CacheConnectionError(f"an answer of {self.server} could not be understood", BACKEND))
+            self.close(CacheConnectionError(f"cannot process an answer of {self.server}", BACKEND))
             self._end(self.lost)
             raise
         self._end(result)
@@ -214,14 +224,17 @@ class Connection(asyncio.Protocol):
         done([Failed.of(result)] * self._count if self._count and isinstance(result, CacheError) else result)
 
     def _parse(self, data: bytes) -> int:
-        """Take in the whole answers, and return where the rest begins: `_have` bytes, of an answer of `_need` or more."""
+        """Parse the complete answers, and return the position of the rest.
+
+        The rest has `_have` bytes; its answer needs at least `_need`.
+        """
         answers, wanted, at, size = self._answers, self._wanted, 0, len(data)
         limit = self.entry_max + ITEM_OVERHEAD + 3
         while len(answers) < wanted:
             end = data.find(b"\r\n", at)
             if end < 0:
                 if size - at > LINE_MAX:
-                    raise ProtocolError("a line that does not end")
+                    raise ProtocolError("a line without an end")
                 self._have, self._need = size - at, 0
                 return at
             code = data[at : at + 2]
@@ -229,12 +242,12 @@ class Connection(asyncio.Protocol):
                 _, length, token = data[at:end].split(b" ")
                 stop = end + 2 + int(length)
                 if not end + 2 <= stop < end + limit or token[:1] not in _TOKENS:
-                    raise ProtocolError("a value of a size that no item has, or without a CAS token")
+                    raise ProtocolError("a value with an invalid size or without a CAS token")
                 if size < stop + 2:
                     self._have, self._need = size - at, stop + 2 - at
                     return at
                 if data[stop : stop + 2] != b"\r\n":
-                    raise ProtocolError("a value has another size than its first line says")
+                    raise ProtocolError("the size of a value does not match its first line")
                 answers.append((data[end + 2 : stop], int(token[1:])))
                 at = stop + 2
                 continue
@@ -246,11 +259,11 @@ class Connection(asyncio.Protocol):
                     known = int(line[4:])
                 answers.append(known)
             elif line.startswith(b"STAT "):
-                # All of it at once or not at all: it is asked for once a minute.
+                # Parsed again from the start if incomplete, because it is only requested once a minute.
                 stop = data.find(b"\r\nEND\r\n", end)
                 if stop < 0:
                     if data.count(b"\r\n", at) > STATISTICS_MAX:
-                        raise ProtocolError("statistics that do not end")
+                        raise ProtocolError("statistics without an end")
                     self._have, self._need = size - at, 0
                     return at
                 pairs = [each.split(b" ", 2) for each in data[at:stop].split(b"\r\n")]
@@ -272,7 +285,7 @@ class Connection(asyncio.Protocol):
         self._timer = self._timers.call_at(self._limit, self._check)
 
     def _check(self) -> None:
-        """End an exchange whose time is up, unless its bytes are still moving."""
+        """End an exchange that has reached its time limit, unless bytes are still being transferred."""
         self._timer = None
         if self._exchange is None:
             return
@@ -283,7 +296,7 @@ class Connection(asyncio.Protocol):
         self._limit += (self._moved + sent) / STALLED_LINE
         self._moved = 0
         if now - self._armed_for > STALL:
-            self._limit = max(self._limit, now + STALL)  # The loop stood still. What has come meanwhile is heard first.
+            self._limit = max(self._limit, now + STALL)  # The loop was blocked. Read the bytes that arrived first.
         if self._limit <= now:
             self.close(lost(TimeoutError(), self.server, self.timeout))
         else:
@@ -294,7 +307,7 @@ class Connection(asyncio.Protocol):
         return (yield from exchange)
 
     def sync(self) -> Exchange[None]:
-        """Learn the server's time and when it was started. Raises `CacheError` for a server that will not do."""
+        """Read the server's clock and its start time. Raises `CacheError` if the server is not suitable."""
         before = self._now()
         stats: Any = yield from ask(b"stats\r\n")
         after = self._now()
@@ -305,30 +318,30 @@ class Connection(asyncio.Protocol):
         if tuple(map(int, re.findall(rb"\d{1,9}", version)[:3])) < OLDEST:
             needed = ".".join(map(str, OLDEST))
             raise CacheConfigurationError(
-                f"memcached: {self.server} is Memcached {version.decode('ascii', 'replace')[:20]}, and {needed} is needed"
+                f"memcached: {self.server} is Memcached {version.decode('ascii', 'replace')[:20]}; {needed} is required"
             )
-        # It names the second that has begun, at some moment between the question and the answer.
+        # The server reports whole seconds, at some time between the request and the answer.
         earliest, latest = at - after, at + 1 - before
         ours = self.clock.wall() - after
-        # The clocks agree: ours is the finer one. Else the middle of what it may be.
+        # If the clocks agree, use the local one, which is more precise. Otherwise use the middle of the possible range.
         self._offset = ours if earliest - 0.1 <= ours <= latest + 0.1 else (earliest + latest) / 2
         self._synced = after
         if not self.epoch:
             self.epoch = (at - uptime) * 1e6
 
     def handshake(self) -> Exchange[None]:
-        """Learn what has to be known of a server before it is used. Raises `CacheError` for a server that will not do."""
+        """Read the settings of the server before its first use. Raises `CacheError` if the server is not suitable."""
         settings: Any = yield from ask(b"stats settings\r\n")
         try:
             entry_max, cas = int(settings[b"item_size_max"]) - ITEM_OVERHEAD, settings.get(b"cas_enabled")
         except (KeyError, ValueError, TypeError):
             raise self._unlike_memcached() from None
         if cas != b"yes":
-            raise CacheConfigurationError(f"memcached: {self.server} runs without CAS (-C), which cachebus needs")
+            raise CacheConfigurationError(f"memcached: {self.server} runs without CAS (-C), which cachebus requires")
         self.entry_max = entry_max
 
     def _unlike_memcached(self) -> CacheError:
-        return CacheConnectionError(f"{self.server} does not answer as a Memcached does", BACKEND)
+        return CacheConnectionError(f"{self.server} does not answer like a Memcached server", BACKEND)
 
 
 # Commands
@@ -340,12 +353,12 @@ def read(name: str) -> bytes:
 
 
 def store(name: str, entry: bytes, seconds: int, condition: bytes = b"") -> bytes:
-    """Return the command that stores an entry and answers its CAS token."""
+    """Return the command that stores an entry and returns its CAS token."""
     return b"ms %b %d T%d c%b\r\n%b\r\n" % (name.encode(), len(entry), seconds, condition, entry)
 
 
 def ask(command: bytes) -> Exchange[Answer]:
-    """Return the answer to one command. Raises the `CacheError` with which the server refused it."""
+    """Return the answer to one command. If the server rejected it, the `CacheError` is raised."""
     (answer,) = yield command, 1
     if isinstance(answer, CacheError):
         raise answer
@@ -353,10 +366,10 @@ def ask(command: bytes) -> Exchange[Answer]:
 
 
 def first_error(answers: Sequence[Answer]) -> CacheError | None:
-    """Return the error with which the server refused one of several commands."""
+    """Return the first error with which the server rejected one of several commands, or `None`."""
     return next((each for each in answers if isinstance(each, CacheError)), None)
 
 
 def unlike() -> CacheError:
-    """Return the error for an answer of another kind than the command has."""
-    return CacheBackendError("the server answered something else; Memcached 1.6 is needed", BACKEND)
+    """Return the error for an answer that does not fit the command."""
+    return CacheBackendError("unexpected answer of the server; Memcached 1.6 is required", BACKEND)

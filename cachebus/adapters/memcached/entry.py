@@ -1,18 +1,18 @@
-"""The bytes of a Memcached item, and what they say.
+"""The binary format of a Memcached item.
 
-    1 byte    form       B bytes as they are, I decimal int, M msgpack, C chunked (see `memcached_values`); small letters
-                         are another layout: o with metadata (below), l a lease (see `memcached_lookup`)
-    2 bytes   key size   big-endian; 0 where the name on the wire is the key itself
+    1 byte    type tag   B raw bytes, I decimal int, M MessagePack, C chunked (see `values.py`); lower case for other
+                         layouts: o with metadata (below), l a lease (see `lookup.py`)
+    2 bytes   key size   big-endian; 0 if the item name contains the key itself
     8 bytes   expiry     big-endian double: Unix time of the server in seconds, 0 for none
     8 bytes   stored at  big-endian double: Unix time of the server in seconds
-    8 bytes   version    big-endian double: 0, or the version that a touch has kept
-    key size  key        what the hash on the wire stands for; a longer one than 1024 bytes is hashed once more
-    rest      value      in the form `o`: the size of the metadata (4 bytes, big-endian), the metadata as msgpack
-                         [[load time, stale for, etag, lifetime] or nil, [[tag, generation], ...]], the value's own form
-                         and the value
+    8 bytes   version    big-endian double: 0, or the version that a touch has preserved
+    key size  key        the key whose hash is in the item name; a key above 1024 bytes is replaced by a second hash
+    rest      value      for `o`: the size of the metadata (4 bytes, big-endian), the metadata as MessagePack
+                         [[load time, stale for, etag, lifetime] or nil, [[tag, generation], ...]], the type tag of the
+                         value, and the value
 
-The version of an entry is the second at which the server was started, in microseconds, plus the item's CAS token: no two
-writes ever share one, whatever the clients' clocks say. Bytes that do not fit raise `CacheSerializationError`.
+The version of an entry is the start time of the server in microseconds plus the item's CAS token. So two writes never have
+the same version, regardless of the clients' clocks. Malformed bytes raise `CacheSerializationError`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ CHUNKED, WITH_METADATA = b"Co"
 MISSING = Missing()
 THIRTY_DAYS = 30 * 86_400
 METADATA_MAX = 1 << 20
-"""Bytes of metadata that are unpacked."""
+"""Maximum size in bytes of metadata."""
 
 VERSION_MAX = 64
-"""Bytes that the generation of a tag may have."""
+"""Maximum size in bytes of a tag's generation."""
 
 _FAR = 1e18
-"""Above every time and version that we write."""
+"""Larger than any valid time or version."""
 _LATEST = 2**31 - 1
-"""Memcached reads times as 32 bits."""
+"""The latest date that Memcached accepts; its times have 32 bits."""
 
 _unpack_header: Callable[[bytes], tuple[bytes, int, float, float, float]] = HEADER.unpack_from
 _HEADER_SIZE = HEADER.size
@@ -62,18 +62,18 @@ _SIZE = struct.Struct(">I")
 T = TypeVar("T")
 
 Number = Annotated[float, msgspec.Meta(ge=-1e300)]
-"""A float that is no NaN."""
+"""A float that is not NaN."""
 
 Instant = Annotated[float, msgspec.Meta(ge=0, lt=_FAR)]
 
 TagVersion = tuple[str, Annotated[bytes, msgspec.Meta(max_length=VERSION_MAX)]]
-"""A tag with the generation that it had."""
+"""A tag and its generation."""
 
 TagVersions = tuple[TagVersion, ...]
 
 
 class EntryLoad(msgspec.Struct, frozen=True, array_like=True):
-    """How a value was loaded. `lifetime` is the seconds that it was given, `None` for ever."""
+    """The load metadata of a value. `lifetime` is its time to live in seconds, or `None` if it does not expire."""
 
     load_time: Number
     stale_for: Number
@@ -82,13 +82,13 @@ class EntryLoad(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EntryMetadata(msgspec.Struct, frozen=True, array_like=True):
-    """How the value of an entry was loaded, and its tags."""
+    """The metadata of an entry: load metadata and tags."""
 
     load: EntryLoad | None = None
     tags: TagVersions = ()
 
     def packed(self) -> bytes:
-        """Return the metadata as they stand before the value, with their form."""
+        """Return the encoded metadata with their type tag, as they precede the value."""
         packed = pack(self)
         return b"".join((b"o", _SIZE.pack(len(packed)), packed))
 
@@ -98,7 +98,7 @@ NO_METADATA = EntryMetadata()
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """An item of ours, taken apart. `version` is what callers know of it."""
+    """A decoded item. `version` is the version that callers see."""
 
     form: int
     expiry: float
@@ -108,19 +108,19 @@ class Entry:
     metadata: EntryMetadata = NO_METADATA
 
     def left(self, now: float) -> float | None:
-        """Return the seconds to live, `None` without expiry."""
+        """Return the remaining time to live in seconds, or `None` if the entry does not expire."""
         return self.expiry - now if self.expiry else None
 
     def present(self, now: float) -> Present:
         return Present(self.version, self.left(now))
 
     def packed(self, kept: bytes) -> bytes:
-        """Return its bytes as they stand in a lease, and are put back: the version is kept."""
+        """Return the encoded entry with its version, for storing it in a lease or restoring it."""
         form = bytes((self.form,)) + self.body
         return pack_entry(form, kept, self.expiry, self.stored_at, self.version, self.metadata)
 
     def put_back(self, name: str, kept: bytes, now: float, condition: bytes) -> bytes:
-        """Return the command that stores it once more, with its version."""
+        """Return the command that stores the entry again with its version."""
         return store(name, self.packed(kept), server_expiry(kept_until(self.expiry, self.metadata), now), condition)
 
 
@@ -139,7 +139,7 @@ def pack_entry(
 
 
 def read_entry(raw: bytes, token: int, kept: bytes, epoch: float, now: float = 0.0) -> Entry | None:
-    """Return an entry that is live at `now`, and not that of another key with the same hash, or `None`. Raises `CacheError`."""
+    """Return the entry if it is live at `now` and its key matches, or `None`. Raises `CacheError`."""
     try:
         form, size, expiry, stored_at, version = _unpack_header(raw)
     except struct.error:
@@ -161,9 +161,9 @@ def read_entry(raw: bytes, token: int, kept: bytes, epoch: float, now: float = 0
 
 
 def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float) -> Found | Missing | Failed | Entry:
-    """Return the reply to a read of an item. One that is chunked, or has tags, comes back as its entry."""
+    """Return the reply to a read of an item. If the item is chunked or has tags, return its entry."""
     if not kept and len(raw) >= _HEADER_SIZE and raw[0] == BYTES:
-        # The hot path, with the commonest form first.
+        # The hot path: the most frequent type tag.
         _, size, expiry, stored_at, version = _unpack_header(raw)
         if not size and 0.0 <= expiry < _FAR > stored_at >= 0.0 <= version < _FAR:
             if expiry and expiry <= now:
@@ -181,7 +181,7 @@ def found_or_fail(raw: bytes, token: int, kept: bytes, epoch: float, now: float)
 
 
 def found_of(entry: Entry, value: Any, now: float) -> Found:
-    """Return the reply that carries a value."""
+    """Return the reply with the decoded value of an entry."""
     metadata, left = entry.metadata, entry.left(now)
     tags = tuple([tag for tag, _ in metadata.tags])
     if (load := metadata.load) is None:
@@ -191,16 +191,17 @@ def found_of(entry: Entry, value: Any, now: float) -> Found:
 
 
 def kept_until(expiry: float, metadata: EntryMetadata) -> float:
-    """Return when the server may forget an entry: after its time, if it may be served stale. 0 for never."""
+    """Return the time at which the server may drop an entry; 0 means never. A stale entry is kept beyond its expiry."""
     load = metadata.load
     return expiry if load is None or not expiry else expiry + min(max(0.0, load.stale_for), LONGEST)
 
 
 def server_expiry(expiry: float, now: float) -> int:
-    """Return the expiry for Memcached, so that it forgets an entry once its time is up, and not before.
+    """Return the expiry for Memcached, so that it does not drop an entry before its expiry.
 
-    It counts whole seconds, and drops an item when the count is reached, so one is added. It takes more than 30 days for a
-    date, so it is given one. What lies beyond its calendar expires for readers only.
+    Memcached counts whole seconds and drops an item when the count is reached, so one second is added. It interprets more
+    than 30 days as a date, so a date is passed then. A date beyond its range means no expiry in the server; readers still
+    check the entry's own expiry.
     """
     if not expiry:
         return 0
@@ -211,11 +212,11 @@ def server_expiry(expiry: float, now: float) -> int:
     return date if date <= _LATEST else 0
 
 
-# What metadata and leases are made of
+# Packing of metadata and leases
 
 
 def pack(value: msgspec.Struct) -> bytes:
-    """Pack a struct with tags in it. Raises `CacheKeyError` for a tag that is no valid Unicode."""
+    """Pack a struct that contains tags. Raises `CacheKeyError` if a tag is not valid Unicode."""
     try:
         return msgspec.msgpack.encode(value)
     except UnicodeEncodeError as error:
@@ -223,11 +224,11 @@ def pack(value: msgspec.Struct) -> bytes:
 
 
 def unpack(packed: memoryview, kind: type[T]) -> T:
-    """Unpack a struct that `pack` has packed. Raises `ValueError`."""
+    """Unpack a struct packed by `pack`. Raises `ValueError`."""
     if len(packed) > METADATA_MAX:
-        raise ValueError("too large")
+        raise ValueError("the metadata are too large")
     return msgspec.convert(unpack_plain(bytes(packed)), kind, builtin_types=(bytes,))
 
 
 def _not_ours() -> CacheError:
-    return CacheSerializationError("what is stored under the key was not written by cachebus")
+    return CacheSerializationError("the stored value was not written by cachebus")

@@ -1,4 +1,4 @@
-"""What goes wrong at a Memcached server, in the words of our own error tree."""
+"""Translation of Memcached errors and connection errors into this package's errors."""
 
 from __future__ import annotations
 
@@ -8,57 +8,57 @@ from cachebus.messages import CacheBackendError, CacheConfigurationError, CacheC
 
 BACKEND = "memcached"
 
-# Transient is what another attempt may mend: a `CacheConnectionError`. The rest is not worth a second try.
+# Only `CacheConnectionError` is transient: another attempt may succeed. The other errors are not worth a retry.
 #
-#   what the server says or does                       what it becomes                  the connection
-#   SERVER_ERROR out of memory storing object          CacheBackendError                stays
-#   SERVER_ERROR object too large for cache            CacheBackendError                stays
-#   CLIENT_ERROR cannot increment or decrement ...     CacheBackendError                stays
-#   any other SERVER_ERROR                             CacheBackendError                is dropped
-#   any other CLIENT_ERROR, ERROR                      CacheBackendError                is dropped
-#   ERROR Too many open connections                    CacheConnectionError             is dropped
-#   anything that is no answer to what was asked       CacheConnectionError             is dropped
-#   end of file, reset, refused, no route, no name     CacheConnectionError             is dropped
-#   silence for longer than `timeout`                  CacheConnectionError             is dropped
-#   a certificate that is not good                     CacheConfigurationError          is dropped
+#   answer or fault of the server                      error                            connection
+#   SERVER_ERROR out of memory storing object          CacheBackendError                kept
+#   SERVER_ERROR object too large for cache            CacheBackendError                kept
+#   CLIENT_ERROR cannot increment or decrement ...     CacheBackendError                kept
+#   any other SERVER_ERROR                             CacheBackendError                dropped
+#   any other CLIENT_ERROR, ERROR                      CacheBackendError                dropped
+#   ERROR Too many open connections                    CacheConnectionError             dropped
+#   an answer that does not fit the command            CacheConnectionError             dropped
+#   end of file, reset, refused, no route, no name     CacheConnectionError             dropped
+#   no answer for longer than `timeout`                CacheConnectionError             dropped
+#   an invalid certificate                             CacheConfigurationError          dropped
 #
-# A dropped connection is never read from again, so that what arrives late is no other command's answer.
-_STAYS: dict[bytes, str] = {
-    b"SERVER_ERROR out of memory storing object": "the server's memory is full and it evicts nothing",
-    b"SERVER_ERROR object too large for cache": "the entry is larger than the server's items may be",
-    b"CLIENT_ERROR cannot increment or decrement non-numeric value": "the counter is no number",
+# A dropped connection is never read again, so a late answer cannot be mistaken for that of another command.
+_RECOVERABLE: dict[bytes, str] = {
+    b"SERVER_ERROR out of memory storing object": "the server is out of memory and does not evict",
+    b"SERVER_ERROR object too large for cache": "the entry is larger than the server's item size limit",
+    b"CLIENT_ERROR cannot increment or decrement non-numeric value": "the counter is not a number",
 }
 
 
 class ProtocolError(Exception):
-    """Raised when a server sends what is no answer to the commands in flight."""
+    """Raised when a server's answer does not fit the commands in flight."""
 
 
 def parse_error(line: bytes) -> CacheError:
-    """Return our error for a line that refuses one command and leaves the connection usable.
+    """Return the error for a line that rejects one command and leaves the connection usable.
 
-    Raises our error for a line after which it is not, and `ProtocolError` for a line that reports no error.
+    Raises the error if the connection must be dropped, and `ProtocolError` if the line does not report an error.
     """
-    if (reason := _STAYS.get(line)) is not None:
+    if (reason := _RECOVERABLE.get(line)) is not None:
         return CacheBackendError(reason, BACKEND)
     if line.startswith(b"ERROR Too many open connections"):
         raise CacheConnectionError("the server has too many open connections", BACKEND)
     if line.startswith((b"SERVER_ERROR", b"CLIENT_ERROR", b"ERROR")):
-        # Only its first words: what follows may be our own data.
+        # Only the first words, because the rest may contain user data.
         raise CacheBackendError(f"the server answered: {_printable(line[:80])}", BACKEND)
     raise ProtocolError(_printable(line[:40]))
 
 
 def unreachable(error: BaseException, server: str, timeout: float) -> CacheError:
-    """Return our error for a connection that could not be made."""
+    """Return the error for a connection that could not be opened."""
     if isinstance(error, CacheError):
         return error
     if isinstance(error, ssl.SSLCertVerificationError):
-        # Permanent: no retry turns a certificate into a good one.
-        return CacheConfigurationError(f"memcached: {server}: the certificate is not good: {error.verify_message}")
-    why = "does not answer as a Memcached does"  # What else reading its answers raises.
+        # Permanent: a retry does not make the certificate valid.
+        return CacheConfigurationError(f"memcached: {server}: the certificate is invalid: {error.verify_message}")
+    why = "does not answer like a Memcached server"  # A ValueError while parsing its answers.
     if isinstance(error, TimeoutError):
-        why = f"did not take the connection within {timeout:g} s"
+        why = f"did not accept the connection within {timeout:g} s"
     elif isinstance(error, ssl.SSLError):
         why = f"cannot be reached over TLS: {error.reason}"
     elif isinstance(error, OSError):
@@ -67,13 +67,13 @@ def unreachable(error: BaseException, server: str, timeout: float) -> CacheError
 
 
 def lost(error: BaseException, server: str, timeout: float) -> CacheError:
-    """Return our error for a connection that was there and is gone."""
+    """Return the error for a connection that was lost."""
     if isinstance(error, CacheError):
         return error
     if isinstance(error, TimeoutError):
         why = f"no answer within {timeout:g} s"
     elif isinstance(error, ProtocolError):
-        why = f"what it sent is no answer: {error}"
+        why = f"unexpected answer: {error}"
     elif isinstance(error, OSError):
         why = error.strerror or type(error).__name__
     else:
@@ -82,7 +82,7 @@ def lost(error: BaseException, server: str, timeout: float) -> CacheError:
 
 
 def in_doubt(error: CacheError) -> CacheError:
-    """Return the error of a write that was sent on a connection before it was lost."""
+    """Return the error for a write that was sent before the connection was lost."""
     return CacheConnectionError(f"{error.detail}; whether the request was done is not known", BACKEND)
 
 

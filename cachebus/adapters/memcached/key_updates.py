@@ -1,8 +1,8 @@
-"""Conditional writes, touches, counts, and leases. Decision 27 has the interleavings that need the order of commands here.
+"""Conditional writes, touches, counters and leases. Decision 27 has the interleavings that require this order of commands.
 
-Memcached's own counters are not used: they know no negative numbers, wrap at 64 bits, and have no room for an expiry, a
-version or a hashed key. A value that is read and written back under its CAS token has all of that, and costs one round
-trip more. Counts of one key in one batch are written as one.
+The counters of Memcached are not used: they support no negative numbers, wrap at 64 bits, and cannot hold an expiry, a
+version or a hashed key. Reading a value and writing it back under its CAS token supports all of these, and costs one more
+round trip. Increments of one key in one batch are combined into one write.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ _LOOK_FIRST = frozenset[type[Request[Any]]](
 
 
 def looks_first(request: Request[Any]) -> bool:
-    """Return whether a request depends on what is under its key."""
+    """True if a request depends on the current value of its key."""
     if isinstance(request, Set):
         return request.only_if is not None or request.lease is not None
     return type(request) in _LOOK_FIRST
 
 
 class KeyUpdates:
-    """Decides what becomes of values and leases, by what a lookup has read."""
+    """The decider for values and leases, based on a `Lookup`."""
 
     unversioned = False
 
@@ -87,7 +87,7 @@ class KeyUpdates:
         self._names: list[str] = []
 
     def decide(self, request: Request[Any], item: KeyItem) -> Reply | Draft | None:
-        # One new version a round: two writes of one key are two versions. Counts and touches have none of their own.
+        # One new version per round, because two writes of a key create two versions. Increments and touches can be combined.
         if item.draft is not None and item.draft.kind is not type(request):
             return None
         if isinstance(request, GetOrLease) or names_lease(request):
@@ -113,7 +113,7 @@ class KeyUpdates:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
     def commands(self, items: list[KeyItem]) -> list[list[bytes]]:
-        # The tags are read once more when all is stored: a caller that joined a load until then relies on it.
+        # The generations are read again after the write: callers that joined the load until then rely on it.
         self._names = list(dict.fromkeys(name for item in items for name in self._after.names(item.draft.tags)))
         return [*(item.draft.commands for item in items), self._after.reading(self._looked.head, self._names)]
 
@@ -122,7 +122,7 @@ class KeyUpdates:
         return [self._outcome(item.draft, its) for item, its in zip(items, answers, strict=True)]
 
     def _outcome(self, draft: Draft, answers: list[Answer]) -> Reply | CacheError | None:
-        # The last command is that of the entry.
+        # The last command stores the entry.
         token = outcome_of(first_error(answers) or answers[-1])
         if not isinstance(token, int):
             return token
@@ -133,7 +133,7 @@ class KeyUpdates:
     # Values
 
     def _live(self, item: KeyItem) -> Entry | None:
-        """Return the live value of a key. Raises `CacheError` if what is there is none of ours."""
+        """Return the live entry of a key, or `None`. Raises `CacheError` if the item was not written by cachebus."""
         if item.error is not None:
             raise item.error
         return self._looked.live(item)
@@ -160,7 +160,7 @@ class KeyUpdates:
         chunks = chunk_tails(entry.body) if entry.form == CHUNKED else []
         draft: Draft = item.draft or Draft([], None, kind=Touch)
         draft.commands = [f"mg {head}{tail} T{seconds}\r\n".encode() for tail in chunks]
-        # The version is kept: the item's own token is a new one.
+        # Keeps the version, although the item gets a new CAS token.
         draft.commands.append(entry.put_back(head + item.tail, item.kept, now, over(item.answer)))
         draft.reply = entry.present(now)
         return draft
@@ -179,7 +179,7 @@ class KeyUpdates:
         draft: Draft = item.draft or Draft([], None, kind=Increment)
         draft.commands = self._commands(item, b"I%d" % number, entry.expiry, entry.metadata)
         draft.reply = Incremented(number)
-        # What the next count of this round begins with.
+        # The base of the next increment in this round.
         entry.body = memoryview(b"%d" % number)
         item.held, item.served = None, entry
         return draft
@@ -204,7 +204,7 @@ class KeyUpdates:
             raise LoaderFailed(error=failed[1])
         good = held is not None and not held.ended and self._generations.good(held.tags)
         if held is not None and good and asked_as(held.token) == request.token:
-            # Asked for twice, it is granted twice, on the terms of the first time: the load may have begun.
+            # A repeated request gets the same lease again, on its original terms, because the load may have begun.
             if held.deadline > now:
                 return LeaseGranted(held.token, stale)
             held = replace(held, deadline=now + request.lease_ttl)
@@ -239,7 +239,7 @@ class KeyUpdates:
             lifetime = float(round(expiry - now)) if expiry else None  # The server counts whole seconds.
             load = EntryLoad(given.load_time, given.stale_for, given.etag, lifetime)
         metadata = EntryMetadata(load, tags) if tags or load is not None else NO_METADATA
-        # Over the lease, or over the value that is being refreshed, if it is still the one that was looked at.
+        # Replaces the lease, or the value that is being refreshed, if it has not changed since it was read.
         return Draft(self._commands(item, encode_form(request.value), expiry, metadata), None, tags)
 
     def _renew(self, request: RenewLease, item: KeyItem) -> Reply | Draft:
@@ -252,7 +252,7 @@ class KeyUpdates:
 
     def _release(self, request: ReleaseLease, item: KeyItem) -> Reply | Draft:
         token = request.token
-        # It may be what the lease was asked for as, if the caller did not learn its name.
+        # The token may be the requested name of the lease, if the caller did not receive the full name.
         for each in (item.held, item.refresh_held):
             if each is not None and asked_as(each.token) == request.token:
                 token = each.token
@@ -266,7 +266,7 @@ class KeyUpdates:
         return self._end(item, Released() if current else NotHeld(), refresh=held is item.refresh_held)
 
     def _held(self, token: str, item: KeyItem) -> Held | None:
-        """Return the lease of that name, in the place of a value or beside one."""
+        """Return the lease with that name, either in the place of a value or of a live value, or `None`."""
         if item.held is not None and item.held.token == token:
             return item.held
         held, entry = item.refresh_held, item.entry
@@ -275,19 +275,19 @@ class KeyUpdates:
         return None
 
     def _stale(self, item: KeyItem, lease: str, remaining: float) -> Stale | None:
-        """Return the reply that says what may be served stale."""
+        """Return the reply with the stale value, or `None` if there is none."""
         if (entry := item.served) is None:
             return None
         try:
             value = decode_form(*item.content)
         except CacheError:
-            return None  # Damaged, and so nothing to serve.
+            return None  # Damaged, so there is no stale value.
         load, tags = entry.metadata.load, tuple([tag for tag, _ in entry.metadata.tags])
         load_time, etag = (0.0, None) if load is None else (load.load_time, load.etag)
         return Stale(value, entry.version, tags, entry.stored_at, load_time, etag, lease, remaining)
 
     def _place(self, item: KeyItem, held: Held, reply: Reply, *, refresh: bool) -> Draft:
-        """Write a lease: in the place of the key's value with what is stale, or beside it."""
+        """Write a lease: in the place of the key's value, including the stale entry, or as a separate item."""
         now = self._looked.now
         keep, tail, answer, stale = held.deadline or now + FAILURE_SHOWN, item.tail, item.answer, b""
         if refresh:
@@ -298,11 +298,11 @@ class KeyUpdates:
             keep = max(keep, kept_until(served.expiry, served.metadata))
         packed = held.item(item.kept, stale)
         if len(packed) > self._connection.entry_max:
-            packed = held.item(item.kept, b"")  # No room for both: the stale value goes.
+            packed = held.item(item.kept, b"")  # Both do not fit, so the stale value is dropped.
         return Draft([store(self._looked.head + tail, packed, server_expiry(keep, now), over(answer))], reply)
 
     def _end(self, item: KeyItem, reply: Reply, *, refresh: bool) -> Draft:
-        """Remove a lease, and put back what is stale."""
+        """Remove a lease, and restore the stale entry if there is one."""
         tail, answer = (item.refresh, item.refresh_answer) if refresh else (item.tail, item.answer)
         name = self._looked.head + tail
         if refresh or item.served is None:
@@ -311,7 +311,7 @@ class KeyUpdates:
 
 
 def over(answer: Answer) -> bytes:
-    """Return the condition that there is nothing, or what was looked at."""
+    """Return the condition that the item is unchanged since it was read, or still missing."""
     return b" C%d" % answer[1] if isinstance(answer, tuple) else b" ME"
 
 

@@ -1,12 +1,12 @@
-"""Locks in Memcached: an item that only one can add, and a counter beside it.
+"""Locks in Memcached: an item that only one client can add, and a counter for fencing tokens.
 
-    <namespace>:@<hash>     until|ticket|owner   there while the lock is held; its time to live is that of the lock
+    <namespace>:@<hash>     until|ticket|owner   exists while the lock is held; expires with the lease
     <namespace>:@<hash>+    the last token, kept for a week
-    <namespace>:@<hash>-<hash of a ticket>   there for a minute after the ticket was given up (empty), or gave the lock back
+    <namespace>:@<hash>-<hash of a ticket>   exists for a minute after the ticket was abandoned (empty) or released the lock
 
-The token is counted after the item was added, so the later holder has the larger one. A counter that is lost (evicted,
-`flush_all`, a restart) begins again at the server's time in microseconds, which is more than it ever was. Memcached has no
-notifications and no queue: the manager has both, for its own process, and asks again in between.
+The counter is incremented after the item was added, so a later holder has a larger token. If the counter is lost (evicted,
+`flush_all`, a restart), it restarts at the server's time in microseconds, which is larger than any earlier value. Memcached
+has no notifications and no queue. The manager keeps a queue for its process, and polls.
 """
 
 from __future__ import annotations
@@ -46,22 +46,25 @@ from .errors import BACKEND
 from .store import MemcachedStore
 
 RETAIN = 7 * 86_400
-"""Seconds for which a counter is kept that is not counted."""
+"""Seconds for which an unused counter is kept."""
 
 DIGITS = 20
-"""Digits that a number in an item of ours has, at most."""
+"""Maximum number of digits of a number in an item."""
 
 GONE = 60
+"""Seconds for which the item of an abandoned or released ticket is kept."""
+
 BACK = b"given back"
+"""Value of the item of a ticket that has released its lock."""
 
 TRIES = 100
-"""How often an item is looked at that others change in between."""
+"""Maximum number of attempts if other clients change the item in between."""
 
 
 class MemcachedLockStore(MemcachedStore):
-    """A `LockStore` in one or several Memcached servers: a lock is at the server that its name falls to.
+    """A `LockStore` in one or several Memcached servers. The name of a lock determines its server.
 
-    Leases are whole seconds in the server, rounded up, and one more: a holder that dies keeps the lock so much longer.
+    In the server, leases are rounded up to whole seconds, plus one. A holder that dies keeps the lock for that much longer.
     """
 
     poll: float | None = 0.02
@@ -88,13 +91,13 @@ class _Holder:
 
 @dataclass(frozen=True, slots=True)
 class _Locks:
-    """Requests about locks, on their way over one connection."""
+    """Executes lock requests over one connection."""
 
     connection: Connection
     namespace: str
 
     def run(self, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
-        """Carry out one after the other. What goes wrong is in the replies."""
+        """Execute the requests one after another. Errors are returned as replies."""
         replies: list[Reply] = []
         for request in batch:
             try:
@@ -132,11 +135,11 @@ class _Locks:
                 return LockDenied(holder.owner, self._left(holder))
         else:
             raise _contended()
-        # Not before: a client that counts first and adds later would hold the lock with the smaller number.
+        # Increment after adding: a client that incremented first and added later would hold the lock with a smaller token.
         first = int(self.connection.now() * 1e6)
         token = _number((yield from ask(f"ma {item}+ N{RETAIN} J{first} D1 T{RETAIN} v c\r\n".encode())))
         if self.connection.now() - started >= request.ttl:
-            raise CacheConnectionError("a lock was had only when its time was over", BACKEND)
+            raise CacheConnectionError("the lease of the lock had expired before it was granted", BACKEND)
         return LockGranted(token, request.ttl)
 
     def _renew(self, request: RenewLock, item: str) -> Exchange[Reply]:
@@ -152,12 +155,12 @@ class _Locks:
 
     def _release(self, request: ReleaseLock, item: str) -> Exchange[Reply]:
         if request.unclaimed:
-            return NotHeld()  # Another manager may have been asked, and the item does not say: it ends by itself.
+            return NotHeld()  # The caller may have asked another manager, which the item does not show. It expires.
         gone, note = self._gone(item, request.ticket), b""
         if request.abandon:
             yield from ask(store(gone, b"", GONE))
         elif request.token:
-            # With the deletion, so that it costs no round trip: a client that says so again, unheard, did give it back.
+            # Sent with the deletion, so it costs no round trip. It makes a repeated release succeed if the reply was lost.
             note = store(gone, BACK, GONE)
         for _ in range(TRIES):
             holder = yield from self._look(item)
@@ -194,7 +197,7 @@ class _Locks:
                 return _Holder(int(until) / 1000, ticket, owner, answer[1])
         except ValueError:
             pass
-        raise CacheBackendError("what stands in the place of a lock is none", BACKEND)
+        raise CacheBackendError("the item of the lock is not a valid lock", BACKEND)
 
     def _put(self, item: str, request: AcquireLock | RenewLock, owner: str, over: _Holder | None) -> bytes:
         now = self.connection.now()
@@ -217,18 +220,18 @@ def _hash(text: str, size: int) -> str:
 
 
 def _done(answer: Answer) -> bool:
-    """Return whether a write was carried out: `False` if others were faster. Raises `CacheError`."""
+    """True if a write was executed, `False` if another client was faster. Raises `CacheError`."""
     if isinstance(answer, CacheError):
         raise answer
     return isinstance(answer, int) and answer >= 0
 
 
 def _number(answer: Answer) -> int:
-    """Return the number in an item. Raises `CacheBackendError` for anything else."""
+    """Return the number in an item. Raises `CacheBackendError` if it is not a number."""
     if isinstance(answer, tuple) and answer[0].isdigit() and len(answer[0]) <= DIGITS:
         return int(answer[0])
-    raise CacheBackendError("the counter of a lock is no number", BACKEND)
+    raise CacheBackendError("the counter of the lock is not a number", BACKEND)
 
 
 def _contended() -> CacheError:
-    return CacheConnectionError(f"others took the lock in between, {TRIES} times in a row", BACKEND)
+    return CacheConnectionError(f"other clients changed the lock in between, {TRIES} times in a row", BACKEND)

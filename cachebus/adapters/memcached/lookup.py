@@ -1,23 +1,23 @@
-"""What is under a key before it is updated: its entry, its lease, what may be served, and the generations of its tags.
+"""Reading a key before it is updated: its entry, its lease, the value that may be served, and the generations of its tags.
 
-The lease of a key stands under the key itself: what writes or removes the key, or clears the namespace, revokes it.
+The lease of a key is stored under the key itself. So writing or removing the key, or clearing the namespace, revokes it.
 
-In the place of a missing value, or of one whose time is up, stands an entry of the form `l`, whose expiry has always been
-over, so that every reader finds no value. It holds, as msgpack:
+If the value is missing or expired, the lease is an entry with type tag `l`. Its expiry is always in the past, so readers
+find no value. It contains, as MessagePack:
 
-    token       of the lease: what was asked for, a dot and a nonce
-    deadline    of the lease: Unix time of the server in seconds
-    version     of the live value that is being refreshed; 0 in the place of a value
-    all tags    the generation that all tags had when the lease was granted
-    tags        the tags that were known then, with their generations
-    stale       the entry whose time is up, as it was, with its version; empty without one
-    failed      the name of the last lease here whose loader has failed, and the name of the error; empty without one
+    token       token of the lease: the requested name, a dot and a nonce
+    deadline    end of the lease: Unix time of the server in seconds
+    version     version of the live value that is being refreshed; 0 if there is no live value
+    all tags    the generation of all tags when the lease was granted
+    tags        the tags that were known at that time, with their generations
+    stale       the expired entry, unchanged, with its version; empty if there is none
+    failed      the name of the last lease whose loader failed, and the name of the error; empty if there is none
 
-A lease whose loader has failed is left for `FAILURE_SHOWN` seconds, with the deadline 0, for those that wait for the load.
-A live value that is being refreshed stays where it is. Its lease is an item of its own, with the version of that value.
+If the loader fails, its lease remains for `FAILURE_SHOWN` seconds with the deadline 0, so that waiters see the failure. If a
+live value is being refreshed, it stays in place, and its lease is a separate item with the version of that value.
 
-The deadline is by the server's clock, as each client knows it. Only the number of loads depends on it: a value is stored
-over the very item that was looked at, by its CAS token, so that a lease that was taken over stores nothing.
+The deadline is relative to the server's clock, as each client estimates it. Only the number of loads depends on it. A value
+replaces exactly the item that was read, by its CAS token, so the holder of a lost lease stores nothing.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from .values import content_of, entry_of
 
 LEASE = b"l"[0]
 _OVER = 1.0
-"""An expiry that is over for every reader, whatever its clock says."""
+"""An expiry that is in the past for every reader, regardless of its clock."""
 FAILURE_SHOWN = 5.0
-"""Seconds for which a loader's failure is shown: many times as long as a waiter pauses between two questions."""
+"""Seconds for which the failure of a loader remains visible: many times the polling interval of a waiter."""
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A lease as it stands in the server."""
+    """A lease as it is stored in the server."""
 
     token: str
     deadline: Instant
@@ -57,16 +57,16 @@ class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
     @property
     def ended(self) -> bool:
-        """Whether its loader has failed, so that it is free."""
+        """True if the loader has failed, so the lease is free."""
         return not self.deadline
 
     def item(self, kept: bytes, stale: bytes) -> bytes:
-        """Return the bytes of its item, over that stale entry."""
+        """Return the bytes of the lease's item, with the given stale entry."""
         return pack_entry(b"l" + pack(msgspec.structs.replace(self, stale=stale)), kept, _OVER, 0.0)
 
 
 def held_of(entry: Entry | None) -> Held | None:
-    """Return the lease that an entry holds; `None` if it is none, or damaged, and so free."""
+    """Return the lease that an entry holds, or `None` if it is not a lease or is damaged."""
     try:
         return unpack(entry.body, Held) if entry is not None and entry.form == LEASE else None
     except ValueError:
@@ -75,8 +75,12 @@ def held_of(entry: Entry | None) -> Held | None:
 
 @dataclass(slots=True, eq=False)
 class KeyItem(Item):
-    """A key. `entry` is what is under it, if it is one of ours (else there is an `error`). `held` is the lease that this is,
-    `refresh_held` that of a live value. `served` may be served, live or stale; `content` is its value's form and bytes."""
+    """The state of a key.
+
+    * `entry` is the stored entry, or `error` is set if the item was not written by this package.
+    * `held` is the lease in the place of a value, `refresh_held` the lease of a live value.
+    * `served` is the entry that may be served, live or stale; `content` is the type tag and the bytes of its value.
+    """
 
     tail: str
     kept: bytes
@@ -92,7 +96,7 @@ class KeyItem(Item):
 
 
 class Lookup:
-    """Items read in a round. `head` is what names begin with, `now` the server's time, `generations` are those of tags."""
+    """The items read in one round. `head` is the prefix of item names, `now` the server's time."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -103,7 +107,7 @@ class Lookup:
         self._keys = session.keys
 
     def read(self, waiting: list[tuple[int, Request[Any]]], replies: list[Any]) -> Exchange[list[tuple[int, KeyItem]]]:
-        """Read the items of requests; a request whose key is not valid is answered. Raises `NamespaceChanged`."""
+        """Read the items of requests. If a key is not valid, its request gets a reply. Raises `NamespaceChanged`."""
         self.head = yield from self.session.head()
         items: dict[tuple[str, bytes], KeyItem] = {}
         keyed: list[tuple[int, KeyItem]] = []
@@ -122,8 +126,8 @@ class Lookup:
             return keyed
         refreshing = [item for item in items.values() if item.refresh]
         names = [*(item.tail for item in items.values()), *(item.refresh for item in refreshing)]
-        # That of all tags comes last: a load that stores under a tag which it did not know at the grant must see it after
-        # the tag's.
+        # The generation of all tags is read last. A load that stores a value with a tag that was not known at the grant must
+        # read it after the generation of that tag.
         made = [*tags, ALL_TAGS] if grants else list(tags)
         commands = [read(self.head + name) for name in names] + self.generations.making(self.head, made)
         answers = iter((yield from self.session.ask(commands)))
@@ -149,7 +153,7 @@ class Lookup:
         return item
 
     def take_apart(self, item: KeyItem) -> None:
-        """Find out what the answers of a key are."""
+        """Decode the answers of a key."""
         served: Entry | None = None
         try:
             served = item.entry = entry_of(self._connection, item.kept, item.answer, 0.0)
@@ -160,7 +164,7 @@ class Lookup:
             item.refresh_held = held_of(entry_of(self._connection, item.kept, item.refresh_answer, 0.0))
         if item.held is not None:
             served = None
-            with contextlib.suppress(CacheError):  # Damaged, and so nothing to serve.
+            with contextlib.suppress(CacheError):  # Damaged, so there is no stale value.
                 served = read_entry(item.held.stale, 0, item.kept, 0.0) if item.held.stale else None
         over = served is None or served.form == LEASE or 0 < kept_until(served.expiry, served.metadata) <= self.now
         item.served = None if over else served
@@ -183,17 +187,17 @@ class Lookup:
         return self.generations.names(tag for each in holders if each is not None for tag in each.tags)
 
     def live(self, item: KeyItem) -> Entry | None:
-        """Return the live value of a key."""
+        """Return the entry of a key's live value, or `None`."""
         served = item.served
         if served is None or item.held is not None or 0 < served.expiry <= self.now:
             return None
         return served
 
     def current(self, held: Held | None) -> bool:
-        """Return whether a lease has neither run out nor been lost to the invalidation of a tag."""
+        """True if a lease has neither expired nor been revoked by the invalidation of a tag."""
         return held is not None and held.deadline > self.now and self.generations.good(held.tags)
 
 
 def names_lease(request: Request[Any]) -> bool:
-    """Return whether a request names the lease that it is about."""
+    """True if a request contains the name of a lease."""
     return isinstance(request, RenewLease | ReleaseLease) or (isinstance(request, Set) and request.lease is not None)

@@ -1,6 +1,7 @@
-"""From requests to Memcached commands and back: a batch for one server becomes as few round trips as keep its order.
+"""Translating requests to Memcached commands. A batch for one server takes as few round trips as its order allows.
 
-Neighbours of one kind form a run. Reads, plain writes and removals go in one piece (`Direct`), the others by `update`.
+Consecutive requests of one kind form a run. Reads, plain writes and removals are sent together (`Direct`); all others use
+`update`.
 """
 
 from __future__ import annotations
@@ -45,14 +46,17 @@ from .session import COUNT_PART, READ_PART, Generations, NamespaceChanged, Sessi
 from .values import Values, chunk_reads, chunk_tails, entry_of, joined, not_found
 
 Step: TypeAlias = Generator[list[bytes], Any, Any]
-"""A request on its way: commands, their answers, and the reply at the end. All requests of a run take their steps together."""
+"""A generator for one request: it yields commands, receives their answers, and returns the reply.
+
+All requests of a run advance together.
+"""
 
 
 def carry_out(values: Values, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
-    """Carry a batch out. What goes wrong is in the replies.
+    """Execute a batch. Errors are returned as replies.
 
-    Batches of nothing but reads and plain writes, which are nearly all, are sent straight from here. If they need more, they
-    take the way of all others: reads are repeated, and so are writes for a generation that has ended.
+    Most batches consist of reads and plain writes only, and are sent directly from here. If the generation of the namespace
+    has changed, `plan` executes the batch again.
     """
     if not (prepared := _prepare(connection, values, batch)):
         return (yield from plan(connection, values, batch))
@@ -72,7 +76,7 @@ def carry_out(values: Values, connection: Connection, batch: Sequence[Request[An
     for at, kept in takers:
         answer = answers[at]
         if type(answer) is tuple and kept is not None:
-            # Taken apart for each, so that no two callers share a list or a dict.
+            # Decoded separately for each request, so that callers never share a list or a dict.
             replies.append(found_or_fail(answer[0], answer[1], kept, epoch, now))
         elif kept is None and type(answer) is int and answer > 0:
             replies.append(Stored(epoch + answer))
@@ -86,8 +90,11 @@ def carry_out(values: Values, connection: Connection, batch: Sequence[Request[An
 def _prepare(
     connection: Connection, values: Values, batch: Sequence[Request[Any]]
 ) -> tuple[bytes, int, list[tuple[int, bytes | None]]] | None:
-    """Return the commands of a batch of plain requests in one piece, how many they are, and for each request the place of
-    its answer, with what the entry keeps of the key (`None` for a write). Return `None` for any other batch."""
+    """Return the commands of a batch of reads and plain writes, or `None` for any other batch.
+
+    The result is the commands in one piece, their number, and for each request the index of its answer and the part of the
+    key that the entry stores (`None` for a write).
+    """
     head, tail, tagged = connection.head, values.keys.tail, values.memory.names
     if not head or len(batch) > COUNT_PART:
         return None
@@ -112,13 +119,13 @@ def _prepare(
                     return None
                 if (command := values.plain(connection, head, request)) is None:
                     return None
-                reads.clear()  # What is read from here on is another value.
+                reads.clear()  # Later reads may see another value.
                 takers.append((len(commands), None))
                 commands.append(command)
             else:
                 return None
     except CacheError:
-        return None  # Each request is answered for itself there.
+        return None  # `plan` replies to each request separately.
     data = b"".join(commands)
     if len(data) > READ_PART:
         return None
@@ -126,7 +133,7 @@ def _prepare(
 
 
 def plan(connection: Connection, values: Values, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
-    """Carry a batch out, in runs of neighbours of one kind. What goes wrong is in the replies."""
+    """Execute a batch in runs of consecutive requests of one kind. Errors are returned as replies."""
     replies: list[Any] = [None] * len(batch)
     session = Session(connection, values.keys)
     at = first = 0
@@ -147,8 +154,8 @@ def plan(connection: Connection, values: Values, batch: Sequence[Request[Any]]) 
                 yield from update(make, session, batch, replies, list(range(first, at)))
     except CacheError as error:
         if kind == "direct":
-            replies[first:at] = [None] * (at - first)  # Drafts, of which the answers are not known.
-        # What lies before `at` may have been sent.
+            replies[first:at] = [None] * (at - first)  # Incomplete, because their answers are not known.
+        # Requests before `at` may have been sent.
         for position, request in enumerate(batch):
             if replies[position] is None:
                 doubtful = position < at and session.writing and not request.IDEMPOTENT and error.transient
@@ -166,7 +173,7 @@ def _kind(request: Request[Any]) -> Literal["direct", "keys", "limits", "everyth
 
 
 def _on_everything(session: Session, request: Any) -> Exchange[Reply]:
-    """Carry out a request on all keys of the namespace, or of a tag."""
+    """Execute a request on all keys of the namespace or of a tag."""
     try:
         if isinstance(request, Clear):
             yield from session.clear()
@@ -180,7 +187,7 @@ def _on_everything(session: Session, request: Any) -> Exchange[Reply]:
 
 
 class Direct:
-    """Reads, plain writes and removals. Equal reads share a command, unless something is written between them."""
+    """Executes reads, plain writes and removals. Equal reads share a command unless a write is between them."""
 
     def __init__(self, session: Session, values: Values, replies: list[Any]) -> None:
         self._session = session
@@ -192,7 +199,7 @@ class Direct:
         self._generations = Generations(session)
 
     def run(self, batch: Sequence[Request[Any]], first: int, end: int) -> Exchange[None]:
-        """Carry out the requests from `first` to before `end`."""
+        """Execute the requests from `first` up to, but not including, `end`."""
         while True:
             try:
                 self._head = yield from self._session.head()
@@ -205,7 +212,7 @@ class Direct:
                 self._guessed = {}
 
     def resolve(self, batch: Sequence[Request[Any]]) -> Exchange[None]:
-        """Replace the entries among the replies, which do not say everything by themselves."""
+        """Replace the entries among the replies, which need their tags checked or their chunks read."""
 
         def resolved(key: str, entry: Entry) -> Step:
             return (yield from self._resolved({key: entry}))[key]
@@ -215,11 +222,11 @@ class Direct:
             if type(entry := self._replies[position]) is Entry:
                 self._replies[position] = MISSING
                 steps[position] = resolved(getattr(request, "key", ""), entry)
-        with contextlib.suppress(NamespaceChanged):  # Cleared meanwhile: they are misses.
+        with contextlib.suppress(NamespaceChanged):  # The namespace was cleared meanwhile, so they are misses.
             yield from self._together(steps)
 
     def _together(self, steps: dict[int, Step]) -> Exchange[None]:
-        """Send the commands of all steps in one piece, as often as there are more. The replies come to their positions."""
+        """Send the commands of all steps together, repeatedly until all are done. Store the replies at their positions."""
         answers: dict[int, Any] = {}
         while True:
             commands: list[bytes] = []
@@ -237,7 +244,7 @@ class Direct:
                 at = places[position] = []
                 for command in asked:
                     if not command.startswith(b"mg "):
-                        reads.clear()  # What is read from here on is another value.
+                        reads.clear()  # Later reads may see another value.
                     elif command in reads:
                         at.append(reads[command])
                         continue
@@ -256,11 +263,11 @@ class Direct:
             steps = {position: steps[position] for position in places}
 
     def _make_tags(self, requests: Sequence[Request[Any]]) -> Exchange[None]:
-        """Read the generations under which values are stored, before they are."""
+        """Read the generations of the tags of values before the values are stored."""
         names: dict[str, None] = {}
         for request in requests:
             if isinstance(request, Set | SetMany) and request.tags:
-                with contextlib.suppress(CacheError):  # It is answered when the value is stored.
+                with contextlib.suppress(CacheError):  # Reported when the value is stored.
                     names.update(dict.fromkeys(map(self._values.keys.tag, request.tags)))
         if names:
             made = list(names)
@@ -294,7 +301,7 @@ class Direct:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
     def _name(self, key: str) -> tuple[str, bytes]:
-        """Return what follows the generation in the name of a key that is read, and what its entry keeps of the key."""
+        """Return the name suffix of a key to read, and the part of the key that its entry stores."""
         self._guessed.update(dict.fromkeys(self._values.memory.names.get(key, ())))
         return self._values.keys.tail(key)
 
@@ -309,14 +316,14 @@ class Direct:
             if item.__class__ is not tuple:
                 replies[key] = not_found(item)
                 continue
-            # Taken apart for each, so that no two callers share a list or a dict.
+            # Decoded separately for each request, so that callers never share a list or a dict.
             replies[key] = reply = found_or_fail(item[0], item[1], kept, epoch, now)
             if type(reply) is not Entry:
                 self._values.memory.note(key, ())
         return (yield from self._resolved(replies))
 
     def _resolved(self, replies: dict[str, Any]) -> Step:
-        """Replace the entries among these replies: their tags are looked at, and their chunks read."""
+        """Replace the entries among these replies, after checking their tags and reading their chunks."""
         entries = {key: reply for key, reply in replies.items() if type(reply) is Entry}
         good = yield from self._good(entries)
         for key, entry in entries.items():
@@ -332,7 +339,7 @@ class Direct:
         return replies
 
     def _good(self, entries: dict[str, Entry]) -> Generator[list[bytes], Any, set[str]]:
-        """Return the keys whose entries have the present generations of their tags."""
+        """Return the keys of the entries whose tags have the current generations."""
         for key, entry in entries.items():
             if entry.metadata.tags:
                 self._values.memory.note(key, self._generations.names(entry.metadata.tags))
@@ -354,11 +361,11 @@ class Direct:
         for token in (yield commands):
             if type(token) is not int or token <= 0:
                 return not_found(token)
-        # The last one is the entry's.
+        # The last answer is that of the entry.
         return Stored(connection.epoch + token) if isinstance(request, Set) else StoredMany(len(items))
 
     def _delete(self, keys: Sequence[str]) -> Step:
-        """Remove entries. They are read first: Memcached still has those whose time is up for readers."""
+        """Remove entries. They are read first, because Memcached may still have expired entries, which do not count."""
         names = {key: self._name(key) for key in keys}
         commands: list[bytes] = []
         for name, _ in names.values():
@@ -366,7 +373,7 @@ class Direct:
         answers = yield commands
         entries: dict[str, Entry] = {}
         for (key, (_, kept)), answer in zip(names.items(), answers[::2], strict=True):
-            with contextlib.suppress(CacheError):  # Not ours, and gone all the same.
+            with contextlib.suppress(CacheError):  # Not written by cachebus, but removed anyway.
                 if (entry := entry_of(self._connection, kept, answer, self._connection.now())) is not None:
                     entries[key] = entry
         deleted = len((yield from self._good(entries)))

@@ -1,4 +1,4 @@
-"""One Memcached server: its connection, and exchanges with it, one at a time, in the order in which they come."""
+"""One Memcached server and its connection. Exchanges run one at a time, in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .errors import BACKEND, unreachable
 READ_BYTES = 1 << 18
 
 BETWEEN_ATTEMPTS = 0.05
-"""Seconds before a server that refused is connected to again, if no request waits for it."""
+"""Minimum number of seconds between two background attempts to connect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a server listens."""
+    """The host and port of a server."""
 
     host: str
     port: int = 11211
@@ -41,9 +41,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connector:
-    """Makes connections. Times are seconds: `connect_timeout` for all of connecting, `timeout` for an exchange.
+    """Opens connections. `connect_timeout` limits connecting as a whole and `timeout` one exchange, in seconds.
 
-    A name is looked up by a thread, which nothing can hurry or break off; `most` such threads may run for one server.
+    Host names are resolved in a thread, which cannot be cancelled. At most `most` such threads may run per server.
     """
 
     clock: Clock
@@ -53,9 +53,9 @@ class Connector:
     most: int = 2
 
     async def connect(self, endpoint: Endpoint, lookups: set[object]) -> Connection:
-        """Make a connection that is ready. `lookups` are the threads that look the name up now.
+        """Return a connection that is ready for use. `lookups` holds the running threads that resolve the host name.
 
-        Raises `CacheConnectionError`, or `CacheConfigurationError` for what another attempt will not mend.
+        Raises `CacheConnectionError`, or `CacheConfigurationError` for an error that another attempt will not fix.
         """
         try:
             with anyio.fail_after(self.connect_timeout):
@@ -96,7 +96,7 @@ class Connector:
         except ValueError:
             pass
         if len(lookups) >= self.most:
-            raise CacheConnectionError(f"{self.most} threads are looking up {endpoint} already", BACKEND)
+            raise CacheConnectionError(f"{self.most} threads are already resolving the host of {endpoint}", BACKEND)
         lookup = object()
         lookups.add(lookup)
 
@@ -107,12 +107,12 @@ class Connector:
             finally:
                 lookups.discard(lookup)
 
-        # A limiter of its own: the threads of the application are not to be used up by a slow name server.
+        # A separate limiter, so that a slow name server does not use up the application's threads.
         return await to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
 
 
 class StreamTransport(asyncio.Transport):
-    """A transport over a stream of anyio, for event loops other than asyncio's."""
+    """A transport over an anyio stream, for event loops other than asyncio."""
 
     def __init__(self, stream: ByteStream) -> None:
         super().__init__()
@@ -167,16 +167,16 @@ class StreamTransport(asyncio.Transport):
         try:
             while self._unsent:
                 await self._stream.send(self._unsent[0])
-                if self._unsent:  # Aborting has taken them away.
+                if self._unsent:  # `abort` clears it.
                     self._unsent.popleft()
         finally:
             self._sending = False
 
 
 async def open_transport(host: str, port: int, tls: ssl.SSLContext | None, name: str) -> asyncio.Transport:
-    """Connect to a numeric address; with `tls`, to the server of that name. Raises `OSError`.
+    """Connect to a numeric address. With `tls`, the certificate must match `name`. Raises `OSError`.
 
-    Bytes that come wait in the operating system until the transport has a protocol and is resumed.
+    Incoming bytes stay in the operating system until the transport has a protocol and is resumed.
     """
     if running_loop() is None:
         stream: ByteStream = await anyio.connect_tcp(host, port)
@@ -193,14 +193,14 @@ async def open_transport(host: str, port: int, tls: ssl.SSLContext | None, name:
 
 
 class _Paused(asyncio.Protocol):
-    """The protocol of a transport that has no other yet."""
+    """The initial protocol of a transport, which pauses reading."""
 
     def connection_made(self, transport: Any) -> None:
         transport.pause_reading()
 
 
 class Result:
-    """What a callback is called with, for a task to wait for."""
+    """A callback whose argument a task can wait for."""
 
     def __init__(self) -> None:
         self._come = anyio.Event()
@@ -216,10 +216,10 @@ class Result:
 
 
 class Server:
-    """A server and the turn at it. A caller that takes the turn gets the connection for one exchange, which gives it back.
+    """A server and the turn at its connection. A caller takes the turn for one exchange; the end of the exchange returns it.
 
-    With `aside`, a task of its own connects to a server that was lost, and takers fail at once until it is there, so that
-    it does not hold up the keys of the other servers.
+    With `aside`, a lost server is reconnected in a background task, and callers fail immediately until it is connected. So
+    it does not delay requests for the keys of other servers.
     """
 
     def __init__(self, endpoint: Endpoint, connector: Connector, *, aside: bool) -> None:
@@ -241,7 +241,7 @@ class Server:
         return f"<Server at {self.endpoint}, {state}, {len(self._lookups)}/{self._connector.most} lookups>"
 
     def take_at_once(self) -> Connection | None:
-        """Take the turn and the connection, if neither has to be waited for."""
+        """Take the turn and return the connection, or return `None` if that would have to wait."""
         connection = self.connection
         if connection is None or connection.lost is not None or not self._turn.value:
             return None
@@ -249,7 +249,7 @@ class Server:
         return connection
 
     async def take(self) -> Connection:
-        """Wait for the turn and for the connection. Raises `CacheConnectionError` if there is none."""
+        """Wait for the turn and return the connection. Raises `CacheConnectionError` if it cannot be opened."""
         await self._turn.acquire()
         try:
             if self._closed:
@@ -266,18 +266,18 @@ class Server:
             raise
 
     def give(self) -> None:
-        """Give the turn back: to the caller that has waited longest."""
+        """Return the turn. The caller that has waited longest gets it."""
         if self.connection is not None and self.connection.lost is not None:
             self._ill = self._aside
         self._turn.release()
 
     async def connect(self) -> None:
-        """Make the connection, unless there is one. Raises `CacheError`."""
+        """Open the connection if it is not open. Raises `CacheError`."""
         await self.take()
         self.give()
 
     async def close(self) -> None:
-        """Finish what is in flight, then close. Cancelled, it closes at once."""
+        """Finish the exchange in flight, then close. If cancelled, close immediately."""
         try:
             await self._turn.acquire()
             self.give()
@@ -285,7 +285,7 @@ class Server:
             self.abort()
 
     def abort(self) -> None:
-        """Close at once. What is in flight is answered with an error."""
+        """Close immediately. Requests in flight fail."""
         self._closed = True
         if self._attempting and self._cancel_attempt is not None:
             self._cancel_attempt()
@@ -306,12 +306,12 @@ class Server:
         self.connection, self._ill, self._failure = connection, False, None
 
     def _reconnect_aside(self) -> None:
-        """Raise the reason why there is no connection, and see to it that one is being made."""
+        """Start a background attempt to connect if none is running, and raise the last connection error."""
         now = self._connector.clock.monotonic()
         if not self._attempting and now > self._failed_at + BETWEEN_ATTEMPTS:
-            self._attempting = True  # Before it starts: it may end at once.
+            self._attempting = True  # Set first, because the attempt may end immediately.
             self._cancel_attempt = spawn(self._attempt(), self._attempted)
-        raise self._failure or CacheConnectionError(f"{self.endpoint} is lost and being connected to", BACKEND)
+        raise self._failure or CacheConnectionError(f"{self.endpoint} is disconnected; reconnecting", BACKEND)
 
     def _attempted(self) -> None:
         self._attempting = False

@@ -1,14 +1,14 @@
-"""Commands of one exchange, and the generations that they hold for: one of the namespace, and one of each tag.
+"""The commands of one exchange, and the generations of the namespace and of each tag.
 
-The commands of an exchange all hold for one generation of the namespace, or none of them does.
+All commands of an exchange apply to the same generation of the namespace. If it changes, all of them are repeated.
 
-Each invalidation of a tag replaces its generation. An entry is good while its tags have the generations that it was made
-with. Every server has its own generation of each tag, beside the entries whose tags it guards: they are read together, and
-lost together. A generation is 96 random bits and never counted up. A lost one never comes back, and with it nothing that
-was made before. No entry is good under a missing one.
+Each invalidation of a tag replaces its generation. An entry is valid while its tags still have the generations with which it
+was stored. Every server has its own generation of each tag, next to the entries that use it; they are read together and
+lost together. A generation consists of 96 random bits and is not a counter. If a generation is lost, it never returns, so
+entries stored under it stay invalid. An entry is also invalid if the generation of one of its tags is missing.
 
-`ALL_TAGS` has one more. An invalidation replaces it before those of its tags, so that a load under tags that it did not
-know at the beginning can see at the end whether any was invalidated meanwhile. Decision 27 has the interleavings.
+`ALL_TAGS` is an additional generation. An invalidation replaces it before the generations of its tags. So a load whose tags
+are not known at the start can check at its end if any tag was invalidated meanwhile. Decision 27 has the interleavings.
 """
 
 from __future__ import annotations
@@ -25,27 +25,30 @@ from .errors import BACKEND, ProtocolError, lost
 from .keys import ALL_TAGS, Keys, is_generation, new_generation
 
 READ_PART = 32 * 1024
-"""Bytes of commands sent before their answers, which are values, are read: both sides' buffers take as much in any case."""
+"""Maximum size in bytes of read commands that are sent before their answers are read. The buffers of both sides hold as
+much in any case."""
 
 WRITE_PART = 8 << 20
 COUNT_PART = 1000
-"""The same if the answers are a few bytes each."""
+"""The limits of size and number for commands whose answers have a few bytes each."""
 
 GENERATION_TRIES = 20
 
 REMEMBERED_KEYS, REMEMBERED_TAGS = 10_000, 8
-"""Bounds of a `TagMemory`: keys, and tags of one of them."""
+"""Limits of a `TagMemory`: keys, and tags per key."""
 
 
 class NamespaceChanged(Exception):
-    """Raised when the namespace has another generation than the commands were made for. They are to be made again."""
+    """Raised when the generation of the namespace has changed, so the commands must be built again."""
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """An exchange's view of its connection. Each part of its commands also reads the generation, so that checking it costs
-    no round trip. If it has changed, the commands went to keys that are not read any more, and are repeated. `writing` is
-    true while commands are in flight that must not be carried out twice.
+    """The view that an exchange has of its connection.
+
+    Each group of commands also reads the generation of the namespace, so checking it costs no round trip. If it has
+    changed, the commands applied to keys that are no longer read, and they are repeated. `writing` is true while commands
+    are in flight that must not be executed twice.
     """
 
     connection: Connection
@@ -53,16 +56,16 @@ class Session:
     writing: bool = False
 
     def head(self) -> Exchange[str]:
-        """Return what the names of the namespace's keys begin with now."""
+        """Return the current prefix of item names in the namespace."""
         if not self.connection.generation:
             yield from self._learn()
         return self.connection.head
 
     def ask(self, commands: Sequence[bytes], *, unversioned: bool = False) -> Exchange[list[Answer]]:
-        """Return the answers to commands that have one each.
+        """Return the answers to commands, one per command.
 
-        Raises `NamespaceChanged` if they were made for another generation, and `CacheError` if there are no answers.
-        `unversioned` commands hold for all generations.
+        Raises `NamespaceChanged` if the commands were built for another generation, and `CacheError` if the exchange
+        fails. `unversioned` commands apply to all generations.
         """
         answers: list[Answer] = []
         connection = self.connection
@@ -75,7 +78,7 @@ class Session:
         return answers
 
     def clear(self) -> Exchange[None]:
-        """Give the namespace a generation that never was. Raises `CacheError` if that could not be done."""
+        """Give the namespace a new generation. Raises `CacheError`."""
         generation = new_generation(self.connection.now())
         answer = yield from ask(store(self.keys.generation_name.decode(), generation, 0))
         if type(answer) is not int or answer < 0:
@@ -83,8 +86,10 @@ class Session:
         self._use(generation)
 
     def check(self, answer: Answer, *, unversioned: bool = False) -> Exchange[None]:
-        """Take in the generation that a part of commands has read. Raises `NamespaceChanged` if it is another than the one
-        that was known, and `CacheError` for an answer to another command."""
+        """Check the generation that a group of commands has read.
+
+        Raises `NamespaceChanged` if it differs from the known one, and `CacheError` for an answer to another command.
+        """
         if isinstance(answer, tuple):
             if answer[1] != self.connection.mark:
                 raise self._drop(ProtocolError("an answer to another command"))
@@ -100,7 +105,7 @@ class Session:
         raise NamespaceChanged
 
     def _learn(self) -> Exchange[None]:
-        """Read the generation, and make one if there is none. The first to store one makes it for all."""
+        """Read the generation, or create one if it is missing. The first client to store one determines it for all."""
         name = self.keys.generation_name.decode()
         for _ in range(GENERATION_TRIES):
             answer = yield from ask(read(name))
@@ -108,13 +113,13 @@ class Session:
                 if is_generation(answer[0]):
                     self._use(answer[0])
                     return
-                condition = b" C%d" % answer[1]  # Something else was written there.
+                condition = b" C%d" % answer[1]  # The item is not a valid generation.
             elif answer == MISS:
                 condition = b" ME"
             else:
                 raise self._drop(ProtocolError(str(answer)[:40]))
             yield from ask(store(name, new_generation(self.connection.now()), 0, condition))
-        raise CacheBackendError("the generation of the namespace is lost as soon as it is stored", BACKEND)
+        raise CacheBackendError("the server evicts the generation of the namespace as soon as it is stored", BACKEND)
 
     def _use(self, generation: bytes) -> None:
         self.connection.generation = generation
@@ -127,7 +132,7 @@ class Session:
 
 
 def _parts(commands: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
-    """Split commands into parts that may be sent without reading in between."""
+    """Split commands into groups that may be sent without reading in between."""
     if len(commands) <= COUNT_PART and sum(map(len, commands)) <= READ_PART:
         yield commands
         return
@@ -146,13 +151,16 @@ def _parts(commands: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
 
 
 def fresh() -> bytes:
-    """Return a generation that never was and never will be."""
+    """Return a unique generation."""
     return secrets.token_bytes(12)
 
 
 class TagMemory:
-    """The tags that keys had when last read, so that their generations are read in one round trip with the value; if it is
-    wrong, that costs one more. `names` are those of the generations, by key."""
+    """A bounded memory of the tags that keys had when they were last read.
+
+    It allows the generations to be read in the same round trip as the value. If the tags have changed, that costs one more
+    round trip. `names` holds the item names of the generations by key.
+    """
 
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {}
@@ -161,7 +169,7 @@ class TagMemory:
         return f"<TagMemory {len(self.names)}/{REMEMBERED_KEYS} keys>"
 
     def note(self, key: str, names: tuple[str, ...]) -> None:
-        """Remember the names of a key's tags."""
+        """Remember the item names of the generations of a key's tags."""
         if not names:
             self.names.pop(key, None)
         elif self.names.get(key) != names and len(names) <= REMEMBERED_TAGS:
@@ -171,30 +179,30 @@ class TagMemory:
 
 
 class Generations:
-    """The generations of tags as one run of requests has seen them: each was read after the run began."""
+    """The generations of tags for one run of requests. Each was read after the run began."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._keys = session.keys
-        self._seen: dict[str, bytes] = {}  # By what follows the namespace's generation; empty where there is none.
+        self._seen: dict[str, bytes] = {}  # By name suffix; empty if the generation is missing.
         self._errors: dict[str, CacheError] = {}
 
     def names(self, tags: Iterable[TagVersion]) -> tuple[str, ...]:
-        """Return the names of the generations of an entry's tags."""
+        """Return the name suffixes of the generations of an entry's tags."""
         return tuple([self._keys.tag(tag) for tag, _ in tags])
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """Return the names of generations that have not been read."""
+        """Return those of the names whose generations have not been read."""
         return [name for name in dict.fromkeys(names) if name not in self._seen]
 
     # Asking
 
     def reading(self, head: str, names: Sequence[str]) -> list[bytes]:
-        """Return the commands that read generations; `learn` takes the answers."""
+        """Return the commands that read generations. Pass the answers to `learn`."""
         return [read(head + name) for name in names]
 
     def making(self, head: str, names: Sequence[str]) -> list[bytes]:
-        """Return the commands that read generations and make those that are missing; `learn_made` takes the answers."""
+        """Return the commands that read generations and create missing ones. Pass the answers to `learn_made`."""
         commands: list[bytes] = []
         for name in names:
             commands += (_storing(head + name, b" ME"), read(head + name))
@@ -214,34 +222,34 @@ class Generations:
         self._errors |= {name: answer for name, answer in made if isinstance(answer, CacheError)}
 
     def read(self, names: Iterable[str]) -> Exchange[None]:
-        """Read those that have not been read, if there are any. Raises `NamespaceChanged`."""
+        """Read the generations that have not been read yet. Raises `NamespaceChanged`."""
         if unknown := self.unknown(names):
             head = yield from self._session.head()
             self.learn(unknown, (yield from self._session.ask(self.reading(head, unknown))))
 
-    # What they say
+    # Evaluating
 
     def seen(self, name: str) -> bytes:
-        """Return the generation of that name; empty where there is none."""
+        """Return the generation with that name; empty if it is missing."""
         return self._seen.get(name, b"")
 
     def current(self, tags: Iterable[str]) -> TagVersions:
-        """Return the tags with their generations, for a new entry. Raises `CacheError` if one could not be read or made."""
+        """Return the tags with their generations, for a new entry. Raises `CacheError` if one is not available."""
         versions: list[TagVersion] = []
         for tag in dict.fromkeys(tags):
             name = self._keys.tag(tag)
             if not (generation := self.seen(name)):
-                raise self._errors.get(name) or CacheBackendError(f"the generation of the tag {tag!r} is lost", BACKEND)
+                raise self._errors.get(name) or CacheBackendError(f"the generation of tag {tag!r} is missing", BACKEND)
             versions.append((tag, generation))
         return tuple(versions)
 
     def good(self, tags: TagVersions) -> bool:
-        """Return whether all these are the present generations, which have been read."""
+        """True if these are the current generations of all the tags. They must have been read."""
         return all(generation and self._seen.get(self._keys.tag(tag)) == generation for tag, generation in tags)
 
 
 def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
-    """Give tags new generations, and before them all tags together; a missing one stays missing. Raises `CacheError`."""
+    """Replace the generation of all tags, then those of the given tags. Missing ones stay missing. Raises `CacheError`."""
     names = (ALL_TAGS, *dict.fromkeys(map(session.keys.tag, tags)))
     while True:
         head = yield from session.head()
@@ -255,5 +263,5 @@ def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
 
 
 def _storing(name: str, mode: bytes) -> bytes:
-    """Return the command that stores a generation that never was."""
+    """Return the command that stores a new generation."""
     return store(name, fresh(), 0, mode)

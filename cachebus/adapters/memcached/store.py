@@ -1,4 +1,4 @@
-"""The Memcached store: batches of requests over one server or several, in a namespace of its own."""
+"""The Memcached store. It executes batches of requests in a namespace, on one or several servers."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from .values import CHUNKED_MAX, Values
 __all__ = ["Endpoint", "MemcachedStore", "TlsFiles"]
 
 Share = list[tuple[int, Request[Any]]]
-"""A server's part of a batch: requests, with the positions of those that they are part of."""
+"""A server's part of a batch: requests, each with the position in the batch of the request that it belongs to."""
 
 
 class MemcachedStore:
-    """A `PipelinedStore` in one or several Memcached servers, version 1.6.10 or newer, on asyncio and on trio.
+    """A `PipelinedStore` on one or several Memcached servers, version 1.6.10 or newer. Works on asyncio and on trio.
 
-    Each server has one batch in flight; a batch for several servers is in flight at all of them at once. Keys are
-    distributed by rendezvous hashing, so a server that comes, goes or does not answer affects its own keys only. Every
-    server has its own generation of the namespace and of each tag. Times to live are rounded up to whole seconds.
+    Each server has one batch in flight; a batch for several servers is sent to all of them at once. Keys are distributed by
+    rendezvous hashing, so adding, removing or losing a server only affects its own keys. Every server has its own
+    generation of the namespace and of each tag. Times to live are rounded up to whole seconds.
     """
 
     name = BACKEND
@@ -83,7 +83,7 @@ class MemcachedStore:
         self._connector = Connector(clock=clock, connect_timeout=connect_timeout, timeout=timeout, most=max_connections)
         self._servers: dict[str, Server] = {}
         self._only: Server | None = None
-        # The driver comes without type hints.
+        # The driver has no type hints.
         self._shares: Any = RendezvousHash([str(each) for each in self._endpoints], hash_function=_weight)
 
     def __repr__(self) -> str:
@@ -120,7 +120,7 @@ class MemcachedStore:
         self.capabilities = msgspec.structs.replace(self.capabilities, max_value_bytes=limit)
 
     async def close(self) -> None:
-        """Finish what is in flight, then close; cancelled, break it off."""
+        """Finish the batches in flight, then close. If cancelled, close immediately."""
         for server in self._servers.values():
             await server.close()
 
@@ -135,7 +135,7 @@ class MemcachedStore:
         return cast("Sequence[Reply]", await replies.wait())
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
-        """Send a batch if no server that it is for has to be waited for. Else return `None`, and nothing was done."""
+        """Send a batch, or return `None` without sending if one of its servers is not available immediately."""
         if (server := self._only) is not None:
             connection = server.take_at_once()
             if connection is not None:
@@ -156,7 +156,7 @@ class MemcachedStore:
         return join
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        """Send a batch, and wait until that has happened. Raises `CacheConnectionError` if nothing could be sent."""
+        """Send a batch, and wait for connections if necessary. Raises `CacheConnectionError` if nothing could be sent."""
         if not self._servers:
             raise CacheConnectionError("the store is not open", BACKEND)
         if (server := self._only) is not None:
@@ -187,7 +187,7 @@ class MemcachedStore:
         connection.begin(self._exchange(connection, part), partial(join.take, share), len(part))
 
     def _share_out(self, batch: Sequence[Request[Any]]) -> dict[Server, Share]:
-        """Return what each server has to do."""
+        """Return the share of each server."""
         shares: dict[Server, Share] = {}
         for position, request in enumerate(batch):
             for name, part in self._parts(request):
@@ -214,7 +214,7 @@ class MemcachedStore:
 
 
 class _Join:
-    """The replies of several servers to their shares of a batch."""
+    """A collector of the replies of several servers to their shares of a batch."""
 
     def __init__(self, batch: Sequence[Request[Any]], shares: dict[Server, Share], on_replies: OnReplies) -> None:
         self.connections: list[Connection] = []
@@ -237,12 +237,12 @@ class _Join:
 
 
 def _weight(text: str, seed: int) -> int:
-    """Return the weight of a key at a server. The driver's own hash is written in Python, and takes twenty times as long."""
+    """Return the weight of a key at a server. The driver's hash function is pure Python and twenty times slower."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _merged(one: Reply | None, other: Reply) -> Reply:
-    """Return the reply to a request that two servers have a part in."""
+    """Merge the replies of two servers to one request."""
     if one is None or isinstance(other, Failed):
         return other
     match one, other:

@@ -1,14 +1,14 @@
-"""Entries of values, and commands that store them. A value over the server's limit is stored in chunks, by a manifest:
+"""Entries of values, and the commands that store them. A value above the server's limit is stored in chunks, with a manifest:
 
-    1 byte    form     that of the value: B or M
-    16 bytes  id       of this very write, at random
-    4 bytes   count    of the chunks, big-endian
-    8 bytes   size     of the value, big-endian
-    16 bytes  digest   BLAKE2b of the value
+    1 byte    type tag  of the value: B or M
+    16 bytes  id        random, one per write
+    4 bytes   count     number of chunks, big-endian
+    8 bytes   size      size of the value, big-endian
+    16 bytes  digest    BLAKE2b of the value
 
-A chunk is the id, its number (4 bytes, big-endian), and its part of the value. It stands under a name with the id in it,
-so that a reader never sees parts of two writes: a missing chunk, or one that does not fit the manifest, makes the value a
-miss. Chunks of a value that was written over stay until their time is up, or until the server needs the room.
+A chunk consists of the id, its number (4 bytes, big-endian), and a part of the value. Its item name contains the id, so a
+reader never combines the parts of two writes. If a chunk is missing or does not match the manifest, the value is a miss.
+When a value is overwritten, its old chunks stay until they expire or the server needs the memory.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ MANIFEST = struct.Struct(">c16sIQ16s")
 _CHUNK = struct.Struct(">16sI")
 
 Content = tuple[int, bytes | memoryview]
-"""The form of a value and its bytes."""
+"""The type tag of a value and its bytes."""
 
 CHUNKED_MAX = 64 << 20
-"""Bytes of a value in chunks, at most: a reader must have it in one piece."""
+"""Maximum size in bytes of a chunked value: a reader must hold it in memory."""
 
 CHUNKS_MAX = CHUNKED_MAX // 512
-"""Chunks of a value, at most: a server's items may have 1,024 bytes or more."""
+"""Maximum number of chunks of a value: the item limit of a server is at least 1,024 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """How a store's values stand at a server."""
+    """The encoding of a store's values as items."""
 
     keys: Keys
     default_ttl: float | None
@@ -65,14 +65,14 @@ class Values:
     memory: TagMemory = field(default_factory=TagMemory)
 
     def expiry(self, ttl: Ttl, now: float) -> float:
-        """Return the time at which a value's time is up; 0 for never. Raises `BadMessage` as `time_to_live` does."""
+        """Return the expiry time of a value; 0 means never. Raises `BadMessage` if `ttl` is not valid."""
         seconds = self.default_ttl if ttl == "default" else ttl
         return 0.0 if seconds is None else now + math.ceil(time_to_live(seconds))
 
     def plain(self, connection: Connection, head: str, request: Set) -> bytes | None:
-        """Return the command of a write without tags or conditions; `None` if it takes more than one. Raises `CacheError`."""
+        """Return the command for a write without tags or conditions, or `None` if it needs several. Raises `CacheError`."""
         tail, kept = self.keys.tail(request.key)
-        # As `encode_form` and `expiry` have it, which cost two calls.
+        # `encode_form` and `expiry` are inlined to save two calls.
         value, now = request.value, connection.now()
         form = b"B" + value if type(value) is bytes else encode_form(value)
         ttl = self.default_ttl if request.ttl == "default" else request.ttl
@@ -93,8 +93,10 @@ class Values:
         metadata: EntryMetadata = NO_METADATA,
         condition: bytes = b"",
     ) -> list[bytes]:
-        """Return the commands that store a value, given as its form and bytes: chunks first, the entry last, under
-        `condition`. Raises `CacheCapacityError` for a value that there is no room for."""
+        """Return the commands that store a value: the chunks first, then the entry, under `condition`.
+
+        `form` is the type tag and the bytes of the value. Raises `CacheCapacityError` if the value is too large.
+        """
         tail, kept = name
         now = connection.now()
         seconds = server_expiry(kept_until(expiry, metadata), now)
@@ -112,7 +114,7 @@ class Values:
 
 
 def entry_of(connection: Connection, kept: bytes, answer: Answer, now: float) -> Entry | None:
-    """Return the entry that an answer holds, if it is live at `now`. Raises `CacheError`."""
+    """Return the entry in an answer if it is live at `now`, or `None`. Raises `CacheError`."""
     if isinstance(answer, CacheError):
         raise answer
     if not isinstance(answer, tuple):
@@ -121,7 +123,7 @@ def entry_of(connection: Connection, kept: bytes, answer: Answer, now: float) ->
 
 
 def not_found(answer: Any) -> Missing | Failed:
-    """Return the reply to a request that wanted something else than this answer."""
+    """Return the reply for an answer that is not the expected one: `Missing` for a miss, otherwise `Failed`."""
     if isinstance(answer, CacheError):
         return Failed.of(answer)
     return MISSING if type(answer) is int and answer < 0 else Failed.of(unlike())
@@ -131,7 +133,7 @@ def not_found(answer: Any) -> Missing | Failed:
 
 
 def split(form_and_body: bytes, room: int) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """The entry of a large value, form and body, and its chunks with their names; an item has `room` bytes."""
+    """Split a large value into the content of its entry and its chunks with their names. An item holds `room` bytes."""
     body = memoryview(form_and_body)[1:]
     identity = secrets.token_bytes(16)
     step = room - _CHUNK.size
@@ -144,11 +146,11 @@ def split(form_and_body: bytes, room: int) -> tuple[bytes, list[tuple[str, bytes
 
 
 def chunk_tails(manifest: bytes | memoryview) -> list[str]:
-    """The names of the chunks, without what they begin with. None for what is no manifest."""
+    """Return the name suffixes of the chunks, or an empty list if `manifest` is not valid."""
     if len(manifest) != MANIFEST.size:
         return []
     _, identity, count, size, _ = MANIFEST.unpack(manifest)
-    # A manifest that was not written by us may claim anything, but not more chunks than a value can have.
+    # A foreign manifest may contain any number, but a value cannot have more chunks than this.
     return [_tail(identity, number) for number in range(count)] if count <= min(size, CHUNKS_MAX) else []
 
 
@@ -166,7 +168,7 @@ def chunk_reads(head: str, entry: Entry) -> list[bytes]:
 
 
 def joined(entry: Entry, answers: Sequence[Answer]) -> Content | None:
-    """Return the content of an entry whose chunks are these, if it has any; `None` if they are not. Raises `CacheError`."""
+    """Return the content of an entry from its chunks, if it has any, or `None` if they do not match. Raises `CacheError`."""
     if entry.form != CHUNKED:
         return entry.form, entry.body
     if (error := first_error(answers)) is not None:

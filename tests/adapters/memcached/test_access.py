@@ -131,7 +131,7 @@ async def test_no_more_threads_look_a_name_up_than_there_may_be_connections(
         for _ in range(2):
             with anyio.move_on_after(0.05):
                 await kept.connect()
-        with pytest.raises(CacheConnectionError, match="2 threads are looking up"):
+        with pytest.raises(CacheConnectionError, match="2 threads are already resolving"):
             await kept.connect()
     finally:
         answered.set()

@@ -264,5 +264,5 @@ def test_a_fault_of_ours_answers_the_exchange_and_is_raised(line: Line) -> None:
     with pytest.raises(ZeroDivisionError):
         line.connection.data_received(b"EN\r\n")
     (reply,) = line.results.pop()
-    assert "could not be understood" in reply.detail
+    assert "cannot process an answer" in reply.detail
     assert line.socket.closed

@@ -98,7 +98,7 @@ async def test_of_two_holders_whom_a_split_network_made_one_retires(
         with anyio.fail_after(T):
             while await reached(other):
                 await asyncio.sleep(0)
-        assert any("served by process 1 on elsewhere too" in each.message for each in caplog.records)
+        assert any("also served by process 1 on elsewhere" in each.message for each in caplog.records)
 
 
 async def test_after_a_reconnect_a_holder_is_still_the_only_one(own_server: Server, namespace: str) -> None:
