@@ -175,8 +175,8 @@ class LocalBus:
             raise CapabilityError(
                 "`since` requires a bus that stores events in a stream: bus='nats://...?events_stream=NAME'"
             )
-        shown = self.policy.redacted if self.policy.redacts and not real_keys else None
-        return self.subscriptions.subscribe(what, capacity, local=local, shown=shown)
+        redact = self.policy.redacted if self.policy.redacts and not real_keys else None
+        return self.subscriptions.subscribe(what, capacity, local=local, redact=redact)
 
     def close(self) -> None:
         """End every subscription and reject further calls. Does not stop the actors that it serves."""

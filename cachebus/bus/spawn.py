@@ -30,11 +30,11 @@ def spawn(
         return _spawn_in_trio(work, ended or unbegun or (lambda: None))
     loop = deadlines.loop
     if loop.get_task_factory() is None:
-        begun = _Begun(work)
+        eager = _EagerStart(work)
         context = contextvars.copy_context()
-        task = loop.create_task(begun, context=context)
-        context.run(begun.begin, loop, task)
-        if begun.over:
+        task = loop.create_task(eager, context=context)
+        context.run(eager.begin, loop, task)
+        if eager.over:
             if ended is not None:
                 ended()  # The task has one step left, which does nothing.
             return lambda: None
@@ -58,7 +58,7 @@ def spawn(
     return cancel
 
 
-class _Begun(Coroutine[Any, Any, None]):
+class _EagerStart(Coroutine[Any, Any, None]):
     """A coroutine whose first step runs before its task does.
 
     During that step the task is the current one, so timeouts, task groups and cancel scopes are bound to the right task.

@@ -280,11 +280,11 @@ class LockManager(Actor):
             self._give_up(waiter)  # The lock may have been granted.
 
     def _give_up(self, waiter: Waiter, *, unclaimed: bool = False) -> None:
-        def gone(reply: Reply) -> None:
+        def released(reply: Reply) -> None:
             if self._store.poll is not None:
                 self.look(waiter.request.name)
 
-        self._client.ask(waiter.withdrawal(unclaimed=unclaimed), gone)
+        self._client.ask(waiter.withdrawal(unclaimed=unclaimed), released)
 
     # For the store: `LockListener`
 

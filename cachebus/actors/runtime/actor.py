@@ -207,7 +207,7 @@ def check_batch(envelopes: Sequence[Envelope], replies: Sequence[Any]) -> None:
         raise TypeError(f"the handler returned {len(replies)} replies to a batch of {len(envelopes)} messages")
 
 
-def alone(handler: AsyncHandler) -> BatchHandler:
+def as_batch_handler(handler: AsyncHandler) -> BatchHandler:
     """Adapt a handler of single messages to batches of one message."""
 
     async def handle(batch: Sequence[Any]) -> Sequence[Any]:

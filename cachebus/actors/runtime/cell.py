@@ -54,7 +54,7 @@ from cachebus.messages import (
     Request,
 )
 
-from .actor import Actor, BatchHandler, EagerHandler, Handlers, PlainHandler, alone, check_batch
+from .actor import Actor, BatchHandler, EagerHandler, Handlers, PlainHandler, as_batch_handler, check_batch
 from .mailbox import STOP, Mailbox
 from .turns import TurnToken, is_interruption
 
@@ -62,15 +62,9 @@ logger = logging.getLogger("cachebus.actors")
 
 _COMBINE = 64  # Turns that one caller runs for others before it leaves the rest to the actor's task.
 _TURNS_PER_CHECKPOINT = 128  # Turns of the actor's task before it lets other tasks run.
-_RECHECK_AFTER = 0.01
-"""Seconds after which a message that waits for a turn checks again if the holder was interrupted."""
-
-
-_BETWEEN_CLAIMS = 0.002
-"""Minimum number of seconds between two searches of the stacks of all threads."""
-
-_CLAIMS_SHARE = 50
-"""Ratio of the pause after a search to the duration of the search."""
+_RECHECK_AFTER = 0.01  # Seconds until a message that waits for a turn checks again if the holder was interrupted.
+_BETWEEN_CLAIMS = 0.002  # Minimum number of seconds between two searches of the stacks of all threads.
+_CLAIMS_SHARE = 50  # Ratio of the pause after a search to the duration of the search.
 
 
 class Renewal(Exception):
@@ -230,7 +224,7 @@ class Cell:
 
     # For the supervisor
 
-    async def live(self, actor: Actor) -> None:
+    async def run(self, actor: Actor) -> None:
         """Run the turns of `actor` until `stop`, then drain the mailbox. If the actor crashes, its error is raised."""
         self._crash = None
         self._actor = actor
@@ -328,10 +322,7 @@ class Cell:
             self._wake_up()
 
     def _serve_one(self) -> bool:
-        """Run the turn of the first message and return `True`, or return `False` if its handler is not plain.
-
-        The caller holds the token.
-        """
+        """Run the turn of the first message, or return `False` if its handler is not plain. Requires the token."""
         if not self._mailbox:
             return True
         handler = self._inline.get(type(self._mailbox[0].message))
@@ -434,7 +425,7 @@ class Cell:
                     )
                 elif (waiting := self._handlers.waiting.get(kind)) is not None:
                     self._serving = None
-                    await self._batch_turn(alone(waiting), [envelope], envelope.trace)
+                    await self._batch_turn(as_batch_handler(waiting), [envelope], envelope.trace)
                 else:
                     refusal = f"{type(self._actor).__name__} at {self.address} has no handler for {kind.__name__}"
                     self._mailbox.answer(envelope, BadMessage(refusal))

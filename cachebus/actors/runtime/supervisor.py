@@ -227,7 +227,7 @@ class Supervisor:
                     cell.publish(ActorStarted(address=cell.address))
                 else:
                     cell.publish(ActorRestarted(address=cell.address, reason=reason, restarts=cell.restarts))
-                await cell.live(actor)
+                await cell.run(actor)
                 cell.publish(ActorStopped(address=cell.address))
                 return
             except Renewal:

@@ -84,8 +84,8 @@ class TurnToken:
         # deadlock the process (https://github.com/python/cpython/issues/106883).
         restore = gc.enable if gc.isenabled() else gc.isenabled
         waits_of: Any = functools.partial(_IS_SUSPENDED, self)
-        looks: tuple[Any, ...] = (gc.disable, _frames_of_threads, self.free.__len__, waits_of, restore)
-        _, frames, free, waits, _ = map(operator.call, looks)
+        reads: tuple[Any, ...] = (gc.disable, _frames_of_threads, self.free.__len__, waits_of, restore)
+        _, frames, free, waits, _ = map(operator.call, reads)
         return bool(free or waits) or any(map(self._is_inside, frames.values()))
 
     def _is_inside(self, frame: FrameType | None) -> bool:

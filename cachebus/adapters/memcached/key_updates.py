@@ -60,16 +60,16 @@ from .lookup import FAILURE_SHOWN, Held, KeyItem, Lookup, names_lease
 from .session import Generations, Session
 from .values import Values, chunk_tails
 
-_LOOK_FIRST = frozenset[type[Request[Any]]](
+_READ_FIRST = frozenset[type[Request[Any]]](
     {Add, CompareAndSet, Touch, Increment, GetOrLease, RenewLease, ReleaseLease}
 )
 
 
-def looks_first(request: Request[Any]) -> bool:
+def reads_first(request: Request[Any]) -> bool:
     """True if a request depends on the current value of its key."""
     if isinstance(request, Set):
         return request.only_if is not None or request.lease is not None
-    return type(request) in _LOOK_FIRST
+    return type(request) in _READ_FIRST
 
 
 class KeyUpdates:
@@ -80,9 +80,9 @@ class KeyUpdates:
     def __init__(self, session: Session, values: Values) -> None:
         self._values = values
         self._connection = session.connection
-        self._looked = Lookup(session)
-        self.lookup = self._looked.read
-        self._generations = self._looked.generations
+        self._lookup = Lookup(session)
+        self.lookup = self._lookup.read
+        self._generations = self._lookup.generations
         self._after = Generations(session)
         self._names: list[str] = []
 
@@ -115,7 +115,7 @@ class KeyUpdates:
     def commands(self, items: list[KeyItem]) -> list[list[bytes]]:
         # The generations are read again after the write: callers that joined the load until then rely on it.
         self._names = list(dict.fromkeys(name for item in items for name in self._after.names(item.draft.tags)))
-        return [*(item.draft.commands for item in items), self._after.reading(self._looked.head, self._names)]
+        return [*(item.draft.commands for item in items), self._after.reading(self._lookup.head, self._names)]
 
     def outcomes(self, items: list[KeyItem], answers: list[list[Answer]]) -> list[Reply | CacheError | None]:
         self._after.learn(self._names, answers.pop())
@@ -136,7 +136,7 @@ class KeyUpdates:
         """Return the live entry of a key, or `None`. Raises `CacheError` if the item was not written by cachebus."""
         if item.error is not None:
             raise item.error
-        return self._looked.live(item)
+        return self._lookup.live(item)
 
     def _store(self, request: Set | Add | CompareAndSet, item: KeyItem) -> Reply | Draft:
         entry = self._live(item)
@@ -146,7 +146,7 @@ class KeyUpdates:
             fits = entry is not None and version == request.version
         else:
             fits = (entry is None) == (isinstance(request, Add) or request.only_if == "absent")
-        expiry = self._values.expiry(request.ttl, self._looked.now)
+        expiry = self._values.expiry(request.ttl, self._lookup.now)
         metadata = EntryMetadata(tags=tags) if tags else NO_METADATA
         commands = self._commands(item, encode_form(request.value), expiry, metadata)
         return Draft(commands, None) if fits else NotStored(version)
@@ -154,7 +154,7 @@ class KeyUpdates:
     def _touch(self, request: Touch, item: KeyItem) -> Reply | Draft:
         if (entry := self._live(item)) is None:
             return MISSING
-        now, head = self._looked.now, self._looked.head
+        now, head = self._lookup.now, self._lookup.head
         entry.expiry = self._values.expiry(request.ttl, now)
         seconds = server_expiry(kept_until(entry.expiry, entry.metadata), now)
         chunks = chunk_tails(entry.body) if entry.form == CHUNKED else []
@@ -166,7 +166,7 @@ class KeyUpdates:
         return draft
 
     def _count(self, request: Increment, item: KeyItem) -> Reply | Draft:
-        entry, now = self._live(item), self._looked.now
+        entry, now = self._live(item), self._lookup.now
         if entry is not None:
             number = _integer(entry) + request.delta
         elif request.initial is None:
@@ -186,13 +186,13 @@ class KeyUpdates:
 
     def _commands(self, item: KeyItem, form: bytes, expiry: float, metadata: EntryMetadata) -> list[bytes]:
         name, condition = (item.tail, item.kept), over(item.answer)
-        return self._values.commands(self._connection, self._looked.head, name, form, expiry, metadata, condition)
+        return self._values.commands(self._connection, self._lookup.head, name, form, expiry, metadata, condition)
 
     # Leases
 
     def _lease(self, request: GetOrLease, item: KeyItem) -> Reply | Draft:
         check_lease(request)
-        now, live = self._looked.now, self._looked.live(item)
+        now, live = self._lookup.now, self._lookup.live(item)
         if live is not None and not request.refresh:
             return found_of(live, decode_form(*item.content), now)
         held = item.refresh_held if live is not None else item.held
@@ -208,7 +208,7 @@ class KeyUpdates:
             if held.deadline > now:
                 return LeaseGranted(held.token, stale)
             held = replace(held, deadline=now + request.lease_ttl)
-        elif held is not None and self._looked.current(held):
+        elif held is not None and self._lookup.current(held):
             if live is not None:
                 return found_of(live, decode_form(*item.content), now)
             remaining = held.deadline - now
@@ -223,9 +223,9 @@ class KeyUpdates:
     def _commit(self, request: Set, item: KeyItem, lease: str) -> Reply | Draft:
         if request.only_if is not None:
             raise BadMessage("a value that is stored under a lease has no other condition")
-        now, held = self._looked.now, self._held(lease, item)
+        now, held = self._lookup.now, self._held(lease, item)
         if held is None or held.deadline <= now:
-            live = self._looked.live(item)
+            live = self._lookup.live(item)
             return NotStored(0.0 if live is None else live.version, "lease_lost")
         known = dict(held.tags)
         late = [tag for tag in request.tags if tag not in known]
@@ -245,9 +245,9 @@ class KeyUpdates:
     def _renew(self, request: RenewLease, item: KeyItem) -> Reply | Draft:
         check_lease(request)
         held = self._held(request.token, item)
-        if held is None or not self._looked.current(held):
+        if held is None or not self._lookup.current(held):
             return NotHeld()
-        renewed = replace(held, deadline=self._looked.now + request.lease_ttl)
+        renewed = replace(held, deadline=self._lookup.now + request.lease_ttl)
         return self._place(item, renewed, Renewed(request.lease_ttl), refresh=held is item.refresh_held)
 
     def _release(self, request: ReleaseLease, item: KeyItem) -> Reply | Draft:
@@ -259,7 +259,7 @@ class KeyUpdates:
         held = self._held(token, item)
         if held is None or held.ended:
             return NotHeld()
-        current = self._looked.current(held)
+        current = self._lookup.current(held)
         if request.error and held is item.held and current:
             failed = replace(held, deadline=0.0, failed=(held.token, request.error))
             return self._place(item, failed, Released(), refresh=False)
@@ -288,7 +288,7 @@ class KeyUpdates:
 
     def _place(self, item: KeyItem, held: Held, reply: Reply, *, refresh: bool) -> Draft:
         """Write a lease: in the place of the key's value, including the stale entry, or as a separate item."""
-        now = self._looked.now
+        now = self._lookup.now
         keep, tail, answer, stale = held.deadline or now + FAILURE_SHOWN, item.tail, item.answer, b""
         if refresh:
             tail, answer = item.refresh, item.refresh_answer
@@ -299,15 +299,15 @@ class KeyUpdates:
         packed = held.item(item.kept, stale)
         if len(packed) > self._connection.entry_max:
             packed = held.item(item.kept, b"")  # Both do not fit, so the stale value is dropped.
-        return Draft([store(self._looked.head + tail, packed, server_expiry(keep, now), over(answer))], reply)
+        return Draft([store(self._lookup.head + tail, packed, server_expiry(keep, now), over(answer))], reply)
 
     def _end(self, item: KeyItem, reply: Reply, *, refresh: bool) -> Draft:
         """Remove a lease, and restore the stale entry if there is one."""
         tail, answer = (item.refresh, item.refresh_answer) if refresh else (item.tail, item.answer)
-        name = self._looked.head + tail
+        name = self._lookup.head + tail
         if refresh or item.served is None:
             return Draft([f"md {name}{over(answer).decode()}\r\n".encode()], reply)
-        return Draft([item.served.put_back(name, item.kept, self._looked.now, over(answer))], reply)
+        return Draft([item.served.put_back(name, item.kept, self._lookup.now, over(answer))], reply)
 
 
 def over(answer: Answer) -> bytes:

@@ -51,7 +51,7 @@ RETAIN = 7 * 86_400
 DIGITS = 20
 """Maximum number of digits of a number in an item."""
 
-GONE = 60
+TICKET_SECONDS = 60
 """Seconds for which the item of an abandoned or released ticket is kept."""
 
 BACK = b"given back"
@@ -121,16 +121,16 @@ class _Locks:
 
     def _acquire(self, request: AcquireLock, item: str) -> Exchange[Reply]:
         started = self.connection.now()
-        gone = read(self._gone(item, request.ticket))
+        ticket_item = read(self._ticket_item(item, request.ticket))
         holder: _Holder | None = None
         for _ in range(TRIES):
-            answer, given_up = yield self._put(item, request, request.owner, holder) + gone, 2
+            answer, given_up = yield self._put(item, request, request.owner, holder) + ticket_item, 2
             if isinstance(given_up, tuple):
                 yield from self._release(ReleaseLock(request.name, request.ticket, abandon=True), item)
                 return LockDenied("", 0.0)
             if _done(answer):
                 break
-            holder = yield from self._look(item)
+            holder = yield from self._read_holder(item)
             if holder is not None and holder.ticket != request.ticket:
                 return LockDenied(holder.owner, self._left(holder))
         else:
@@ -144,7 +144,7 @@ class _Locks:
 
     def _renew(self, request: RenewLock, item: str) -> Exchange[Reply]:
         for _ in range(TRIES):
-            holder = yield from self._look(item)
+            holder = yield from self._read_holder(item)
             if holder is None:
                 return NotHeld()
             if holder.ticket != request.ticket:
@@ -156,19 +156,19 @@ class _Locks:
     def _release(self, request: ReleaseLock, item: str) -> Exchange[Reply]:
         if request.unclaimed:
             return NotHeld()  # The caller may have asked another manager, which the item does not show. It expires.
-        gone, note = self._gone(item, request.ticket), b""
+        ticket_item, note = self._ticket_item(item, request.ticket), b""
         if request.abandon:
-            yield from ask(store(gone, b"", GONE))
+            yield from ask(store(ticket_item, b"", TICKET_SECONDS))
         elif request.token:
             # Sent with the deletion, so it costs no round trip. It makes a repeated release succeed if the reply was lost.
-            note = store(gone, BACK, GONE)
+            note = store(ticket_item, BACK, TICKET_SECONDS)
         for _ in range(TRIES):
-            holder = yield from self._look(item)
+            holder = yield from self._read_holder(item)
             if holder is None or holder.ticket != request.ticket:
                 if request.abandon:
                     return NotHeld()
-                noted = yield from ask(read(gone))
-                if isinstance(noted, tuple) and noted[0] == BACK:
+                recorded = yield from ask(read(ticket_item))
+                if isinstance(recorded, tuple) and recorded[0] == BACK:
                     return Released()
                 if holder is not None:
                     raise LockNotOwned(name=request.name, owner=holder.owner)
@@ -177,17 +177,17 @@ class _Locks:
             if _done(answer):
                 return Released()
             if note:
-                yield from ask(f"md {gone}\r\n".encode())
+                yield from ask(f"md {ticket_item}\r\n".encode())
         raise _contended()
 
     def _describe(self, item: str) -> Exchange[Reply]:
-        holder = yield from self._look(item)
+        holder = yield from self._read_holder(item)
         if holder is None:
             return LockFree()
         counter = yield from ask(read(f"{item}+"))
         return LockInfo(holder.owner, _number(counter) if isinstance(counter, tuple) else 0, self._left(holder))
 
-    def _look(self, item: str) -> Exchange[_Holder | None]:
+    def _read_holder(self, item: str) -> Exchange[_Holder | None]:
         answer = yield from ask(read(item))
         if not isinstance(answer, tuple):
             return None
@@ -211,7 +211,7 @@ class _Locks:
     def _item(self, name: str) -> str:
         return f"{self.namespace}:@{_hash(name, 32)}"
 
-    def _gone(self, item: str, ticket: str) -> str:
+    def _ticket_item(self, item: str, ticket: str) -> str:
         return f"{item}-{_hash(ticket, 16)}"
 
 

@@ -41,7 +41,7 @@ from .cas_updates import LimitUpdates, update
 from .connection import Connection, Exchange, first_error, read
 from .entry import CHUNKED, MISSING, NO_METADATA, Entry, EntryMetadata, found_of, found_or_fail
 from .errors import BACKEND, in_doubt
-from .key_updates import KeyUpdates, looks_first
+from .key_updates import KeyUpdates, reads_first
 from .session import COUNT_PART, READ_PART, Generations, NamespaceChanged, Session, invalidate
 from .values import Values, chunk_reads, chunk_tails, entry_of, joined, not_found
 
@@ -169,7 +169,7 @@ def _kind(request: Request[Any]) -> Literal["direct", "keys", "limits", "everyth
         return "limits"
     if kind is Clear or kind is InvalidateTags:
         return "everything"
-    return "keys" if looks_first(request) else "direct"
+    return "keys" if reads_first(request) else "direct"
 
 
 def _on_everything(session: Session, request: Any) -> Exchange[Reply]:
@@ -234,7 +234,7 @@ class Direct:
             places: dict[int, list[int]] = {}
             for position, step in steps.items():
                 try:
-                    asked = step.send(answers.get(position))
+                    wanted = step.send(answers.get(position))
                 except StopIteration as done:
                     self._replies[position] = done.value
                     continue
@@ -242,7 +242,7 @@ class Direct:
                     self._replies[position] = Failed.of(error)
                     continue
                 at = places[position] = []
-                for command in asked:
+                for command in wanted:
                     if not command.startswith(b"mg "):
                         reads.clear()  # Later reads may see another value.
                     elif command in reads:
@@ -256,10 +256,10 @@ class Direct:
                 return
             guessed = [] if answers else self._generations.unknown(self._guessed)
             self._session.writing = not answers
-            told = yield from self._session.ask(commands + self._generations.reading(self._head, guessed))
+            received = yield from self._session.ask(commands + self._generations.reading(self._head, guessed))
             self._session.writing = False
-            self._generations.learn(guessed, told[len(commands) :])
-            answers = {position: [told[each] for each in at] for position, at in places.items()}
+            self._generations.learn(guessed, received[len(commands) :])
+            answers = {position: [received[each] for each in at] for position, at in places.items()}
             steps = {position: steps[position] for position in places}
 
     def _make_tags(self, requests: Sequence[Request[Any]]) -> Exchange[None]:

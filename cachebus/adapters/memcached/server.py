@@ -68,18 +68,18 @@ class Connector:
                     except OSError as error:
                         failure = error
                     else:
-                        return await self._greet(endpoint, transport)
+                        return await self._handshake(endpoint, transport)
                 raise failure
         except (OSError, ValueError) as error:
             raise unreachable(error, str(endpoint), self.connect_timeout) from None
 
-    async def _greet(self, endpoint: Endpoint, transport: asyncio.Transport) -> Connection:
+    async def _handshake(self, endpoint: Endpoint, transport: asyncio.Transport) -> Connection:
         timers = running_timers(self.clock)
         connection = Connection(str(endpoint), transport, self.clock, timers, max(self.connect_timeout, self.timeout))
-        greeted = Result()
+        finished = Result()
         try:
-            connection.begin(connection.handshake(), greeted)
-            refusal = await greeted.wait()
+            connection.begin(connection.handshake(), finished)
+            refusal = await finished.wait()
             if isinstance(refusal, CacheConnectionError | CacheConfigurationError):
                 raise refusal
             if isinstance(refusal, CacheError):
@@ -203,33 +203,33 @@ class Result:
     """A callback whose argument a task can wait for."""
 
     def __init__(self) -> None:
-        self._come = anyio.Event()
+        self._event = anyio.Event()
         self._result: Any = None
 
     def __call__(self, result: Any) -> None:
         self._result = result
-        self._come.set()
+        self._event.set()
 
     async def wait(self) -> Any:
-        await self._come.wait()
+        await self._event.wait()
         return self._result
 
 
 class Server:
     """A server and the turn at its connection. A caller takes the turn for one exchange; the end of the exchange returns it.
 
-    With `aside`, a lost server is reconnected in a background task, and callers fail immediately until it is connected. So
+    With `in_background`, a lost server is reconnected in a background task, and callers fail immediately until it is connected. So
     it does not delay requests for the keys of other servers.
     """
 
-    def __init__(self, endpoint: Endpoint, connector: Connector, *, aside: bool) -> None:
+    def __init__(self, endpoint: Endpoint, connector: Connector, *, in_background: bool) -> None:
         self.endpoint = endpoint
         self.connection: Connection | None = None
         self._connector = connector
-        self._aside = aside
+        self._in_background = in_background
         self._turn = anyio.Semaphore(1, fast_acquire=True)
         self._closed = False
-        self._ill = False
+        self._unavailable = False
         self._lookups: set[object] = set()
         self._attempting = False
         self._cancel_attempt: Callable[[], None] | None = None
@@ -240,7 +240,7 @@ class Server:
         state = "idle" if self._turn.value else "busy"
         return f"<Server at {self.endpoint}, {state}, {len(self._lookups)}/{self._connector.most} lookups>"
 
-    def take_at_once(self) -> Connection | None:
+    def try_acquire(self) -> Connection | None:
         """Take the turn and return the connection, or return `None` if that would have to wait."""
         connection = self.connection
         if connection is None or connection.lost is not None or not self._turn.value:
@@ -248,39 +248,39 @@ class Server:
         self._turn.acquire_nowait()
         return connection
 
-    async def take(self) -> Connection:
+    async def acquire(self) -> Connection:
         """Wait for the turn and return the connection. Raises `CacheConnectionError` if it cannot be opened."""
         await self._turn.acquire()
         try:
             if self._closed:
                 raise CacheClosed("the connection to memcached was closed")
             if self.connection is None or self.connection.lost is not None:
-                if self._ill:
-                    self._reconnect_aside()
+                if self._unavailable:
+                    self._reconnect_in_background()
                 else:
                     await self._connect()
             assert self.connection is not None
             return self.connection
         except BaseException:
-            self.give()
+            self.release()
             raise
 
-    def give(self) -> None:
+    def release(self) -> None:
         """Return the turn. The caller that has waited longest gets it."""
         if self.connection is not None and self.connection.lost is not None:
-            self._ill = self._aside
+            self._unavailable = self._in_background
         self._turn.release()
 
     async def connect(self) -> None:
         """Open the connection if it is not open. Raises `CacheError`."""
-        await self.take()
-        self.give()
+        await self.acquire()
+        self.release()
 
     async def close(self) -> None:
         """Finish the exchange in flight, then close. If cancelled, close immediately."""
         try:
             await self._turn.acquire()
-            self.give()
+            self.release()
         finally:
             self.abort()
 
@@ -297,15 +297,15 @@ class Server:
         try:
             connection = await self._connector.connect(self.endpoint, self._lookups)
         except CacheError:
-            self._ill = self._aside
+            self._unavailable = self._in_background
             raise
         if self._closed:
             connection.close()
             raise CacheClosed("the connection to memcached was closed")
-        connection.on_idle = self.give
-        self.connection, self._ill, self._failure = connection, False, None
+        connection.on_idle = self.release
+        self.connection, self._unavailable, self._failure = connection, False, None
 
-    def _reconnect_aside(self) -> None:
+    def _reconnect_in_background(self) -> None:
         """Start a background attempt to connect if none is running, and raise the last connection error."""
         now = self._connector.clock.monotonic()
         if not self._attempting and now > self._failed_at + BETWEEN_ATTEMPTS:

@@ -72,9 +72,9 @@ class Session:
         for part in _parts(commands):
             connection.mark += 1
             question = b"mg %b v O%d\r\n" % (self.keys.generation_name, connection.mark)
-            told = yield b"".join((question, *part)), len(part) + 1
-            yield from self.check(told.pop(0), unversioned=unversioned)
-            answers = answers + told if answers else told
+            received = yield b"".join((question, *part)), len(part) + 1
+            yield from self.check(received.pop(0), unversioned=unversioned)
+            answers = answers + received if answers else received
         return answers
 
     def clear(self) -> Exchange[None]:

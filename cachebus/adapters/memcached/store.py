@@ -94,7 +94,7 @@ class MemcachedStore:
             context = await to_thread.run_sync(self._tls.context, self.name)
             self._connector = dataclasses.replace(self._connector, tls=context)
         several = len(self._endpoints) > 1
-        servers = {str(each): Server(each, self._connector, aside=several) for each in self._endpoints}
+        servers = {str(each): Server(each, self._connector, in_background=several) for each in self._endpoints}
         failures: list[CacheError] = []
 
         async def connect(server: Server) -> None:
@@ -137,17 +137,17 @@ class MemcachedStore:
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
         """Send a batch, or return `None` without sending if one of its servers is not available immediately."""
         if (server := self._only) is not None:
-            connection = server.take_at_once()
+            connection = server.try_acquire()
             if connection is not None:
                 connection.begin(self._exchange(connection, batch), on_replies, len(batch))
             return connection
         shares = self._share_out(batch)
         taken: dict[Server, Connection] = {}
         for server in shares:
-            connection = server.take_at_once()
+            connection = server.try_acquire()
             if connection is None:
                 for each in taken:
-                    each.give()
+                    each.release()
                 return None
             taken[server] = connection
         join = _Join(batch, shares, on_replies)
@@ -160,7 +160,7 @@ class MemcachedStore:
         if not self._servers:
             raise CacheConnectionError("the store is not open", BACKEND)
         if (server := self._only) is not None:
-            connection = await server.take()
+            connection = await server.acquire()
             connection.begin(self._exchange(connection, batch), on_replies, len(batch))
             return connection
         shares = self._share_out(batch)
@@ -168,7 +168,7 @@ class MemcachedStore:
 
         async def start(server: Server, share: Share) -> None:
             try:
-                connection = await server.take()
+                connection = await server.acquire()
             except CacheError as error:
                 join.take(share, [Failed.of(error)] * len(share))
             else:

@@ -27,7 +27,7 @@ from cachebus.messages import (
 from ..reply_ports import ReplyPort, ThreadPort, open_port
 
 EventKind = type[Event]
-Shown = Callable[[Event], Event]  # Returns the redacted event.
+Redactor = Callable[[Event], Event]  # Returns the redacted event.
 
 KeyForm: TypeAlias = Literal["plain", "hash", "none"]
 
@@ -46,9 +46,9 @@ class Subscription:
     subscription or its bus is closed. At most `capacity` events are queued. Further events are dropped and counted in
     `dropped`.
 
-    With `local`, events of other processes are left out. `shown` redacts the events of this process when the listener
-    takes them, so that it bears the cost; events of other processes arrive redacted. `on_taken` is called after each
-    event is taken.
+    With `local`, events of other processes are left out. `redact` is applied to events of this process when the listener
+    takes them, so that the listener bears the cost; events of other processes arrive redacted. `on_taken` is called after
+    each event is taken.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Subscription:
         on_close: Callable[[Subscription], None],
         *,
         local: bool = False,
-        shown: Shown | None = None,
+        redact: Redactor | None = None,
         on_taken: Callable[[], None] | None = None,
     ) -> None:
         if capacity < 1:
@@ -67,21 +67,21 @@ class Subscription:
         self.capacity = capacity
         self.local = local
         self.dropped = 0
-        self.shown = shown
-        self._events: deque[tuple[Event, Shown | None]] = deque()
+        self.redact = redact
+        self._events: deque[tuple[Event, Redactor | None]] = deque()
         self._waiter: ReplyPort | None = None
         self._on_close = on_close
         self._on_taken = on_taken
         self.closed = False
 
-    def offer(self, event: Event, shown: Shown | None = None) -> None:
-        """Queue an event, or count it as dropped. `shown` redacts it when the listener takes it. Thread-safe."""
+    def offer(self, event: Event, redact: Redactor | None = None) -> None:
+        """Queue an event, or count it as dropped. `redact` is applied when the listener takes it. Thread-safe."""
         if self.closed:
             return
         if len(self._events) >= self.capacity:
             self.dropped += 1
             return
-        self._events.append((event, shown))
+        self._events.append((event, redact))
         if (waiter := self._waiter) is not None:
             waiter.answer(None)
 
@@ -135,10 +135,10 @@ class Subscription:
         return not self._events and not self.closed
 
     def _pop(self) -> Event:
-        event, shown = self._events.popleft()
+        event, redact = self._events.popleft()
         if self._on_taken is not None:
             self._on_taken()
-        return event if shown is None else shown(event)
+        return event if redact is None else redact(event)
 
     def __enter__(self) -> Self:
         return self
@@ -188,10 +188,10 @@ class SubscriptionRegistry:
             self._arrange(self._subscriptions)
 
     def subscribe(
-        self, what: tuple[EventKind | str, ...], capacity: int, *, local: bool = False, shown: Shown | None = None
+        self, what: tuple[EventKind | str, ...], capacity: int, *, local: bool = False, redact: Redactor | None = None
     ) -> Subscription:
         """Add a listener."""
-        subscription = Subscription(event_kinds(what), capacity, self._drop, local=local, shown=shown)
+        subscription = Subscription(event_kinds(what), capacity, self._drop, local=local, redact=redact)
         with self._guard:
             if self._closed:
                 raise CacheClosed("the bus is closed")
@@ -201,7 +201,7 @@ class SubscriptionRegistry:
     def dispatch(self, event: Event) -> None:
         """Deliver an event of this process to its listeners."""
         for subscription in self._by_kind.get(type(event), ()):
-            subscription.offer(event, subscription.shown)
+            subscription.offer(event, subscription.redact)
 
     def dispatch_remote(self, event: Event) -> None:
         """Deliver an event of another process to its listeners."""

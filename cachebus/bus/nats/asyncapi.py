@@ -157,7 +157,7 @@ def _message(cls: Any) -> Schema:
 def _channel(address: str | None, title: str, text: str, classes: list[type[Message]]) -> Schema:
     messages = {cls.__name__: {"$ref": f"#/components/messages/{cls.__name__}"} for cls in classes}
     made: Schema = {"address": address, "title": title, "description": text, "messages": messages}
-    parameters = {name: said for name, said in _PARAMETERS.items() if f"{{{name}}}" in (address or "")}
+    parameters = {name: description for name, description in _PARAMETERS.items() if f"{{{name}}}" in (address or "")}
     return made | ({"parameters": parameters} if parameters else {})
 
 

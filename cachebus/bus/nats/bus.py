@@ -238,7 +238,7 @@ class NatsBus(LocalBus):
         self._emitter.publish(EventsMissed(source="", event="", count=0))  # The number is not known.
         for claim in self._claims.values():
             try:
-                claim.say("again")
+                claim.publish("again")
             except CacheConnectionError:
                 return  # The connection is lost again. The next reconnect repeats this.
         if self.options.events_stream is not None:
@@ -311,10 +311,10 @@ class Claim:
 
     async def make(self) -> None:
         """Claim the address. Raises `AddressInUse` with its holder, or `CacheConnectionError` if the connection is down."""
-        self._listener = await self._connection.listen(self._subject, self._heard)
+        self._listener = await self._connection.listen(self._subject, self._on_message)
         try:
             await self._connection.flush()
-            self.say("claim")
+            self.publish("claim")
             await self._connection.flush()
             done, _ = await asyncio.wait([self._objection], timeout=self._connection.options.claim_wait)
             if done:
@@ -331,11 +331,11 @@ class Claim:
             listener, self._listener = self._listener, None
             await self._connection.leave(listener)
 
-    def _heard(self, msg: Delivery) -> None:
+    def _on_message(self, msg: Delivery) -> None:
         try:
-            said: Any = json.loads(msg.data)
-            word, number, to = str(said["says"]), str(said["number"]), str(said["to"])
-            who = str(said["who"])[:200]
+            message: Any = json.loads(msg.data)
+            word, number, to = str(message["says"]), str(message["number"]), str(message["to"])
+            who = str(message["who"])[:200]
         except (ValueError, TypeError, KeyError, RecursionError):
             return  # Malformed.
         if word == "held":
@@ -343,13 +343,13 @@ class Claim:
                 self._yield_to(who)
         elif (word == "claim" and self.held) or ((self.held or word == "claim") and self._number < number):
             try:
-                self.say("held", number)
+                self.publish("held", number)
             except CacheError:
                 logger.warning("could not object to a claim to %s: the connection to NATS is down", self.address)
         else:
             self._yield_to(who)
 
-    def say(self, word: str, to: str = "") -> None:
+    def publish(self, word: str, to: str = "") -> None:
         """Publish `claim`, `held` (an objection to the claimant with the number `to`), or `again` after a reconnect.
 
         Raises `CacheConnectionError` if the connection is down.

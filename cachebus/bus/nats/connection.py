@@ -252,10 +252,10 @@ async def end_task(task: asyncio.Task[None]) -> None:
 
 
 class _Sender(Struct, eq=False):
-    least: float
+    smallest: float
     recent: float  # The smallest difference since `since`.
     since: float
-    heard: float
+    last_seen: float
 
 
 class MessageAges:
@@ -296,21 +296,21 @@ class MessageAges:
             if len(self._senders) > _SENDERS:
                 self._senders.popitem(last=False)
             return 0.0
-        most = difference - known.least
+        most = difference - known.smallest
         # The clocks may have drifted since the sender's last message. If the link is slow, its age decides.
-        known.least += _DRIFT * (now - known.heard)
-        excess = difference - known.least
+        known.smallest += _DRIFT * (now - known.last_seen)
+        excess = difference - known.smallest
         if excess < 0.0:
-            known.least, excess = difference, 0.0
+            known.smallest, excess = difference, 0.0
         # Replace the smallest difference if `_WINDOW` seconds of messages had none as small. Delayed messages and periods
         # of silence do not count.
-        if link > 0.0 or now - known.heard > _WINDOW:
+        if link > 0.0 or now - known.last_seen > _WINDOW:
             known.recent, known.since = difference, now
         elif difference < known.recent:
             known.recent = difference
         if now - known.since > _WINDOW:
-            known.least, known.recent, known.since = known.recent, difference, now
-        known.heard = now
+            known.smallest, known.recent, known.since = known.recent, difference, now
+        known.last_seen = now
         self._senders.move_to_end(sender)
         return max(excess, min(most, link))
 

@@ -207,8 +207,8 @@ class Outbox:
             if self._skipped:
                 with self._guard:
                     channel.last += self._skipped.pop((kind, event.backend), 0)
-            shown = self._policy.redacted(event) if redacts else event
-            numbered.append(replace(shown, epoch=epoch, seq=channel.last))
+            redacted = self._policy.redacted(event) if redacts else event
+            numbered.append(replace(redacted, epoch=epoch, seq=channel.last))
             channels.append(channel)
         return numbered, channels
 
@@ -282,7 +282,7 @@ class EventListener:
         for kind in fresh:
             self._listeners[kind] = await self._connection.listen(self._subjects.events(kind), self._take)
         left = self._listeners.keys() - wanted
-        self._gaps.listens_to(frozenset(self._listeners.keys() - fresh - left))
+        self._gaps.set_subscribed(frozenset(self._listeners.keys() - fresh - left))
         for kind in left:
             await self._connection.leave(self._listeners.pop(kind))
         if fresh:
@@ -290,7 +290,7 @@ class EventListener:
             # connection is down, all kinds are subscribed again after the reconnect, and `EventsMissed` is reported anyway.
             with suppress(CacheConnectionError):
                 await self._connection.flush()
-            self._gaps.listens_to(frozenset(self._listeners))
+            self._gaps.set_subscribed(frozenset(self._listeners))
 
     def _take(self, delivery: Delivery) -> None:
         head = delivery.head
@@ -327,20 +327,20 @@ class GapDetector:
         self._prefix = subjects.event_prefix
         self._emitter = emitter
         self._counters = counters
-        self._sure: frozenset[EventKind] = frozenset()
+        self._subscribed: frozenset[EventKind] = frozenset()
         self._last: OrderedDict[tuple[str, int, str], int] = OrderedDict()
         # The kinds that were subscribed at the last heartbeat of an origin. Numberings that it starts later begin at 1.
-        self._met: OrderedDict[tuple[str, int], frozenset[EventKind]] = OrderedDict()
+        self._subscribed_before: OrderedDict[tuple[str, int], frozenset[EventKind]] = OrderedDict()
 
-    def listens_to(self, kinds: frozenset[EventKind]) -> None:
+    def set_subscribed(self, kinds: frozenset[EventKind]) -> None:
         """Set the kinds whose subscriptions the server knows."""
-        gone = {event_word(kind) for kind in self._sure - kinds}
-        if gone:
-            for numbering in [each for each in self._last if self._word(each[2]) in gone]:
+        removed = {event_word(kind) for kind in self._subscribed - kinds}
+        if removed:
+            for numbering in [each for each in self._last if self._word(each[2]) in removed]:
                 del self._last[numbering]
-            for origin, met in self._met.items():
-                self._met[origin] = met & kinds
-        self._sure = kinds
+            for origin, before in self._subscribed_before.items():
+                self._subscribed_before[origin] = before & kinds
+        self._subscribed = kinds
 
     def check(self, event: Event, subject: str) -> None:
         """Check the number of an incoming event."""
@@ -350,30 +350,30 @@ class GapDetector:
             self._last[numbering] = seq
             self._last.move_to_end(numbering)
         else:
-            self._reach(numbering, seq, type(event), missing=seq - 1)
+            self._record(numbering, seq, type(event), missing=seq - 1)
 
     def beat(self, beat: Heartbeat) -> None:
         """Check the numbers of an incoming heartbeat."""
         origin = (beat.origin, beat.epoch)
-        met = self._met.get(origin, frozenset[EventKind]())
+        before = self._subscribed_before.get(origin, frozenset[EventKind]())
         for tail, last in beat.last.items():
             numbering = (*origin, f"{self._prefix}{tail}")
             kind = WIRE_NAMES.get(f"event.{self._word(numbering[2])}")
-            if kind is None or not issubclass(kind, Event) or kind not in self._sure:
+            if kind is None or not issubclass(kind, Event) or kind not in self._subscribed:
                 continue
-            if kind not in met and numbering not in self._last:
-                self._reach(numbering, last, kind, missing=0)  # May have been sent before this process subscribed.
+            if kind not in before and numbering not in self._last:
+                self._record(numbering, last, kind, missing=0)  # May have been sent before this process subscribed.
             elif self._last.get(numbering, 0) < last:
-                self._reach(numbering, last, kind, missing=last)
-        self._met[origin] = self._sure
-        self._met.move_to_end(origin)
-        if len(self._met) > _ORIGINS:
-            self._met.popitem(last=False)
+                self._record(numbering, last, kind, missing=last)
+        self._subscribed_before[origin] = self._subscribed
+        self._subscribed_before.move_to_end(origin)
+        if len(self._subscribed_before) > _ORIGINS:
+            self._subscribed_before.popitem(last=False)
 
-    def _reach(self, numbering: tuple[str, int, str], number: int, kind: EventKind, *, missing: int) -> None:
+    def _record(self, numbering: tuple[str, int, str], number: int, kind: EventKind, *, missing: int) -> None:
         """Record that numbers up to `number` were sent. Report unknown numbers up to `missing` as missed."""
         last = self._last.get(numbering)
-        if last is None and kind in self._met.get(numbering[:2], ()):
+        if last is None and kind in self._subscribed_before.get(numbering[:2], ()):
             last = 0
         if number > (last or 0):
             self._last[numbering] = number
@@ -381,7 +381,7 @@ class GapDetector:
             self._last.move_to_end(numbering)
         if len(self._last) > _ORIGINS:
             forgotten, _ = self._last.popitem(last=False)
-            self._met.pop(forgotten[:2], None)
+            self._subscribed_before.pop(forgotten[:2], None)
         if last is not None and missing > last:
             self._counters.events_missed += missing - last
             self._emitter.publish(EventsMissed(source=numbering[0], event=kind.WIRE_NAME, count=missing - last))

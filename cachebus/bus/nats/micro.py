@@ -104,12 +104,12 @@ class Micro:
     async def _send_statistics(self) -> None:
         while self._waiting:
             places = list(self._serving.items())
-            endpoints = await asyncio.gather(*(self._figures(address, *place) for address, place in places))
+            endpoints = await asyncio.gather(*(self._endpoint_statistics(address, *place) for address, place in places))
             waiting, self._waiting = self._waiting, []
             for reply_to in waiting:
                 self._answer(reply_to, "stats", {"started": self._started, "endpoints": endpoints})
 
-    async def _figures(self, address: str, serving: Responder, listener: Listener) -> dict[str, Any]:
+    async def _endpoint_statistics(self, address: str, serving: Responder, listener: Listener) -> dict[str, Any]:
         data: dict[str, Any] = {"address": address}
         if (waiting := getattr(serving.recipient, "waiting", None)) is not None:
             data["mailbox"] = waiting
@@ -193,7 +193,7 @@ async def discover(connection: NatsConnection, wait: float) -> list[dict[str, An
     found: dict[str, dict[str, Any]] = {}
     no_worker = asyncio.Event()
 
-    def heard(msg: Delivery) -> None:
+    def on_reply(msg: Delivery) -> None:
         if msg.headers.get("Status") == "503":
             no_worker.set()
             return
@@ -202,7 +202,7 @@ async def discover(connection: NatsConnection, wait: float) -> list[dict[str, An
             found.setdefault(answer.id, msgspec.to_builtins(answer))
 
     inbox = f"{connection.options.inbox_prefix}.{secrets.token_hex(12)}"
-    listener = await connection.listen(inbox, heard)
+    listener = await connection.listen(inbox, on_reply)
     try:
         connection.write(f"{PREFIX}.STATS.{NAME}", b"", inbox)
         with suppress(TimeoutError):

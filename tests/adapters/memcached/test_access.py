@@ -126,7 +126,7 @@ async def test_no_more_threads_look_a_name_up_than_there_may_be_connections(
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     connector = Connector(clock=SYSTEM_CLOCK, connect_timeout=20.0, most=2)
-    kept = Server_(Endpoint("slow.example", server.port), connector, aside=False)
+    kept = Server_(Endpoint("slow.example", server.port), connector, in_background=False)
     try:
         for _ in range(2):
             with anyio.move_on_after(0.05):
