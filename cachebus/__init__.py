@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cachebus.bus import Subscription
-from cachebus.client.failure_policy import Health
 from cachebus.client.validation import escape_pattern
-from cachebus.facade.cache import Cache
+from cachebus.facade.cache import Cache, Health
 from cachebus.facade.open import open_cache, open_sync_cache
 from cachebus.facade.rate_limiter import RateLimit
 from cachebus.facade.sync_cache import SyncCache

@@ -30,9 +30,15 @@ TURN = (
         "adapters/memory/leases.py",
         "adapters/memory/expiry_wheel.py",
     ),
-    *("adapters/memory/tags.py", "adapters/common/rate_limit.py", "adapters/common/glob.py", "adapters/eviction/"),
+    *(
+        "adapters/memory/tags.py",
+        "adapters/common/rate_limit.py",
+        "adapters/common/glob.py",
+        "adapters/memory/eviction/",
+    ),
 )
 """The modules whose code runs in a turn of a memory backend."""
+assert all(Path(PACKAGE, module).exists() for module in TURN)
 
 
 class Hard(BaseException):

@@ -10,8 +10,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
-from msgspec import Struct
-
 from cachebus import messages
 from cachebus.bus import Emitter
 from cachebus.messages import CacheError, CacheTimeoutError, Missing, Reply, Request, RequestFailed
@@ -48,20 +46,6 @@ _FALLBACKS: Mapping[type[Request[Any]], tuple[str, Callable[[], Reply]]] = {
 """For each request that may fail without raising: the outcome in `RequestFailed`, and the fallback reply."""
 
 _RAISED: tuple[str, Callable[[], Reply] | None] = ("raised", None)
-
-
-class Health(Struct, frozen=True):
-    """The health of a backend. `ok` says that it answered, `latency` is the seconds that took, `detail` what went wrong.
-
-    `circuit` is the state of the guard before the backend's server: `closed`, `open` (it gets no requests), `half_open` (it
-    is being tried), or empty if there is no guard or its state is unknown.
-    """
-
-    ok: bool
-    backend: str
-    latency: float
-    detail: str = ""
-    circuit: str = ""
 
 
 class FailurePolicy:

@@ -8,11 +8,10 @@ from typing import Any
 from pydantic import SecretStr
 
 from cachebus.client.background_loop import blocking
-from cachebus.client.failure_policy import Health
 from cachebus.client.validation import check_key, check_keys, escape_pattern
 from cachebus.messages import CacheConfigurationError, CacheSerializationError, CapabilityError, Found
 
-from .cache import Cache
+from .cache import Cache, Health
 from .sync_cache import SyncCache
 
 _NOTHING: Any = object()

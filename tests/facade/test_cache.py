@@ -265,7 +265,7 @@ async def increment_keeps_the_time_that_a_counter_has(cache: Cache, clock: Manua
 
 @behaviour
 async def increment_without_an_initial_value_needs_a_counter(cache: Cache, clock: ManualClock) -> None:
-    with pytest.raises(CacheKeyError, match="no counter to increment under the key, and initial is None"):
+    with pytest.raises(CacheKeyError, match="there is no counter under the key, and initial is None"):
         await cache.increment("n", initial=None)
     assert await cache.exists("n") is False
     await cache.set("n", 1)

@@ -26,6 +26,7 @@ LINES = 420
 """Maximum number of lines in a module."""
 
 LARGE = {
+    "facade/cache.py": 910,  # One method for each verb, with its documentation and example.
     "actors/runtime/cell.py": 540,  # the mailbox's turns, and the repair of turns that were interrupted
     "bus/nats/requester.py": 455,  # the inbox of a bus, and what is sent to one address
 }
