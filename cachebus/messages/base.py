@@ -70,8 +70,8 @@ class Event(Message, frozen=True, kw_only=True, tag=""):
     """A fact about the past, published to subscribers. The emitter fills in these common fields.
 
     `id` is globally unique. `origin` identifies the process. `epoch` identifies the incarnation of the actor that
-    emitted the event, and `seq` numbers the events of that incarnation from 1, so that subscribers can detect gaps.
-    `time` is Unix time in seconds. `trace` is the W3C `traceparent` of the call, or `None`.
+    emitted the event. `seq` numbers the events of that incarnation from 1, so that subscribers can detect gaps. `time`
+    is Unix time in seconds. `trace` is the W3C `traceparent` of the call, or `None`.
     """
 
     id: str = ""

@@ -177,8 +177,8 @@ class CircuitClosed(Event, frozen=True, gc=False, tag="event.circuit_closed"):
 class RequestFailed(Event, frozen=True, gc=False, tag="event.request_failed"):
     """A backend failed a request. `request` is its wire name, and `error` the code of the error.
 
-    `outcome` is `missed` (a read became a miss), `dropped` (a write was not stored), `admitted` (a rate limit was not
-    enforced) or `raised` (the caller got the error). `key` is empty if the request has no key.
+    Outcomes: a read became a miss (`missed`), a write was not stored (`dropped`), a rate limit was not enforced
+    (`admitted`), or the caller got the error (`raised`). `key` is empty if the request has no key.
     """
 
     request: str

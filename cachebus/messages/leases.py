@@ -101,9 +101,9 @@ class GetOrLease(
     and a new one after it was lost. The lease ends after `lease_ttl` seconds unless it is renewed. A delete, a clear, a
     plain write of the key, or an invalidation of one of `tags` revokes it.
 
-    A caller that is not granted the lease may wait up to `wait` seconds for the value, or for the lease if its holder
-    releases it. `owner` is a process, or a part of one, that shares its loads internally and never waits for itself.
-    With `refresh` a live value is reloaded, unless a reload is already in progress.
+    If another caller holds the lease, the caller waits up to `wait` seconds for the value, or for the lease if the
+    holder releases it. `owner` is a process, or a part of one, that shares its loads internally and never waits for
+    itself. With `refresh` a live value is reloaded, unless a reload is already in progress.
 
     A caller polls a store that supports neither waiting nor notifications. `after` is then the lease that the caller
     waits for: if its loader failed, the reply is the error `LoaderFailed`.
@@ -140,8 +140,9 @@ class RenewLease(IdempotentRequest[Renewed | NotHeld], frozen=True, gc=False, ta
 
 
 class ReleaseLease(IdempotentRequest[Released | NotHeld], frozen=True, tag="lease.release"):
-    """Release a lease without storing a value. `token` is its name or, if its grant got lost, the token of the
-    request.
+    """Release a lease without storing a value.
+
+    `token` is the name of the lease or, if the reply with its name was lost, the token of the request.
 
     The waiters get `late`, a value that must not be stored. If `error` names an exception type, they get
     `LoaderFailed`. Otherwise one of them gets the lease.

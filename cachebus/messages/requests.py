@@ -53,7 +53,7 @@ class Set(Request[Stored | NotStored], frozen=True, tag="backend.set"):
     """Store a value.
 
     With `only_if`, the key must have no value (`absent`) or a value (`present`). With `lease`, the lease must still be
-    held; a successful write ends it. `metadata` describes the load that produced the value.
+    held, and the write ends it. `metadata` describes the load that produced the value.
     """
 
     key: str

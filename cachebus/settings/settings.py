@@ -257,8 +257,8 @@ class Settings(_Root):
 def load_settings(source: object = None, /, **overrides: Any) -> Settings:
     """Load settings from a source.
 
-    The source is a `Settings`, a mapping, a file (.yaml .yml .toml .json), a URL, a list with one URL, or `None` for
-    the environment only. `overrides` take precedence over the source, the source over the environment, and the
+    The source is a `Settings`, a mapping, a file (.yaml .yml .toml .json), a URL or a list with one URL. `None` reads
+    only the environment. `overrides` take precedence over the source, the source over the environment, and the
     environment over the defaults. Groups of options are merged; lists are replaced.
 
     Reading a file blocks, so call this before the event loop runs.

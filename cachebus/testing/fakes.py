@@ -105,9 +105,9 @@ class ManualTimers:
 class RecordingContext:
     """A context to call an actor's handlers without a bus. It records the actions of the actor.
 
-    `emitted` has the events, `sent` the delays and messages to itself that were not cancelled, `deferred` the deferred
-    replies, `timers` the scheduled callbacks, and `background` the background work. It subscribes to `kinds` of events,
-    or to all events if none are given.
+    `emitted` has the events. `sent` has the delays and messages to itself that were not cancelled. `deferred` has the
+    deferred replies, `timers` the scheduled callbacks, and `background` the background work. The context subscribes to
+    `kinds` of events, or to all events if none are given.
     """
 
     def __init__(self, *kinds: type[Event], address: str = "test", clock: Clock = SYSTEM_CLOCK) -> None:

@@ -30,8 +30,8 @@ Probe = Callable[[socket.socket], bool]
 _LOWEST, _SHARE, _SHARES = 20_000, 1_500, 8
 """Ports from 20000 to 31999, divided among the processes of a test run.
 
-They are below the ports of outgoing connections (from 32768 on Linux, from 49152 on other systems), so that no client
-takes the port of a server that is down.
+Systems use higher ports for outgoing connections (from 32768 on Linux, from 49152 elsewhere), so no client takes the
+port of a server that is down.
 """
 
 _ports = itertools.count(random.SystemRandom().randrange(_SHARE))

@@ -83,7 +83,8 @@ class LeaseTable:
         self._parked: dict[Waiter, None] = {}
         self.granting: Lease | None = None  # A new lease that its caller has not received yet.
         self._tagged: dict[str, set[str]] = {}
-        # Tag to the version of its last invalidation during a lease. If there are too many, `_floor` replaces them.
+        # Maps a tag to the version of its last invalidation during a lease. If there are too many, `_floor` replaces
+        # them.
         self._invalidated_tags: dict[str, float] = {}
         self._floor = 0.0
         # Only leases with waiters. The expiry of other leases is checked on access.
@@ -358,10 +359,11 @@ class LeaseTable:
     def repair(self, now: float) -> Collection[DeferredReply]:
         """Restore consistency after an interrupted turn, and return the replies that are still pending.
 
-        A lease that its caller did not receive is removed. Requests of callers whose lease has ended are processed again.
+        A lease that its caller did not receive is removed. Requests of callers whose lease has ended are processed
+        again.
         """
-        if (ghost := self.granting) is not None and self.by_key.get(ghost.request.key) is ghost:
-            del self.by_key[ghost.request.key]
+        if (ungranted := self.granting) is not None and self.by_key.get(ungranted.request.key) is ungranted:
+            del self.by_key[ungranted.request.key]
         self.granting = None
         self._tagged.clear()
         for lease in self.by_key.values():

@@ -14,7 +14,7 @@ class TagTable:
     """
 
     def __init__(self) -> None:
-        # Tag to [number of entries with the tag, version of its last invalidation].
+        # Maps a tag to [number of entries with the tag, version of its last invalidation].
         self._tags: dict[str, list[float]] = {}
 
     def clear(self) -> None:

@@ -1,8 +1,8 @@
 """The serializer `arrow`, which stores DataFrames as Arrow IPC streams.
 
-Arrow allocates as much memory as a stream declares, so a stream is checked before it is read. It may have no compressed
-buffers (the pipeline compresses), no types whose rows can share bytes, at most `CELLS_MAX` cells, and no offsets
-outside of its buffers. Signed and sealed streams are not validated again.
+Arrow allocates as much memory as a stream declares, so a stream is checked before it is read. Compressed buffers (the
+pipeline compresses), types whose rows can share bytes, and offsets outside of a buffer are rejected. A frame may have
+at most `CELLS_MAX` cells. Signed and sealed streams are not validated again.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class AdmissionFeedback:
     """Trials that compare an admitted candidate with the victim evicted for it.
 
     The one that is requested first wins. If the victim is requested, the policy sees a miss. A hit of the candidate
-    shows in its `visits`, which is checked when the policy passes the candidate, or when the victim returns or is
+    increments its `visits`. They are checked when the policy passes the candidate, or when the victim returns or is
     forgotten.
 
     Only keys of victims are kept, and a candidate only while it is in the cache, so no value outlives its entry.
@@ -118,8 +118,8 @@ class AdmissionFeedback:
 class S3FifoPolicy:
     """Policy with a small queue for new entries and a main queue for entries that were hit.
 
-    Based on S3-FIFO (Yang et al., SOSP 2023), which has a small and a main FIFO queue, lazy hits, and a ghost queue
-    with the keys evicted from the small queue. A key that returns while it is in the ghost queue enters the main queue.
+    Based on S3-FIFO (Yang et al., SOSP 2023), which has a small and a main FIFO queue and lazy hits. A ghost queue has
+    the keys evicted from the small queue. A key that returns while it is in the ghost queue enters the main queue.
 
     There are three extensions. docs/decisions/0003-default-eviction-policy.md measures each of them:
 
