@@ -48,8 +48,8 @@ __all__ = [
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """The operations that a store supports, and its limits.
 
-    An unsupported operation fails with `CapabilityError`; it never returns 0 or `False` instead. A limit of `None` means
-    unlimited. Times to live are rounded up to `ttl_resolution` seconds; 0 means a millisecond or less.
+    An unsupported operation fails with `CapabilityError`; it never returns 0 or `False` instead. A limit of `None`
+    means unlimited. Times to live are rounded up to `ttl_resolution` seconds; 0 means a millisecond or less.
     """
 
     patterns: bool = False
@@ -105,9 +105,9 @@ class Timer(Protocol):
 class Timers(Protocol):
     """Schedules callbacks on an event loop. Instants are on the owner's monotonic clock.
 
-    Callbacks can be scheduled from any thread, and also from finalizers. A callback must not wait, and it runs outside of
-    any task; use `Context.start_soon` to start one. If a callback raises, the error is logged and counted, and other
-    callbacks still run. `running_timers` returns the timers of the loop that runs in this thread.
+    Callbacks can be scheduled from any thread, and also from finalizers. A callback must not wait, and it runs
+    outside of any task; use `Context.start_soon` to start one. If a callback raises, the error is logged and counted,
+    and other callbacks still run. `running_timers` returns the timers of the loop that runs in this thread.
     """
 
     def call_at(self, when: float, callback: Callable[[], Any], /) -> Timer:
@@ -126,8 +126,10 @@ class Store(Protocol):
     capabilities: Capabilities
 
     async def open(self) -> None:
-        """Open the store and its connections. Raises `CacheConnectionError` if the store cannot be reached; it may then be
-        called again."""
+        """Open the store and its connections.
+
+        Raises `CacheConnectionError` if the store cannot be reached; it may then be called again.
+        """
 
     async def close(self) -> None:
         """Release the resources that `open` acquired. Safe to call twice."""
@@ -142,8 +144,8 @@ class BatchStore(Store, Protocol):
     """A store that waits for I/O and executes requests in batches."""
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
-        """Execute a batch and return one reply per operation, in order. If one operation fails, its reply is `Failed`; an
-        error that affects the whole batch is raised."""
+        """Execute a batch and return one reply per operation, in order. If one operation fails, its reply is
+        `Failed`; an error that affects the whole batch is raised."""
         ...
 
 
@@ -152,8 +154,10 @@ OnReplies = Callable[[Sequence[Reply]], None]
 
 
 class Progress(Protocol):
-    """The connection that carries a batch in flight. `last_progress` is the time at which bytes were last transferred, on
-    the monotonic clock."""
+    """The connection that carries a batch in flight.
+
+    `last_progress` is the time at which bytes were last transferred, on the monotonic clock.
+    """
 
     @property
     def last_progress(self) -> float: ...
@@ -187,8 +191,8 @@ class PipelinedStore(BatchStore, Protocol):
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
         """Send a batch, or return `None` if sending it would have to wait. Called on the store's event loop.
 
-        `on_replies` is called once, possibly before this method returns. If nothing was sent, a `CacheError` is raised and
-        `on_replies` is not called.
+        `on_replies` is called once, possibly before this method returns. If nothing was sent, a `CacheError` is
+        raised and `on_replies` is not called.
         """
         ...
 
@@ -202,15 +206,18 @@ class LeaseNotifyingStore(Store, Protocol):
     """A store whose server notifies its clients when a lease ends, so that callers can wait for it."""
 
     def watch(self, request: WatchLease, on_reply: Callable[[Reply], None]) -> None:
-        """Call `on_reply` once with a reply to `request`, now or later. Runs on the store's event loop; does not wait."""
+        """Call `on_reply` once with a reply to `request`, now or later.
+
+        Runs on the store's event loop; does not wait.
+        """
 
 
 @runtime_checkable
 class InlineStore(Store, Protocol):
     """A store that never waits, so its operations run on the caller's stack.
 
-    Each of the four listeners may be `None`; a read then costs one comparison. `on_due` is called when the next expiry of
-    the store has moved to an earlier time.
+    Each of the four listeners may be `None`; a read then costs one comparison. `on_due` is called when the next
+    expiry of the store has moved to an earlier time.
     """
 
     @property
@@ -225,8 +232,8 @@ class InlineStore(Store, Protocol):
     def repair(self) -> Collection[DeferredReply]:
         """Restore consistency after a verb was interrupted at an arbitrary instruction. Return the pending replies.
 
-        A value that was being written may be missing; all other state is correct. This method may be interrupted too, and
-        is then called again.
+        A value that was being written may be missing; all other state is correct. This method may be interrupted too,
+        and is then called again.
         """
         ...
 
@@ -234,7 +241,7 @@ class InlineStore(Store, Protocol):
         """Return the function that executes requests of one kind, or `None`. The function raises `CacheError`s."""
 
     def next_expiry(self) -> float | None:
-        """Return the time at which the next entry may expire, on the store's monotonic clock; `None` if none expires."""
+        """Return the earliest time at which an entry may expire, on the store's monotonic clock, or `None`."""
 
     def sweep(self, limit: int) -> int:
         """Remove expired entries and return their number. Examines at most `limit` entries."""
@@ -259,7 +266,7 @@ class LockListener(Protocol):
         """Handle a grant: the waiting ticket now holds the lock."""
 
     def look(self, name: str, ticket: str = "", delay: float = 0.0) -> None:
-        """Query the store again after `delay` seconds: the ticket may hold the lock now, or the lease may have ended."""
+        """Query the store again after `delay` seconds, because the lock may have been granted or released."""
 
     def look_everywhere(self) -> None:
         """Query the store again for every waiter, because a notification may have been lost."""
@@ -272,12 +279,12 @@ class LockListener(Protocol):
 class LockStore(Protocol):
     """A store of locks, as the `LockManager` sees it.
 
-    It executes `AcquireLock`, `RenewLock`, `ReleaseLock` and `DescribeLock` without waiting for a lock. A store that waits
-    for I/O is a `BatchStore` too.
+    It executes `AcquireLock`, `RenewLock`, `ReleaseLock` and `DescribeLock` without waiting for a lock. A store that
+    waits for I/O is a `BatchStore` too.
 
     If `poll` is `None`, the store keeps the queue of waiters. It answers an `AcquireLock` that has to wait with
-    `LockQueued`, and notifies `listener` when the lock may have been granted. Other stores answer `LockDenied`. The manager
-    then polls for the first waiter, every `poll` seconds or at a small multiple of it.
+    `LockQueued`, and notifies `listener` when the lock may have been granted. Other stores answer `LockDenied`. The
+    manager then polls for the first waiter, every `poll` seconds or at a small multiple of it.
     """
 
     name: str

@@ -4,8 +4,8 @@
 * `cachebus.v1.<namespace>.evt.<kind>.<backend>` carries events.
 * `cachebus.v1.<namespace>.own.<address>` carries claims, by which processes agree on the one that serves an address.
 
-Every word is validated, so it cannot contain a wildcard, a separator or a line of the protocol. A key is never part of a
-subject.
+Every word is validated, so it cannot contain a wildcard, a separator or a line of the protocol. A key is never part
+of a subject.
 """
 
 from __future__ import annotations

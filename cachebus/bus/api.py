@@ -35,7 +35,8 @@ Turn = Callable[[Any], "Reply | Pending | None"]
 class Envelope(Struct, eq=False):
     """A message in a mailbox, with its reply port, its deadline and the number of earlier attempts.
 
-    `deadline` is on the bus's monotonic clock; it is `None` if no caller waits. `trace` is the `traceparent` of the call.
+    `deadline` is on the bus's monotonic clock; it is `None` if no caller waits. `trace` is the `traceparent` of the
+    call.
     """
 
     message: Message
@@ -69,8 +70,8 @@ class Recipient(Protocol):
 class Bus(Protocol):
     """Delivers messages to addresses and events to listeners.
 
-    Every request is answered exactly once. Messages from one sender to one address are handled in the order in which they
-    were sent. Events never slow down their publisher.
+    Every request is answered exactly once. Messages from one sender to one address are handled in the order in which
+    they were sent. Events never slow down their publisher.
     """
 
     namespace: str
@@ -118,11 +119,13 @@ class Bus(Protocol):
         ...
 
     def send(self, address: Address, message: Message) -> None:
-        """Send a message without waiting for a reply. A message that cannot be delivered becomes a `DeadLetter` event."""
+        """Send a message without waiting for a reply.
+
+        A message that cannot be delivered becomes a `DeadLetter` event.
+        """
 
     def publish(self, event: Event) -> None:
-        """Pass an event to its listeners. Never waits; if the queue of a listener is full, the event is dropped and
-        counted there."""
+        """Pass an event to its listeners. Never waits; if a listener's queue is full, it drops and counts the event."""
 
     def subscribe(
         self,
@@ -134,9 +137,9 @@ class Bus(Protocol):
     ) -> Subscription:
         """Subscribe to event classes, or to globs over wire names such as `"cache_*"`. The default is all events.
 
-        With `since`, a Unix time, the subscription first replays the events since then; it raises `CapabilityError` if no
-        stream keeps events. With `local`, events of other processes are left out. With `real_keys`, events of this process
-        carry their keys even if keys are redacted. The cache itself uses it to compare keys; events of other processes
-        arrive redacted.
+        With `since`, a Unix time, the subscription first replays the events since then; it raises `CapabilityError`
+        if no stream keeps events. With `local`, events of other processes are left out. With `real_keys`, events of
+        this process carry their keys even if keys are redacted. The cache itself uses it to compare keys; events of
+        other processes arrive redacted.
         """
         ...

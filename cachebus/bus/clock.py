@@ -1,7 +1,7 @@
 """The clock interface, and deadlines for many waiting calls with one timer per 20 ms.
 
-An asyncio timer costs more than the rest of a coalesced request. A deadline here is one dictionary entry that is inserted
-and removed (a single-level timing wheel: Varghese and Lauck, SOSP 1987).
+An asyncio timer costs more than the rest of a coalesced request. A deadline here is one dictionary entry that is
+inserted and removed (a single-level timing wheel: Varghese and Lauck, SOSP 1987).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TICKS = 1 / TICK  # Ticks per second: multiplying is faster than dividing.
 class Clock(Protocol):
     """A source of time. Durations and instants are float seconds.
 
-    `monotonic` never jumps; it is used for every expiry, deadline and backoff. `wall` is Unix time; it only labels events
-    and entries.
+    `monotonic` never jumps; it is used for every expiry, deadline and backoff. `wall` is Unix time; it only labels
+    events and entries.
     """
 
     monotonic: Callable[[], float]
@@ -101,8 +101,8 @@ _current = _Current()
 
 def running_deadlines() -> Deadlines | None:
     """Return the deadlines of the asyncio loop that runs in this thread, or `None` if no loop runs."""
-    # Reuse the loop that this thread used last if it still runs: in Python 3.11, `get_running_loop` makes a system call.
-    # (If another thread now runs that loop and this thread a second one, asyncio raises at the await.)
+    # Reuse the loop that this thread used last if it still runs: in Python 3.11, `get_running_loop` makes a system
+    # call. (If another thread now runs that loop and this thread a second one, asyncio raises at the await.)
     deadlines = _current.deadlines
     if deadlines is not None and deadlines.loop.is_running():
         return deadlines

@@ -172,8 +172,8 @@ class DeferredReply:
     """A reply that an actor gives later. Its handler returns the deferred reply, and the turn ends.
 
     The actor calls `answer` when the reply is known; the bus attaches the caller's port. Either may come first. The
-    deferred reply of a batch is answered with a sequence of replies. `on_answer` is called when the reply is given or the
-    caller no longer waits.
+    deferred reply of a batch is answered with a sequence of replies. `on_answer` is called when the reply is given or
+    the caller no longer waits.
     """
 
     __slots__ = ("_port", "_replies", "on_answer")

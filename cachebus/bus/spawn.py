@@ -21,9 +21,10 @@ def spawn(
 ) -> Callable[[], None]:
     """Run `work` in a new task, in a copy of the current context. Return a function that cancels it from any thread.
 
-    `work` must not raise. `ended` is called exactly once, even if `work` is cancelled before its first step or the event
-    loop ends first. `unbegun` is called if `work` does not begin; it may also be called in other cases. On asyncio, the
-    first step runs immediately on this stack, so work that does not wait has ended when this function returns.
+    `work` must not raise. `ended` is called exactly once, even if `work` is cancelled before its first step or the
+    event loop ends first. `unbegun` is called if `work` does not begin; it may also be called in other cases. On
+    asyncio, the first step runs immediately on this stack, so work that does not wait has ended when this function
+    returns.
     """
     deadlines = running_deadlines()  # Knows the loop; `get_running_loop` makes a system call in Python 3.11.
     if deadlines is None:
@@ -61,8 +62,8 @@ def spawn(
 class _EagerStart(Coroutine[Any, Any, None]):
     """A coroutine whose first step runs before its task does.
 
-    During that step the task is the current one, so timeouts, task groups and cancel scopes are bound to the right task.
-    Python 3.12 has `eager_start` for this; Python 3.11 does not.
+    During that step the task is the current one, so timeouts, task groups and cancel scopes are bound to the right
+    task. Python 3.12 has `eager_start` for this; Python 3.11 does not.
     """
 
     __slots__ = ("_awaits", "_coroutine", "_error", "over")

@@ -153,9 +153,9 @@ class Timer(Struct, eq=False):
 class LoopTimers:
     """The timers of one owner on an event loop, with times on `clock.monotonic`. Implements `Timers`.
 
-    `start` binds them to the running loop. No callback runs before that, or after `close`. All owners on a loop share one
-    queue, except those with a custom clock. A callback must not wait. Its errors are counted in `failures` and logged
-    once per kind.
+    `start` binds them to the running loop. No callback runs before that, or after `close`. All owners on a loop share
+    one queue, except those with a custom clock. A callback must not wait. Its errors are counted in `failures` and
+    logged once per kind.
     """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:

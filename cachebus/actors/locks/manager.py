@@ -1,8 +1,8 @@
 """The actor that grants locks. It keeps the waiting callers in the order of their arrival.
 
-The store decides atomically which caller holds a lock. The manager sends it a request for a caller. It repeats the request
-when the state may have changed: after a notification of the store, the end of a lease, or a reconnect. `AcquireLock` is
-idempotent, so it can be repeated any number of times.
+The store decides atomically which caller holds a lock. The manager sends it a request for a caller. It repeats the
+request when the state may have changed: after a notification of the store, the end of a lease, or a reconnect.
+`AcquireLock` is idempotent, so it can be repeated any number of times.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class LockManager(Actor):
         return table
 
     async def on_describe(self, request: Describe) -> Description:
-        # A coroutine, although it does not wait, so that a blocking call for a lock in an event loop's thread is rejected.
-        # A task of that loop may have to release the lock.
+        # A coroutine, although it does not wait, so that a blocking call for a lock in an event loop's thread is
+        # rejected. A task of that loop may have to release the lock.
         return Description(self.ctx.address, self._store.name, ("locks",), {"max_waiters": self._max_waiters})
 
     def on_take_snapshot(self, request: TakeSnapshot) -> Snapshot:

@@ -1,4 +1,4 @@
-"""Clients of lock stores for the lock manager: one for inline stores, and one with a guard for stores that wait for I/O."""
+"""Clients of lock stores for the lock manager: one for inline stores, and one for stores that wait for I/O."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ class InlineLockClient:
 class LockStoreClient:
     """Client of a store that waits for I/O.
 
-    A single request is sent immediately. Requests that arrive while others are in flight are sent with the next batch. The
-    first request opens the store, so a process that uses no locks does not connect.
+    A single request is sent immediately. Requests that arrive while others are in flight are sent with the next
+    batch. The first request opens the store, so a process that uses no locks does not connect.
 
-    If the store did not execute a release, the caller gets a reply and the release is retried until the store is back. At
-    most `MAX_PENDING` releases are retried. Without a retry, the lock would be held until its lease ends.
+    If the store did not execute a release, the caller gets a reply and the release is retried until the store is
+    back. At most `MAX_PENDING` releases are retried. Without a retry, the lock would be held until its lease ends.
     """
 
     def __init__(self, store: BatchStore, policy: GuardPolicy, ctx: Context) -> None:

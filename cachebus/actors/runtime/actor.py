@@ -42,8 +42,8 @@ class Handlers:
 class Context(Protocol):
     """The environment of an actor: its address, the clock, events, deferred replies and timers.
 
-    * `deadline` is the deadline of the request of the current turn, on `clock.monotonic`. It is `None` if no caller waits,
-      and in plain handlers, which do not wait.
+    * `deadline` is the deadline of the request of the current turn, on `clock.monotonic`. It is `None` if no caller
+      waits, and in plain handlers, which do not wait.
     * `subscriptions.kinds` holds the kinds of events that have listeners. Check it before you build an event.
     * `restarts` counts the incarnations after the first.
     * `overloaded` counts the requests that were rejected because the mailbox was full.
@@ -94,8 +94,8 @@ class Actor:
     An `async def` with a parameter of type `Sequence[A | B]` is a batch handler. It returns one reply per message, in
     order.
 
-    If a handler raises a `CacheError`, that is the reply. Any other exception is a crash, and the supervisor replaces the
-    actor.
+    If a handler raises a `CacheError`, that is the reply. Any other exception is a crash, and the supervisor replaces
+    the actor.
     """
 
     ctx: Context
@@ -114,9 +114,9 @@ class Actor:
     def repair(self) -> Collection[DeferredReply] | None:
         """Restore consistency after a turn was interrupted at an arbitrary instruction.
 
-        Return the deferred replies that this actor will still answer; all others are answered as lost. Return `None`, the
-        default, to be replaced by a new incarnation; that does not count as a restart. This method may be interrupted
-        too, and is then called again.
+        Return the deferred replies that this actor will still answer; all others are answered as lost. Return `None`,
+        the default, to be replaced by a new incarnation; that does not count as a restart. This method may be
+        interrupted too, and is then called again.
         """
         return None
 

@@ -14,8 +14,8 @@ them therefore sees the message:
 The message is then served on the stack of the holder ("flat combining": Hendler et al., SPAA 2010) or, if its handler
 can wait, by the actor's task.
 
-An interrupted turn (see `turns.py`) does not return the token. The next caller that finds it missing takes over the turn
-and repairs its state: the envelope that was being served, the actor, and the deferred replies that were lost.
+An interrupted turn (see `turns.py`) does not return the token. The next caller that finds it missing takes over the
+turn and repairs its state: the envelope that was being served, the actor, and the deferred replies that were lost.
 """
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ class Cell:
         self.deadline: float | None = None
         self._batch: list[Envelope] = []
         self.timers = LoopTimers(clock)  # The supervisor starts them on its event loop.
-        self.start_soon: Callable[
-            [Callable[[], Awaitable[None]]], None
-        ]  # Set by the supervisor, which has the task group.
+        # Set by the supervisor, which has the task group.
+        self.start_soon: Callable[[Callable[[], Awaitable[None]]], None]
         self._inline_turns = inline_turns
         self._turn = TurnToken(self, _TURN_CODES)
         self._mailbox = Mailbox(address, emitter, clock, capacity)
@@ -277,7 +276,7 @@ class Cell:
             deferred.answer(Failed.of(error))
 
     def forked(self) -> None:
-        """Close this cell in a forked child, which has neither its event loop nor its task nor the holder of its turn."""
+        """Close this cell in a forked child, which has neither its event loop nor its task."""
         self._turn = TurnToken(self, _TURN_CODES)
         self._mailbox.clear()
         self._deferred.clear()
@@ -335,7 +334,7 @@ class Cell:
         return True
 
     def _take_out(self) -> Envelope | None:
-        """Remove and return the first message. It is recorded before it is removed, so an interruption cannot lose it."""
+        """Remove and return the first message. It is recorded first, so an interruption cannot lose it."""
         try:
             self._serving = self._mailbox[0]
             envelope = self._serving = self._mailbox.popleft()
@@ -345,8 +344,9 @@ class Cell:
 
     def _reclaim(self) -> bool:
         """Recover the turn from an interrupted holder, repair the state and free the turn. True if it was recovered."""
-        # Under contention the holder is usually fine, and searching the stacks of many threads takes longer than many turns.
-        # So the time spent on searches is limited. Callers between two searches are served by the holder or by the recheck.
+        # Under contention the holder is usually fine, and searching the stacks of many threads takes longer than many
+        # turns. So the time spent on searches is limited. Callers between two searches are served by the holder or by
+        # the recheck.
         if (began := monotonic()) < self._next_claim:
             return False
         self._next_claim = began + 1.0
@@ -508,8 +508,8 @@ class Cell:
             self._mailbox.answer(envelope, ActorFailed(address=self.address, reason=reason))
 
     def _wake_up(self) -> None:
-        # Remove each wake-up once it is used: answering a port twice costs more than the rest of posting. Remove it after
-        # the answer, so that an interruption between the two only costs the next caller a second answer.
+        # Remove each wake-up once it is used: answering a port twice costs more than the rest of posting. Remove it
+        # after the answer, so that an interruption between the two only costs the next caller a second answer.
         if self._wakes:
             with suppress(IndexError, ValueError):
                 wake = self._wakes[0]

@@ -24,8 +24,8 @@ def _has_value(kind: Any) -> bool:
 class Mailbox(deque[Envelope]):
     """The queued envelopes of an actor, in order.
 
-    `overloaded` counts the messages that were rejected because the mailbox was full. Requests that invalidate are always
-    accepted, beyond `capacity` too; their number is bounded by the callers that wait for them.
+    `overloaded` counts the messages that were rejected because the mailbox was full. Requests that invalidate are
+    always accepted, beyond `capacity` too; their number is bounded by the callers that wait for them.
     """
 
     def __init__(self, address: Address, emitter: Emitter, clock: Clock, capacity: int) -> None:
@@ -56,8 +56,8 @@ class Mailbox(deque[Envelope]):
     def worthwhile(self, envelope: Envelope, now: float) -> bool:
         """True if a message should be handled.
 
-        A message past its deadline is answered with a timeout. A message whose caller no longer waits is skipped, unless
-        it invalidates.
+        A message past its deadline is answered with a timeout. A message whose caller no longer waits is skipped,
+        unless it invalidates.
         """
         if envelope.deadline is not None and now >= envelope.deadline:
             self.answer(envelope, CacheTimeoutError("no turn was free", self._address, 0.0))

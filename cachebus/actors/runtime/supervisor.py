@@ -34,9 +34,10 @@ logger = logging.getLogger("cachebus.actors")
 class RestartPolicy(msgspec.Struct, frozen=True):
     """The policy for restarting crashed actors.
 
-    After more than `max_restarts` crashes within `window` seconds, the actor stays down. The first restart of a window is
-    immediate. Each further restart waits for a random delay between 0 and an upper bound ("full jitter": Brooker, AWS
-    Architecture Blog, 2015). The bound starts at `backoff` seconds and doubles with each restart, up to `backoff_max`.
+    After more than `max_restarts` crashes within `window` seconds, the actor stays down. The first restart of a
+    window is immediate. Each further restart waits for a random delay between 0 and an upper bound ("full jitter":
+    Brooker, AWS Architecture Blog, 2015). The bound starts at `backoff` seconds and doubles with each restart, up to
+    `backoff_max`.
     """
 
     max_restarts: int = 5
@@ -66,8 +67,8 @@ class _SupervisedActor:
 class Supervisor:
     """Runs actors and restarts each one that crashes, independently of the others. An asynchronous context manager.
 
-    On exit, it stops the actors in reverse order of their start. Each one finishes its turn and drains its mailbox. After
-    `grace` seconds in total, requests that are still open are answered with `CacheClosed`.
+    On exit, it stops the actors in reverse order of their start. Each one finishes its turn and drains its mailbox.
+    After `grace` seconds in total, requests that are still open are answered with `CacheClosed`.
     """
 
     def __init__(
@@ -117,9 +118,9 @@ class Supervisor:
     ) -> Cell:
         """Start the actor that `factory` returns and serve it at `address`. Returns when the actor is running.
 
-        `factory` is called again for each incarnation. `backend` is the backend name in the actor's events. `visibility`
-        determines which processes can reach the actor. Raises `AddressInUse`, and any error that `on_start` raises in the
-        first incarnation.
+        `factory` is called again for each incarnation. `backend` is the backend name in the actor's events.
+        `visibility` determines which processes can reach the actor. Raises `AddressInUse`, and any error that
+        `on_start` raises in the first incarnation.
         """
         if self._tasks is None:
             raise CacheClosed("the supervisor is not open; use `async with`")

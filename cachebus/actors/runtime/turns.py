@@ -1,10 +1,10 @@
 """The token of an actor's turn, and its recovery from a holder that was interrupted.
 
-A signal handler, `PyThreadState_SetAsyncExc` or a stack overflow can raise an exception at any instruction of a turn. It
-may strike just after the token was taken or just before it is returned, where a `finally` does not help. Checking the
-stack before each turn would cost 180 to 850 ns. Therefore a turn returns its token only when it ends normally. The next
-caller that finds the token missing searches the stacks of all threads for the holder. If no thread is inside the turn,
-the caller takes it over.
+A signal handler, `PyThreadState_SetAsyncExc` or a stack overflow can raise an exception at any instruction of a turn.
+It may strike just after the token was taken or just before it is returned, where a `finally` does not help. Checking
+the stack before each turn would cost 180 to 850 ns. Therefore a turn returns its token only when it ends normally.
+The next caller that finds the token missing searches the stacks of all threads for the holder. If no thread is inside
+the turn, the caller takes it over.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class _NoTask:
 class TurnToken:
     """The token of the turn of `owner`. Only the owner's methods with these `codes` hold it.
 
-    `free` contains the token while no turn is running. `free.pop()` takes it and `free.append(token)` returns it; both are
-    atomic. `task` is the coroutine that holds the token across its awaits.
+    `free` contains the token while no turn is running. `free.pop()` takes it and `free.append(token)` returns it;
+    both are atomic. `task` is the coroutine that holds the token across its awaits.
     """
 
     __slots__ = ("_codes", "_newest", "_owner", "free", "task")
@@ -78,10 +78,10 @@ class TurnToken:
         return self._seems_held() or self._seems_held()
 
     def _seems_held(self) -> bool:
-        # Frames, `free` and the task are read in one C call, during which no other thread runs. Otherwise the turn could be
-        # returned and taken again between two reads. Garbage collection is disabled meanwhile: some Python releases create
-        # the frames while holding a lock that a starting thread needs. A finalizer that lets other threads run would then
-        # deadlock the process (https://github.com/python/cpython/issues/106883).
+        # Frames, `free` and the task are read in one C call, during which no other thread runs. Otherwise the turn
+        # could be returned and taken again between two reads. Garbage collection is disabled meanwhile: some Python
+        # releases create the frames while holding a lock that a starting thread needs. A finalizer that lets other
+        # threads run would then deadlock the process (https://github.com/python/cpython/issues/106883).
         restore = gc.enable if gc.isenabled() else gc.isenabled
         waits_of: Any = functools.partial(_IS_SUSPENDED, self)
         reads: tuple[Any, ...] = (gc.disable, _frames_of_threads, self.free.__len__, waits_of, restore)
@@ -101,8 +101,9 @@ class TurnToken:
                     return True
                 without -= 1
             frame = frame.f_back
-        # Other threads keep running while their frames are examined. A generator or coroutine that was suspended meanwhile
-        # has lost the link to its caller, so a holder may be missing from the stack. A complete stack ends in a function.
+        # Other threads keep running while their frames are examined. A generator or coroutine that was suspended
+        # meanwhile has lost the link to its caller, so a holder may be missing from the stack. A complete stack ends
+        # in a function.
         return bool(flags & _RESUMABLE)
 
 

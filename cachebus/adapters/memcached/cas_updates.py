@@ -25,7 +25,10 @@ TRIES = 100
 """Maximum number of rounds before an update fails because others keep writing the key, in this batch or elsewhere."""
 
 REMEMBERED = 10_000
-"""Maximum number of rate limits that a connection remembers. Above it, all are forgotten, at one round trip for each."""
+"""Maximum number of rate limits that a connection remembers.
+
+Above it, all are forgotten, at one round trip for each.
+"""
 
 _RAW_MAX = 100
 """Maximum size in bytes of the item of a rate limit."""
@@ -35,8 +38,8 @@ _RAW_MAX = 100
 class Draft:
     """A pending write of an item, and the replies to its requests by position, which apply if the write succeeds.
 
-    A reply of `None` stands for `Stored` with the new version. `reply` is the reply to the latest request. If `tags` are
-    set, for the value of a load, the write only counts if their generations are still current afterwards.
+    A reply of `None` stands for `Stored` with the new version. `reply` is the reply to the latest request. If `tags`
+    are set, for the value of a load, the write only counts if their generations are still current afterwards.
     """
 
     commands: list[bytes]
@@ -78,7 +81,7 @@ class Decider(Protocol):
         ...
 
     def outcomes(self, items: list[Any], answers: list[list[Answer]]) -> list[Reply | CacheError | None]:
-        """Return the outcome by item: the default reply if it was written, an error, or `None` if another client won."""
+        """Return the outcome by item: the reply for a written item, an error, or `None` if another client won."""
         ...
 
 
@@ -87,8 +90,8 @@ def update(
 ) -> Exchange[None]:
     """Execute the requests at the `waiting` positions together, in rounds of reading and writing.
 
-    Each round has a new decider. If another client wins, the request is retried in the next round, up to `TRIES` rounds.
-    Several writes of one key need one round each.
+    Each round has a new decider. If another client wins, the request is retried in the next round, up to `TRIES`
+    rounds. Several writes of one key need one round each.
     """
     for _ in range(TRIES):
         if not waiting:
@@ -162,8 +165,8 @@ class _Limit(Item):
 class LimitUpdates:
     """The decider for rate limits. It uses the last known state and checks it in the same round trip.
 
-    The state is usually the one that this connection has written last, so one round trip suffices. If another client has
-    changed it meanwhile, the answer contains the new state for the next round.
+    The state is usually the one that this connection has written last, so one round trip suffices. If another client
+    has changed it meanwhile, the answer contains the new state for the next round.
 
     An item consists of four decimal numbers: level, Unix time of the server in microseconds, limit, and `per` in
     microseconds. It does not depend on the generation of the namespace, and expires when its level reaches 0.

@@ -1,7 +1,8 @@
 """A connection to one Memcached server. It runs one exchange at a time, driven by the incoming bytes.
 
-An exchange is a generator. It yields commands and the number of their answers, and receives these answers. No task waits
-for them: the transport delivers bytes, and the last answer resumes the generator on the stack of the event loop.
+An exchange is a generator. It yields commands and the number of their answers, and receives these answers. No task
+waits for them: the transport delivers bytes, and the last answer resumes the generator on the stack of the event
+loop.
 """
 
 from __future__ import annotations
@@ -190,7 +191,10 @@ class Connection(asyncio.Protocol):
     # Driving the exchange
 
     def _resume(self, answers: Any) -> None:
-        """Resume the exchange with these answers, or `None` to start it. If the connection is lost, throw the error in."""
+        """Resume the exchange with these answers, or `None` to start it.
+
+        If the connection is lost, throw the error in.
+        """
         exchange = self._exchange
         assert exchange is not None
         try:

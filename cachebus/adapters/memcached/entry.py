@@ -11,8 +11,8 @@
                          [[load time, stale for, etag, lifetime] or nil, [[tag, generation], ...]], the type tag of the
                          value, and the value
 
-The version of an entry is the start time of the server in microseconds plus the item's CAS token. So two writes never have
-the same version, regardless of the clients' clocks. Malformed bytes raise `CacheSerializationError`.
+The version of an entry is the start time of the server in microseconds plus the item's CAS token. So two writes never
+have the same version, regardless of the clients' clocks. Malformed bytes raise `CacheSerializationError`.
 """
 
 from __future__ import annotations
@@ -199,9 +199,9 @@ def kept_until(expiry: float, metadata: EntryMetadata) -> float:
 def server_expiry(expiry: float, now: float) -> int:
     """Return the expiry for Memcached, so that it does not drop an entry before its expiry.
 
-    Memcached counts whole seconds and drops an item when the count is reached, so one second is added. It interprets more
-    than 30 days as a date, so a date is passed then. A date beyond its range means no expiry in the server; readers still
-    check the entry's own expiry.
+    Memcached counts whole seconds and drops an item when the count is reached, so one second is added. It interprets
+    more than 30 days as a date, so a date is passed then. A date beyond its range means no expiry in the server;
+    readers still check the entry's own expiry.
     """
     if not expiry:
         return 0

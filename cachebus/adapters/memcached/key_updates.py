@@ -1,8 +1,8 @@
-"""Conditional writes, touches, counters and leases. Decision 27 has the interleavings that require this order of commands.
+"""Conditional writes, touches, counters and leases. Decision 27 explains the order of their commands.
 
-The counters of Memcached are not used: they support no negative numbers, wrap at 64 bits, and cannot hold an expiry, a
-version or a hashed key. Reading a value and writing it back under its CAS token supports all of these, and costs one more
-round trip. Increments of one key in one batch are combined into one write.
+The counters of Memcached are not used: they support no negative numbers, wrap at 64 bits, and cannot hold an expiry,
+a version or a hashed key. Reading a value and writing it back under its CAS token supports all of these, and costs
+one more round trip. Increments of one key in one batch are combined into one write.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class KeyUpdates:
         self._names: list[str] = []
 
     def decide(self, request: Request[Any], item: KeyItem) -> Reply | Draft | None:
-        # One new version per round, because two writes of a key create two versions. Increments and touches can be combined.
+        # One new version per round, because two writes of a key create two versions. Increments and touches can be
+        # combined.
         if item.draft is not None and item.draft.kind is not type(request):
             return None
         if isinstance(request, GetOrLease) or names_lease(request):

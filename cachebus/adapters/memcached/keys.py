@@ -10,7 +10,8 @@
     <namespace>::                       the generation of the namespace
     <namespace>:~<name>                 a rate limit, independent of the generation; `<namespace>:~#<hash>` as above
 
-A namespace contains no `:`, and a generation only hexadecimal digits, so the next character determines the kind of name.
+A namespace contains no `:`, and a generation only hexadecimal digits, so the next character determines the kind of
+name.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Keys:
     def tail(self, key: str, what: str = "a cache key") -> tuple[str, bytes]:
         """Return the name's suffix for a key, and the part of the key that the entry stores for comparison.
 
-        That part is empty if the suffix contains the key itself. Raises `CacheKeyError` if the key is not valid Unicode.
+        That part is empty if the suffix contains the key itself. Raises `CacheKeyError` if the key is not valid
+        Unicode.
         """
         # Printable ASCII excludes control characters and DEL, but includes the space.
         if key.isascii() and key.isprintable() and " " not in key and len(key) <= self._room:

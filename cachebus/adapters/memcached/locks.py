@@ -1,12 +1,12 @@
 """Locks in Memcached: an item that only one client can add, and a counter for fencing tokens.
 
-    <namespace>:@<hash>     until|ticket|owner   exists while the lock is held; expires with the lease
-    <namespace>:@<hash>+    the last token, kept for a week
-    <namespace>:@<hash>-<hash of a ticket>   exists for a minute after the ticket was abandoned (empty) or released the lock
+    <namespace>:@<hash>                      until|ticket|owner: exists while the lock is held, expires with the lease
+    <namespace>:@<hash>+                     the last token, kept for a week
+    <namespace>:@<hash>-<hash of a ticket>   kept for a minute after the ticket was abandoned (empty) or has released
 
-The counter is incremented after the item was added, so a later holder has a larger token. If the counter is lost (evicted,
-`flush_all`, a restart), it restarts at the server's time in microseconds, which is larger than any earlier value. Memcached
-has no notifications and no queue. The manager keeps a queue for its process, and polls.
+The counter is incremented after the item was added, so a later holder has a larger token. If the counter is lost
+(evicted, `flush_all`, a restart), it restarts at the server's time in microseconds, which is larger than any earlier
+value. Memcached has no notifications and no queue. The manager keeps a queue for its process, and polls.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ TRIES = 100
 class MemcachedLockStore(MemcachedStore):
     """A `LockStore` in one or several Memcached servers. The name of a lock determines its server.
 
-    In the server, leases are rounded up to whole seconds, plus one. A holder that dies keeps the lock for that much longer.
+    In the server, leases are rounded up to whole seconds, plus one. A holder that dies keeps the lock for that much
+    longer.
     """
 
     poll: float | None = 0.02
@@ -135,7 +136,8 @@ class _Locks:
                 return LockDenied(holder.owner, self._left(holder))
         else:
             raise _contended()
-        # Increment after adding: a client that incremented first and added later would hold the lock with a smaller token.
+        # Increment after adding: a client that incremented first and added later would hold the lock with a smaller
+        # token.
         first = int(self.connection.now() * 1e6)
         token = _number((yield from ask(f"ma {item}+ N{RETAIN} J{first} D1 T{RETAIN} v c\r\n".encode())))
         if self.connection.now() - started >= request.ttl:
@@ -160,7 +162,8 @@ class _Locks:
         if request.abandon:
             yield from ask(store(ticket_item, b"", TICKET_SECONDS))
         elif request.token:
-            # Sent with the deletion, so it costs no round trip. It makes a repeated release succeed if the reply was lost.
+            # Sent with the deletion, so it costs no round trip. It makes a repeated release succeed if the reply was
+            # lost.
             note = store(ticket_item, BACK, TICKET_SECONDS)
         for _ in range(TRIES):
             holder = yield from self._read_holder(item)

@@ -1,9 +1,10 @@
-"""Reading a key before it is updated: its entry, its lease, the value that may be served, and the generations of its tags.
+"""Reading a key before it is updated: its entry, its lease, a stale value, and the generations of its tags.
 
-The lease of a key is stored under the key itself. So writing or removing the key, or clearing the namespace, revokes it.
+The lease of a key is stored under the key itself. So writing or removing the key, or clearing the namespace, revokes
+it.
 
-If the value is missing or expired, the lease is an entry with type tag `l`. Its expiry is always in the past, so readers
-find no value. It contains, as MessagePack:
+If the value is missing or expired, the lease is an entry with type tag `l`. Its expiry is always in the past, so
+readers find no value. It contains, as MessagePack:
 
     token       token of the lease: the requested name, a dot and a nonce
     deadline    end of the lease: Unix time of the server in seconds
@@ -13,11 +14,12 @@ find no value. It contains, as MessagePack:
     stale       the expired entry, unchanged, with its version; empty if there is none
     failed      the name of the last lease whose loader failed, and the name of the error; empty if there is none
 
-If the loader fails, its lease remains for `FAILURE_SHOWN` seconds with the deadline 0, so that waiters see the failure. If a
-live value is being refreshed, it stays in place, and its lease is a separate item with the version of that value.
+If the loader fails, its lease remains for `FAILURE_SHOWN` seconds with the deadline 0, so that waiters see the
+failure. If a live value is being refreshed, it stays in place, and its lease is a separate item with the version of
+that value.
 
-The deadline is relative to the server's clock, as each client estimates it. Only the number of loads depends on it. A value
-replaces exactly the item that was read, by its CAS token, so the holder of a lost lease stores nothing.
+The deadline is relative to the server's clock, as each client estimates it. Only the number of loads depends on it. A
+value replaces exactly the item that was read, by its CAS token, so the holder of a lost lease stores nothing.
 """
 
 from __future__ import annotations
@@ -126,8 +128,8 @@ class Lookup:
             return keyed
         refreshing = [item for item in items.values() if item.refresh]
         names = [*(item.tail for item in items.values()), *(item.refresh for item in refreshing)]
-        # The generation of all tags is read last. A load that stores a value with a tag that was not known at the grant must
-        # read it after the generation of that tag.
+        # The generation of all tags is read last. A load that stores a value with a tag that was not known at the
+        # grant must read it after the generation of that tag.
         made = [*tags, ALL_TAGS] if grants else list(tags)
         commands = [read(self.head + name) for name in names] + self.generations.making(self.head, made)
         answers = iter((yield from self.session.ask(commands)))

@@ -1,7 +1,7 @@
 """Translating requests to Memcached commands. A batch for one server takes as few round trips as its order allows.
 
-Consecutive requests of one kind form a run. Reads, plain writes and removals are sent together (`Direct`); all others use
-`update`.
+Consecutive requests of one kind form a run. Reads, plain writes and removals are sent together (`Direct`); all others
+use `update`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ All requests of a run advance together.
 def carry_out(values: Values, connection: Connection, batch: Sequence[Request[Any]]) -> Exchange[list[Reply]]:
     """Execute a batch. Errors are returned as replies.
 
-    Most batches consist of reads and plain writes only, and are sent directly from here. If the generation of the namespace
-    has changed, `plan` executes the batch again.
+    Most batches consist of reads and plain writes only, and are sent directly from here. If the generation of the
+    namespace has changed, `plan` executes the batch again.
     """
     if not (prepared := _prepare(connection, values, batch)):
         return (yield from plan(connection, values, batch))
@@ -92,8 +92,8 @@ def _prepare(
 ) -> tuple[bytes, int, list[tuple[int, bytes | None]]] | None:
     """Return the commands of a batch of reads and plain writes, or `None` for any other batch.
 
-    The result is the commands in one piece, their number, and for each request the index of its answer and the part of the
-    key that the entry stores (`None` for a write).
+    The result is the commands in one piece, their number, and for each request the index of its answer and the part
+    of the key that the entry stores (`None` for a write).
     """
     head, tail, tagged = connection.head, values.keys.tail, values.memory.names
     if not head or len(batch) > COUNT_PART:
@@ -226,7 +226,10 @@ class Direct:
             yield from self._together(steps)
 
     def _together(self, steps: dict[int, Step]) -> Exchange[None]:
-        """Send the commands of all steps together, repeatedly until all are done. Store the replies at their positions."""
+        """Send the commands of all steps together, repeatedly until all are done.
+
+        Store the replies at their positions.
+        """
         answers: dict[int, Any] = {}
         while True:
             commands: list[bytes] = []

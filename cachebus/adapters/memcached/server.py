@@ -216,10 +216,10 @@ class Result:
 
 
 class Server:
-    """A server and the turn at its connection. A caller takes the turn for one exchange; the end of the exchange returns it.
+    """A server and the turn at its connection. A caller takes the turn for one exchange, whose end returns it.
 
-    With `in_background`, a lost server is reconnected in a background task, and callers fail immediately until it is connected. So
-    it does not delay requests for the keys of other servers.
+    With `in_background`, a lost server is reconnected in a background task, and callers fail immediately until it is
+    connected. So it does not delay requests for the keys of other servers.
     """
 
     def __init__(self, endpoint: Endpoint, connector: Connector, *, in_background: bool) -> None:

@@ -2,13 +2,15 @@
 
 All commands of an exchange apply to the same generation of the namespace. If it changes, all of them are repeated.
 
-Each invalidation of a tag replaces its generation. An entry is valid while its tags still have the generations with which it
-was stored. Every server has its own generation of each tag, next to the entries that use it; they are read together and
-lost together. A generation consists of 96 random bits and is not a counter. If a generation is lost, it never returns, so
-entries stored under it stay invalid. An entry is also invalid if the generation of one of its tags is missing.
+Each invalidation of a tag replaces its generation. An entry is valid while its tags still have the generations with
+which it was stored. Every server has its own generation of each tag, next to the entries that use it; they are read
+together and lost together. A generation consists of 96 random bits and is not a counter. If a generation is lost, it
+never returns, so entries stored under it stay invalid. An entry is also invalid if the generation of one of its tags
+is missing.
 
-`ALL_TAGS` is an additional generation. An invalidation replaces it before the generations of its tags. So a load whose tags
-are not known at the start can check at its end if any tag was invalidated meanwhile. Decision 27 has the interleavings.
+`ALL_TAGS` is an additional generation. An invalidation replaces it before the generations of its tags. So a load
+whose tags are not known at the start can check at its end if any tag was invalidated meanwhile. Decision 27 has the
+interleavings.
 """
 
 from __future__ import annotations
@@ -25,8 +27,7 @@ from .errors import BACKEND, ProtocolError, lost
 from .keys import ALL_TAGS, Keys, is_generation, new_generation
 
 READ_PART = 32 * 1024
-"""Maximum size in bytes of read commands that are sent before their answers are read. The buffers of both sides hold as
-much in any case."""
+"""Maximum size in bytes of read commands that are sent before their answers are read. The buffers hold as much."""
 
 WRITE_PART = 8 << 20
 COUNT_PART = 1000
@@ -47,8 +48,8 @@ class Session:
     """The view that an exchange has of its connection.
 
     Each group of commands also reads the generation of the namespace, so checking it costs no round trip. If it has
-    changed, the commands applied to keys that are no longer read, and they are repeated. `writing` is true while commands
-    are in flight that must not be executed twice.
+    changed, the commands applied to keys that are no longer read, and they are repeated. `writing` is true while
+    commands are in flight that must not be executed twice.
     """
 
     connection: Connection
@@ -158,8 +159,8 @@ def fresh() -> bytes:
 class TagMemory:
     """A bounded memory of the tags that keys had when they were last read.
 
-    It allows the generations to be read in the same round trip as the value. If the tags have changed, that costs one more
-    round trip. `names` holds the item names of the generations by key.
+    It allows the generations to be read in the same round trip as the value. If the tags have changed, that costs one
+    more round trip. `names` holds the item names of the generations by key.
     """
 
     def __init__(self) -> None:
@@ -249,7 +250,10 @@ class Generations:
 
 
 def invalidate(session: Session, tags: Iterable[str]) -> Exchange[None]:
-    """Replace the generation of all tags, then those of the given tags. Missing ones stay missing. Raises `CacheError`."""
+    """Replace the generation of all tags, then those of the given tags.
+
+    Missing ones stay missing. Raises `CacheError`.
+    """
     names = (ALL_TAGS, *dict.fromkeys(map(session.keys.tag, tags)))
     while True:
         head = yield from session.head()

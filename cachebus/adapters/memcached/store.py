@@ -48,9 +48,9 @@ Share = list[tuple[int, Request[Any]]]
 class MemcachedStore:
     """A `PipelinedStore` on one or several Memcached servers, version 1.6.10 or newer. Works on asyncio and on trio.
 
-    Each server has one batch in flight; a batch for several servers is sent to all of them at once. Keys are distributed by
-    rendezvous hashing, so adding, removing or losing a server only affects its own keys. Every server has its own
-    generation of the namespace and of each tag. Times to live are rounded up to whole seconds.
+    Each server has one batch in flight; a batch for several servers is sent to all of them at once. Keys are
+    distributed by rendezvous hashing, so adding, removing or losing a server only affects its own keys. Every server
+    has its own generation of the namespace and of each tag. Times to live are rounded up to whole seconds.
     """
 
     name = BACKEND
@@ -156,7 +156,10 @@ class MemcachedStore:
         return join
 
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
-        """Send a batch, and wait for connections if necessary. Raises `CacheConnectionError` if nothing could be sent."""
+        """Send a batch, and wait for connections if necessary.
+
+        Raises `CacheConnectionError` if nothing could be sent.
+        """
         if not self._servers:
             raise CacheConnectionError("the store is not open", BACKEND)
         if (server := self._only) is not None:

@@ -1,4 +1,4 @@
-"""Entries of values, and the commands that store them. A value above the server's limit is stored in chunks, with a manifest:
+"""Entries of values, and the commands that store them. Large values are stored in chunks, with a manifest:
 
     1 byte    type tag  of the value: B or M
     16 bytes  id        random, one per write
@@ -6,9 +6,9 @@
     8 bytes   size      size of the value, big-endian
     16 bytes  digest    BLAKE2b of the value
 
-A chunk consists of the id, its number (4 bytes, big-endian), and a part of the value. Its item name contains the id, so a
-reader never combines the parts of two writes. If a chunk is missing or does not match the manifest, the value is a miss.
-When a value is overwritten, its old chunks stay until they expire or the server needs the memory.
+A chunk consists of the id, its number (4 bytes, big-endian), and a part of the value. Its item name contains the id,
+so a reader never combines the parts of two writes. If a chunk is missing or does not match the manifest, the value is
+a miss. When a value is overwritten, its old chunks stay until they expire or the server needs the memory.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ class Values:
         return 0.0 if seconds is None else now + math.ceil(time_to_live(seconds))
 
     def plain(self, connection: Connection, head: str, request: Set) -> bytes | None:
-        """Return the command for a write without tags or conditions, or `None` if it needs several. Raises `CacheError`."""
+        """Return the command for a write without tags or conditions, or `None` if it needs several.
+
+        Raises `CacheError`.
+        """
         tail, kept = self.keys.tail(request.key)
         # `encode_form` and `expiry` are inlined to save two calls.
         value, now = request.value, connection.now()
@@ -168,7 +171,10 @@ def chunk_reads(head: str, entry: Entry) -> list[bytes]:
 
 
 def joined(entry: Entry, answers: Sequence[Answer]) -> Content | None:
-    """Return the content of an entry from its chunks, if it has any, or `None` if they do not match. Raises `CacheError`."""
+    """Return the content of an entry from its chunks, if it has any, or `None` if they do not match.
+
+    Raises `CacheError`.
+    """
     if entry.form != CHUNKED:
         return entry.form, entry.body
     if (error := first_error(answers)) is not None:

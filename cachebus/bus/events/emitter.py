@@ -49,8 +49,8 @@ def origin() -> str:
 class Emitter:
     """A source of events. It numbers its events within an epoch, so that listeners can detect gaps.
 
-    Check `subscriptions.kinds` before you build an event, or let `emit` build it. If an event has no listeners, it is not
-    built. Events that sampling leaves out are not numbered, so they do not appear as gaps.
+    Check `subscriptions.kinds` before you build an event, or let `emit` build it. If an event has no listeners, it is
+    not built. Events that sampling leaves out are not numbered, so they do not appear as gaps.
     """
 
     __slots__ = ("_bus", "_sampled", "_sequence", "backend", "epoch", "subscriptions")

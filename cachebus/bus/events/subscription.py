@@ -46,9 +46,9 @@ class Subscription:
     subscription or its bus is closed. At most `capacity` events are queued. Further events are dropped and counted in
     `dropped`.
 
-    With `local`, events of other processes are left out. `redact` is applied to events of this process when the listener
-    takes them, so that the listener bears the cost; events of other processes arrive redacted. `on_taken` is called after
-    each event is taken.
+    With `local`, events of other processes are left out. `redact` is applied to events of this process when the
+    listener takes them, so that the listener bears the cost; events of other processes arrive redacted. `on_taken` is
+    called after each event is taken.
     """
 
     def __init__(
@@ -174,7 +174,8 @@ class SubscriptionRegistry:
         """Call `watcher` now and whenever `kinds` changes."""
         with self._guard:
             self._watchers = (*self._watchers, watcher)
-            watcher()  # While the lock is held, so that a concurrent subscriber cannot call it with a newer state first.
+            # While the lock is held, so that a concurrent subscriber cannot call it with a newer state first.
+            watcher()
 
     def unwatch(self, watcher: Callable[[], None]) -> None:
         """Stop calling `watcher`. Does nothing if it is not registered."""
@@ -247,9 +248,9 @@ class SubscriptionRegistry:
 def event_kinds(what: tuple[EventKind | str, ...]) -> frozenset[EventKind]:
     """Return the kinds of events that `what` selects.
 
-    `what` contains event classes, which include their subclasses, or globs over the part of the wire name after `event.`.
-    If it is empty, all kinds are selected. Heartbeats are only included if they are named explicitly. Raises
-    `ValueError` if a name matches no kind.
+    `what` contains event classes, which include their subclasses, or globs over the part of the wire name after
+    `event.`. If it is empty, all kinds are selected. Heartbeats are only included if they are named explicitly.
+    Raises `ValueError` if a name matches no kind.
     """
     known = {name.removeprefix("event."): kind for name, kind in WIRE_NAMES.items() if issubclass(kind, Event)}
     chosen: set[EventKind] = set()
@@ -341,7 +342,8 @@ def shares(sample: Mapping[str, float]) -> dict[EventKind, float]:
     for kind in sorted(found, key=lambda each: each.WIRE_NAME):
         if kind in UNSAMPLED and found[kind] < 1:
             raise ValueError(
-                f"{kind.WIRE_NAME.removeprefix('event.')} cannot be sampled: listeners with copies of values need every one"
+                f"{kind.WIRE_NAME.removeprefix('event.')} cannot be sampled: "
+                "listeners that keep copies of values need every event"
             )
     return {kind: share for kind, share in found.items() if share < 1}
 

@@ -30,8 +30,8 @@ _PARAMETERS = {
 }
 
 _VALUE = {
-    "description": "The cached value: null, a boolean, a number, a string, an array or an object. Bytes are represented by "
-    'an object whose only key is "$base64". Integers have at most 64 bits.',
+    "description": "The cached value: null, a boolean, a number, a string, an array or an object. Bytes are "
+    'represented by an object whose only key is "$base64". Integers have at most 64 bits.',
     "examples": [{"name": "Ada"}, {"$base64": "AAEC"}, 1],
 }
 """The schema of a value: any JSON."""
@@ -74,8 +74,9 @@ def document(version: str) -> Schema:
         "info": {
             "title": "cachebus worker",
             "version": version,
-            "description": "A worker answers cache requests and publishes cache events over NATS. A body is one message as "
-            "JSON, or an array of requests, which is answered by an array. MessagePack is the alternative content type.",
+            "description": "A worker answers cache requests and publishes cache events over NATS. A body is one "
+            "message as JSON, or an array of requests, which is answered by an array. MessagePack is the alternative "
+            "content type.",
             "license": {"name": "Apache-2.0"},
         },
         "defaultContentType": JSON,

@@ -51,7 +51,7 @@ GROUP = "q"  # Queue group of the processes that share an address. It is the def
 
 
 class NatsBus(LocalBus):
-    """A `Bus` that connects processes over NATS. An asynchronous context manager, bound to the asyncio loop that opens it.
+    """A `Bus` that connects processes over NATS. An asynchronous context manager, bound to one asyncio loop.
 
     Requests may come from any thread and event loop, including trio. If the connection is lost, requests to other
     processes fail immediately with `CacheConnectionError`, and so do those in flight. The bus reconnects automatically.
@@ -120,7 +120,7 @@ class NatsBus(LocalBus):
         self.subscriptions.want_elsewhere(self._kinds)
 
     async def aclose(self, grace: float = 5.0) -> None:
-        """Stop accepting requests, answer those in flight within `grace` seconds, send queued events, and disconnect."""
+        """Stop accepting requests, answer those in flight within `grace` seconds, send queued events, and close."""
         for address in list(self._serving):
             await self.retire(Address(address))
         if self._micro is not None:
@@ -257,7 +257,10 @@ class NatsBus(LocalBus):
         task.add_done_callback(self._tasks.discard)
 
     def _beat(self) -> None:
-        """Publish the last event numbers in a heartbeat, so that listeners detect lost events. Skipped if none was sent."""
+        """Publish the last event numbers in a heartbeat, so that listeners detect lost events.
+
+        Skipped if none was sent.
+        """
         outbox, interval, last = self._outbox, self.options.heartbeat, self._outbox.numbers()
         if interval is None or not last or not self.connection.up:
             return
@@ -293,9 +296,9 @@ class Claim:
         a claimant with a lower number objects              the claimant gives up
         a claimant receives a claim with a lower number     it gives up without an objection
 
-    A claimant subscribes before it publishes. So at least one of two claimants receives the other's claim, and both decide
-    by the same rule. After a reconnect, holders publish their claims again, because both sides of a network partition may
-    have a holder. The one with the higher number then retires.
+    A claimant subscribes before it publishes. So at least one of two claimants receives the other's claim, and both
+    decide by the same rule. After a reconnect, holders publish their claims again, because both sides of a network
+    partition may have a holder. The one with the higher number then retires.
     """
 
     def __init__(self, address: str, subject: str, connection: NatsConnection, on_lost: Callable[[], None]) -> None:
@@ -310,7 +313,10 @@ class Claim:
         self._objection: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def make(self) -> None:
-        """Claim the address. Raises `AddressInUse` with its holder, or `CacheConnectionError` if the connection is down."""
+        """Claim the address.
+
+        Raises `AddressInUse` with its holder, or `CacheConnectionError` if the connection is down.
+        """
         self._listener = await self._connection.listen(self._subject, self._on_message)
         try:
             await self._connection.flush()

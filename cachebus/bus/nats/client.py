@@ -1,8 +1,8 @@
-"""Creating the nats-py client of one connection. It never logs secrets, and never continues without TLS if `tls` is set.
+"""Creating the nats-py client of one connection. It never logs secrets, and always uses TLS if `tls` is set.
 
 The reconnect feature of nats-py is disabled, for two reasons. It would buffer unsent messages and send them after the
-reconnect, when their budgets are spent and a late `Set` may restore a value that was deleted meanwhile. It also closes for
-good on most errors that a server can report. So a client is used until it is closed, and then replaced.
+reconnect, when their budgets are spent and a late `Set` may restore a value that was deleted meanwhile. It also
+closes for good on most errors that a server can report. So a client is used until it is closed, and then replaced.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ async def connect(
 ) -> CompatClient:
     """Return a client that is connected to one of the servers. The servers are tried in random order.
 
-    `on_error` is called for later errors, and `on_end` when the client may have been closed. Raises `CacheConnectionError`
-    with the error of each server. Raises `CacheConfigurationError` if a file cannot be used, or if every server failed
-    with an error that another attempt will not fix, such as a wrong password.
+    `on_error` is called for later errors, and `on_end` when the client may have been closed. Raises
+    `CacheConnectionError` with the error of each server. Raises `CacheConfigurationError` if a file cannot be used,
+    or if every server failed with an error that another attempt will not fix, such as a wrong password.
     """
     secrets = await asyncio.to_thread(_secrets, options)
     reasons: list[str] = []

@@ -1,8 +1,9 @@
 """The private parts of nats-py that this package uses.
 
-nats-py passes each message through a queue and a separate task, and always parses its headers. That is half of the cost of
-a message. `CompatClient` parses the protocol itself: it passes the messages of one read to their listeners in order, and
-writes frames directly to the transport. nats-py does everything else, such as authentication, TLS, errors and JetStream.
+nats-py passes each message through a queue and a separate task, and always parses its headers. That is half of the
+cost of a message. `CompatClient` parses the protocol itself: it passes the messages of one read to their listeners in
+order, and writes frames directly to the transport. nats-py does everything else, such as authentication, TLS, errors
+and JetStream.
 
 nats-py may change these names in any release, so untested releases are rejected.
 """
@@ -44,7 +45,8 @@ def check_release(installed: str | None = None) -> None:
             installed = "none"
     if ".".join(installed.split(".")[:2]) not in TESTED:
         raise CacheConfigurationError(
-            f"nats-py {installed} is installed; cachebus was tested with {', '.join(TESTED)} (pip install 'cachebus[nats]')"
+            f"nats-py {installed} is installed, but cachebus was tested with {', '.join(TESTED)} "
+            "(pip install 'cachebus[nats]')"
         )
 
 
@@ -207,8 +209,8 @@ class CompatClient(Client):
         await super()._process_info(info, initial_connection)
 
     async def _process_pong(self) -> None:
-        # A flush that was cancelled or timed out leaves its future in the queue. nats-py would set its result, fail, and
-        # stop reading from the connection.
+        # A flush that was cancelled or timed out leaves its future in the queue. nats-py would set its result, fail,
+        # and stop reading from the connection.
         pongs = cast("list[asyncio.Future[Any]]", self._pongs)  # type: ignore[redundant-cast]
         if pongs:
             first = pongs[0]

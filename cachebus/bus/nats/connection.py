@@ -38,8 +38,8 @@ _ERRORS = (nats.errors.Error, OSError, TimeoutError)
 class NatsConnection:
     """A NATS connection that reconnects when it is lost. Bound to one asyncio loop.
 
-    `on_lost` is called when the connection is lost, `on_back` when it is re-established and all listeners are subscribed
-    again.
+    `on_lost` is called when the connection is lost, `on_back` when it is re-established and all listeners are
+    subscribed again.
     """
 
     def __init__(
@@ -79,7 +79,10 @@ class NatsConnection:
 
     @property
     def proven(self) -> float:
-        """The send time of the last answered ping. The server has sent all later messages after it. See `watch_link`."""
+        """The send time of the last answered ping.
+
+        The server has sent all later messages after it. See `watch_link`.
+        """
         return self._client.proven if self._client is not None else self.now()
 
     def watch_link(self) -> None:
@@ -263,11 +266,12 @@ class MessageAges:
 
     It uses two sources, because neither is sufficient alone (see decision 42 for measurements):
 
-    * **Delays.** A message carries its send time on the sender's clock. The difference to the time of arrival is the delay
-      plus the offset between the two clocks. The smallest recent difference is taken as that of a message without delay.
-      The age of any other message is the excess over it. A new sender has no smallest difference yet.
-    * **Pings.** Messages that arrive after the answer to a ping were sent after that ping. If a process was suspended, or
-      if bytes are held back on the way from the server, the last answered ping is old, and the message may be old too.
+    * **Delays.** A message carries its send time on the sender's clock. The difference to the time of arrival is the
+      delay plus the offset between the two clocks. The smallest recent difference is taken as that of a message
+      without delay. The age of any other message is the excess over it. A new sender has no smallest difference yet.
+    * **Pings.** Messages that arrive after the answer to a ping were sent after that ping. If a process was
+      suspended, or if bytes are held back on the way from the server, the last answered ping is old, and the message
+      may be old too.
 
     The number of senders is bounded. Not thread-safe.
     """
@@ -302,8 +306,8 @@ class MessageAges:
         excess = difference - known.smallest
         if excess < 0.0:
             known.smallest, excess = difference, 0.0
-        # Replace the smallest difference if `_WINDOW` seconds of messages had none as small. Delayed messages and periods
-        # of silence do not count.
+        # Replace the smallest difference if `_WINDOW` seconds of messages had none as small. Delayed messages and
+        # periods of silence do not count.
         if link > 0.0 or now - known.last_seen > _WINDOW:
             known.recent, known.since = difference, now
         elif difference < known.recent:
@@ -316,7 +320,10 @@ class MessageAges:
 
 
 def age_clock(clock: Clock) -> Callable[[], float]:
-    """Return the clock for message ages. It includes the time that the machine is suspended, if the platform has one."""
+    """Return the clock for message ages.
+
+    It includes the time that the machine is suspended, if the platform has one.
+    """
     if clock is SYSTEM_CLOCK and hasattr(time, "CLOCK_BOOTTIME"):
         return partial(time.clock_gettime, time.CLOCK_BOOTTIME)
     return clock.monotonic

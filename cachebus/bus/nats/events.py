@@ -1,9 +1,9 @@
 """Events over NATS: publishing those of this process, and receiving those of other processes.
 
-Outgoing events are numbered by subject, that is by kind and backend. In the copy that is sent, `epoch` is the time at which
-this bus was opened, and `seq` counts from 1. So a listener to any selection of kinds can detect that an event is missing.
-An event that is dropped here also uses up a number. If incoming events have a gap, or if the connection was down, the
-listeners of this process get `EventsMissed`.
+Outgoing events are numbered by subject, that is by kind and backend. In the copy that is sent, `epoch` is the time at
+which this bus was opened, and `seq` counts from 1. So a listener to any selection of kinds can detect that an event
+is missing. An event that is dropped here also uses up a number. If incoming events have a gap, or if the connection
+was down, the listeners of this process get `EventsMissed`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ class Outbox:
             self._counters.events_dropped += 1  # The loop is closed.
 
     def numbers(self) -> dict[str, int]:
-        """Return the last number by subject suffix (kind and backend), including dropped events. Call it on the loop."""
+        """Return the last number by subject suffix (kind and backend), including dropped events.
+
+        Call it on the loop.
+        """
         with self._guard:
             skipped, self._skipped = self._skipped, Counter()
         for (kind, backend), count in skipped.items():
@@ -287,7 +290,8 @@ class EventListener:
             await self._connection.leave(self._listeners.pop(kind))
         if fresh:
             # Until the server knows of the subscription, a heartbeat may count events that were not sent here. If the
-            # connection is down, all kinds are subscribed again after the reconnect, and `EventsMissed` is reported anyway.
+            # connection is down, all kinds are subscribed again after the reconnect, and `EventsMissed` is reported
+            # anyway.
             with suppress(CacheConnectionError):
                 await self._connection.flush()
             self._gaps.set_subscribed(frozenset(self._listeners))
@@ -318,9 +322,9 @@ class EventListener:
 class GapDetector:
     """Reports events of other processes that did not arrive. Bound to one loop.
 
-    The number of an event reveals that earlier ones were lost. The last event before a pause has no successor, so a bus
-    that has sent events publishes its last numbers periodically, in heartbeats. Events and heartbeats arrive in the order
-    in which they were sent.
+    The number of an event reveals that earlier ones were lost. The last event before a pause has no successor, so a
+    bus that has sent events publishes its last numbers periodically, in heartbeats. Events and heartbeats arrive in
+    the order in which they were sent.
     """
 
     def __init__(self, subjects: Subjects, emitter: Emitter, counters: NatsCounters) -> None:

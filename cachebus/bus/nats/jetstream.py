@@ -1,7 +1,7 @@
 """Replaying past events from a JetStream stream, for subscriptions with `since`.
 
-A replay reads only from the stream, even after it has caught up. So there is no switch to live events at which one could be
-duplicated or lost. It reads no more than its subscription can hold, so a slow listener loses no events.
+A replay reads only from the stream, even after it has caught up. So there is no switch to live events at which one
+could be duplicated or lost. It reads no more than its subscription can hold, so a slow listener loses no events.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ class Replay:
         subscription = self.subscription
         while len(subscription) >= subscription.capacity:
             self._room.clear()
-            # Set the flag before checking again: an event taken in between either wakes this task or is seen by the check.
+            # Set the flag before checking again: an event taken in between either wakes this task or is seen by the
+            # check.
             self._full = True
             if len(subscription) >= subscription.capacity:
                 await self._room.wait()

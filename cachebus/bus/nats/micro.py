@@ -1,7 +1,8 @@
-"""NATS micro services: each worker answers `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS` (NATS ADR-32). `discover` queries them.
+"""NATS micro services (ADR-32): workers answer `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS`; `discover` queries them.
 
-The `micro` module of nats-py does not fit: it is bound to one client and receives the requests itself. Here, clients are
-replaced after a disconnect and `bus/nats/responder.py` receives the requests. So this module uses plain subscriptions.
+The `micro` module of nats-py does not fit: it is bound to one client and receives the requests itself. Here, clients
+are replaced after a disconnect and `bus/nats/responder.py` receives the requests. So this module uses plain
+subscriptions.
 """
 
 from __future__ import annotations

@@ -318,7 +318,7 @@ async def test_a_fork_and_an_exit_without_a_close_are_as_safe_as_ever(
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_on_trio_a_cache_over_nats_says_what_it_needs(nats_server: Server) -> None:
-    with pytest.raises(CacheConfigurationError, match="opened on asyncio"):
+    with pytest.raises(CacheConfigurationError, match="requires asyncio"):
         async with open_cache("bus:primary", bus=nats_server.url):
             pass
 
