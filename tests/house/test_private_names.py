@@ -103,5 +103,5 @@ def test_a_release_of_nats_py_that_was_not_tested_is_refused_with_both_versions(
     for release in TESTED:
         check_release(f"{release}.99")
     for release in ("1.9.0", "2.9.1", "3.0.0", "none", ""):
-        with pytest.raises(CacheConfigurationError, match=f"nats-py {release} is installed; .* {TESTED[0]}, "):
+        with pytest.raises(CacheConfigurationError, match=f"nats-py {release} is installed, but .* {TESTED[0]}, "):
             check_release(release)
