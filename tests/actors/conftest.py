@@ -1,4 +1,4 @@
-"""A bus and a supervisor for each test, with inline turns on and off."""
+"""Fixtures: a bus and a supervisor for each test, with inline turns on and off."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLERK = Address("test.clerk")
 
 @pytest.fixture(params=[True, False], ids=["inline", "mailbox"])
 def inline_turns(request: pytest.FixtureRequest) -> bool:
-    """Whether plain turns may run on the caller's stack: the results are the same."""
+    """Return `True` if plain turns may run on the caller's stack. The results must be the same."""
     return bool(request.param)
 
 

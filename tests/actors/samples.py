@@ -1,4 +1,4 @@
-"""Small actors for tests, with messages of their own."""
+"""Small actors for tests, and their messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Plain(Request[Number], frozen=True, tag="test.plain"):
 
 
 class Again(Request[Number], frozen=True, tag="test.again"):
-    """Idempotent."""
+    """Idempotent request."""
 
     value: int = 0
     IDEMPOTENT: ClassVar[bool] = True
@@ -33,7 +33,7 @@ class Slow(Request[Number], frozen=True, tag="test.slow"):
 
 
 class Drop(Request[Number], frozen=True, tag="test.drop"):
-    """Invalidates."""
+    """Invalidating request."""
 
     value: int = 0
     INVALIDATES: ClassVar[bool] = True
@@ -69,11 +69,11 @@ class Batched(Request[Number], frozen=True, tag="test.batched"):
 
 
 class Strange(Request[Number], frozen=True, tag="test.strange"):
-    """Nobody handles it."""
+    """Request without a handler."""
 
 
 class Desk:
-    """What a test and the lives of its actor share."""
+    """State shared by a test and the incarnations of its actor."""
 
     def __init__(self) -> None:
         self.lives = 0
@@ -86,15 +86,15 @@ class Desk:
         self._inside = threading.Lock()
 
     def turn(self) -> threading.Lock:
-        """Held during a turn; a turn that finds it held overlaps another."""
+        """Return a lock that is held during a turn. A turn that finds it held overlaps another turn."""
         if not self._inside.acquire(blocking=False):
             self.overlaps += 1
-            raise AssertionError("two turns at once")
+            raise AssertionError("two turns overlap")
         return self._inside
 
 
 class Clerk(Actor):
-    """Does a bit of everything."""
+    """Actor with handlers of all kinds."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
@@ -152,7 +152,7 @@ class Clerk(Actor):
 
 
 class Porter(Actor):
-    """Takes batches."""
+    """Actor with batch handlers."""
 
     max_batch = 4
     max_batch_bytes = 1000

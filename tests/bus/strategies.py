@@ -23,7 +23,7 @@ def floats(content_type: str) -> st.SearchStrategy[float]:
 
 
 def values(content_type: str) -> st.SearchStrategy[Any]:
-    """Whatever an `Any` field may hold. NaN is left to a test of its own, because it equals nothing."""
+    """Values of an `Any` field. NaN has a separate test, because it does not equal itself."""
     leaves: st.SearchStrategy[Any] = st.one_of(
         st.none(), st.booleans(), INTS, floats(content_type), st.text(max_size=8), st.binary(max_size=8)
     )
@@ -70,4 +70,4 @@ def _field(hint: Any, content_type: str) -> st.SearchStrategy[Any]:
         return st.dictionaries(NAMES, _field(args[1], content_type), max_size=3)
     if origin in (typing.Union, types.UnionType):
         return st.one_of([_field(each, content_type) for each in args])
-    raise TypeError(f"no strategy makes a {hint}; add one to {__name__}")
+    raise TypeError(f"no strategy generates {hint}; add one to {__name__}")

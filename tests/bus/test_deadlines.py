@@ -1,4 +1,4 @@
-"""Deadlines: never early, late by one tick at most, one timer for many, and no limit on how far off."""
+"""Deadlines: never early, at most one tick late, one timer for many, and no upper limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cachebus.bus.clock import TICKS, Deadlines, running_deadlines
 
 
 class FakeLoop:
-    """The clock and the timers of a loop, moved by hand."""
+    """Clock and timers of a loop, advanced manually."""
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now
@@ -40,7 +40,7 @@ class FakeLoop:
 
 
 class Waiter:
-    """Notes what it was answered, and when."""
+    """Port that records its answers and their times."""
 
     def __init__(self, loop: FakeLoop) -> None:
         self.loop = loop

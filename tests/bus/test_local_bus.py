@@ -1,4 +1,4 @@
-"""The in-process bus: who answers, what is refused, and that nobody starves."""
+"""The in-process bus: routing, refusals and fairness."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ T = 20.0
 
 
 class Echo(Actor):
-    """Answers `Get` with its key; calls `nested` within the turn, if there is one."""
+    """Actor that answers `Get` with its key. It calls `nested` within the turn, if set."""
 
     nested: Any = None
 
@@ -50,7 +50,7 @@ class Echo(Actor):
 
 
 class Patient(Actor):
-    """Answers in its own task."""
+    """Actor that answers in its own task."""
 
     async def on_get(self, request: Get) -> Reply:
         await anyio.lowlevel.checkpoint()
@@ -219,7 +219,7 @@ async def test_a_bus_says_in_its_repr_whom_it_serves(bus: LocalBus, supervisor: 
 
 
 class Fragile(Echo):
-    """Plain handlers only, one of which crashes."""
+    """Actor with only plain handlers, one of which crashes."""
 
     def on_delete(self, request: Delete) -> Deleted:
         raise RuntimeError("a bug")
@@ -235,7 +235,7 @@ async def test_a_blocking_caller_in_a_loop_whose_request_crashes_a_plain_actor_i
     with pytest.raises(ActorFailed, match="RuntimeError"):
         bus.request_blocking(PLACE, Increment("k"), T)
     assert await bus.request(PLACE, Get("k"), T) == Found("k")
-    # An idempotent one waits for the next life, which cannot begin while its loop is blocked.
+    # An idempotent request waits for the next incarnation, which cannot begin while its loop is blocked.
     with pytest.raises(CacheError, match="would block the event loop"):
         bus.request_blocking(PLACE, Delete("k"), T)
     assert await bus.request(PLACE, Get("k"), T) == Found("k")
@@ -284,7 +284,7 @@ async def test_a_blocking_caller_serves_others_no_longer_than_until_its_own_turn
     bus: LocalBus, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Prolific(Actor):
-        """Each of its turns is followed by another one, sent meanwhile."""
+        """Actor that sends itself another message in each turn."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -301,11 +301,13 @@ async def test_a_blocking_caller_serves_others_no_longer_than_until_its_own_turn
 
     prolific = Prolific()
     cell = await supervisor.start(PLACE, lambda: prolific)
-    monkeypatch.setattr(TurnToken, "claim", lambda self: None)  # It would see that no turn is under way.
+    monkeypatch.setattr(
+        TurnToken, "claim", lambda self: None
+    )  # Otherwise the claim would find that no turn is running.
 
     def ask() -> int:
         token = cell._turn.free.pop()
-        bus.send(PLACE, Increment("k"))  # Waits in the mailbox, because somebody has the turn.
+        bus.send(PLACE, Increment("k"))  # Waits in the mailbox, because the turn is taken.
         cell._turn.free.append(token)
         assert bus.request_blocking(PLACE, Get("k"), T) == Found("k")
         return prolific.turns_of[threading.get_ident()]

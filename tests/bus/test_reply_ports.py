@@ -1,4 +1,4 @@
-"""Reply ports: one answer, from anywhere, by the deadline."""
+"""Reply ports: one answer, from any thread, by the deadline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work beside whoever starts it: its first step is taken at once, in the name of the task that goes on with it."""
+"""`spawn`: the first step runs at once, in the name of the task that continues the work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", defau
 
 
 class Ends:
-    """Counts how often it is called, and can be awaited."""
+    """Callback that counts its calls, and can be awaited."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -62,7 +62,7 @@ def test_the_current_task_and_the_context_are_the_same_before_and_after_waiting(
 
         async def work() -> None:
             variable.set("inside")
-            # Each of these looks for the current task when it begins, and again when it ends.
+            # Each of these reads the current task when it begins, and again when it ends.
             async with asyncio.timeout(30), asyncio.TaskGroup() as group:
                 with anyio.fail_after(30):
                     async with anyio.create_task_group() as other:
@@ -93,7 +93,7 @@ def test_it_can_be_cancelled_and_cleans_up(steps: int) -> None:
             try:
                 await never
             except asyncio.CancelledError as error:
-                await asyncio.sleep(0)  # It may still wait.
+                await asyncio.sleep(0)  # Waiting is still possible after a cancellation.
                 caught.append(error)
                 raise
 
@@ -103,7 +103,7 @@ def test_it_can_be_cancelled_and_cleans_up(steps: int) -> None:
         cancel()
         await ended.event.wait()
         assert len(caught) == 1
-        assert never.cancelled(), "what it waited for is cancelled too"
+        assert never.cancelled(), "the awaited future must be cancelled too"
         assert ended.times == 1
 
     in_asyncio(test)

@@ -1,4 +1,4 @@
-"""The timer queue against a dictionary that is sorted on each look."""
+"""The timer queue against a model: a dictionary that is sorted for each query."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ INSTANTS = st.integers(0, 20).map(float)
 
 
 class Queue(RuleBasedStateMachine):
-    """What is set, moved, discarded and taken out, in any order."""
+    """Keys are set, moved, discarded and taken out, in any order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.queue: TimerQueue[int] = TimerQueue()
         self.model: dict[int, float] = {}
-        self.noticed = math.inf  # Until when whoever sweeps the queue believes that it may sleep.
+        self.noticed = math.inf  # Time until which the sweeper assumes that it may sleep.
 
     def set_in_model(self, key: int, when: float, first: bool) -> None:
         self.model[key] = when
         if first:
             self.noticed = min(self.noticed, when)
-        assert self.noticed <= min(self.model.values()), "it was not said that something is due earlier"
+        assert self.noticed <= min(self.model.values()), "`set` did not report an earlier key"
 
     @rule(key=KEYS, when=INSTANTS)
     def set(self, key: int, when: float) -> None:

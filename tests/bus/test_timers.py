@@ -1,4 +1,4 @@
-"""Timers: one queue for each event loop, armed from any thread, and nothing that a callback does ends it."""
+"""Timers: one queue for each event loop, armed from any thread. No callback can end it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..clock import ManualClock
 pytestmark = pytest.mark.anyio
 
 T = 30.0
-"""Seconds that nothing here takes."""
+"""Timeout in seconds that no test reaches."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ async def timers(clock: ManualClock) -> AsyncIterator[LoopTimers]:
 
 @pytest.fixture(params=["system", "manual"])
 async def either(request: pytest.FixtureRequest, clock: ManualClock) -> AsyncIterator[LoopTimers]:
-    """Timers of both clocks: asyncio's own timer serves one of them, a task the other."""
+    """Return timers of both clocks: one uses asyncio's own timer, the other a task."""
     timers = running_timers(SYSTEM_CLOCK if request.param == "system" else clock)
     yield timers
     timers.close()
@@ -152,7 +152,7 @@ async def test_a_timer_is_armed_and_cancelled_from_any_thread(either: LoopTimers
 
     def arm() -> None:
         either.call_after(3600.0, lambda: called.append("never"))
-        # It may be called before it is cancelled, if this thread is held up, but not afterwards.
+        # If this thread is delayed, the callback may run before the cancellation, but not after it.
         timer = either.call_after(0.05, lambda: called.append("cancelled") if cancelled.is_set() else None)
         timer.cancel()
         cancelled.set()
@@ -187,7 +187,7 @@ async def test_thousands_of_timers_from_many_threads_each_come_once(either: Loop
         while not kept <= set(called):
             clock.advance(0.01)
             await checkpoint()
-    # One that was due at once may have been called back before it was cancelled.
+    # A timer that was due at once may have run before its cancellation.
     assert len(called) == len(set(called))
     assert len(either) == 0
 
@@ -355,7 +355,7 @@ def test_an_instant_that_is_no_number_is_refused() -> None:
 async def test_a_finalizer_may_arm_and_cancel_in_the_middle_of_everything(
     timers: LoopTimers, clock: ManualClock, what: str
 ) -> None:
-    """A finalizer runs before each line of the queue's own code, once, on the loop's thread."""
+    """Run a finalizer once before each line of the queue's code, on the loop's thread."""
     from cachebus.bus import timers as module
 
     files = {module.__file__}

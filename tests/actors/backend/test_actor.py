@@ -1,4 +1,4 @@
-"""The actor before a store, without a bus: what it hands on, counts and tells."""
+"""The backend actor without a bus: forwarded requests, counters and events."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Recorder(RecordingContext):
-    """A recording context with a clock to move, of an actor that was restarted twice and turned three away."""
+    """Recording context with a manual clock, for an actor with two restarts and three refused messages."""
 
     clock: ManualClock
 
@@ -69,7 +69,7 @@ class Recorder(RecordingContext):
 
 
 class ScriptedStore:
-    """A batch store that gives the replies that the test wrote down."""
+    """Batch store that returns the replies given by the test."""
 
     name = "scripted"
     capabilities = Capabilities(patterns=True, max_key_bytes=250)

@@ -1,4 +1,4 @@
-"""Batches: what came in meanwhile, in order, within the actor's own bounds, and answered one by one."""
+"""Batches: messages that arrived during a turn, in order, within the actor's bounds, answered individually."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = 20.0
 
 
 class Carrier(Actor):
-    """Takes two kinds of messages in one batch, and another kind in one of its own."""
+    """Actor with a batch handler for two kinds of messages, and another for a third kind."""
 
     def __init__(self, desk: Desk, seen: list[list[Any]]) -> None:
         self.desk = desk
@@ -71,7 +71,7 @@ async def supervisor(bus: LocalBus, inline_turns: bool) -> AsyncIterator[Supervi
 
 
 async def queue(bus: LocalBus, desk: Desk, first: Any, *following: Any) -> list[Any]:
-    """Ask for `first`, and while its turn is under way for the rest. The answers, in the order of the questions."""
+    """Send `first`, and during its turn the other messages. Return the answers in the order of the messages."""
     answers: dict[int, list[Any]] = {}
     async with anyio.create_task_group() as group:
         for number, message in enumerate((first, *following)):
@@ -157,7 +157,7 @@ async def test_a_batch_that_crashes_twice_is_answered_and_its_order_is_kept(
 
     desk.crashes_left = 2
     answers = await queue(bus, desk, asked_first, *rest)
-    # The first batch, of one, crashes; then all together. What was in the first has crashed twice.
+    # The first batch, of one message, crashes, then the joint batch. The first message has crashed twice.
     assert [type(answer) for answer in answers] == [ActorFailed, ActorFailed, Missing, Missing]
     assert seen == [[Get("0")], asked, [Get("2"), Get("3")]]
     assert desk.lives == 3

@@ -20,7 +20,7 @@ make: Any = BreakerPolicy
 
 
 class Circuit:
-    """A breaker, its clock, and what it told."""
+    """Breaker with its clock and its recorded transitions."""
 
     def __init__(self, **policy: Any) -> None:
         self.clock: Any = ManualClock()
@@ -143,9 +143,9 @@ def test_whether_a_call_may_pass_can_be_asked_without_a_change() -> None:
     assert refusal.retry_after == 30.0
     circuit.clock.advance(30.0)
     assert circuit.breaker.refusal() is None
-    assert circuit.breaker.state is OPEN, "it is half open only once somebody tries"
+    assert circuit.breaker.state is OPEN, "the circuit is half open only after the first attempt"
     circuit.breaker.admit()
-    assert circuit.breaker.refusal() is not None, "its one probe is under way"
+    assert circuit.breaker.refusal() is not None, "its one probe is in flight"
 
 
 @pytest.mark.parametrize("option", ["failure_threshold", "success_threshold", "half_open_max", "recovery"])
@@ -155,7 +155,7 @@ def test_a_policy_that_makes_no_sense_is_refused_by_name(option: str) -> None:
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """Calls begin and end in any order while time passes; a model of a few lines says what must be."""
+    """Calls begin and end in any order while time passes. A small model gives the expected state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.state = CLOSED
         self.row = 0
         self.opened = 0.0
-        self.under_way: list[tuple[int, int]] = []  # Tickets, and the model's period that they are of.
+        self.under_way: list[tuple[int, int]] = []  # Tickets with the model's period that issued them.
         self.period = 0
 
     def go(self, state: CircuitState) -> None:

@@ -52,7 +52,7 @@ ONCE = RetryPolicy(attempts=1)
 
 
 class ScriptedStore:
-    """A batch store whose answers are a function of the test's."""
+    """Batch store whose answers come from a function of the test."""
 
     name = "scripted"
     capabilities = Capabilities()
@@ -74,7 +74,7 @@ class ScriptedStore:
 
 
 class ScriptedPipeline(ScriptedStore):
-    """The same, which keeps its replies until the test gives them."""
+    """Scripted store that keeps its replies until the test releases them."""
 
     long_running: frozenset[type[Request[Any]]] = frozenset()
     max_batch = 512
@@ -114,7 +114,7 @@ async def says_nothing(batch: Sequence[Request[Any]]) -> Sequence[Reply]:
 
 
 class Stage:
-    """A guard before a scripted store, on a clock that stands still."""
+    """Guard in front of a scripted store, with a manual clock."""
 
     def __init__(self, answer: Script | None = None, *, store: ScriptedStore | None = None, **policy: Any) -> None:
         self.clock: Any = ManualClock()
@@ -127,7 +127,7 @@ class Stage:
         return await self.guard.execute(self.store, batch, deadline)
 
     async def while_time_passes(self, *batch: Request[Any], budget: float | None = None) -> Sequence[Reply]:
-        """Ask, and move the clock on whenever nothing else happens."""
+        """Send a batch, and advance the clock whenever nothing else happens."""
         result: list[Sequence[Reply]] = []
 
         async def ask() -> None:
@@ -164,7 +164,7 @@ def failures(replies: Sequence[Reply]) -> list[type[CacheError]]:
     return [type(each.error()) for each in replies if isinstance(each, Failed)]
 
 
-# Repeating
+# Retries
 
 
 async def test_what_may_be_done_twice_is_tried_again() -> None:
@@ -245,7 +245,7 @@ async def test_repetitions_have_a_budget_that_success_and_failure_earn_alike() -
     assert stage.guard.statistics().retries == before + 9
 
 
-# The circuit
+# The circuit breaker
 
 
 async def test_five_failures_in_a_row_leave_the_backend_alone_and_three_successes_return_to_it() -> None:
@@ -365,7 +365,7 @@ async def test_a_bug_of_the_store_is_raised_and_leaves_nothing_behind() -> None:
     assert (statistics.in_flight, statistics.failure_count) == (0, 0)
 
 
-# Giving up
+# Timeouts
 
 
 async def test_a_call_that_takes_too_long_is_given_up_and_counts_as_a_failure() -> None:
@@ -436,7 +436,7 @@ async def test_more_time_for_the_size_ends_with_the_deadline_of_the_call() -> No
 
 
 class Wire:
-    """A line on which bytes move, as long as the test says so."""
+    """Connection whose progress the test controls."""
 
     def __init__(self) -> None:
         self.last_progress = float("-inf")
@@ -448,7 +448,7 @@ async def test_a_reply_that_is_still_arriving_is_waited_for() -> None:
     clock, ctx = line.stage.clock, line.stage.ctx
 
     def pass_time(seconds: float, *, bytes_move: bool) -> None:
-        for _ in range(round(seconds / 0.02)):  # Larger steps would say that our own loop stood still.
+        for _ in range(round(seconds / 0.02)):  # Larger steps would look like a blocked event loop.
             clock.advance(0.02)
             if bytes_move:
                 moving.last_progress = clock.monotonic()
@@ -459,8 +459,10 @@ async def test_a_reply_that_is_still_arriving_is_waited_for() -> None:
     assert line.told["large"] == []
     pass_time(0.6, bytes_move=False)
     assert failures(line.told["large"]) == [CacheTimeoutError]
-    assert line.stage.guard.statistics().failure_count == 0, "how long it took says nothing about the backend"
-    # Bytes that moved before an attempt say nothing about it.
+    assert line.stage.guard.statistics().failure_count == 0, (
+        "an attempt with extra time must not count against the backend"
+    )
+    # Bytes that moved before an attempt do not extend it.
     await line.ask("silent")
     pass_time(0.6, bytes_move=False)
     assert failures(line.told["silent"]) == [CacheTimeoutError]
@@ -484,10 +486,10 @@ async def test_many_calls_that_hang_are_all_given_up_at_their_time() -> None:
         stage.clock.advance(0.5)
         stage.ctx.timers.fire()
     assert done == [pytest.approx(0.5)] * 50
-    assert stage.guard.statistics().current_timeout < 2.0, "they hang together and count once"
+    assert stage.guard.statistics().current_timeout < 2.0, "they time out together and count once"
 
 
-# The limit
+# The concurrency limit
 
 
 async def test_so_many_ask_so_many_wait_and_the_rest_is_turned_away() -> None:
@@ -559,7 +561,7 @@ async def test_nobody_waits_behind_an_open_circuit() -> None:
             tasks.start_soon(wait)
         while stage.guard.statistics().waiting < 3:
             await checkpoint()
-        # The circuit opens while they wait, by what a straggler of the same kind would report.
+        # The circuit opens while they wait, as if late results had reported failures.
         for _ in range(5):
             stage.guard.breaker.failed(stage.guard.breaker.admit())
         while len(waiting) < 3:
@@ -569,7 +571,7 @@ async def test_nobody_waits_behind_an_open_circuit() -> None:
         with pytest.raises(CircuitOpen):
             await stage.ask(Get("late"))
         assert stage.guard.statistics().rejected == 4
-        assert stage.guard.statistics().in_flight == 1, "all that while the place was taken"
+        assert stage.guard.statistics().in_flight == 1, "the stuck call must still hold its slot"
         stuck.set()
     statistics = stage.guard.statistics()
     assert (statistics.in_flight, statistics.waiting) == (0, 0)
@@ -580,7 +582,7 @@ async def test_who_is_cancelled_with_a_refusal_on_the_way_gives_no_place_away() 
     await places.acquire()
 
     async def take() -> None:
-        with contextlib.suppress(CircuitOpen):  # Which of the two comes first, the loops see differently.
+        with contextlib.suppress(CircuitOpen):  # The order of the two depends on the event loop.
             await places.acquire()
 
     async with anyio.create_task_group() as tasks:
@@ -612,7 +614,7 @@ async def test_who_is_cancelled_with_a_place_on_the_way_hands_it_on() -> None:
     assert places.taken == 0
 
 
-# Stores that answer later
+# Stores that reply later
 
 
 async def test_a_reply_that_comes_later_is_handed_on_once() -> None:
@@ -627,7 +629,7 @@ async def test_a_reply_that_comes_later_is_handed_on_once() -> None:
 
 
 class Line:
-    """A pipeline of a guard's before a scripted store, whose replies go into `told`."""
+    """Guarded pipeline in front of a scripted store. The replies go into `told`."""
 
     def __init__(self, **policy: Any) -> None:
         self.store = ScriptedPipeline()
@@ -656,7 +658,7 @@ class Line:
 
 
 class Listener:
-    """A port that remembers its answers."""
+    """Port that records its answers."""
 
     waiting = True
 
@@ -770,7 +772,7 @@ async def test_a_batch_is_answered_whatever_breaks_off_its_accounting(
     with pytest.raises(error):
         line.reply()
     assert line.told["a"] == [HIT]
-    assert line.stage.guard.statistics().in_flight == len(line.store.open_replies)  # On trio the next is sent already.
+    assert line.stage.guard.statistics().in_flight == len(line.store.open_replies)  # On trio, the next is already sent.
     monkeypatch.undo()
     await let_callbacks_run()
     line.reply()
@@ -879,7 +881,7 @@ async def test_what_fails_because_the_store_is_closed_is_not_repeated() -> None:
     assert stage.ctx.background == []
 
 
-# What is told
+# Events
 
 
 async def test_a_connection_that_is_lost_and_found_is_told_once_each() -> None:

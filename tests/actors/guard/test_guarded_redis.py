@@ -1,4 +1,4 @@
-"""A backend actor, its guard and a real Redis, with a proxy between them that breaks the connection."""
+"""A guarded backend actor and a real Redis, with a proxy between them that breaks the connection."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_an_outage_is_answered_by_the_circuit_and_ends_by_itself(bus: Loca
         async with anyio.create_task_group() as tasks:
             for number in range(50):
                 tasks.start_soon(call, number)
-        assert errors[CircuitOpen] == 50, "everybody is told at last"
+        assert errors[CircuitOpen] == 50, "every caller must get the error in the end"
         proxy.switch("pass")
         healthy = 0
         while healthy < 3:

@@ -1,4 +1,4 @@
-"""A caller is cancelled at its first, second, ... last await: the actor stays usable and nothing stays parked."""
+"""Cancellation of a caller at its first, second, ... last await: the actor stays usable, and no request stays parked."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ pytestmark = pytest.mark.anyio
 T = 20.0
 PORTER = Address("test.porter")
 AWAITS = 12
-"""More awaits than any call makes; a call that is not done by then fails the test."""
+"""Maximum number of awaits of a call. A call that needs more fails the test."""
 
 
 @types.coroutine
 def cancelled_at(
     await_number: int, call: Coroutine[Any, Any, Any], scope: anyio.CancelScope
 ) -> Generator[Any, Any, tuple[int, Any]]:
-    """Run `call`, cancelling `scope` as it suspends for the `await_number`-th time. Returns how often it suspended."""
+    """Run `call`, and cancel `scope` at its suspension number `await_number`. Return the number of suspensions."""
     step: Callable[[], Any] = lambda: call.send(None)  # noqa: E731
     for suspensions in itertools.count():
         try:
@@ -65,7 +65,7 @@ def cancelled_at(
 
 
 async def cancel(await_number: int, call: Coroutine[Any, Any, Any]) -> bool:
-    """Whether `call` was cancelled at the await of that number, rather than done before."""
+    """Return `True` if `call` was cancelled at this await, and `False` if it ended before."""
     suspensions = None
     with anyio.CancelScope() as scope:
         suspensions, _ = await cancelled_at(await_number, call, scope)
@@ -114,7 +114,7 @@ async def test_a_caller_cancelled_at_any_await_leaves_the_actor_usable_and_nothi
                 if busy:
                     group.start_soon(occupy)
                     await wait_all_tasks_blocked()
-                bus._turns_left = 1  # The checkpoint of fairness is one of the awaits.
+                bus._turns_left = 1  # The fairness checkpoint is one of the awaits.
                 group.start_soon(help_out)
                 was_cancelled = await cancel(await_number, bus.request(address, message, T))
             assert await bus.request(CLERK, Slow(2), T) == Number(2)
@@ -159,7 +159,7 @@ async def test_an_invalidation_whose_caller_is_cancelled_at_the_checkpoint_of_fa
 
 
 class Careful(Clerk):
-    """Takes its time to start and to stop."""
+    """Actor whose start and stop take several checkpoints."""
 
     async def on_start(self) -> None:
         await anyio.lowlevel.checkpoint()

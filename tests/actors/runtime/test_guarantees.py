@@ -1,4 +1,4 @@
-"""The guarantees of `ARCHITECTURE.md`, one by one, on asyncio and on trio, with inline turns on and off."""
+"""The guarantees of `ARCHITECTURE.md`, on asyncio and on trio, with inline turns on and off."""
 
 from __future__ import annotations
 
@@ -407,7 +407,7 @@ async def test_cancelling_a_caller_at_any_await_leaves_the_actor_usable(
                 await anyio.lowlevel.checkpoint()
             doomed.cancel_scope.cancel()
         if isinstance(request_, Crash) and checkpoints >= 4:
-            break  # Five crashes in a row, and the supervisor would rightly give up.
+            break  # After five crashes in a row, the supervisor would give up.
     desk.gate.set()
     with anyio.fail_after(T):
         assert await bus.request(CLERK, Plain(5), T) == Number(5)
@@ -481,7 +481,7 @@ async def test_an_error_of_a_batch_answers_all_of_it(bus: LocalBus, supervisor: 
 
 
 def test_threads_without_a_loop_are_never_in_each_others_turn() -> None:
-    """Sixteen threads on one plain actor, whose loop does not even run: they serve each other."""
+    """Run sixteen threads on one plain actor whose loop does not run. The threads serve each other."""
     from cachebus.bus import Emitter
 
     bus = LocalBus("test")
@@ -505,7 +505,7 @@ def test_threads_without_a_loop_are_never_in_each_others_turn() -> None:
     assert desk.overlaps == 0
 
 
-# What is parked, what is garbage, and who asks at the wrong moment
+# Parked requests, garbage, and requests at unusual moments
 
 
 async def test_what_is_parked_when_the_actor_crashes_is_answered(
@@ -623,7 +623,7 @@ async def test_a_full_mailbox_takes_what_the_actor_sends_itself(bus: LocalBus, d
     assert desk.handled == [0, 1, 2]
 
 
-# What only a rare interleaving shows, made to happen
+# Rare interleavings, forced
 
 
 async def test_a_plain_request_does_not_overtake_what_its_sender_told_a_handler_that_waits(
@@ -632,13 +632,13 @@ async def test_a_plain_request_does_not_overtake_what_its_sender_told_a_handler_
     await supervisor.start(CLERK, lambda: Clerk(desk))
     desk.gate.set()
     for number in range(0, 20, 2):
-        bus.send(CLERK, Slow(number))  # The turn is free and this message waits for the actor's task.
+        bus.send(CLERK, Slow(number))  # The turn is free, and this message waits for the actor's task.
         assert await bus.request(CLERK, Plain(number + 1), T) == Number(number + 1)
     assert desk.handled == list(range(20))
 
 
 class Turn(list[Any]):
-    """A token that calls `meanwhile` just before it is given back, as another thread might."""
+    """Token that calls `meanwhile` just before it is returned, as another thread might."""
 
     meanwhile: Callable[[], None] = staticmethod(lambda: None)
 

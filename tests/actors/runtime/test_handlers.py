@@ -1,4 +1,4 @@
-"""Handlers are found by the type of their parameter."""
+"""Handlers, which are found by the type of their parameter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_an_actor_is_tested_without_a_bus() -> None:
 
 
 class Polite(Clerk):
-    """Inherits handlers, replaces one, and has methods that are none."""
+    """Actor that inherits handlers, overrides one, and has methods that are not handlers."""
 
     def on_plain(self, request: Plain | Drop) -> Number:
         return Number(-request.value)

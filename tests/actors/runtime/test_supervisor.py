@@ -1,4 +1,4 @@
-"""Supervision: lives, pauses between them, giving up, and what is said about it."""
+"""Supervision: incarnations, pauses between them, giving up, and the events about it."""
 
 from __future__ import annotations
 
@@ -401,7 +401,7 @@ async def test_stopping_an_actor_ends_its_alarms(bus: LocalBus, clock: ManualClo
 
 
 def test_work_beside_the_turns_may_be_asked_for_from_a_callback_of_the_loop() -> None:
-    # In a loop of our own: pytest's tells every callback which library runs it.
+    # A separate loop, because pytest's loop sets the current async library for every callback.
     async def main() -> None:
         async with Supervisor(LocalBus("test")) as supervisor:
             cell = await supervisor.start(CLERK, Plainly)

@@ -1,4 +1,4 @@
-"""The token of a turn: when its holder counts as being in the turn."""
+"""The token of a turn: the check for its holder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cachebus.actors.runtime.turns import Token, TurnToken
 
 
 def test_a_stack_whose_callers_are_no_longer_known_counts_as_in_the_turn() -> None:
-    """A generator that was left after its frame was looked up does not say who called it: that may have been a holder."""
+    """Check a generator that was left after its frame was read. Its caller is unknown, and may be a holder."""
     frames: list[FrameType] = []
 
     def generator() -> Iterator[None]:
@@ -35,7 +35,7 @@ def test_a_stack_whose_callers_are_no_longer_known_counts_as_in_the_turn() -> No
 
 
 def test_no_garbage_is_collected_while_the_frames_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finalizer would run under a lock of the interpreter, and a thread that starts meanwhile stops both for good."""
+    """Check that no garbage collection runs. A finalizer under the interpreter's lock would deadlock with a starting thread."""
     collecting: list[bool] = []
 
     def frames() -> dict[int, FrameType]:
@@ -74,7 +74,7 @@ def test_a_turn_that_is_under_way_is_not_taken_over() -> None:
     owner = Owner()
     token = TurnToken(owner, {Owner.hold.__code__, Owner.be_interrupted.__code__})
     owner.hold(token)
-    assert token.claim() is None, "it is free"
+    assert token.claim() is None, "a free turn cannot be claimed"
     owner.be_interrupted(token)
     taken = token.claim()
     assert taken is not None

@@ -1,4 +1,4 @@
-"""Arrays whose elements are judged one by one, and arrays that are put together from encoded messages."""
+"""Arrays with single bad elements, and arrays joined from encoded messages."""
 
 from __future__ import annotations
 

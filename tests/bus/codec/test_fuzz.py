@@ -1,4 +1,4 @@
-"""Garbage: whatever the bytes are, decode gives messages or raises `BadMessage`, and what it gives can be sent again."""
+"""Fuzzing: for any bytes, `decode` returns messages or raises `BadMessage`. Decoded messages can be encoded again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cachebus.messages import WIRE_NAMES, BadMessage
 from ...golden.examples import example as golden_example
 from ..strategies import any_message, values
 
-PAYLOADS = int(os.environ.get("CACHEBUS_FUZZ", "20000")) // 2  # for each form
+PAYLOADS = int(os.environ.get("CACHEBUS_FUZZ", "20000")) // 2  # For each content type.
 BOTH = pytest.mark.parametrize("content_type", [MSGPACK, JSON])
 
 pack: Any = msgpack.packb  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
@@ -28,7 +28,7 @@ timestamp: Any = msgpack.Timestamp
 
 
 def survives(data: bytes, content_type: str) -> bool:
-    """Whether the bytes were a message after all. Anything but `BadMessage` goes through to the test."""
+    """Return `True` if the bytes are a message. Any error other than `BadMessage` reaches the test."""
     try:
         decoded = decode(data, content_type)
     except BadMessage:
@@ -38,7 +38,7 @@ def survives(data: bytes, content_type: str) -> bool:
 
 
 class Spoiler:
-    """Random damage to bytes and to trees, from one seed."""
+    """Seeded generator of random damage to bytes and to trees."""
 
     def __init__(self, seed: int, content_type: str) -> None:
         self.random = random.Random(seed)
@@ -135,7 +135,9 @@ class Spoiler:
 def test_nothing_but_bad_message_escapes_seeded_garbage(content_type: str) -> None:
     spoiler = Spoiler(20_240_229, content_type)
     fine = sum(survives(spoiler.payload(), content_type) for _ in range(PAYLOADS))
-    assert PAYLOADS / 100 < fine < PAYLOADS / 2  # it is garbage, but not so bad that it never gets past the first byte
+    assert (
+        PAYLOADS / 100 < fine < PAYLOADS / 2
+    )  # Some damaged payloads must still decode, so that the damage reaches past the first byte.
 
 
 @BOTH

@@ -1,7 +1,7 @@
-"""Bytes of every message kind, written once and read for ever.
+"""Golden files: the bytes of every message kind, which all later versions must read.
 
-Whoever adds a kind runs `python -m tests.golden.write`. Whoever breaks one of these tests breaks the fleets that run
-two versions at once: the golden file is right.
+After adding a kind, run `python -m tests.golden.write`. If one of these tests fails, do not change the golden file:
+deployments that run two versions at once would break.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read(data: bytes, content_type: str) -> Any:
 
 
 def without_what_was_added(tree: Any, older: Any) -> Any:
-    """The tree, less the fields that the older one lacks, at every depth."""
+    """Return the tree without the fields that the older one lacks, at every depth."""
     if isinstance(older, dict):
         fields: dict[str, Any] = older  # pyright: ignore[reportUnknownVariableType]
         return {name: without_what_was_added(tree[name], each) for name, each in fields.items()}
@@ -43,13 +43,13 @@ def without_what_was_added(tree: Any, older: Any) -> Any:
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_kind_has_golden_files(kind: str) -> None:
     missing = [f"{kind}{suffix}" for suffix in SUFFIXES.values() if not (FOLDER / f"{kind}{suffix}").exists()]
-    assert missing == [], "run python -m tests.golden.write and commit what it writes"
+    assert missing == [], "run python -m tests.golden.write and commit the new files"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_golden_file_says_what_it_always_said(file: Path) -> None:
     content_type, data = TYPES[file.suffix], file.read_bytes()
-    assert file.stem in KINDS, f"the kind {file.stem} was on the wire once, and must stay readable"
+    assert file.stem in KINDS, f"{file.stem} was a message kind once, and must stay readable"
     fields: dict[str, Any] = read(data, content_type)
     assert next(iter(fields)) == "kind"
     assert fields.pop("kind") == file.stem
@@ -57,11 +57,11 @@ def test_a_golden_file_says_what_it_always_said(file: Path) -> None:
     expected = example(KINDS[file.stem], fields)
     decoded = decode(data, content_type)
     assert decoded == expected
-    assert repr(decoded) == repr(expected)  # == does not tell 1 from True
-    assert all(hasattr(decoded, name) for name in fields), "a field was on the wire once, and must stay"
+    assert repr(decoded) == repr(expected)  # `==` does not distinguish 1 from True.
+    assert all(hasattr(decoded, name) for name in fields), "a published field must not be removed"
 
     now = encode(expected, content_type)
-    if now != data:  # fields were added since, and that is all that may have happened
+    if now != data:  # Only added fields may differ.
         tree = read(now, content_type)
         now_fields = without_what_was_added(tree, read(data, content_type))
         assert list(tree) != list(now_fields)
@@ -74,7 +74,7 @@ def _json(tree: Any) -> bytes:
 
 
 def test_a_kind_reads_what_was_written_before_a_field_was_added() -> None:
-    """The rule that the test above applies to grown kinds, shown on a kind that lacks its last field."""
+    """Decode a message without its last field, as written by an older version."""
     older = read((FOLDER / "event.load_failed.msgpack").read_bytes(), MSGPACK)
     del older["duration"]
     decoded = decode(pack(older))

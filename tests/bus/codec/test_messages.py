@@ -1,4 +1,4 @@
-"""The codec: what goes round and comes back the same, and what is refused, with which sentence."""
+"""The codec: round trips, the wire format, and refused messages with their error texts."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from cachebus.messages import (
 
 from ..strategies import any_message, messages, values
 
-EMPTY: list[Any] = []  # with a type that checkers know
+EMPTY: list[Any] = []  # Typed for the type checkers.
 
 
 def anything(cls: Any, *fields: Any, **named: Any) -> Message:
-    """A message with fields that its class forbids."""
+    """Create a message with fields that its class forbids."""
     made: Message = cls(*fields, **named)
     return made
 
@@ -64,12 +64,12 @@ timestamp: Any = msgpack.Timestamp
 
 
 def body(content_type: str, **fields: Any) -> bytes:
-    """A body as another sender would write it."""
+    """Return a body as another sender would write it."""
     return pack(fields) if content_type == MSGPACK else json.dumps(fields).encode()
 
 
 def refusal(data: bytes, content_type: str = MSGPACK) -> str:
-    """The sentence with which the bytes are refused. Nothing of the sender's may hang on the error."""
+    """Return the error text for refused bytes. The error must not refer to data of the sender."""
     with pytest.raises(BadMessage) as caught:
         decode(data, content_type)
     assert caught.value.__context__ is None
@@ -86,7 +86,7 @@ def encoding_refusal(message: Message | list[Message], content_type: str = MSGPA
 def comes_back(message: Message, content_type: str) -> None:
     back = decode(encode(message, content_type), content_type)
     assert back == message
-    assert repr(back) == repr(message)  # == does not tell 1 from 1.0 or True
+    assert repr(back) == repr(message)  # `==` does not distinguish 1 from 1.0 or True.
 
 
 # --- Round trips
@@ -274,7 +274,7 @@ def test_a_kind_that_is_defined_later_is_read_too() -> None:
     encode(Missing())
 
     class Late(Reply, frozen=True, tag="test.defined_late"):
-        """Defined when the decoder was made already."""
+        """Message class defined after the decoder was made."""
 
         word: str
 
@@ -282,7 +282,7 @@ def test_a_kind_that_is_defined_later_is_read_too() -> None:
     assert decode(encode([Late("w"), Missing()], JSON), JSON) == [Late("w"), Missing()]
 
 
-# --- What cannot be sent
+# --- Messages that cannot be encoded
 
 
 class Level(enum.IntEnum):
@@ -386,7 +386,7 @@ def test_what_is_no_message_is_a_type_error() -> None:
             encode(stray)
 
 
-# --- What is refused on arrival
+# --- Bodies that are refused
 
 
 @BOTH
@@ -530,7 +530,7 @@ def test_a_length_that_the_body_does_not_have_makes_no_room(head: bytes) -> None
         (head + (2**32 - 1).to_bytes(4, "big")).ljust(size, b"\xc0"),
         ((head + (size // 2 - 1).to_bytes(4, "big")) * 900).ljust(size, b"\xc0"),
     ]
-    refusal(claims[0])  # what is made once
+    refusal(claims[0])  # Creates the objects that are made only once.
     tracemalloc.start()
     try:
         for data in claims:
@@ -538,4 +538,4 @@ def test_a_length_that_the_body_does_not_have_makes_no_room(head: bytes) -> None
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 3 * size  # copies of the body and of its parts, and nothing for what it only claims
+    assert peak < 3 * size  # Room for copies of the body and its parts, but not for its claimed size.

@@ -1,4 +1,4 @@
-"""Listening: bounded, in order, counted, and free where nobody listens."""
+"""Subscriptions: bounded, ordered, counted, and free without a listener."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_an_emitter_stamps_what_somebody_wants_and_nothing_else() -> None:
     assert unheard == CacheMiss(key="k")
     assert type(event) is CacheHit
     assert event.key == "k"
-    assert heard == CacheHit(key="k"), "what was emitted is not changed"
+    assert heard == CacheHit(key="k"), "the emitted event must not change"
     assert (event.namespace, event.backend, event.seq, event.epoch) == ("shop", "hot", 1, emitter.epoch)
     assert event.origin
     assert event.id.startswith(event.origin)
@@ -196,7 +196,7 @@ def test_a_watcher_that_joins_while_somebody_subscribes_has_the_last_word_right(
     tried = threading.Event()
 
     class Guard:
-        """The subscriptions's lock, which tells when another thread comes to it."""
+        """Lock of the subscriptions that signals when another thread tries to take it."""
 
         def __init__(self) -> None:
             self.lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Actors that tests ask, in this process and in others."""
+"""Actors for tests, in this process and in others."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from cachebus.messages import (
 
 
 class Answering(Actor):
-    """Does a bit of everything: a plain handler, one that waits, one that parks, one that refuses, one that crashes.
+    """Actor with plain, waiting, parking, refusing and crashing handlers.
 
-    `Get("pid")` is answered with the number of the process, `Get("large:N")` with N bytes, any other with its key.
-    `Exists` waits for the seconds that its key says. `Touch` is parked until the next `Increment`.
+    `Get("pid")` returns the process id, `Get("large:N")` returns N bytes, and any other `Get` its key. `Exists` waits for
+    the seconds in its key. `Touch` is parked until the next `Increment`.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A real server, buses on it, and actors in processes of their own."""
+"""Fixtures: a real server, buses on it, and actors in other processes."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ __all__ = ["nats_server", "redis_server"]
 ROOT = Path(__file__).parents[3]
 
 Connect = Callable[..., Awaitable[NatsBus]]
-"""Opens a bus on the server of the test; keywords are `NatsOptions`, and `namespace`."""
+"""Open a bus on the test's server. Keywords are `NatsOptions` and `namespace`."""
 
 
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
-    """nats-py knows asyncio only."""
+    """Use asyncio only, as nats-py does."""
     return "asyncio"
 
 
 @pytest.fixture
 def namespace(request: pytest.FixtureRequest) -> str:
-    """A namespace of the test's own, on a server that is everybody's."""
+    """Return a unique namespace, because tests share the server."""
     return f"t{os.urandom(6).hex()}"
 
 
 def options(server: Server, **given: Any) -> NatsOptions:
-    """Options for a test's server."""
+    """Return options for a test's server."""
     return NatsOptions(servers=(f"{server.host}:{server.port}",), **given)
 
 
 @pytest.fixture
 async def connect(nats_server: Server, namespace: str) -> AsyncIterator[Connect]:
-    """Opens buses, and closes them after the test."""
+    """Return a function that opens buses. They close after the test."""
     async with AsyncExitStack() as stack:
 
         async def open_bus(**given: Any) -> NatsBus:
@@ -57,13 +57,13 @@ async def connect(nats_server: Server, namespace: str) -> AsyncIterator[Connect]
 
 @pytest.fixture
 def own_server() -> Iterator[Server]:
-    """A server that the test may kill."""
+    """Start a server that the test may kill."""
     with run_nats() as server:
         yield server
 
 
 class WorkerProcess:
-    """`tests/bus/nats/worker.py` in a process of its own."""
+    """A process that runs `tests/bus/nats/worker.py`."""
 
     def __init__(self, server: Server, namespace: str, actor: str, address: str, visibility: str) -> None:
         self.process = subprocess.Popen(
@@ -78,17 +78,17 @@ class WorkerProcess:
         )
 
     def said(self) -> str:
-        """Its next line: `up`, or why it is not."""
+        """Return its next line: `up`, or the reason for a failure."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
     def kill(self) -> None:
-        """End it as a power failure would."""
+        """Kill the process with SIGKILL, as in a power failure."""
         self.process.kill()
         self.process.wait()
 
     def leave(self) -> int:
-        """Ask it to end, and return how it did."""
+        """Stop the process and return its exit code."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         return self.process.wait(20)
@@ -99,7 +99,7 @@ StartWorker = Callable[..., Awaitable[WorkerProcess]]
 
 @pytest.fixture
 async def start_worker(nats_server: Server, namespace: str) -> AsyncIterator[StartWorker]:
-    """Starts workers, returns when they serve, and ends them after the test."""
+    """Return a function that starts workers and returns when they serve. They end after the test."""
     with ExitStack() as stack:
 
         async def start(
@@ -115,7 +115,7 @@ async def start_worker(nats_server: Server, namespace: str) -> AsyncIterator[Sta
 
 
 def end(worker: WorkerProcess) -> None:
-    """End a worker whatever its state is."""
+    """End a worker in any state."""
     worker.kill()
     for pipe in (worker.process.stdin, worker.process.stdout):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A NATS operator for tests: what `nsc` makes, an account and a user of it, with nothing but keys and signed claims."""
+"""A NATS operator for tests, with an account and users, as `nsc` would create them: keys and signed claims."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNLIMITED = -1
 
 
 class _Key:
-    """A pair of keys. `seed` is the secret half."""
+    """Key pair. `seed` is the secret half."""
 
     def __init__(self, prefix: int) -> None:
         self.seed: bytes = nkeys.encode_seed(os.urandom(32), prefix)
@@ -23,7 +23,7 @@ class _Key:
         self.public: str = self._pair.public_key.decode()
 
     def sign(self, subject: str, name: str, claims: dict[str, Any]) -> str:
-        """A token in which this key says something of another one. NATS JWT, version 2."""
+        """Return a NATS JWT, version 2, with claims of this key about another one."""
         body = {
             "jti": os.urandom(16).hex(), "iat": int(time.time()), "iss": self.public, "name": name, "sub": subject,
             "nats": {**claims, "version": 2},
@@ -33,7 +33,7 @@ class _Key:
 
 
 class Operator:
-    """An operator with an account that has JetStream, and the account that a server needs for itself."""
+    """Operator with a JetStream account and the server's system account."""
 
     def __init__(self) -> None:
         self._operator, self._account, system = (
@@ -46,7 +46,7 @@ class Operator:
         )
         preload = "\n".join(f"  {public}: {jwt}" for public, jwt in accounts.items())
         self.config = f"operator: {token}\nsystem_account: {system.public}\nresolver: MEMORY\nresolver_preload {{\n{preload}\n}}\n"
-        """What a server that trusts this operator has in its file."""
+        """Return the configuration of a server that trusts this operator."""
 
     def credentials(self, file: Path, **permissions: Any) -> str:
         """Write the credentials of a new user, and return the path."""

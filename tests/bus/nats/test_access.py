@@ -1,4 +1,4 @@
-"""Who may connect, and what they may then do: passwords, tokens, keys, TLS, and the sample of permissions."""
+"""Access: passwords, tokens, keys, TLS, and the sample permissions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SECRET = "hunter" + str(2)
 
 
 async def connects(server: Server, **given: Any) -> None:
-    """Connect and ask somebody."""
+    """Connect and send a request."""
     async with NatsBus("shop", options(server, **given)) as bus, Supervisor(bus) as supervisor:
         await supervisor.start(PLACE, Answering, visibility="shared")
         async with NatsBus("shop", options(server, **given)) as other:
@@ -49,7 +49,7 @@ async def connects(server: Server, **given: Any) -> None:
 async def refused(
     server: Server, caplog: pytest.LogCaptureFixture, error: type[CacheError] = CacheConfigurationError, **given: Any
 ) -> str:
-    """The error of a connection that is not let in, which shows no secret anywhere."""
+    """Return the error of a refused connection, and check that it contains no secret."""
     with caplog.at_level(logging.DEBUG), pytest.raises(error) as caught:
         await connects(server, **given)
     shown = [str(caught.value), repr(caught.value), caplog.text, repr(options(server, **given))]
@@ -101,7 +101,7 @@ async def test_a_file_of_credentials_opens_requests_events_and_streams(
                 assert (await anext(heard)).key == "before"  # type: ignore[attr-defined]
             await anyio.to_thread.run_sync(server.restart)
             with anyio.fail_after(30), other.subscribe(CacheSet) as heard:
-                # Signed in anew by itself: the file is read at every connect.
+                # It reconnects by itself, because the file is read at every connect.
                 while not (bus.connection.up and other.connection.up):
                     await anyio.sleep(0.01)
                 await other.settled()

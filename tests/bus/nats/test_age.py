@@ -1,4 +1,4 @@
-"""Age travels with a message: what its caller has given up is not worked on, wherever it waited, and nothing piles up."""
+"""Message age: a request that its caller gave up is not carried out, wherever it waited, and no state accumulates."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ T = 20.0
 
 
 async def expired(worker: Any, bus: NatsBus, *, budget: float = 0.5) -> None:
-    """Ask a stopped worker for what must not happen any more when it goes on, long after the caller has given up."""
+    """Send a request to a stopped worker, which continues long after the caller has given up."""
     await anyio.to_thread.run_sync(suspend, worker.process.pid)
     with pytest.raises(CacheTimeoutError):
         await bus.request(PLACE, Increment("k"), budget)
-    # Not a wait for an event: this is how long the worker is stopped after the budget was spent.
+    # Not a wait for an event: the time that the worker stays stopped after the budget is spent.
     await asyncio.sleep(1.0)
     os.kill(worker.process.pid, signal.SIGCONT)
 
@@ -73,7 +73,7 @@ async def test_nor_if_the_caller_says_nothing_of_the_time(
         asked = asyncio.create_task(
             stranger.request(subject, encode(Increment("k")), timeout=T, headers={"Cachebus-Budget": "0.5"})
         )
-        await asyncio.sleep(1.5)  # Not a wait for an event: this is how long the worker is stopped.
+        await asyncio.sleep(1.5)  # Not a wait for an event: the time that the worker stays stopped.
         os.kill(worker.process.pid, signal.SIGCONT)
         assert getattr(decode((await asked).data), "code", "") == CacheTimeoutError.code
     finally:
@@ -96,7 +96,7 @@ async def test_what_a_proxy_before_the_worker_held_back_is_not_worked_on(
             await anyio.to_thread.run_sync(proxy.switch, "half_open")
             with pytest.raises(CacheTimeoutError):
                 await bus.request(PLACE, Increment("k"), 0.5)
-            await asyncio.sleep(1.0)  # Not a wait for an event: this is how long the bytes are held back.
+            await asyncio.sleep(1.0)  # Not a wait for an event: the time for which the bytes are held back.
             await anyio.to_thread.run_sync(proxy.switch, "pass")
             assert await bus.request(PLACE, Increment("k"), T) == Incremented(2 if known else 1)
             assert there.counters.requests_expired == 1
@@ -112,7 +112,7 @@ async def test_what_a_proxy_before_the_caller_held_back_is_not_worked_on(connect
             await anyio.to_thread.run_sync(proxy.switch, "half_open")
             with pytest.raises(CacheTimeoutError):
                 await bus.request(PLACE, Increment("k"), 0.5)
-            await asyncio.sleep(1.0)  # Not a wait for an event: this is how long the bytes are held back.
+            await asyncio.sleep(1.0)  # Not a wait for an event: the time for which the bytes are held back.
             await anyio.to_thread.run_sync(proxy.switch, "pass")
             assert await bus.request(PLACE, Increment("k"), T) == Incremented(2)
             assert there.counters.requests_expired == 1
@@ -128,7 +128,7 @@ async def test_what_is_answered_is_forgotten_at_once(connect: Connect, nats_serv
             for request in (Get("k"), Increment("k")):
                 headers = {"Cachebus-Budget": "1000000"}
                 await stranger.request(subject, encode(request), timeout=T, headers=headers)
-            # One that is not answered at once, and so has a deadline, is forgotten as well.
+            # A request that waits, and so has a deadline, is forgotten as well.
             parked = asyncio.create_task(
                 stranger.request(subject, encode(Touch("k")), timeout=T, headers={"Cachebus-Budget": "1000000"})
             )
@@ -143,7 +143,7 @@ async def test_what_is_answered_is_forgotten_at_once(connect: Connect, nats_serv
 
 
 def supervisor_has_parked(bus: NatsBus) -> bool:
-    """Whether a request of another process waits for its answer."""
+    """Return `True` if a request of another process waits for its answer."""
     return any(responder.open for responder, _ in bus._serving.values())
 
 
@@ -198,7 +198,7 @@ async def test_a_caller_of_another_namespace_of_inboxes_is_heard_by_default(conn
         assert await bus.request(PLACE, Get("k"), T) == Found("k")
 
 
-# The estimate by itself, with times of our own.
+# The estimate alone, with given times.
 
 
 def test_the_age_is_what_a_delay_has_on_top_of_the_smallest() -> None:
@@ -206,7 +206,7 @@ def test_the_age_is_what_a_delay_has_on_top_of_the_smallest() -> None:
     assert ages.age(100.0, 100.0, "a", 7.0) == 0.0  # The clocks differ by 93.
     assert ages.age(101.0, 101.0, "a", 8.0) == 0.0
     assert ages.age(105.5, 105.5, "a", 9.0) == pytest.approx(3.5, abs=0.01)
-    assert ages.age(106.0, 106.0, "a", 13.5) == 0.0  # One that was faster than all before.
+    assert ages.age(106.0, 106.0, "a", 13.5) == 0.0  # Faster than all earlier messages.
     assert ages.age(106.0, 106.0, "a", 13.0) == pytest.approx(0.5, abs=0.01)
 
 
@@ -228,7 +228,7 @@ def test_a_stalled_link_takes_nothing_from_what_has_just_been_sent() -> None:
 def test_the_smallest_delay_is_forgotten_after_a_window_without_one_as_small() -> None:
     ages = MessageAges()
     ages.age(100.0, 100.0, "a", 0.0)
-    # The sender's machine slept for two seconds by a clock that does not count that.
+    # The sender's machine slept for two seconds, which its clock does not count.
     first = ages.age(103.0, 103.0, "a", 1.0)
     assert first == pytest.approx(2.0, abs=0.01)
     for second in range(1, 23):
@@ -239,7 +239,7 @@ def test_the_smallest_delay_is_forgotten_after_a_window_without_one_as_small() -
 def test_what_was_held_up_moves_nothing() -> None:
     ages = MessageAges()
     ages.age(100.0, 100.0, "a", 0.0)
-    for second in range(30):  # The link is slow for half a minute.
+    for second in range(30):  # The connection is slow for half a minute.
         ages.age(103.0 + second, 100.0 + second, "a", float(second))
     assert ages.age(133.0, 130.0, "a", 30.0) == pytest.approx(3.0, abs=0.05)
 
@@ -247,7 +247,7 @@ def test_what_was_held_up_moves_nothing() -> None:
 def test_clocks_that_drift_apart_over_a_silence_cost_nothing_on_a_good_link() -> None:
     ages = MessageAges()
     ages.age(100.0, 100.0, "a", 0.0)
-    assert ages.age(3700.0, 3700.0, "a", 3599.0) == 0.0  # A second in an hour.
+    assert ages.age(3700.0, 3700.0, "a", 3599.0) == 0.0  # A drift of one second in an hour.
     held_up = ages.age(3704.0, 3700.0, "a", 3599.5)
     assert held_up == pytest.approx(3.5, abs=0.1)
 

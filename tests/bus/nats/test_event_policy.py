@@ -1,4 +1,4 @@
-"""What events say of keys, which of them are told, and who hears only its own process: over a real server."""
+"""Redacted keys, sampled events and local listeners, over a real server."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def test_a_sample_is_told_without_gaps_and_counted_in_full(nats_server: Se
             here = [heard_here.next(0) for _ in range(len(heard_here))]
         snapshot = await cache.statistics()
     assert snapshot.hits == snapshot.misses == 2000
-    # Six standard deviations on either side. The two kinds have subscriptions of their own, so some may be on their way.
+    # Six standard deviations on either side. Kinds have separate subscriptions, so some events may be in flight.
     assert 0 < told <= len(here)
     assert 384 < len(here) < 616
     assert all(isinstance(each, CacheHit) for each in here)
@@ -141,5 +141,5 @@ async def test_what_only_local_listeners_want_is_not_fetched(connect: Connect) -
         with there.subscribe(CacheSet) as heard:
             await there.settled()
             Emitter(here).publish(CacheSet(key="k"))
-            await anext(heard)  # By now what was told before would have come here too.
+            await anext(heard)  # Earlier events would have arrived by now.
     assert here.counters.events_received == 0

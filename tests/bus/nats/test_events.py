@@ -1,4 +1,4 @@
-"""Events between processes: which go out and as what, that listeners hear them, and that a gap is noticed."""
+"""Events between processes: published kinds and formats, delivery to listeners, and detected gaps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to callers and workers when servers, workers and messages go wrong."""
+"""Faults of servers, workers and messages, and their effect on callers and workers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ T = 20.0
 
 
 async def until_back(bus: NatsBus) -> None:
-    """Ask until somebody answers."""
+    """Send requests until one is answered."""
     with anyio.fail_after(T):
         while True:
             try:
@@ -104,7 +104,7 @@ async def test_a_worker_that_leaves_finishes_what_it_was_sent_and_the_others_go_
     async def caller(number: int) -> None:
         nonlocal asked
         while not ended.is_set():
-            # Neither may be sent twice or lost, and one of them takes its time.
+            # Neither request may be repeated or lost, and one of them is slow.
             asked += 1
             if number % 3:
                 assert await bus.request(PLACE, Exists("0.001"), T) == Present()
@@ -190,7 +190,7 @@ async def test_an_error_that_ends_a_client_of_nats_for_good_does_not_end_the_bus
 ) -> None:
     await start_worker("answering", PLACE, server=own_server)
     async with NatsBus(namespace, options(own_server)) as bus:
-        # The server cuts off whoever sends a line that is too long, and nats-py then closes for good.
+        # The server disconnects a client that sends a line above the limit, and nats-py then closes permanently.
         bus.connection.write("x" * 5000, b"")
         await until_back(bus)
         with anyio.fail_after(T):
@@ -214,7 +214,7 @@ async def test_a_flush_that_was_given_up_leaves_the_connection_as_it_was(connect
 
 @pytest.fixture
 async def stranger(nats_server: Server) -> Any:
-    """A client that knows nothing of cachebus but its subjects."""
+    """Open a client that knows only the subjects of cachebus."""
     client = await nats.connect(nats_server.url)
     yield client
     await client.close()
@@ -284,7 +284,7 @@ async def test_a_spent_budget_is_answered_and_not_worked_on(connect: Connect, st
         answer = await stranger.request(subject, encode(Increment("k")), timeout=T, headers=headers)
         assert getattr(decode(answer.data), "code", "") == CacheTimeoutError.code
         assert bus.counters.requests_expired == 1
-        # What is never answered by the actor is answered by the deadline.
+        # A request that the actor never answers is answered at its deadline.
         answer = await stranger.request(subject, encode(Touch("k")), timeout=T, headers={"Cachebus-Budget": "0.05"})
         assert getattr(decode(answer.data), "code", "") == CacheTimeoutError.code
         assert await bus.request(PLACE, Increment("k"), T) == Incremented(1)

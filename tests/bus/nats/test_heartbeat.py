@@ -1,4 +1,4 @@
-"""Heartbeats: the loss of the last events before a silence is noticed, and nothing is missed that was not lost."""
+"""Heartbeats: they reveal lost events before a silence, and report no others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = 20.0
 
 async def test_the_loss_of_the_last_events_is_told(connect: Connect) -> None:
     there = await connect(heartbeat=0.05)
-    # What comes in at once and is more than a subscription may keep is thrown away by the client: a loss like any other.
+    # The client drops messages above a subscription's limit, which is a loss like any other.
     here = await connect(pending_messages=10)
     with here.subscribe(CacheSet, EventsMissed) as heard:
         await here.settled()
@@ -38,7 +38,7 @@ async def test_the_loss_of_the_last_events_is_told(connect: Connect) -> None:
             Emitter(there).publish(CacheSet(key=str(number)))
         arrived = missed = 0
         with anyio.fail_after(T):
-            while arrived + missed < 60:  # What is lost in two parts, with a heartbeat between them, is told in two.
+            while arrived + missed < 60:  # Two losses with a heartbeat between them are reported separately.
                 event: object = await anext(heard)
                 if isinstance(event, CacheSet):
                     arrived += 1
@@ -107,7 +107,7 @@ async def test_what_a_full_outbox_drops_is_missed(own_server: Server, namespace:
             await anyio.to_thread.run_sync(own_server.start)
             missed = arrived = 0
             with anyio.fail_after(T):
-                # Whatever of the ten is told before the listener is back is missed as well.
+                # Those of the ten that are published before the listener reconnects are missed as well.
                 while missed + arrived < 25:
                     event = await anext(heard)
                     missed += event.count if isinstance(event, EventsMissed) else 0
@@ -117,7 +117,7 @@ async def test_what_a_full_outbox_drops_is_missed(own_server: Server, namespace:
 
 
 class Stranger:
-    """Says events and heartbeats of its own making."""
+    """Publisher of events and heartbeats with chosen numbers."""
 
     def __init__(self, client: Any, namespace: str) -> None:
         self.client = client
@@ -150,7 +150,7 @@ async def test_nothing_is_missed_that_was_told_before_anybody_listened(connect: 
             await stranger.beat(2, cache_set=103, cache_deleted=8)
             await stranger.say(CacheSet(key="104"), 104)
             assert isinstance(await anext(sets), CacheSet)
-        # Left and wanted again: what was told in between is not missed either.
+        # After a new subscription, the events in between do not count as missed.
         await bus.settled()
         with bus.subscribe(CacheSet) as sets:
             await bus.settled()

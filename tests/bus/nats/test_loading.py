@@ -1,4 +1,4 @@
-"""Loading over NATS: one load among the clients of a worker, and those who wait are parked at the worker."""
+"""Loading over NATS: clients of a worker share one load, and waiters are parked at the worker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VALUE = {"pair": (1, 2), "raw": b"\x01"}
 async def caches(
     request: pytest.FixtureRequest, nats_server: Server, namespace: str, start_worker: StartWorker
 ) -> AsyncIterator[tuple[Cache, Cache]]:
-    """Two clients of one worker: in this process, in another one, or with a Redis behind it."""
+    """Open two clients of one worker: in this process, in another one, or with Redis as its store."""
     url = nats_server.url
     async with AsyncExitStack() as stack:
         if request.param == "process":
@@ -43,11 +43,11 @@ async def caches(
 
 
 async def never() -> Any:
-    raise AssertionError("nobody should load")
+    raise AssertionError("no caller should load")
 
 
 class Slow:
-    """A loader that waits to be let go on."""
+    """Loader that waits for `go_on`."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -91,7 +91,7 @@ async def test_what_is_invalidated_during_its_load_is_not_stored(caches: tuple[C
         await other.delete("k")
         assert await other.get_or_load("k", new) == "new"
         slow.go_on.set()
-    assert values == ["old"], "its callers asked before"
+    assert values == ["old"], "only callers from before the delete get the old value"
     assert await one.get("k") == "new"
 
 
@@ -126,7 +126,7 @@ async def test_a_load_that_takes_longer_than_a_call_may_is_waited_for(nats_serve
             await slow.begun.wait()
             tasks.start_soon(wait_for, other, values, never)
             parked = GetOrLease("k", "somebody", "token", 9.0, wait=9.0)
-            with pytest.raises(CacheTimeoutError):  # The load takes longer than two calls may.
+            with pytest.raises(CacheTimeoutError):  # The load takes longer than two calls are allowed to.
                 await one.client.bus.request(BACKEND, parked, 2 * timeout)
             slow.go_on.set()
         assert values == [VALUE] * 2

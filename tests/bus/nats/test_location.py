@@ -1,5 +1,7 @@
-"""Where an actor is makes no difference: the same tests with the actor in this process, behind NATS, and in another
-process; the conformance suite of stores; and the facades."""
+"""Location transparency: the same tests with the actor in this process, behind NATS and in another process.
+
+Also runs the conformance suite of stores, and the facades.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ T = 20.0
 async def bus(
     request: pytest.FixtureRequest, connect: Connect, start_worker: StartWorker, namespace: str
 ) -> AsyncIterator[Bus]:
-    """A bus with an `Answering` actor: on it, on another bus of this process, or in another process."""
+    """Open a bus that reaches an `Answering` actor: on it, on another bus of this process, or in another process."""
     if request.param == "process":
         await start_worker("answering", PLACE)
         yield await connect()
@@ -125,7 +127,7 @@ async def test_threads_ask_too(bus: Bus) -> None:
 
 
 class StoreElsewhere:
-    """The store of a backend actor that is reached over a bus."""
+    """Store of a backend actor on the other side of a bus."""
 
     name = "elsewhere"
 
@@ -134,10 +136,10 @@ class StoreElsewhere:
         self._bus = bus
 
     async def open(self) -> None:
-        """Nothing to do: it is open where it is."""
+        """Do nothing, because the actor has opened its store."""
 
     async def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def gauges(self) -> Gauges:
         return Gauges()
@@ -146,7 +148,7 @@ class StoreElsewhere:
         return await asyncio.gather(*(self._ask(each) for each in batch))
 
     async def _ask(self, request: Request[Any]) -> Reply:
-        if not isinstance(request, STORE_REQUESTS):  # The actor would answer by itself.
+        if not isinstance(request, STORE_REQUESTS):  # The actor would answer these without its store.
             return Failed.of(CapabilityError(store=self.name, capability=type(request).__name__))
         try:
             reply: Reply = await self._bus.request(BACKEND, request, T)
@@ -156,9 +158,9 @@ class StoreElsewhere:
 
 
 class OverNats(StoreConformance):
-    """What a worker's memory store promises, it promises to others."""
+    """Conformance suite for a worker's memory store, over NATS."""
 
-    big_value = 1_000_000  # What a server takes in one message.
+    big_value = 1_000_000  # Fits into one message of the server.
 
     @pytest.fixture
     def anyio_backend(self) -> str:
@@ -172,8 +174,8 @@ class OverNats(StoreConformance):
 
 @asynccontextmanager
 async def memory_behind(connect: Connect, namespace: str) -> AsyncGenerator[AnyStore]:
-    """A memory store of this process that is asked over a server."""
-    # Nobody else is in this namespace, so a claim need not wait.
+    """Open a memory store in this process, reached through a server."""
+    # The namespace has no other claimant, so a claim need not wait.
     async with Supervisor(await connect(namespace=namespace, claim_wait=0.001)) as supervisor:
         memory = MemoryStore()
         await supervisor.start(BACKEND, lambda: BackendActor(memory), visibility="sole")
@@ -181,7 +183,7 @@ async def memory_behind(connect: Connect, namespace: str) -> AsyncGenerator[AnyS
 
 
 class TestMemoryOverNats(OverNats):
-    """In this process, behind a server."""
+    """The actor is in this process, behind a server."""
 
     @pytest.fixture
     async def store(self, connect: Connect, namespace: str) -> AsyncIterator[AnyStore]:
@@ -191,7 +193,7 @@ class TestMemoryOverNats(OverNats):
 
 @pytest.fixture(scope="module")
 def one_worker(nats_server: Server) -> Any:
-    """A worker with a memory store for all the tests of a class: starting one takes longer than a test."""
+    """Start a worker with a memory store for all tests of a class, because starting one takes longer than a test."""
     from .conftest import WorkerProcess, end
 
     worker = WorkerProcess(nats_server, "onestore", "memory", BACKEND, "sole")
@@ -201,7 +203,7 @@ def one_worker(nats_server: Server) -> Any:
 
 
 class TestMemoryInAWorker(OverNats):
-    """In another process."""
+    """The actor is in another process."""
 
     @pytest.fixture
     async def store(self, connect: Connect, one_worker: Any) -> AsyncIterator[AnyStore]:
@@ -217,7 +219,7 @@ class TestMemoryInAWorker(OverNats):
 async def cache(
     request: pytest.FixtureRequest, nats_server: Server, namespace: str, start_worker: StartWorker
 ) -> AsyncIterator[Cache]:
-    """A cache over memory: in this process, in a node of this process that serves others, in another process."""
+    """Open a cache over memory: in this process, in a serving node of this process, or in another process."""
     url = nats_server.url
     if request.param == "local":
         async with open_cache("memory://", namespace=namespace) as cache:

@@ -1,4 +1,4 @@
-"""Every option of a bus that no other test is about: each fails when the option is ignored."""
+"""Bus options without a test elsewhere. Each test fails if its option is ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking over NATS: in one process and across processes, alone and by many, and what is answered when it cannot work."""
+"""Requests over NATS: within a process and across processes, single and concurrent, and their errors."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_a_message_is_bounded_by_count_and_by_bytes(connect: Connect, star
     await start_worker("answering", PLACE)
     few, small = await connect(batch=3, window=1), await connect(batch_bytes=1000, window=1)
     await asyncio.gather(*(few.request(PLACE, Get(str(number)), T) for number in range(31)))
-    # The first leaves alone, and the others in threes.
+    # The first leaves alone, and the others in batches of three.
     assert few.counters.messages_sent == 11
     await asyncio.gather(*(small.request(PLACE, Get(str(number) * 400), T) for number in range(9)))
     assert small.counters.messages_sent == 5
@@ -194,7 +194,7 @@ async def test_what_is_too_large_is_refused_with_the_sizes_and_the_connection_st
         with pytest.raises(CacheCapacityError, match=r"2,0\d\d,\d\d\d bytes, the limit is 1,044,480 bytes"):
             await bus.request(PLACE, request, T)
     assert await bus.request(PLACE, Get("large:900000"), T) == Found(bytes(900_000))
-    # Together the answers are larger than a message may be.
+    # Together, the answers exceed the size limit of a message.
     many = await asyncio.gather(*(bus.request(PLACE, Get("large:300000"), T) for _ in range(8)))
     assert many == [Found(bytes(300_000))] * 8
     assert bus.counters.reconnects == 0

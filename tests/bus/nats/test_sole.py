@@ -1,4 +1,4 @@
-"""Addresses that one process has for itself: who gets one, who is refused, and who takes over."""
+"""Sole addresses: claims, refusals and takeovers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = 20.0
 
 
 async def reached(bus: NatsBus) -> bool:
-    """Whether anybody serves the address."""
+    """Return `True` if a process serves the address."""
     try:
         return await bus.request(PLACE, Get("k"), T) == Found("k")
     except NoSuchActor:
@@ -40,7 +40,7 @@ async def test_a_second_start_is_refused_with_the_name_of_the_holder(
     async with Supervisor(bus) as supervisor:
         with pytest.raises(AddressInUse, match=rf"already served by process {worker.process.pid} on "):
             await supervisor.start(PLACE, Answering, visibility="sole")
-        # It left no trace: the address is still the holder's.
+        # The refused claim has no effect: the holder still serves the address.
         assert await bus.request(PLACE, Get("pid"), T) == Found(worker.process.pid)
 
 

@@ -1,4 +1,4 @@
-"""The gate of subjects: what may be a word, and that no key ever is one."""
+"""Validation of subjects: the allowed words. A key is never part of a subject."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trace context goes with a request to whoever handles it, and from there into the events."""
+"""The trace context of a request reaches its handler and the events."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def span(trace_id: int, span_id: int) -> Any:
 @asynccontextmanager
 async def worker_and_caller(nats_server: Server, namespace: str, backend: str) -> AsyncIterator[Cache]:
     settings = load_settings(backend, namespace=namespace, bus=nats_server.url)
-    # Opened within a span, which is none of the requests' business.
+    # Opened within a span, which must not affect the requests.
     with span(7, 7):
         async with (
             Node(settings, serve=True),
@@ -54,13 +54,13 @@ async def test_events_of_a_worker_carry_the_trace_of_the_request(
             await cache.client.bus.settled()  # type: ignore[attr-defined]
 
             async def put(key: str, trace: str | None) -> None:
-                with span(0, 0), use_trace(trace):  # An invalid span is none.
+                with span(0, 0), use_trace(trace):  # An invalid span counts as no span.
                     await cache.set(key, 1)
 
             traces: dict[str, str | None] = {"a": FIRST, "b": SECOND, "c": None, "d": FIRST}
             await put("a", FIRST)
             assert (await anext(heard)).trace == FIRST
-            # At once, so that they travel together.
+            # Sent together, so that they share a batch.
             await asyncio.gather(*(put(f"{key}{number}", traces[key]) for key in traces for number in range(20)))
             events: list[Any] = [await anext(heard) for _ in range(80)]
             assert {each.key: each.trace for each in events} == {

@@ -2,7 +2,7 @@
 
     python -m tests.bus.nats.worker host:port namespace actor address visibility
 
-It says `up` when it serves, or why it cannot.
+It prints `up` when it serves, or the reason for a failure.
 """
 
 from __future__ import annotations
