@@ -1,4 +1,4 @@
-"""The two facades behind one face, so that a test is written once and runs on both."""
+"""The two facades behind one interface, so that a test runs on both."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cachebus.settings import ActorSettings, Settings
 
 
 def settings(*, inline: bool = True, timeout: float = 5.0, on_error: OnError = "raise") -> Settings:
-    """Those of one memory backend, whose failures the tests want to see."""
+    """Return the settings of one memory backend. By default, its failures raise."""
     return Settings(timeout=timeout, on_error=on_error, actors=ActorSettings(inline_turns=inline))
 
 
 def a_cache(*, clock: Clock = SYSTEM_CLOCK, inline: bool = True, **store: Any) -> Cache:
-    """An asynchronous cache over a memory store; `store` are its options."""
+    """Open an asynchronous cache over a memory store with the options `store`."""
     return open_cache(settings(inline=inline), clock=clock, stores=lambda _: MemoryStore(clock=clock, **store))
 
 
 def a_sync_cache(*, clock: Clock = SYSTEM_CLOCK, inline: bool = True, **store: Any) -> SyncCache:
-    """The same for code without an event loop."""
+    """Open a synchronous cache over a memory store with the options `store`."""
     return open_sync_cache(settings(inline=inline), clock=clock, stores=lambda _: MemoryStore(clock=clock, **store))
 
 
@@ -51,12 +51,12 @@ class Awaited:
 
 
 def awaited(cache: SyncCache) -> Cache:
-    """`cache` with the face of a `Cache`."""
+    """Return `cache` with the interface of a `Cache`."""
     return cast("Cache", Awaited(cache))
 
 
 def heard(events: Subscription) -> list[Event]:
-    """The events that have come in so far."""
+    """Return the events received so far."""
     out: list[Event] = []
     while len(events):
         event = events.next(0)
@@ -66,7 +66,7 @@ def heard(events: Subscription) -> list[Event]:
 
 
 class SilentStore:
-    """A store that does not answer before `release`, and then as if it were empty."""
+    """Store that does not answer until `release`, and then as if it were empty."""
 
     name = "silent"
     capabilities = Capabilities()
@@ -90,7 +90,7 @@ class SilentStore:
         return [Missing() for _ in batch]
 
     def release(self) -> None:
-        """Answer from now on. Usable from any thread."""
+        """Start answering. May be called from any thread."""
         self._silent = False
         for port in self._ports:
             port.answer(None)

@@ -1,4 +1,4 @@
-"""Loaders of tests."""
+"""Loaders for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import anyio
 
 
 class Loader:
-    """Counts its calls, and holds each until it is let go."""
+    """Loader that counts its calls, and holds each until it is released."""
 
     def __init__(self) -> None:
         self.calls = 0

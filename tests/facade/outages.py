@@ -1,4 +1,4 @@
-"""A store that fails as a test says, behind the guard and the facade."""
+"""A store whose failures the test controls, behind the guard and the facade."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cachebus.messages import CacheConnectionError, CacheError, Failed, Reply, R
 
 
 class Outage:
-    """A batch store over memory. While `error` is set, every batch raises it; while `silent`, none is answered.
+    """Batch store over memory. While `error` is set, every batch raises it. While `silent` is true, no batch is answered.
 
-    `asked` holds the batches that came, `opens` how often it was opened. `lose_replies` does the work and loses the
-    answers.
+    `asked` holds the received batches, and `opens` counts the calls of `open`. With `lose_replies`, the store carries out
+    a batch and loses the replies.
     """
 
     name = "outage"
@@ -62,5 +62,5 @@ class Outage:
 
 
 def down(detail: str = "nobody is there") -> CacheConnectionError:
-    """What a server that cannot be reached looks like."""
+    """Return the error of an unreachable server."""
     return CacheConnectionError(detail, "outage")

@@ -1,4 +1,4 @@
-"""A package that announces a store, as an installed one would."""
+"""A package that registers a store by an entry point, like an installed one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def not_a_store(url, *, namespace, clock):
 def announce(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, scheme: str = "shelf", made_by: str = "shelf_of_tests:Shelf"
 ) -> None:
-    """Put a package into `folder`, and `folder` on the path."""
+    """Create a package in `folder`, and add `folder` to the path."""
     (folder / "shelf_of_tests.py").write_text(MODULE, encoding="utf-8")
     about = folder / f"{made_by.replace(':', '_')}_{scheme}-1.0.dist-info"
     about.mkdir()

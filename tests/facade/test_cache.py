@@ -1,4 +1,4 @@
-"""Both facades, method by method: what is promised of one is promised of the other, with inline turns and without."""
+"""Both facades, method by method: they behave the same, with and without inline turns."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ BEHAVIOURS: list[Behaviour] = []
 
 
 def behaviour(function: Behaviour) -> Behaviour:
-    """Something that both facades do."""
+    """Register a behaviour of both facades."""
     BEHAVIOURS.append(function)
     return function
 
@@ -132,7 +132,7 @@ async def a_lock_has_one_holder(cache: Cache, clock: ManualClock) -> None:
 
 
 async def plain(result: Any) -> Any:
-    """What a method returned, of either facade."""
+    """Return the result of a method of either facade."""
     return await result if inspect.isawaitable(result) else result
 
 
@@ -363,7 +363,7 @@ async def a_subclass_of_str_is_the_same_key(cache: Cache, clock: ManualClock) ->
     assert await cache.get("key") == await cache.get(Name("key")) == 1
 
 
-# Watching
+# Events
 
 
 @behaviour
@@ -382,7 +382,7 @@ async def events_say_what_happened_in_order(cache: Cache, clock: ManualClock) ->
         await cache.invalidate_tags("tag")
         await cache.clear()
         said = heard(events)
-    # That an actor was started may or may not have been said before somebody listened.
+    # The actor may have started before or after the subscription.
     kinds = [type(event) for event in said if event.backend]
     assert kinds == [
         *(CacheMiss, CacheSet, CacheHit, CacheHit, CacheMiss, CacheDeleted, CacheSet),
@@ -449,7 +449,7 @@ async def health_is_well(cache: Cache, clock: ManualClock) -> None:
     assert health == Health(True, "backend.primary", 0.0)
 
 
-# What is refused
+# Refused arguments
 
 A_LONG_NUMBER = 10**400
 
@@ -610,7 +610,7 @@ def public(cls: type) -> dict[str, Any]:
 
 
 INSIDE = {"attach", "detach", "finish_get", "scan_page"}
-"""What `Cache` offers to `SyncCache`, and to nobody else."""
+"""Methods of `Cache` that are only for `SyncCache`."""
 
 
 def test_both_facades_have_the_same_methods() -> None:
@@ -685,7 +685,9 @@ async def test_listening_needs_an_open_cache() -> None:
     async with cache:
         events = cache.events(CacheSet)
         await cache.set("key", 1)
-    assert [type(event) async for event in events] == [CacheSet], "what waits can still be read, and then it ends"
+    assert [type(event) async for event in events] == [CacheSet], (
+        "waiting events can still be read before the subscription ends"
+    )
     with pytest.raises(CacheClosed, match="closed"):
         cache.events()
 
@@ -769,7 +771,9 @@ async def test_every_call_ends_within_the_timeout() -> None:
             with pytest.raises(CacheTimeoutError, match=LATE) as caught:
                 await EVERY_CALL[name](cache)
             assert (caught.value.timeout, caught.value.address) == (0.03, "backend.primary")
-            assert caught.value.in_doubt is (name in ("set", "add", "increment")), "what may not be done twice"
+            assert caught.value.in_doubt is (name in ("set", "add", "increment")), (
+                "only requests that cannot be repeated are in doubt"
+            )
             assert isinstance(caught.value, TimeoutError)
         health = await cache.health()
         assert (health.ok, health.detail) == (False, "backend.primary: no answer within 0.03 s")
@@ -838,6 +842,6 @@ async def test_a_loop_of_calls_that_never_wait_lets_other_tasks_run(
         await cache.set("key", 1)
         call = calling(cache)
         tasks.start_soon(other)
-        for _ in range(3 * TURNS_PER_CHECKPOINT):  # Trio may let this task go on first, once.
+        for _ in range(3 * TURNS_PER_CHECKPOINT):  # Trio may continue this task first, once.
             await call()
         assert others == 1

@@ -1,4 +1,4 @@
-"""The decorator: one load per key, for coroutine functions and plain ones, over both facades."""
+"""The decorator: one load per key, for coroutine and plain functions, on both facades."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_tasks_and_threads_share_one_load(leader: str) -> None:
                 others: list[asyncio.Future[str]] = [asyncio.ensure_future(load("x")) for _ in range(20)]
                 others += [loop.run_in_executor(pool, load_plain, "x") for _ in range(8)]
                 others += [loop.run_in_executor(pool, in_another_loop) for _ in range(4)]
-                # Whether each waits already or comes after the load: there is one load.
+                # Callers may already wait or come after the load. Either way there is one load.
                 await asyncio.sleep(0)
                 go_on.set()
                 values = await asyncio.gather(first, *others)
@@ -136,7 +136,7 @@ async def test_keys_do_not_wait_for_each_other() -> None:
             await cache.set("c", 1)
             assert await cache.get("c") == 1
             assert await cache.get("slow:a") is None
-            assert (await cache.health()).ok, "the load is not a turn of the backend's"
+            assert (await cache.health()).ok, "a load must not occupy a turn of the backend"
             slow.go_on.set()
 
 
@@ -154,7 +154,7 @@ def test_a_plain_load_is_not_a_turn_of_the_backends(sync_cache: SyncCache) -> No
 
 
 async def test_a_load_that_comes_in_after_the_miss_is_not_done_again() -> None:
-    # The value arrives after a caller has missed and before it leads: it looks again.
+    # The value arrives after a caller's miss and before it becomes the leader, so the caller reads again.
     async with a_cache() as cache:
         calls = 0
 
@@ -177,10 +177,10 @@ async def test_a_load_that_comes_in_after_the_miss_is_not_done_again() -> None:
         assert await load() == "meanwhile"  # type: ignore[comparison-overlap]
         assert calls == 0
         statistics = await cache.statistics()
-        assert (statistics.hits, statistics.misses) == (0, 1), "asking for the lease is neither"
+        assert (statistics.hits, statistics.misses) == (0, 1), "a lease request counts as neither"
 
 
-# What goes in and what comes out
+# Arguments and results
 
 
 @pytest.mark.parametrize("value", [None, 0, "", [], False])

@@ -1,4 +1,4 @@
-"""What goes wrong in a decorated function, and whom it concerns."""
+"""Failures of decorated functions, and the callers that see them."""
 
 from __future__ import annotations
 

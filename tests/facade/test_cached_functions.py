@@ -1,4 +1,4 @@
-"""Functions of all kinds, decorated: what makes their keys, and what cannot be decorated."""
+"""Decorated functions of all kinds: their keys, and functions that cannot be decorated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_decorated_function_looks_like_the_original(sync_cache: SyncCache) -
 
 
 def key_of(cache: SyncCache, function: Callable[..., Any], template: Any, *args: Any, **kwargs: Any) -> str:
-    """The key under which `function(*args, **kwargs)` is kept."""
+    """Return the key under which `function(*args, **kwargs)` is stored."""
     cache.clear()
     cache.cached(key=template)(function)(*args, **kwargs)
     (key,) = cache.scan()

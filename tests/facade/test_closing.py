@@ -1,4 +1,4 @@
-"""A call under way while its cache is closed: it is answered as before."""
+"""Closing: a call in flight is still answered."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def test_a_read_under_way_returns_a_value_and_no_payload(
             async with open_cache(server.url, payload=payload) as cache:
                 await cache.set("key", {"a": 1})
                 reading = asyncio.create_task(cache.get("key"))
-                await asyncio.sleep(0)  # It has asked, and waits for the reply.
+                await asyncio.sleep(0)  # The request is sent, and the caller waits for the reply.
                 await cache.close()
                 assert await reading == {"a": 1}
 

@@ -1,4 +1,4 @@
-"""The options of events: what is taken, and what is refused."""
+"""The options of events: valid and refused values."""
 
 from __future__ import annotations
 

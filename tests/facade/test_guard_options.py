@@ -1,4 +1,4 @@
-"""Every option of the guard, given in a URL, seen in what a cache does with a store that fails."""
+"""Every option of the guard, set in a URL and checked with a failing store."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from .plugins import announce
 
 @asynccontextmanager
 async def guarded(options: str, store: Outage, **more: Any) -> AsyncIterator[Cache]:
-    """A cache over `store` whose guard has these options and shows what goes wrong."""
+    """Open a cache over `store` with these options of the guard. Its failures raise."""
     async with open_cache(f"redis://?{options}", stores=lambda _: store, on_error="raise", **more) as cache:
         yield cache
 
 
 async def ask(cache: Cache, times: int = 1) -> list[str]:
-    """What came of so many reads, one after the other."""
+    """Return the outcomes of sequential reads."""
     outcomes: list[str] = []
     for _ in range(times):
         try:
@@ -57,7 +57,7 @@ async def state(cache: Cache) -> str:
     return str((await cache.statistics()).guard["state"])
 
 
-# The circuit
+# The circuit breaker
 
 
 @pytest.mark.parametrize("threshold", [1, 3, 7])
@@ -105,7 +105,7 @@ async def test_breaker_success_threshold_says_how_many_probes_close_the_circuit(
 
 
 class Piped(Outage):
-    """The same with several batches under way, each answered when `answer` says."""
+    """`Outage` with several batches in flight, which `answer` answers."""
 
     long_running: frozenset[type[Request[Any]]] = frozenset()
     max_batch = 1
@@ -125,7 +125,7 @@ class Piped(Outage):
         return None
 
     async def answer(self) -> None:
-        """Answer what is under way."""
+        """Answer the batches in flight."""
         under_way, self.under_way = self.under_way, []
         for batch, replied in under_way:
             replies: list[Reply] = list(await self.inner.execute(batch))
@@ -168,7 +168,7 @@ async def test_breaker_excluded_names_errors_that_are_no_failures(name: str) -> 
         assert await ask(cache, 2) == ["connection", "circuit_open"]
 
 
-# Repeating
+# Retries
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 6])
@@ -186,8 +186,8 @@ async def test_the_backoffs_say_how_long_the_pauses_are(option: str) -> None:
         with pytest.raises(CacheConfigurationError, match="retry_backoff_max 1 is less than retry_backoff_base 40"):
             backend_from_url(f"redis://?{option}")
         return
-    # A pause that does not fit into the time of the call is not begun, so the first failure is the answer.
-    # It is drawn below the base, which is so long that none can be drawn that would fit.
+    # A pause that exceeds the time left for the call is not started, so the first failure is the answer. Pauses are random
+    # below the base, which is so long that practically no pause fits.
     async with guarded(f"{option}&breaker=off", store := Outage(), timeout=60.0) as cache:
         store.error = down()
         assert await ask(cache, 20) == ["connection"] * 20
@@ -195,7 +195,7 @@ async def test_the_backoffs_say_how_long_the_pauses_are(option: str) -> None:
 
 
 async def test_retry_backoff_max_bounds_the_pauses() -> None:
-    # Pauses that double thirty times would not fit into the time of the call.
+    # Pauses that double thirty times would exceed the time of the call.
     options = "retry_backoff_base=0.001&retry_backoff_max=0.001&retry_attempts=30&retry_budget=1&breaker=off"
     async with guarded(options, store := Outage()) as cache:
         store.error = down()
@@ -211,13 +211,13 @@ async def test_retry_budget_bounds_the_repetitions_of_many_calls(budget: str, re
         await ask(cache, 100)
         tried = len(store.asked) - 100
     if budget == "0.5":
-        # Repetitions are batches, too, and earn their share.
+        # Retries are batches too, and earn their share of the budget.
         assert repetitions <= tried < 100 + 10
     else:
         assert tried == repetitions
 
 
-# Giving up
+# Timeouts
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.2])
@@ -237,7 +237,7 @@ async def test_timeout_initial_says_how_long_the_first_answer_is_waited_for(seco
 async def test_timeout_min_and_max_bound_the_adaptive_timeout(options: str, expected: float) -> None:
     async with guarded(f"{options}&retry_attempts=1".lstrip("&"), store := Outage()) as cache:
         del store
-        # With a timeout of 0.1 ms an answer may come too late; one that came in time is all that is asked for.
+        # With a timeout of 0.1 ms, an answer may be too late. One answer in time is enough.
         while not (await cache.statistics()).guard["success_count"]:
             await ask(cache)
         assert (await cache.statistics()).guard["current_timeout"] <= max(expected, 0.0001)
@@ -270,7 +270,7 @@ async def test_timeout_window_says_of_how_many_answers_the_percentile_is() -> No
             assert (await cache.statistics()).guard["p95"] == p95
 
 
-# The limit
+# The concurrency limit
 
 
 async def test_max_concurrent_and_max_waiting_bound_what_the_server_is_asked() -> None:
@@ -305,7 +305,7 @@ async def test_max_concurrent_and_max_waiting_bound_what_the_server_is_asked() -
             await store.answer()
 
 
-# Where the options come from
+# Sources of the options
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
@@ -372,7 +372,7 @@ async def test_a_store_of_another_package_is_guarded_by_its_options_too(
     announce(tmp_path, monkeypatch)
     entry = {"type": "plugin", "url": "shelf://there", "breaker_failure_threshold": 1, "retry_attempts": 1}
     store = Outage()
-    # It looks at installed packages, which reads files.
+    # In a thread, because it searches installed packages on disk.
     settings = await to_thread.run_sync(lambda: load_settings({"backends": [entry]}, on_error="raise"))
     async with open_cache(settings, stores=lambda _: store) as cache:
         store.error = down()

@@ -1,4 +1,4 @@
-"""Exceptions from signal handlers and full stacks, at any instruction of a turn: nothing is lost but what was being done."""
+"""Exceptions from signal handlers and full stacks, at any instruction of a turn: only the interrupted call is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OLD = {"a": 1, "b": 2, "c": 3, "n": 7}
 
 
 class Bench:
-    """A plain cache over a memory store that the test can look into."""
+    """Synchronous cache over a memory store that the test can inspect."""
 
     def __init__(self, **options: Any) -> None:
         self.store = MemoryStore(**options)
@@ -33,13 +33,13 @@ class Bench:
         self.cell: Any = self.cache.client.bus.recipient(self.cache.client.address)
 
     def prepare(self) -> None:
-        """Bring the cache into the state in which each attempt begins."""
+        """Reset the cache to the state before each attempt."""
         self.cache.clear()
         for key, value in OLD.items():
             self.cache.set(key, value, ttl=60.0, tags=["t", key])
 
     def check(self, allowed: dict[str, set[Any]]) -> None:
-        """Assert that the next calls work, that values are right or missing, and that nothing else is left."""
+        """Check that the next calls work, and that every value is right or missing."""
         found = self.cache.get_many([*OLD, "new", "other"])
         for key, value in found.items():
             assert value in allowed.get(key, {OLD.get(key)}), key
@@ -118,7 +118,7 @@ def attempts(
     stride: int,
     begin: Callable[[], None] = lambda: None,
 ) -> Iterator[bool]:
-    """Prepare and call, with an interruption at one instruction after the other, until there are no more."""
+    """Prepare and call, with an interruption at each instruction of the call."""
     reached, at = True, 0
     with installed(raise_soft):
         while reached:
@@ -128,7 +128,7 @@ def attempts(
             injector = Injector(at, throw)
             try:
                 injector.run(call)
-                assert not injector.reached, "the exception did not reach its caller"
+                assert not injector.reached, "the exception did not reach the caller"
             except (Hard, Soft):
                 assert injector.reached
             reached = injector.reached
@@ -156,7 +156,7 @@ def test_a_repair_may_be_interrupted_too() -> None:
     bench = Bench(max_entries=5)
 
     def breaks_a_write(at: int) -> bool:
-        """Interrupt a write at an instruction, and return whether that leaves an entry to be repaired."""
+        """Interrupt a write at an instruction. Return `True` if an entry needs a repair."""
         with suppress(Hard):
             Injector(at, throw_hard).run(lambda: bench.cache.set("a", 10, ttl=5.0, tags=["t", "u"]))
         return bench.store._changing == "a"
@@ -172,7 +172,7 @@ def test_a_repair_may_be_interrupted_too() -> None:
         at += 1
         bench.prepare()
         assert breaks_a_write(middle)
-        # The next call repairs what the first interruption has broken, and is interrupted as well.
+        # The next call repairs the damage of the first interruption, and is interrupted as well.
         injector = Injector(at, throw_hard)
         with suppress(Hard):
             injector.run(lambda: bench.cache.get("b"))
@@ -213,13 +213,13 @@ def test_callers_who_wait_for_a_load_are_answered_whatever_is_interrupted() -> N
         for _ in attempts(bench, functools.partial(end_the_load, kind), throw_hard, 3, begin):
             assert bench.cache.get("nothing") is None
             assert_sound(bench.store)
-            # If all is lost, the load is ended once more: nobody is forgotten.
+            # Release the lease once more, in case it survived: every waiter must get an answer.
             bench.cache.clear()
             bench.cell.turn(ReleaseLease)(ReleaseLease("key", lease[0]))
             for port in ports:
                 answer = port.wait(5.0, lambda: "forgotten")
                 assert answer != "forgotten"
-                if isinstance(answer, LeaseGranted):  # Whoever is granted it lets the next one have it.
+                if isinstance(answer, LeaseGranted):  # Release the lease for the next waiter.
                     bench.cell.turn(ReleaseLease)(ReleaseLease("key", answer.token))
             assert not [each for each in bench.cell._deferred if each.waiting]
     bench.cache.close()
@@ -255,7 +255,7 @@ def test_a_thread_is_served_though_the_interrupted_turn_says_nothing(monkeypatch
     answers: list[Any] = []
     bench = Bench()
     bench.cache.set("a", 1)
-    bench.cell._turn.free.pop()  # As by a turn whose last word was lost as well, on a full stack.
+    bench.cell._turn.free.pop()  # As after a turn on a full stack that could not wake the actor's task.
     port = ThreadPort()
     monkeypatch.setattr(bench.cell, "_reclaim", lambda: False)
     bench.cell.post(Envelope(Get("a"), port))
@@ -295,7 +295,7 @@ def test_a_turn_under_way_is_never_taken_over() -> None:
 
 
 def test_the_turn_stays_whole_under_a_storm_of_alarms(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is raised in the callback of a weak reference, Python swallows and tells this hook.
+    # Python swallows exceptions in callbacks of weak references, and passes them to this hook.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     bench = Bench(max_entries=50)
     chance = random.Random(5)
@@ -309,7 +309,7 @@ def test_the_turn_stays_whole_under_a_storm_of_alarms(monkeypatch: pytest.Monkey
     try:
         while raised < 300:
             try:
-                # Again and again, because of what is swallowed.
+                # Repeatedly, because some exceptions are swallowed.
                 signal.setitimer(signal.ITIMER_REAL, chance.uniform(50e-6, 2e-3), 2e-3)
                 try:
                     while True:

@@ -1,4 +1,4 @@
-"""What callers get while their backend fails: a cache that holds nothing, or the error, over both facades."""
+"""`on_error`: misses or errors during an outage, on both facades."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ URL = "redis://?retry_attempts=1&breaker_recovery=0.02&breaker_failure_threshold
 
 @asynccontextmanager
 async def a_cache(face: str, store: Outage, url: str = URL, **options: Any) -> AsyncIterator[Cache]:
-    """A cache over `store`, asynchronous or not."""
+    """Open a cache over `store`, asynchronous or synchronous."""
     if face == "async":
         async with open_cache(url, stores=lambda _: store, **options) as cache:
             yield cache
@@ -108,7 +108,7 @@ FAULTS = [
 
 
 async def both(work: Callable[[Cache, Outage], Any], **options: Any) -> None:
-    """Do the same to either facade, each over a store of its own; the synchronous one in a thread."""
+    """Run `work` with each facade over a separate store. The synchronous one runs in a thread."""
     async with a_cache("async", store := Outage(), **options) as cache:
         await work(cache, store)
 
@@ -121,7 +121,7 @@ async def both(work: Callable[[Cache, Outage], Any], **options: Any) -> None:
             run().send(None)
         except StopIteration:
             return
-        raise AssertionError("a synchronous cache has suspended")
+        raise AssertionError("a synchronous cache must not suspend")
 
     await to_thread.run_sync(in_a_thread)
 
@@ -136,7 +136,7 @@ async def test_a_read_that_the_backend_fails_is_a_miss(name: str) -> None:
         assert await call(cache) == substitute
         assert isinstance(await cache.lookup("k"), Missing)
         store.error = None
-        assert await call(cache) != substitute, "and all is there when the backend is back"
+        assert await call(cache) != substitute, "the values must be there when the backend is back"
         snapshot = await cache.statistics()
         assert (snapshot.errors, snapshot.dropped_writes) == (2, 0)
 
@@ -152,7 +152,7 @@ async def test_a_write_that_the_backend_fails_is_dropped_and_counted(name: str) 
         store.error = down()
         assert await call(cache) == substitute
         store.error = None
-        assert await cache.get("k") == 1, "nothing was written"
+        assert await cache.get("k") == 1, "the dropped write must not change the value"
         snapshot = await cache.statistics()
         assert (snapshot.errors, snapshot.dropped_writes) == (1, 1)
 
@@ -223,7 +223,7 @@ async def test_a_lost_answer_to_what_may_not_be_done_twice_says_that_nobody_know
             with pytest.raises(CacheTimeoutError, match=r"whether the request was done is not known$") as caught:
                 await call(cache)
             assert caught.value.in_doubt
-        assert [len(batch) for batch in store.asked] == [1, 1], "and it was not done again"
+        assert [len(batch) for batch in store.asked] == [1, 1], "the request must not be repeated"
 
     await both(work, url="redis://?retry_attempts=5", on_error="raise")
 
@@ -276,7 +276,7 @@ async def test_a_decorated_function_runs_when_the_cache_fails_and_at_the_price_t
 
         assert [await square(number) for number in range(100)] == [number**2 for number in range(100)]
         assert len(calls) == 100
-        assert len(store.asked) == 3, "then the circuit is open and the server is not asked"
+        assert len(store.asked) == 3, "the circuit must open, so that the server gets no more requests"
 
 
 def test_a_plain_decorated_function_runs_when_the_cache_fails() -> None:
@@ -318,7 +318,7 @@ def test_with_raise_a_plain_decorated_function_is_not_run_when_the_cache_fails()
             never()
 
 
-# Beginning while the server is down
+# Opening while the server is down
 
 
 async def test_a_cache_opens_while_its_server_is_down_and_heals_by_itself() -> None:
@@ -331,7 +331,7 @@ async def test_a_cache_opens_while_its_server_is_down_and_heals_by_itself() -> N
         assert await cache.get("k") == 1
         opens = store.opens
         assert await cache.get("k") == 1
-        assert store.opens == opens, "it is open now"
+        assert store.opens == opens, "the store must not be opened again"
         assert (await cache.health()).ok
 
     store = Outage()
@@ -386,7 +386,7 @@ async def test_health_says_what_is_wrong_and_where_the_circuit_stands() -> None:
         assert (first.ok, first.detail) == (False, "backend 'outage': nobody is there")
         assert first.circuit == "open"
         assert second.detail.startswith("the circuit of backend.primary is open; next attempt in ")
-        assert (await cache.statistics()).errors == 0, "a look is no call"
+        assert (await cache.statistics()).errors == 0, "`health` must not count as a call"
 
     await both(work, url="redis://?breaker_failure_threshold=1&retry_attempts=1")
 

@@ -1,4 +1,4 @@
-"""A cache over a real Redis that goes away and comes back: the application keeps its own speed, and nobody is called."""
+"""A cache over a real Redis that goes away and comes back: the application stays fast and recovers by itself."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def cache_at(url: str, **options: Any) -> AsyncIterator[Cache]:
 
 
 async def until_it_works(cache: Cache) -> float:
-    """Seconds until a value is stored and read again, asked for as an application asks: again and again."""
+    """Return the seconds until a value can be stored and read again, with repeated attempts as in an application."""
     began = time.monotonic()
     while not (await cache.set("probe", 1) and await cache.get("probe") == 1):
         await anyio.sleep(0.01)
@@ -67,7 +67,7 @@ async def until_the_circuit_is_open(cache: Cache) -> None:
 
 
 async def slow_calls(cache: Cache, seconds: float) -> tuple[int, int]:
-    """How many calls there were in that time, and how many of them took over 20 ms."""
+    """Call for the given time. Return the number of calls, and of those that took over 20 ms."""
     calls = slow = 0
     end = time.monotonic() + seconds
     while (began := time.monotonic()) < end:
@@ -84,10 +84,10 @@ async def test_behind_an_open_circuit_a_half_open_server_costs_no_time_and_is_fo
             assert await cache.set("there", 1)
             await to_thread.run_sync(lambda: proxy.switch("half_open"))
             await until_the_circuit_is_open(cache)
-            # Within half of the recovery, no probe is let through.
+            # No probe is admitted within half of the recovery time.
             calls, slow = await slow_calls(cache, RECOVERY / 2)
             assert calls > 20
-            assert slow <= calls * 0.1, "what the machine itself is late with, and no timeout of ours"
+            assert slow <= calls * 0.1, "only delays of the machine are allowed, not timeouts"
             assert (await cache.statistics()).guard["state"] == "open"
             await to_thread.run_sync(lambda: proxy.switch("pass"))
             assert await until_it_works(cache) < BACK_WITHIN
@@ -112,13 +112,13 @@ async def test_a_server_that_is_killed_and_started_again_is_told_of_and_found_ag
                 await until_the_circuit_is_open(cache)
                 began = time.monotonic()
                 assert [await load(number) for number in range(200)] == list(range(200))
-                assert time.monotonic() - began < within(1.0), "at the speed of the loader"
+                assert time.monotonic() - began < within(1.0), "calls must be as fast as the loader"
                 assert loads == 201
                 health = await cache.health()
                 assert not health.ok
                 assert health.circuit in ("open", "half_open")
                 assert (await cache.statistics()).errors >= 200, (
-                    "each counts, and nothing that was loaded is sent to be stored"
+                    "each failed read must count once, without an attempt to store"
                 )
                 await to_thread.run_sync(server.start)
                 assert await until_it_works(cache) < BACK_WITHIN
@@ -209,7 +209,7 @@ async def test_a_lost_reply_never_makes_one_increment_two(server: Server) -> Non
                 if after != before:
                     assert str(caught.value).endswith("whether the request was done is not known")
                     in_doubt += 1
-    assert in_doubt > 0, "some were done, and their replies lost"
+    assert in_doubt > 0, "some requests must have been carried out with a lost reply"
 
 
 def test_what_is_lost_with_its_connection_is_answered_at_once_on_a_loop_that_anyio_did_not_start(
@@ -225,7 +225,7 @@ def test_what_is_lost_with_its_connection_is_answered_at_once_on_a_loop_that_any
             await asyncio.to_thread(proxy.switch, "refuse")
             began = time.monotonic()
             assert await asking == "default"
-            assert time.monotonic() - began < 15.0, "and not only after 30 s"
+            assert time.monotonic() - began < 15.0, "the answer must not take the 30 s of the timeout"
             assert (await cache.statistics()).guard["retries"] > 0
 
     with Proxy.before(server) as proxy:
@@ -256,12 +256,12 @@ def test_a_synchronous_cache_goes_on_without_its_server_too() -> None:
 
 
 async def test_a_program_that_begins_during_an_outage_is_served_at_once(tmp_path: Path) -> None:
-    """A host that swallows everything: the connection is not even refused."""
+    """Open a cache with a host that drops all packets, so that connections are not even refused."""
     file = tmp_path / "cachebus.yaml"
     with run_redis() as server, Proxy.before(server, "half_open") as proxy:
         file.write_text(f"backends:\n- type: redis\n  hosts: ['{proxy.host}:{proxy.port}']\n  connect_timeout: 0.2\n")
         settings = await to_thread.run_sync(lambda: open_cache(str(file)))
         began = time.monotonic()
         async with settings as cache:
-            assert time.monotonic() - began < within(0.2), "no longer than connecting may take"
+            assert time.monotonic() - began < within(0.2), "opening must not exceed the connect timeout"
             assert await cache.get("k", "default") == "default"

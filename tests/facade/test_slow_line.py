@@ -1,4 +1,4 @@
-"""Large values over a slow line: a timeout that small calls have taught grows with the bytes, and no circuit opens."""
+"""Large values over a slow connection: the adaptive timeout grows with the bytes, and no circuit opens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_a_large_value_has_the_time_that_its_bytes_take(
         async with open_cache(url, namespace="slow", timeout=30.0, on_error="raise") as cache:
             assert await cache.set("large", value)
             await anyio.to_thread.run_sync(lambda: proxy.switch("slow", seconds=2.5))
-            # Twice as long as the timeout, but something arrives every 20 ms.
+            # Longer than the timeout, but bytes arrive every 20 ms.
             started = anyio.current_time()
             assert await cache.get("large") == value
             assert anyio.current_time() - started > 2.0

@@ -1,4 +1,4 @@
-"""Many threads, several event loops, forks and exits."""
+"""Threads, several event loops, forks and exits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_ENTRIES = 50
 
 
 def in_threads(count: int, function: Callable[[int], Any]) -> list[Any]:
-    """Run `function` in `count` threads that begin at the same moment, and give back what they return."""
+    """Run `function` in `count` threads that begin at the same moment, and return their results."""
     start = threading.Barrier(count)
 
     def begin(number: int) -> Any:
@@ -42,14 +42,14 @@ def in_threads(count: int, function: Callable[[int], Any]) -> list[Any]:
 
 @pytest.fixture
 def frequent_switches() -> Iterator[None]:
-    """Lets threads take turns after 20 microseconds instead of 5 milliseconds."""
+    """Switch threads after 20 microseconds instead of 5 milliseconds."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(2e-5)
     yield
     sys.setswitchinterval(interval)
 
 
-# One backend, everybody at once
+# One backend, many threads
 
 
 @pytest.mark.usefixtures("frequent_switches")
@@ -94,7 +94,7 @@ def test_threads_and_a_loop_on_one_store_lose_no_update(inline: bool) -> None:
 
     asyncio.run(main())
     assert failures == []
-    assert len(stores) == 1, "nothing crashed the actor"
+    assert len(stores) == 1, "the actor must not crash"
 
 
 async def mixed(cache: Cache, chance: random.Random, number: int, round_: int) -> None:
@@ -321,11 +321,11 @@ def test_a_cache_whose_loop_is_gone_says_so() -> None:
         asyncio.run(cache.get("key"))
 
 
-# Exits and forks, each in an interpreter of its own
+# Exits and forks, each in a new interpreter
 
 
 def python(code: str, timeout: float = 40.0) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new interpreter. It hangs no longer than `timeout` seconds, loosely."""
+    """Run `code` in a new interpreter, for about `timeout` seconds at most."""
     header = "import asyncio, os, sys, threading\nfrom cachebus import *\n"
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", header + code],

@@ -1,4 +1,4 @@
-"""What a type checker sees. mypy and pyright read this file; pytest runs it too, which does no harm."""
+"""Types of the public API. mypy and pyright check this file; pytest runs it too."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ async def test_a_decorated_coroutine_function_keeps_its_type() -> None:
 
         assert_type(await load(1), list[str])
         assert_type(await load(user_id=1, flag=True), list[str])
-        # These would be errors, and an ignore that is not needed is one, too.
+        # These are type errors. An unnecessary ignore would be an error, too.
         refused = False
         try:
             await load("1", flg=True)  # type: ignore[arg-type, call-arg]  # pyright: ignore[reportCallIssue]

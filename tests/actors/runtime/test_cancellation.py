@@ -1,4 +1,4 @@
-"""Cancellation of a caller at its first, second, ... last await: the actor stays usable, and no request stays parked."""
+"""Cancellation of a caller at each of its awaits: the actor stays usable, and no request stays parked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that want locks, as a test sees them."""
+"""Processes that take locks, controlled by a test."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from ...house.paths import ROOT
 
 
 class Process:
-    """A `tests.facade.locks.worker` under way."""
+    """Running `tests.facade.locks.worker`."""
 
     def __init__(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "tests.facade.locks.worker", *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
     def tell(self, *words: object) -> None:
-        """Give a command."""
+        """Send a command."""
         assert self._process.stdin is not None
         self._process.stdin.write(" ".join(map(str, words)) + "\n")
         self._process.stdin.flush()
 
     async def hears(self) -> str:
-        """What it says next."""
+        """Return its next line."""
         assert self._process.stdout is not None
         return (await anyio.to_thread.run_sync(self._process.stdout.readline)).strip()
 
     async def do(self, *words: object) -> str:
-        """Give a command, and wait for what comes of it."""
+        """Send a command, and return its result."""
         self.tell(*words)
         return await self.hears()
 
     def kill(self) -> None:
-        """End it as a power failure would."""
+        """Kill the process with SIGKILL, as in a power failure."""
         self._process.kill()
         self._process.wait()
 
     def pause(self) -> None:
-        """Stop it in its tracks."""
+        """Pause the process, and return when it has stopped."""
         suspend(self._process.pid)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Resume the process."""
         self._process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """Be rid of it."""
+        """Kill the process and release its pipes."""
         self._process.kill()
         self._process.communicate()
 
 
 @asynccontextmanager
 async def fleet(count: int, *arguments: str) -> AsyncGenerator[list[Process]]:
-    """So many processes, ready to be told."""
+    """Start `count` processes, ready for commands."""
     processes = [Process(*arguments) for _ in range(count)]
     try:
         for each in processes:
@@ -71,14 +71,14 @@ async def fleet(count: int, *arguments: str) -> AsyncGenerator[list[Process]]:
 
 
 class Resource:
-    """What a lock protects, and what makes it safe: it takes no write with a token older than one that it has seen."""
+    """Resource protected by a lock. It refuses writes with a token older than the newest one seen."""
 
     def __init__(self) -> None:
         self.newest = 0
         self.refused = 0
 
     def write(self, token: int) -> bool:
-        """Whether the write was taken."""
+        """Return `True` if the write was accepted."""
         if token < self.newest:
             self.refused += 1
             return False
@@ -87,14 +87,14 @@ class Resource:
 
 
 def token_of(said: str) -> int:
-    """The token in what a process says that has a lock."""
+    """Return the token from the line of a process that acquired a lock."""
     word, _, token = said.partition(" ")
     assert word == "had", said
     return int(token)
 
 
 def check_journal(text: str) -> list[int]:
-    """The tokens of a journal, in the order of entering. Nobody entered before the one before had left."""
+    """Return the tokens of a journal in the order of entering, and check that no two callers overlap."""
     lines = [line.split() for line in text.splitlines()]
     entries, exits = lines[::2], lines[1::2]
     assert [word for word, _ in entries] == ["enter"] * len(entries)

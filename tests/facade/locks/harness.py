@@ -1,4 +1,4 @@
-"""A lock manager without a bus, on a clock that stands still until it is moved."""
+"""A lock manager without a bus, with a manual clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...clock import ManualClock
 
 
 class Caller:
-    """Whoever waits for one reply: a port that can go away."""
+    """Caller that waits for one reply, and may go away."""
 
     def __init__(self) -> None:
         self.reply: Any = None
@@ -30,7 +30,7 @@ class Caller:
 
 
 class TimedContext(RecordingContext):
-    """A context that knows when its actor wants to be called back."""
+    """Context that records when its actor wants to be called back."""
 
     def __init__(self, clock: ManualClock, *kinds: type[Event]) -> None:
         super().__init__(*kinds, clock=clock)
@@ -41,7 +41,7 @@ class TimedContext(RecordingContext):
 
 
 class Managed:
-    """A manager over a `LockTable`."""
+    """Manager over a `LockTable`."""
 
     def __init__(self, **options: Any) -> None:
         self.clock = ManualClock()
@@ -50,14 +50,14 @@ class Managed:
         self._options = options
 
     async def start(self) -> None:
-        """Begin a life of the manager."""
+        """Start an incarnation of the manager."""
         self.manager = LockManager(self.table, **self._options)
         self.manager.ctx = self.context
         await self.manager.on_start()
         self._serve = self.manager.handlers().plain
 
     def ask(self, request: Any) -> Caller:
-        """Ask; the reply, or later the reply, is the caller's."""
+        """Send a request. The caller gets the reply, now or later."""
         caller = Caller()
         reply: Any
         try:
@@ -71,7 +71,7 @@ class Managed:
         return caller
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and call the manager back whenever it wants to be."""
+        """Advance the clock, and call the manager back whenever its timers are due."""
         until = self.clock.monotonic() + seconds
         while (due := self.context.timers.due()) <= until:
             self.clock.advance(max(0.0, due - self.clock.monotonic()))

@@ -1,4 +1,4 @@
-"""Locks as callers hold them."""
+"""Locks of the facades."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def cache() -> AsyncIterator[Cache]:
 
 
 def steal(lock: Lock) -> ReleaseLock:
-    """What takes a lock from its holder, as a store that loses it would."""
+    """Return a request that takes a lock from its holder, like a store that loses it."""
     return ReleaseLock(lock.name, lock._ticket)  # pyright: ignore[reportPrivateUsage]
 
 
@@ -119,7 +119,7 @@ async def test_who_cannot_have_it_is_told_why(cache: Cache) -> None:
                 LockNotAcquired, match=r"could not acquire the lock 'a' within .* s: 'me' holds it"
             ) as refused:
                 async with cache.lock("a", wait=wait):
-                    raise AssertionError("two have it")
+                    raise AssertionError("two callers hold the lock")
             assert isinstance(refused.value, CacheTimeoutError)
             assert isinstance(refused.value, TimeoutError)
             assert (refused.value.name, refused.value.owner) == ("a", "me")
@@ -262,7 +262,7 @@ async def test_a_renewal_under_way_grants_no_longer_time_that_is_asked_for_meanw
             return await ask(request)
         asked.append(request.ttl)
         if len(asked) > 1:
-            raise CacheTimeoutError("no answer", "locks", 1.0)  # The longer time is not granted.
+            raise CacheTimeoutError("no answer", "locks", 1.0)  # The extension fails.
         reply = await ask(request)
         await gate.wait()
         return reply
@@ -288,7 +288,7 @@ async def test_a_grant_that_comes_late_is_renewed_before_it_is_relied_on(monkeyp
             asked.append(type(request))
             reply = await ask(request, patience)
             if len(asked) == 1:
-                clock.advance(2)  # As if this process had been stopped.
+                clock.advance(2)  # As if this process had been paused.
             return reply
 
         monkeypatch.setattr(way, "ask", slow)

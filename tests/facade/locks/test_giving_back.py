@@ -1,4 +1,4 @@
-"""Locks that are given back while their server is away."""
+"""Release of locks while their server is away."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def test_it_is_given_back_when_the_server_is_there_again(
                     with anyio.CancelScope() as scope:
                         scope.cancel()
                         await lock.release()
-                await asyncio.sleep(1.5)  # It is tried again, in vain.
+                await asyncio.sleep(1.5)  # The release is retried without success.
                 assert await other.lock(name).is_locked()
                 proxy.switch("pass")
                 with anyio.fail_after(30):

@@ -1,4 +1,4 @@
-"""The manager over memory, without a bus: who waits, for how long, and what becomes of those who go."""
+"""The lock manager over memory, without a bus: queues, wait limits and cancelled waiters."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ async def test_tokens_grow_whatever_the_wall_clock_does_and_leases_do_not_care(l
 async def test_a_crash_of_the_manager_frees_no_lock_and_lets_nobody_gone_have_it(locks: Managed) -> None:
     held = token_of(locks.ask(want("0", ttl=1000)))
     before = locks.ask(want("1", wait=60))
-    before.answer(Failed("actor_failed", ""))  # As the cell does.
+    before.answer(Failed("actor_failed", ""))  # As the actor's cell does.
     await locks.start()
     assert isinstance(locks.ask(want("2")).reply, LockDenied)
     assert isinstance(locks.ask(RenewLock("a", "0", 1000)).reply, Renewed)
@@ -257,7 +257,7 @@ async def test_a_description_hands_nothing_out(locks: Managed) -> None:
     assert isinstance(info, LockInfo)
     assert (info.owner, info.token) == ("owner 0", token)
     assert info.remaining == pytest.approx(3)
-    locks.clock.advance(4)  # Before anybody was called back.
+    locks.clock.advance(4)  # Before the manager is called back.
     assert locks.ask(DescribeLock("a")).reply == LockFree()
 
 
@@ -271,7 +271,7 @@ async def test_a_lock_that_ends_passes_by_thousands_who_went_away(locks: Managed
 
 
 class Withheld:
-    """A store that keeps no queue, and answers when the test says so."""
+    """Store without a queue that answers when the test says so."""
 
     def __init__(self, locks: Managed) -> None:
         self.acquiring: list[tuple[str, Any]] = []
@@ -284,7 +284,7 @@ class Withheld:
             self.acquiring.append((request.ticket, then))
 
     def answer(self, reply: Any) -> str:
-        """Answer the question that has waited longest, and return whose it is."""
+        """Answer the oldest request, and return its ticket."""
         ticket, then = self.acquiring.pop(0)
         then(reply)
         return str(ticket)

@@ -1,4 +1,4 @@
-"""Locks over a real Memcached, which may forget them at any time."""
+"""Locks over a real Memcached, which may lose them at any time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def say(server: Server, command: bytes) -> bytes:
 
 
 async def gets(server: Server) -> int:
-    """How many commands about items the server has seen."""
+    """Return the number of item commands that the server has received."""
     stats = (await anyio.to_thread.run_sync(say, server, b"stats")).decode().split("\r\n")
     found = dict(line.split(" ")[1:3] for line in stats if line.startswith("STAT "))
     return int(found["cmd_get"]) + int(found["cmd_set"])
@@ -64,7 +64,7 @@ async def test_a_lock_that_the_server_forgot_is_seen_to_be_lost_and_tokens_grow(
                 after = await cache.lock("a", wait=3).acquire()
                 break
             except CacheConnectionError:
-                continue  # The server is only just back.
+                continue  # The server has just restarted.
     assert after.token > lock.token
     with anyio.fail_after(30):
         while not lock.lost:
@@ -80,7 +80,7 @@ async def test_one_of_all_who_wait_in_a_process_asks_and_not_often(server: Serve
         await asyncio.sleep(1)
         before = await gets(server)
         await asyncio.sleep(2)
-        # Each attempt is an add that fails, a look at who holds it, and one at whether it was given up.
+        # Each attempt is a failed `add`, a read of the holder, and a read of the withdrawn tickets.
         assert 1 <= await gets(server) - before <= 3 * 2 / 0.1
     for each in waiting:
         async with asyncio.timeout(30):

@@ -1,5 +1,8 @@
-"""The manager against a model, on a clock of the test's: whatever is asked in whatever order, nobody holds what another does,
-whoever was first is first, tokens grow, and everybody is answered in time."""
+"""The lock manager against a model, with a manual clock.
+
+For any requests in any order: a lock has one holder, waiters are served in order, tokens grow, and every caller is
+answered in time.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ EPSILON = 1e-6
 
 
 class Attempt:
-    """One attempt to have a lock, as its caller and as the model sees it."""
+    """Attempt to acquire a lock, as seen by its caller and by the model."""
 
     def __init__(self, name: str, ticket: str, ttl: float, ends: float) -> None:
         self.name = name
@@ -48,7 +51,7 @@ class Attempt:
         self.caller = Caller()
         self.state = "waits"  # has, over
         self.token = 0
-        self.until = 0.0  # The lease, as the caller may rely on it.
+        self.until = 0.0  # End of the lease, as the caller may rely on it.
         self.dead = False
 
     def __repr__(self) -> str:
@@ -65,14 +68,14 @@ class Locks(RuleBasedStateMachine):
         self.numbers = itertools.count()
         self.all: list[Attempt] = []
         self.last: dict[str, int] = {}
-        self.order: dict[str, list[Attempt]] = {"a": [], "b": []}  # Those who wait, as they came.
+        self.order: dict[str, list[Attempt]] = {"a": [], "b": []}  # Waiters in the order of arrival.
 
     @property
     def now(self) -> float:
         return self.locks.clock.monotonic()
 
     def take_in(self) -> None:
-        """See who was answered, and whether that was right."""
+        """Read the replies and check them against the model."""
         for attempt in self.all:
             reply = attempt.caller.reply
             if attempt.state != "waits" or reply is None:
@@ -80,9 +83,9 @@ class Locks(RuleBasedStateMachine):
             if isinstance(reply, LockGranted):
                 self.granted(attempt, reply)
             elif attempt.dead:
-                self.leave(attempt, "over")  # Whatever it is told.
+                self.leave(attempt, "over")  # Any reply is allowed.
             elif isinstance(reply, LockDenied):
-                assert self.now >= attempt.ends - EPSILON, "denied before its patience ended"
+                assert self.now >= attempt.ends - EPSILON, "denied before its wait limit"
                 self.leave(attempt, "over")
             else:
                 assert isinstance(reply, LockQueued)
@@ -90,12 +93,12 @@ class Locks(RuleBasedStateMachine):
                 self.ask(attempt)
 
     def granted(self, attempt: Attempt, reply: LockGranted) -> None:
-        assert not attempt.dead, "a caller who is gone has the lock"
+        assert not attempt.dead, "a caller that is gone got the lock"
         for other in self.all:
             if other.name == attempt.name and other.state == "has":
-                assert other.until <= self.now + EPSILON, f"{other} still has what {attempt} was given"
+                assert other.until <= self.now + EPSILON, f"{other} still holds the lock granted to {attempt}"
         ahead = self.order[attempt.name][: self.order[attempt.name].index(attempt)]
-        assert all(each.dead for each in ahead), f"{attempt} came after {ahead}"
+        assert all(each.dead for each in ahead), f"{attempt} was granted before {ahead}"
         assert reply.token > self.last.get(attempt.name, 0)
         self.last[attempt.name] = attempt.token = reply.token
         attempt.until = attempt.asked_at + attempt.ttl
@@ -128,7 +131,7 @@ class Locks(RuleBasedStateMachine):
             assert attempt.state == "has"
             attempt.until = self.now + attempt.ttl
         elif attempt.state == "has":
-            assert attempt.until <= self.now + EPSILON, "a lock that is held could not be renewed"
+            assert attempt.until <= self.now + EPSILON, "a held lock could not be renewed"
             attempt.state = "over"
         else:
             assert isinstance(reply, NotHeld | Failed)
@@ -146,7 +149,7 @@ class Locks(RuleBasedStateMachine):
 
     @rule(attempt=attempts, says_so=st.booleans())
     def go_away(self, attempt: Attempt, says_so: bool) -> None:
-        """The caller is cancelled. Its `ReleaseLock` may come or not."""
+        """Cancel the caller. Its `ReleaseLock` may arrive or not."""
         if attempt.state != "waits":
             return
         attempt.caller.gone = attempt.dead = True
@@ -162,7 +165,7 @@ class Locks(RuleBasedStateMachine):
 
     @rule(attempt=consumes(attempts))
     def forget(self, attempt: Attempt) -> None:
-        """Its holder dies: nothing is said, and nothing is asked of it any more."""
+        """Drop an attempt whose holder died: it sends no more requests."""
 
     @rule(seconds=st.sampled_from([0.01, 0.5, 1.9, 6.0, 11.0]))
     def pass_time(self, seconds: float) -> None:
@@ -193,11 +196,11 @@ class Locks(RuleBasedStateMachine):
     def nobody_is_forgotten(self) -> None:
         for attempt in self.all:
             if attempt.state == "waits" and not attempt.dead:
-                assert self.now < attempt.ends + 0.25 + SLACK, f"{attempt} waits for longer than it wanted to"
+                assert self.now < attempt.ends + 0.25 + SLACK, f"{attempt} waits beyond its limit"
         for name, waiting in self.order.items():
             there = [each for each in waiting if not each.dead]
             if there and not any(each.name == name and each.state == "has" for each in self.all):
-                # Somebody who is gone may have it for a moment, and no longer.
+                # A caller that is gone may hold the lock for a moment, but no longer.
                 assert self.now < there[0].asked_at + 60
 
 

@@ -1,4 +1,4 @@
-"""Locks of a worker, from other processes over NATS."""
+"""Locks of a worker, used by other processes over NATS."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def nats() -> Iterator[Server]:
 
 @pytest.fixture(params=["memory", "redis", "two workers of redis"])
 async def caches(request: pytest.FixtureRequest, nats: Server) -> AsyncIterator[tuple[Cache, Cache]]:
-    """Two clients of a worker."""
+    """Open two clients of a worker."""
     async with AsyncExitStack() as stack:
         url = "memory://" if request.param == "memory" else stack.enter_context(run_redis()).url
         for _ in range(2 if request.param.startswith("two") else 1):
@@ -137,7 +137,7 @@ async def test_a_wait_goes_from_worker_to_worker_and_keeps_its_place(
             async def work(number: int) -> None:
                 async with two.lock("a", wait=60) as lock:
                     order.append(number)
-                    await asyncio.sleep(0.6)  # Whoever has forgotten it would give it back by now.
+                    await asyncio.sleep(0.6)  # A manager that forgot the lock would release it by now.
                     await lock.extend()
 
             async with asyncio.TaskGroup() as tasks, one.lock("a", ttl=60):

@@ -1,4 +1,4 @@
-"""Locks over a real Redis: several caches, several processes, and everything that may happen to them."""
+"""Locks over a real Redis: several caches and processes, and their failures."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ async def cache(server: Server) -> AsyncIterator[Cache]:
 
 
 async def queued(server: Server, count: int, name: str = "a") -> None:
-    """Return when so many wait in the server."""
+    """Return when `count` callers wait in the server."""
     with anyio.fail_after(30):
         while int((await tell(server, "ZCARD", f"fleet#lock:{{{name}}}:queue")).strip(b":\r\n")) != count:
             await asyncio.sleep(0.005)
 
 
 async def calls(server: Server) -> dict[str, int]:
-    """How often each command was called, and scripts' own calls not."""
+    """Return the number of calls of each command, without the calls of scripts."""
     lines = (await tell(server, "INFO", "commandstats")).decode().split("\r\n")
     found = {
         line.split(":")[0].removeprefix("cmdstat_"): int(line.split("calls=")[1].split(",")[0])
@@ -109,7 +109,7 @@ async def test_nobody_asks_while_200_wait(server: Server, cache: Cache) -> None:
             for number in range(200):
                 tasks.create_task(work(number))
             await queued(server, 200)
-            await asyncio.sleep(0.3)  # Both listen to their inboxes by now.
+            await asyncio.sleep(0.3)  # Both processes have subscribed to their inboxes by now.
             before = await calls(server)
             await asyncio.sleep(2)
             assert await calls(server) == before
@@ -137,7 +137,7 @@ async def test_first_come_is_first_served_across_caches(server: Server, cache: C
 async def test_an_offer_that_is_heard_late_takes_the_lock_from_nobody(server: Server, cache: Cache) -> None:
     async with cache.lock("other"):
         waiting = asyncio.create_task(cache.lock("other", wait=30).acquire())
-        await queued(server, 1, "other")  # From now on this process listens to its inbox.
+        await queued(server, 1, "other")  # From now on, this process is subscribed to its inbox.
     await (await waiting).release()
     async with cache.lock("a", ttl=30) as lock:
         inbox = (await tell(server, "HGET", "fleet#lock:{a}", "i")).split(b"\r\n")[1].decode()
@@ -169,7 +169,7 @@ async def test_a_killed_holder_loses_the_lock_when_its_time_is_up(server: Server
         token = token_of(await holder.do("acquire", "a", 1.5, 0))
         await asyncio.sleep(2)
         with pytest.raises(LockNotAcquired):
-            await cache.lock("a", wait=0).acquire()  # It renews.
+            await cache.lock("a", wait=0).acquire()  # The holder renews its lease.
         holder.kill()
         began = time.monotonic()
         async with cache.lock("a", wait=10) as lock:
@@ -261,7 +261,7 @@ async def test_who_waits_when_everything_is_flushed_gets_the_lock_all_the_same(s
     await queued(server, 5)
     await tell(server, "FLUSHALL")
     async with asyncio.timeout(30):
-        await asyncio.gather(*waiting)  # In what order is lost with the queue.
+        await asyncio.gather(*waiting)  # In any order, because the queue is lost.
     with pytest.raises(LockNotHeld):
         await lock.release()
 
@@ -297,7 +297,7 @@ async def test_no_lock_is_taken_for_granted_while_the_server_is_down(server: Ser
     async with cache_at(server, "connect_timeout=0.3", on_error="miss") as other:
         lock = await other.lock("a", ttl=2).acquire()
         await anyio.to_thread.run_sync(server.kill)
-        assert await other.get("k") is None  # A read goes on.
+        assert await other.get("k") is None  # Reads continue.
         for wait in (0, 1):
             with pytest.raises((CacheBackendError, CircuitOpen)):
                 await other.lock("b", wait=wait).acquire()
@@ -368,7 +368,7 @@ async def test_a_user_needs_no_more_rights_than_documented(server: Server) -> No
         waiting.pop().cancel()
         await queued(server, 3)
         await lock.release()
-        async with asyncio.timeout(30):  # By pushes: without them it would take the time of the lock.
+        async with asyncio.timeout(30):  # By pushes. Without them, this would take as long as the lease.
             await asyncio.gather(*waiting)
         expired = await one.lock("a", ttl=0.05, renew=False).acquire()
         async with two.lock("a", wait=5):

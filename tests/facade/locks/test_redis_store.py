@@ -1,4 +1,4 @@
-"""The lock store of Redis by itself, without a manager."""
+"""The lock store of Redis, without a manager."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def server() -> Iterator[Server]:
 
 
 class Heard:
-    """A `LockListener` that notes what it is told."""
+    """`LockListener` that records its notifications."""
 
     def __init__(self) -> None:
         self.looks: asyncio.Queue[str] = asyncio.Queue()
@@ -102,7 +102,7 @@ async def test_whoever_may_not_be_told_does_not_wait(server: Server) -> None:
     await store.open()
     assert isinstance(await one(store, AcquireLock("b", "holder", "t1", 30.0)), LockGranted)
     assert isinstance(await one(store, AcquireLock("b", "waiter", "t2", 30.0, 30.0)), LockQueued)
-    assert await heard.next() == "everywhere", "who waits is to ask again, and is told why it may not"
+    assert await heard.next() == "everywhere", "waiters must ask again to get the error"
     reply = await one(store, AcquireLock("b", "waiter", "t2", 30.0, 30.0))
     assert isinstance(reply, Failed)
     assert isinstance(reply.error(), CacheConfigurationError)
@@ -130,7 +130,7 @@ async def test_a_reply_that_comes_while_the_store_is_closed_breaks_nothing(serve
 
 
 async def kept_for(server: Server, name: str) -> float:
-    """For how many days the server will remember a lock."""
+    """Return the number of days for which the server keeps a lock."""
     said = await anyio.to_thread.run_sync(lambda: redis_command(server, "TTL", f"stores#lock:{{{name}}}"))
     return int(said.strip(b":\r\n")) / 86_400
 
@@ -171,13 +171,13 @@ async def test_an_offer_that_is_heard_late_takes_the_lock_from_nobody(server: Se
     assert isinstance(await one(waiter, AcquireLock("c", "waiter", "t2", 30.0, 30.0)), LockQueued)
     assert await heard.next() == "everywhere"
     assert isinstance(await one(holder, ReleaseLock("c", "t1")), Released)
-    # It asks once more by itself, and has the lock before it hears of the offer.
+    # It asks again by itself, and gets the lock before the offer arrives.
     assert isinstance(await one(waiter, AcquireLock("c", "waiter", "t2", 30.0, 30.0)), LockGranted)
     assert await heard.next() == "t2"
     assert await one(waiter, decline) == NotHeld()
     assert (await one(holder, DescribeLock("c"))).owner == "waiter"
     assert isinstance(await one(waiter, ReleaseLock("c", "t2")), Released)
-    # An offer that nobody has taken up is declined.
+    # An offer without a claim is declined.
     assert isinstance(await one(holder, AcquireLock("c", "holder", "t3", 30.0)), LockGranted)
     assert isinstance(await one(waiter, AcquireLock("c", "waiter", "t4", 30.0, 30.0)), LockQueued)
     assert isinstance(await one(holder, ReleaseLock("c", "t3")), Released)

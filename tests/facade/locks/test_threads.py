@@ -1,4 +1,4 @@
-"""Locks as threads hold them, without an event loop."""
+"""Locks of threads, without an event loop."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""One process that wants locks: `python -m tests.facade.locks.worker URL [BUS]`. A line in is a command, a line out is what came of it.
+"""A process that takes locks: `python -m tests.facade.locks.worker URL [BUS]`.
 
-acquire NAME TTL WAIT    had TOKEN, or the code of the error
-release NAME             released, or the code of the error
-lost NAME                True or False
-contend NAME TIMES EACH  so many callers have the lock so many times each, and write down when they enter and leave
+Each input line is a command. Each output line is its result.
+
+acquire NAME TTL WAIT            had TOKEN, or the code of the error
+release NAME                     released, or the code of the error
+lost NAME                        True or False
+contend NAME CALLERS TIMES PATH  done; each caller takes the lock TIMES times, and records in PATH when it enters and leaves
 """
 
 from __future__ import annotations

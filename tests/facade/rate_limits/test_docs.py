@@ -1,4 +1,4 @@
-"""What `docs/rate-limits.md` shows is run, and prints what it says."""
+"""The examples of `docs/rate-limits.md` run, and print the documented output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rate_limit` of the facades: what a check says, what a block does, and what a failing backend means."""
+"""`rate_limit` of the facades: checks, blocks and a failing backend."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def test_who_may_wait_waits_for_its_turn(cache: Cache, clock: ManualClock)
         for who in range(4):
             tasks.start_soon(enter, who)
             await anyio.wait_all_tasks_blocked()
-        assert refused == [30.0], "that would be longer than it may"
+        assert refused == [30.0], "the wait would exceed its limit"
         clock.advance(9.9)
         await anyio.wait_all_tasks_blocked()
         assert len(entered) == 1
@@ -175,7 +175,7 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
 @pytest.mark.parametrize("at", range(len(BAD)))
 def test_what_makes_no_sense_is_refused_at_once(at: int) -> None:
     call, kind, words = BAD[at]
-    for cache in (a_cache(), a_sync_cache()):  # Unopened: nothing is asked.
+    for cache in (a_cache(), a_sync_cache()):  # The caches are not open, so no request is sent.
         with pytest.raises(kind, match=words):
             call(cache)
 
@@ -202,7 +202,7 @@ async def test_a_store_that_cannot_limit_rates_says_so_whatever_on_error_says() 
             await cache.rate_limit("a", 1, 1, on_error="allow")
 
 
-# When the backend fails
+# A failing backend
 
 
 @pytest.mark.parametrize("of_cache", ["miss", "raise"])
@@ -227,7 +227,7 @@ async def test_a_backend_that_fails_is_an_error_unless_the_limit_says_otherwise(
         store.error = None
         assert (await cache.statistics()).errors == 4
         assert (await cache.statistics()).dropped_writes == 0
-        assert not await cache.rate_limit("a", 1, 10, on_error="allow"), "it works again"
+        assert not await cache.rate_limit("a", 1, 10, on_error="allow"), "the backend must work again"
 
 
 async def test_a_lost_answer_is_not_asked_for_again_and_says_that_nobody_knows() -> None:

@@ -1,4 +1,4 @@
-"""Four processes with many callers each share one limit, and all of them together get what it says."""
+"""Four processes with many callers each share one limit, and together get exactly that limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CALLERS = 50
 
 @pytest.fixture(scope="module", params=["redis", "memcached", "worker"])
 def where(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """How a cache of each kind of backend is opened."""
+    """Return the arguments that open a cache, for each kind of backend."""
     with ExitStack() as stack:
         if request.param == "redis":
             yield {"backend": stack.enter_context(run_redis()).url}
@@ -43,7 +43,7 @@ Fleet = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def fleet(where: dict[str, Any]) -> Iterator[Fleet]:
-    """Runs the processes at the same time, and returns what each says."""
+    """Return a function that runs the processes concurrently, and returns their results."""
     processes: list[subprocess.Popen[str]] = []
 
     def run(**options: Any) -> list[dict[str, Any]]:
@@ -78,8 +78,8 @@ def test_who_may_wait_goes_on_at_the_rate_of_the_limit(fleet: Fleet, where: dict
     went = sorted(when for result in results for when in result["went"])
     assert sum(result["refused"] for result in results) == 0
     assert len(went) >= PROCESSES * CALLERS
-    # Memcached tells the time in whole seconds, so that processes take it to be a little different.
+    # Memcached reports whole seconds, so the clocks of the processes differ a little.
     skew = 1.0 if where["backend"].startswith("memcached") else 0.01
     began = min(result["began"] for result in results)
     for count, when in enumerate(went, 1):
-        assert count <= 20 + (when - began + skew) * 100, "late, perhaps, and never early"
+        assert count <= 20 + (when - began + skew) * 100, "calls may be late, but never early"

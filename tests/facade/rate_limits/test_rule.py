@@ -1,4 +1,4 @@
-"""The rule of rate limits against a model on a virtual clock: in Python, and in Lua as a Redis server runs it."""
+"""The rate limit algorithm against a model with a virtual clock: in Python, and in Lua on a Redis server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Ask = Callable[[Admit, int], Admitted | RateLimitDenied]
 
 @dataclass
 class Limit:
-    """The textbook's algorithm, by theoretical arrival times and with exact fractions of a microsecond."""
+    """Textbook algorithm with theoretical arrival times and exact fractions of a microsecond."""
 
     limit: int
     per: int
@@ -32,7 +32,7 @@ class Limit:
     arrival: Fraction = Fraction(0)
 
     def ask(self, now: int, cost: int, wait: int) -> tuple[bool, Fraction]:
-        """Whether it is admitted, and after which delay that was or would be."""
+        """Return `True` if the call is admitted, and the delay that was or would be needed."""
         each = Fraction(self.per, self.limit)
         arrival = max(self.arrival, Fraction(now)) + cost * each
         delay = max(Fraction(0), arrival - self.burst * each - now)
@@ -88,7 +88,7 @@ def compare(ask: Ask, rate: tuple[int, int], burst: int, calls: list[tuple[int, 
         taken = 0
         for when, cost in went[first:]:
             taken += cost
-            # A delay is rounded up to the microsecond, which may shorten the time between two.
+            # Delays are rounded up to the microsecond, which may shorten the time between two calls.
             assert taken <= burst + Fraction((when - went[first][0] + 1) * limit, per)
 
 
@@ -142,7 +142,7 @@ def test_what_is_used_sinks_as_the_limit_was_that_it_was_used_of() -> None:
         ask(Admit("k", 4, 1.0, 4), 0)
     reply = ask(Admit("k", 1, 3600.0, 4), SECOND // 2)
     assert isinstance(reply, Admitted)
-    assert reply.remaining == 1, "two were back, and one of them is taken"
+    assert reply.remaining == 1, "two units were restored, and one of them is used"
     assert reply.reset_after == 3 * 3600.0
 
 
@@ -162,7 +162,7 @@ def client(server: Server) -> Iterator[Any]:
 
 
 def of_lua(client: Any) -> Ask:
-    """The script, with a time of the test's for that of the server, by which nothing expires."""
+    """Return the script with a time from the test in place of the server's, so that nothing expires."""
     text = ADMIT.text
     for found, put in (
         ("redis.call('TIME')", "{tonumber(ARGV[6]), tonumber(ARGV[7])}"),
@@ -210,7 +210,7 @@ def test_the_script_and_the_rule_agree_when_clocks_and_limits_change(
         assert lua(request, now) == python(request, now)
 
 
-# What a memory store keeps
+# State in a memory store
 
 
 class Time:
@@ -228,7 +228,7 @@ def test_a_limit_that_is_whole_again_is_forgotten() -> None:
     for at in range(10):
         table.admit(Admit(f"k{at}", 1, 1.0 + at, 1))
     assert table.due() == 1001.0
-    assert time.due == [1001.0], "it is told of the earliest"
+    assert time.due == [1001.0], "the timer must be set to the earliest expiry"
     time.now = 1005.5
     table.sweep(1000)
     assert len(table) == 5
@@ -236,7 +236,7 @@ def test_a_limit_that_is_whole_again_is_forgotten() -> None:
     table.admit(Admit("k5", 1, 1.0, 2))
     time.now = 1100.0
     table.sweep(3)
-    assert len(table) == 2, "no more at a time than it may"
+    assert len(table) == 2, "a sweep must not exceed its bound"
     table.sweep(1000)
     assert len(table) == 0
     assert table.due() == float("inf")

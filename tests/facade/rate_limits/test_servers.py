@@ -1,4 +1,4 @@
-"""Rate limits in real servers: how many round trips they take, when they go, and what an outage does to them."""
+"""Rate limits in real servers: round trips, expiry and outages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def in_redis(redis_server: Server, namespace: str) -> AsyncIterator[RedisS
 
 
 async def told(server: Server, *words: Any) -> Any:
-    """What redis-py alone gets from a server."""
+    """Return the reply to a command that redis-py sends directly."""
 
     def call() -> Any:
         with redis.Redis(host=server.host, port=server.port) as client:
@@ -78,7 +78,7 @@ async def test_a_limit_in_redis_is_one_command(in_redis: RedisStore, redis_serve
     await carry_out(in_redis, [take()] * 10)
     after = await told(redis_server, "INFO", "commandstats")
     assert after["cmdstat_evalsha"]["calls"] - before["cmdstat_evalsha"]["calls"] == 10
-    for name in ("get", "set"):  # Of the script's own: no refused one writes.
+    for name in ("get", "set"):  # Calls by the script. Refused calls do not write.
         grown = after[f"cmdstat_{name}"]["calls"] - before[f"cmdstat_{name}"]["calls"]
         assert grown == {"get": 10, "set": 2}[name]
 
@@ -128,7 +128,7 @@ def memcached_server() -> Iterator[Server]:
 
 
 class Trips:
-    """Counts the round trips of all connections to Memcached."""
+    """Counter of the round trips of all connections to Memcached."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -151,7 +151,7 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> Trips:
 
 
 async def memcached(server: Server, namespace: str) -> MemcachedStore:
-    # A hundred rounds of one exchange take more than the usual second on a busy machine.
+    # A hundred rounds of one exchange may exceed the usual second on a busy machine.
     store = MemcachedStore([MemcachedPlace(server.host, server.port)], namespace=namespace, timeout=30.0)
     await store.open()
     return store
@@ -159,7 +159,7 @@ async def memcached(server: Server, namespace: str) -> MemcachedStore:
 
 @pytest.fixture
 async def stores(memcached_server: Server, namespace: str) -> AsyncIterator[tuple[MemcachedStore, MemcachedStore]]:
-    """Two on the same limits, as two processes would have them."""
+    """Open two stores with the same limits, like two processes."""
     one, other = await memcached(memcached_server, namespace), await memcached(memcached_server, namespace)
     yield one, other
     for each in (one, other):
@@ -270,4 +270,4 @@ async def test_others_who_write_all_the_time_win_in_the_end(stores: Pair, monkey
     monkeypatch.setattr(connection, "_write", write)
     reply = await ask(one, take(1000))
     assert isinstance(reply, Admitted)
-    assert reply.remaining == 1000 - 1 - TRIES - 1, "nothing was taken for the one that failed"
+    assert reply.remaining == 1000 - 1 - TRIES - 1, "the failed call must not use units"

@@ -1,6 +1,6 @@
-"""One process of several that share a limit. `python -m tests.facade.rate_limits.worker JSON`
+"""One of several processes that share a limit: `python -m tests.facade.rate_limits.worker JSON`.
 
-It says `ready`, begins when a line comes in, and prints what came of it as JSON.
+It prints `ready`, starts when a line arrives, and prints its results as JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ async def main(
 
         async def call() -> None:
             nonlocal refused
-            # A limit that is far away is met all the same, however slow we are.
+            # Continue until the limit is reached, however slow the machine is.
             while time.monotonic() < until or (until_refused and not refused):
                 try:
                     async with cache.rate_limit("shared", **limit):
