@@ -73,7 +73,7 @@ async def last_line(listener: Any) -> str:
 
 
 async def bursts(server: Server, *, as_json: bool, listener: Any) -> tuple[float, float]:
-    """Return events per second until the listener has the last one, and the caller's microseconds per event, as medians."""
+    """Return medians: events per second until the listener has the last one, and the caller's time per event in us."""
     options = NatsOptions(servers=(f"{server.host}:{server.port}",), events_as_json=as_json, outbox=COUNT + 1)
     rates: list[float] = []
     added: list[float] = []

@@ -2,8 +2,8 @@
 
     python benchmarks/eviction_cost.py [--sizes 1000 100000 1000000]
 
-The benchmark times `evict` and `admit`; entries are made before. Every third request is a hit, so that the policies have
-visits to decrement. Garbage collection is off. The figure is the best of five rounds of 20,000 inserts.
+The benchmark times `evict` and `admit`; entries are made before. Every third request is a hit, so that the policies
+have visits to decrement. Garbage collection is off. The figure is the best of five rounds of 20,000 inserts.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python -m benchmarks.hit_ratio [--traces DIR] [--markdown FILE] [--plot FILE.svg]
 
-The synthetic workloads are made from a seed, with 10,000 keys and with 50,000. Capacities are 1, 5 and 10 % of the unique
-keys of a workload. The bar has two parts: the default's mean is at least theine's, and no cell is more than 3 points below
-the better of LRU and theine. Exits 1 if it is missed. theine hashes with Python's salt: set PYTHONHASHSEED to repeat figures.
+The synthetic workloads are made from a seed, with 10,000 keys and with 50,000. Capacities are 1, 5 and 10 % of the
+unique keys of a workload. The bar has two parts: the default's mean is at least theine's, and no cell is more than 3
+points below the better of LRU and theine. Exits 1 if it is missed. theine hashes with Python's salt: set
+PYTHONHASHSEED to repeat figures.
 """
 
 from __future__ import annotations
@@ -115,8 +116,10 @@ def theines(requests: list[str], capacity: int) -> int:
 
 
 def optimum(requests: list[str], capacity: int) -> int:
-    """Return the hits of Belady's MIN, which knows the future (IBM Systems Journal 5, 1966). It admits every key, as our
-    policies do."""
+    """Return the hits of Belady's MIN, which knows the future (IBM Systems Journal 5, 1966).
+
+    It admits every key, as our policies do.
+    """
     following = [0] * len(requests)
     seen: dict[str, int] = {}
     for index in range(len(requests) - 1, -1, -1):

@@ -24,7 +24,10 @@ TTL = 1000.0
 
 
 def request_keys(count: int = 20_000) -> list[str]:
-    """Return existing keys with a typical popularity (Zipf, exponent 0.99). Each is a new object, as in an application."""
+    """Return existing keys with a typical popularity (Zipf, exponent 0.99).
+
+    Each is a new object, as in an application.
+    """
     chance = random.Random(7)
     ranks = chance.sample(range(ENTRIES), ENTRIES)
     weights = list(itertools.accumulate(1 / rank**0.99 for rank in range(1, ENTRIES + 1)))

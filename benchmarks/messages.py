@@ -1,4 +1,7 @@
-"""Cost of building, encoding and decoding messages. The rows over servers contain this cost, so there are no bars here."""
+"""Cost of building, encoding and decoding messages.
+
+The rows over servers contain this cost, so there are no bars here.
+"""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
     python -m benchmarks.path                   # a table of every operation
     python -m benchmarks.path redis-hit         # one operation, and its path
 
-`recorder.py` defines a call. Calls in every thread count, including callbacks and work after the reply, until all loops are
-idle. Threads with their own event loops stand for other processes, so that both ends are counted. Calls started by a timer
-do not count. Other work may still add calls to a run: the shortest path of many runs counts, and five runs must agree on it.
+`recorder.py` defines a call. Calls in every thread count, including callbacks and work after the reply, until all
+loops are idle. Threads with their own event loops stand for other processes, so that both ends are counted. Calls
+started by a timer do not count. Other work may still add calls to a run: the shortest path of many runs counts, and
+five runs must agree on it.
 """
 
 from __future__ import annotations
@@ -284,7 +285,7 @@ async def _record(operation: Operation, urls: Urls, recorder: Recorder) -> list[
             if number + 1 >= RUNS and paths[shortest] >= SAME:
                 return list(shortest)
     raise Unsteady(
-        f"{operation.title}: too few runs agree on the shortest path; calls per run: {sorted(map(len, paths.elements()))}"
+        f"{operation.title}: runs disagree on the shortest path; calls per run: {sorted(map(len, paths.elements()))}"
     )
 
 

@@ -1,8 +1,8 @@
 """Recorder of the calls of cachebus's own functions, in every thread of the process, by `sys.setprofile`.
 
-A call counts when a function whose code is in `cachebus/` begins. A coroutine or generator that continues after an `await` or
-a `yield` does not count again. Comprehensions do not count, because Python 3.12 inlines them. Calls of other libraries and of
-built-in functions do not count.
+A call counts when a function whose code is in `cachebus/` begins. A coroutine or generator that continues after an
+`await` or a `yield` does not count again. Comprehensions do not count, because Python 3.12 inlines them. Calls of
+other libraries and of built-in functions do not count.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Call:
 
 
 class RecordedLoop(asyncio.SelectorEventLoop):
-    """Event loop that marks callbacks started by a timer: heartbeats, health checks and deadlines belong to no operation."""
+    """Event loop that marks callbacks started by a timer, such as heartbeats, health checks and deadlines."""
 
     by_timer = False
     """True if a timer started the running callback, directly or through other callbacks."""
@@ -91,7 +91,10 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Generator[None]:
-        """Clear the recording, and record until the block ends. The garbage collector is off, so that it makes no calls."""
+        """Clear the recording, and record until the block ends.
+
+        The garbage collector is off, so that it makes no calls.
+        """
         self._seen.clear()
         gc.disable()
         self.on = True

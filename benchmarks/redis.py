@@ -25,7 +25,7 @@ KEYS = [f"user:{number}" for number in range(2_000)]
 ROUND = random.Random(7).choices(KEYS, k=5_000)
 SMALL, LARGE = 100, 10_000
 CALLERS = {1: 500, 10: 1_500, 100: 4_000, 1000: 8_000}
-"""Operations per round, by number of callers. redis-py takes about 100 us for one, so a round of both is at most a second."""
+"""Operations per round, by number of callers. redis-py takes about 100 us each, so a round takes a second at most."""
 
 REACH = {
     ("get", SMALL): {1: 1.0, 10: 4, 100: 10, 1000: 12},

@@ -1,6 +1,7 @@
 """The floor under any Redis client on asyncio: one connection, one write per loop turn, and hiredis.
 
-It has no deadlines, reconnects, errors or values: a reply is raw bytes. The time above the floor is the cost of a cache.
+It has no deadlines, reconnects, errors or values: a reply is raw bytes. The time above the floor is the cost of a
+cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Comparative timing. Contenders alternate, round after round, so that a busy moment of the machine affects all of them."""
+"""Comparative timing.
+
+Contenders alternate, round after round, so that a busy moment of the machine affects all of them.
+"""
 
 from __future__ import annotations
 

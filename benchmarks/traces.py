@@ -25,7 +25,10 @@ NAMES = (
 
 
 def read(folder: Path, name: str) -> list[str]:
-    """Return the keys of one trace in the order of its requests. Raises `FileNotFoundError` if the folder does not contain it."""
+    """Return the keys of one trace in the order of its requests.
+
+    Raises `FileNotFoundError` if the folder does not contain it.
+    """
     path = next(iter(sorted(folder.glob(f"{name}*.trace.*"))), None)
     if path is None:
         raise FileNotFoundError(f"no trace {name!r} in {folder}")

@@ -1,8 +1,8 @@
 """A cached analysis of Python's standard library, without a server.
 
-Many concurrent tasks request the analysis of a few hundred modules, some far more often than others. Parsing with `ast`
-is slow. The cache holds a fraction of the results, so there are hits, misses and evictions. A subscriber prints a sample
-of the events.
+Many concurrent tasks request the analysis of a few hundred modules, some far more often than others. Parsing with
+`ast` is slow. The cache holds a fraction of the results, so there are hits, misses and evictions. A subscriber prints
+a sample of the events.
 
     python examples/demo.py [--seconds 8] [--entries 120] [--tasks 64]
 """

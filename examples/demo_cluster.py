@@ -1,7 +1,8 @@
 """The workload of `demo.py` over a local cluster: a NATS server, a Redis, two workers, and this application.
 
-Halfway, one worker is killed with SIGKILL, as in a power failure. Every call must still return the right value; otherwise
-the exit code is 1. Without a redis-server, one worker keeps the values in memory, and the other, empty one is killed.
+Halfway, one worker is killed with SIGKILL, as in a power failure. Every call must still return the right value;
+otherwise the exit code is 1. Without a redis-server, one worker keeps the values in memory, and the other, empty one
+is killed.
 
     python -m examples.demo_cluster [--seconds 10] [--tasks 64]
 """
@@ -238,7 +239,7 @@ def main(seconds: float, tasks: int) -> int:
         workers: list[Worker] = []
         stack.callback(end_all, workers)
         for backend in backends:
-            workers.append(Worker(bus, backend))  # noqa: PERF401 - each must be ended, even if the next one fails to start
+            workers.append(Worker(bus, backend))  # noqa: PERF401 - to end each, even if the next one fails
         run = asyncio.run(application(bus, workers[1], tasks, seconds))
         show_topology(bus)
         code = workers[0].end()

@@ -1,6 +1,7 @@
-"""Why a lock has a fencing token: a paused holder writes after its lease has expired, and the resource refuses the write.
+"""Why a lock has a fencing token: the resource refuses a late write of a paused holder whose lease has expired.
 
-Run `python examples/fencing.py [URL]`. It uses the memory store unless you give the URL of a store, and takes two seconds.
+Run `python examples/fencing.py [URL]`. It uses the memory store unless you give the URL of a store, and takes two
+seconds.
 """
 
 from __future__ import annotations

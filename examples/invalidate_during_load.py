@@ -1,11 +1,13 @@
-"""An invalidation during a load: a load begins, the row changes and its key is invalidated, the load ends, a reader reads.
+"""An invalidation during a load, in cachebus and in other libraries.
+
+A load begins, the row changes and its key is invalidated, the load ends, and a reader reads the key.
 
     python examples/invalidate_during_load.py [redis://...]
 
-This runs with cachebus, and with cashews, aiocache and dogpile.cache if they are installed (`pip install cachebus[bench]`).
-Each library invalidates by a delete, a tag and a clear and, if you give a Redis URL, by a delete from another process. The
-source holds 1 at first, and 2 after the invalidation. A read of 1 is stale until the entry expires. A dash marks a feature
-that a library does not have.
+This runs with cachebus, and with cashews, aiocache and dogpile.cache if they are installed (`pip install
+cachebus[bench]`). Each library invalidates by a delete, a tag and a clear and, if you give a Redis URL, by a delete
+from another process. The source holds 1 at first, and 2 after the invalidation. A read of 1 is stale until the entry
+expires. A dash marks a feature that a library does not have.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from cachebus.messages import CacheConnectionError, CacheError, Failed, Reply, R
 
 
 class Outage:
-    """Batch store over memory. While `error` is set, every batch raises it. While `silent` is true, no batch is answered.
+    """Batch store over memory. While `error` is set, batches raise it. While `silent` is true, no batch is answered.
 
-    `asked` holds the received batches, and `opens` counts the calls of `open`. With `lose_replies`, the store carries out
-    a batch and loses the replies.
+    `asked` holds the received batches, and `opens` counts the calls of `open`. With `lose_replies`, the store carries
+    out a batch and loses the replies.
     """
 
     name = "outage"

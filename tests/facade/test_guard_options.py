@@ -186,8 +186,8 @@ async def test_the_backoffs_say_how_long_the_pauses_are(option: str) -> None:
         with pytest.raises(CacheConfigurationError, match="retry_backoff_max 1 is less than retry_backoff_base 40"):
             backend_from_url(f"redis://?{option}")
         return
-    # A pause that exceeds the time left for the call is not started, so the first failure is the answer. Pauses are random
-    # below the base, which is so long that practically no pause fits.
+    # A pause that exceeds the time left for the call is not started, so the first failure is the answer. Pauses are
+    # random below the base, which is so long that practically no pause fits.
     async with guarded(f"{option}&breaker=off", store := Outage(), timeout=60.0) as cache:
         store.error = down()
         assert await ask(cache, 20) == ["connection"] * 20

@@ -151,7 +151,10 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 
 def read_package(folder: Path) -> Package:
-    """Read a package. Raises ``AssertionError`` if the folder has no modules, so that a test cannot pass by reading none."""
+    """Read a package.
+
+    Raises ``AssertionError`` if the folder has no modules, so that a test cannot pass by reading none.
+    """
     files = sorted(folder.rglob("*.py"))
     assert files, f"no Python file under {folder}"
     modules: dict[str, Path] = {}
@@ -184,7 +187,10 @@ def _read_module(folder: Path, module: str, file: Path, modules: Mapping[str, Pa
 
 
 def _targets_of_from(origin: str, node: ast.ImportFrom, folder: Path, modules: Mapping[str, Path]) -> list[str]:
-    """Return the modules that ``from a import b`` names: ``a.b`` if it is a module or a folder of the package, else ``a``."""
+    """Return the modules that ``from a import b`` names:
+
+    ``a.b`` if it is a module or a folder of the package, else ``a``.
+    """
 
     def is_module(name: str) -> bool:
         inside = name.split(".")[1:]
@@ -265,7 +271,7 @@ def third_party_faults(package: Package) -> list[str]:
 
 
 def _loads(found: Import, package: Package) -> Iterator[str]:
-    """Yield the package's modules that an import runs: the target and its parent packages, except those of the importer."""
+    """Yield the package's modules that an import runs: the target and its parents, except parents of the importer."""
     parts = found.target.split(".")
     if parts[0] != package.name:
         return
@@ -277,7 +283,7 @@ def _loads(found: Import, package: Package) -> Iterator[str]:
 
 
 def loaded_by(package: Package, module: str) -> set[str]:
-    """Return the modules loaded by importing ``module``, through imports outside functions and ``TYPE_CHECKING`` blocks."""
+    """Return the modules that ``import module`` loads: imports outside functions and ``TYPE_CHECKING`` blocks."""
     seen: set[str] = set()
     waiting = [module]
     while waiting:

@@ -22,7 +22,7 @@ class Block:
     expect: str | None
     """Expected output, from ``<!-- expect: ... -->`` directly before the fence."""
     serves: bool
-    """True after ``<!-- serves -->``: the commands run until they are stopped, so the test runs only their ``--help``."""
+    """True after ``<!-- serves -->``: the commands run until stopped, so the test runs only their ``--help``."""
 
     def __str__(self) -> str:
         return f"line {self.line}"
@@ -63,7 +63,7 @@ def _notes(before: str) -> list[str]:
 
 
 def commands(block: Block) -> list[str]:
-    """Return the commands of a block: in a console, the lines after ``$``, otherwise every line that is not a comment."""
+    """Return the commands of a block: in a console, the lines after ``$``, otherwise all lines but comments."""
     joined = block.text.replace("\\\n", " ").splitlines()
     if block.language == "console":
         return [line.strip()[2:].strip() for line in joined if line.strip().startswith("$ ")]

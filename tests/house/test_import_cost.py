@@ -59,7 +59,10 @@ def test_importing_cachebus_loads_few_modules() -> None:
 
 
 def test_importing_cachebus_compiles_few_constructors() -> None:
-    """Check the number of compiled constructors. A dataclass compiles one, which takes longer than reading the class."""
+    """Check the number of compiled constructors.
+
+    A dataclass compiles one, which takes longer than reading the class.
+    """
     program = (
         "import builtins; seen = []; real = builtins.exec\n"
         "def counted(text, *more):\n"

@@ -172,8 +172,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "--python", str(python)]
     done = subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # A line of a .pth file comes after the environment's own folder on the path. The .pth files in the added folder, such
-    # as the editable installation of this tree, are not read.
+    # A line of a .pth file comes after the environment's own folder on the path. The .pth files in the added folder,
+    # such as the editable installation of this tree, are not read.
     (site,) = folder.glob("**/site-packages")
     (site / "lent.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
     return python

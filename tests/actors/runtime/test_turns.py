@@ -35,7 +35,7 @@ def test_a_stack_whose_callers_are_no_longer_known_counts_as_in_the_turn() -> No
 
 
 def test_no_garbage_is_collected_while_the_frames_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that no garbage is collected. A finalizer under the interpreter's lock would deadlock with a starting thread."""
+    """Check that no garbage is collected. A finalizer under the interpreter's lock could deadlock with a new thread."""
     collecting: list[bool] = []
 
     def frames() -> dict[int, FrameType]:

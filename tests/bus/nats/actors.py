@@ -31,8 +31,8 @@ from cachebus.messages import (
 class Answering(Actor):
     """Actor with plain, waiting, parking, refusing and crashing handlers.
 
-    `Get("pid")` returns the process id, `Get("large:N")` returns N bytes, and any other `Get` its key. `Exists` waits for
-    the seconds in its key. `Touch` is parked until the next `Increment`.
+    `Get("pid")` returns the process id, `Get("large:N")` returns N bytes, and any other `Get` its key. `Exists` waits
+    for the seconds in its key. `Touch` is parked until the next `Increment`.
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ Each input line is a command. Each output line is its result.
 acquire NAME TTL WAIT            had TOKEN, or the code of the error
 release NAME                     released, or the code of the error
 lost NAME                        True or False
-contend NAME CALLERS TIMES PATH  done; each caller takes the lock TIMES times, and records in PATH when it enters and leaves
+contend NAME CALLERS TIMES PATH  done; each caller takes the lock TIMES times, and records it in PATH
 """
 
 from __future__ import annotations
