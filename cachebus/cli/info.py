@@ -1,4 +1,4 @@
-"""`cachebus info`, `settings`, `config` and `asyncapi`: print installation, settings, and the API of a worker."""
+"""`cachebus info`, `config` and `asyncapi`: print installation, settings, and the API of a worker."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ def add(commands: Commands) -> None:
     """Add the commands to the parser."""
     info = commands.add_parser("info", help="print versions, URL schemes, policies and installed extras")
     info.set_defaults(command=_info)
-    settings = commands.add_parser("settings", help="print the effective settings, with secrets masked")
-    settings.set_defaults(command=_settings)
     config = commands.add_parser("config", help="print or check settings").add_subparsers(required=True)
     shown = config.add_parser("show", help="print the effective settings, with secrets masked")
     shown.set_defaults(command=_settings)
@@ -31,11 +29,11 @@ def add(commands: Commands) -> None:
     check.set_defaults(command=_check)
     reference = config.add_parser("reference", help="print the reference of all settings in Markdown")
     reference.set_defaults(command=_reference)
-    for command in (settings, shown, check):
+    for command in (shown, check):
         command.add_argument(
             "source", nargs="?", metavar="SOURCE", help="settings file or URL (default: only the environment)"
         )
-    for command in (info, settings, shown, check):
+    for command in (info, shown, check):
         command.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     asyncapi = commands.add_parser("asyncapi", help="print the AsyncAPI 3 document of a worker")
     form = asyncapi.add_mutually_exclusive_group()

@@ -103,9 +103,9 @@ def test_settings_shows_what_a_source_gives(
     path.write_text('backends = ["memory://?max_entries=5"]\n', encoding="utf-8")
     shown: list[dict[str, Any]] = []
     for source in (["memory://?max_entries=5"], [str(path)]):
-        assert main(["settings", *source]) == 0
+        assert main(["config", "show", *source]) == 0
         shown.append(yaml.safe_load(capsys.readouterr().out))
-        assert main(["settings", "--json", *source]) == 0
+        assert main(["config", "show", "--json", *source]) == 0
         shown.append(json.loads(capsys.readouterr().out))
     assert all(each == shown[0] for each in shown)
     assert load_settings(shown[0]) == load_settings("memory://?max_entries=5", timeout=7)
@@ -115,7 +115,7 @@ def test_settings_without_a_source_shows_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CACHEBUS_NAMESPACE", "shop")
-    assert main(["settings"]) == 0
+    assert main(["config", "show"]) == 0
     assert capsys.readouterr().out.startswith(
         "namespace: shop\ntimeout: 5.0\non_error: miss\nbackends:\n- type: memory\n"
     )
@@ -126,7 +126,7 @@ def test_settings_are_shown_without_passwords(
 ) -> None:
     announce(tmp_path, monkeypatch)
     for options in ([], ["--json"]):
-        assert main(["settings", f"shelf://user:{SECRET}@localhost", *options]) == 0
+        assert main(["config", "show", f"shelf://user:{SECRET}@localhost", *options]) == 0
         printed = capsys.readouterr()
         assert SECRET not in printed.out + printed.err
         assert "shelf://user:***@localhost" in printed.out
@@ -144,7 +144,7 @@ def test_settings_are_shown_without_passwords(
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
     source: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["settings", source]) == 2
+    assert main(["config", "show", source]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("cachebus: ")
@@ -154,7 +154,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
     assert SECRET not in printed.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["coffee"], ["info", "coffee"], ["settings", "a", "b"], ["--coffee"]])
+@pytest.mark.parametrize("arguments", [[], ["coffee"], ["info", "coffee"], ["config", "show", "a", "b"], ["--coffee"]])
 def test_a_wrong_command_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -168,10 +168,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_module_can_be_run() -> None:
-    done = run("settings", "null://?name=off", "--json")
+    done = run("config", "show", "null://?name=off", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["backends"] == [{"type": "null", "name": "off", "default": True}]
-    done = run("settings", "nulll://")
+    done = run("config", "show", "nulll://")
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert run("--version").stdout.startswith("cachebus ")

@@ -200,7 +200,7 @@ def test_a_mistake_beside_a_secret_does_not_show_it(
         told = told.__context__
     path = tmp_path / "settings.yaml"
     path.write_text(repr(mistake), encoding="utf-8")  # Dicts, lists and texts of Python are YAML too.
-    for command in (["config", "show"], ["config", "check"], ["settings"], ["worker", "--config"]):
+    for command in (["config", "show"], ["config", "check"], ["worker", "--config"]):
         assert main([*command, str(path)]) == 2
         printed = capsys.readouterr()
         shown += [printed.out, printed.err]
@@ -223,7 +223,6 @@ def test_the_commands_show_no_secret(redis: Server, nats: Server, tmp_path: Path
         ran("config", "show", str(path)),
         ran("config", "show", "--json", str(path)),
         ran("config", "check", str(path)),
-        ran("settings", str(path)),
         ran("info"),
         ran("topology", "--bus", f"nats://{TOKEN}x@{nats.host}:{nats.port}"),
         ran("ping", "backend.primary", "--bus", f"nats://{TOKEN}x@{nats.host}:{nats.port}"),
