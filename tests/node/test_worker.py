@@ -198,7 +198,7 @@ def test_no_secret_is_in_what_a_worker_says(run_worker: RunWorker, nats_server: 
         url = f"redis://:{SECRET}@{redis.host}:{redis.port}"
         locked_out = run_worker("--backend", f"primary={url}", "--log-level", "debug", serves=False)
         assert locked_out.ended() == 2
-        assert "refuses the user or the password" in locked_out.lines[-1]
+        assert "rejected the user or the password" in locked_out.lines[-1]
     with run_redis(password=SECRET) as redis:
         worker = run_worker("--backend", f"primary={redis.url}", "--log-level", "debug")
         worker.signal(signal.SIGTERM)

@@ -1,7 +1,6 @@
-"""Redis commands under way, to one server or through a cluster: what is sent, and what becomes of the replies.
+"""Redis commands and the handling of their replies, for one server and for a cluster.
 
-Each reply is read alone: what cannot be read is an error of its own request, and neither the batch nor the connection is
-the worse for it.
+A reply that cannot be read fails its own request only. The rest of the batch and the connection are not affected.
 """
 
 from __future__ import annotations
@@ -24,29 +23,29 @@ from .scripts import INCREMENT, PEEK, READ, TOUCH, Script
 from .write_script import WRITE
 
 Settle = Callable[[Any, float], "Sequence[Command] | None"]
-"""Takes in a reply, and the server's Unix time in seconds. Returns commands that the answer still needs."""
+"""Callback for a reply and the server's Unix time in seconds. Returns follow-up commands, if any."""
 
 Fail = Callable[[CacheError], None]
 
 ScriptCall: TypeAlias = tuple[list[Argument], str, Callable[[Any, float], Reply], Script]
-"""The words after a script's name, the key that says which node it goes to, what reads its reply, and the script."""
+"""The arguments of a script, the key that determines its slot, the function that reads the reply, and the script."""
 
 LATE_IS_WRONG = frozenset(script for twin in (WRITE, TOUCH, INCREMENT) for script in (twin.here, twin.elsewhere))
-"""Those that must not be done after what was sent later. The others only read, or find out themselves that they are late."""
+"""Scripts that must not run after later commands. The others only read, or detect by themselves that they are late."""
 
 _READS = frozenset({"MGET", "GETRANGE", "SCAN"})
 _READING = frozenset({READ, PEEK.here, PEEK.elsewhere})
 
 SLOTS = 16384
-"""Keys are assigned to slots by CRC16 (XMODEM), of the key or of its hash tag: Redis Cluster Specification, "Key
-distribution model"."""
+"""Number of slots. The slot of a key is the CRC16 (XMODEM) of the key or of its hash tag (Redis Cluster Specification,
+"Key distribution model")."""
 
 UNREADABLE = (CacheError, ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error)
-"""What reading a reply raises whose bytes are not ours, or damaged: an error of its own request, and of no other."""
+"""Exceptions raised while reading a foreign or damaged reply. They fail its own request only."""
 
 
 def slot_of(name: str) -> int:
-    """The slot of a key as it stands in the server. Raises `UnicodeEncodeError` for what is no valid Unicode."""
+    """Return the slot of a Redis key. Raises `UnicodeEncodeError` if the name is not valid Unicode."""
     key = name.encode()
     opened = key.find(b"{")
     if opened >= 0:
@@ -57,10 +56,10 @@ def slot_of(name: str) -> int:
 
 
 def tag_of(slot: int) -> bytes:
-    """Two bytes that, as a hash tag, put a key into a slot."""
-    for top in range(4):  # A slot is 14 bits of 16: four pairs have it, and one without a brace will do.
+    """Return two bytes that, used as a hash tag, put a key into the slot."""
+    for top in range(4):  # A slot is 14 of the 16 bits, so four pairs match. Any without a brace works.
         crc = slot | top << 14
-        # Backwards through the checksum: its low byte says which step was the last one.
+        # Invert the checksum: its low byte identifies the last table step.
         last = _STEPS[crc & 0xFF]
         first = _STEPS[crc >> 8 ^ _step(last) >> 8]
         tag = bytes((first, last ^ _step(first) >> 8))
@@ -77,7 +76,7 @@ _STEPS = {_step(byte) & 0xFF: byte for byte in range(256)}
 
 
 def failing(replies: list[Any], at: int) -> Fail:
-    """A function that makes an error the reply in a place."""
+    """Return a function that stores an error as the reply at a position."""
 
     def fail(error: CacheError) -> None:
         replies[at] = Failed.of(error)
@@ -86,11 +85,10 @@ def failing(replies: list[Any], at: int) -> Fail:
 
 
 class Command(Struct, eq=False):
-    """One Redis command: its words, the key that says which node it goes to, and what to do with its reply.
+    """A Redis command: its words, the key that determines its slot, and the callbacks for its reply.
 
-    `writes` is false if doing it twice does what doing it once does. `parts` makes of a command about several keys one for
-    each; it may be `None` if there is one key only. An `ordered` command must not be overtaken by what was sent after the
-    command that it follows from.
+    `writes` is false if the command is idempotent. `parts` splits a command with several keys into one for each key; it
+    may be `None` for a single key. An `ordered` command must run before the commands sent after the one it follows.
     """
 
     words: list[Argument]
@@ -104,20 +102,20 @@ class Command(Struct, eq=False):
 
     @property
     def changes(self) -> Sequence[Any]:
-        """The keys that it may change."""
+        """Keys that the command may change."""
         if self.script is not None:
             return () if self.script in _READING else self.words[1 : 1 + cast("int", self.words[0])]
         return () if self.words[0] in _READS else self.words[1:]
 
     def packed(self, *, whole: bool = False) -> bytes:
-        """The command as bytes; `whole` sends a script's text instead of its name."""
+        """Encode the command. `whole` sends the text of a script instead of its hash."""
         if self.script is None:
             return pack_words(tuple(self.words))
         name = ("EVAL", self.script.text) if whole else ("EVALSHA", self.script.sha)
         return pack_words((*name, *self.words))
 
     def take(self, reply: Any, now: float) -> Sequence[Command]:
-        """Take in the reply, and return what has to be sent on. `now` is the server's Unix time in seconds."""
+        """Process the reply, and return follow-up commands. `now` is the server's Unix time in seconds."""
         if isinstance(reply, hiredis.ReplyError):
             self.fail(translate(reply))
             return ()
@@ -127,17 +125,17 @@ class Command(Struct, eq=False):
             self.fail(error)
         except UNREADABLE as error:
             kind = type(error).__name__
-            self.fail(CacheSerializationError(f"the server's reply could not be understood ({kind})"))
+            self.fail(CacheSerializationError(f"the server's reply could not be read ({kind})"))
         return ()
 
     def give_up(self, error: CacheError) -> None:
-        """Take in that the connection was lost after the command was sent."""
+        """Fail the command because the connection was lost after it was sent."""
         doubt = f"{error.detail}; whether the request was done is not known"
         self.fail(CacheConnectionError(doubt, BACKEND) if self.writes else error)
 
 
 class SentCommands(Struct, eq=False):
-    """The commands of a plan, sent on a connection. When they are answered, `on_replies` gets what `done` returns."""
+    """Commands of a plan, sent on a connection. When all are answered, `on_replies` gets the result of `done`."""
 
     commands: Sequence[Command]
     connection: RedisConnection
@@ -152,7 +150,7 @@ class SentCommands(Struct, eq=False):
         return chain.from_iterable(command.changes for command in self.commands)
 
     def answer(self, replies: Sequence[Any] | CacheError) -> None:
-        """Take the replies of the commands. Some may have to be sent once more, or to be followed by others."""
+        """Process the replies of the commands. Resend rejected scripts and send follow-up commands, if any."""
         commands, connection = self.commands, self.connection
         if isinstance(replies, CacheError):
             for command in commands:
@@ -173,8 +171,8 @@ class SentCommands(Struct, eq=False):
             more += command.take(reply, now)
         if is_stale:
             connection.drop(CacheConnectionError(f"{connection.server} has become a replica", BACKEND))
-        # The script cache was emptied, so the unknown did nothing: sent whole they run, and the server knows them again. What
-        # follows from an answer only reads.
+        # The script cache was emptied, so unknown scripts had no effect. Sending their text runs them and caches them
+        # again. Follow-up commands only read.
         behind = chain.from_iterable(batch.changes() for batch in connection.in_flight)
         again = _sendable_again(commands, unknown, behind) if unknown else ()
         if not again and not more:
@@ -188,16 +186,18 @@ class SentCommands(Struct, eq=False):
 def _sendable_again(
     commands: Sequence[Command], unknown: Iterable[Command], behind: Iterable[Any]
 ) -> Sequence[Command]:
-    """Of a batch, those of the commands `unknown` to the server that may be sent once more; the others are failed.
-    `behind` are keys that what was sent after the batch may change. The server has done that, and the rest of the
-    batch, or is about to: a value that was written now would stand where it has been replaced or deleted."""
+    """Return the `unknown` commands of a batch that may be resent, and fail the others.
+
+    `behind` are the keys that later batches may change. The server runs those batches, and the rest of this one, before
+    a resent command. A resent write could overwrite a newer value or restore a deleted one.
+    """
     changed, unknown = set(behind), set(unknown)
     again: list[Command] = []
     for command in reversed(commands):
         if command not in unknown:
             changed.update(command.changes)
         elif command.script not in LATE_IS_WRONG or changed.isdisjoint(command.changes):
-            again.append(command)  # What is done under a lease finds out by itself whether the lease is still there.
+            again.append(command)  # Lease scripts check that the lease is still held.
         elif command.parts is None:
             command.fail(overtaken())
         else:
@@ -207,7 +207,7 @@ def _sendable_again(
 
 
 class Countdown:
-    """A batch under way: its commands, and what to call when each has its answer."""
+    """Commands of a batch in a cluster. Calls `done` when each has its answer."""
 
     def __init__(self, commands: Sequence[Command], done: Callable[[], object]) -> None:
         self.trips: list[RoutedCommand] = []
@@ -218,30 +218,31 @@ class Countdown:
 
     @property
     def last_progress(self) -> float:
-        """When bytes last moved on the connection, of those that still owe an answer, on which it is longest ago."""
+        """Monotonic time of the last progress on the slowest connection that still owes an answer."""
         carriers = {each.connection for each in self.trips if each.connection is not None}
         return min((each.last_progress for each in carriers), default=float("-inf"))
 
     def add(self, command: Command, *, follows: RoutedCommand | None = None, hops: int = 0) -> RoutedCommand:
-        """Take in one command more."""
+        """Add a command to the batch."""
         trip = RoutedCommand(command, slot_of(command.key), command.packed(), self, follows, hops)
         self.trips.append(trip)
         self._left += 1
         return trip
 
     def one_done(self) -> None:
-        """A command has its answer; the last one answers the batch."""
+        """Count an answered command. The last one completes the batch."""
         self._left -= 1
         if not self._left:
-            self.trips = []  # They refer to the batch.
+            self.trips = []  # Break the reference cycle.
             self._done()
 
 
 class RoutedCommand(Struct, eq=False):
-    """A command on its way through the cluster, on a `connection` while it has no answer.
+    """Command sent through a cluster. `connection` is set while its answer is pending.
 
-    `asking` is set if a server takes it though the slot is another's yet, `whole` if the server does not know the script by
-    its name. It `follows` another whose answer needs it, which is `followed_by` so many.
+    `asking` is true if the command follows an `ASK` redirection, `whole` if it carries the text of its script.
+    `follows` is the command that needs this one for its answer, and `followed_by` is the number of such commands still
+    pending.
     """
 
     command: Command
@@ -257,5 +258,5 @@ class RoutedCommand(Struct, eq=False):
 
     @property
     def first(self) -> RoutedCommand:
-        """The trip that it follows, or the one which that follows."""
+        """First command of the chain of `follows`."""
         return self if self.follows is None else self.follows.first

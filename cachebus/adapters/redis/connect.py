@@ -1,4 +1,4 @@
-"""Making and keeping connections to Redis servers: endpoints, credentials, the greeting, and a pool for each server."""
+"""Connections to Redis servers: endpoints, credentials, the handshake, and a connection pool for each server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Role: TypeAlias = Literal["any", "master", "sentinel"]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a server listens: a host and a port, or the path of a unix socket."""
+    """Address of a server: a host and a port, or the path of a unix socket."""
 
     host: str = ""
     port: int = 6379
@@ -40,7 +40,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """A user of the server's, `default` if only a password is given."""
+    """User and password for a server. The user is `default` if only a password is given."""
 
     user: str = ""
     password: str | None = field(default=None, repr=False)
@@ -48,8 +48,11 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connector:
-    """Makes connections, at most `max_connections` to a server. `timeout` is in seconds and holds for all of connecting;
-    `health_interval` and `window` as in `RedisConnection`."""
+    """Settings and factory of connections.
+
+    `timeout` is in seconds and covers the whole connection attempt, handshake included. `max_connections` is per
+    server. `health_interval` and `window` are those of `RedisConnection`.
+    """
 
     clock: Clock = SYSTEM_CLOCK
     identity: Credentials = Credentials()
@@ -60,21 +63,23 @@ class Connector:
     window: int = 8
     max_connections: int = 2
     counters_here: bool = True
-    """Whether the scripts read the counters of tags, which in a cluster are in another slot."""
+    """True if scripts can read the tag counters. In a cluster, the counters are in another slot."""
 
     async def prepared(self) -> Connector:
-        """The same, with the certificates read. Raises `CacheConfigurationError` under another event loop than asyncio's."""
+        """Return a copy with its certificates loaded. Raises `CacheConfigurationError` if asyncio is not running."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            raise CacheConfigurationError("redis needs an asyncio event loop, and this is another's") from None
+            raise CacheConfigurationError("redis needs asyncio, but no asyncio event loop is running") from None
         if not isinstance(self.tls, TlsFiles):
             return self
         return replace(self, tls=await asyncio.to_thread(self.tls.context, BACKEND))
 
     async def connect(self, place: Endpoint, role: Role = "any") -> RedisConnection:
-        """A connection that is ready. As a `master`, a server that is none is refused. Raises `CacheConnectionError`,
-        or `CacheConfigurationError` for what another attempt will not mend."""
+        """Open a connection and complete its handshake. With the role `master`, reject any other server.
+
+        Raises `CacheConnectionError`, or `CacheConfigurationError` if retrying cannot help.
+        """
         try:
             async with asyncio.timeout(self.timeout):
                 connection = await self._open(place)
@@ -96,7 +101,7 @@ class Connector:
         if place.path:
             _, connection = await loop.create_unix_connection(protocol, place.path)
         else:
-            assert not isinstance(self.tls, TlsFiles), "the connector is prepared"
+            assert not isinstance(self.tls, TlsFiles), "call prepared() first"
             server_hostname = place.host if self.tls else None
             _, connection = await loop.create_connection(
                 protocol, place.host, place.port, ssl=self.tls, server_hostname=server_hostname
@@ -113,7 +118,7 @@ class Connector:
         if self.database:
             commands.append(pack("SELECT", self.database))
         needed = len(commands)
-        # A user without the right to load scripts may still send them whole, so these replies do not matter.
+        # These replies are ignored: a user who may not load scripts can still send their text with EVAL.
         if role != "sentinel":
             commands.extend(pack("SCRIPT", "LOAD", script.text) for script in scripts(self.counters_here))
         asked_at = self.clock.monotonic()
@@ -125,11 +130,11 @@ class Connector:
         if role != "sentinel":
             connection.set_time(replies[1], asked_at)
         if role == "master" and replies[2][0] != b"master":
-            raise CacheConnectionError(f"{connection.server} is no master", BACKEND)
+            raise CacheConnectionError(f"{connection.server} is not a master", BACKEND)
 
 
 async def find_master(connector: Connector, sentinels: Sequence[Endpoint], service: str) -> Endpoint:
-    """The endpoint of a service's master, by the first sentinel that knows. Raises `CacheConnectionError`."""
+    """Return the endpoint of a service's master. Raises `CacheConnectionError` if no sentinel knows it."""
     reasons: list[str] = []
     for place in sentinels:
         try:
@@ -145,15 +150,15 @@ async def find_master(connector: Connector, sentinels: Sequence[Endpoint], servi
         if found:
             host, port = found
             return Endpoint(host.decode(), int(port))
-        reasons.append(f"{place} does not know it")
+        reasons.append(f"{place} does not know this service")
     raise CacheConnectionError(f"no sentinel knows the master of {service!r}: {'; '.join(reasons)}", BACKEND)
 
 
 class RedisPool:
-    """Up to `most` connections to a server, made when they are needed.
+    """Pool of up to `most` connections to a server, opened on demand.
 
-    `main`, which may have been lost, carries every request: one that is always busy is the fastest, and it keeps their order.
-    The others are for walks over many keys; with `most=1` these share it.
+    `main` carries every request: one busy connection is the fastest, and it keeps requests in order. It may be lost.
+    The other connections serve scans over many keys; with `most=1`, scans use `main` too.
     """
 
     def __init__(self, connect: Callable[[], Awaitable[RedisConnection]], most: int) -> None:
@@ -162,50 +167,50 @@ class RedisPool:
         self.main: RedisConnection | None = None
         self._sides: list[RedisConnection] = []
         self._next = 0
-        # One connection is made at a time, so that their number is known.
+        # Connections are opened one at a time, so that their number is exact.
         self._connecting = asyncio.Lock()
         self._closed = False
         self._failures = 0
         self.trouble: CacheError | None = None
-        """Why the last attempt to connect has failed; `None` if it has not."""
+        """The error of the last connection attempt; `None` if it succeeded."""
 
     def __repr__(self) -> str:
         return f"<RedisPool of {len(self.connections)}/{self._most} connections>"
 
     @property
     def connections(self) -> list[RedisConnection]:
-        """Those that are up."""
+        """Connections that are up."""
         return [each for each in (self.main, *self._sides) if each is not None and each.lost is None]
 
     def up(self) -> RedisConnection | None:
-        """The connection for requests, if there is one now."""
+        """Return the connection for requests if it is up."""
         main = self.main
         return main if main is not None and main.lost is None else None
 
     async def connect(self) -> RedisConnection:
-        """The connection for requests. Raises `CacheConnectionError` when the server cannot be reached."""
+        """Return the connection for requests, connecting if needed. Raises `CacheConnectionError`."""
         failures = self._failures
         async with self._connecting:
             connection = self.up()
             if connection is None:
                 if failures != self._failures and self.trouble is not None:
-                    # An attempt has failed while we waited: ours would take as long and come to the same.
+                    # Another attempt failed while this one waited. A new one would take as long and fail the same way.
                     raise self.trouble
                 connection = self.main = await self._make()
             return connection
 
     async def ready(self) -> RedisConnection:
-        """The connection for requests, once there is room for a batch. Raises as `connect` does."""
+        """Wait until a batch can be sent, and return the connection. Raises the same errors as `connect`."""
         while True:
             connection = self.up() or await self.connect()
             try:
                 await connection.room()
             except CacheError:
-                continue  # Lost while we waited, and nothing was sent: a new one, or the reason why there is none.
+                continue  # Lost while waiting, and nothing was sent: connect again, or raise the reason.
             return connection
 
     async def side(self) -> RedisConnection:
-        """A connection for a walk, one after the other. Raises `CacheConnectionError` when the server cannot be reached."""
+        """Return a connection for a scan, chosen round-robin. Raises `CacheConnectionError`."""
         if self._most == 1:
             return await self.connect()
         async with self._connecting:
@@ -220,7 +225,7 @@ class RedisPool:
             return among[self._next % len(among)]
 
     async def close(self) -> None:
-        """Finish what is in flight, then close. Cancelled, it closes at once."""
+        """Wait for batches in flight, then close. If cancelled, close at once."""
         self._closed = True
         try:
             for connection in self.connections:
@@ -229,7 +234,7 @@ class RedisPool:
             self.drop()
 
     def drop(self) -> None:
-        """Give up every connection."""
+        """Drop every connection at once."""
         for connection in self.connections:
             connection.drop(closed())
 

@@ -1,7 +1,7 @@
-"""One connection to a Redis server, auto-pipelined: batches go out one after the other, and come back in that order.
+"""Auto-pipelined connection to a Redis server: batches are sent without waiting and answered in the same order.
 
-The connection reads every reply to its end, even if its caller has gone. So a caller that gave up never leaves half a reply
-behind for the next one; if that cannot be kept, the connection is dropped.
+The connection reads every reply completely, even if its caller was cancelled or timed out. A caller therefore never
+gets another caller's reply. If the stream cannot be read to the end, the connection is dropped.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from cachebus.messages import CacheError
 from .errors import lost, translate, translate_greeting
 
 Answer: TypeAlias = Callable[["Sequence[Any] | CacheError"], None]
-"""Takes the replies of a batch, in order; or why there will be none."""
+"""Callback for the replies of a batch, in order, or for the error that replaces them."""
 
 Argument: TypeAlias = str | bytes | int
 
-UNSENT_MAX = 4 << 20  # Bytes that may wait to be sent before no more batches are.
+UNSENT_MAX = 4 << 20  # Unsent bytes above which no further batch is accepted.
 
-_MORE: Any = object()  # What hiredis says when it has no whole reply.
+_MORE: Any = object()  # Returned by hiredis when no complete reply is buffered.
 
 
-# hiredis' own hints know commands of one word only.
-pack_words: Callable[[tuple[Argument, ...]], bytes] = cast("Any", hiredis.pack_command)  # Make bytes of a command.
+# The type hints of hiredis accept single-word commands only.
+pack_words: Callable[[tuple[Argument, ...]], bytes] = cast("Any", hiredis.pack_command)
 
 
 def pack(*arguments: Argument) -> bytes:
-    """A command as bytes."""
+    """Encode a command."""
     return pack_words(arguments)
 
 
 class InFlight(Protocol):
-    """Commands that were sent, `wanted` of them, and what becomes of their replies."""
+    """Batch of `wanted` commands whose replies are pending."""
 
     @property
     def wanted(self) -> int: ...
 
     def answer(self, replies: Sequence[Any] | CacheError, /) -> None:
-        """Take the replies, in order; or why there will be none."""
+        """Process the replies, in order, or the error that replaces them."""
 
     def changes(self) -> Iterable[Any]:
-        """The keys that the commands may change."""
+        """Return the keys that the commands may change."""
         ...
 
 
 class PendingReplies(Struct, eq=False):
-    """Commands that change nothing that is cached, and whose replies go to a function."""
+    """Commands that change no entry and whose replies go to a callback."""
 
     wanted: int
     answer: Answer
@@ -63,7 +63,7 @@ class PendingReplies(Struct, eq=False):
 
 
 class Change:
-    """A change that tasks wait for; `awaited` while there are any."""
+    """Condition that tasks wait for. `awaited` is `None` while no task waits."""
 
     def __init__(self) -> None:
         self.awaited: asyncio.Future[None] | None = None
@@ -75,20 +75,22 @@ class Change:
         await asyncio.shield(self.awaited)
 
     def wake(self) -> None:
-        """End the wait of every task."""
+        """Wake every waiting task."""
         if self.awaited is not None:
             self.awaited.set_result(None)
             self.awaited = None
 
 
 class RedisConnection(asyncio.Protocol):
-    """A connection with up to `window` batches in flight, which are answered in order.
+    """Connection with up to `window` batches in flight, answered in order.
 
-    `server` names it in errors, `greeted` says that the handshake is over. Every `health_interval` seconds the server is
-    asked for its time, which keeps the connection alive and our idea of the server's clock good. A server that is silent for
-    so long, and for the time that the bytes in flight may take, is given up. `on_push` takes what the server sends unasked,
-    such as a message of a channel. `heard_at` is when bytes last came, `offset` what the server's clock is ahead of the
-    monotonic one.
+    `server` is the name used in errors; `handshake_done` is true once the server has answered the handshake. `on_push`
+    receives unsolicited messages, such as those of a channel. `received_at` is the monotonic time of the last bytes
+    received. `offset` is how far the server's clock is ahead of the monotonic clock, in seconds.
+
+    Every `health_interval` seconds, the connection sends `TIME`. The reply keeps the connection alive and `offset`
+    accurate. If nothing arrives for that interval, plus the time that the bytes in flight may take, the connection is
+    dropped.
     """
 
     def __init__(self, server: str, clock: Clock, *, window: int, health_interval: float | None) -> None:
@@ -103,14 +105,14 @@ class RedisConnection(asyncio.Protocol):
         self.offset = float("inf")
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self.in_flight: deque[InFlight] = deque()
-        self._replies: list[Any] = []  # Of the batch that is answered next.
+        self._replies: list[Any] = []  # Replies so far to the oldest batch in flight.
         self._change = Change()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.paused = False
         self.heard_at = self._sent_at = self._checked_at = float("-inf")
-        self._unsent = 0  # Bytes that waited to be sent, when that was last looked at.
-        self._recent = 0  # Bytes written since the server was last heard.
+        self._unsent = 0  # Size of the write buffer when last checked.
+        self._recent = 0  # Bytes written since the last bytes were received.
 
     def __repr__(self) -> str:
         state = "lost" if self.lost else "up"
@@ -120,7 +122,7 @@ class RedisConnection(asyncio.Protocol):
 
     @property
     def last_progress(self) -> float:
-        """When bytes last came from the server, or left to it, on the monotonic clock."""
+        """Monotonic time at which bytes were last received from the server or sent to it."""
         if self._transport is not None:
             unsent = self._transport.get_write_buffer_size()
             if unsent < self._unsent:
@@ -130,7 +132,7 @@ class RedisConnection(asyncio.Protocol):
 
     @property
     def has_room(self) -> bool:
-        """Whether another batch may be sent now."""
+        """True if another batch may be sent now."""
         return len(self.in_flight) < self.window and not self.paused and self.lost is None
 
     async def room(self) -> None:
@@ -141,16 +143,16 @@ class RedisConnection(asyncio.Protocol):
             raise self.lost
 
     def send(self, data: bytes, batch: InFlight) -> None:
-        """Send commands. Never waits; a lost connection answers at once."""
+        """Send commands without waiting. On a lost connection, answer the batch with the error at once."""
         if self.lost is not None or self._transport is None:
-            batch.answer(self.lost or lost(self.server, "it is not up"))
+            batch.answer(self.lost or lost(self.server, "it is not established"))
             return
         self.in_flight.append(batch)
         self._recent += len(data)
         self._transport.write(data)
 
     def ask(self, *commands: bytes) -> asyncio.Future[list[Any]]:
-        """Send packed commands; the future has their replies, or the error of the connection."""
+        """Send packed commands. The future resolves to their replies, or raises the connection's error."""
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
         def settle(replies: Sequence[Any] | CacheError) -> None:
@@ -165,7 +167,7 @@ class RedisConnection(asyncio.Protocol):
         return future
 
     async def call(self, *arguments: Argument) -> Any:
-        """The reply to one command, once there is room for it. Raises what the server says is wrong."""
+        """Send one command when there is room, and return its reply. Raises `CacheError` for an error reply."""
         await self.room()
         (reply,) = await self.ask(pack(*arguments))
         if isinstance(reply, hiredis.ReplyError):
@@ -173,21 +175,23 @@ class RedisConnection(asyncio.Protocol):
         return reply
 
     def now(self) -> float:
-        """The server's Unix time in seconds, by its word and our monotonic clock: not before it, so that what we say is
-        left of a time to live is not more than there is."""
+        """Return the server's estimated Unix time in seconds.
+
+        The estimate is never early, so that a reported time to live is never longer than the real one.
+        """
         return self._monotonic() + self.offset
 
     def set_time(self, reply: Any, asked_at: float) -> None:
-        """Take in the server's reply to `TIME`, asked at `asked_at` of our clock."""
+        """Update the clock offset from a reply to `TIME`, sent at `asked_at` on the local monotonic clock."""
         seconds, micros = reply
         time = int(seconds) + int(micros) * 1e-6
-        # It was the time at a moment between then and now. The earliest moment is the bound, and the best bound so far is
-        # kept while it agrees with the last reply: a clock that was set disagrees.
+        # The server read its clock between `asked_at` and now, so the offset lies between these two bounds. The
+        # smallest upper bound so far is kept, unless it contradicts this reply: then the server's clock was set.
         earliest, latest = time - self._clock.monotonic(), time - asked_at
         self.offset = min(self.offset, latest) if earliest <= self.offset else latest
 
     def watch(self) -> None:
-        """Begin to check the server's health."""
+        """Schedule the next health check."""
         if self._health_interval is not None:
             self._timer = asyncio.get_running_loop().call_later(self._health_interval, self._check)
 
@@ -197,13 +201,13 @@ class RedisConnection(asyncio.Protocol):
             await self._change.wait()
 
     async def gone(self) -> CacheError:
-        """Wait until the connection is lost, and say why."""
+        """Wait until the connection is lost, and return the error."""
         while self.lost is None:
             await self._change.wait()
         return self.lost
 
     def drop(self, error: CacheError) -> None:
-        """Give the connection up: what is in flight is answered with `error`."""
+        """Close the connection, and answer every batch in flight with `error`."""
         if self.lost is None:
             self.lost = error
         if self._timer is not None:
@@ -225,7 +229,7 @@ class RedisConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         said = self._replies if not self.greeted else []
         if said and type(said[0]) is hiredis.ReplyError:
-            # It would not have us, said so, and closed.
+            # The server sent a reason and closed the connection.
             self.drop(translate_greeting(said[0], self.server))
             return
         self.drop(lost(self.server, "closed by the server" if exc is None else type(exc).__name__))
@@ -251,9 +255,11 @@ class RedisConnection(asyncio.Protocol):
                     continue
                 if not in_flight:
                     if type(reply) is hiredis.ReplyError and not self.greeted:
-                        self.drop(translate_greeting(reply, self.server))  # Said before it was asked anything.
+                        self.drop(
+                            translate_greeting(reply, self.server)
+                        )  # Sent before any command, such as "too many clients".
                     else:
-                        self.drop(lost(self.server, "it sent a reply that nobody asked for"))
+                        self.drop(lost(self.server, "it sent a reply without a request"))
                     return
                 replies.append(reply)
                 if len(replies) == in_flight[0].wanted:
@@ -262,11 +268,11 @@ class RedisConnection(asyncio.Protocol):
                     batch.answer(replies)
                     replies = self._replies
         except hiredis.ProtocolError:
-            self.drop(lost(self.server, "it sent what is not RESP"))
+            self.drop(lost(self.server, "it sent invalid RESP"))
         except Exception:
-            # A fault of ours: what cannot be read in a reply is an error of its own request. What follows in the stream is not
-            # to be trusted with it.
-            self.drop(error := lost(self.server, "a reply could not be understood"))
+            # A bug in cachebus: an unreadable reply is reported on its own request and does not get here. The position
+            # in the stream is no longer known.
+            self.drop(error := lost(self.server, "a reply could not be processed"))
             if batch is not None:
                 batch.answer(error)
             raise
@@ -280,7 +286,7 @@ class RedisConnection(asyncio.Protocol):
         now = self._monotonic()
         patience = self._health_interval + self._recent / SLOWEST_LINE
         if self.heard_at <= self._checked_at and self.last_progress <= now - patience:
-            self.drop(lost(self.server, f"not a word for {now - self.heard_at:g} s"))
+            self.drop(lost(self.server, f"nothing received for {now - self.heard_at:g} s"))
             return
         self._checked_at = now
 

@@ -1,20 +1,21 @@
-"""What stands in a Redis string: a header of the server's making, and the value as bytes.
+"""Format of an entry in a Redis string: a header written by the server, and the value.
 
     8 bytes   version   big-endian double: microseconds of the server's clock at the write, or one more than before
     8 bytes   expiry    big-endian double: Unix time of the server in milliseconds, 0 for none
-    1 byte    form      B bytes as they are, I decimal int, M msgpack; small letters are another layout: l is a lease
-                        (`redis_leases`), t an entry with tags (`redis_scripts`), o a loaded one
+    1 byte    type tag  B raw bytes, I decimal int, M msgpack. Lower case marks another layout:
+                        l a lease (see `leases`), t an entry with tags (see `scripts`), o a loaded entry
     rest      value
 
-The expiry stands there as well as in Redis, so that reading a value with its time to live is one command.
+The header repeats the expiry that Redis keeps, so that one command reads a value and its time to live.
 
-A namespace has one *sequence* for its tags: a random epoch and a number that each invalidation makes larger. A tag has a
-*counter*: the epoch, and the number at its last invalidation. An entry with tags has a *stamp*: epoch and number at the start
-of its load. It is valid while each of its tags has a counter of the stamp's epoch that is not larger than the stamp.
+A namespace has one *sequence* for its tags: a random epoch, and a number that each invalidation increments. A tag has
+a *counter*: the epoch, and the number at its last invalidation. An entry with tags has a *stamp*: the epoch and the
+number at the start of its load. The entry is valid if each of its tags has a counter with the same epoch that is not
+larger than the stamp.
 
-So an invalidation is one command whatever the number of entries. A counter that is lost makes entries invalid. A sequence
-that is lost begins with another epoch, by which nothing older is valid. How the sequence knows without a counter when a tag
-was last invalidated, at most, is in `redis_scripts`.
+An invalidation therefore takes one command, however many entries have the tag. If Redis loses a tag counter, its
+entries become misses. If it loses the sequence, the new one gets a new epoch, and every older entry becomes a miss.
+`scripts` describes how the sequence bounds the last invalidation of a tag whose counter was lost.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from ..common.validation import time_to_live
 
 HEADER = struct.Struct(">dd")
 VALUE_AT = HEADER.size + 1
-VALUE_MAX = 512 * 2**20 - VALUE_AT  # The bytes of a value at most: a Redis string has 512 MiB (`proto-max-bulk-len`).
+VALUE_MAX = 512 * 2**20 - VALUE_AT  # Bytes. A Redis string has at most 512 MiB (`proto-max-bulk-len`).
 CAPABILITIES = Capabilities(
     patterns=True,
     tags=True,
@@ -60,7 +61,7 @@ CAPABILITIES = Capabilities(
     locks=True,
     max_value_bytes=VALUE_MAX,
 )
-"""What a Redis server and a cluster can do."""
+"""Capabilities of a Redis server and of a cluster."""
 
 MISSING = Missing()
 
@@ -68,35 +69,35 @@ LEASE, LOADED, TAGGED = b"lot"
 
 STAMP_BYTES = 16
 NO_STAMP = bytes(STAMP_BYTES)
-"""Of a load that began when its namespace had no sequence: nothing with tags may come of it."""
+"""Stamp of a load that began when its namespace had no sequence. Its value cannot be stored with tags."""
 
-MOST_HINTS = 16_384  # The keys whose tags a store remembers at most.
+MOST_HINTS = 16_384  # Maximum number of keys whose tags a store remembers.
 _METADATA_LENGTH = struct.Struct(">H")
 _TAGS_LENGTH = struct.Struct(">I")
 _unpack_header: Callable[[bytes], tuple[float, float]] = HEADER.unpack_from
 
 
 class HasTags(Exception):
-    """Raised when an entry has tags, so that its bytes alone do not say whether it is valid."""
+    """Raised when an entry has tags: its bytes alone do not show whether it is valid."""
 
 
 class TagStamp(NamedTuple):
-    """That none of some tags was invalidated since a stamp was taken."""
+    """Stamp of an entry and its tags. It holds if no tag was invalidated after the stamp was taken."""
 
     stamp: bytes
     tags: tuple[str, ...]
 
     def holds(self, counters: Mapping[str, bytes | None]) -> bool:
-        """Whether it is so, by the counters of the tags."""
+        """Return `True` if the counters show no later invalidation."""
         for tag in self.tags:
             counter = counters[tag]
-            # Doubles above zero are in the order of their bytes.
+            # Big-endian positive doubles sort like their bytes.
             if counter is None or counter[:8] != self.stamp[:8] or counter > self.stamp:
                 return False
         return True
 
     def verdict(self, holds: bool) -> bytes:
-        """The argument for a script that cannot read the counters itself."""
+        """Encode the result for a script that cannot read the counters."""
         return (b"+" if holds else b"-") + self.stamp + pack_tags(self.tags)
 
 
@@ -104,8 +105,11 @@ class TagStamp(NamedTuple):
 
 
 def encode(value: Any) -> bytes:
-    """The form byte and the value. Raises `CacheSerializationError` for a type that would not come back as it went,
-    and `CacheCapacityError` for what Redis cannot hold."""
+    """Return the type tag and the encoded value.
+
+    Raises `CacheSerializationError` if the type would not survive a round trip, and `CacheCapacityError` if the value
+    is larger than a Redis string.
+    """
     body = encode_form(value)
     if len(body) > VALUE_MAX:
         raise CacheCapacityError("the value is too large for Redis", len(body) - 1, VALUE_MAX)
@@ -113,20 +117,23 @@ def encode(value: Any) -> bytes:
 
 
 def decode(raw: bytes) -> Any:
-    """The value of an entry. Raises `CacheSerializationError` for bytes that are no entry."""
+    """Decode the value of an entry. Raises `CacheSerializationError` if the bytes are not an entry."""
     if len(raw) <= HEADER.size:
         return decode_form(0, b"")
     return decode_form(raw[HEADER.size], memoryview(raw)[VALUE_AT:])
 
 
 def read_run(raws: Iterable[Any], now: float) -> list[Found | Missing | Failed]:
-    """The entries as replies, each read alone. `now` is the server's Unix time in seconds. Raises `HasTags`."""
+    """Convert entries into replies; a damaged entry fails alone. Raises `HasTags`.
+
+    `now` is the server's estimated Unix time in seconds.
+    """
     replies: list[Found | Missing | Failed] = []
     add = replies.append
     for raw in raws:
         if raw is None:
             add(MISSING)
-        elif len(raw) > 16 and raw[16] == BYTES:  # The commonest, and no call.
+        elif len(raw) > 16 and raw[16] == BYTES:  # The most common type, without a function call.
             version, expiry = _unpack_header(raw)
             ttl = None if not expiry else max(expiry * 1e-3 - now, 0.001)
             add(Found(raw[17:], version, ttl, (), version * 1e-6))
@@ -141,8 +148,10 @@ def read_run(raws: Iterable[Any], now: float) -> list[Found | Missing | Failed]:
 def read_entry(
     raw: bytes | None, now: float, *, live: bool = False
 ) -> tuple[TagStamp | None, Found | Missing | Failed]:
-    """The claim that an entry with tags is valid by, and the reply that the entry is then. `now` is the server's Unix
-    time in seconds, as we know it; an entry that is `live` is live to the server."""
+    """Return the stamp of an entry, or `None` without tags, and the reply to give if the stamp holds.
+
+    `now` is the server's estimated Unix time in seconds. Pass `live` if the server has already checked the expiry.
+    """
     if raw is None:
         return None, MISSING
     claim: TagStamp | None = None
@@ -174,25 +183,25 @@ def read_entry(
 
 
 def left(expiry: float, now: float) -> float:
-    """Seconds until an expiry in milliseconds. Redis had the value, so there is something left whatever we think."""
+    """Return the seconds until an expiry in milliseconds; positive, because Redis still had the value."""
     return max(expiry * 1e-3 - now, 0.001)
 
 
 @lru_cache(256)
 def milliseconds(ttl: float | None) -> str:
-    """A time to live as Redis takes it; `""` is for ever. Raises `BadMessage` as `time_to_live` does."""
+    """Return a time to live in milliseconds as text; `""` means no expiry. Raises `BadMessage` if it is not valid."""
     return "" if ttl is None else str(math.ceil(time_to_live(ttl) * 1000))
 
 
 def read_head(head: bytes, now: float) -> Present | Missing:
-    """The reply for an entry that is valid, by its head: what stands before the value."""
+    """Return the reply for a valid entry, given its head: the bytes before the value."""
     if claim_of(head) is not None:
         head = split_tagged(head)[1]
     if len(head) <= HEADER.size or head[HEADER.size] == LEASE:
         return MISSING
     version, expiry = _unpack_header(head)
-    # Of what is loaded Redis does not say whether it is only kept to be served stale. Of all else it does, and our idea of its
-    # clock may be ahead of it.
+    # Redis keeps a loaded entry past its expiry, to serve it stale. For other entries the expiry is not compared: Redis
+    # has removed the expired ones, and `now` may be ahead of its clock.
     if head[HEADER.size] == LOADED and expiry and expiry * 1e-3 <= now:
         return MISSING
     return Present(version, left(expiry, now) if expiry else None)
@@ -202,14 +211,16 @@ def read_head(head: bytes, now: float) -> Present | Missing:
 
 
 def pack_metadata(metadata: LoadMetadata, lifetime: float | None) -> bytes:
-    """What stands before the form and the value of a loaded entry: the form `o`, a length, and the metadata as msgpack."""
+    """Encode the metadata that precedes a loaded value: the type tag `o`, a length, and msgpack."""
     head = pack_plain([metadata.load_time, metadata.stale_for, metadata.etag, lifetime])
     return b"o" + _METADATA_LENGTH.pack(len(head)) + head
 
 
 def split_metadata(raw: bytes) -> tuple[LoadMetadata, float | None, bytes]:
-    """The metadata of a loaded entry, the time to live that it was given, and the entry without its metadata. Raises
-    `CacheSerializationError`."""
+    """Return the metadata of a loaded entry, its original time to live, and the entry without the metadata.
+
+    Raises `CacheSerializationError`.
+    """
     begin = VALUE_AT + _METADATA_LENGTH.size
     try:
         end = begin + _METADATA_LENGTH.unpack_from(raw, VALUE_AT)[0]
@@ -223,7 +234,7 @@ def split_metadata(raw: bytes) -> tuple[LoadMetadata, float | None, bytes]:
 
 
 def read_stale(raw: bytes, lease: str, remaining: float) -> Stale | None:
-    """The reply for an entry that is served stale while `lease` is under way; `None` if there is none, or a damaged one."""
+    """Return the reply for an entry served stale while `lease` runs; `None` if it is missing or damaged."""
     if not raw:
         return None
     tags: tuple[str, ...] = ()
@@ -243,12 +254,12 @@ def read_stale(raw: bytes, lease: str, remaining: float) -> Stale | None:
 
 
 def new_epoch() -> bytes:
-    """An epoch that no entry has, and no stamp without one."""
+    """Create a random epoch. It differs from that of `NO_STAMP`."""
     return b"\x01" + os.urandom(7)
 
 
 def pack_tags(tags: Sequence[str]) -> bytes:
-    """Tags as they stand in an entry, nothing for none. Raises `BadMessage` for what is no valid Unicode."""
+    """Encode tags as stored in an entry; no tags are empty bytes. Raises `BadMessage` for invalid Unicode."""
     try:
         return pack_plain(list(tags)) if tags else b""
     except UnicodeEncodeError:
@@ -256,13 +267,13 @@ def pack_tags(tags: Sequence[str]) -> bytes:
 
 
 def pack_tagged(body: bytes, tags: Sequence[str], stamp: bytes) -> bytes:
-    """What stands behind the header of an entry with tags; `body` is its form and value."""
+    """Encode an entry with tags after its header. `body` is the type tag and the value."""
     packed = pack_tags(tags)
     return b"".join((b"t", _TAGS_LENGTH.pack(len(packed)), stamp, packed, body))
 
 
 def split_tagged(raw: bytes) -> tuple[TagStamp, bytes]:
-    """The claim that an entry with tags is valid by, and the entry without tags. Raises `CacheSerializationError`."""
+    """Return the stamp and tags of an entry, and the entry without them. Raises `CacheSerializationError`."""
     begin = VALUE_AT + _TAGS_LENGTH.size + STAMP_BYTES
     try:
         end = begin + _TAGS_LENGTH.unpack_from(raw, VALUE_AT)[0]
@@ -275,41 +286,40 @@ def split_tagged(raw: bytes) -> tuple[TagStamp, bytes]:
 
 
 def claim_of(raw: bytes) -> TagStamp | None:
-    """The claim that an entry, or its head, is valid by if it has tags. Raises `CacheSerializationError`."""
+    """Return the stamp of an entry or its head; `None` without tags. Raises `CacheSerializationError`."""
     return split_tagged(raw)[0] if len(raw) > HEADER.size and raw[HEADER.size] == TAGGED else None
 
 
 @dataclass(slots=True)
 class TagSpace:
-    """The tags of a namespace, as a store sees them: the names of their keys, and which key had which tags.
+    """Tags of a namespace: the names of their keys in Redis, and the last known tags of each cache key.
 
-    `here` says that scripts read the counters themselves, `seen` that the namespace has tags as far as this store knows.
-    All names are in one slot of a cluster.
+    `here` is true if scripts can read the counters. `seen` is true if this store knows that the namespace uses tags. In
+    a cluster, the sequence and all counters are in one slot.
     """
 
     namespace: str
     here: bool
     seen: bool = False
     hints: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    """The tags that a key had the last time."""
+    """Tags that a key had when it was last read. Used only in a cluster."""
 
     def new_stamp(self, tags: Sequence[str]) -> bytes:
-        """The 16 bytes that a request with tags begins with if scripts read the counters: an epoch for a sequence that is
-        not there."""
+        """Return the 16 bytes that a script with counters needs: the epoch to use if the sequence is missing."""
         self.seen = self.seen or bool(tags)
         return new_epoch() + NO_STAMP[8:]
 
     @property
     def sequence(self) -> str:
-        """The key of the sequence."""
+        """Name of the sequence's key."""
         return f"{self.namespace}#tags:{{{self.namespace}}}"
 
     def counter(self, tag: str) -> str:
-        """The key of a tag's counter."""
+        """Return the name of a counter's key."""
         return f"{self.sequence}:{tag}"
 
     def learn(self, key: str, tags: tuple[str, ...]) -> None:
-        """Remember the tags of a key, so that their counters are asked for with it."""
+        """Remember the tags of a key, so that the next read requests their counters with it."""
         self.seen = True
         if not self.here:
             if key not in self.hints and len(self.hints) >= MOST_HINTS:

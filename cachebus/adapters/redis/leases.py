@@ -1,18 +1,18 @@
-"""Leases in Redis: the lease of a key stands under the key itself, so that a write or a delete of the key takes it away.
+"""Leases in Redis. The lease of a key is stored under the key itself, so a write or a delete of the key ends it.
 
-In the place of a missing value, or of one whose time is up, stands
+A lease replaces a missing or expired value with this string:
 
-    8 bytes   mark      -1.0 as a double, which no version is
+    8 bytes   mark      -1.0 as a double, which is never a version
     8 bytes   deadline  of the lease: Unix time of the server in milliseconds
-    1 byte    form      l
-    8 bytes   until     Unix time in milliseconds until which the value below may be served, 0 without one
-    1 byte    length of the token, and the token: what was asked for, a dot and a nonce
-    16 bytes  stamp     of the moment when the load began, as `redis_entry` has it
-    4 bytes   length of the packed tags that are known from the beginning, and these
-    rest      the entry whose time is up, as it was
+    1 byte    type tag  l
+    8 bytes   until     Unix time in milliseconds until which the expired entry may be served stale, 0 without one
+    1 byte    length of the token, then the token: the requested name, a dot and a nonce
+    16 bytes  stamp     when the load began (see `entry`)
+    4 bytes   length of the packed tags that the request declared, then these tags
+    rest      the expired entry, unchanged
 
-A live value that is refreshed stays where it is. Its lease is a key of its own, with the version of that value and the stamp
-in it: if the value has another version by the time the new one comes, or is gone, the lease is lost.
+A refresh leaves the live value in place. Its lease is a separate key, which holds the token, the version of the value
+and the stamp. If the value has changed or is gone when the new value is stored, the lease is lost.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .scripts import ScriptVariants
 _MARK = """
 local MARK = struct.pack('>d', -1)
 local function parts(raw)
-  -- token, deadline, until when the stale entry may be served, that entry, stamp and tags: of a lease
+  -- Splits a lease into token, deadline, end of stale serving, stale entry, stamp and tags.
   local deadline = struct.unpack('>d', raw, 9)
   local until_ms = struct.unpack('>d', raw, 18)
   local length = string.byte(raw, 26)
@@ -66,7 +66,7 @@ local function expiry_of(raw)
   return expiry
 end
 local function tell_end(key, token, error)
-  -- On the channel of the namespace, to waiters elsewhere. If that is forbidden to us, they ask again by themselves.
+  -- Notifies waiters in other processes. If the user may not publish, they poll when their wait ends.
   if #token > 255 then return end
   redis.pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.char(#token) .. token .. error)
 end
@@ -77,7 +77,7 @@ local function put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
     .. string.char(#token) .. token .. stamp .. struct.pack('>I4', #known) .. known .. stale, 'PX', math.ceil(life))
 end
 local function asked(token)
-  return string.sub(token, 1, NAMELESS) -- without the dot and the nonce
+  return string.sub(token, 1, NAMELESS) -- Without the dot and the nonce.
 end
 local function is_void(stamp, known)
   return known ~= '' and holds(stamp, known) == false
@@ -90,9 +90,12 @@ def _script(body: str) -> ScriptVariants:
 
 
 LEASE = _script("""
--- ARGV: token for a new lease, milliseconds of it, '1' to refresh a live value, 16 bytes for the stamp, and tags. The answer
--- begins with 0 found, 1 granted or 2 loading; then the entry; the stale entry and the token; or the token, milliseconds left,
--- stale entry, stamp, tags. A lease that was asked for by the same question, and is still there, is granted as it is.
+-- ARGV: token for a new lease, its milliseconds, '1' to refresh a live value, 16 bytes for the stamp, and tags. Returns
+-- one of
+--   0 (found), entry
+--   1 (granted), stale entry, token
+--   2 (loading), token, milliseconds left, stale entry, stamp, tags
+-- If the lease is held under the same requested name, the call is a repeat: the same lease is granted again.
 local key, token, lease_ms, tags = KEYS[1], ARGV[1], tonumber(ARGV[2]), ARGV[5]
 local raw = redis.call('GET', key)
 if is_lease(raw) then
@@ -108,13 +111,13 @@ if is_lease(raw) then
   return {1, stale, token}
 end
 if not raw or #raw < 17 or valid(raw) == false then
-  -- Nothing, or what is nothing of ours.
+  -- Nothing, foreign data, or an entry with an invalidated tag.
   put_lease(key, token, lease_ms, 0, '', stamp_of(tags, lease_ms, ARGV[4]), tags)
   return {1, '', token}
 end
 local expiry = expiry_of(raw)
 if expiry > 0 and expiry <= now_ms then
-  -- Only what was loaded may be served stale. Anything else is about to be removed by Redis, within this millisecond.
+  -- Only a loaded entry may be served stale. Redis removes any other within this millisecond.
   local stale = string.sub(raw, inner(raw), inner(raw)) == 'o' and raw or ''
   put_lease(key, token, lease_ms, now_ms + redis.call('PTTL', key), stale, stamp_of(tags, lease_ms, ARGV[4]), tags)
   return {1, stale, token}
@@ -135,8 +138,8 @@ return {0, raw}
 """)
 
 COMMIT = _script("""
--- ARGV: token, form and value, milliseconds to live, milliseconds to be kept; '' is for ever; 16 bytes about tags. The answer
--- is the version, or that of what is in the way, negated.
+-- ARGV: token, type tag and value, milliseconds to live, milliseconds to keep ('' for no expiry), 16 bytes about tags.
+-- Returns the new version, or the negated version of the current value if the lease is lost.
 local key, token, body = KEYS[1], ARGV[1], ARGV[2]
 tell_end(key, token, '')
 local raw = redis.call('GET', key)
@@ -157,7 +160,7 @@ else
 end
 local tags = string.byte(body) == 116 and string.sub(body, 22, 21 + struct.unpack('>I4', body, 2)) or ''
 if is_void(stamp, known) or (tags ~= '' and not is_current(stamp, tags, ARGV[4], ARGV[5])) then
-  -- Invalidated since the load began. The lease ends with this all the same.
+  -- A tag was invalidated after the load began. The lease ends nevertheless.
   if not is_lease(raw) then return -old end
   if back ~= '' then
     redis.call('SET', key, back, 'PX', math.ceil(back_until - now_ms))
@@ -178,7 +181,8 @@ return version
 """)
 
 RENEW = _script("""
--- ARGV: token, milliseconds of the lease. The answer is 1 if it is held; stamp and tags, if it is unless one was invalidated.
+-- ARGV: token, milliseconds of the lease. Returns 0 if it is not held, 1 if it is, or {stamp, tags} if it has tags: the
+-- lease is then held unless one of them was invalidated.
 local key, token, lease_ms = KEYS[1], ARGV[1], tonumber(ARGV[2])
 local raw = redis.call('GET', key)
 if is_lease(raw) then
@@ -196,7 +200,7 @@ return 0
 """)
 
 RELEASE = _script("""
--- ARGV: token, or what it was asked for as; name of the error that the loader has failed with. The answer is 1 if it was held.
+-- ARGV: token or requested name; name of the loader's error, if any. Returns 1 if the lease was held.
 local key, token = KEYS[1], ARGV[1]
 local raw = redis.call('GET', key)
 if is_lease(raw) then
@@ -227,12 +231,15 @@ Leases = GetOrLease | RenewLease | ReleaseLease
 
 
 def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -> ScriptCall:
-    """`key` is the key in Redis, `verdict` what is known of the counters; `None` if the script reads them itself."""
+    """Return the script call for a lease request. `key` is the key in Redis.
+
+    `verdict` is the result of a tag check; `None` if the script reads the counters.
+    """
     here = verdict is None
     more: list[Argument] = [] if verdict is None else [verdict]
     if isinstance(request, GetOrLease):
         check_lease(request)
-        # One key, where that is enough, does well in a slot of a cluster that is being moved.
+        # A call with a single key also works while a cluster moves its slot.
         keys: list[Argument] = [2, key, _refresh_name(key)] if request.refresh else [1, key]
         words = [*keys, new_lease_name(request.token), _ms(request.lease_ttl), "1" if request.refresh else "0", stamp]
         words += (pack_tags(request.tags) if request.tags else b"", *more)
@@ -246,10 +253,13 @@ def lease_call(request: Leases, key: str, stamp: bytes, verdict: bytes | None) -
 
 
 def commit_call(request: Set, key: str, body: bytes, px: str, stamp: bytes, here: bool) -> ScriptCall:
-    """As `lease_call`, for a value that is stored under a lease. `px` is its time to live in milliseconds, as text. `stamp` is
-    the latest of its counters, if the script cannot read them itself."""
+    """Return the script call that stores a value under a lease.
+
+    `px` is the time to live in milliseconds, as text. `stamp` is the largest tag counter if the script cannot read
+    them.
+    """
     if request.only_if is not None:
-        raise BadMessage("a value that is stored under a lease has no other condition")
+        raise BadMessage("only_if cannot be combined with a lease")
     if (metadata := request.metadata) is not None:
         body = pack_metadata(metadata, int(px) / 1000 if px else None) + body
     if request.tags:
@@ -259,7 +269,7 @@ def commit_call(request: Set, key: str, body: bytes, px: str, stamp: bytes, here
 
 
 def kept_for(request: Set, px: str) -> str:
-    """The milliseconds for which an entry is kept, the time in which it may be served stale included."""
+    """Return the milliseconds for which an entry is kept, including the time in which it may be served stale."""
     return str(int(px) + math.ceil(time_stale(request.metadata) * 1000)) if px else px
 
 
@@ -269,7 +279,7 @@ def _committed(version: Any, now: float) -> Reply:
 
 def _leased(reply: Any, now: float) -> Reply:
     if reply[0] == 0:
-        # It was live to the server, whatever our clock says.
+        # The server found it live, so the local estimate of its clock does not matter.
         return read_entry(reply[1], now, live=True)[1]
     if reply[0] == 1:
         return LeaseGranted(reply[2].decode(), read_stale(reply[1], "", 0.0))
@@ -278,7 +288,7 @@ def _leased(reply: Any, now: float) -> Reply:
 
 
 def _refresh_name(key: str) -> Argument:
-    """The key of a live value's lease: in the same slot of a cluster, and outside of the namespace's keys."""
+    """Return the key for the lease of a live value. It is in the same slot and outside `<namespace>:`."""
     namespace = key.partition(":")[0]
     if "{" not in key and "}" not in key:
         return f"{namespace}#lease:{{{key}}}"
@@ -286,7 +296,7 @@ def _refresh_name(key: str) -> Argument:
     slot = slot_of(key)
     if slot_of(name) == slot:
         return name
-    # After the namespace, as in the others, by whose names access is given; if there is a brace in it, its tag counts.
+    # The namespace comes first, because access rules match on it. If it has a brace, its own hash tag would win.
     tag = b"{%b}" % tag_of(slot)
     place = f"{namespace}#lease:".encode()
     return place + tag + key.encode() if b"{" not in place else tag + place + key.encode()

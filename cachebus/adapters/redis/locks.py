@@ -1,16 +1,24 @@
-"""Locks in Redis, for every process that shares the server. Waiters listen to a channel, and ask nothing meanwhile.
+"""Locks in Redis, shared by every process that uses the server. Waiters are notified on a channel and do not poll.
 
-Each decision is one step in the server, by its clock. A lock named N in a namespace S is in these keys, in one slot:
+Each operation is one atomic script that uses the server's clock. A lock named N in a namespace S uses these keys, all
+in one slot:
 
-    S#lock:{N}            hash   t ticket, o owner and i inbox of the holder; n its token, the last one given; u until when it
-                                 holds, in milliseconds; c 1 if it knows that it does; s a token: no holder of that one or a
-                                 later one has lost the lock; q the last number of a place in the queue
-    S#lock:{N}:queue      sorted set of tickets that wait, by the number of their places
-    S#lock:{N}:waiting    hash   ticket -> inbox|until|ttl|owner, the times in milliseconds
-    S#lock:{N}:gone:T     there for a minute after the ticket T was given up
+    S#lock:{N}            hash:
+                            t  ticket of the holder
+                            o  owner of the holder
+                            i  inbox of the holder
+                            n  last fencing token issued, which is the holder's
+                            u  expiry of the lock, in milliseconds
+                            c  1 if the holder knows that it holds the lock
+                            s  no holder with this token or a later one has lost the lock
+                            q  last position assigned in the queue
+    S#lock:{N}:queue      sorted set of waiting tickets, by position
+    S#lock:{N}:waiting    hash: ticket -> inbox|until|ttl|owner, times in milliseconds
+    S#lock:{N}:gone:T     exists for a minute after ticket T was abandoned
 
-An inbox is a channel, `S#lock:to:<process>`: a process gets `ticket|name` there when a lock is offered to one of its waiters.
-It then has CLAIM milliseconds to ask for it. If it does not, it is away, and all that waits there loses its place.
+An inbox is the channel `S#lock:to:<process>`. When a lock is offered to a waiter, its process receives `ticket|name`
+there and has CLAIM milliseconds to acquire it. Otherwise the process is considered dead, and all its waiters lose
+their positions.
 """
 
 from __future__ import annotations
@@ -50,15 +58,15 @@ from .errors import BACKEND
 from .pubsub import ChannelSubscription
 from .scripts import COMMON, Script
 
-CLAIM_MS = 2000  # How long a lock that is offered to another process is kept for it.
+CLAIM_MS = 2000  # Time in which another process must accept an offered lock.
 RETAIN_MS = 7 * 86_400_000
-"""How long the last token of an unused lock is remembered, from the first time on the day of its last holder. After that the
-clock alone makes it grow."""
+"""How long the last token of an unused lock is kept, from the first grant on the day of its last holder. Later tokens
+are still larger, because they come from the clock."""
 
-GONE_MS = 60_000  # How long a ticket that was given up is refused.
+GONE_MS = 60_000  # How long an abandoned ticket is rejected.
 DAY_MS = 86_400_000
 
-# Arguments: 1 ticket, 2 our inbox, 3 what channels begin with, 4 name, 5 whether PUBLISH does not say who heard it.
+# Arguments: 1 ticket, 2 own inbox, 3 prefix of channels, 4 name, 5 '1' if PUBLISH does not count all receivers.
 _LOCK = (
     f"{COMMON}local CLAIM, RETAIN, DAY, GONE = {CLAIM_MS}, {RETAIN_MS}, {DAY_MS}, {GONE_MS}"
     """
@@ -76,7 +84,7 @@ local function keep(key, ms)
   redis.call('PEXPIRE', key, math.max(RETAIN, 2 * ms))
 end
 local function give(who, whose, ttl_ms, claimed, where)
-  -- The state is kept for a week from the first time of a day, because each time would cost as much as the giving.
+  -- The retention is renewed once a day only: renewing it costs as much as granting the lock.
   local kept = math.floor(token / 1000 / DAY) == math.floor(now_ms / DAY)
   token = math.max(token + 1, now)
   holder, owner, until_ms = who, whose, now_ms + ttl_ms
@@ -88,7 +96,7 @@ local function give(who, whose, ttl_ms, claimed, where)
   if not kept or ttl_ms > DAY then keep(state, ttl_ms) end
 end
 local function pass_on()
-  -- Give a free lock to the first that waits and is there. One that waits in our own process hears it by the reply.
+  -- Grants a free lock to the first live waiter. A waiter in the calling process is notified by the reply.
   local at = 0
   while true do
     local some = redis.call('ZRANGE', queue, at, at + 15)
@@ -114,7 +122,8 @@ local function pass_on()
     end
   end
 end
--- A holder whose time is up holds nothing. If it never knew that it did, its process is away, with all that wait in it.
+-- Expire the holder if its time is up. If it never accepted the lock, its process is dead: remove all waiters of its
+-- inbox.
 if holder ~= '' and until_ms <= now_ms then
   lost, lost_token = owner, token
   if s[5] == '0' then
@@ -128,7 +137,7 @@ if holder ~= '' and until_ms <= now_ms then
   redis.call('HSET', state, 't', '', 'u', 0, 's', since)
 end
 local function answer(code, fresh)
-  -- As short as may be, because each part of it costs as much as looking into the queue. 0 is what most callers hope for.
+  -- Short, because each field costs as much as reading the queue. Code 0, success, is the most common.
   if lost_token > 0 and s[5] == '0' then lost_token = 0 end
   local others = next_ticket ~= '' or offered > 0 or lost_token > 0
   if code == 0 and not others then return {code, token} end
@@ -145,7 +154,8 @@ def _script(body: str) -> Script:
 
 
 ACQUIRE = _script("""
--- More: 6 owner, 7 milliseconds to hold, 8 milliseconds to wait.
+-- Further arguments: 6 owner, 7 milliseconds to hold, 8 milliseconds to wait.
+-- Codes: 0 granted, 1 queued, 2 denied.
 local me, ttl_ms, wait_ms = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
 local some = redis.call('EXISTS', KEYS[4], queue) > 0
 if some and redis.call('EXISTS', KEYS[4]) == 1 then return answer(2) end
@@ -180,7 +190,7 @@ return answer(wait_ms > 0 and 1 or 2, fresh)
 """)
 
 RENEW = _script("""
--- More: 6 milliseconds to hold. The code is 0 if it is held, 1 if another holds it, 2 if it is free.
+-- Further arguments: 6 milliseconds to hold. Codes: 0 held, 1 held by another, 2 free.
 if holder == ticket then
   until_ms = now_ms + tonumber(ARGV[6])
   redis.call('HSET', state, 'u', until_ms, 'c', 1)
@@ -193,9 +203,11 @@ return answer(holder == '' and 2 or 1)
 """)
 
 RELEASE = _script("""
--- More: 6 '1' to give up what may come only now, or be asked again by a process that does not know: it is refused then;
--- '2' to give up only what our inbox gets; '3' only if it does not know that it holds. 7 token.
--- The codes are those of RENEW.
+-- Further arguments: 6 mode, 7 token. Codes as for RENEW. Modes:
+--   '0' release the lock
+--   '1' abandon the ticket: reject a request for it that arrives late or is repeated by a process that does not know
+--   '2' release only what belongs to the own inbox
+--   '3' as '2', but only if the holder does not know that it holds the lock
 local had = tonumber(ARGV[7])
 if ARGV[6] == '1' then redis.call('SET', KEYS[4], '', 'PX', GONE) end
 if ARGV[6] == '2' or ARGV[6] == '3' then
@@ -204,7 +216,7 @@ if ARGV[6] == '2' or ARGV[6] == '3' then
   if where ~= inbox or (ARGV[6] == '3' and holder == ticket and s[5] == '1') then return answer(2) end
 end
 if holder == ticket then
-  if ARGV[6] == '0' and had ~= token then redis.call('HSET', state, 's', token + 1) end -- It was taken from its holder.
+  if ARGV[6] == '0' and had ~= token then redis.call('HSET', state, 's', token + 1) end -- Taken from its holder.
   holder, owner, until_ms = '', '', 0
   redis.call('HSET', state, 't', '', 'u', 0)
   pass_on()
@@ -213,7 +225,7 @@ end
 local code = 2
 local gave_back = since > 0 and had >= since and (had < token or had == token and holder == '')
 if leave(ticket) == 1 or gave_back then
-  code = 0 -- It waited; or it asks once more, because the answer to the first time was lost.
+  code = 0 -- It was waiting, or this repeats a release whose reply was lost.
 elseif holder ~= '' and ARGV[6] == '0' then
   code = 1
 end
@@ -223,24 +235,27 @@ return answer(code)
 
 DESCRIBE = _script("""
 if holder == '' then pass_on() end
--- The code is 0 if it is free.
+-- Codes: 0 free, 1 held.
 return answer(holder == '' and 0 or 1)
 """)
 
 
 class _Transport(PipelinedStore, Protocol):
-    """A `RedisStore` or a `RedisClusterStore`."""
+    """`RedisStore` or `RedisClusterStore`."""
 
     def subscribe(self, *arguments: Any) -> ChannelSubscription: ...
 
 
 class RedisLockStore:
-    """A `LockStore` and `PipelinedStore` in a Redis server or cluster. `transport` makes the store that sends its scripts;
-    `clustered` says that `PUBLISH` counts the listeners of one server only.
+    """`LockStore` and `PipelinedStore` for a Redis server or cluster.
 
-    Uncontended, a lock costs one round trip to have and one to give back. Waiters stand in a queue in Redis. A lock that is
-    given back goes to the first of them, in the same step: one of our own process hears it by the reply, one of another by
-    its inbox. Tokens are microseconds of the server's clock, or one more than the last.
+    Without contention, acquiring and releasing a lock take one round trip each. Waiters are queued in Redis. Releasing
+    a lock grants it to the first waiter in the same step. A waiter in the releasing process is notified by the reply, a
+    waiter in another process through its inbox. Fencing tokens are microseconds of the server's clock, or the last
+    token plus one.
+
+    `transport` creates the store that sends the scripts. `clustered` is true if `PUBLISH` counts the receivers of one
+    server only.
     """
 
     name = BACKEND
@@ -258,17 +273,17 @@ class RedisLockStore:
         self.execute, self.submit, self.try_submit = store.execute, store.submit, store.try_submit
         self._is_open = False
         self._subscription: ChannelSubscription | None = None
-        self._deaf: CacheError | None = None  # Why our inbox cannot be heard.
+        self._deaf: CacheError | None = None  # Why the inbox cannot be subscribed to.
 
     def __repr__(self) -> str:
-        return f"<RedisLockStore over {self._transport!r}, {'listening' if self._subscription else 'nobody waited'}>"
+        return f"<RedisLockStore over {self._transport!r}, {'listening' if self._subscription else 'no waiter yet'}>"
 
     async def open(self) -> None:
         await self._transport.open()
         self._is_open = True
 
     async def close(self) -> None:
-        self._is_open = False  # Replies may come until the transport is closed.
+        self._is_open = False  # Replies may arrive until the transport is closed.
         subscription, self._subscription, self._deaf = self._subscription, None, None
         try:
             if subscription is not None:
@@ -282,7 +297,7 @@ class RedisLockStore:
     # Commands
 
     def call(self, request: Request[Any]) -> ScriptCall:
-        """The script that carries out a request."""
+        """Return the script call for a request."""
         name = getattr(request, "name", "")
         state = f"{self._prefix}{{{_tag(name)}}}"
         keys: list[Argument] = [state, f"{state}:queue", f"{state}:waiting"]
@@ -311,9 +326,8 @@ class RedisLockStore:
             passed_on = len(reply) > 5 and self._told(name, reply)
             answer = read(reply)
             if type(answer) is Released and self.listener is not None and not passed_on:
-                self.listener.look(
-                    name
-                )  # The queue is empty. Waiters of ours have lost their places, as after a flush.
+                # The queue is empty, so local waiters have lost their positions, for example after FLUSHALL.
+                self.listener.look(name)
             if type(answer) is LockQueued:
                 if self._subscription is None and self._is_open:
                     inbox = f"{self._prefix}to:{self.inbox}"
@@ -325,7 +339,7 @@ class RedisLockStore:
         return [len(keys), *keys, *ours], state, make, script
 
     def _told(self, name: str, reply: Any) -> bool:
-        """Pass on what a reply says about other callers. Whether the lock was given, or offered, to one of them."""
+        """Notify the listener of changes for other callers. Return `True` if one was granted or offered the lock."""
         token = reply[1]
         next_ticket, next_ttl, offered, lost, lost_token = reply[5:]
         if self.listener is None:
@@ -335,7 +349,7 @@ class RedisLockStore:
         if next_ticket:
             self.listener.granted(name, next_ticket.decode(), LockGranted(token, next_ttl / 1000))
         if offered:
-            # If its process is away, ours must notice.
+            # Check again after the offer ends, in case that process is dead.
             self.listener.look(name, delay=CLAIM_MS / 1000 + 0.1)
         return bool(next_ticket or offered)
 
@@ -343,7 +357,7 @@ class RedisLockStore:
 
     def _refused(self, error: CacheError) -> None:
         if not error.transient:
-            # The user may not listen. A caller that cannot hear its inbox does not wait, and gets the error now.
+            # For example, the user may not subscribe. Waiting would be pointless, so callers get the error at once.
             self._deaf = error
             self._look()
 
@@ -358,7 +372,7 @@ class RedisLockStore:
 
 
 def _tag(name: str) -> str:
-    """What stands for a name between the braces that say which slot its keys are in."""
+    """Return the hash tag for a name: the name itself, or a digest if it cannot stand between braces."""
     raw = name.encode("utf-8", "surrogatepass")
     if len(raw) <= 200 and name.isprintable() and "{" not in name and "}" not in name:
         return name

@@ -1,7 +1,7 @@
-"""From requests to Redis commands and back: a batch becomes as few commands as keep its order.
+"""Translation of a batch of requests into as few Redis commands as possible, in the same order.
 
-Neighbouring reads become one `MGET`, in which equal keys share a place; neighbouring writes become one call of a
-script. In a cluster a command is about keys of one slot.
+Adjacent reads become one `MGET`, in which equal keys are sent once. Adjacent writes become one script call. In a
+cluster, all keys of a command are in one slot.
 """
 
 from __future__ import annotations
@@ -73,15 +73,16 @@ from .scan import matching, scan_words
 from .scripts import INCREMENT, INVALIDATE, PEEK, TOUCH, Script
 
 Make: TypeAlias = "Callable[[Any, float], Reply | list[Command]]"
-"""Makes the reply to a request of that to its command, or the commands that it still needs."""
+"""Converts the reply of a command, at a server time in seconds, into the reply to its request or follow-up commands."""
 
 
 class Plan:
-    """A batch under way. `replies` fills up as `commands` are answered; what is refused outright has its reply at once.
+    """Commands for a batch, and its replies so far.
 
-    `group` numbers the keys that may go together in a cluster. There the counters of `space` are out of the scripts' reach,
-    and `stamps` says what was read of them before, by the place of the request. `checked` says whether reads leave out what
-    is not valid, if that is decided already. `call` makes the commands of requests that are not a cache's.
+    `replies` is filled as `commands` are answered; a request that is not valid has its reply at once. `group` maps a
+    key to the number of a group, and a command has keys of one group only. In a cluster, scripts cannot read the
+    counters of `space`; `stamps` holds the values read before, by position in the batch. `checked` overrides whether
+    reads omit entries with invalidated tags. `call` turns requests into scripts for stores other than a cache.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Plan:
                         self.replies[position] = Failed.of(error)
 
     def done(self) -> Sequence[Reply]:
-        """The replies, in the order of the requests."""
+        """Return the replies, in the order of the requests."""
         return [FoundMany(cast("dict[str, Found]", each)) if type(each) is dict else each for each in self.replies]
 
     # Runs
@@ -137,7 +138,7 @@ class Plan:
                     wanted = [self._key(request.key)]
                 else:
                     wanted = [self._key(key) for key in request.keys]
-                    self.replies[position] = {}  # A `FoundMany` when it is done.
+                    self.replies[position] = {}  # Becomes a `FoundMany` in `done`.
             except CacheError as error:
                 self.replies[position] = Failed.of(error)
                 continue
@@ -201,8 +202,10 @@ class Plan:
         return self._default_px if ttl == "default" else milliseconds(ttl)
 
     def _stamp(self, at: int, tags: Sequence[str]) -> bytes:
-        """The 16 bytes that a request with tags begins with: of the counters as they were, in a cluster, and elsewhere an
-        epoch for a sequence that is not there."""
+        """Return the 16 bytes about tags that a request sends.
+
+        In a cluster, this is the stamp read before; otherwise, the epoch to use if the sequence is missing.
+        """
         if self._space.here:
             return self._space.new_stamp(tags)
         stamp = self._stamps.get(at, NO_STAMP)
@@ -210,7 +213,7 @@ class Plan:
             raise stamp
         return stamp
 
-    # Requests that stand alone
+    # Requests with a command of their own
 
     def _single(self, at: int, request: Request[Any]) -> Sequence[Command]:
         if self._call is not None:
@@ -266,7 +269,7 @@ class Plan:
         return [_unlink(list(names), settle, failing(self.replies, at)) for names in groups.values()]
 
     def _invalidate(self, at: int, tags: Sequence[str]) -> Sequence[Command]:
-        pack_tags(tags)  # Refused, if one is no valid Unicode.
+        pack_tags(tags)  # Raises if a tag is not valid Unicode.
         if not tags:
             self.replies[at] = Invalidated()
             return ()
@@ -277,7 +280,7 @@ class Plan:
 
     def _scan(self, at: int, pattern: str, cursor: str) -> Command:
         if cursor and not (cursor.isascii() and cursor.isdigit()):
-            raise BadMessage(f"the cursor {cursor[:40]!r} is none that a scan gave")
+            raise BadMessage(f"the cursor must come from a previous scan, not {cursor[:40]!r}")
         prefix = self._prefix
 
         def page(reply: Any, now: float) -> Reply:
@@ -286,7 +289,7 @@ class Plan:
 
         return self._command(at, scan_words(prefix, pattern, cursor or "0"), "", page)
 
-    # Requests that may depend on tags, whose counters a script in a cluster cannot read
+    # Requests that may depend on tags. In a cluster, scripts cannot read the counters
 
     def _exists(self, at: int, name: str) -> Command:
         here = self._space.here
@@ -338,8 +341,11 @@ class Plan:
         px: str | None = None,
         writes: bool = False,
     ) -> Command:
-        """A command of which `read` gives the reply, or the head of the entry whose tags decide. It is sent once more then,
-        with a verdict; a touch, which has a `px`, only if the entry is valid."""
+        """Build a command whose reply `read` converts into a reply, or into the head of an entry with tags.
+
+        In the second case the command is sent again with a verdict on the tags. A touch, which has a `px`, is sent
+        again only if the entry is valid.
+        """
 
         def make(reply: Any, now: float) -> Reply | list[Command]:
             head = read(reply)

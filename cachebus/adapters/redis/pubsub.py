@@ -1,14 +1,14 @@
-"""Channels of a Redis server, and waiting for the end of leases that others hold: they say it on a channel.
+"""Subscriptions to Redis channels, and notification of waiters when a lease ends.
 
-The user needs the commands SUBSCRIBE and PING, and the right to the channel (`&shop#*`).
+The Redis user needs the commands SUBSCRIBE and PING, and access to the channel (`&shop#*`).
 
-The scripts that end a lease publish its token on `<namespace>#leases`, with the name of the error if a loader has failed:
+The scripts that end a lease publish its token on `<namespace>#leases`, with the name of the error if the loader failed:
 
-    1 byte    length of the token, and the token
+    1 byte    length of the token, then the token
     rest      the name of the error, or nothing
 
-A delete takes a lease away in silence, and a channel keeps nothing. So waits are short: a caller whose time is up asks the
-server again.
+A delete ends a lease without a notification, and channels do not store messages. Waits are therefore short: when a wait
+times out, the caller queries the server again.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from .errors import translate
 
 PAUSE_MIN = 0.05
 PAUSE_MAX = 2.0
-"""Seconds between two attempts to connect: the longest pause after the first failure, and after many. A pause is random, so
-that not all processes come back at once."""
+"""Maximum seconds between two connection attempts: `PAUSE_MIN` after the first failure, doubling up to `PAUSE_MAX`.
+Each pause is random, so that processes do not reconnect at the same time."""
 
-IDLE = 60.0  # Seconds after the last wait for which the channel is still listened to.
-LONGEST = 60.0  # Seconds that one wait takes at most, whatever was asked for.
+IDLE = 60.0  # Seconds after the last wait before the channel is unsubscribed.
+LONGEST = 60.0  # Maximum seconds of one wait. Longer requests are shortened.
 OnReply = Callable[[Reply], None]
 
 
 class ChannelSubscription:
-    """A channel that is listened to until `close`, over a connection of its own. For one asyncio event loop.
+    """Subscription to a channel over a dedicated connection, until `close`. Bound to one asyncio event loop.
 
-    `heard` gets each message as bytes. A channel keeps nothing: what is published while the connection is away is lost. So
-    `subscribed` is called whenever the server begins to tell us messages, at first and after each loss; look for yourself
-    then. Until the first time `failed` gets each error; one that is not transient, such as a channel that is forbidden, ends
-    the subscription. The functions are called on the event loop and must not wait.
+    `heard` receives each message as bytes. Messages published while the connection is down are lost, so `subscribed` is
+    called after the first connection and after each reconnection: check the current state then. `failed` receives each
+    error before the first connection succeeds. A permanent error, such as a forbidden channel, ends the subscription.
+    The callbacks run on the event loop and must not block.
 
-    In a cluster the connection leads to any one server, because a plain `PUBLISH` goes to all of them.
+    In a cluster, the connection leads to any server, because `PUBLISH` reaches all of them.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class ChannelSubscription:
         return f"<ChannelSubscription to {self._channel!r}, {state}>"
 
     def cancel(self) -> None:
-        """Hear nothing any more. The connection is closed soon."""
+        """Stop the subscription. The connection is closed shortly afterwards."""
         self._task.cancel()
         self.is_up = False
 
     async def close(self) -> None:
-        """Hear nothing any more, and close the connection. Safe to call twice."""
+        """Stop the subscription and close the connection. Safe to call twice."""
         self.cancel()
         await asyncio.wait([self._task])
 
@@ -101,7 +101,7 @@ class ChannelSubscription:
                 connection = await self._connect()
                 try:
                     connection.on_push = self._pushed
-                    # The PING gives SUBSCRIBE the one reply that a command of ours has; what it says itself is a push.
+                    # SUBSCRIBE answers with a push message only, so PING provides the reply to wait for.
                     (reply,) = await connection.ask(pack("SUBSCRIBE", self._channel) + pack("PING"))
                     if isinstance(reply, hiredis.ReplyError):
                         raise translate(reply)
@@ -112,7 +112,7 @@ class ChannelSubscription:
                     self.is_up = False
                     connection.drop(CacheClosed("the subscription was closed"))
                 if self._clock.monotonic() - started > PAUSE_MAX:
-                    failures = 0  # It did well for a while.
+                    failures = 0  # The connection was stable.
             except CacheError as error:
                 if not stood:
                     _call(self._failed, error)
@@ -131,15 +131,17 @@ class ChannelSubscription:
 def _call(function: Callable[..., None], *arguments: Any) -> None:
     try:
         function(*arguments)
-    except Exception as error:  # A fault of the caller's, and not of the connection.
+    except Exception as error:  # A bug in the callback, not a failure of the connection.
         loop = asyncio.get_running_loop()
-        loop.call_exception_handler({"message": "a listener to a Redis channel failed", "exception": error})
+        loop.call_exception_handler({"message": "the callback of a Redis channel failed", "exception": error})
 
 
 class LeaseWatch:
-    """The callers in this process that wait for leases of one namespace, at most `limit`. For one asyncio event loop.
-    Nothing is connected before the first caller waits. At most `memory` recent ends are remembered: a caller may have
-    heard of a lease before its end and ask after it."""
+    """Callers in this process that wait for leases of one namespace, at most `limit`. Bound to one asyncio event loop.
+
+    It connects when the first caller waits. It remembers the last `memory` leases that ended, for a caller that learned
+    of a lease before its end but starts to wait afterwards.
+    """
 
     def __init__(
         self, subscribe: Callable[..., ChannelSubscription], namespace: str, *, limit: int = 10_000, memory: int = 4096
@@ -159,10 +161,13 @@ class LeaseWatch:
         return f"<LeaseWatch {self._channel!r}, {self._count}/{self._limit} waiting>"
 
     def watch(self, request: WatchLease, on_reply: OnReply) -> None:
-        """Call `on_reply` with what became of a lease: `NotHeld` when it has ended, what its loader has failed with, or `Loading`
-        when time is up. A `Failed` of the store says that there is no use in waiting here."""
+        """Wait for the end of a lease, and call `on_reply` once.
+
+        The reply is `NotHeld` when the lease has ended, `Failed` with `LoaderFailed` if its loader failed, or `Loading`
+        when the wait times out. Any other `Failed` means that the store cannot wait for leases.
+        """
         if not request.wait >= 0:
-            on_reply(Failed.of(BadMessage(f"wait must be a number of seconds from 0, not {request.wait!r}")))
+            on_reply(Failed.of(BadMessage(f"wait must be zero or more seconds, not {request.wait!r}")))
             return
         if (ended := self._ended.get(request.token)) is not None:
             on_reply(ended)
@@ -173,12 +178,12 @@ class LeaseWatch:
         if self._trouble is not None:
             on_reply(Failed.of(self._trouble))
         elif self._count >= self._limit:
-            on_reply(Failed.of(Overloaded(f"{self._limit} callers wait for leases", "", self._limit)))
+            on_reply(Failed.of(Overloaded(f"{self._limit} callers already wait for leases", "", self._limit)))
         else:
             self._wait(request, on_reply)
 
     async def close(self) -> None:
-        """Tell every waiter that it is over, and leave the channel. Safe to call twice."""
+        """Fail every waiter, and unsubscribe from the channel. Safe to call twice."""
         self._tell_all(Failed.of(CacheClosed("the store was closed")))
         if self._idle is not None:
             self._idle.cancel()
@@ -229,11 +234,11 @@ class LeaseWatch:
     def _refused(self, error: CacheError) -> None:
         self._trouble = error
         self._tell_all(Failed.of(error))
-        self._leave(0)  # No callers wait while there is trouble.
+        self._leave(0)  # Starts the idle timer: no caller waits after an error.
 
     def _subscribed(self) -> None:
         self._trouble = None
-        self._tell_all(NotHeld())  # Something may have ended unheard: the waiters look for themselves.
+        self._tell_all(NotHeld())  # Notifications may have been lost, so the waiters check for themselves.
 
     def _heard(self, payload: bytes) -> None:
         length = payload[0] if payload else 0
@@ -246,9 +251,9 @@ class LeaseWatch:
         self._tell(token, reply)
 
     def _rest(self) -> None:
-        """Listen no longer, until the next caller waits."""
+        """Unsubscribe until the next caller waits."""
         self._idle = None
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             subscription.cancel()
-        self._ended.clear()  # What ends from now on is not heard.
+        self._ended.clear()  # It would miss the leases that end from now on.

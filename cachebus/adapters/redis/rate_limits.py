@@ -1,7 +1,8 @@
-"""Rate limits in Redis: the rule of `rates` in one script, by the server's clock.
+"""Rate limits in Redis: the algorithm of `common.rate_limit` as one script that uses the server's clock.
 
-The level of a limit stands outside of the namespace's keys, under `<namespace>#rate:<name>`: no scan, pattern or clear sees
-it. It is four doubles: level, the server's time in microseconds, limit, and the microseconds of `per`. It expires when it is at 0.
+The state of a limit is stored under `<namespace>#rate:<name>`, so scans, patterns and `Clear` do not include it. It is
+four doubles: the level, the server's time in microseconds, the limit, and `per` in microseconds. It expires when the
+level is 0.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from .commands import ScriptCall
 from .scripts import COMMON, Script
 
 ADMIT = Script(f"""{COMMON}
--- ARGV: limit, microseconds of per, burst, cost, microseconds of wait. The answer is 1 or 0, the units left, and the
--- microseconds of the delay and until nothing is used any more.
+-- ARGV: limit, per in microseconds, burst, cost, wait in microseconds. Returns 1 or 0, the units left, the delay in
+-- microseconds, and the microseconds until the level is 0.
 local limit, per, burst = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local at, level = now, 0
 local raw = redis.call('GET', KEYS[1])
 if raw and #raw == 32 then
   local kept, stamp, old_limit, old_per = struct.unpack('>dddd', raw)
   if stamp - now > {CLOCK_BACK} then
-    -- To be kept even if nothing is taken: else no time would pass until the clock is where it was.
+    -- The clock was set back. Store the new time even if the request is denied: otherwise the level would not fall
+    -- until the clock has caught up.
     stamp = now
     redis.call('SET', KEYS[1], struct.pack('>dddd', kept, now, old_limit, old_per),
       'PX', math.ceil(kept / old_limit / 1000))
@@ -45,7 +47,7 @@ return {{1, math.floor(math.max(0, room - after) / per), delay, reset}}
 
 
 def admit_call(request: Admit, prefix: str) -> ScriptCall:
-    """`prefix` is that of the namespace's keys. Raises `BadMessage`."""
+    """Return the script call for a request. `prefix` is the key prefix of the namespace. Raises `BadMessage`."""
     check_admit(request)
     name, per, wait = f"{prefix[:-1]}#rate:{request.key}", per_of(request), microseconds(request.wait)
     return [1, name, request.limit, per, request.burst, request.cost, wait], name, _admitted, ADMIT

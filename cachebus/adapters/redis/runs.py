@@ -1,7 +1,7 @@
-"""Runs of reads and of writes: one command for all requests of a run, and what its reply says to each.
+"""Runs of adjacent reads or writes: one command for each run, and the replies to its requests.
 
-In a Redis Cluster the counters of tags are in another slot than the entries. A reply that depends on them is a `PendingTagCheck` until
-they are known.
+In a Redis Cluster, tag counters and entries are in different slots. A reply that depends on a counter is a
+`PendingTagCheck` until the counter is known.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ from .scripts import KEEP, READ
 from .write_script import WRITE
 
 COMMAND_BYTES = 8 << 20
-"""The size at which a writing command takes no more values: a server closes a connection that sends it 1 GiB."""
+"""Bytes of values above which a write starts another command: a server closes a connection that sends it 1 GiB."""
 
 
 class PendingTagCheck(NamedTuple):
-    """The reply in a place, which depends on whether claims hold: `decide` takes that, and gives the reply, or a command to
-    be sent; `None` if it has put the reply in its place itself."""
+    """Reply at a position that depends on whether stamps hold.
+
+    `decide` takes one boolean for each stamp. It returns the reply, a command to send, or `None` if it has stored the
+    reply.
+    """
 
     claims: Sequence[TagStamp]
     decide: Callable[[Sequence[bool]], Reply | Command | None]
@@ -50,11 +53,11 @@ class PendingTagCheck(NamedTuple):
 
 
 class Counters(Struct, eq=False):
-    """The counters that some commands of a batch need. They are asked for together with these if a store has an idea which
-    they are, and after them if not.
+    """Tag counters that commands of a batch need.
 
-    They may have been read before the entries: an invalidation in between has not returned to a caller that asks after it.
-    With `px` the counters are kept for an entry that shall live for so many milliseconds (`""`: for ever).
+    If the store remembers the tags, their counters are read together with the entries, otherwise afterwards. Counters
+    may be read before the entries: an invalidation in between is concurrent with the request, so either result is
+    correct. With `px`, the counters are kept for an entry that lives that many milliseconds (`""`: no expiry).
     """
 
     space: TagSpace
@@ -67,15 +70,15 @@ class Counters(Struct, eq=False):
     error: CacheError | None = None
 
     def want(self, tags: Sequence[str]) -> None:
-        """Ask for the counters of tags together with the rest."""
+        """Request the counters of tags together with the entries."""
         self.asked.update(dict.fromkeys(tags))
 
     def command(self) -> Command | None:
-        """The command that asks for what is wanted."""
+        """Return the command that reads the requested counters, if any."""
         return self._fetch(list(self.asked)) if self.asked else None
 
     def judge(self, doubts: Sequence[PendingTagCheck]) -> list[Command]:
-        """Decide what is known, and return what has to be sent."""
+        """Decide the checks whose counters are known, and return the commands to send."""
         if self.left:
             self.waiting += doubts
             return []
@@ -126,8 +129,11 @@ class Counters(Struct, eq=False):
 
 
 def lease_claims(request: Leases, reply: Any) -> tuple[TagStamp | None, TagStamp | None]:
-    """The claims that the reply to a question about a lease depends on: that of the lease or the value found, without which
-    the question is asked again; and that of the value that is served stale."""
+    """Return the two stamps on which a lease reply depends, or `None` for each.
+
+    The first is that of the lease or of the value found. If it does not hold, the request is sent again. The second is
+    that of the value served stale.
+    """
     if not isinstance(request, GetOrLease):
         return (None if isinstance(reply, int) else _declared(*reply)), None
     kind = reply[0]
@@ -141,9 +147,9 @@ def _declared(stamp: bytes, tags: bytes) -> TagStamp | None:
 
 
 class Reads(Struct, eq=False):
-    """A command that reads: an `MGET`, or a script if the server is to leave out what is not valid (`checked`).
+    """Command that reads: an `MGET`, or a script that omits entries with invalidated tags (`checked`).
 
-    `prefix` is the length of what stands before the keys of the namespace. With `counters` these are in another slot.
+    `prefix` is the length of the namespace's key prefix. `counters` checks tags when the counters are in another slot.
     """
 
     replies: list[Any]
@@ -152,17 +158,17 @@ class Reads(Struct, eq=False):
     counters: Counters
     checked: bool
     places: dict[str, int] = {}
-    """The keys, and where each is in the command and in its reply."""
+    """Position of each key in the command and in its reply."""
     wants: list[tuple[int, str]] = []
-    """The positions of requests, and a key that each wants."""
+    """Pairs of a request's position and a key that it reads."""
 
     def want(self, position: int, key: str) -> None:
-        """Read a key for the request in a position."""
+        """Read a key for the request at a position."""
         self.places.setdefault(key, len(self.places))
         self.wants.append((position, key))
 
     def command(self) -> Command:
-        """The command for the whole run."""
+        """Return the command for the whole run."""
         parts = self._parts if len(self.places) > 1 else None
         script = READ if self.checked else None
         words: list[Argument] = [len(self.places), *self.places] if self.checked else ["MGET", *self.places]
@@ -177,7 +183,7 @@ class Reads(Struct, eq=False):
     def _settle(self, reply: Any, now: float) -> Sequence[Command]:
         doubts: list[PendingTagCheck] = []
         for position, key in self.wants:
-            # Taken apart for each, so that no two callers share a list or a dict.
+            # Decoded once for each request, so that callers do not share a list or a dict.
             claim, answer = read_entry(reply[self.places[key]], now)
             if claim is not None:
                 self.space.learn(key[self.prefix :], claim.tags)
@@ -207,7 +213,7 @@ class Reads(Struct, eq=False):
 
 
 def condition_of(request: Any) -> str:
-    """The condition of a write, as the script takes it."""
+    """Return the condition of a write, in the form that the script expects."""
     if isinstance(request, Set):
         return request.only_if or ""
     if isinstance(request, CompareAndSet):
@@ -216,7 +222,7 @@ def condition_of(request: Any) -> str:
 
 
 class Write(Struct, eq=False):
-    """A value to be written. A negative `position` is that of a `SetMany`, -1 for the first: its reply stands already."""
+    """Value to write. A negative `position` is `-1 - position` of a `SetMany`, whose reply is already set."""
 
     position: int
     key: str
@@ -226,7 +232,7 @@ class Write(Struct, eq=False):
 
 
 class Writes(Struct, eq=False):
-    """One call of the script that writes. `size` is the bytes of its values, `tagged` says that some have tags."""
+    """One call of the write script. `size` is the bytes of its values; `tagged` is true if some have tags."""
 
     replies: list[Any]
     space: TagSpace
@@ -235,12 +241,12 @@ class Writes(Struct, eq=False):
     size: int = 0
 
     def add(self, item: Write) -> None:
-        """Write one more value."""
+        """Add a value to the call."""
         self.items.append(item)
         self.size += len(item.body)
 
     def command(self, verdict: bytes = b"") -> Command:
-        """The command. `verdict` is what is known of the counters, if the script cannot look for itself."""
+        """Return the command. `verdict` is the result of a tag check, if the script cannot read the counters."""
         items = self.items
         words: list[Argument] = [len(items), *(item.key for item in items)]
         for item in items:
@@ -252,7 +258,7 @@ class Writes(Struct, eq=False):
         return Command(words, items[0].key, self._settle, self._fail, script, writes=True, parts=parts, ordered=ordered)
 
     def _parts(self) -> list[Command]:
-        """The same, a key at a time, each key's in their order."""
+        """Return one command for each key; writes of the same key keep their order."""
         alone: dict[str, Writes] = {}
         for item in self.items:
             alone.setdefault(item.key, replace(self, items=[])).items.append(item)
@@ -268,7 +274,7 @@ class Writes(Struct, eq=False):
         return Counters(self.space, ordered=True).judge(doubts) if doubts else ()
 
     def _doubts(self, item: Write, head: bytes) -> Sequence[PendingTagCheck]:
-        """Write a key once more when it is known whether the entry that begins with `head` is valid."""
+        """Return a check that repeats the write once the tags of the entry that begins with `head` are checked."""
         try:
             claim, _ = split_tagged(head)
         except CacheError as error:

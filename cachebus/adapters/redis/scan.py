@@ -1,4 +1,4 @@
-"""Walks over the keys of a namespace: which keys a pattern means, and removing them a page at a time."""
+"""Scans over the keys of a namespace: pattern matching, and deletion one page at a time."""
 
 from __future__ import annotations
 
@@ -13,33 +13,38 @@ from ..common.glob import compile_glob, widen
 from .connection import Argument, RedisConnection
 from .errors import BACKEND
 
-PAGE = 500  # The keys that a server looks at for one page.
+PAGE = 500  # Number of keys that a server examines for one page.
 
 
 def scan_words(prefix: str, pattern: str, cursor: str | bytes) -> list[Argument]:
-    """The command that asks for a page: our keys that match, and perhaps more of ours. The server's `?` and sets are about
-    bytes, and ours about characters, so the last word is `matching`'s."""
+    """Return the `SCAN` command for a page.
+
+    The page may include keys of the namespace that do not match: in Redis, `?` and sets match bytes instead of
+    characters. Filter it with `matching`.
+    """
     literal = "".join(f"\\{each}" if each in "*?[]\\^-" else each for each in prefix)
     return ["SCAN", cursor, "MATCH", literal + widen(pattern), "COUNT", PAGE]
 
 
 def matching(names: Sequence[bytes], prefix: str, pattern: str) -> list[str]:
-    """The keys of the namespace, among the names that a scan has listed, that a pattern matches; each once."""
+    """Return the keys among the scanned names that match the pattern, without the prefix and without duplicates."""
     matches = compile_glob(pattern).fullmatch
     found: dict[str, None] = {}
     for name in names:
         try:
             key = name.decode()[len(prefix) :]
         except UnicodeDecodeError:
-            continue  # Not written by us.
+            continue  # Not a key of cachebus.
         if key and matches(key):
             found[key] = None
     return list(found)
 
 
 class Walks:
-    """Batches with requests of some `kinds` that are under way beside everything else, because each takes many round trips.
-    `walk` carries one of these out, `execute` any other request of such a batch."""
+    """Runs batches with scanning requests in the background, because each takes many round trips.
+
+    `walk` executes a request of one of the `kinds`, and `execute` any other request of the batch.
+    """
 
     def __init__(
         self,
@@ -53,19 +58,21 @@ class Walks:
         self._under_way: set[asyncio.Task[None]] = set()
 
     def start(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> None:
-        """Carry out a batch."""
+        """Start to execute a batch."""
         task = asyncio.create_task(self._run(batch, on_replies))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
     async def remove(self, connection: RedisConnection, prefix: str, pattern: str) -> int:
-        """Remove every key of the namespace that a server lists and a pattern matches, and say how many. What is stored
-        meanwhile may go or stay."""
+        """Delete the keys on one server that match a pattern, and return their number.
+
+        An entry written during the scan may or may not be deleted.
+        """
         removed, cursor = 0, b"0"
         while True:
             cursor, names = await connection.call(*scan_words(prefix, pattern, cursor))
             if keys := matching(names, prefix, pattern):
-                # By the way of every other request, which in a cluster follows keys that have moved since they were listed.
+                # Sent like any other request. In a cluster it follows keys that have moved since they were listed.
                 (reply,) = await self._execute([DeleteMany(tuple(keys))])
                 if isinstance(reply, Failed):
                     raise reply.error()
@@ -74,12 +81,12 @@ class Walks:
                 return removed
 
     async def finish(self) -> None:
-        """Wait until no walk is under way."""
+        """Wait until every scan has finished."""
         while self._under_way:
             await asyncio.wait(self._under_way)
 
     def cancel(self) -> None:
-        """Break off every walk."""
+        """Cancel every scan."""
         for task in self._under_way:
             task.cancel()
 
@@ -103,7 +110,7 @@ class Walks:
 async def submitted(
     submit: Callable[[Sequence[Request[Any]], OnReplies], Awaitable[Progress]], batch: Sequence[Request[Any]]
 ) -> Sequence[Reply]:
-    """The replies to a batch that is handed to `submit`."""
+    """Submit a batch, wait for its replies and return them."""
     future: asyncio.Future[Sequence[Reply]] = asyncio.get_running_loop().create_future()
 
     def on_replies(replies: Sequence[Reply]) -> None:

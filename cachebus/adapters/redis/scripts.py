@@ -1,17 +1,19 @@
-"""Scripts in Lua that run in the Redis server: each is one step, by the server's clock.
+"""Lua scripts that run in the Redis server. Each is atomic and uses the server's clock.
 
-`TIME` is taken once a script. A version is larger than that of the value before it even if the clock was set back.
+A script calls `TIME` once. A version is always larger than that of the value it replaces, even if the clock was set
+back.
 
-An entry with tags has, between its header and its form,
+An entry with tags has these fields between its header and its type tag:
 
-    1 byte    form      t
+    1 byte    type tag  t
     4 bytes   length of the packed tags
     16 bytes  stamp     epoch and number of the sequence, at the start of the entry's load
     rest      the tags, a msgpack array of str
 
 The sequence of a namespace is one string: 8 random bytes, its *epoch*; a big-endian double, its *number*, which each
-invalidation makes larger by one; then 256 doubles, each the number at which a tag of that bucket was last invalidated.
-The counter of a tag is a string too: the epoch, and the number at the tag's last invalidation. `redis_entry` says why.
+invalidation increments by one; then 256 doubles, one for each bucket of tags: the number at the last invalidation of
+any tag in the bucket. The counter of a tag is a string too: the epoch, and the number at the tag's last invalidation.
+See `entry` for the rule that decides whether an entry is valid.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from __future__ import annotations
 import hashlib
 
 RETENTION_MS = 600_000
-"""Milliseconds for which a counter is kept after an invalidation or a lease, and after the last entry that has its tag."""
+"""Milliseconds for which a counter outlives an invalidation, a lease, or the last entry with its tag."""
 
 COMMON = """
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local now_ms = math.floor(now / 1000)
 local function head(key)
-  -- The version and the expiry of what is stored, whether anything is, and its form. What is not ours has version 0.
+  -- Returns version, expiry, whether the entry exists, and type tag. Foreign data has version 0.
   local raw = redis.pcall('GETRANGE', key, 0, 16)
   if type(raw) ~= 'string' then return 0, 0, true end
   if #raw < 16 then return 0, 0, #raw > 0 end
   local version, expiry = struct.unpack('>dd', raw)
-  -- A lease is no value, and neither is what is only kept to be served stale.
+  -- A lease is not a value, nor is an expired entry that is kept to be served stale.
   if version == -1 or (expiry > 0 and expiry <= now_ms) then return 0, 0, false end
   if not (version >= 1 and version < 9007199254740992 and version == math.floor(version)) then return 0, 0, true end
   return version, expiry, true, string.byte(raw, 17)
@@ -43,12 +45,12 @@ end
 
 _LAYOUT = """
 local function inner(raw)
-  -- Where the form of the value itself stands.
+  -- The position of the value's own type tag.
   if string.byte(raw, 17) ~= 116 then return 17 end
   return 38 + struct.unpack('>I4', raw, 18)
 end
 local function claim(raw)
-  -- The stamp of an entry, and its tags as they are packed.
+  -- The stamp of an entry, and its packed tags.
   return string.sub(raw, 22, 37), string.sub(raw, 38, inner(raw) - 1)
 end
 """
@@ -63,7 +65,7 @@ local function bucket(counter)
   return 16 + 8 * tonumber(string.sub(redis.sha1hex(counter), 1, 2), 16)
 end
 local function stamp_at(sequence, proposed)
-  -- The stamp of now. A sequence that is not there, or was lost, begins with an epoch that no entry has.
+  -- The current stamp. A missing or lost sequence starts with a new epoch, which no entry has.
   local stamp = redis.call('GETRANGE', sequence, 0, 15)
   if #stamp == 16 then return stamp end
   stamp = string.sub(proposed, 1, 8) .. struct.pack('>d', 1)
@@ -80,8 +82,8 @@ local function keep(name, px)
   end
 end
 local function ensure(sequence, stamp, name, px)
-  -- Make sure that the counter is there for as long as an entry of `px` milliseconds. One that was lost gets the number of
-  -- its bucket: the tag was not invalidated later than that.
+  -- Make sure that the counter lives as long as an entry of `px` milliseconds. A lost counter gets the number of its
+  -- bucket: the tag's last invalidation was not later.
   local epoch, counter = string.sub(stamp, 1, 8), redis.call('GET', name)
   if counter and string.sub(counter, 1, 8) == epoch then
     keep(name, px)
@@ -110,14 +112,14 @@ local function names(tags)
   return found
 end
 local function holds(stamp, tags)
-  -- Whether none of the tags was invalidated since.
+  -- True if no tag was invalidated after the stamp.
   for _, name in ipairs(names(tags)) do
     if is_after(redis.call('GET', name), stamp) then return false end
   end
   return true
 end
 local function stamp_of(tags, px, proposed)
-  -- The stamp of now; the counters of the tags are there from now on.
+  -- The current stamp. Creates missing counters of the tags.
   local sequence = place()
   local stamp = stamp_at(sequence, proposed)
   if tags ~= '' then
@@ -126,7 +128,7 @@ local function stamp_of(tags, px, proposed)
   return stamp
 end
 local function is_current(stamp, tags, px, proposed)
-  -- Whether what began at `stamp` may be stored with the tags.
+  -- True if a load that began at `stamp` may be stored with the tags.
   stamp_of(tags, px, proposed)
   return holds(stamp, tags)
 end
@@ -140,8 +142,8 @@ end
 """
 
 _ELSEWHERE = """
--- The counters are in another slot, and the caller has looked there. The last argument is what it found: a sign before the
--- stamp and the tags that it is about. What it has not looked up is `nil`.
+-- The counters are in another slot, so the caller reads them first. The last argument is its verdict: '+' or '-', then
+-- the stamp and the tags it applies to. For any other stamp the result is nil: unknown.
 local function holds(stamp, tags)
   local verdict = ARGV[#ARGV]
   if verdict == '+' .. stamp .. tags then return true end
@@ -152,7 +154,7 @@ local function stamp_of(tags, px, stamp)
   return stamp
 end
 local function is_current(stamp, tags, px, latest)
-  -- `latest` is the largest of the counters.
+  -- `latest` is the largest counter.
   return string.sub(stamp, 1, 8) == string.sub(latest, 1, 8)
     and struct.unpack('>d', stamp, 9) >= struct.unpack('>d', latest, 9)
 end
@@ -165,7 +167,7 @@ end
 
 _VALID = """
 local function valid(raw)
-  -- Whether an entry has no tag that was invalidated since; `nil` is not known. A damaged one is not valid.
+  -- True if no tag of the entry was invalidated later; nil if unknown. A damaged entry is not valid.
   if string.byte(raw, 17) ~= 116 then return true end
   local understood, holding = pcall(function() return inner(raw) <= #raw and holds(claim(raw)) end)
   if not understood then return false end
@@ -187,7 +189,7 @@ end
 
 
 class Script:
-    """A script and the name under which the server knows it."""
+    """Lua script and the SHA-1 by which the server caches it."""
 
     __slots__ = ("sha", "text")
 
@@ -197,9 +199,11 @@ class Script:
 
 
 class ScriptVariants:
-    """A script in two versions: `here` reads the counters itself; `elsewhere`, in a cluster, they are in another slot.
+    """Script in two variants: `here` reads the tag counters; `elsewhere`, for a cluster, gets a verdict from the
+    caller.
 
-    With `later` a script calls `tags()` for the functions about tags: making them takes longer than a small script does.
+    With `later`, the script calls `tags()` for the tag functions. Defining them takes longer than running a small
+    script.
     """
 
     __slots__ = ("elsewhere", "here")
@@ -210,14 +214,14 @@ class ScriptVariants:
         self.elsewhere = Script(functions % _TAGS_ELSEWHERE + body)
 
     def at(self, here: bool) -> Script:
-        """The version for a store whose scripts read the counters, or for another."""
+        """Return the variant for scripts that can read the counters (`here`), or the other one."""
         return self.here if here else self.elsewhere
 
 
 READ = Script(
     _TAGS_HERE
     + """
--- The entries of the keys, as MGET has them, without those that are not valid.
+-- Like MGET, but omits entries with invalidated tags.
 local out = {}
 for first = 1, #KEYS, 1000 do
   local raws = redis.call('MGET', unpack(KEYS, first, math.min(first + 999, #KEYS)))
@@ -232,7 +236,7 @@ return out
 )
 
 PEEK = ScriptVariants("""
--- The header and the form of an entry that is valid; with its stamp and tags, if it has any.
+-- Returns the header and type tag of a valid entry, with its stamp and tags if it has any.
 local raw = redis.call('GETRANGE', KEYS[1], 0, 16)
 if string.byte(raw, 17) ~= 116 then return raw end
 raw = redis.call('GET', KEYS[1])
@@ -246,22 +250,22 @@ def _counting(body: str) -> Script:
 
 
 INVALIDATE = _counting("""
--- KEYS: the sequence, then counters. ARGV: an epoch, for a sequence that is not there.
+-- KEYS: the sequence, then counters. ARGV: the epoch to use if the sequence is missing.
 local sequence = KEYS[1]
 local stamp = stamp_at(sequence, ARGV[1])
 local epoch, number = string.sub(stamp, 1, 8), struct.pack('>d', struct.unpack('>d', stamp, 9) + 1)
 redis.call('SETRANGE', sequence, 0, epoch .. number)
 for i = 2, #KEYS do
   redis.call('SETRANGE', sequence, bucket(KEYS[i]), number)
-  -- Without a counter nothing valid has the tag. With one, nothing that is older needs it any more.
+  -- Without a counter, no valid entry has the tag. With one, no entry older than this invalidation needs it any more.
   redis.call('SET', KEYS[i], epoch .. number, 'XX', 'PX', RETENTION)
 end
 return 1
 """)
 
 STAMP = _counting("""
--- KEYS: the sequence, then counters. ARGV: an epoch, for a sequence that is not there, and milliseconds, '' for ever. The
--- answer is the stamp of now, then the counters.
+-- KEYS: the sequence, then counters. ARGV: the epoch to use if the sequence is missing; milliseconds, '' for no expiry.
+-- Returns the current stamp, then the counters.
 local sequence = KEYS[1]
 local out = {stamp_at(sequence, ARGV[1])}
 for i = 2, #KEYS do out[i] = ensure(sequence, out[1], KEYS[i], ARGV[2]) end
@@ -269,17 +273,17 @@ return out
 """)
 
 KEEP = _counting("""
--- KEYS: counters. ARGV: milliseconds, '' for ever. The answer is the counters, which stay for that long.
+-- KEYS: counters. ARGV: milliseconds for which to keep them, '' for no expiry. Returns the counters.
 for i = 1, #KEYS do keep(KEYS[i], ARGV[1]) end
 return redis.call('MGET', unpack(KEYS))
 """)
 
 TOUCH = ScriptVariants("""
--- Gives a value ARGV[1] milliseconds to live, '' for ever. The answer is its version, 0 where there is no value, or an
--- entry's head where that depends on its tags.
+-- Sets the time to live of a value to ARGV[1] milliseconds, '' for no expiry. Returns its version, 0 if there is no
+-- value, or the head of the entry if the result depends on its tags.
 local version, _, exists, form = head(KEYS[1])
 if not exists then return 0 end
-if version == 0 then return redis.error_reply('WRONGTYPE no entry') end
+if version == 0 then return redis.error_reply('WRONGTYPE not an entry') end
 if form == 116 then
   local raw = redis.call('GET', KEYS[1])
   local is_valid = valid(raw)
@@ -294,9 +298,9 @@ return version
 """)
 
 INCREMENT = ScriptVariants("""
--- Adds ARGV[1] to a counter that keeps its expiry. A missing one becomes ARGV[2] and lives for ARGV[3] milliseconds; with
--- ARGV[2] '' it stays missing. The answer is the number as text, because Lua's are exact to 53 bits only: the sum is
--- Redis's own. An entry's head in a list where it depends on its tags.
+-- Adds ARGV[1] to a counter, which keeps its expiry. A missing counter is set to ARGV[2] for ARGV[3] milliseconds; if
+-- ARGV[2] is '', it stays missing. INCRBY computes the sum and it is returned as text, because numbers in Lua are exact
+-- only to 53 bits. Returns a list with the head of the entry if the result depends on its tags.
 local key = KEYS[1]
 local old, expiry, exists, form = head(key)
 if form == 116 then
@@ -314,7 +318,7 @@ if not exists then
   end
   return ARGV[2]
 end
-if old == 0 then return redis.error_reply('WRONGTYPE no entry') end
+if old == 0 then return redis.error_reply('WRONGTYPE not an entry') end
 local raw = redis.call('GET', key)
 local at = inner(raw)
 if string.sub(raw, at, at) ~= 'I' then return redis.error_reply('NOTCOUNTER not an int') end

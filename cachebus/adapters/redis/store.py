@@ -1,4 +1,4 @@
-"""The Redis store: batches of requests over auto-pipelined connections, in a namespace of its own."""
+"""Store for a Redis server: sends batches of requests over auto-pipelined connections."""
 
 from __future__ import annotations
 
@@ -47,14 +47,17 @@ __all__ = ["Connector", "Credentials", "Endpoint", "RedisStore", "TlsFiles"]
 
 
 class RedisStore:
-    """A `PipelinedStore` in a Redis server, version 6.2 or newer, on asyncio.
+    """`PipelinedStore` for a Redis server, version 6.2 or newer. Needs asyncio.
 
-    Keys stand under `<namespace>:`, and nothing outside of that is read or touched. Values are bytes and what msgpack
-    gives back as it was; the version of a value is the server's clock in microseconds. With `service`, `places` are
-    those of sentinels, which know its master. `default_ttl` is seconds. `call` makes the commands of a store whose requests
-    are not a cache's.
+    Entries are stored under `<namespace>:`, and bookkeeping keys under `<namespace>#`; the store touches no other key.
+    Values are bytes, or any value that msgpack returns unchanged. The version of a value is the server's time in
+    microseconds.
 
-    `Clear` and `DeletePattern` walk over the keys beside the other requests: what is stored meanwhile may go or stay.
+    If `service` is given, `places` are the endpoints of its sentinels, which name the master. `default_ttl` is in
+    seconds. `call` turns requests into scripts for stores other than a cache, such as the lock store.
+
+    `Clear` and `DeletePattern` scan the keys while other requests are served. An entry written during the scan may or
+    may not be deleted.
     """
 
     name = BACKEND
@@ -74,8 +77,10 @@ class RedisStore:
         call: Callable[[Request[Any]], ScriptCall] | None = None,
     ) -> None:
         if not namespace or ":" in namespace:
-            # Else the keys of "a:b" would be keys of "a" too.
-            raise CacheConfigurationError(f"redis: a namespace is not empty and has no colon, unlike {namespace!r}")
+            # Otherwise the keys of "a:b" would also be keys of "a".
+            raise CacheConfigurationError(
+                f"redis: the namespace must be non-empty and contain no colon, not {namespace!r}"
+            )
         self._places = tuple(places)
         self._service = service
         self._sentinel_identity = sentinel_identity or Credentials()
@@ -99,7 +104,7 @@ class RedisStore:
         await self._pool.connect()
 
     async def close(self) -> None:
-        """Finish what is under way, then close; cancelled, break it off."""
+        """Wait for pending requests, then close. If cancelled, abort them and close."""
         try:
             await self._watch.close()
             await self._walks.finish()
@@ -111,7 +116,7 @@ class RedisStore:
                 self._pool.drop()
 
     def subscribe(self, *arguments: Any) -> ChannelSubscription:
-        """Listen to a channel: the arguments of a `ChannelSubscription` but the first. The caller closes it."""
+        """Subscribe to a channel. Takes the arguments of `ChannelSubscription` except `connect`; close it after use."""
         return ChannelSubscription(self._connect, *arguments, clock=self._connector.clock)
 
     def gauges(self) -> Gauges:
@@ -128,7 +133,7 @@ class RedisStore:
         connection = pool.main
         if connection is None or not connection.has_room:
             connection = await pool.ready()
-        # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
+        # No await from here on: the connection still has room, and batches keep their order.
         return self._send(connection, batch, on_replies)
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
@@ -150,7 +155,7 @@ class RedisStore:
                 direct = self._gets(batch, checked) if type(batch[0]) is Get else self._script_call(batch)
                 data = b"" if direct is None else pack_words(direct[0])
             except (UnicodeEncodeError, CacheError):
-                direct, data = None, b""  # A plan finds out which request it is.
+                direct, data = None, b""  # The plan reports the error on the request that caused it.
             if direct is not None:
                 _, keys, read = direct
                 plan_it = partial(self._plan, batch, checked=checked)
@@ -164,23 +169,23 @@ class RedisStore:
             connection.send(data, SentCommands(plan.commands, connection, plan.done, on_replies))
         return connection
 
-    # The commonest batches are one command, made in a third of the time that a plan takes. `None` for others
+    # The most common batches become one command, in a third of the time that a plan takes. Others return `None`.
 
     def _gets(self, batch: Sequence[Request[Any]], checked: bool) -> Direct | None:
-        """A run of `Get`s as one command. If it is `checked`, the server leaves out what is not valid."""
+        """Build one command for a run of `Get`s. If `checked`, the server omits entries with invalidated tags."""
         prefix = self._prefix
         names = [prefix + request.key for request in batch if type(request) is Get]
         if len(names) < len(batch):
             return None
         wanted = dict.fromkeys(names)
         read: Read = read_run
-        if len(wanted) < len(names):  # Equal keys share a place.
+        if len(wanted) < len(names):  # Equal keys are sent once.
             at = {name: place for place, name in enumerate(wanted)}
             read = partial(_read_places, [at[name] for name in names])
         return ("EVALSHA", READ.sha, len(wanted), *wanted) if checked else ("MGET", *wanted), (), read
 
     def _script_call(self, batch: Sequence[Request[Any]]) -> Direct | None:
-        """A run of plain `Set`s of bytes, or one request about a lease, as one command. Raises `CacheError`."""
+        """Build one command for a run of plain `Set`s of bytes or for one lease request. Raises `CacheError`."""
         request: Any = batch[0]
         kind: object = request.__class__
         prefix, default_px = self._prefix, self._default_px
@@ -250,16 +255,15 @@ class RedisStore:
 
 
 Read: TypeAlias = Callable[[Any, float], Sequence[Reply]]
-"""Reads the replies to a batch in the one reply of its command, at a server's Unix time in seconds."""
+"""Converts the reply of a command into the replies of its batch, given the server's Unix time in seconds."""
 
 
 Direct: TypeAlias = tuple[tuple[Argument, ...], Sequence[Argument], Read]
-"""The words of a command, the keys that it may change, and what reads its reply."""
+"""The words of a command, the keys that it may change, and the function that reads its reply."""
 
 
 class SentDirectly(Struct, eq=False):
-    """A batch that was sent as one command, which may change `keys`. If `read` cannot make its replies of the answer, the
-    commands of `plan` do."""
+    """Batch sent as one command, which may change `keys`. If `read` cannot convert the reply, `plan` handles it."""
 
     connection: RedisConnection
     keys: Sequence[Argument]
@@ -277,7 +281,7 @@ class SentDirectly(Struct, eq=False):
             try:
                 made = self.read(replies[0], connection.heard_at + connection.offset)
             except (HasTags, *UNREADABLE):
-                pass  # The plan says which requests that concerns.
+                pass  # The plan finds the requests that are affected.
             else:
                 self.on_replies(made)
                 return

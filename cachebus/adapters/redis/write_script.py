@@ -1,41 +1,43 @@
-"""The script in Lua that writes, which is the busiest; and the scripts that a connection needs."""
+"""Lua script for writes, the most frequently run script, and the list of scripts that a connection loads."""
 
 from __future__ import annotations
 
 from .scripts import INCREMENT, PEEK, READ, TOUCH, Script, ScriptVariants
 
 PLAIN_BYTES = 1024
-"""The largest form and value in a plain run of `WRITE`. The values that it replaces are copied, and large values replace
-large ones: from about 4 KB on, reading the head of each is quicker."""
+"""Maximum bytes of a type tag and value in a plain run of `WRITE`.
+
+A plain run copies the values that it replaces, and large values usually replace large ones. From about 4 KB, reading
+only the head of each is faster."""
 
 WRITE = ScriptVariants(
     """
--- For each key: form and value, milliseconds to live or '', and the condition: '', 'absent', 'present' or a version. One
--- more argument is 't' if values have tags. The answer is the new version, or the old one negated if the condition did not
--- hold, or an entry's head if that depends on its tags. This is the busiest script: `head` is written out in it, which
--- saves a fifth of its time.
+-- ARGV, for each key: type tag and value, milliseconds to live or '', and the condition: '', 'absent', 'present' or a
+-- version. A last argument is 't' if values have tags. Returns for each key the new version, the old version negated if
+-- the condition did not hold, or the head of the entry if the result depends on its tags. This script runs most often,
+-- so `head` is inlined, which saves a fifth of its time.
 local call, pcall, pack, unpack = redis.call, redis.pcall, struct.pack, struct.unpack
 local function notify(key, lease)
-  -- A load that has this lease is overtaken: its waiters find the new value (see adapters/redis/pubsub.py).
+  -- This write ends the lease, so waiters can read the new value (see adapters/redis/pubsub.py).
   if lease ~= '' then
     pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.sub(lease, 1, 1 + string.byte(lease)))
   end
 end
 if #ARGV == #KEYS + 1 then
-  -- A plain run: form and value for each key, and the milliseconds to live of all. SET returns what it replaces, so one
-  -- command a key is enough. The answer is a single number if that is the version of all.
+  -- A plain run: type tag and value for each key, and one time to live for all. SET returns the value it replaces, so
+  -- one command for each key is enough. Returns a single number if all have the same version.
   local px, versions, same = ARGV[#ARGV], {}, true
   local expiry = px == '' and 0 or now_ms + px
   local header, at = pack('>dd', now, expiry), string.format('%.0f', expiry)
   local function set(try, key, entry, ...)
     if px == '' then return try('SET', key, entry, ...) end
-    return try('SET', key, entry, 'PXAT', at, ...)  -- PX would be turned into PXAT for replicas.
+    return try('SET', key, entry, 'PXAT', at, ...)  -- Redis would rewrite PX to PXAT for replicas.
   end
   for i = 1, #KEYS do
     local key, version = KEYS[i], now
     local raw = set(pcall, key, header .. ARGV[i], 'GET')
     if type(raw) == 'table' then
-      set(call, key, header .. ARGV[i])  -- There was no string. Any other error is raised here.
+      set(call, key, header .. ARGV[i])  -- The key held another type. Any other error is raised here.
     elseif raw and #raw >= 8 then
       local old = unpack('>d', raw)
       if old == -1 then
@@ -95,6 +97,6 @@ return out
 
 
 def scripts(here: bool) -> tuple[Script, ...]:
-    """The scripts that a new connection loads."""
-    twins = (WRITE, TOUCH, INCREMENT, PEEK)
-    return (READ, *(each.here for each in twins)) if here else tuple(each.elsewhere for each in twins)
+    """Return the scripts that a new connection loads."""
+    variants = (WRITE, TOUCH, INCREMENT, PEEK)
+    return (READ, *(each.here for each in variants)) if here else tuple(each.elsewhere for each in variants)

@@ -178,7 +178,7 @@ class World:
         # Without versions and times, which are the server's.
         shown = reply.value if isinstance(reply, Found) else ""
         self.story.append(f"{who} hears {type(reply).__name__} {shown} to {type(request).__name__}")
-        if isinstance(reply, Failed) and "had to be looked up" not in reply.detail:
+        if isinstance(reply, Failed) and "had to be checked" not in reply.detail:
             self.failures.append(f"{request} failed: {reply}")
         return reply
 

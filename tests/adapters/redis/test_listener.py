@@ -167,7 +167,7 @@ async def test_a_channel_that_the_user_may_not_have_is_refused_and_is_asked_for_
             refused = store.subscribe("yours#1", ear.heard, ear.subscribed, ear.failed)
             error = await ear.failure()
             assert isinstance(error, CacheConfigurationError)
-            assert "may not" in str(error)
+            assert "lacks a required permission" in str(error)
 
             async def is_over() -> bool:
                 return repr(refused) == "<ChannelSubscription to 'yours#1', closed>"

@@ -1,4 +1,4 @@
-"""How commands go to the servers of a Redis Cluster, and what becomes of their answers: a slot may move, a script be unknown."""
+"""Routing of commands to the servers of a Redis Cluster, with redirections and unknown scripts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..errors import code_of, moving, overtaken
 from .topology import ClusterNode, Topology, read_redirection
 
 MOST_HOPS = 8
-"""How often a command follows its slot before it is given up: servers that disagree send it round in circles."""
+"""Maximum number of redirections of a command. Servers that disagree could redirect it endlessly."""
 
 
-REMEMBERED = 64  # How many of what went out in a slot are remembered, while it has something under way.
+REMEMBERED = 64  # Number of commands remembered for a slot while it has commands in flight.
 
 
 class SlotQueues:
-    """What is under way in each slot, so that nothing overtakes what is sent once more.
+    """Commands in flight in each slot. Ensures that no newer command overtakes one that is sent again.
 
-    A slot is *held* from a redirection until all that was under way in it has its answer: what is sent then goes to the
-    new server, and would be there before what the old one has not yet sent on. `change` waits until a slot has become idle.
+    A redirection *holds* a slot until every command in flight in it has its answer. Otherwise a new command could reach
+    the new server before commands that the old server has yet to redirect. `change` waits until a slot becomes idle.
     """
 
     def __init__(self) -> None:
@@ -45,18 +45,18 @@ class SlotQueues:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is under way."""
+        """True if no command is in flight."""
         return not self._under_way
 
     def begin(self, slot: int, what: object, *, changes: bool = True) -> None:
-        """Note that `what` goes out, and whether it may change anything."""
+        """Record that `what` is sent, and whether it may change a key."""
         self._under_way[slot] = self._under_way.get(slot, 0) + 1
         self._sent[slot].append(what)
         if changes:
             self._newest_change[slot] = what
 
     def end(self, slot: int) -> None:
-        """Note that something of a slot has its answer."""
+        """Record that a command in a slot has its answer."""
         left = self._under_way[slot] - 1
         if left:
             self._under_way[slot] = left
@@ -67,11 +67,11 @@ class SlotQueues:
         self._change.wake()
 
     def is_newest(self, slot: int, what: object) -> bool:
-        """Whether nothing of the slot went out after `what`."""
+        """Return `True` if no command was sent in the slot after `what`."""
         return slot in self._sent and self._sent[slot][-1] is what
 
     def later(self, slot: int, what: object) -> list[object] | None:
-        """What went out in the slot after `what`; `None` if that was too much to be remembered."""
+        """Return what was sent in the slot after `what`; `None` if `what` is no longer remembered."""
         sent = list(self._sent.get(slot, ()))
         for at, each in enumerate(sent):
             if each is what:
@@ -79,27 +79,28 @@ class SlotQueues:
         return None
 
     def is_newest_change(self, slot: int, what: object) -> bool:
-        """Whether nothing that may change anything in the slot went out after `what`."""
+        """Return `True` if no command that may change a key was sent in the slot after `what`."""
         return self._newest_change.get(slot) is what
 
     def hold(self, slot: int) -> None:
-        """Let nothing new out until the slot is idle."""
+        """Hold back new commands until the slot is idle."""
         if slot in self._under_way:
             self._held.add(slot)
 
     def is_held(self, slots: Iterable[int]) -> bool:
-        """Whether one of the slots is held."""
+        """Return `True` if one of the slots is held."""
         return bool(self._held) and not self._held.isdisjoint(slots)
 
 
 class Router:
-    """Sends trips to the servers of their slots, and takes in what comes back. `topology` is these servers."""
+    """Sends commands to the servers of their slots, and handles the replies. `topology` holds the servers."""
 
     def __init__(self, connector: Connector, seeds: Sequence[Endpoint]) -> None:
         self.topology = Topology(connector, seeds, self._node, self._changed_hands)
         self._connector = connector
         self._traffic = SlotQueues()
-        # Slots that are being moved, of which each command takes one key only: one about keys at two servers is refused.
+        # Slots being migrated. Their commands have one key each: a server rejects a command whose keys are on two
+        # servers.
         self._moving: set[int] = set()
 
     def _node(self, place: Endpoint) -> ClusterNode:
@@ -107,13 +108,15 @@ class Router:
         return ClusterNode(place, pool, self._arrived, self._undelivered)
 
     def group(self, numbers: dict[str, int], name: str) -> int:
-        """The number of the keys that may go with a key: its slot. A key of a slot that is being moved is a group of its
-        own, which `numbers` counts beyond the slots."""
+        """Return the group of a key: its slot.
+
+        While the slot is being migrated, each key is a separate group, numbered in `numbers` after the slots.
+        """
         slot = slot_of(name)
         return SLOTS + numbers.setdefault(name, len(numbers)) if slot in self._moving else slot
 
     async def room(self, slots: set[int]) -> Mapping[Endpoint, CacheError]:
-        """Wait until every server that has one of the slots can take a batch; says which cannot be reached, and why."""
+        """Wait until every server of the slots can accept a batch. Return the unreachable ones with their errors."""
         unreachable: dict[Endpoint, CacheError] = {}
         while True:
             if self._traffic.is_held(slots):
@@ -133,17 +136,17 @@ class Router:
             except CacheError as error:
                 unreachable[full.place] = error
                 with contextlib.suppress(CacheError):
-                    await self.topology.learn()  # Perhaps another has its slots by now.
+                    await self.topology.learn()  # Another server may have taken over its slots.
 
     def has_room(self, trips: Sequence[RoutedCommand]) -> bool:
-        """Whether commands may go out now."""
+        """Return `True` if the commands can be sent now."""
         if self._traffic.is_held(trip.slot for trip in trips):
             return False
         nodes = (self.topology.node_of(trip.slot) for trip in trips)
         return all(node is not None and node.has_room for node in nodes)
 
     def send(self, trips: Sequence[RoutedCommand], unreachable: Mapping[Endpoint, CacheError] | None = None) -> None:
-        """Send commands; those to servers that are `unreachable` fail. Never waits."""
+        """Send commands without waiting. Those to `unreachable` servers fail."""
         parts: dict[ClusterNode, list[RoutedCommand]] = {}
         hopeless: list[tuple[RoutedCommand, CacheError]] = []
         for trip in trips:
@@ -163,12 +166,12 @@ class Router:
             self._fail(trip, reason)
 
     async def close(self) -> None:
-        """Finish what is under way, then close."""
+        """Wait for commands in flight, then close."""
         while not self._traffic.idle:
             await self._traffic.change()
         await self.topology.close()
 
-    # Coming back
+    # Replies
 
     def _arrived(self, node: ClusterNode, trip: RoutedCommand, reply: Any, now: float) -> None:
         if type(reply) is hiredis.ReplyError and self._sent_again(node, trip, reply):
@@ -189,11 +192,11 @@ class Router:
         self.topology.learn_soon()
 
     def _sent_again(self, node: ClusterNode, trip: RoutedCommand, reply: hiredis.ReplyError) -> bool:
-        """Whether a command that was refused has gone out once more, or was failed."""
+        """Resend or fail a rejected command. Return `False` if the reply is an error for the caller."""
         code = code_of(reply)
         command = trip.command
         if code == "NOSCRIPT" and command.script is not None and not trip.whole:
-            # The script cache was emptied, so it did nothing. Sent whole it runs, unless something newer has been done.
+            # The script cache was emptied, so the script had no effect. Send its text, unless a newer change was sent.
             if command.script in LATE_IS_WRONG and not self._traffic.is_newest_change(trip.slot, trip):
                 self._fail(trip, overtaken())
                 return True
@@ -207,7 +210,7 @@ class Router:
             return False
         trip.hops += 1
         if trip.hops > MOST_HOPS:
-            self._fail(trip, moving("again and again"))
+            self._fail(trip, moving("too many redirections"))
         elif code == "MOVED":
             slot, place = read_redirection(str(reply), node.place)
             if self.topology.map.move(slot, place):
@@ -227,8 +230,11 @@ class Router:
         return True
 
     def _take_apart(self, trip: RoutedCommand, commands: Sequence[Command]) -> None:
-        """Send a command about several keys, of which only some have moved, once more as one for each key. They go to the
-        slot's owner, which says of each where it is. This keeps the order only if nothing was sent after the command."""
+        """Split a command with several keys, some of which have moved, into one for each key, and send these.
+
+        They go to the owner of the slot, which redirects the keys that have moved. This keeps the order only if no
+        command was sent after the original one, so otherwise it fails.
+        """
         self._moving.add(trip.slot)
         if not self._traffic.is_newest(trip.slot, trip):
             self._fail(trip, moving())
@@ -241,8 +247,10 @@ class Router:
         self._end(trip)
 
     def _send_on(self, trip: RoutedCommand, commands: Sequence[Command]) -> None:
-        """Send what the answer of a trip still needs, with the last of which the trip ends. What writes after all must not
-        come after what was sent behind it about its key."""
+        """Send follow-up commands. The original command ends with the last of them.
+
+        A follow-up that writes must not run after a later command for its key, so it fails in that case.
+        """
         first = trip.first
         trips = [trip.batch.add(command, follows=trip) for command in commands]
         trip.followed_by = len(trips)
@@ -251,7 +259,7 @@ class Router:
                 self._traffic.hold(first.slot)
             if each.command.ordered and each.slot == first.slot and self._is_overtaken(first):
                 self._traffic.begin(each.slot, each)
-                self._fail(each, moving("its tags had to be looked up"))
+                self._fail(each, moving("its tags had to be checked"))
             else:
                 self.send([each])
 
@@ -260,7 +268,7 @@ class Router:
         return later is None or any(trip.command.key in each.command.words for each in later if each.first is not trip)
 
     def _changed_hands(self, slots: Sequence[int]) -> None:
-        """Note that slots have another owner: what is sent from now on must not be there before what follows them."""
+        """Record that slots have a new owner, and hold them until the redirected commands are answered."""
         for slot in slots:
             self._moving.discard(slot)
             self._traffic.hold(slot)

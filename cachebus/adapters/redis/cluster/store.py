@@ -1,4 +1,4 @@
-"""The Redis store over a Redis Cluster: each command goes to the server that has its slot, and follows it when it moves."""
+"""Store for a Redis Cluster. Sends each command to the server of its slot, and follows redirections."""
 
 from __future__ import annotations
 
@@ -43,19 +43,20 @@ from ..scan import Walks, matching, scan_words, submitted
 from ..scripts import STAMP
 from .router import Router
 
-MOST_WALKS = 3  # How often a walk begins again because slots have changed hands during it.
+MOST_WALKS = 3  # Maximum number of scans for one deletion when slots move during it.
 _CURSOR = re.compile(r"([0-9]{1,20})@(.+)", re.DOTALL)
 
 
 class RedisClusterStore:
-    """A `PipelinedStore` in a Redis Cluster, version 6.2 or newer, on asyncio.
+    """`PipelinedStore` for a Redis Cluster, version 6.2 or newer. Needs asyncio.
 
-    `places` are servers that may be asked for the others; the rest is as in `RedisStore`, for each server. A batch is
-    answered when every server has answered its part. Requests about one key take effect in the order in which they were
-    submitted, also while its slot moves; there is no order between keys of different slots.
+    `places` are the endpoints of any servers of the cluster; the others are discovered. The other parameters are those
+    of `RedisStore` and apply to each server. A batch is answered when every server has answered its part. Requests for
+    one key take effect in the order in which they were submitted, even while its slot moves. Keys in different slots
+    have no order.
 
-    `Clear`, `DeletePattern` and `Scan` walk over the servers in the order of their names. If slots have changed hands
-    meanwhile, a walk that removes begins again. A key that is being moved while both servers are walked over may be missed.
+    `Clear`, `DeletePattern` and `Scan` scan the servers in the order of their names. If slots move during a deletion,
+    the deletion starts again, at most twice. A key that moves while both servers are scanned may be missed.
     """
 
     name = BACKEND
@@ -73,9 +74,9 @@ class RedisClusterStore:
         call: Callable[[Request[Any]], ScriptCall] | None = None,
     ) -> None:
         if not namespace or ":" in namespace or "{}" in namespace:
-            # With an empty pair of braces in front the counters of its tags would not be in one slot.
+            # With an empty pair of braces in front, its tag counters would not be in one slot.
             raise CacheConfigurationError(
-                f"redis: a namespace is not empty and has no colon or {{}}, unlike {namespace!r}"
+                f"redis: the namespace must be non-empty and contain no colon or {{}}, not {namespace!r}"
             )
         self._seeds = tuple(places)
         self._connector = dataclasses.replace(connector or Connector(), counters_here=False)
@@ -101,7 +102,7 @@ class RedisClusterStore:
             raise
 
     async def close(self) -> None:
-        """Finish what is under way, then close; cancelled, break it off."""
+        """Wait for pending requests, then close. If cancelled, abort them and close."""
         if self._router is None:
             return
         try:
@@ -113,7 +114,7 @@ class RedisClusterStore:
             self._router.topology.drop()
 
     def subscribe(self, *arguments: Any) -> ChannelSubscription:
-        """Listen to a channel at any server, as `RedisStore.subscribe`."""
+        """Subscribe to a channel on any server; see `RedisStore.subscribe`."""
         return ChannelSubscription(self._connect_anywhere, *arguments, clock=self._connector.clock)
 
     async def _connect_anywhere(self) -> RedisConnection:
@@ -154,11 +155,11 @@ class RedisClusterStore:
 
     async def _send(self, router: Router, under_way: Countdown) -> None:
         unreachable = await router.room({trip.slot for trip in under_way.trips})
-        # Nothing waits from here on, so that the room is still there, and what is sent first is sent first.
+        # No await from here on: the servers still have room, and batches keep their order.
         router.send(under_way.trips, unreachable)
 
     async def _stamps(self, router: Router, batch: Sequence[Request[Any]]) -> Mapping[int, bytes | CacheError]:
-        """What has to be read of the counters before the batch goes out, by the places of its requests."""
+        """Read the stamps that the batch needs before it is sent, by position in the batch."""
         stamps = Stamps(batch, self._space, self._default_ttl)
         read = asyncio.Event()
         if stamps.commands:
@@ -183,7 +184,7 @@ class RedisClusterStore:
             on_replies(plan.done())
         return under_way
 
-    # Walks
+    # Scans
 
     async def _walk(self, request: Request[Any]) -> Reply:
         try:
@@ -217,7 +218,7 @@ class RedisClusterStore:
         if request.cursor:
             found = _CURSOR.fullmatch(request.cursor)
             if found is None:
-                raise BadMessage(f"the cursor {request.cursor[:40]!r} is none that a scan gave")
+                raise BadMessage(f"the cursor must come from a previous scan, not {request.cursor[:40]!r}")
             if found[2] not in names:
                 raise CacheConnectionError("the cluster has changed during the scan: start the scan again", BACKEND)
             cursor, at = found[1], names.index(found[2])
@@ -238,7 +239,7 @@ _STORING = frozenset({Set, SetMany, Add, CompareAndSet})
 
 
 def _wants_stamps(batch: Sequence[Request[Any]], space: TagSpace) -> bool:
-    """Whether something in a batch has tags, or may get some that only its loader knows."""
+    """Return `True` if a request of the batch has tags, or may get tags from its loader."""
     return any(_wants_stamp(request, space) for request in batch)
 
 
@@ -248,7 +249,7 @@ def _wants_stamp(request: Any, space: TagSpace) -> bool:
 
 
 def _looks_for_tags(batch: Sequence[Request[Any]], space: TagSpace) -> Command | None:
-    """The command beside leases that finds out whether the namespace has tags, while this store knows of none."""
+    """Return a command, sent with lease requests, that checks whether the namespace uses tags, if not known."""
     if space.seen or not any(type(request) is GetOrLease for request in batch):
         return None
 
@@ -259,9 +260,12 @@ def _looks_for_tags(batch: Sequence[Request[Any]], space: TagSpace) -> Command |
 
 
 class Stamps:
-    """The stamps of the requests of a batch: `commands` ask for them, `by_place` has them then, or why there are none.
-    A stamp is read before what it is for is begun: before a lease is asked for, and before a value is written. So what
-    is invalidated meanwhile is invalid when it is stored, because its stamp is older than the counter."""
+    """Stamps for the requests of a batch. `commands` read them; `by_place` then holds each stamp, or its error, by
+    position.
+
+    A stamp is read before its lease is requested or its value is written. If a tag is invalidated in between, the
+    stored entry is a miss, because its stamp is older than the counter.
+    """
 
     def __init__(self, batch: Sequence[Request[Any]], space: TagSpace, default_ttl: float | None) -> None:
         self.by_place: dict[int, bytes | CacheError] = {}
@@ -287,19 +291,19 @@ class Stamps:
         def settle(reply: Any, now: float) -> None:
             counters = dict(zip(tags, reply[1:], strict=True))
             for place, request in members:
-                # What is stored under a lease has the stamp of that, and is only compared with the counters.
+                # A value stored under a lease has the stamp of the lease, which is compared with the largest counter.
                 leased = isinstance(request, Set) and request.lease is not None and request.tags
                 self.by_place[place] = max(counters[tag] for tag in request.tags) if leased else reply[0]
 
         def fail(error: CacheError) -> None:
-            # Without a stamp a lease is as good for what will have no tags.
+            # Without a stamp, the lease still works for a value without tags.
             self.by_place.update((place, error if request.tags else NO_STAMP) for place, request in members)
 
         return Command(words, names[0], settle, fail, script=STAMP)
 
 
 def _kept(request: Any, default_ttl: float | None) -> str:
-    """For how many milliseconds the counters of a request are needed."""
+    """Return the milliseconds for which the counters of a request are needed."""
     if isinstance(request, GetOrLease):
         return milliseconds(request.lease_ttl)
     px = milliseconds(default_ttl if request.ttl == "default" else request.ttl)

@@ -1,4 +1,4 @@
-"""The servers of a Redis Cluster, the commands on their way to each, and the map of slots."""
+"""Servers of a Redis Cluster, their command queues, and the map of slots."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..connect import Connector, Endpoint, RedisPool
 from ..connection import PendingReplies, RedisConnection, pack
 from ..errors import BACKEND, closed, translate, unreachable
 
-ASKED_AT_ONCE = 4  # How many servers are asked for the map at a time; the first one that answers is believed.
-LEARN_INTERVAL = 0.05  # Seconds within which the map is not learned twice, however many commands say that it is wrong.
+ASKED_AT_ONCE = 4  # Number of servers asked for the map at a time. The first answer is used.
+LEARN_INTERVAL = 0.05  # Minimum seconds between two updates of the map, however many commands are redirected.
 _ASKING = pack("ASKING")
 
 
 class SlotMap:
-    """Which server has which slot, as far as we know. `version` grows when a slot has changed hands."""
+    """Last known owner of each slot. `version` increases when a slot has a new owner."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -33,18 +33,18 @@ class SlotMap:
         return f"<SlotMap of {len(self._owners)} slots at {len(self.places())} servers>"
 
     def place(self, slot: int) -> Endpoint:
-        """The server that has a slot. Raises `CacheConnectionError` where there is none."""
+        """Return the owner of a slot. Raises `CacheConnectionError` if none is known."""
         owner = self._owners.get(slot)
         if owner is None:
-            raise CacheConnectionError(f"no server of the cluster has the slot {slot}", BACKEND)
+            raise CacheConnectionError(f"no server of the cluster owns slot {slot}", BACKEND)
         return owner
 
     def places(self) -> list[Endpoint]:
-        """Every server that has slots, in an order that does not depend on which slots."""
+        """Return every server that owns slots, sorted by name."""
         return sorted(set(self._owners.values()), key=str)
 
     def move(self, slot: int, place: Endpoint) -> bool:
-        """Take in where a slot is. `False` if that is known already."""
+        """Record the owner of a slot. Return `False` if it was already known."""
         if self._owners.get(slot) == place:
             return False
         self._owners[slot] = place
@@ -52,7 +52,7 @@ class SlotMap:
         return True
 
     def replace(self, owners: dict[int, Endpoint]) -> list[int]:
-        """Take in a whole map, and say which slots have another owner by it."""
+        """Replace the whole map. Return the slots whose owner has changed."""
         changed = [slot for slot, place in owners.items() if self._owners.get(slot) != place]
         self._owners = owners
         self.version += bool(changed)
@@ -60,32 +60,34 @@ class SlotMap:
 
 
 def read_slots(reply: Any, asked: Endpoint) -> dict[int, Endpoint]:
-    """The owners of all slots, by the reply of the server `asked` to `CLUSTER SLOTS`."""
+    """Return the owners of all slots from the reply of the server `asked` to `CLUSTER SLOTS`."""
     owners: dict[int, Endpoint] = {}
     for first, last, (host, port, *_), *_ in reply:
-        # A server that does not know its own name gives none: it is where we found it.
+        # A server that does not know its own host sends none: use the host it was reached at.
         place = Endpoint(asked.host if host in (None, b"", b"?") else host.decode(), int(port))
         owners.update(dict.fromkeys(range(first, last + 1), place))
     return owners
 
 
 def read_redirection(reply: str, asked: Endpoint) -> tuple[int, Endpoint]:
-    """The slot and the server that `MOVED 3999 10.0.0.1:6381` or `ASK ...` names, said by the server `asked`."""
+    """Parse a redirection such as `MOVED 3999 10.0.0.1:6381` from the server `asked` into slot and endpoint."""
     _, slot, target = reply.split(" ")[:3]
     host, _, port = target.rpartition(":")
     return int(slot), Endpoint(asked.host if host in ("", "?") else host, int(port))
 
 
 Arrived = Callable[["ClusterNode", RoutedCommand, Any, float], None]
-"""Takes the reply to a command, by which server, and that server's Unix time in seconds."""
+"""Callback for a reply: the server, the command, the reply, and the server's Unix time in seconds."""
 
 Undelivered = Callable[[Sequence[RoutedCommand], CacheError, bool], None]
-"""Takes commands that got no reply and why; the last argument says whether they were sent."""
+"""Callback for commands without a reply: the commands, the error, and whether they were sent."""
 
 
 class ClusterNode:
-    """A server's connections and the queue before them: what is handed over first is sent first. Every command is given to
-    `arrived` or to `failed`, once."""
+    """Server of a cluster: its connections and a FIFO queue of commands.
+
+    `arrived` or `failed` is called once for each command.
+    """
 
     def __init__(self, place: Endpoint, pool: RedisPool, arrived: Arrived, failed: Undelivered) -> None:
         self.place = place
@@ -101,33 +103,35 @@ class ClusterNode:
 
     @property
     def has_room(self) -> bool:
-        """Whether commands may be sent now."""
+        """True if commands can be sent now."""
         connection = self.pool.up()
         return not self._queue and connection is not None and connection.has_room
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is on its way to the server or back."""
+        """True if no command is queued or in flight."""
         return not self._queue and self._pump is None and not any(each.in_flight for each in self.pool.connections)
 
     @property
     def trouble(self) -> CacheError | None:
-        """Why there is no connection, if the last attempt to make one has failed."""
+        """Error of the last connection attempt, if there is no connection."""
         return self.pool.trouble if self.pool.up() is None else None
 
     def try_again(self) -> None:
-        """Make a connection beside everything else. Waiting for a silent server costs a batch the time to connect, so only
-        the first batches wait."""
+        """Connect in the background.
+
+        Waiting for an unresponsive server delays a batch by the connection timeout, so only the first batches wait.
+        """
 
         async def connect() -> None:
-            with contextlib.suppress(CacheError):  # It is the server's trouble, and the pool remembers it.
+            with contextlib.suppress(CacheError):  # The pool keeps the error in `trouble`.
                 await self.pool.ready()
 
         if self._trial is None or self._trial.done():
             self._trial = asyncio.create_task(connect())
 
     async def room(self) -> None:
-        """Wait until commands may be sent. Raises `CacheConnectionError` when the server cannot be reached."""
+        """Wait until commands can be sent. Raises `CacheConnectionError` if the server cannot be reached."""
         while not self.has_room:
             if self._pump is not None:
                 await asyncio.wait([self._pump])
@@ -135,7 +139,7 @@ class ClusterNode:
             await self.pool.ready()
 
     def send(self, trips: Sequence[RoutedCommand]) -> None:
-        """Send commands after those that wait already. Never waits itself."""
+        """Send commands after those already queued, without waiting."""
         connection = self.pool.up()
         if connection is not None and self.has_room:
             self._write(connection, trips)
@@ -145,7 +149,7 @@ class ClusterNode:
             self._pump = asyncio.create_task(self._send_waiting())
 
     async def close(self) -> None:
-        """Finish what is under way, then close; cancelled, break it off."""
+        """Wait for pending commands, then close. If cancelled, abort them and close."""
         if self._trial is not None:
             self._trial.cancel()
         try:
@@ -156,7 +160,7 @@ class ClusterNode:
             self.drop()
 
     def drop(self) -> None:
-        """Give up what is under way."""
+        """Abort pending commands and close every connection."""
         for task in (self._pump, self._trial):
             if task is not None:
                 task.cancel()
@@ -171,10 +175,10 @@ class ClusterNode:
                 connection = await self.pool.ready()
                 self._write(connection, self._queue.popleft())
         except CacheError as error:
-            # All of them: each would wait as long for the same answer.
+            # Fail the whole queue: each batch would wait as long for the same error.
             waiting = [trip for trips in self._queue for trip in trips]
             self._queue.clear()
-            self._pump = None  # What the failures lead to may need another.
+            self._pump = None  # The callbacks may queue commands and need a new task.
             self._failed(waiting, error, False)
         finally:
             if self._pump is asyncio.current_task():
@@ -193,7 +197,7 @@ class ClusterNode:
             now = connection.now()
             at = -1
             for trip in trips:
-                at += 1 + trip.asking  # The reply to `ASKING` says nothing.
+                at += 1 + trip.asking  # Skip the reply to `ASKING`.
                 self._arrived(self, trip, replies[at], now)
 
         for trip in trips:
@@ -202,7 +206,7 @@ class ClusterNode:
 
 
 class Topology:
-    """Which servers there are, and which slots each has. `changed` gets the slots that have another owner now."""
+    """Servers of a cluster and the slots of each. `changed` is called with the slots that have a new owner."""
 
     def __init__(
         self,
@@ -226,27 +230,30 @@ class Topology:
         return f"<Topology {self.map!r}, {len(self._nodes)} known>"
 
     def node(self, place: Endpoint) -> ClusterNode:
-        """The server at a place."""
+        """Return the server at an endpoint."""
         if place not in self._nodes:
             self._nodes[place] = self._make_node(place)
         return self._nodes[place]
 
     def node_of(self, slot: int) -> ClusterNode | None:
-        """The server that has a slot, if one has."""
+        """Return the server that owns a slot, if one is known."""
         try:
             return self.node(self.map.place(slot))
         except CacheConnectionError:
             return None
 
     async def learn(self) -> None:
-        """Ask for the map. Raises `CacheConnectionError` when no server of the cluster can be reached, and
-        `CacheConfigurationError` when those that can will not have us."""
+        """Update the map of slots.
+
+        Raises `CacheConnectionError` if no server of the cluster can be reached, and `CacheConfigurationError` if the
+        reachable servers reject the connection.
+        """
         if self._closed and self._learning is None:
             raise closed()
         await asyncio.shield(self._begin_to_learn())
 
     def learn_soon(self) -> None:
-        """Ask for the map beside everything else, if that is not under way or only just over."""
+        """Update the map in the background, unless an update is running or has just finished."""
         if not self._closed and self._connector.clock.monotonic() - self._learned_at >= LEARN_INTERVAL:
             self._begin_to_learn()
 
@@ -260,10 +267,10 @@ class Topology:
         self._learning = None
         self._learned_at = self._connector.clock.monotonic()
         if not task.cancelled():
-            task.exception()  # Its waiters got it, if it had any.
+            task.exception()  # Mark the error as retrieved. Waiters, if any, received it.
 
     async def close(self) -> None:
-        """Finish what is under way, then close; cancelled, break it off."""
+        """Wait for pending commands, then close. If cancelled, abort them and close."""
         self._closed = True
         if self._learning is not None:
             self._learning.cancel()
@@ -271,7 +278,7 @@ class Topology:
             await node.close()
 
     def drop(self) -> None:
-        """Give everything up."""
+        """Abort pending commands and close every server."""
         self._closed = True
         for task in (self._learning, *self._leaving):
             if task is not None:
@@ -300,16 +307,16 @@ class Topology:
             if isinstance(permanent, CacheConfigurationError):
                 raise permanent
         reasons = "; ".join(error.detail for error in errors)
-        raise CacheConnectionError(f"no server of the cluster says who has which slots: {reasons}", BACKEND)
+        raise CacheConnectionError(f"no server of the cluster returned the map of slots: {reasons}", BACKEND)
 
     async def _ask(self, place: Endpoint) -> dict[int, Endpoint]:
-        """The owners of all slots, by one server."""
+        """Query one server for the owners of all slots."""
         node = self._nodes.get(place)
         try:
             async with asyncio.timeout(self._connector.timeout):
                 connection = await (self._connector.connect(place) if node is None else node.pool.connect())
                 try:
-                    # Beyond the window, if need be: a server that is busy is asked all the same.
+                    # Ignores the window, so that a busy server is asked too.
                     (reply,) = await connection.ask(pack("CLUSTER", "SLOTS"))
                 finally:
                     if node is None:
@@ -318,11 +325,11 @@ class Topology:
             raise unreachable(error, str(place), self._connector.timeout) from None
         if isinstance(reply, hiredis.ReplyError):
             if "cluster support disabled" in str(reply):
-                raise CacheConfigurationError(f"redis: {place} is in no cluster: its URL begins with redis://")
+                raise CacheConfigurationError(f"redis: {place} is not part of a cluster; use a redis:// URL")
             raise translate(reply)
         owners = read_slots(reply, place)
         if not owners:
-            raise CacheConnectionError(f"{place} knows of no server that has slots", BACKEND)
+            raise CacheConnectionError(f"{place} knows no server that owns slots", BACKEND)
         return owners
 
     def _take_in(self, owners: dict[int, Endpoint]) -> None:
