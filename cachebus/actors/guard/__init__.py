@@ -1,1 +1,1 @@
-"""Protection of a backend: timeouts, retries, circuit breaker and concurrency limit."""
+"""Protection of a backend: adaptive timeouts, retries, a circuit breaker and a concurrency limit."""

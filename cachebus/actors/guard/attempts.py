@@ -1,4 +1,4 @@
-"""Attempts of a guard at batches: how many at a time, how long to wait for each, and how often to repeat it."""
+"""Attempts of a guard: the concurrency limit, the adaptive timeout and the retries of batches."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ if TYPE_CHECKING:
 Batch = Sequence[Request[Any]]
 Replies = Sequence[Reply]
 
-PUNCTUAL = 0.03  # Seconds by which a timer may fire late without saying anything about the event loop.
-# The duration of these grows with the number of keys stored. They have the longest timeout, and say nothing of others.
+PUNCTUAL = 0.03  # Seconds by which a timer may be late before the event loop counts as stalled.
+# Their duration grows with the number of stored keys. They get the longest timeout and do not affect the adaptive one.
 SLOW_REQUESTS = frozenset[type[Request[Any]]]({Clear, DeletePattern})
-# These have an adaptive timeout of their own.
+# Lock requests have a separate adaptive timeout.
 LOCK_REQUESTS = frozenset(kind for name, kind in WIRE_NAMES.items() if name.startswith("lock."))
-SLOWEST_KEY = 100e-6  # Seconds that a backend may take for each key of a request about many.
-# Of the timeout, each time that it strikes. From 0.1 s on, a backend that suddenly takes 0.3 s is heard before five failures
-# open its circuit. One that does not answer has opened it after 1.3 s; doubling would take 3.1 s.
+SLOWEST_KEY = 100e-6  # Seconds that a backend may take for each key of a request with many keys.
+# Growth of the timeout each time that it expires. Starting from 0.1 s, a backend that suddenly takes 0.3 s gets a reply in
+# before five failures open its circuit. A backend that does not reply opens it after 1.3 s; doubling would take 3.1 s.
 GROWTH = 1.5
-FACTOR = 3.0
+FACTOR = 3.0  # Ratio of the adaptive timeout to the 95th percentile.
 
-RESERVE = 10.0  # Repetitions that a budget begins with.
-MOST = 100.0  # Repetitions that a budget can grow to.
+RESERVE = 10.0  # Initial retry budget.
+MOST = 100.0  # Maximum retry budget.
 _NEVER = float("inf")
 
 
 class AdaptiveTimeout:
-    """A timeout that follows the 95th percentile of the last `timeout_window` durations. All times are seconds.
+    """Timeout that follows the 95th percentile of the last `timeout_window` durations. All times are in seconds.
 
-    It is `FACTOR` times the percentile, within the bounds of the policy, and `timeout_initial` at first. A timeout that
-    strikes makes it half as long again until an answer comes that did not need the addition (after Karn and
-    Partridge, SIGCOMM 1987). Without that, the answers of a backend that has become slow would never be seen.
+    It starts at `timeout_initial` and is then `FACTOR` times the percentile, within the bounds of the policy. Each time it
+    expires, it grows by half, until a reply arrives that did not need the longer timeout (after Karn and Partridge,
+    SIGCOMM 1987). Otherwise the replies of a backend that has become slow would never be measured.
     """
 
     def __init__(self, policy: GuardPolicy) -> None:
@@ -72,15 +72,15 @@ class AdaptiveTimeout:
 
     @property
     def p95(self) -> float:
-        """The duration that 95 of 100 calls do not exceed; 0 before the first."""
+        """95th percentile of the recent durations; 0 before the first."""
         ordered = self._sorted
         return ordered[-(-len(ordered) * 19 // 20) - 1] if ordered else 0.0
 
     def answered(self, duration: float) -> None:
-        """Note how long an answer took."""
+        """Record the duration of a successful attempt."""
         if self._penalty > 1.0 and duration <= self._base:
             self._penalty = 1.0
-        # Kept in order: two binary searches and two short moves of memory, 1 us for a window of 1000.
+        # A sorted list costs two binary searches and two short memory moves: 1 us for a window of 1000.
         recent, ordered = self._recent, self._sorted
         if len(recent) == recent.maxlen:
             del ordered[bisect_left(ordered, recent[0])]
@@ -91,9 +91,11 @@ class AdaptiveTimeout:
         self.current = min(self._highest, self._base * self._penalty)
 
     def struck(self, started: float, now: float) -> bool:
-        """Note that a call that began at `started` has no answer `now`, and return whether that is news. Calls that
-        were under way together when the first of them was given up count once. The wait does not enter the window:
-        there an outage would become the usual duration."""
+        """Record that an attempt begun at `started` has timed out `now`. Return `False` if this timeout does not count.
+
+        Attempts that were in flight when an earlier one timed out do not count again. The wait does not enter the
+        window, because an outage would then become the usual duration.
+        """
         if started < self._struck_at:
             return False
         self._struck_at = now
@@ -104,27 +106,30 @@ class AdaptiveTimeout:
 
 
 class ConcurrencyLimiter:
-    """At most `limit` batches under way, of which `taken` are, and a bounded queue of callers before it. Belongs to one loop."""
+    """Limit on concurrent batches, with a bounded queue of waiting callers. Belongs to one event loop.
+
+    `taken` of `limit` permits are in use. At most `queue` callers wait for a permit.
+    """
 
     def __init__(self, limit: int, queue: int, address: str) -> None:
         self.taken = 0
         self.limit = limit
-        self._most = queue
+        self._max_queue = queue
         self._address = address
         self.queue: deque[ReplyPort] = deque()
         self._granted: set[ReplyPort] = set()
 
     def __repr__(self) -> str:
-        return f"<ConcurrencyLimiter {self.taken}/{self.limit} taken, {len(self.queue)}/{self._most} waiting>"
+        return f"<ConcurrencyLimiter {self.taken}/{self.limit} taken, {len(self.queue)}/{self._max_queue} waiting>"
 
     async def acquire(self) -> None:
-        """Take a place, waiting for it. Raises `Overloaded` if too many wait already, and the error of `refuse_all`."""
+        """Wait for a permit and take it. Raises `Overloaded` if the queue is full, or the error passed to `refuse_all`."""
         if self.taken < self.limit:
             self.taken += 1
             return
-        if len(self.queue) >= self._most:
-            detail = f"{self.taken} batches ask {self._address} and {len(self.queue)} wait"
-            raise Overloaded(detail, self._address, self._most)
+        if len(self.queue) >= self._max_queue:
+            detail = f"{self._address} has {self.taken} batches in flight and {len(self.queue)} waiting"
+            raise Overloaded(detail, self._address, self._max_queue)
         port = open_port()
         self.queue.append(port)
         try:
@@ -132,7 +137,7 @@ class ConcurrencyLimiter:
         except BaseException:
             if port in self._granted:
                 self._granted.remove(port)
-                self.release()  # The place was ours already, and we do not take it.
+                self.release()  # The permit was granted just before the cancellation.
             elif port in self.queue:
                 self.queue.remove(port)
             raise
@@ -141,7 +146,7 @@ class ConcurrencyLimiter:
         self._granted.discard(port)
 
     def release(self) -> None:
-        """Give the place to the caller that has waited longest."""
+        """Release a permit. The caller that has waited longest gets it."""
         if self.queue:
             port = self.queue.popleft()
             self._granted.add(port)
@@ -150,7 +155,7 @@ class ConcurrencyLimiter:
             self.taken -= 1
 
     def refuse_all(self, refusal: Callable[[], CacheError]) -> int:
-        """Refuse every caller in the queue, each with an error of its own. Returns their number."""
+        """Refuse every caller in the queue, each with a new error. Return the number of callers."""
         refused = len(self.queue)
         while self.queue:
             self.queue.popleft().answer(refusal())
@@ -158,11 +163,11 @@ class ConcurrencyLimiter:
 
 
 class Attempt(Struct, eq=False):
-    """A batch that was handed to the store.
+    """Batch that was handed to the store.
 
-    `then` takes its replies, and `callers` knows until when they are worth waiting for. `scope` breaks off the sending,
-    while that is awaited. `extended`: the attempt had more time than the adaptive timeout, so its end says nothing about the
-    backend's health. `short` is false for slow requests; where it matters, those have batches of their own.
+    `then` is called with its replies. `callers` holds the deadlines of its callers. `scope` cancels the sending while that
+    is awaited. `extended` means that the attempt had more time than the adaptive timeout, so a timeout does not count
+    against the backend. `short` is false for slow requests, which always have separate batches.
     """
 
     requests: Batch
@@ -181,11 +186,14 @@ class Attempt(Struct, eq=False):
 
 
 class Attempts:
-    """The attempts under way. A guard enters them in `outstanding`, and arms the timer for one that is due before
-    `armed_for`. `overdue` is called with each whose time is up; it must call `take`.
+    """Attempts in flight, and the timer of their timeouts.
 
-    All share one timer, which is armed again only for an attempt that is due earlier, so a batch costs one comparison.
-    `longest` bounds the extension of an attempt, in seconds. `short` counts the attempts without slow requests.
+    A guard adds each attempt to `outstanding` and calls `arm` if the attempt is due before `armed_for`. `overdue` is called
+    with each attempt that has timed out; it must call `take`. `longest` bounds the extension of a timeout, in seconds.
+    `short` is the number of attempts without slow requests.
+
+    All attempts share one timer. It is armed again only for an attempt that is due earlier, so a batch costs one
+    comparison.
     """
 
     def __init__(self, ctx: Context, longest: float, overdue: Callable[[Attempt, float], None]) -> None:
@@ -199,14 +207,14 @@ class Attempts:
         self._timer: Timer | None = None
 
     def take(self, attempt: Attempt) -> bool:
-        """Take an attempt out. `False` if that was done before."""
+        """Remove an attempt. Return `False` if it was removed before."""
         if self.outstanding.pop(attempt, attempt) is not None:
             return False
         self.short -= attempt.short
         return True
 
     def arm(self, due: float) -> None:
-        """Look at the attempts again when it is `due`."""
+        """Arm the timer for the instant `due` of the monotonic clock."""
         if self._timer is not None:
             self._timer.cancel()
         self.armed_for = due
@@ -214,14 +222,14 @@ class Attempts:
 
     def _check(self) -> None:
         now = self._now()
-        # If the timer is late, this loop stood still. Answers that arrived meanwhile are no failures: they are read first.
+        # A late timer means that the event loop was stalled. Replies that arrived meanwhile must be read before the timeouts.
         if (stall := now - self.armed_for) > PUNCTUAL:
             for attempt in self.outstanding:
                 attempt.due += stall + PUNCTUAL
         self._timer = None
         self.armed_for = _NEVER
         for attempt in [each for each in self.outstanding if each.due <= now]:
-            # Only now, because nearly every batch is answered long before.
+            # Computed only here, because nearly every batch is answered long before.
             self._extend(attempt, now)
             if attempt.due <= now:
                 self._overdue(attempt, now)
@@ -230,7 +238,7 @@ class Attempts:
             self.arm(next_due)
 
     def _extend(self, attempt: Attempt, now: float) -> None:
-        """Give an attempt more time for its size, and while bytes still move; but none after its callers have gone."""
+        """Extend the timeout of a large attempt, or of one whose bytes still move, up to the last deadline of its callers."""
         due = attempt.due
         if not attempt.extended:
             due += timeout_extension(attempt.requests, self._longest)
@@ -246,7 +254,7 @@ class Attempts:
 
 
 def timeout_extension(requests: Batch, longest: float) -> float:
-    """Seconds that a batch may take longer than others, for its bytes and keys; `longest` for slow requests."""
+    """Return the extra seconds that a batch may take for its bytes and keys; `longest` for slow requests."""
     if not SLOW_REQUESTS.isdisjoint(map(type, requests)):
         return longest
     keys = size = 0
@@ -262,32 +270,40 @@ def timeout_extension(requests: Batch, longest: float) -> float:
 
 
 class Retries:
-    """The repetitions of one guard, of which there were `count`. `batches` returns the number of batches so far. Each
-    batch earns `policy.budget` of a repetition, up to `MOST`. The initial `RESERVE` lets a quiet cache repeat as
-    well. So a backend in trouble never has twice its load (after Finagle's RetryBudget, Twitter, 2016)."""
+    """Retries of one guard, limited by a budget (after Finagle's RetryBudget, Twitter, 2016).
+
+    Each batch adds `policy.budget` retries to the budget, up to `MOST`, so retries never double the load of a backend in
+    trouble. The initial `RESERVE` lets a cache with few requests retry too. `batches` returns the number of batches so
+    far. `count` is the number of retries made.
+    """
 
     def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random, batches: Callable[[], int]) -> None:
-        import_module("tenacity")  # Late, for processes without a remote store; but not in `run`, where it would block.
+        import_module(
+            "tenacity"
+        )  # Not at module level, for processes without a remote store; not in `run`, where it would block.
         self.count = 0
         self._policy = policy
         self._clock = ctx.clock
         self._chance = chance
         self._batches = batches
-        self._left = RESERVE
+        self._budget = RESERVE
         self._seen = 0
 
     def __repr__(self) -> str:
-        return f"<Retries {self._left:.3g}/{MOST:g} left, {self.count} made>"
+        return f"<Retries {self._budget:.3g}/{MOST:g} left, {self.count} made>"
 
     def worthwhile(self, batch: Batch, replies: Replies) -> bool:
-        """Whether to repeat some requests of a batch."""
+        """Return `True` if some requests of a batch should be retried."""
         return self._policy.attempts > 1 and bool(_repeatable(batch, replies)) and self._allowed()
 
     async def run(
         self, again: Callable[[Batch], Awaitable[Replies]], batch: Batch, replies: Replies, deadline: float | None
     ) -> Replies:
-        """Repeat what may be repeated, and return the replies. `again` makes an attempt with a part of the batch. No
-        pause ends after `deadline`, on the monotonic clock. If an attempt raises, the replies before it count."""
+        """Retry the failed requests that may be retried, and return the replies of the whole batch.
+
+        `again` makes an attempt with a part of the batch. No pause ends after `deadline`, on the monotonic clock. If a
+        retry raises, the replies of the previous attempts are returned.
+        """
         from tenacity import AsyncRetrying, retry_if_result
 
         result, clock, policy = list(replies), self._clock, self._policy
@@ -296,12 +312,12 @@ class Retries:
             places = _repeatable(batch, result)
             if not self._allowed():
                 return False
-            self._left -= 1
+            self._budget -= 1
             self.count += 1
             try:
                 answers = await again([batch[place] for place in places])
             except CacheError:
-                return False  # The circuit has opened, or there is no room: the replies so far say more.
+                return False  # The circuit opened, or the queue is full. The replies so far are more specific.
             for place, reply in zip(places, answers, strict=True):
                 result[place] = reply
             return bool(_repeatable(batch, result))
@@ -329,20 +345,20 @@ class Retries:
         return result
 
     def _allowed(self) -> bool:
-        # Earned only here, so that a batch without failures costs nothing.
+        # The budget is updated only here, so that a batch without failures costs nothing.
         batches = self._batches()
-        self._left = min(MOST, self._left + self._policy.budget * (batches - self._seen))
+        self._budget = min(MOST, self._budget + self._policy.budget * (batches - self._seen))
         self._seen = batches
-        return self._left >= 1
+        return self._budget >= 1
 
-    def _pause(self, repetition: int) -> float:
-        """Seconds to wait before the n-th repetition."""
+    def _pause(self, retry: int) -> float:
+        """Return the seconds to wait before the n-th retry."""
         policy = self._policy
-        return self._chance.uniform(0.0, min(policy.backoff_max, policy.backoff * 2.0 ** (repetition - 1)))
+        return self._chance.uniform(0.0, min(policy.backoff_max, policy.backoff * 2.0 ** (retry - 1)))
 
 
 def _repeatable(batch: Batch, replies: Replies) -> list[int]:
-    """The places of failed requests that may be done twice, and that another attempt may help."""
+    """Return the indexes of the failed requests that are idempotent and failed with a transient error."""
     return [
         place
         for place, reply in enumerate(replies)

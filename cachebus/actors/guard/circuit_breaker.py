@@ -1,4 +1,4 @@
-"""The circuit breaker: a backend that fails again and again is left alone for a while (Nygard, Release It!, 2007)."""
+"""Circuit breaker: stops sending requests to a backend that keeps failing (Nygard, Release It!, 2007)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from cachebus.messages import (
 
 
 class CircuitState(StrEnum):
-    """`CLOSED`: everything passes. `OPEN`: nothing does. `HALF_OPEN`: a few may try whether it works again."""
+    """State of a circuit.
+
+    `CLOSED`: all calls pass. `OPEN`: all calls are refused. `HALF_OPEN`: a few probes pass, to test whether the backend
+    has recovered.
+    """
 
     CLOSED = "closed"
     OPEN = "open"
@@ -28,11 +32,11 @@ class CircuitState(StrEnum):
 
 
 class BreakerPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """When a circuit opens and closes.
+    """Options of a circuit breaker.
 
-    `failure_threshold` failures in a row open it. After `recovery` seconds at most `half_open_max` probes at a time are
-    let through; `success_threshold` of them that succeed close it, and one that fails opens it again. One that
-    is not `enabled` stays closed.
+    `failure_threshold` consecutive failures open the circuit. After `recovery` seconds, up to `half_open_max` probes at a
+    time may pass. `success_threshold` successful probes close the circuit; one failed probe opens it again. If `enabled`
+    is false, the circuit stays closed.
     """
 
     enabled: bool = True
@@ -46,15 +50,18 @@ class BreakerPolicy(msgspec.Struct, frozen=True, kw_only=True):
             if getattr(self, option) < 1:
                 raise CacheConfigurationError(f"{option}: expected at least 1, not {getattr(self, option)!r}")
         if not 0 < self.recovery < float("inf"):
-            raise CacheConfigurationError(f"recovery: expected a number of seconds over 0, not {self.recovery!r}")
+            raise CacheConfigurationError(
+                f"recovery: expected a number of seconds greater than 0, not {self.recovery!r}"
+            )
 
 
 class CircuitBreaker:
-    """The state of one circuit. Not safe for use from several threads: its actor's loop makes it so.
+    """Circuit breaker of one backend. Not thread-safe: use it on the event loop of its actor.
 
-    `admit` gives a ticket, and every ticket is given back once, to `succeeded`, `failed` or `abandoned`. A ticket of an
-    earlier `period` changes nothing: a straggler from before an outage neither closes the circuit nor prolongs the outage.
-    An open circuit is half open only once a call tries it. `changed` is called at every transition, with the new `state`.
+    `admit` returns a ticket. Return each ticket exactly once, to `succeeded`, `failed` or `abandoned`. A ticket from an
+    earlier `period` has no effect, so a late result from before an outage neither closes the circuit nor prolongs the
+    outage. An open circuit becomes half open when the first call arrives after the recovery time. `changed` is called
+    with the new state at each transition.
     """
 
     def __init__(
@@ -76,17 +83,17 @@ class CircuitBreaker:
 
     @property
     def retry_after(self) -> float:
-        """Seconds until an open circuit lets a probe through; 0 if something may pass now."""
+        """Seconds until an open circuit lets a probe pass; 0 if a call may pass now."""
         if self.state is not CircuitState.OPEN:
             return 0.0
         now = self._clock.monotonic()
         if now < self._opened_at:
-            # A clock that went back, as after a suspended machine's restore, must not keep the circuit open for ever.
+            # If the clock went back, for example after a suspended machine was restored, the circuit must still close.
             self._opened_at = now
         return max(0.0, self._opened_at + self._policy.recovery - now)
 
     def admit(self) -> int:
-        """The ticket of a call that may pass. Raises `CircuitOpen`."""
+        """Return the ticket of a call that may pass. Raises `CircuitOpen` if it may not."""
         if self.state is not CircuitState.CLOSED:
             if (refusal := self.refusal()) is not None:
                 raise refusal
@@ -96,15 +103,17 @@ class CircuitBreaker:
         return self.period
 
     def refusal(self) -> CircuitOpen | None:
-        """Why a call may not pass now; `None` if it may. Changes nothing."""
+        """Return the error for a call that may not pass now, or `None` if it may. Does not change the state."""
         if (wait := self.retry_after) > 0:
             return CircuitOpen(address=self._address, retry_after=wait)
         if self.state is CircuitState.HALF_OPEN and self._probes >= self._policy.half_open_max:
-            return CircuitOpen(f"circuit of {self._address} is half open, and its probes are under way", self._address)
+            return CircuitOpen(
+                f"the circuit of {self._address} is half open and its probes are in flight", self._address
+            )
         return None
 
     def succeeded(self, ticket: int) -> None:
-        """Take back the ticket of a call that the backend answered."""
+        """Record a success and take the ticket back."""
         if ticket != self.period:
             return
         self.failures = 0
@@ -115,7 +124,7 @@ class CircuitBreaker:
                 self._enter(CircuitState.CLOSED)
 
     def failed(self, ticket: int) -> None:
-        """Take back the ticket of a call that the backend failed."""
+        """Record a failure and take the ticket back."""
         if ticket != self.period:
             return
         self.failures += 1
@@ -126,7 +135,7 @@ class CircuitBreaker:
             self._enter(CircuitState.OPEN)
 
     def abandoned(self, ticket: int) -> None:
-        """Take back the ticket of a call without an outcome, such as a cancelled one."""
+        """Take back the ticket of a call without an outcome, such as a cancelled call."""
         if ticket == self.period and self.state is CircuitState.HALF_OPEN:
             self._probes -= 1
 
@@ -140,7 +149,7 @@ class CircuitBreaker:
 
 
 class Outcome(Enum):
-    """What a batch of which something failed says about its backend; `IGNORED` is nothing."""
+    """Outcome of a batch for the circuit breaker. `IGNORED` outcomes count neither as a success nor as a failure."""
 
     SUCCESS = auto()
     FAILURE = auto()
@@ -148,14 +157,16 @@ class Outcome(Enum):
 
 
 def outcome_of(replies: Sequence[Reply], excluded: tuple[type[CacheError], ...]) -> tuple[Outcome, str | None]:
-    """The outcome of a batch, and why the backend cannot be reached, if that is so. A batch has failed if nothing of it
-    was done, and for a reason that may pass. Errors of `excluded` classes count neither way. Neither does a refusal,
-    such as that of a password: the backend has not looked at the request."""
+    """Return the outcome of a batch, and the reason if the backend cannot be reached (else `None`).
+
+    A batch has failed if all of its requests failed, at least one of them with a transient error. Errors of `excluded`
+    classes are ignored. So are refusals, such as a wrong password, because the backend did not process the request.
+    """
     failures = [(error_class(each.code), each.detail) for each in replies if isinstance(each, Failed)]
-    counting = [(kind, detail) for kind, detail in failures if kind.transient and not issubclass(kind, excluded)]
-    lost = next((detail for kind, detail in counting if issubclass(kind, CacheConnectionError)), None)
+    counted = [(kind, detail) for kind, detail in failures if kind.transient and not issubclass(kind, excluded)]
+    lost = next((detail for kind, detail in counted if issubclass(kind, CacheConnectionError)), None)
     if len(failures) == len(replies):
-        if counting:
+        if counted:
             return Outcome.FAILURE, lost
         refusals = ("configuration", "closed")
         if all(kind.transient or issubclass(kind, excluded) or kind.code in refusals for kind, _ in failures):

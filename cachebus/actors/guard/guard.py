@@ -1,7 +1,7 @@
-"""The guard between a backend's actor and its store, which keeps trouble from spreading.
+"""Guard between a backend actor and its store.
 
-It repeats what may be repeated, leaves a failing backend alone, gives up on what takes far longer than usual, and limits
-how many batches are under way at a time. Nothing else in cachebus does any of this.
+The guard retries idempotent requests, opens the circuit of a failing backend, times out batches that take far longer than
+usual, and limits the number of batches in flight. No other part of cachebus does any of this.
 """
 
 from __future__ import annotations
@@ -46,24 +46,27 @@ _CLOSED = CircuitState.CLOSED
 
 
 class AwaitedStore:
-    """Adapts a store that only has `execute` to `try_submit` and `submit`."""
+    """Adapter that gives `try_submit` and `submit` to a store that only has `execute`."""
 
     def __init__(self, store: BatchStore) -> None:
         self._store = store
 
     def try_submit(self, batch: Batch, on_replies: OnReplies) -> Progress | None:
-        """Do nothing: the store has to be waited for."""
+        """Return `None`, because `execute` must be awaited."""
         return None
 
     async def submit(self, batch: Batch, on_replies: OnReplies) -> Progress:
-        """As `PipelinedStore.submit`, and wait for the replies."""
+        """Execute the batch, and wait for its replies."""
         on_replies(await self._store.execute(batch))
         return NO_PROGRESS
 
 
 class LazyStore:
-    """Opens a store before it hands the first batch on. The batch gets the error of opening, so that the guard judges
-    it like any other failure. `opened` is called once the store is open; from then on the store itself may be asked."""
+    """Store that is opened by its first batch.
+
+    If opening fails, the batch gets the error, so the guard counts it like any other failure. `opened` is called once the
+    store is open; from then on the caller may use the store directly.
+    """
 
     def __init__(self, store: BatchStore, opened: Callable[[], None]) -> None:
         self._store = store
@@ -81,7 +84,7 @@ class LazyStore:
         return await self._store.execute(batch)
 
     def try_submit(self, batch: Batch, on_replies: OnReplies) -> Progress | None:
-        """Do nothing: opening has to be waited for."""
+        """Return `None`, because opening must be awaited."""
         return None
 
     async def submit(self, batch: Batch, on_replies: OnReplies) -> Progress:
@@ -97,7 +100,7 @@ class LazyStore:
 
 
 def as_pipelined(store: BatchStore) -> PipelinedStore | AwaitedStore:
-    """The store itself if it can have several batches under way, else an adapter."""
+    """Return the store itself if it can have several batches in flight, else an adapter for it."""
     return store if isinstance(store, PipelinedStore) else AwaitedStore(store)
 
 
@@ -105,12 +108,11 @@ _Store = PipelinedStore | AwaitedStore | LazyStore
 
 
 class Guard:
-    """Stands before one batch store. Belongs to the event loop of its actor.
+    """Guard of one batch store. Belongs to the event loop of its actor.
 
-    `execute` returns the replies. `try_submit` and `submit` hand them to a function, once, when everything that is worth
-    repeating was repeated. A batch that the guard refuses raises `CircuitOpen` or `Overloaded`; an error of the store
-    becomes a `Failed` for each request. `on_free` is called whenever an attempt has ended. When `closed`, nothing is
-    repeated.
+    `execute` returns the replies. `try_submit` and `submit` pass them to a function, exactly once, after the last retry. A
+    batch that the guard refuses raises `CircuitOpen` or `Overloaded`. An error of the store becomes a `Failed` for each
+    request. `on_free` is called whenever an attempt ends. After `closed` is set, no requests are retried.
     """
 
     def __init__(self, policy: GuardPolicy, ctx: Context, store: str, *, seed: int | None = None) -> None:
@@ -135,7 +137,7 @@ class Guard:
         return f"<Guard of {self._ctx.address}, {self.breaker.state}, {self._limiter!r}>"
 
     def statistics(self) -> GuardStatistics:
-        """The counters of the guard, and its present state."""
+        """Return the counters of the guard and its current state."""
         is_open = self.breaker.state is CircuitState.OPEN
         return GuardStatistics(
             state=self.breaker.state.value,
@@ -154,19 +156,19 @@ class Guard:
         )
 
     def connected(self) -> None:
-        """Note that the store can be reached."""
+        """Record that the store can be reached. Emits `BackendConnected` if that changed."""
         if not self._connected:
             self._connected = True
             self._ctx.emit(BackendConnected, store=self._store)
 
     def disconnected(self, reason: str) -> None:
-        """Note that the store cannot be reached."""
+        """Record that the store cannot be reached. Emits `BackendDisconnected` if that changed."""
         if self._connected is not False:
             self._connected = False
             self._ctx.emit(BackendDisconnected, store=self._store, reason=reason)
 
     def fail_all(self, failed: Failed) -> None:
-        """Answer everything that is under way with `failed`: the actor has crashed or was stopped."""
+        """Answer all requests in flight with `failed`, after the actor crashed or was stopped."""
         self.closed = True
         for attempt in tuple(self.attempts.outstanding):
             if self.attempts.take(attempt):
@@ -175,7 +177,7 @@ class Guard:
                 attempt.then([failed] * len(attempt.requests))
 
     def try_submit(self, store: _Store, requests: Batch, then: OnReplies, callers: SlotBatch | None = None) -> bool:
-        """Send a batch, if nothing has to be waited for; else `False`. Raises `CircuitOpen`."""
+        """Send a batch without waiting. Return `False` if it would have to wait. Raises `CircuitOpen`."""
         limiter = self._limiter
         if limiter.taken >= limiter.limit:
             return False
@@ -198,10 +200,10 @@ class Guard:
     async def submit(
         self, store: _Store, batch: Batch, then: OnReplies, callers: SlotBatch | None = None, *, may_repeat: bool = True
     ) -> None:
-        """Send a batch, waiting for a place and for the store. Raises `CircuitOpen` and `Overloaded`."""
+        """Send a batch, waiting for the limiter and the store. Raises `CircuitOpen` and `Overloaded`."""
         limiter = self._limiter
         try:
-            # Behind an open circuit there is nothing to wait for: with a place the call would be refused.
+            # Waiting is useless if the circuit is open: the batch would be refused afterwards.
             if limiter.taken >= limiter.limit and (refusal := self.breaker.refusal()) is not None:
                 raise refusal
             await limiter.acquire()
@@ -224,11 +226,11 @@ class Guard:
         finally:
             attempt.scope = None
         if scope.cancel_called:
-            # Given up while it was being sent. If it was sent after all, its replies are dropped.
-            self._end(attempt, self._too_late(attempt))
+            # The attempt timed out while it was being sent. If it was sent after all, its replies are dropped.
+            self._end(attempt, self._timeout_replies(attempt))
 
     async def execute(self, store: BatchStore, batch: Batch, deadline: float | None) -> Replies:
-        """Carry out a batch, and repeat requests that failed if that may help. `deadline` is on the monotonic clock."""
+        """Execute a batch and return its replies, after retries. `deadline` is on the monotonic clock."""
         again = partial(self._ask, AwaitedStore(store), SlotBatch(None, deadline=deadline))
         replies = await again(batch)
         if self._worth_repeating(batch, replies):
@@ -236,7 +238,7 @@ class Guard:
         return replies
 
     def _begin(self, requests: Batch, store: Any, then: OnReplies, callers: SlotBatch | None) -> Attempt:
-        """Make an attempt, for which a place was taken. Raises `CircuitOpen`."""
+        """Begin an attempt for which a permit was taken. Raises `CircuitOpen`."""
         try:
             breaker = self.breaker
             ticket = breaker.period if breaker.state is _CLOSED else breaker.admit()
@@ -257,7 +259,7 @@ class Guard:
         return attempt
 
     def _settle(self, attempt: Attempt, replies: Replies) -> None:
-        """Take the replies of an attempt, unless it was given up before they came."""
+        """Handle the replies of an attempt, unless it has ended before."""
         attempts = self.attempts
         if attempts.outstanding.pop(attempt, attempt) is not None:
             return
@@ -278,7 +280,7 @@ class Guard:
                 if not self._connected:
                     self.connected()
         except BaseException as error:
-            interruption = error  # In any case the batch is answered, and its place is free.
+            interruption = error  # The batch must be answered and its permit released in any case.
         limiter = self._limiter
         if limiter.queue:
             limiter.release()
@@ -290,12 +292,12 @@ class Guard:
             try:
                 attempt.then(replies)
             finally:
-                self.on_free()  # Last: callers that ask again at once join the batch that waited for this one.
+                self.on_free()  # Last, so that callers that send another request at once join the waiting batch.
         if interruption is not None:
             raise interruption
 
     def _end(self, attempt: Attempt, replies: Replies) -> None:
-        """Hand on replies of which some are failures, after repeating what is worth it."""
+        """Deliver replies that include failures, after retries."""
         try:
             if attempt.may_repeat and self._worth_repeating(attempt.requests, replies):
                 self._ctx.start_soon(partial(self._go_on, attempt, replies))
@@ -323,7 +325,7 @@ class Guard:
         return not self.closed and self._retries.worthwhile(batch, replies)
 
     def _judge(self, attempt: Attempt, replies: Replies) -> bool:
-        """Judge replies of which some are failures. `False` if they are a success to the circuit breaker."""
+        """Record the outcome of replies that include failures. Return `False` if it is a success for the breaker."""
         outcome, lost = outcome_of(replies, self.policy.excluded)
         if lost is not None:
             self.disconnected(lost)
@@ -346,10 +348,10 @@ class Guard:
 
     def _give_up(self, attempt: Attempt, now: float) -> None:
         self.attempts.take(attempt)
-        # A timeout strikes many batches together. Counted one by one, they would open the circuit of a server that is only
-        # slower than before, and the timeout could not follow it.
-        news = not attempt.extended and attempt.timeout.struck(attempt.started, now)
-        if not news or issubclass(CacheTimeoutError, self.policy.excluded):
+        # A timeout often affects many batches together. Counted one by one, they would open the circuit of a server that
+        # is only slower than before, and the timeout could not adapt to it.
+        counts = not attempt.extended and attempt.timeout.struck(attempt.started, now)
+        if not counts or issubclass(CacheTimeoutError, self.policy.excluded):
             self.breaker.abandoned(attempt.ticket)
         else:
             self._failed(attempt)
@@ -358,17 +360,17 @@ class Guard:
             attempt.scope.cancel()
             self.on_free()
         else:
-            self._end(attempt, self._too_late(attempt))
+            self._end(attempt, self._timeout_replies(attempt))
 
-    def _too_late(self, attempt: Attempt) -> Replies:
-        detail, address, waited = f"{self._store} gave no answer", self._ctx.address, self._now() - attempt.started
+    def _timeout_replies(self, attempt: Attempt) -> Replies:
+        detail, address, waited = f"{self._store} did not reply", self._ctx.address, self._now() - attempt.started
         errors = (CacheTimeoutError(detail, address, waited, in_doubt=not each.IDEMPOTENT) for each in attempt.requests)
         return [Failed.of(error) for error in errors]
 
     def _circuit_changed(self, state: CircuitState) -> None:
         address = self._ctx.address
         if state is CircuitState.OPEN:
-            # Refused now, and not one by one as the places before them become free.
+            # Refused at once, rather than one by one as permits become free.
             self._limiter.refuse_all(lambda: self.breaker.refusal() or CircuitOpen(address=address))
             failures, recovery = self.breaker.failures, self.policy.breaker.recovery
             self._ctx.emit(CircuitOpened, address=address, failures=failures, retry_after=recovery)

@@ -1,4 +1,4 @@
-"""The policy of a guard, and its statistics."""
+"""Options and statistics of a guard."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from .circuit_breaker import BreakerPolicy
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a request is attempted, the first attempt included, and after what pauses. Before the n-th repetition
-    there is a pause of a random part ("full jitter": Brooker, AWS Architecture Blog, 2015) of `backoff` * 2^(n-1)
-    seconds, at most `backoff_max`. Each batch allows for `budget` repetitions in all."""
+    """Retry options of a guard.
+
+    `attempts` is the maximum number of attempts, including the first. The pause before the n-th retry is a random part
+    of `backoff` * 2^(n-1) seconds, capped at `backoff_max` ("full jitter": Brooker, AWS Architecture Blog, 2015).
+    `budget` is the number of retries that each batch adds to the retry budget, from 0 to 1.
+    """
 
     attempts: int = 3
     backoff: float = 0.05
@@ -30,11 +33,12 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GuardPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of a guard. Times are seconds.
+    """Options of a guard. Times are in seconds.
 
-    `timeout_min` and `timeout_max` bound the adaptive timeout, `timeout_initial` is the first one, and `timeout_window` is
-    the number of durations that it looks at. `max_concurrent` batches are under way at a time, `max_waiting` more wait.
-    Errors of the classes in `excluded` do not count for the circuit breaker.
+    `timeout_min` and `timeout_max` bound the adaptive timeout, and `timeout_initial` is its first value. `timeout_window`
+    is the number of recent durations from which it is computed. At most `max_concurrent` batches are in flight, and at
+    most `max_waiting` callers wait for one of them to end. The circuit breaker ignores errors of the classes in
+    `excluded`.
     """
 
     breaker: BreakerPolicy = msgspec.field(default_factory=BreakerPolicy)
@@ -52,16 +56,21 @@ class GuardPolicy(msgspec.Struct, frozen=True, kw_only=True):
             bounds = f"{self.timeout_min!r} and {self.timeout_max!r}"
             raise CacheConfigurationError(f"expected 0 < timeout_min <= timeout_max, in seconds, not {bounds}")
         if not 0 < self.timeout_initial < float("inf"):
-            raise CacheConfigurationError(f"timeout_initial: expected seconds over 0, not {self.timeout_initial!r}")
+            raise CacheConfigurationError(
+                f"timeout_initial: expected a number of seconds greater than 0, not {self.timeout_initial!r}"
+            )
         for option, least in (("timeout_window", 1), ("max_concurrent", 1), ("max_waiting", 0)):
             if getattr(self, option) < least:
                 raise CacheConfigurationError(f"{option}: expected at least {least}, not {getattr(self, option)!r}")
 
 
 class GuardStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a guard. It counts batches. `last_failure_time` and `next_attempt` are Unix time. `lock_timeout` and
-    `lock_p95` are of lock operations, the others of all else. `rejected` counts batches that the store was not asked,
-    because the circuit was open or the queue full."""
+    """Statistics of a guard. Counts are of batches; durations are in seconds.
+
+    `last_failure_time` and `next_attempt` are Unix time. `lock_timeout` and `lock_p95` apply to lock operations,
+    `current_timeout` and `p95` to all others. `rejected` counts batches that were not sent because the circuit was open
+    or the queue was full.
+    """
 
     state: str
     failure_count: int

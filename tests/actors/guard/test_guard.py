@@ -374,7 +374,7 @@ async def test_a_call_that_takes_too_long_is_given_up_and_counts_as_a_failure() 
     replies = await stage.while_time_passes(Get("a"), Increment("b"))
     assert failures(replies) == [CacheTimeoutError] * 2
     read, increment = (reply.error() for reply in replies if isinstance(reply, Failed))
-    assert str(read).startswith("backend.main: scripted gave no answer within 0.5")
+    assert str(read).startswith("backend.main: scripted did not reply within 0.5")
     assert not str(read).endswith("not known")
     assert str(increment).endswith("; whether the request was done is not known")
     assert 0.5 <= stage.clock.monotonic() - began <= 0.52
