@@ -1,1 +1,1 @@
-"""The actor of a backend, and the pipeline that sends its batches to a store."""
+"""Backend actor, and the pipeline that sends its batches to a store."""

@@ -1,4 +1,4 @@
-"""The actor in front of a store: it counts, publishes events, and removes what has expired."""
+"""Backend actor: owns a store, keeps its counters, emits its events and removes expired entries."""
 
 from __future__ import annotations
 
@@ -66,15 +66,17 @@ STORE_REQUESTS = tuple(
     for name, kind in WIRE_NAMES.items()
     if name.startswith(("backend.", "lease.", "rate.")) and kind is not WatchLease
 )
-"""The requests that a backend hands to its store."""
+"""Request types that a backend passes to its store."""
 
-SWEEP_BATCH = 1000  # The most expired entries that one turn removes, so that no turn is long.
+SWEEP_BATCH = 1000  # Maximum number of expired entries that one turn removes, to keep turns short.
 
 
 @dataclass(slots=True)
 class StoreCounters:
-    """Counters of a batch store, counted from the replies. A server does not report what it evicts and expires, so the
-    removals are the explicit ones."""
+    """Counters of a batch store, computed from its replies.
+
+    A server does not report evictions and expiries, so only explicit removals are counted.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -82,18 +84,18 @@ class StoreCounters:
     removals: dict[RemovalCause, int] = field(default_factory=lambda: dict.fromkeys(RemovalCause, 0))
 
     def count_all(self, batch: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
-        """Count a batch by its replies."""
+        """Count the requests of a batch from their replies."""
         kinds: list[object] = list(map(type, replies))
         hits, sets = kinds.count(Found), kinds.count(Stored)
         if hits + sets == len(kinds) and (not hits or GetOrLease not in map(type, batch)):
-            self.hits += hits  # The most frequent case, without a look at each.
+            self.hits += hits  # Fast path for the most frequent case.
             self.sets += sets
             return
         for request, reply in zip(batch, replies, strict=True):
             self.count(request, reply)
 
     def count(self, request: Request[Any], reply: Reply) -> None:
-        """Count one request by its reply."""
+        """Count one request from its reply."""
         if isinstance(reply, Found):
             self.hits += not isinstance(request, GetOrLease)
         elif isinstance(reply, Missing):
@@ -110,22 +112,24 @@ class StoreCounters:
 
 
 class BackendActor(Actor):
-    """Owns a store: opens it, closes it, counts, and publishes events.
+    """Actor that owns a store: opens and closes it, keeps its counters and emits its events.
 
-    Over an `InlineStore` every turn is plain, and the store's own verbs are the handlers: a read costs no call more
-    than the store's. Over a `BatchStore` everything that arrives during one round trip leaves with the next. Over a
-    `PipelinedStore` a turn ends when its batch is sent, and the next may be sent before its replies are there. Before
-    both stands a `Guard` with the policy `guard`.
+    - With an `InlineStore`, every turn is plain and the methods of the store are the handlers, so a read needs no
+      additional call.
+    - With a `BatchStore`, the requests that arrive during one round trip are sent together in the next.
+    - With a `PipelinedStore`, a turn ends when its batch is sent. The next batch may be sent before the replies arrive.
 
-    A server that is away when the actor starts fails the start, or, with `opens_later`, each request until it is back.
-    An incarnation after the first always starts that way: an outage must not use up the restarts.
+    The last two are protected by a `Guard` with the policy `guard`.
+
+    If the server is unavailable, the actor fails to start. With `opens_later` it starts, and requests fail until the server
+    is available. A restarted actor always behaves like that, because an outage must not use up the restarts.
     """
 
     def __init__(
         self, store: InlineStore | BatchStore, guard: GuardPolicy | None = None, *, opens_later: bool = False
     ) -> None:
         self._store = store
-        self._asked: Any = store
+        self._active_store: Any = store
         self._opens_later = opens_later
         self._policy = guard or GuardPolicy()
         self._pipelined = store if isinstance(store, PipelinedStore) else None
@@ -139,7 +143,7 @@ class BackendActor(Actor):
             self.max_batch = self._pipelined.max_batch
 
     def __repr__(self) -> str:
-        return f"<BackendActor before {self._store!r}>"
+        return f"<BackendActor of {self._store!r}>"
 
     async def on_start(self) -> None:
         if isinstance(self._store, InlineStore):
@@ -152,7 +156,7 @@ class BackendActor(Actor):
                 self._incarnation = self.ctx.defer()
                 self._incarnation.attach(_EndOfIncarnation(self._pipeline))
             await self._open(self._store, self._guard)
-        self.ctx.subscriptions.watch(self._listen)
+        self.ctx.subscriptions.watch(self._update_listeners)
 
     async def _open(self, store: BatchStore, guard: Guard) -> None:
         try:
@@ -166,12 +170,12 @@ class BackendActor(Actor):
             guard.connected()
 
     def _use(self, store: Any) -> None:
-        self._asked = store
+        self._active_store = store
         if self._pipeline is not None:
             self._pipeline.store = store
 
     async def on_stop(self) -> None:
-        self.ctx.subscriptions.unwatch(self._listen)
+        self.ctx.subscriptions.unwatch(self._update_listeners)
         try:
             if self._pipeline is not None:
                 await self._pipeline.drain()
@@ -188,15 +192,15 @@ class BackendActor(Actor):
             for kind in STORE_REQUESTS:
                 table.plain[kind] = self._store.verb(kind) or _refuse(self._store, kind)
             for kind in (Clear, InvalidateTags, Admit):
-                table.plain[kind] = self._telling(table.plain[kind])
-            self._store.on_due = self._due
+                table.plain[kind] = self._emitting(table.plain[kind])
+            self._store.on_due = self._schedule_sweep
             if isinstance(self._store, LeasingStore):
                 self._store.defer = self.ctx.defer
         elif self._pipelined is not None and self._pipeline is not None:
-            quick = [kind for kind in STORE_REQUESTS if kind not in self._pipelined.long_running]
-            table.batch.update(dict.fromkeys(quick, self._on_pipelined))
+            short = [kind for kind in STORE_REQUESTS if kind not in self._pipelined.long_running]
+            table.batch.update(dict.fromkeys(short, self._on_pipelined))
             if self._pipeline.takes_turns:
-                table.eager.update(dict.fromkeys(quick, self._pipeline.take))
+                table.eager.update(dict.fromkeys(short, self._pipeline.take))
             table.waiting.update(dict.fromkeys(self._pipelined.long_running, self._pipeline.put_alone))
         else:
             table.batch.update(dict.fromkeys(STORE_REQUESTS, self._on_batch))
@@ -208,12 +212,12 @@ class BackendActor(Actor):
 
     def repair(self) -> Collection[DeferredReply] | None:
         if not isinstance(self._store, InlineStore):
-            return None  # What was being sent is not known: new connections are opened.
-        owed = self._store.repair()
+            return None  # It is unknown what was sent, so new connections must be opened.
+        unanswered = self._store.repair()
         self._sweep_at = float("inf")
         if (due := self._store.next_expiry()) is not None:
-            self._due(due)
-        return owed
+            self._schedule_sweep(due)
+        return unanswered
 
     def on_describe(self, request: Describe) -> Description:
         capabilities = self._store.capabilities
@@ -246,16 +250,16 @@ class BackendActor(Actor):
         )
 
     def on_sweep(self, request: Sweep) -> Deleted:
-        """Remove what is due, a bounded number at a time, and be called again when the next is."""
+        """Remove a bounded number of expired entries, and schedule the next sweep."""
         if not isinstance(self._store, InlineStore):
             return Deleted(0)
         self._sweep_at = float("inf")
         swept = self._store.sweep(SWEEP_BATCH)
         if (due := self._store.next_expiry()) is not None:
-            self._due(due)
+            self._schedule_sweep(due)
         return Deleted(swept)
 
-    def _due(self, when: float) -> None:
+    def _schedule_sweep(self, when: float) -> None:
         if when < self._sweep_at:
             if self._sweep_timer is not None:
                 self._sweep_timer.cancel()
@@ -265,7 +269,7 @@ class BackendActor(Actor):
     async def _on_batch(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         assert self._guard is not None
         traces = self._traces()
-        replies = await self._guard.execute(self._asked, batch, self.ctx.deadline)
+        replies = await self._guard.execute(self._active_store, batch, self.ctx.deadline)
         self._counters.count_all(batch, replies)
         if self.ctx.subscriptions.kinds:
             self._emit(batch, replies, traces)
@@ -279,7 +283,7 @@ class BackendActor(Actor):
         return self.ctx.traces if self.ctx.subscriptions.kinds else ()
 
     def _emit(self, batch: Sequence[Request[Any]], replies: Sequence[Reply], traces: Sequence[str | None]) -> None:
-        """Emit the events of a batch, each with the trace of its request."""
+        """Emit the events of a batch, each with the trace context of its request."""
         token = turn_trace.set(None)
         try:
             for place, (request, reply) in enumerate(zip(batch, replies, strict=True)):
@@ -290,7 +294,7 @@ class BackendActor(Actor):
             turn_trace.reset(token)
 
     def _emit_one(self, request: Request[Any], reply: Reply) -> None:
-        """Emit the events of a request and its reply."""
+        """Emit the events that follow from a request and its reply."""
         emit = self.ctx.emit
         match request, reply:
             case Get(key=key), Found() | Missing():
@@ -322,40 +326,40 @@ class BackendActor(Actor):
                 pass
 
     async def _watch(self, request: WatchLease) -> DeferredReply:
-        # A coroutine, although it does not wait, so that the actor's task asks, on the store's event loop.
+        # A coroutine, although it does not wait, so that it runs in the task of the actor, on the event loop of the store.
         assert isinstance(self._store, LeaseNotifyingStore)
-        promise = self.ctx.defer()
-        self._store.watch(request, promise.answer)
-        return promise
+        deferred = self.ctx.defer()
+        self._store.watch(request, deferred.answer)
+        return deferred
 
-    def _listen(self) -> None:
-        """Turn the store's listeners on and off with the subscriptions: without listeners nothing is called."""
+    def _update_listeners(self) -> None:
+        """Set the listeners of the store for the current subscriptions. Without subscriptions the store calls none."""
         if not isinstance(self._store, InlineStore):
             return
         kinds = self.ctx.subscriptions.kinds
-        self._store.on_read = self._tell_read if kinds & {CacheHit, CacheMiss} else None
+        self._store.on_read = self._emit_read if kinds & {CacheHit, CacheMiss} else None
         self._store.on_write = partial(self.ctx.emit, CacheSet) if CacheSet in kinds else None
-        self._store.on_removal = self._tell_removal if kinds & set(_REMOVALS.values()) else None
+        self._store.on_removal = self._emit_removal if kinds & set(_REMOVALS.values()) else None
 
-    def _tell_read(self, key: str, hit: bool) -> None:
+    def _emit_read(self, key: str, hit: bool) -> None:
         self.ctx.emit(CacheHit if hit else CacheMiss, key)
 
-    def _tell_removal(self, key: str, cause: RemovalCause) -> None:
+    def _emit_removal(self, key: str, cause: RemovalCause) -> None:
         if (kind := _REMOVALS.get(cause)) is not None:
             self.ctx.emit(kind, key)
 
-    def _telling(self, verb: PlainHandler) -> PlainHandler:
-        def tell(request: Request[Any]) -> Reply | Pending | None:
+    def _emitting(self, verb: PlainHandler) -> PlainHandler:
+        def handle(request: Request[Any]) -> Reply | Pending | None:
             reply = verb(request)
             if isinstance(reply, Reply):
                 self._emit_one(request, reply)
             return reply
 
-        return tell
+        return handle
 
 
 class _EndOfIncarnation(msgspec.Struct):
-    """The port that is answered when the actor crashes, or is stopped with something still under way."""
+    """Reply port that is answered if the actor crashes, or is stopped while requests are in flight."""
 
     pipeline: RequestPipeline
     waiting: bool = True

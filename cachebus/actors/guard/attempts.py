@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Batch = Sequence[Request[Any]]
 Replies = Sequence[Reply]
 
-PUNCTUAL = 0.03  # Seconds by which a timer may be late before the event loop counts as stalled.
+STALL_TOLERANCE = 0.03  # Seconds by which a timer may be late before the event loop counts as stalled.
 # Their duration grows with the number of stored keys. They get the longest timeout and do not affect the adaptive one.
 SLOW_REQUESTS = frozenset[type[Request[Any]]]({Clear, DeletePattern})
 # Lock requests have a separate adaptive timeout.
@@ -46,8 +46,8 @@ SLOWEST_KEY = 100e-6  # Seconds that a backend may take for each key of a reques
 GROWTH = 1.5
 FACTOR = 3.0  # Ratio of the adaptive timeout to the 95th percentile.
 
-RESERVE = 10.0  # Initial retry budget.
-MOST = 100.0  # Maximum retry budget.
+INITIAL_BUDGET = 10.0  # Initial retry budget.
+MAX_BUDGET = 100.0  # Maximum retry budget.
 _NEVER = float("inf")
 
 
@@ -223,9 +223,9 @@ class Attempts:
     def _check(self) -> None:
         now = self._now()
         # A late timer means that the event loop was stalled. Replies that arrived meanwhile must be read before the timeouts.
-        if (stall := now - self.armed_for) > PUNCTUAL:
+        if (stall := now - self.armed_for) > STALL_TOLERANCE:
             for attempt in self.outstanding:
-                attempt.due += stall + PUNCTUAL
+                attempt.due += stall + STALL_TOLERANCE
         self._timer = None
         self.armed_for = _NEVER
         for attempt in [each for each in self.outstanding if each.due <= now]:
@@ -272,8 +272,8 @@ def timeout_extension(requests: Batch, longest: float) -> float:
 class Retries:
     """Retries of one guard, limited by a budget (after Finagle's RetryBudget, Twitter, 2016).
 
-    Each batch adds `policy.budget` retries to the budget, up to `MOST`, so retries never double the load of a backend in
-    trouble. The initial `RESERVE` lets a cache with few requests retry too. `batches` returns the number of batches so
+    Each batch adds `policy.budget` retries to the budget, up to `MAX_BUDGET`, so retries never double the load of a backend in
+    trouble. The initial `INITIAL_BUDGET` lets a cache with few requests retry too. `batches` returns the number of batches so
     far. `count` is the number of retries made.
     """
 
@@ -286,11 +286,11 @@ class Retries:
         self._clock = ctx.clock
         self._chance = chance
         self._batches = batches
-        self._budget = RESERVE
+        self._budget = INITIAL_BUDGET
         self._seen = 0
 
     def __repr__(self) -> str:
-        return f"<Retries {self._budget:.3g}/{MOST:g} left, {self.count} made>"
+        return f"<Retries {self._budget:.3g}/{MAX_BUDGET:g} left, {self.count} made>"
 
     def worthwhile(self, batch: Batch, replies: Replies) -> bool:
         """Return `True` if some requests of a batch should be retried."""
@@ -347,7 +347,7 @@ class Retries:
     def _allowed(self) -> bool:
         # The budget is updated only here, so that a batch without failures costs nothing.
         batches = self._batches()
-        self._budget = min(MOST, self._budget + self._policy.budget * (batches - self._seen))
+        self._budget = min(MAX_BUDGET, self._budget + self._policy.budget * (batches - self._seen))
         self._seen = batches
         return self._budget >= 1
 
