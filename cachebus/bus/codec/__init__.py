@@ -1,1 +1,1 @@
-"""Messages to bytes and back."""
+"""Wire codec: encodes messages to bytes and decodes them."""

@@ -1,12 +1,14 @@
-"""Messages as bytes: the only place that makes and reads them.
+"""Wire codec for messages. No other module encodes or decodes them.
 
-A message is a map: `"kind"`, its wire name, then its fields by name. A body is one message or an array of them, in
-MessagePack, or in JSON for people without MessagePack. The version of the wire format is a word of the subject. A newer
-sender of the same version may send more fields, which are ignored.
+A message is a map with `"kind"`, its wire name, followed by its fields by name. A body is one message or an array of
+messages, in MessagePack, or in JSON for clients without MessagePack. The version of the wire format is part of the
+subject. Unknown fields, which a newer sender of the same version may add, are ignored.
 
-msgspec does the work. Three things are ours: its error texts repeat input, so `_misfit` writes others, which name fields,
-kinds and types and never a value; everything that it raises becomes `BadMessage` or `CacheSerializationError`;
-and it changes some values silently, so `codec_values` says what a value may be and how JSON says bytes.
+msgspec does the encoding. This module adds three things:
+
+- Error messages that name fields, kinds and types but never a value, because msgspec's messages may repeat input.
+- `BadMessage` and `CacheSerializationError` in place of all exceptions of msgspec.
+- Checks of values, because msgspec changes some of them silently. See `values` for the types and their form in JSON.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ MSGPACK = "application/msgpack"
 JSON = "application/json"
 
 MAX_MESSAGES = 10_000
-"""Messages of an array at most: an element may take one byte, and takes a hundred when it is refused."""
+"""Maximum number of messages in an array. An element of one byte takes about a hundred bytes if it is rejected."""
 
 
 def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) -> bytes:
     """Encode a message, or a non-empty array of them, in one call.
 
-    Raises `CacheSerializationError` for a value that cannot leave the process without a serializer, `BadMessage` for an
-    unknown content type and for an empty array, and `TypeError` for an object that is not a message.
+    Raises `CacheSerializationError` for a value that needs a serializer to leave the process, `BadMessage` for an unknown
+    content type or an empty array, and `TypeError` for an object that is not a message.
     """
     form = _FORMATS.get(content_type) or _format(content_type)
     try:
@@ -58,19 +60,19 @@ def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) ->
     except Unfit as unfit:
         problem = str(unfit)
     except UnicodeEncodeError:
-        problem = "a str holds half of a surrogate pair, which UTF-8 cannot say"
+        problem = "a str contains half of a surrogate pair, which UTF-8 cannot encode"
     except OverflowError:
         problem = "an int needs more than 64 bits"
     except (ValueError, RecursionError, MemoryError) as error:
-        problem = f"the message cannot be written ({name_of_type(error)})"
-    # Raised out here, and in `_decoded` too, so that no context holds on to what the message held.
+        problem = f"the message cannot be encoded ({name_of_type(error)})"
+    # Raised outside of the handlers, as in `_decoded`, so that no exception context keeps the values of the message alive.
     if problem:
         raise CacheSerializationError(problem)
     raise BadMessage("an array of messages is empty")
 
 
 def encode_each(messages: Sequence[Message], content_type: str = MSGPACK) -> list[bytes | CacheSerializationError]:
-    """Encode messages one by one, each as a body of its own: a message that cannot be encoded is an error in its place."""
+    """Encode each message as a separate body. A message that cannot be encoded is replaced by its error."""
     form = _FORMATS.get(content_type) or _format(content_type)
     places, encode_one = form.out.places, form.encode
     done: list[bytes | CacheSerializationError] = []
@@ -86,9 +88,9 @@ def encode_each(messages: Sequence[Message], content_type: str = MSGPACK) -> lis
 
 
 def decode(data: bytes, content_type: str = MSGPACK) -> Message | list[Message]:
-    """Decode a body: a message, or the list of them if the body is an array.
+    """Decode a body, and return its message, or a list of messages if the body is an array.
 
-    Raises `BadMessage`, and nothing else whatever the bytes are.
+    Raises `BadMessage` and no other exception, for any bytes.
     """
     messages, is_array = decode_each(data, content_type)
     for each in messages:
@@ -99,9 +101,10 @@ def decode(data: bytes, content_type: str = MSGPACK) -> Message | list[Message]:
 
 
 def decode_each(data: bytes, content_type: str = MSGPACK) -> tuple[list[Message | BadMessage], bool]:
-    """Decode a body, and say if it is an array: an element that cannot be read is a `BadMessage` in its own place.
+    """Decode a body, and return its messages and `True` if it is an array.
 
-    Raises `BadMessage` if the body as a whole cannot be read.
+    An element that cannot be decoded is replaced by a `BadMessage`. Raises `BadMessage` if the body as a whole cannot be
+    decoded.
     """
     form = _FORMATS.get(content_type) or _format(content_type)
     if not form.is_array(data):
@@ -121,13 +124,13 @@ def decode_each(data: bytes, content_type: str = MSGPACK) -> tuple[list[Message 
 
 
 def decode_one(data: bytes, content_type: str = MSGPACK) -> Message:
-    """Decode a body that is one message. Raises `BadMessage`, also for an array."""
+    """Decode a body that is a single message. Raises `BadMessage`, also for an array."""
     form = _FORMATS.get(content_type) or _format(content_type)
     try:
         message = form.one(data)
         return message if form.incoming.places[type(message)] is None else map_values(message, form.incoming)  # type: ignore[no-any-return]
     except Exception:
-        pass  # The other path says what it is.
+        pass  # The slow path below finds the reason.
     message = _decoded(form, form.decode_one, data)
     if isinstance(message, BadMessage):
         raise message
@@ -135,7 +138,7 @@ def decode_one(data: bytes, content_type: str = MSGPACK) -> Message:
 
 
 class _Format:
-    """A content type: msgspec's encoder and decoders for it, and how it says values."""
+    """Content type, with its msgspec encoder and decoders and its conversion of values."""
 
     def __init__(self, library: Any, out: Direction, incoming: Direction, arrays: frozenset[bytes]) -> None:
         self.out = out
@@ -149,11 +152,11 @@ class _Format:
         self._array: Callable[[bytes], Any]
 
     def is_array(self, data: bytes) -> bool:
-        """Say if a body is an array, from its first byte."""
+        """Return `True` if a body is an array, judging by its first byte."""
         return data[:1] in self._arrays or (data[:1].isspace() and data.lstrip()[:1] in self._arrays)
 
     def decode_parts(self, data: bytes) -> Any:
-        """Divide an array into the bytes of its elements. Raises what msgspec raises, and `Unfit`."""
+        """Split an array into the bytes of its elements. Raises the exceptions of msgspec, and `Unfit`."""
         if self._library is msgspec.msgpack:
             size = 4 if data[0] == 0xDD else 2 if data[0] == 0xDC else 0
             if int.from_bytes(data[1 : 1 + size], "big") > MAX_MESSAGES:
@@ -164,20 +167,20 @@ class _Format:
         return parts
 
     def decode_one(self, data: bytes) -> Any:
-        """Decode a message. Raises what msgspec raises, and `Unfit`."""
+        """Decode a message. Raises the exceptions of msgspec, and `Unfit`."""
         if not self._kinds:
             self.learn()
         message = self.one(data)
         return map_values(message, self.incoming) if self.incoming.places[type(message)] else message
 
     def decode_array(self, data: bytes) -> Any:
-        """Decode an array of messages in one call. Raises what msgspec raises, and `Unfit`."""
+        """Decode an array of messages in one call. Raises the exceptions of msgspec, and `Unfit`."""
         if not self._kinds:
             self.learn()
         return map_each(self._array(data), self.incoming)
 
     def learn(self) -> bool:
-        """Make the decoders for the message classes that there are now; say if there are more than the last time."""
+        """Rebuild the decoders for the current message classes. Return `False` if there are no new classes."""
         kinds = dict(WIRE_NAMES)
         if kinds.keys() == self._kinds:
             return False
@@ -189,65 +192,65 @@ class _Format:
 
 
 def _decoded(form: _Format, read: Callable[[bytes], Any], data: bytes) -> Any:
-    """What `read` makes of a body, or the `BadMessage` that says why it makes nothing of it."""
+    """Return the result of `read` for a body, or a `BadMessage` with the reason if it cannot be decoded."""
     try:
         try:
             return read(data)
         except msgspec.ValidationError as error:
             if not (_KIND.fullmatch(str(error)) and form.learn()):
                 raise
-        return read(data)  # Of a kind that was defined since the decoder was made.
+        return read(data)  # The message class was defined after the decoder was built.
     except Unfit as unfit:
         problem = str(unfit)
     except msgspec.ValidationError as error:
-        problem = _misfit(str(error))
+        problem = _validation_problem(str(error))
     except msgspec.DecodeError as error:
-        problem = _malformed(str(error))
+        problem = _decoding_problem(str(error))
     except RecursionError:
-        problem = "the body is nested too deep"
+        problem = "the body is nested too deeply"
     except (ValueError, MemoryError) as error:
-        problem = f"the body cannot be read ({name_of_type(error)})"
+        problem = f"the body cannot be decoded ({name_of_type(error)})"
     return BadMessage(problem)
 
 
-def _misfit(text: str) -> str:
-    """Say what msgspec found wrong with a message: which field, and which types. Its own text may repeat input."""
+def _validation_problem(text: str) -> str:
+    """Return an error message for a validation error of msgspec, whose text may repeat input."""
     if match := _EXPECTED.fullmatch(text):
         wanted, got, where = match.groups("")
         if not where:
-            return f"a message is a map, not this {got}"
+            return f"a message must be a map, not {got}"
         return f"field {where!r} should be {wanted}" + (f", not {got}" if got else "")
     if match := _MISSING.fullmatch(text):
         name, where = match.groups()
         return f"field {name!r} is missing" + (f" in {where!r}" if where else "")
     if match := _KIND.fullmatch(text):
-        # A stranger's text goes into a sentence only if it cannot be anything but a kind.
-        return f"no message is of kind {match[1]!r}"
+        # Untrusted text enters an error message only if it has the form of a kind.
+        return f"unknown message kind {match[1]!r}"
     where = match[1] if (match := _INVALID.fullmatch(text)) else ""
-    return "field 'kind' is no wire name" if where == "kind" else f"field {where!r} has a value that it cannot have"
+    return "field 'kind' is not a message kind" if where == "kind" else f"field {where!r} has an invalid value"
 
 
-def _malformed(text: str) -> str:
-    """Say why a body is not of its content type. msgspec's own text may repeat input."""
+def _decoding_problem(text: str) -> str:
+    """Return an error message for a decoding error of msgspec, whose text may repeat input."""
     for sign, problem in _MALFORMED.items():
         if sign in text:
             return problem
-    return "the body cannot be read"
+    return "the body cannot be decoded"
 
 
 def _plain(held: Any) -> Any:
-    """Turn into what msgspec knows what it does not know. Raises `Unfit`."""
+    """Convert a field of a type that msgspec does not support. Raises `Unfit`."""
     if isinstance(held, Mapping):
         return dict(cast("Mapping[str, Any]", held))
     if isinstance(held, str):
-        return str.__str__(held)  # An `Address`, for one: msgspec knows no subclasses.
-    raise Unfit(f"a field is of type {name_of_type(held)}, which no message may hold")
+        return str.__str__(held)  # For example an `Address`: msgspec does not encode subclasses of str.
+    raise Unfit(f"a field has type {name_of_type(held)}, which a message cannot contain")
 
 
 def _format(content_type: str) -> _Format:
     form = _FORMATS.get(content_type)
     if form is None:
-        # Media types are compared without case, and "; charset=utf-8" says nothing new.
+        # Media types are case-insensitive, and parameters such as "; charset=utf-8" have no meaning here.
         form = _FORMATS.get(content_type.partition(";")[0].strip().lower())
     if form is None:
         raise BadMessage(f"content type {content_type[:80]!r} is neither {MSGPACK} nor {JSON}")
@@ -259,15 +262,15 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`(?: - at `\$\.?([^`
 _INVALID = re.compile(r".* - at `\$\.?([^`]*)`", re.DOTALL)
 _KIND = re.compile(r"Invalid value '([a-z_.]{1,64})' - at `\$(?:\[\d+\]|\[\.\.\.\])?\.kind`")
 _MALFORMED = {
-    "truncated": "the body ends too early",
-    "trailing": "bytes follow the message",
+    "truncated": "the body is truncated",
+    "trailing": "the body has trailing bytes",
     "UTF-8": "a string is not UTF-8",
     "JSON": "the body is not JSON",
     "MessagePack": "the body is not MessagePack",
 }
 
 _TOO_MANY = f"an array has more than {MAX_MESSAGES:,} messages"
-_union: Any = typing.Union  # A type made at run time is a value to the type checker.
+_union: Any = typing.Union  # To the type checker, a type made at run time is a value.
 
 _FORMATS = {
     MSGPACK: _Format(

@@ -1,12 +1,12 @@
-"""What a value may be on the wire, and how JSON says what it has no word for.
+"""Values on the wire: the types that messages may contain, and their form in JSON.
 
-A value is `None`, `bool`, `int` of 64 bits (signed or unsigned), `float`, `str`, `bytes`, and `list` and `dict` with
-`str` keys of these, at most `MAX_DEPTH` levels of them. Types are compared exactly: an enum that is an `int` would come
-back as a plain `int`, so it is refused here instead of changed on the way.
+A value is `None`, `bool`, `int` of 64 bits (signed or unsigned), `float`, `str`, `bytes`, or a `list` or a `dict` with
+`str` keys of these, nested at most `MAX_DEPTH` levels deep. Types must match exactly: an enum that is also an `int` would
+be decoded as a plain `int`, so it is rejected rather than changed silently.
 
-JSON has no bytes: they are `{"$base64": "AAEC"}`. A dict of the user's that looks like that, one whose only key is
-`base64` after one or more `$`, gets one more `$` before its key, and loses it on arrival. So `{"$base64": 1}` travels as
-`{"$$base64": 1}`, and `{"$$base64": 1}` as `{"$$$base64": 1}`. NaN and the infinities have no JSON form.
+JSON has no bytes, so they are written as `{"$base64": "AAEC"}`. A dict whose only key is `base64` after one or more `$`
+gets an additional `$`, which the receiver removes: `{"$base64": 1}` is sent as `{"$$base64": 1}`, and `{"$$base64": 1}`
+as `{"$$$base64": 1}`. NaN and the infinities have no JSON form.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ type_of: Callable[[object], type[Any]] = type  # to a type checker, type() of An
 
 
 class Unfit(ValueError):
-    """Raised when a value has no form on the wire. It says why with names of types, never with what the value holds.
+    """Raised when a value cannot be encoded. The message names types, and never contains a part of the value.
 
-    `placed` says that the sentence names the field already.
+    `placed` is true if the message already names the field.
     """
 
     def __init__(self, problem: str, *, placed: bool = False) -> None:
@@ -45,17 +45,17 @@ class Unfit(ValueError):
 
 
 def type_name(cls: type[Any]) -> str:
-    """How a sentence calls a type: builtins by name, others with their module."""
+    """Return the name of a type for error messages, with its module unless it is a builtin."""
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def name_of_type(value: object) -> str:
-    """`type_name` of the value's own type."""
+    """Return the name of the type of a value for error messages."""
     return type_name(type(value))
 
 
 def check(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """The value itself. Raises `Unfit` where msgpack would change it or fail; the range of ints is left to msgpack."""
+    """Return the value itself. Raises `Unfit` if msgpack would change it or fail; msgpack checks the range of ints."""
     kind = type_of(value)
     if kind in _LEAVES:
         return value
@@ -69,7 +69,7 @@ def check(value: Any, depth: int = MAX_DEPTH) -> Any:
 
 
 def to_json(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """The value as JSON can say it. Raises `Unfit` where it cannot."""
+    """Return the JSON form of a value. Raises `Unfit` if it has none."""
     kind = type_of(value)
     if value is None or kind is str or kind is bool:
         return value
@@ -77,11 +77,11 @@ def to_json(value: Any, depth: int = MAX_DEPTH) -> Any:
         return {_BYTES_TAG: binascii.b2a_base64(value, newline=False).decode("ascii")}
     if kind is int:
         if not MIN_INT <= value <= MAX_INT:
-            raise Unfit("holds an int of more than 64 bits")
+            raise Unfit("contains an int of more than 64 bits")
         return value
     if kind is float:
         if not math.isfinite(value):
-            raise Unfit("holds a NaN or an infinity, which JSON cannot say; msgpack can")
+            raise Unfit("contains NaN or an infinity, which JSON cannot represent; use msgpack")
         return value
     _check_container(value, kind, depth)
     if kind is list:
@@ -94,10 +94,10 @@ def to_json(value: Any, depth: int = MAX_DEPTH) -> Any:
 
 
 def from_json(tree: Any, depth: int = MAX_DEPTH) -> Any:
-    """The value that `to_json` was given. Raises `Unfit`."""
+    """Return the value from its JSON form, reversing `to_json`. Raises `Unfit`."""
     kind = type_of(tree)
     if kind is int and not MIN_INT <= tree <= MAX_INT:
-        raise Unfit("holds an int of more than 64 bits")
+        raise Unfit("contains an int of more than 64 bits")
     if kind in _LEAVES:
         return tree
     if kind is dict and _is_tag(tree):
@@ -116,7 +116,7 @@ def _check_container(value: Any, kind: type[Any], depth: int) -> None:
     if kind is dict:
         for name in value:
             if type(name) is not str:
-                raise Unfit(f"holds a dict with a key of type {name_of_type(name)}, and only str will do")
+                raise Unfit(f"contains a dict with a key of type {name_of_type(name)}, not str")
     elif kind is not list:
         _refuse(kind)
     if depth <= 0:
@@ -125,8 +125,8 @@ def _check_container(value: Any, kind: type[Any], depth: int) -> None:
 
 def _refuse(kind: type[Any]) -> NoReturn:
     raise Unfit(
-        f"holds a {type_name(kind)}; a value off the memory backend is made of None, bool, int, float, str, bytes, list "
-        "and dict, for anything else choose a serializer"
+        f"contains a {type_name(kind)}; choose a serializer, because only None, bool, int, float, str, bytes, list and dict "
+        "can leave the process without one"
     )
 
 
@@ -139,20 +139,20 @@ def _is_tag(tree: dict[str, Any]) -> bool:
 
 def _from_base64(text: Any) -> bytes:
     if not isinstance(text, str):
-        raise Unfit(f"holds a {_BYTES_TAG} of type {name_of_type(text)}, and only str will do")
+        raise Unfit(f"contains a {_BYTES_TAG} of type {name_of_type(text)}, not str")
     try:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
-        problem = f"holds a {_BYTES_TAG} that is not base64"
+        problem = f"contains a {_BYTES_TAG} that is not valid base64"
     raise Unfit(problem)
 
 
 class Direction:
-    """How values of one content type go out, or come in.
+    """Conversion of values for one content type, when encoding or when decoding.
 
-    `change` is made to each value that is of no type in `plain`. `numbers` are the types of numbers that need a look: JSON
-    has no NaN, for which msgspec writes null, and integers of any size, unless a field's type bounds them. `places` are the fields of each message class
-    that need one, found when the class is first met.
+    `change` converts each value whose type is not in `plain`. `numbers` are the number types that must be checked: JSON
+    has no NaN, for which msgspec writes null, and its integers may have any size. `places` maps each message class to its
+    fields that must be checked, found when the class is first used.
     """
 
     def __init__(
@@ -163,14 +163,14 @@ class Direction:
         self.places = _Places(numbers)
 
 
-class _Places(dict[type[Any], "_Found | None"]):
+class _Places(dict[type[Any], "_FieldCheck | None"]):
     def __init__(self, numbers: frozenset[type[Any]]) -> None:
         super().__init__()
         self._numbers = numbers
 
-    def __missing__(self, cls: type[Any]) -> _Found | None:
+    def __missing__(self, cls: type[Any]) -> _FieldCheck | None:
         if not issubclass(cls, msgspec.Struct):
-            raise TypeError(f"a {type_name(cls)} is no message")
+            raise TypeError(f"expected a message, not a {type_name(cls)}")
         fields = msgspec.structs.fields(cls)
         found = tuple((each.name, inside) for each in fields if (inside := _inside(each.type, self._numbers)))
         names = [name for name, _ in found]
@@ -178,9 +178,9 @@ class _Places(dict[type[Any], "_Found | None"]):
         return self[cls]
 
 
-_Inside = Callable[[Any, Direction], Any]
-_Found = tuple[Callable[[Any], Any], tuple[tuple[str, _Inside], ...]]
-"""What gets the fields that need a look, a tuple if there are several, and their names, each with what looks inside."""
+_Check = Callable[[Any, Direction], Any]
+_FieldCheck = tuple[Callable[[Any], Any], tuple[tuple[str, _Check], ...]]
+"""Getter of the fields to check (returns a tuple if there are several), and each field name with its check."""
 
 _JSON_PLAIN: frozenset[type[Any]] = frozenset({type(None), bool, str})
 MSGPACK_OUT = MSGPACK_IN = Direction(_LEAVES, frozenset(), check)
@@ -189,8 +189,10 @@ JSON_IN = Direction(_JSON_PLAIN, frozenset({int}), from_json)
 
 
 def map_values(message: Any, direction: Direction) -> Any:
-    """The message with each value of the user's in it changed for a direction, if it does not go as it is; the message
-    itself if nothing changes. Raises `Unfit`, naming the field, and `TypeError` for an object that is not a message."""
+    """Return the message with its values converted for a direction, or the message itself if none changes.
+
+    Raises `Unfit`, naming the field, and `TypeError` for an object that is not a message.
+    """
     places = direction.places[type(message)]
     if places is None:
         return message
@@ -199,7 +201,7 @@ def map_values(message: Any, direction: Direction) -> Any:
     got = fields(message)
     for held in (got,) if len(inside_of) == 1 else got:
         kind = type_of(held)
-        # Most of what is not plain is a number that both formats say: finite, and of 64 bits.
+        # Most other values are numbers that both formats can represent: finite, and of at most 64 bits.
         if not (
             kind in plain or (kind is float and held - held == 0.0) or (kind is int and MIN_INT <= held <= MAX_INT)
         ):
@@ -221,7 +223,7 @@ def map_values(message: Any, direction: Direction) -> Any:
 
 
 def map_each(messages: Iterable[Any], direction: Direction) -> list[Any]:
-    """Change each message as `map_values` does. Most have one value or none, and it goes as it is: they take only a look."""
+    """Convert each message like `map_values`, with a fast path for messages whose only value needs no conversion."""
     places, plain = direction.places, direction.plain
     return [
         each if (found := places[type(each)]) is None or type(found[0](each)) in plain else map_values(each, direction)
@@ -240,7 +242,7 @@ def _of_number(held: Any, direction: Direction) -> Any:
 def _of_values(held: Mapping[str, Any], direction: Direction) -> Any:
     for name in held:
         if not isinstance(name, str):
-            raise Unfit(f"holds a key of type {name_of_type(name)}, and only str will do")
+            raise Unfit(f"has a key of type {name_of_type(name)}, not str")
     plain, change = direction.plain, direction.change
     new = {name: each if type(each) in plain else change(each) for name, each in held.items()}
     return held if all(new[name] is each for name, each in held.items()) else new
@@ -251,7 +253,7 @@ def _of_messages(held: Mapping[str, Any], direction: Direction) -> Any:
     return held if all(new[name] is each for name, each in held.items()) else new
 
 
-def _inside(hint: Any, numbers: frozenset[type[Any]]) -> _Inside | None:
+def _inside(hint: Any, numbers: frozenset[type[Any]]) -> _Check | None:
     if hint is Any:
         return _of_value
     options: set[Any] = set(get_args(hint)) if get_origin(hint) in {typing.Union, types.UnionType} else {hint}

@@ -41,9 +41,9 @@ def test_a_bad_element_is_named_in_its_place_and_hurts_no_other(content_type: st
     assert (found[0], found[5]) == (Get("a"), Get("b"))
     held = "$base64 of type int" if content_type == JSON else "dict with a key of type int"
     assert [str(each) for each in found[1:5]] == [
-        "message 2 of 6: no message is of kind 'backend.gut'",
-        f"message 3 of 6: field 'value' of reply.found holds a {held}, and only str will do",
-        "message 4 of 6: a message is a map, not this int",
+        "message 2 of 6: unknown message kind 'backend.gut'",
+        f"message 3 of 6: field 'value' of reply.found contains a {held}, not str",
+        "message 4 of 6: a message must be a map, not int",
         "message 5 of 6: field 'key' should be str, not int",
     ]
     with pytest.raises(BadMessage, match="message 2 of 6"):
