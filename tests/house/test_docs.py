@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +69,19 @@ def test_each_command_names_what_is_there(page: str, block: Block) -> None:
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *PAGES], ids=lambda page: page.name)
 def test_each_link_leads_somewhere(page: Path) -> None:
     assert link_faults(page) == []
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "site" / "reference" / "caches" / "index.html").read_text(encoding="utf-8")
+    assert 'id="cachebus.Cache.get_or_load"' in page
 
 
 def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
