@@ -71,6 +71,7 @@ def test_each_link_leads_somewhere(page: Path) -> None:
     assert link_faults(page) == []
 
 
+@pytest.mark.timeout(400)
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")],
