@@ -19,7 +19,7 @@ ALLOWED = {
     "__main__.py": "the command line answers Ctrl-C with its exit code",
     "actors/guard/guard.py": "an exception in the accounting of a batch is raised when the batch is answered",
     "bus/spawn.py": "an exception of the first step is raised by the task that continues it",
-    "loading/leased_load.py": "the caller that began the load raises a loader's exception again; a cancellation is raised at once",
+    "loading/leased_load.py": "the caller of the load raises the loader's exception; a cancellation is raised at once",
     "loading/group_load.py": "as in loading/leased_load.py",
     "testing/proxy.py": "a proxy ends its own tasks",
 }
