@@ -30,7 +30,7 @@ Fail = Callable[[CacheError], None]
 ScriptCall: TypeAlias = tuple[list[Argument], str, Callable[[Any, float], Reply], Script]
 """The arguments of a script, the key that determines its slot, the function that reads the reply, and the script."""
 
-LATE_IS_WRONG = frozenset(script for twin in (WRITE, TOUCH, INCREMENT) for script in (twin.here, twin.elsewhere))
+ORDER_SENSITIVE = frozenset(script for twin in (WRITE, TOUCH, INCREMENT) for script in (twin.here, twin.elsewhere))
 """Scripts that must not run after later commands. The others only read, or detect by themselves that they are late."""
 
 _READS = frozenset({"MGET", "GETRANGE", "SCAN"})
@@ -130,8 +130,8 @@ class Command(Struct, eq=False):
 
     def give_up(self, error: CacheError) -> None:
         """Fail the command because the connection was lost after it was sent."""
-        doubt = f"{error.detail}; whether the request was done is not known"
-        self.fail(CacheConnectionError(doubt, BACKEND) if self.writes else error)
+        detail = f"{error.detail}; whether the request was done is not known"
+        self.fail(CacheConnectionError(detail, BACKEND) if self.writes else error)
 
 
 class SentCommands(Struct, eq=False):
@@ -196,7 +196,7 @@ def _sendable_again(
     for command in reversed(commands):
         if command not in unknown:
             changed.update(command.changes)
-        elif command.script not in LATE_IS_WRONG or changed.isdisjoint(command.changes):
+        elif command.script not in ORDER_SENSITIVE or changed.isdisjoint(command.changes):
             again.append(command)  # Lease scripts check that the lease is still held.
         elif command.parts is None:
             command.fail(overtaken())
@@ -210,7 +210,7 @@ class Countdown:
     """Commands of a batch in a cluster. Calls `done` when each has its answer."""
 
     def __init__(self, commands: Sequence[Command], done: Callable[[], object]) -> None:
-        self.trips: list[RoutedCommand] = []
+        self.routed_commands: list[RoutedCommand] = []
         self._left = 0
         self._done = done
         for command in commands:
@@ -219,21 +219,21 @@ class Countdown:
     @property
     def last_progress(self) -> float:
         """Monotonic time of the last progress on the slowest connection that still owes an answer."""
-        carriers = {each.connection for each in self.trips if each.connection is not None}
+        carriers = {each.connection for each in self.routed_commands if each.connection is not None}
         return min((each.last_progress for each in carriers), default=float("-inf"))
 
     def add(self, command: Command, *, follows: RoutedCommand | None = None, hops: int = 0) -> RoutedCommand:
         """Add a command to the batch."""
-        trip = RoutedCommand(command, slot_of(command.key), command.packed(), self, follows, hops)
-        self.trips.append(trip)
+        routed = RoutedCommand(command, slot_of(command.key), command.packed(), self, follows, hops)
+        self.routed_commands.append(routed)
         self._left += 1
-        return trip
+        return routed
 
     def one_done(self) -> None:
         """Count an answered command. The last one completes the batch."""
         self._left -= 1
         if not self._left:
-            self.trips = []  # Break the reference cycle.
+            self.routed_commands = []  # Break the reference cycle.
             self._done()
 
 

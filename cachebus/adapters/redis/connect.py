@@ -16,7 +16,7 @@ from cachebus.messages import CacheConfigurationError, CacheConnectionError, Cac
 
 from ..common.tls import TlsFiles
 from .connection import RedisConnection, pack
-from .errors import BACKEND, closed, translate_greeting, unreachable
+from .errors import BACKEND, closed, translate_handshake_error, unreachable
 from .write_script import scripts
 
 __all__ = ["Connector", "Credentials", "Endpoint", "RedisPool", "TlsFiles", "find_master"]
@@ -75,36 +75,36 @@ class Connector:
             return self
         return replace(self, tls=await asyncio.to_thread(self.tls.context, BACKEND))
 
-    async def connect(self, place: Endpoint, role: Role = "any") -> RedisConnection:
+    async def connect(self, endpoint: Endpoint, role: Role = "any") -> RedisConnection:
         """Open a connection and complete its handshake. With the role `master`, reject any other server.
 
         Raises `CacheConnectionError`, or `CacheConfigurationError` if retrying cannot help.
         """
         try:
             async with asyncio.timeout(self.timeout):
-                connection = await self._open(place)
+                connection = await self._open(endpoint)
                 try:
                     await self._handshake(connection, role)
                 except BaseException as error:
-                    connection.drop(unreachable(error, str(place), self.timeout))
+                    connection.drop(unreachable(error, str(endpoint), self.timeout))
                     raise
         except (OSError, CacheError) as error:  # TimeoutError and SSLError are OSErrors.
-            raise unreachable(error, str(place), self.timeout) from None
+            raise unreachable(error, str(endpoint), self.timeout) from None
         if role != "sentinel":
             connection.watch()
         return connection
 
-    async def _open(self, place: Endpoint) -> RedisConnection:
+    async def _open(self, endpoint: Endpoint) -> RedisConnection:
         loop = asyncio.get_running_loop()
         options: dict[str, Any] = {"window": self.window, "health_interval": self.health_interval}
-        protocol = partial(RedisConnection, str(place), self.clock, **options)
-        if place.path:
-            _, connection = await loop.create_unix_connection(protocol, place.path)
+        protocol = partial(RedisConnection, str(endpoint), self.clock, **options)
+        if endpoint.path:
+            _, connection = await loop.create_unix_connection(protocol, endpoint.path)
         else:
             assert not isinstance(self.tls, TlsFiles), "call prepared() first"
-            server_hostname = place.host if self.tls else None
+            server_hostname = endpoint.host if self.tls else None
             _, connection = await loop.create_connection(
-                protocol, place.host, place.port, ssl=self.tls, server_hostname=server_hostname
+                protocol, endpoint.host, endpoint.port, ssl=self.tls, server_hostname=server_hostname
             )
         return connection
 
@@ -123,10 +123,10 @@ class Connector:
             commands.extend(pack("SCRIPT", "LOAD", script.text) for script in scripts(self.counters_here))
         asked_at = self.clock.monotonic()
         replies = (await connection.ask(*commands))[:needed]
-        connection.greeted = True
+        connection.handshake_done = True
         for reply in replies:
             if isinstance(reply, hiredis.ReplyError):
-                raise translate_greeting(reply, connection.server)
+                raise translate_handshake_error(reply, connection.server)
         if role != "sentinel":
             connection.set_time(replies[1], asked_at)
         if role == "master" and replies[2][0] != b"master":
@@ -136,21 +136,21 @@ class Connector:
 async def find_master(connector: Connector, sentinels: Sequence[Endpoint], service: str) -> Endpoint:
     """Return the endpoint of a service's master. Raises `CacheConnectionError` if no sentinel knows it."""
     reasons: list[str] = []
-    for place in sentinels:
+    for endpoint in sentinels:
         try:
-            connection = await connector.connect(place, "sentinel")
+            connection = await connector.connect(endpoint, "sentinel")
             try:
                 async with asyncio.timeout(connector.timeout):
                     found = await connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
             finally:
                 connection.drop(CacheConnectionError("done", BACKEND))
         except (TimeoutError, CacheConnectionError) as error:
-            reasons.append(unreachable(error, str(place), connector.timeout).detail)
+            reasons.append(unreachable(error, str(endpoint), connector.timeout).detail)
             continue
         if found:
             host, port = found
             return Endpoint(host.decode(), int(port))
-        reasons.append(f"{place} does not know this service")
+        reasons.append(f"{endpoint} does not know this service")
     raise CacheConnectionError(f"no sentinel knows the master of {service!r}: {'; '.join(reasons)}", BACKEND)
 
 
@@ -162,7 +162,7 @@ class RedisPool:
     """
 
     def __init__(self, connect: Callable[[], Awaitable[RedisConnection]], most: int) -> None:
-        self._make_one = connect
+        self._factory = connect
         self._most = most
         self.main: RedisConnection | None = None
         self._sides: list[RedisConnection] = []
@@ -171,7 +171,7 @@ class RedisPool:
         self._connecting = asyncio.Lock()
         self._closed = False
         self._failures = 0
-        self.trouble: CacheError | None = None
+        self.connect_error: CacheError | None = None
         """The error of the last connection attempt; `None` if it succeeded."""
 
     def __repr__(self) -> str:
@@ -193,9 +193,9 @@ class RedisPool:
         async with self._connecting:
             connection = self.up()
             if connection is None:
-                if failures != self._failures and self.trouble is not None:
+                if failures != self._failures and self.connect_error is not None:
                     # Another attempt failed while this one waited. A new one would take as long and fail the same way.
-                    raise self.trouble
+                    raise self.connect_error
                 connection = self.main = await self._make()
             return connection
 
@@ -242,12 +242,12 @@ class RedisPool:
         if self._closed:
             raise closed()
         try:
-            connection = await self._make_one()
+            connection = await self._factory()
         except CacheError as error:
             self._failures += 1
-            self.trouble = error
+            self.connect_error = error
             raise
-        self.trouble = None
+        self.connect_error = None
         if self._closed:
             connection.drop(closed())
         return connection

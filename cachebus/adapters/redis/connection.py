@@ -17,9 +17,9 @@ from msgspec import Struct
 from cachebus.actors.ports import SLOWEST_LINE, Clock
 from cachebus.messages import CacheError
 
-from .errors import lost, translate, translate_greeting
+from .errors import lost, translate, translate_handshake_error
 
-Answer: TypeAlias = Callable[["Sequence[Any] | CacheError"], None]
+OnRawReplies: TypeAlias = Callable[["Sequence[Any] | CacheError"], None]
 """Callback for the replies of a batch, in order, or for the error that replaces them."""
 
 Argument: TypeAlias = str | bytes | int
@@ -56,7 +56,7 @@ class PendingReplies(Struct, eq=False):
     """Commands that change no entry and whose replies go to a callback."""
 
     wanted: int
-    answer: Answer
+    answer: OnRawReplies
 
     def changes(self) -> Iterable[Any]:
         return ()
@@ -96,7 +96,7 @@ class RedisConnection(asyncio.Protocol):
     def __init__(self, server: str, clock: Clock, *, window: int, health_interval: float | None) -> None:
         self.server = server
         self.lost: CacheError | None = None
-        self.greeted = False
+        self.handshake_done = False
         self.on_push: Callable[[Sequence[Any]], None] | None = None
         self._clock = clock
         self._monotonic = clock.monotonic
@@ -110,7 +110,7 @@ class RedisConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.paused = False
-        self.heard_at = self._sent_at = self._checked_at = float("-inf")
+        self.received_at = self._sent_at = self._checked_at = float("-inf")
         self._unsent = 0  # Size of the write buffer when last checked.
         self._recent = 0  # Bytes written since the last bytes were received.
 
@@ -128,7 +128,7 @@ class RedisConnection(asyncio.Protocol):
             if unsent < self._unsent:
                 self._sent_at = self._monotonic()
             self._unsent = unsent
-        return max(self.heard_at, self._sent_at)
+        return max(self.received_at, self._sent_at)
 
     @property
     def has_room(self) -> bool:
@@ -227,10 +227,10 @@ class RedisConnection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        said = self._replies if not self.greeted else []
-        if said and type(said[0]) is hiredis.ReplyError:
+        early_replies = self._replies if not self.handshake_done else []
+        if early_replies and type(early_replies[0]) is hiredis.ReplyError:
             # The server sent a reason and closed the connection.
-            self.drop(translate_greeting(said[0], self.server))
+            self.drop(translate_handshake_error(early_replies[0], self.server))
             return
         self.drop(lost(self.server, "closed by the server" if exc is None else type(exc).__name__))
 
@@ -242,7 +242,7 @@ class RedisConnection(asyncio.Protocol):
         self._change.wake()
 
     def data_received(self, data: bytes) -> None:
-        self.heard_at = self._monotonic()
+        self.received_at = self._monotonic()
         self._recent = 0
         in_flight, gets, replies = self.in_flight, self._reader.gets, self._replies
         batch: InFlight | None = None
@@ -254,9 +254,9 @@ class RedisConnection(asyncio.Protocol):
                         self.on_push(reply)
                     continue
                 if not in_flight:
-                    if type(reply) is hiredis.ReplyError and not self.greeted:
+                    if type(reply) is hiredis.ReplyError and not self.handshake_done:
                         self.drop(
-                            translate_greeting(reply, self.server)
+                            translate_handshake_error(reply, self.server)
                         )  # Sent before any command, such as "too many clients".
                     else:
                         self.drop(lost(self.server, "it sent a reply without a request"))
@@ -284,9 +284,9 @@ class RedisConnection(asyncio.Protocol):
     def _check(self) -> None:
         assert self._health_interval is not None
         now = self._monotonic()
-        patience = self._health_interval + self._recent / SLOWEST_LINE
-        if self.heard_at <= self._checked_at and self.last_progress <= now - patience:
-            self.drop(lost(self.server, f"nothing received for {now - self.heard_at:g} s"))
+        max_silence = self._health_interval + self._recent / SLOWEST_LINE
+        if self.received_at <= self._checked_at and self.last_progress <= now - max_silence:
+            self.drop(lost(self.server, f"nothing received for {now - self.received_at:g} s"))
             return
         self._checked_at = now
 

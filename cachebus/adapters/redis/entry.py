@@ -71,7 +71,7 @@ STAMP_BYTES = 16
 NO_STAMP = bytes(STAMP_BYTES)
 """Stamp of a load that began when its namespace had no sequence. Its value cannot be stored with tags."""
 
-MOST_HINTS = 16_384  # Maximum number of keys whose tags a store remembers.
+MAX_HINTS = 16_384  # Maximum number of keys whose tags a store remembers.
 _METADATA_LENGTH = struct.Struct(">H")
 _TAGS_LENGTH = struct.Struct(">I")
 _unpack_header: Callable[[bytes], tuple[float, float]] = HEADER.unpack_from
@@ -138,8 +138,8 @@ def read_run(raws: Iterable[Any], now: float) -> list[Found | Missing | Failed]:
             ttl = None if not expiry else max(expiry * 1e-3 - now, 0.001)
             add(Found(raw[17:], version, ttl, (), version * 1e-6))
         else:
-            claim, reply = read_entry(raw, now)
-            if claim is not None:
+            tag_stamp, reply = read_entry(raw, now)
+            if tag_stamp is not None:
                 raise HasTags
             add(reply)
     return replies
@@ -154,11 +154,11 @@ def read_entry(
     """
     if raw is None:
         return None, MISSING
-    claim: TagStamp | None = None
+    tag_stamp: TagStamp | None = None
     try:
         form = raw[16] if len(raw) > 16 else 0
         if form == TAGGED:
-            claim, raw = split_tagged(raw)
+            tag_stamp, raw = split_tagged(raw)
             form = raw[16] if len(raw) > 16 else 0
             if form == TAGGED:
                 raise CacheSerializationError("the stored value is damaged")
@@ -179,7 +179,7 @@ def read_entry(
             found = Found(value, version, left(expiry, now) if expiry else None, (), version * 1e-6)
     except CacheError as error:
         return None, Failed.of(error)
-    return claim, found if claim is None else replace(found, tags=claim.tags)
+    return tag_stamp, found if tag_stamp is None else replace(found, tags=tag_stamp.tags)
 
 
 def left(expiry: float, now: float) -> float:
@@ -195,7 +195,7 @@ def milliseconds(ttl: float | None) -> str:
 
 def read_head(head: bytes, now: float) -> Present | Missing:
     """Return the reply for a valid entry, given its head: the bytes before the value."""
-    if claim_of(head) is not None:
+    if tag_stamp_of(head) is not None:
         head = split_tagged(head)[1]
     if len(head) <= HEADER.size or head[HEADER.size] == LEASE:
         return MISSING
@@ -240,8 +240,8 @@ def read_stale(raw: bytes, lease: str, remaining: float) -> Stale | None:
     tags: tuple[str, ...] = ()
     try:
         if raw[16] == TAGGED:
-            claim, raw = split_tagged(raw)
-            tags = claim.tags
+            tag_stamp, raw = split_tagged(raw)
+            tags = tag_stamp.tags
         metadata, _, plain = split_metadata(raw)
         value = decode(plain)
     except CacheSerializationError:
@@ -285,7 +285,7 @@ def split_tagged(raw: bytes) -> tuple[TagStamp, bytes]:
     return TagStamp(raw[begin - STAMP_BYTES : begin], tags), raw[: HEADER.size] + raw[end:]
 
 
-def claim_of(raw: bytes) -> TagStamp | None:
+def tag_stamp_of(raw: bytes) -> TagStamp | None:
     """Return the stamp of an entry or its head; `None` without tags. Raises `CacheSerializationError`."""
     return split_tagged(raw)[0] if len(raw) > HEADER.size and raw[HEADER.size] == TAGGED else None
 
@@ -322,6 +322,6 @@ class TagSpace:
         """Remember the tags of a key, so that the next read requests their counters with it."""
         self.seen = True
         if not self.here:
-            if key not in self.hints and len(self.hints) >= MOST_HINTS:
+            if key not in self.hints and len(self.hints) >= MAX_HINTS:
                 del self.hints[next(iter(self.hints))]
             self.hints[key] = tags

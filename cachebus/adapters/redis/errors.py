@@ -73,7 +73,7 @@ def translate(reply: hiredis.ReplyError) -> CacheError:
     return CacheBackendError(f"the server answered: {str(reply).partition(', with args')[0][:200]}", BACKEND)
 
 
-def translate_greeting(reply: hiredis.ReplyError, server: str) -> CacheError:
+def translate_handshake_error(reply: hiredis.ReplyError, server: str) -> CacheError:
     """Return the `CacheError` for an error reply during the handshake.
 
     The message shows only the code: an old server echoes the unknown command, which includes the password.

@@ -65,7 +65,7 @@ local function expiry_of(raw)
   local _, expiry = struct.unpack('>dd', raw)
   return expiry
 end
-local function tell_end(key, token, error)
+local function publish_end(key, token, error)
   -- Notifies waiters in other processes. If the user may not publish, they poll when their wait ends.
   if #token > 255 then return end
   redis.pcall('PUBLISH', string.match(key, '^[^:]*') .. '#leases', string.char(#token) .. token .. error)
@@ -76,10 +76,10 @@ local function put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
   redis.call('SET', key, struct.pack('>dd', -1, now_ms + lease_ms) .. 'l' .. struct.pack('>d', until_ms)
     .. string.char(#token) .. token .. stamp .. struct.pack('>I4', #known) .. known .. stale, 'PX', math.ceil(life))
 end
-local function asked(token)
+local function requested(token)
   return string.sub(token, 1, NAMELESS) -- Without the dot and the nonce.
 end
-local function is_void(stamp, known)
+local function is_revoked(stamp, known)
   return known ~= '' and holds(stamp, known) == false
 end
 """.replace("NAMELESS", str(-NONCE_LENGTH - 2))
@@ -100,9 +100,9 @@ local key, token, lease_ms, tags = KEYS[1], ARGV[1], tonumber(ARGV[2]), ARGV[5]
 local raw = redis.call('GET', key)
 if is_lease(raw) then
   local held, deadline, until_ms, stale, stamp, known = parts(raw)
-  local lost = is_void(stamp, known)
+  local lost = is_revoked(stamp, known)
   if stale ~= '' and valid(stale) == false then stale = '' end
-  local again = asked(held) == asked(token)
+  local again = requested(held) == requested(token)
   if not again and deadline > now_ms and not lost then
     return {2, held, deadline - now_ms, stale, stamp, known}
   end
@@ -130,7 +130,7 @@ if ARGV[3] == '1' then
   end
   local lease = redis.call('GET', KEYS[2])
   local held = string.sub(lease, 1, #token)
-  if asked(held) == asked(token) and string.sub(lease, #token + 1, #token + #mark) == mark then
+  if requested(held) == requested(token) and string.sub(lease, #token + 1, #token + #mark) == mark then
     return {1, '', held}
   end
 end
@@ -141,7 +141,7 @@ COMMIT = _script("""
 -- ARGV: token, type tag and value, milliseconds to live, milliseconds to keep ('' for no expiry), 16 bytes about tags.
 -- Returns the new version, or the negated version of the current value if the lease is lost.
 local key, token, body = KEYS[1], ARGV[1], ARGV[2]
-tell_end(key, token, '')
+publish_end(key, token, '')
 local raw = redis.call('GET', key)
 local old, stamp, known, back, back_until = 0, nil, '', '', 0
 if raw and #raw >= 8 and not is_lease(raw) then old = struct.unpack('>d', raw) end
@@ -159,7 +159,7 @@ else
   redis.call('DEL', KEYS[2])
 end
 local tags = string.byte(body) == 116 and string.sub(body, 22, 21 + struct.unpack('>I4', body, 2)) or ''
-if is_void(stamp, known) or (tags ~= '' and not is_current(stamp, tags, ARGV[4], ARGV[5])) then
+if is_revoked(stamp, known) or (tags ~= '' and not is_current(stamp, tags, ARGV[4], ARGV[5])) then
   -- A tag was invalidated after the load began. The lease ends nevertheless.
   if not is_lease(raw) then return -old end
   if back ~= '' then
@@ -187,7 +187,7 @@ local key, token, lease_ms = KEYS[1], ARGV[1], tonumber(ARGV[2])
 local raw = redis.call('GET', key)
 if is_lease(raw) then
   local held, deadline, until_ms, stale, stamp, known = parts(raw)
-  if held ~= token or deadline <= now_ms or is_void(stamp, known) then return 0 end
+  if held ~= token or deadline <= now_ms or is_revoked(stamp, known) then return 0 end
   put_lease(key, token, lease_ms, until_ms, stale, stamp, known)
   return known ~= '' and {stamp, known} or 1
 end
@@ -205,21 +205,21 @@ local key, token = KEYS[1], ARGV[1]
 local raw = redis.call('GET', key)
 if is_lease(raw) then
   local held, deadline, until_ms, stale, stamp, known = parts(raw)
-  if asked(held) == token then token = held end
-  tell_end(key, token, ARGV[2])
+  if requested(held) == token then token = held end
+  publish_end(key, token, ARGV[2])
   if held ~= token then return 0 end
   if stale ~= '' then
     redis.call('SET', key, stale, 'PX', math.ceil(until_ms - now_ms))
   else
     redis.call('DEL', key)
   end
-  return deadline > now_ms and not is_void(stamp, known) and 1 or 0
+  return deadline > now_ms and not is_revoked(stamp, known) and 1 or 0
 end
 local lease = redis.call('GET', KEYS[2])
 local stop = lease and string.find(lease, '|', #token + 1, true)
 local held = stop and string.sub(lease, 1, stop - 1)
-if held and asked(held) == token then token = held end
-tell_end(key, token, ARGV[2])
+if held and requested(held) == token then token = held end
+publish_end(key, token, ARGV[2])
 if held == token then
   redis.call('DEL', KEYS[2])
   return 1

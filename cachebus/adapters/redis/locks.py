@@ -223,8 +223,8 @@ if holder == ticket then
   return answer(0)
 end
 local code = 2
-local gave_back = since > 0 and had >= since and (had < token or had == token and holder == '')
-if leave(ticket) == 1 or gave_back then
+local was_released = since > 0 and had >= since and (had < token or had == token and holder == '')
+if leave(ticket) == 1 or was_released then
   code = 0 -- It was waiting, or this repeats a release whose reply was lost.
 elseif holder ~= '' and ARGV[6] == '0' then
   code = 1
@@ -273,7 +273,7 @@ class RedisLockStore:
         self.execute, self.submit, self.try_submit = store.execute, store.submit, store.try_submit
         self._is_open = False
         self._subscription: ChannelSubscription | None = None
-        self._deaf: CacheError | None = None  # Why the inbox cannot be subscribed to.
+        self._inbox_error: CacheError | None = None  # Why the inbox cannot be subscribed to.
 
     def __repr__(self) -> str:
         return f"<RedisLockStore over {self._transport!r}, {'listening' if self._subscription else 'no waiter yet'}>"
@@ -284,7 +284,7 @@ class RedisLockStore:
 
     async def close(self) -> None:
         self._is_open = False  # Replies may arrive until the transport is closed.
-        subscription, self._subscription, self._deaf = self._subscription, None, None
+        subscription, self._subscription, self._inbox_error = self._subscription, None, None
         try:
             if subscription is not None:
                 await subscription.close()
@@ -323,7 +323,7 @@ class RedisLockStore:
                 raise CapabilityError(store=BACKEND, capability=type(request).__name__)
 
         def make(reply: Any, now: float) -> Reply:
-            passed_on = len(reply) > 5 and self._told(name, reply)
+            passed_on = len(reply) > 5 and self._notify_listener(name, reply)
             answer = read(reply)
             if type(answer) is Released and self.listener is not None and not passed_on:
                 # The queue is empty, so local waiters have lost their positions, for example after FLUSHALL.
@@ -331,14 +331,16 @@ class RedisLockStore:
             if type(answer) is LockQueued:
                 if self._subscription is None and self._is_open:
                     inbox = f"{self._prefix}to:{self.inbox}"
-                    self._subscription = self._transport.subscribe(inbox, self._heard, self._look, self._refused)
-                if self._deaf is not None:
-                    return Failed.of(self._deaf)
+                    self._subscription = self._transport.subscribe(
+                        inbox, self._on_offer, self._check_all, self._on_inbox_error
+                    )
+                if self._inbox_error is not None:
+                    return Failed.of(self._inbox_error)
             return answer
 
         return [len(keys), *keys, *ours], state, make, script
 
-    def _told(self, name: str, reply: Any) -> bool:
+    def _notify_listener(self, name: str, reply: Any) -> bool:
         """Notify the listener of changes for other callers. Return `True` if one was granted or offered the lock."""
         token = reply[1]
         next_ticket, next_ttl, offered, lost, lost_token = reply[5:]
@@ -355,18 +357,18 @@ class RedisLockStore:
 
     # The inbox
 
-    def _refused(self, error: CacheError) -> None:
+    def _on_inbox_error(self, error: CacheError) -> None:
         if not error.transient:
             # For example, the user may not subscribe. Waiting would be pointless, so callers get the error at once.
-            self._deaf = error
-            self._look()
+            self._inbox_error = error
+            self._check_all()
 
-    def _heard(self, payload: bytes) -> None:
+    def _on_offer(self, payload: bytes) -> None:
         ticket, _, name = payload.decode().partition("|")
         if self.listener is not None:
             self.listener.look(name, ticket)
 
-    def _look(self) -> None:
+    def _check_all(self) -> None:
         if self.listener is not None:
             self.listener.look_everywhere()
 

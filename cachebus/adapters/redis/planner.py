@@ -56,7 +56,6 @@ from .entry import (
     MISSING,
     NO_STAMP,
     TagSpace,
-    claim_of,
     encode,
     milliseconds,
     new_epoch,
@@ -64,11 +63,12 @@ from .entry import (
     pack_tags,
     read_head,
     split_tagged,
+    tag_stamp_of,
 )
 from .errors import translate
 from .leases import Leases, commit_call, lease_call
 from .rate_limits import admit_call
-from .runs import COMMAND_BYTES, Counters, PendingTagCheck, Reads, Write, Writes, condition_of, lease_claims
+from .runs import COMMAND_BYTES, Counters, PendingTagCheck, Reads, Write, Writes, condition_of, lease_tag_stamps
 from .scan import matching, scan_words
 from .scripts import INCREMENT, INVALIDATE, PEEK, TOUCH, Script
 
@@ -295,14 +295,14 @@ class Plan:
         here = self._space.here
 
         def make(head: Any, now: float) -> Reply | list[Command]:
-            claim = None if here else claim_of(head)
-            if claim is None:
+            tag_stamp = None if here else tag_stamp_of(head)
+            if tag_stamp is None:
                 return read_head(head, now)
 
             def decide(holds: Sequence[bool]) -> Reply:
                 return read_head(head, now) if holds[0] else MISSING
 
-            return Counters(self._space).judge([PendingTagCheck([claim], decide, self.replies, at)])
+            return Counters(self._space).judge([PendingTagCheck([tag_stamp], decide, self.replies, at)])
 
         return self._command(at, [1, name], name, make, PEEK.at(here))
 
@@ -351,16 +351,16 @@ class Plan:
             head = read(reply)
             if not isinstance(head, bytes):
                 return head
-            claim, _ = split_tagged(head)
+            tag_stamp, _ = split_tagged(head)
 
             def decide(holds: Sequence[bool]) -> Reply | Command:
                 if px is not None and not holds[0]:
                     return MISSING
-                known = claim.verdict(holds[0])
+                known = tag_stamp.verdict(holds[0])
                 return self._tagged(at, words, key, script, read, verdict=known, px=px, writes=writes)
 
             return Counters(self._space, ordered=True, px=px).judge(
-                [PendingTagCheck([claim], decide, self.replies, at)]
+                [PendingTagCheck([tag_stamp], decide, self.replies, at)]
             )
 
         sent = words if self._space.here else [*words, verdict]
@@ -372,7 +372,7 @@ class Plan:
         words, name, read, script = lease_call(request, name, stamp, None if here else verdict)
 
         def make(reply: Any, now: float) -> list[Command]:
-            about, stale = lease_claims(request, reply)
+            about, stale = lease_tag_stamps(request, reply)
 
             def decide(holds: Sequence[bool]) -> Reply | Command:
                 if about is not None and not holds[0]:
@@ -382,8 +382,8 @@ class Plan:
                     reply[3 if reply[0] == 2 else 1] = b""
                 return read(reply, now)
 
-            claims = [claim for claim in (about, stale) if claim is not None]
-            return Counters(self._space).judge([PendingTagCheck(claims, decide, self.replies, at)])
+            tag_stamps = [tag_stamp for tag_stamp in (about, stale) if tag_stamp is not None]
+            return Counters(self._space).judge([PendingTagCheck(tag_stamps, decide, self.replies, at)])
 
         return self._command(at, words, name, read if here else make, script)
 

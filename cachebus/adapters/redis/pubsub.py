@@ -44,7 +44,7 @@ PAUSE_MAX = 2.0
 Each pause is random, so that processes do not reconnect at the same time."""
 
 IDLE = 60.0  # Seconds after the last wait before the channel is unsubscribed.
-LONGEST = 60.0  # Maximum seconds of one wait. Longer requests are shortened.
+MAX_WAIT = 60.0  # Maximum seconds of one wait. Longer requests are shortened.
 OnReply = Callable[[Reply], None]
 
 
@@ -71,9 +71,9 @@ class ChannelSubscription:
     ) -> None:
         self._connect = connect
         self._channel = channel
-        self._heard = heard
-        self._subscribed = subscribed
-        self._failed = failed
+        self._on_message = heard
+        self._on_subscribed = subscribed
+        self._on_error = failed
         self._clock = clock
         self.is_up = False
         self._task = asyncio.create_task(self._run())
@@ -94,7 +94,7 @@ class ChannelSubscription:
 
     async def _run(self) -> None:
         failures = 0
-        stood = False
+        connected = False
         while True:
             started = self._clock.monotonic()
             try:
@@ -105,8 +105,8 @@ class ChannelSubscription:
                     (reply,) = await connection.ask(pack("SUBSCRIBE", self._channel) + pack("PING"))
                     if isinstance(reply, hiredis.ReplyError):
                         raise translate(reply)
-                    self.is_up = stood = True
-                    _call(self._subscribed)
+                    self.is_up = connected = True
+                    _call(self._on_subscribed)
                     await connection.gone()
                 finally:
                     self.is_up = False
@@ -114,8 +114,8 @@ class ChannelSubscription:
                 if self._clock.monotonic() - started > PAUSE_MAX:
                     failures = 0  # The connection was stable.
             except CacheError as error:
-                if not stood:
-                    _call(self._failed, error)
+                if not connected:
+                    _call(self._on_error, error)
                     if not error.transient:
                         return
             longest = min(PAUSE_MAX, PAUSE_MIN * 2**failures)
@@ -125,7 +125,7 @@ class ChannelSubscription:
 
     def _pushed(self, push: Sequence[Any]) -> None:
         if push[0] == b"message" and not self._task.cancelling():
-            _call(self._heard, push[2])
+            _call(self._on_message, push[2])
 
 
 def _call(function: Callable[..., None], *arguments: Any) -> None:
@@ -154,7 +154,7 @@ class LeaseWatch:
         self._count = 0
         self._ended: OrderedDict[str, Reply] = OrderedDict()
         self._subscription: ChannelSubscription | None = None
-        self._trouble: CacheError | None = None
+        self._error: CacheError | None = None
         self._idle: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -173,10 +173,10 @@ class LeaseWatch:
             on_reply(ended)
             return
         if self._subscription is None:
-            self._trouble = None
-            self._subscription = self._subscribe(self._channel, self._heard, self._subscribed, self._refused)
-        if self._trouble is not None:
-            on_reply(Failed.of(self._trouble))
+            self._error = None
+            self._subscription = self._subscribe(self._channel, self._on_message, self._on_subscribed, self._on_failure)
+        if self._error is not None:
+            on_reply(Failed.of(self._error))
         elif self._count >= self._limit:
             on_reply(Failed.of(Overloaded(f"{self._limit} callers already wait for leases", "", self._limit)))
         else:
@@ -184,11 +184,11 @@ class LeaseWatch:
 
     async def close(self) -> None:
         """Fail every waiter, and unsubscribe from the channel. Safe to call twice."""
-        self._tell_all(Failed.of(CacheClosed("the store was closed")))
+        self._reply_to_all(Failed.of(CacheClosed("the store was closed")))
         if self._idle is not None:
             self._idle.cancel()
         subscription = self._subscription
-        self._rest()
+        self._unsubscribe()
         if subscription is not None:
             await subscription.close()
 
@@ -197,50 +197,50 @@ class LeaseWatch:
     def _wait(self, request: WatchLease, on_reply: OnReply) -> None:
         token = request.token
 
-        def late() -> None:
+        def time_out() -> None:
             waiters = self._waiting[token]
             waiters.remove(waiter)
             if not waiters:
                 del self._waiting[token]
-            self._leave(1)
+            self._remove_waiters(1)
             on_reply(Loading(token))
 
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
-        waiter = (on_reply, asyncio.get_running_loop().call_later(min(request.wait, LONGEST), late))
+        waiter = (on_reply, asyncio.get_running_loop().call_later(min(request.wait, MAX_WAIT), time_out))
         self._waiting.setdefault(token, []).append(waiter)
         self._count += 1
 
-    def _tell(self, token: str, reply: Reply) -> None:
+    def _reply(self, token: str, reply: Reply) -> None:
         waiters = self._waiting.pop(token, ())
         for on_reply, timer in waiters:
             timer.cancel()
             on_reply(reply)
         if waiters:
-            self._leave(len(waiters))
+            self._remove_waiters(len(waiters))
 
-    def _tell_all(self, reply: Reply) -> None:
+    def _reply_to_all(self, reply: Reply) -> None:
         for token in tuple(self._waiting):
-            self._tell(token, reply)
+            self._reply(token, reply)
 
-    def _leave(self, count: int) -> None:
+    def _remove_waiters(self, count: int) -> None:
         self._count -= count
         if not self._count and self._idle is None:
-            self._idle = asyncio.get_running_loop().call_later(IDLE, self._rest)
+            self._idle = asyncio.get_running_loop().call_later(IDLE, self._unsubscribe)
 
     # The channel
 
-    def _refused(self, error: CacheError) -> None:
-        self._trouble = error
-        self._tell_all(Failed.of(error))
-        self._leave(0)  # Starts the idle timer: no caller waits after an error.
+    def _on_failure(self, error: CacheError) -> None:
+        self._error = error
+        self._reply_to_all(Failed.of(error))
+        self._remove_waiters(0)  # Starts the idle timer: no caller waits after an error.
 
-    def _subscribed(self) -> None:
-        self._trouble = None
-        self._tell_all(NotHeld())  # Notifications may have been lost, so the waiters check for themselves.
+    def _on_subscribed(self) -> None:
+        self._error = None
+        self._reply_to_all(NotHeld())  # Notifications may have been lost, so the waiters check for themselves.
 
-    def _heard(self, payload: bytes) -> None:
+    def _on_message(self, payload: bytes) -> None:
         length = payload[0] if payload else 0
         token = payload[1 : 1 + length].decode(errors="replace")
         error = payload[1 + length :].decode(errors="replace")
@@ -248,9 +248,9 @@ class LeaseWatch:
         self._ended[token] = reply
         if len(self._ended) > self._memory:
             self._ended.popitem(last=False)
-        self._tell(token, reply)
+        self._reply(token, reply)
 
-    def _rest(self) -> None:
+    def _unsubscribe(self) -> None:
         """Unsubscribe until the next caller waits."""
         self._idle = None
         subscription, self._subscription = self._subscription, None

@@ -30,7 +30,7 @@ from cachebus.messages import (
 from ..common.encoding import unpack_plain
 from .commands import Command
 from .connection import Argument
-from .entry import HEADER, MISSING, TagSpace, TagStamp, claim_of, read_entry, split_tagged
+from .entry import HEADER, MISSING, TagSpace, TagStamp, read_entry, split_tagged, tag_stamp_of
 from .leases import Leases
 from .scripts import KEEP, READ
 from .write_script import WRITE
@@ -46,7 +46,7 @@ class PendingTagCheck(NamedTuple):
     reply.
     """
 
-    claims: Sequence[TagStamp]
+    tag_stamps: Sequence[TagStamp]
     decide: Callable[[Sequence[bool]], Reply | Command | None]
     replies: list[Any]
     at: int
@@ -77,26 +77,26 @@ class Counters(Struct, eq=False):
         """Return the command that reads the requested counters, if any."""
         return self._fetch(list(self.asked)) if self.asked else None
 
-    def judge(self, doubts: Sequence[PendingTagCheck]) -> list[Command]:
+    def judge(self, checks: Sequence[PendingTagCheck]) -> list[Command]:
         """Decide the checks whose counters are known, and return the commands to send."""
         if self.left:
-            self.waiting += doubts
+            self.waiting += checks
             return []
         if self.error is not None:
-            for doubt in doubts:
-                doubt.replies[doubt.at] = Failed.of(self.error)
+            for check in checks:
+                check.replies[check.at] = Failed.of(self.error)
             return []
-        tags = (tag for doubt in doubts for claim in doubt.claims for tag in claim.tags)
+        tags = (tag for check in checks for tag_stamp in check.tag_stamps for tag in tag_stamp.tags)
         if unknown := dict.fromkeys(tag for tag in tags if tag not in self.known):
-            self.waiting += doubts
+            self.waiting += checks
             return [self._fetch(list(unknown))]
         commands: list[Command] = []
-        for doubt in doubts:
-            decided = doubt.decide([claim.holds(self.known) for claim in doubt.claims])
+        for check in checks:
+            decided = check.decide([tag_stamp.holds(self.known) for tag_stamp in check.tag_stamps])
             if isinstance(decided, Command):
                 commands.append(decided)
             elif decided is not None:
-                doubt.replies[doubt.at] = decided
+                check.replies[check.at] = decided
         return commands
 
     def _fetch(self, tags: list[str]) -> Command:
@@ -128,7 +128,7 @@ class Counters(Struct, eq=False):
         return self.judge(waiting)
 
 
-def lease_claims(request: Leases, reply: Any) -> tuple[TagStamp | None, TagStamp | None]:
+def lease_tag_stamps(request: Leases, reply: Any) -> tuple[TagStamp | None, TagStamp | None]:
     """Return the two stamps on which a lease reply depends, or `None` for each.
 
     The first is that of the lease or of the value found. If it does not hold, the request is sent again. The second is
@@ -138,8 +138,8 @@ def lease_claims(request: Leases, reply: Any) -> tuple[TagStamp | None, TagStamp
         return (None if isinstance(reply, int) else _declared(*reply)), None
     kind = reply[0]
     if kind == 2:
-        return _declared(reply[4], reply[5]), claim_of(reply[3])
-    return (None, claim_of(reply[1])) if kind else (claim_of(reply[1]), None)
+        return _declared(reply[4], reply[5]), tag_stamp_of(reply[3])
+    return (None, tag_stamp_of(reply[1])) if kind else (tag_stamp_of(reply[1]), None)
 
 
 def _declared(stamp: bytes, tags: bytes) -> TagStamp | None:
@@ -181,18 +181,18 @@ class Reads(Struct, eq=False):
         return [each.command() for each in alone.values()]
 
     def _settle(self, reply: Any, now: float) -> Sequence[Command]:
-        doubts: list[PendingTagCheck] = []
+        checks: list[PendingTagCheck] = []
         for position, key in self.wants:
             # Decoded once for each request, so that callers do not share a list or a dict.
-            claim, answer = read_entry(reply[self.places[key]], now)
-            if claim is not None:
-                self.space.learn(key[self.prefix :], claim.tags)
+            tag_stamp, answer = read_entry(reply[self.places[key]], now)
+            if tag_stamp is not None:
+                self.space.learn(key[self.prefix :], tag_stamp.tags)
                 if not self.checked:
                     decide = partial(self._decide, position, key, answer)
-                    doubts.append(PendingTagCheck((claim,), decide, self.replies, position))
+                    checks.append(PendingTagCheck((tag_stamp,), decide, self.replies, position))
                     continue
             self._put(position, key, answer)
-        return self.counters.judge(doubts) if doubts else ()
+        return self.counters.judge(checks) if checks else ()
 
     def _decide(self, position: int, key: str, answer: Found | Missing | Failed, holds: Sequence[bool]) -> None:
         self._put(position, key, answer if holds[0] else MISSING)
@@ -265,18 +265,18 @@ class Writes(Struct, eq=False):
         return [each.command() for each in alone.values()]
 
     def _settle(self, reply: Any, now: float) -> Sequence[Command]:
-        doubts: list[PendingTagCheck] = []
+        checks: list[PendingTagCheck] = []
         for item, version in zip(self.items, reply, strict=True):
             if type(version) is bytes:
-                doubts += self._doubts(item, version)
+                checks += self._tag_checks(item, version)
             elif item.position >= 0:
                 self.replies[item.position] = Stored(float(version)) if version > 0 else NotStored(float(-version))
-        return Counters(self.space, ordered=True).judge(doubts) if doubts else ()
+        return Counters(self.space, ordered=True).judge(checks) if checks else ()
 
-    def _doubts(self, item: Write, head: bytes) -> Sequence[PendingTagCheck]:
+    def _tag_checks(self, item: Write, head: bytes) -> Sequence[PendingTagCheck]:
         """Return a check that repeats the write once the tags of the entry that begins with `head` are checked."""
         try:
-            claim, _ = split_tagged(head)
+            tag_stamp, _ = split_tagged(head)
         except CacheError as error:
             self.replies[item.position] = Failed.of(error)
             return ()
@@ -289,9 +289,9 @@ class Writes(Struct, eq=False):
                 else not version or item.condition not in ("present", repr(version))
             ):
                 return NotStored(version)
-            return replace(self, items=[item]).command(claim.verdict(holds[0]))
+            return replace(self, items=[item]).command(tag_stamp.verdict(holds[0]))
 
-        return [PendingTagCheck((claim,), decide, self.replies, item.position)]
+        return [PendingTagCheck((tag_stamp,), decide, self.replies, item.position)]
 
     def _fail(self, error: CacheError) -> None:
         for item in self.items:

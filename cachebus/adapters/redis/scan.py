@@ -40,28 +40,28 @@ def matching(names: Sequence[bytes], prefix: str, pattern: str) -> list[str]:
     return list(found)
 
 
-class Walks:
+class ScanRunner:
     """Runs batches with scanning requests in the background, because each takes many round trips.
 
-    `walk` executes a request of one of the `kinds`, and `execute` any other request of the batch.
+    `scan` executes a request of one of the `kinds`, and `execute` any other request of the batch.
     """
 
     def __init__(
         self,
         kinds: frozenset[type[Request[Any]]],
-        walk: Callable[[Any], Awaitable[Reply]],
+        scan: Callable[[Any], Awaitable[Reply]],
         execute: Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]],
     ) -> None:
         self._kinds = kinds
-        self._walk = walk
+        self._scan = scan
         self._execute = execute
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> None:
         """Start to execute a batch."""
         task = asyncio.create_task(self._run(batch, on_replies))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def remove(self, connection: RedisConnection, prefix: str, pattern: str) -> int:
         """Delete the keys on one server that match a pattern, and return their number.
@@ -82,12 +82,12 @@ class Walks:
 
     async def finish(self) -> None:
         """Wait until every scan has finished."""
-        while self._under_way:
-            await asyncio.wait(self._under_way)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     def cancel(self) -> None:
         """Cancel every scan."""
-        for task in self._under_way:
+        for task in self._tasks:
             task.cancel()
 
     async def _run(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> None:
@@ -96,7 +96,7 @@ class Walks:
             for request in batch:
                 try:
                     if type(request) in self._kinds:
-                        replies.append(await self._walk(request))
+                        replies.append(await self._scan(request))
                     else:
                         replies += await self._execute([request])
                 except CacheError as error:

@@ -49,7 +49,7 @@ local function inner(raw)
   if string.byte(raw, 17) ~= 116 then return 17 end
   return 38 + struct.unpack('>I4', raw, 18)
 end
-local function claim(raw)
+local function tag_stamp(raw)
   -- The stamp of an entry, and its packed tags.
   return string.sub(raw, 22, 37), string.sub(raw, 38, inner(raw) - 1)
 end
@@ -57,7 +57,7 @@ end
 
 _SEQUENCE = f"""
 local RETENTION = {RETENTION_MS}
-local function place()
+local function sequence_key()
   local namespace = string.match(KEYS[1], '^[^:]*')
   return namespace .. '#tags:{{' .. namespace .. '}}'
 end
@@ -107,7 +107,7 @@ end
 
 _HERE = """
 local function names(tags)
-  local found, at = cmsgpack.unpack(tags), place() .. ':'
+  local found, at = cmsgpack.unpack(tags), sequence_key() .. ':'
   for i = 1, #found do found[i] = at .. found[i] end
   return found
 end
@@ -120,7 +120,7 @@ local function holds(stamp, tags)
 end
 local function stamp_of(tags, px, proposed)
   -- The current stamp. Creates missing counters of the tags.
-  local sequence = place()
+  local sequence = sequence_key()
   local stamp = stamp_at(sequence, proposed)
   if tags ~= '' then
     for _, name in ipairs(names(tags)) do ensure(sequence, stamp, name, px) end
@@ -169,7 +169,7 @@ _VALID = """
 local function valid(raw)
   -- True if no tag of the entry was invalidated later; nil if unknown. A damaged entry is not valid.
   if string.byte(raw, 17) ~= 116 then return true end
-  local understood, holding = pcall(function() return inner(raw) <= #raw and holds(claim(raw)) end)
+  local understood, holding = pcall(function() return inner(raw) <= #raw and holds(tag_stamp(raw)) end)
   if not understood then return false end
   return holding
 end
@@ -289,7 +289,7 @@ if form == 116 then
   local is_valid = valid(raw)
   if is_valid == nil then return string.sub(raw, 1, inner(raw)) end
   if not is_valid then return 0 end
-  local _, tags = claim(raw)
+  local _, tags = tag_stamp(raw)
   keep_all(tags, ARGV[1])
 end
 redis.call('SETRANGE', KEYS[1], 0, header(version, ARGV[1]))

@@ -39,7 +39,7 @@ from .leases import commit_call, lease_call
 from .planner import Plan
 from .pubsub import ChannelSubscription, LeaseWatch
 from .runs import COMMAND_BYTES
-from .scan import Walks, submitted
+from .scan import ScanRunner, submitted
 from .scripts import READ
 from .write_script import PLAIN_BYTES, WRITE
 
@@ -53,7 +53,7 @@ class RedisStore:
     Values are bytes, or any value that msgpack returns unchanged. The version of a value is the server's time in
     microseconds.
 
-    If `service` is given, `places` are the endpoints of its sentinels, which name the master. `default_ttl` is in
+    If `service` is given, `endpoints` are the endpoints of its sentinels, which name the master. `default_ttl` is in
     seconds. `call` turns requests into scripts for stores other than a cache, such as the lock store.
 
     `Clear` and `DeletePattern` scan the keys while other requests are served. An entry written during the scan may or
@@ -67,7 +67,7 @@ class RedisStore:
 
     def __init__(
         self,
-        places: Sequence[Endpoint],
+        endpoints: Sequence[Endpoint],
         connector: Connector | None = None,
         *,
         namespace: str,
@@ -81,7 +81,7 @@ class RedisStore:
             raise CacheConfigurationError(
                 f"redis: the namespace must be non-empty and contain no colon, not {namespace!r}"
             )
-        self._places = tuple(places)
+        self._endpoints = tuple(endpoints)
         self._service = service
         self._sentinel_identity = sentinel_identity or Credentials()
         self._connector = connector or Connector()
@@ -91,12 +91,12 @@ class RedisStore:
         self._space = TagSpace(namespace, here=True)
         self._call = call
         self._pool: RedisPool | None = None
-        self._walks = Walks(self.long_running, self._walk, self.execute)
+        self._scans = ScanRunner(self.long_running, self._run_scan, self.execute)
         self._watch = LeaseWatch(self.subscribe, namespace)
         self.watch = self._watch.watch
 
     def __repr__(self) -> str:
-        return f"<RedisStore {self._prefix!r} at {', '.join(map(str, self._places))}>"
+        return f"<RedisStore {self._prefix!r} at {', '.join(map(str, self._endpoints))}>"
 
     async def open(self) -> None:
         self._connector = await self._connector.prepared()
@@ -107,11 +107,11 @@ class RedisStore:
         """Wait for pending requests, then close. If cancelled, abort them and close."""
         try:
             await self._watch.close()
-            await self._walks.finish()
+            await self._scans.finish()
             if self._pool is not None:
                 await self._pool.close()
         finally:
-            self._walks.cancel()
+            self._scans.cancel()
             if self._pool is not None:
                 self._pool.drop()
 
@@ -128,7 +128,7 @@ class RedisStore:
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
         pool = self._opened()
         if not self.long_running.isdisjoint(map(type, batch)):
-            self._walks.start(batch, on_replies)
+            self._scans.start(batch, on_replies)
             return NO_PROGRESS
         connection = pool.main
         if connection is None or not connection.has_room:
@@ -234,19 +234,19 @@ class RedisStore:
     def _plan(self, batch: Sequence[Request[Any]], *, checked: bool | None = None) -> Plan:
         return Plan(batch, self._prefix, self._default_ttl, self._space, checked=checked, call=self._call)
 
-    async def _walk(self, request: Request[Any]) -> Reply:
+    async def _run_scan(self, request: Request[Any]) -> Reply:
         connection = await self._opened().side()
         if isinstance(request, DeletePattern):
-            return Deleted(await self._walks.remove(connection, self._prefix, request.pattern))
-        await self._walks.remove(connection, self._prefix, "*")
+            return Deleted(await self._scans.remove(connection, self._prefix, request.pattern))
+        await self._scans.remove(connection, self._prefix, "*")
         return Cleared()
 
     async def _connect(self) -> RedisConnection:
         if self._service is None:
-            return await self._connector.connect(self._places[0])
+            return await self._connector.connect(self._endpoints[0])
         to_sentinels = dataclasses.replace(self._connector, identity=self._sentinel_identity, database=0)
-        place = await find_master(to_sentinels, self._places, self._service)
-        return await self._connector.connect(place, "master")
+        endpoint = await find_master(to_sentinels, self._endpoints, self._service)
+        return await self._connector.connect(endpoint, "master")
 
     def _opened(self) -> RedisPool:
         if self._pool is None:
@@ -279,7 +279,7 @@ class SentDirectly(Struct, eq=False):
         connection = self.connection
         if not isinstance(replies, CacheError) and type(replies[0]) is not hiredis.ReplyError:
             try:
-                made = self.read(replies[0], connection.heard_at + connection.offset)
+                made = self.read(replies[0], connection.received_at + connection.offset)
             except (HasTags, *UNREADABLE):
                 pass  # The plan finds the requests that are affected.
             else:

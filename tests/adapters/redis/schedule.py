@@ -108,7 +108,7 @@ async def lose(store: Any, *names: str) -> None:
             (connection,) = await connections(store)
         else:
             connection = await store._router.topology.node(
-                store._router.topology.map.place(slot_of(name))
+                store._router.topology.map.owner(slot_of(name))
             ).pool.connect()
         await connection.call("UNLINK", name)
 
@@ -295,7 +295,7 @@ async def connections(store: Any) -> list[RedisConnection]:
     if isinstance(store, RedisStore):
         assert store._pool is not None
         return [await store._pool.connect()]
-    return [await store._router.topology.node(place).pool.connect() for place in store._router.topology.map.places()]
+    return [await store._router.topology.node(place).pool.connect() for place in store._router.topology.map.endpoints()]
 
 
 async def replay(seed: int, servers: Sequence[Server]) -> World:

@@ -173,9 +173,9 @@ def test_a_map_says_what_has_changed_hands() -> None:
     assert slots.version == version
     assert slots.move(1, b)
     assert slots.replace({1: b, 2: b}) == [2]
-    assert slots.places() == [b]
+    assert slots.endpoints() == [b]
     with pytest.raises(CacheConnectionError, match="slot 3"):
-        slots.place(3)
+        slots.owner(3)
 
 
 def test_a_slot_is_held_until_nothing_is_under_way_in_it() -> None:

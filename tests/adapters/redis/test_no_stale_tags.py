@@ -101,15 +101,17 @@ def one_epoch(patch: pytest.MonkeyPatch) -> None:
 def trusting_claims(patch: pytest.MonkeyPatch) -> None:
     holds = TagStamp.holds
 
-    def trusts(claim: TagStamp, counters: Any) -> bool:
-        return holds(claim, {tag: counter or claim.stamp for tag, counter in counters.items()})
+    def trusts(tag_stamp: TagStamp, counters: Any) -> bool:
+        return holds(tag_stamp, {tag: counter or tag_stamp.stamp for tag, counter in counters.items()})
 
     patch.setattr(TagStamp, "holds", trusts)
 
 
 PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], bool]] = {
     "the stamp is that of the end of the load": (
-        scripts_with("if is_void(stamp, known) or", "stamp = stamp_of(tags, '', ARGV[5])\nif is_void(stamp, known) or"),
+        scripts_with(
+            "if is_revoked(stamp, known) or", "stamp = stamp_of(tags, '', ARGV[5])\nif is_revoked(stamp, known) or"
+        ),
         False,
     ),
     "a counter that is lost is trusted": (

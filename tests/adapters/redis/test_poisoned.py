@@ -20,7 +20,7 @@ TOKEN = b"\xff" * 20
 
 POISON = {
     "a value of an unknown form": struct.pack(">dd", 1e15, 0) + b"?" + b"x",
-    "msgpack that only claims": struct.pack(">dd", 1e15, 0) + b"M" + b"\xdc\xff\xff" * 22_000,
+    "msgpack that only tag_stamps": struct.pack(">dd", 1e15, 0) + b"M" + b"\xdc\xff\xff" * 22_000,
     "metadata that is none": struct.pack(">dd", 1e15, 0) + b"o\xff\xff" + b"x",
     "metadata of a wrong type": struct.pack(">dd", 1e15, 0) + b"o\x00\x01\xc0" + b"Bx",
     "metadata of other types": struct.pack(">dd", 1e15, 0) + b"o\x00\x05\x94\xa1a\xc3\xc3\x90" + b"Bx",

@@ -355,7 +355,7 @@ async def test_in_a_cluster_a_lease_without_tags_does_not_need_the_counters() ->
     error = CacheConnectionError("away", "redis")
     for command in stamps.commands:
         command.fail(error)
-    assert stamps.by_place == {0: NO_STAMP, 1: error}
+    assert stamps.by_position == {0: NO_STAMP, 1: error}
 
 
 async def test_a_namespace_whose_counters_would_be_all_over_the_cluster_is_refused() -> None:

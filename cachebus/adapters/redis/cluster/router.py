@@ -12,13 +12,13 @@ import hiredis
 
 from cachebus.messages import CacheError
 
-from ..commands import LATE_IS_WRONG, SLOTS, Command, RoutedCommand, slot_of
+from ..commands import ORDER_SENSITIVE, SLOTS, Command, RoutedCommand, slot_of
 from ..connect import Connector, Endpoint, RedisPool
 from ..connection import Change
 from ..errors import code_of, moving, overtaken
 from .topology import ClusterNode, Topology, read_redirection
 
-MOST_HOPS = 8
+MAX_HOPS = 8
 """Maximum number of redirections of a command. Servers that disagree could redirect it endlessly."""
 
 
@@ -33,7 +33,7 @@ class SlotQueues:
     """
 
     def __init__(self) -> None:
-        self._under_way: dict[int, int] = {}
+        self._in_flight: dict[int, int] = {}
         self._sent: defaultdict[int, deque[object]] = defaultdict(partial(deque[object], maxlen=REMEMBERED))
         self._newest_change: dict[int, object] = {}
         self._held: set[int] = set()
@@ -41,27 +41,27 @@ class SlotQueues:
         self.change = self._change.wait
 
     def __repr__(self) -> str:
-        return f"<SlotQueues in {len(self._under_way)} slots, {len(self._held)} held>"
+        return f"<SlotQueues in {len(self._in_flight)} slots, {len(self._held)} held>"
 
     @property
     def idle(self) -> bool:
         """True if no command is in flight."""
-        return not self._under_way
+        return not self._in_flight
 
     def begin(self, slot: int, what: object, *, changes: bool = True) -> None:
         """Record that `what` is sent, and whether it may change a key."""
-        self._under_way[slot] = self._under_way.get(slot, 0) + 1
+        self._in_flight[slot] = self._in_flight.get(slot, 0) + 1
         self._sent[slot].append(what)
         if changes:
             self._newest_change[slot] = what
 
     def end(self, slot: int) -> None:
         """Record that a command in a slot has its answer."""
-        left = self._under_way[slot] - 1
+        left = self._in_flight[slot] - 1
         if left:
-            self._under_way[slot] = left
+            self._in_flight[slot] = left
             return
-        del self._under_way[slot], self._sent[slot]
+        del self._in_flight[slot], self._sent[slot]
         self._newest_change.pop(slot, None)
         self._held.discard(slot)
         self._change.wake()
@@ -84,7 +84,7 @@ class SlotQueues:
 
     def hold(self, slot: int) -> None:
         """Hold back new commands until the slot is idle."""
-        if slot in self._under_way:
+        if slot in self._in_flight:
             self._held.add(slot)
 
     def is_held(self, slots: Iterable[int]) -> bool:
@@ -96,16 +96,16 @@ class Router:
     """Sends commands to the servers of their slots, and handles the replies. `topology` holds the servers."""
 
     def __init__(self, connector: Connector, seeds: Sequence[Endpoint]) -> None:
-        self.topology = Topology(connector, seeds, self._node, self._changed_hands)
+        self.topology = Topology(connector, seeds, self._node, self._on_moved_slots)
         self._connector = connector
-        self._traffic = SlotQueues()
+        self._slot_queues = SlotQueues()
         # Slots being migrated. Their commands have one key each: a server rejects a command whose keys are on two
         # servers.
         self._moving: set[int] = set()
 
-    def _node(self, place: Endpoint) -> ClusterNode:
-        pool = RedisPool(partial(self._connector.connect, place), self._connector.max_connections)
-        return ClusterNode(place, pool, self._arrived, self._undelivered)
+    def _node(self, endpoint: Endpoint) -> ClusterNode:
+        pool = RedisPool(partial(self._connector.connect, endpoint), self._connector.max_connections)
+        return ClusterNode(endpoint, pool, self._on_reply, self._on_undelivered)
 
     def group(self, numbers: dict[str, int], name: str) -> int:
         """Return the group of a key: its slot.
@@ -119,168 +119,174 @@ class Router:
         """Wait until every server of the slots can accept a batch. Return the unreachable ones with their errors."""
         unreachable: dict[Endpoint, CacheError] = {}
         while True:
-            if self._traffic.is_held(slots):
-                await self._traffic.change()
+            if self._slot_queues.is_held(slots):
+                await self._slot_queues.change()
                 continue
             nodes = (self.topology.node_of(slot) for slot in slots)
-            full = next((each for each in nodes if each and each.place not in unreachable and not each.has_room), None)
+            full = next(
+                (each for each in nodes if each and each.endpoint not in unreachable and not each.has_room), None
+            )
             if full is None:
                 return unreachable
-            if full.trouble is not None:
-                unreachable[full.place] = full.trouble
+            if full.connect_error is not None:
+                unreachable[full.endpoint] = full.connect_error
                 full.try_again()
-                self.topology.learn_soon()
+                self.topology.update_soon()
                 continue
             try:
                 await full.room()
             except CacheError as error:
-                unreachable[full.place] = error
+                unreachable[full.endpoint] = error
                 with contextlib.suppress(CacheError):
-                    await self.topology.learn()  # Another server may have taken over its slots.
+                    await self.topology.update()  # Another server may have taken over its slots.
 
-    def has_room(self, trips: Sequence[RoutedCommand]) -> bool:
+    def has_room(self, routed_commands: Sequence[RoutedCommand]) -> bool:
         """Return `True` if the commands can be sent now."""
-        if self._traffic.is_held(trip.slot for trip in trips):
+        if self._slot_queues.is_held(routed.slot for routed in routed_commands):
             return False
-        nodes = (self.topology.node_of(trip.slot) for trip in trips)
+        nodes = (self.topology.node_of(routed.slot) for routed in routed_commands)
         return all(node is not None and node.has_room for node in nodes)
 
-    def send(self, trips: Sequence[RoutedCommand], unreachable: Mapping[Endpoint, CacheError] | None = None) -> None:
+    def send(
+        self, routed_commands: Sequence[RoutedCommand], unreachable: Mapping[Endpoint, CacheError] | None = None
+    ) -> None:
         """Send commands without waiting. Those to `unreachable` servers fail."""
         parts: dict[ClusterNode, list[RoutedCommand]] = {}
-        hopeless: list[tuple[RoutedCommand, CacheError]] = []
-        for trip in trips:
-            self._traffic.begin(trip.slot, trip, changes=bool(trip.command.changes))
+        rejected: list[tuple[RoutedCommand, CacheError]] = []
+        for routed in routed_commands:
+            self._slot_queues.begin(routed.slot, routed, changes=bool(routed.command.changes))
             try:
-                node = self.topology.node(self.topology.map.place(trip.slot))
-                if unreachable and node.place in unreachable:
-                    raise unreachable[node.place]
+                node = self.topology.node(self.topology.map.owner(routed.slot))
+                if unreachable and node.endpoint in unreachable:
+                    raise unreachable[node.endpoint]
             except CacheError as error:
-                hopeless.append((trip, error))
-                self.topology.learn_soon()
+                rejected.append((routed, error))
+                self.topology.update_soon()
                 continue
-            parts.setdefault(node, []).append(trip)
+            parts.setdefault(node, []).append(routed)
         for node, part in parts.items():
             node.send(part)
-        for trip, reason in hopeless:
-            self._fail(trip, reason)
+        for routed, reason in rejected:
+            self._fail(routed, reason)
 
     async def close(self) -> None:
         """Wait for commands in flight, then close."""
-        while not self._traffic.idle:
-            await self._traffic.change()
+        while not self._slot_queues.idle:
+            await self._slot_queues.change()
         await self.topology.close()
 
     # Replies
 
-    def _arrived(self, node: ClusterNode, trip: RoutedCommand, reply: Any, now: float) -> None:
-        if type(reply) is hiredis.ReplyError and self._sent_again(node, trip, reply):
+    def _on_reply(self, node: ClusterNode, routed: RoutedCommand, reply: Any, now: float) -> None:
+        if type(reply) is hiredis.ReplyError and self._resend(node, routed, reply):
             return
-        following = trip.command.take(reply, now)
+        following = routed.command.take(reply, now)
         if following:
-            self._send_on(trip, following)
+            self._send_follow_ups(routed, following)
         else:
-            self._end(trip)
+            self._end(routed)
 
-    def _undelivered(self, trips: Sequence[RoutedCommand], error: CacheError, sent: bool) -> None:
-        for trip in trips:
+    def _on_undelivered(self, routed_commands: Sequence[RoutedCommand], error: CacheError, sent: bool) -> None:
+        for routed in routed_commands:
             if sent:
-                trip.command.give_up(error)
-                self._end(trip)
+                routed.command.give_up(error)
+                self._end(routed)
             else:
-                self._fail(trip, error)
-        self.topology.learn_soon()
+                self._fail(routed, error)
+        self.topology.update_soon()
 
-    def _sent_again(self, node: ClusterNode, trip: RoutedCommand, reply: hiredis.ReplyError) -> bool:
+    def _resend(self, node: ClusterNode, routed: RoutedCommand, reply: hiredis.ReplyError) -> bool:
         """Resend or fail a rejected command. Return `False` if the reply is an error for the caller."""
         code = code_of(reply)
-        command = trip.command
-        if code == "NOSCRIPT" and command.script is not None and not trip.whole:
+        command = routed.command
+        if code == "NOSCRIPT" and command.script is not None and not routed.whole:
             # The script cache was emptied, so the script had no effect. Send its text, unless a newer change was sent.
-            if command.script in LATE_IS_WRONG and not self._traffic.is_newest_change(trip.slot, trip):
-                self._fail(trip, overtaken())
+            if command.script in ORDER_SENSITIVE and not self._slot_queues.is_newest_change(routed.slot, routed):
+                self._fail(routed, overtaken())
                 return True
-            trip.whole, trip.packed = True, command.packed(whole=True)
-            self._traffic.hold(trip.slot)
-            node.send([trip])
+            routed.whole, routed.packed = True, command.packed(whole=True)
+            self._slot_queues.hold(routed.slot)
+            node.send([routed])
             return True
         if code == "CLUSTERDOWN":
-            self.topology.learn_soon()
+            self.topology.update_soon()
         if code not in ("MOVED", "ASK", "TRYAGAIN"):
             return False
-        trip.hops += 1
-        if trip.hops > MOST_HOPS:
-            self._fail(trip, moving("too many redirections"))
+        routed.hops += 1
+        if routed.hops > MAX_HOPS:
+            self._fail(routed, moving("too many redirections"))
         elif code == "MOVED":
-            slot, place = read_redirection(str(reply), node.place)
-            if self.topology.map.move(slot, place):
-                self._changed_hands([slot])
-                self.topology.learn_soon()
-            trip.asking = False
-            self.topology.node(place).send([trip])
+            slot, endpoint = read_redirection(str(reply), node.endpoint)
+            if self.topology.map.move(slot, endpoint):
+                self._on_moved_slots([slot])
+                self.topology.update_soon()
+            routed.asking = False
+            self.topology.node(endpoint).send([routed])
         elif command.parts is not None and len(parts := command.parts()) > 1:
-            self._take_apart(trip, parts)
+            self._split(routed, parts)
         elif code == "ASK":
-            _, place = read_redirection(str(reply), node.place)
-            self._moving.add(trip.slot)
-            trip.asking = True
-            self.topology.node(place).send([trip])
+            _, endpoint = read_redirection(str(reply), node.endpoint)
+            self._moving.add(routed.slot)
+            routed.asking = True
+            self.topology.node(endpoint).send([routed])
         else:
             return False
         return True
 
-    def _take_apart(self, trip: RoutedCommand, commands: Sequence[Command]) -> None:
+    def _split(self, routed: RoutedCommand, commands: Sequence[Command]) -> None:
         """Split a command with several keys, some of which have moved, into one for each key, and send these.
 
         They go to the owner of the slot, which redirects the keys that have moved. This keeps the order only if no
         command was sent after the original one, so otherwise it fails.
         """
-        self._moving.add(trip.slot)
-        if not self._traffic.is_newest(trip.slot, trip):
-            self._fail(trip, moving())
+        self._moving.add(routed.slot)
+        if not self._slot_queues.is_newest(routed.slot, routed):
+            self._fail(routed, moving())
             return
-        parts = [trip.batch.add(command, follows=trip.follows, hops=trip.hops) for command in commands]
-        if trip.follows is not None:
-            trip.follows.followed_by += len(parts)
+        parts = [routed.batch.add(command, follows=routed.follows, hops=routed.hops) for command in commands]
+        if routed.follows is not None:
+            routed.follows.followed_by += len(parts)
         self.send(parts)
-        self._traffic.hold(trip.slot)
-        self._end(trip)
+        self._slot_queues.hold(routed.slot)
+        self._end(routed)
 
-    def _send_on(self, trip: RoutedCommand, commands: Sequence[Command]) -> None:
+    def _send_follow_ups(self, routed: RoutedCommand, commands: Sequence[Command]) -> None:
         """Send follow-up commands. The original command ends with the last of them.
 
         A follow-up that writes must not run after a later command for its key, so it fails in that case.
         """
-        first = trip.first
-        trips = [trip.batch.add(command, follows=trip) for command in commands]
-        trip.followed_by = len(trips)
-        for each in trips:
+        first = routed.first
+        routed_commands = [routed.batch.add(command, follows=routed) for command in commands]
+        routed.followed_by = len(routed_commands)
+        for each in routed_commands:
             if each.command.ordered:
-                self._traffic.hold(first.slot)
+                self._slot_queues.hold(first.slot)
             if each.command.ordered and each.slot == first.slot and self._is_overtaken(first):
-                self._traffic.begin(each.slot, each)
+                self._slot_queues.begin(each.slot, each)
                 self._fail(each, moving("its tags had to be checked"))
             else:
                 self.send([each])
 
-    def _is_overtaken(self, trip: RoutedCommand) -> bool:
-        later: Any = self._traffic.later(trip.slot, trip)
-        return later is None or any(trip.command.key in each.command.words for each in later if each.first is not trip)
+    def _is_overtaken(self, routed: RoutedCommand) -> bool:
+        later: Any = self._slot_queues.later(routed.slot, routed)
+        return later is None or any(
+            routed.command.key in each.command.words for each in later if each.first is not routed
+        )
 
-    def _changed_hands(self, slots: Sequence[int]) -> None:
+    def _on_moved_slots(self, slots: Sequence[int]) -> None:
         """Record that slots have a new owner, and hold them until the redirected commands are answered."""
         for slot in slots:
             self._moving.discard(slot)
-            self._traffic.hold(slot)
+            self._slot_queues.hold(slot)
 
-    def _fail(self, trip: RoutedCommand, error: CacheError) -> None:
-        trip.command.fail(error)
-        self._end(trip)
+    def _fail(self, routed: RoutedCommand, error: CacheError) -> None:
+        routed.command.fail(error)
+        self._end(routed)
 
-    def _end(self, trip: RoutedCommand) -> None:
-        self._traffic.end(trip.slot)
-        trip.batch.one_done()
-        if (before := trip.follows) is not None:
+    def _end(self, routed: RoutedCommand) -> None:
+        self._slot_queues.end(routed.slot)
+        routed.batch.one_done()
+        if (before := routed.follows) is not None:
             before.followed_by -= 1
             if not before.followed_by:
                 self._end(before)

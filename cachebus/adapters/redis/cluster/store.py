@@ -39,18 +39,18 @@ from ..errors import BACKEND
 from ..leases import kept_for
 from ..planner import Plan
 from ..pubsub import ChannelSubscription, LeaseWatch
-from ..scan import Walks, matching, scan_words, submitted
+from ..scan import ScanRunner, matching, scan_words, submitted
 from ..scripts import STAMP
 from .router import Router
 
-MOST_WALKS = 3  # Maximum number of scans for one deletion when slots move during it.
+MAX_SCANS = 3  # Maximum number of scans for one deletion when slots move during it.
 _CURSOR = re.compile(r"([0-9]{1,20})@(.+)", re.DOTALL)
 
 
 class RedisClusterStore:
     """`PipelinedStore` for a Redis Cluster, version 6.2 or newer. Needs asyncio.
 
-    `places` are the endpoints of any servers of the cluster; the others are discovered. The other parameters are those
+    `endpoints` are the endpoints of any servers of the cluster; the others are discovered. The other parameters are those
     of `RedisStore` and apply to each server. A batch is answered when every server has answered its part. Requests for
     one key take effect in the order in which they were submitted, even while its slot moves. Keys in different slots
     have no order.
@@ -66,7 +66,7 @@ class RedisClusterStore:
 
     def __init__(
         self,
-        places: Sequence[Endpoint],
+        endpoints: Sequence[Endpoint],
         connector: Connector | None = None,
         *,
         namespace: str,
@@ -78,14 +78,14 @@ class RedisClusterStore:
             raise CacheConfigurationError(
                 f"redis: the namespace must be non-empty and contain no colon or {{}}, not {namespace!r}"
             )
-        self._seeds = tuple(places)
+        self._seeds = tuple(endpoints)
         self._connector = dataclasses.replace(connector or Connector(), counters_here=False)
         self._prefix = f"{namespace}:"
         self._default_ttl = default_ttl
         self._space = TagSpace(namespace, here=False)
         self._call = call
         self._router: Router | None = None
-        self._walks = Walks(self.long_running, self._walk, self.execute)
+        self._scans = ScanRunner(self.long_running, self._run_scan, self.execute)
         self._watch = LeaseWatch(self.subscribe, namespace)
         self.watch = self._watch.watch
 
@@ -96,7 +96,7 @@ class RedisClusterStore:
         self._connector = await self._connector.prepared()
         self._router = Router(self._connector, self._seeds)
         try:
-            await self._router.topology.learn()
+            await self._router.topology.update()
         except BaseException:
             self._router.topology.drop()
             raise
@@ -107,10 +107,10 @@ class RedisClusterStore:
             return
         try:
             await self._watch.close()
-            await self._walks.finish()
+            await self._scans.finish()
             await self._router.close()
         finally:
-            self._walks.cancel()
+            self._scans.cancel()
             self._router.topology.drop()
 
     def subscribe(self, *arguments: Any) -> ChannelSubscription:
@@ -118,11 +118,11 @@ class RedisClusterStore:
         return ChannelSubscription(self._connect_anywhere, *arguments, clock=self._connector.clock)
 
     async def _connect_anywhere(self) -> RedisConnection:
-        places = [] if self._router is None else self._router.topology.map.places()
+        endpoints = [] if self._router is None else self._router.topology.map.endpoints()
         reason: CacheError = CacheConnectionError("no server of the cluster is known", BACKEND)
-        for place in dict.fromkeys((*random.sample(places, len(places)), *self._seeds)):
+        for endpoint in dict.fromkeys((*random.sample(endpoints, len(endpoints)), *self._seeds)):
             try:
-                return await self._connector.connect(place)
+                return await self._connector.connect(endpoint)
             except CacheError as error:
                 reason = error
         raise reason
@@ -136,27 +136,27 @@ class RedisClusterStore:
     async def submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress:
         router = self._opened()
         if not self.long_running.isdisjoint(map(type, batch)):
-            self._walks.start(batch, on_replies)
+            self._scans.start(batch, on_replies)
             return NO_PROGRESS
         stamps = await self._stamps(router, batch) if _wants_stamps(batch, self._space) else None
-        under_way = self._planned(router, batch, on_replies, stamps)
-        await self._send(router, under_way)
-        return under_way
+        countdown = self._planned(router, batch, on_replies, stamps)
+        await self._send(router, countdown)
+        return countdown
 
     def try_submit(self, batch: Sequence[Request[Any]], on_replies: OnReplies) -> Progress | None:
         router = self._router
         if router is None or type(batch[0]) in self.long_running or _wants_stamps(batch, self._space):
             return None
-        under_way = self._planned(router, batch, on_replies)
-        if not router.has_room(under_way.trips):
+        countdown = self._planned(router, batch, on_replies)
+        if not router.has_room(countdown.routed_commands):
             return None
-        router.send(under_way.trips)
-        return under_way
+        router.send(countdown.routed_commands)
+        return countdown
 
-    async def _send(self, router: Router, under_way: Countdown) -> None:
-        unreachable = await router.room({trip.slot for trip in under_way.trips})
+    async def _send(self, router: Router, countdown: Countdown) -> None:
+        unreachable = await router.room({routed.slot for routed in countdown.routed_commands})
         # No await from here on: the servers still have room, and batches keep their order.
-        router.send(under_way.trips, unreachable)
+        router.send(countdown.routed_commands, unreachable)
 
     async def _stamps(self, router: Router, batch: Sequence[Request[Any]]) -> Mapping[int, bytes | CacheError]:
         """Read the stamps that the batch needs before it is sent, by position in the batch."""
@@ -165,7 +165,7 @@ class RedisClusterStore:
         if stamps.commands:
             await self._send(router, Countdown(stamps.commands, read.set))
             await read.wait()
-        return stamps.by_place
+        return stamps.by_position
 
     def _planned(
         self,
@@ -177,16 +177,16 @@ class RedisClusterStore:
         look = _looks_for_tags(batch, self._space)
         group = partial(router.group, {})
         plan = Plan(batch, self._prefix, self._default_ttl, self._space, group, stamps=stamps, call=self._call)
-        under_way = Countdown(plan.commands, lambda: on_replies(plan.done()))
+        countdown = Countdown(plan.commands, lambda: on_replies(plan.done()))
         if look is not None:
-            under_way.add(look)
+            countdown.add(look)
         elif not plan.commands:
             on_replies(plan.done())
-        return under_way
+        return countdown
 
     # Scans
 
-    async def _walk(self, request: Request[Any]) -> Reply:
+    async def _run_scan(self, request: Request[Any]) -> Reply:
         try:
             if isinstance(request, Scan):
                 return await self._page(request)
@@ -195,25 +195,25 @@ class RedisClusterStore:
             await self._remove("*")
             return Cleared()
         except CacheError:
-            self._opened().topology.learn_soon()
+            self._opened().topology.update_soon()
             raise
 
     async def _remove(self, pattern: str) -> int:
         topology = self._opened().topology
         removed = 0
-        for _ in range(MOST_WALKS):
+        for _ in range(MAX_SCANS):
             version = topology.map.version
-            for place in topology.map.places():
-                connection = await topology.node(place).pool.side()
-                removed += await self._walks.remove(connection, self._prefix, pattern)
+            for endpoint in topology.map.endpoints():
+                connection = await topology.node(endpoint).pool.side()
+                removed += await self._scans.remove(connection, self._prefix, pattern)
             if topology.map.version == version:
                 break
         return removed
 
     async def _page(self, request: Scan) -> Reply:
         topology = self._opened().topology
-        places = topology.map.places()
-        names = [str(place) for place in places]
+        endpoints = topology.map.endpoints()
+        names = [str(endpoint) for endpoint in endpoints]
         cursor, at = "0", 0
         if request.cursor:
             found = _CURSOR.fullmatch(request.cursor)
@@ -222,7 +222,7 @@ class RedisClusterStore:
             if found[2] not in names:
                 raise CacheConnectionError("the cluster has changed during the scan: start the scan again", BACKEND)
             cursor, at = found[1], names.index(found[2])
-        connection = await topology.node(places[at]).pool.connect()
+        connection = await topology.node(endpoints[at]).pool.connect()
         following, listed = await connection.call(*scan_words(self._prefix, request.pattern, cursor))
         keys = tuple(matching(listed, self._prefix, request.pattern))
         if following != b"0":
@@ -260,7 +260,7 @@ def _looks_for_tags(batch: Sequence[Request[Any]], space: TagSpace) -> Command |
 
 
 class Stamps:
-    """Stamps for the requests of a batch. `commands` read them; `by_place` then holds each stamp, or its error, by
+    """Stamps for the requests of a batch. `commands` read them; `by_position` then holds each stamp, or its error, by
     position.
 
     A stamp is read before its lease is requested or its value is written. If a tag is invalidated in between, the
@@ -268,18 +268,18 @@ class Stamps:
     """
 
     def __init__(self, batch: Sequence[Request[Any]], space: TagSpace, default_ttl: float | None) -> None:
-        self.by_place: dict[int, bytes | CacheError] = {}
+        self.by_position: dict[int, bytes | CacheError] = {}
         groups: dict[str, list[tuple[int, Any]]] = {}
         request: Any
-        for place, request in enumerate(batch):
+        for position, request in enumerate(batch):
             if not _wants_stamp(request, space):
                 continue
             try:
                 pack_tags(request.tags)
-                groups.setdefault(_kept(request, default_ttl), []).append((place, request))
+                groups.setdefault(_kept(request, default_ttl), []).append((position, request))
             except (CacheError, ValueError, OverflowError):
                 # It will be refused.
-                self.by_place[place] = BadMessage("the request is not understood")
+                self.by_position[position] = BadMessage("the request is not understood")
         space.seen = True
         self.commands = [self._command(space, px, members) for px, members in groups.items()]
 
@@ -290,14 +290,14 @@ class Stamps:
 
         def settle(reply: Any, now: float) -> None:
             counters = dict(zip(tags, reply[1:], strict=True))
-            for place, request in members:
+            for position, request in members:
                 # A value stored under a lease has the stamp of the lease, which is compared with the largest counter.
                 leased = isinstance(request, Set) and request.lease is not None and request.tags
-                self.by_place[place] = max(counters[tag] for tag in request.tags) if leased else reply[0]
+                self.by_position[position] = max(counters[tag] for tag in request.tags) if leased else reply[0]
 
         def fail(error: CacheError) -> None:
             # Without a stamp, the lease still works for a value without tags.
-            self.by_place.update((place, error if request.tags else NO_STAMP) for place, request in members)
+            self.by_position.update((position, error if request.tags else NO_STAMP) for position, request in members)
 
         return Command(words, names[0], settle, fail, script=STAMP)
 
