@@ -1,1 +1,1 @@
-"""The Memcached store on real servers."""
+"""Tests of the Memcached store with real servers."""

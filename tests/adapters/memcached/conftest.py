@@ -1,4 +1,4 @@
-"""A real server for the tests of a module, and stores in it."""
+"""Fixtures: one real server for each test module, and stores connected to it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def server() -> Iterator[Server]:
 
 @asynccontextmanager
 async def opened(*servers: Any, namespace: str = "", **options: Any) -> AsyncGenerator[MemcachedStore]:
-    """A store on these servers, open, in a namespace of its own unless one is named."""
+    """Open a store on these servers, with a new namespace unless one is given."""
     places = [Endpoint(each.host, each.port) for each in servers]
-    # Only tests of servers that fail say how long one is given.
+    # Only tests of failing servers set shorter timeouts.
     given = {"timeout": 5.0, "connect_timeout": 5.0, **options}
     store = MemcachedStore(places, namespace=namespace or f"t{uuid4().hex}", **given)
     await store.open()
@@ -49,7 +49,7 @@ async def store(server: Server) -> AsyncIterator[MemcachedStore]:
 
 
 async def one(store: Any, request: Any) -> Any:
-    """The reply to one request, sent alone."""
+    """Send one request alone, and return its reply."""
     (reply,) = await store.execute([request])
     return reply
 
@@ -59,7 +59,7 @@ async def sync(function: Any, *arguments: Any) -> Any:
 
 
 async def raw(server: Any, verb: str, *arguments: Any, **options: Any) -> Any:
-    """What the driver alone gets from a server."""
+    """Call a method of a plain pymemcache client."""
 
     def ask() -> Any:
         client = pymemcache.Client((server.host, server.port), default_noreply=False)
@@ -72,7 +72,7 @@ async def raw(server: Any, verb: str, *arguments: Any, **options: Any) -> Any:
 
 
 def name_of(store: MemcachedStore, key: str, server: int = 0) -> str:
-    """What a key of the store is called at one of its servers."""
+    """Return the name of a key on one of the servers."""
     connection = list(store._servers.values())[server].connection
     assert connection is not None
     assert connection.generation
@@ -80,7 +80,7 @@ def name_of(store: MemcachedStore, key: str, server: int = 0) -> str:
 
 
 def count_trips(store: MemcachedStore, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What the store sends from here on, a piece for each round trip."""
+    """Record what the store sends from now on, one item for each round trip."""
     sent: list[bytes] = []
     for server in store._servers.values():
         connection: Any = server.connection

@@ -31,7 +31,7 @@ from .conftest import one, sync
 
 @asynccontextmanager
 async def at(url: str) -> AsyncGenerator[Any]:
-    """A store at a URL, open."""
+    """Open a store at a URL."""
     store: Any = build_store(backend_from_url(url), namespace=f"t{uuid4().hex}", clock=SYSTEM_CLOCK)
     await store.open()
     try:
@@ -40,7 +40,7 @@ async def at(url: str) -> AsyncGenerator[Any]:
         await store.close()
 
 
-# What the options do
+# Options
 
 
 def test_every_option_of_a_memcached_url_is_read() -> None:
@@ -147,7 +147,7 @@ async def test_max_connections_is_that_of_the_option() -> None:
     assert store._connector.most == 7
 
 
-# Ways to a server
+# Connecting to a server
 
 
 async def test_a_cache_over_memcached_does_what_a_cache_does(server: Server) -> None:

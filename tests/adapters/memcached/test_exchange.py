@@ -1,4 +1,4 @@
-"""An exchange without a server: bytes are handed in one piece at a time, and the clock is set by hand."""
+"""An exchange without a server: the test passes in the bytes and sets the clock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Clock:
 
 
 class Socket:
-    """A socket whose other end is the test."""
+    """Socket whose other end is the test."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
@@ -75,14 +75,14 @@ class Timers:
         return self.call_at(self.clock.at + delay, callback)
 
     def run(self) -> None:
-        """Call back what is due."""
+        """Run the timers that are due."""
         due = [each for each in self.armed if not each.cancelled and each.when <= self.clock.at]
         self.armed = [each for each in self.armed if each not in due]
         for timer in due:
             timer.callback()
 
     def fire(self, late: float = 0.0) -> None:
-        """Call back the one timer that is armed, at its time or a little later."""
+        """Run the only active timer at its time, or `late` seconds after it."""
         (timer,) = [each for each in self.armed if not each.cancelled]
         self.armed.clear()
         self.clock.at = max(self.clock.at, timer.when + late)
@@ -90,7 +90,7 @@ class Timers:
 
 
 class Line:
-    """A connection that has been greeted."""
+    """A connection after its handshake."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -109,7 +109,7 @@ class Line:
 
 
 def asking(*commands: bytes) -> Exchange[list[Answer]]:
-    """All of these commands in one piece."""
+    """Return an exchange that sends all of these commands at once."""
     return (yield b"".join(commands), len(commands))
 
 
@@ -155,7 +155,7 @@ def test_broken_framing_drops_the_connection_and_answers_the_exchange(line: Line
     line.connection.data_received(said)
     assert line.socket.closed
     assert [type(reply) for reply in line.results.pop()] == [Failed] * 3
-    line.connection.data_received(b"EN\r\n")  # Late, and no answer to anything.
+    line.connection.data_received(b"EN\r\n")  # Late data, after the exchange has ended.
     assert line.results == []
 
 
@@ -191,7 +191,7 @@ def test_bytes_that_arrive_extend_an_exchange_and_a_trickle_does_not(line: Line)
     connection.begin(asking(b"mg a v c\r\n"), line.results.append)
     connection.data_received(b"VA 1000000 c5\r\n")
     for _ in range(10):
-        # A slow line: each time the clock reaches the limit, something has come since.
+        # A slow connection: bytes have arrived each time the timer runs.
         connection.data_received(bytes(100_000))
         line.timers.fire()
         assert line.results == []
@@ -199,7 +199,7 @@ def test_bytes_that_arrive_extend_an_exchange_and_a_trickle_does_not(line: Line)
     assert line.results.pop() == [(bytes(1_000_000), 5)]
     assert line.clock.at - started > 5 * TIMEOUT
     assert connection.last_progress == line.clock.at
-    line.timers.fire()  # It finds nothing in flight.
+    line.timers.fire()  # Nothing is in flight.
 
     connection.begin(asking(b"mg a v c\r\n"), line.results.append)
     connection.data_received(b"VA 1000000 c5\r\n")
@@ -215,20 +215,20 @@ def test_bytes_that_arrive_extend_an_exchange_and_a_trickle_does_not(line: Line)
 def test_bytes_that_leave_extend_an_exchange(line: Line) -> None:
     line.socket.unsent = 400_000
     line.connection.begin(asking(bytes(400_000)), line.results.append)
-    line.timers.fire()  # That of an exchange before.
+    line.timers.fire()  # The timer of a previous exchange.
     for unsent in (300_000, 200_000, 100_000):
         line.socket.unsent = unsent
         line.timers.fire()
         assert line.results == []
         assert line.connection.last_progress == line.clock.at
-    while not line.results:  # Nothing leaves any more.
+    while not line.results:  # No more bytes are sent.
         line.timers.fire()
     assert isinstance(line.results.pop(), CacheConnectionError)
 
 
 def test_a_timer_that_is_late_lets_what_has_come_be_heard_first(line: Line) -> None:
     line.connection.begin(asking(b"mg a v c\r\n"), line.results.append)
-    line.timers.fire(late=5.0)  # The event loop stood still.
+    line.timers.fire(late=5.0)  # The event loop was blocked.
     assert line.results == []
     line.connection.data_received(b"EN\r\n")
     assert line.results == [[MISS]]

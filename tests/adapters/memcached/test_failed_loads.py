@@ -1,4 +1,4 @@
-"""What a real Memcached tells those who wait, when a loader has failed: nothing else in it could."""
+"""A failed load on a real Memcached: its waiters get the name of the loader's error."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def lease(token: str, *, after: str = "", ttl: float = LONG, **more: Any) -> Get
 
 
 async def failed(store: MemcachedStore, token: str, **more: Any) -> str:
-    """The name of a lease whose loader has failed."""
+    """Take a lease, release it as failed, and return its name."""
     name = await granted(store, lease(token, **more))
     assert await one(store, ReleaseLease("k", name, "OSError")) == Released()
     return name
 
 
 def told(reply: Any) -> str:
-    """What the loader is said to have raised."""
+    """Return the name of the error that the loader raised."""
     assert isinstance(reply, Failed), reply
     error = reply.error()
     assert isinstance(error, LoaderFailed)
@@ -66,7 +66,7 @@ async def test_all_who_wait_for_it_are_told_as_often_as_they_ask_and_the_next_lo
         assert told(await one(store, lease(token, after=name))) == "OSError"
     assert await one(store, Get("k")) == Missing()
     theirs = await granted(store, lease("t4"))
-    assert told(await one(store, lease("t5", after=name))) == "OSError", "also while the next loads"
+    assert told(await one(store, lease("t5", after=name))) == "OSError", "even while the next load runs"
     assert isinstance(loading := await one(store, lease("t6", after=theirs)), Loading)
     assert loading.token == theirs
     assert isinstance(await one(store, Set("k", b"v", LONG, lease=theirs)), Stored)
@@ -94,10 +94,10 @@ async def test_a_failed_lease_is_nobodys(store: MemcachedStore, *, asked_for: bo
     reply = await one(store, Set("k", b"v", LONG, lease=name))
     assert isinstance(reply, NotStored)
     assert reply.reason == "lease_lost"
-    # Given back once more, it is told all the same.
+    # A second release does not remove the error.
     assert await one(store, ReleaseLease("k", "t1" if asked_for else name)) == NotHeld()
     assert told(await one(store, lease("t2", after=name))) == "OSError"
-    # The same question once more, late, is a new one.
+    # A late repetition of the request gets a new lease.
     assert await granted(store, lease("t1")) != name
 
 

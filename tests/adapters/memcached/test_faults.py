@@ -82,17 +82,17 @@ async def test_a_server_killed_under_fifty_callers_is_used_again_when_it_is_back
                 done = True
         assert wrong == []
         assert errors <= {CacheConnectionError}
-        assert slowest < 5.0  # Each wait has 0.5 s; the rest is what a busy machine adds.
+        assert slowest < 5.0  # Each wait takes up to 0.5 s; the rest is allowance for a busy machine.
 
 
 async def test_a_version_from_before_a_restart_fits_nothing_after_it() -> None:
     with run_memcached() as server:
         async with opened(server) as store:
             before = await one(store, Set("a", b"1"))
-            await anyio.sleep(1.1)  # The versions of two lives begin at the second in which each began.
+            await anyio.sleep(1.1)  # Versions start at the second in which the server started.
             await sync(server.restart)
             with anyio.fail_after(30):
-                while not isinstance(await one(store, Get("a")), Missing):  # Or that the connection was lost.
+                while not isinstance(await one(store, Get("a")), Missing):  # Or an error for the lost connection.
                     await anyio.sleep(0.001)
             after = await one(store, Set("a", b"2"))
             assert after.version > before.version
@@ -105,7 +105,7 @@ async def test_what_was_in_flight_says_whether_it_may_have_been_done() -> None:
         async with opened(server, timeout=0.2) as store:
             await one(store, Set("a", 1))
             await sync(server.pause)
-            await anyio.sleep(0.05)  # The signal reaches the server's threads one by one.
+            await anyio.sleep(0.05)  # The signal stops the server's threads one at a time.
             get, write, delete, increment = await store.execute([Get("a"), Set("a", 2), Delete("a"), Increment("n")])
             for reply in (get, write, delete, increment):
                 assert isinstance(reply, Failed)
@@ -137,7 +137,7 @@ async def test_an_increment_whose_write_is_lost_is_in_doubt_and_never_done_twice
 
 
 async def first_value(store: Any, key: str) -> Any:
-    """The value under a key, as soon as the store answers again."""
+    """Return the value of a key as soon as the store answers again."""
     while True:
         try:
             found = await one(store, Get(key))
@@ -152,7 +152,7 @@ async def test_a_silent_server_costs_nobody_more_than_the_timeout() -> None:
         async with opened(server, timeout=0.2, connect_timeout=0.2) as store:
             await one(store, Set("a", b"1"))
             await sync(server.pause)
-            while True:  # The signal reaches the server's threads one by one.
+            while True:  # The signal stops the server's threads one at a time.
                 started = time.monotonic()
                 reply = await one(store, Get("a"))
                 if not isinstance(reply, Found):
@@ -209,7 +209,7 @@ async def test_an_unreachable_server_is_said_at_opening() -> None:
 
 @contextmanager
 def impostor(answer: bytes) -> Generator[Endpoint]:
-    """Something on a port that says `answer` to whatever it is asked; nothing at all if it is empty."""
+    """Yield a fake server that sends `answer` to any request; nothing if it is empty."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -290,7 +290,7 @@ async def test_a_dead_server_costs_its_own_keys_and_no_others() -> None:
             assert 20 < len(theirs) < 80
             for harm, heal in ((other.kill, other.start), (other.pause, other.resume)):
                 await sync(harm)
-                await store.execute([Get(key) for key in keys])  # The connection is found to be lost.
+                await store.execute([Get(key) for key in keys])  # The store detects the lost connection.
                 started = time.monotonic()
                 for _ in range(20):
                     replies = await store.execute([Get(key) for key in keys])
@@ -299,7 +299,7 @@ async def test_a_dead_server_costs_its_own_keys_and_no_others() -> None:
                             assert isinstance(reply, Failed)
                         else:
                             assert isinstance(reply, Found)
-                # Nobody waits for the one that says nothing: that would take 20 times 0.3 s.
+                # No batch waits for the unresponsive server: that would take 20 times 0.3 s.
                 assert time.monotonic() - started < 5.0
                 mine = tuple(key for key in keys if key not in theirs)
                 assert len((await one(store, GetMany(mine))).entries) == len(mine)

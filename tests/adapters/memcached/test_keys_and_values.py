@@ -145,7 +145,7 @@ async def test_what_others_wrote_is_an_error_and_is_written_over(server: Server)
         for foreign in (b"", b"5", b"?" * 100, HEADER.pack(b"M", 0, 0.0, 1.0, 0.0) + b"\xc1"):
             await raw(server, "set", name, foreign)
             told = await one(store, Get("a"))
-            # What happens to look like the entry of another key is that.
+            # Bytes that parse as the entry of another key are a miss.
             assert told == Missing() if foreign[:1] == b"?" else isinstance(told.error(), CacheSerializationError)
             assert isinstance(await one(store, Set("a", b"2")), Stored)
             assert (await one(store, Get("a"))).value == b"2"
@@ -156,7 +156,7 @@ async def test_a_value_fits_to_the_last_byte_and_one_more_is_refused_with_both_s
         limit = store.capabilities.max_value_bytes
         assert limit is not None
         assert 1_000_000 < limit < 2**20
-        # A key that is hashed stands in the entry too, if it is not too long for that.
+        # The entry of a hashed key also contains the key, unless it is too long.
         for key, kept in (("k", 0), ("k" * 240, 240), ("k" * 5000, 64)):
             room = limit - kept
             fits, refused, after = await store.execute([Set(key, bytes(room)), Set(key, bytes(room + 1)), Get(key)])
@@ -203,5 +203,5 @@ async def test_a_part_of_a_second_is_rounded_up_and_the_value_then_goes(server: 
         assert 0.5 < seen.ttl <= 1.0
         while isinstance(await one(store, Get("a")), Found):
             pass
-        # Memcached's clock goes by whole seconds, and late on a busy machine.
+        # Memcached's clock counts whole seconds, and is late on a busy machine.
         assert 0.05 < time.monotonic() - before < 2.5

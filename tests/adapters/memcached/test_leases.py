@@ -1,4 +1,4 @@
-"""Leases in a real Memcached: what the conformance suite does not ask, because it is about how they stand there."""
+"""Leases in a real Memcached: storage details that the conformance suite does not cover."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def test_a_tag_that_is_invalidated_during_the_load_keeps_the_value_out(
     assert is_lost(await one(store, commit(t1, b"new", tags=("a",))))
     found = await one(store, Get("k"))
     assert found.value == b"old" if refresh else found == Missing()
-    assert isinstance(await one(store, lease("t2", refresh=refresh)), LeaseGranted), "the next may load at once"
+    assert isinstance(await one(store, lease("t2", refresh=refresh)), LeaseGranted), "the next caller may load at once"
 
 
 async def test_another_tags_invalidation_only_matters_where_tags_come_late(store: MemcachedStore) -> None:
@@ -107,7 +107,7 @@ async def test_a_value_is_stored_with_the_generations_of_its_grant(store: Memcac
     assert await one(store, Get("k")) == Missing()
 
 
-# Asked twice
+# Repeated requests
 
 
 async def test_a_lease_that_is_asked_for_twice_keeps_the_terms_of_the_first_time(store: MemcachedStore) -> None:
@@ -130,7 +130,7 @@ async def test_a_lease_that_is_put_back_when_all_is_over_stores_nothing(server: 
         first = await granted(store, lease("t1", refresh=refresh))
         await one(other, Delete("k"))
         await one(other, Set("k", b"changed", LONG)) if refresh else None
-        # The same question once more, delayed on its way: it is a lease as good as any.
+        # A delayed repetition of the first request gets a new lease.
         assert await granted(other, lease("t1", refresh=refresh)) != first
         assert is_lost(await one(store, commit(first, b"loaded before")))
         assert (await one(store, Get("k"))) == Missing() or (await one(store, Get("k"))).value == b"changed"
@@ -176,11 +176,11 @@ async def test_the_server_forgets_a_lease_and_what_is_stale_in_its_time(server: 
 
 
 SECONDS_LATE = 5
-"""By which we may ask after the moment that counts."""
+"""Seconds by which the test may read the time to live too late."""
 
 
 async def left(server: Server, store: MemcachedStore) -> int:
-    """Seconds until the server forgets the key, as it says itself."""
+    """Return the time to live that the server reports, in seconds."""
     name = name_of(store, "k")
 
     def ask() -> bytes:
@@ -193,7 +193,7 @@ async def left(server: Server, store: MemcachedStore) -> int:
     return int(answer[4:])
 
 
-# What is refused
+# Rejected requests
 
 
 @pytest.mark.parametrize(
@@ -239,11 +239,11 @@ async def test_a_large_value_that_comes_late_leaves_everything_as_it_is(server: 
         assert (await one(store, Get("k"))).value == b"newer"
 
 
-async def test_a_value_with_a_chunk_that_is_lost_is_loaded_anew() -> None:
+async def test_a_value_with_a_lost_chunk_is_loaded_again() -> None:
     with run_memcached() as server:
         async with opened(server, chunked=True) as store:
             await one(store, Set("k", bytes(3 * 2**20)))
-            # Everything but the generation and the manifest.
+            # All items except the generation and the manifest.
             for name in await chunk_names(server):
                 await raw(server, "delete", name)
             assert await one(store, Get("k")) == Missing()
@@ -252,7 +252,7 @@ async def test_a_value_with_a_chunk_that_is_lost_is_loaded_anew() -> None:
 
 
 async def chunk_names(server: Server) -> list[str]:
-    """The names of all chunks at a server."""
+    """Return the names of all chunks on a server."""
 
     def ask() -> list[str]:
         with socket.create_connection((server.host, server.port)) as connection:
@@ -279,7 +279,7 @@ async def test_a_stale_value_for_which_there_is_no_room_beside_the_lease_goes(se
         assert isinstance(await one(store, commit(t2, b"small")), Stored)
 
 
-# Neighbours
+# Batches
 
 
 async def test_a_batch_of_questions_is_two_round_trips(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,9 @@ async def test_a_batch_of_questions_is_two_round_trips(server: Server, monkeypat
         sent.clear()
         again = [lease(f"u{number}") for number in range(50)]
         replies = await store.execute(again)
-        assert [type(reply) for reply in replies] == [LeaseGranted, *[Loading] * 49], "one, and the others are told"
+        assert [type(reply) for reply in replies] == [LeaseGranted, *[Loading] * 49], (
+            "one lease is granted, and the other requests wait for it"
+        )
         assert len(sent) == 3
 
 

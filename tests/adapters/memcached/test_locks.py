@@ -1,4 +1,4 @@
-"""A lock of Memcached that changes between two commands of one release."""
+"""A Memcached lock that changes between two commands of its release."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cachebus.messages import LockNotOwned, NotHeld, Released, ReleaseLock
 
 
 class Standing:
-    """In the place of a connection: a clock that stands still."""
+    """Fake connection whose clock stands still."""
 
     def now(self) -> float:
         return 0.0
@@ -30,7 +30,7 @@ def test_one_that_was_lost_between_looking_and_deleting_leaves_no_note(next_hold
     assert count == 2
     commands, count = talk.send([EXISTS if next_holder else MISS, 0])
     assert commands.startswith(b"md ")
-    assert b"-" in commands, "the note, not the lock"
+    assert b"-" in commands, "the release note is deleted, not the lock"
     commands, count = talk.send([0])
     assert commands.startswith(b"mg ")
     commands, count = talk.send([(b"1000|t2|you", 6)] if next_holder else [MISS])

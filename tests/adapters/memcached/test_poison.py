@@ -1,4 +1,4 @@
-"""What another program has written under a key costs that key, and neither its neighbours nor the connection."""
+"""A key overwritten by another program is an error or a miss, and affects no other key and no connection."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ async def test_poison_costs_its_own_key(server: Server, store: MemcachedStore, k
         assert [reply.value for reply in replies] == [key.encode() for key in bystanders], asked
         if isinstance(mine, Failed):
             assert "cannot process an answer" not in mine.detail, asked
-        # What is written next is there.
+        # A later write succeeds.
         assert isinstance(await one(store, Set("bad", b"good")), Stored)
         assert (await one(store, Get("bad"))).value == b"good"
     assert kept.connection is connection

@@ -1,4 +1,4 @@
-"""Sockets with hardly any room in them: what is sent and what comes wait for each other all the time."""
+"""Sockets with tiny buffers, so that sending and receiving block each other all the time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _small(sock: socket.socket) -> None:
 
 @contextmanager
 def echo(seed: int) -> Generator[int]:
-    """A port whose end says back what it hears, in pieces of any size, through hardly any room."""
+    """Run an echo server with tiny buffers that splits its data into pieces of random size."""
     listener = socket.create_server(("127.0.0.1", 0))
     _small(listener)
     chance = random.Random(seed)
@@ -54,7 +54,7 @@ def echo(seed: int) -> Generator[int]:
 
 
 class Heard(asyncio.Protocol):
-    """A receiver that counts on being told of everything."""
+    """Protocol that collects the data and the end of a connection."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -120,12 +120,12 @@ async def test_large_batches_pass_through_small_buffers_both_ways() -> None:
             second = {f"b{number}": b"b" * 1_000_000 for number in range(3)}
             assert isinstance(await one(store, SetMany(first)), StoredMany)
             with anyio.fail_after(LIMIT):
-                # 3 MB on their way here while as much is on its way there.
+                # Receives 3 MB while it sends 3 MB.
                 found, stored = await store.execute([GetMany(tuple(first)), SetMany(second)])
             assert isinstance(found, FoundMany)
             assert {key: each.value for key, each in found.entries.items()} == first
             assert stored == StoredMany(3)
-            assert proxy.connections == 1  # Nothing was lost on the way.
+            assert proxy.connections == 1  # The connection was not lost.
 
 
 @pytest.mark.parametrize("came", [b"", b"HD\r\n"])
@@ -137,7 +137,7 @@ async def test_a_connection_that_was_closed_or_spoke_up_between_two_exchanges_co
             connection = kept.connection
             assert connection is not None
             if came:
-                # The server is asked behind the back of the connection, and answers what nobody asked for.
+                # Bypass the exchange, so that the server sends an unexpected reply.
                 connection._write(b"ms x 1\r\n1\r\n")
             else:
                 await sync(server.restart)

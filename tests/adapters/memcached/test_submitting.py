@@ -1,4 +1,4 @@
-"""A batch leaves on its caller's stack, one at a time for each server and at several servers at once."""
+"""A batch is sent within the call of `submit`: one batch at a time for each server, and to several servers at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .conftest import count_trips, one, opened, sync
 
 
 class Replies:
-    """Takes the replies of one batch, once."""
+    """Callback that accepts the replies of one batch, once."""
 
     def __init__(self) -> None:
         self.come = anyio.Event()
@@ -95,7 +95,7 @@ async def test_several_servers_work_at_once(server: Server, monkeypatch: pytest.
             sent, replies = count_trips(store, monkeypatch), Replies()
             batch: list[Request[Any]] = [Get(key) for key in keys]
             assert store.try_submit(batch, replies) is not None
-            assert len(sent) == 2, "to both, before either has answered"
+            assert len(sent) == 2, "sent to both before either has answered"
             assert [each.value for each in await replies.wait()] == [key.encode() for key in keys]
 
 

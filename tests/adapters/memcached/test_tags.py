@@ -1,4 +1,4 @@
-"""Tags in a real Memcached: generations beside the entries, whatever becomes of them."""
+"""Tags in a real Memcached: the generations stored with the entries, and the effect of losing them."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ from .conftest import count_trips, one, opened, raw
 
 
 def tag_name(store: MemcachedStore, tag: str | None) -> str:
-    """What the generation of a tag is called at the store's first server; `None` is all tags."""
+    """Return the name of a tag's generation on the first server; `None` means all tags."""
     connection = next(iter(store._servers.values())).connection
     assert connection is not None
     assert connection.generation is not None
     return store._keys.head(connection.generation) + (ALL_TAGS if tag is None else store._keys.tag(tag))
 
 
-# What it costs
+# Cost
 
 
 async def test_a_tagged_hit_is_one_round_trip_once_the_tags_are_known(
@@ -64,7 +64,7 @@ async def test_a_tagged_hit_is_one_round_trip_once_the_tags_are_known(
         await one(writer, Set("bare", 1))
         sent = count_trips(store, monkeypatch)
         assert (await one(store, Get("k1"))).tags == ("a", "b")
-        assert len(sent) == 2 + 1  # Of the namespace's generation it knew nothing either.
+        assert len(sent) == 2 + 1  # The store did not know the namespace's generation either.
         for request in (Get("k1"), GetMany(("k1", "bare")), Exists("k1")):
             sent.clear()
             assert not isinstance(await one(store, request), Missing)
@@ -125,7 +125,7 @@ async def test_what_was_remembered_wrongly_is_found_out(server: Server) -> None:
         assert await one(reader, Get("k")) == Missing()
 
 
-# What carries an invalidated tag is not there
+# Entries with an invalidated tag are misses
 
 
 async def test_nothing_sees_an_entry_whose_tag_was_invalidated(store: MemcachedStore) -> None:
@@ -199,7 +199,7 @@ async def test_a_large_value_has_tags_too(server: Server) -> None:
         assert await one(store, Get("k")) == Missing()
 
 
-# What is lost stays lost
+# Lost generations
 
 
 async def test_a_generation_that_is_lost_revives_nothing(server: Server) -> None:
@@ -281,5 +281,7 @@ async def test_what_was_invalidated_is_not_served_stale(store: MemcachedStore, m
     in_its_own_place = await one(store, GetOrLease("l", "p", "l2", 60.0))
     assert isinstance(in_its_own_place, LeaseGranted)
     assert in_its_own_place.stale is None
-    assert (await one(store, GetOrLease("k", "q", "k4", 60.0))).token == mine.token, "in that of a lease"
+    assert (await one(store, GetOrLease("k", "q", "k4", 60.0))).token == mine.token, (
+        "the stale value is kept in the lease"
+    )
     assert not isinstance(await one(store, GetOrLease("k", "q", "k5", 60.0)), Stale)

@@ -132,11 +132,11 @@ async def test_the_servers_clock_is_read_again_and_again(server: Server, monkeyp
             await one(store, Set("a", number, ttl=60.0))
             found = await one(store, Get("a"))
             assert found.value == number
-            assert found.ttl == pytest.approx(60.0, abs=5.0)  # Memcached's clock goes by whole seconds.
-        assert (await raw(server, "stats"))[b"total_connections"] - before == 1  # The one that asks here.
+            assert found.ttl == pytest.approx(60.0, abs=5.0)  # Memcached's clock counts whole seconds.
+        assert (await raw(server, "stats"))[b"total_connections"] - before == 1  # The connection of this query.
 
 
-# What Memcached cannot do
+# Unsupported requests
 
 
 @pytest.mark.parametrize("request_", [Scan("*"), DeletePattern("*")])
@@ -156,7 +156,7 @@ async def test_clear_is_seen_by_every_store_of_the_namespace_at_once(server: Ser
         assert await one(one_store, Clear()) == Cleared()
         assert await one(other, Get("a")) == Missing()
         await one(one_store, Clear())
-        # The other one's first command is a write for a generation that is gone.
+        # The first command of the other store is a write with an outdated generation.
         assert isinstance(await one(other, Set("a", b"2")), Stored)
         assert (await one(one_store, Get("a"))).value == b"2"
         await one(one_store, Clear())
@@ -234,7 +234,7 @@ async def test_clear_during_traffic_never_shows_what_was_cleared(server: Server)
             tasks.start_soon(write)
             tasks.start_soon(read)
             for _ in range(50):
-                before = written  # What was written before the clearing began is gone when it is done.
+                before = written  # Values written before the clear must be gone after it.
                 assert await one(clearer, Clear()) == Cleared()
                 gone = before
             done = True
@@ -301,7 +301,7 @@ async def test_removing_a_large_value_removes_its_chunks() -> None:
     with run_memcached() as server:
         async with opened(server, chunked=True) as store:
             await one(store, Set("a", bytes(3 * 2**20)))
-            assert (await raw(server, "stats"))[b"curr_items"] == 6  # the generation, the manifest, the chunks
+            assert (await raw(server, "stats"))[b"curr_items"] == 6  # The generation, the manifest and four chunks
             assert await one(store, Delete("a")) == Deleted(1)
             assert (await raw(server, "stats"))[b"curr_items"] == 1
 

@@ -1,1 +1,1 @@
-"""The Redis store, on real servers."""
+"""Tests of the Redis store with real servers."""

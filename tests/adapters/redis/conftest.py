@@ -1,4 +1,4 @@
-"""A real server for the tests of a module, and stores in it."""
+"""Fixtures: one real server for each test module, and stores connected to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def server() -> Iterator[Server]:
 
 @asynccontextmanager
 async def opened(url: str, *, namespace: str = "tests") -> AsyncGenerator[Any]:
-    """A store at a URL, open."""
+    """Open a store at a URL."""
     store: Any = build_store(backend_from_url(url), namespace=namespace, clock=SYSTEM_CLOCK)
     await store.open()
     try:
@@ -47,13 +47,13 @@ async def store(server: Server) -> AsyncIterator[PipelinedStore]:
 
 
 async def one(store: Any, request: Any) -> Any:
-    """The reply to one request, sent alone."""
+    """Send one request alone, and return its reply."""
     (reply,) = await store.execute([request])
     return reply
 
 
 async def submitted(store: Any, *requests: Any) -> list[Any]:
-    """The replies to requests that were all sent, each alone, before any was answered."""
+    """Submit requests one by one without waiting, and return their replies."""
     futures: list[asyncio.Future[Any]] = []
     for request in requests:
         future = asyncio.get_running_loop().create_future()

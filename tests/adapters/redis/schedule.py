@@ -1,6 +1,7 @@
-"""Several stores over one real Redis whose every message waits until a seed lets it go: one seed is one interleaving.
+"""Several stores on one real Redis. A random seed decides the order in which their messages are sent.
 
-`python -m tests.adapters.redis.schedule SEED` replays one on a single server and tells it; with `--cluster`, on three.
+`python -m tests.adapters.redis.schedule SEED` replays and prints one interleaving on a single server; with `--cluster`,
+on three.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ from cachebus.testing.servers import Server, run_redis, run_redis_cluster
 
 STORES, KEYS, TAGS = 3, 2, 2
 OPERATIONS = 7
-"""Of each of the clients, in one run."""
+"""Number of operations of each client in one run."""
 
 SETTLING = 12
-"""Turns of the loop after which everybody who could go on has done so."""
+"""Event loop iterations after which every runnable task has run."""
 
 
 class Gate:
-    """Holds what is sent on any connection, and lets go one message at a time."""
+    """Holds every message sent on any connection, and releases them one at a time."""
 
     def __init__(self) -> None:
         self.chance = random.Random(0)
@@ -73,7 +74,7 @@ class Gate:
         RedisConnection.send = self._send  # type: ignore[method-assign]
 
     async def step(self) -> bool:
-        """Let one message go, and return when its reply was taken in. `False` if none waits."""
+        """Release one message, and return when its reply is processed. Return `False` if none waits."""
         for _ in range(SETTLING):
             await asyncio.sleep(0)
         ready = [connection for connection, queue in self.waiting.items() if queue]
@@ -88,7 +89,7 @@ class Gate:
 
 
 class Signalled:
-    """What is in flight, with an event for its end."""
+    """Batch in flight, with an event that is set when it is answered."""
 
     def __init__(self, batch: InFlight, done: asyncio.Event) -> None:
         self.wanted = batch.wanted
@@ -102,7 +103,7 @@ class Signalled:
 
 
 async def lose(store: Any, *names: str) -> None:
-    """Let a server lose some keys under the feet of everybody."""
+    """Delete some keys on a server while the clients run."""
     for name in names:
         if isinstance(store, RedisStore):
             (connection,) = await connections(store)
@@ -114,10 +115,10 @@ async def lose(store: Any, *names: str) -> None:
 
 
 class World:
-    """A versioned source of truth, and clients that load from it, change it, and invalidate what they changed.
+    """Versioned source of truth, and clients that load from it, change it, and invalidate what they changed.
 
-    A key has fixed tags, of which some are known to whoever asks and the others only to the loader. `floor` is the version
-    that every read must show that begins now, `hits` counts what was read.
+    A key has fixed tags: readers know some of them, and only the loader knows the others. `floor` is the minimum
+    version that a read starting now must return. `hits` counts the values read.
     """
 
     def __init__(self, seed: int, stores: Sequence[Any], gate: Gate) -> None:
@@ -150,7 +151,7 @@ class World:
         try:
             while not all(task.done() for task in tasks):
                 if not await self.gate.step():
-                    assert all(task.done() for task in tasks), "everybody waits, and nothing is on its way"
+                    assert all(task.done() for task in tasks), "deadlock: every task waits, and no message is pending"
         finally:
             for task in tasks:
                 task.cancel()
@@ -161,7 +162,7 @@ class World:
             raise AssertionError(f"seed {self.seed}: {self.failures[0]}")
 
     async def begin(self) -> None:
-        """Make sure that nothing is there of the worlds before."""
+        """Remove the state of previous runs."""
         self.gate.waiting.clear()
         for store in self.stores:
             store._space.hints.clear()
@@ -171,11 +172,11 @@ class World:
 
     async def ask(self, store: Any, request: Request[Any]) -> Any:
         who = self.stores.index(store)
-        # Without the nonce of a lease, which no seed decides.
+        # Without the nonce of a lease, which does not depend on the seed.
         asked = re.sub(r"'(\d+-\d+)\.\w+'", r"'\1'", str(request))
         self.story.append(f"{who} asks {asked}")
         (reply,) = await store.execute([request])
-        # Without versions and times, which are the server's.
+        # Without versions and times, which come from the server.
         shown = reply.value if isinstance(reply, Found) else ""
         self.story.append(f"{who} hears {type(reply).__name__} {shown} to {type(request).__name__}")
         if isinstance(reply, Failed) and "had to be checked" not in reply.detail:
@@ -214,7 +215,7 @@ class World:
                 continue
             value = self.truth[key]
             for _ in range(self.chance.randrange(3)):
-                await self.ask(store, Get("none"))  # The loader takes its time.
+                await self.ask(store, Get("none"))  # The load takes a few round trips.
             stored = await self.ask(store, Set(key, value, 60.0, tags, lease=reply.token))
             self.stored += type(stored).__name__ == "Stored"
 
@@ -266,13 +267,13 @@ class World:
                 return [Clear()]
         tags = self.tags_of[key]
         plain: list[Request[Any]] = [Set(key, versions[key], 60.0, tags), SetMany({key: versions[key]}, 60.0, tags)]
-        # One that may be refused makes nothing known by itself.
+        # A conditional write may not take effect, so a delete precedes it.
         careful = [Add(key, versions[key], 60.0, tags), CompareAndSet(key, versions[key], 1.0, 60.0, tags)]
         return [self.chance.choice(plain)] if self.chance.random() < 0.7 else [Delete(key), self.chance.choice(careful)]
 
 
 async def open_stores(servers: Sequence[Server], stack: AsyncExitStack) -> list[Any]:
-    """Stores of one namespace on servers of the test's own, each with connections of its own."""
+    """Open stores of one namespace, each with separate connections."""
     places = [Endpoint(host=server.host, port=server.port) for server in servers]
     connector = Connector(health_interval=None, max_connections=1)
     stores: list[Any] = []
@@ -291,7 +292,7 @@ async def open_stores(servers: Sequence[Server], stack: AsyncExitStack) -> list[
 
 
 async def connections(store: Any) -> list[RedisConnection]:
-    """The connection of a store to each of its servers, made if there is none yet."""
+    """Return the connection of a store to each of its servers, connecting if needed."""
     if isinstance(store, RedisStore):
         assert store._pool is not None
         return [await store._pool.connect()]
@@ -299,7 +300,7 @@ async def connections(store: Any) -> list[RedisConnection]:
 
 
 async def replay(seed: int, servers: Sequence[Server]) -> World:
-    """One run. What it tells is in its `story`, also if it fails."""
+    """Run one seed. Its `story` records every step, even if the run fails."""
     async with AsyncExitStack() as stack:
         stores = await open_stores(servers, stack)
         with Gate() as gate:

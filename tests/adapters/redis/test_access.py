@@ -92,7 +92,7 @@ async def test_a_user_who_may_not_write_is_told_so(server: Server) -> None:
 
 
 def documented_rights() -> list[list[str]]:
-    """Return the documented rights for the namespace `tests`: keys, commands of the store, commands of its scripts, others."""
+    """Return the documented ACL rules for the namespace `tests`: keys, store commands, script commands, others."""
     page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
     rights = page.partition("### Rights")[2].partition("###")[0]
     words = re.findall(r"`([^`]+)`", rights)
@@ -145,7 +145,7 @@ def test_a_password_is_in_no_repr(url: str) -> None:
         assert "hunter2" not in shown
 
 
-# Ways to a server
+# Connecting to a server
 
 
 async def test_a_database_is_its_own(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Callers who go away at random moments: what is asked by those who stay is answered, each with its own key's value."""
+"""Calls cancelled at random moments: the other calls get the value of their own key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def sync(function: Any, *arguments: Any) -> Any:
 
 
 class Callers:
-    """Calls that are cancelled at random, or have too little time; and what came of them."""
+    """Runs calls that are cancelled at random or time out, and counts their outcomes."""
 
     def __init__(self, cache: Cache, seed: int) -> None:
         self.cache = cache
@@ -43,7 +43,7 @@ class Callers:
             await self.cache.set(f"k{number}", f"v{number}")
 
     async def one(self, number: int) -> None:
-        """One call, of one of several kinds, whose answer says to which key it belongs."""
+        """Make one call of a random kind, whose result identifies its key."""
         cache, key, value = self.cache, f"k{number}", f"v{number}"
         try:
             match self.chance.randrange(6):
@@ -68,7 +68,7 @@ class Callers:
             self.wrong.append((key, found))
 
     async def round(self) -> None:
-        """Some calls at once, of which some are cancelled at some moment, before or after they were sent."""
+        """Make concurrent calls, and cancel some before or after they are sent."""
         chance = self.chance
         tasks = [asyncio.create_task(self.one(chance.randrange(KEYS))) for _ in range(chance.randrange(1, 60))]
         leaving = chance.sample(tasks, chance.randrange(len(tasks) + 1) // 2)
@@ -81,7 +81,7 @@ class Callers:
         self.came["cancelled"] += sum(task.cancelled() for task in tasks)
 
     async def served(self) -> None:
-        """Return once the cache works, which it does by itself."""
+        """Wait until the cache has recovered by itself."""
         with anyio.fail_after(within(2.0)):
             while True:
                 with contextlib.suppress(CacheError):
@@ -90,7 +90,7 @@ class Callers:
                 await asyncio.sleep(0.02)
 
     def verify(self) -> None:
-        """Nobody had another's answer, and no count was given twice."""
+        """Check that no call got the result of another call, and that no count was returned twice."""
         assert self.wrong == []
         for name, counts in self.counted.items():
             assert len(set(counts)) == len(counts), name
@@ -110,7 +110,7 @@ async def test_each_value_belongs_to_its_key_whoever_goes_away(server: Server, s
             await callers.fill()
             for number in range(ROUNDS):
                 if number % 10 == 0:
-                    # Under a delay that is not much less than the time that a batch has, some are late.
+                    # With a delay close to the time limit of a batch, some calls time out.
                     await sync(lambda: proxy.switch("latency", seconds=chance.choice([0.0, 0.001, 0.005])))
                 if number % 20 == 19:
                     await sync(proxy.cut)
@@ -132,7 +132,7 @@ async def test_each_value_belongs_to_its_key_whoever_is_late(server: Server, see
             callers = Callers(cache, seed)
             await callers.fill()
             for number in range(12):
-                # Silent for longer than a batch is waited for; then everything that was asked is answered after all.
+                # The server is silent for longer than the time limit of a batch, then answers every request.
                 await sync(proxy.switch, "half_open" if number % 3 == 1 else "pass")
                 tasks = [asyncio.create_task(callers.one(callers.chance.randrange(KEYS))) for _ in range(40)]
                 _, hanging = await asyncio.wait(tasks, timeout=within(3.0))
@@ -143,7 +143,7 @@ async def test_each_value_belongs_to_its_key_whoever_is_late(server: Server, see
                 await asyncio.gather(*(callers.one(number) for number in range(KEYS)))
             assert callers.wrong == []
             assert callers.came["late"] > 0
-            assert proxy.connections <= 3, "nobody's being late costs a connection"
+            assert proxy.connections <= 3, "a timeout does not cost a connection"
 
 
 async def test_each_value_belongs_to_its_key_in_a_cluster(anyio_backend: str) -> None:

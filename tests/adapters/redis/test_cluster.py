@@ -1,4 +1,4 @@
-"""The Redis store over a real Redis Cluster: slots that move under callers, and servers that go and come back."""
+"""The Redis store on a real Redis Cluster: slots that move during requests, and servers that stop and restart."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ async def sync(function: Any, *arguments: Any) -> Any:
     return await anyio.to_thread.run_sync(function, *arguments)
 
 
-def tell(server: Server, *words: str) -> bytes:
+def call_server(server: Server, *words: str) -> bytes:
     return redis_command(server, *words)
 
 
 def name_of(server: Server) -> str:
-    return tell(server, "CLUSTER", "MYID").split()[-1].decode()
+    return call_server(server, "CLUSTER", "MYID").split()[-1].decode()
 
 
 def url_of(servers: Sequence[Server]) -> str:
@@ -77,8 +77,8 @@ def url_of(servers: Sequence[Server]) -> str:
 
 
 def owner_of(servers: Sequence[Server], slot: int) -> Server:
-    """The server that has a slot, by its own word."""
-    for line in tell(servers[0], "CLUSTER", "NODES").decode().splitlines():
+    """Return the server that reports that it owns a slot."""
+    for line in call_server(servers[0], "CLUSTER", "NODES").decode().splitlines():
         words = line.split()
         if len(words) < 9 or "master" not in words[2]:
             continue
@@ -91,7 +91,7 @@ def owner_of(servers: Sequence[Server], slot: int) -> Server:
 
 
 class Move:
-    """The way of one slot from the server that has it to another one, in the steps of `redis-cli --cluster reshard`."""
+    """Migration of one slot to another server, in the steps of `redis-cli --cluster reshard`."""
 
     def __init__(self, servers: Sequence[Server], slot: int) -> None:
         self.servers = servers
@@ -100,22 +100,22 @@ class Move:
         self.target = next(each for each in servers if each is not self.source)
 
     def begin(self) -> None:
-        tell(self.target, "CLUSTER", "SETSLOT", str(self.slot), "IMPORTING", name_of(self.source))
-        tell(self.source, "CLUSTER", "SETSLOT", str(self.slot), "MIGRATING", name_of(self.target))
+        call_server(self.target, "CLUSTER", "SETSLOT", str(self.slot), "IMPORTING", name_of(self.source))
+        call_server(self.source, "CLUSTER", "SETSLOT", str(self.slot), "MIGRATING", name_of(self.target))
 
     def carry(self, most: int = 1_000_000) -> int:
-        """Move up to so many keys, and say how many."""
-        told = tell(self.source, "CLUSTER", "GETKEYSINSLOT", str(self.slot), str(most)).split(b"\r\n")
-        keys = [line.decode() for line in told[2::2]]
+        """Move up to `most` keys, and return how many were moved."""
+        answer = call_server(self.source, "CLUSTER", "GETKEYSINSLOT", str(self.slot), str(most)).split(b"\r\n")
+        keys = [line.decode() for line in answer[2::2]]
         for key in keys:
-            tell(self.source, "MIGRATE", self.target.host, str(self.target.port), key, "0", "5000")
+            call_server(self.source, "MIGRATE", self.target.host, str(self.target.port), key, "0", "5000")
         return len(keys)
 
     def end(self) -> None:
         while self.carry():
             pass
         for server in (self.target, self.source, *self.servers):
-            tell(server, "CLUSTER", "SETSLOT", str(self.slot), "NODE", name_of(self.target))
+            call_server(server, "CLUSTER", "SETSLOT", str(self.slot), "NODE", name_of(self.target))
 
     def all(self) -> None:
         self.begin()
@@ -148,8 +148,8 @@ def test_a_slot_is_that_of_the_key_or_of_its_hash_tag(key: str) -> None:
 
 async def test_a_slot_is_what_the_server_says_it_is(cluster: Sequence[Server]) -> None:
     for key in ("a", "tests:a", "tests:{user1}:name", "{}", "a{}b", "a{b", "{{x}}", "é\N{SNAKE}", "\r\n"):
-        told = await sync(tell, cluster[0], "CLUSTER", "KEYSLOT", key)
-        assert int(told.strip(b":\r\n")) == slot_of(key)
+        answer = await sync(call_server, cluster[0], "CLUSTER", "KEYSLOT", key)
+        assert int(answer.strip(b":\r\n")) == slot_of(key)
 
 
 def test_a_redirection_without_a_host_leads_to_where_we_asked() -> None:
@@ -181,7 +181,7 @@ def test_a_map_says_what_has_changed_hands() -> None:
 def test_a_slot_is_held_until_nothing_is_under_way_in_it() -> None:
     traffic = SlotQueues()
     traffic.hold(1)
-    assert not traffic.is_held([1]), "nothing is under way that could be overtaken"
+    assert not traffic.is_held([1]), "no command is in flight that could be overtaken"
     traffic.begin(1, "first")
     traffic.begin(1, "second")
     traffic.hold(1)
@@ -211,7 +211,7 @@ async def test_every_server_is_found_from_one(cluster: Sequence[Server]) -> None
         assert isinstance(store, RedisClusterStore)
         await one(store, SetMany({f"k{n}": n for n in range(300)}))
         for server in cluster:
-            assert int((await sync(tell, server, "DBSIZE")).strip(b":\r\n")) > 50
+            assert int((await sync(call_server, server, "DBSIZE")).strip(b":\r\n")) > 50
         assert len((await one(store, GetMany(tuple(f"k{n}" for n in range(300))))).entries) == 300
 
 
@@ -240,7 +240,7 @@ async def test_a_user_of_a_cluster_needs_no_more_rights_than_documented(cluster:
     commands = (*ours, *scripts, *(each for each in others if each.startswith(("cluster|", "ask"))))
     rights = [*keys, *(f"+{each}" for each in commands)]
     for server in cluster:
-        await sync(tell, server, "ACL", "SETUSER", "least", "on", ">pw", *rights)
+        await sync(call_server, server, "ACL", "SETUSER", "least", "on", ">pw", *rights)
     url = url_of(cluster).replace("://", "://least:pw@")
     async with opened(url) as store:
         move = Move(cluster, slot_of("tests:r"))
@@ -269,7 +269,7 @@ async def test_no_server_gets_more_connections_than_allowed(cluster: Sequence[Se
 
         await asyncio.gather(*(use(number) for number in range(1000)))
         for server in cluster:
-            clients = (await sync(tell, server, "CLIENT", "LIST", "TYPE", "normal")).splitlines()
+            clients = (await sync(call_server, server, "CLIENT", "LIST", "TYPE", "normal")).splitlines()
             assert 1 <= sum(b"cmd=client" not in line for line in clients if line.startswith(b"id=")) <= 2
 
 
@@ -293,7 +293,7 @@ async def test_a_scan_goes_over_every_server(store: Any, cluster: Sequence[Serve
 
 async def test_scripts_that_a_server_forgot_are_sent_again(store: Any, cluster: Sequence[Server]) -> None:
     for server in cluster:
-        await sync(tell, server, "SCRIPT", "FLUSH")
+        await sync(call_server, server, "SCRIPT", "FLUSH")
     assert all(isinstance(each, Stored) for each in await store.execute([Set(f"k{n}", n) for n in range(50)]))
     assert await one(store, Increment("n", 5)) == Incremented(5)
 
@@ -305,7 +305,7 @@ async def test_what_a_server_forgot_how_to_write_is_not_written_after_what_came_
     await store.execute([Set(f"k{n}", n) for n in range(50)])
     await one(store, Delete("k"))
     for server in cluster:
-        await sync(tell, server, "SCRIPT", "FLUSH")
+        await sync(call_server, server, "SCRIPT", "FLUSH")
     replies = await submitted(store, Set("k", "old"), Get("k"), last)
     assert not isinstance(replies[2], Failed)
     found = await one(store, Get("k"))
@@ -362,9 +362,9 @@ async def test_what_has_moved_is_followed_and_the_new_way_is_learned(store: Any,
     await one(store, Set("a", b"1"))
     await sync(move.all)
     assert (await one(store, Get("a"))).value == b"1"
-    await sync(tell, move.source, "CONFIG", "RESETSTAT")
+    await sync(call_server, move.source, "CONFIG", "RESETSTAT")
     assert (await one(store, Get("a"))).value == b"1"
-    assert b"cmdstat_mget" not in await sync(tell, move.source, "INFO", "commandstats")
+    assert b"cmdstat_mget" not in await sync(call_server, move.source, "INFO", "commandstats")
 
 
 async def test_a_slot_between_two_servers_answers_for_every_key(store: Any, cluster: Sequence[Server]) -> None:
@@ -405,7 +405,7 @@ async def test_a_command_on_several_keys_is_taken_apart_only_if_nothing_came_aft
     await one(store, SetMany({"{u}a": 1, "{u}b": 2}))
     await sync(move.begin)
     await sync(move.carry, 1)
-    # The last read of the slot comes after the writes, so these are told that they were not done; never done late.
+    # The read of the slot follows the writes, so the writes fail instead of being done late.
     written, read = await store.execute([SetMany({"{u}a": 3, "{u}b": 4}), GetMany(("{u}a", "{u}b"))])
     assert isinstance(written.error(), CacheConnectionError)
     assert {key: each.value for key, each in read.entries.items()} == {"{u}a": 1, "{u}b": 2}
@@ -438,7 +438,7 @@ async def test_slots_move_under_callers_and_each_key_keeps_its_order_and_its_val
             turn = highest = 0
             while not stop.is_set():
                 turn += 1
-                # Sent one after another without waiting: the order is the store's to keep.
+                # Submitted without waiting, so the store must keep the order.
                 batches = [
                     [Set(key, [number, turn, 0]), Increment(counter)],
                     [Get(key), Increment(counter)],
@@ -474,10 +474,10 @@ async def test_slots_move_under_callers_and_each_key_keeps_its_order_and_its_val
                     await sync(Move(cluster, slot_of(f"tests:n{number}")).all)
             stop.set()
         assert wrong == []
-        # Only the first command on several keys of a slot that is being moved may be sent back.
+        # Only the first command with several keys in a moving slot may be rejected.
         assert errors <= ({"backend 'redis': the cluster is moving these keys (TRYAGAIN)"} if tagged else set())
         assert counted > 100
-        # Every count was done once: nothing was sent twice.
+        # Every increment was done exactly once.
         for number in range(40):
             counter = f"{{m{number % 4}}}:n{number}" if tagged else f"n{number}"
             found = await one(store, Get(counter))
@@ -488,8 +488,8 @@ async def test_what_is_sent_after_a_redirection_does_not_overtake_what_was_sent_
     with run_redis_cluster() as servers:
         move = Move(servers, slot_of("tests:a"))
         with Proxy.before(move.source) as proxy:
-            # By its own word it stands behind the proxy, so that its replies are long on their way.
-            await sync(tell, move.source, "CONFIG", "SET", "cluster-announce-port", str(proxy.port))
+            # The server announces the proxy's port, so that its replies can be delayed.
+            await sync(call_server, move.source, "CONFIG", "SET", "cluster-announce-port", str(proxy.port))
             async with opened(url_of([move.source])) as store:
                 await one(store, Set("a", 0))
                 assert proxy.connections == 1
@@ -501,13 +501,13 @@ async def test_what_is_sent_after_a_redirection_does_not_overtake_what_was_sent_
                 await asyncio.sleep(0.1)
                 await store.submit([Set("a", 2)], second.set_result)
                 assert isinstance((await first)[0], Stored)
-                assert not second.done(), "it is on its way to the old server"
+                assert not second.done(), "it is still on its way to the old server"
                 await store.submit([Set("a", 3)], third.set_result)
                 await asyncio.gather(second, third)
                 assert (await one(store, Get("a"))).value == 3
 
 
-# Servers that go
+# Servers that stop
 
 
 async def test_a_killed_server_takes_only_its_own_keys_and_brings_them_back() -> None:
@@ -523,8 +523,8 @@ async def test_a_killed_server_takes_only_its_own_keys_and_brings_them_back() ->
             assert all(isinstance(each, Missing | Failed) for each in replies)
             await sync(servers[0].start)
             with anyio.fail_after(30):
-                # A server that was away serves nothing for two seconds, so that the others can tell it the news.
-                while b"cluster_state:ok" not in await sync(tell, servers[0], "CLUSTER", "INFO"):
+                # A restarted server rejects requests for two seconds, until the others have updated its state.
+                while b"cluster_state:ok" not in await sync(call_server, servers[0], "CLUSTER", "INFO"):
                     await asyncio.sleep(0.02)
             back = time.monotonic()
             while any(isinstance(each, Failed) for each in await store.execute([Set(f"k{n}", n) for n in range(60)])):
@@ -560,20 +560,20 @@ def _with_replica(stack: ExitStack) -> tuple[Sequence[Server], Server]:
     options = ("--cluster-node-timeout", "500", "--cluster-replica-validity-factor", "0")
     servers = stack.enter_context(run_redis_cluster(3, *options))
     replica = stack.enter_context(run_redis("--cluster-enabled", "yes", *options))
-    inner = tell(servers[0], "CONFIG", "GET", "cluster-port").split()[-1].decode()
-    tell(replica, "CLUSTER", "MEET", servers[0].host, str(servers[0].port), inner)
+    inner = call_server(servers[0], "CONFIG", "GET", "cluster-port").split()[-1].decode()
+    call_server(replica, "CLUSTER", "MEET", servers[0].host, str(servers[0].port), inner)
     limit = time.monotonic() + 30
-    while b"cluster_known_nodes:4" not in tell(replica, "CLUSTER", "INFO"):
+    while b"cluster_known_nodes:4" not in call_server(replica, "CLUSTER", "INFO"):
         assert time.monotonic() < limit
         time.sleep(0.02)
     while True:
         try:
-            tell(replica, "CLUSTER", "REPLICATE", name_of(servers[0]))
+            call_server(replica, "CLUSTER", "REPLICATE", name_of(servers[0]))
             break
         except RuntimeError:
             assert time.monotonic() < limit
             time.sleep(0.02)
-    while b"master_link_status:up" not in tell(replica, "INFO", "replication"):
+    while b"master_link_status:up" not in call_server(replica, "INFO", "replication"):
         assert time.monotonic() < limit
         time.sleep(0.02)
     return servers, replica
@@ -586,10 +586,10 @@ async def test_a_replica_takes_over_from_a_killed_server() -> None:
             stored = await store.execute([Set(f"k{n}", n) for n in range(60)])
             assert all(isinstance(each, Stored) for each in stored)
             for server in servers[:1]:
-                await sync(tell, server, "WAIT", "1", "5000")
+                await sync(call_server, server, "WAIT", "1", "5000")
             with anyio.fail_after(30):
-                while int((await sync(tell, replica, "DBSIZE")).strip(b":\r\n")) != int(
-                    (await sync(tell, servers[0], "DBSIZE")).strip(b":\r\n")
+                while int((await sync(call_server, replica, "DBSIZE")).strip(b":\r\n")) != int(
+                    (await sync(call_server, servers[0], "DBSIZE")).strip(b":\r\n")
                 ):
                     await asyncio.sleep(0.01)
             await sync(servers[0].kill)

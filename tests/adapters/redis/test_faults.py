@@ -154,12 +154,12 @@ async def test_those_who_wait_for_one_connection_wait_for_one_attempt() -> None:
         assert time.monotonic() - started < 3.0
         assert {type(each) for each in results} == {CacheConnectionError}
         with pytest.raises(CacheConnectionError):
-            await pool.connect()  # Who comes later tries again.
+            await pool.connect()  # A later call makes another attempt.
 
 
 @contextmanager
 def impostor(answer: bytes, *, unasked: bool = False) -> Generator[str]:
-    """The URL of something on a port that says `answer` to whatever it is asked, or `unasked`; nothing if it is empty."""
+    """Yield the URL of a fake server that sends `answer` to any request, or on connection if `unasked`."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -175,7 +175,7 @@ def impostor(answer: bytes, *, unasked: bool = False) -> Generator[str]:
                     accepted.recv(1000)
                 accepted.sendall(answer)
                 if answer.startswith(b"-"):
-                    accepted.shutdown(socket.SHUT_WR)  # A server that refuses closes.
+                    accepted.shutdown(socket.SHUT_WR)  # A server closes the connection after it rejects it.
         for each in kept:
             each.close()
 

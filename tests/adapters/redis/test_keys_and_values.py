@@ -94,7 +94,7 @@ def test_a_value_comes_back_as_it_went(value: Any) -> None:
         (1j, "complex"),
         ("\ud800", "str"),
     ],
-    ids=lambda each: repr(each).partition(" at 0x")[0],  # The same in every run, and in every worker of it.
+    ids=lambda each: repr(each).partition(" at 0x")[0],  # The same in every run and in every test worker.
 )
 async def test_a_value_that_would_not_come_back_is_refused_by_its_type(store: Any, value: Any, named: str) -> None:
     await one(store, Set("a", b"old"))

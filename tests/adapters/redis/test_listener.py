@@ -18,12 +18,12 @@ from .conftest import opened
 FAST = "connect_timeout=0.5&health_check_interval=0.3"
 
 
-async def tell(server: Server, *words: str) -> bytes:
+async def call_server(server: Server, *words: str) -> bytes:
     return await anyio.to_thread.run_sync(lambda: redis_command(server, *words))
 
 
 class Ear:
-    """Collects what it hears; `await next()` waits for one thing."""
+    """Collects messages; `await next()` waits for one."""
 
     def __init__(self) -> None:
         self._heard: asyncio.Queue[bytes] = asyncio.Queue()
@@ -50,7 +50,7 @@ class Ear:
             return await self._failures.get()
 
     async def until_up(self) -> None:
-        """Wait until the channel is heard, at first or after a loss."""
+        """Wait until the channel is subscribed, at first or after a reconnection."""
         async with asyncio.timeout(30):
             await self._up.wait()
         self._up.clear()
@@ -62,7 +62,7 @@ class Ear:
 
 @asynccontextmanager
 async def listening(url: str, channel: str = "a", ear: Ear | None = None) -> AsyncGenerator[Ear]:
-    """An ear at a channel that is heard."""
+    """Subscribe to a channel, and yield its `Ear`."""
     ear = ear or Ear()
     async with opened(url) as store:
         subscription = store.subscribe(channel, ear.heard, ear.subscribed, ear.failed)
@@ -82,10 +82,10 @@ async def until(condition: Callable[[], Any]) -> None:
 async def test_what_is_published_after_it_is_up_is_heard_at_the_channel_and_at_no_other(server: Server) -> None:
     async with listening(server.url) as one, listening(server.url) as two, listening(server.url, "b") as other:
         for payload in ("1", "2"):
-            await tell(server, "PUBLISH", "a", payload)
+            await call_server(server, "PUBLISH", "a", payload)
         assert [await one.next(), await one.next()] == [b"1", b"2"]
         assert [await two.next(), await two.next()] == [b"1", b"2"]
-        await tell(server, "PUBLISH", "b", "3")
+        await call_server(server, "PUBLISH", "b", "3")
         assert await other.next() == b"3"
         assert one.is_empty
         assert one.times_up == 1
@@ -93,7 +93,7 @@ async def test_what_is_published_after_it_is_up_is_heard_at_the_channel_and_at_n
 
 async def test_a_subscription_is_one_connection_and_a_closed_one_none(server: Server) -> None:
     async def connections() -> int:
-        return (await tell(server, "CLIENT", "LIST")).count(b"id=")
+        return (await call_server(server, "CLIENT", "LIST")).count(b"id=")
 
     async with opened(server.url) as store:
         before = await connections()
@@ -108,10 +108,10 @@ async def test_a_subscription_is_one_connection_and_a_closed_one_none(server: Se
         assert repr(subscription) == "<ChannelSubscription to 'left', closed>"
 
         async def is_left() -> bool:
-            return b"left" not in await tell(server, "PUBSUB", "CHANNELS") and await connections() == before
+            return b"left" not in await call_server(server, "PUBSUB", "CHANNELS") and await connections() == before
 
         await until(is_left)
-        await tell(server, "PUBLISH", "left", "1")
+        await call_server(server, "PUBLISH", "left", "1")
         assert ear.is_empty
 
 
@@ -121,7 +121,7 @@ async def test_a_server_that_was_killed_is_listened_to_again_and_the_gap_is_told
             await anyio.to_thread.run_sync(server.kill)
             await anyio.to_thread.run_sync(server.start)
             await ear.until_up()
-            await tell(server, "PUBLISH", "a", "after")
+            await call_server(server, "PUBLISH", "a", "after")
             assert await ear.next() == b"after"
             assert ear.times_up == 2
 
@@ -153,14 +153,14 @@ async def test_that_a_server_is_away_is_told_and_the_subscription_goes_on_trying
                 assert isinstance(await ear.failure(), CacheConnectionError)
             await anyio.to_thread.run_sync(server.start)
             await ear.until_up()
-            await tell(server, "PUBLISH", "a", "1")
+            await call_server(server, "PUBLISH", "a", "1")
             assert await ear.next() == b"1"
             await subscription.close()
 
 
 async def test_a_channel_that_the_user_may_not_have_is_refused_and_is_asked_for_once() -> None:
     with run_redis() as server:
-        await tell(server, "ACL", "SETUSER", "me", "on", ">pw", "+@all", "~*", "resetchannels", "&mine#*")
+        await call_server(server, "ACL", "SETUSER", "me", "on", ">pw", "+@all", "~*", "resetchannels", "&mine#*")
         url = f"redis://me:pw@127.0.0.1:{server.port}"
         async with listening(url, "mine#1") as mine, opened(url) as store:
             ear = Ear()
@@ -173,11 +173,11 @@ async def test_a_channel_that_the_user_may_not_have_is_refused_and_is_asked_for_
                 return repr(refused) == "<ChannelSubscription to 'yours#1', closed>"
 
             await until(is_over)
-            await tell(server, "PUBLISH", "mine#1", "1")
+            await call_server(server, "PUBLISH", "mine#1", "1")
             assert await mine.next() == b"1"
-            await tell(server, "ACL", "SETUSER", "me", "&yours#*")
+            await call_server(server, "ACL", "SETUSER", "me", "&yours#*")
             async with listening(url, "yours#1") as allowed:
-                await tell(server, "PUBLISH", "yours#1", "2")
+                await call_server(server, "PUBLISH", "yours#1", "2")
                 assert await allowed.next() == b"2"
 
 
@@ -191,7 +191,7 @@ async def test_a_function_that_fails_does_no_harm_to_the_connection(server: Serv
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
     async with listening(server.url, ear=Careless()) as ear:
         for payload in ("1", "2"):
-            await tell(server, "PUBLISH", "a", payload)
+            await call_server(server, "PUBLISH", "a", payload)
         assert [await ear.next(), await ear.next()] == [b"1", b"2"]
         assert len(reported) == 2
         assert ear.times_up == 1
@@ -217,14 +217,14 @@ async def test_in_a_cluster_any_server_hears_what_any_server_is_told() -> None:
         hosts = ",".join(f"127.0.0.1:{each.port}" for each in servers)
         async with listening(f"redis+cluster://{hosts}?{FAST}") as ear:
             for number, server in enumerate(servers):
-                await tell(server, "PUBLISH", "a", str(number))
+                await call_server(server, "PUBLISH", "a", str(number))
                 assert await ear.next() == str(number).encode()
-            heard_by = [each for each in servers if b"\na\r" in await tell(each, "PUBSUB", "CHANNELS")]
+            heard_by = [each for each in servers if b"\na\r" in await call_server(each, "PUBSUB", "CHANNELS")]
             assert len(heard_by) == 1
             await anyio.to_thread.run_sync(heard_by[0].kill)
             await ear.until_up()
             left = next(each for each in servers if each is not heard_by[0])
-            await tell(left, "PUBLISH", "a", "again")
+            await call_server(left, "PUBLISH", "a", "again")
             assert await ear.next() == b"again"
 
 
@@ -241,7 +241,7 @@ async def test_it_listens_over_tls(tmp_path: Any) -> None:
     options += ("--tls-cert-file", str(certificates.server), "--tls-key-file", str(certificates.key("server")))
     with run_redis(*options) as server:
         async with listening(f"rediss://127.0.0.1:{port}?tls_ca_file={certificates.ca}") as ear:
-            await tell(server, "PUBLISH", "a", "1")
+            await call_server(server, "PUBLISH", "a", "1")
             assert await ear.next() == b"1"
 
 
@@ -253,13 +253,13 @@ async def test_it_follows_the_master_that_the_sentinels_name() -> None:
     ):
 
         async def is_known() -> bool:
-            return b"slaves=1" in await tell(sentinel, "INFO", "sentinel")
+            return b"slaves=1" in await call_server(sentinel, "INFO", "sentinel")
 
         await until(is_known)
         async with listening(f"redis+sentinel://127.0.0.1:{sentinel.port}/shop/0?{FAST}") as ear:
-            await tell(master, "PUBLISH", "a", "1")
+            await call_server(master, "PUBLISH", "a", "1")
             assert await ear.next() == b"1"
             await anyio.to_thread.run_sync(master.kill)
             await ear.until_up()
-            await tell(replica, "PUBLISH", "a", "2")
+            await call_server(replica, "PUBLISH", "a", "2")
             assert await ear.next() == b"2"

@@ -1,5 +1,7 @@
-"""After an invalidation has returned, no read that begins then returns what was loaded before it: on a real server, whatever
-the order in which the messages of several stores reach it, and whatever counters the server loses meanwhile."""
+"""After an invalidation has returned, no later read returns a value loaded before it.
+
+Tested on a real server, for any order of the messages of several stores, and with counters that the server loses.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def cluster() -> Iterator[Sequence[Server]]:
 
 
 async def worlds(first: int, count: int, stores: Sequence[Any]) -> tuple[int, int]:
-    """How often something was read and stored in so many worlds."""
+    """Run many seeds, and return how often values were read and stored."""
     hits = stored = 0
     with Gate() as gate:
         for seed in range(first, first + count):
@@ -73,7 +75,7 @@ async def test_a_seed_is_the_same_run_each_time(server: Server, cluster: Sequenc
 
 
 def scripts_with(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """Plant a bug in every script that has `old`."""
+    """Return a function that plants a bug in every script that contains `old`."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         planted = 0

@@ -35,13 +35,13 @@ from ...faults.scene import guarded
 from .conftest import one, opened, submitted
 
 
-async def told(server: Server, *words: str) -> str:
+async def call_server(server: Server, *words: str) -> str:
     return (await anyio.to_thread.run_sync(redis_command, server, *words)).decode()
 
 
 async def calls(server: Server) -> dict[str, int]:
-    """How often each command was called since the last `CONFIG RESETSTAT`."""
-    lines = (await told(server, "INFO", "commandstats")).splitlines()
+    """Return the number of calls of each command since the last `CONFIG RESETSTAT`."""
+    lines = (await call_server(server, "INFO", "commandstats")).splitlines()
     found = {
         line.partition(":")[0][8:]: int(line.split("calls=")[1].split(",")[0]) for line in lines if "calls=" in line
     }
@@ -49,24 +49,24 @@ async def calls(server: Server) -> dict[str, int]:
 
 
 async def connections(server: Server) -> int:
-    """How many clients there are besides the one that asks."""
-    lines = (await told(server, "CLIENT", "LIST")).splitlines()
+    """Return the number of clients, except the one that counts."""
+    lines = (await call_server(server, "CLIENT", "LIST")).splitlines()
     return sum("cmd=client" not in line for line in lines if line.startswith("id="))
 
 
 async def test_a_batch_of_gets_is_one_command_and_equal_keys_are_one_key(store: Any, server: Server) -> None:
-    await told(server, "CONFIG", "RESETSTAT")
+    await call_server(server, "CONFIG", "RESETSTAT")
     await store.execute([Get(f"k{number % 50}") for number in range(100)])
     await store.execute([Get("a"), GetMany(("b", "c")), Get("b")])
     assert await calls(server) == {"mget": 2}
-    await told(server, "CONFIG", "RESETSTAT")
+    await call_server(server, "CONFIG", "RESETSTAT")
     await store.execute([Set("a", 1), Set("b", 2)])
     assert (await calls(server))["evalsha"] == 1
 
 
 async def test_what_many_callers_ask_at_once_leaves_in_a_few_commands(server: Server) -> None:
     async with open_cache(server.url) as cache:
-        await told(server, "CONFIG", "RESETSTAT")
+        await call_server(server, "CONFIG", "RESETSTAT")
         await asyncio.gather(*(cache.get(f"k{number}") for number in range(640)))
         assert (await calls(server))["mget"] <= 11
 
@@ -165,11 +165,11 @@ async def test_a_cancelled_batch_is_read_to_its_end(store: Any) -> None:
 
 
 async def test_a_run_of_small_values_is_one_command_a_key_with_growing_versions(store: Any, server: Server) -> None:
-    later = 2e15  # The version of a server whose clock was ahead.
+    later = 2e15  # A version from a server whose clock was ahead.
     script = "redis.call('SET', KEYS[1], struct.pack('>dd', ARGV[1], 0) .. 'Bold')"
-    await told(server, "EVAL", script, "1", "tests:late", f"{later:.0f}")
-    await told(server, "RPUSH", "tests:list", "x")
-    await told(server, "CONFIG", "RESETSTAT")
+    await call_server(server, "EVAL", script, "1", "tests:late", f"{later:.0f}")
+    await call_server(server, "RPUSH", "tests:list", "x")
+    await call_server(server, "CONFIG", "RESETSTAT")
     keys = ["new", "late", "list", "new"]
     replies = await store.execute([Set(key, b"v", ttl=100.0) for key in keys])
     assert "getrange" not in await calls(server)
@@ -179,23 +179,23 @@ async def test_a_run_of_small_values_is_one_command_a_key_with_growing_versions(
         found = await one(store, Get(key))
         assert (found.value, found.version) == (b"v", reply.version)
         assert 99 < found.ttl <= 100
-    assert 99_000 < int((await told(server, "PTTL", "tests:list"))[1:]) <= 100_000
+    assert 99_000 < int((await call_server(server, "PTTL", "tests:list"))[1:]) <= 100_000
     first, second = await store.execute([Set("a", b"1", ttl=None), Set("b", bytes(2000), ttl=None)])
     assert first.version == second.version
-    assert await told(server, "PTTL", "tests:a") == await told(server, "PTTL", "tests:b")
+    assert await call_server(server, "PTTL", "tests:a") == await call_server(server, "PTTL", "tests:b")
     mixed = await store.execute([Set("a", b"1", ttl=None), Set("b", b"2", ttl=5.0)])
     assert [type(each) for each in mixed] == [Stored, Stored]
-    assert 4000 < int((await told(server, "PTTL", "tests:b"))[1:]) <= 5000
+    assert 4000 < int((await call_server(server, "PTTL", "tests:b"))[1:]) <= 5000
 
 
 async def test_scripts_that_the_server_forgot_are_sent_again(store: Any, server: Server) -> None:
     await one(store, Set("a", 1))
-    await told(server, "SCRIPT", "FLUSH")
+    await call_server(server, "SCRIPT", "FLUSH")
     replies = await store.execute([Set("a", 2), Get("b"), Set("c", 3)])
     assert isinstance(replies[0], Stored)
     assert isinstance(replies[2], Stored)
     assert [found.value for found in await store.execute([Get("a"), Get("c")])] == [2, 3]
-    await told(server, "CONFIG", "RESETSTAT")
+    await call_server(server, "CONFIG", "RESETSTAT")
     await one(store, Set("a", 1))
     assert "eval" not in await calls(server)
 
@@ -207,7 +207,7 @@ async def test_what_a_server_forgot_how_to_write_is_not_written_after_what_came_
     store: Any, server: Server, first: Any, last: Any, together: bool
 ) -> None:
     await store.execute([Set("warm", 1), Delete("k"), Delete("other")])
-    await told(server, "SCRIPT", "FLUSH")
+    await call_server(server, "SCRIPT", "FLUSH")
     if together:
         replies = await store.execute([first, last])
     else:
@@ -217,16 +217,16 @@ async def test_what_a_server_forgot_how_to_write_is_not_written_after_what_came_
     assert (found.value if isinstance(found, Found) else None) == ("new" if isinstance(last, Set | SetMany) else None)
     if isinstance(replies[0], Failed):
         assert "NOSCRIPT" in str(replies[0].error())
-        assert not replies[0].error().transient  # Else somebody would do it again, and later still.
+        assert not replies[0].error().transient  # A retry would be even later.
     if isinstance(first, SetMany):
         assert isinstance(await one(store, Get("other")), Found)
 
 
 async def test_the_health_check_keeps_an_idle_connection_in_use(server: Server) -> None:
     async with opened(f"{server.url}?health_check_interval=0.02"):
-        await told(server, "CONFIG", "RESETSTAT")
+        await call_server(server, "CONFIG", "RESETSTAT")
         await anyio.sleep(0.2)
-        assert "cmdstat_time:calls=" in await told(server, "INFO", "commandstats")
+        assert "cmdstat_time:calls=" in await call_server(server, "INFO", "commandstats")
 
 
 async def test_closing_finishes_what_is_under_way(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""One key whose bytes cannot be read: an error or a miss of its own, whatever shares its batch and its connection."""
+"""A key with unreadable bytes is an error or a miss, and does not affect its batch or its connection."""
 
 from __future__ import annotations
 

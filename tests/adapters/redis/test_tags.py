@@ -1,4 +1,4 @@
-"""What tags cost on Redis, what becomes of them when the server loses something, and for how long it keeps them."""
+"""Tags on Redis: their cost, the effect of lost keys, and how long counters are kept."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from cachebus.testing.suite.base import granted
 
 from .conftest import one, opened
 from .schedule import Gate
-from .test_pipelining import calls, told
+from .test_pipelining import call_server, calls
 
 MINUTE = 60_000
 
@@ -55,20 +55,20 @@ SEQUENCE = "tests#tags:{tests}"
 
 @pytest.fixture(autouse=True)
 async def nothing_of_before(server: Server) -> None:
-    await told(server, "FLUSHALL")
+    await call_server(server, "FLUSHALL")
 
 
 async def px_of(server: Server, name: str) -> int:
-    """The milliseconds that a key in Redis has left, -1 for ever, -2 for no key."""
-    return int((await told(server, "PTTL", name)).strip(":\r\n"))
+    """Return the time to live of a Redis key in milliseconds: -1 for no expiry, -2 for no key."""
+    return int((await call_server(server, "PTTL", name)).strip(":\r\n"))
 
 
-# What it costs
+# Cost
 
 
 async def test_without_tags_a_read_is_the_command_that_it_was(store: Any, server: Server) -> None:
     await one(store, Set("a", b"1"))
-    await told(server, "CONFIG", "RESETSTAT")
+    await call_server(server, "CONFIG", "RESETSTAT")
     await store.execute([Get("a"), Get("b")])
     await one(store, GetMany(("a", "b")))
     assert await calls(server) == {"mget": 2}
@@ -77,12 +77,12 @@ async def test_without_tags_a_read_is_the_command_that_it_was(store: Any, server
 async def test_a_tagged_hit_is_one_round_trip(store: Any, server: Server) -> None:
     await one(store, Set("a", b"1", tags=("x", "y")))
     await one(store, Set("b", b"2"))
-    await told(server, "CONFIG", "RESETSTAT")
+    await call_server(server, "CONFIG", "RESETSTAT")
     found = await one(store, Get("a"))
     assert (found.value, found.tags) == (b"1", ("x", "y"))
-    # The script's own reads count as commands, too: one of the values, and one of each counter.
+    # The reads inside the script count too: one for the values, and one for each counter.
     assert await calls(server) == {"evalsha": 1, "mget": 1, "get": 2}
-    await told(server, "CONFIG", "RESETSTAT")
+    await call_server(server, "CONFIG", "RESETSTAT")
     assert len((await one(store, GetMany(("a", "b", "c")))).entries) == 2
     assert (await calls(server))["evalsha"] == 1
 
@@ -90,11 +90,11 @@ async def test_a_tagged_hit_is_one_round_trip(store: Any, server: Server) -> Non
 async def test_who_knows_of_no_tags_finds_out_once(store: Any, server: Server) -> None:
     await store.execute([Set("a", b"1", tags=("x",)), Set("b", b"2", tags=("y",))])
     async with opened(server.url) as fresh:
-        await told(server, "CONFIG", "RESETSTAT")
+        await call_server(server, "CONFIG", "RESETSTAT")
         values = [found.value for found in await fresh.execute([Get("a"), Get("b")])]
         assert values == [b"1", b"2"]
         assert await calls(server) == {"mget": 2}, "the values, then the counters of both"
-        await told(server, "CONFIG", "RESETSTAT")
+        await call_server(server, "CONFIG", "RESETSTAT")
         assert (await one(fresh, Get("a"))).value == b"1"
         assert (await calls(server))["evalsha"] == 1
     async with opened(server.url) as fresh:
@@ -109,7 +109,7 @@ async def test_an_invalidation_costs_the_same_whatever_the_number_of_entries(sto
             await one(
                 store, SetMany({f"k{start + number}": number for number in range(min(entries, 1000))}, tags=("x",))
             )
-        await told(server, "CONFIG", "RESETSTAT")
+        await call_server(server, "CONFIG", "RESETSTAT")
         assert await one(store, InvalidateTags(("x", "none"))) == Invalidated()
         counted.append(await calls(server))
         assert (await one(store, GetMany(tuple(f"k{number}" for number in range(entries))))).entries == {}
@@ -120,14 +120,14 @@ async def test_an_invalidation_costs_the_same_whatever_the_number_of_entries(sto
 async def test_storing_many_with_the_same_tags_looks_at_their_counters_no_more_than_once_a_value(
     store: Any, server: Server
 ) -> None:
-    await told(server, "CONFIG", "RESETSTAT")
+    await call_server(server, "CONFIG", "RESETSTAT")
     await one(store, SetMany({f"k{number}": number for number in range(100)}, ttl=60.0, tags=("x", "y")))
     used = await calls(server)
     assert used["evalsha"] == 1
     assert used["get"] <= 200
 
 
-# What the server loses
+# Lost keys
 
 
 @pytest.mark.parametrize("lost", ["the counter", "the sequence and the counter", "everything"])
@@ -136,12 +136,12 @@ async def test_what_is_lost_brings_nothing_back(store: Any, server: Server, lost
     raws = {key: await told_raw(server, f"tests:{key}") for key in ("a", "b")}
     match lost:
         case "the counter":
-            await told(server, "DEL", counter("x"))
+            await call_server(server, "DEL", counter("x"))
         case "the sequence and the counter":
-            await told(server, "DEL", counter("x"), SEQUENCE)
+            await call_server(server, "DEL", counter("x"), SEQUENCE)
         case _:
-            await told(server, "FLUSHALL")
-            # As if entries had outlived what invalidates them, which `FLUSHALL` does not do.
+            await call_server(server, "FLUSHALL")
+            # Restore the entries, as if they had outlived their counters.
             for key, raw in raws.items():
                 await anyio.to_thread.run_sync(set_raw, server, f"tests:{key}", raw)
     assert await store.execute([Get("a"), Get("b")]) == [Missing(), Missing()]
@@ -160,7 +160,7 @@ async def test_a_load_during_which_counters_are_lost_stores_nothing_that_may_be_
     t1 = await granted(store, GetOrLease("k", "p", "t1", 60.0, tags=("x",)))
     await one(store, InvalidateTags(("x",)))
     names = {"the counter": [counter("x")], "the sequence": [SEQUENCE]}.get(lost, [counter("x"), SEQUENCE])
-    await told(server, "DEL", *names)
+    await call_server(server, "DEL", *names)
     refused = await one(store, Set("k", b"out of date", tags=("x",), lease=t1))
     assert isinstance(refused, NotStored)
     t2 = await granted(store, GetOrLease("k", "p", "t2", 60.0, tags=("x",)))
@@ -170,8 +170,8 @@ async def test_a_load_during_which_counters_are_lost_stores_nothing_that_may_be_
 
 async def test_the_invalidation_of_a_tag_that_nothing_has_leaves_no_key(store: Any, server: Server) -> None:
     await one(store, InvalidateTags(tuple(f"t{number}" for number in range(1000))))
-    assert (await told(server, "DBSIZE")).strip() == ":1"
-    assert int((await told(server, "STRLEN", SEQUENCE)).strip(":\r\n")) <= 16 + 8 * 256
+    assert (await call_server(server, "DBSIZE")).strip() == ":1"
+    assert int((await call_server(server, "STRLEN", SEQUENCE)).strip(":\r\n")) <= 16 + 8 * 256
 
 
 async def test_a_load_that_names_a_new_tag_at_its_end_is_stored_whatever_else_was_invalidated(store: Any) -> None:
@@ -184,7 +184,7 @@ async def test_a_load_that_names_a_new_tag_at_its_end_is_stored_whatever_else_wa
     assert isinstance(await one(store, Set("j", b"v", tags=("newer",), lease=t2)), NotStored)
 
 
-# For how long counters are kept
+# Retention of counters
 
 
 async def test_a_counter_is_kept_for_as_long_as_the_longest_entry(store: Any, server: Server) -> None:
@@ -202,7 +202,7 @@ async def test_a_counter_is_kept_for_as_long_as_the_longest_entry(store: Any, se
     await one(store, Set("a", b"1", ttl=1.0, tags=("x",)))
     assert await px_of(server, counter("x")) == -1
     await one(store, InvalidateTags(("x",)))
-    assert 0 < await px_of(server, counter("x")) <= RETENTION_MS, "nothing that is older needs it any more"
+    assert 0 < await px_of(server, counter("x")) <= RETENTION_MS, "no older entry needs it any more"
     assert await px_of(server, SEQUENCE) == -1
 
 
@@ -293,13 +293,13 @@ async def spread(cluster: Sequence[Server]) -> AsyncIterator[Any]:
     store = RedisClusterStore(places, Connector(health_interval=None), namespace="tests")
     await store.open()
     for server in cluster:
-        await told(server, "FLUSHALL")
+        await call_server(server, "FLUSHALL")
     yield store
     await store.close()
 
 
 async def trips(store: Any, request: Any) -> tuple[Any, list[int]]:
-    """The reply to a request, and how many messages went out together, each time."""
+    """Send a request. Return its reply, and the number of messages in each round trip."""
     with Gate() as gate:
         gate.open = False
         asked = asyncio.create_task(one(store, request))
@@ -321,7 +321,7 @@ async def test_in_a_cluster_a_tagged_hit_is_one_round_trip_once_the_tags_are_kno
     assert (found.value, first) == (b"1", [1, 1])
     found, second = await trips(spread, Get("a"))
     assert found.value == b"1"
-    assert second in ([1], [2]), "the value and the counter, of one server or of two"
+    assert second in ([1], [2]), "the value and the counter, on one server or on two"
     await one(spread, InvalidateTags(("x",)))
     missing, third = await trips(spread, Get("a"))
     assert (missing, len(third)) == (Missing(), 1)
@@ -332,7 +332,7 @@ async def test_in_a_cluster_a_tagged_hit_is_one_round_trip_once_the_tags_are_kno
 
 async def test_in_a_cluster_untagged_requests_are_as_they_were(spread: Any) -> None:
     requests = (Set("a", b"1"), Get("a"), GetOrLease("a", "p", "t", 9.0))
-    await spread.execute(requests)  # Servers are connected to, and know the scripts.
+    await spread.execute(requests)  # Connects to the servers and loads the scripts.
     for request in requests:
         _, sent = await trips(spread, request)
         assert len(sent) == 1, request
@@ -364,8 +364,8 @@ async def test_a_namespace_whose_counters_would_be_all_over_the_cluster_is_refus
 
 
 async def told_raw(server: Server, name: str) -> bytes:
-    told = await anyio.to_thread.run_sync(redis_command, server, "GET", name)
-    return told.partition(b"\r\n")[2][:-2]
+    answer = await anyio.to_thread.run_sync(redis_command, server, "GET", name)
+    return answer.partition(b"\r\n")[2][:-2]
 
 
 def set_raw(server: Server, name: str, raw: bytes) -> None:
@@ -391,7 +391,7 @@ async def test_a_clear_whose_caller_gave_up_goes_on_to_its_end(server: Server) -
         clear.cancel()
         assert replies == []
     assert replies == [[Cleared()]]
-    assert (await told(server, "DBSIZE")).strip() == ":2", "the sequence and a counter"
+    assert (await call_server(server, "DBSIZE")).strip() == ":2", "the sequence and a counter"
 
 
 async def test_who_cannot_wait_for_a_clear_is_told_so(server: Server) -> None:

@@ -262,19 +262,19 @@ def test_the_servers_clock_is_never_taken_to_be_behind_what_it_is() -> None:
     clock: Any = ManualClock()
     connection = RedisConnection("here", clock, window=1, health_interval=None)
 
-    def told(server: float, seconds: float) -> None:
-        """The server's clock stood at `server` at some moment of the `seconds` that its reply took."""
+    def time_reply(server: float, seconds: float) -> None:
+        """Process a reply with the time `server` that took `seconds`."""
         asked_at = clock.monotonic()
         clock.advance(seconds)
         connection.set_time((b"%d" % server, b"%d" % round(server % 1 * 1e6)), asked_at)
 
-    told(1000.0, 0.5)
-    assert connection.now() == pytest.approx(1000.5), "it may have been told at once"
-    told(1000.3, 0.01)
-    assert connection.now() == pytest.approx(1000.31), "a quick reply says it better"
-    told(1000.35, 0.5)
-    assert connection.now() == pytest.approx(1000.81), "and a slow one after it says nothing new"
-    told(2000.0, 0.1)
-    assert connection.now() == pytest.approx(2000.1), "somebody has set the clock"
-    told(500.0, 0.1)
+    time_reply(1000.0, 0.5)
+    assert connection.now() == pytest.approx(1000.5), "the server may have read its clock at once"
+    time_reply(1000.3, 0.01)
+    assert connection.now() == pytest.approx(1000.31), "a faster reply is more accurate"
+    time_reply(1000.35, 0.5)
+    assert connection.now() == pytest.approx(1000.81), "a slower reply changes nothing"
+    time_reply(2000.0, 0.1)
+    assert connection.now() == pytest.approx(2000.1), "the clock was set"
+    time_reply(500.0, 0.1)
     assert connection.now() == pytest.approx(500.1)
