@@ -1,6 +1,6 @@
-"""Reply slots: one for each request of a batch, filled together when the batch is answered.
+"""Reply slots: one per request of a batch, filled together when the batch is answered.
 
-A slot is much cheaper than a reply port: the slots of a batch share one deadline timer, and nothing is locked, because a
+A slot is much cheaper than a reply port. The slots of a batch share one deadline timer, and need no locks because a
 batch belongs to one event loop.
 """
 
@@ -21,23 +21,23 @@ _NEVER = float("inf")
 
 
 class ReplySlot(Struct, eq=False):
-    """The place of one request in a batch. A turn returns it in place of a reply that comes later.
+    """Slot of one request in a batch. A turn returns it in place of a reply that is not available yet.
 
-    A task of the batch's own loop awaits `within`; everyone else attaches a port.
+    A task on the event loop of the batch awaits `within`. All other callers attach a port.
     """
 
     batch: SlotBatch
     request: Request[Any]
     trace: str | None = None
     port: Any = None
-    """A future of the batch's loop, a `ReplyPort`, or `None` until the caller has said where the reply goes."""
+    """Future of the batch's event loop, a `ReplyPort`, or `None` until the caller chooses one of them."""
     reply: Any = None
     deadline: float = _NEVER
-    """On the clock of the event loop."""
+    """Deadline of the caller, on the clock of the event loop."""
     late: Callable[[], Failed] | None = None
 
     def within(self, timeout: float, late: Callable[[], Failed]) -> Future[Any]:
-        """A future of the reply, or of `late()` after `timeout` seconds. The caller calls `leave` if it stops waiting."""
+        """Return a future of the reply, or of `late()` after `timeout` seconds. Call `leave` if you stop waiting."""
         batch = self.batch
         deadlines = batch.deadlines
         assert deadlines is not None
@@ -48,7 +48,7 @@ class ReplySlot(Struct, eq=False):
             return future
         self.late = late
         self.deadline = deadline = deadlines.now() + timeout
-        if deadline < batch.due:  # As `watch` does, less a call.
+        if deadline < batch.due:  # Inlined from `watch`, to save a call.
             if batch.bucket is not None:
                 batch.bucket.pop(batch, None)
             batch.due = deadline
@@ -57,26 +57,26 @@ class ReplySlot(Struct, eq=False):
 
     @property
     def seconds_left(self) -> float:
-        """Until the caller's deadline."""
+        """Seconds until the deadline of the caller."""
         deadlines = self.batch.deadlines
         return _NEVER if deadlines is None else self.deadline - deadlines.now()
 
     def attach(self, port: ReplyPort) -> None:
-        """Name the port that the reply goes to."""
+        """Set the port that receives the reply."""
         self.port = port
         if self.reply is not None:
             port.answer(self.reply)
 
     @property
     def waiting(self) -> bool:
-        """Whether the caller may still wait for the reply."""
+        """`True` if the caller may still wait for the reply."""
         port = self.port
         if type(port) is Future:
             return not port.done()
         return self.reply is None and (port is None or port.waiting)
 
     def leave(self) -> None:
-        """Note that the caller has gone."""
+        """Record that the caller stopped waiting."""
         self.batch.gone += 1
 
     def give(self, reply: Any) -> None:
@@ -93,11 +93,12 @@ class ReplySlot(Struct, eq=False):
 
 
 class SlotBatch(Struct, eq=False):
-    """Requests that are sent together, and the slots of their replies. Belongs to one event loop.
+    """Batch of requests that are sent together, with the slots of their replies. Belongs to one event loop.
 
-    `size` is the bytes of the values that the requests carry. `gone` counts callers that may have stopped waiting. `deadline` is the
-    earliest one of requests with ports of their own, on the bus's clock; `due` the earliest one of the others, on that of the
-    event loop. Without `deadlines` (on trio) no slot may be awaited.
+    `size` is the total size of the values in the requests, in bytes. `gone` counts the callers that may have stopped
+    waiting. `deadline` is the earliest deadline of the requests with ports, on the clock of the bus. `due` is the
+    earliest deadline of the other requests, on the clock of the event loop. Without `deadlines` (on trio), slots cannot
+    be awaited.
     """
 
     deadlines: Deadlines | None
@@ -112,7 +113,7 @@ class SlotBatch(Struct, eq=False):
         return f"<SlotBatch of {len(self.slots)} requests, {self.gone} gone>"
 
     def answer(self, reply: Any) -> None:
-        """Called by the deadline timer: answer the slots whose time is up."""
+        """Answer the slots whose deadline has passed. Called by the deadline timer, which ignores `reply`."""
         assert self.deadlines is not None
         self.bucket = None
         self.due = _NEVER
@@ -128,7 +129,7 @@ class SlotBatch(Struct, eq=False):
         self.watch(following)
 
     def watch(self, instant: float) -> None:
-        """Let the timer call `answer` at an instant of the event loop's clock, if it would be later otherwise."""
+        """Schedule `answer` for an instant of the event loop's clock, unless it is scheduled earlier."""
         if instant < self.due:
             assert self.deadlines is not None
             if self.bucket is not None:
@@ -137,22 +138,22 @@ class SlotBatch(Struct, eq=False):
             self.bucket = self.deadlines.watch(self, instant - self.deadlines.now(), _nothing)
 
     def unwatch(self) -> None:
-        """Need the timer no more."""
+        """Cancel the timer."""
         if self.bucket is not None:
             self.bucket.pop(self, None)
             self.bucket = None
             self.due = _NEVER
 
     def drop_gone(self) -> None:
-        """Take out the requests whose callers have gone, except those that invalidate."""
+        """Remove the requests whose callers stopped waiting, except invalidations."""
         self.slots = [slot for slot in self.slots if slot.request.INVALIDATES or slot.waiting]
 
     def settle(self, replies: Sequence[Reply]) -> None:
-        """Fill the slots, in order."""
+        """Fill the slots with replies, in order."""
         if self.bucket is not None:
             self.bucket.pop(self, None)
             self.bucket = None
-        slots, self.slots = self.slots, []  # No circle for the garbage collector, and no second answer.
+        slots, self.slots = self.slots, []  # Breaks a reference cycle, and prevents a second reply.
         for slot, reply in zip(slots, replies, strict=True):
             port = slot.port
             kind: object = port.__class__
@@ -169,8 +170,10 @@ class SlotBatch(Struct, eq=False):
         self.settle([failed] * len(self.slots))
 
     def seconds_left(self, now: float, *, longest: bool = False) -> float | None:
-        """Until the first caller's deadline, or the last one's with `longest`; `None` without one. `now` is the time on the
-        bus's clock."""
+        """Return the seconds until the earliest deadline, or the latest with `longest`; `None` if there is no deadline.
+
+        `now` is the current time on the clock of the bus.
+        """
         left: list[float] = [] if self.deadline is None else [self.deadline - now]
         if self.deadlines is not None and self.due < _NEVER:
             here = self.deadlines.now()
@@ -186,4 +189,4 @@ def _nothing() -> None:
 
 Pending: TypeAlias = DeferredReply | ReplySlot
 PENDING = (DeferredReply, ReplySlot)
-"""The classes of what a turn returns in place of a reply that comes later. Each has `attach` and `waiting`."""
+"""Classes that a turn returns in place of a reply that is not available yet. Each has `attach` and `waiting`."""

@@ -121,8 +121,8 @@ class BackendActor(Actor):
 
     The last two are protected by a `Guard` with the policy `guard`.
 
-    If the server is unavailable, the actor fails to start. With `opens_later` it starts, and requests fail until the server
-    is available. A restarted actor always behaves like that, because an outage must not use up the restarts.
+    If the server is unavailable, the actor fails to start. With `opens_later` it starts, and requests fail until the
+    server is available. A restarted actor always behaves like that, because an outage must not use up the restarts.
     """
 
     def __init__(
@@ -326,7 +326,7 @@ class BackendActor(Actor):
                 pass
 
     async def _watch(self, request: WatchLease) -> DeferredReply:
-        # A coroutine, although it does not wait, so that it runs in the task of the actor, on the event loop of the store.
+        # A coroutine, although it does not wait, so that it runs on the event loop of the store.
         assert isinstance(self._store, LeaseNotifyingStore)
         deferred = self.ctx.defer()
         self._store.watch(request, deferred.answer)

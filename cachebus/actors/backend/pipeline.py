@@ -1,10 +1,10 @@
 """Request pipeline of a backend: gathers requests into batches and sends them to a pipelined store through the guard.
 
-The state of a request is a slot in a batch. Everything else (circuit breaker, limit, timeout, counters, events) is handled
-once per batch when it is sent, and once when its replies arrive.
+The state of a request is a slot in a batch. Everything else (circuit breaker, limit, timeout, counters, events) is
+handled once per batch when it is sent, and once when its replies arrive.
 
-The request of a lone caller is sent at once. With concurrent callers, a request waits for others: until the event loop has
-run all ready tasks or, while batches are in flight, until one of them is answered.
+The request of a lone caller is sent at once. With concurrent callers, a request waits for others: until the event loop
+has run all ready tasks or, while batches are in flight, until one of them is answered.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Emit = Callable[[Sequence[Request[Any]], Sequence[Reply], Sequence[str | None]],
 class RequestPipeline:
     """Pipeline that gathers requests into batches and sends them. Belongs to the event loop on which it is made.
 
-    At most one batch waits for the store. While it does, no more requests are taken; they stay in the bounded mailbox of
-    the actor. A batch is sent when the size of its values reaches `max_bytes`.
+    At most one batch waits for the store. While it does, no more requests are taken; they stay in the bounded mailbox
+    of the actor. A batch is sent when the size of its values reaches `max_bytes`.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class RequestPipeline:
     def take(self, request: Request[Any]) -> ReplySlot | None:
         """Add a request to the open batch, on the sender's stack, and return its slot.
 
-        Returns `None` if the request must go through the mailbox: on another thread, or while a batch waits for the store.
+        Returns `None` if the request must go through the mailbox: on another thread, or while a batch waits for the
+        store.
         """
         if self._blocked is not None or get_ident() != self._thread:
             return None

@@ -41,8 +41,8 @@ SLOW_REQUESTS = frozenset[type[Request[Any]]]({Clear, DeletePattern})
 # Lock requests have a separate adaptive timeout.
 LOCK_REQUESTS = frozenset(kind for name, kind in WIRE_NAMES.items() if name.startswith("lock."))
 SLOWEST_KEY = 100e-6  # Seconds that a backend may take for each key of a request with many keys.
-# Growth of the timeout each time that it expires. Starting from 0.1 s, a backend that suddenly takes 0.3 s gets a reply in
-# before five failures open its circuit. A backend that does not reply opens it after 1.3 s; doubling would take 3.1 s.
+# Growth of the timeout each time that it expires. Starting from 0.1 s, a backend that suddenly takes 0.3 s gets a reply
+# in before five failures open its circuit. A backend without replies opens it after 1.3 s (3.1 s with doubling).
 GROWTH = 1.5
 FACTOR = 3.0  # Ratio of the adaptive timeout to the 95th percentile.
 
@@ -54,8 +54,8 @@ _NEVER = float("inf")
 class AdaptiveTimeout:
     """Timeout that follows the 95th percentile of the last `timeout_window` durations. All times are in seconds.
 
-    It starts at `timeout_initial` and is then `FACTOR` times the percentile, within the bounds of the policy. Each time it
-    expires, it grows by half, until a reply arrives that did not need the longer timeout (after Karn and Partridge,
+    It starts at `timeout_initial` and is then `FACTOR` times the percentile, within the bounds of the policy. Each time
+    it expires, it grows by half, until a reply arrives that did not need the longer timeout (after Karn and Partridge,
     SIGCOMM 1987). Otherwise the replies of a backend that has become slow would never be measured.
     """
 
@@ -123,7 +123,7 @@ class ConcurrencyLimiter:
         return f"<ConcurrencyLimiter {self.taken}/{self.limit} taken, {len(self.queue)}/{self._max_queue} waiting>"
 
     async def acquire(self) -> None:
-        """Wait for a permit and take it. Raises `Overloaded` if the queue is full, or the error passed to `refuse_all`."""
+        """Wait for a permit. Raises `Overloaded` if the queue is full, or the error passed to `refuse_all`."""
         if self.taken < self.limit:
             self.taken += 1
             return
@@ -165,9 +165,9 @@ class ConcurrencyLimiter:
 class Attempt(Struct, eq=False):
     """Batch that was handed to the store.
 
-    `then` is called with its replies. `callers` holds the deadlines of its callers. `scope` cancels the sending while that
-    is awaited. `extended` means that the attempt had more time than the adaptive timeout, so a timeout does not count
-    against the backend. `short` is false for slow requests, which always have separate batches.
+    `then` is called with its replies. `callers` holds the deadlines of its callers. `scope` cancels the sending while
+    that is awaited. `extended` means that the attempt had more time than the adaptive timeout, so a timeout does not
+    count against the backend. `short` is false for slow requests, which always have separate batches.
     """
 
     requests: Batch
@@ -188,9 +188,9 @@ class Attempt(Struct, eq=False):
 class Attempts:
     """Attempts in flight, and the timer of their timeouts.
 
-    A guard adds each attempt to `outstanding` and calls `arm` if the attempt is due before `armed_for`. `overdue` is called
-    with each attempt that has timed out; it must call `take`. `longest` bounds the extension of a timeout, in seconds.
-    `short` is the number of attempts without slow requests.
+    A guard adds each attempt to `outstanding` and calls `arm` if the attempt is due before `armed_for`. `overdue` is
+    called with each attempt that has timed out; it must call `take`. `longest` bounds the extension of a timeout, in
+    seconds. `short` is the number of attempts without slow requests.
 
     All attempts share one timer. It is armed again only for an attempt that is due earlier, so a batch costs one
     comparison.
@@ -222,7 +222,7 @@ class Attempts:
 
     def _check(self) -> None:
         now = self._now()
-        # A late timer means that the event loop was stalled. Replies that arrived meanwhile must be read before the timeouts.
+        # A late timer means that the event loop was stalled. Replies that arrived meanwhile must be read first.
         if (stall := now - self.armed_for) > STALL_TOLERANCE:
             for attempt in self.outstanding:
                 attempt.due += stall + STALL_TOLERANCE
@@ -238,7 +238,7 @@ class Attempts:
             self.arm(next_due)
 
     def _extend(self, attempt: Attempt, now: float) -> None:
-        """Extend the timeout of a large attempt, or of one whose bytes still move, up to the last deadline of its callers."""
+        """Extend the timeout of a large attempt, or while bytes still move, up to the last deadline of the callers."""
         due = attempt.due
         if not attempt.extended:
             due += timeout_extension(attempt.requests, self._longest)
@@ -272,9 +272,9 @@ def timeout_extension(requests: Batch, longest: float) -> float:
 class Retries:
     """Retries of one guard, limited by a budget (after Finagle's RetryBudget, Twitter, 2016).
 
-    Each batch adds `policy.budget` retries to the budget, up to `MAX_BUDGET`, so retries never double the load of a backend in
-    trouble. The initial `INITIAL_BUDGET` lets a cache with few requests retry too. `batches` returns the number of batches so
-    far. `count` is the number of retries made.
+    Each batch adds `policy.budget` retries to the budget, up to `MAX_BUDGET`, so retries never double the load of a
+    backend in trouble. The initial `INITIAL_BUDGET` lets a cache with few requests retry too. `batches` returns the
+    number of batches so far. `count` is the number of retries made.
     """
 
     def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random, batches: Callable[[], int]) -> None:

@@ -34,9 +34,9 @@ class CircuitState(StrEnum):
 class BreakerPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a circuit breaker.
 
-    `failure_threshold` consecutive failures open the circuit. After `recovery` seconds, up to `half_open_max` probes at a
-    time may pass. `success_threshold` successful probes close the circuit; one failed probe opens it again. If `enabled`
-    is false, the circuit stays closed.
+    `failure_threshold` consecutive failures open the circuit. After `recovery` seconds, up to `half_open_max` probes at
+    a time may pass. `success_threshold` successful probes close the circuit; one failed probe opens it again. If
+    `enabled` is false, the circuit stays closed.
     """
 
     enabled: bool = True

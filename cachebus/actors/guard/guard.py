@@ -1,7 +1,7 @@
 """Guard between a backend actor and its store.
 
-The guard retries idempotent requests, opens the circuit of a failing backend, times out batches that take far longer than
-usual, and limits the number of batches in flight. No other part of cachebus does any of this.
+The guard retries idempotent requests, opens the circuit of a failing backend, times out batches that take far longer
+than usual, and limits the number of batches in flight. No other part of cachebus does any of this.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class AwaitedStore:
 class LazyStore:
     """Store that is opened by its first batch.
 
-    If opening fails, the batch gets the error, so the guard counts it like any other failure. `opened` is called once the
-    store is open; from then on the caller may use the store directly.
+    If opening fails, the batch gets the error, so the guard counts it like any other failure. `opened` is called once
+    the store is open; from then on the caller may use the store directly.
     """
 
     def __init__(self, store: BatchStore, opened: Callable[[], None]) -> None:
@@ -110,9 +110,9 @@ _Store = PipelinedStore | AwaitedStore | LazyStore
 class Guard:
     """Guard of one batch store. Belongs to the event loop of its actor.
 
-    `execute` returns the replies. `try_submit` and `submit` pass them to a function, exactly once, after the last retry. A
-    batch that the guard refuses raises `CircuitOpen` or `Overloaded`. An error of the store becomes a `Failed` for each
-    request. `on_free` is called whenever an attempt ends. After `closed` is set, no requests are retried.
+    `execute` returns the replies. `try_submit` and `submit` pass them to a function, exactly once, after the last
+    retry. A batch that the guard refuses raises `CircuitOpen` or `Overloaded`. An error of the store becomes a `Failed`
+    for each request. `on_free` is called whenever an attempt ends. After `closed` is set, no requests are retried.
     """
 
     def __init__(self, policy: GuardPolicy, ctx: Context, store: str, *, seed: int | None = None) -> None:
@@ -348,8 +348,8 @@ class Guard:
 
     def _give_up(self, attempt: Attempt, now: float) -> None:
         self.attempts.take(attempt)
-        # A timeout often affects many batches together. Counted one by one, they would open the circuit of a server that
-        # is only slower than before, and the timeout could not adapt to it.
+        # A timeout often affects many batches together. Counted one by one, they would open the circuit of a server
+        # that is only slower than before, and the timeout could not adapt to it.
         counts = not attempt.extended and attempt.timeout.struck(attempt.started, now)
         if not counts or issubclass(CacheTimeoutError, self.policy.excluded):
             self.breaker.abandoned(attempt.ticket)

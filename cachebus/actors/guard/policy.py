@@ -35,10 +35,10 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 class GuardPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a guard. Times are in seconds.
 
-    `timeout_min` and `timeout_max` bound the adaptive timeout, and `timeout_initial` is its first value. `timeout_window`
-    is the number of recent durations from which it is computed. At most `max_concurrent` batches are in flight, and at
-    most `max_waiting` callers wait for one of them to end. The circuit breaker ignores errors of the classes in
-    `excluded`.
+    `timeout_min` and `timeout_max` bound the adaptive timeout, and `timeout_initial` is its first value.
+    `timeout_window` is the number of recent durations from which it is computed. At most `max_concurrent` batches are
+    in flight, and at most `max_waiting` callers wait for one of them to end. The circuit breaker ignores errors of the
+    classes in `excluded`.
     """
 
     breaker: BreakerPolicy = msgspec.field(default_factory=BreakerPolicy)

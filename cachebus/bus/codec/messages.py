@@ -46,8 +46,8 @@ MAX_MESSAGES = 10_000
 def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) -> bytes:
     """Encode a message, or a non-empty array of them, in one call.
 
-    Raises `CacheSerializationError` for a value that needs a serializer to leave the process, `BadMessage` for an unknown
-    content type or an empty array, and `TypeError` for an object that is not a message.
+    Raises `CacheSerializationError` for a value that needs a serializer to leave the process, `BadMessage` for an
+    unknown content type or an empty array, and `TypeError` for an object that is not a message.
     """
     form = _FORMATS.get(content_type) or _format(content_type)
     try:
@@ -65,7 +65,7 @@ def encode(message: Message | Sequence[Message], content_type: str = MSGPACK) ->
         problem = "an int needs more than 64 bits"
     except (ValueError, RecursionError, MemoryError) as error:
         problem = f"the message cannot be encoded ({name_of_type(error)})"
-    # Raised outside of the handlers, as in `_decoded`, so that no exception context keeps the values of the message alive.
+    # Raised outside of the handlers, as in `_decoded`, so that no exception context keeps the values alive.
     if problem:
         raise CacheSerializationError(problem)
     raise BadMessage("an array of messages is empty")
@@ -103,8 +103,8 @@ def decode(data: bytes, content_type: str = MSGPACK) -> Message | list[Message]:
 def decode_each(data: bytes, content_type: str = MSGPACK) -> tuple[list[Message | BadMessage], bool]:
     """Decode a body, and return its messages and `True` if it is an array.
 
-    An element that cannot be decoded is replaced by a `BadMessage`. Raises `BadMessage` if the body as a whole cannot be
-    decoded.
+    An element that cannot be decoded is replaced by a `BadMessage`. Raises `BadMessage` if the body as a whole cannot
+    be decoded.
     """
     form = _FORMATS.get(content_type) or _format(content_type)
     if not form.is_array(data):

@@ -1,8 +1,8 @@
 """Values on the wire: the types that messages may contain, and their form in JSON.
 
 A value is `None`, `bool`, `int` of 64 bits (signed or unsigned), `float`, `str`, `bytes`, or a `list` or a `dict` with
-`str` keys of these, nested at most `MAX_DEPTH` levels deep. Types must match exactly: an enum that is also an `int` would
-be decoded as a plain `int`, so it is rejected rather than changed silently.
+`str` keys of these, nested at most `MAX_DEPTH` levels deep. Types must match exactly: an enum that is also an `int`
+would be decoded as a plain `int`, so it is rejected rather than changed silently.
 
 JSON has no bytes, so they are written as `{"$base64": "AAEC"}`. A dict whose only key is `base64` after one or more `$`
 gets an additional `$`, which the receiver removes: `{"$base64": 1}` is sent as `{"$$base64": 1}`, and `{"$$base64": 1}`
@@ -125,8 +125,8 @@ def _check_container(value: Any, kind: type[Any], depth: int) -> None:
 
 def _refuse(kind: type[Any]) -> NoReturn:
     raise Unfit(
-        f"contains a {type_name(kind)}; choose a serializer, because only None, bool, int, float, str, bytes, list and dict "
-        "can leave the process without one"
+        f"contains a {type_name(kind)}; choose a serializer, because only None, bool, int, float, str, bytes, "
+        "list and dict can leave the process without one"
     )
 
 
@@ -151,8 +151,8 @@ class Direction:
     """Conversion of values for one content type, when encoding or when decoding.
 
     `change` converts each value whose type is not in `plain`. `numbers` are the number types that must be checked: JSON
-    has no NaN, for which msgspec writes null, and its integers may have any size. `places` maps each message class to its
-    fields that must be checked, found when the class is first used.
+    has no NaN, for which msgspec writes null, and its integers may have any size. `places` maps each message class to
+    its fields that must be checked, found when the class is first used.
     """
 
     def __init__(

@@ -1,19 +1,19 @@
-"""The asking side of a bus over NATS: requests to one address travel together, and come back as they are answered.
+"""Requester of a bus over NATS: sends requests for one address in batches and receives the replies.
 
-A request waits in a slot of a `RequestBatch`, and leaves with what else comes up by the next step of the loop. While
-`window` messages are unanswered it waits for one of their answers, or for 10 ms without any: the worker that took them
-may be dead, and others may serve the address too. A caller on the loop of the bus puts its request there by itself and
-awaits the slot; requests from other threads are posted.
+A request waits in a slot of a `RequestBatch`, which is sent in the next iteration of the event loop. While `window`
+messages are unanswered, requests wait for a reply to one of them. After 10 ms without any reply they are sent anyway,
+because the worker may be dead and others may serve the address too. A caller on the event loop of the bus adds its
+request to the batch directly and awaits the slot. Requests from other threads are posted.
 
-    token                 one message in flight, a `RequestBatch`; answers come to `<inbox>.<token>`
-    Cachebus-Budget       the seconds left, one number, or one for each request of an array if they differ
-    Cachebus-Sent         who sends, and when by its clock, so that the receiver can estimate the age of the message
-    traceparent           the W3C trace context of the request; of those of an array, if it is the same
-    Cachebus-Traceparents the trace contexts of an array if they differ, one for each request or empty
-    Cachebus-Partial      an array may be answered bit by bit
-    Cachebus-Index        in an answer: which requests of the array it answers; all, if it is left out
+    token                 identifies a message in flight, a `RequestBatch`; replies arrive at `<inbox>.<token>`
+    Cachebus-Budget       remaining seconds: one number, or one per request of an array if they differ
+    Cachebus-Sent         sender, and time on its clock, so that the receiver can estimate the age of the message
+    traceparent           W3C trace context of the request, or of all requests of an array
+    Cachebus-Traceparents trace contexts of an array if they differ, one per request or empty
+    Cachebus-Partial      an array may be answered in several messages
+    Cachebus-Index        in a reply: indexes of the requests that it answers; all requests if omitted
 
-An idempotent request that is not answered within `resend_after` seconds is sent once more. The others are never sent
+An idempotent request without a reply after `resend_after` seconds is sent once more. Other requests are never sent
 twice.
 """
 
@@ -57,31 +57,33 @@ from .compat import Delivery
 from .connection import NatsConnection, age_clock
 from .headers import BUDGET, CONTENT_TYPE, INDEX, PARTIAL, SENT, write_budgets, write_traces
 
-HEADROOM = 4096  # Bytes of a NATS message that are left to headers.
-_FEW = 16  # Requests that are not worth two messages.
+HEADROOM = 4096  # Bytes of a NATS message that are reserved for headers.
+_FEW = 16  # Number of requests up to which a batch is not split into two messages.
 _NEVER = float("inf")
 _NONE: dict[str, str] = {}
-_HOLD = 0.01  # Seconds without an answer after which requests wait no longer for one.
+_HOLD = 0.01  # Seconds without any reply after which waiting requests are sent anyway.
 
 
 class RequestBatch(SlotBatch, eq=False, kw_only=True):
-    """The requests of one NATS message, which waits to be sent or is in flight. `end` and `resend_at` are on the clock of the
-    event loop, as deadlines are."""
+    """Requests of one NATS message that waits to be sent or is in flight.
+
+    `end` and `resend_at` are on the clock of the event loop, like the deadlines of the slots.
+    """
 
     recipient: RemoteRecipient
     token: str = ""
     unanswered: int = 0
     end: float = _NEVER
     resend_at: float = _NEVER
-    answered: bool = False  # At least in part, or given up as lost.
+    answered: bool = False  # At least in part, or considered lost.
 
     def answer(self, reply: Any) -> None:
-        """Called by the deadline timer: answer the slots whose time is up, and send again what may be sent again."""
+        """Answer the slots whose deadline has passed, and resend idempotent requests. Called by the deadline timer."""
         super().answer(reply)
         self.recipient.overdue(self)
 
     def drop_late(self, now: float) -> None:
-        """Take out the requests whose time is up or whose callers have gone, except those that invalidate in time."""
+        """Remove requests whose deadline has passed, and those without a caller unless they invalidate."""
         slots, self.slots = self.slots, []
         for slot in slots:
             if slot.deadline <= now:
@@ -92,7 +94,7 @@ class RequestBatch(SlotBatch, eq=False, kw_only=True):
 
 
 class DeadLetters(Struct, eq=False):
-    """The port of a message that was sent without a caller: a failure becomes an event."""
+    """Reply port of a message without a caller. A failure is published as a `DeadLetter` event."""
 
     recipient: RemoteRecipient
     message: Message
@@ -104,7 +106,7 @@ class DeadLetters(Struct, eq=False):
 
 
 class Requests:
-    """The inbox of one bus, and its remote recipients."""
+    """Reply inbox of one bus, and its remote recipients."""
 
     def __init__(self, connection: NatsConnection, clock: Clock, emitter: Emitter) -> None:
         self.connection = connection
@@ -124,18 +126,18 @@ class Requests:
         self.recipients: dict[str, RemoteRecipient] = {}
 
     async def open(self) -> None:
-        """Listen for answers."""
+        """Subscribe to the reply inbox."""
         await self.connection.listen(f"{self.inbox}*", self._take)
 
     def end(self, error: CacheError) -> None:
-        """Answer everything that is in flight or waits with an error."""
+        """Answer all requests in flight or waiting with an error."""
         for batch in list(self.in_flight.values()):
             batch.recipient.give_up(batch, error)
         for recipient in self.recipients.values():
             recipient.refuse(error)
 
     def head(self, budgets: list[float], traces: list[str | None]) -> bytes:
-        """The headers of a message with one request or several."""
+        """Return the headers of a message with one or more requests."""
         partial = f"{PARTIAL}: 1\r\n" if len(budgets) > 1 else ""
         traced = write_traces(traces) if any(traces) else ""
         sent = f"{SENT}: {self.name} {self.age_now():.6f}\r\n"
@@ -150,20 +152,20 @@ class Requests:
 
 
 class RemoteRecipient:
-    """A `Recipient` for an address that another process serves."""
+    """Recipient for an address that another process serves."""
 
     def __init__(self, address: str, subject: str, requests: Requests) -> None:
         self._address = address
         self._subject = subject
         self._requests = requests
-        self._waiting: deque[RequestBatch] = deque()  # The last one takes what comes next, until it is full.
-        self._count = 0  # Requests that wait.
-        self._in_flight = 0  # Batches without any answer so far,
-        self._unanswered = 0  # and the requests that are in them.
-        self._bytes_each = 0.0  # Of the requests of the last batch, so that the next one has the right size at once.
-        self._scheduled = 0  # Calls of `_flush` that are to come.
+        self._waiting: deque[RequestBatch] = deque()  # The last batch takes new requests until it is full.
+        self._count = 0  # Waiting requests.
+        self._in_flight = 0  # Batches without any reply so far.
+        self._unanswered = 0  # Requests in these batches.
+        self._bytes_each = 0.0  # Mean request size in the last batch, to choose the size of the next.
+        self._scheduled = 0  # Scheduled calls of `_flush`.
         self._held = False
-        self._moved = False  # Since the hold began, an answer came.
+        self._moved = False  # A reply has arrived since the hold began.
 
     def __repr__(self) -> str:
         return f"<RemoteRecipient {self._address}, {self._count} waiting, {self._in_flight} messages in flight>"
@@ -174,7 +176,7 @@ class RemoteRecipient:
         return self.take_turn
 
     def take_turn(self, message: Any) -> ReplySlot | Failed | None:
-        """Let a message wait to be sent. `None` on another thread, which has to post it."""
+        """Add a message to the waiting batch and return its slot, or `None` on another thread, which must `post`."""
         requests, waiting = self._requests, self._waiting
         if get_ident() != requests.thread or requests.closed:
             return None
@@ -187,7 +189,7 @@ class RemoteRecipient:
             waiting.append(batch)
             if self._in_flight >= options.window:
                 self._hold()
-            elif not self._scheduled:  # As `_flush_soon` does, less a call for each lone request.
+            elif not self._scheduled:  # Inlined from `_flush_soon`, to save a call per lone request.
                 self._scheduled = 1
                 requests.loop.call_soon(self._flush)
         if type(message) is not Get:
@@ -213,7 +215,7 @@ class RemoteRecipient:
             return
         slot.trace = envelope.trace
         slot.port = port
-        slot.batch.gone += 1  # Its port does not say so when the caller goes.
+        slot.batch.gone += 1  # A port does not report that its caller has gone.
         if envelope.deadline is not None:
             slot.deadline = envelope.deadline - requests.now() + requests.deadlines.now()
 
@@ -221,7 +223,7 @@ class RemoteRecipient:
         obstacle = "it would stop the event loop of this thread; await an asynchronous cache, or use another thread"
         return None if running_loop() is None else obstacle
 
-    # Out
+    # Sending
 
     def _flush_soon(self) -> None:
         self._scheduled += 1
@@ -241,7 +243,7 @@ class RemoteRecipient:
 
     def _flush(self) -> None:
         self._scheduled -= 1
-        # The flushes to come have a message each, for the callers that another answer wakes.
+        # Each scheduled flush may send one message, for the callers that a reply has just woken.
         window = max(1, self._requests.options.window - self._scheduled)
         while self._waiting and self._in_flight < window:
             self._send(window)
@@ -249,8 +251,11 @@ class RemoteRecipient:
             self._hold()
 
     def _send(self, window: int) -> None:
-        """Send a message of what has waited longest: no more than its share of all there are, because one message is worked
-        on there while we work on the other here."""
+        """Send the oldest waiting requests as one message.
+
+        The message gets at most its share of all pending requests, so that the worker processes one message while this
+        process prepares the next.
+        """
         requests = self._requests
         options = requests.options
         now = requests.deadlines.now()
@@ -297,19 +302,19 @@ class RemoteRecipient:
         batch.watch(min(batch.end, batch.resend_at))
 
     def _put_back(self, batch: RequestBatch, most: int) -> None:
-        """Let the requests of a batch beyond so many wait again, before all others."""
+        """Move all but the first `most` requests of a batch back to the front of the queue."""
         rest = RequestBatch(self._requests.deadlines, recipient=self, slots=batch.slots[most:], gone=batch.gone)
         del batch.slots[most:]
         for slot in rest.slots:
             rest.size += _size(slot.request)
-            if slot.batch is batch:  # Not if it is sent again.
+            if slot.batch is batch:  # False for a request that is being resent.
                 slot.batch = rest
         rest.watch(batch.due)
         self._waiting.appendleft(rest)
         self._count += len(rest.slots)
 
     def _encoded(self, batch: RequestBatch) -> bytes | None:
-        """The body for a batch, which is shortened to what can travel; `None` if nothing of it can."""
+        """Return the body for a batch, shortened to what can be sent; `None` if no request can be sent."""
         most = self._requests.connection.max_payload - HEADROOM
         limit = min(self._requests.options.batch_bytes, most)
         while count := len(batch.slots):
@@ -322,14 +327,14 @@ class RemoteRecipient:
             if len(body) <= limit or (count == 1 and len(body) <= most):
                 return body
             if count == 1:
-                error = CacheCapacityError("the request is too large for the bus", len(body), most)
+                error = CacheCapacityError("the request exceeds the maximum message size of the bus", len(body), most)
                 batch.slots.pop().give(Failed.of(error))
             else:
                 self._put_back(batch, min(count - 1, max(1, int(limit / self._bytes_each))))
         return None
 
     def _refuse_unfit(self, batch: RequestBatch) -> None:
-        """Fail each request of a batch that cannot be encoded. The others stay."""
+        """Fail the requests of a batch that cannot be encoded, and keep the others."""
         slots, batch.slots = batch.slots, []
         for slot in slots:
             try:
@@ -338,10 +343,10 @@ class RemoteRecipient:
             except CacheSerializationError as error:
                 slot.give(Failed.of(error))
 
-    # Back
+    # Receiving
 
     def take(self, batch: RequestBatch, delivery: Delivery) -> None:
-        """Take an answer to a batch."""
+        """Handle a reply message for a batch."""
         headers = delivery.headers if delivery.head else _NONE
         self._landed(batch)
         if headers.get("Status") == "503":
@@ -365,7 +370,7 @@ class RemoteRecipient:
                     reply = Failed.of(_no_reply(reply))
                 port = slot.port
                 kind: object = port.__class__
-                if kind is Future and not port.done():  # As `give` does, less a call for each answer.
+                if kind is Future and not port.done():  # Inlined from `give`, to save a call per reply.
                     port.set_result(reply)
                 elif slot.waiting:
                     slot.give(reply)
@@ -374,22 +379,22 @@ class RemoteRecipient:
         except CacheError as error:
             self.give_up(batch, error)
         except (ValueError, IndexError):
-            self.give_up(batch, BadMessage("the answer does not fit the requests"))
+            self.give_up(batch, BadMessage("the reply does not match the requests"))
         else:
-            if not batch.unanswered:  # As `_forget` does, less two calls.
+            if not batch.unanswered:  # Inlined from `_forget`, to save two calls.
                 self._requests.in_flight.pop(batch.token, None)
                 if batch.bucket is not None:
                     batch.bucket.pop(batch, None)
-            # After the callers were woken, so that what they ask next leaves together.
+            # After the callers are woken, so that their next requests are sent together.
             self._flush_soon()
 
     def overdue(self, batch: RequestBatch) -> None:
-        """Send again what may be sent again; give up what has no time left."""
+        """Resend idempotent requests after `resend_after` seconds, and drop a batch whose deadlines have passed."""
         requests = self._requests
         if requests.in_flight.get(batch.token) is not batch:
             return
         now = requests.deadlines.now()
-        if batch.due < _NEVER:  # A caller that came to wait after its request was sent.
+        if batch.due < _NEVER:  # A caller began to wait after its request was sent.
             batch.end = max(batch.end, batch.due)
         if now >= batch.end:
             self._landed(batch)
@@ -404,31 +409,31 @@ class RemoteRecipient:
             again = [slot for slot in batch.slots if slot.batch is batch and getattr(slot.request, "IDEMPOTENT", False)]
             if again:
                 requests.counters.requests_resent += len(again)
-                # Callers that go tell their own batch, not this one.
+                # Callers that stop waiting report it to their original batch, so assume that some have.
                 self._waiting.append(RequestBatch(requests.deadlines, recipient=self, slots=again, gone=1))
                 self._count += len(again)
             self._flush_soon()
 
     def give_up(self, batch: RequestBatch, error: CacheError) -> None:
-        """Answer all that is left of a batch with an error."""
+        """Answer the pending requests of a batch with an error."""
         self._forget(batch)
         self._landed(batch)
         batch.fail(Failed.of(error))
         self._flush_soon()
 
     def refuse(self, error: CacheError) -> None:
-        """Answer all that waits with an error."""
+        """Answer all waiting requests with an error."""
         waiting, self._waiting = self._waiting, deque()
         self._count = 0
         for batch in waiting:
             batch.fail(Failed.of(error))
 
     def report(self, message: Message, reason: str) -> None:
-        """Publish that a message without a caller has failed."""
+        """Publish a `DeadLetter` for a message without a caller that failed."""
         self._requests.emitter.publish(DeadLetter(address=self._address, wire_name=message.WIRE_NAME, reason=reason))
 
     def _landed(self, batch: RequestBatch) -> None:
-        """A batch has its first answer, or counts as lost: others may leave."""
+        """Record that a batch has its first reply or counts as lost, so that another batch may be sent."""
         if not batch.answered:
             batch.answered = self._moved = True
             self._in_flight -= 1
@@ -440,14 +445,14 @@ class RemoteRecipient:
 
 
 def _no_reply(answer: Any) -> CacheError:
-    return answer if isinstance(answer, BadMessage) else BadMessage("the answer is not a reply")
+    return answer if isinstance(answer, BadMessage) else BadMessage("the reply is of an unexpected message kind")
 
 
 def _size(message: Any) -> int:
-    """Bytes of the value that a message carries; 0 if it carries none, or an object."""
+    """Return the size of the value of a message, in bytes; 0 if it has none, or if the value is an object."""
     value = getattr(message, "value", None)
     return len(value) if type(value) is bytes else 0
 
 
 _ANSWERED = ReplySlot(SlotBatch(None), Get(""), reply=Missing())
-"""In a batch, in the place of a slot that was answered."""
+"""Placeholder in a batch for a slot that was answered."""

@@ -1,10 +1,10 @@
-"""The answering side of a bus over NATS: a message is decoded, handed to the recipient, and answered once.
+"""Responder of a bus over NATS: decodes messages, passes them to the recipient, and answers each exactly once.
 
-A message that cannot be read is counted, and answered `BadMessage` if an answer is wanted. The answers to an array go
-back together, in its order, or as they come to a sender that says `Cachebus-Partial`.
+A message that cannot be decoded is counted, and answered with `BadMessage` if it has a reply subject. The replies to an
+array are sent together and in order, or as they become available if the sender sets `Cachebus-Partial`.
 
-A message is answered below an inbox prefix only. With any other subject the sender could choose what this process
-publishes, such as a request to JetStream; the message is dropped.
+A reply subject must start with an inbox prefix; otherwise the message is dropped. With any other subject, the sender
+could make this process publish messages of its choice, such as a request to JetStream.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from .headers import (
 )
 from .requester import HEADROOM
 
-_ERROR_LENGTH = 200  # Characters of a sentence in a header; the whole of it is in the body.
+_ERROR_LENGTH = 200  # Maximum characters of an error message in a header. The body has the whole message.
 
 
 class Responder:
-    """One address as other processes reach it."""
+    """Receiving end of one address for other processes."""
 
     def __init__(
         self, address: str, recipient: Recipient, connection: NatsConnection, clock: Clock, emitter: Emitter
@@ -70,13 +70,13 @@ class Responder:
         self.requests = 0
         self.errors = 0
         self.last_error = ""
-        self.busy = 0.0  # Seconds from arrival to answer, summed over all requests.
+        self.busy = 0.0  # Seconds from arrival to reply, summed over all requests.
         self.idle = asyncio.Event()
         self._inboxes = connection.options.inboxes
         self._turns: dict[type[Any], Turn] = {}
 
     def take(self, delivery: Delivery) -> None:
-        """Serve one NATS message."""
+        """Handle one NATS message."""
         if delivery.reply and not delivery.reply.startswith(self._inboxes):
             self.counters.replies_refused += 1
             return
@@ -105,7 +105,7 @@ class Responder:
         one_trace, one_budget = len(traces) == 1, len(budgets) == 1
         trace, left = traces[0], budgets[0] - age
         turns = self._turns
-        # Set in any case: the task has inherited the trace of the code that opened the bus.
+        # Always set, because the task inherited the trace context of the code that opened the bus.
         token = turn_trace.set(trace)
         try:
             message: Any
@@ -128,17 +128,19 @@ class Responder:
                         self.failed(reply.code)
         finally:
             turn_trace.reset(token)
-        # Without the age: if the estimate is too high, the caller would get its own deadline from here.
+        # The age is not subtracted: with too high an estimate, this timeout would come before that of the caller.
         batch.watch_rest(max(budgets))
 
     def _reply(self, message: Message | BadMessage, left: float) -> Any:
-        """Take the recipient's turn for the first request of a kind, or refuse one; `None` if it must be posted."""
+        """Run the turn for the first request of a kind, or refuse the message. Return `None` if it must be posted."""
         kind: type[Any] = type(message)
         turn = self._turns.get(kind)
         if turn is None:
             if not isinstance(message, Request):
                 self.counters.bad_messages += 1
-                error = message if isinstance(message, BadMessage) else BadMessage(f"{message.WIRE_NAME} is no request")
+                error = (
+                    message if isinstance(message, BadMessage) else BadMessage(f"{message.WIRE_NAME} is not a request")
+                )
                 return Failed.of(error)
             turn = self._turns[kind] = self.recipient.turn(kind)
         if left <= 0.0:
@@ -147,19 +149,19 @@ class Responder:
         return turn(message)
 
     async def drained(self) -> None:
-        """Return when everything that was taken in is answered, at the latest when its budget is spent."""
+        """Wait until all received requests are answered, at the latest at their deadlines."""
         while self.open:
             self.idle.clear()
             await self.idle.wait()
 
     def failed(self, code: str) -> None:
-        """Count a request that was answered with an error."""
+        """Record a request that was answered with an error."""
         self.errors += 1
         self.last_error = code
 
 
 class ReplySlot(Struct, eq=False):
-    """The port of one request that came over NATS."""
+    """Reply port of one request received over NATS."""
 
     batch: IncomingBatch
     place: int
@@ -176,12 +178,12 @@ class ReplySlot(Struct, eq=False):
             return
         try:
             responder.deadlines.loop.call_soon_threadsafe(batch.settle, self.place, reply)
-        except RuntimeError:  # The loop is closed, and the connection with it.
+        except RuntimeError:  # The event loop is closed, and so is the connection.
             responder.counters.lost_replies += 1
 
 
 class IncomingBatch(Struct, eq=False):
-    """One NATS message of requests, and the replies to it so far."""
+    """Requests of one NATS message, and the replies so far."""
 
     responder: Responder
     reply_to: str
@@ -191,7 +193,7 @@ class IncomingBatch(Struct, eq=False):
     is_array: bool = False
     messages: Sequence[Message | BadMessage] = ()
     replies: list[Reply | None] = []
-    ready: list[int] = []  # Places that are answered and not sent.
+    ready: list[int] = []  # Indexes of replies that are not sent yet.
     unanswered: int = 0
     began: float = 0.0
     handed_over: bool = False
@@ -200,7 +202,7 @@ class IncomingBatch(Struct, eq=False):
     bucket: Bucket | None = None
 
     def settle(self, place: int, reply: Reply) -> None:
-        """Take the reply to one request. Only the first counts."""
+        """Store the reply to one request. Only the first reply counts."""
         if self.over or self.replies[place] is not None:
             return
         self.replies[place] = reply
@@ -213,12 +215,12 @@ class IncomingBatch(Struct, eq=False):
         if not self.unanswered and not self.is_array:
             self._send()
         elif (not self.unanswered or self.partial) and not self.scheduled:
-            # Replies of the same step of the loop go back together.
+            # Replies of the same iteration of the event loop are sent together.
             self.scheduled = True
             self.responder.deadlines.loop.call_soon(self._send)
 
     def watch_rest(self, budget: float) -> None:
-        """Send what is answered, now that every request has been handed over, and wait for the rest."""
+        """Send the available replies after all requests were handed over, and wait for the others."""
         self.handed_over = True
         self.unanswered -= len(self.ready)
         if self.unanswered:
@@ -229,7 +231,7 @@ class IncomingBatch(Struct, eq=False):
             self._send()
 
     def answer(self, reply: Any) -> None:
-        """Called at the deadline: answer the rest with a timeout."""
+        """Answer the pending requests with a timeout. Called at the deadline, which ignores `reply`."""
         self.bucket = None
         if self.unanswered:
             late = Failed.of(CacheTimeoutError("no answer", self.responder.address, 0.0))
@@ -238,7 +240,7 @@ class IncomingBatch(Struct, eq=False):
                     self.settle(place, late)
 
     def refuse(self, error: CacheError) -> None:
-        """Answer a message that cannot be read."""
+        """Answer the whole message with an error."""
         if self.content_type.partition(";")[0].strip().lower() not in {MSGPACK, JSON}:
             self.content_type = MSGPACK
         failed = Failed.of(error)
@@ -280,7 +282,7 @@ class IncomingBatch(Struct, eq=False):
         self._send_in_parts(places, replies, limit)
 
     def _send_in_parts(self, places: list[int], replies: list[Any], limit: int) -> None:
-        """Answer an array of which a reply cannot be encoded, or that is too large for one message."""
+        """Answer an array if a reply cannot be encoded, or if the replies are too large for one message."""
         first, size, sizes = 0, 0, 0
         parts: list[tuple[int, int]] = []
         for number, given in enumerate(replies):
@@ -292,19 +294,21 @@ class IncomingBatch(Struct, eq=False):
             size += len(body) + 1
         parts.append((first, len(replies)))
         if len(parts) > 1 and not self.partial:
-            self.refuse(CacheCapacityError("the answers are too large for the bus", sizes, limit))
+            self.refuse(CacheCapacityError("the replies exceed the maximum message size of the bus", sizes, limit))
             return
         for first, end in parts:
             self._publish(encode(replies[first:end], self.content_type), None, places[first:end])
 
     def _encoded(self, reply: Any) -> tuple[Any, bytes]:
-        """A reply that can be sent, and its bytes."""
+        """Return a reply that can be sent, and its bytes: the given reply, or the error that prevents sending it."""
         limit = self.responder.connection.max_payload - HEADROOM
         try:
             body = encode(reply, self.content_type)
             if len(body) <= limit:
                 return reply, body
-            failed = Failed.of(CacheCapacityError("the answer is too large for the bus", len(body), limit))
+            failed = Failed.of(
+                CacheCapacityError("the reply exceeds the maximum message size of the bus", len(body), limit)
+            )
         except CacheError as error:
             failed = Failed.of(error)
         return failed, encode(failed, self.content_type)
