@@ -1,1 +1,1 @@
-"""Loading: leases, flights, stale values, and that nothing out of date is ever stored."""
+"""Loading: leases, single flight, stale values, and the guarantee that no outdated value is stored."""

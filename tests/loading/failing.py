@@ -1,4 +1,4 @@
-"""Loaders that raise, and what their callers say of it."""
+"""Loaders that raise, and the outcomes of their callers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class NotFound(LookupError):
 
 
 class Gone(NotFound):
-    """One that is derived from it."""
+    """Subclass of the error."""
 
 
 class Failing:
-    """A loader that raises `error`, or returns how often it was asked where that is `None`."""
+    """Loader that raises `error` until `works` is set, and then returns its number of calls."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = NotFound(7) if error is None else error

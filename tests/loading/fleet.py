@@ -1,4 +1,4 @@
-"""Processes that ask for one key together, and what they share: a Redis, a Memcached, or a worker on NATS with a store in its memory."""
+"""Fleet of processes that request one key together over a shared backend: Redis, Memcached or a NATS worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..house.paths import ROOT
 
 @dataclass(frozen=True)
 class Shared:
-    """What a fleet shares: `words` are for the command line of its processes."""
+    """Shared backend of a fleet. `words` are command line arguments for its processes."""
 
     words: tuple[str, ...]
     redis: Server | None = None
@@ -26,7 +26,7 @@ class Shared:
 
 @contextmanager
 def sharing(kind: str) -> Iterator[Shared]:
-    """A server of its own, and a worker where there has to be one."""
+    """Start a separate server, and a worker if the backend needs one."""
     with ExitStack() as stack:
         if kind == "redis":
             redis = stack.enter_context(run_redis())
@@ -65,7 +65,7 @@ def sharing(kind: str) -> Iterator[Shared]:
 
 
 class Process:
-    """One process of a fleet under way."""
+    """Running process of a fleet."""
 
     def __init__(self, shared: Shared, *words: str) -> None:
         self.process = subprocess.Popen(
@@ -78,19 +78,19 @@ class Process:
         )
 
     def says(self, what: str) -> None:
-        """Wait until it says so."""
+        """Wait until the process prints the word."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
         assert line == what
 
     def begin(self) -> None:
-        """Let its callers ask."""
+        """Start the callers of the process."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
     def result(self) -> dict[str, Any]:
-        """What came of it."""
+        """Return the results of the process."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
@@ -101,7 +101,7 @@ class Process:
 
 @contextmanager
 def fleet(shared: Shared, *each_words: tuple[str, ...]) -> Iterator[list[Process]]:
-    """A process for each of `each_words`, ready to begin."""
+    """Start a process for each of `each_words`, ready to begin."""
     with ExitStack() as stack:
         processes: list[Process] = []
         for words in each_words:

@@ -1,4 +1,4 @@
-"""What is left of loads once nobody waits for them: nothing."""
+"""Checks that loads leave no state behind once all callers have gone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Talks with a real Memcached, one command at a time: who says the next one is up to the test.
+"""Exchanges with a real Memcached, one command at a time: the test decides which client sends the next command.
 
-What happens between two commands of one piece cannot be had by chance alone, and is where a race is lost.
+Races happen between two commands of one exchange, and rarely occur by chance.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from cachebus.testing.servers import Server
 from .real_server_memcached import ask, asking, commands_of, connect
 
 Steps = Generator[None, None, Any]
-"""What a client does: it stops before each command, and returns what came of it."""
+"""Operation of a client: stops before each command, and returns its result."""
 
 
 class Client:
-    """One client of a server, with a connection of its own."""
+    """Client of a server, with a separate connection."""
 
     def __init__(self, server: Server, namespace: str) -> None:
         self.connection: Connection = connect(Endpoint(server.host, server.port), SYSTEM_CLOCK)
@@ -34,7 +34,7 @@ class Client:
         self.connection.close()
 
     def steps(self, request: Any) -> Steps:
-        """Carry out a request, stopping before each command."""
+        """Execute a request, stopping before each command."""
         talk = plan(self.connection, self._values, [request])
         try:
             question = next(talk)
@@ -48,16 +48,16 @@ class Client:
             return done.value[0] if isinstance(done.value, list) else done.value
 
     def do(self, request: Any) -> Any:
-        """Carry out a request in one go."""
+        """Execute a request without stopping."""
         return finish(self.steps(request))
 
     def forget_tags(self) -> None:
-        """Know nothing of the tags of keys, as a client that has just come."""
+        """Forget the tags of all keys, like a new client."""
         self._values.memory.names.clear()
 
 
 def finish(steps: Steps) -> Any:
-    """What comes of all the steps that are left."""
+    """Run the remaining steps and return the result."""
     while True:
         try:
             next(steps)
@@ -66,7 +66,7 @@ def finish(steps: Steps) -> Any:
 
 
 def interleave(first: Steps, second: Steps, when: Sequence[int]) -> tuple[Any, Any]:
-    """What comes of both: the n-th step of `second` is made when `first` has made `when[n]` of its own."""
+    """Run both and return their results. The n-th step of `second` runs after `when[n]` steps of `first`."""
     made, results = 0, [None, None]
     ended = [False, False]
 
@@ -89,10 +89,10 @@ def interleave(first: Steps, second: Steps, when: Sequence[int]) -> tuple[Any, A
 
 
 def moments(length: int, others: int) -> Iterator[tuple[int, ...]]:
-    """Every way in which `others` steps can lie between `length` steps."""
+    """Return all interleavings of `others` steps with `length` steps."""
     return itertools.combinations_with_replacement(range(length + 1), others)
 
 
 def count(make: Callable[[], Steps]) -> int:
-    """How many steps there are."""
+    """Return the number of steps."""
     return sum(1 for _ in make())

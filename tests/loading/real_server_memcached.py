@@ -1,7 +1,9 @@
-"""The simulated processes of `simulation` over a real Memcached: each has its own connections, and a seed decides between
-any two commands whose turn it is. `python -m tests.loading.real_server_memcached SEED` replays one seed and tells it.
+"""The simulated processes of `simulation` over a real Memcached.
 
-Time is simulated, but for the server's own, in which nothing expires while a seed runs; so some items are lost by chance.
+Each process has its own connections, and the seed decides which process sends the next command.
+`python -m tests.loading.real_server_memcached SEED` replays a seed and prints its events.
+
+Time is simulated, except that of the server. Nothing expires there while a seed runs, so items are evicted at random.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _SIZED = re.compile(rb"ms \S+ (\d+)")
 
 
 def commands_of(data: bytes) -> Iterator[bytes]:
-    """The commands that a piece of talk is made of."""
+    """Return the commands of an exchange."""
     at = 0
     while at < len(data):
         end = data.index(b"\r\n", at) + 2
@@ -47,7 +49,7 @@ def commands_of(data: bytes) -> Iterator[bytes]:
 
 
 class BlockingSocket:
-    """A socket on which the whole world waits for the answer: to the simulation it takes no time."""
+    """Socket that blocks the whole simulation until the reply arrives, in no simulated time."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(5.0)
@@ -72,13 +74,13 @@ class BlockingSocket:
 
     def _write(self, data: bytes) -> None:
         self._sock.sendall(data)
-        # Each answer may have the next commands written, on this stack.
+        # A reply may cause further commands to be written on this stack.
         while self._receiver.waiting:
             self._receiver.data_received(self._sock.recv(1 << 16))
 
 
 class NoTimers:
-    """Timers that are never needed: writing waits for the answer."""
+    """Timers that never fire, because each write waits for its reply."""
 
     def call_at(self, when: float, callback: Callable[[], Any], /) -> NoTimers:
         return self
@@ -90,7 +92,7 @@ class NoTimers:
 
 
 def connect(endpoint: Endpoint, clock: Clock) -> Connection:
-    """A connection that blocks."""
+    """Blocking connection."""
     sock: Any = BlockingSocket(socket.create_connection((endpoint.host, endpoint.port), 5.0))
     connection = Connection(str(endpoint), sock, clock, NoTimers(), 5.0)
     ask(connection, connection.handshake())
@@ -99,7 +101,7 @@ def connect(endpoint: Endpoint, clock: Clock) -> Connection:
 
 
 def ask(connection: Connection, exchange: Any) -> Any:
-    """What an exchange over such a connection comes to."""
+    """Run an exchange over a blocking connection and return its result."""
     results: list[Any] = []
     connection.begin(exchange, results.append)
     (result,) = results
@@ -109,12 +111,12 @@ def ask(connection: Connection, exchange: Any) -> Any:
 
 
 def asking(data: bytes) -> Any:
-    """One command."""
+    """Single command."""
     return (yield data, 1)
 
 
 class SteppedServer:
-    """A `Server` whose exchanges are carried out one command at a time, with everybody else's in between."""
+    """Server whose exchanges run one command at a time, interleaved with those of all other processes."""
 
     def __init__(self, endpoint: Endpoint, process: Process) -> None:
         self.connection: Connection | None = None
@@ -131,7 +133,7 @@ class SteppedServer:
 
     def connect(self) -> None:
         connection = connect(self._endpoint, self._process.clock)
-        # What each process takes for the server's time: not quite the same.
+        # Each process has a slightly different estimate of the server's time.
         connection._offset = 1_700_000_000.0 + self._process.skew
         self.connection = connection
 
@@ -161,7 +163,7 @@ class SteppedServer:
 
 
 class Process:
-    """When a process may say the next word."""
+    """Schedule of one process: when it may send its next command."""
 
     def __init__(self, line: Line, clock: SimulatedClock, chance: random.Random) -> None:
         self.clock = clock
@@ -178,7 +180,7 @@ class Process:
 
 
 class SteppedStore(MemcachedStore):
-    """A store of a simulated process."""
+    """Store of a simulated process."""
 
     def __init__(self, endpoints: Sequence[Endpoint], process: Process, **options: Any) -> None:
         super().__init__(endpoints, **options)
@@ -209,13 +211,13 @@ class SteppedStore(MemcachedStore):
         return join
 
     def _server(self, key: str) -> str:
-        # Not by the ports, which no seed decides.
+        # Not by the ports, which do not depend on the seed.
         servers = list(self._servers)
         return servers[sum(key.encode()) % len(servers)]
 
 
 class MemcachedWorld(World):
-    """Processes over one Memcached or several."""
+    """World of processes over one or more Memcached servers."""
 
     WAYS: ClassVar[tuple[str, ...]] = ("delete", "delete_many", "tag", "tag", "clear", "set")
 
@@ -233,7 +235,7 @@ class MemcachedWorld(World):
         self.lost = 0
 
     async def backends(self, supervisor: Supervisor, clock: SimulatedClock, lines: list[Line]) -> list[Cell]:
-        """The backends: one in each process."""
+        """Return the backends, one per process."""
         cells: list[Cell] = []
         for number, line in enumerate(lines):
             process = Process(line, clock, self.chance)
@@ -247,7 +249,7 @@ class MemcachedWorld(World):
         await asyncio.gather(super().trouble(lines, groups), self.lose())
 
     async def lose(self) -> None:
-        """Now and then an item is evicted, or all of them."""
+        """Evict an item, or all items, from time to time."""
         losses = self.chance.choice((0, 0, 2, 5))
         client = connect(self.endpoints[0], SimulatedClock(self.loop))
         try:
@@ -269,7 +271,7 @@ class MemcachedWorld(World):
             client.close()
 
     def generations(self) -> list[bytes]:
-        """The namespace's generations at the first server that some process knows of."""
+        """Return the generations of the namespace at the first server, as the processes know them."""
         known: dict[bytes, None] = {}
         for store in self.stores:
             for server in list(store._servers.values())[:1]:
@@ -279,7 +281,7 @@ class MemcachedWorld(World):
 
 
 def play_memcached(seed: int, servers: Sequence[Server], make: type[SteppedStore] = SteppedStore) -> MemcachedWorld:
-    """Run one seed. Raises as `play` does."""
+    """Run one seed. Raises the same errors as `play`."""
     return play(seed, lambda loop: MemcachedWorld(loop, servers, make))
 
 

@@ -1,7 +1,7 @@
-"""Several processes over one store in simulated time: a seed decides every delay, every order and every fault.
+"""Simulation of several processes over one store: a seed decides every delay, every order and every fault.
 
-One seed is one run, and the same run each time. `python -m tests.loading.simulation SEED` replays one and tells it;
-`--seeds N` runs N of them from SEED on.
+A seed always gives the same run. `python -m tests.loading.simulation SEED` replays a run and prints its events; `--seeds N`
+runs N seeds, starting with SEED.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ TIMEOUT = 5.0
 
 
 class Stuck(AssertionError):
-    """Raised when everybody waits and nothing will ever happen."""
+    """Raised when all tasks wait and no event is scheduled."""
 
 
 class NumberedTask(asyncio.Task[Any]):
-    """A task that knows how many there were before it."""
+    """Task with a sequence number."""
 
     def __init__(self, coroutine: Any, *, loop: SimulatedLoop, **options: Any) -> None:
         super().__init__(coroutine, loop=loop, **options)
@@ -46,8 +46,10 @@ class NumberedTask(asyncio.Task[Any]):
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
-    """An event loop without I/O, whose time passes when nothing else can happen, and which does one thing at a time: any
-    of those that are ready, by a seeded generator."""
+    """Event loop without I/O, on simulated time.
+
+    It runs one ready callback at a time, chosen by a seeded generator. Time advances only when no callback is ready.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._numbers = itertools.count()
 
     def create_task(self, coro: Any, *, name: object = None, context: Any = None) -> Any:
-        # Not by a factory, with which loads would not begin at once.
+        # Not by a task factory, with which loads would not begin at once.
         return NumberedTask(coro, loop=self, context=context)
 
     def next_number(self) -> int:
@@ -91,7 +93,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def _chosen(self, ready: deque[Any]) -> Any:
         if len(ready) == 1:
             return ready.popleft()
-        # anyio wakes the tasks of a scope in the order of a set, which no seed decides.
+        # anyio wakes the tasks of a scope in set order, which does not depend on the seed.
         order = sorted(range(len(ready)), key=lambda at: (_number_of(ready[at]), at))
         at = order[self.chance.randrange(len(order))]
         handle = ready[at]
@@ -105,7 +107,7 @@ def _number_of(handle: Any) -> float:
 
 
 class SimulatedClock:
-    """The time of a simulated loop."""
+    """Clock of a simulated event loop."""
 
     def __init__(self, loop: SimulatedLoop) -> None:
         self.monotonic: Callable[[], float] = loop.time
@@ -116,10 +118,10 @@ class SimulatedClock:
 
 
 class Line:
-    """What a process has of the bus: messages go out one after the other and answers come back, each when it likes.
+    """Simulated bus of one process: sends messages in order, and delivers each reply after a random delay.
 
-    A process that has crashed says nothing more and hears nothing more; one that is paused says it later. What is said about
-    leases may be carried out once more, much later, as a copy is that was sent for want of an answer and was held up.
+    A crashed process sends and receives nothing more; a paused process sends later. Lease messages may be executed a
+    second time, much later, like a copy that was resent for lack of a reply and then delayed.
     """
 
     COPIED = (GetOrLease, RenewLease, ReleaseLease)
@@ -163,7 +165,7 @@ class Line:
             if answer is None:
                 self.bus.send(address, message)
             elif not answer.done():
-                # Posted now, so that the order of sending holds; answered whenever.
+                # Posted at once, to keep the order of sending; the reply may come at any time.
                 reply = self.bus.recipient(address).turn(type(message))(message)
                 self._beside(self._answer(address, message, reply, answer))
 
@@ -213,7 +215,7 @@ class Line:
 
 
 class LineLink(BackendClient):
-    """The way over a line: nothing is answered on the spot."""
+    """Client over a line, without inline replies."""
 
     __slots__ = ()
 
@@ -229,10 +231,10 @@ class LineLink(BackendClient):
 
 
 class World:
-    """A versioned source of truth, and who reads, writes and breaks."""
+    """Versioned source of truth, with the processes that read, write and fail."""
 
     WAYS: ClassVar[tuple[str, ...]] = ("delete", "delete_many", "pattern", "tag", "clear", "set")
-    """Of making a change known."""
+    """Ways to invalidate a changed key."""
 
     def __init__(self, loop: SimulatedLoop, store: type[MemoryStore], prepare: Callable[[Cache], None]) -> None:
         self.loop = loop
@@ -241,9 +243,9 @@ class World:
         self.prepare = prepare
         self.truth = [1] * KEYS
         self.absent: list[set[int]] = [set() for _ in range(KEYS)]
-        """The versions at which the source has nothing: what is loaded then is `None`."""
+        """Versions at which the source has no value, so that `None` is loaded."""
         self.floor = [1] * KEYS
-        """What a read that begins now must at least see: an invalidation that came after this version has returned."""
+        """Oldest version that a read beginning now may return, because a later invalidation has returned."""
         self.writing = [asyncio.Lock() for _ in range(KEYS)]
         self.story: list[str] = []
         self.reads = 0
@@ -252,7 +254,7 @@ class World:
     def tell(self, what: str) -> None:
         self.story.append(f"{self.loop.time():8.3f}  {what}")
 
-    # The processes
+    # Processes
 
     async def run(self) -> None:
         clock = SimulatedClock(self.loop)
@@ -284,7 +286,7 @@ class World:
         bus.close()
 
     async def backends(self, supervisor: Supervisor, clock: SimulatedClock, lines: list[Line]) -> list[Cell]:
-        """The backend of each process: here one for all of them."""
+        """Return the backend of each process; here all share one."""
         address = Address("backend.sim")
         cell = await supervisor.start(address, lambda: BackendActor(self.store(clock=clock, max_leases=100)))
         return [cell] * len(lines)
@@ -306,7 +308,7 @@ class World:
             case _:
                 pass
 
-    # What they do
+    # Operations
 
     async def reader(self, cache: Cache, process: int) -> None:
         for _ in range(self.chance.randint(1, 4)):
@@ -358,7 +360,7 @@ class World:
                 self.reads += 1
                 self.tell(f"process {process} reads {name_of(each)}: {value} by {doing}, at least {floors[each]}")
                 if value is None:
-                    # Which version that is nobody can tell; there must be one that may be seen.
+                    # The version of a `None` is unknown; at least one allowed version must have no value.
                     value = max(self.absent[each], default=0)
                 if value < floors[each]:
                     raise AssertionError(f"{name_of(each)} was read as {value}, but {floors[each]} had been made known")
@@ -370,7 +372,7 @@ class World:
             how = self.chance.choice(self.WAYS)
             keys = {"tag": [each for each in range(KEYS) if tag_of(each) == tag_of(key)], "clear": list(range(KEYS))}
             changed = keys.get(how, [key])
-            # One writer of a key at a time: which of two racing writes is the last is not the cache's to say.
+            # One writer per key at a time: the cache does not define which of two concurrent writes is the last.
             async with contextlib.AsyncExitStack() as locks:
                 for each in changed:
                     await locks.enter_async_context(self.writing[each])
@@ -383,7 +385,7 @@ class World:
                 try:
                     await self.make_known(cache, how, key, versions[key])
                 except CacheError:
-                    continue  # Whether it was done is not known, and nothing is promised.
+                    continue  # It is unknown whether the write was executed, so nothing is guaranteed.
                 for each, version in versions.items():
                     self.floor[each] = max(self.floor[each], version)
                 self.tell(f"process {process} has done so: at least {versions}")
@@ -405,7 +407,7 @@ class World:
                 await cache.set(name, self.value(key, version), ttl=1.0, tags=[tag_of(key)])
 
     def value(self, key: int, version: int) -> int | None:
-        """What the source says of a key at a version."""
+        """Return the value of a key at a version of the source."""
         return None if version in self.absent[key] else version
 
     def loader(self, key: int, declared: bool) -> Callable[[], Awaitable[Any]]:
@@ -438,7 +440,7 @@ class World:
 
 
 class Broken(Exception):
-    """What a loader raises."""
+    """Error of a loader."""
 
 
 def name_of(key: int) -> str:
@@ -456,19 +458,22 @@ def tag_of(key: int) -> str:
 def simulate(
     seed: int, store: type[MemoryStore] = MemoryStore, prepare: Callable[[Cache], None] = lambda cache: None
 ) -> World:
-    """As `play`, of processes over one store in memory."""
+    """Run one seed of processes over one memory store. See `play`."""
     return play(seed, lambda loop: World(loop, store, prepare))
 
 
 def play(seed: int, make: Callable[[SimulatedLoop], W]) -> W:
-    """Run one seed of a world. Raises `AssertionError`, with the seed and the story, if a read saw what was out of date,
-    or if somebody waits for ever."""
+    """Run one seed of a world.
+
+    Raises `AssertionError`, with the seed and the log of events, if a read returned an outdated value or a caller never
+    got a reply.
+    """
     loop = SimulatedLoop(seed)
     asyncio.set_event_loop(loop)
     world = make(loop)
     logger = logging.getLogger("cachebus")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # Lost replies are many here, and expected.
+    logger.setLevel(logging.CRITICAL)  # Many replies are lost here, as intended.
     try:
         loop.run_until_complete(asyncio.wait_for(world.run(), 600.0))
     except (AssertionError, TimeoutError) as error:

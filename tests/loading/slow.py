@@ -1,4 +1,4 @@
-"""A loader that waits until it is told to go on."""
+"""Loader that waits for an event."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import anyio
 
 
 class Slow:
-    """Says when it has `begun`, waits for `go_on`, and returns the value, or raises it if it is an exception."""
+    """Loader that sets `begun`, waits for `go_on`, and returns `value`, or raises it if it is an exception."""
 
     def __init__(self, value: Any = "value") -> None:
         self.value = value

@@ -1,4 +1,4 @@
-"""Loaders that do what they should not: each is an error that says so, and harms nobody else."""
+"""Misbehaving loaders: each raises a clear error, and other callers are not affected."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .slow import Slow
 
 
 class Stop(BaseException):
-    """What is no `Exception`, as what `pytest.fail` raises is none."""
+    """Error that is not an `Exception`, like that of `pytest.fail`."""
 
 
 class Stopping:
-    """A loader that stops whoever calls it, and counts how often it is called."""
+    """Loaders that raise `Stop` and count their calls."""
 
     def __init__(self) -> None:
         self.calls = 0

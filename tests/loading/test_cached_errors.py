@@ -1,4 +1,4 @@
-"""Exceptions that are cached because a caller asked for it, on every store."""
+"""Caching of exceptions at the request of a caller, on every store."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STORES = [
 async def opened(
     request: pytest.FixtureRequest, redis_server: Server, memcached_server: Server, nats_server: Server
 ) -> AsyncIterator[Open]:
-    """Opens caches on one store of each kind; those in memory are opened once."""
+    """Opens caches on each kind of store. Memory stores are opened once."""
     where: dict[str, Any] = {"namespace": f"t{uuid4().hex}", "on_error": "raise"}
     key = f"base64:{base64.b64encode(bytes(32)).decode()}"
     match request.param.split(", "):
@@ -186,7 +186,7 @@ async def test_those_who_wait_get_it_too(opened: Open, cache: Cache, request: py
         await load.begun.wait()
         for which in [cache] * 3 + [other] * 3 * shared:
             tasks.start_soon(ask, which)
-        await anyio.sleep(0.05)  # The others are asking; whether they wait yet makes no difference.
+        await anyio.sleep(0.05)  # The other callers have sent their requests; they need not be waiting yet.
         load.go_on.set()
     assert [str(each) for each in errors] == ["no row 7"] * (4 + 3 * shared)
     assert load.calls == 1
@@ -218,7 +218,7 @@ async def test_a_decorated_function_may_ask_for_it(cache: Cache) -> None:
     assert calls == 2
 
 
-# Time, and what is served instead
+# TTLs, and stale values
 
 
 async def test_it_is_kept_for_its_own_time() -> None:
@@ -281,7 +281,7 @@ async def test_a_live_value_that_could_not_be_loaded_anew_stays() -> None:
         assert await cache.get("k") == 1
 
 
-# Options, and without an event loop
+# Options, and synchronous caches
 
 
 @pytest.mark.parametrize(

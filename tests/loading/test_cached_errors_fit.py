@@ -1,4 +1,4 @@
-"""Which exceptions can be kept, and what is not done to bring them back."""
+"""Exceptions that can be cached, and code that is never run to restore them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_a_store_that_keeps_nothing_keeps_no_exceptions() -> None:
         load = Failing()
         for _ in range(2):
             await raised(cache, load, **KEPT)
-            await anyio.wait_all_tasks_blocked()  # In a store without leases a load may be joined until it has ended.
+            await anyio.wait_all_tasks_blocked()  # Without leases, callers may join a load until it has ended.
         assert load.calls == 2
 
 

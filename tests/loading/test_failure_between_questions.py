@@ -1,4 +1,4 @@
-"""A loader of another process that fails between two questions about its lease: who waited for it is told, and does not load."""
+"""A loader of another process fails between two lease requests: its waiters get the error and do not load."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_who_waited_for_it_does_not_load(redis_server: Server, monkeypatch
     too_late: list[Failed] = []
 
     def deaf_once(self: LeaseWatch, request: WatchLease, told: Any) -> None:
-        """Says that time is up just when the loader has failed."""
+        """Reports that the wait limit has passed at the moment the loader fails."""
 
         def heard(reply: Any) -> None:
             if isinstance(reply, Failed):

@@ -1,4 +1,4 @@
-"""Real processes over a real Redis, a real Memcached, and over a worker on a real NATS: one load in all of them, whoever dies or is stopped."""
+"""Real processes over Redis, Memcached and a NATS worker: one load in total, even if processes die or are stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..lateness import within
 from .fleet import Shared, fleet, sharing
 
 STOPS = int(os.environ.get("CACHEBUS_TEST_STOPS", "1"))
-"""How often the holder of a lease is stopped: 200 in a soak."""
+"""Number of times that a leaseholder is stopped; 200 in a soak test."""
 
 
 @pytest.fixture(params=["redis", "memcached", "worker"])
@@ -130,7 +130,7 @@ def test_those_who_wait_are_told_and_do_not_ask_again_and_again(redis: Shared) -
 
 
 def _calls(server: Server, command: str) -> int:
-    """How often a server was given a command."""
+    """Return how often a server received a command."""
     for line in redis_command(server, "INFO", "commandstats").decode().splitlines():
         if line.startswith(f"cmdstat_{command}:"):
             found: Any = line.split("calls=")[1].split(",")[0]

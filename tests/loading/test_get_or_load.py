@@ -1,4 +1,4 @@
-"""`get_or_load` over one memory store: one load, what comes of it, and who gets it."""
+"""`get_or_load` over one memory store: one load, its outcome, and its recipients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..facade.faces import a_cache, heard
 
 
 class Source:
-    """A source of values that counts how often it is asked, and holds each answer until it is let go."""
+    """Loader that counts its calls and holds each result until the test releases it."""
 
     def __init__(self, *, held: bool = False) -> None:
         self.calls = 0

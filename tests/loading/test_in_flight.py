@@ -1,4 +1,4 @@
-"""Who shares a load within a process, who waits for whom, and what becomes of it when they go."""
+"""Loads that callers of one process share: waiting, cancellation and cycles of waiting loads."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_loader_that_is_cancelled_from_inside_is_an_error_and_not_everybodys_n
         async def load() -> None:
             nonlocal calls
             calls += 1
-            await asyncio.sleep(0)  # So that the others come meanwhile.
+            await asyncio.sleep(0)  # Lets the other callers join meanwhile.
             never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             never.cancel()
             await never
@@ -123,7 +123,7 @@ def test_a_loader_that_is_cancelled_from_inside_is_an_error_and_not_everybodys_n
     assert asyncio.run(main()) == 1
 
 
-# Waiting in circles
+# Cycles of waiting loads
 
 
 async def test_a_loader_that_asks_for_its_own_key_is_told_so(cache: Cache) -> None:

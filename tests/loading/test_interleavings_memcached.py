@@ -27,9 +27,9 @@ TTL = 60.0
 
 
 class Case:
-    """A source with one value, a process that loads it, and another that changes it and makes that known.
+    """Source with one value, a process that loads it, and another that changes and invalidates it.
 
-    `declared` is whether the tag is known at the beginning; `joins` whether somebody asks for the key as soon as it is
+    With `declared`, the tag is known at the beginning. With `joins`, another caller requests the key as soon as it is
     invalidated.
     """
 
@@ -60,10 +60,10 @@ class Case:
             {"tag": InvalidateTags((self.tag,)), "delete": Delete(self.key), "clear": Clear()}[self.how]
         )
         self.truth = 2
-        next(steps)  # It changes the source when it says its first word.
+        next(steps)  # It changes the source before its first command.
         yield from steps
         if self.joins:
-            # Somebody in the loader's process asks for the key now.
+            # Another caller in the loader's process requests the key now.
             self.told = self.reader.do(GetOrLease(self.key, "p1", f"another{self.asked}", TTL))
 
     def check(self, stored: Any) -> None:
@@ -72,13 +72,13 @@ class Case:
         assert not isinstance(found, Found) or found.value == 2, "an invalidated value was read"
         assert not isinstance(self.told, Found) or self.told.value == 2, "an invalidated value was read"
         if isinstance(self.told, Loading) and self.told.token == self.token:
-            # It waits for that load, and is given its value if it was stored, or all its tags were known before.
+            # It waits for that load, and gets its value if it was stored or if all its tags were known before.
             given = isinstance(stored, Stored) or self.declared
             assert not given or self.loaded == 2, "an invalidated value was given to who joined"
 
 
 CASES = [("tag", False, 1), ("tag", True, 3), ("delete", True, 3), ("clear", True, 1)]
-"""Each with its stride: not all of the many where the tag's generation stands in the lease, or the lease is removed."""
+"""Cases with their stride. Cases with very many interleavings play only every n-th."""
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def clients(memcached_server: Server) -> Iterator[list[Client]]:
 
 
 def explore(clients: list[Client], how: str, declared: bool, stride: int) -> int:
-    """Play every `stride`-th interleaving, and say how many there were."""
+    """Play every `stride`-th interleaving, and return the number of interleavings."""
     clients[1].do(Set("warm", 1))
     warm = Case(clients, 0, how, declared, False)
     ways = moments(count(warm.load) + 1, count(warm.change) + 1)
@@ -99,7 +99,7 @@ def explore(clients: list[Client], how: str, declared: bool, stride: int) -> int
     for number, when in enumerate(itertools.islice(ways, 0, None, stride), 1):
         case = Case(clients, number, how, declared, number % 2 > 0)
         if number % 3:
-            # Most of the time there is such a tag already.
+            # The common case: the tag exists already.
             clients[1].do(Set("other", 1, tags=(case.tag,)))
         stored, _ = interleave(case.load(), case.change(), when)
         case.check(stored)
@@ -113,7 +113,7 @@ def test_no_interleaving_lets_an_invalidated_value_be_read(
     assert explore(clients, how, declared, stride) > (20 if how == "clear" else 500)
 
 
-# A test that finds nothing shows nothing: each of these is found.
+# Planted bugs, each of which the interleavings must find.
 
 
 def late_tags_are_not_looked_at(patch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""An exception that a signal handler raises at any instruction of our bookkeeping leaves no key that cannot be loaded."""
+"""After a signal handler raises at any instruction of the load bookkeeping, every key can still be loaded."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ OURS = (
 
 
 class Interrupted(BaseException):
-    """What the signal handler raises."""
+    """Exception of the signal handler."""
 
 
 class Interruption:
-    """Raises once, at the checkpoint of that number: the interpreter runs signal handlers after calls, and where functions
-    and loops begin."""
+    """Raises once, at the checkpoint with the given number.
+
+    Checkpoints are the points where the interpreter runs signal handlers: after calls, and at the start of functions and
+    loops.
+    """
 
     CHECKPOINTS = frozenset(dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "RESUME", "JUMP_BACKWARD"))
 
@@ -52,7 +55,7 @@ class Interruption:
 
 
 def interrupted(cache: SyncCache, key: str, at: int, **options: Any) -> bool:
-    """Load a key, interrupted at an instruction; return whether there were as many."""
+    """Load a key with an interruption at a checkpoint. Return `False` if the load had fewer checkpoints."""
     interruption = Interruption(at)
     sys.settrace(interruption.trace)
     try:

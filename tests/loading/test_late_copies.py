@@ -1,4 +1,4 @@
-"""A question for a lease that was asked twice, and whose second copy is carried out when all is over."""
+"""Lease requests that were sent twice, with the second copy executed after everything else."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..facade.outages import Outage
 
 
 async def one(store: Outage, request: Request[Any]) -> Reply:
-    """The store's own answer, past the cache."""
+    """Return the reply of the store, bypassing the cache."""
     return (await store.inner.execute([request]))[0]
 
 
 class CopiesQuestions(Outage):
-    """A store that is asked the first question for a lease twice, with a deletion in between."""
+    """Store that executes the first lease request twice, with a delete in between."""
 
     async def execute(self, batch: Sequence[Request[Any]]) -> Sequence[Reply]:
         replies = await super().execute(batch)
@@ -42,15 +42,17 @@ async def test_a_value_whose_lease_was_lost_and_granted_to_a_copy_is_not_stored(
     async with open_cache(settings(), stores=lambda _: store) as cache:
         assert await cache.get_or_load("k", lambda: "loaded before", lease_ttl=0.2) == "loaded before"
         assert await cache.get("k") is None
-        # As soon as the copy's lease has run out, the next one loads.
+        # The next caller loads as soon as the lease of the copy has expired.
         assert await cache.get_or_load("k", lambda: "new", lease_ttl=0.2) == "new"
         assert await cache.get("k") == "new"
 
 
 async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for another process asks again and again. It is answered with a value, which is deleted while the answer is on
-    its way, and a copy of the question is granted the lease: whoever comes then is told its name, and must not be given that
-    value."""
+    """A follower polls the lease of another process and gets a value, which is deleted while the reply is in transit.
+
+    A copy of the lease request is then granted the lease. Later callers get the name of that lease, and must not get the
+    deleted value.
+    """
     store = Outage()
     values: dict[str, Any] = {}
     questions = 0
@@ -62,7 +64,7 @@ async def test_nobody_joins_a_flight_by_the_name_of_a_copys_lease(monkeypatch: p
 
         def counted(question: GetOrLease) -> Any:
             nonlocal questions
-            questions += 1  # The first is that of a caller, and the second that of the process.
+            questions += 1  # A caller sends the first request, the process the second.
             if questions == 3:
                 joined.set()
             return turn(question)

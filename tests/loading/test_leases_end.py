@@ -1,4 +1,4 @@
-"""However a load ends, its lease ends with it; and a caller who leaves takes its question with it."""
+"""A lease ends with its load, however the load ends. A cancelled caller also cancels its lease request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..clock import ManualClock
 __all__ = ["nats_server"]
 
 TOO_LARGE = "x" * 2_000_000
-"""Longer than the 1 MiB that a NATS server takes in one message."""
+"""Value larger than 1 MiB, the maximum size of a NATS message."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`get_or_load_many`: one call of the loader, for the keys that nobody loads yet."""
+"""`get_or_load_many`: one loader call, for the keys that are not being loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..facade.faces import a_cache, a_sync_cache
 
 
 class Table:
-    """A loader of many that remembers what it was asked for."""
+    """Loader of many keys that records its arguments."""
 
     def __init__(self, *without: str) -> None:
         self.asked: list[list[str]] = []

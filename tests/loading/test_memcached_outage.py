@@ -1,4 +1,4 @@
-"""A real Memcached that dies during loads: nothing comes back that was invalidated, and nobody waits for ever."""
+"""A real Memcached dies during loads: no invalidated value is returned, and every caller gets a reply."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def settings_of(server: Server) -> Settings:
 
 
 async def back(cache: Cache) -> None:
-    """Return when the cache reaches its server again."""
+    """Wait until the cache reaches its server again."""
     limit = time.monotonic() + 30
     await cache.set("sign", 1)
     while await cache.get("sign") is None:

@@ -1,6 +1,7 @@
-"""What the simulation holds of the memory store, over a real Memcached: nothing that was invalidated is read again.
+"""The simulation over a real Memcached: no invalidated value is read again.
 
-`python -m tests.loading.real_server_memcached SEED` replays a seed and tells it, `--seeds N` plays N of them from SEED on.
+`python -m tests.loading.real_server_memcached SEED` replays a seed and prints its events; `--seeds N` runs N seeds,
+starting with SEED.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def servers() -> Iterator[list[Server]]:
 @pytest.mark.parametrize("first", range(FIRST, FIRST + SEEDS, PART))
 @pytest.mark.parametrize("count", [1, 2])
 def test_no_read_returns_what_was_invalidated_before_it_began(servers: list[Server], count: int, first: int) -> None:
-    # The second server begins where the first has ended: other seeds are other worlds.
+    # The second server continues with the seeds after those of the first.
     seeds = range(first + (count - 1) * 10**6, first + (count - 1) * 10**6 + PART)
     worlds = [play_memcached(seed, servers[:count]) for seed in seeds]
     assert sum(world.reads for world in worlds) > 5 * PART
@@ -92,7 +93,7 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], int]] = [
     (whoever_holds_the_lease_is_taken_for_the_one_who_asks, 1),
     (who_asks_for_a_lease_is_given_what_is_invalid, 30),
 ]
-"""Bugs, and where the search for each begins: a little before a seed that finds it."""
+"""Planted bugs, each with the first seed of its search, a little before a seed that finds it."""
 
 
 @pytest.mark.parametrize(("plant", "first"), PLANTED, ids=lambda each: getattr(each, "__name__", ""))

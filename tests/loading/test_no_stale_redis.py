@@ -1,4 +1,4 @@
-"""What the simulation holds of the memory store, on a real Redis and in real time: nothing invalidated is read again."""
+"""The guarantees of the simulation on a real Redis in real time: no invalidated value is read again."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def settings() -> Iterator[Settings]:
 
 
 READS, WRITES = 300, 20
-"""So many of each, of one key for the writes, at least."""
+"""Minimum number of operations of each kind; for writes, per key."""
 
 
 class Broken(Exception):
-    """What a loader raises."""
+    """Error of a loader."""
 
 
 class Shop:
-    """A versioned source of truth, read through several caches and changed by several writers."""
+    """Versioned source of truth, read through several caches and changed by several writers."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -49,7 +49,7 @@ class Shop:
         self.stale_reads: list[str] = []
 
     def open(self, until: float) -> bool:
-        """Whether there is more to do: a slow machine has the time that it needs to see as much as the others."""
+        """Return `True` until enough operations are done, however slow the machine is."""
         now = asyncio.get_running_loop().time()
         return now < until or (now < until + 60 and (self.reads <= READS or max(self.truth) <= WRITES))
 

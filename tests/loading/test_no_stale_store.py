@@ -1,7 +1,7 @@
 """After an invalidation has returned, no later read ever returns a value that was loaded before it.
 
-Thousands of simulated worlds hold that (`make soak` runs millions), and each of the bugs planted here is found in a few
-hundred of them: a test that finds nothing shows nothing.
+Thousands of simulated worlds check this; `make soak` runs millions. To show that the simulation can fail, the tests plant
+bugs and check that a few hundred worlds find each of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cachebus.messages import Stale
 
 from .simulation import simulate
 
-# Another part of them: CACHEBUS_FIRST_SEED=100001 CACHEBUS_SEEDS=10000. For millions there is `make soak`.
+# For other seeds: CACHEBUS_FIRST_SEED=100001 CACHEBUS_SEEDS=10000. `make soak` runs millions.
 SEEDS = int(os.environ.get("CACHEBUS_SEEDS", "2000"))
 FIRST = int(os.environ.get("CACHEBUS_FIRST_SEED", "1"))
 PART = 100
@@ -70,7 +70,7 @@ class WritesLeaveLeases(MemoryStore):
 
 
 class LeasesNeverEnd(MemoryStore):
-    """Whoever has had a lease may store, whoever has it now."""
+    """Planted bug: a former leaseholder may store, even if another caller holds the lease now."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -88,7 +88,7 @@ class LeasesNeverEnd(MemoryStore):
 
 
 class LeasesAreNamedByTheirQuestion(MemoryStore):
-    """What was lost to an invalidation and is granted once more, to a late copy of the question, is the same lease again."""
+    """Planted bug: a late copy of a lease request is granted the same lease that an invalidation revoked."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -128,7 +128,7 @@ class LateValuesGoToEverybody(MemoryStore):
 
 
 def everybody_shares(cache: Cache) -> None:
-    """A caller takes what its process has loaded, whatever it depends on."""
+    """Planted bug: a caller takes the value that its process loaded without checking its dependencies."""
     loads = cache.loads
     wait = loads._wait
 
@@ -140,7 +140,7 @@ def everybody_shares(cache: Cache) -> None:
 
 
 def joins_without_asking(cache: Cache) -> None:
-    """A caller joins whatever its process is loading for the key, without asking the store whether that still counts."""
+    """Planted bug: a caller joins the load of its process without asking the store if its lease is still valid."""
     loads = cache.loads
     deliver, track = loads._deliver, loads.table.renewals.track
     under_way: dict[str, Any] = {}
@@ -162,7 +162,7 @@ def joins_without_asking(cache: Cache) -> None:
 
 
 def nothing(cache: Cache) -> None:
-    """Leave the facade as it is."""
+    """Leave the facade unchanged."""
 
 
 PLANTED: list[tuple[type[MemoryStore], Callable[[Cache], None], int]] = [
@@ -179,7 +179,7 @@ PLANTED: list[tuple[type[MemoryStore], Callable[[Cache], None], int]] = [
     (MemoryStore, everybody_shares, 200),
     (MemoryStore, joins_without_asking, 20),
 ]
-"""Bugs, and where the search for each begins: a little before a seed that finds it."""
+"""Planted bugs, each with the first seed of its search, a little before a seed that finds it."""
 
 
 @pytest.mark.parametrize(("store", "prepare", "first"), PLANTED, ids=lambda each: getattr(each, "__name__", ""))

@@ -1,4 +1,4 @@
-"""Every option of `get_or_load` does what it says: each of these tests fails if its option is ignored."""
+"""Options of `get_or_load`. Each of these tests fails if its option is ignored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .slow import Slow
 
 
 class Counting:
-    """A loader that returns how often it was called, after a time of the clock's."""
+    """Loader that returns its number of calls, after a delay on the test clock."""
 
     def __init__(self, clock: ManualClock | None = None, takes: float = 0.0) -> None:
         self.calls = 0

@@ -1,4 +1,4 @@
-"""Loads over stores that cannot lease, or that let nobody wait, and loads of another cache at the same backend."""
+"""Loads over stores without leases or without waiting, and loads of a second cache on the same backend."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ async def cache() -> AsyncIterator[Cache]:
 
 
 def as_elsewhere(cache: Cache) -> Cache:
-    """A cache of its own at the same backend, as in another process."""
+    """Separate cache on the same backend, as in another process."""
     return Cache(lambda: pytest.fail("it has a link, and makes no node")).attach(cache.client)
 
 
 def asking(load: Slow, values: list[Any]) -> Callable[[Cache], Coroutine[Any, Any, None]]:
-    """What asks a cache for the value that `load` brings, and notes it."""
+    """Return a function that requests the value of `load` from a cache and records it."""
 
     async def call(cache: Cache) -> None:
         values.append(await cache.get_or_load("k", load))
@@ -57,7 +57,7 @@ async def test_a_store_without_leases_has_one_load_in_each_process() -> None:
 
 
 async def test_a_store_that_lets_nobody_wait_is_asked_again_and_again() -> None:
-    # The chaos store answers for the memory store, and has no promises to give.
+    # The chaos store replies for the memory store, without deferred replies.
     store = ChaosStore(MemoryStore(), seed=1)
     load = Slow()
     values: list[Any] = []

@@ -1,4 +1,4 @@
-"""Loading while the backend fails: with `on_error="miss"` the loader alone decides, with `"raise"` the error goes out."""
+"""Loading while the backend fails: `on_error="miss"` uses the loader alone, and `"raise"` raises the error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Source:
 
 
 def on_both_faces(test: Any) -> Any:
-    """Runs a test over `Cache`, and once more in a thread over `SyncCache`, where nothing in it suspends."""
+    """Run a test over `Cache`, and again in a thread over `SyncCache`, where it never suspends."""
 
     @pytest.mark.parametrize("face", ["async", "sync"])
     @functools.wraps(test)

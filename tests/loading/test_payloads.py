@@ -1,4 +1,4 @@
-"""Loading where values are payloads: nobody ever sees one, and one that cannot be read is loaded anew."""
+"""Loading with encoded values: callers never see payloads, and undecodable payloads are loaded again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def redis_url() -> Iterator[str]:
 
 
 class Place:
-    """A backend that caches with payloads of several kinds use; those of memory share one node's."""
+    """Backend that caches with different payload settings share. Memory caches share the backend of one node."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -58,17 +58,17 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture(params=PAYLOADS)
 async def caches(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[tuple[Cache, Cache]]:
-    """Two caches over one backend that know nothing of each other, as those of two processes."""
+    """Two independent caches over one backend, as in two processes."""
     async with open_cache(place.settings(PAYLOADS[request.param])) as one:
         yield one, Cache(lambda: one._node).attach(one.client)  # type: ignore[arg-type, return-value]
 
 
 async def over(cache: Cache, key: str) -> None:
-    """Wait until a value's time is up."""
+    """Wait until a value has expired."""
     with anyio.fail_after(30):
         while await cache.exists(key):
             await anyio.sleep(0.002)
-        # Our idea of the server's clock is never behind it, and may be ahead by as long as it took to answer.
+        # The estimate of the server's clock is never behind, and is ahead by at most the round-trip time.
         await anyio.sleep(0.05)
 
 
@@ -154,7 +154,7 @@ async def test_those_who_wait_elsewhere_get_the_value(caches: tuple[Cache, Cache
 
 
 @pytest.mark.parametrize("place", ["memory"], indirect=True)
-@pytest.mark.parametrize("value", [VALUE, 7, object()], ids=["a value", "a number", "what cannot be written"])
+@pytest.mark.parametrize("value", [VALUE, 7, object()], ids=["a value", "a number", "an unencodable value"])
 async def test_a_value_that_is_not_stored_comes_to_those_who_wait_elsewhere_all_the_same(
     caches: tuple[Cache, Cache], value: Any
 ) -> None:
@@ -168,7 +168,7 @@ async def test_a_value_that_is_not_stored_comes_to_those_who_wait_elsewhere_all_
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask, one, slow)
         await slow.begun.wait()
-        # What cannot be written cannot be brought: who waits is granted the lease, and loads.
+        # A value that cannot be encoded cannot be passed on, so a waiter is granted the lease and loads.
         tasks.start_soon(ask, other, loader_of(NEWER) if type(value) is object else never)
         await anyio.wait_all_tasks_blocked()
         slow.go_on.set()
@@ -267,7 +267,7 @@ async def test_what_cannot_be_read_is_not_served_stale(redis_url: str) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(old.get_or_load, "k", slow)
             await begun.wait()
-            # Told of a stale value with the lease of another process: there is nothing to serve, so it waits, and then loads.
+            # The stale value in the reply cannot be served, so the caller waits for the other process, and then loads.
             value = await new.get_or_load("k", loader_of(NEWER), soft_timeout=0, wait_limit=0.05)
             assert value == NEWER
             go_on.set()

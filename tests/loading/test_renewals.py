@@ -1,4 +1,4 @@
-"""Renewals: what is held is renewed in time, from whichever thread it is held, and one that fails ends no other."""
+"""Renewals happen in time on any thread, and a failed renewal does not affect others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..clock import ManualClock
 
 
 class Stage:
-    """Renewals on a clock that is moved by hand. Each is renewed every three seconds."""
+    """Renewals on a manual clock, each with an interval of three seconds."""
 
     def __init__(self) -> None:
         self.clock = ManualClock()
@@ -116,7 +116,7 @@ def test_what_says_at_once_when_it_is_due_next_is_renewed_then(stage: Stage) -> 
 
 def test_two_timers_of_a_race_become_one(stage: Stage) -> None:
     stage.track("a")
-    # As two threads leave them that both saw that nothing was armed.
+    # The state after two threads both saw that no timer was armed.
     for due in (1.0, 2.0, 3.0, 3.0):
         stage.renewals._arm(stage.timers, stage.now() + due)
     stage.advance(4.0)

@@ -1,4 +1,4 @@
-"""Loads of threads."""
+"""Loads that start in threads."""
 
 from __future__ import annotations
 

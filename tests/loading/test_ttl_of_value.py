@@ -1,4 +1,4 @@
-"""A ttl that is a function of the value."""
+"""TTLs computed from the value."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One process of a fleet: so many callers ask for one key at once.
+"""One process of a fleet, with many concurrent callers for one key.
 
-It says `ready`, begins when a line comes in, and prints what came of it as JSON. It says `loading` when its loader begins.
+It prints `ready`, starts when it reads a line, and prints its results as JSON. It prints `loading` when its loader starts.
 """
 
 from __future__ import annotations

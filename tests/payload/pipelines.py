@@ -26,7 +26,7 @@ PROTECTIONS = ("none", "checksum", "signed", "sealed", "signed and sealed")
 
 
 def pipeline(serializer: Any = "msgpack", protection: str = "none", **options: Any) -> PayloadPipeline:
-    """A pipeline with the keys of the tests. Pickle is signed, whatever is asked for."""
+    """Return a pipeline with the keys of the tests. Pickle is always signed."""
     if "signed" in protection or serializer == "pickle":
         options.setdefault("signer", Signer([SIGNING_KEY]))
     if "sealed" in protection:
@@ -35,7 +35,7 @@ def pipeline(serializer: Any = "msgpack", protection: str = "none", **options: A
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two values are equal and of the same types, all the way down. A NaN is the same as another."""
+    """Return `True` if two values are equal and of the same types at every level. All NaNs are equal."""
     if type(left) is not type(right):
         return False
     if isinstance(left, dict):
@@ -51,12 +51,12 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, Decimal):
         return repr(left) == repr(right)
     if isinstance(left, dt.datetime | dt.time):
-        return repr(left) == repr(right)  # which shows the zone and the fold
+        return repr(left) == repr(right)  # The repr includes the zone and the fold.
     return bool(left == right)
 
 
 def _counted(items: Any) -> list[tuple[str, str]]:
-    # NaN is not equal to itself, and 1 is equal to 1.0 and to True: compared by what they look like.
+    # Compared by repr, because NaN is not equal to itself, and 1 is equal to 1.0 and True.
     return sorted((type(each).__name__, repr(_ordered(each))) for each in items)
 
 
@@ -70,7 +70,7 @@ def _ordered(value: Any) -> Any:
     )
 
 
-# Not the very first and last day: there, a zone's offset leads out of what a datetime can be.
+# Without the first and last day, where a zone offset leads out of the range of datetime.
 FIRST, LAST = dt.datetime(2, 1, 1), dt.datetime(9998, 12, 31)  # noqa: DTZ001
 ZONES: st.SearchStrategy[Any] = st.sampled_from(
     [None, dt.UTC, dt.timezone(dt.timedelta(hours=-3, minutes=-30)), ZoneInfo("Europe/Berlin"), ZoneInfo("UTC")]
@@ -107,7 +107,7 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )
-"""Every type that all serializers carry, nested."""
+"""Nested value with every type that all serializers support."""
 
 EXAMPLE: dict[str, Any] = {
     "none": None,
@@ -130,11 +130,11 @@ EXAMPLE: dict[str, Any] = {
     "decimal": [Decimal("1.20"), Decimal("-Infinity")],
     "like a tag": [{"$tuple": [1]}, {"$": 1}, {"$$x": {"$y": 1}}],
 }
-"""What the golden files hold."""
+"""Values in the golden files."""
 
 
 def combinations() -> Iterator[tuple[str, str, str]]:
-    """Every serializer with every compression and protection."""
+    """Return the combinations of all serializers, compressions and protections."""
     for serializer in SERIALIZERS:
         for compression in COMPRESSIONS:
             for protection in PROTECTIONS:

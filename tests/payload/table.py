@@ -1,4 +1,4 @@
-"""The measured table of types and serializers in docs/payloads.md. `python -m tests.payload.table` writes it."""
+"""Measured table of types and serializers in docs/payloads.md, written by `python -m tests.payload.table`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of payloads: where they come from, what production refuses, and that secrets stay out of sight."""
+"""Settings of payloads: their sources, the checks in production, and redaction of secrets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cachebus.settings import load_settings
 from cachebus.settings.payload import build_pipeline, key_bytes
 from cachebus.settings.reference import configuration_page
 
-# As files and the environment give them: not of the fields' own types.
+# Strings and numbers as in files and the environment, not of the fields' types.
 Settings: Any = CheckedSettings
 ROOT = Path(__file__).parents[2]
 CANARY = "canary-" * 6
@@ -151,7 +151,7 @@ def test_production_refuses_what_is_insecure_and_names_the_remedy(name: str) -> 
     insecure, sentence, remedied = INSECURE[name]
     assert sentence in refused(environment="production", **insecure)
     assert Settings(environment="production", **remedied).environment == "production"
-    if name not in ("short keys", "unsigned pickle"):  # which nobody may have
+    if name not in ("short keys", "unsigned pickle"):  # These are always refused.
         assert Settings(environment="development", **insecure)
 
 

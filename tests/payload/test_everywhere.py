@@ -1,4 +1,4 @@
-"""Payloads over the backends that are not Redis: Memcached, and a worker's on the bus."""
+"""Payloads over Memcached and over the backend of a worker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VALUE = {
 
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
-    """nats-py knows asyncio only."""
+    """nats-py only supports asyncio."""
     return "asyncio"
 
 

@@ -1,4 +1,4 @@
-"""Payloads behind the two facades: over a memory store that is made to hold bytes, and over real Redis."""
+"""Payloads behind both facades, over a memory store that holds bytes and over a real Redis."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ PAYLOADS: dict[str, dict[str, Any]] = {
 
 
 def told(events: Any) -> list[Any]:
-    """The events that have come in so far, whose fields are their kinds' own."""
+    """Return the events received so far, as `Any` because their fields differ."""
     return list(heard(events))
 
 
 class Shelf:
-    """One store that several caches, with settings of their own, are opened over, one after the other."""
+    """Store over which caches with different settings are opened, one after the other."""
 
     def __init__(self) -> None:
         self.store = Kept()
@@ -65,7 +65,7 @@ class Shelf:
 
 
 class Kept(MemoryStore):
-    """A store that outlives its actor."""
+    """Store that outlives its actor."""
 
     async def close(self) -> None: ...
 
@@ -77,7 +77,7 @@ def redis_url() -> Iterator[str]:
 
 
 class Caches:
-    """Makes caches over one store, behind one of the two faces."""
+    """Opens caches over one store, with one of the two facades."""
 
     def __init__(self, shelf: Shelf, face: str) -> None:
         self.shelf = shelf
@@ -96,7 +96,7 @@ class Caches:
 
 
 def on_both_faces(test: Any) -> Any:
-    """Makes two tests of one: over `Cache`, on both event loops, and over `SyncCache`, on none."""
+    """Run a test over `Cache`, on both event loops, and over `SyncCache`, without one."""
 
     async def behave(face: str, arguments: Any) -> None:
         caches = Caches(arguments["shelf"], face)
@@ -119,7 +119,7 @@ def on_both_faces(test: Any) -> Any:
 
 @pytest.fixture
 def caches() -> None:
-    """What `on_both_faces` puts in."""
+    """Parameter that `on_both_faces` sets."""
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ async def test_a_payload_that_does_not_fit_is_a_miss_an_event_and_a_count(shelf:
         assert await cache.get_many(["k"]) == {}
         assert [(each.key, each.reason) for each in told(events)] == [("k", reason)] * 3
     assert (await cache.statistics()).payload["rejected"] == 3
-    # add takes its place, and so does set.
+    # Both add and set replace it.
     assert await cache.add("k", "a")
     assert await cache.get("k") == "a"
 
@@ -278,7 +278,7 @@ async def test_rotation_loses_nothing(shelf: Shelf, caches: Any) -> None:
     cache.payloads.rotate_key(bytes(32), "k2")
     await cache.set("new", 2)
     assert await cache.get_many(["old", "new"]) == {"old": 1, "new": 2}
-    # A process that knows both keys, and one that only knows the new one.
+    # One process with both keys, and one with only the new key.
     both = await caches(encryption_keys={"k2": bytes(32), "k1": MASTER_KEY}, tenant="shop")
     assert await both.get_many(["old", "new"]) == {"old": 1, "new": 2}
     late = await caches(encryption_keys={"k2": bytes(32)}, tenant="shop")
@@ -323,7 +323,7 @@ def _listening(cache: Any, *kinds: Any) -> Any:
 
 
 class _Listening:
-    """Both facades subscribe at once; only leaving differs, and is left to the cache."""
+    """Subscribe with either facade. Closing differs between them, so the cache closes the subscription."""
 
     def __init__(self, subscription: Any) -> None:
         self.subscription = subscription
@@ -478,7 +478,7 @@ def test_what_redis_itself_cannot_read_is_a_miss_and_replaced(redis_url: str) ->
 
 
 def raw_set(url: str, namespace: str, value: bytes) -> None:
-    """Overwrite the key `k` of a namespace behind the cache's back."""
+    """Overwrite the key `k` of a namespace without the cache."""
     import redis
 
     with redis.Redis.from_url(url) as client:
@@ -513,7 +513,7 @@ async def test_large_payloads_are_packed_and_unpacked_beside_the_event_loop(anyi
 
 
 def random_text(size: int) -> str:
-    """Text that does not compress well."""
+    """Return text that does not compress well."""
     return os.urandom(size // 2).hex()
 
 

@@ -1,6 +1,7 @@
-"""Random and mutated payloads: nothing comes out but a value or `CacheSerializationError`, nothing is executed, memory is bounded.
+"""Random and mutated payloads: decoding returns a value or raises `CacheSerializationError`.
 
-`CACHEBUS_FUZZ=1000000 python -m pytest tests/payload/test_fuzz.py --timeout 0` tries as many as that; `make fuzz` does it.
+It never executes code, and its memory is bounded. `make fuzz` tries a million payloads:
+`CACHEBUS_FUZZ=1000000 python -m pytest tests/payload/test_fuzz.py --timeout 0`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def mutated(chance: random.Random, payload: bytes) -> bytes:
                 data[at : at + 4] = struct.pack(">I", chance.choice((0, 1, 0xFFFF, 2**31, 2**32 - 1)))
             case _:
                 data[at:at] = data[: chance.randrange(64)]
-    # Most keep a header that gets them through to the serializer.
+    # Most keep a valid header, so that they reach the serializer.
     return bytes(data) if chance.random() < 0.3 else payload[:4] + bytes(data[4:])
 
 
@@ -79,7 +80,7 @@ def test_nothing_but_a_value_or_our_error_comes_out() -> None:
                 (1, chance.choice(b"mjadp"), chance.choice(b"-zgls"), chance.choice((0, 0, 1, 2, 4, 6, 255)))
             )
             payload = header[: chance.choice((4, 4, 4, 2, 0))] + chance.randbytes(chance.randrange(80))
-        # The reader whose serializer the header names, most of the time: the others refuse at once.
+        # Mostly the reader with the serializer of the header, because the others refuse at once.
         fitting = [each for each in reading if payload[1:2] == bytes((each._code,))]
         made = chance.choice(fitting if fitting and chance.random() < 0.9 else reading)
         try:
@@ -88,7 +89,7 @@ def test_nothing_but_a_value_or_our_error_comes_out() -> None:
         except CacheSerializationError as error:
             outcome = error.reason
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
-    # It has been everywhere: each way out was taken.
+    # Every outcome occurred.
     expected = {
         "read",
         "format",
@@ -105,7 +106,7 @@ def test_nothing_but_a_value_or_our_error_comes_out() -> None:
 
 
 def test_no_mutated_payload_is_executed() -> None:
-    """Each event of the interpreter that means code from outside is counted while payloads are read."""
+    """Count the audit events that mean execution of foreign code while payloads are decoded."""
     seen: list[str] = []
     watching = True
 
@@ -122,7 +123,7 @@ def test_no_mutated_payload_is_executed() -> None:
             seen.append(event)
 
     reading, from_seeds = readers(), seeds()
-    for payload in from_seeds:  # What is loaded once, libraries included, is loaded before.
+    for payload in from_seeds:  # One-time imports happen before the count.
         for made in reading:
             _read(made, payload)
     chance, whole = random.Random(SEED), set(from_seeds)
@@ -130,7 +131,7 @@ def test_no_mutated_payload_is_executed() -> None:
     try:
         for _ in range(5000):
             payload = mutated(chance, chance.choice(from_seeds))
-            if payload in whole:  # Changed and changed back: a signed pickle is one still.
+            if payload in whole:  # Mutated back to the original: a valid signed pickle.
                 continue
             for made in reading:
                 _read(made, payload)
@@ -147,7 +148,7 @@ def _read(made: PayloadPipeline, payload: bytes) -> Any:
 
 
 def _packed(compression: str, size: int) -> bytes:
-    """A payload of zeros, whose header says so."""
+    """Return a payload of zeros with a matching header."""
     return pipeline(compression=compression, threshold=0, max_size=2**31).encode("k", bytes(size))
 
 
@@ -170,7 +171,7 @@ BOMBS: dict[str, bytes] = {
     "an empty array of numpy": b"\x01a-\x00" + msgpack.packb([msgpack.ExtType(32, b""), "<i8", "C", [0, 2**62], b""]),
     "a type of numpy without size": b"\x01a-\x00" + msgpack.packb([msgpack.ExtType(32, b""), "<U0", "C", [2**40], b""]),
 }
-"""More than they are."""
+"""Larger than the actual size."""
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -184,5 +185,5 @@ def test_a_bomb_takes_no_more_than_the_bound(name: str) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # Arrays of msgpack have room made for them: up to 1024 levels of 1024 items of 8 bytes.
+    # msgpack allocates arrays in advance: up to 1024 levels of 1024 items of 8 bytes.
     assert peak < 8 * 2**20 + 4 * LIMIT + 2**16, f"{peak:,}"

@@ -1,4 +1,4 @@
-"""Payloads of version 1, kept for ever: `python -m tests.golden.write` adds those that are missing."""
+"""Payloads of version 1 stay readable. `python -m tests.golden.write` adds missing golden files."""
 
 from __future__ import annotations
 

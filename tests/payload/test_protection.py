@@ -1,4 +1,4 @@
-"""Signatures, seals and checksums: what was changed, moved or made by others is not taken, and nonces do not repeat."""
+"""Signatures, seals and checksums: changed, moved and forged payloads are rejected, and nonces never repeat."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_without_protection_nothing_is_taken_where_it_is_demanded_and_none_can_b
 
 
 class Bomb:
-    """Leaves a file where it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -109,7 +109,7 @@ def test_no_pickle_is_run_before_its_signature_is_verified(tmp_path: Path) -> No
         reason(pipeline("msgpack"), payload)
         reason(pipeline("auto"), payload)
         assert not trap.exists()
-    # The trap works: signed with our key, for this key, it is run.
+    # Proof that the test can fail: a payload signed with the right key, for this cache key, is executed.
     ours.decode("k", ours.encode("k", Bomb(trap)))
     assert trap.exists()
 

@@ -1,4 +1,4 @@
-"""What goes through the pipeline comes back as it went, types included, or is refused by name."""
+"""Values survive the pipeline with their types, or are refused with an error that names the type."""
 
 from __future__ import annotations
 

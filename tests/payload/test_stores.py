@@ -1,4 +1,4 @@
-"""State and secrets on top of backends: memory without a bound, and real Redis."""
+"""State and secret stores over unbounded memory and a real Redis."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_state_that_cannot_be_read_is_no_miss() -> None:
         store = SyncStateStore(cache)
         store.set("k", [1])
         assert cache.payloads is not None
-        # Written by somebody with another serializer.
+        # Written by a process with another serializer.
         cache.client._inner_set(_set("state:k", b"\x01j-\x00[1]"))  # type: ignore[attr-defined]
         assert cache.get("state:k") is None
         for read in (lambda: store.get("k", 5), lambda: store.get_many(["k"])):

@@ -1,4 +1,4 @@
-"""The table in docs/payloads.md says what is so, and nothing is ever changed on the way."""
+"""The table in docs/payloads.md is correct, and no serializer changes a value silently."""
 
 from __future__ import annotations
 
