@@ -13,8 +13,7 @@ request to the batch directly and awaits the slot. Requests from other threads a
     Cachebus-Partial      an array may be answered in several messages
     Cachebus-Index        in a reply: indexes of the requests that it answers; all requests if omitted
 
-An idempotent request without a reply after `resend_after` seconds is sent once more. Other requests are never sent
-twice.
+An idempotent request without a reply after `resend_after` seconds is resent once. Other requests are never resent.
 """
 
 from __future__ import annotations
@@ -65,10 +64,7 @@ _HOLD = 0.01  # Seconds without any reply after which waiting requests are sent 
 
 
 class RequestBatch(SlotBatch, eq=False, kw_only=True):
-    """Requests of one NATS message that waits to be sent or is in flight.
-
-    `end` and `resend_at` are on the clock of the event loop, like the deadlines of the slots.
-    """
+    """Requests of one NATS message, waiting or in flight. `end` and `resend_at` are on the clock of the event loop."""
 
     recipient: RemoteRecipient
     token: str = ""
