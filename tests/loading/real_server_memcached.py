@@ -202,10 +202,10 @@ class SteppedStore(MemcachedStore):
         async def run(server: Any, share: Any) -> None:
             try:
                 part = [request for _, request in share]
-                told = await server.run(lambda connection: self._exchange(connection, part))
+                answers = await server.run(lambda connection: self._exchange(connection, part))
             except CacheError as error:
-                told = [Failed.of(error)] * len(share)
-            join.take(share, told)
+                answers = [Failed.of(error)] * len(share)
+            join.take(share, answers)
 
         await asyncio.gather(*(run(server, share) for server, share in shares.items()))
         return join

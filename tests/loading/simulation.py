@@ -80,7 +80,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             heapq.heappop(scheduled)._scheduled = False
         if not ready:
             if not scheduled:
-                raise Stuck("everybody waits, and nothing will ever happen")
+                raise Stuck("all tasks wait, and no event is scheduled")
             self._now = max(self._now, scheduled[0]._when)
         while scheduled and scheduled[0]._when <= self._now:
             handle = heapq.heappop(scheduled)
@@ -478,7 +478,7 @@ def play(seed: int, make: Callable[[SimulatedLoop], W]) -> W:
         loop.run_until_complete(asyncio.wait_for(world.run(), 600.0))
     except (AssertionError, TimeoutError) as error:
         story = "\n".join(world.story)
-        raise AssertionError(f"seed {seed}: {str(error) or 'somebody waits for ever'}\n{story}") from error
+        raise AssertionError(f"seed {seed}: {str(error) or 'a caller never gets a reply'}\n{story}") from error
     finally:
         logger.setLevel(level)
         for task in asyncio.all_tasks(loop):

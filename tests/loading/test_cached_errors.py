@@ -117,7 +117,7 @@ async def test_who_does_not_ask_for_it_loads_anew_in_its_place(cache: Cache, opt
     load.works = True
     assert await cache.get_or_load("k", load, **options) == 2
     assert await cache.get("k") == 2
-    assert await cache.get_or_load("k", load, **KEPT) == 2, "for everybody"
+    assert await cache.get_or_load("k", load, **KEPT) == 2, "for all callers"
 
 
 async def test_of_a_class_that_is_listed_its_children_are_too(cache: Cache) -> None:

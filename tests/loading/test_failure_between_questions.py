@@ -28,21 +28,21 @@ async def test_who_waited_for_it_does_not_load(redis_server: Server, monkeypatch
     watch = LeaseWatch.watch
     too_late: list[Failed] = []
 
-    def deaf_once(self: LeaseWatch, request: WatchLease, told: Any) -> None:
+    def deaf_once(self: LeaseWatch, request: WatchLease, answer: Any) -> None:
         """Reports that the wait limit has passed at the moment the loader fails."""
 
         def heard(reply: Any) -> None:
             if isinstance(reply, Failed):
                 too_late.append(reply)
-                told(Loading(request.token))
+                answer(Loading(request.token))
             else:
                 wait(heard)
 
-        def wait(told: Any) -> None:
-            watch(self, WatchLease(request.key, request.token, 30.0), told)
+        def wait(answer: Any) -> None:
+            watch(self, WatchLease(request.key, request.token, 30.0), answer)
 
         if too_late:
-            watch(self, request, told)
+            watch(self, request, answer)
         else:
             wait(heard)
 

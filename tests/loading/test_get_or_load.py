@@ -60,8 +60,8 @@ async def test_100_tasks_share_one_load(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("kind", ["coroutine function", "plain function", "lambda of a coroutine"])
-@pytest.mark.parametrize("told", [True, False])
-async def test_every_kind_of_loader_will_do(cache: Cache, kind: str, told: bool) -> None:
+@pytest.mark.parametrize("takes_context", [True, False])
+async def test_every_kind_of_loader_will_do(cache: Cache, kind: str, takes_context: bool) -> None:
     here = threading.get_ident()
     seen: list[Any] = []
 
@@ -89,11 +89,11 @@ async def test_every_kind_of_loader_will_do(cache: Cache, kind: str, told: bool)
         "plain function": plain,
         "lambda of a coroutine": lambda: load(),  # noqa: PLW0108
     }
-    loader = (with_context if told else without)[kind]
+    loader = (with_context if takes_context else without)[kind]
     assert await cache.get_or_load("k", loader, tags=["t"]) == "value"
     ((context, in_the_loop),) = seen
     assert in_the_loop == (kind != "plain function"), "what may block runs in a worker thread"
-    assert context == (LoadContext("k", ("t",)) if told else None)
+    assert context == (LoadContext("k", ("t",)) if takes_context else None)
 
 
 async def test_a_delete_during_the_load_keeps_its_value_from_being_stored(cache: Cache) -> None:

@@ -42,7 +42,7 @@ class Case:
         self.truth = 1
         self.loaded = 0
         self.joins = joins
-        self.told: Any = None
+        self.joined_reply: Any = None
 
     def load(self) -> Steps:
         granted = yield from self.loader.steps(GetOrLease(self.key, "p1", self.asked, TTL, tags=self.declared))
@@ -64,14 +64,14 @@ class Case:
         yield from steps
         if self.joins:
             # Another caller in the loader's process requests the key now.
-            self.told = self.reader.do(GetOrLease(self.key, "p1", f"another{self.asked}", TTL))
+            self.joined_reply = self.reader.do(GetOrLease(self.key, "p1", f"another{self.asked}", TTL))
 
     def check(self, stored: Any) -> None:
         self.reader.forget_tags()
         found = self.reader.do(Get(self.key))
         assert not isinstance(found, Found) or found.value == 2, "an invalidated value was read"
-        assert not isinstance(self.told, Found) or self.told.value == 2, "an invalidated value was read"
-        if isinstance(self.told, Loading) and self.told.token == self.token:
+        assert not isinstance(self.joined_reply, Found) or self.joined_reply.value == 2, "an invalidated value was read"
+        if isinstance(self.joined_reply, Loading) and self.joined_reply.token == self.token:
             # It waits for that load, and gets its value if it was stored or if all its tags were known before.
             given = isinstance(stored, Stored) or self.declared
             assert not given or self.loaded == 2, "an invalidated value was given to who joined"

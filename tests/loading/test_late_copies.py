@@ -108,9 +108,9 @@ async def test_a_lease_that_a_copy_was_granted_is_told_to_others_by_its_own_name
     second = await one(store, question)
     assert isinstance(second, LeaseGranted)
     assert second.token != first.token
-    told = await one(store, replace(question, token="u"))
-    assert isinstance(told, Loading)
-    assert told.token == second.token
+    reply = await one(store, replace(question, token="u"))
+    assert isinstance(reply, Loading)
+    assert reply.token == second.token
     assert isinstance(await one(store, Set("k", 1, lease=first.token)), NotStored)
     assert isinstance(await one(store, Set("k", 2, lease=second.token)), Stored)
     assert isinstance(await one(store, question), Found)

@@ -129,7 +129,7 @@ async def test_idle_ttl_lets_a_value_live_while_it_is_asked_for_but_not_for_ever
     clock.advance(1)
     assert await cache.get_or_load("k", load, **options) == 2
     clock.advance(10)
-    assert await cache.get_or_load("k", load, **options) == 3, "nobody has asked for 10 s"
+    assert await cache.get_or_load("k", load, **options) == 3, "no request for 10 s"
 
 
 async def test_what_is_cached_of_none_ends_in_its_own_time_however_often_it_is_asked_for(
@@ -144,7 +144,7 @@ async def test_what_is_cached_of_none_ends_in_its_own_time_however_often_it_is_a
     for _ in range(20):
         await cache.get_or_load("k", load, ttl=3600, idle_ttl=4, negative_ttl=10)
         clock.advance(3)
-    assert calls == 5, "60 s have passed: one load in 12 s, which is when somebody asked after 10"
+    assert calls == 5, "one load per 12 s in 60 s: the first request after 10 s"
     with pytest.raises(ValueError, match="a LoadResult must not set a ttl if the call has idle_ttl"):
         await cache.get_or_load("own", lambda: LoadResult("value", ttl=5), ttl=3600, idle_ttl=4)
 

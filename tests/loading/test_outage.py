@@ -76,8 +76,8 @@ async def test_the_loader_runs_and_nothing_is_stored(face: str) -> None:
         asked_before = len(store.asked)
         with cache.events(RequestFailed) as events:
             assert [await cache.get_or_load("k", source) for _ in range(2)] == [2, 3]
-            told: list[Any] = list(heard(events))
-            assert [(each.request, each.outcome) for each in told] == [("backend.get", "missed")] * 2
+            emitted: list[Any] = list(heard(events))
+            assert [(each.request, each.outcome) for each in emitted] == [("backend.get", "missed")] * 2
         assert (await cache.statistics()).errors == before + 2
         assert len(store.asked) == asked_before + 2, "who could not read does not ask for a lease"
         assert await cache.get_or_load_many(["k", "l"], source.many) == {"k": 4, "l": 5}
@@ -152,7 +152,7 @@ async def test_a_value_that_could_not_be_stored_is_returned_and_its_lease_given_
         with cache.events(LoadLeaseLost) as events:
             assert await cache.get_or_load("k", source, tags=[]) == 1
             await until(face, lambda: bool(asked(store, ReleaseLease)))
-            assert heard(events) == [], "nobody has taken it away"
+            assert heard(events) == [], "the lease was not lost"
         assert (await cache.statistics()).dropped_writes == (1 if on_error == "miss" else 0)
 
 

@@ -80,7 +80,7 @@ def loader_of(value: Any) -> Any:
 
 
 async def never() -> Any:
-    raise AssertionError("nobody should load")
+    raise AssertionError("no caller should load")
 
 
 async def broken() -> Any:
@@ -107,14 +107,14 @@ async def test_what_is_served_stale_is_the_value(caches: tuple[Cache, Cache]) ->
         assert await other.get_or_load("k", broken, stale_for=60) == VALUE
         assert await other.get_or_load_many(["k"], lambda keys: 1 / 0, stale_for=60) == {"k": VALUE}
         assert len(heard(events)) == 3
-    told: list[LoadContext] = []
+    contexts: list[LoadContext] = []
 
     async def look(context: LoadContext) -> LoadResult:
-        told.append(context)
+        contexts.append(context)
         return LoadResult.not_modified(ttl=60)
 
     assert await one.get_or_load("k", look) == VALUE
-    assert [each.stale for each in told] == [VALUE]
+    assert [each.stale for each in contexts] == [VALUE]
     assert await other.get("k") == VALUE
 
 

@@ -11,12 +11,12 @@ from ..facade.faces import a_cache
 
 
 def ttl_of(value: Any) -> float | None:
-    return {"short": 10.0, "for ever": None}.get(value, 100.0)
+    return {"short": 10.0, "no expiry": None}.get(value, 100.0)
 
 
 async def test_a_ttl_may_depend_on_the_value() -> None:
     async with a_cache(clock=ManualClock()) as cache:
-        for value, expected in (("short", 10.0), ("for ever", None), ("other", 100.0), (None, 5.0)):
+        for value, expected in (("short", 10.0), ("no expiry", None), ("other", 100.0), (None, 5.0)):
             await cache.get_or_load(f"k {value}", lambda value=value: value, ttl=ttl_of, negative_ttl=5)
             assert await cache.ttl(f"k {value}") == expected
 

@@ -45,7 +45,7 @@ PAYLOADS: dict[str, dict[str, Any]] = {
 }
 
 
-def told(events: Any) -> list[Any]:
+def received(events: Any) -> list[Any]:
     """Return the events received so far, as `Any` because their fields differ."""
     return list(heard(events))
 
@@ -226,7 +226,7 @@ async def test_a_payload_that_does_not_fit_is_a_miss_an_event_and_a_count(shelf:
         assert await cache.get("k", "miss") == "miss"
         assert isinstance(await cache.lookup("k"), Missing)
         assert await cache.get_many(["k"]) == {}
-        assert [(each.key, each.reason) for each in told(events)] == [("k", reason)] * 3
+        assert [(each.key, each.reason) for each in received(events)] == [("k", reason)] * 3
     assert (await cache.statistics()).payload["rejected"] == 3
     # Both add and set replace it.
     assert await cache.add("k", "a")
@@ -290,7 +290,7 @@ async def test_sealing_is_audited_without_the_content(shelf: Shelf, caches: Any)
     cache = await caches(**SEALED)
     with _listening(cache, PayloadSealed) as events:
         await cache.set("k", "the content")
-        (sealed,) = told(events)
+        (sealed,) = received(events)
     assert (sealed.key, sealed.key_id, sealed.tenant) == ("k", "k1", "shop")
     assert "content" not in repr(sealed)
 
@@ -381,7 +381,7 @@ async def test_one_that_does_not_is_a_miss_and_an_event_or_an_error(shelf: Shelf
         await cache.set("k", {"street": "secret", "number": "x"})
         with _listening(cache) as events:
             assert await cache.get_typed("k", Address, "default") == "default"
-            assert [(each.key, each.reason) for each in told(events)] == [("k", "type")]
+            assert [(each.key, each.reason) for each in received(events)] == [("k", "type")]
         with pytest.raises(CacheSerializationError, match="not a valid Address; invalid: number") as refused:
             await cache.get_typed("k", Address, strict=True)
         assert "secret" not in repr(refused.value)
@@ -419,7 +419,7 @@ def test_events_carry_no_keys_where_these_are_redacted() -> None:
     with open_sync_cache("memory://", events={"keys": "none"}) as cache, cache.events(CacheSet, CacheHit) as events:
         cache.set("secret", 1)
         cache.get("secret")
-        seen = told(events)
+        seen = received(events)
         assert [each.key for each in seen] == ["", ""]
         assert "secret" not in repr(seen)
 
@@ -488,7 +488,7 @@ def raw_set(url: str, namespace: str, value: bytes) -> None:
 
 async def test_large_payloads_are_packed_and_unpacked_beside_the_event_loop(anyio_backend: str) -> None:
     small = "x" * 10
-    for offload_above, beside in ((1000, True), (None, False)):
+    for offload_above, offloaded in ((1000, True), (None, False)):
         payload = {"serializer": "msgpack", "compression": "zlib", "offload_above": offload_above}
         async with open_cache("memory://", payload=payload, actors={"inline_turns": False}) as cache:
             threads: list[tuple[str, bool]] = []
@@ -505,7 +505,7 @@ async def test_large_payloads_are_packed_and_unpacked_beside_the_event_loop(anyi
             await cache.set("k", random_text(20_000))
             await cache.add("l", random_text(20_000))
             assert len(await cache.get("k")) == 20_000
-            assert threads == [("pack", beside), ("pack", beside), ("unpack", beside)]
+            assert threads == [("pack", offloaded), ("pack", offloaded), ("unpack", offloaded)]
             threads.clear()
             await cache.set("k", small)
             assert await cache.get("k") == small

@@ -24,9 +24,9 @@ class Circuit:
 
     def __init__(self, **policy: Any) -> None:
         self.clock: Any = ManualClock()
-        self.told: list[CircuitState] = []
+        self.transitions: list[CircuitState] = []
         self.policy = BreakerPolicy(**policy)
-        self.breaker = CircuitBreaker(self.policy, self.clock, "backend.main", self.told.append)
+        self.breaker = CircuitBreaker(self.policy, self.clock, "backend.main", self.transitions.append)
 
     def fail(self, times: int) -> None:
         for _ in range(times):
@@ -44,7 +44,7 @@ def test_failures_in_a_row_open_it_and_one_success_begins_the_row_anew() -> None
         circuit.breaker.succeeded(circuit.breaker.admit())
     assert circuit.breaker.state is CLOSED
     circuit.fail(5)
-    assert circuit.told == [OPEN]
+    assert circuit.transitions == [OPEN]
 
 
 def test_an_open_one_admits_nobody_and_says_when_it_will() -> None:
@@ -77,7 +77,7 @@ def test_three_successful_probes_close_it_and_one_failure_opens_it_again() -> No
     circuit.clock.advance(30.0)
     for _ in range(3):
         circuit.breaker.succeeded(circuit.breaker.admit())
-    assert circuit.told == [OPEN, HALF_OPEN, CLOSED]
+    assert circuit.transitions == [OPEN, HALF_OPEN, CLOSED]
     circuit.open()
     circuit.clock.advance(30.0)
     circuit.breaker.succeeded(circuit.breaker.admit())
@@ -109,7 +109,7 @@ def test_a_straggler_from_before_the_outage_changes_nothing(answer: str) -> None
         give_back(straggler)
     assert circuit.breaker.state is HALF_OPEN
     circuit.breaker.succeeded(probe)
-    assert circuit.told == [OPEN, HALF_OPEN]
+    assert circuit.transitions == [OPEN, HALF_OPEN]
 
 
 def test_a_clock_that_jumps_ahead_ends_the_wait_and_one_that_jumps_back_does_not_prolong_it_for_ever() -> None:
@@ -131,7 +131,7 @@ def test_one_that_is_not_enabled_stays_closed() -> None:
     circuit = Circuit(enabled=False)
     circuit.fail(100)
     assert circuit.breaker.state is CLOSED
-    assert circuit.told == []
+    assert circuit.transitions == []
 
 
 def test_whether_a_call_may_pass_can_be_asked_without_a_change() -> None:

@@ -47,7 +47,7 @@ from ...clock import ManualClock
 Script = Callable[[Sequence[Request[Any]]], Awaitable[Sequence[Reply]]]
 
 HIT = Found(b"1")
-DOWN = CacheConnectionError("nobody is there")
+DOWN = CacheConnectionError("connection refused")
 ONCE = RetryPolicy(attempts=1)
 
 
@@ -321,7 +321,7 @@ async def test_a_lost_connection_is_named_by_its_own_error() -> None:
     stage = Stage(two_reasons, retry=ONCE)
     await stage.ask(Increment("a"), Increment("b"))
     lost = next(each for each in stage.ctx.emitted if isinstance(each, BackendDisconnected))
-    assert lost.reason == "nobody is there"
+    assert lost.reason == "connection refused"
 
 
 @pytest.mark.parametrize("error", [WrongType("no int"), CacheConfigurationError("wrong password")])
@@ -456,7 +456,7 @@ async def test_a_reply_that_is_still_arriving_is_waited_for() -> None:
 
     await line.ask("large")
     pass_time(8.0, bytes_move=True)
-    assert line.told["large"] == []
+    assert line.received["large"] == []
     pass_time(0.6, bytes_move=False)
     assert failures(line.told["large"]) == [CacheTimeoutError]
     assert line.stage.guard.statistics().failure_count == 0, (
@@ -465,7 +465,7 @@ async def test_a_reply_that_is_still_arriving_is_waited_for() -> None:
     # Bytes that moved before an attempt do not extend it.
     await line.ask("silent")
     pass_time(0.6, bytes_move=False)
-    assert failures(line.told["silent"]) == [CacheTimeoutError]
+    assert failures(line.received["silent"]) == [CacheTimeoutError]
     assert line.stage.guard.statistics().failure_count == 1
 
 
@@ -620,11 +620,11 @@ async def test_who_is_cancelled_with_a_place_on_the_way_hands_it_on() -> None:
 async def test_a_reply_that_comes_later_is_handed_on_once() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store)
-    told: list[Sequence[Reply]] = []
-    await stage.guard.submit(store, [Get("a")], told.append)
-    assert told == []
+    received: list[Sequence[Reply]] = []
+    await stage.guard.submit(store, [Get("a")], received.append)
+    assert received == []
     store.open_replies.pop()([HIT])
-    assert told == [[HIT]]
+    assert received == [[HIT]]
     assert stage.guard.statistics().success_count == 1
 
 
@@ -636,7 +636,7 @@ class Line:
         self.stage = Stage(store=self.store, **policy)
         self.counted = 0
         self.pipeline = RequestPipeline(self.store, self.stage.guard, self.stage.ctx, self._count, self._emit)
-        self.told: dict[str, list[Any]] = {}
+        self.received: dict[str, list[Any]] = {}
 
     def _count(self, requests: Sequence[Request[Any]], replies: Sequence[Reply]) -> None:
         self.counted += len(replies)
@@ -646,7 +646,7 @@ class Line:
 
     async def ask(self, key: str) -> None:
         (slot,) = await self.pipeline.put((Get(key),), ())
-        slot.attach(Listener(self.told.setdefault(key, [])))
+        slot.attach(Listener(self.received.setdefault(key, [])))
 
     def reply(self) -> None:
         sent, on_replies = self.store.asked[-len(self.store.open_replies)], self.store.open_replies.pop(0)
@@ -662,11 +662,11 @@ class Listener:
 
     waiting = True
 
-    def __init__(self, told: list[Any]) -> None:
-        self.told = told
+    def __init__(self, received: list[Any]) -> None:
+        self.received = received
 
     def answer(self, reply: Any) -> None:
-        self.told.append(reply)
+        self.received.append(reply)
 
 
 async def test_a_lone_request_is_sent_at_once_and_others_wait_for_its_reply() -> None:
@@ -677,9 +677,9 @@ async def test_a_lone_request_is_sent_at_once_and_others_wait_for_its_reply() ->
     line.reply()
     await let_callbacks_run()
     assert line.sent == [1, 2]
-    assert line.told == {"a": [HIT], "b": [], "c": []}
+    assert line.received == {"a": [HIT], "b": [], "c": []}
     line.reply()
-    assert line.told == {"a": [HIT], "b": [HIT], "c": [HIT]}
+    assert line.received == {"a": [HIT], "b": [HIT], "c": [HIT]}
     assert line.counted == 3
 
 
@@ -707,7 +707,7 @@ async def test_what_waits_for_a_batch_goes_on_when_it_is_given_up() -> None:
     line.stage.ctx.timers.fire()
     await let_callbacks_run()
     assert line.sent == [1, 1]
-    assert failures(line.told["a"]) == [CacheTimeoutError]
+    assert failures(line.received["a"]) == [CacheTimeoutError]
 
 
 async def test_nothing_waits_for_a_batch_behind_an_open_circuit() -> None:
@@ -716,7 +716,7 @@ async def test_nothing_waits_for_a_batch_behind_an_open_circuit() -> None:
     for _ in range(5):
         line.stage.guard.breaker.failed(line.stage.guard.breaker.admit())
     await line.ask("b")
-    assert failures(line.told["b"]) == [CircuitOpen]
+    assert failures(line.received["b"]) == [CircuitOpen]
 
 
 async def test_while_a_batch_waits_for_the_store_no_request_is_taken() -> None:
@@ -733,14 +733,14 @@ async def test_while_a_batch_waits_for_the_store_no_request_is_taken() -> None:
     await let_callbacks_run()
     assert line.sent[0] == 1
     line.reply()
-    assert line.told["a"] == [HIT]
+    assert line.received["a"] == [HIT]
 
 
 async def test_a_batch_that_cannot_be_counted_is_answered_and_crashes_the_actor() -> None:
     line = Line()
     await line.ask("a")
     line.store.open_replies.pop()([])
-    assert failures(line.told["a"]) == [ActorFailed]
+    assert failures(line.received["a"]) == [ActorFailed]
     assert [type(each) for each in line.stage.ctx.crashes] == [TypeError]
 
 
@@ -752,7 +752,7 @@ async def test_a_batch_whose_sending_breaks_off_is_answered(monkeypatch: pytest.
 
     monkeypatch.setattr(line.store, "try_submit", breaks)
     await line.ask("a")
-    assert failures(line.told["a"]) == [ActorFailed]
+    assert failures(line.received["a"]) == [ActorFailed]
     assert [type(each) for each in line.stage.ctx.crashes] == [ZeroDivisionError]
     assert line.stage.guard.statistics().in_flight == 0
 
@@ -776,7 +776,7 @@ async def test_a_batch_is_answered_whatever_breaks_off_its_accounting(
     monkeypatch.undo()
     await let_callbacks_run()
     line.reply()
-    assert line.told["b"] == [HIT]
+    assert line.received["b"] == [HIT]
 
 
 async def test_what_a_caller_asked_for_that_has_gone_is_only_sent_if_it_invalidates() -> None:
@@ -798,7 +798,7 @@ async def test_whatever_is_under_way_is_answered_when_the_actor_ends() -> None:
     for key in "abc":
         await line.ask(key)
     line.pipeline.fail_all(Failed.of(CacheClosed("it is closed")))
-    assert [failures(told) for told in line.told.values()] == [[CacheClosed]] * 3
+    assert [failures(received) for received in line.received.values()] == [[CacheClosed]] * 3
     line.store.open_replies.pop()([HIT])
     assert line.stage.guard.statistics().in_flight == 0
 
@@ -817,46 +817,46 @@ async def test_batches_that_strike_together_are_one_failure() -> None:
 async def test_what_our_own_loop_slept_through_is_not_the_stores_failure() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
-    told: list[Sequence[Reply]] = []
-    assert stage.guard.try_submit(store, [Get("a")], told.append)
+    received: list[Sequence[Reply]] = []
+    assert stage.guard.try_submit(store, [Get("a")], received.append)
     stage.clock.advance(3.0)
     stage.ctx.timers.fire()
-    assert told == []
+    assert received == []
     store.open_replies.pop()([HIT])
-    assert told == [[HIT]]
+    assert received == [[HIT]]
     assert stage.guard.statistics().failure_count == 0
 
 
 async def test_a_reply_that_comes_too_late_is_dropped() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
-    told: list[Sequence[Reply]] = []
-    await stage.guard.submit(store, [Get("a")], told.append)
+    received: list[Sequence[Reply]] = []
+    await stage.guard.submit(store, [Get("a")], received.append)
     stage.clock.advance(0.5)
     stage.ctx.timers.fire()
     store.open_replies.pop()([HIT])
-    assert [failures(each) for each in told] == [[CacheTimeoutError]]
+    assert [failures(each) for each in received] == [[CacheTimeoutError]]
 
 
 async def test_a_batch_that_cannot_even_be_sent_is_given_up_and_answered() -> None:
     store = ScriptedPipeline(says_nothing)
     stage = Stage(store=store, retry=ONCE, timeout_initial=0.5)
-    told: list[Sequence[Reply]] = []
+    received: list[Sequence[Reply]] = []
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.guard.submit, store, [Get("a")], told.append)
+        tasks.start_soon(stage.guard.submit, store, [Get("a")], received.append)
         while not store.asked:
             await checkpoint()
         stage.clock.advance(0.5)
         stage.ctx.timers.fire()
-    assert [failures(each) for each in told] == [[CacheTimeoutError]]
+    assert [failures(each) for each in received] == [[CacheTimeoutError]]
     assert stage.guard.statistics().in_flight == 0
 
 
 async def test_a_batch_that_failed_later_is_repeated_beside_the_turns() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store, retry=RetryPolicy(backoff=1e-9))
-    told: list[Sequence[Reply]] = []
-    await stage.guard.submit(store, [Get("a"), Increment("b")], told.append)
+    received: list[Sequence[Reply]] = []
+    await stage.guard.submit(store, [Get("a"), Increment("b")], received.append)
     store.open_replies.pop()([Failed.of(DOWN), Failed.of(DOWN)])
     assert told == []
     (beside,) = stage.ctx.background
@@ -867,14 +867,14 @@ async def test_a_batch_that_failed_later_is_repeated_beside_the_turns() -> None:
             stage.clock.advance(0.01)
         assert store.asked[1:] == [[Get("a")]]
         store.open_replies.pop()([HIT])
-    assert told == [[HIT, Failed.of(DOWN)]]
+    assert received == [[HIT, Failed.of(DOWN)]]
 
 
 async def test_what_fails_because_the_store_is_closed_is_not_repeated() -> None:
     store = ScriptedPipeline()
     stage = Stage(store=store)
-    told: list[Sequence[Reply]] = []
-    await stage.guard.submit(store, [Get("a")], told.append)
+    received: list[Sequence[Reply]] = []
+    await stage.guard.submit(store, [Get("a")], received.append)
     stage.guard.closed = True
     store.open_replies.pop()([Failed.of(DOWN)])
     assert [failures(each) for each in told] == [[CacheConnectionError]]
@@ -896,7 +896,7 @@ async def test_a_connection_that_is_lost_and_found_is_told_once_each() -> None:
     kinds = (BackendConnected, BackendDisconnected)
     assert stage.events(*kinds) == [BackendConnected, BackendDisconnected, BackendConnected]
     lost = next(each for each in stage.ctx.emitted if isinstance(each, BackendDisconnected))
-    assert (lost.store, lost.reason) == ("scripted", "nobody is there")
+    assert (lost.store, lost.reason) == ("scripted", "connection refused")
 
 
 async def test_the_statistics_say_where_it_stands() -> None:
