@@ -278,9 +278,8 @@ class Retries:
     """
 
     def __init__(self, policy: RetryPolicy, ctx: Context, chance: random.Random, batches: Callable[[], int]) -> None:
-        import_module(
-            "tenacity"
-        )  # Not at module level, for processes without a remote store; not in `run`, where it would block.
+        # Not imported at module level, for processes without a remote store, nor in `run`, which must not block.
+        import_module("tenacity")
         self.count = 0
         self._policy = policy
         self._clock = ctx.clock

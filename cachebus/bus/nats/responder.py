@@ -128,7 +128,7 @@ class Responder:
                         self.failed(reply.code)
         finally:
             turn_trace.reset(token)
-        # The age is not subtracted: with too high an estimate, this timeout would come before that of the caller.
+        # The age is not subtracted: if it were overestimated, this timeout would come before that of the caller.
         batch.watch_rest(max(budgets))
 
     def _reply(self, message: Message | BadMessage, left: float) -> Any:

@@ -458,7 +458,7 @@ async def test_a_reply_that_is_still_arriving_is_waited_for() -> None:
     pass_time(8.0, bytes_move=True)
     assert line.received["large"] == []
     pass_time(0.6, bytes_move=False)
-    assert failures(line.told["large"]) == [CacheTimeoutError]
+    assert failures(line.received["large"]) == [CacheTimeoutError]
     assert line.stage.guard.statistics().failure_count == 0, (
         "an attempt with extra time must not count against the backend"
     )
@@ -629,7 +629,7 @@ async def test_a_reply_that_comes_later_is_handed_on_once() -> None:
 
 
 class Line:
-    """Guarded pipeline in front of a scripted store. The replies go into `told`."""
+    """Guarded pipeline in front of a scripted store. The replies go into `received`."""
 
     def __init__(self, **policy: Any) -> None:
         self.store = ScriptedPipeline()
@@ -771,7 +771,7 @@ async def test_a_batch_is_answered_whatever_breaks_off_its_accounting(
     monkeypatch.setattr(line.stage.guard, "connected", interrupted)
     with pytest.raises(error):
         line.reply()
-    assert line.told["a"] == [HIT]
+    assert line.received["a"] == [HIT]
     assert line.stage.guard.statistics().in_flight == len(line.store.open_replies)  # On trio, the next is already sent.
     monkeypatch.undo()
     await let_callbacks_run()
@@ -858,7 +858,7 @@ async def test_a_batch_that_failed_later_is_repeated_beside_the_turns() -> None:
     received: list[Sequence[Reply]] = []
     await stage.guard.submit(store, [Get("a"), Increment("b")], received.append)
     store.open_replies.pop()([Failed.of(DOWN), Failed.of(DOWN)])
-    assert told == []
+    assert received == []
     (beside,) = stage.ctx.background
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run, beside)
@@ -877,7 +877,7 @@ async def test_what_fails_because_the_store_is_closed_is_not_repeated() -> None:
     await stage.guard.submit(store, [Get("a")], received.append)
     stage.guard.closed = True
     store.open_replies.pop()([Failed.of(DOWN)])
-    assert [failures(each) for each in told] == [[CacheConnectionError]]
+    assert [failures(each) for each in received] == [[CacheConnectionError]]
     assert stage.ctx.background == []
 
 
