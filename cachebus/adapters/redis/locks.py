@@ -76,19 +76,19 @@ local s = redis.call('HMGET', state, 't', 'o', 'n', 'u', 'c', 's', 'i')
 local holder, owner, token, until_ms = s[1] or '', s[2] or '', tonumber(s[3] or 0), tonumber(s[4] or 0)
 local since = tonumber(s[6] or 0)
 local lost, lost_token, next_ticket, next_ttl, offered = '', 0, '', 0, 0
-local function leave(who)
-  redis.call('HDEL', rows, who)
-  return redis.call('ZREM', queue, who)
+local function leave(waiter)
+  redis.call('HDEL', rows, waiter)
+  return redis.call('ZREM', queue, waiter)
 end
 local function keep(key, ms)
   redis.call('PEXPIRE', key, math.max(RETAIN, 2 * ms))
 end
-local function give(who, whose, ttl_ms, claimed, where)
+local function grant(waiter, waiter_owner, ttl_ms, claimed, waiter_inbox)
   -- The retention is renewed once a day only: renewing it costs as much as granting the lock.
   local kept = math.floor(token / 1000 / DAY) == math.floor(now_ms / DAY)
   token = math.max(token + 1, now)
-  holder, owner, until_ms = who, whose, now_ms + ttl_ms
-  redis.call('HSET', state, 't', who, 'o', whose, 'n', token, 'u', until_ms, 'c', claimed, 'i', where)
+  holder, owner, until_ms = waiter, waiter_owner, now_ms + ttl_ms
+  redis.call('HSET', state, 't', waiter, 'o', waiter_owner, 'n', token, 'u', until_ms, 'c', claimed, 'i', waiter_inbox)
   if since == 0 then
     since = token
     redis.call('HSET', state, 's', since)
@@ -103,17 +103,17 @@ local function pass_on()
     if #some == 0 then return end
     for _, each in ipairs(some) do
       local row = redis.call('HGET', rows, each) or ''
-      local where, waits_ms, ttl_ms, whose = string.match(row, '^([^|]*)|(%d+)|(%d+)|(.*)$')
-      if not where or tonumber(waits_ms) <= now_ms then
+      local waiter_inbox, waits_ms, ttl_ms, waiter_owner = string.match(row, '^([^|]*)|(%d+)|(%d+)|(.*)$')
+      if not waiter_inbox or tonumber(waits_ms) <= now_ms then
         leave(each)
-      elseif where == inbox then
+      elseif waiter_inbox == inbox then
         leave(each)
-        give(each, whose, tonumber(ttl_ms), 1, where)
+        grant(each, waiter_owner, tonumber(ttl_ms), 1, waiter_inbox)
         if each ~= ticket then next_ticket, next_ttl = each, tonumber(ttl_ms) end
         return
-      elseif redis.call('PUBLISH', channels .. where, each .. '|' .. name) > 0 or silent then
+      elseif redis.call('PUBLISH', channels .. waiter_inbox, each .. '|' .. name) > 0 or silent then
         leave(each)
-        give(each, whose, math.min(tonumber(ttl_ms), CLAIM), 0, where)
+        grant(each, waiter_owner, math.min(tonumber(ttl_ms), CLAIM), 0, waiter_inbox)
         offered = 1
         return
       else
@@ -183,7 +183,7 @@ if holder ~= '' or some then
 end
 if holder == '' then
   if some then leave(ticket) end
-  give(ticket, me, ttl_ms, 1, inbox)
+  grant(ticket, me, ttl_ms, 1, inbox)
 end
 if holder == ticket then return answer(0) end
 return answer(wait_ms > 0 and 1 or 2, fresh)
@@ -212,8 +212,8 @@ local had = tonumber(ARGV[7])
 if ARGV[6] == '1' then redis.call('SET', KEYS[4], '', 'PX', GONE) end
 if ARGV[6] == '2' or ARGV[6] == '3' then
   local row = redis.call('HGET', rows, ticket)
-  local where = holder == ticket and s[7] or row and string.match(row, '^([^|]*)|')
-  if where ~= inbox or (ARGV[6] == '3' and holder == ticket and s[5] == '1') then return answer(2) end
+  local waiter_inbox = holder == ticket and s[7] or row and string.match(row, '^([^|]*)|')
+  if waiter_inbox ~= inbox or (ARGV[6] == '3' and holder == ticket and s[5] == '1') then return answer(2) end
 end
 if holder == ticket then
   if ARGV[6] == '0' and had ~= token then redis.call('HSET', state, 's', token + 1) end -- Taken from its holder.
@@ -302,20 +302,20 @@ class RedisLockStore:
         state = f"{self._prefix}{{{_tag(name)}}}"
         keys: list[Argument] = [state, f"{state}:queue", f"{state}:waiting"]
         ticket = getattr(request, "ticket", "")
-        ours: list[Argument] = [ticket, self.inbox, f"{self._prefix}to:", name, "1" if self._clustered else "0"]
+        arguments: list[Argument] = [ticket, self.inbox, f"{self._prefix}to:", name, "1" if self._clustered else "0"]
         gone = f"{state}:gone:{ticket}"
         read: Callable[[Any], Reply]
         match request:
             case AcquireLock(owner=owner, ttl=ttl, wait=wait):
                 keys.append(gone)
-                ours += [owner, _ms(ttl), _ms(wait)]
+                arguments += [owner, _ms(ttl), _ms(wait)]
                 script, read = ACQUIRE, partial(_acquired, ttl)
             case RenewLock(ttl=ttl):
-                ours.append(_ms(ttl))
+                arguments.append(_ms(ttl))
                 script, read = RENEW, partial(_held, Renewed(ttl), name)
             case ReleaseLock(token=token, abandon=abandon, unclaimed=unclaimed, offered=offered):
                 keys.append(gone)
-                ours += ["1" if abandon else "3" if offered else "2" if unclaimed else "0", token]
+                arguments += ["1" if abandon else "3" if offered else "2" if unclaimed else "0", token]
                 script, read = RELEASE, partial(_held, Released(), name)
             case DescribeLock():
                 script, read = DESCRIBE, _described
@@ -338,7 +338,7 @@ class RedisLockStore:
                     return Failed.of(self._inbox_error)
             return answer
 
-        return [len(keys), *keys, *ours], state, make, script
+        return [len(keys), *keys, *arguments], state, make, script
 
     def _notify_listener(self, name: str, reply: Any) -> bool:
         """Notify the listener of changes for other callers. Return `True` if one was granted or offered the lock."""

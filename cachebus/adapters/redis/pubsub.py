@@ -51,10 +51,10 @@ OnReply = Callable[[Reply], None]
 class ChannelSubscription:
     """Subscription to a channel over a dedicated connection, until `close`. Bound to one asyncio event loop.
 
-    `heard` receives each message as bytes. Messages published while the connection is down are lost, so `subscribed` is
-    called after the first connection and after each reconnection: check the current state then. `failed` receives each
-    error before the first connection succeeds. A permanent error, such as a forbidden channel, ends the subscription.
-    The callbacks run on the event loop and must not block.
+    `on_message` receives each message as bytes. Messages published while the connection is down are lost, so
+    `on_subscribed` is called after the first connection and after each reconnection: check the current state then.
+    `on_error` receives each error before the first connection succeeds. If such an error is permanent, for example
+    because the channel is forbidden, it ends the subscription. The callbacks run on the event loop and must not block.
 
     In a cluster, the connection leads to any server, because `PUBLISH` reaches all of them.
     """
@@ -63,17 +63,17 @@ class ChannelSubscription:
         self,
         connect: Callable[[], Awaitable[RedisConnection]],
         channel: str,
-        heard: Callable[[bytes], None],
-        subscribed: Callable[[], None],
-        failed: Callable[[CacheError], None],
+        on_message: Callable[[bytes], None],
+        on_subscribed: Callable[[], None],
+        on_error: Callable[[CacheError], None],
         *,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._connect = connect
         self._channel = channel
-        self._on_message = heard
-        self._on_subscribed = subscribed
-        self._on_error = failed
+        self._on_message = on_message
+        self._on_subscribed = on_subscribed
+        self._on_error = on_error
         self._clock = clock
         self.is_up = False
         self._task = asyncio.create_task(self._run())

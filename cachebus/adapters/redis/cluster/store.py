@@ -278,8 +278,8 @@ class Stamps:
                 pack_tags(request.tags)
                 groups.setdefault(_kept(request, default_ttl), []).append((position, request))
             except (CacheError, ValueError, OverflowError):
-                # It will be refused.
-                self.by_position[position] = BadMessage("the request is not understood")
+                # The plan fails this request.
+                self.by_position[position] = BadMessage("the tags or the time to live are not valid")
         space.seen = True
         self.commands = [self._command(space, px, members) for px, members in groups.items()]
 
