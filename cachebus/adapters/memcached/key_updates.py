@@ -223,7 +223,7 @@ class KeyUpdates:
 
     def _commit(self, request: Set, item: KeyItem, lease: str) -> Reply | Draft:
         if request.only_if is not None:
-            raise BadMessage("a value that is stored under a lease has no other condition")
+            raise BadMessage("only_if cannot be combined with a lease")
         now, held = self._lookup.now, self._held(lease, item)
         if held is None or held.deadline <= now:
             live = self._lookup.live(item)

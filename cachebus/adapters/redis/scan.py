@@ -41,7 +41,7 @@ def matching(names: Sequence[bytes], prefix: str, pattern: str) -> list[str]:
 
 
 class ScanRunner:
-    """Runs batches with scanning requests in the background, because each takes many round trips.
+    """Background runner of batches with scanning requests, because each takes many round trips.
 
     `scan` executes a request of one of the `kinds`, and `execute` any other request of the batch.
     """

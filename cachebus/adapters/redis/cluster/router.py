@@ -93,7 +93,7 @@ class SlotQueues:
 
 
 class Router:
-    """Sends commands to the servers of their slots, and handles the replies. `topology` holds the servers."""
+    """Router that sends commands to the servers of their slots and handles redirections in their replies."""
 
     def __init__(self, connector: Connector, seeds: Sequence[Endpoint]) -> None:
         self.topology = Topology(connector, seeds, self._node, self._on_moved_slots)

@@ -50,10 +50,10 @@ _CURSOR = re.compile(r"([0-9]{1,20})@(.+)", re.DOTALL)
 class RedisClusterStore:
     """`PipelinedStore` for a Redis Cluster, version 6.2 or newer. Needs asyncio.
 
-    `endpoints` are the endpoints of any servers of the cluster; the others are discovered. The other parameters are those
-    of `RedisStore` and apply to each server. A batch is answered when every server has answered its part. Requests for
-    one key take effect in the order in which they were submitted, even while its slot moves. Keys in different slots
-    have no order.
+    `endpoints` are the endpoints of any servers of the cluster; the others are discovered. The other parameters are
+    those of `RedisStore` and apply to each server. A batch is answered when every server has answered its part.
+    Requests for one key take effect in the order in which they were submitted, even while its slot moves. Keys in
+    different slots have no order.
 
     `Clear`, `DeletePattern` and `Scan` scan the servers in the order of their names. If slots move during a deletion,
     the deletion starts again, at most twice. A key that moves while both servers are scanned may be missed.
@@ -260,8 +260,10 @@ def _looks_for_tags(batch: Sequence[Request[Any]], space: TagSpace) -> Command |
 
 
 class Stamps:
-    """Stamps for the requests of a batch. `commands` read them; `by_position` then holds each stamp, or its error, by
-    position.
+    """Stamps for the requests of a batch, read before it is sent.
+
+    `commands` read the stamps. `by_position` then holds each stamp, or the error that replaces it, by position in the
+    batch.
 
     A stamp is read before its lease is requested or its value is written. If a tag is invalidated in between, the
     stored entry is a miss, because its stamp is older than the counter.
