@@ -177,6 +177,6 @@ FAULTS = (
     Fault("server reads its data (LOADING)", loading, GONE, options=DELAYED_LOADING, filling=3000, says="LOADING"),
     Fault("server cannot save (MISCONF)", cannot_save, frozenset({CacheBackendError}), says="MISCONF"),
     Fault("scripts forgotten (NOSCRIPT)", scripts_forgotten, frozenset(), silent=True),
-    Fault("keys of another type (WRONGTYPE)", other_types, frozenset({WrongType}), says="Redis type"),
+    Fault("keys of another type (WRONGTYPE)", other_types, frozenset({WrongType}), says="Redis value"),
     Fault("too many clients (maxclients)", too_many_clients, GONE),
 )
