@@ -191,7 +191,7 @@ def _check_replies(handler: str, kinds: tuple[type[Message], ...], annotation: A
     """Raise `TypeError` if a handler returns a reply that none of its requests declares."""
     if typing.get_origin(annotation) is collections.abc.Sequence:
         (annotation,) = typing.get_args(annotation)
-    requests = [kind for kind in kinds if issubclass(kind, Request)]
+    requests: list[type[Request[Any]]] = [kind for kind in kinds if issubclass(kind, Request)]
     declared = list(dict.fromkeys(reply for kind in requests for reply in reply_types(kind)))
     for reply in _members(annotation):
         if not (isinstance(reply, type) and issubclass(reply, Reply)) or issubclass(reply, Failed):
