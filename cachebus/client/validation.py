@@ -138,7 +138,14 @@ def set_request(
 
 
 def escape_pattern(text: str) -> str:
-    r"""Escape the special characters of a pattern: `delete_pattern(f"user:{escape_pattern(name)}:*")`."""
+    r"""Return `text` with the special characters of patterns escaped.
+
+    Example:
+        ```python
+        name = "a*b"
+        await cache.delete_pattern(f"user:{escape_pattern(name)}:*")
+        ```
+    """
     return "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in text)
 
 

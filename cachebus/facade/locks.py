@@ -106,15 +106,33 @@ class Lock:
         return max(0.0, self._expires_at - self._client.now()) if self.held else 0.0
 
     def check(self) -> None:
-        """Raise `LockNotHeld` unless the lock is held, to the knowledge of this process. Sends no request."""
+        """Raise `LockNotHeld` unless the lock is held, to the knowledge of this process. Sends no request.
+
+        Example:
+            ```python
+            async with cache.lock("report") as lock:
+                lock.check()  # before a step that cannot be undone
+            ```
+        """
         if not self.held:
             raise LockNotHeld(name=self.name)
 
     async def acquire(self) -> Self:
         """Acquire the lock, waiting for up to `wait` seconds; 0 makes one attempt. First come, first served.
 
-        Raises `LockNotAcquired` if the lock could not be acquired in time, and another `CacheError` if the lock manager
-        or its store fails. Also raises `CacheError` if this object already holds the lock or is waiting for it.
+        Raises:
+            LockNotAcquired: If the lock could not be acquired in time.
+            CacheError: If the lock manager or its store fails, or this object already holds the lock or waits for it.
+
+        Example:
+            ```python
+            lock = cache.lock("report", wait=0)
+            await lock.acquire()
+            try:
+                print(lock.token)
+            finally:
+                await lock.release()
+            ```
         """
         if self._is_waiting or self.held:
             raise CacheError(
@@ -158,8 +176,15 @@ class Lock:
     async def release(self) -> None:
         """Release the lock.
 
-        Raises `LockNotHeld` if the lock is no longer held; any work done after it expired was not protected. The
-        subclass `LockNotOwned` names the current holder.
+        Raises:
+            LockNotHeld: If the lock is no longer held; any work done after it expired was not protected.
+            LockNotOwned: As `LockNotHeld`, of which it is a subclass; it names the current holder.
+
+        Example:
+            ```python
+            lock = await cache.lock("report").acquire()
+            await lock.release()
+            ```
         """
         ticket, lost = self._ticket, self._lost
         if not ticket:
@@ -179,7 +204,15 @@ class Lock:
     async def extend(self, ttl: Duration | None = None) -> None:
         """Extend the lock to `ttl` seconds from now; by default, the current `ttl`. Later renewals use the new `ttl`.
 
-        Raises `LockNotHeld` if the lock was lost.
+        Raises:
+            LockNotHeld: If the lock was lost.
+
+        Example:
+            ```python
+            async with cache.lock("report", ttl=30) as lock:
+                await lock.extend(ttl=300)
+                assert lock.remaining > 290
+            ```
         """
         if not self._ticket or self._lost:
             raise LockNotHeld(name=self.name)
@@ -211,11 +244,25 @@ class Lock:
         return True
 
     async def is_locked(self) -> bool:
-        """Return True if any process holds the lock of this name."""
+        """Return True if any process holds the lock of this name.
+
+        Example:
+            ```python
+            assert await cache.lock("report").is_locked() is False
+            ```
+        """
         return await self.info() is not None
 
     async def info(self) -> LockInfo | None:
-        """Return the holder of this lock, its token and its remaining seconds, or `None` if the lock is free."""
+        """Return the holder of this lock, its token and its remaining seconds, or `None` if the lock is free.
+
+        Example:
+            ```python
+            async with cache.lock("report", owner="nightly job") as lock:
+                info = await lock.info()
+                assert info.owner == "nightly job"
+            ```
+        """
         reply = await self._ask(DescribeLock(self.name))
         return reply if isinstance(reply, LockInfo) else None
 

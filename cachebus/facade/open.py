@@ -28,17 +28,19 @@ def open_cache(
 ) -> Cache:
     """Return a cache, which `async with` opens.
 
-    ::
-
-        async with open_cache("memory://", namespace="shop", timeout=0.5) as cache:
-            await cache.set("user:1", user, ttl=60)
-
     `source` is a URL (`"memory://?max_entries=10000"`), a path to a YAML, TOML or JSON file, a mapping, or a
     `Settings`. Without a source, settings come from the environment (`CACHEBUS_*`) and the defaults. `options` are
     fields of `Settings` and override the source. `name` selects one of several backends; by default, the default
     backend. `clock` and `stores` replace the clock and the store factory in tests.
 
-    Raises `CacheConfigurationError` immediately for an unknown scheme, option or value.
+    Raises:
+        CacheConfigurationError: Immediately, for an unknown scheme, option or value.
+
+    Example:
+        ```python
+        async with open_cache("memory://", namespace="shop", timeout=0.5) as cache:
+            await cache.set("user:1", "Ada", ttl=60)
+        ```
     """
     return Cache(_node_factory(source, options, name, clock, stores), name)
 
@@ -54,6 +56,13 @@ def open_sync_cache(
     """Return a cache for code without an event loop. It opens on first use.
 
     The parameters and errors are those of `open_cache`.
+
+    Example:
+        ```python
+        with open_sync_cache("memory://?max_entries=1000") as cache:
+            cache.set("user:1", "Ada", ttl=60)
+            assert cache.get("user:1") == "Ada"
+        ```
     """
     return SyncCache(_node_factory(source, options, name, clock, stores), name)
 

@@ -84,7 +84,18 @@ class AsyncRateLimiter:
         return f"<{type(self).__name__} {request.key!r} {request.limit} per {request.per:g} s, burst {request.burst}>"
 
     async def check(self) -> RateLimit:
-        """Take units and return a `RateLimit`, after waiting for units taken in advance. Same as `await limiter`."""
+        """Take units and return a `RateLimit`, after waiting for units taken in advance. Same as `await limiter`.
+
+        Raises:
+            CapabilityError: If the store does not support rate limits.
+            CacheError: If the backend fails, unless the limiter was made with `on_error="allow"`.
+
+        Example:
+            ```python
+            limit = await cache.rate_limit("login:192.0.2.7", 5, 60).check()
+            assert limit.allowed and limit.remaining == 4
+            ```
+        """
         runner, request = self._runner(), self._request
         try:
             reply = await runner.request_unguarded(request)

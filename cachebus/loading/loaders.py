@@ -67,7 +67,18 @@ class LoadResult(Struct, frozen=True):
 
     @classmethod
     def not_modified(cls, *, ttl: TimeToLive | EllipsisType = ..., etag: str | None = None) -> LoadResult:
-        """Return a result that keeps the value in `LoadContext.stale`, with its tags, as if it were loaded now."""
+        """Return a result that keeps the value in `LoadContext.stale`, with its tags, as if it were loaded now.
+
+        Example:
+            ```python
+            async def load(context: LoadContext) -> LoadResult:
+                if context.has_stale:
+                    return LoadResult.not_modified(ttl=60)
+                return LoadResult("a report", ttl=60, etag="v1")
+
+            assert await cache.get_or_load("report", load, stale_for=3600) == "a report"
+            ```
+        """
         return cls(ttl=ttl, etag=etag, unchanged=True)
 
     def resolved(self, context: LoadContext) -> LoadResult:

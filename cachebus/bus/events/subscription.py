@@ -86,7 +86,16 @@ class Subscription:
             waiter.answer(None)
 
     def close(self) -> None:
-        """Stop receiving events. Queued events can still be read. Safe to call twice."""
+        """Stop receiving events. Queued events can still be read. Safe to call twice.
+
+        Example:
+            ```python
+            events = cache.events("cache_set")
+            await cache.set("user:1", "Ada")
+            events.close()
+            assert [event.key for event in events] == ["user:1"]
+            ```
+        """
         if not self.closed:
             self.closed = True
             self._on_close(self)
@@ -122,6 +131,13 @@ class Subscription:
         """Block this thread until the next event and return it.
 
         Return `None` after `timeout` seconds, or if the subscription is closed and empty.
+
+        Example:
+            ```python
+            with cache.events("cache_set") as events:
+                await cache.set("user:1", "Ada")
+                assert events.next(timeout=1).key == "user:1"
+            ```
         """
         while self._nothing_yet():
             port = self._waiter = ThreadPort()
