@@ -54,6 +54,7 @@ soak: $(STAMP)-dev ## simulate a million seeds; ARGS='2000001 --seeds 50000' sel
 
 docs: $(STAMP)-dev ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
+	@echo "site/index.html"
 
 format: $(STAMP)-dev ## fix lint and format with ruff
 	@$(BIN)/ruff check --fix

@@ -103,7 +103,7 @@ class PayloadSettings(Options):
     serializer: Literal["default", "msgpack", "json", "auto", "arrow", "pickle", "none"] = "default"
     """`default` means `msgpack`, or `none` on a memory backend without keys.
 
-    With `none`, values are stored by reference and the other payload options have no effect.
+    With `none`, values are stored by reference, and options that change payloads are rejected.
     """
     compression: CompressionName = "none"
     """Compression of new payloads, used only if it makes them smaller. Payloads of every compression can be read."""
