@@ -351,8 +351,8 @@ class RemoteRecipient:
         slots, counters = batch.slots, self._requests.counters
         try:
             replies, is_array = decode_each(delivery.data, headers.get(CONTENT_TYPE, MSGPACK))
-            if not is_array:
-                replies = replies * len(slots)
+            if not is_array:  # Only a failure may answer several requests at once.
+                replies = replies * len(slots) if len(slots) == 1 or type(replies[0]) is Failed else []
             index = headers.get(INDEX) if is_array else None
             places = range(len(slots)) if index is None else map(int, index.split(","))
             reply: Any

@@ -35,6 +35,7 @@ from cachebus.messages import (
     NoSuchActor,
     Overloaded,
     Present,
+    Reply,
     Touch,
 )
 from cachebus.testing.servers import Server, run_nats
@@ -273,6 +274,23 @@ async def test_an_array_is_answered_with_an_array_and_each_element_for_itself(
         assert [type(each) for each in replies] == [Present, Failed, Found, Failed]
         assert answer.headers["Content-Type"] == JSON
         assert answer.headers["Cachebus-Request-Id"] == "r1"
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"), [(Found("anyone's"), BadMessage.code), (Failed.of(Overloaded()), Overloaded.code)]
+)
+async def test_one_answer_to_an_array_is_only_taken_if_it_is_a_failure(
+    reply: Reply, code: str, connect: Connect, stranger: Any, namespace: str
+) -> None:
+    async def answer(message: Any) -> None:
+        await message.respond(encode(reply))
+
+    await stranger.subscribe(Subjects(namespace).request(PLACE), cb=answer)
+    await stranger.flush()
+    bus = await connect()
+    asked = (bus.request(PLACE, Get(key), T) for key in "abc")
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert [getattr(each, "code", each) for each in answers] == [code] * 3
 
 
 async def test_a_spent_budget_is_answered_and_not_worked_on(connect: Connect, stranger: Any, namespace: str) -> None:
