@@ -57,6 +57,7 @@ class Interruption:
 def interrupted(cache: SyncCache, key: str, at: int, **options: Any) -> bool:
     """Load a key with an interruption at a checkpoint. Return `False` if the load had fewer checkpoints."""
     interruption = Interruption(at)
+    sys._getframe().f_trace_opcodes = True  # From 3.12 on, settrace looks for a frame that asks for opcodes.
     sys.settrace(interruption.trace)
     try:
         cache.get_or_load(key, lambda: "interrupted", **options)

@@ -14,6 +14,7 @@ from cachebus.actors.runtime import turns
 from cachebus.actors.runtime.turns import Token, TurnToken
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="a frame that was left keeps its callers")
 def test_a_stack_whose_callers_are_no_longer_known_counts_as_in_the_turn() -> None:
     """Check a generator that was left after its frame was read. Its caller is unknown, and may be a holder."""
     frames: list[FrameType] = []
