@@ -145,8 +145,7 @@ def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...],
         parameters = list(inspect.signature(function).parameters.values())[1:]
         if len(parameters) != 1:
             continue
-        hints = _hints(cls, function)
-        batch, kinds = _message_kinds(hints.get(parameters[0].name))
+        batch, kinds = _message_kinds(_type_of(cls, function, parameters[0].name))
         if not kinds:
             continue
         waits = inspect.iscoroutinefunction(function)
@@ -156,16 +155,21 @@ def _signatures(cls: type[Actor]) -> tuple[tuple[str, tuple[type[Message], ...],
             if kind in taken:
                 raise TypeError(f"{cls.__name__} has two handlers for {kind.__name__}: {taken[kind]} and {name}")
             taken[kind] = name
-        _check_replies(f"{cls.__name__}.{name}", kinds, hints.get("return"))
+        _check_replies(f"{cls.__name__}.{name}", kinds, _type_of(cls, function, "return"))
         found.append((name, kinds, "batch" if batch else "waiting" if waits else "plain"))
     return tuple(found)
 
 
-def _hints(cls: type[Actor], function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the types of a handler. What modules import for type checkers only is mostly of these two."""
+def _type_of(cls: type[Actor], function: Callable[..., Any], name: str) -> Any:
+    """Return the type of a parameter of a method, or of its result with `"return"`; `None` if it has no annotation.
+
+    Each annotation is read alone, because methods that are no handlers may have types that cannot be imported.
+    """
+    annotations = {name: function.__annotations__[name]} if name in function.__annotations__ else {}
+    # Modules import most of these for type checkers only.
     namespace = {**vars(typing), **vars(collections.abc), **function.__globals__}
     try:
-        return typing.get_type_hints(function, globalns=namespace)
+        return typing.get_type_hints(types.SimpleNamespace(__annotations__=annotations), globalns=namespace).get(name)
     except NameError as error:
         raise TypeError(
             f"{cls.__name__}.{function.__name__}: the types of its parameter and its reply must be importable at run "

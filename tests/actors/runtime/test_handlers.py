@@ -44,7 +44,7 @@ class Polite(Clerk):
     def on_ping(self, request: Ping) -> Pong:
         return Pong("here")
 
-    def helper(self, text: str) -> str:
+    def helper(self, text: str) -> Unheard:  # type: ignore[name-defined]  # noqa: F821
         return text
 
     def two(self, one: Plain, other: Plain) -> None:
